@@ -28,7 +28,7 @@ from loadledger.profiles import PROFILE, URL
 _GENERIC = """
     model models onnx best last final weights checkpoint checkpoints export exported saved snapshots runs
     train detect quantized quant int8 uint8 fp16 fp32 bf16 q4 q8 q4f16 bnb4 static dynamic simplified sim opt
-    optimized downloads desktop documents files data home root tmp
+    optimized downloads desktop documents files data home root tmp decoder encoder merged with past
 """
 GENERIC_NAMES = frozenset(_GENERIC.split())
 """Words in names of files and folders in common layouts, which name no model: the folder around them does."""
@@ -98,7 +98,7 @@ class Subject:
         source: the name of a source, which has `://`, from which the server fetches them.
         digest: that the source must have.
         is_named: whether a person chose the name.
-        is_guessed: whether it is that of a folder around the file or folder.
+        is_guessed: whether it is that of a folder around the file or folder, or only a part of it.
     """
 
     name: str
@@ -119,10 +119,10 @@ class Subject:
 def run(model: str, *, name: str | None, digest: str | None, where: ServerChoice) -> None:
     """Load a model, and print how to send it a request.
 
-    A file or folder is first added to the server's models, unless the model's highest version has the same
-    files, or it lies in the server's repository. If its name is taken by a model with other inputs or
-    outputs, or is only that of a folder around it, the command asks first, and without a terminal wants a
-    --name.
+    A file or folder is first added to the server's models, unless a version of the model has the same files,
+    or it lies in the server's repository. If its name is taken by a model with other inputs or outputs, or is
+    only that of a folder around it, the command asks first, and without a terminal wants a --name. So it does
+    if a SOURCE has the name of a model that does not come from there.
 
     A SOURCE is a name with ://, as of `add`: the server fetches it, unless a version of the model has
     its bytes for certain, by a commit or a digest.
@@ -147,7 +147,7 @@ def run(model: str, *, name: str | None, digest: str | None, where: ServerChoice
 def choose_subject(given: str, name: str | None, digest: str | None = None) -> Subject:
     """Return what an argument names: a source, a file or folder if it exists, else a model."""
     if "://" in given:
-        return Subject(name or name_source(given), source=given, digest=digest)
+        return Subject(name or name_source(given), None, given, digest, is_named=name is not None)
     if digest is not None:
         raise click.UsageError("--digest is for a SOURCE, which has ://")
     path = Path(given)
@@ -179,7 +179,8 @@ def _own_name(path: Path) -> str:
     folder = path.absolute() if path.is_dir() else path.absolute().parent
     if folder.name.isdecimal():
         return _to_name(folder.parent.name)
-    return _to_name(path.stem if path.is_file() else path.name)
+    name = path.stem if path.is_file() else path.name
+    return _to_name(name) if name.isascii() else ""
 
 
 def name_model(path: Path) -> str:

@@ -13,7 +13,7 @@ import pwd
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -46,10 +46,11 @@ from loadledger.profiles import (
     read_profile,
     write_profile,
 )
+from loadledger.records import Model
 from loadledger.uploads import VersionSource, find_version_files, hash_files
 from runtime.onnxfields import TooManyFields, Unparsable
 from runtime.onnxfile import FileWindows, find_model_file, read_signature
-from runtime.repository import RepositoryBusy
+from runtime.repository import MODEL_ID, RepositoryBusy
 from server.appkeys import CONFIG, LOG, VERSIONS
 from server.auth.keys import KeyProblem
 from server.auth.subjects import subject_refusal
@@ -84,6 +85,9 @@ SOURCE_SETTINGS = frozenset({"LOADLEDGER_SOURCES", CONFIG_VARIABLE})
 
 FIXED_BYTES = re.compile(r"oci://.*@sha256:[0-9a-f]{64}|hf://[^@]*@[0-9a-f]{40}(/.*)?")
 """In the name of a source that always means the same: a digest, or a commit."""
+
+REVISION = re.compile(r"(@|:(?!//))[^/]*")
+"""In the name of a source: a branch, tag, commit or digest, of which each may be a version of one model."""
 
 TOKEN_LIFE_S = 12 * 3600
 """Of the token with which the command asks its own server; as `loadledger token` has it by default."""
@@ -307,10 +311,10 @@ async def bring_up(client: AsyncClient, subject: Subject, token: str, options: S
         ValueError: there is no model at the subject's path.
         OSError: a file cannot be read.
     """
-    version = await _add_if_new(client, subject)
-    await client.load(subject.name, version, wait=True)
-    model = with_signature(await client.model(subject.name), await client.metadata(subject.name))
-    click.echo(f"{subject.name} version {model.version}: loaded")
+    name, version = await _add_if_new(client, subject)
+    await client.load(name, version, wait=True)
+    model = with_signature(await client.model(name), await client.metadata(name))
+    click.echo(f"{name} version {model.version}: loaded")
     for line in signature_lines(model, options):
         click.echo(line)
     command = format_curl(client.url, model, token)
@@ -318,96 +322,128 @@ async def bring_up(client: AsyncClient, subject: Subject, token: str, options: S
         click.echo(f"\n{command}")
 
 
-async def _add_if_new(client: AsyncClient, subject: Subject) -> int | None:
-    """Return the version to load: the highest, after the subject's files were added if they differ."""
+async def _add_if_new(client: AsyncClient, subject: Subject) -> tuple[str, int | None]:
+    """Return the model and the version to load, which is added if the server has none with the files."""
     if subject.source is not None:
-        return await _add_source_if_new(client, subject, subject.source)
+        return subject.name, await _add_source_if_new(client, subject, subject.source)
     if subject.path is None:
-        return None
+        return subject.name, None
     source = await asyncio.to_thread(find_version_files, subject.path)
-    try:
-        model = await client.model(subject.name)
-    except NotFound:
-        model = None
-    if model is not None and model.versions:
-        same = await _find_same(client, subject, model, await asyncio.to_thread(hash_files, source))
-        if same is not None:
-            return same
-        await _ask_for_name(subject, model, source)
+    digests = set((await asyncio.to_thread(hash_files, source)).values())
+    same = await _find_same(client, subject, subject.path, digests)
+    if same is not None:
+        return same
+    model = await _find_model(client, subject.name)
+    if model is not None and not subject.is_named:
+        if not await asyncio.to_thread(_have_like_tensors, model, source):
+            await _ask_for_name(subject, model, "with other inputs or outputs")
+        elif subject.is_guessed:
+            await _ask_for_name(subject, model, "and this name is only that of a folder, or a part of one")
     added = await client.add(subject.name, subject.path)
     click.echo(f"{subject.name} version {added.version}: added")
-    return added.version
+    return subject.name, added.version
 
 
-async def _find_same(
-    client: AsyncClient, subject: Subject, model: Any, files: Mapping[str, str]
-) -> int | None:
-    """Return the version that has the files: the highest, or the one in whose folder they lie."""
-    added = {}
-    async for event in client.events(types=["VersionAdded"], models=[subject.name]):
-        added[event.version] = {file["path"]: file["sha256"] for file in event.data["files"]}
-    folder = subject.path if subject.path is None or subject.path.is_dir() else subject.path.absolute().parent
-    versions: set[int] = {model.versions[-1]}
-    if folder is not None and folder.name.isdecimal() and int(folder.name) in model.versions:
-        versions.add(int(folder.name))
-    for version in sorted(versions, reverse=True):
-        found = added.get(version)
-        if found is None:  # somebody has laid it into the repository
-            with suppress(ServerError):
-                known = await client.verify_model(subject.name, version)
-                found = {file.path: file.sha256 for file in known.files}
-        if found is not None and set(files.values()) <= set(found.values()):
-            return version
+async def _find_model(client: AsyncClient, name: str) -> Model | None:
+    """Return a model that has versions."""
+    with suppress(NotFound):
+        model = await client.model(name)
+        return model if model.versions else None
     return None
 
 
-async def _ask_for_name(subject: Subject, model: Any, source: VersionSource) -> None:
+async def _find_same(
+    client: AsyncClient, subject: Subject, path: Path, digests: Collection[str]
+) -> tuple[str, int] | None:
+    """Return the model and the version that have the files, in whose folder they may lie.
+
+    Of versions that somebody has laid into the repository, the server hashes that one, and the highest.
+    """
+    laid, number = _place_of(path)
+    is_laid = number.isdecimal() and not subject.is_named and MODEL_ID.fullmatch(laid)
+    for name in dict.fromkeys([laid, subject.name] if is_laid else [subject.name]):
+        model, found = await _find_model(client, name), dict[int | None, set[str]]()
+        versions = [] if model is None else model.versions or []
+        async for event in client.events(types=["VersionAdded"], models=[name]):
+            found[event.version] = {file["sha256"] for file in event.data["files"]}
+        for version in reversed(versions):
+            if version not in found and (version == versions[-1] or (name, str(version)) == (laid, number)):
+                with suppress(ServerError):
+                    known = await client.verify_model(name, version)
+                    found[version] = {file.sha256 for file in known.files}
+            if found.get(version, set()).issuperset(digests):
+                return name, version
+    return None
+
+
+def _place_of(path: Path) -> tuple[str, str]:
+    """Return the names of the model and the version to which a path belongs if it lies in a repository."""
+    folder = path.absolute() if path.is_dir() else path.absolute().parent
+    return folder.parent.name, folder.name
+
+
+async def _ask_for_name(subject: Subject, model: Model, why: str) -> None:
     """Ask before a version is added to a model that may be another one; without a terminal, refuse.
 
     Raises:
-        ValueError: the name is another model's, or was guessed; the message says what to do.
+        ValueError: there is no terminal, or the person says no; the message says what to do.
     """
-    differs = await asyncio.to_thread(_read_tensors, source) not in {None, _tensors_of(model)}
-    if subject.is_named or not (differs or subject.is_guessed):
+    number = (model.versions or [0])[-1] + 1
+    taken = f"there is a model {subject.name} already, {why}"
+    if sys.stdin.isatty() and await _confirm(f"{taken}: add this as its version {number}?"):
         return
-    number = model.versions[-1] + 1
-    why = "with other inputs or outputs" if differs else "and this name is only that of a folder"
-    if sys.stdin.isatty():
-        question = f"there is a model {subject.name} already, {why}: add this as its version {number}?"
-        if await asyncio.to_thread(click.confirm, question):
-            return
     raise ValueError(
-        f"there is a model {subject.name} already, {why}: give this one a name with --name,"
+        f"{taken}: give this one a name with --name,"
         f" or --name {subject.name} to add it as version {number} of that"
     )
 
 
-def _tensors_of(model: Any) -> tuple[tuple[str, str, int], ...]:
-    """Return name, datatype and dimensions of inputs and outputs; a weight that may be given is none."""
-    tensors = [*(each for each in model.inputs or () if not each.optional), *(model.outputs or ())]
-    return tuple((each.name, each.datatype, len(each.shape)) for each in tensors)
+async def _confirm(question: str) -> bool:
+    """Return whether the person at the terminal says yes; a thread that reads would outlast Ctrl-C."""
+    click.echo(f"{question} [y/N]: ", nl=False)
+    loop, typed = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(sys.stdin, typed.set)
+    try:
+        await typed.wait()
+    finally:
+        loop.remove_reader(sys.stdin)
+    return sys.stdin.readline().strip().lower() in {"y", "yes"}
 
 
-def _read_tensors(source: VersionSource) -> tuple[tuple[str, str, int], ...] | None:
-    """Return what the file declares; None of one that cannot be read, which the server refuses."""
+def _have_like_tensors(model: Model, source: VersionSource) -> bool:
+    """Whether a model and a file have the same inputs and outputs; True of a file that the server refuses.
+
+    A weight that may be given is no input, and lengths differ if both are fixed.
+    """
     file = find_model_file(each.path for each in source.files)
     [path] = [each.source for each in source.files if each.path == file]
     with path.open("rb") as opened, suppress(Unparsable, TooManyFields):
-        size = os.fstat(opened.fileno()).st_size
-        return _tensors_of(read_signature(FileWindows(opened.fileno()), size))
-    return None
+        read = read_signature(FileWindows(opened.fileno()), os.fstat(opened.fileno()).st_size)
+        ours, theirs = (
+            [*(each for each in one.inputs or () if not each.optional), *(one.outputs or ())]
+            for one in (read, model)
+        )
+        return len(ours) == len(theirs) and all(map(_is_like, ours, theirs))
+    return True
+
+
+def _is_like(ours: Any, theirs: Any) -> bool:
+    pairs = zip(ours.shape, theirs.shape, strict=False)
+    one, other = [(each.name, each.datatype, len(each.shape)) for each in (ours, theirs)]
+    return one == other and all(-1 in lengths or lengths[0] == lengths[1] for lengths in pairs)
 
 
 async def _add_source_if_new(client: AsyncClient, subject: Subject, source: str) -> int | None:
     """Return the version to load: one that has the source's bytes for certain, else a new one."""
-    try:
-        origins = (await client.model(subject.name)).sources
-    except NotFound:
-        origins = []
+    model = await _find_model(client, subject.name)
+    origins = [] if model is None else model.sources
     pinned = source if subject.digest is None else f"{source}#{subject.digest.replace(':', '=')}"
     for origin in reversed(origins):
         if origin.resolved == pinned or (origin.source == source and FIXED_BYTES.fullmatch(source)):
             return origin.version
+    names = {REVISION.sub("", origin.source) for origin in origins}
+    if model is not None and not subject.is_named and REVISION.sub("", source) not in names:
+        await _ask_for_name(subject, model, "which does not come from this source")
     job = await client.add_from(subject.name, source, digest=subject.digest)
     with display_job(job) as (on_change, on_away):
         job = await client.wait_for(job.id, on_change=on_change, on_away=on_away)

@@ -15,7 +15,7 @@ from onnx import ModelProto, TensorProto, helper
 from support import models
 from support.clients import run_command
 from support.models import FLOAT, model, save, value
-from support.servers import Server, at_terminal, standing
+from support.servers import CTRL_C, Server, at_terminal, standing
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -66,6 +66,8 @@ def test_a_file_that_is_run_again_adds_nothing(alice: dict[str, Any], tmp_path: 
     assert run_command("run", file, **alice).stdout.startswith("again version 1: loaded\n")
     write(file, models.add(2))  # another version, whose file says its name, with the same inputs and outputs
     assert names_in(run_command("run", file, **alice)) == "again version 2"
+    write(file, models.add())
+    assert run_command("run", file, **alice).stdout.startswith("again version 1: loaded\n")
 
 
 def test_no_other_model_is_replaced_without_asking(alice: dict[str, Any], tmp_path: Path) -> None:
@@ -86,6 +88,27 @@ def test_no_other_model_is_replaced_without_asking(alice: dict[str, Any], tmp_pa
     assert names_in(run_command("run", other, "--name", "bikes", **alice)) == "bikes version 1"
 
 
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [
+        ("sizes.onnx", models.identity(shape=[1, 10]), models.identity(shape=[1, 1000])),
+        ("types.onnx", models.identity(), models.identity(TensorProto.DOUBLE)),
+        ("berts/decoder_model.onnx", models.add(1), models.add(2)),
+        ("分類器-bird.onnx", models.add(1), models.add(2)),
+    ],
+)
+def test_name_alone_makes_no_version_of_another_model(
+    alice: dict[str, Any], tmp_path: Path, name: str, first: ModelProto, second: ModelProto
+) -> None:
+    file = write(tmp_path / name, first)
+    added = names_in(run_command("run", file, **alice))
+    assert added.endswith(" version 1")
+    write(file, second)
+    refused = run_command("run", file, **alice)
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert f"there is a model {added.removesuffix(' version 1')} already" in refused.stderr
+
+
 async def test_a_person_at_a_terminal_is_asked(alice: dict[str, Any], tmp_path: Path) -> None:
     write(tmp_path / "trains" / "best.onnx", models.add())
     write(tmp_path / "trains" / "last.onnx", models.add(2))
@@ -98,6 +121,19 @@ async def test_a_person_at_a_terminal_is_asked(alice: dict[str, Any], tmp_path: 
             assert words in terminal.plain
 
 
+async def test_ctrl_c_at_the_question_stops_the_server(tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    save(models.add(), repository, "boats")
+    file = str(write(tmp_path / "boats" / "best.onnx", models.add(2)))
+    places = {"LOADLEDGER_REPOSITORY": str(repository), "LOADLEDGER_DATA": str(tmp_path / "data")}
+    settings = {"HOME": str(tmp_path), "LOADLEDGER_PORT": "0", "LOADLEDGER_VISIBLE_DEVICES": "none"}
+    with at_terminal("run", file, environment=places | settings) as terminal:
+        await terminal.until(r"add this as its version 2\?")
+        terminal.press(CTRL_C)
+        assert await terminal.end() == 0
+    assert sorted(each.name for each in (repository / "boats").iterdir()) == ["1"]
+
+
 def test_a_link_has_the_name_that_was_typed(alice: dict[str, Any], tmp_path: Path) -> None:
     blob = write(tmp_path / "models--org--tiny-bert" / "blobs" / "0123456789abcdef", models.add())
     link = tmp_path / "models--org--tiny-bert" / "snapshots" / COMMIT / "onnx" / "model.onnx"
@@ -107,12 +143,13 @@ def test_a_link_has_the_name_that_was_typed(alice: dict[str, Any], tmp_path: Pat
 
 
 def test_a_version_that_lies_in_the_repository_is_used(alice: dict[str, Any], repository: Path) -> None:
-    for number in (1, 2):
-        save(models.add(number), repository, "laid", number)
-    ran = run_command("run", repository / "laid" / "1" / "model.onnx", **alice)
-    assert (names_in(ran), "added" in ran.stdout) == ("laid version 1", False)
-    assert names_in(run_command("run", repository / "laid" / "2", **alice)) == "laid version 2"
-    assert sorted(each.name for each in (repository / "laid").iterdir()) == ["1", "2"]
+    for name in ("laid", "best"):  # the second says nothing
+        for number in (1, 2):
+            save(models.add(number), repository, name, number)
+        ran = run_command("run", repository / name / "1" / "model.onnx", **alice)
+        assert (names_in(ran), "added" in ran.stdout) == (f"{name} version 1", False)
+        assert names_in(run_command("run", repository / name / "2", **alice)) == f"{name} version 2"
+        assert sorted(each.name for each in (repository / name).iterdir()) == ["1", "2"]
 
 
 CURLS = {
