@@ -121,8 +121,7 @@ def run(model: str, *, name: str | None, digest: str | None, where: ServerChoice
 
     A file or folder is first added to the server's models, unless a version of the model has the same files,
     or it lies in the server's repository. If its name is taken by a model with other inputs or outputs, or is
-    only that of a folder around it, the command asks first, and without a terminal wants a --name. So it does
-    if a SOURCE has the name of a model that does not come from there.
+    only that of a folder around it, the command asks first, and without a terminal wants a --name.
 
     A SOURCE is a name with ://, as of `add`: the server fetches it, unless a version of the model has
     its bytes for certain, by a commit or a digest.
@@ -147,7 +146,7 @@ def run(model: str, *, name: str | None, digest: str | None, where: ServerChoice
 def choose_subject(given: str, name: str | None, digest: str | None = None) -> Subject:
     """Return what an argument names: a source, a file or folder if it exists, else a model."""
     if "://" in given:
-        return Subject(name or name_source(given), None, given, digest, is_named=name is not None)
+        return Subject(name or name_source(given), source=given, digest=digest)
     if digest is not None:
         raise click.UsageError("--digest is for a SOURCE, which has ://")
     path = Path(given)

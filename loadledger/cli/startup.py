@@ -86,9 +86,6 @@ SOURCE_SETTINGS = frozenset({"LOADLEDGER_SOURCES", CONFIG_VARIABLE})
 FIXED_BYTES = re.compile(r"oci://.*@sha256:[0-9a-f]{64}|hf://[^@]*@[0-9a-f]{40}(/.*)?")
 """In the name of a source that always means the same: a digest, or a commit."""
 
-REVISION = re.compile(r"(@|:(?!//))[^/]*")
-"""In the name of a source: a branch, tag, commit or digest, of which each may be a version of one model."""
-
 TOKEN_LIFE_S = 12 * 3600
 """Of the token with which the command asks its own server; as `loadledger token` has it by default."""
 
@@ -441,9 +438,6 @@ async def _add_source_if_new(client: AsyncClient, subject: Subject, source: str)
     for origin in reversed(origins):
         if origin.resolved == pinned or (origin.source == source and FIXED_BYTES.fullmatch(source)):
             return origin.version
-    names = {REVISION.sub("", origin.source) for origin in origins}
-    if model is not None and not subject.is_named and REVISION.sub("", source) not in names:
-        await _ask_for_name(subject, model, "which does not come from this source")
     job = await client.add_from(subject.name, source, digest=subject.digest)
     with display_job(job) as (on_change, on_away):
         job = await client.wait_for(job.id, on_change=on_change, on_away=on_away)
