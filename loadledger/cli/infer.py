@@ -37,6 +37,8 @@ _WEBP = slice(0, 4), slice(8, 12), b"RIFF", b"WEBP"
 MAX_SIDE = 16_384
 """Longest side of a picture, in pixels; Pillow's JPEG and WebP have no longer ones."""
 SUFFIXES = (".npy", ".npz")
+_QUOTED = re.compile(r'("(?:[^"\\]|\\.)*")=(.*)', re.DOTALL)
+"""An input whose name is a text of JSON, as any name may be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,10 @@ class GivenInput:
 
 def parse_input(text: str) -> GivenInput:
     """Parse an argument and read its file."""
+    name: str | None
     name, equals, value = (None, "=", text) if text[:1] in NAMELESS else text.partition("=")
+    if quoted := _QUOTED.fullmatch(text):
+        name, value = _parse_json(quoted[1], quoted[1]), quoted[2]
     if not equals:
         name, value = None, text
     if name == "" or (name is None and not text):
@@ -239,8 +244,9 @@ def infer(
 
     An INPUT is NAME=JSON, like x='[[1, 2]]', or NAME=@FILE: an array (.npy, .npz), a picture (PNG, JPEG,
     WebP) or JSON; @- is standard input. NAME=zeros, ones or random makes values up, of a shape as in
-    x=random:1x3x224x224. The only input of a model needs no NAME=. @FILE alone can be an archive or a JSON
-    object with the inputs by name, or a whole request of the protocol.
+    x=random:1x3x224x224. A NAME like a=b or @x is given in quotes, as in '"a=b"=[1]'. The only input of a
+    model needs no NAME=. @FILE alone can be an archive or a JSON object with the inputs by name, or a whole
+    request of the protocol.
 
     Shapes and datatypes come from the model; what is changed for them is said on standard error. A server
     with `--on-demand on` loads the model first if needed.

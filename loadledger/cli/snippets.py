@@ -68,20 +68,12 @@ def format_infer(model: Any, options: Sequence[str] = ()) -> Iterator[str]:
     required, command = _required(model), ["loadledger", "infer", *options, model.id]
     if not _is_typed(model.id) or not all(map(_is_sent, required)):
         return
-    if not all(map(_is_given, required)):  # by name; JSON can have any
-        examples = {each.name: example_of(each) for each in required}
-        if max(prod(each.shape) for each in examples.values()) <= MAX_TYPED:
-            data = {each.name: _nested(each.datatype, examples[each.name]) for each in required}
-            yield shlex.join([*command, json.dumps(data)])
-        else:
-            yield shlex.join([*command, "@FILE.npz"])
-        return
-    values = {tensor.name: _value(tensor) for tensor in required}
+    values = {_name(tensor): _value(tensor) for tensor in required}
     given = [f"{name}={value}" for name, value in values.items()]
     yield shlex.join([*command, *(given or ['{"inputs": []}'])])
     largest = max(required, key=lambda each: prod(example_of(each).shape), default=None)
     if largest is not None and prod(example_of(largest).shape) > MAX_TYPED:
-        values[largest.name] = _file(largest)
+        values[_name(largest)] = _file(largest)
         yield shlex.join([*command, *(f"{name}={value}" for name, value in values.items())])
 
 
@@ -113,10 +105,15 @@ def format_curl(url: str, model: Any, token: str) -> str | None:
     if any(output.datatype in BINARY_ONLY for output in model.outputs or ()):
         request["parameters"], file = {"binary_data_output": True}, " --fail-with-body --output answer.bin"
     body, command = json.dumps(request), f'curl -sS{file} {target} -H "Authorization: Bearer {token}"'
+    note = (
+        "# answer.bin gets JSON, then the bytes of the outputs; `loadledger infer` prints them\n"
+        if file
+        else ""
+    )
     if not zero_bytes:
-        return f"{command} \\\n  -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+        return f"{note}{command} \\\n  -H 'Content-Type: application/json' -d {shlex.quote(body)}"
     return (
-        f"(printf %s {shlex.quote(body)}; head -c {zero_bytes} /dev/zero) |\n"
+        f"{note}(printf %s {shlex.quote(body)}; head -c {zero_bytes} /dev/zero) |\n"
         f"{command} \\\n  -H 'Content-Type: application/octet-stream' "
         f"-H 'Inference-Header-Content-Length: {len(body)}' --data-binary @-"
     )
@@ -151,9 +148,10 @@ def _is_sent(tensor: ModelTensor) -> bool:
     return tensor.datatype in DATATYPES and len(example_of(tensor).shape) <= MAX_DIMENSIONS
 
 
-def _is_given(tensor: ModelTensor) -> bool:
-    """Whether an argument NAME=VALUE can give it one."""
-    return _is_typed(tensor.name) and "=" not in tensor.name and tensor.name[0] not in NAMELESS
+def _name(tensor: ModelTensor) -> str:
+    """Return an input's name for NAME=VALUE; as a text of JSON, if it would be read as something else."""
+    is_plain = _is_typed(tensor.name) and "=" not in tensor.name and tensor.name[0] not in NAMELESS
+    return tensor.name if is_plain else json.dumps(tensor.name)
 
 
 def _is_typed(name: str) -> bool:

@@ -335,7 +335,9 @@ async def _add_if_new(client: AsyncClient, subject: Subject) -> tuple[str, int |
         if not await asyncio.to_thread(_have_like_tensors, model, source):
             await _ask_for_name(subject, model, "with other inputs or outputs")
         elif subject.is_guessed:
-            await _ask_for_name(subject, model, "and this name is only that of a folder, or a part of one")
+            await _ask_for_name(
+                subject, model, "and this name is only that of a folder, or a part of the file's"
+            )
     added = await client.add(subject.name, subject.path)
     click.echo(f"{subject.name} version {added.version}: added")
     return subject.name, added.version

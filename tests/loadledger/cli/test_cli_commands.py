@@ -19,6 +19,7 @@ from support.clients import run_command
 from support.models import save
 from support.servers import APART, CTRL_C, Server, at_terminal, serving, standing
 
+from loadledger.cli.infer import GivenInput, parse_input
 from loadledger.cli.snippets import describe_guess, format_infer
 from loadledger.records import Model, ModelTensor, TensorExample
 from server.config import Config
@@ -237,13 +238,13 @@ def test_command_for_an_inference_runs_without_files(tensors: list[ModelTensor],
     assert first == f"loadledger infer --url http://h m {values}"
 
 
-@pytest.mark.parametrize("name", ["a=b", "@x", "\x1b", "-o", "[", '"'])
-def test_input_whose_name_cannot_be_typed_is_given_in_json(name: str) -> None:
-    few, many = tensor(name, "FP32", 1), tensor("many", "FP32", 99)
-    [command] = format_infer(Model(id="m", state="loaded", inputs=[few, tensor("x", "INT64")]))
-    assert json.loads(shlex.split(command)[-1]) == {name: [0.0], "x": 0}
-    [command] = format_infer(Model(id="m", state="loaded", inputs=[few, many]))
-    assert command == "loadledger infer m @FILE.npz"
+@pytest.mark.parametrize("name", ["a=b", "@x", "\x1b", "-o", "[", '"', 'it\'s "a"=\\', '"a"=', "\xe8=\xe8"])
+def test_input_whose_name_cannot_be_typed_is_quoted(name: str) -> None:
+    inputs = [tensor(name, "FP32", 1), tensor("many", "FP32", 99)]
+    first, _ = format_infer(Model(id="m", state="loaded", inputs=inputs))
+    quoted, plain = shlex.split(first)[-2:]
+    assert parse_input(quoted) == GivenInput(name, [0.0])
+    assert plain == "many=random"
 
 
 def test_input_that_cannot_be_sent_has_no_command() -> None:

@@ -55,6 +55,12 @@ def halves(*also: int) -> ModelProto:
     return model(nodes, [value("x", half, [None])], [value("y", half, [None]), *outputs])
 
 
+def oddly_named(length: int) -> ModelProto:
+    """`y = a=b + @x`."""
+    inputs = [value(name, FLOAT, [length]) for name in ("a=b", "@x")]
+    return model([helper.make_node("Add", ["a=b", "@x"], ["y"])], inputs, [value("y", FLOAT, [length])])
+
+
 def names_in(ran: Result) -> str:
     assert ran.exit_code == 0, ran.output
     return ran.stdout.partition(":")[0]
@@ -156,16 +162,8 @@ CURLS = {
     "halves": halves(),
     "halves-beside": halves(FLOAT, TensorProto.INT64),
     "bfloats": models.identity(TensorProto.BFLOAT16, (2,)),
-    "equals": helper.make_model(
-        helper.make_graph(
-            [helper.make_node("Add", ["a=b", "@x"], ["y"])],
-            "named",
-            [value("a=b", FLOAT, [2]), value("@x", FLOAT, [2])],
-            [value("y", FLOAT, [2])],
-        ),
-        opset_imports=[helper.make_opsetid("", 20)],
-        ir_version=9,
-    ),
+    "equals": oddly_named(2),
+    "equals-long": oddly_named(64),
 }
 
 
@@ -176,10 +174,11 @@ def test_printed_commands_answer(alice: dict[str, Any], tmp_path: Path, name: st
     lines = printed.strip().split("\n\n")
     [infer, *_] = [line for line in ran.stdout.splitlines() if line.startswith("loadledger infer")]
     command = lines[-1]
-    assert ("--output answer.bin" in command) is (name != "equals")
+    is_binary = not name.startswith("equals")
+    assert ("--output answer.bin" in command) is command.startswith("# answer.bin gets ") is is_binary
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=alice, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
-    answered = (tmp_path / "answer.bin").read_bytes() if name != "equals" else done.stdout
+    answered = (tmp_path / "answer.bin").read_bytes() if is_binary else done.stdout
     head, _ = json.JSONDecoder().raw_decode(answered.decode("latin-1"))  # binary outputs follow
     assert {each["name"] for each in head["outputs"]} >= {"y"}
     words = ["-c", f"{infer} --json"]
