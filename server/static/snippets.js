@@ -1,15 +1,21 @@
 // Programs that call a model: with curl, with the project's own client, and with Triton's.
 
-import { byteSize, elementBytes, exampleTensors, WITHOUT_JSON } from "./tensors.js";
+import { bytes, oneLine } from "./format.js";
+import { byteSize, elementBytes, exampleTensors, MOST, WITHOUT_JSON } from "./tensors.js";
 
 // What somebody replaces by a token, once in each program.
 export const PLACEHOLDER = "PASTE A TOKEN HERE";
 
 const numpy = (datatype) => ({ BOOL: "bool_", BF16: "float32" })[datatype] ?? datatype.toLowerCase().replace("fp", "float");
 
-// `inputs` and `outputs` are those of the metadata. Returns [{name, text}], each complete but for the token.
+// `inputs` and `outputs` are those of the metadata. Returns [{name, text}], each complete but for the token; of a model that
+// was not loaded, whose inputs are larger than a request, the text is a reason.
 export function snippets(origin, modelId, inputs, outputs) {
-  const tensors = exampleTensors(inputs);
+  const tensors = exampleTensors(inputs), large = tensors.find((tensor) => byteSize(tensor) > MOST);
+  if (large && inputs.every(({ example }) => !example)) {
+    const text = `# ${oneLine(large.name, 60)} has ${bytes(byteSize(large))}; a server takes ${bytes(MOST)}, or its --max-request-size\n`;
+    return ["curl", "Python", "tritonclient"].map((name) => ({ name, text }));
+  }
   return [
     { name: "curl", text: curl(origin, modelId, tensors, outputs) },
     { name: "Python", text: python(origin, modelId, tensors) },
@@ -37,9 +43,9 @@ ${command} \\
 
 // The command that prints a tensor: `yes` repeats as many letters as an element has bytes, the last of them a new line.
 function binary(tensor) {
-  const bytes = elementBytes(tensor.datatype, tensor.data), letters = "abcdefg".slice(0, bytes.length - 1);
-  if (!bytes.some(Boolean)) return `head -c ${byteSize(tensor)} /dev/zero`;
-  const octal = bytes.map((byte) => `\\${byte.toString(8).padStart(3, "0")}`).join("");
+  const element = elementBytes(tensor.datatype, tensor.data), letters = "abcdefg".slice(0, element.length - 1);
+  if (!element.some(Boolean)) return `head -c ${byteSize(tensor)} /dev/zero`;
+  const octal = element.map((byte) => `\\${byte.toString(8).padStart(3, "0")}`).join("");
   return `yes '${letters}' | head -c ${byteSize(tensor)} | LC_ALL=C tr '${letters}\\n' '${octal}'`;
 }
 

@@ -6,7 +6,7 @@ import { oneLine } from "./format.js";
 
 const WRITTEN = 256; // values that are written out; more are the word "zeros" or "ones"
 const FILLS = ["zeros", "ones"];
-const MOST = 64 * 2 ** 20; // bytes of a request that the server takes
+export const MOST = 64 * 2 ** 20; // bytes of a request that the server takes by default
 
 const FILLED = { BOOL: [false, true], BYTES: ["", ""] }; // by FILLS
 const ONES = { FP16: [0, 60], BF16: [128, 63], FP32: [0, 0, 128, 63], FP64: [0, 0, 0, 0, 0, 0, 240, 63], BYTES: [0] }; // in binary

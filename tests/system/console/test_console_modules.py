@@ -429,6 +429,14 @@ CASES: dict[str, tuple[object, str]] = {
         return [text.includes("--output answer.bin"), JSON.parse(/-d '([^']*)'/.exec(text)[1]).parameters];
         """,
     ),
+    "no program is shown for a request that is too large": (
+        ["# x has 4.0 TB; a server takes 67 MB, or its --max-request-size\n"] * 3,
+        """
+        const { snippets } = await import("/console/snippets.js");
+        const input = { name: "x", datatype: "FP32", shape: [1, 1000000, 1000000] };
+        return snippets("http://h", "m", [input], [input]).map(({ text }) => text);
+        """,
+    ),
     "sizes have names, and are guesses where the model refused them": (
         [
             "[batch, 3, height, -1]",
