@@ -113,7 +113,7 @@ _NESTED = frozenset({dict, list})
 _ANYTHING = msgspec.json.Decoder()
 _DATA_KEY = re.compile(rb'"data"[ \t\r\n]*:[ \t\r\n]*')
 _NOT_FINITE = {b"NaN": b"111", b"Infinity": b"11111111", b"Inf": b"111"}
-"""What Triton reads in data beside JSON's numbers, and a number of the same length."""
+"""Words for numbers that are not finite, as Triton reads them, and a number of the same length for each."""
 _UNPAIRED = re.compile(
     rb"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F]|\xed[\xa0-\xbf]", re.DOTALL
 )

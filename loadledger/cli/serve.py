@@ -34,7 +34,7 @@ GENERIC_NAMES = frozenset(_GENERIC.split())
 """Words in names of files and folders in common layouts, which name no model: the folder around them does."""
 COMMIT = re.compile(r"[0-9a-f]{12,64}")
 HUB_CACHE = "models--"
-"""What a folder of Hugging Face's cache begins with: models--ORGANISATION--REPOSITORY."""
+"""Beginning of a folder's name in Hugging Face's cache: models--ORGANISATION--REPOSITORY."""
 
 MAX_NAME = 128
 """Characters of a model's name."""
@@ -173,11 +173,17 @@ def name_source(source: str) -> str:
     return _choose_name(path, path.stem if path.suffix == ".onnx" else path.name)
 
 
+def place_of(path: Path) -> tuple[str, str]:
+    """Return the names of the model and the version to which a path belongs if it lies in a repository."""
+    folder = path.absolute() if path.is_dir() else path.absolute().parent
+    return folder.parent.name, folder.name
+
+
 def _own_name(path: Path) -> str:
     """Return the name of a file or folder itself, or of the model's folder in the layout MODEL/VERSION."""
-    folder = path.absolute() if path.is_dir() else path.absolute().parent
-    if folder.name.isdecimal():
-        return _to_name(folder.parent.name)
+    model, version = place_of(path)
+    if version.isdecimal():
+        return _to_name(model)
     name = path.stem if path.is_file() else path.name
     return _to_name(name) if name.isascii() else ""
 

@@ -35,7 +35,7 @@ from loadledger.cli.output import (
     print_note,
     to_printable,
 )
-from loadledger.cli.serve import Subject
+from loadledger.cli.serve import Subject, place_of
 from loadledger.cli.snippets import format_curl
 from loadledger.profiles import (
     DEFAULT_PROFILE,
@@ -358,7 +358,7 @@ async def _find_same(
 
     Of versions that somebody has laid into the repository, the server hashes that one, and the highest.
     """
-    laid, number = _place_of(path)
+    laid, number = place_of(path)
     is_laid = number.isdecimal() and not subject.is_named and MODEL_ID.fullmatch(laid)
     for name in dict.fromkeys([laid, subject.name] if is_laid else [subject.name]):
         model, found = await _find_model(client, name), dict[int | None, set[str]]()
@@ -373,12 +373,6 @@ async def _find_same(
             if found.get(version, set()).issuperset(digests):
                 return name, version
     return None
-
-
-def _place_of(path: Path) -> tuple[str, str]:
-    """Return the names of the model and the version to which a path belongs if it lies in a repository."""
-    folder = path.absolute() if path.is_dir() else path.absolute().parent
-    return folder.parent.name, folder.name
 
 
 async def _ask_for_name(subject: Subject, model: Model, why: str) -> None:

@@ -1,4 +1,4 @@
-"""What a model declares of its inputs and outputs, held against the limits of requests and answers.
+"""Declared inputs and outputs of a model, held against the limits of requests and answers.
 
 A model that no request can ask is refused at its load, and an answer of fixed shapes that is too long before
 it is computed. Names of dimensions say too little for that: of a model that halves the sides of a picture,

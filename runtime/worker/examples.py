@@ -30,6 +30,7 @@ SIDES = (32, 48, 64, 96, 112, 128, 160, 224, 256, 299, 320, 384, 416, 512, 640, 
 """Lengths of the open sides of a picture or volume, the smallest first: what the first run of a session
 takes, ONNX Runtime's arena keeps."""
 USUAL_SIDE = 224
+"""Length of a side that most models of pictures were trained with."""
 STEPS = (16, 512, 256, 128, 64, 32, 1, 8, 1024, 1600, 2048, 4096, 8000, 16000, 48000, 80)
 """Lengths of a sequence: words, frames, samples."""
 PICTURE_DIMENSIONS = 4

@@ -1,4 +1,4 @@
-"""What a model declares of its inputs and outputs: what no request can ask."""
+"""Models that no request can ask, by their declared inputs and outputs."""
 
 from collections.abc import Sequence
 
