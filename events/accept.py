@@ -33,6 +33,7 @@ from events.commands import (
     RequestUnload,
     VersionCommand,
 )
+from events.demand import demand_parameters, find_demand_refusal
 from events.jobs import Job, JobKind, JobStatus
 from events.labels import draft_label, find_label_refusal, names_version
 from events.models import Model, ModelState, Serving
@@ -54,6 +55,7 @@ from events.types import (
     LoadParameters,
     LoadRequested,
     ModelSettingsChanged,
+    ModelUnloaded,
     UnloadJoined,
     UnloadRequested,
     VersionAdded,
@@ -173,6 +175,18 @@ def find_use(state: State, model_id: str, version: int) -> str | None:
     return None
 
 
+def find_end_of_use(
+    state: State, model_id: str, version: int, actor: str
+) -> RequestUnload | RequestCancel | None:
+    """Return the next command that ends what uses a version; None if nothing does, or only a label."""
+    model = state.models.get(model_id) or Model(model_id)
+    held = [each.version for each in model.held]
+    loads = [job for job in state.unended(model_id) if job.kind is JobKind.LOAD and job.version == version]
+    if version in held or (loads and not held):
+        return RequestUnload(model_id, actor, force=True)  # which inferences do not undo, as they do a cancel
+    return RequestCancel(loads[0].id, actor) if loads else None
+
+
 def _find_repeated(state: State, given: Idempotency | None, now: Timestamp) -> Existing | Refused | None:
     """Return the outcome of the first request with this key; only an accepted request uses its key."""
     known = state.keys.get(given.key_hash) if given is not None else None
@@ -189,9 +203,9 @@ def _find_repeated(state: State, given: Idempotency | None, now: Timestamp) -> E
 
 def _decide_load(state: State, command: RequestLoad, new_id: Callable[[], str]) -> Decision:
     queue, model = state.queue(command.model_id), state.models.get(command.model_id)
-    if model is not None and command.version in model.removed:
-        name = f"version {command.version} of model '{model.id}'"
-        return Refused("unknown_version", f"{name} was removed; it loads once it has been added again")
+    refusal = _find_version_refusal(model, queue, command)
+    if refusal is not None:
+        return refusal
     for job in (*_list_joinable(state, command), *queue[-1:]):
         if _joins(command, job):
             return _join_job(state, command, job, new_id)
@@ -225,6 +239,16 @@ def _decide_load(state: State, command: RequestLoad, new_id: Callable[[], str]) 
     return Accepted(tuple(drafts), request.id)
 
 
+def _find_version_refusal(model: Model | None, queue: list[Job], command: RequestLoad) -> Refused | None:
+    """Return why the version may not be loaded: it was removed, or an inference may not choose it."""
+    if model is not None and command.version in model.removed:
+        name = f"version {command.version} of model '{model.id}'"
+        return Refused("unknown_version", f"{name} was removed; it loads once it has been added again")
+    is_loaded = model is not None and model.serving is not None
+    asks = command.cause is Cause.DEMAND and not queue and not is_loaded
+    return find_demand_refusal(model, command.version) if asks else None
+
+
 def find_joinable(state: State, command: Command) -> Iterator[tuple[str, str]]:
     """Yield the jobs that may answer a person's command, each with its actor: their joins matter to it."""
     match command:
@@ -255,7 +279,8 @@ def _join_load(
     """Answer with the load that the model serves from."""
     data, job_id = LoadJoined(command.idempotency), serving.load_job_id
     draft = Draft(new_id(), data, command.actor, job_id, command.model_id, serving.version)
-    return _record_once(state, command, draft, made_by=serving.loaded_by)
+    is_chosen = state.models[command.model_id].has_chosen(serving)
+    return _record_once(state, command, draft, made_by=serving.loaded_by if is_chosen else None)
 
 
 def _record_once(
@@ -346,6 +371,8 @@ def _find_other_version(model: Model | None, queue: list[Job], command: RequestL
 def _effective_parameters(model: Model | None, ahead: list[Job], command: RequestLoad) -> LoadParameters:
     """Return the parameters to record: what is not named stays, unless another version is loaded before."""
     before = _parameters_before(model, ahead, command.version)
+    if before is None and command.cause is Cause.DEMAND:
+        return demand_parameters(model, command.version, command.parameters)
     if before is None:
         return command.parameters
     kept = {
@@ -384,9 +411,11 @@ def _decide_unload(state: State, command: RequestUnload, new_id: Callable[[], st
     if queue and command.copy is None and _will_unload(queue[-1], command):
         return _join_job(state, command, queue[-1], new_id)
     load_job_id = command.copy or _load_to_end(model, queue, command)
-    if load_job_id is None:
+    if load_job_id is None and not (command.on_demand and not queue):
         why = "is only loading; add ?force=true to end the load" if queue else "is not loaded"
         return Refused("not_loaded", f"model '{model_id}' {why}")
+    if load_job_id is None and model.chosen and model.chosen.version is None:
+        return Existing(model.chosen.job_id)
     version, node_id = _locate_load(model, queue, load_job_id)
     data = UnloadRequested(
         command.force,
@@ -395,14 +424,25 @@ def _decide_unload(state: State, command: RequestUnload, new_id: Callable[[], st
         command.cause_event_id,
         command.idempotency,
         node_id=UNSET if node_id is None else node_id,
+        until_asked=command.until_asked or UNSET,
     )
     event_id = new_id()
-    return Accepted((Draft(event_id, data, command.actor, event_id, model_id, version),), event_id)
+    request = Draft(event_id, data, command.actor, event_id, model_id, version)
+    if load_job_id is not None:
+        return Accepted((request,), event_id)
+    outcome = replace(request, id=new_id(), data=ModelUnloaded(0, 0, 0), actor=SYSTEM)
+    return Accepted((request, outcome), event_id)
 
 
 def _will_unload(job: Job, command: RequestUnload) -> bool:
-    """Whether a pending job does what the command asks; a job that is being cancelled does not."""
-    return job.kind is JobKind.UNLOAD and (job.forced or not command.force) and not job.cancelling
+    """Whether a pending job does what the command asks; a job that is being cancelled does not.
+
+    Where inferences load models, a person's unload needs a person's, which they do not undo.
+    """
+    if job.unload is None or job.cancelling or (command.force and not job.forced):
+        return False
+    is_held = job.cause is Cause.REQUEST and not job.unload.until_asked
+    return is_held or command.until_asked or not command.on_demand
 
 
 def _model_to_unload(state: State, *, force: bool) -> str | None:
@@ -428,7 +468,9 @@ def _load_to_end(model: Model | None, queue: list[Job], command: RequestUnload) 
     return loads[0].id if loads and command.force else None
 
 
-def _locate_load(model: Model | None, queue: list[Job], load_job_id: str) -> tuple[int | None, str | None]:
+def _locate_load(
+    model: Model | None, queue: list[Job], load_job_id: str | None
+) -> tuple[int | None, str | None]:
     """Return the version of a load that is to end, and its node."""
     serving = None if model is None else model.find_serving(load_job_id)
     if serving is not None:

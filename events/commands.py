@@ -120,6 +120,8 @@ class RequestUnload:
     Attributes:
         conditions: of an automatic unload.
         copy: the load of the only copy to unload; None is all.
+        on_demand: whether inferences load models here; then one that is not loaded is taken out of service.
+        until_asked: whether the next inference may load the model again.
     """
 
     model_id: str | None
@@ -130,6 +132,8 @@ class RequestUnload:
     idempotency: Idempotency | None = None
     conditions: tuple[Condition, ...] = ()
     copy: str | None = None
+    on_demand: bool = False
+    until_asked: bool = False
 
 
 @dataclass(frozen=True, slots=True)

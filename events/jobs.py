@@ -217,10 +217,11 @@ def describe_exit(data: WorkerExited) -> str:
 
 
 class UnloadParameters(Struct, frozen=True, gc=False):
-    """The parameters of an unload, and the load that it ends."""
+    """The parameters of an unload, and the load that it ends; as `UnloadRequested` has them."""
 
     force: bool
-    load_job_id: str
+    load_job_id: str | None
+    until_asked: bool | UnsetType = UNSET
 
 
 class JobPlacement(Struct, frozen=True, gc=False):
@@ -468,7 +469,7 @@ def _create_job(event: Event, model_id: str, data: LoadRequested | UnloadRequest
         requested_by=event.actor,
         cause=Cause.REQUEST if isinstance(data, AddRequested) else data.cause,
         load=load.parameters if load else None,
-        unload=UnloadParameters(unload.force, unload.load_job_id) if unload else None,
+        unload=UnloadParameters(unload.force, unload.load_job_id, unload.until_asked) if unload else None,
         deadline_at=add_seconds(event.recorded_at, timed.timeout_s) if timed else None,
         placement=UNSET if placed is None or placed.node_id is UNSET else JobPlacement(placed.node_id),
         add=AddParameters(add.source, add.timeout_s, add.digest) if add else UNSET,

@@ -49,6 +49,7 @@ from events.types import (
     LoadApproved,
     LoadedFile,
     LoadFailed,
+    LoadJoined,
     LoadParameters,
     LoadRequested,
     LoadSignature,
@@ -189,6 +190,24 @@ class Label(Struct, frozen=True, gc=False):
     position: int
 
 
+class Choice(Struct, frozen=True, gc=False):
+    """The last load or unload of a model by a person, which on-demand loads follow.
+
+    Attributes:
+        job_id: its job, or that of the load by an inference which the person's load was answered with.
+        by: the person.
+        at: when it took effect.
+        version: None if the person unloaded the model: it is out of service until a person loads it.
+        parameters: of the load; None with `version`.
+    """
+
+    job_id: str
+    by: str
+    at: Timestamp
+    version: int | None = None
+    parameters: LoadParameters | None = None
+
+
 class Model(Struct, frozen=True, gc=False):
     """One model.
 
@@ -218,6 +237,7 @@ class Model(Struct, frozen=True, gc=False):
         target: the load that ended while only copies of the version before it were left: they serve until it
             is loaded again; not stored without one.
         labels: in order of their names; not stored without any.
+        chosen: the last choice of a person; not stored without one.
     """
 
     id: str
@@ -241,6 +261,7 @@ class Model(Struct, frozen=True, gc=False):
     copies: tuple[Serving, ...] | UnsetType = UNSET
     target: Serving | UnsetType = UNSET
     labels: tuple[Label, ...] | UnsetType = UNSET
+    chosen: Choice | UnsetType = UNSET
 
     @property
     def servings(self) -> tuple[Serving, ...]:
@@ -290,6 +311,14 @@ class Model(Struct, frozen=True, gc=False):
     def view_as(self, seen: Model) -> Model:
         """Return the model as the node has seen it that has seen `seen`."""
         return self if not self.copies or seen.serving is None else self.view_at(seen.serving.node_id)
+
+    def has_chosen(self, serving: Serving) -> bool:
+        """Whether the last choice of a person is the version and the parameters of a load."""
+        chosen = self.chosen or None
+        return chosen is not None and (chosen.version, chosen.parameters) == (
+            serving.version,
+            serving.parameters,
+        )
 
     def find_label(self, name: str) -> Label | None:
         return next((each for each in self.labels or () if each.name == name), None)
@@ -488,7 +517,21 @@ def _model_loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None
         previous=None,
         footprints=add_footprint(model.footprints, footprint_of(serving.version, data)),
         admitted=_add_admitted(model, serving, data),
+        chosen=model.chosen if job.cause is not Cause.REQUEST else _choose(event, job, loaded),
     )
+
+
+def _choose(event: Event, job: Job, serving: Serving) -> Choice:
+    return Choice(job.id, job.requested_by, event.recorded_at, serving.version, serving.parameters)
+
+
+def _load_joined(model: Model, event: Event, _: LoadJoined, __: Job | None) -> Model:
+    """A person's load that was answered with the present one, if by an inference, chooses that, too."""
+    serving = model.serving
+    if serving is None or serving.load_job_id != event.job_id or model.has_chosen(serving):
+        return model
+    chosen = Choice(serving.load_job_id, event.actor, event.recorded_at, serving.version, serving.parameters)
+    return replace(model, chosen=chosen)
 
 
 def _arrange_copies(
@@ -554,14 +597,17 @@ def make_serving(event: Event, data: ModelLoaded, job: Job) -> Serving | None:
     )
 
 
-def _settings_changed(model: Model, event: Event, data: ModelSettingsChanged, _: Job | None) -> Model:
+def _settings_changed(model: Model, event: Event, data: ModelSettingsChanged, job: Job | None) -> Model:
     """The present load goes on with other settings; one that is not the named one keeps its own."""
     serving, is_own = model.serving, _waits_for(model, event)
     if is_own and serving is not None and model.find_serving(data.load_job_id) is not None:
         parameters = replace(
             serving.parameters, keep_alive_s=data.keep_alive_s, pinned=data.pinned, copies=data.copies
         )
-        model = replace(model, serving=replace(serving, parameters=parameters))
+        serving = replace(serving, parameters=parameters)
+        model = replace(model, serving=serving)
+        if job is not None and job.cause is Cause.REQUEST:
+            model = replace(model, chosen=_choose(event, job, serving))
     return _lose_previous(_without_job(model, event.job_id), event) if is_own else model
 
 
@@ -610,7 +656,7 @@ def _count_failure(model: Model, event: Event, consequence: Consequence) -> Mode
 
 
 def _unload_requested(model: Model, event: Event, data: UnloadRequested, job: Job | None) -> Model:
-    """An unload belongs to the model only if it ends its present load, or one of its pending loads.
+    """An unload belongs to the model only if it ends its present load, one of its pending loads, or none.
 
     One that ends a copy, or what a copy replaces, takes it from the model: nothing is routed there any more.
     """
@@ -619,7 +665,7 @@ def _unload_requested(model: Model, event: Event, data: UnloadRequested, job: Jo
     is_one = model.copies and data.cause in REPLACEMENTS
     if is_one and model.find_serving(data.load_job_id) is not None:
         return _without_servings(model, [data.load_job_id])
-    present = [load.job_id for load in model.loads]
+    present: list[str | None] = [None, *(load.job_id for load in model.loads)]
     if model.serving is not None:
         present.append(model.serving.load_job_id)
     return replace(model, unloads=(*model.unloads, event.id)) if data.load_job_id in present else model
@@ -635,7 +681,11 @@ def _model_unloaded(model: Model, event: Event, _: ModelUnloaded, job: Job | Non
         return model
     if job is not None and job.cause is Cause.SWAP:
         return _replaced_model_unloaded(_without_job(model, event.job_id), event, job)
-    return _reset(_without_job(model, event.job_id))
+    after = _reset(_without_job(model, event.job_id))
+    is_by_person = job is not None and job.cause is Cause.REQUEST
+    if job is None or not is_by_person or (job.unload is not None and job.unload.until_asked):
+        return after
+    return replace(after, chosen=Choice(job.id, job.requested_by, event.recorded_at))
 
 
 def _reset(model: Model) -> Model:
@@ -650,6 +700,7 @@ def _reset(model: Model) -> Model:
         holders=model.holders,
         admitted=model.admitted,
         labels=model.labels,
+        chosen=model.chosen,
     )
 
 
@@ -821,5 +872,6 @@ STEPS: Mapping[type[Data | Unknown], Callable[[Model, Event, Any, Job | None], M
     VersionRemoved: _version_removed,
     LabelSet: _label_set,
     LabelRemoved: _label_removed,
+    LoadJoined: _load_joined,
 }
 """By type of event. A `match` of so many classes takes as long as the rest of a step (measured)."""

@@ -540,16 +540,18 @@ class ApprovalBypassed(Struct, frozen=True, gc=False):
 class UnloadRequested(Struct, frozen=True, gc=False):
     """A person or the system requested the end of the load `load_job_id`. The event's id is the job's.
 
-    `node_id` is the node at which that load is, if it is at any.
+    A person's unload of a model that is not loaded has null there. On-demand loads do not undo a person's
+    unload, unless that is `until_asked`. `node_id` is the node at which the load is, if it is at any.
     """
 
     TYPE: ClassVar[str] = "UnloadRequested"
     force: bool
-    load_job_id: str
+    load_job_id: str | None
     cause: Cause
     cause_event_id: str | None = None
     idempotency: Idempotency | None = None
     node_id: str | UnsetType = UNSET
+    until_asked: bool | UnsetType = UNSET
 
 
 class UnloadJoined(Struct, frozen=True, gc=False):

@@ -38,6 +38,8 @@ ADVICE = {
     "not_loaded": "`loadledger ps` lists loaded models",
     "nothing_loaded": "`loadledger ps` lists loaded models",
     "model_not_loaded": "`loadledger load MODEL --wait` loads it",
+    "out_of_service": "`loadledger load MODEL --wait` loads it",
+    "version_in_use": "`loadledger rm --force` ends its loads",
 }
 """Advice, by the server's error codes, in the command's words."""
 _OF_HTTP = re.compile(r"[;:] [^;:]*\b(?:(?:GET|POST) /|Authorization: )[^;]*")

@@ -149,6 +149,7 @@ class Operations:
         model_id: str | None = None,
         *,
         force: bool = False,
+        until_asked: bool = False,
         wait: bool = False,
         wait_s: float | None = None,
         on_stage: JobCallback | None = None,
@@ -157,13 +158,16 @@ class Operations:
     ) -> Job:
         """Unload a model, by default the active one, and return the job.
 
-        `force` does not wait for running requests or a stuck worker. The other arguments are those of `load`.
+        `force` does not wait for running requests or a stuck worker. Where inferences load models, they do
+        not load this one until a person does, unless it is only unloaded `until_asked`. The other arguments
+        are those of `load`.
 
         Raises:
             ServerError: the server refused: `unknown_model`, `not_loaded`, `nothing_loaded`.
         """
         target = path("models", "unload") if model_id is None else path("models", model_id, "unload")
-        request = post_request(f"/api/v1{target}", [("force", "true")] if force else [], key=idempotency_key)
+        query = [(name, "true") for name, on in (("force", force), ("until_asked", until_asked)) if on]
+        request = post_request(f"/api/v1{target}", query, key=idempotency_key)
         return await submit_job(
             self._context, request, WaitOptions(wait_s, on_stage, on_away) if wait else None
         )
@@ -293,14 +297,15 @@ class Operations:
             return 1
         return max(model.versions or [0]) + 1
 
-    async def remove(self, model_id: str, version: int) -> None:
-        """Remove a version, which no load may use, from the server's repository.
+    async def remove(self, model_id: str, version: int, *, force: bool = False) -> None:
+        """Remove a version from the server's repository. No load may use it; `force` ends those that do.
 
         Raises:
             ServerError: the server refused: `unknown_version`, `version_in_use`, `repository_read_only`.
         """
         target = f"/api/v1{path('models', model_id, 'versions', str(version))}"
-        await self._change(Request("DELETE", target, repeatable=False, timeout_s=UPLOAD_ANSWER_S))
+        query = "?force=true" if force else ""
+        await self._change(Request("DELETE", target + query, repeatable=False, timeout_s=UPLOAD_ANSWER_S))
 
     async def set_label(self, model_id: str, label: str, version: int) -> None:
         """Let a label name a version of the repository, loaded or not; `model(model_id).labels` has them.
@@ -522,7 +527,7 @@ class Operations:
 
     async def _unload_if_loaded(self, model_id: str) -> None:
         try:
-            await self.unload(model_id, wait=True)
+            await self.unload(model_id, until_asked=True, wait=True)
         except ServerError as problem:
             if problem.code != NOT_LOADED:
                 raise

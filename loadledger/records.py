@@ -282,6 +282,16 @@ class DeviceUse(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int | None = None
 
 
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """A load or an unload by a person; `version` and `parameters` are None of an unload."""
+
+    job_id: str
+    by: str
+    at: str
+    version: int | None = None
+    parameters: dict[str, Any] | None = None
+
+
 class Model(msgspec.Struct, frozen=True, kw_only=True):
     """A model that is in the repository or loaded.
 
@@ -309,6 +319,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
         sources: of its versions that the server fetched, likewise not in a list.
         signature: of what it serves, and `approval`; None without rules.
         policy: the rules of today; None with `at`, and without any.
+        chosen: the last load or unload by a person, which on-demand loads follow; None likewise.
     """
 
     id: str
@@ -345,6 +356,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     signature: LoadSignature | None = None
     approval: LoadApproval | None = None
     policy: ModelRules | None = None
+    chosen: Choice | None = None
     as_of: int | None = None
     as_of_time: str | None = None
     server: ServerPresence | None = None

@@ -135,6 +135,7 @@ ERRORS: Mapping[str, ErrorKind] = {
     "too_many_files": ErrorKind(503, "The server may open no more files"),
     "model_not_loaded": ErrorKind(503, "The model is not loaded"),
     "load_failed": ErrorKind(503, "The model could not be loaded on demand"),
+    "out_of_service": ErrorKind(503, "A person has taken the model out of service"),
     "model_unloading": ErrorKind(503, "The model is being unloaded"),
     "node_unreachable": ErrorKind(503, "The node that has to answer cannot be reached"),
     "worker_died": ErrorKind(503, "The model's worker ended"),

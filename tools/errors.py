@@ -85,7 +85,7 @@ ADVICE: Mapping[str, str] = {
     "not_loaded": "There is nothing to unload. To end a load in progress, use `?force=true`.",
     "version_exists": "Choose another number: a version is never overwritten.",
     "version_in_use": "Unload the model, load another version, cancel the load, or move the label; then "
-    "remove the version.",
+    "remove the version. `--force` ends the loads.",
     "too_many_labels": "Remove a label that nobody uses, or move one that exists.",
     "no_nodes": "Only servers with `--ledger` are nodes.",
     "node_ended": "There is nothing to drain: its models are loaded at other nodes.",
@@ -118,6 +118,7 @@ ADVICE: Mapping[str, str] = {
     "too_many_connections": "Close unused connections, or raise the limit of open files.",
     "too_many_files": "Raise the limit of open files: `LimitNOFILE=` of systemd, `ulimit -n`.",
     "model_not_loaded": "Load it, or let the server load it: `--on-demand on`.",
+    "out_of_service": "Load it: `detail` says who unloaded it and when. No inference does that.",
     "load_failed": "`detail` has the reason; the server tries again after `Retry-After`.",
     "node_unreachable": "Send the request again after `Retry-After`. If the node does not come back, its"
     " models are loaded at other nodes once its lease is over. Check that all nodes reach its"

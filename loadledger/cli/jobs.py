@@ -450,22 +450,32 @@ def load(
 @click.argument("model", required=False, shell_complete=loaded_models)
 @click.option("--active", is_flag=True, help="Unload the active model, which was loaded last.")
 @click.option("--force", "-f", is_flag=True, help="Do not wait for running requests.")
+@click.option("--until-asked", is_flag=True, help="Let the next inference load it again.")
 @_wait_option
 @options.json_option
 @options.server_options
 def unload(
-    model: str | None, *, active: bool, force: bool, wait: bool, as_json: bool, where: options.ServerChoice
+    model: str | None,
+    *,
+    active: bool,
+    force: bool,
+    until_asked: bool,
+    wait: bool,
+    as_json: bool,
+    where: options.ServerChoice,
 ) -> None:
     """Unload a model.
 
-    --force aborts running requests, cancels a load in progress and kills a stuck worker.
+    --force aborts running requests, cancels a load in progress and kills a stuck worker. Where inferences
+    load models (`serve --on-demand on`), they do not load this one until you do; with --until-asked the next
+    one does.
     """
     if active and model is not None:
         raise click.UsageError("name a model or give --active, not both")
     with options.open_chosen_client(where) as client:
         if model is None and not active:
             _refuse_nameless(client)
-        job = client.unload(model, force=force)
+        job = client.unload(model, force=force, until_asked=until_asked)
         report_request(client, job, wait=wait, as_json=as_json)
 
 

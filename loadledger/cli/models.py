@@ -190,6 +190,7 @@ def _details(model: Any, words: Sequence[str] = ()) -> Iterator[str]:
         "loaded": model.loaded_at
         and f"{output.format_timestamp(model.loaded_at)} by {format_cell(model.loaded_by)}",
         "brought back": model.brought_back and BROUGHT_BACK.get(model.brought_back, model.brought_back),
+        "chosen": model.chosen and _choice(model.chosen),
         "node": model.node,
         "copies": _copies(model),
         "copies wait": model.copies_waiting_for,
@@ -209,6 +210,12 @@ def _details(model: Any, words: Sequence[str] = ()) -> Iterator[str]:
     for file in model.files:
         yield f"  {format_cell(file.path)}: {file.bytes} bytes, sha256 {format_cell(file.sha256)}"
     yield from signature_lines(model, words)
+
+
+def _choice(chosen: Any) -> str:
+    what = "unloaded" if chosen.version is None else f"version {chosen.version}"
+    effect = "; no inference loads it" if chosen.version is None else ""
+    return f"{what} by {format_cell(chosen.by)} {output.format_timestamp(chosen.at)}{effect}"
 
 
 def _describe_use(use: Any) -> str:
@@ -402,14 +409,16 @@ def _upload_display(about: str) -> Iterator[Callable[[int, int], None] | None]:
 @click.command("rm")
 @click.argument("model", shell_complete=models_of_server)
 @options.int_option("--version", "-v", metavar="N", text="Version that goes.", required=True)
+@click.option("--force", "-f", is_flag=True, help="First end its loads, without waiting for requests.")
 @options.server_options
-def remove(model: str, *, version: int, where: options.ServerChoice) -> None:
+def remove(model: str, *, version: int, force: bool, where: options.ServerChoice) -> None:
     """Remove a version from the server's repository.
 
-    Its files are deleted. A version that is loaded, or will be, or that a label names, is refused.
+    Its files are deleted. A version that is loaded, or will be, is refused without --force, and one that a
+    label names always.
     """
     with options.open_chosen_client(where) as client:
-        client.remove(model, version)
+        client.remove(model, version, force=force)
     click.echo(f"{to_printable(model)} version {version}: removed")
 
 

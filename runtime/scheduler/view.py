@@ -202,9 +202,9 @@ class Observations:
 
 def find_unload_target(state: State, unload: Job) -> str:
     """Return the load that an unload ends: the serving one, else the one that its request names."""
-    if unload.unload is None:
-        raise RuntimeError(f"job {unload.id} is no unload")
-    named = unload.unload.load_job_id
+    named = None if unload.unload is None else unload.unload.load_job_id
+    if named is None:
+        raise RuntimeError(f"job {unload.id} ends no load")
     model = state.models.get(unload.model_id)
     if unload.cause in REPLACEMENTS or model is None or model.serving is None:
         return named

@@ -367,8 +367,14 @@ class Uploads:
         del self._stages[stage.id]
         await self._discard(stage)
 
-    async def remove(self, model_id: str, version: int, actor: str) -> None:
-        """Remove a version that no load uses.
+    async def remove(
+        self,
+        model_id: str,
+        version: int,
+        actor: str,
+        end_uses: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """Remove a version that no load uses, once `end_uses`, if there is one, has ended those that do.
 
         Raises:
             RuntimeProblem: `repository_read_only`, `unknown_version`, `version_in_use`, `version_exists` (it
@@ -380,8 +386,10 @@ class Uploads:
         self._begin(entry)
         try:
             await self._prepare()
-            await self._check_unused(model_id, version)
             await self._run(entry, entry.begin_removal)
+            if end_uses is not None:
+                await end_uses()
+            await self._check_unused(model_id, version)
         except BaseException:
             await self._discard(entry)
             self._end(entry)

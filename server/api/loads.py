@@ -44,7 +44,16 @@ from server.api.schemas import IS_LABEL, IS_REASON, ModelPathSchema, about
 from server.appkeys import CONFIG, CONSUMER, GATE, LOG, UPLOADS, VERSIONS
 from server.auth.gate import PRINCIPAL, Principal, credential_of
 from server.cluster import signer_of
-from server.config import LABEL, LABEL_RULE, MAX_KEEP_ALIVE_S, MAX_LABELS, MAX_THREADS, MAX_TIMEOUT_S, Config
+from server.config import (
+    LABEL,
+    LABEL_RULE,
+    MAX_KEEP_ALIVE_S,
+    MAX_LABELS,
+    MAX_THREADS,
+    MAX_TIMEOUT_S,
+    ON,
+    Config,
+)
 from server.devices import check_devices
 from server.errors import ServerProblem
 from server.http.validation import (
@@ -209,6 +218,13 @@ class UnloadQuerySchema(Schema):
     force = ParameterBoolean(
         load_default=False, **about("Do not wait for running requests; end a load and a stuck worker, too.")
     )
+    until_asked = ParameterBoolean(
+        load_default=False,
+        **about(
+            "With `--on-demand on`: only free the memory; the next inference loads the model again. Without, "
+            "inferences are refused with `out_of_service` until a person loads it."
+        ),
+    )
 
 
 @routes.post(
@@ -270,9 +286,14 @@ async def unload_model(request: web.Request) -> web.Response:
 
 
 async def _unload(request: web.Request, model_id: str | None) -> web.Response:
-    subject, force = request[PRINCIPAL].subject, query_parameters(request)["force"]
-    key = hash_idempotency_key(request)
-    return await answer_with_job(request, RequestUnload(model_id, subject, force, idempotency=key))
+    command = RequestUnload(
+        model_id,
+        request[PRINCIPAL].subject,
+        idempotency=hash_idempotency_key(request),
+        on_demand=request.app[CONFIG].on_demand == ON,
+        **query_parameters(request),
+    )
+    return await answer_with_job(request, command)
 
 
 _AS_DEFAULTS = LoadBodySchema(only=LoadParameters.__struct_fields__)

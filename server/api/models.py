@@ -137,6 +137,19 @@ _SIGNATURE = (
 _SIGNATURE += " declares them; null if the file cannot be read as ONNX."
 
 
+class ChoiceSchema(AnswerSchema):
+    """A load or an unload by a person."""
+
+    version = fields.Integer(
+        allow_none=True,
+        **about("The version that an inference loads; null if it loads none: the person unloaded the model."),
+    )
+    parameters = fields.Dict(allow_none=True, **about("Of the load; null with `version`."))
+    by = fields.String()
+    at = fields.String()
+    job_id = fields.String()
+
+
 class ModelSchema(PastSchema):
     """A model of the repository, or one that is loaded."""
 
@@ -230,6 +243,15 @@ class ModelSchema(PastSchema):
         allow_none=True,
         **about(
             "The rules for it that are in force here; null without, missing with `at`.", is_optional=True
+        ),
+    )
+    chosen = fields.Nested(
+        ChoiceSchema,
+        allow_none=True,
+        **about(
+            "The last load or unload by a person, which on-demand loads follow; null without one, missing"
+            " with `at`.",
+            is_optional=True,
         ),
     )
     error = fields.Nested(FailureSchema, allow_none=True)
@@ -456,8 +478,9 @@ def _copies_members(model: ShownModel) -> dict[str, Any]:
 
 def _add_present(app: web.Application, view: dict[str, Any]) -> dict[str, Any]:
     """Return a view with what is not known of the past."""
-    view, cluster = {**view, "policy": _policy_view(app, view["id"])}, app.get(CLUSTER)
-    model = app[LOG].state.models.get(view["id"])
+    model, cluster = app[LOG].state.models.get(view["id"]), app.get(CLUSTER)
+    chosen = None if model is None else msgspec.to_builtins(model.chosen or None)
+    view = {**view, "policy": _policy_view(app, view["id"]), "chosen": chosen}
     if cluster is not None and model is not None and "copies" in view:
         view["copies_ready"], view["copies_waiting_for"] = cluster.count_copies(model)
     return view

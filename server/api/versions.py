@@ -8,8 +8,9 @@ names by its source is fetched by a job (`runtime.fetch`).
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 from aiohttp import hdrs, web
@@ -17,8 +18,10 @@ from aiohttp.typedefs import Handler
 from marshmallow import Schema, fields, validate
 from msgspec.structs import asdict
 
+from events.accept import MAX_QUEUE, find_end_of_use
 from events.clock import format_timestamp
 from events.commands import RequestAdd
+from events.errors import RequestRefused
 from events.types import AddedFile, AddParameters
 from runtime.fetch.sources import check_pinned, parse_allowed, parse_source
 from runtime.uploads.commit import STAGE_S, UploadBody
@@ -31,9 +34,10 @@ from server.api.jobs import (
     IdempotencySchema,
     answer_with_job,
     hash_idempotency_key,
+    run_job,
 )
 from server.api.schemas import ModelVersionPathSchema, about
-from server.appkeys import CONFIG, STOPPING, UPLOADS
+from server.appkeys import CONFIG, LOG, STOPPING, UPLOADS
 from server.auth.gate import PRINCIPAL
 from server.cluster import FORWARDING
 from server.errors import ServerProblem
@@ -41,10 +45,12 @@ from server.http.bodies import iterate_body
 from server.http.validation import (
     InvalidParameter,
     NothingSchema,
+    ParameterBoolean,
     UnsupportedMediaType,
     header_fields,
     is_json,
     path_parameters,
+    query_parameters,
     read_json,
 )
 from server.routing import Access, Routes
@@ -99,6 +105,15 @@ class VersionHeadersSchema(DigestHeadersSchema, IdempotencySchema):
         data_key="If-None-Match",
         validate=validate.Equal("*", error="Must be *."),
         **about("`*` answers 412 instead of 409 if the version exists. Neither overwrites it.", example="*"),
+    )
+
+
+class RemovalQuerySchema(Schema):
+    """Query of a removal."""
+
+    force = ParameterBoolean(
+        load_default=False,
+        **about("End loads of the version, as an unload with `force`, and remove it then."),
     )
 
 
@@ -250,16 +265,28 @@ async def _add_from_source(request: web.Request) -> web.Response:
     access=Access.ADMIN,
     summary="Remove a version",
     description="Records `VersionRemoved`, then deletes the version's files from the repository. A version "
-    "that is loaded, or will be, is refused.",
+    "that is loaded, or will be, is refused, unless `force` ends that; one that a label names is refused.",
     path=ModelVersionPathSchema(),
-    query=NothingSchema(),
+    query=RemovalQuerySchema(),
     answers={204: {"description": "Removed."}},
     errors=("unknown_version", "version_in_use", *_CHANGE_ERRORS),
 )
 async def remove_version(request: web.Request) -> web.Response:
-    given = path_parameters(request)
-    await request.app[UPLOADS].remove(given["id"], given["version"], request[PRINCIPAL].subject)
+    given, app = path_parameters(request), request.app
+    version = given["id"], given["version"], request[PRINCIPAL].subject
+    end_uses = partial(_end_uses, app, *version) if query_parameters(request)["force"] else None
+    await app[UPLOADS].remove(*version, end_uses)
     return web.Response(status=204)
+
+
+async def _end_uses(app: web.Application, model_id: str, version: int, subject: str) -> None:
+    """End the loads of a version: that which serves, and those that have not ended, one after the other."""
+    for _ in range(MAX_QUEUE):  # then others load it all the time, and the removal is refused
+        command = find_end_of_use(app[LOG].state, model_id, version, subject)
+        if command is None:
+            return
+        with suppress(RequestRefused):  # the job has just ended
+            await run_job(app, command)
 
 
 @routes.post(

@@ -87,6 +87,11 @@ function deviceText({ device, nodes: there, provider, version, memory_bytes: mem
   return `${count(there, "node")} of its graph on ${oneLine(device, 80)} (${oneLine(`${provider} ${version}`, 80)}${taken})`;
 }
 
+function choiceText({ version, by, at }) {
+  const effect = version === null ? "; no inference loads it" : "";
+  return `${version === null ? "Unloaded" : `Version ${version}`} by ${oneLine(by, 130)}, ${stamp(at)}${effect}`;
+}
+
 function Facts({ model }) {
   const facts = factsOf(model), fact = (name, value) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`;
   const loaded = model.loaded_at ? `${stamp(model.loaded_at)} by ${oneLine(model.loaded_by, 130)}${broughtBack(model)}` : "–";
@@ -99,6 +104,7 @@ function Facts({ model }) {
       ${fact("Memory now", [facts.memory, useOf(model).serving && facts.memoryAtLoad].filter(Boolean).join(", "))}
       ${model.devices && fact("Device", model.devices.map(deviceText).join(", "))}
       ${fact("Loaded", loaded)}
+      ${model.chosen && fact("Chosen", choiceText(model.chosen))}
       ${model.signature && fact("Signature", signatureText(model.signature))}
       ${model.approval && fact("Approval", approvalText(model.approval))}
       ${fact("Last use", facts.lastUse)}

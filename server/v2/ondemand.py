@@ -14,7 +14,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 from events.commands import Receipt, RequestLoad
-from events.errors import LedgerProblem
+from events.demand import find_chosen_version, find_demand_refusal
+from events.errors import LedgerProblem, RequestRefused
 from events.jobs import Failure, Job, JobKind, JobStatus
 from events.log import Log
 from events.models import Model, ModelState
@@ -35,7 +36,7 @@ MAX_FAILURES = 1000
 _ABSENT = (ModelState.UNLOADED, ModelState.FAILED)
 
 Demand = tuple[str, int | None]
-"""A model and the requested version; None for the highest in the repository."""
+"""A model and the requested version; None for the one that a person chose last, else the highest."""
 
 
 class DemandFailed(ServerProblem):
@@ -191,7 +192,7 @@ class OnDemand:
             ApprovalRequired: `approval_required`.
             UnknownModel: `unknown_model`, or UnknownVersion, `unknown_version`.
             UnknownLabel: `unknown_label`.
-            LedgerProblem: `queue_full`, `log_unavailable`.
+            LedgerProblem: `out_of_service`, `model_not_loaded`, `queue_full`, `log_unavailable`.
             ServerProblem: `shutting_down`.
         """
         if not self.on:
@@ -311,9 +312,12 @@ class OnDemand:
     async def _request_load(self, demand: Demand, subject: str, before: Model | None) -> Receipt | None:
         """Look the model up and request its load, unless the model has changed meanwhile."""
         model_id, version = demand
+        refusal = find_demand_refusal(before, version)
+        if refusal is not None:
+            raise RequestRefused(refusal.code, refusal.message)
         self._back_off.check(demand, before, asyncio.get_running_loop().time())
         try:
-            command = await self.look_up(model_id, version, subject)
+            command = await self.look_up(model_id, version or find_chosen_version(before), subject)
         except _PASSED_ON:
             raise
         except (errors.RuntimeProblem, ServerProblem) as problem:

@@ -22,8 +22,9 @@ from server.api.jobs import job_path, run_job
 from server.api.loads import make_load_command
 from server.api.models import ListedModel, list_versions
 from server.api.schemas import AnswerSchema, ModelPathSchema, about
-from server.appkeys import LOG, VERSIONS
+from server.appkeys import CONFIG, LOG, VERSIONS
 from server.auth.gate import PRINCIPAL
+from server.config import ON
 from server.errors import ERRORS, ServerProblem
 from server.http.validation import path_parameters
 from server.routing import Access, Routes
@@ -199,9 +200,10 @@ def _encoded_index(recorded: Mapping[str, Model], found: Sequence[ListedModel], 
 
 async def _unload(app: web.Application, model_id: str, subject: str) -> Job | None:
     """Unload the serving version, else cancel the load, as Triton does; None if there is neither."""
+    on_demand = app[CONFIG].on_demand == ON
     for force in (False, True):
         try:
-            return await run_job(app, RequestUnload(model_id, subject, force))
+            return await run_job(app, RequestUnload(model_id, subject, force, on_demand=on_demand))
         except RequestRefused as refusal:
             if refusal.code != "not_loaded":
                 raise

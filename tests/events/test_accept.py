@@ -596,7 +596,7 @@ JOINS: list[tuple[str, Command, str]] = [
     ("load join_L", by("carol", load()), "join L"),
     ("load join_L load_v2", by("bob", load(2)), "join L2"),
     ("load join_L request_again_pinned", by("bob", load()), "join L3"),
-    ("request_demand start_demand finish_demand", by("alice", load()), "D"),
+    ("request_demand start_demand finish_demand", by("alice", load()), "join D"),
     ("load restart restore", by("alice", load()), "join R"),
     ("load", by("alice", load(), KEY), "join L"),
     ("load join_L", by("bob", load(), KEY), "join L"),

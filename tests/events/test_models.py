@@ -39,7 +39,7 @@ from events.jobs import (
     JobStatus,
     PendingLoad,
 )
-from events.models import Model, ModelState, Serving
+from events.models import Choice, Model, ModelState, Serving
 from events.types import (
     SYSTEM,
     TYPES,
@@ -348,6 +348,7 @@ def test_loaded_model_names_files_actor_and_parameters() -> None:
         rank=3,
         last_version=3,
         footprints=(Footprint(3, (file(),), 1_000),),
+        chosen=Choice("L", "alice", at(3), 3, LoadParameters()),
     )
 
 
@@ -359,7 +360,10 @@ def test_change_of_settings_leaves_the_rest_of_the_model(load: str) -> None:
     assert before.serving is not None
     settings = replace(before.serving.parameters, keep_alive_s=60, pinned=True)
     serving = replace(before.serving, parameters=settings if load == "L" else before.serving.parameters)
-    assert history.model() == replace(before, serving=serving, loads=())
+    chosen = (
+        Choice("L3", "alice", history.facts[-1].recorded_at, 1, settings) if load == "L" else before.chosen
+    )
+    assert history.model() == replace(before, serving=serving, loads=(), chosen=chosen)
     job = history.job("L3")
     assert (job.status, job.attempt, job.started_at) == (JobStatus.COMPLETED, 0, None)
 

@@ -208,7 +208,7 @@ def test_every_type_has_a_fold() -> None:
     }
     assert {kind.__name__ for kind in {*jobs.STEPS, *jobs.REQUESTS}} == TYPES.keys() - of_no_job
     of_adds = {"AddRequested", "AddStarted", "AddFailed"}
-    of_waits = {"LoadJoined", "LoadRejected", "ApprovalExpired", "ApprovalBypassed"}
+    of_waits = {"LoadRejected", "ApprovalExpired", "ApprovalBypassed"}
     of_models_alone = {"VersionRemoved", "LabelSet", "LabelRemoved"}
     of_no_model = (of_no_job | of_adds | of_waits | {"CancelRequested", "LoadPlaced"}) - of_models_alone
     assert {kind.__name__ for kind in models.STEPS} == TYPES.keys() - of_no_model

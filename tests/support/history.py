@@ -261,10 +261,12 @@ class History:
         force: bool = False,
         cause: Cause = Cause.REQUEST,
         node_id: str | UnsetType = UNSET,
+        until_asked: bool | UnsetType = UNSET,
         **about: Any,
     ) -> None:
         by = "alice" if cause is Cause.REQUEST else SYSTEM
-        self.add(UnloadRequested(force, load, cause, node_id=node_id), job, by=by, **about)
+        data = UnloadRequested(force, load, cause, node_id=node_id, until_asked=until_asked)
+        self.add(data, job, by=by, **about)
 
     def start_unload(self, job: str, **about: Any) -> None:
         self.add(UnloadStarted(), job, **about)
@@ -405,6 +407,7 @@ TUNED: dict[str, Any] = {
 ON_CUDA = DeviceUse("cuda", "0.9.0", "cuda:0", 60, 600_000_000)
 ON_CPU = DeviceUse("cpu", "1.30.0", "cpu", 9)
 JOBS = ("A", "L", "L2", "L3", "R", "U", "F", "S")
+LOADS = ("L", "L2", "L3", "R", "D")
 STEPS: dict[str, Callable[..., object]] = {
     "request": lambda h: h.ask_load("L"),
     "request_10s": lambda h: h.ask_load("L", timeout_s=10),
@@ -433,10 +436,13 @@ STEPS: dict[str, Callable[..., object]] = {
     "drain_again": lambda h: h.unload("S2", "L", cause=Cause.SWAP),
     # Unloads, gentle and forced.
     "request_unload": lambda h: h.ask_unload("U", "L"),
+    "request_unload_until_asked": lambda h: h.ask_unload("U", "L", until_asked=True),
     "request_unload_v2": lambda h: h.ask_unload("U", "L2"),
     "request_unload_pair": lambda h: h.ask_unload("U", "P"),
     "request_unload_unknown": lambda h: h.ask_unload("U", "unknown"),
     "request_eviction": lambda h: h.ask_unload("U", "L", cause=Cause.EVICTION),
+    **{f"evict_{job}": partial(History.unload, job="E", load=job, cause=Cause.EVICTION) for job in LOADS},
+    "remove": lambda h: h.remove_version(),
     "start_unload": lambda h: h.start_unload("U"),
     "finish_unload": lambda h: h.end_unload("U"),
     "request_force": lambda h: h.ask_unload("F", "L", force=True),

@@ -192,9 +192,9 @@ class Api:
         assert answer.status == 202, answer.body
         return answer.json
 
-    async def unload(self, model_id: str, *, force: bool = False) -> Json:
+    async def unload(self, model_id: str, *, force: bool = False, until_asked: bool = False) -> Json:
         """Unload a model and return the job, which must have completed."""
-        query = "?force=true" if force else ""
+        query = f"?force={force}&until_asked={until_asked}".lower()
         return await self._ended("completed", f"/api/v1/models/{model_id}/unload{query}")
 
     async def infer(

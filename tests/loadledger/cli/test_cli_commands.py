@@ -95,7 +95,10 @@ def test_add_puts_a_version_in_and_rm_takes_it_out(alice: Shell, tmp_path: Path)
     assert "version_exists" in alice.refused(2, f"add added {file} --version 2")
     assert "is a text and no model" in alice.refused(2, f"add added {__file__}")
     assert alice.prints("rm added --version 1") == "added version 1: removed\n"
-    assert "version_in_use" in alice.refused(2, "rm added --version 3")
+    refused = alice.refused(2, "rm added --version 3")
+    assert "version_in_use" in refused
+    assert "`loadledger rm --force` ends its loads" in refused
+    assert alice.prints("rm added --version 3 --force") == "added version 3: removed\n"
 
 
 def test_label_names_a_version_in_lists_and_requests(alice: Shell, tmp_path: Path) -> None:
@@ -203,7 +206,16 @@ def test_show_prints_inputs_and_a_command_that_works(alice: Shell) -> None:
     assert (command, with_file[:1]) == ("loadledger infer whole x=random:16", "#")
     assert alice.prints("show whole").endswith(listed)
     assert re.search(r"y +FP32 +\[16\] ", alice.run(*shlex.split(command)[1:]).stdout)
+    assert re.search(r"^ +chosen: +version 1 by alice ", alice.prints("show whole"), re.MULTILINE)
     alice.prints("unload whole --wait")
+    assert re.search(
+        r"^ +chosen: +unloaded by alice .*; no inference loads it$", alice.prints("show whole"), re.MULTILINE
+    )
+    refused = alice.refused(2, "infer whole x=[1]")
+    assert "whole' is out of service: unloaded by alice at " in refused
+    assert "`loadledger load whole --wait` loads it" in refused
+    alice.prints("load whole --wait")
+    alice.prints("unload whole --until-asked --wait")
     assert alice.prints("inspect whole") == alice.prints("show whole")
 
 

@@ -86,6 +86,10 @@ async def test_load_is_accepted_and_its_job_completes(shared: LocalApi) -> None:
         "outputs": [tensor("y")],
         "signature_version": 1,
         "parameters": job["parameters"],
+        "chosen": {
+            "version": 1, "parameters": job["parameters"], "by": "Ann", "at": job["finished_at"],
+            "job_id": job["id"],
+        },
         "id": "m", "versions": [1], "state": "loaded", "version": 1, "next_version": None, "active": True,
         "loaded_at": job["finished_at"], "loaded_by": "Ann", "job_id": job["id"],
         "position": job["position"], "prepared": None, "error": None, "instances": 1,
@@ -145,7 +149,10 @@ async def test_load_that_changes_settings_completes_without_a_load(shared: Local
     pinned = answer.json
     assert pinned["id"] != loaded["id"]
     assert pinned["parameters"] == loaded["parameters"] | {"pinned": True}
-    assert await shared.model("changed") == before | {"parameters": pinned["parameters"]}
+    chosen = {"version": 1, "parameters": pinned["parameters"], "by": "alice", "job_id": pinned["id"]}
+    assert await shared.model("changed") == before | {
+        "parameters": pinned["parameters"], "chosen": chosen | {"at": pinned["finished_at"]},
+    }  # fmt: skip
     assert [(use["pinned"], use["keep_alive_s"]) for use in await uses(shared, "changed")] == [(True, None)]
     story = [event.type for event in await shared.events("changed")]
     assert story == [

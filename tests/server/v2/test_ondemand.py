@@ -281,6 +281,108 @@ async def test_named_version_is_loaded_and_none_is_replaced(shared: LocalApi) ->
     assert await causes(shared, "pair") == ["demand"]
 
 
+BATCHES = {"instances": 2, "threads": 1, "max_batch_size": 4}
+
+
+@pytest.mark.parametrize("cause", ["idle", "eviction"])
+async def test_demand_brings_a_rollback_back(start: Start, cause: str) -> None:
+    places = {"max_loaded": 1, "evict": "idle", "min_residency_s": 0} if cause == "eviction" else {}
+    api = await start(on_demand="on", **places)
+    add(api, "m", 1, 2)
+    await api.load("m", version=2)
+    await api.load("m", version=1, keep_alive_s=0 if cause == "idle" else -1, **BATCHES)
+    if cause == "eviction":
+        add(api, "other")
+        assert (await api.infer("other", ONE)).status == 200
+    shown = await api.model_when("m", state="unloaded")
+    assert (shown["chosen"]["version"], shown["chosen"]["by"]) == (1, "alice")
+    assert {name: shown["chosen"]["parameters"][name] for name in BATCHES} == BATCHES
+    add(api, "m", 3)
+    answer = await api.infer("m", ONE)
+    assert (answer.json["model_version"], answer.json["outputs"][0]["data"]) == ("1", [2])
+    request = (await api.data_of(LoadRequested))[-1]
+    assert request.cause is Cause.DEMAND
+    assert {name: getattr(request, name) for name in BATCHES} == BATCHES
+    assert (await api.infer("m", ONE, version=2)).refusal == (503, "model_not_loaded")
+
+
+async def test_unloaded_model_stays_out_of_service(shared: LocalApi) -> None:
+    add(shared, "held", 1, 2)
+    assert (await shared.infer("held", ONE)).status == 200
+    asked = 0
+
+    async def ask() -> None:
+        nonlocal asked
+        while True:
+            answer = await shared.infer("held", ONE)
+            asked += 1
+            assert answer.status == 200 or answer.json["code"] in {"out_of_service", "model_unloading"}
+
+    async def answers(more: int) -> None:
+        await until(lambda seen=asked: asked >= seen + more)  # type: ignore[misc]
+
+    clients = [asyncio.create_task(ask()) for _ in range(4)]
+    try:
+        await answers(20)
+        job = await shared.unload("held")
+        refused = await shared.infer("held", ONE)
+        assert refused.refusal == (503, "out_of_service")
+        assert (
+            f"out of service: unloaded by alice at {job['finished_at']} (job {job['id']})"
+            in refused.json["error"]
+        )
+        await answers(20)
+        assert (await shared.model("held"))["state"] == "unloaded"
+        assert (await shared.model("held"))["chosen"]["version"] is None
+        assert (await shared.send("DELETE", "/api/v1/models/held/versions/2")).status == 204
+        await shared.load("held")
+        await answers(20)
+        assert (await shared.infer("held", ONE)).json["model_version"] == "1"
+        assert (await shared.post("/v2/repository/models/held/unload")).status == 200
+        await answers(20)
+        assert (await shared.infer("held", ONE)).refusal == (503, "out_of_service")
+        await shared.load("held")
+        assert (await shared.send("DELETE", "/api/v1/models/held/versions/1")).refusal[0] == 409
+        assert (await shared.send("DELETE", "/api/v1/models/held/versions/1?force=true")).status == 204
+        await answers(20)
+    finally:
+        for client in clients:
+            client.cancel()
+        ends = await asyncio.gather(*clients, return_exceptions=True)
+    assert {type(end) for end in ends} == {asyncio.CancelledError}
+    assert await causes(shared, "held") == ["demand", "request", "request"]
+
+
+async def test_idle_model_is_taken_out_of_service(shared: LocalApi) -> None:
+    add(shared, "idle")
+    job = await shared.unload("idle")
+    assert job["parameters"] == {"force": False, "load_job_id": None}
+    assert (await shared.infer("idle", ONE)).refusal == (503, "out_of_service")
+    assert (await shared.unload("idle"))["id"] == job["id"]
+    await shared.unload("idle", until_asked=True)
+    assert (await shared.infer("idle", ONE)).refusal == (503, "out_of_service")
+    await shared.load("idle")
+    await shared.unload("idle", until_asked=True)
+    assert (await shared.infer("idle", ONE)).status == 200
+
+
+async def test_removal_by_force_ends_loads_of_its_version_only(shared: LocalApi) -> None:
+    for version in (1, 2):
+        save(models.add(version), shared.config.repository, "forced", version)
+    save(models.slow_identity(side=400), shared.config.repository, "forced", 3)
+    await shared.load("forced", version=1)
+    job = await shared.accepted_load("forced", version=3)
+    assert (await shared.send("DELETE", "/api/v1/models/forced/versions/3?force=true")).status == 204
+    assert (await shared.ended(job["id"]))["status"] == "cancelled"
+    assert (await shared.infer("forced", ONE)).json["model_version"] == "1"
+    await shared.send("PUT", "/api/v1/models/forced/labels/champion", json={"version": 2})
+    removal = await shared.send("DELETE", "/api/v1/models/forced/versions/2?force=true")
+    assert removal.refusal == (409, "version_in_use")
+    missing = await shared.send("DELETE", "/api/v1/models/forced/versions/9?force=true")
+    assert missing.refusal == (404, "unknown_version")
+    assert (await shared.model("forced"))["state"] == "loaded"
+
+
 async def test_requested_load_is_joined(shared: LocalApi) -> None:
     save(models.slow_identity(side=400), shared.config.repository, "joined")
     await shared.accepted_load("joined")
@@ -294,12 +396,12 @@ async def test_unload_ends_before_the_model_is_loaded_again(shared: LocalApi) ->
     worker = shared.worker("loop")
     running = asyncio.create_task(shared.infer("loop", ENDLESS))
     await until(lambda: worker.in_flight == 1)
-    await shared.post("/api/v1/models/loop/unload")
+    await shared.post("/api/v1/models/loop/unload?until_asked=true")
     await shared.model_when("loop", state="unloading")
     waiting = asyncio.create_task(shared.infer("loop", {**ENDLESS, "data": [5]}))
     await until(lambda: shared.app[DEMAND].count_waiting("loop") == 1)
     assert await causes(shared, "loop") == ["request"]
-    await shared.unload("loop", force=True)
+    await shared.unload("loop", force=True, until_asked=True)
     assert (await waiting).json["outputs"][0]["data"] == [5]
     assert (await running).refusal == (503, "worker_died")
     assert await causes(shared, "loop") == ["request", "demand"]
@@ -362,7 +464,8 @@ async def test_one_place_is_waited_for_and_taken_in_turns(start: Start) -> None:
     assert f"job {job['id']} is pending and waits for " in refused.json["error"]
     leaving.cancel()
     assert (await api.ended(job["id"]))["status"] == "cancelled"
-    await api.unload("m0")
+    await api.load("m0", pinned=False)
+    await api.unload("m0", until_asked=True)
     answers = await asyncio.gather(*(api.infer(f"m{n % 3}", ONE) for n in range(30)))
     assert [answer.json["outputs"][0]["data"] for answer in answers] == [[1.0 + n % 3] for n in range(30)]
     assert set(await causes(api, "m1")) == {"demand"}
@@ -533,14 +636,14 @@ async def test_demand_is_refused_at_once_without_approval(start: Start) -> None:
     said = {"digest": job["approval"]["digest"], "reason": "it looks right"}
     await api.post(f"/api/v1/jobs/{job['id']}/approve", json=said, roles=("approve",), subject="bob")
     await api.ended(job["id"])
-    await api.unload("m")
+    await api.unload("m", until_asked=True)
     assert (await api.infer("m", ONE)).status == 200
     [request] = [
         data for data in await api.data_of(LoadRequested) if data.policy and data.cause is Cause.DEMAND
     ]
     assert (request.policy, request.justification) == (RULES.digest, UNSET)
     assert (await api.model("m"))["approval"]["result"] == "approved_before"
-    await api.unload("m")
+    await api.unload("m", until_asked=True)
     save(models.add(3), api.config.repository, "m")
     answer = await api.infer("m", ONE)  # of the version some files were approved, but not these
     assert answer.refusal == (503, "load_failed")

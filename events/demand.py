@@ -1,0 +1,61 @@
+"""On-demand loads: which version an inference may have loaded, and with which parameters. Pure.
+
+An inference brings back what a person chose last. So a rollback stays when its model is evicted or idle, and
+a model that a person has unloaded stays out of service.
+"""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from events.commands import Refused
+from events.models import Model
+from events.types import LoadParameters
+
+OUT_OF_SERVICE = "out_of_service"
+"""Error code of an inference for a model that a person has unloaded."""
+
+
+def find_chosen_version(model: Model | None) -> int | None:
+    """Return the version that a person chose last; None if nobody did."""
+    chosen = None if model is None else model.chosen or None
+    return None if chosen is None else chosen.version
+
+
+def find_demand_refusal(model: Model | None, version: int | None) -> Refused | None:
+    """Return why an inference may not have a version loaded, None being any; None if it may.
+
+    It may if nobody chose, or the person's choice was this version, or a label names it.
+    """
+    chosen = None if model is None else model.chosen or None
+    if model is None or chosen is None:
+        return None
+    name, by = f"model '{model.id}'", f"{chosen.by} at {chosen.at} (job {chosen.job_id})"
+    if chosen.version is None:
+        return Refused(OUT_OF_SERVICE, f"{name} is out of service: unloaded by {by}, and not loaded since")
+    if version in (None, chosen.version) and chosen.version in model.removed:
+        loaded = f"version {chosen.version} of {name}, which was loaded by {by}, was removed"
+        return Refused(OUT_OF_SERVICE, f"{loaded}: load another version")
+    is_named = any(label.version == version for label in model.labels or ())
+    if version in (None, chosen.version) or is_named:
+        return None
+    loaded = f"version {chosen.version} of {name} was loaded by {by}"
+    body = f'{{"version": {version}}}'
+    advice = f"to change that, load it with POST /api/v1/models/{model.id}/load and body {body}"
+    return Refused("model_not_loaded", f"{loaded}, so an inference loads no version {version}; {advice}")
+
+
+def demand_parameters(model: Model | None, version: int, given: LoadParameters) -> LoadParameters:
+    """Return the parameters of an on-demand load: those of the person's choice, if it was this version.
+
+    The time limits are at least the `given` ones: a short one was not meant for each inference after.
+    """
+    chosen = None if model is None else model.chosen or None
+    if chosen is None or chosen.parameters is None or chosen.version != version:
+        return given
+    before = chosen.parameters
+    return replace(
+        before,
+        timeout_s=max(before.timeout_s, given.timeout_s),
+        progress_timeout_s=max(before.progress_timeout_s or 0, given.progress_timeout_s or 0),
+    )
