@@ -55,9 +55,9 @@ routes = Routes(tag="inference")
 _INFER_ERRORS = (
     "invalid_input", "inference_failed", "not_representable", "unknown_model", "unknown_version",
     "unknown_label", "body_too_large", "body_timeout", "model_not_loaded", "out_of_service",
-    "model_unloading", "worker_died", "inference_queue_full", "inference_timeout", "inference_cancelled", "bodies_full",
-    "unsupported_media_type", "load_failed", "approval_required", "queue_full", "log_unavailable",
-    "shutting_down", "node_unreachable", "fork_server_unavailable",
+    "model_unloading", "worker_died", "inference_queue_full", "inference_timeout", "inference_cancelled",
+    "bodies_full", "unsupported_media_type", "load_failed", "approval_required", "queue_full",
+    "log_unavailable", "shutting_down", "node_unreachable", "fork_server_unavailable",
 )  # fmt: skip
 
 
