@@ -85,7 +85,7 @@ ADVICE: Mapping[str, str] = {
     "not_loaded": "There is nothing to unload. To end a load in progress, use `?force=true`.",
     "version_exists": "Choose another number: a version is never overwritten.",
     "version_in_use": "Unload the model, load another version, cancel the load, or move the label; then "
-    "remove the version. `--force` ends the loads.",
+    "remove the version. `?force=true` ends the loads.",
     "too_many_labels": "Remove a label that nobody uses, or move one that exists.",
     "no_nodes": "Only servers with `--ledger` are nodes.",
     "node_ended": "There is nothing to drain: its models are loaded at other nodes.",
