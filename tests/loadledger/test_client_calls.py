@@ -563,6 +563,7 @@ def test_failed_inference_ends_with_reason(value: Any, answers: list[Answer], co
 LOADED = answer({"id": "m", "state": "loaded", "version": 1, "job_id": "j1"})
 UNLOADED = answer({"id": "m", "state": "unloaded"})
 TAKEN_OVER = answer({"id": "m", "state": "loaded", "version": 2, "job_id": "j2"})
+UNTIL_ASKED = "m/unload?until_asked=true"
 
 
 @pytest.mark.parametrize(
@@ -570,13 +571,13 @@ TAKEN_OVER = answer({"id": "m", "state": "loaded", "version": 2, "job_id": "j2"}
     [
         (None, [LOADED], ["m"]),
         (1, [LOADED], ["m"]),
-        (None, [UNLOADED, COMPLETED, LOADED, LOADED, COMPLETED], ["m", "m/load", "m", "m", "m/unload"]),
+        (None, [UNLOADED, COMPLETED, LOADED, LOADED, COMPLETED], ["m", "m/load", "m", "m", UNTIL_ASKED]),
         (None, [UNLOADED, COMPLETED, LOADED, TAKEN_OVER], ["m", "m/load", "m", "m"]),
         (None, [UNLOADED, COMPLETED, LOADED, UNLOADED], ["m", "m/load", "m", "m"]),
         (
             None,
             [UNLOADED, COMPLETED, LOADED, LOADED, problem(409, "not_loaded")],
-            ["m", "m/load", "m", "m", "m/unload"],
+            ["m", "m/load", "m", "m", UNTIL_ASKED],
         ),
         (2, [LOADED, COMPLETED, TAKEN_OVER], ["m", "m/load", "m"]),
     ],
