@@ -194,6 +194,8 @@ def problem_of_parser(defect: BaseException | None) -> ServerProblem:
     first = text.strip().partition("\n")[0].rstrip(":")  # the client's bytes follow
     if "Transfer-Encoding" in first and "Content-Length" not in first:  # with both, no coding is at fault
         return UnknownTransferCoding()
+    if "://" in first:  # it is the whole target, and may have a user and a password
+        first = "its target is no URL"
     return ServerProblem(f"the request is no HTTP: {first or 'malformed'}", code="invalid_request")
 
 
