@@ -113,6 +113,7 @@ class DirectResponse(web.StreamResponse):
         transport = request.transport
         if transport is None:
             raise ConnectionResetError("the client has left")
+        request.writer.output_size += 1  # so that nothing else is written before the answer ends
         self._is_kept = request.keep_alive and super().keep_alive is None  # no `force_close`
         length = sum(map(len, self._buffers))
         more = _connection(request, is_kept=self._is_kept)
