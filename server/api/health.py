@@ -7,12 +7,13 @@ the models that are reloaded after a start.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from functools import cache
 
 from aiohttp import hdrs, web
 from marshmallow import fields
 
-from events.state import State
+from events.models import Model
 from events.types import Cause
 from server.api.schemas import AnswerSchema
 from server.appkeys import ADDS_TASK, CONSUMER_TASK, LOG, POOL, STOPPING, STREAMS
@@ -96,7 +97,7 @@ async def v2_ready(request: web.Request) -> web.Response:
     nodes it would answer for none. KServe's client looks for the member `ready`, Triton's only at the status.
     """
     app = request.app
-    missing = 0 if CLUSTER in app else _count_missing(app[LOG].state)
+    missing = 0 if CLUSTER in app else _count_missing(app[LOG].state.models.values())
     reason = f"; models from before the start that are not back yet: {missing}" if missing else _reason(app)
     _refuse_failed({**ready_checks(app), "models": not missing}, reason)
     return web.json_response({"ready": True})
@@ -162,10 +163,9 @@ def ready_checks(app: web.Application) -> dict[str, bool]:
     }
 
 
-def _count_missing(state: State) -> int:
-    """Count the models that are to be reloaded after a start, without those that wait for approval."""
-    lost = (model for model in state.models.values() if model.lost_by is Cause.RESTART)
-    return sum(not any(job.waits_for_approval for job in state.unended(model.id)) for model in lost)
+def _count_missing(models: Iterable[Model]) -> int:
+    """Count the models that are to be reloaded after a start; a failed one is not."""
+    return sum(model.lost_by is Cause.RESTART for model in models)
 
 
 def _reason(app: web.Application) -> str:
