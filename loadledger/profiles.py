@@ -177,4 +177,4 @@ def _private_text(path: Path) -> str:
         content = file.read(MAX_PROFILE_BYTES + 1)
     if len(content) > MAX_PROFILE_BYTES:
         raise ProfileProblem(f"{path} is no profile: it has more than {MAX_PROFILE_BYTES} bytes")
-    return content.decode()
+    return content.decode("utf-8-sig")

@@ -716,7 +716,7 @@ def _read(repository: Repository, model_id: str) -> tuple[dict[str, Any], WarmUp
     name = defaults_name(model_id)
     try:
         content = repository.read_beside(model_id, DEFAULTS_FILE, MAX_DEFAULTS_BYTES)
-        values = _parse(content.decode())
+        values = _parse(content.decode("utf-8-sig"))  # Windows editors write a byte order mark
         return values, _warm_up(name, values.pop(WARM_UP, {}))
     except (LoadRefused, RepositoryUnreadable) as error:
         reason = str(error).removeprefix(f"{DEFAULTS_FILE!r} ")

@@ -1,13 +1,20 @@
-"""Liveness, readiness and the OpenAPI document. Loads and failed models do not change health."""
+"""Liveness, readiness and the OpenAPI document.
+
+Loads and failed models do not change health, but the protocol's readiness has Triton's meaning: it waits for
+the models that are reloaded after a start.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from functools import cache
 
 from aiohttp import hdrs, web
 from marshmallow import fields
 
+from events.models import Model
+from events.types import Cause
 from server.api.schemas import AnswerSchema
 from server.appkeys import ADDS_TASK, CONSUMER_TASK, LOG, POOL, STOPPING, STREAMS
 from server.cluster import CLUSTER
@@ -77,13 +84,22 @@ async def v2_live(request: web.Request) -> web.Response:
 @routes.get(
     "/v2/health/ready",
     access=Access.PUBLIC,
-    summary="Readiness, in the form of the protocol",
-    answers={200: (ServerReadySchema(), "The server is ready.")},
+    summary="Readiness, in the form of the protocol, with Triton's strict meaning",
+    answers={
+        200: (ServerReadySchema(), "The server is ready, and the models are back from before its start.")
+    },
     errors=("unhealthy",),
 )
 async def v2_ready(request: web.Request) -> web.Response:
-    """Answer as `ready` does; KServe's client looks for the member `ready`, Triton's only at the status."""
-    _refuse_failed(ready_checks(request.app), _reason(request.app))
+    """Answer as `ready` does, and not before the models are back that were loaded before the server started.
+
+    A cluster does not wait: any node answers for any model, wherever it is reloaded, and without its other
+    nodes it would answer for none. KServe's client looks for the member `ready`, Triton's only at the status.
+    """
+    app = request.app
+    missing = 0 if CLUSTER in app else _count_missing(app[LOG].state.models.values())
+    reason = f"; models from before the start that are not back yet: {missing}" if missing else _reason(app)
+    _refuse_failed({**ready_checks(app), "models": not missing}, reason)
     return web.json_response({"ready": True})
 
 
@@ -145,6 +161,11 @@ def ready_checks(app: web.Application) -> dict[str, bool]:
         "serving": not app[STOPPING].is_set(),
         **({"lease": not cluster.is_sick} if cluster is not None else {}),
     }
+
+
+def _count_missing(models: Iterable[Model]) -> int:
+    """Count the models that are to be reloaded after a start; a failed one is not."""
+    return sum(model.lost_by is Cause.RESTART for model in models)
 
 
 def _reason(app: web.Application) -> str:

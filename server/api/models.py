@@ -516,10 +516,17 @@ async def find_signature(
         RuntimeProblem: `unknown_model`, `unknown_version`, `invalid_model`, `unsafe_file`, `model_changed`,
             `repository_busy`, `repository_unreadable`, `unknown_label`.
     """
-    versions, target = app[VERSIONS], app[ROUTER].resolve(model_id, version)
-    number = app[ROUTER].find_version(model_id, version)
+    target, number = app[ROUTER].resolve(model_id, version), app[ROUTER].find_version(model_id, version)
     if isinstance(target, Here):
         return target.version, ModelSignature(target.inputs, target.outputs)
+    return await read_declared(app, model_id, number)
+
+
+async def read_declared(
+    app: web.Application, model_id: str, number: int | None
+) -> tuple[int, ModelSignature]:
+    """Return a version, by default the highest, and what its file declares; raises as `find_signature`."""
+    versions = app[VERSIONS]
     look = partial(versions.read_signature, model_id, number)
     return await versions.repository.file_system.run(model_id, look, REQUEST_LIMIT_S)
 

@@ -28,6 +28,14 @@ COMPRESSED_FROM_BYTES = 1024
 INLINE_BYTES = 64 * 1024
 """So much takes two milliseconds at most; a thread is not worth it."""
 
+MAX_MEMBERS = 2**16
+"""Of a gzip body (RFC 1952 section 2.2); bgzip makes one of 64 KiB. More are tiny ones, which take time."""
+
+PIECE_BYTES = 2**16
+"""Decompressed at once after the first member: what follows a member is copied at its end."""
+
+_GZIP_MARK = b"\x1f\x8b"
+
 _WINDOW = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 _ALIASES = {"x-gzip": "gzip"}  # RFC 9110 section 8.4.1.3
 _WEIGHT = re.compile(r"q=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)", re.ASCII | re.IGNORECASE)
@@ -42,7 +50,8 @@ class MalformedCoding(ServerProblem):
 def inflate(body: bytes, encoding: str | None, max_bytes: int) -> bytes:
     """Return the decompressed body; without a Content-Encoding, the body itself.
 
-    Never more than `max_bytes` are decompressed. Several fields are one `encoding`, separated by commas.
+    Never more than `max_bytes` are decompressed, of all members of a gzip body together. Several fields are
+    one `encoding`, separated by commas.
 
     Raises:
         MalformedCoding: the data is damaged, cut off, or followed by other bytes (`invalid_request`).
@@ -53,18 +62,31 @@ def inflate(body: bytes, encoding: str | None, max_bytes: int) -> bytes:
     coding = _coding(encoding)
     if coding is None:
         return body
-    inflater = zlib.decompressobj(_WINDOW[coding])
+    inflater, rest, size = zlib.decompressobj(_WINDOW[coding]), memoryview(body), len(body)
+    unpacked, left_bytes, members = list[bytes](), max_bytes, 1
     try:
-        unpacked = inflater.decompress(body, max_bytes + 1)
+        while True:
+            piece = rest[:size]
+            unpacked.append(inflater.decompress(piece, left_bytes + 1))
+            left_bytes -= len(unpacked[-1])
+            if left_bytes < 0:
+                raise BodyTooLarge(max_bytes)
+            rest = rest[len(piece) - len(inflater.unused_data) :]
+            if not rest or (inflater.eof and (coding != "gzip" or rest[:2] != _GZIP_MARK)):
+                break
+            if inflater.eof:
+                inflater, size, members = zlib.decompressobj(_WINDOW[coding]), PIECE_BYTES, members + 1
+                if members > MAX_MEMBERS:
+                    raise MalformedCoding(
+                        f"the body has more than {MAX_MEMBERS} gzip members: compress it in one"
+                    )
     except zlib.error as error:
         raise MalformedCoding(f"the body is not {coding}, as its Content-Encoding says: {error}") from None
-    if len(unpacked) > max_bytes:
-        raise BodyTooLarge(max_bytes)
     if not inflater.eof:
         raise MalformedCoding(f"the body is cut off: its {coding} data does not end")
-    if inflater.unused_data:
-        raise MalformedCoding(f"the body has {len(inflater.unused_data)} bytes after its {coding} data")
-    return unpacked
+    if rest:
+        raise MalformedCoding(f"the body has {len(rest)} bytes after its {coding} data")
+    return b"".join(unpacked)
 
 
 def deflate(buffers: Iterable[Buffer], encoding: str) -> bytes:

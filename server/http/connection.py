@@ -21,7 +21,7 @@ from functools import lru_cache
 from http import HTTPStatus
 from typing import cast
 
-from aiohttp import StreamReader, web
+from aiohttp import HttpVersion11, StreamReader, web
 from aiohttp.abc import AbstractAccessLogger
 
 from runtime.timeouts import stall_detector, timeout
@@ -64,6 +64,12 @@ _chunk = memoryview(bytearray(CHUNK_BYTES))
 CHECK_S = 1.0
 """At most, between two checks of an active connection."""
 
+HALF_CLOSED_S = 0.05
+"""From the end of what a client sends to the first question whether the client has left; the pauses between
+questions double up to CHECK_S. Most requests are answered before the first."""
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+"""The question: clients skip it, and the host of one that has left resets the connection."""
+
 ARRIVED_NS: web.RequestKey[int] = web.RequestKey("arrived_ns", int)
 """CLOCK_MONOTONIC when the first byte of a request was read."""
 
@@ -81,6 +87,7 @@ class ConnectionLimits:
         reserve_head_s: as `head_s`, for connections in the reserve.
         closing_s: time for the end of a TLS connection and the data still to be sent.
         check_s: time between two checks of a connection.
+        half_closed_s: as HALF_CLOSED_S.
         open: the open connections.
         is_stopping: whether no more are accepted; those that are open close after an answer.
     """
@@ -93,6 +100,7 @@ class ConnectionLimits:
     reserve_head_s: float = RESERVE_HEAD_S
     closing_s: float = CLOSING_S
     check_s: float = CHECK_S
+    half_closed_s: float = HALF_CLOSED_S
     open: set[GuardedConnection] = field(default_factory=set)
     is_stopping: bool = False
 
@@ -153,7 +161,7 @@ class GuardedConnection(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport
         self._timer: asyncio.TimerHandle | None = None
         self._is_handling = False
-        self._body: StreamReader | None = None
+        self._request: web.BaseRequest | None = None
         self._rest: _Rest | None = None
         self._is_head_expected = True
         self._head_bytes = self._checked_head_bytes = 0
@@ -236,7 +244,7 @@ class GuardedConnection(asyncio.BufferedProtocol):
         After an early response, data is still the body of that request. Empty lines before a request are no
         part of it (RFC 9112 section 2.2).
         """
-        if not self._is_handling and (self._body is None or self._body.is_eof()):
+        if not self._is_handling and (self._request is None or self._request.content.is_eof()):
             if self._head_bytes or not data.isspace():
                 if not self._head_bytes:
                     self._arrived_ns = time.monotonic_ns()
@@ -252,8 +260,43 @@ class GuardedConnection(asyncio.BufferedProtocol):
             else:
                 self.refuse(responses.problem_of_parser(error))
 
-    def eof_received(self) -> None:
+    def eof_received(self) -> bool:
+        """Keep the connection of a client that may only have ended its sending, before an answer begins.
+
+        That does not mean that the client wants no answer (RFC 9112 section 6.3). But a client that has left
+        looks the same, so `_check_half_closed` asks. TLS has no such state in asyncio.
+        """
         self._http.eof_received()
+        is_waiting = not self._has_begun_answer() if self._is_handling else self._head_bytes > 0
+        is_tls = self._transport.get_extra_info("sslcontext") is not None
+        if not is_waiting or self._rest is not None or is_tls:
+            return False
+        self._loop.call_later(self._limits.half_closed_s, self._check_half_closed, self._limits.half_closed_s)
+        return True
+
+    def _has_begun_answer(self) -> bool:
+        is_written = self._request is not None and self._request.writer.output_size > 0
+        return is_written or self._transport.get_write_buffer_size() > 0
+
+    def _check_half_closed(self, waited_s: float) -> None:
+        """Close a half-closed connection without a whole request; else ask whether the client is there.
+
+        The second write to a client that has left fails, which cancels its request. HTTP/1.0 has nothing to
+        ask with, and there the end of either side ends a request (RFC 1945 section 1.3): soon, not at once.
+        """
+        if self._transport.is_closing():
+            return
+        request = self._request if self._is_handling else None
+        is_waiting = request is not None and not self._has_begun_answer()
+        is_old = request is not None and request.version < HttpVersion11
+        is_over = is_waiting and is_old and waited_s >= self._limits.check_s
+        if request is None or not request.content.is_eof() or is_over:
+            self._http.force_close()
+            return
+        if is_waiting and not is_old:
+            self._transport.write(_CONTINUE)
+        waited_s = min(2 * waited_s, self._limits.check_s)
+        self._loop.call_later(waited_s, self._check_half_closed, waited_s)
 
     def pause_writing(self) -> None:
         """Begin to check that the client reads."""
@@ -274,7 +317,7 @@ class GuardedConnection(asyncio.BufferedProtocol):
         request[ARRIVED_NS] = self._arrived_ns or time.monotonic_ns()
         self._arrived_ns = 0
         self._is_handling = True
-        self._body = request.content
+        self._request = request
         self._is_head_expected = False
         self._head_bytes = self._checked_head_bytes = 0
         self._head_since_s = None

@@ -113,6 +113,7 @@ class DirectResponse(web.StreamResponse):
         transport = request.transport
         if transport is None:
             raise ConnectionResetError("the client has left")
+        request.writer.output_size += 1  # so that nothing else is written before the answer ends
         self._is_kept = request.keep_alive and super().keep_alive is None  # no `force_close`
         length = sum(map(len, self._buffers))
         more = _connection(request, is_kept=self._is_kept)
@@ -194,6 +195,8 @@ def problem_of_parser(defect: BaseException | None) -> ServerProblem:
     first = text.strip().partition("\n")[0].rstrip(":")  # the client's bytes follow
     if "Transfer-Encoding" in first and "Content-Length" not in first:  # with both, no coding is at fault
         return UnknownTransferCoding()
+    if "://" in first:  # it is the whole target, and may have a user and a password
+        first = "its target is no URL"
     return ServerProblem(f"the request is no HTTP: {first or 'malformed'}", code="invalid_request")
 
 

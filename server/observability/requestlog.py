@@ -119,8 +119,13 @@ def match_inference(request: web.BaseRequest) -> re.Match[str] | None:
 
 
 def path_without_query(request: web.BaseRequest) -> str:
-    """Return the path as it was sent, without the query: clients put tokens there by mistake."""
-    return request.raw_path.partition("?")[0][:MAX_PATH_CHARACTERS]
+    """Return the path as it was sent, without the query: clients put tokens there by mistake.
+
+    A target that begins with a scheme or a host may have a user and a password, so only its path is returned.
+    """
+    is_path = request.raw_path.startswith(("/", "*"))
+    path = request.raw_path.partition("?")[0] if is_path else request.rel_url.raw_path
+    return path[:MAX_PATH_CHARACTERS]
 
 
 def _write(

@@ -20,7 +20,7 @@ from events.jobs import Job, JobStatus
 from events.models import Model, ModelState
 from server.api.jobs import job_path, run_job
 from server.api.loads import make_load_command
-from server.api.models import ListedModel, list_versions
+from server.api.models import ListedModel, list_versions, read_declared
 from server.api.schemas import AnswerSchema, ModelPathSchema, about
 from server.appkeys import CONFIG, LOG, VERSIONS
 from server.auth.gate import PRINCIPAL
@@ -171,8 +171,11 @@ async def show_index(request: web.Request) -> web.Response:
 async def load_and_wait(request: web.Request) -> web.Response:
     """Append `LoadRequested`, unless that load is done or in progress, and wait for the job's end."""
     model_id, person = path_parameters(request)["id"], request[PRINCIPAL]
-    parameters = tritonconfig.read_load(await tritonconfig.read_object(request), model_id)
+    parameters, config = tritonconfig.read_load(await tritonconfig.read_object(request), model_id)
     command = await make_load_command(request.app, model_id, parameters, person.subject, person=person)
+    if config.input or config.output:
+        signature = await read_declared(request.app, model_id, command.version)
+        tritonconfig.check_tensors(config, *signature)
     return _respond_completed(await run_job(request.app, command))
 
 

@@ -2,12 +2,14 @@
 
 Bodies are read strictly: unsupported members are refused by name. Triton's clients declare no Content-Type,
 so none is required. A load may bring a model configuration, as JSON in a string: it may repeat what is fixed,
-and choose the members in `HONOURED`.
+such as the model's inputs and outputs, and choose the members in `HONOURED`. So the configuration that the
+server reports can be changed and sent back. Names may be those of protobuf's JSON (`maxBatchSize`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -17,7 +19,7 @@ from marshmallow import fields
 from events.devices import CPU
 from events.types import LoadParameters
 from runtime import strictjson
-from runtime.onnxfile import MODEL_FILE
+from runtime.onnxfile import MODEL_FILE, ModelSignature
 from runtime.wire import DATATYPES, TensorSpec
 from server.api.loads import LoadBodySchema
 from server.api.schemas import AnswerSchema, about
@@ -104,7 +106,7 @@ def _dims(shape: Sequence[int], *, batched: bool) -> dict[str, Any]:
 
 
 HONOURED = ("max_batch_size", "dynamic_batching", "instance_group", "version_policy")
-"""The members of a load's configuration that choose something. All others belong to the model."""
+"""The members of a load's configuration that choose something. Others may repeat what is the model's."""
 
 _LOAD_BODY = LoadBodySchema()
 
@@ -153,9 +155,27 @@ class VersionPolicy(msgspec.Struct):
     latest: Latest | None = None
 
 
-class LoadConfig(msgspec.Struct):
-    """The `HONOURED` members of a load's configuration."""
+class Reshape(msgspec.Struct):
+    """The model's own shape; only that of a scalar is read."""
 
+    shape: list[int] = []
+
+
+class ConfiguredTensor(msgspec.Struct):
+    """An input or output, which has to be the model's; what is left out is not compared."""
+
+    name: str
+    data_type: str = ""
+    dims: list[Annotated[int, msgspec.Meta(ge=-1)]] = []
+    reshape: Reshape | None = None
+    optional: bool = False
+
+
+class LoadConfig(msgspec.Struct):
+    """The members of a load's configuration that are `HONOURED`, or compared with the model's file."""
+
+    input: list[ConfiguredTensor] = []
+    output: list[ConfiguredTensor] = []
     max_batch_size: int | None = None
     dynamic_batching: DynamicBatching | None = None
     instance_group: list[InstanceGroup] = []
@@ -175,6 +195,7 @@ LOAD_BODY = _optional_body(
                 "config": {
                     "type": "string",
                     "description": f"Triton's model configuration as JSON. Honoured: {', '.join(HONOURED)}. "
+                    "Inputs, outputs and fixed members have to be the model's. "
                     "All others come from the model's loadledger.toml, or the server's settings; "
                     "POST /api/v1/models/{id}/load accepts them per request.",
                 }
@@ -198,8 +219,8 @@ async def read_object(request: web.Request, max_bytes: int = MAX_JSON_BYTES) -> 
     return _parse_object(body, "body") if body else {}
 
 
-def read_load(body: Mapping[str, Any], model_id: str) -> dict[str, Any]:
-    """Return the parameters of a load's body, as `LoadBodySchema` loads them.
+def read_load(body: Mapping[str, Any], model_id: str) -> tuple[dict[str, Any], LoadConfig]:
+    """Return the parameters of a load's body, as `LoadBodySchema` loads them, and its configuration.
 
     Raises:
         InvalidBody: `invalid_body`.
@@ -207,14 +228,67 @@ def read_load(body: Mapping[str, Any], model_id: str) -> dict[str, Any]:
     """
     parameters = _read_parameters(body, {"config"})
     if "config" not in parameters:
-        return {}
-    config = parameters["config"]
-    if not isinstance(config, str):
+        return {}, LoadConfig()
+    text = parameters["config"]
+    if not isinstance(text, str):
         raise InvalidBody("body: parameters.config: Must be a string that holds JSON.")
-    given = _parse_object(config.encode("utf-8", "replace"), "parameters.config")
+    given = _with_field_names(_parse_object(text.encode("utf-8", "replace"), "parameters.config"))
     _check_fixed_members(given, model_id)
-    loaded: dict[str, Any] = load_with(_LOAD_BODY, _load_parameters(_convert(given)), "body", InvalidBody)
-    return loaded
+    config = _convert(given)
+    loaded: dict[str, Any] = load_with(_LOAD_BODY, _load_parameters(config), "body", InvalidBody)
+    return loaded, config
+
+
+def check_tensors(config: LoadConfig, version: int, signature: ModelSignature) -> None:
+    """Refuse a configuration whose inputs or outputs are not those that a version's file declares.
+
+    Raises:
+        NotSupported: `not_supported`.
+    """
+    for kind, given, specs in (
+        ("input", config.input, signature.inputs),
+        ("output", config.output, signature.outputs),
+    ):
+        for where, asked, found in _find_contradictions(kind, given, {spec.name: spec for spec in specs}):
+            text = f"{where}: {asked!r:.{MAX_NAME_CHARACTERS}} contradicts version {version} of the model"
+            raise NotSupported(f"parameters.config: {text}, which has {found}; leave it out")
+
+
+def _find_contradictions(
+    kind: str, given: Sequence[ConfiguredTensor], specs: Mapping[str, TensorSpec]
+) -> Iterator[tuple[str, object, object]]:
+    """Yield a member, its value, and the model's. Any output may be left out, and all inputs together."""
+    names = [tensor.name for tensor in given]
+    required = [spec.name for spec in specs.values() if not spec.optional]
+    if kind == "input" and given and not set(required) <= set(names):
+        yield kind, names, required
+    for tensor in given:
+        spec, where = specs.get(tensor.name), f"{kind} {tensor.name!r:.{MAX_NAME_CHARACTERS}}"
+        if spec is None:
+            yield kind, tensor.name, [*specs]
+            continue
+        if tensor.data_type not in ("", data_type(spec.datatype)):
+            yield f"{where}: data_type", tensor.data_type, data_type(spec.datatype)
+        if tensor.optional and not spec.optional:
+            yield f"{where}: optional", tensor.optional, spec.optional
+        if tensor.reshape is not None and (tensor.reshape.shape or tensor.dims != [1]):
+            yield f"{where}: reshape", tensor.reshape.shape, "none but that of a scalar"
+        elif tensor.dims and not _has_shape(tensor, spec.shape, is_output=kind == "output"):
+            yield f"{where}: dims", tensor.dims, [*spec.shape]
+
+
+def _has_shape(tensor: ConfiguredTensor, shape: tuple[int, ...], *, is_output: bool) -> bool:
+    """Whether dimensions are those of a file, with the batch dimension or without.
+
+    Both occur where `max_batch_size` was changed. A file leaves lengths open, and of an output even the rank.
+    """
+    dims = [] if tensor.reshape is not None else tensor.dims
+    shapes = [shape, shape[1:]] if shape[:1] == (-1,) else [shape]
+    fits = [
+        len(dims) == len(each) and all(length in (-1, dim) for dim, length in zip(dims, each, strict=True))
+        for each in shapes
+    ]
+    return any(fits) or (is_output and not shape)
 
 
 def check_unload(body: Mapping[str, Any]) -> None:
@@ -280,26 +354,44 @@ def _check_fixed_members(config: Mapping[str, Any], model_id: str) -> None:
         "backend": ("", BACKEND),
         "default_model_filename": ("", MODEL_FILE),
         "model_transaction_policy": ({}, {"decoupled": False}),
-        "input": ([],),
-        "output": ([],),
     }
-    _check_names(config, {*fixed, *HONOURED}, "parameters.config", NotSupported)
+    _check_names(config, {*fixed, *LoadConfig.__struct_fields__}, "parameters.config", NotSupported)
     for name, values in fixed.items():
         if name in config and config[name] not in values:
-            reason = f"it is {values[-1]!r}" if values[-1] else "the model itself says it"
-            raise NotSupported(f"parameters.config: {name}: cannot be chosen, {reason}; leave it out")
+            asked = f"{config[name]!r:.{MAX_NAME_CHARACTERS}} cannot be chosen"
+            raise NotSupported(f"parameters.config: {name}: {asked}, it is {values[-1]!r}; leave it out")
+
+
+def _with_field_names(given: Any) -> Any:
+    """Return a configuration with the names of protobuf's fields in place of those of its JSON form."""
+    if isinstance(given, list):
+        return [_with_field_names(each) for each in given]
+    if not isinstance(given, dict):
+        return given
+    named = {_CAPITAL.sub(r"_\g<0>", name).lower(): value for name, value in given.items()}
+    if len(named) < len(given):
+        raise InvalidBody("parameters.config: a member is there twice, by its two names")
+    return {name: _with_field_names(value) for name, value in named.items()}
+
+
+_CAPITAL = re.compile("[A-Z]")
 
 
 def _convert(config: Mapping[str, Any]) -> LoadConfig:
-    """Return the honoured members; numbers may be strings, as protobuf writes those of 64 bits."""
+    """Return the members that are not fixed; numbers may be strings, as protobuf writes those of 64 bits."""
     _check_members(config.get("dynamic_batching"), DynamicBatching, "dynamic_batching")
     _check_members(config.get("version_policy"), VersionPolicy, "version_policy")
-    groups = config.get("instance_group")
-    for group in groups if isinstance(groups, list) else ():
-        _check_members(group, InstanceGroup, "instance_group")
-    honoured = {name: config[name] for name in HONOURED if name in config}
+    members = (("instance_group", InstanceGroup), ("input", ConfiguredTensor), ("output", ConfiguredTensor))
+    for name, kind in members:
+        given = config.get(name)
+        for each in given if isinstance(given, list) else ():
+            _check_members(each, kind, name)
     try:
-        return msgspec.convert(honoured, LoadConfig, strict=False)
+        return msgspec.convert(
+            {name: config[name] for name in LoadConfig.__struct_fields__ if name in config},
+            LoadConfig,
+            strict=False,
+        )
     except msgspec.ValidationError as error:
         raise InvalidBody(f"parameters.config: {error}") from None
 
@@ -315,8 +407,8 @@ def _load_parameters(config: LoadConfig) -> dict[str, Any]:
         **_parse_groups(config.instance_group),
         "max_batch_size": config.max_batch_size,
     }
-    if config.dynamic_batching is not None:
-        if not config.max_batch_size:
+    if config.dynamic_batching is not None and config.max_batch_size != 0:  # as in Triton, 0 ends batching
+        if config.max_batch_size is None:
             raise InvalidBody("parameters.config: dynamic_batching needs a max_batch_size of at least 1")
         parameters["max_queue_delay_us"] = config.dynamic_batching.max_queue_delay_microseconds
     return {name: value for name, value in parameters.items() if value is not None}

@@ -17,6 +17,9 @@ from server.observability.requestlog import MAX_UNAUTHENTICATED
 LOUD = {"LOADLEDGER_LOG_LEVEL": "info", "LOADLEDGER_LOG_FORMAT": "json"}
 
 
+PASSWORD = "hunter2"
+
+
 def lines(server: Server) -> list[Json]:
     """Return the log's lines, each of which has to be JSON."""
     return [json.loads(line) for line in server.output.read_text().splitlines()]
@@ -59,7 +62,11 @@ async def send_unauthenticated(server: Server) -> None:
         await raw(server, "X-Request-Id: a\u2028b", "traceparent: 00-\u2028-01"),
         await raw(server, f"Authorization: Bearer {server.api.token('admin')}x", path="/api/v1/models?a=b"),
     ]
+    answers += [
+        await raw(server, path=f"http://mallory:{PASSWORD}@a{path}") for path in ("/api/v1/models?a=b", "")
+    ]
     assert all(b"HTTP/1.1 401" in answer and b"\r\nX-Request-Id: " in answer for answer in answers)
+    assert PASSWORD.encode() not in await raw(server, path=f"http://mallory:{PASSWORD}@a:99999/")
     for _ in range(MAX_UNAUTHENTICATED + 10):
         await server.api.get("/api/v1/models", roles=())
 
@@ -83,6 +90,8 @@ async def test_log_joins_requests_with_events_despite_hostile_input(config: Conf
         token = server.api.token("admin")
     job_id = answer.json["id"]
     assert token.split(".")[2] not in server.output.read_text()
+    assert PASSWORD not in server.output.read_text()
+    assert PASSWORD.encode() not in b"".join(each.read_bytes() for each in config.data.glob("ledger.db*"))
     assert len([line for line in told if line.get("status") == 401]) == MAX_UNAUTHENTICATED
     assert not [line for line in told if line["message"] == "forged" or "?" in line.get("path", "")]
     told = [line for line in told if line.get("status") != 401]

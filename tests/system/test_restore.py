@@ -20,6 +20,13 @@ KILLED = "killed"
 STOPPED = "stopped"
 USED = ("m01", "m04", "m00", "m03")
 """In this order; `m02` is loaded before them and not used."""
+ENDLESS_WARM_UP = f"""
+[[warm_up.inputs]]
+name = "trips"
+datatype = "INT64"
+shape = []
+data = [{2**62}]
+"""
 TABLE_MB = 24
 """Large beside the differences between two measurements of one load, which are some 2 MB of a worker."""
 
@@ -87,6 +94,7 @@ async def test_restart_with_smaller_budget_reloads_most_recently_used(
         for model_id in ("m01", "m02", "m04"):
             model = await server.api.model(model_id)
             assert (model["state"], model["error"]["code"]) == ("failed", "insufficient_memory")
+            assert (await server.api.get("/v2/health/ready", roles=())).status == 200
             for number in (f"budget of {budget / 1e6:.0f} MB", "are free", "start"):
                 assert number in model["error"]["message"]
         asked = [job["model_id"] for job in await server.api.jobs("?limit=5")]
@@ -131,3 +139,31 @@ async def test_restore_none_unloads_models_and_continues_jobs(config: Config, fl
     asked = [event for event in await events(config) if isinstance(event.data, UnloadRequested)]
     assert [event.model_id for event in asked] == fleet.ids[:2]
     assert {(event.data.cause, event.actor) for event in asked} == {(Cause.RESTART, "system")}  # type: ignore[union-attr]
+
+
+async def test_protocol_readiness_waits_for_reloads_after_a_start(config: Config) -> None:
+    """As Triton's does by default; `/health/ready` says whether requests are answered at all."""
+
+    async def is_ready(path: str) -> tuple[int, str]:
+        answer = await server.api.get(path, roles=())
+        return answer.status, answer.json.get("detail", "")
+
+    save(models.add(1), config.repository, "m")
+    save(models.counting_loop(), config.repository, "slow")
+    async with serving(config) as server:
+        for model_id in ("m", "slow"):
+            await server.api.load(model_id)
+        assert await server.stop() == 0
+    (config.repository / "slow" / "loadledger.toml").write_text(ENDLESS_WARM_UP)
+    async with serving(config) as server:
+        await server.api.model_when("m", state="loaded")
+        [job] = await server.api.jobs("?model=slow&limit=1")
+        await server.api.job_when(job["id"], stage="warming_up")
+        detail = "not well: models; models from before the start that are not back yet: 1"
+        assert await is_ready("/v2/health/ready") == (503, detail)
+        assert (await is_ready("/health/ready"))[0] == (await is_ready("/v2/health/live"))[0] == 200
+        assert (await server.api.post(f"/api/v1/jobs/{job['id']}/cancel")).status == 202
+        await when(lambda: is_ready("/v2/health/ready"), lambda seen: seen[0] == 200)
+        assert (await server.api.model("slow"))["state"] == "unloaded"
+        assert await server.stop() == 0
+    verified(config)

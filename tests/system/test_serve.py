@@ -1,6 +1,7 @@
 """The command `serve` as a process: start, child processes, settings, stop."""
 
 import asyncio
+import json
 import os
 import resource
 import signal
@@ -192,5 +193,37 @@ async def test_serve_limits_heads_and_connections_but_not_probes(config: Config)
         for _, writer in held:
             writer.close()
             await writer.wait_closed()
+        assert await server.stop() == 0
+        assert server.warnings() == []
+
+
+def inference(server: Server, count: int) -> bytes:
+    """Return an inference that counts so far, as bytes."""
+    body = json.dumps({"inputs": [trips(count)]}).encode()
+    token = server.api.token("predict").encode()
+    head = b"POST /v2/models/m/infer HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer %b\r\n" % token
+    return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+async def test_half_closed_client_gets_its_answer_and_a_client_that_left_frees_the_model(
+    config: Config,
+) -> None:
+    save(models.counting_loop(), config.repository, "m")
+    async with serving(config) as server:
+        await server.api.load("m")
+        for sent in (HEALTH, inference(server, 3), inference(server, 3) + inference(server, 3)):
+            reader, writer = await connect(server, sent)
+            writer.write_eof()
+            answer = await response(reader, writer)
+            assert answer.count(b"HTTP/1.1 200 OK") == sent.count(b"HTTP/1.1")
+        reader, writer = await connect(server, inference(server, models.ENDLESS))
+        await when(lambda: in_flight(server), lambda count: count == 1)
+        writer.close()
+        await when(lambda: in_flight(server), lambda count: count == 0)
+        cut_off = inference(server, 3)[:-1]
+        reader, writer = await connect(server, cut_off)
+        writer.write_eof()
+        assert await response(reader, writer) == b""
+        assert (await server.api.infer("m", trips(3))).status == 200
         assert await server.stop() == 0
         assert server.warnings() == []

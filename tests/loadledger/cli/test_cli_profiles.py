@@ -112,6 +112,13 @@ def test_invalid_profile_is_refused_without_its_token(tmp_path: Path, content: b
     assert "secret" not in str(refused.value)
 
 
+def test_profile_with_byte_order_mark_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "p.toml"
+    path.write_bytes(b"\xef\xbb\xbftoken = 'secret'")
+    path.chmod(0o600)
+    assert read_profile(path).token == "secret"
+
+
 def test_fifo_or_folder_as_profile_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.toml", 0o600)
     (tmp_path / "folder.toml").mkdir(mode=0o700)

@@ -30,7 +30,7 @@ NOTHING = "nothing"
 def write(repository: Path, content: str) -> None:
     """Write the defaults file of a model `m`, and the model."""
     save(models.add(), repository, "m")
-    (repository / "m" / "loadledger.toml").write_text(content)
+    (repository / "m" / "loadledger.toml").write_text(content, encoding="utf-8")
 
 
 def application(repository: Path, **settings: Any) -> web.Application:
@@ -61,6 +61,9 @@ async def test_file_applies_where_request_says_nothing(tmp_path: Path) -> None:
     write(tmp_path, "timeout_s = 50\nmemory_limit_bytes = 1000000000\ninstances = 2\n")
     assert await changes(app) == {"timeout_s": 50, "memory_limit_bytes": 10**9, "instances": 2}
     assert await changes(app, instances=1, timeout_s=60) == {"timeout_s": 60, "memory_limit_bytes": 10**9}
+    write(
+        tmp_path, "\ufefftimeout_s = 50\nmemory_limit_bytes = 1000000000\ninstances = 2\n"
+    )  # Windows editors
     assert await changes(app, memory_limit_bytes=None) == {"timeout_s": 50, "instances": 2}
     command = await make_load_command(app, "m", {"max_batch_size": 3, "priority": "low"}, "Ann")
     assert (command.model_id, command.version, command.actor) == ("m", 1, "Ann")

@@ -66,12 +66,37 @@ def test_damaged_body_is_refused(coding: str) -> None:
     damaged[-6] ^= 1
     raw = zlib.compress(b"some text", wbits=-15)
     wrong = [packed[:end] for end in range(len(packed))]
-    wrong += [packed + b"\0", packed + packed, bytes(damaged), b"text", raw, PACK["gzip"](packed)[3:]]
+    wrong += [packed + b"\0", packed + b"\x1f", packed + packed[:-1], bytes(damaged), packed + bytes(damaged)]
+    wrong += [b"text", raw, PACK["gzip"](packed)[3:], *([packed + packed] if coding == "deflate" else [])]
     wrong.append(PACK[next(other for other in compression.CODINGS if other != coding)](b"a"))
     for body in wrong:
         with pytest.raises(compression.MalformedCoding, match="body") as refused:
             compression.inflate(body, coding, MIB)
         assert refused.value.code == "invalid_request"
+
+
+@PLAIN
+@given(st.lists(st.binary(max_size=50), min_size=1))
+def test_gzip_members_are_one_body(parts: list[bytes]) -> None:
+    packed, plain = b"".join(map(gzip.compress, parts)), b"".join(parts)
+    assert compression.inflate(packed, "gzip", len(plain)) == gzip.decompress(packed) == plain
+    with pytest.raises(BodyTooLarge):
+        compression.inflate(packed + gzip.compress(b"x"), "gzip", len(plain))
+
+
+async def test_gzip_members_longer_than_a_piece_are_one_body() -> None:
+    long = bytes(range(256)) * 2**14
+    packed = gzip.compress(b"a") + gzip.compress(long, 0) + gzip.compress(b"")
+    assert await compression.decompress(packed, "gzip", len(long) + 1) == b"a" + long
+    with pytest.raises(BodyTooLarge):
+        await compression.decompress(packed, "gzip", len(long))
+
+
+def test_countless_gzip_members_are_refused() -> None:
+    empty = gzip.compress(b"")
+    assert compression.inflate(empty * compression.MAX_MEMBERS, "gzip", 0) == b""
+    with pytest.raises(compression.MalformedCoding, match="members"):
+        compression.inflate(empty * (compression.MAX_MEMBERS + 1), "gzip", 0)
 
 
 @PLAIN

@@ -4,6 +4,7 @@ import asyncio
 import ssl
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -332,6 +333,144 @@ async def test_request_arrives_with_its_first_byte() -> None:
             await client.answer()
     marks = [mark for span in spans for mark in span]
     assert marks == sorted(marks)
+
+
+@asynccontextmanager
+async def waiting_server(
+    tls: ssl.SSLContext | None = None,
+) -> AsyncIterator[tuple[SmallServer, asyncio.Queue[str], asyncio.Event]]:
+    """Serve `/wait`, which waits, and `/stream`, which begins to answer first; yield events, and the end."""
+    seen, has_ended = asyncio.Queue[str](), asyncio.Event()
+
+    async def wait(_: web.Request) -> web.Response:
+        seen.put_nowait("began")
+        try:
+            await has_ended.wait()
+        except asyncio.CancelledError:
+            seen.put_nowait("cancelled")
+            raise
+        return web.Response(body=b"waited")
+
+    async def stream(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"begun")
+        await wait(request)
+        return response
+
+    async with small_server(tls, others={"/wait": wait, "/stream": stream}) as server:
+        server.limits.half_closed_s = 0.01
+        yield server, seen, has_ended
+        has_ended.set()
+
+
+async def happens(seen: asyncio.Queue[str], *expected: str) -> None:
+    async with asyncio.timeout(LIMIT_S):
+        for each in expected:
+            assert await seen.get() == each
+
+
+WAIT, STREAM = GET.replace(b"/short", b"/wait"), GET.replace(b"/short", b"/stream")
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "answers"),
+    [
+        (GET, 1),
+        (GET.replace(b"1.1", b"1.0"), 1),
+        (GET[:-2] + b"Connection: close\r\n\r\n", 1),
+        (GET + GET + GET, 3),
+        (sized(LONG_BODY) + bytes(LONG_BODY), 1),
+        (get(CHUNKED) + b"5\r\nhello\r\n0\r\n\r\n", 1),
+        (GET + GET[:-2], 1),
+        (GET[:-2], 0),
+        (b"", 0),
+    ],
+    ids=[
+        "1.1",
+        "1.0",
+        "close",
+        "three",
+        "length",
+        "chunked",
+        "half",
+        "unended head",
+        "nothing",
+    ],
+)
+async def test_whole_requests_of_half_closed_connection_are_answered(
+    server: SmallServer, sent: bytes, answers: int
+) -> None:
+    server.limits.check_s = 1.0  # a slow machine has time for HTTP/1.0
+    client = await server.connect()
+    client.send(sent)
+    client.writer.write_eof()
+    answer = await client.rest()
+    assert answer.count(b" 200 OK\r\n") == answer.count(b"short") == answers
+
+
+async def test_long_answer_of_half_closed_connection_is_whole(server: SmallServer) -> None:
+    client = await server.connect()
+    client.send(GET_LONG)
+    client.writer.write_eof()
+    await receive_long(client)
+    assert await client.rest() == b""
+
+
+async def test_half_closed_client_is_asked_until_its_answer() -> None:
+    async with waiting_server() as (server, seen, has_ended):
+        client = await server.connect()
+        client.send(WAIT)
+        client.writer.write_eof()
+        async with asyncio.timeout(LIMIT_S):
+            assert await client.reader.readexactly(2 * len(CONTINUE)) == 2 * CONTINUE
+        has_ended.set()
+        answer = await client.rest()
+    assert answer.replace(CONTINUE, b"").startswith(b"HTTP/1.1 200 OK")
+    assert (answer.endswith(b"waited"), [seen.get_nowait()], seen.empty()) == (True, ["began"], True)
+
+
+@pytest.mark.parametrize("sent", [WAIT, WAIT.replace(b"1.1", b"1.0"), STREAM], ids=["1.1", "1.0", "begun"])
+async def test_request_of_client_that_left_is_cancelled(sent: bytes) -> None:
+    async with waiting_server() as (server, seen, _):
+        client = await server.connect()
+        client.send(sent)
+        await happens(seen, "began")
+        await client.close()
+        await happens(seen, "cancelled")
+        await until(lambda: not server.limits.open)
+
+
+async def test_request_of_client_that_left_after_half_close_is_cancelled() -> None:
+    async with waiting_server() as (server, seen, _):
+        client = await server.connect()
+        client.send(WAIT)
+        client.writer.write_eof()
+        async with asyncio.timeout(LIMIT_S):
+            await client.reader.readexactly(2 * len(CONTINUE))
+        await client.close()
+        await happens(seen, "began", "cancelled")
+
+
+async def test_half_close_ends_a_slow_request_of_http_1_0() -> None:
+    async with waiting_server() as (server, seen, _):
+        client = await server.connect()
+        client.send(WAIT.replace(b"1.1", b"1.0"))
+        client.writer.write_eof()
+        assert await client.rest() == b""
+        await happens(seen, "began", "cancelled")
+
+
+async def test_request_over_tls_of_client_that_left_is_cancelled(pair: Pair, tmp_path: Path) -> None:
+    pair.write(tmp_path / "cert.pem", tmp_path / "key.pem")
+    context = load_context(tmp_path / "cert.pem", tmp_path / "key.pem")
+    async with waiting_server(context) as (server, seen, _):
+        client = Client(*await asyncio.open_connection("localhost", server.port, ssl=pair.trusting()))
+        client.send(WAIT)
+        await happens(seen, "began")
+        await client.close()
+        await happens(seen, "cancelled")
 
 
 async def test_unread_fast_response_gives_back_its_memory() -> None:

@@ -24,6 +24,7 @@ NOT_COMPARED = {"Date", "RateLimit", "Content-Length", "Connection"}
 PREDICT = ("predict",)
 LARGEST = parse_size("64MiB")
 BOMB = gzip.compress(BODY + b" " * LARGEST, mtime=0)
+TWO_MEMBERS = gzip.compress(BODY[:9], mtime=0) + gzip.compress(BODY[9:], mtime=0)
 LENGTH = "Inference-Header-Content-Length"
 
 
@@ -63,6 +64,7 @@ def request(api: LocalApi, *fields: str, body: bytes = BODY, version: str = "HTT
         ({LENGTH: "-1"}, BODY, PREDICT, 400),
         ({}, BODY.replace(b"{", b'{"id": "1", "id": "2", ', 1), PREDICT, 400),
         ({"Content-Encoding": "gzip"}, BOMB, PREDICT, 413),
+        ({"Content-Encoding": "gzip"}, TWO_MEMBERS, PREDICT, 200),
         ({LENGTH: str(len(BODY) + 1)}, BODY, PREDICT, 400),
         ({"Content-Encoding": "br"}, BODY, PREDICT, 415),
         ({"Content-Encoding": "gzip"}, BODY, PREDICT, 400),

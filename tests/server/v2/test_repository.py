@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import os
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -228,11 +229,51 @@ async def test_reported_configuration_can_be_sent_back(shared: LocalApi) -> None
     save(models.identity(FLOAT, (None, 4)), shared.config.repository, "back")
     first = job_of(await load(shared, "back", max_batch_size=4))
     config = (await shared.get("/v2/models/back/config")).json
-    del config["input"], config["output"]
     assert job_of(await load(shared, "back", **config)) == first
     second = job_of(await load(shared, "back", max_batch_size=8))
     assert second != first
     assert job_of(await load(shared, "back")) == second
+
+
+def as_protobuf(value: Any) -> Any:
+    """Return a configuration as protobuf's `MessageToDict` does: names, no defaults, integers as text."""
+    if isinstance(value, list):
+        return [as_protobuf(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    named = {re.sub("_(.)", lambda found: found[1].upper(), name): value[name] for name in value}
+    texts = {"dims", "versions", "shape"} & named.keys()
+    named |= {name: [str(each) for each in named[name]] for name in texts}
+    return {
+        name: as_protobuf(each) for name, each in named.items() if each not in ("", 0, [], "TYPE_INVALID")
+    }
+
+
+async def test_configuration_of_any_model_can_be_sent_back(shared: LocalApi) -> None:
+    without_output_shape = models.identity(FLOAT, (None, 4))
+    without_output_shape.graph.output[0].type.tensor_type.ClearField("shape")
+    made = {
+        "scalars": models.counting_loop(),
+        "maps": models.zip_map(),
+        "default": models.with_default(),
+        "optional": models.optional_input(),
+        "texts": models.strings(),
+        "any-shape": models.identity_of_any_shape(FLOAT),
+        "no-output-shape": without_output_shape,
+    }
+    for model_id, model in made.items():
+        save(model, shared.config.repository, model_id)
+        job = job_of(await load(shared, model_id))
+        config = (await shared.get(f"/v2/models/{model_id}/config")).json
+        assert job_of(await load(shared, model_id, **config)) == job
+        assert job_of(await load(shared, model_id, **as_protobuf(config))) == job
+        await unload(shared, model_id)
+        types = await shared.types(model_id)
+        wrong = await load(shared, model_id, **{**config, "output": [{"name": "none"}]})
+        assert wrong.refusal == (400, "not_supported")
+        assert "output: 'none' contradicts version 1 of the model" in wrong.json["error"]
+        assert await shared.types(model_id) == types
+        await load(shared, model_id, **config)
 
 
 async def test_unload_is_answered_when_the_process_is_gone(shared: LocalApi) -> None:

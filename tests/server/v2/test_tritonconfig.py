@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from support.history import PLAIN
 
 from events.types import LoadParameters
+from runtime.onnxfile import ModelSignature
 from runtime.wire import DATATYPES, TensorSpec
 from server.http.validation import InvalidBody
 from server.v2 import tritonconfig
@@ -26,6 +27,10 @@ MEMBERS = (
 
 def requested(config: object) -> dict[str, Any]:
     """Return the parameters of a load with this configuration."""
+    return read(config)[0]
+
+
+def read(config: object) -> tuple[dict[str, Any], tritonconfig.LoadConfig]:
     return tritonconfig.read_load({"parameters": {"config": json.dumps(config)}}, "m")
 
 
@@ -42,7 +47,8 @@ def test_configuration_may_repeat_what_is_fixed() -> None:
         "version_policy": {"latest": {"num_versions": 1}},
     }
     assert requested(fixed) == requested({"name": "", "platform": "", "version_policy": {"latest": {}}}) == {}
-    assert tritonconfig.read_load({}, "m") == tritonconfig.read_load({"parameters": {}}, "m") == {}
+    nothing: Any = ({}, tritonconfig.LoadConfig())
+    assert tritonconfig.read_load({}, "m") == tritonconfig.read_load({"parameters": {}}, "m") == nothing
 
 
 def test_configuration_sets_parameters() -> None:
@@ -50,6 +56,13 @@ def test_configuration_sets_parameters() -> None:
     configs: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({"max_batch_size": 0}, {"max_batch_size": 0}),
         ({"max_batch_size": "8"}, {"max_batch_size": 8}),
+        ({"maxBatchSize": 8}, {"max_batch_size": 8}),
+        ({"max_batch_size": 0, "dynamic_batching": delay}, {"max_batch_size": 0}),  # as in Triton
+        (
+            {"maxBatchSize": 8, "dynamicBatching": {"maxQueueDelayMicroseconds": "50"}},
+            {"max_batch_size": 8, "max_queue_delay_us": 50},
+        ),
+        ({"versionPolicy": {"specific": {"versions": ["2"]}}, "modelTransactionPolicy": {}}, {"version": 2}),
         ({"max_batch_size": 8, "dynamic_batching": {}}, {"max_batch_size": 8, "max_queue_delay_us": 0}),
         ({"max_batch_size": 8, "dynamic_batching": delay}, {"max_batch_size": 8, "max_queue_delay_us": 50}),
         ({"instance_group": [{}]}, {"instances": 1}),
@@ -75,8 +88,9 @@ def test_configuration_sets_parameters() -> None:
         ({"name": "other"}, "name"),
         ({"platform": "tensorrt_plan"}, "platform"),
         ({"backend": "python"}, "backend"),
-        ({"input": [{"name": "x"}]}, "input"),
-        ({"output": [{"name": "y"}]}, "output"),
+        ({"input": [{"name": "x", "format": "FORMAT_NHWC"}]}, "input: format"),
+        ({"input": [{"name": "x", "allowRaggedBatch": True}]}, "input: allow_ragged_batch"),
+        ({"output": [{"name": "y", "label_filename": "labels.txt"}]}, "output: label_filename"),
         ({"model_transaction_policy": {"decoupled": True}}, "model_transaction_policy"),
         ({"sequence_batching": {}}, "sequence_batching"),
         ({"instance_group": [{"count": 1, "kind": "KIND_TPU"}]}, "KIND_CPU"),
@@ -101,7 +115,12 @@ def test_unsupported_configuration_is_refused_by_name(config: dict[str, Any], re
     [
         *((f'{{"max_batch_size": {value}}}', "max_batch_size") for value in ("true", "1.5", '"x"')),
         ('{"dynamic_batching": {}}', "max_batch_size"),
-        ('{"max_batch_size": 0, "dynamic_batching": {}}', "max_batch_size"),
+        ('{"max_batch_size": 8, "maxBatchSize": 4}', "twice"),
+        ('{"input": {}}', "input"),
+        ('{"input": [1]}', "input"),
+        ('{"input": [{"dims": [1]}]}', "name"),
+        ('{"output": [{"name": "y", "dims": ["a"]}]}', "dims"),
+        ('{"output": [{"name": "y", "dims": [-2]}]}', "dims"),
         ('{"max_batch_size": 4, "dynamic_batching": []}', "dynamic_batching"),
         ('{"instance_group": {}}', "instance_group"),
         ('{"instance_group": [1]}', "instance_group"),
@@ -158,6 +177,61 @@ def test_any_configuration_is_read_or_refused(config: dict[str, Any]) -> None:
     except (InvalidBody, tritonconfig.NotSupported):
         return
     assert all(type(number) is int for number in taken.values())
+
+
+SIGNATURE = ModelSignature(
+    (
+        TensorSpec("x", "FP32", (-1, 3)),
+        TensorSpec("n", "INT64", ()),
+        TensorSpec("o", "BYTES", (-1,), optional=True),
+    ),
+    (TensorSpec("y", "FP32", (-1, 5)), TensorSpec("z", "FP32", ())),
+)
+X: dict[str, Any] = {"name": "x", "data_type": "TYPE_FP32", "dims": [-1, 3]}
+N: dict[str, Any] = {"name": "n", "data_type": "TYPE_INT64", "dims": [1], "reshape": {}}
+Y: dict[str, Any] = {"name": "y", "data_type": "TYPE_FP32", "dims": [-1, 5]}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"input": [X, N], "output": [Y]},
+        {"input": [N, X, {"name": "o", "data_type": "TYPE_STRING", "dims": ["-1"], "optional": True}]},
+        {"input": [{**X, "dims": [3]}, N]},  # without the batch dimension
+        {"input": [{**X, "dims": ["16", "3"]}, N]},
+        {"input": [{"name": "n"}, {"name": "x"}]},
+        {"output": [{"name": "z", "dataType": "TYPE_FP32", "dims": [7, -1]}]},  # no rank is declared
+    ],
+    ids=str,
+)
+def test_inputs_and_outputs_may_repeat_the_models(config: object) -> None:
+    tritonconfig.check_tensors(read(config)[1], 2, SIGNATURE)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"input": [X]}, r"input: \['x'\] contradicts version 2 of the model, which has \['x', 'n'\]"),
+        ({"input": [X, N, {"name": "w"}]}, r"input: 'w' contradicts .+ \['x', 'n', 'o'\]"),
+        ({"output": [{"name": "x"}]}, r"output: 'x' contradicts .+ \['y', 'z'\]"),
+        (
+            {"input": [{**X, "data_type": "TYPE_FP64"}, N]},
+            "input 'x': data_type: 'TYPE_FP64' contradicts .+ TYPE_FP32; leave it out",
+        ),
+        ({"input": [{**X, "dims": [4]}, N]}, r"input 'x': dims: \[4\] contradicts .+ \[-1, 3\]"),
+        ({"input": [{**X, "dims": [-1, -1]}, N]}, r"dims: \[-1, -1\] contradicts .+ \[-1, 3\]"),
+        ({"input": [{**X, "dims": [1, 2, 3]}, N]}, r"dims: \[1, 2, 3\] contradicts"),
+        ({"input": [X, {**N, "dims": [2]}]}, "input 'n': reshape"),
+        ({"input": [X, {"name": "n", "dims": [1]}]}, r"input 'n': dims: \[1\] contradicts .+ \[\]"),
+        ({"input": [{**X, "dims": [9], "reshape": {"shape": [3, 3]}}, N]}, "input 'x': reshape"),
+        ({"input": [{**X, "optional": True}, N]}, "input 'x': optional: True contradicts .+ False"),
+        ({"output": [{**Y, "dims": [6]}]}, "output 'y': dims"),
+        ({"input": [X, N, {"name": "w" * 1000}]}, "input: 'w{63} contradicts"),
+    ],
+)
+def test_inputs_and_outputs_that_contradict_the_models_are_refused(config: object, reason: str) -> None:
+    with pytest.raises(tritonconfig.NotSupported, match=reason):
+        tritonconfig.check_tensors(read(config)[1], 2, SIGNATURE)
 
 
 def test_every_datatype_has_a_triton_name() -> None:
