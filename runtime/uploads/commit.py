@@ -137,6 +137,8 @@ class Uploads:
         self._finishing = dict[asyncio.Task[None], str]()
         """With their models."""
         self._is_recovered = False
+        self._root: Path | None = None
+        """The repository's folder, without links, of which the changes were finished."""
         self._unknown = dict[str, int]()
         self._following: asyncio.Task[None] | None = None
 
@@ -431,6 +433,8 @@ class Uploads:
             RepositoryReadOnly: `repository_read_only`.
         """
         await self._run(None, partial(check_writable, self._repository.root, self._policy), START_LIMIT_S)
+        root = await self._run(None, self._repository.find_root, START_LIMIT_S)
+        self._is_recovered = self._is_recovered and root == self._root
         if not self._is_recovered:
             await self._recover()
         await self._end_unused_stages()
@@ -562,8 +566,9 @@ class Uploads:
             if self._is_recovered:
                 return
             staging = self._staging()
+            self._root = await self._run(None, lambda: staging.root, START_LIMIT_S)
             self._is_recovered = True
-            self._stages = {  # those of an epoch that is over are not here any more
+            self._stages = {  # those of an epoch that is over, or of another release, are not here any more
                 stage.id: stage for stage in self._stages.values() if stage.folder.parent == staging.folder
             }
             await self._run(None, partial(staging.adopt, self._log.state.registers.nodes), START_LIMIT_S)

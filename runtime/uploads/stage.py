@@ -20,6 +20,7 @@ import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 from uuid import uuid4
@@ -30,8 +31,15 @@ from events.files import sync
 from events.nodes import Node
 from events.registercommands import NodeCurrent
 from events.types import AddedFile
-from runtime.errors import RuntimeProblem, UnknownVersion
-from runtime.repository import MAX_FILES, MAX_PATHS_BYTES, Repository, bundle_beside
+from runtime.errors import RepositoryUnreadable, RuntimeProblem, UnknownVersion
+from runtime.repository import (
+    IS_REMOVED,
+    MAX_FILES,
+    MAX_PATHS_BYTES,
+    Repository,
+    bundle_beside,
+    check_model_id,
+)
 from runtime.store.folder import walk_files
 from runtime.uploads.receive import BadPath, RepositoryReadOnly, UploadTooLarge, check_model, quote
 
@@ -53,12 +61,12 @@ class VersionExists(RuntimeProblem):
 
     code = "version_exists"
 
-    def __init__(self, model_id: str, version: int, *, is_changing: bool = False) -> None:
+    def __init__(
+        self, model_id: str, version: int, *, is_changing: bool = False, is_removed: bool = False
+    ) -> None:
         how = "is just being added or removed" if is_changing else "exists"
-        super().__init__(
-            f"version {version} of {model_id!r} {how}, and a version is never overwritten: choose another"
-            " number"
-        )
+        how += ", and a version is never overwritten: choose another number"
+        super().__init__(f"version {version} of {model_id!r} {IS_REMOVED if is_removed else how}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +140,7 @@ def _key_of(node: Node) -> str:
 
 
 class Staging:
-    """The staging folder of one server. Its methods block, for ever if a file system hangs.
+    """The staging folder of one server. Its methods and properties block, for ever if a file system hangs.
 
     Args:
         repository: the models.
@@ -141,9 +149,27 @@ class Staging:
     """
 
     def __init__(self, repository: Repository, owner: str, conditions: tuple[NodeCurrent, ...] = ()) -> None:
-        self.repository = repository
-        self.folder = repository.root / STAGING / owner
+        self.repository, self.owner = repository, owner
         self.conditions = conditions
+
+    @cached_property
+    def root(self) -> Path:
+        """The repository's folder, without links, when a change began: all steps of that change are there."""
+        return self.repository.find_root()
+
+    @property
+    def folder(self) -> Path:
+        return self.root / STAGING / self.owner
+
+    def check_root(self) -> None:
+        """Refuse a change that would be made in a release to which the repository leads no more.
+
+        Raises:
+            RepositoryUnreadable: `repository_unreadable`.
+        """
+        if self.repository.find_root() != self.root:
+            reason = "the repository is a link that leads to another folder since this began: begin anew"
+            raise RepositoryUnreadable(reason)
 
     def adopt(self, nodes: Mapping[str, Node]) -> None:
         """Take the entries of epochs that are over: who was slower finds nothing to act on any more."""
@@ -203,20 +229,34 @@ class StagingEntry:
 
     def __init__(self, staging: Staging, event_id: str, model_id: str, version: int) -> None:
         self.staging = staging
-        self.event_id, self.model_id, self.version = event_id, model_id, version
-        self.folder = staging.folder / event_id
-        self._root = staging.repository.root
-        self._target = staging.repository.folder_of(model_id, version)
-        self._bundle = bundle_beside(self._target)
+        self.event_id, self.model_id, self.version = event_id, check_model_id(model_id), version
+
+    @property
+    def folder(self) -> Path:
+        return self.staging.folder / self.event_id
+
+    @property
+    def _root(self) -> Path:
+        return self.staging.root
+
+    @property
+    def _target(self) -> Path:
+        return self._root / self.model_id / str(self.version)
+
+    @property
+    def _bundle(self) -> Path:
+        return bundle_beside(self._target)
 
     def check_free(self) -> None:
         """Refuse a version that is there, complete or not, or of which a signature bundle is.
 
         Raises:
-            RuntimeProblem: `version_exists`.
+            RuntimeProblem: `version_exists`; `repository_unreadable`, as `Staging.check_root`.
         """
+        self.staging.check_root()
         if os.path.lexists(self._target):
-            raise VersionExists(self.model_id, self.version)
+            is_removed = self.staging.repository.is_removed(self.model_id, self.version)
+            raise VersionExists(self.model_id, self.version, is_removed=is_removed)
         if os.path.lexists(self._bundle):  # it would be a file of the version, and not of its event
             what = f"'{self.model_id}/{self._bundle.name}' signs a version that is not there"
             reason = f"{what}: send it as a file of the version and delete it, or choose another number"

@@ -25,7 +25,7 @@ from events.policy.rules import ApprovalRule, LoadPolicy, TrustMode, TrustRule
 from events.types import Credential
 from loadledger.cli.main import main
 from server.appkeys import LOG
-from server.check import CheckResult, check_policy
+from server.check import CheckResult, check_policy, read_models
 from server.config import Config
 
 
@@ -211,7 +211,7 @@ def trust(mode: TrustMode, *globs: str, key: Any = None) -> LoadPolicy:
 def judged(config: Config, policy: LoadPolicy) -> list[tuple[str, str, str]]:
     """Return place, code and severity of what the policy is found to do."""
     result = CheckResult()
-    check_policy(replace(config, policy=policy), result)
+    check_policy(replace(config, policy=policy), result, read_models(config, result))
     return [(each.place, each.code, each.severity.value) for each in result.findings]
 
 
@@ -278,7 +278,7 @@ async def test_check_names_loaded_models_that_a_restart_would_not_load(tmp_path:
         ]:
             assert await asyncio.to_thread(judged, api.config, policy) == found
         result = CheckResult()
-        await asyncio.to_thread(check_policy, api.config, result)
+        await asyncio.to_thread(check_policy, api.config, result, read_models(api.config, result))
         outcome = "[[approval]] m: no signature is needed; approvals by other persons: 1, approved before"
         assert result.findings[0].text.endswith(outcome)
     (tmp_path / "data" / "ledger.db").write_bytes(b"no ledger")
