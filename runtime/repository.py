@@ -470,6 +470,9 @@ class Repository:
         path = (folder / model).relative_to(own)
         if isinstance(seen, str):
             return f"is not complete: its {path} {seen}{_cure_layout(folder)}"
+        if not os.access(folder / model, os.R_OK, effective_ids=True):
+            denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            raise RepositoryUnreadable(_describe_unreadable(denied))
         return None if stat.S_ISREG(seen.st_mode) else f"is not complete: its {path} is a folder"
 
 
@@ -767,7 +770,7 @@ def _list_model(root: Path, model_id: str) -> list[str]:
     except RepositoryUnreadable as unreadable:
         _list_root(root)  # says so if all of it is unreadable
         raise RepositoryUnreadable(f"the folder of model {model_id!r} {unreadable}") from None
-    if not names and not os.access(root, os.R_OK | os.X_OK):
+    if not names and not os.access(root, os.R_OK | os.X_OK, effective_ids=True):
         _list_root(root)
     return names
 

@@ -37,6 +37,7 @@ from runtime.consumer.checks import CheckedVersion, check_contents
 from runtime.errors import (
     DeviceUnavailable,
     ForkServerUnavailable,
+    RepositoryUnreadable,
     RuntimeProblem,
     UnknownModel,
     UnknownVersion,
@@ -281,7 +282,13 @@ def _check_versions(
         try:
             with repository.open_version(model_id, version) as (folder, files):
                 result.findings += _check_hard_links(place, folder.find_hard_links())
+                for file in files:
+                    with folder.open_file(file.path):  # may be read
+                        pass
         except (UnknownModel, UnknownVersion):  # it was just deleted
+            continue
+        except RepositoryUnreadable as unreadable:
+            result.findings.append(CheckFinding(place, unreadable.code, str(unreadable)))
             continue
         except RuntimeProblem:  # a trial load says why
             pass
