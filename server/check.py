@@ -282,8 +282,8 @@ def _check_versions(
         try:
             with repository.open_version(model_id, version) as (folder, files):
                 result.findings += _check_hard_links(place, folder.find_hard_links())
-                for file in files:
-                    with folder.open_file(file.path):  # may be read
+                for each in files:
+                    with folder.open_file(each.path):  # may be read
                         pass
         except (UnknownModel, UnknownVersion):  # it was just deleted
             continue
