@@ -212,6 +212,10 @@ def bundle_beside(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}{SIGNATURE_SUFFIX}")
 
 
+def _title(model_id: str, name: str) -> str:
+    return f"version {name} of model {model_id!r} "
+
+
 def check_model_id(model_id: str) -> str:
     """Return a model id if it is valid, without I/O.
 
@@ -363,10 +367,7 @@ class Repository:
         path = root / check_model_id(model_id)
         if not os.path.lexists(path / name):
             return b""
-        with (
-            open_folder(root, path, of_version=False) as folder,
-            folder.open_file(name) as descriptor,
-        ):
+        with open_folder(root, path, of_version=False) as folder, folder.open_file(name) as descriptor:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise LoadRefused("unsafe_file", f"{name!r} is not a regular file")
             try:
@@ -387,23 +388,18 @@ class Repository:
                 if isinstance(seen, str):
                     yield model_id, seen
                 elif stat.S_ISDIR(seen.st_mode):
-                    yield from self._find_unserved_of(root, model_id)
+                    names = [name for name in _names(root / model_id) if name.isdecimal()]
+                    refused = ((name, self._refuse(root, model_id, name)) for name in names)
+                    for name, refusal in refused:
+                        if refusal is not None:
+                            yield f"{model_id}/{name}", str(refusal).removeprefix(_title(model_id, name))
+                    if not names:
+                        yield model_id, f"has no version: {_cure_model(root / model_id, model_id)}"
                 elif model_id.endswith(SUFFIX):
                     place = f"{Path(model_id).stem}/1/{MODEL_FILE}"
                     yield model_id, f"is in no model's folder: move it to {place}"
             except RepositoryUnreadable as unreadable:
                 yield model_id, str(unreadable)
-
-    def _find_unserved_of(self, root: Path, model_id: str) -> Iterator[tuple[str, str]]:
-        names = [name for name in _names(root / model_id) if name.isdecimal()]
-        for name in names:
-            try:
-                if (reason := self._refuse_version(root, model_id, name)) is not None:
-                    yield f"{model_id}/{name}", reason
-            except RepositoryUnreadable as unreadable:
-                yield f"{model_id}/{name}", str(unreadable)
-        if not names:
-            yield model_id, f"has no version: {_cure_model(root / model_id, model_id)}"
 
     @contextmanager
     def open_version(
@@ -437,15 +433,14 @@ class Repository:
 
     def _refuse(self, root: Path, model_id: str, name: str) -> RuntimeProblem | None:
         """Return why a version is not served, as the error of a request for it; None if it is."""
-        what = f"version {name} of model {model_id!r}"
         try:
             reason = self._refuse_version(root, model_id, name)
         except RepositoryUnreadable as unreadable:
-            return RepositoryUnreadable(f"{what} {unreadable}")
+            return RepositoryUnreadable(f"{_title(model_id, name)}{unreadable}")
         if reason is None:
             return None
         shown = reason.encode(errors="replace").decode()  # it is recorded, and has names of files
-        return UnknownVersion(model_id, int(name), f"{what} {shown}")
+        return UnknownVersion(model_id, int(name), f"{_title(model_id, name)}{shown}")
 
     def _refuse_version(self, root: Path, model_id: str, name: str) -> str | None:
         """Return why a folder is no complete version; None if it is one.
@@ -471,8 +466,7 @@ class Repository:
         if isinstance(seen, str):
             return f"is not complete: its {path} {seen}{_cure_layout(folder)}"
         if not os.access(folder / model, os.R_OK, effective_ids=True):
-            denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            raise RepositoryUnreadable(_describe_unreadable(denied))
+            raise RepositoryUnreadable(_describe_unreadable(errno.EACCES))
         return None if stat.S_ISREG(seen.st_mode) else f"is not complete: its {path} is a folder"
 
 
@@ -487,8 +481,8 @@ class VersionFolder:
         path: of this folder, beneath that.
     """
 
-    def __init__(self, top: int, anchor: int, beside: int, bundle: str, path: Path) -> None:
-        self.root, self.path = _place_of(top), path
+    def __init__(self, top: int, anchor: int, beside: int, bundle: str, *, root: Path, path: Path) -> None:
+        self.root, self.path = root, path
         self._top, self._anchor, self._beside, self._bundle = top, anchor, beside, bundle
 
     def stat_files(self) -> tuple[FoundFile, ...]:
@@ -647,13 +641,13 @@ def open_folder(root: Path, folder: Path, *, of_version: bool = True) -> Iterato
             beside = enter(folder.parent.relative_to(root), top)
             anchor = enter(folder.name, beside)
             place = _place_of(top)
+            path = place / folder.relative_to(root)
         except OSError as error:
             _refuse("the version's folder", error)
-        path = place / folder.relative_to(root)
         with suppress(OSError):  # what lies there instead is looked at as a file
             if of_version:
                 anchor, path = enter(MODEL_FILE, anchor), path / MODEL_FILE
-        yield VersionFolder(top, anchor, beside, bundle_beside(folder).name, path)
+        yield VersionFolder(top, anchor, beside, bundle_beside(folder).name, root=place, path=path)
 
 
 def _inner_folder(folder: Path) -> Path:
@@ -701,12 +695,12 @@ def _refuse(what: str, error: OSError) -> NoReturn:
         raise LoadRefused("model_changed", f"{what!r} is no longer there") from None
     if error.errno in _NOT_THERE:
         raise LoadRefused("unsafe_file", f"{what!r} cannot be looked at: {error.strerror}") from None
-    raise RepositoryUnreadable(f"{what!r} {_describe_unreadable(error)}") from None
+    raise RepositoryUnreadable(f"{what!r} {_describe_unreadable(error.errno)}") from None
 
 
-def _describe_unreadable(error: OSError) -> str:
-    cure = "; let the server's user read it" if error.errno in {errno.EACCES, errno.EPERM} else ""
-    return f"cannot be read: {error.strerror}{cure}"
+def _describe_unreadable(number: int | None) -> str:
+    cure = "; let the server's user read it" if number in {errno.EACCES, errno.EPERM} else ""
+    return f"cannot be read: {os.strerror(number or 0)}{cure}"
 
 
 def _stat(path: Path, root: Path) -> os.stat_result | str:
@@ -722,7 +716,7 @@ def _stat(path: Path, root: Path) -> os.stat_result | str:
         return "has a name that is not UTF-8"
     except OSError as error:
         if error.errno not in _NOT_THERE:
-            raise RepositoryUnreadable(_describe_unreadable(error)) from None
+            raise RepositoryUnreadable(_describe_unreadable(error.errno)) from None
         return f"cannot be looked at: {error.strerror}"
     if not Path(os.path.realpath(path)).is_relative_to(root):
         return "leads out of the repository"
@@ -791,7 +785,7 @@ def _names(folder: Path, *, may_be_missing: bool = True) -> list[str]:
             raise busy(folder.name, f"cannot be listed: {error.strerror}") from None
         if may_be_missing and error.errno in _NOT_THERE:
             return []
-        raise RepositoryUnreadable(_describe_unreadable(error)) from None
+        raise RepositoryUnreadable(_describe_unreadable(error.errno)) from None
 
 
 DEFAULTS_FILE = "loadledger.toml"

@@ -125,7 +125,7 @@ class Uploads:
         node_id: str | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
-        self._repository = repository
+        self._repository, self._root = repository, repository.find_root()
         self._policy = policy
         self._owner, self._node_id = owner, node_id
         self._log, self._submit, self._find_event = log, submit, find_event
@@ -137,8 +137,6 @@ class Uploads:
         self._finishing = dict[asyncio.Task[None], str]()
         """With their models."""
         self._is_recovered = False
-        self._root: Path | None = None
-        """The repository's folder, without links, of which the changes were finished."""
         self._unknown = dict[str, int]()
         self._following: asyncio.Task[None] | None = None
 
@@ -208,10 +206,10 @@ class Uploads:
             LogUnavailable: `log_unavailable`; if that is unknown, it may become visible later.
         """
         try:
+            await self._prepare()
             stage = self._new_stage(StageOrigin(model_id, version, actor), stays=False)
             self._begin(stage)
             try:
-                await self._prepare()
                 await self._run(stage, stage.begin)
                 await self._receive(stage, MODEL_FILE, body)
                 files = await self._run(stage, stage.complete)
@@ -378,10 +376,10 @@ class Uploads:
             RequestRefused: `version_in_use`, a load came first.
             LogUnavailable: `log_unavailable`; if that is unknown, it may be removed later.
         """
+        await self._prepare()
         entry = StagingEntry(self._staging(), uuid7(), model_id, version)
         self._begin(entry)
         try:
-            await self._prepare()
             await self._check_unused(model_id, version)
             await self._run(entry, entry.begin_removal)
         except BaseException:
@@ -417,11 +415,12 @@ class Uploads:
             EpochOver: `log_unavailable`.
         """
         if self._node_id is None:
-            return Staging(self._repository, self._owner)
+            return Staging(self._repository, self._root, self._owner)
         node = self._log.state.registers.nodes.get(self._node_id)
         if node is None or not node.is_present:
             raise EpochOver
-        return Staging(self._repository, epoch_folder(node), (NodeCurrent(node.id, node.epoch),))
+        conditions = (NodeCurrent(node.id, node.epoch),)
+        return Staging(self._repository, self._root, epoch_folder(node), conditions)
 
     def _new_stage(self, origin: StageOrigin, *, stays: bool = True) -> Stage:
         return Stage(self._staging(), uuid7(), origin, self._policy.max_bytes, stays=stays)
@@ -433,8 +432,8 @@ class Uploads:
             RepositoryReadOnly: `repository_read_only`.
         """
         await self._run(None, partial(check_writable, self._repository.root, self._policy), START_LIMIT_S)
-        root = await self._run(None, self._repository.find_root, START_LIMIT_S)
-        self._is_recovered = self._is_recovered and root == self._root
+        if self._root != (root := await self._run(None, self._repository.find_root, START_LIMIT_S)):
+            self._root, self._is_recovered = root, False
         if not self._is_recovered:
             await self._recover()
         await self._end_unused_stages()
@@ -566,7 +565,6 @@ class Uploads:
             if self._is_recovered:
                 return
             staging = self._staging()
-            self._root = await self._run(None, lambda: staging.root, START_LIMIT_S)
             self._is_recovered = True
             self._stages = {  # those of an epoch that is over, or of another release, are not here any more
                 stage.id: stage for stage in self._stages.values() if stage.folder.parent == staging.folder

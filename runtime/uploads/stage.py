@@ -20,7 +20,6 @@ import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Literal
 from uuid import uuid4
@@ -140,36 +139,21 @@ def _key_of(node: Node) -> str:
 
 
 class Staging:
-    """The staging folder of one server. Its methods and properties block, for ever if a file system hangs.
+    """The staging folder of one server. Its methods block, for ever if a file system hangs.
 
     Args:
         repository: the models.
+        root: its folder, without links: all steps of a change are in the release where it began.
         owner: names this server's part of the folder.
         conditions: of the event of each change there: the epoch in which it began goes on.
     """
 
-    def __init__(self, repository: Repository, owner: str, conditions: tuple[NodeCurrent, ...] = ()) -> None:
-        self.repository, self.owner = repository, owner
+    def __init__(
+        self, repository: Repository, root: Path, owner: str, conditions: tuple[NodeCurrent, ...] = ()
+    ) -> None:
+        self.repository, self.root = repository, root
+        self.folder = root / STAGING / owner
         self.conditions = conditions
-
-    @cached_property
-    def root(self) -> Path:
-        """The repository's folder, without links, when a change began: all steps of that change are there."""
-        return self.repository.find_root()
-
-    @property
-    def folder(self) -> Path:
-        return self.root / STAGING / self.owner
-
-    def check_root(self) -> None:
-        """Refuse a change that would be made in a release to which the repository leads no more.
-
-        Raises:
-            RepositoryUnreadable: `repository_unreadable`.
-        """
-        if self.repository.find_root() != self.root:
-            reason = "the repository is a link that leads to another folder since this began: begin anew"
-            raise RepositoryUnreadable(reason)
 
     def adopt(self, nodes: Mapping[str, Node]) -> None:
         """Take the entries of epochs that are over: who was slower finds nothing to act on any more."""
@@ -229,31 +213,20 @@ class StagingEntry:
 
     def __init__(self, staging: Staging, event_id: str, model_id: str, version: int) -> None:
         self.staging = staging
-        self.event_id, self.model_id, self.version = event_id, check_model_id(model_id), version
-
-    @property
-    def folder(self) -> Path:
-        return self.staging.folder / self.event_id
-
-    @property
-    def _root(self) -> Path:
-        return self.staging.root
-
-    @property
-    def _target(self) -> Path:
-        return self._root / self.model_id / str(self.version)
-
-    @property
-    def _bundle(self) -> Path:
-        return bundle_beside(self._target)
+        self.event_id, self.model_id, self.version = event_id, model_id, version
+        self.folder = staging.folder / event_id
+        self._root = staging.root
+        self._target = staging.root / check_model_id(model_id) / str(version)
+        self._bundle = bundle_beside(self._target)
 
     def check_free(self) -> None:
         """Refuse a version that is there, complete or not, or of which a signature bundle is.
 
         Raises:
-            RuntimeProblem: `version_exists`; `repository_unreadable`, as `Staging.check_root`.
+            RuntimeProblem: `version_exists`; `repository_unreadable`, it leads to another folder by now.
         """
-        self.staging.check_root()
+        if self.staging.repository.find_root() != self._root:
+            raise RepositoryUnreadable("the repository leads to another folder since this began: begin anew")
         if os.path.lexists(self._target):
             is_removed = self.staging.repository.is_removed(self.model_id, self.version)
             raise VersionExists(self.model_id, self.version, is_removed=is_removed)
