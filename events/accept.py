@@ -311,6 +311,7 @@ def _load_requested(state: State, command: RequestLoad, parameters: LoadParamete
         policy=command.policy,
         justification=said,
         label=command.label,
+        passed_over=command.passed_over,
     )
     return Draft(event_id, data, command.actor, event_id, command.model_id, command.version)
 

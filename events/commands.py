@@ -91,6 +91,7 @@ class RequestLoad:
         justification: of the person; UNSET without rules or reasons.
         sign: signs an emergency for this server; None if it is alone.
         label: to set to the version when that is loaded; UNSET for none.
+        passed_over: why the highest version could not be served; UNSET if it could, or was not asked for.
     """
 
     model_id: str
@@ -107,6 +108,7 @@ class RequestLoad:
     justification: Justification | UnsetType = UNSET
     sign: Sign | None = None
     label: str | UnsetType = UNSET
+    passed_over: str | UnsetType = UNSET
 
     @property
     def is_emergency(self) -> bool:

@@ -47,6 +47,7 @@ EVENT_TEXTS: Mapping[str, EventText] = {
             "reason: {justification.reason?}",
             "emergency: {justification.emergency?}",
             "label {label?}",
+            "passed over: {passed_over?}",
         ),
         {"cause": "cause", "priority": "priority"},
     ),

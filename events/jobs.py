@@ -317,6 +317,7 @@ class Job(Struct, frozen=True, gc=False):
             stored.
         policy: of a load; it is not stored without rules and reasons.
         label: that is set to the version of a load when that is loaded; not stored without.
+        passed_over: of a load: why it does not have the highest version; not stored without.
         unreturned_bytes: of a completed unload, as `ModelUnloaded` has it; not stored without.
     """
 
@@ -345,6 +346,7 @@ class Job(Struct, frozen=True, gc=False):
     policy: JobPolicy | UnsetType = UNSET
     label: str | UnsetType = UNSET
     unreturned_bytes: int | UnsetType = UNSET
+    passed_over: str | UnsetType = UNSET
 
     @property
     def approval(self) -> ApprovalState | None:
@@ -475,6 +477,7 @@ def _create_job(event: Event, model_id: str, data: LoadRequested | UnloadRequest
         add=AddParameters(add.source, add.timeout_s, add.digest) if add else UNSET,
         policy=UNSET if load is None else _find_policy(load),
         label=UNSET if load is None else load.label,
+        passed_over=UNSET if load is None else load.passed_over,
     )
 
 

@@ -334,7 +334,8 @@ class LoadRequested(LoadParameters, frozen=True, gc=False, kw_only=True):
     The parameters are those that apply, whether the request, the loaded model, its loadledger.toml or the
     server chose them. `policy` is the digest of the rules for the model that the load has to pass; it is
     missing without any. `justification` is missing if no person gave one and there are no rules. `label` is
-    set to the version when that is loaded; it is missing without one.
+    set to the version when that is loaded; it is missing without one. `passed_over` says why the load is not
+    of the highest version in the repository; it is missing if it is, and if the request named a version.
     """
 
     TYPE: ClassVar[str] = "LoadRequested"
@@ -352,6 +353,7 @@ class LoadRequested(LoadParameters, frozen=True, gc=False, kw_only=True):
     policy: str | UnsetType = UNSET
     justification: Justification | UnsetType = UNSET
     label: str | UnsetType = UNSET
+    passed_over: str | UnsetType = UNSET
 
     @classmethod
     def of(cls, parameters: LoadParameters, cause: Cause, **rest: Any) -> LoadRequested:

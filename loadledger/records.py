@@ -96,6 +96,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         superseded_by: the person's load that took the place of this one by the system; waits go on with it.
         position: of its latest event in the ledger.
         label: that a load sets when its version is loaded; None without.
+        passed_over: why a load without a number did not take the highest version; None if it did.
         reason: why a person asked for it; `emergency`: why it must not wait for approval.
         approval: None until it is asked for or bypassed.
         unreturned_bytes: of an unload: memory that its device had not returned; None if all was.
@@ -121,6 +122,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     position: int = 0
     parameters: dict[str, Any] = {}
     label: str | None = None
+    passed_over: str | None = None
     reason: str | None = None
     emergency: str | None = None
     approval: ApprovalState | None = None
@@ -305,6 +307,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
         copies_at: its copies; the first is what the other attributes are of.
         copies_waiting_for: why fewer are ready.
         position: of its latest `ModelLoaded`.
+        not_served: why the highest version in the repository cannot be served; None if it can.
         repository_changed: whether the repository has newer files than those that are loaded.
         instances: workers alive.
         threads: of each worker.
@@ -325,6 +328,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     state: str
     versions: list[int] | None = None
+    not_served: str | None = None
     version: int | None = None
     next_version: int | None = None
     active: bool = False

@@ -82,8 +82,9 @@ class UnknownModel(RuntimeProblem):
 
     code = "unknown_model"
 
-    def __init__(self, model_id: str) -> None:
-        super().__init__(f"model {model_id!r} is not in the repository")
+    def __init__(self, model_id: str, reason: str | None = None) -> None:
+        what = "is not in the repository" if reason is None else f"has no version to serve: {reason}"
+        super().__init__(f"model {model_id!r} {what}")
         self.model_id = model_id
 
 
@@ -92,8 +93,8 @@ class UnknownVersion(RuntimeProblem):
 
     code = "unknown_version"
 
-    def __init__(self, model_id: str, version: int) -> None:
-        super().__init__(f"model {model_id!r} has no version {version}")
+    def __init__(self, model_id: str, version: int, message: str | None = None) -> None:
+        super().__init__(message or f"model {model_id!r} has no version {version}")
         self.model_id = model_id
         self.version = version
 

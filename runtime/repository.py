@@ -2,9 +2,12 @@
 
 The only `.onnx` file of a version is its model, whatever its name; with several, one is `model.onnx`.
 
-Each call reads the file system and nothing is cached, so a version exists as soon as it is complete. Symbolic
-links are followed within the root. A model, version or model file behind a link that leaves the root does not
-exist; a version with any other such file is refused with `unsafe_file`.
+Each call reads the file system and nothing is cached, so a version exists as soon as it is complete. The root
+may be a link that is re-pointed (git-sync, atomic releases): each call follows it anew, once, so all that it
+finds is of one release. Symbolic links are followed within the root. A model, version or model file behind a
+link that leaves the root does not exist; a version with any other such file is refused with `unsafe_file`.
+
+The files of a version may lie in a folder `model.onnx`, as Triton has it: then that is the version's folder.
 
 The signature bundle of a version (OpenSSF model signing) is a `*.sig` in its folder, or `<version>.sig`
 beside the folder. That one is a file of the version like those in the folder, with its name as path.
@@ -32,7 +35,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar
 from weakref import WeakValueDictionary
 
 import msgspec
@@ -161,16 +164,23 @@ def busy(key: str, reason: str) -> RepositoryBusy:
 UNKNOWN = frozenset({errno.EMFILE, errno.ENFILE, errno.EIO})
 """Numbers of errors that leave open what a folder has: a model that cannot be looked at may be there."""
 _GONE = frozenset({errno.ENOENT, errno.ENOTDIR})
+_NOT_THERE = _GONE | {errno.ELOOP, errno.ENAMETOOLONG}
+"""Numbers of errors of a path that leads nowhere, whoever asks and whenever."""
 MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-VERSION = re.compile(r"[1-9][0-9]{0,9}")
-MAX_VERSION = 2**31 - 1
-"""The largest signed 32-bit integer, in which clients keep versions."""
+VERSION = re.compile(r"[1-9][0-9]{0,18}")
+MAX_VERSION = 2**63 - 1
+"""The largest signed 64-bit integer, as Triton has it: some number their versions by the time."""
 MAX_FILES = 10_000
 """Files of one version. The largest known models have hundreds; each becomes part of an event."""
 HUB_FOLDER = "onnx"
 """Where repositories of Hugging Face have their ONNX files."""
 MAX_NAMED = 4
 """Of several files, in a message."""
+IS_REMOVED = (
+    "was removed, and its folder has files all the same, which are not served until it is added again: give"
+    " the folder another number, or delete it with `loadledger rm` and add the version with `loadledger add`"
+)
+"""Of a version whose files somebody put back by hand."""
 TICK_S = 0.012
 """At least the clock of a file system's times: a file that is written to within it after its status was read
 can have the same times."""
@@ -202,6 +212,10 @@ def bundle_beside(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}{SIGNATURE_SUFFIX}")
 
 
+def _title(model_id: str, name: str) -> str:
+    return f"version {name} of model {model_id!r} "
+
+
 def check_model_id(model_id: str) -> str:
     """Return a model id if it is valid, without I/O.
 
@@ -213,61 +227,110 @@ def check_model_id(model_id: str) -> str:
     return model_id
 
 
+class FoundVersions(NamedTuple):
+    """The versions of a model in the repository.
+
+    Attributes:
+        served: the complete ones, lowest first.
+        refusal: why the folder with the highest number is none of them; None if it is one, or there is none.
+    """
+
+    served: list[int]
+    refusal: RuntimeProblem | None
+
+
+def refuse_unserved(model_id: str, refusal: RuntimeProblem | None) -> RuntimeProblem:
+    """Return the error of a model without a version to serve; `refusal` is that of its highest one."""
+    if isinstance(refusal, RepositoryUnreadable):
+        return refusal
+    return UnknownModel(model_id, None if refusal is None else str(refusal))
+
+
 class Repository:
     """The models beneath one folder.
 
     Its methods block, for ever if a file system hangs: a coroutine calls them through `file_system`.
 
     Args:
-        root: the folder; it may be empty, or be created later.
+        root: the folder, or a link to it; it may be empty, or be created later.
         is_removed: whether the ledger has a version as removed: then it is not there any more.
 
     Attributes:
+        root: its path, with the link that it may be.
         file_system: runs calls about one model in a thread.
     """
 
     def __init__(self, root: Path, is_removed: Callable[[str, int], bool] = lambda _, __: False) -> None:
-        self.root = Path(os.path.realpath(root))
+        self.root = root.absolute()
         self.file_system = FileSystemPool()
-        self._is_removed = is_removed
-        str(self.root).encode()  # ONNX Runtime opens paths as UTF-8: fail now, not at the first load
+        self.is_removed = is_removed
+        for path in (self.root, self.find_root()):
+            str(path).encode()  # ONNX Runtime opens paths as UTF-8: fail now, not at the first load
+
+    def find_root(self) -> Path:
+        """Return the folder that the root is now, without links."""
+        return Path(os.path.realpath(self.root))
 
     def folders(self) -> list[str]:
-        """Return the names that can be models, sorted, without looking into them."""
-        return sorted(name for name in _names(self.root) if MODEL_ID.fullmatch(name))
+        """Return the names that can be models, sorted, without looking into them.
+
+        Raises:
+            RepositoryUnreadable: `repository_unreadable`, the root is not there, or cannot be read.
+        """
+        return sorted(name for name in _list_root(self.find_root()) if MODEL_ID.fullmatch(name))
 
     def models(self) -> list[str]:
-        """Return the ids of models with a complete version, sorted."""
-        return [name for name in self.folders() if self._versions(name)]
+        """Return the ids of models with a complete version, sorted; for errors see `folders`."""
+        found = list[str]()
+        for name in self.folders():
+            with suppress(RepositoryUnreadable):  # of this model: `find_unserved` says so
+                found += [name] if self.find_versions(name).served else []
+        return found
+
+    def find_versions(self, model_id: str) -> FoundVersions:
+        """Return the versions of a model; none if there is no such model.
+
+        Raises:
+            InvalidModelId: `invalid_model_id`.
+            RepositoryUnreadable: `repository_unreadable`, the root or the model's folder cannot be read.
+            RepositoryBusy: `repository_busy`, that cannot be known now.
+        """
+        root = self.find_root()
+        names = _list_model(root, check_model_id(model_id))
+        refusals = {name: self._refuse(root, model_id, name) for name in names if name.isdecimal()}
+        newest = max(refusals, key=lambda name: (int(name), refusals[name] is None), default="")
+        served = sorted(int(name) for name, refusal in refusals.items() if refusal is None)
+        return FoundVersions(served, refusals.get(newest))
 
     def versions(self, model_id: str) -> list[int]:
         """Return the complete versions of a model, lowest first, at least one.
 
         Raises:
-            InvalidModelId: `invalid_model_id`.
             UnknownModel: `unknown_model`, no such folder, or no complete version in it.
-            RepositoryBusy: `repository_busy`, that cannot be known now.
+            RuntimeProblem: as `find_versions`; `repository_unreadable`, its newest version cannot be read.
         """
-        versions = self._versions(check_model_id(model_id))
-        if not versions:
-            raise UnknownModel(model_id)
-        return versions
+        served, refusal = self.find_versions(model_id)
+        if not served:
+            raise refuse_unserved(model_id, refusal)
+        return served
 
     def find_version(self, model_id: str, version: int | None = None) -> int:
         """Return the number of a model's version, by default the highest.
 
         Raises:
-            InvalidModelId: `invalid_model_id`.
-            UnknownModel: `unknown_model`.
-            UnknownVersion: `unknown_version`.
-            RepositoryBusy: `repository_busy`.
+            UnknownVersion: `unknown_version`, it is not there, or is not complete.
+            RuntimeProblem: as `versions`; `repository_unreadable`, the version cannot be read.
         """
         if version is None:
             return self.versions(model_id)[-1]
-        if self._refuse_version(check_model_id(model_id), str(version)) is not None:
-            self.versions(model_id)  # says if the model is unknown
-            raise UnknownVersion(model_id, version)
-        return version
+        root, name = self.find_root(), str(version)
+        refusal = self._refuse(root, check_model_id(model_id), name)
+        if refusal is None:
+            return version
+        if name in _list_model(root, model_id):
+            raise refusal
+        self.versions(model_id)  # says if the model is unknown
+        raise UnknownVersion(model_id, version)
 
     def folder_of(self, model_id: str, version: int) -> Path:
         """Return the folder of a version, whether or not it is there.
@@ -282,10 +345,14 @@ class Repository:
 
         Raises:
             InvalidModelId: `invalid_model_id`.
+            RepositoryUnreadable: `repository_unreadable`.
             RepositoryBusy: `repository_busy`.
         """
-        folder = self.folder_of(model_id, version)
-        name = find_model_file(_names(folder))
+        folder = _inner_folder(self.folder_of(model_id, version))
+        try:
+            name = find_model_file(_names(folder))
+        except RepositoryUnreadable as unreadable:
+            raise RepositoryUnreadable(f"the folder of {model_id}/{version} {unreadable}") from None
         return folder / name if name is not None and os.access(folder / name, os.R_OK) else None
 
     def read_beside(self, model_id: str, name: str, max_bytes: int) -> bytes:
@@ -296,10 +363,11 @@ class Repository:
             LoadRefused: `unsafe_file`, too long, or not a regular file within the repository.
             RepositoryUnreadable: `repository_unreadable`.
         """
-        path = self.root / check_model_id(model_id)
+        root = self.find_root()
+        path = root / check_model_id(model_id)
         if not os.path.lexists(path / name):
             return b""
-        with open_folder(self.root, path) as folder, folder.open_file(name) as descriptor:
+        with open_folder(root, path, of_version=False) as folder, folder.open_file(name) as descriptor:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise LoadRefused("unsafe_file", f"{name!r} is not a regular file")
             try:
@@ -313,19 +381,25 @@ class Repository:
 
     def find_unserved(self) -> Iterator[tuple[str, str]]:
         """Yield the path of each model and version that cannot be served, and the reason."""
+        root = self.find_root()
         for model_id in self.folders():
-            seen = _stat(self.root / model_id, self.root)
-            if isinstance(seen, str):
-                yield model_id, seen
-            elif stat.S_ISDIR(seen.st_mode):
-                names = [name for name in _names(self.root / model_id) if name.isdecimal()]
-                for name in names:
-                    if (refusal := self._refuse_version(model_id, name)) is not None:
-                        yield f"{model_id}/{name}", refusal
-                if not names:
-                    yield model_id, f"has no version: {_cure_model(self.root / model_id, model_id)}"
-            elif model_id.endswith(SUFFIX):
-                yield model_id, f"is in no model's folder: move it to {Path(model_id).stem}/1/{MODEL_FILE}"
+            try:
+                seen = _stat(root / model_id, root)
+                if isinstance(seen, str):
+                    yield model_id, seen
+                elif stat.S_ISDIR(seen.st_mode):
+                    names = [name for name in _names(root / model_id) if name.isdecimal()]
+                    refused = ((name, self._refuse(root, model_id, name)) for name in names)
+                    for name, refusal in refused:
+                        if refusal is not None:
+                            yield f"{model_id}/{name}", str(refusal).removeprefix(_title(model_id, name))
+                    if not names:
+                        yield model_id, f"has no version: {_cure_model(root / model_id, model_id)}"
+                elif model_id.endswith(SUFFIX):
+                    place = f"{Path(model_id).stem}/1/{MODEL_FILE}"
+                    yield model_id, f"is in no model's folder: move it to {place}"
+            except RepositoryUnreadable as unreadable:
+                yield model_id, str(unreadable)
 
     @contextmanager
     def open_version(
@@ -341,8 +415,8 @@ class Repository:
             LoadRefused: `unsafe_file`; `model_changed`.
             RepositoryUnreadable: `repository_unreadable`.
         """
-        if self._is_removed(model_id, version):
-            raise UnknownVersion(model_id, version)
+        if self.is_removed(model_id, version):
+            self.find_version(model_id, version)  # says so
         with ExitStack() as stack:
             try:
                 folder = stack.enter_context(open_folder(self.root, self.folder_of(model_id, version)))
@@ -357,38 +431,59 @@ class Repository:
         with open_folder(self.root, self.folder_of(model_id, version)) as folder:
             return folder.stat_files()
 
-    def _versions(self, model_id: str) -> list[int]:
-        names = _names(self.root / model_id)
-        return sorted(int(name) for name in names if self._refuse_version(model_id, name) is None)
+    def _refuse(self, root: Path, model_id: str, name: str) -> RuntimeProblem | None:
+        """Return why a version is not served, as the error of a request for it; None if it is."""
+        try:
+            reason = self._refuse_version(root, model_id, name)
+        except RepositoryUnreadable as unreadable:
+            return RepositoryUnreadable(f"{_title(model_id, name)}{unreadable}")
+        if reason is None:
+            return None
+        shown = reason.encode(errors="replace").decode()  # it is recorded, and has names of files
+        return UnknownVersion(model_id, int(name), f"{_title(model_id, name)}{shown}")
 
-    def _refuse_version(self, model_id: str, name: str) -> str | None:
-        """Return why a folder is no complete version; None if it is one."""
+    def _refuse_version(self, root: Path, model_id: str, name: str) -> str | None:
+        """Return why a folder is no complete version; None if it is one.
+
+        Raises:
+            RepositoryUnreadable: `repository_unreadable`, that cannot be seen.
+        """
         if not VERSION.fullmatch(name) or int(name) > MAX_VERSION:
             return f"is no version, which is a number from 1 to {MAX_VERSION} without zeros before it"
-        if self._is_removed(model_id, int(name)):
-            return "was removed: delete the folder if it stays, and add the version again"
-        folder = self.root / model_id / name
-        seen, model = _stat(folder / MODEL_FILE, self.root), MODEL_FILE
+        if self.is_removed(model_id, int(name)):
+            return IS_REMOVED
+        folder = _inner_folder(own := root / model_id / name)
+        seen, model = _stat(folder / MODEL_FILE, root), MODEL_FILE
+        if isinstance(seen, str) and isinstance(where := _stat(own, root), str):
+            return where
         if isinstance(seen, str) and (named := list_model_files(_names(folder))):
             model = find_model_file(named) or ""
             if not model:
                 shown = ", ".join(named[:MAX_NAMED])
                 return f"has several models, {shown}: rename one to {MODEL_FILE}, or give each its own folder"
-            seen = _stat(folder / model, self.root)
+            seen = _stat(folder / model, root)
+        path = (folder / model).relative_to(own)
         if isinstance(seen, str):
-            return f"is not complete: its {model} {seen}{_cure_layout(folder)}"
-        return None if stat.S_ISREG(seen.st_mode) else f"is not complete: its {model} is a folder"
+            return f"is not complete: its {path} {seen}{_cure_layout(folder)}"
+        if not os.access(folder / model, os.R_OK, effective_ids=True):
+            raise RepositoryUnreadable(_describe_unreadable(errno.EACCES))
+        return None if stat.S_ISREG(seen.st_mode) else f"is not complete: its {path} is a folder"
 
 
 class VersionFolder:
     """An open folder of the repository; `open_folder` opens and closes it.
 
-    `beside` is open, too: the folder that has the `bundle`, which is not `..` if the version is a link.
+    `top`, the root, and `beside` are open, too: the folder that has the `bundle`, which is not `..` if the
+    version is a link.
+
+    Attributes:
+        root: of the repository, without links: what no file may leave.
+        path: of this folder, beneath that.
     """
 
-    def __init__(self, anchor: int, beside: int, bundle: str, root: str) -> None:
-        self._anchor, self._beside = anchor, beside
-        self._bundle, self._root = bundle, root
+    def __init__(self, top: int, anchor: int, beside: int, bundle: str, *, root: Path, path: Path) -> None:
+        self.root, self.path = root, path
+        self._top, self._anchor, self._beside, self._bundle = top, anchor, beside, bundle
 
     def stat_files(self) -> tuple[FoundFile, ...]:
         """Return the identity of each file, in order of their paths, without reading any.
@@ -514,32 +609,51 @@ class VersionFolder:
 
     def _check_place(self, path: str, descriptor: int) -> None:
         place = _place_of(descriptor)
-        if place != self._root and not place.startswith(self._root.rstrip("/") + "/"):
+        # The root may have been renamed since, and all in it with it.
+        if not place.is_relative_to(self.root) and not place.is_relative_to(_place_of(self._top)):
             raise LoadRefused("unsafe_file", f"{path!r} leads out of the repository")
 
 
 @contextmanager
-def open_folder(root: Path, folder: Path) -> Iterator[VersionFolder]:
+def open_folder(root: Path, folder: Path, *, of_version: bool = True) -> Iterator[VersionFolder]:
     """Open the folder of a version once; all of it is then read through this descriptor.
+
+    The root is opened once, too: if it is a link, all is of the release to which that leads now.
 
     Args:
         root: the repository's root, which nothing may leave.
         folder: the version's folder beneath it.
+        of_version: whether a folder `model.onnx` in it has the files.
 
     Raises:
         LoadRefused: `model_changed`, the folder is gone; `unsafe_file`, it leads out of the repository.
         RepositoryUnreadable: `repository_unreadable`.
     """
-    flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
     with ExitStack() as stack:
+
+        def enter(path: Path | str, within: int | None = None) -> int:
+            opened = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=within)
+            stack.callback(os.close, opened)
+            return opened
+
         try:
-            stack.callback(os.close, top := os.open(root, flags))
-            stack.callback(os.close, beside := os.open(folder.parent, flags))
-            stack.callback(os.close, anchor := os.open(folder.name, flags, dir_fd=beside))
+            top = enter(root)
+            beside = enter(folder.parent.relative_to(root), top)
+            anchor = enter(folder.name, beside)
             place = _place_of(top)
+            path = place / folder.relative_to(root)
         except OSError as error:
             _refuse("the version's folder", error)
-        yield VersionFolder(anchor, beside, bundle_beside(folder).name, place)
+        with suppress(OSError):  # what lies there instead is looked at as a file
+            if of_version:
+                anchor, path = enter(MODEL_FILE, anchor), path / MODEL_FILE
+        yield VersionFolder(top, anchor, beside, bundle_beside(folder).name, root=place, path=path)
+
+
+def _inner_folder(folder: Path) -> Path:
+    """Return the folder that has a version's files: within its own, if that is a folder `model.onnx`."""
+    inner = folder / MODEL_FILE
+    return inner if os.path.isdir(inner) else folder  # noqa: PTH112 - False for whatever cannot be seen
 
 
 def _mode_of(path: str, within: int) -> int:
@@ -571,27 +685,38 @@ def _check_kind(path: str, mode: int) -> None:
         raise LoadRefused("unsafe_file", f"{path!r} is not a regular file")
 
 
-def _place_of(descriptor: int) -> str:
-    return str(Path(f"/proc/self/fd/{descriptor}").readlink())
+def _place_of(descriptor: int) -> Path:
+    return Path(f"/proc/self/fd/{descriptor}").readlink()
 
 
 def _refuse(what: str, error: OSError) -> NoReturn:
     """Raise the refusal of a file that cannot be opened: gone, a circle of links, or not readable now."""
     if error.errno in _GONE:
         raise LoadRefused("model_changed", f"{what!r} is no longer there") from None
-    if error.errno in {errno.ELOOP, errno.ENAMETOOLONG}:
+    if error.errno in _NOT_THERE:
         raise LoadRefused("unsafe_file", f"{what!r} cannot be looked at: {error.strerror}") from None
-    raise RepositoryUnreadable(f"{what!r} cannot be read: {error.strerror}") from None
+    raise RepositoryUnreadable(f"{what!r} {_describe_unreadable(error.errno)}") from None
+
+
+def _describe_unreadable(number: int | None) -> str:
+    cure = "; let the server's user read it" if number in {errno.EACCES, errno.EPERM} else ""
+    return f"cannot be read: {os.strerror(number or 0)}{cure}"
 
 
 def _stat(path: Path, root: Path) -> os.stat_result | str:
-    """Return the status of a file or folder behind its links, or the reason not to open it."""
+    """Return the status of a file or folder behind its links, or the reason not to open it.
+
+    Raises:
+        RepositoryUnreadable: `repository_unreadable`, it cannot be seen.
+    """
     try:
         path.name.encode()
         seen = path.stat()
     except UnicodeEncodeError:
         return "has a name that is not UTF-8"
     except OSError as error:
+        if error.errno not in _NOT_THERE:
+            raise RepositoryUnreadable(_describe_unreadable(error.errno)) from None
         return f"cannot be looked at: {error.strerror}"
     if not Path(os.path.realpath(path)).is_relative_to(root):
         return "leads out of the repository"
@@ -610,20 +735,57 @@ def _cure_model(folder: Path, model_id: str) -> str:
 def _cure_layout(folder: Path) -> str:
     """Return what makes a version of a folder whose model lies beneath it, if one does."""
     for name in _names(folder):
-        if find_model_file(_names(folder / name)) is not None:
-            return f"; move what is in {name}/ to the version's folder"
+        with suppress(RepositoryUnreadable):
+            if find_model_file(_names(folder / name)) is not None:
+                return f"; move what is in {name}/ to the version's folder"
     return ""
 
 
-def _names(folder: Path) -> list[str]:
+def _list_root(root: Path) -> list[str]:
+    """Return the names in the root; it is there, or nothing is known of its models.
+
+    Raises:
+        RepositoryUnreadable: `repository_unreadable`.
+    """
+    try:
+        return _names(root, may_be_missing=False)
+    except RepositoryUnreadable as unreadable:
+        raise RepositoryUnreadable(f"the repository's folder {unreadable}") from None
+
+
+def _list_model(root: Path, model_id: str) -> list[str]:
+    """Return the names in a model's folder; none if the repository has no such model.
+
+    Raises:
+        RepositoryUnreadable: `repository_unreadable`.
+    """
+    try:
+        names = _names(root / model_id)
+    except RepositoryUnreadable as unreadable:
+        _list_root(root)  # says so if all of it is unreadable
+        raise RepositoryUnreadable(f"the folder of model {model_id!r} {unreadable}") from None
+    if not names and not os.access(root, os.R_OK | os.X_OK, effective_ids=True):
+        _list_root(root)
+    return names
+
+
+def _names(folder: Path, *, may_be_missing: bool = True) -> list[str]:
+    """Return the names in a folder, sorted; none if it is missing, or is no folder.
+
+    Raises:
+        RepositoryUnreadable: `repository_unreadable`, with the reason alone.
+        RepositoryBusy: `repository_busy`, that cannot be known now.
+    """
     try:
         return sorted(entry.name for entry in os.scandir(folder))
-    except OSError as error:  # missing, no folder, or unreadable: like an empty one
+    except OSError as error:
         if error.errno == errno.ENOMEM:
             raise MemoryError(error.strerror) from None
         if error.errno in UNKNOWN:
             raise busy(folder.name, f"cannot be listed: {error.strerror}") from None
-        return []
+        if may_be_missing and error.errno in _NOT_THERE:
+            return []
+        raise RepositoryUnreadable(_describe_unreadable(error.errno)) from None
 
 
 DEFAULTS_FILE = "loadledger.toml"

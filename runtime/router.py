@@ -263,6 +263,7 @@ class Router:
             UnknownLabel: `unknown_label`.
             ModelNotLoaded: `model_not_loaded`.
             ModelUnloading: `model_unloading`.
+            RepositoryUnreadable: `repository_unreadable`, whether there is the model cannot be known.
         """
         target = self.resolve(model_id, version)
         if isinstance(target, Here):

@@ -37,6 +37,7 @@ from runtime.consumer.checks import CheckedVersion, check_contents
 from runtime.errors import (
     DeviceUnavailable,
     ForkServerUnavailable,
+    RepositoryUnreadable,
     RuntimeProblem,
     UnknownModel,
     UnknownVersion,
@@ -231,10 +232,14 @@ def _check_address(config: Config) -> Iterator[CheckFinding]:
             return
 
 
-def check_repository(config: Config, result: CheckResult) -> list[TrialLoad]:
-    """Check the models of a repository and add findings to the result; returns the versions to try."""
+def check_repository(config: Config, result: CheckResult, models: Mapping[str, Model]) -> list[TrialLoad]:
+    """Check the models of a repository, as the ledger has them, and add findings to the result.
+
+    Returns:
+        The versions to try.
+    """
     try:
-        repository = Repository(config.repository)
+        repository = _open_repository(config, models)
         names = sorted(path.name for path in repository.root.iterdir())
     except (OSError, ValueError) as error:
         if not any(each.place == "--repository" for each in result.findings):
@@ -246,14 +251,20 @@ def check_repository(config: Config, result: CheckResult) -> list[TrialLoad]:
             text = "is not served: a model's name has A-Z a-z 0-9 . _ - and a letter or digit first"
             result.findings.append(CheckFinding(name, "invalid_model_id", text, Severity.NOTE))
     result.findings += [CheckFinding(place, "not_served", text) for place, text in repository.find_unserved()]
-    models = repository.models()
-    result.models = len(models)
-    if not models:
+    served = repository.models()
+    result.models = len(served)
+    if not served:
         text = f"{repository.root} has no model that could be served"
         result.findings.append(CheckFinding("--repository", "empty", text, Severity.NOTE))
         return []
     budget = parse_budget(config.memory_budget, find_memory_limit().bytes)
-    return [each for name in models for each in _check_versions(repository, name, config, budget, result)]
+    return [each for name in served for each in _check_versions(repository, name, config, budget, result)]
+
+
+def _open_repository(config: Config, models: Mapping[str, Model]) -> Repository:
+    return Repository(
+        config.repository, lambda name, version: name in models and version in models[name].removed
+    )
 
 
 def _check_versions(
@@ -271,12 +282,18 @@ def _check_versions(
         try:
             with repository.open_version(model_id, version) as (folder, files):
                 result.findings += _check_hard_links(place, folder.find_hard_links())
+                for each in files:
+                    with folder.open_file(each.path):  # may be read
+                        pass
         except (UnknownModel, UnknownVersion):  # it was just deleted
+            continue
+        except RepositoryUnreadable as unreadable:
+            result.findings.append(CheckFinding(place, unreadable.code, str(unreadable)))
             continue
         except RuntimeProblem:  # a trial load says why
             pass
         result.versions += 1
-        foreign = list(_check_content(place, repository.find_file(model_id, version)))
+        foreign = list(_check_content(place, partial(repository.find_file, model_id, version)))
         result.findings += foreign
         if parameters is None or foreign:
             continue
@@ -292,9 +309,10 @@ def _check_versions(
         result.findings.append(CheckFinding(place, "insufficient_memory", text))
 
 
-def _check_content(place: str, path: Path | None) -> Iterator[CheckFinding]:
+def _check_content(place: str, find_file: Callable[[], Path | None]) -> Iterator[CheckFinding]:
     """Yield what the file of a version is, if it is no ONNX file, or not all of one."""
-    with suppress(OSError):  # a trial load says so
+    with suppress(OSError, RuntimeProblem):  # a trial load says so
+        path = find_file()
         foreign = None if path is None else describe_foreign_content(*read_head(path))
         if path is not None and foreign is not None:
             yield CheckFinding(place, "invalid_model", f"{path.name} {foreign}")
@@ -310,7 +328,7 @@ def _check_hard_links(place: str, linked: Sequence[str]) -> Iterator[CheckFindin
         yield CheckFinding(place, "hard_link", text, Severity.NOTE)
 
 
-def check_policy(config: Config, result: CheckResult) -> None:
+def check_policy(config: Config, result: CheckResult, models: Mapping[str, Model]) -> None:
     """Check each model against its rules: a load of its highest version today, and a reload after a restart.
 
     The ledger in the data directory says what was verified, approved and loaded; signatures of nodes in it
@@ -322,18 +340,17 @@ def check_policy(config: Config, result: CheckResult) -> None:
         text = "is off, so the server does not start: a policy checks private copies, from which models load"
         result.findings.append(CheckFinding("--store-size", "policy_needs_store", text))
         return
-    repository, models = Repository(config.repository), _read_models(config, result)
-    names = {*models}
-    with suppress(OSError):  # `check_repository` says that it cannot be listed
+    repository, names = _open_repository(config, models), {*models}
+    with suppress(RuntimeProblem):  # `check_repository` says that it cannot be listed
         names |= {*repository.models()}
     for model_id in sorted(names):
         if (rules := config.policy.of(model_id)) is not None:
             result.findings += _check_rules(config, repository, model_id, rules, models.get(model_id))
 
 
-def _read_models(config: Config, result: CheckResult) -> Mapping[str, Model]:
-    """Return the models of the ledger in the data directory; none without a ledger."""
-    if not (config.data / LEDGER).exists():
+def read_models(config: Config, result: CheckResult) -> Mapping[str, Model]:
+    """Return the models of the ledger in the data directory; none without a ledger that this user can see."""
+    if not os.access(config.data / LEDGER, os.R_OK):
         return {}
     try:
         with open_read_only(config.data / LEDGER) as ledger:

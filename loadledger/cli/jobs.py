@@ -34,6 +34,8 @@ JobDisplay = tuple[Callable[[Any], None], Callable[[Exception], None]]
 
 def report_request(client: Any, job: Any, *, wait: bool, as_json: bool) -> None:
     """Print the outcome of a request: a new job, an awaited one, changed settings, or nothing to do."""
+    if job.passed_over:
+        output.print_note(f"passed over: {output.to_printable(job.passed_over)}")
     if job.status == "completed" and job.kind == "load" and job.started_at is None and not as_json:
         labelled = f", {output.to_printable(job.label)} names it" if job.label else ""
         click.echo(f"{model_of(job)}: settings changed{labelled}")
@@ -319,7 +321,12 @@ def _request_lines(job: Any) -> Iterator[str]:
 
 def _approval_facts(job: Any) -> dict[str, object]:
     """Return why a load was asked for, and its approval and signature, as facts."""
-    facts = {"label": job.label, "reason": job.reason, "emergency": job.emergency}
+    facts = {
+        "passed over": job.passed_over,
+        "label": job.label,
+        "reason": job.reason,
+        "emergency": job.emergency,
+    }
     asked = job.approval
     if asked is None:
         return facts

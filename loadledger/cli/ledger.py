@@ -171,9 +171,7 @@ def _replay_state(
     return {
         **as_of(moment),
         "models": [
-            model_view(
-                describe_model(state.models[each]), None, is_active=active is not None and active.id == each
-            )
+            model_view(describe_model(state.models[each]), is_active=active is not None and active.id == each)
             for each in ids
         ],
         "jobs": [job_view(job, None) for job in state.unended(model_id)],

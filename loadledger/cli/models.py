@@ -105,7 +105,7 @@ def verify_model(model: str, *, as_json: bool, where: options.ServerChoice) -> N
     Exit code: 0 if the policy lets it load, 1 if not, 2 if it cannot be checked.
     """
     model_id, slash, version = model.partition("/")
-    if slash and not re.fullmatch("[1-9][0-9]{0,17}", version):
+    if slash and not re.fullmatch("[1-9][0-9]{0,18}", version):
         raise click.UsageError(f"{version!r} is no version: give MODEL, or MODEL/VERSION such as digits/2")
     with options.open_chosen_client(where) as client:
         found = client.verify_model(model_id, int(version) if slash else None)
@@ -139,7 +139,9 @@ def _row(model: Any) -> tuple[str, ...]:
         format_size(model.memory_bytes),
         output.format_age(model.loaded_at, datetime.now(UTC)),
         format_cell(model.loaded_by, most=24) + (f" ({model.brought_back})" if model.brought_back else ""),
-        format_cell(model.error and f"{model.error.code}: {model.error.message}", most=60),
+        format_cell(
+            model.not_served if model.error is None else f"{model.error.code}: {model.error.message}", most=60
+        ),
     )
 
 
@@ -180,6 +182,7 @@ def _details(model: Any, words: Sequence[str] = ()) -> Iterator[str]:
         "next version": model.next_version,
         "repository": "has newer files than those that are loaded" if model.repository_changed else None,
         "versions": model.versions and ", ".join(map(str, model.versions)),
+        "not served": model.not_served,
         "labels": _labels(model) or None,
         "instances": model.instances,
         "threads": model.threads,

@@ -245,13 +245,15 @@ def check(*, quick: bool, as_json: bool, **flags: str | None) -> None:
         check_policy,
         check_repository,
         check_workers,
+        read_models,
     )
 
     result = CheckResult()
     config = check_configuration(flags, os.environ, result)
     check_ledger(config, result)
-    candidates = check_repository(config, result)
-    check_policy(config, result)
+    models = read_models(config, result)
+    candidates = check_repository(config, result, models)
+    check_policy(config, result, models)
     check_workers(config, result, [] if quick else candidates, on_version=_progress())
     print_result(result.members(), _lines(result), as_json=as_json)
     sys.exit(0 if result.fine else NEGATIVE_RESULT)

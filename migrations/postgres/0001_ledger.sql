@@ -115,7 +115,7 @@ BEGIN
       AND coalesce(json_typeof(job_id), 'string') = 'string' AND coalesce(json_typeof(model_id), 'string') = 'string'
       AND coalesce(json_typeof(worker_id), 'string') = 'string'
       AND schema::text ~ '^[1-9]\d{0,8}$' AND type::text ~ '^"[A-Z][A-Za-z]{0,63}"$'
-      AND coalesce(version::text, '0') ~ '^(0|[1-9]\d{0,17})$' AS is_event
+      AND coalesce(version::text, '0') ~ '^(0|[1-9]\d{0,18})$' AS is_event
     FROM unnest(bodies, hashes) WITH ORDINALITY AS rows (body, hash, number),
       json_to_record(replace(body, '\u0000', '\u0001')::json) AS parsed (
         actor json, data json, id json, job_id json, model_id json, position json, recorded_at json, schema json,

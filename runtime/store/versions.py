@@ -89,7 +89,8 @@ class Versions:
     @property
     def folders(self) -> set[str]:
         """The folders of the server that messages about a model may name."""
-        return {str(self.repository.root), *((str(self.store.path),) if self.store is not None else ())}
+        roots = {str(self.repository.root), str(self.repository.find_root())}
+        return roots | ({str(self.store.path)} if self.store is not None else set())
 
     def read_signature(self, model_id: str, version: int | None) -> tuple[int, ModelSignature]:
         """Return a version, by default the highest, and the inputs and outputs that its file declares.
@@ -372,7 +373,7 @@ class HeldVersion:
         except (UnknownModel, UnknownVersion):
             if not is_reload:
                 raise
-            _check_mounted(self.root)
+            _check_mounted(self._repository.root)
             raise self._gone("the repository has no such version any more") from None
         except LoadRefused as refused:
             if not is_reload or refused.code != "unsafe_file":
@@ -388,8 +389,9 @@ class HeldVersion:
             began_ns = time.monotonic_ns()
             self.root = self.folder = self._copy = self._store.take(folder, found, self._end_piece)
             self.copying_us = (time.monotonic_ns() - began_ns) // 1000
-        elif known is not None:
-            self.sha256s = tuple(sha256 for _, sha256 in known)
+        else:
+            self.root, self.folder = folder.root, folder.path
+            self.sha256s = None if known is None else tuple(sha256 for _, sha256 in known)
         self.files = self._found = found
 
     def _compare(self, loaded: Sequence[LoadedFile]) -> bool:
@@ -415,7 +417,8 @@ class HeldVersion:
                 self._hashed = tuple(hashed)
             self.sha256s = tuple(file.sha256 for file in self._hashed)
         else:
-            with open_folder(self.root, self.folder) as folder:
+            version = self.root / self.model_id / str(self.version)
+            with open_folder(self.root, version) as folder:
                 sha256s = tuple(_hash_source(folder, file, self._end_piece) for file in self._found)
                 _refuse_changed(folder, self._found)
             self.sha256s = sha256s

@@ -125,7 +125,7 @@ class Uploads:
         node_id: str | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
-        self._repository = repository
+        self._repository, self._root = repository, repository.find_root()
         self._policy = policy
         self._owner, self._node_id = owner, node_id
         self._log, self._submit, self._find_event = log, submit, find_event
@@ -206,10 +206,10 @@ class Uploads:
             LogUnavailable: `log_unavailable`; if that is unknown, it may become visible later.
         """
         try:
+            await self._prepare()
             stage = self._new_stage(StageOrigin(model_id, version, actor), stays=False)
             self._begin(stage)
             try:
-                await self._prepare()
                 await self._run(stage, stage.begin)
                 await self._receive(stage, MODEL_FILE, body)
                 files = await self._run(stage, stage.complete)
@@ -382,10 +382,10 @@ class Uploads:
             RequestRefused: `version_in_use`, a load came first.
             LogUnavailable: `log_unavailable`; if that is unknown, it may be removed later.
         """
+        await self._prepare()
         entry = StagingEntry(self._staging(), uuid7(), model_id, version)
         self._begin(entry)
         try:
-            await self._prepare()
             await self._run(entry, entry.begin_removal)
             if end_uses is not None:
                 await end_uses()
@@ -423,11 +423,12 @@ class Uploads:
             EpochOver: `log_unavailable`.
         """
         if self._node_id is None:
-            return Staging(self._repository, self._owner)
+            return Staging(self._repository, self._root, self._owner)
         node = self._log.state.registers.nodes.get(self._node_id)
         if node is None or not node.is_present:
             raise EpochOver
-        return Staging(self._repository, epoch_folder(node), (NodeCurrent(node.id, node.epoch),))
+        conditions = (NodeCurrent(node.id, node.epoch),)
+        return Staging(self._repository, self._root, epoch_folder(node), conditions)
 
     def _new_stage(self, origin: StageOrigin, *, stays: bool = True) -> Stage:
         return Stage(self._staging(), uuid7(), origin, self._policy.max_bytes, stays=stays)
@@ -439,6 +440,8 @@ class Uploads:
             RepositoryReadOnly: `repository_read_only`.
         """
         await self._run(None, partial(check_writable, self._repository.root, self._policy), START_LIMIT_S)
+        if self._root != (root := await self._run(None, self._repository.find_root, START_LIMIT_S)):
+            self._root, self._is_recovered = root, False
         if not self._is_recovered:
             await self._recover()
         await self._end_unused_stages()
@@ -571,7 +574,7 @@ class Uploads:
                 return
             staging = self._staging()
             self._is_recovered = True
-            self._stages = {  # those of an epoch that is over are not here any more
+            self._stages = {  # those of an epoch that is over, or of another release, are not here any more
                 stage.id: stage for stage in self._stages.values() if stage.folder.parent == staging.folder
             }
             await self._run(None, partial(staging.adopt, self._log.state.registers.nodes), START_LIMIT_S)

@@ -30,8 +30,15 @@ from events.files import sync
 from events.nodes import Node
 from events.registercommands import NodeCurrent
 from events.types import AddedFile
-from runtime.errors import RuntimeProblem, UnknownVersion
-from runtime.repository import MAX_FILES, MAX_PATHS_BYTES, Repository, bundle_beside
+from runtime.errors import RepositoryUnreadable, RuntimeProblem, UnknownVersion
+from runtime.repository import (
+    IS_REMOVED,
+    MAX_FILES,
+    MAX_PATHS_BYTES,
+    Repository,
+    bundle_beside,
+    check_model_id,
+)
 from runtime.store.folder import walk_files
 from runtime.uploads.receive import BadPath, RepositoryReadOnly, UploadTooLarge, check_model, quote
 
@@ -53,12 +60,12 @@ class VersionExists(RuntimeProblem):
 
     code = "version_exists"
 
-    def __init__(self, model_id: str, version: int, *, is_changing: bool = False) -> None:
+    def __init__(
+        self, model_id: str, version: int, *, is_changing: bool = False, is_removed: bool = False
+    ) -> None:
         how = "is just being added or removed" if is_changing else "exists"
-        super().__init__(
-            f"version {version} of {model_id!r} {how}, and a version is never overwritten: choose another"
-            " number"
-        )
+        how += ", and a version is never overwritten: choose another number"
+        super().__init__(f"version {version} of {model_id!r} {IS_REMOVED if is_removed else how}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,13 +143,16 @@ class Staging:
 
     Args:
         repository: the models.
+        root: its folder, without links: all steps of a change are in the release where it began.
         owner: names this server's part of the folder.
         conditions: of the event of each change there: the epoch in which it began goes on.
     """
 
-    def __init__(self, repository: Repository, owner: str, conditions: tuple[NodeCurrent, ...] = ()) -> None:
-        self.repository = repository
-        self.folder = repository.root / STAGING / owner
+    def __init__(
+        self, repository: Repository, root: Path, owner: str, conditions: tuple[NodeCurrent, ...] = ()
+    ) -> None:
+        self.repository, self.root = repository, root
+        self.folder = root / STAGING / owner
         self.conditions = conditions
 
     def adopt(self, nodes: Mapping[str, Node]) -> None:
@@ -205,18 +215,21 @@ class StagingEntry:
         self.staging = staging
         self.event_id, self.model_id, self.version = event_id, model_id, version
         self.folder = staging.folder / event_id
-        self._root = staging.repository.root
-        self._target = staging.repository.folder_of(model_id, version)
+        self._root = staging.root
+        self._target = staging.root / check_model_id(model_id) / str(version)
         self._bundle = bundle_beside(self._target)
 
     def check_free(self) -> None:
         """Refuse a version that is there, complete or not, or of which a signature bundle is.
 
         Raises:
-            RuntimeProblem: `version_exists`.
+            RuntimeProblem: `version_exists`; `repository_unreadable`, it leads to another folder by now.
         """
+        if self.staging.repository.find_root() != self._root:
+            raise RepositoryUnreadable("the repository leads to another folder since this began: begin anew")
         if os.path.lexists(self._target):
-            raise VersionExists(self.model_id, self.version)
+            is_removed = self.staging.repository.is_removed(self.model_id, self.version)
+            raise VersionExists(self.model_id, self.version, is_removed=is_removed)
         if os.path.lexists(self._bundle):  # it would be a file of the version, and not of its event
             what = f"'{self.model_id}/{self._bundle.name}' signs a version that is not there"
             reason = f"{what}: send it as a file of the version and delete it, or choose another number"

@@ -183,6 +183,13 @@ class JobSchema(PastSchema):
             "Of a load: names the version from when that is loaded; missing without one.", is_optional=True
         )
     )
+    passed_over = fields.String(
+        **about(
+            "Of a load whose request named no version: why the highest one could not be served; "
+            "missing if it could.",
+            is_optional=True,
+        )
+    )
     reason = fields.String(allow_none=True, **about("Of a load: why, as who asked says."))
     emergency = fields.String(
         allow_none=True, **about("Of a load: why it must not wait for approval, as who asked says.")
@@ -403,6 +410,7 @@ def job_view(job: Job, live: LiveJobs | None, model: Model | None = None) -> dic
         "position": job.position,
         "parameters": msgspec.to_builtins(parameters),
         **({} if job.label is UNSET else {"label": job.label}),
+        **({} if job.passed_over is UNSET else {"passed_over": job.passed_over}),
         "reason": None if said is None else said.reason,
         "emergency": None if said is None else said.emergency,
         "approval": None if job.approval is None else _approval_view(job, job.approval, differences),
@@ -442,6 +450,8 @@ async def answer_with_job(request: web.Request, command: Command) -> web.Respons
     if not job.ended:
         headers[hdrs.RETRY_AFTER] = str(POLL_AFTER_S)
     view = present_job(request.app, job)
+    if isinstance(command, RequestLoad) and command.passed_over is not UNSET:
+        view["passed_over"] = command.passed_over  # also of a job that was there before
     return web.json_response(view, status=200 if job.ended else 202, headers=headers)
 
 

@@ -24,6 +24,7 @@ from events.types import ALLOW, DEPENDENT_ROWS, Contents, Idempotency, Justifica
 from runtime.errors import (
     LoadRefused,
     RepositoryUnreadable,
+    RuntimeProblem,
     UnknownModel,
     UnknownVersion,
 )
@@ -275,7 +276,7 @@ async def load_model(request: web.Request) -> web.Response:
     path=ModelPathSchema(),
     query=UnloadQuerySchema(),
     body=UnloadBodySchema(),
-    errors=("unknown_model", "not_loaded", "repository_busy", *JOB_ERRORS),
+    errors=("unknown_model", "not_loaded", "repository_busy", "repository_unreadable", *JOB_ERRORS),
 )
 async def unload_model(request: web.Request) -> web.Response:
     """Append `UnloadRequested`, unless an unload is in progress."""
@@ -315,12 +316,12 @@ async def make_load_command(
     Raises:
         InvalidDefaults: `invalid_defaults`, the model's loadledger.toml is invalid.
         RuntimeProblem: `invalid_model_id`, `unknown_model`, `unknown_version`, `repository_busy`,
-            `device_unavailable`; as `_justify`.
+            `repository_unreadable`, `device_unavailable`; as `_justify`.
     """
     wanted = {name: value for name, value in asked.items() if name not in _NO_PARAMETERS}
     version = asked.get("version")
     look = partial(_look_up, app[VERSIONS], model_id, version)
-    chosen, known, written = await look_in_repository(app, model_id, version, look)
+    chosen, refusal, known, written = await look_in_repository(app, model_id, version, look)
     defaults = load_with(_AS_DEFAULTS, written, defaults_name(model_id), InvalidDefaults)
     parameters = _merge_parameters(wanted, defaults, defaults_name(model_id), app[CONFIG])
     if parameters.devices is not UNSET:
@@ -338,6 +339,7 @@ async def make_load_command(
         justification=UNSET if person is None else await _justify(app, model_id, chosen, asked, person),
         sign=signer_of(app) if asked.get("emergency") else None,
         label=asked.get("label", UNSET),
+        passed_over=UNSET if refusal is None else str(refusal),
     )
 
 
@@ -423,13 +425,17 @@ def default_parameters(repository: Repository, model_id: str, config: Config) ->
 
 def _look_up(
     versions: Versions, model_id: str, version: int | None
-) -> tuple[int, Contents | None, dict[str, Any]]:
-    """Return a version, its contents if they are known, and the settings of the model's loadledger.toml."""
+) -> tuple[int, RuntimeProblem | None, Contents | None, dict[str, Any]]:
+    """Return what a load needs to know: its version, and why that is not the highest, if it should be.
+
+    Then its contents if they are known, and the settings of the model's loadledger.toml.
+    """
     chosen = versions.repository.find_version(model_id, version)
+    refusal = versions.repository.find_versions(model_id).refusal if version is None else None
     known = None
     with suppress(LoadRefused, RepositoryUnreadable):  # the load then says what is wrong
         known = versions.known_contents(model_id, chosen)
-    return chosen, known, read_defaults(versions.repository, model_id)
+    return chosen, refusal, known, read_defaults(versions.repository, model_id)
 
 
 def _merge_parameters(

@@ -23,9 +23,9 @@ from events.policy.rules import TrustMode
 from events.sqlite.listing import EventFilter, EventQuery
 from events.sqlite.timetravel import active_at, model_at, models_at
 from events.types import ApprovalResult, VersionAdded, WorkerExited
-from runtime.errors import RuntimeProblem, UnknownModel
+from runtime.errors import RepositoryUnreadable, RuntimeProblem, UnknownModel
 from runtime.onnxfile import ModelSignature
-from runtime.repository import REQUEST_LIMIT_S, RepositoryBusy
+from runtime.repository import REQUEST_LIMIT_S, RepositoryBusy, refuse_unserved
 from runtime.router import Here, Version
 from runtime.store.versions import Versions
 from server.api.schemas import (
@@ -202,6 +202,13 @@ class ModelSchema(PastSchema):
     )
     position = fields.Integer(allow_none=True, **about("Position of its `ModelLoaded`."))
     files = fields.List(fields.Nested(FileSchema))
+    not_served = fields.String(
+        allow_none=True,
+        **about(
+            "Why the highest version in the repository cannot be served, such as one that is not complete or"
+            " cannot be read: a load without a number passes it over. Null if it can be, and with `at`."
+        ),
+    )
     repository_changed = fields.Boolean(
         allow_none=True,
         **about(
@@ -289,11 +296,15 @@ _HAS_WORKERS = (ModelState.LOADED, ModelState.UNLOADING)
 
 @dataclass(frozen=True, slots=True)
 class ListedModel:
-    """A model's versions in the repository, and whether it has newer files than those that are loaded."""
+    """A model's versions in the repository, and whether it has newer files than those that are loaded.
+
+    `refusal` says why its highest version cannot be served, or cannot be known.
+    """
 
     id: str
     versions: list[int] = field(default_factory=list)
     has_changed: bool | None = None
+    refusal: RuntimeProblem | None = None
 
 
 @routes.get(
@@ -302,7 +313,7 @@ class ListedModel:
     summary="List the models of the repository and those loaded",
     query=ModelsQuerySchema(),
     answers={200: (ModelListSchema(), "One page, by id.")},
-    errors=(*PAST_ERRORS, "repository_busy"),
+    errors=(*PAST_ERRORS, "repository_busy", "repository_unreadable"),
 )
 async def list_models(request: web.Request) -> web.Response:
     query = query_parameters(request)
@@ -320,7 +331,7 @@ async def read_model_page(app: web.Application, cursor: str, limit: int) -> dict
         limit: of the models.
 
     Raises:
-        RuntimeProblem: `repository_busy`.
+        RuntimeProblem: `repository_busy`, `repository_unreadable`.
     """
     state = app[LOG].state
     known = {model.id for model in state.models.values() if _is_live(model)}
@@ -331,9 +342,8 @@ async def read_model_page(app: web.Application, cursor: str, limit: int) -> dict
             app,
             model_view(
                 describe_model(state.models.get(seen.id) or Model(seen.id)),
-                seen.versions,
                 is_active=active is not None and active.id == seen.id,
-                repository_changed=seen.has_changed,
+                seen=seen,
                 memory_bytes=_memory_now(app, seen.id),
             ),
         )
@@ -350,7 +360,7 @@ async def _list_past_models(request: web.Request, at: str, cursor: str, limit: i
 
     moment, (found, active) = await read_past(request, at, read)
     return {
-        "models": [model_view(model, None, is_active=model.id == active) for model in found[:limit]],
+        "models": [model_view(model, is_active=model.id == active) for model in found[:limit]],
         "next_cursor": found[limit - 1].id if len(found) > limit else None,
         **as_of(moment),
     }
@@ -363,7 +373,7 @@ async def _list_past_models(request: web.Request, at: str, cursor: str, limit: i
     path=ModelPathSchema(),
     query=AtQuerySchema(),
     answers={200: (ModelSchema(), "The model.")},
-    errors=("unknown_model", *PAST_ERRORS, "repository_busy"),
+    errors=("unknown_model", *PAST_ERRORS, "repository_busy", "repository_unreadable"),
 )
 async def show_model(request: web.Request) -> web.Response:
     model_id, at = path_parameters(request)["id"], query_parameters(request)["at"]
@@ -374,9 +384,8 @@ async def show_model(request: web.Request) -> web.Response:
     active = state.active()
     view = model_view(
         describe_model(state.models.get(model_id) or Model(model_id)),
-        seen.versions,
         is_active=active is not None and active.id == model_id,
-        repository_changed=seen.has_changed,
+        seen=seen,
         memory_bytes=_memory_now(request.app, model_id),
     )
     serving = state.models[model_id].serving if model_id in state.models else None
@@ -413,22 +422,22 @@ async def _show_past_model(request: web.Request, at: str, model_id: str) -> dict
     moment, (model, active) = await read_past(request, at, read)
     if model is None:
         raise UnknownModel(model_id)
-    return {**model_view(model, None, is_active=model_id == active), **as_of(moment)}
+    return {**model_view(model, is_active=model_id == active), **as_of(moment)}
 
 
 def model_view(
     model: ShownModel,
-    versions: list[int] | None,
     *,
     is_active: bool,
-    repository_changed: bool | None = None,
+    seen: ListedModel | None = None,
     memory_bytes: int | None = None,
 ) -> dict[str, Any]:
-    """Return a model as the API has it; None for what is unknown of the past."""
+    """Return a model as the API has it; None for what is unknown of the past, such as what was `seen`."""
     row, load = model.row, model.load
     return {
         "id": model.id,
-        "versions": versions,
+        "versions": seen and seen.versions,
+        "not_served": str(seen.refusal) if seen and seen.refusal else None,
         "state": row.state.value,
         "version": row.version,
         "next_version": row.next_version,
@@ -442,7 +451,7 @@ def model_view(
         **_copies_members(model),
         "position": load.position if load else None,
         "files": msgspec.to_builtins(load.files) if load else [],
-        "repository_changed": repository_changed if load else None,
+        "repository_changed": seen.has_changed if seen and load else None,
         "prepared": msgspec.to_builtins(load.prepared) if load else None,
         "memory_bytes": memory_bytes,
         "memory_at_load_bytes": load.memory_bytes if load else None,
@@ -545,6 +554,7 @@ async def look_at_model(request: web.Request, model_id: str) -> ListedModel:
     Raises:
         UnknownModel: `unknown_model`, there is no version, and the model is not loaded.
         RepositoryBusy: `repository_busy`, the folder hangs, and the model is not loaded.
+        RepositoryUnreadable: `repository_unreadable`, likewise.
     """
     versions = request.app[VERSIONS]
     look = partial(_look_at, versions, request.app[LOG].state.models.get(model_id), model_id)
@@ -555,7 +565,7 @@ async def look_at_model(request: web.Request, model_id: str) -> ListedModel:
             raise
         return ListedModel(model_id)
     if not seen.versions and not is_listed(request, model_id):
-        raise UnknownModel(model_id)
+        raise refuse_unserved(model_id, seen.refusal)
     return seen
 
 
@@ -571,13 +581,12 @@ def _is_live(model: Model) -> bool:
 
 def _look_at(versions: Versions, model: Model | None, model_id: str) -> ListedModel:
     try:
-        present = versions.repository.versions(model_id)
-    except UnknownModel:
-        present = []
+        present, refusal = versions.repository.find_versions(model_id)
+    except RepositoryUnreadable as unreadable:
+        present, refusal = [], unreadable
     serving = model.serving if model is not None else None
-    if serving is None:
-        return ListedModel(model_id, present)
-    return ListedModel(model_id, present, versions.has_changed(model_id, serving.version, serving.files))
+    changed = None if serving is None else versions.has_changed(model_id, serving.version, serving.files)
+    return ListedModel(model_id, present, changed, refusal)
 
 
 async def list_versions(
@@ -587,7 +596,7 @@ async def list_versions(
     cursor: str = "",
     limit: int = sys.maxsize,
 ) -> list[ListedModel]:
-    """List models with their versions: those of the repository that have one, and the known ones.
+    """List models with their versions: those of the repository that have any, and the known ones.
 
     Usually one look lists all. If it hangs, each model is looked at by itself; then the versions of a known
     model that hangs are missing, and another one that hangs is left out.
@@ -601,20 +610,29 @@ async def list_versions(
 
     Raises:
         RepositoryBusy: `repository_busy`, the repository's own folder hangs.
+        RepositoryUnreadable: `repository_unreadable`, it cannot be read, and no model is known.
     """
 
     def look(model_id: str) -> ListedModel:
         return _look_at(versions, models.get(model_id), model_id)
 
+    def list_folders() -> list[str]:
+        try:
+            return repository.folders()
+        except RepositoryUnreadable:
+            if not known:
+                raise
+            return []  # each of the known ones says so
+
     def list_all() -> list[ListedModel]:
-        return _first_models(_ids_after(cursor, repository.folders(), known), known, look, limit)
+        return _first_models(_ids_after(cursor, list_folders(), known), known, look, limit)
 
     repository = versions.repository
     file_system = repository.file_system
     try:
         return await file_system.run(_ALL_MODELS, list_all, LIST_LIMIT_S)
     except RepositoryBusy:
-        folders = await file_system.run(_ALL_FOLDERS, repository.folders, REQUEST_LIMIT_S)
+        folders = await file_system.run(_ALL_FOLDERS, list_folders, REQUEST_LIMIT_S)
     ids = _ids_after(cursor, folders, known)
     runs = (file_system.run(model_id, partial(look, model_id), LIST_LIMIT_S) for model_id in ids)
     answers = await asyncio.gather(*runs, return_exceptions=True)
@@ -629,11 +647,11 @@ def _ids_after(cursor: str, folders: Iterable[str], known: Iterable[str]) -> lis
 def _first_models(
     ids: Iterable[str], known: Collection[str], look: Callable[[str], ListedModel], limit: int
 ) -> list[ListedModel]:
-    """Return models with a version and known ones; only those that are returned are looked at."""
+    """Return models that have, or may have, a version, and known ones; none after them is looked at."""
     page: list[ListedModel] = []
     for model_id in ids:
         seen = look(model_id)
-        if seen.versions or model_id in known:
+        if seen.versions or isinstance(seen.refusal, RepositoryUnreadable) or model_id in known:
             page.append(seen)
         if len(page) > limit:
             break
@@ -679,7 +697,7 @@ class StderrSchema(AnswerSchema):
     path=ModelPathSchema(),
     query=NothingSchema(),
     answers={200: (StderrSchema(), "Of the running workers, and of the last one that ended unexpectedly.")},
-    errors=("unknown_model", "repository_busy", "log_unavailable"),
+    errors=("unknown_model", "repository_busy", "repository_unreadable", "log_unavailable"),
 )
 async def show_stderr(request: web.Request) -> web.Response:
     model_id = path_parameters(request)["id"]

@@ -75,7 +75,7 @@ def overview_routes(nodes_view: NodesView, node_schema: Schema) -> Routes:
         description="What the console shows first; each part is as its own resource has it.",
         query=PageQuerySchema(),
         answers={200: (OverviewSchema.from_dict({"nodes": nodes}, name="Overview")(), "The present state.")},
-        errors=("log_unavailable", "repository_busy"),
+        errors=("log_unavailable", "repository_busy", "repository_unreadable"),
     )
     async def show_overview(request: web.Request) -> web.Response:
         app = request.app

@@ -117,7 +117,7 @@ async def show_server_history(request: web.Request) -> web.Response:
     path=ModelPathSchema(),
     query=RangeQuerySchema(),
     answers={200: (ModelHistorySchema(), "The samples of the model.")},
-    errors=("unknown_model", "repository_busy"),
+    errors=("unknown_model", "repository_busy", "repository_unreadable"),
 )
 async def show_model_history(request: web.Request) -> web.Response:
     """Answer with the samples of a model that is in the repository, or was loaded within the range."""

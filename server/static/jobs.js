@@ -91,6 +91,7 @@ function aboutText(job, at) {
   const took = duration(secondsSince(job.created_at, Date.parse(job.finished_at)));
   const parts = [
     `by ${oneLine(job.requested_by, 60)}`,
+    job.passed_over && `passed over: ${oneLine(job.passed_over, 400)}`,
     job.reason && `reason: ${oneLine(job.reason, 1000)}`,
     job.emergency && `emergency: ${oneLine(job.emergency, 1000)}`,
     job.approval?.approved_by.length > 0 && `approved by ${oneLine(job.approval.approved_by.join(", "), 400)}`,

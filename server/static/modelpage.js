@@ -99,6 +99,7 @@ function Facts({ model }) {
   return html`
     <dl class="facts">
       ${fact("Version", facts.version)}
+      ${model.not_served && fact("Not served", oneLine(model.not_served, 400))}
       ${nodes.value.length > 0 && !facts.copies && fact("Node", facts.node)}
       ${facts.copies && fact("Copies", [facts.copies, oneLine(model.copies_waiting_for ?? "", 300)].filter(Boolean).join(": "))}
       ${fact("Memory now", [facts.memory, useOf(model).serving && facts.memoryAtLoad].filter(Boolean).join(", "))}

@@ -120,6 +120,7 @@ export function ModelBadges({ model }) {
     ${useOf(model).serving?.pinned && html`<${Badge}>pinned<//>`}
     ${labels && html`<${Badge} title="Versions that labels name: ${labels}">${oneLine(labels, 60)}<//>`}
     ${model.repository_changed && html`<${Badge} title=${newer}>newer files<//>`}
+    ${model.not_served && html`<${Badge} title=${oneLine(model.not_served, 400)}>not served<//>`}
     <${TrustBadges} model=${model} />`;
 }
 

@@ -3,7 +3,7 @@
 export const HASH_DIGITS = 12;
 
 export const EVENT_TEXTS = {
-  LoadRequested: {"parts": ["{cause}", "priority {priority}", "pinned?pinned", "reason: {justification.reason?}", "emergency: {justification.emergency?}", "label {label?}"], "tone": "plain", "badIf": null},
+  LoadRequested: {"parts": ["{cause}", "priority {priority}", "pinned?pinned", "reason: {justification.reason?}", "emergency: {justification.emergency?}", "label {label?}", "passed over: {passed_over?}"], "tone": "plain", "badIf": null},
   LoadJoined: {"parts": [], "tone": "plain", "badIf": null},
   LoadStarted: {"parts": ["attempt {attempt}", "at node {node_id?}"], "tone": "plain", "badIf": null},
   ModelLoaded: {"parts": ["{durations.total_us:ms}", "{memory_bytes:MB}", "threads {threads?}", "on {devices?:devices}", "at node {node_id?}", "signed by {signature.signer?}", "{signature.problem?}", "{approval.result?:plain}", "{files:files}"], "tone": "good", "badIf": null},

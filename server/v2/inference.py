@@ -58,6 +58,7 @@ _INFER_ERRORS = (
     "model_unloading", "worker_died", "inference_queue_full", "inference_timeout", "inference_cancelled",
     "bodies_full", "unsupported_media_type", "load_failed", "approval_required", "queue_full",
     "log_unavailable", "shutting_down", "node_unreachable", "fork_server_unavailable",
+    "repository_unreadable",
 )  # fmt: skip
 
 

@@ -185,7 +185,7 @@ AT_ONCE = 100
 
 MODEL_ERRORS = (
     *("unknown_model", "model_not_loaded", "model_unloading", "node_unreachable", "inference_timeout"),
-    "unknown_label",
+    *("unknown_label", "repository_unreadable"),
 )
 """Errors of a read that needs a loaded model."""
 

@@ -147,12 +147,15 @@ _ENDED = {
     summary="List the versions of all models with their states",
     request_body=tritonconfig.INDEX_BODY,
     answers={200: (IndexEntrySchema(many=True), "By name and version.")},
-    errors=("invalid_body", "body_timeout", "body_too_large", "unsupported_media_type", "repository_busy"),
+    errors=(
+        *("invalid_body", "body_timeout", "body_too_large", "unsupported_media_type", "repository_busy"),
+        "repository_unreadable",
+    ),
 )
 async def show_index(request: web.Request) -> web.Response:
     only_ready = tritonconfig.read_only_ready(await tritonconfig.read_object(request, MAX_INDEX_BYTES))
     recorded = dict(request.app[LOG].state.models)  # a copy, which does not change under the thread
-    found = [] if only_ready else await list_versions(request.app[VERSIONS], {}, ())
+    found = [] if only_ready else await list_versions(request.app[VERSIONS], {}, recorded)
     entries = await asyncio.to_thread(_encoded_index, recorded, found, only_ready=only_ready)
     return web.Response(body=entries, content_type="application/json")
 

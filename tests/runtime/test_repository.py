@@ -10,17 +10,19 @@ import pytest
 from msgspec.structs import replace
 from support.history import model_loaded, opened
 from support.ledgers import SIGN
-from support.models import add, bind_socket, save, save_bytes
+from support.models import add, bind_socket, external, external_bytes, save, save_bytes
+from support.modes import unreadable
 from support.workers import TAKE_ALL_MEMORY, descriptors_left
 
 from events.audit.export import JSONL, export
 from events.audit.exportreader import audit_file
 from events.commands import Record
 from events.types import SYSTEM, Draft, LoadedFile
-from runtime.errors import InvalidModelId, LoadRefused, UnknownModel, UnknownVersion
+from runtime.errors import InvalidModelId, LoadRefused, RepositoryUnreadable, UnknownModel, UnknownVersion
 from runtime.repository import (
     MAX_FILES,
     MAX_PATHS_BYTES,
+    MAX_VERSION,
     Repository,
     RepositoryBusy,
     open_folder,
@@ -57,10 +59,13 @@ def test_only_numbers_are_versions_and_only_plain_names_models(tmp_path: Path) -
     for name in ("m", "9", "A.b_c-d", "a" * 128, ".m", "-m", "m m", "mö", "a" * 129):
         save(add(), tmp_path, name)
     assert Repository(tmp_path).models() == sorted(["m", "9", "A.b_c-d", "a" * 128])
-    for name in ("0", "01", "-1", "1.0", "+1", "1 ", "2147483648", "x", "１"):  # noqa: RUF001
+    for name in ("0", "01", "-1", "1.0", "+1", "1 ", "9223372036854775808", "x", "１"):  # noqa: RUF001
         (tmp_path / "m" / name).mkdir()
         (tmp_path / "m" / name / "model.onnx").write_bytes(b"x")
     assert Repository(tmp_path).versions("m") == [1]
+    for version in (202611261230, MAX_VERSION):
+        save(add(), tmp_path, "m", version)
+        assert Repository(tmp_path).find_version("m") == version
 
 
 @pytest.mark.parametrize(
@@ -115,8 +120,13 @@ def test_links_out_of_the_repository_are_ignored(tmp_path: Path) -> None:
     (root / "file" / "1" / "model.onnx").symlink_to(outside / "m" / "1" / "model.onnx")
     assert Repository(root).models() == []
     for model_id in ("model", "version", "file"):
-        with pytest.raises(UnknownModel), Repository(root).open_version(model_id, 1):
+        with (
+            pytest.raises(UnknownVersion, match="leads out of the repository"),
+            Repository(root).open_version(model_id, 1),
+        ):
             pass
+        with pytest.raises(UnknownModel, match="leads out of the repository"):
+            Repository(root).find_version(model_id)
         with pytest.raises(LoadRefused, match="leads out of the repository"):
             Repository(root).stat_version(model_id, 1)
 
@@ -124,10 +134,125 @@ def test_links_out_of_the_repository_are_ignored(tmp_path: Path) -> None:
 def test_root_itself_may_be_a_link(tmp_path: Path) -> None:
     save(add(), tmp_path / "real", "m")
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    assert Repository(tmp_path / "link").folder_of("m", 1) == tmp_path / "real" / "m" / "1"
     assert len(Repository(tmp_path / "link").stat_version("m", 1)) == 1
     with pytest.raises(ValueError, match="surrogates"):  # which ONNX Runtime could not open
         Repository(tmp_path / os.fsdecode(b"\xff"))
+
+
+def point(link: Path, target: Path) -> None:
+    """Re-point a link in one step, as git-sync does."""
+    (new := link.with_name("new")).symlink_to(target)
+    new.rename(link)
+
+
+def test_link_is_followed_anew_by_each_call(tmp_path: Path) -> None:
+    link = tmp_path / "current"
+    for release, versions in (("a", (1, 2)), ("b", (3,))):
+        for version in versions:
+            save_bytes(release.encode(), tmp_path / release, "m", version)
+    point(link, tmp_path / "a")
+    repository = Repository(link)
+    assert repository.versions("m") == [1, 2]
+    (before,) = repository.stat_version("m", 2)
+    with repository.open_version("m", 2) as (folder, files):
+        point(link, tmp_path / "b")
+        assert repository.versions("m") == [3]
+        assert (folder.root, folder.path) == (tmp_path / "a", tmp_path / "a/m/2")
+        assert folder.stat_files() == files == (before,)  # all files are of the release that was opened
+        with folder.open_file("model.onnx", before) as descriptor:
+            assert os.read(descriptor, 9) == b"a"
+    with pytest.raises(UnknownVersion), repository.open_version("m", 2):
+        pass
+    (tmp_path / "b/m/4").symlink_to(tmp_path / "a/m/2")
+    with pytest.raises(UnknownVersion, match="leads out of the repository"):  # of today
+        repository.find_version("m", 4)
+    point(link, tmp_path / "gone")
+    with pytest.raises(RepositoryUnreadable, match="the repository's folder cannot be read: No such file"):
+        repository.find_version("m")
+
+
+def test_version_stays_whole_while_the_root_is_replaced_by_rename(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    save_bytes(b"old", root, "m")
+    with Repository(root).open_version("m", 1) as (folder, files):
+        root.rename(tmp_path / "before")
+        save_bytes(b"new", root, "m")
+        assert folder.stat_files() == files
+        with folder.open_file("model.onnx", files[0]) as descriptor:
+            assert os.read(descriptor, 9) == b"old"
+    assert Repository(root).stat_version("m", 1) != files
+
+
+def test_folder_named_as_the_model_file_has_the_versions_files(tmp_path: Path) -> None:
+    inner = tmp_path / "m/1/model.onnx"
+    save(external("weights.bin"), tmp_path / "m", "1", 1).rename(tmp_path / "inner")
+    (tmp_path / "inner").rename(inner)
+    (inner / "weights.bin").write_bytes(external_bytes())
+    (tmp_path / "m/1.sig").touch()
+    repository = Repository(tmp_path)
+    assert list(repository.find_unserved()) == []
+    assert repository.find_version("m") == 1
+    assert repository.find_file("m", 1) == inner / "model.onnx"
+    with repository.open_version("m", 1) as (folder, files):
+        assert [file.path for file in files] == ["1.sig", "model.onnx", "weights.bin"]
+        assert folder.path == inner
+    (tmp_path / "m/2").mkdir()
+    (tmp_path / "m/2/model.onnx").symlink_to("/usr")
+    with pytest.raises(LoadRefused, match="leads out of the repository"):
+        repository.stat_version("m", 2)
+    assert repository.versions("m") == [1]
+
+
+def test_version_passed_over_is_named_with_the_reason(tmp_path: Path) -> None:
+    repository = Repository(tmp_path, lambda _, version: version == 4)
+    for version in (1, 2, 4):
+        save(add(), tmp_path, "m", version)
+
+    def reason() -> str:
+        return str(repository.find_versions("m").refusal)
+
+    assert "version 4 of model 'm' was removed, and its folder has files all the same" in reason()
+    with pytest.raises(UnknownVersion, match="was removed, and its folder has files"):
+        repository.find_version("m", 4)
+    (tmp_path / "m/5").mkdir()
+    assert "version 5 of model 'm' is not complete: its model.onnx cannot be looked at" in reason()
+    for name in ("a.onnx", os.fsdecode(b"\xff.onnx")):
+        (tmp_path / "m/5" / name).touch()
+    assert "version 5 of model 'm' has several models, a.onnx, ?.onnx" in reason()
+    save(add(), tmp_path, "m", 5)
+    assert repository.find_versions("m") == ([1, 2, 5], None)
+    (tmp_path / "m/05").mkdir()
+    (tmp_path / "m/notes").mkdir()
+    assert repository.find_versions("m") == ([1, 2, 5], None)
+    (tmp_path / "m/99999999999999999999").mkdir()
+    assert "version 99999999999999999999 of model 'm' is no version" in reason()
+    assert repository.find_version("m") == 5
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("m/2", "version 2 of model 'm'"),
+        ("m", "the folder of model 'm'"),
+        (".", "the repository's folder"),
+    ],
+)
+def test_what_the_server_may_not_read_is_not_missing(tmp_path: Path, path: str, shown: str) -> None:
+    for model_id, version in (("m", 1), ("m", 2), ("n", 1)):
+        save(add(), tmp_path / "root", model_id, version)
+    repository = Repository(tmp_path / "root")
+    with unreadable(tmp_path / "root" / path):
+        with pytest.raises(RepositoryUnreadable, match=f"{shown} cannot be read: Permission denied"):
+            repository.find_version("m", 2)
+        if path == ".":
+            with pytest.raises(RepositoryUnreadable, match=shown):
+                repository.models()
+            return
+        assert repository.models() == (["m", "n"] if path == "m/2" else ["n"])
+        (found,) = repository.find_unserved()
+        assert found == (path, "cannot be read: Permission denied; let the server's user read it")
+        with pytest.raises(RepositoryUnreadable, match="Permission denied"), repository.open_version("m", 2):
+            pass
 
 
 def link_out(folder: Path) -> None:
@@ -213,14 +338,14 @@ async def test_export_with_the_longest_paths_is_read(tmp_path: Path) -> None:
 def test_version_folder_that_is_gone_or_has_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "fifo" / "1").mkdir(parents=True)
     os.mkfifo(tmp_path / "fifo" / "1" / "model.onnx")
-    for model_id, code, words in (
-        ("fifo", "unsafe_file", "not a regular file"),
-        ("none", "model_changed", "no longer there"),
+    for model_id, code, words, unknown in (
+        ("fifo", "unsafe_file", "not a regular file", UnknownVersion),
+        ("none", "model_changed", "no longer there", UnknownModel),
     ):
         with pytest.raises(LoadRefused, match=words) as refusal:
             Repository(tmp_path).stat_version(model_id, 1)
         assert refusal.value.code == code
-        with pytest.raises(UnknownModel), Repository(tmp_path).open_version(model_id, 1):
+        with pytest.raises(unknown), Repository(tmp_path).open_version(model_id, 1):
             pass
 
 
@@ -375,15 +500,17 @@ def test_find_unserved_names_each_model_and_version_with_the_reason(tmp_path: Pa
         "two/1": "has several models, a.onnx, b.onnx",
         "file/1": "is not complete",
         "folder/1": "is not complete",
-        "good/01": "is no version, which is a number from 1 to 2147483647 without zeros before it",
+        "good/01": "is no version, which is a number from 1 to 9223372036854775807 without zeros before it",
         "good/1": "is not complete",
-        "good/7": "is not complete",
-        "good/8": "is not complete",
+        "good/7": "cannot be looked at",
+        "good/8": "leads out of the repository",
         "long": "cannot be looked at",
         "out": "leads out of the repository",
     }
     assert unserved["file/1"].endswith("model.onnx leads out of the repository")
-    assert unserved["folder/1"].endswith("model.onnx is a folder")
+    assert unserved["folder/1"].endswith(
+        "its model.onnx/model.onnx cannot be looked at: No such file or directory"
+    )
     assert unserved["flat"].endswith("move net.onnx to flat/1/model.onnx")
     assert unserved["loose.onnx"].endswith("move it to loose/1/model.onnx")
     assert unserved["hub"].endswith(f"`loadledger add hub {tmp_path}/hub` takes what is needed")

@@ -1,7 +1,6 @@
 """Ledgers in files: a sample ledger, copies of it, damage to it, and keys to sign it with."""
 
 import asyncio
-import ctypes
 import hashlib
 import os
 import signal
@@ -211,19 +210,6 @@ def flip_byte(data: bytes, index: int, bits: int) -> bytes:
 
 LIMIT_S = 60
 """Nothing in a forked process takes this long; a bug ends it by SIGALRM instead of hanging the test."""
-
-
-class _Capabilities(ctypes.Structure):  # capget(2), version 3
-    _fields_ = [(name, ctypes.c_uint32) for name in ("effective", "permitted", "inheritable")]
-
-
-def obey_modes() -> None:
-    """Drop CAP_DAC_OVERRIDE, by which root writes whatever it likes."""
-    libc, header = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0)
-    capabilities = (_Capabilities * 2)()
-    assert libc.capget(header, capabilities) == 0
-    capabilities[0].effective &= ~2
-    assert libc.capset(header, capabilities) == 0
 
 
 def run_forked(work: Callable[[], object]) -> int:

@@ -12,6 +12,7 @@ import pytest
 from support import ledgers
 from support.crashes import run_counted
 from support.history import MODEL, opened
+from support.modes import obey_modes
 
 from events.audit.audit import audit
 from events.clock import uuid7
@@ -96,7 +97,7 @@ def ledger_with_journal(tmp_path: Path) -> Path:
 
 
 def read_without_rights(path: Path) -> None:
-    ledgers.obey_modes()
+    obey_modes()
     with pytest.raises(LogUnavailable, match=r"ledger\.db-journal undoes that, which takes write access"):
         audit(path)
 

@@ -28,7 +28,7 @@ FACTS = (histories() | copied_histories()).map(lambda history: list(with_own_ids
 
 def answers(models: Iterable[ShownModel]) -> list[dict[str, Any]]:
     """Return models as the API has them, by id."""
-    return [model_view(model, None, is_active=False) for model in models]
+    return [model_view(model, is_active=False) for model in models]
 
 
 def check(connection: sqlite3.Connection, events: Sequence[Event], since: int = 0) -> None:

@@ -9,6 +9,7 @@ import pytest
 from support import ledgers
 from support.history import facts, opened, write
 from support.ledgers import database_of
+from support.modes import obey_modes
 
 from events.audit.archive import archive
 from events.audit.audit import audit
@@ -260,7 +261,7 @@ async def write_read_only_file(folder: Path) -> None:
 
 def test_read_only_file_fails_requests_until_it_is_writable(tmp_path: Path) -> None:
     def work() -> None:
-        ledgers.obey_modes()
+        obey_modes()
         asyncio.run(write_read_only_file(tmp_path))
 
     assert ledgers.run_forked(work) == 0

@@ -16,6 +16,7 @@ from support import models
 from support.clients import NO_SETTINGS, run_command
 from support.http import local_server
 from support.models import save, save_bytes
+from support.modes import unreadable
 from support.postgres import Database
 from support.signing import make_key, public_pem, sign_version
 from support.workers import until
@@ -25,7 +26,7 @@ from events.policy.rules import ApprovalRule, LoadPolicy, TrustMode, TrustRule
 from events.types import Credential
 from loadledger.cli.main import main
 from server.appkeys import LOG
-from server.check import CheckResult, check_policy
+from server.check import CheckResult, check_policy, read_models
 from server.config import Config
 
 
@@ -211,7 +212,7 @@ def trust(mode: TrustMode, *globs: str, key: Any = None) -> LoadPolicy:
 def judged(config: Config, policy: LoadPolicy) -> list[tuple[str, str, str]]:
     """Return place, code and severity of what the policy is found to do."""
     result = CheckResult()
-    check_policy(replace(config, policy=policy), result)
+    check_policy(replace(config, policy=policy), result, read_models(config, result))
     return [(each.place, each.code, each.severity.value) for each in result.findings]
 
 
@@ -239,6 +240,26 @@ def test_check_of_a_policy_without_store_is_a_problem(tmp_path: Path) -> None:
     save(models.add(), tmp_path, "m")
     config = Config(repository=tmp_path, data=tmp_path, store_size="off")
     assert judged(config, APPROVED) == [("--store-size", "policy_needs_store", "problem")]
+
+
+def test_check_names_versions_that_are_back_or_cannot_be_read(tmp_path: Path) -> None:
+    async def remove_version() -> Config:
+        async with local_server(tmp_path) as api:
+            for version in (1, 2, 3, 4, 5):
+                (api.save(models.add(), "m", version) / "more").touch()
+            assert (await api.send("DELETE", "/api/v1/models/m/versions/2")).status == 204
+            api.save(models.add(), "m", 2)
+            return api.config
+
+    config = asyncio.run(remove_version())
+    folder = config.repository / "m"
+    with unreadable(folder / "3"), unreadable(folder / "4/model.onnx"), unreadable(folder / "5/more"):
+        result = run(f"--repository={config.repository}", f"--data={config.data}")
+    assert result.exit_code == 1
+    assert "m/2: was removed, and its folder has files all the same, which are not served" in result.stdout
+    assert "m/3: cannot be read: Permission denied; let the server's user read it" in result.stdout
+    assert "m/4: cannot be read: Permission denied; let the server's user read it" in result.stdout
+    assert "m/5: 'more' cannot be read: Permission denied; let the server's user" in result.stdout
 
 
 async def test_check_reads_signatures_of_repository_and_store(tmp_path: Path) -> None:
@@ -278,7 +299,7 @@ async def test_check_names_loaded_models_that_a_restart_would_not_load(tmp_path:
         ]:
             assert await asyncio.to_thread(judged, api.config, policy) == found
         result = CheckResult()
-        await asyncio.to_thread(check_policy, api.config, result)
+        await asyncio.to_thread(check_policy, api.config, result, read_models(api.config, result))
         outcome = "[[approval]] m: no signature is needed; approvals by other persons: 1, approved before"
         assert result.findings[0].text.endswith(outcome)
     (tmp_path / "data" / "ledger.db").write_bytes(b"no ledger")

@@ -101,6 +101,22 @@ def test_add_puts_a_version_in_and_rm_takes_it_out(alice: Shell, tmp_path: Path)
     assert alice.prints("rm added --version 3 --force") == "added version 3: removed\n"
 
 
+def test_load_says_which_version_it_passed_over(alice: Shell, server: Server) -> None:
+    save(models.add(), server.api.config.repository, "newest")
+    (server.api.config.repository / "newest" / "2").mkdir()
+    reason = "version 2 of model 'newest' is not complete: its model.onnx cannot be looked at"
+    for outcome in ("load completed", "nothing to do"):
+        loaded = alice.run("load", "newest", "--wait")
+        assert f"newest version 1: {outcome}" in loaded.stdout
+        assert f"loadledger: passed over: {reason}" in loaded.stderr
+    (job,) = alice.json("jobs --model newest")["jobs"]
+    assert re.search(rf"^ +passed over: +{reason}", alice.prints(f"job {job['id']}"), re.MULTILINE)
+    assert re.search(rf"^ +not served: +{reason}", alice.prints("show newest"), re.MULTILINE)
+    assert re.search(r"^newest .* version 2 of model 'newest' is not", alice.prints("models"), re.MULTILINE)
+    assert "version 2 of model 'newest' is not complete" in alice.refused(2, "load newest --version 2")
+    alice.prints("unload newest --wait")
+
+
 def test_label_names_a_version_in_lists_and_requests(alice: Shell, tmp_path: Path) -> None:
     file = tmp_path / "net.onnx"
     for number in (1, 2):

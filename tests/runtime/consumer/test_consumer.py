@@ -98,7 +98,8 @@ async def test_load_of_removed_model_fails(folder: Path, shared_pool: WorkerPool
         (folder / "models/other/1/model.onnx").unlink()
         engine.consumer.policy = replace(engine.consumer.policy, loads_at_once=1)
         engine.log.notify()
-        failure = Failure("unknown_model", "model 'other' is not in the repository")
+        reason = "is not complete: its model.onnx cannot be looked at: No such file or directory"
+        failure = Failure("unknown_version", f"version 1 of model 'other' {reason}")
         assert (await engine.ended(job_id)).error == failure
         await engine.nothing_left()
 

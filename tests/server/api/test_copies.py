@@ -26,7 +26,7 @@ def copied(*, version: int = 1) -> History:
 
 
 def view(history: History) -> Json:
-    return model_view(describe_model(history.model()), None, is_active=False)
+    return model_view(describe_model(history.model()), is_active=False)
 
 
 def places(history: History) -> list[tuple[str, int, int]]:
