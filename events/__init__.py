@@ -4,8 +4,8 @@ The way of a command: `log` queues it, `accept` decides it on `state`, `codec` w
 JSON and chains their hashes, `sqlite.storage` commits them in one transaction, and `tail` wakes the readers.
 
 - A new event or field: `types`, then the folds in `jobs`, `models`, `tokens` and `nodes`, then `counters`.
-- What the state allows, duplicates, idempotency keys: `accept`; the commands: `commands`, and those about
-  tokens and nodes: `registercommands`.
+- What the state allows, duplicates, idempotency keys: `accept`; what an inference may have loaded: `demand`;
+  the commands: `commands`, and those about tokens and nodes: `registercommands`.
 - The live state and its transactions: `state`; tokens and nodes: `registers`; the queue of commands,
   groups of events, group commit and failures of writing: `log`.
 - Times and ids: `clock`; files that appear complete or not at all: `files`; refusals and failures:
