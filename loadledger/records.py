@@ -284,7 +284,7 @@ class DeviceUse(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int | None = None
 
 
-class Choice(msgspec.Struct, frozen=True, kw_only=True):
+class ModelChoice(msgspec.Struct, frozen=True, kw_only=True):
     """A load or an unload by a person; `version` and `parameters` are None of an unload."""
 
     job_id: str
@@ -360,7 +360,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     signature: LoadSignature | None = None
     approval: LoadApproval | None = None
     policy: ModelRules | None = None
-    chosen: Choice | None = None
+    chosen: ModelChoice | None = None
     as_of: int | None = None
     as_of_time: str | None = None
     server: ServerPresence | None = None
