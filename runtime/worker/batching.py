@@ -6,7 +6,7 @@ inference that a worker is stuck in.
 """
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,7 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
         input_ns: how long its decoding took.
         queue_ns: how long it waited to be received while the worker was busy with other requests.
         room: where in shared memory its outputs may go.
+        deadline_ns: when nothing wants its answer any more, or 0.
     """
 
     number: int
@@ -49,6 +50,7 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
     input_ns: int
     queue_ns: int = 0
     room: Room | None = None
+    deadline_ns: int = 0
 
     def batch_key(self) -> Hashable:
         if self.alone:
@@ -127,18 +129,25 @@ class Queue:
             return None
         return max(0, self._next().waiting_since_ns() + self._delay_ns - now_ns)
 
-    def take(self) -> list[BatchRequest]:
-        """Remove and return the next batch: the oldest request, and those that may run with it."""
+    def take(self, is_over: Callable[[BatchRequest, int], bool]) -> list[BatchRequest]:
+        """Remove and return the next batch: the oldest request, and those that may run with it.
+
+        Args:
+            is_over: says whether a request is not to be run in a batch of so many bytes; such a request makes
+                room for another one.
+        """
         group = self._next()
         batch: list[BatchRequest] = []
         size = 0
         while group.requests and (not batch or size + group.requests[0].size <= self._limit):
             request = group.requests.popleft()
-            batch.append(request)
-            size += request.size
-            self._bytes -= request.bytes()
-        group.size -= size
-        self._count -= len(batch)
+            of_request, of_batch = request.bytes(), min(self._limit, size + group.size)
+            if not is_over(request, of_request * of_batch // max(1, request.size)):
+                batch.append(request)
+                size += request.size
+            group.size -= request.size
+            self._bytes -= of_request
+            self._count -= 1
         if not group.requests:
             del self._groups[group.kind]
         return batch
