@@ -64,7 +64,7 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
         return min(self.sent_ns, self.came_ns) or self.came_ns
 
     def bytes(self) -> int:
-        return sum(array.nbytes for array in self.feed.values())
+        return sum([array.nbytes for array in self.feed.values()])
 
 
 class BatchDimension:
@@ -133,7 +133,7 @@ class Queue:
         """Remove and return the next batch: the oldest request, and those that may run with it.
 
         Args:
-            is_over: says whether a request is not to be run in a batch of so many bytes; such a request makes
+            is_over: says whether a request is not to be run in a batch of such a size; such a request makes
                 room for another one.
         """
         group = self._next()
@@ -141,12 +141,11 @@ class Queue:
         size = 0
         while group.requests and (not batch or size + group.requests[0].size <= self._limit):
             request = group.requests.popleft()
-            of_request, of_batch = request.bytes(), min(self._limit, size + group.size)
-            if not is_over(request, of_request * of_batch // max(1, request.size)):
+            if not is_over(request, min(self._limit, size + group.size)):
                 batch.append(request)
                 size += request.size
             group.size -= request.size
-            self._bytes -= of_request
+            self._bytes -= request.bytes()
             self._count -= 1
         if not group.requests:
             del self._groups[group.kind]

@@ -183,9 +183,13 @@ class LatestRuns:
     """Durations of a model's latest runs: what a request is likely to need, by the size of its inputs.
 
     Inputs are alike whose bytes have the same power of two.
+
+    Attributes:
+        slowest_ns: the longest of all runs.
     """
 
     def __init__(self) -> None:
+        self.slowest_ns = 0
         self._durations_ns: dict[int, deque[int]] = {}
         self._ended_ns: dict[int, int] = {}
 
@@ -195,6 +199,7 @@ class LatestRuns:
             self._durations_ns[magnitude] = deque(maxlen=KEPT_RUNS)
         self._durations_ns[magnitude].append(duration_ns)
         self._ended_ns[magnitude] = ended_ns
+        self.slowest_ns = max(self.slowest_ns, duration_ns)
 
     def longest_ns(self, input_bytes: int) -> int:
         return max(self._durations_ns.get(input_bytes.bit_length(), ()), default=0)
@@ -375,12 +380,10 @@ class InferenceExecutor:
             return BatchRequest(infer.id, outputs, feed, size, alone, *times, room, infer.deadline_ns)
         return None
 
-    def is_over(self, request: BatchRequest, batch_bytes: int) -> bool:
-        """Return whether a request is not to be run, which is answered: cancelled, or too late.
+    def is_over(self, request: BatchRequest, batch_size: int) -> bool:
+        """Return whether a request is not to be run in a batch of this size: cancelled, or too late.
 
-        Args:
-            request: the request, which is decoded.
-            batch_bytes: of the inputs that it is to be run with, and its own.
+        Such a request is answered.
         """
         if self._drop_cancelled(request.number):
             return True
@@ -388,6 +391,9 @@ class InferenceExecutor:
             return False
         now_ns = time.monotonic_ns()
         left_ns = request.deadline_ns - now_ns
+        if left_ns > self._latest_runs.slowest_ns:
+            return False
+        batch_bytes = request.bytes() * batch_size // max(1, request.size)
         needed_ns = self._latest_runs.needed_ns(batch_bytes, now_ns - request.waiting_since_ns(), now_ns)
         if left_ns >= needed_ns:
             return False
@@ -398,9 +404,9 @@ class InferenceExecutor:
 
     def run(self, batch: Sequence[BatchRequest]) -> None:
         """Run a batch at once or, if a request makes it fail, one request after the other."""
-        batches = deque([batch])
+        batches = [batch]
         while batches:
-            batch = [each for each in batches.popleft() if not self._drop_cancelled(each.number)]
+            batch = [each for each in batches.pop() if not self._drop_cancelled(each.number)]
             if batch:
                 batches += self._run_at_once(batch)
         self._free_ns = time.monotonic_ns()
@@ -420,8 +426,8 @@ class InferenceExecutor:
         So no request fails because of another.
 
         Returns:
-            The batches that are to be run instead: each request alone after a failure, and all together if
-            one of them was given up.
+            The batches that are to be run instead, the last one first: each request alone after a failure,
+            and all together if one of them was given up.
         """
         is_one = len(batch) == 1
         input_bytes = sum([request.bytes() for request in batch])
@@ -444,7 +450,7 @@ class InferenceExecutor:
                 self._fail(batch[0].number, error if isinstance(error, RuntimeProblem) else _NO_MEMORY)
                 return ()
             self._cancellation.end_for_rerun()
-            return (batch,) if isinstance(error, InferenceCancelled) else [(each,) for each in batch]
+            return (batch,) if isinstance(error, InferenceCancelled) else [(each,) for each in batch[::-1]]
         left = self._cancellation.end()
         self._latest_runs.add(input_bytes, ran_ns - begun_ns, ran_ns)
         del arrays

@@ -155,7 +155,7 @@ class _Worker:
             if request is None:
                 return
             if self._queue is None:
-                if not self._executor.is_over(request, request.bytes()):
+                if not self._executor.is_over(request, request.size):
                     self._executor.run((request,))
             else:
                 self._cancellation.wait(request.number)

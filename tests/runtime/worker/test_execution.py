@@ -158,8 +158,8 @@ def test_queue_fills_a_batch_past_requests_that_are_over() -> None:
     for number in range(5):
         queue.add(request(number))
 
-    def is_over(each: BatchRequest, batch_bytes: int) -> bool:
-        judged.append((each.number, batch_bytes // each.bytes()))
+    def is_over(each: BatchRequest, batch_size: int) -> bool:
+        judged.append((each.number, batch_size))
         return each.number in (0, 2)
 
     assert [[each.number for each in queue.take(is_over)] for _ in range(2)] == [[1, 3], [4]]
