@@ -129,27 +129,47 @@ class Queue:
             return None
         return max(0, self._next().waiting_since_ns() + self._delay_ns - now_ns)
 
-    def take(self, is_over: Callable[[BatchRequest, int], bool]) -> list[BatchRequest]:
-        """Remove and return the next batch: the oldest request, and those that may run with it.
+    def drop(self, is_over: Callable[[BatchRequest, int], bool]) -> bool:
+        """Remove the requests of the next batch that are over; returns whether there were any.
+
+        Others, which may not have been read yet, take their places.
 
         Args:
-            is_over: says whether a request is not to be run in a batch of such a size; such a request makes
-                room for another one.
+            is_over: says whether a request is not to be run in a batch of such a size.
         """
+        group, size = self._next(), 0
+        waiting_size, over = group.size, list[BatchRequest]()
+        for request in group.requests:
+            if size and size + request.size > self._limit:
+                break
+            if is_over(request, min(self._limit, size + waiting_size)):
+                over.append(request)
+            else:
+                size += request.size
+            waiting_size -= request.size
+        for request in over:
+            group.requests.remove(request)
+            self._forget(group, request)
+        return bool(over)
+
+    def take(self) -> list[BatchRequest]:
+        """Remove and return the next batch: the oldest request, and those that may run with it."""
         group = self._next()
         batch: list[BatchRequest] = []
         size = 0
         while group.requests and (not batch or size + group.requests[0].size <= self._limit):
             request = group.requests.popleft()
-            if not is_over(request, min(self._limit, size + group.size)):
-                batch.append(request)
-                size += request.size
-            group.size -= request.size
-            self._bytes -= request.bytes()
-            self._count -= 1
+            batch.append(request)
+            size += request.size
+            self._forget(group, request)
+        return batch
+
+    def _forget(self, group: "_Group", request: BatchRequest) -> None:
+        group.size -= request.size
+        self._bytes -= request.bytes()
+        self._count -= 1
         if not group.requests:
             del self._groups[group.kind]
-        return batch
 
     def _next(self) -> "_Group":
         return min(self._groups.values(), key=_Group.waiting_since_ns)

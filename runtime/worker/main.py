@@ -119,8 +119,8 @@ class _Worker:
             wait_ns = queue.wait_ns(time.monotonic_ns())
             if wait_ns is not None and self._wait_for_more(wait_ns) and not self._read():
                 return
-            if not wait_ns:  # full or due: later requests belong to the next batch
-                executor.run(queue.take(executor.is_over))
+            if not wait_ns and not queue.drop(executor.is_over):
+                executor.run(queue.take())  # full or due: later requests belong to the next batch
 
     def _wait_for_more(self, wait_ns: int) -> bool:
         if wait_ns:

@@ -113,7 +113,7 @@ def test_queue_batches_like_requests_oldest_first(drawn: list[tuple[int, int, bo
         queue.add(each)
     while waiting:
         assert len(queue) == len(waiting)
-        batch = queue.take(lambda *_: False)
+        batch = queue.take()
         assert batch[0] is waiting[0]
         assert len({each.batch_key() for each in batch}) == 1
         assert sum(each.size for each in batch) <= limit
@@ -153,17 +153,20 @@ def test_queue_waits_until_oldest_is_due_or_a_batch_is_full() -> None:
     assert [alone.wait_ns(0), crowd.wait_ns(0)] == [None, None]
 
 
-def test_queue_fills_a_batch_past_requests_that_are_over() -> None:
+def test_queue_drops_requests_of_the_next_batch_that_are_over() -> None:
     queue, judged = Queue(2, 0), list[tuple[int, int]]()
     for number in range(5):
         queue.add(request(number))
+    queue.add(request(5, width=2))
 
     def is_over(each: BatchRequest, batch_size: int) -> bool:
         judged.append((each.number, batch_size))
         return each.number in (0, 2)
 
-    assert [[each.number for each in queue.take(is_over)] for _ in range(2)] == [[1, 3], [4]]
-    assert judged == [(0, 2), (1, 2), (2, 2), (3, 2), (4, 1)]
+    assert [queue.drop(is_over), queue.drop(is_over)] == [True, False]
+    assert judged == [(0, 2), (1, 2), (2, 2), (3, 2), (1, 2), (3, 2)]
+    assert [[each.number for each in queue.take()] for _ in range(2)] == [[1, 3], [4]]
+    assert queue.drop(lambda *_: True)
     assert len(queue) == 0
 
 
