@@ -207,7 +207,7 @@ class InferenceCancelled(RuntimeProblem):
 
 
 class InferenceTimeout(RuntimeProblem):
-    """The inference did not end in time and was stopped."""
+    """The inference did not end in time and was stopped, or could not have and was not begun."""
 
     code = "inference_timeout"
 

@@ -437,7 +437,8 @@ class Infer(Message, frozen=True):
 
     `sent_ns` is the time of CLOCK_MONOTONIC, which all processes of a machine share. With
     `digest` each output comes as 32 bytes, UINT8: the SHA-256 of its datatype, shape and data.
-    `room` is where in the shared memory long outputs may go, and how many bytes it has.
+    `room` is where in the shared memory long outputs may go, and how many bytes it has. At `deadline_ns`,
+    by the same clock, nothing wants the answer any more; 0 is no deadline.
     """
 
     id: Count
@@ -447,6 +448,7 @@ class Infer(Message, frozen=True):
     sent_ns: Count = 0
     digest: bool = False
     room: tuple[Count, Count] | None = None
+    deadline_ns: Count = 0
 
 
 class StageReached(Message, frozen=True):
@@ -532,7 +534,8 @@ class Outcome(Message, frozen=True):
 class InferenceFailure(Message, frozen=True):
     """No answer to `Infer`: `invalid_input`, `not_representable`, `inference_failed`, `inference_cancelled`.
 
-    Whatever else a worker calls it is `inference_failed`.
+    A request that cannot make its deadline is not run: `inference_timeout`. Whatever else a worker calls it
+    is `inference_failed`.
     """
 
     id: Count

@@ -151,7 +151,7 @@ def _allow_many_descriptors() -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Make glibc keep freed buffers of large requests, within limits.
+    """Make glibc keep freed buffers of large requests, within limits; after a burst `Bodies` returns them.
 
     By default it returns them to the kernel at once, which clears each page again: with tensors of 600 KB,
     one client got half the throughput (measured).

@@ -260,7 +260,8 @@ class InFlight:
     def _find_cancelled_run(self) -> object:
         """Return the running inference if it is cancelled: they run in order, so it is the first.
 
-        A cancelled inference behind it only waits, and proves nothing.
+        A cancelled inference behind it is not read yet, and proves nothing: the worker answers those that
+        wait, or leave a batch that goes on for others, at once.
         """
         first = next(iter(self._pending))
         return first if first in self._cancelled else object()

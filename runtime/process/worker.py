@@ -19,6 +19,7 @@ from runtime.errors import (
     ForkServerUnavailable,
     InferenceCancelled,
     InferenceFailed,
+    InferenceTimeout,
     InvalidInput,
     NotRepresentable,
     QueueFull,
@@ -190,7 +191,8 @@ MAX_UNSENT_CANCELS_BYTES = 2**20
 SURPLUS_NAMES = 64
 """Names beyond the model's own that a request may have: the worker refuses them, in better words."""
 PROBLEMS: dict[str, type[RuntimeProblem]] = {
-    problem.code: problem for problem in (InvalidInput, NotRepresentable, InferenceFailed, InferenceCancelled)
+    problem.code: problem
+    for problem in (InvalidInput, NotRepresentable, InferenceFailed, InferenceCancelled, InferenceTimeout)
 }
 
 
@@ -357,7 +359,8 @@ class Worker:
             text: whether all tensors are returned as JSON.
             digest: whether each output is returned as UINT8 of shape [32] instead: SHA-256 over its
                 datatype, shape and data, to compare with another worker's.
-            timeout_s: limit after which the inference is cancelled.
+            timeout_s: limit after which the inference is cancelled; the worker refuses it at once if runs
+                like it take longer than what is left.
             region: where inputs lie; those in another worker's are sent through the socket.
 
         Raises:
@@ -382,7 +385,9 @@ class Worker:
             else:
                 tensors = heads(inputs, find_offsets(inputs, region))
                 sent = [tensor for tensor in inputs if not region.holds(tensor.data)]
-            request = Infer(number, tensors, outputs, text, time.monotonic_ns(), digest, room)
+            sent_ns = time.monotonic_ns()
+            deadline_ns = sent_ns + int(timeout_s * 1e9)
+            request = Infer(number, tensors, outputs, text, sent_ns, digest, room, deadline_ns)
             self._send(request, sent)
         except MalformedFrame as error:
             self.tensor_memory.release(number)

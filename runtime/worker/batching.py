@@ -6,7 +6,7 @@ inference that a worker is stuck in.
 """
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,7 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
         input_ns: how long its decoding took.
         queue_ns: how long it waited to be received while the worker was busy with other requests.
         room: where in shared memory its outputs may go.
+        deadline_ns: when nothing wants its answer any more, or 0.
     """
 
     number: int
@@ -49,6 +50,7 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
     input_ns: int
     queue_ns: int = 0
     room: Room | None = None
+    deadline_ns: int = 0
 
     def batch_key(self) -> Hashable:
         if self.alone:
@@ -62,7 +64,7 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
         return min(self.sent_ns, self.came_ns) or self.came_ns
 
     def bytes(self) -> int:
-        return sum(array.nbytes for array in self.feed.values())
+        return sum([array.nbytes for array in self.feed.values()])
 
 
 class BatchDimension:
@@ -127,6 +129,29 @@ class Queue:
             return None
         return max(0, self._next().waiting_since_ns() + self._delay_ns - now_ns)
 
+    def drop(self, is_over: Callable[[BatchRequest, int], bool]) -> bool:
+        """Remove the requests of the next batch that are over; returns whether there were any.
+
+        Others, which may not have been read yet, take their places.
+
+        Args:
+            is_over: says whether a request is not to be run in a batch of such a size.
+        """
+        group, size = self._next(), 0
+        waiting_size, over = group.size, list[BatchRequest]()
+        for request in group.requests:
+            if size and size + request.size > self._limit:
+                break
+            if is_over(request, min(self._limit, size + waiting_size)):
+                over.append(request)
+            else:
+                size += request.size
+            waiting_size -= request.size
+        for request in over:
+            group.requests.remove(request)
+            self._forget(group, request)
+        return bool(over)
+
     def take(self) -> list[BatchRequest]:
         """Remove and return the next batch: the oldest request, and those that may run with it."""
         group = self._next()
@@ -136,12 +161,15 @@ class Queue:
             request = group.requests.popleft()
             batch.append(request)
             size += request.size
-            self._bytes -= request.bytes()
-        group.size -= size
-        self._count -= len(batch)
+            self._forget(group, request)
+        return batch
+
+    def _forget(self, group: "_Group", request: BatchRequest) -> None:
+        group.size -= request.size
+        self._bytes -= request.bytes()
+        self._count -= 1
         if not group.requests:
             del self._groups[group.kind]
-        return batch
 
     def _next(self) -> "_Group":
         return min(self._groups.values(), key=_Group.waiting_since_ns)

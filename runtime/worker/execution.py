@@ -4,12 +4,13 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
 
 import msgspec
 import onnxruntime as ort
 
-from runtime.errors import InferenceCancelled, InferenceFailed, RuntimeProblem
+from runtime.errors import InferenceCancelled, InferenceFailed, InferenceTimeout, RuntimeProblem
 from runtime.wire import (
     JOINED_BYTES,
     PREFIX,
@@ -40,6 +41,13 @@ WATCH_S = 0.005
 """Interval in which a thread checks for unsent answers during a long run."""
 MAX_BUFFERS = 512
 """Buffers in one writev; the kernel allows 1,024 (UIO_MAXIOV)."""
+
+KEPT_RUNS = 16
+"""Latest runs of a size of inputs whose durations are kept."""
+KNOWN_NS = 10**9
+"""After so long without a run the next request is tried, whatever the runs before it took."""
+UNUSUAL = 2
+"""A run that takes so many times as long as the longest of the latest is unusually long."""
 
 _ENCODER = msgspec.msgpack.Encoder()
 _ROOM = bytes(PREFIX.size)
@@ -154,6 +162,10 @@ class Outbox:
         except (OSError, MemoryError):  # the channel is closed; or half a frame is sent
             os._exit(0)
 
+    def fail(self, number: int, problem: RuntimeProblem) -> None:
+        """Queue the answer to an inference without outputs."""
+        self.put(InferenceFailure(number, problem.code, plain_text(str(problem))))
+
 
 def _append(held: bytearray, message: Message, payload: int, parts: Sequence[Buffer]) -> None:
     """Append a frame, with its payload if that is short."""
@@ -167,10 +179,50 @@ def _append(held: bytearray, message: Message, payload: int, parts: Sequence[Buf
             held += part
 
 
+class LatestRuns:
+    """Durations of a model's latest runs: what a request is likely to need, by the size of its inputs.
+
+    Inputs are alike whose bytes have the same power of two.
+
+    Attributes:
+        slowest_ns: the longest of all runs.
+    """
+
+    def __init__(self) -> None:
+        self.slowest_ns = 0
+        self._durations_ns: dict[int, deque[int]] = {}
+        self._ended_ns: dict[int, int] = {}
+
+    def add(self, input_bytes: int, duration_ns: int, ended_ns: int) -> None:
+        magnitude = input_bytes.bit_length()
+        if magnitude not in self._durations_ns:
+            self._durations_ns[magnitude] = deque(maxlen=KEPT_RUNS)
+        self._durations_ns[magnitude].append(duration_ns)
+        self._ended_ns[magnitude] = ended_ns
+        self.slowest_ns = max(self.slowest_ns, duration_ns)
+
+    def longest_ns(self, input_bytes: int) -> int:
+        return max(self._durations_ns.get(input_bytes.bit_length(), ()), default=0)
+
+    def needed_ns(self, input_bytes: int, waited_ns: int, now_ns: int) -> int:
+        """Return the time that a request needs at least; 0 if no run has shown that for `KNOWN_NS`.
+
+        A request that has waited for a run is one of many, of which another could be in time instead: it
+        needs as long as seven of eight runs took. Any other is tried if a single run was short enough.
+        """
+        magnitude = input_bytes.bit_length()
+        if now_ns - self._ended_ns.get(magnitude, -KNOWN_NS) > KNOWN_NS:
+            return 0
+        durations_ns = sorted(self._durations_ns[magnitude])
+        has_waited = waited_ns > durations_ns[0]
+        return durations_ns[len(durations_ns) * 7 // 8 if has_waited else 0]
+
+
 class Cancellation:
     """Assigns each cancellation to its inference, which may be still to come, waiting or running.
 
-    The worker's two threads share it. One execution runs at a time, of one inference or of a batch.
+    The worker's two threads share it. One execution runs at a time, of one inference or of a batch. A member
+    that is given up leaves its batch, which goes on for the others unless it takes unusually long.
     """
 
     def __init__(self) -> None:
@@ -179,63 +231,93 @@ class Cancellation:
         self._options: ort.RunOptions | None = None
         self._latest = -1
         self._waiting: set[int] = set()
-        self._cancelled: set[int] = set()
+        self._usual_until_ns = 0
+        self._cancelled: dict[int, bool] = {}  # and whether it is answered
 
     def wait(self, number: int) -> None:
         """Note that an inference waits, and that later ones may start before it."""
         with self._lock:
             self._waiting.add(number)
 
-    def drop(self, number: int) -> bool:
-        """Return whether a waiting or new inference is cancelled; if so, it is over."""
+    def drop(self, number: int) -> bool | None:
+        """Take a waiting or new inference out if it is cancelled.
+
+        Returns:
+            Whether it is answered; None if it is not cancelled.
+        """
         if not self._cancelled:  # as nearly always; `begin` finds later cancellations
-            return False
+            return None
         with self._lock:
-            if number not in self._cancelled:
-                return False
-            self._cancelled.discard(number)
-            self._waiting.discard(number)
-            self._latest = max(self._latest, number)
-            return True
+            return self._forget(number) if number in self._cancelled else None
 
-    def skip(self, number: int) -> None:
+    def skip(self, number: int) -> bool:
+        """Take a waiting or new inference out; returns whether it is answered, as cancelled."""
         with self._lock:
-            self._cancelled.discard(number)
-            self._latest = max(self._latest, number)
+            return self._forget(number)
 
-    def begin(self, numbers: Sequence[int]) -> ort.RunOptions | None:
-        """Start these inferences; returns None and starts none if one of them is cancelled."""
+    def _forget(self, number: int) -> bool:
+        self._waiting.discard(number)
+        self._latest = max(self._latest, number)
+        return self._cancelled.pop(number, False)
+
+    def begin(self, numbers: Sequence[int], usual_ns: int = 0) -> ort.RunOptions | None:
+        """Start these inferences; returns None and starts none if one of them is cancelled.
+
+        After `usual_ns` a member that is given up ends the run: it may be what takes so long.
+        """
         options = ort.RunOptions()  # of its own for each execution: `terminate` must not outlive it
         with self._lock:
-            if self._cancelled and not self._cancelled.isdisjoint(numbers):
+            if self._cancelled and not self._cancelled.keys().isdisjoint(numbers):
                 return None
             if self._waiting:
                 self._waiting.difference_update(numbers)
             self._latest = max(self._latest, *numbers)
             self._running, self._options = numbers, options
+            self._usual_until_ns = time.monotonic_ns() + usual_ns
         return options
 
-    def end(self) -> None:
-        """End the running inferences; cancellations of them are forgotten."""
+    def end(self) -> Collection[int]:
+        """End the running inferences; returns those that have left, which are answered."""
         with self._lock:
+            left: Collection[int] = ()
             if self._cancelled:
-                self._cancelled.difference_update(self._running)
+                left = [number for number in self._running if self._cancelled.pop(number, False)]
             self._running, self._options = (), None
+        return left
 
     def end_for_rerun(self) -> None:
         """Let the running inferences wait again; their cancellations stay."""
         with self._lock:
-            self._waiting.update(self._running)
+            self._waiting.update(each for each in self._running if each not in self._cancelled)
             self._running, self._options = (), None
 
-    def cancel(self, number: int) -> None:
-        """Cancel an inference that runs, waits or is still to come; one that is over is ignored."""
+    def cancel(self, number: int) -> bool:
+        """Cancel an inference that runs, waits or is still to come; one that is over is ignored.
+
+        Returns:
+            Whether the caller must answer it: nothing else will, as it waits, or leaves a batch that goes on.
+        """
         with self._lock:
+            if number in self._cancelled:
+                return False
             if number in self._running and self._options is not None:
-                self._options.terminate = True
-                self._cancelled.add(number)
-            elif number > self._latest or number in self._waiting:
-                self._cancelled.add(number)
+                must_answer = self._is_wanted_without(number)
+                if not must_answer:
+                    self._options.terminate = True
+            elif number in self._waiting:
+                must_answer = True
+                self._waiting.discard(number)
+            elif number > self._latest:
+                must_answer = False
+            else:
+                return False
+            self._cancelled[number] = must_answer
+            return must_answer
+
+    def _is_wanted_without(self, number: int) -> bool:
+        """Whether the run is to go on when this member leaves."""
+        is_usual = time.monotonic_ns() < self._usual_until_ns
+        return is_usual and any(each != number and each not in self._cancelled for each in self._running)
 
 
 class InferenceExecutor:
@@ -267,6 +349,7 @@ class InferenceExecutor:
         self._clock = clock
         self._shared = shared
         self._last_run_ns = 0
+        self._latest_runs = LatestRuns()
         self._free_ns = 0  # when the latest request was over
         self._must_shrink = False
 
@@ -293,41 +376,69 @@ class InferenceExecutor:
             self._free_ns = time.monotonic_ns()
             input_ns = self._free_ns - came_ns
             room = None if infer.room is None else self._shared.room(infer.room)
-            return BatchRequest(
-                infer.id, outputs, feed, size, alone, infer.sent_ns, came_ns, input_ns, queue_ns, room
-            )
+            times = infer.sent_ns, came_ns, input_ns, queue_ns
+            return BatchRequest(infer.id, outputs, feed, size, alone, *times, room, infer.deadline_ns)
         return None
+
+    def is_over(self, request: BatchRequest, batch_size: int) -> bool:
+        """Return whether a request is not to be run in a batch of this size: cancelled, or too late.
+
+        Such a request is answered.
+        """
+        if self._drop_cancelled(request.number):
+            return True
+        if not request.deadline_ns:
+            return False
+        now_ns = time.monotonic_ns()
+        left_ns = request.deadline_ns - now_ns
+        if left_ns > self._latest_runs.slowest_ns:
+            return False
+        batch_bytes = request.bytes() * batch_size // max(1, request.size)
+        needed_ns = self._latest_runs.needed_ns(batch_bytes, now_ns - request.waiting_since_ns(), now_ns)
+        if left_ns >= needed_ns:
+            return False
+        left = f"{max(0, left_ns) / 1e6:.1f} ms of its time were left"
+        took = f"the latest runs of such inputs took {needed_ns / 1e6:.1f} ms"
+        self.refuse(request.number, InferenceTimeout(f"the inference was not begun: {left}, and {took}"))
+        return True
 
     def run(self, batch: Sequence[BatchRequest]) -> None:
         """Run a batch at once or, if a request makes it fail, one request after the other."""
-        if len(batch) > 1:
-            batch = [request for request in batch if not self._drop_cancelled(request.number)]
-        if batch and not self._run_at_once(batch):
-            for request in batch:
-                self._run_at_once((request,))
+        batches = [batch]
+        while batches:
+            batch = [each for each in batches.pop() if not self._drop_cancelled(each.number)]
+            if batch:
+                batches += self._run_at_once(batch)
         self._free_ns = time.monotonic_ns()
 
-    def _begin(self, numbers: Sequence[int]) -> ort.RunOptions | None:
+    def _begin(self, numbers: Sequence[int], input_bytes: int) -> ort.RunOptions | None:
         """Start these inferences as `Cancellation.begin` does; after a lack of memory, shrink the arena."""
-        options = self._cancellation.begin(numbers)
+        usual_ns = UNUSUAL * self._latest_runs.longest_ns(input_bytes) if len(numbers) > 1 else 0
+        options = self._cancellation.begin(numbers, usual_ns)
         if options is not None and self._must_shrink:
             options.add_run_config_entry(*SHRINK_ARENA)
             self._must_shrink = False
         return options
 
-    def _run_at_once(self, batch: Sequence[BatchRequest]) -> bool:
-        """Run and answer these requests; of several none is answered, and False returned, if the run fails.
+    def _run_at_once(self, batch: Sequence[BatchRequest]) -> Sequence[Sequence[BatchRequest]]:
+        """Run and answer these requests; of several none is answered if the run fails or is ended.
 
         So no request fails because of another.
+
+        Returns:
+            The batches that are to be run instead, the last one first: each request alone after a failure,
+            and all together if one of them was given up.
         """
         is_one = len(batch) == 1
+        input_bytes = sum([request.bytes() for request in batch])
         try:
             self._outbox.before_run(self._last_run_ns)
             begun_ns = time.monotonic_ns()
-            options = self._begin([request.number for request in batch])
-            if options is None:
-                return is_one and self._drop_cancelled(batch[0].number)
+            # Joined before, as the server may use the memory of a member's inputs again once it has left.
             feed = batch[0].feed if is_one else join_inputs(batch)
+            options = self._begin([request.number for request in batch], input_bytes)
+            if options is None:
+                return (batch,)
             joined_ns, started_ns = time.monotonic_ns(), self._clock()
             arrays = self._runner.run(batch[0].outputs, feed, options)
             self._last_run_ns = self._clock() - started_ns
@@ -337,13 +448,16 @@ class InferenceExecutor:
             if is_one:
                 self._cancellation.end()
                 self._fail(batch[0].number, error if isinstance(error, RuntimeProblem) else _NO_MEMORY)
-            else:
-                self._cancellation.end_for_rerun()
-            return is_one
-        self._cancellation.end()
+                return ()
+            self._cancellation.end_for_rerun()
+            return (batch,) if isinstance(error, InferenceCancelled) else [(each,) for each in batch[::-1]]
+        left = self._cancellation.end()
+        self._latest_runs.add(input_bytes, ran_ns - begun_ns, ran_ns)
         del arrays
         execution_size = sum(request.size for request in batch)
         for request, part in zip(batch, parts, strict=True):
+            if request.number in left:
+                continue
             queue_ns = _queue_ns(request, begun_ns)
             times = queue_ns, request.input_ns + joined_ns - begun_ns, self._last_run_ns
             problem = self._answer(request, part, times, ran_ns, execution_size)
@@ -352,7 +466,7 @@ class InferenceExecutor:
             else:
                 part.clear()  # else there may be no memory for the message
                 self._fail(request.number, problem)
-        return True
+        return ()
 
     def _answer(
         self,
@@ -380,22 +494,22 @@ class InferenceExecutor:
         return None
 
     def _drop_cancelled(self, number: int) -> bool:
-        dropped = self._cancellation.drop(number)
-        if dropped:
+        is_answered = self._cancellation.drop(number)
+        if is_answered is False:
             self._fail(number, InferenceCancelled())
-        return dropped
+        return is_answered is not None
 
     def refuse(self, number: int, problem: RuntimeProblem = _NO_MEMORY) -> None:
         """Answer a request that is not run; by default for lack of memory."""
-        self._cancellation.skip(number)
-        self._fail(number, problem)
+        if not self._cancellation.skip(number):
+            self._fail(number, problem)
         self._free_ns = time.monotonic_ns()
 
     def _fail(self, number: int, problem: RuntimeProblem) -> None:
         text = str(problem)
         if problem is _NO_MEMORY or is_out_of_memory(text):
             self._must_shrink = True  # ONNX Runtime keeps what it took, and later requests would lack it
-        self._outbox.put(InferenceFailure(number, problem.code, plain_text(text)))
+        self._outbox.fail(number, problem)
 
 
 def _queue_ns(request: BatchRequest, begun_ns: int) -> int:

@@ -18,7 +18,7 @@ from typing import NoReturn
 import msgspec
 import numpy as np
 
-from runtime.errors import LoadRefused
+from runtime.errors import InferenceCancelled, LoadRefused
 from runtime.process.forkserver import name_process
 from runtime.requestjson import describe
 from runtime.wire import (
@@ -119,8 +119,8 @@ class _Worker:
             wait_ns = queue.wait_ns(time.monotonic_ns())
             if wait_ns is not None and self._wait_for_more(wait_ns) and not self._read():
                 return
-            if not wait_ns:  # full or due: later requests belong to the next batch
-                executor.run(queue.take())
+            if not wait_ns and not queue.drop(executor.is_over):
+                executor.run(queue.take())  # full or due: later requests belong to the next batch
 
     def _wait_for_more(self, wait_ns: int) -> bool:
         if wait_ns:
@@ -155,7 +155,8 @@ class _Worker:
             if request is None:
                 return
             if self._queue is None:
-                self._executor.run((request,))
+                if not self._executor.is_over(request, request.size):
+                    self._executor.run((request,))
             else:
                 self._cancellation.wait(request.number)
                 self._queue.add(request)
@@ -190,7 +191,7 @@ class _Worker:
             lower_priority()  # which it may not do later
         confine(order)
         # Not `threading`: that waits for the thread to start, and so would the load.
-        _thread.start_new_thread(_listen, (self._control, self._cancellation, self._limit))
+        _thread.start_new_thread(_listen, (self._control, self._cancellation, self._outbox, self._limit))
 
     def _load(self, order: Load, given: Sequence[Tensor]) -> None:
         self._confine(order)
@@ -236,14 +237,16 @@ class _Worker:
         self._outbox.flush()
 
 
-def _listen(channel: socket.socket, cancellation: Cancellation, limit: SearchLimit) -> None:
+def _listen(channel: socket.socket, cancellation: Cancellation, outbox: Outbox, limit: SearchLimit) -> None:
     """Serve the control channel; its end ends the worker, even while it computes."""
     while limit.is_needed and not select.select([channel], [], [], LIMIT_CHECK_S)[0]:
         limit.check()
     reader = FrameReader(FrameRules(CONTROL))
     while count := _receive(channel, reader):
         for message, _ in _frames(reader, count):
-            cancellation.cancel(message.id)
+            if cancellation.cancel(message.id):
+                outbox.fail(message.id, InferenceCancelled())
+                outbox.flush()
     os._exit(0)
 
 

@@ -8,6 +8,7 @@ half of it, and one turn at a time. Tensors for a worker's shared memory have a 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -38,6 +39,15 @@ JOINED_BYTES = 4 * 2**20
 """Of a body: to join 64 MiB takes 30 ms (measured)."""
 
 
+BURST_BYTES = 16 * 2**20
+"""Of bodies at once. Of more, which come and go in pieces, malloc keeps a part that it does not bound."""
+
+KEPT_S = 2.0
+"""So long after a burst its memory is kept: to get new pages takes longer than to fill them."""
+
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # another C library has none
+
+
 class BodyTooLarge(ServerProblem):
     """The body is larger than this route allows."""
 
@@ -66,6 +76,8 @@ class Bodies:
         self._max_bytes = max(MAX_BODIES_BYTES, LARGEST_BODIES * max_request_bytes)
         self._by_subject = Counter[str]()
         self._turns = WeakValueDictionary[str, asyncio.Lock]()
+        self._trimming: asyncio.TimerHandle | None = None
+        self._had_burst = False
         self.taken_bytes = 0
 
     def share(self, subject: str) -> Share:
@@ -77,9 +89,20 @@ class Bodies:
 
     def add(self, subject: str, count: int) -> None:
         self.taken_bytes += count
+        if self.taken_bytes >= BURST_BYTES:
+            self._had_burst = True
+            self._trimming = self._trimming or asyncio.get_running_loop().call_later(KEPT_S, self._trim)
         self._by_subject[subject] += count
         if not self._by_subject[subject]:
             del self._by_subject[subject]
+
+    def _trim(self) -> None:
+        """Return freed memory to the kernel, in a thread, unless there was a burst since the last time."""
+        loop = asyncio.get_running_loop()
+        self._trimming = loop.call_later(KEPT_S, self._trim) if self._had_burst else None
+        self._had_burst = self.taken_bytes >= BURST_BYTES
+        if self._trimming is None and _malloc_trim is not None:
+            loop.run_in_executor(None, _malloc_trim, 0)
 
     @asynccontextmanager
     async def turn(self, subject: str) -> AsyncIterator[None]:

@@ -1,6 +1,7 @@
 """The command `serve` as a process: start, child processes, settings, stop."""
 
 import asyncio
+import io
 import json
 import os
 import resource
@@ -12,6 +13,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 from support import models
+from support.clients import Value, binary_request
 from support.http import LIMIT_S, ONE, Json, when
 from support.models import save, save_bytes
 from support.servers import (
@@ -27,6 +29,7 @@ from support.workers import computing, freeze, until
 from yarl import URL
 
 from events.types import ServerStarted, ServerStopped
+from runtime.memory import private_bytes
 from server.config import Config
 
 
@@ -227,3 +230,21 @@ async def test_half_closed_client_gets_its_answer_and_a_client_that_left_frees_t
         assert (await server.api.infer("m", trips(3))).status == 200
         assert await server.stop() == 0
         assert server.warnings() == []
+
+
+async def test_memory_of_large_bodies_is_given_back(config: Config) -> None:
+    """Also that of bodies that are longer than the memory which a worker shares with the server."""
+    save(models.identity(), config.repository, "m")
+    headers, body = binary_request([Value("x", "FP32", (11_000_000,), bytes(44_000_000))])
+    async with serving(config) as server:
+        await server.api.load("m")
+
+        async def infer() -> int:
+            return (
+                await server.api.post("/v2/models/m/infer", data=io.BytesIO(body), headers=headers)
+            ).status
+
+        before = private_bytes(server.pid)
+        for _ in range(2):
+            assert await asyncio.gather(*(infer() for _ in range(4))) == [200] * 4
+        await until(lambda: private_bytes(server.pid) < before + 10_000_000)

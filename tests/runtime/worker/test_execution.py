@@ -4,7 +4,9 @@ import asyncio
 import socket
 import time
 import tracemalloc
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from support import models
 from support.history import PLAIN
 from support.models import ENDLESS, INT64, STRING
 from support.workers import (
+    FOR_EVER_S,
     LIMIT_S,
     Serve,
     answer,
@@ -29,8 +32,9 @@ from support.workers import (
     until,
 )
 
-from runtime.errors import InvalidInput, LoadRefused
+from runtime.errors import InferenceTimeout, InvalidInput, LoadRefused
 from runtime.process.sharedmemory import TensorMemory
+from runtime.process.worker import Worker
 from runtime.wire import (
     FROM_SERVING,
     FrameReader,
@@ -51,12 +55,22 @@ from runtime.worker.batching import (
     join_inputs,
     split_outputs,
 )
-from runtime.worker.execution import Cancellation, InferenceExecutor, Outbox
+from runtime.worker.execution import (
+    KEPT_RUNS,
+    KNOWN_NS,
+    Cancellation,
+    InferenceExecutor,
+    LatestRuns,
+    Outbox,
+)
 from runtime.worker.inference import Runner, SelectedOutputs
 from runtime.worker.sharedtensors import SharedTensors
 
 ASKED = SelectedOutputs(["y"], [("y", "FP32", False)])
 HOUR_US = 3600 * 10**6
+ALLOW: dict[str, Any] = {"dependent_rows": True}
+LONG = 500_000
+"""For `counting_rows`: counting so far takes some tenths of a second."""
 NO_NUMBERS = Tensor("x", "FP32", (1,), b'["none"]', text=True)
 
 
@@ -139,6 +153,23 @@ def test_queue_waits_until_oldest_is_due_or_a_batch_is_full() -> None:
     assert [alone.wait_ns(0), crowd.wait_ns(0)] == [None, None]
 
 
+def test_queue_drops_requests_of_the_next_batch_that_are_over() -> None:
+    queue, judged = Queue(2, 0), list[tuple[int, int]]()
+    for number in range(5):
+        queue.add(request(number))
+    queue.add(request(5, width=2))
+
+    def is_over(each: BatchRequest, batch_size: int) -> bool:
+        judged.append((each.number, batch_size))
+        return each.number in (0, 2)
+
+    assert [queue.drop(is_over), queue.drop(is_over)] == [True, False]
+    assert judged == [(0, 2), (1, 2), (2, 2), (3, 2), (1, 2), (3, 2)]
+    assert [[each.number for each in queue.take()] for _ in range(2)] == [[1, 3], [4]]
+    assert queue.drop(lambda *_: True)
+    assert len(queue) == 0
+
+
 def test_queue_time_counts_from_sending() -> None:
     sent = BatchRequest(0, ASKED, {}, 1, alone=False, sent_ns=900, came_ns=1000, input_ns=0)
     assert [each.waiting_since_ns() for each in (request(0, came_ns=1000), sent)] == [1000, 900]
@@ -176,9 +207,9 @@ def test_cancellation_affects_its_request_only() -> None:
     cancellation.end()
     for number in (2, 3, 7):  # waits though a later one has run; is over; is to come
         cancellation.cancel(number)
-    assert [cancellation.drop(number) for number in (1, 2, 3)] == [False, True, False]
+    assert [cancellation.drop(number) for number in (1, 2, 3)] == [None, True, None]
     assert cancellation.begin([7]) is None
-    cancellation.skip(7)
+    assert not cancellation.skip(7)
     cancellation.cancel(7)
     assert cancellation.begin([7]) is not None
 
@@ -195,7 +226,41 @@ def test_cancelled_member_of_a_batch_is_not_run_again() -> None:
     assert not first.terminate
     cancellation.end()
     assert cancellation.begin([2]) is None
-    assert cancellation.drop(2)
+    assert cancellation.drop(2) is False
+
+
+@pytest.mark.parametrize(("usual_ns", "leaves"), [(HOUR_US * 1000, True), (0, False)])
+def test_member_leaves_a_batch_that_takes_as_long_as_usual(usual_ns: int, *, leaves: bool) -> None:
+    cancellation = Cancellation()
+    options = cancellation.begin([1, 2, 3], usual_ns)
+    assert options is not None
+    assert [cancellation.cancel(number) for number in (2, 2, 1)] == [leaves, False, leaves]
+    assert options.terminate is not leaves
+    assert not cancellation.cancel(3)  # the last one
+    assert options.terminate
+    assert cancellation.end() == [1, 2][: 2 * leaves]
+    assert not cancellation._cancelled
+
+
+@pytest.mark.parametrize(
+    ("input_bytes", "waited_ns", "now_ns", "needed_ns"),
+    [
+        (1000, 0, 50, 10),
+        (1000, 11, 50, 30),
+        (600, 10, KNOWN_NS + 40, 10),
+        (600, 99, KNOWN_NS + 41, 0),
+        (1024, 99, 50, 0),
+    ],
+    ids=["alone", "behind others", "alike", "long ago", "of another size"],
+)
+def test_needed_time_is_that_of_the_latest_runs(
+    input_bytes: int, waited_ns: int, now_ns: int, needed_ns: int
+) -> None:
+    runs = LatestRuns()
+    for duration_ns in (9, *([30] * (KEPT_RUNS - 6)), *([10] * 5), 90):  # of which the first is forgotten
+        runs.add(1000, duration_ns, 40)
+    assert runs.needed_ns(input_bytes, waited_ns, now_ns) == needed_ns
+    assert (runs.longest_ns(600), runs.longest_ns(1024)) == (90, 0)
 
 
 def test_late_cancellation_is_forgotten() -> None:
@@ -392,25 +457,94 @@ async def test_invalid_request_fails_alone(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cancelled", "answers"),
-    [((3, 1), {0: 5, 2: 7, 4: 9}), ((0, 2, 1, 3), {4: 9})],
+    ("cancelled", "answers", "executions"),
+    [((3, 1), {0: 5, 2: 7, 4: 9}, [2, 0, 1]), ((0, 2, 1, 3), {4: 9}, [1])],
     ids=["the endless ones", "all but the last"],
 )
-async def test_cancelled_requests_leave_their_batch_running(
-    serve: Serve, cancelled: tuple[int, ...], answers: dict[int, int]
+async def test_batch_runs_again_without_cancelled_requests(
+    serve: Serve, cancelled: tuple[int, ...], answers: dict[int, int], executions: list[int]
 ) -> None:
     worker = await serve(
         models.counting_rows(), max_batch_size=3, dependent_rows=True
     )  # 0 to 2 run together, 3 and 4 wait
     counts = (5, ENDLESS, 7, ENDLESS, 9)
-    tasks = await asked_at_once(worker, *(answer(worker, tensor("x", "INT64", [n])) for n in counts))
+    tasks = await asked_at_once(worker, *(ask_all(worker, [tensor("x", "INT64", [n])]) for n in counts))
     await until(computing(worker.pid))
     for n in cancelled:
         tasks[n].cancel()
         await asyncio.sleep(0)
     async with asyncio.timeout(LIMIT_S):
-        assert {n: (await tasks[n])[0] for n in answers} == answers
+        answered = {n: await tasks[n] for n in answers}
+        assert {n: array(tensors[0])[0] for n, (_, tensors) in answered.items()} == answers
         await worker.wait_until_drained()
+    assert [outcome.execution_size for outcome, _ in answered.values()] == executions
+
+
+async def counting(worker: Worker, batch: int = 1) -> tuple[Callable[..., Awaitable[list[Any]]], float]:
+    """Have a worker count far with as many rows as a batch has, then with one.
+
+    Returns:
+        A function that has it asked to count to each of these numbers at once, and the seconds of a run.
+    """
+
+    async def count(*counts: int) -> list[asyncio.Task[Any]]:
+        return await asked_at_once(worker, *(ask_all(worker, [tensor("x", "INT64", [n])]) for n in counts))
+
+    outcomes = [(await asyncio.gather(*await count(*[LONG] * rows)))[0][0] for rows in (batch, 1)]
+    return count, min(outcome.infer_ns for outcome in outcomes) / 1e9
+
+
+async def test_cancelled_request_leaves_a_batch_that_goes_on(serve: Serve) -> None:
+    worker = await serve(models.counting_rows(), max_batch_size=3, **ALLOW)
+    count, _ = await counting(worker, 3)
+    tasks = await count(LONG, LONG, LONG)
+    await until(computing(worker.pid))
+    tasks[0].cancel()
+    await until(lambda: worker.in_flight < 3)
+    assert worker.in_flight == 2  # the cancelled one is over before the others are
+    assert await sizes(tasks[1:]) == [(1, 3), (1, 0)]
+
+
+async def test_waiting_request_is_over_once_it_is_cancelled(serve: Serve) -> None:
+    worker = await serve(models.counting_rows(), max_batch_size=1, **ALLOW)
+    endless, waiting = await asked_at_once(
+        worker, *(answer(worker, tensor("x", "INT64", [n])) for n in (ENDLESS, 5))
+    )
+    await until(computing(worker.pid))
+    waiting.cancel()
+    await until(lambda: worker.in_flight == 1)
+    assert not endless.done()
+    endless.cancel()
+    await worker.wait_until_drained()
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+async def test_request_that_cannot_be_in_time_is_not_begun(serve: Serve, batch: int) -> None:
+    worker = await serve(models.counting_rows(), max_batch_size=batch, **ALLOW)
+    count, took_s = await counting(worker)
+    with pytest.raises(InferenceTimeout, match="not begun"):
+        await worker.infer([tensor("x", "INT64", [LONG])], timeout_s=took_s / 2)
+    assert await sizes(await count(5)) == [(1, 1)]
+
+
+async def test_overloaded_worker_answers_requests_in_time(serve: Serve) -> None:
+    """Of clients with deadlines: the oldest requests would else run, each too late and in vain."""
+    worker, ends = await serve(models.counting_rows()), Counter[str]()
+    x = tensor("x", "INT64", [LONG // 40])
+    outcomes = [(await worker.infer([x], timeout_s=FOR_EVER_S))[0] for _ in range(KEPT_RUNS)]
+    usual_s = median(outcome.infer_ns for outcome in outcomes) / 1e9
+
+    async def ask_repeatedly() -> None:
+        for _ in range(12):
+            try:
+                await worker.infer([x], timeout_s=8 * usual_s)
+                ends["answered"] += 1
+            except InferenceTimeout as problem:
+                ends["not begun" if "not begun" in str(problem) else "late"] += 1
+
+    await asyncio.gather(*(ask_repeatedly() for _ in range(16)))
+    assert ends["answered"] > ends["late"]
+    assert ends["not begun"] > 0
 
 
 @pytest.mark.parametrize(
