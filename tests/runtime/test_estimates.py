@@ -250,7 +250,11 @@ def replace_folder(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "code"),
-    [(remove_model, "unknown_model"), (replace_folder, "unknown_model"), (add_dangling_link, "unsafe_file")],
+    [
+        (remove_model, "unknown_version"),
+        (replace_folder, "unknown_version"),
+        (add_dangling_link, "unsafe_file"),
+    ],
 )
 async def test_load_of_files_that_cannot_be_looked_at_fails(
     tmp_path: Path, shared_pool: WorkerPool, change: Callable[[Path], None], code: str
