@@ -17,9 +17,8 @@ OUT_OF_SERVICE = "out_of_service"
 
 
 def find_chosen_version(model: Model | None) -> int | None:
-    """Return the version that a person chose last; None if nobody did."""
-    chosen = None if model is None else model.chosen or None
-    return None if chosen is None else chosen.version
+    """Return the version that a person chose last; None if nobody did, or that was an unload."""
+    return model.chosen.version if model is not None and model.chosen else None
 
 
 def find_demand_refusal(model: Model | None, version: int | None) -> Refused | None:
@@ -27,9 +26,9 @@ def find_demand_refusal(model: Model | None, version: int | None) -> Refused | N
 
     It may if nobody chose, or the person's choice was this version, or a label names it.
     """
-    chosen = None if model is None else model.chosen or None
-    if model is None or chosen is None:
+    if model is None or not model.chosen:
         return None
+    chosen = model.chosen
     name, by = f"model '{model.id}'", f"{chosen.by} at {chosen.at} (job {chosen.job_id})"
     if chosen.version is None:
         return Refused(OUT_OF_SERVICE, f"{name} is out of service: unloaded by {by}, and not loaded since")
@@ -50,10 +49,9 @@ def demand_parameters(model: Model | None, version: int, given: LoadParameters) 
 
     The time limits are at least the `given` ones: a short one was not meant for each inference after.
     """
-    chosen = None if model is None else model.chosen or None
-    if chosen is None or chosen.parameters is None or chosen.version != version:
+    before = model.chosen.parameters if model is not None and model.chosen else None
+    if before is None or find_chosen_version(model) != version:
         return given
-    before = chosen.parameters
     return replace(
         before,
         timeout_s=max(before.timeout_s, given.timeout_s),

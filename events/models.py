@@ -314,11 +314,9 @@ class Model(Struct, frozen=True, gc=False):
 
     def has_chosen(self, serving: Serving) -> bool:
         """Whether the last choice of a person is the version and the parameters of a load."""
-        chosen = self.chosen or None
-        return chosen is not None and (chosen.version, chosen.parameters) == (
-            serving.version,
-            serving.parameters,
-        )
+        if self.chosen is UNSET:
+            return False
+        return (self.chosen.version, self.chosen.parameters) == (serving.version, serving.parameters)
 
     def find_label(self, name: str) -> Label | None:
         return next((each for each in self.labels or () if each.name == name), None)
