@@ -41,6 +41,7 @@ from events.types import (
     JobCancelled,
     LoadedFile,
     LoadFailed,
+    LoadJoined,
     LoadRequested,
     LoadStarted,
     ModelLoaded,
@@ -369,6 +370,7 @@ class Ledger:
         self.worlds: list[World] = []
         self.changes = Counter[tuple[str, int]]()
         self._exited: set[str | None] = set()
+        self._chosen = dict[str, int | None]()  # None: unloaded by a person
         self._approved: set[tuple[str, str, str]] = set()
         self._ids = count(1)
 
@@ -384,11 +386,27 @@ class Ledger:
             self.check(draft, drafts[number + 1 :], by)
             if isinstance(draft.data, ModelLoaded) and by is not None:
                 self._check_rules(draft, draft.data, by)
+            self._check_choice(draft, draft.model_id or "")
             self._record(draft, now)
         return decision
 
     def check(self, draft: Draft, following: Sequence[Draft], by: "World | None") -> None:
         """Check a fact before it is recorded, with those that are recorded with it."""
+
+    def _check_choice(self, draft: Draft, model_id: str) -> None:
+        """An inference has only what a person chose last loaded, and nothing after a person's unload."""
+        job, model = self.state.unended_job(draft.job_id), self.state.models.get(model_id)
+        match draft.data:
+            case LoadRequested(cause=Cause.DEMAND) if not self.state.queue(model_id):
+                is_loaded = model is not None and model.serving is not None
+                assert is_loaded or self._chosen.get(model_id, draft.version) == draft.version
+            case LoadJoined() if model is not None and draft.job_id in model.loads_behind:
+                self._chosen[model_id] = draft.version
+            case ModelLoaded() | ModelSettingsChanged() if job is not None and job.cause is Cause.REQUEST:
+                self._chosen[model_id] = job.version
+            case ModelUnloaded() if job is not None and job.cause is Cause.REQUEST:
+                if job.unload is not None and not job.unload.until_asked:
+                    self._chosen[model_id] = None
 
     def _check_rules(self, draft: Draft, loaded: ModelLoaded, by: "World") -> None:
         """A load passes the rules with which it was accepted, which are in force."""

@@ -603,9 +603,9 @@ class Simulation(RuleBasedStateMachine):
         self.world.policy = replace(self.world.policy, loads=rules)
         self.world.work(turns)
 
-    @rule(name=NAMES | st.none(), force=st.booleans(), turns=TURNS)
-    def somebody_unloads(self, name: str | None, *, force: bool, turns: int) -> None:
-        self.world.submit(RequestUnload(name, "alice", force))
+    @rule(name=NAMES | st.none(), force=st.booleans(), holds=st.booleans(), turns=TURNS)
+    def somebody_unloads(self, name: str | None, *, force: bool, holds: bool, turns: int) -> None:
+        self.world.submit(RequestUnload(name, "alice", force, on_demand=holds, until_asked=not holds))
         self.world.work(turns)
 
     @rule(which=st.integers(0, 3), turns=TURNS)
