@@ -152,6 +152,7 @@ async def test_model_page_shows_bytes_charts_and_programs(server: Server, admin:
     versions = page.locator(".its-versions tbody > tr")
     await expect(versions.first).to_contain_text(model["files"][0]["sha256"])
     await expect(page.locator(".its-tensors tbody")).to_have_text(re.compile("inputxFP32.*outputyFP32"))
+    await expect(page.locator(".facts")).to_contain_text(re.compile("ChosenVersion 1 by [a-z]+, "))
     await expect(page.locator(".its-jobs .job")).to_have_count(1)
     await expect(page.locator(".its-events")).to_contain_text("ModelLoaded")
     await expect(page.locator(".its-lines")).to_contain_text("Worker of version 1, running")
