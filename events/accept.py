@@ -440,10 +440,9 @@ def _will_unload(job: Job, command: RequestUnload) -> bool:
 
     Where inferences load models, a person's unload needs a person's, which they do not undo.
     """
-    if job.unload is None or job.cancelling or (command.force and not job.forced):
+    if job.kind is not JobKind.UNLOAD or job.cancelling or (command.force and not job.forced):
         return False
-    is_held = job.cause is Cause.REQUEST and not job.unload.until_asked
-    return is_held or command.until_asked or not command.on_demand
+    return job.takes_out_of_service or command.until_asked or not command.on_demand
 
 
 def _model_to_unload(state: State, *, force: bool) -> str | None:

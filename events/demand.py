@@ -6,8 +6,6 @@ a model that a person has unloaded stays out of service.
 
 from __future__ import annotations
 
-from msgspec.structs import replace
-
 from events.commands import Refused
 from events.models import Model
 from events.types import LoadParameters
@@ -32,11 +30,12 @@ def find_demand_refusal(model: Model | None, version: int | None) -> Refused | N
     name, by = f"model '{model.id}'", f"{chosen.by} at {chosen.at} (job {chosen.job_id})"
     if chosen.version is None:
         return Refused(OUT_OF_SERVICE, f"{name} is out of service: unloaded by {by}, and not loaded since")
-    if version in (None, chosen.version) and chosen.version in model.removed:
+    if version in (None, chosen.version):
+        if chosen.version not in model.removed:
+            return None
         loaded = f"version {chosen.version} of {name}, which was loaded by {by}, was removed"
         return Refused(OUT_OF_SERVICE, f"{loaded}: load another version")
-    is_named = any(label.version == version for label in model.labels or ())
-    if version in (None, chosen.version) or is_named:
+    if any(label.version == version for label in model.labels or ()):
         return None
     loaded = f"version {chosen.version} of {name} was loaded by {by}"
     body = f'{{"version": {version}}}'
@@ -52,8 +51,4 @@ def demand_parameters(model: Model | None, version: int, given: LoadParameters) 
     before = model.chosen.parameters if model is not None and model.chosen else None
     if before is None or find_chosen_version(model) != version:
         return given
-    return replace(
-        before,
-        timeout_s=max(before.timeout_s, given.timeout_s),
-        progress_timeout_s=max(before.progress_timeout_s or 0, given.progress_timeout_s or 0),
-    )
+    return before.with_limits_from(given.timeout_s, given.progress_timeout_s or 0)

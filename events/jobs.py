@@ -400,6 +400,12 @@ class Job(Struct, frozen=True, gc=False):
         return self.unload is not None and self.unload.force
 
     @property
+    def takes_out_of_service(self) -> bool:
+        """Whether this is an unload by a person, which on-demand loads do not undo."""
+        unload = self.unload
+        return unload is not None and self.cause is Cause.REQUEST and not unload.until_asked
+
+    @property
     def is_move_or_copy(self) -> bool:
         """Whether this brings a loaded model to another node: it moves off a drained one, or gets a copy."""
         return self.kind is JobKind.LOAD and self.cause in (Cause.DRAIN, Cause.COPY)

@@ -386,6 +386,12 @@ class LoadedModel(Struct, frozen=True, gc=False):
         return self.model.id
 
 
+def is_removed(models: Mapping[str, Model], model_id: str, version: int) -> bool:
+    """Whether a version of a model was removed, and not added again since."""
+    model = models.get(model_id)
+    return model is not None and version in model.removed
+
+
 def evolve_model(model: Model | None, event: Event, job: Job | None) -> Model | None:
     """Return the model after an event.
 
@@ -515,12 +521,14 @@ def _model_loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None
         previous=None,
         footprints=add_footprint(model.footprints, footprint_of(serving.version, data)),
         admitted=_add_admitted(model, serving, data),
-        chosen=model.chosen if job.cause is not Cause.REQUEST else _choose(event, job, loaded),
+        chosen=model.chosen
+        if job.cause is not Cause.REQUEST
+        else _choose(event, job.id, job.requested_by, loaded),
     )
 
 
-def _choose(event: Event, job: Job, serving: Serving) -> Choice:
-    return Choice(job.id, job.requested_by, event.recorded_at, serving.version, serving.parameters)
+def _choose(event: Event, job_id: str, person: str, serving: Serving) -> Choice:
+    return Choice(job_id, person, event.recorded_at, serving.version, serving.parameters)
 
 
 def _load_joined(model: Model, event: Event, _: LoadJoined, __: Job | None) -> Model:
@@ -528,8 +536,7 @@ def _load_joined(model: Model, event: Event, _: LoadJoined, __: Job | None) -> M
     serving = model.serving
     if serving is None or serving.load_job_id != event.job_id or model.has_chosen(serving):
         return model
-    chosen = Choice(serving.load_job_id, event.actor, event.recorded_at, serving.version, serving.parameters)
-    return replace(model, chosen=chosen)
+    return replace(model, chosen=_choose(event, serving.load_job_id, event.actor, serving))
 
 
 def _arrange_copies(
@@ -605,7 +612,7 @@ def _settings_changed(model: Model, event: Event, data: ModelSettingsChanged, jo
         serving = replace(serving, parameters=parameters)
         model = replace(model, serving=serving)
         if job is not None and job.cause is Cause.REQUEST:
-            model = replace(model, chosen=_choose(event, job, serving))
+            model = replace(model, chosen=_choose(event, job.id, job.requested_by, serving))
     return _lose_previous(_without_job(model, event.job_id), event) if is_own else model
 
 
@@ -680,8 +687,7 @@ def _model_unloaded(model: Model, event: Event, _: ModelUnloaded, job: Job | Non
     if job is not None and job.cause is Cause.SWAP:
         return _replaced_model_unloaded(_without_job(model, event.job_id), event, job)
     after = _reset(_without_job(model, event.job_id))
-    is_by_person = job is not None and job.cause is Cause.REQUEST
-    if job is None or not is_by_person or (job.unload is not None and job.unload.until_asked):
+    if job is None or not job.takes_out_of_service:
         return after
     return replace(after, chosen=Choice(job.id, job.requested_by, event.recorded_at))
 

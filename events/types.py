@@ -299,6 +299,14 @@ class LoadParameters(Struct, frozen=True, gc=False):
         """Return other parameters with these settings."""
         return replace(other, **{name: getattr(self, name) for name in SETTINGS})
 
+    def with_limits_from(self, timeout_s: int, progress_timeout_s: int) -> LoadParameters:
+        """Return the parameters with these time limits where their own are shorter."""
+        return replace(
+            self,
+            timeout_s=max(self.timeout_s, timeout_s),
+            progress_timeout_s=max(self.progress_timeout_s or 0, progress_timeout_s),
+        )
+
     def has_same_workers(self, other: LoadParameters) -> bool:
         return _workers_of(self) == _workers_of(other)
 

@@ -166,8 +166,8 @@ class Operations:
             ServerError: the server refused: `unknown_model`, `not_loaded`, `nothing_loaded`.
         """
         target = path("models", "unload") if model_id is None else path("models", model_id, "unload")
-        query = [(name, "true") for name, on in (("force", force), ("until_asked", until_asked)) if on]
-        request = post_request(f"/api/v1{target}", query, key=idempotency_key)
+        pairs = [(name, "true") for name, on in (("force", force), ("until_asked", until_asked)) if on]
+        request = post_request(f"/api/v1{target}", pairs, key=idempotency_key)
         return await submit_job(
             self._context, request, WaitOptions(wait_s, on_stage, on_away) if wait else None
         )

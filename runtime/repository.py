@@ -302,24 +302,28 @@ class Repository:
         served = sorted(int(name) for name, refusal in refusals.items() if refusal is None)
         return FoundVersions(served, refusals.get(newest))
 
-    def versions(self, model_id: str) -> list[int]:
-        """Return the complete versions of a model, lowest first, at least one.
+    def find_served(self, model_id: str) -> FoundVersions:
+        """Return the versions of a model, of which at least one is complete.
 
         Raises:
             UnknownModel: `unknown_model`, no such folder, or no complete version in it.
             RuntimeProblem: as `find_versions`; `repository_unreadable`, its newest version cannot be read.
         """
-        served, refusal = self.find_versions(model_id)
-        if not served:
-            raise refuse_unserved(model_id, refusal)
-        return served
+        found = self.find_versions(model_id)
+        if not found.served:
+            raise refuse_unserved(model_id, found.refusal)
+        return found
+
+    def versions(self, model_id: str) -> list[int]:
+        """Return the complete versions of a model, lowest first; for errors see `find_served`."""
+        return self.find_served(model_id).served
 
     def find_version(self, model_id: str, version: int | None = None) -> int:
         """Return the number of a model's version, by default the highest.
 
         Raises:
             UnknownVersion: `unknown_version`, it is not there, or is not complete.
-            RuntimeProblem: as `versions`; `repository_unreadable`, the version cannot be read.
+            RuntimeProblem: as `find_served`; `repository_unreadable`, the version cannot be read.
         """
         if version is None:
             return self.versions(model_id)[-1]
@@ -332,13 +336,13 @@ class Repository:
         self.versions(model_id)  # says if the model is unknown
         raise UnknownVersion(model_id, version)
 
-    def folder_of(self, model_id: str, version: int) -> Path:
-        """Return the folder of a version, whether or not it is there.
+    def folder_of(self, model_id: str, version: int, root: Path | None = None) -> Path:
+        """Return the folder of a version, whether or not it is there; `root` is that of one release.
 
         Raises:
             InvalidModelId: `invalid_model_id`.
         """
-        return self.root / check_model_id(model_id) / str(version)
+        return (root or self.root) / check_model_id(model_id) / str(version)
 
     def find_file(self, model_id: str, version: int) -> Path | None:
         """Return a version's model file; None if it has none that can be told.

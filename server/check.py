@@ -23,7 +23,7 @@ from msgspec import structs
 from events.clock import format_timestamp, utc_now, uuid7
 from events.devices import CPU
 from events.errors import LedgerProblem
-from events.models import Model
+from events.models import Model, is_removed
 from events.policy.bundles import MAX_BYTES
 from events.policy.checks import CheckInput
 from events.policy.rules import LoadPolicy, ModelRules
@@ -262,9 +262,7 @@ def check_repository(config: Config, result: CheckResult, models: Mapping[str, M
 
 
 def _open_repository(config: Config, models: Mapping[str, Model]) -> Repository:
-    return Repository(
-        config.repository, lambda name, version: name in models and version in models[name].removed
-    )
+    return Repository(config.repository, partial(is_removed, models))
 
 
 def _check_versions(

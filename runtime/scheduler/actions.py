@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from msgspec import UNSET
-from msgspec.structs import replace
 
 from events.clock import uuid7
 from events.commands import (
@@ -267,13 +266,8 @@ def build_reload(
 ) -> RequestLoad:
     """Return the request with which the system reloads a model; its limits are at least the server's."""
     serving = model.serving
-    before = serving.parameters
     # Many may be requested at once: a short timeout was not meant for the queue after a restart.
-    parameters = replace(
-        before,
-        timeout_s=max(before.timeout_s, RELOAD_TIMEOUT_S),
-        progress_timeout_s=max(before.progress_timeout_s or 0, progress_timeout_s),
-    )
+    parameters = serving.parameters.with_limits_from(RELOAD_TIMEOUT_S, progress_timeout_s)
     return RequestLoad(model.id, serving.version, None, SYSTEM, parameters, cause, conditions=conditions)
 
 

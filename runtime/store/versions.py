@@ -417,7 +417,7 @@ class HeldVersion:
                 self._hashed = tuple(hashed)
             self.sha256s = tuple(file.sha256 for file in self._hashed)
         else:
-            version = self.root / self.model_id / str(self.version)
+            version = self._repository.folder_of(self.model_id, self.version, self.root)
             with open_folder(self.root, version) as folder:
                 sha256s = tuple(_hash_source(folder, file, self._end_piece) for file in self._found)
                 _refuse_changed(folder, self._found)

@@ -31,14 +31,7 @@ from events.nodes import Node
 from events.registercommands import NodeCurrent
 from events.types import AddedFile
 from runtime.errors import RepositoryUnreadable, RuntimeProblem, UnknownVersion
-from runtime.repository import (
-    IS_REMOVED,
-    MAX_FILES,
-    MAX_PATHS_BYTES,
-    Repository,
-    bundle_beside,
-    check_model_id,
-)
+from runtime.repository import IS_REMOVED, MAX_FILES, MAX_PATHS_BYTES, Repository, bundle_beside
 from runtime.store.folder import walk_files
 from runtime.uploads.receive import BadPath, RepositoryReadOnly, UploadTooLarge, check_model, quote
 
@@ -216,7 +209,7 @@ class StagingEntry:
         self.event_id, self.model_id, self.version = event_id, model_id, version
         self.folder = staging.folder / event_id
         self._root = staging.root
-        self._target = staging.root / check_model_id(model_id) / str(version)
+        self._target = staging.repository.folder_of(model_id, version, staging.root)
         self._bundle = bundle_beside(self._target)
 
     def check_free(self) -> None:

@@ -430,12 +430,15 @@ def _look_up(
 
     Then its contents if they are known, and the settings of the model's loadledger.toml.
     """
-    chosen = versions.repository.find_version(model_id, version)
-    refusal = versions.repository.find_versions(model_id).refusal if version is None else None
-    known = None
+    repository, refusal, known = versions.repository, None, None
+    if version is None:
+        served, refusal = repository.find_served(model_id)
+        chosen = served[-1]
+    else:
+        chosen = repository.find_version(model_id, version)
     with suppress(LoadRefused, RepositoryUnreadable):  # the load then says what is wrong
         known = versions.known_contents(model_id, chosen)
-    return chosen, refusal, known, read_defaults(versions.repository, model_id)
+    return chosen, refusal, known, read_defaults(repository, model_id)
 
 
 def _merge_parameters(

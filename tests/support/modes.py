@@ -24,7 +24,7 @@ def obey_modes() -> int:
 
 @contextmanager
 def unreadable(path: Path) -> Iterator[None]:
-    """Nobody may read a file or folder meanwhile, this thread and those that it starts included."""
+    """A file or folder is unreadable meanwhile, also for root in this thread and in those that it starts."""
     mode, before = stat.S_IMODE(path.stat().st_mode), obey_modes()
     path.chmod(0)
     try:

@@ -208,9 +208,7 @@ def inference(server: Server, count: int) -> bytes:
     return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
 
-async def test_half_closed_client_gets_its_answer_and_a_client_that_left_frees_the_model(
-    config: Config,
-) -> None:
+async def test_half_closed_client_is_answered_and_closed_one_cancelled(config: Config) -> None:
     save(models.counting_loop(), config.repository, "m")
     async with serving(config) as server:
         await server.api.load("m")

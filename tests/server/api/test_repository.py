@@ -1,4 +1,4 @@
-"""What callers see of the repository: a link that is re-pointed, and versions that cannot be served."""
+"""The repository through the API: a link that is re-pointed, and versions that cannot be served."""
 
 import shutil
 from pathlib import Path
@@ -78,7 +78,7 @@ async def test_commit_of_a_stage_that_the_repository_left_behind_is_refused(tmp_
         assert (begun.id != stage.id, is_new, begun.files) == (True, True, {})
 
 
-async def test_repository_that_is_gone_is_unreadable_and_loaded_models_serve(tmp_path: Path) -> None:
+async def test_loaded_models_serve_while_the_repository_is_gone(tmp_path: Path) -> None:
     async with local_server(tmp_path, on_demand="on") as api:
         repository = api.config.repository
         for model_id in ("m", "n"):

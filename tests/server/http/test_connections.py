@@ -374,6 +374,20 @@ WAIT, STREAM = GET.replace(b"/short", b"/wait"), GET.replace(b"/short", b"/strea
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
+async def half_close(server: SmallServer, sent: bytes) -> Client:
+    """Send something, and end the client's sending."""
+    client = await server.connect()
+    client.send(sent)
+    client.writer.write_eof()
+    return client
+
+
+async def is_asked_twice(client: Client) -> None:
+    """Wait until the server has asked twice whether the client is there."""
+    async with asyncio.timeout(LIMIT_S):
+        assert await client.reader.readexactly(2 * len(CONTINUE)) == 2 * CONTINUE
+
+
 @pytest.mark.parametrize(
     ("sent", "answers"),
     [
@@ -403,28 +417,21 @@ async def test_whole_requests_of_half_closed_connection_are_answered(
     server: SmallServer, sent: bytes, answers: int
 ) -> None:
     server.limits.check_s = 1.0  # a slow machine has time for HTTP/1.0
-    client = await server.connect()
-    client.send(sent)
-    client.writer.write_eof()
+    client = await half_close(server, sent)
     answer = await client.rest()
     assert answer.count(b" 200 OK\r\n") == answer.count(b"short") == answers
 
 
 async def test_long_answer_of_half_closed_connection_is_whole(server: SmallServer) -> None:
-    client = await server.connect()
-    client.send(GET_LONG)
-    client.writer.write_eof()
+    client = await half_close(server, GET_LONG)
     await receive_long(client)
     assert await client.rest() == b""
 
 
 async def test_half_closed_client_is_asked_until_its_answer() -> None:
     async with waiting_server() as (server, seen, has_ended):
-        client = await server.connect()
-        client.send(WAIT)
-        client.writer.write_eof()
-        async with asyncio.timeout(LIMIT_S):
-            assert await client.reader.readexactly(2 * len(CONTINUE)) == 2 * CONTINUE
+        client = await half_close(server, WAIT)
+        await is_asked_twice(client)
         has_ended.set()
         answer = await client.rest()
     assert answer.replace(CONTINUE, b"").startswith(b"HTTP/1.1 200 OK")
@@ -444,20 +451,15 @@ async def test_request_of_client_that_left_is_cancelled(sent: bytes) -> None:
 
 async def test_request_of_client_that_left_after_half_close_is_cancelled() -> None:
     async with waiting_server() as (server, seen, _):
-        client = await server.connect()
-        client.send(WAIT)
-        client.writer.write_eof()
-        async with asyncio.timeout(LIMIT_S):
-            await client.reader.readexactly(2 * len(CONTINUE))
+        client = await half_close(server, WAIT)
+        await is_asked_twice(client)
         await client.close()
         await happens(seen, "began", "cancelled")
 
 
 async def test_half_close_ends_a_slow_request_of_http_1_0() -> None:
     async with waiting_server() as (server, seen, _):
-        client = await server.connect()
-        client.send(WAIT.replace(b"1.1", b"1.0"))
-        client.writer.write_eof()
+        client = await half_close(server, WAIT.replace(b"1.1", b"1.0"))
         assert await client.rest() == b""
         await happens(seen, "began", "cancelled")
 
