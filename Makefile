@@ -39,9 +39,9 @@ soak: install
 	SOAK=all $(BIN)/pytest -n 0 -s $(foreach soak,$(SOAKS),tests/$(soak).py)
 	SOAK=all $(BIN)/pytest tests/events
 
-SOAKS := runtime/scheduler/test_simulation nodes/test_cluster_simulation runtime/optimised/test_optimised_store runtime/store/test_store_keeping \
+SOAKS := runtime/scheduler/test_simulation nodes/test_cluster_simulation runtime/store/test_store_keeping \
 	runtime/consumer/test_provenance \
-	$(addprefix system/test_,bench many_models cycles killed_servers killed_processes cluster ray restore tails prepared)
+	$(addprefix system/test_,bench many_models cycles killed_servers killed_processes cluster ray restore tails)
 
 # Attacks on a server with a good model, in their long forms: some minutes each, with figures.
 hostile: install

@@ -29,8 +29,6 @@ from bench import (
     loads,
     memory,
     peers,
-    prepared,
-    preparing,
     release,
     signatures,
     simulation,
@@ -45,8 +43,6 @@ WIDTH = 300
 """Of a table in a file: its longest row does not wrap, however long the figures are."""
 PARTS = (
     "loads",
-    "prepared",
-    "preparing",
     "memory",
     "release",
     "policies",
@@ -64,8 +60,6 @@ PARTS = (
     "devices",
 )
 AT_LEAST_ONE = click.IntRange(min=1)
-BARE = "--prepared-size=off"
-"""Nothing may be prepared in the background of what is measured."""
 PEERS = ".venv/peers"
 """The environment that `make bench-peers` creates."""
 
@@ -181,8 +175,6 @@ def main(**options: Any) -> None:
         peers.find(choice.peers)  # before the first of many minutes
     measures = {
         "loads": _loads,
-        "prepared": _prepared,
-        "preparing": _preparing,
         "memory": _memory,
         "release": _release,
         "policies": _policies,
@@ -214,33 +206,22 @@ def _measured(measure: Callable[[Path, Choice], list[Row]], choice: Choice) -> l
 
 
 def _loads(folder: Path, choice: Choice) -> list[Row]:
-    with driver.running(folder, *driver.UNLIMITED, BARE) as server:
+    with driver.running(folder, *driver.UNLIMITED) as server:
         return firstloads.measure(server, choice.chosen(*NETWORKS, LARGE), repeats=choice.repeats)
 
 
-def _prepared(folder: Path, choice: Choice) -> list[Row]:
-    networks = choice.chosen(*NETWORKS)
-    return prepared.measure(
-        folder, networks, repeats=choice.repeats, rounds=choice.rounds, seconds=choice.seconds
-    )
-
-
-def _preparing(folder: Path, choice: Choice) -> list[Row]:
-    return preparing.measure(folder, rounds=choice.rounds, seconds=choice.seconds)
-
-
 def _memory(folder: Path, choice: Choice) -> list[Row]:
-    with driver.running(folder, *driver.UNLIMITED, BARE) as server:
+    with driver.running(folder, *driver.UNLIMITED) as server:
         return memory.measure(server, cycles=choice.cycles)
 
 
 def _release(folder: Path, _: Choice) -> list[Row]:
-    with driver.running(folder, *driver.UNLIMITED, BARE) as server:
+    with driver.running(folder, *driver.UNLIMITED) as server:
         return release.measure(server)
 
 
 def _policies(folder: Path, choice: Choice) -> list[Row]:
-    options = (*driver.UNLIMITED, BARE)
+    options = driver.UNLIMITED
     rows: list[Row] = []
     with driver.running(folder / "gaps", *options) as server:
         rows += swaps.measure_gaps(server, folder, repeats=choice.repeats)
@@ -283,7 +264,7 @@ def _signatures(folder: Path, choice: Choice) -> list[Row]:
 
 def _tails(folder: Path, choice: Choice) -> list[Row]:
     room = ("--limit-reads", "off", "--streams-per-subject", str(choice.tails))
-    with driver.running(folder, *driver.UNLIMITED, *room, BARE) as server:
+    with driver.running(folder, *driver.UNLIMITED, *room) as server:
         return streams.measure(server, tails=choice.tails, seconds=choice.tail_seconds)
 
 
@@ -316,7 +297,7 @@ def _copies(folder: Path, choice: Choice) -> list[Row]:
 
 def _devices(folder: Path, choice: Choice) -> list[Row]:
     networks = choice.chosen(*NETWORKS)
-    with driver.running(folder, *driver.UNLIMITED, BARE) as server:
+    with driver.running(folder, *driver.UNLIMITED) as server:
         return devices.measure(
             server, folder, choice.device, networks, repeats=choice.rounds, seconds=choice.seconds
         )
@@ -335,20 +316,6 @@ def _conditions(choice: Choice, busy: float) -> str:
             f"{firstloads.ABOVE_GOAL_MS:.0f} ms, or sha256sum of its files if that takes longer; and cp of "
             "them. HTTP is what the client waits for beyond the load that the ledger records; one commit is "
             "the mean of those of a load and its unload."
-        )
-    if "prepared" in choice.parts:
-        told.append(
-            f"Prepared: request to ready, medians of {choice.repeats}, later loads and bare sessions in "
-            "turn, none with a warm-up. Their inferences: the quickest of many, asked in turn through both "
-            "servers, medians of "
-            f"{choice.rounds} pairs of workers. Memory: of workers that ran once; of several, the sum of "
-            "their proportional set sizes."
-        )
-    if "preparing" in choice.parts:
-        told.append(
-            f"Preparing: medians of {choice.rounds} ratios, each of {choice.seconds:g} s of inferences of a "
-            f"{preparing.SERVED.what}, or {preparing.LOADS_IN_TURN} loads of it, while the server prepares "
-            f"{preparing.PREPARED.what}s, and right before."
         )
     if "release" in choice.parts:
         told.append(
@@ -411,7 +378,7 @@ def _conditions(choice: Choice, busy: float) -> str:
 def _devices_conditions(choice: Choice) -> str:
     return (
         f"Devices: each network in turn on both, medians of {choice.rounds}; request to ready with one "
-        f"warm-up inference; {choice.seconds:g} s of inferences, one client, binary; nothing prepared."
+        f"warm-up inference; {choice.seconds:g} s of inferences, one client, binary."
     )
 
 

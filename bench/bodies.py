@@ -90,7 +90,7 @@ def measure(folder: Path, *, seconds: float, mib: int = 4) -> list[Row]:
         seconds: Of each measurement.
         mib: The length of the bodies, decompressed.
     """
-    with driver.running(folder, *driver.UNLIMITED, "--prepared-size", "off") as server:
+    with driver.running(folder, *driver.UNLIMITED) as server:
         for model_id in (models.ADD_ONE, ATTACKED):
             models.write(server.repository, model_id, models.add_one())
             server.load(model_id)

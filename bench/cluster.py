@@ -53,7 +53,7 @@ def measure(
 def _measure_loads(database: Postgres, folder: Path, repeats: int) -> list[Row]:
     """Load and unload through a node and through a server alone, in turn, from one repository."""
     folder.mkdir()
-    options = (*driver.UNLIMITED, "--prepared-size=off")
+    options = driver.UNLIMITED
     node = ("--ledger", database.create_ledger(), "--node-address", "http://127.0.0.1")
     driver.run("key", "rotate", "--data", folder / "node" / "data")
     with (

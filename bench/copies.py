@@ -23,7 +23,7 @@ from bench.requests import Target, add_one_inputs, add_one_request, encode
 from bench.table import Row
 from loadledger import Client, ClientProblem
 from nodes.postgres import connection as databases
-from runtime.memory import list_descendants, list_workers
+from runtime.memory import list_descendants
 
 COPIES = 2
 CLIENTS, FEW_CLIENTS, THINKING_S = 8, 2, 0.01
@@ -268,7 +268,7 @@ def _measure_p99_ms(load: Load, during: AbstractContextManager[None], seconds: f
 def _slowed(fleet: Fleet, name: str) -> Iterator[None]:
     """Slow a server and its workers to a half: stop and continue them in turn."""
     server, is_over = fleet.nodes[name].process.pid, threading.Event()
-    pids = (server, *list_workers(server))
+    pids = (server, *list_descendants(server)[1:])
 
     def slow() -> None:
         while not is_over.wait(PHASE_S):

@@ -33,7 +33,7 @@ def measure(
     """Load each network on the device and on the CPU in turn, and infer with one client, in binary.
 
     Args:
-        server: makes no prepared models, which only the CPU has.
+        server: its loads may run on the device.
         folder: for the requests.
         device: its name; a server without it gives a row that says so.
         networks: to load.

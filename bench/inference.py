@@ -13,7 +13,7 @@ from bench.requests import Request, Target, add_one_inputs, add_one_request
 from bench.table import Row
 
 # As many as no machine answers: it is counted against, like any limit.
-OPTIONS = ("--limit-inference", "100000000/minute", "--prepared-size", "off")
+OPTIONS = ("--limit-inference", "100000000/minute")
 OURS, CONSTANT, TRITON = "ours", "constant reply", "Triton"
 SMALL, LARGE, LARGER = 16, 150_000, 600_000
 """Elements of four bytes: 64 bytes, where the server's own work counts; 600 KB and 2.4 MB: copies do."""

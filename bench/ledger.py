@@ -143,7 +143,7 @@ def _model_loaded(dice: random.Random) -> ModelLoaded:
     part = dice.randrange(10**5)
     peak = dice.randrange(10**9)
     durations = Durations(part, part, part, part, part, part, 6 * part)
-    return ModelLoaded(files, (_id(dice),), None, peak // 2, peak, durations)
+    return ModelLoaded(files, (_id(dice),), peak // 2, peak, durations)
 
 
 def _id(dice: random.Random) -> str:

@@ -15,7 +15,7 @@ from bench import baselines, driver, models
 from bench.driver import TINY, Server
 from bench.requests import LENGTH
 from bench.table import Row, format_ms
-from runtime.memory import list_workers
+from runtime.memory import list_descendants
 
 FORCED_LIMIT_MS = 1000.0
 LOADS_AT_ONCE = 10
@@ -24,8 +24,6 @@ UNMEASURED = 2
 BUDGET_FILES = 3.5
 """A worker takes 3 times the network's file while it loads, then 1.3 times: room for one, not for both."""
 EVICTION_OPTIONS = (
-    "--prepared-size",
-    "off",
     "--evict",
     "idle",
     "--on-demand",
@@ -151,7 +149,7 @@ def measure_forced_unloads(server: Server, *, repeats: int) -> list[Row]:
 def _force_unload_ms(server: Server, *, is_stopped: bool) -> float:
     """Return the milliseconds from the request to the response with the completed job."""
     server.load(TINY)
-    (worker,) = list_workers(server.pid)
+    (_, worker) = list_descendants(server.pid)
     if is_stopped:
         os.kill(worker, signal.SIGSTOP)
     return server.unload(TINY, force=True)

@@ -83,7 +83,7 @@ class Fleet:
         port = self._ports[name]
         node = ("--ledger", self._address, "--node-name", name, "--lease-s", f"{self._lease_s:g}")
         where = ("--port", str(port), "--node-address", self.url(name))
-        options = (*driver.UNLIMITED, "--prepared-size=off", *node, *where)
+        options = (*driver.UNLIMITED, *node, *where)
         process = driver.serve(self.repository, data, output, options)
         try:
             client = http.client.HTTPConnection(

@@ -40,7 +40,7 @@ def measure(folder: Path, *, repeats: int) -> list[Row]:
     (folder / "key.pub").write_bytes(pem)
     config = folder / "loadledger.toml"
     config.write_text(f'[[trust]]\nmodels = ["{SIGNED}"]\nmode = "enforce"\nkeys = ["key.pub"]\n')
-    options = (*driver.UNLIMITED, "--prepared-size=off", f"--config={config}")
+    options = (*driver.UNLIMITED, f"--config={config}")
     with driver.running(folder / "server", *options, repository=repository) as server:
         first = {name: _load(server, name) for name in (SIGNED, PLAIN)}
         again = {name: list[tuple[float, int]]() for name in (SIGNED, PLAIN)}

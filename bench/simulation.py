@@ -223,7 +223,7 @@ class Simulation:
 def _describe_loaded(model_id: str, node_id: str) -> ModelLoaded:
     files = (LoadedFile("model.onnx", 9, 1, model_id.encode().hex().rjust(64, "0")),)
     durations = Durations(1, 2, 3, 4, None, 5, 15)
-    return ModelLoaded(files, ("w",), None, MODEL_BYTES, MODEL_BYTES, durations, node_id=node_id)
+    return ModelLoaded(files, ("w",), MODEL_BYTES, MODEL_BYTES, durations, node_id=node_id)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,6 @@ from events.types import (
     FileHash,
     Idempotency,
     LoadedFile,
-    Prepared,
     Unknown,
 )
 
@@ -180,7 +179,7 @@ def _is_plain(value: Any) -> bool:
 
 
 _PLAIN = frozenset({str, bool, type(None), UnsetType, Cause})
-_STRUCTS = frozenset({Event, *TYPES.values(), Idempotency, LoadedFile, FileHash, Prepared, Durations})
+_STRUCTS = frozenset({Event, *TYPES.values(), Idempotency, LoadedFile, FileHash, Durations})
 
 
 def decode_event(body: str | bytes) -> Event:

@@ -28,9 +28,6 @@ APPEND_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 1
 JOB_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
 """Buckets for jobs: from the reload of a small model to a load that waits for memory until its timeout."""
 
-PREPARED, NO_FORM = "prepared", "none"
-"""Labels of loads that used a prepared model, or none."""
-
 MAX_CODES = 100
 """Error codes with counters of their own; there are some twenty."""
 
@@ -107,7 +104,6 @@ class Tally:
         unload_s: durations of unload jobs, by status.
         stage_s: total seconds of the stages of loads.
         failures: failed loads, by error code.
-        forms: completed loads, by whether they used a prepared model.
         exits: unexpected exits of workers, by model.
         restarts: recoveries after such exits, by model.
         denied: denied requests, as recorded.
@@ -126,7 +122,6 @@ class Tally:
         self.unload_s = {status.value: Histogram(JOB_S) for status in ENDS}
         self.stage_s = dict.fromkeys(STAGES, 0.0)
         self.failures = Counter[str]()
-        self.forms = Counter[str]()
         self.exits = Counter[str]()
         self.restarts = Counter[str]()
         self.denied = 0
@@ -164,8 +159,7 @@ class Tally:
 
     def _count_event(self, event: Event) -> None:
         match event.data:
-            case ModelLoaded(durations=durations, prepared=prepared):
-                self.forms[PREPARED if prepared is not None else NO_FORM] += 1
+            case ModelLoaded(durations=durations):
                 for stage in STAGES:
                     self.stage_s[stage] += (getattr(durations, f"{stage}_us") or 0) / 1e6
             case LoadFailed(code=code):

@@ -65,7 +65,7 @@ EVENT_TEXTS: Mapping[str, EventText] = {
             "{approval.result?:plain}",
             "{files:files}",
         ),
-        {"memory_bytes": "memory_bytes", "prepared": "prepared.sha256"},
+        {"memory_bytes": "memory_bytes"},
         "good",
     ),
     "ModelSettingsChanged": EventText(

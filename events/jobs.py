@@ -686,22 +686,21 @@ A table, because a `match` of so many classes takes as long as the rest of a ste
 """
 
 
-MAX_FOOTPRINTS = 8
-"""Footprints kept of a model: the version that serves, the next, and two to go back to, each as it is and
-prepared. A model that is loaded with several numbers of threads has fewer versions among them."""
+MAX_FOOTPRINTS = 4
+"""Footprints kept of a model: the version that serves, the next, and two to go back to. A model that is
+loaded with several numbers of threads, or on several devices, has fewer versions among them."""
 
 
 class Footprint(Struct, frozen=True, gc=False):
-    """The peak memory of one worker that loaded these files, or a prepared model made of them.
+    """The peak memory of one worker that loaded these files.
 
-    `prepared` is the hash of that, and `threads` how many the worker computed with. `device` is where it ran
-    if not on the CPU, and `device_bytes` what it took there of the device's own memory.
+    `threads` is how many it computed with. `device` is where it ran if not on the CPU, and `device_bytes`
+    what it took there of the device's own memory.
     """
 
     version: int
     files: tuple[LoadedFile, ...]
     peak_memory_bytes: int
-    prepared: str | None = None
     threads: int | None = None
     device: str | UnsetType = UNSET
     device_bytes: int | UnsetType = UNSET
@@ -709,15 +708,14 @@ class Footprint(Struct, frozen=True, gc=False):
     @property
     def conditions(self) -> tuple[object, ...]:
         """The conditions of the load, beside its files, on which the peak depends."""
-        return self.prepared, self.threads, self.device
+        return self.threads, self.device
 
 
 def footprint_of(version: int, loaded: ModelLoaded) -> Footprint:
     """Return the footprint of one worker of a load: its share of the peak, rounded up."""
     workers = max(1, len(loaded.worker_ids))
     peak_bytes = -(-loaded.peak_memory_bytes // workers)
-    prepared = loaded.prepared.sha256 if loaded.prepared is not None else None
-    seen = Footprint(version, loaded.files, peak_bytes, prepared, loaded.threads)
+    seen = Footprint(version, loaded.files, peak_bytes, loaded.threads)
     if not loaded.devices:
         return seen
     use = loaded.devices[0]
@@ -728,7 +726,7 @@ def footprint_of(version: int, loaded: ModelLoaded) -> Footprint:
 def add_footprint(footprints: tuple[Footprint, ...], latest: Footprint) -> tuple[Footprint, ...]:
     """Return the footprints with the latest one added.
 
-    Of the same files, prepared model, threads and device the highest peak counts, because peaks are sampled;
+    Of the same files, threads and device the highest peak counts, because peaks are sampled;
     of the device's own memory, the last measurement, but not none or 0: the driver did not answer, or another
     process returned as much meanwhile. Footprints of other files of the same version are dropped.
     """

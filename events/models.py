@@ -58,7 +58,6 @@ from events.types import (
     ModelSettingsChanged,
     ModelUnloaded,
     NodeSignature,
-    Prepared,
     Unknown,
     UnloadRequested,
     UnloadStarted,
@@ -99,7 +98,6 @@ class Serving(Struct, frozen=True, gc=False):
         memory_bytes: the sum of all workers', like `peak_memory_bytes`.
         degraded_at: when the incident began in which workers died; None while all are left.
         kept_as_is: whether its repair was cancelled or has no room, so that it stays degraded.
-        prepared: the prepared model that the workers use, if any.
         threads: of each worker.
         asked_by: who asked for the model that the system brought back; None where `loaded_by` did.
         brought_back: the cause of that reload.
@@ -118,7 +116,6 @@ class Serving(Struct, frozen=True, gc=False):
     parameters: LoadParameters
     degraded_at: Timestamp | None = None
     kept_as_is: bool = False
-    prepared: Prepared | None = None
     threads: int | None = None
     asked_by: str | None = None
     brought_back: Cause | None = None
@@ -592,7 +589,6 @@ def make_serving(event: Event, data: ModelLoaded, job: Job) -> Serving | None:
         memory_bytes=data.memory_bytes,
         peak_memory_bytes=data.peak_memory_bytes,
         parameters=job.load,
-        prepared=data.prepared,
         threads=data.threads,
         node=data.node_id,
         signature=data.signature,

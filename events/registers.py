@@ -45,16 +45,13 @@ class Registers:
         tokens: issued and revoked ones, by their ids; a map is changed in place, unless it is shared.
         nodes: the servers that share the ledger, by their names; a map is never changed.
         policies: in force at the nodes, by their names; a map is never changed.
+        shares_tokens: whether the map of tokens is that of other registers, too.
     """
 
     tokens: dict[str, Token] = field(default_factory=dict)
     nodes: dict[str, Node] = field(default_factory=dict)
     policies: dict[str, RecordedPolicy] = field(default_factory=dict)
-    _shares_tokens: bool = field(default=False, compare=False, repr=False)
-
-    def fork(self) -> Registers:
-        """Return registers for a transaction, with the same maps."""
-        return Registers(self.tokens, self.nodes, self.policies, _shares_tokens=True)
+    shares_tokens: bool = field(default=False, compare=False, repr=False)
 
     def items(self) -> Iterable[tuple[str, RegisterMap]]:
         return ("tokens", self.tokens), ("nodes", self.nodes), ("policies", self.policies)
@@ -70,8 +67,8 @@ class Registers:
         """Return what an event changes; `models` and `unended` say which entries have to stay."""
         data, position, recorded_at = event.data, event.position, event.recorded_at
         if isinstance(data, OF_TOKENS):
-            if self._shares_tokens:
-                self.tokens, self._shares_tokens = dict(self.tokens), False
+            if self.shares_tokens:
+                self.tokens, self.shares_tokens = dict(self.tokens), False
             tokens = evolve_tokens(
                 self.tokens, data, position=position, recorded_at=recorded_at, actor=event.actor
             )

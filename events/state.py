@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -294,7 +294,7 @@ class Transaction:
             _Layers({}, dict(known.keys if known is not None else {})),
             set(known.joins if known is not None else ()),
             _Layers(self._queues, base.queues),
-            base.registers.fork(),
+            replace(base.registers, shares_tokens=True),
         )
         self._registers: dict[str, dict[str, RegisterEntry | None]] = {}
         self._steps: list[tuple[Event, Changes]] = []

@@ -108,12 +108,6 @@ def _escape(path: str) -> str:
     return path.replace("\\", "\\\\").replace("\n", "\\n")
 
 
-class Prepared(Struct, frozen=True, gc=False):
-    """The hash of the prepared model that a load used instead of the repository's files."""
-
-    sha256: str
-
-
 class Durations(Struct, frozen=True, gc=False):
     """How long the stages of a load took; None where a stage did not take place.
 
@@ -390,8 +384,8 @@ class LoadStarted(Struct, frozen=True, gc=False):
     """The load started; `attempt` counts from 1 and grows when the server restarts during the load.
 
     It also grows if a start was recorded though its commit raised: no worker belongs to that start. It comes
-    twice with the same attempt if the load began with a prepared model that failed: then the job starts again
-    without it, with another worker.
+    twice with the same attempt if the load found other files than its memory was estimated for: then the job
+    starts again, with another estimate and worker.
 
     `node_id` is the node at which it started; it is missing in a ledger of one server, here as elsewhere.
     """
@@ -406,9 +400,8 @@ class LoadPlaced(Struct, frozen=True, gc=False):
 
     Attributes:
         node_epoch: of the node.
-        reason: `serves` if the model is or was loaded there, `prepared` if the node has a prepared model of
-            the files, `files` if it has the files, `room` if it has the memory, `queue` if the load has to
-            wait there, as at any other node.
+        reason: `serves` if the model is or was loaded there, `files` if the node has the files, `room` if it
+            has the memory, `queue` if the load has to wait there, as at any other node.
         files: that a reload needs; empty for a load of what the repository has.
     """
 
@@ -440,7 +433,6 @@ class ModelLoaded(Struct, frozen=True, gc=False):
     TYPE: ClassVar[str] = "ModelLoaded"
     files: tuple[LoadedFile, ...]
     worker_ids: tuple[str, ...]
-    prepared: Prepared | None
     memory_bytes: int
     peak_memory_bytes: int
     durations: Durations

@@ -179,12 +179,6 @@ class VersionOrigin(msgspec.Struct, frozen=True, kw_only=True):
     position: int
 
 
-class Prepared(msgspec.Struct, frozen=True):
-    """The prepared model that the workers loaded."""
-
-    sha256: str
-
-
 class TensorExample(msgspec.Struct, frozen=True, kw_only=True):
     """Zeros or ones that the model ran on when it was loaded; with `refusal`, a guess, and why it is one."""
 
@@ -345,7 +339,6 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     position: int | None = None
     files: list[File] = []
     repository_changed: bool | None = None
-    prepared: Prepared | None = None
     memory_bytes: int | None = None
     memory_at_load_bytes: int | None = None
     devices: list[DeviceUse] = []
@@ -408,15 +401,6 @@ class WaitingJob(msgspec.Struct, frozen=True, kw_only=True):
     needs_bytes: int | None = None
 
 
-class CachePreparation(msgspec.Struct, frozen=True, kw_only=True):
-    """The model version whose optimised copy is being made."""
-
-    model_id: str
-    version: int
-    reserved_bytes: int = 0
-    stopping: bool = False
-
-
 class PressureInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Pressure stall information: share of the last ten seconds, in percent."""
 
@@ -470,7 +454,6 @@ class Resources(msgspec.Struct, frozen=True, kw_only=True):
     threads: int | None = None
     models: list[LoadUsage] = []
     waiting: list[WaitingJob] = []
-    preparing: CachePreparation | None = None
     pressure: PressureInfo | None = None
     confinement: WorkerConfinement | None = None
     devices: list[Device] = []

@@ -1,10 +1,10 @@
 """Which node runs a load, and each node's share of the work: the pure choice among the nodes that are there.
 
 `place` prefers, in this order: the node where the model is loaded, nodes where the load fits without an
-eviction, those with the device that it names first, those with a prepared model of its files, those with its
-files; then it spreads or packs. Equal nodes are ordered by a rendezvous hash, so that a model tends to the
-same node. What is known of memory and files is a hint: a load that finds no room at its node is placed anew
-by that node, a few times. Nothing is known here of the memory of devices.
+eviction, those with the device that it names first, those with its files; then it spreads or packs. Equal
+nodes are ordered by a rendezvous hash, so that a model tends to the same node. What is known of memory and
+files is a hint: a load that finds no room at its node is placed anew by that node, a few times. Nothing is
+known here of the memory of devices.
 
 A load goes only where the rules are in force with which it was accepted. While nodes have different policies,
 as in a rolling change, each takes what was requested by the rules that it has: a person's load whose rules no
@@ -54,7 +54,6 @@ class PlacementReason(StrEnum):
     """The reason for a load's node: see `LoadPlaced`."""
 
     SERVES = "serves"
-    PREPARED = "prepared"
     FILES = "files"
     ROOM = "room"
     QUEUE = "queue"
@@ -69,7 +68,6 @@ class NodeHints:
         free_bytes: of its memory budget; None is no limit.
         free_models: how many more models may have a process there; None is no limit.
         digests: SHA-256 of the files that it has.
-        prepared: SHA-256 of the model files of which it has a prepared model.
         loads: how busy its copy of each model is that has copies.
     """
 
@@ -77,7 +75,6 @@ class NodeHints:
     free_bytes: int | None = None
     free_models: int | None = None
     digests: frozenset[str] = frozenset()
-    prepared: frozenset[str] = frozenset()
     loads: Mapping[str, CopyFigures] = field(default_factory=dict)
 
 
@@ -204,7 +201,7 @@ def find_digest(policy: LoadPolicy, model_id: str) -> str | None:
 
 def _rank(
     request: PlacementRequest, room: NodeRoom, strategy: PlacementStrategy
-) -> tuple[bool, int, int, float, int, bytes]:
+) -> tuple[bool, int, bool, float, int, bytes]:
     """Return the key by which nodes are ordered: the lowest is the best."""
     devices = request.devices
     preference = 0 if len(devices) == 1 else _find_preference(devices, room.node)
@@ -213,7 +210,7 @@ def _rank(
     free = room.free_percent
     by_load = (free, -room.models) if packs else (-free, room.models)
     order = (*by_load, _hash(request.model_id, room.node.id))
-    return (not fits, preference, -_count_at_hand(request, room), *order)
+    return (not fits, preference, not _has_files(request, room), *order)
 
 
 def _find_preference(devices: Sequence[str], node: Node) -> int:
@@ -223,19 +220,14 @@ def _find_preference(devices: Sequence[str], node: Node) -> int:
     return len(list(missing))
 
 
-def _count_at_hand(request: PlacementRequest, room: NodeRoom) -> int:
-    """Return 2 if a node has the files and a prepared model of one, 1 if it has the files, else 0."""
-    if not request.files or not request.files <= room.hints.digests:
-        return 0
-    return 2 if request.files & room.hints.prepared else 1
+def _has_files(request: PlacementRequest, room: NodeRoom) -> bool:
+    return bool(request.files) and request.files <= room.hints.digests
 
 
 def _explain(request: PlacementRequest, room: NodeRoom) -> PlacementReason:
     if not room.fits(request.need_bytes):
         return PlacementReason.QUEUE
-    return (PlacementReason.ROOM, PlacementReason.FILES, PlacementReason.PREPARED)[
-        _count_at_hand(request, room)
-    ]
+    return PlacementReason.FILES if _has_files(request, room) else PlacementReason.ROOM
 
 
 def _hash(model_id: str, node_id: str) -> bytes:

@@ -25,8 +25,6 @@ from nodes.routes import node_views
 from nodes.spread import CopyFigures, measure_copy
 from runtime.consumer.running import RunningLoad
 from runtime.consumer.usage import list_usage
-from runtime.optimised.key import make_key
-from runtime.optimised.store import OptimisedStore
 from runtime.scheduler.view import Policy
 from runtime.store.store import Store
 from server.auth.gate import Verifier
@@ -77,7 +75,6 @@ class ThisNode:
         self,
         policy: Policy,
         store: Store | None,
-        optimised: OptimisedStore | None,
         *,
         public_key: str,
         confinement: Confinement,
@@ -88,7 +85,6 @@ class ThisNode:
         Args:
             policy: has the memory budget, and the most models.
             store: the versions that are here.
-            optimised: the optimised models that are here.
             public_key: with which the others verify what this node forwards.
             confinement: of its workers.
             devices: names of those that it has beside the CPU.
@@ -114,7 +110,7 @@ class ThisNode:
             away_limit_s=self._config.away_limit_s(),
             serves_sick=self._config.when_away == "serve",
             set_epoch=self.log.set_epoch,
-            describe=partial(self._measure, policy, store, optimised),
+            describe=partial(self._measure, policy, store),
             end_workers=self._end_workers,
             open_signer=self.peers.open_signer,
         )
@@ -164,22 +160,18 @@ class ThisNode:
             await asyncio.wait([self._renewing])
         await self._leases.close()
 
-    async def _measure(
-        self, policy: Policy, store: Store | None, optimised: OptimisedStore | None
-    ) -> NodeHints:
+    async def _measure(self, policy: Policy, store: Store | None) -> NodeHints:
         """Return what helps to place loads here."""
         position = self.log.head.position
         uses = list_usage(self.loads.values(), self.log.state, self.log.now())
         taken = sum(max(use.reserved_bytes, use.memory_bytes) for use in uses)
         models = len({use.model_id for use in uses})
         versions = {} if store is None else store.stored_versions()
-        prepared = await asyncio.to_thread(_find_prepared, optimised, versions)
         return NodeHints(
             position,
             None if policy.budget_bytes is None else policy.budget_bytes - taken,
             None if policy.max_loaded is None else policy.max_loaded - models,
             frozenset(list(chain.from_iterable(versions.values()))[:MAX_DIGESTS]),
-            frozenset(prepared[:MAX_DIGESTS]),
             self._measure_copies(),
         )
 
@@ -197,14 +189,6 @@ class ThisNode:
         """Kill all workers; exits are recorded once the log can be written, and loads begin again."""
         for load in self.loads.values():
             load.kill()
-
-
-def _find_prepared(store: OptimisedStore | None, versions: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the files of the versions that have an optimised model."""
-    if store is None:
-        return []
-    entries = ((files, store.find(make_key(digest))) for digest, files in versions.items())
-    return [file for files, entry in entries if entry is not None and entry.files for file in files]
 
 
 THIS_NODE = web.AppKey("node", ThisNode)

@@ -5,8 +5,8 @@ and executes it; `process` starts and supervises workers; `worker` is what runs 
 `wire`. `router` finds the worker of an inference.
 
 To change: which load starts, evictions, reloads, and the memory that a load will need: `scheduler`. The life
-of a load, and what is recorded of it: `consumer`. Private copies of versions: `store`. Optimised models:
-`optimised`. Memory limits and measurements: `memory`; CPUs that may be used: `cgroups`. Models and versions,
+of a load, and what is recorded of it: `consumer`. Private copies of versions: `store`.
+Memory limits and measurements: `memory`; CPUs that may be used: `cgroups`. Models and versions,
 unsafe files, file systems that hang, a model's `loadledger.toml`: `repository`. External data: `onnxfile`,
 and what it reads of a model: `onnxfields`. The JSON of a request: `requestjson`, and any other: `strictjson`.
 When something counts as stuck: `timeouts`.

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-OptimiseCode = Literal["optimise_failed", "disk_full"]
-"""Codes with which a worker refuses to optimise a model, beside those of a load. They end no job."""
 LoadCode = Literal[
     "invalid_model",
     "model_changed",
@@ -21,9 +19,8 @@ LoadCode = Literal[
     "rows_depend",
     "device_unavailable",
     "fallback_refused",
-    OptimiseCode,
 ]
-"""Codes with which a worker refuses to load or optimise a model."""
+"""Codes with which a worker refuses to load a model."""
 
 
 CODE_FOLDERS = {str(Path(__file__).parents[1]), sys.prefix, sys.base_prefix}

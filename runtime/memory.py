@@ -25,7 +25,7 @@ _PAGE_BYTES = 4096
 """The most that one read of /proc gives."""
 RESERVE_BYTES = 2**30
 RESERVE_SHARE = 20
-"""Disk space that optimised models leave free: `RESERVE_BYTES`, or a twentieth of a small file system. A
+"""Disk space that copies of versions leave free: `RESERVE_BYTES`, or a twentieth of a small file system. A
 ledger grows by some hundred bytes per event, so there is time to notice."""
 
 THREAD_HEAP_BYTES = 256 * 2**10
@@ -100,19 +100,6 @@ def list_descendants(pid: int) -> list[int]:
         for thread in os.listdir(f"{PROC}/{pid}/task"):  # noqa: PTH208 - names
             children += map(int, _read(f"{pid}/task/{thread}/children").split())
     return [*children, *(each for child in children for each in list_descendants(child))]
-
-
-def list_workers(pid: int) -> list[int]:
-    """Return the process ids of a server's workers that have an order; the pre-forked one has none."""
-    return [each for each in list_descendants(pid)[1:] if has_order(each)]
-
-
-def has_order(pid: int) -> bool:
-    """Whether a worker has an order: its second thread starts with that. One that has ended has none."""
-    try:
-        return len(os.listdir(f"{PROC}/{pid}/task")) > 1  # noqa: PTH208 - names
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def tree_bytes(pid: int) -> int:

@@ -22,6 +22,7 @@ MAX_COUNT = 2**63 - 1
 TOOK_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
 """Bounds of the buckets of `took`: from the smallest models to the default inference timeout."""
 _TOOK_NS = tuple(round(bound * 1e9) for bound in TOOK_S)
+_NOTHING_TOOK = [0] * (len(TOOK_S) + 1)
 
 
 class InferenceTimes(msgspec.Struct, gc=False):
@@ -71,7 +72,7 @@ class Statistics:
     transport_ns: int = 0
     last_inference_ms: int = 0
     by_size: dict[int, list[int]] = field(default_factory=dict)
-    took: list[int] = field(default_factory=lambda: [0] * (len(TOOK_S) + 1))
+    took: list[int] = field(default_factory=_NOTHING_TOOK.copy)
 
     def count_success(self, outcome: Outcome, times: InferenceTimes, ended_ns: int, now_ms: int) -> None:
         """Count an answered request, and divide its time.

@@ -38,8 +38,6 @@ DEVICES_LIMIT_S = 10.0
 """At the start, for a provider's package to say where its library is, for a throw-away worker to register it,
 and for the first answer of a driver: OpenVINO takes 0.05 s, a driver that starts its devices seconds. One
 that hangs takes this long, beside the others; the server then starts without it."""
-PING_LIMIT_S = 2.0
-"""For the answer of the pre-forked worker, which takes 0.1 ms; then it is killed, and another is forked."""
 DEVICE_RETURN_S = 5.0
 """For a device to have the memory back of workers that have exited: a driver may free it after the exit. What
 is missing then is recorded, and no longer waited for."""

@@ -1,12 +1,12 @@
 """The messages between the server and a worker, and their frames: the whole contract.
 
 A frame is a fixed prefix (length of the header, length of the payload), a header (one of the messages here,
-in msgpack) and the payload: the raw bytes of the message's tensors, one after the other, little-endian and
-in row-major order. Requests carry ids that only go up; any number may be in flight. On the data channel
-`Load`, `Optimise`, `Probe` and `Infer` go to the worker; `StageReached`, `Loaded`, `Optimised`, `Probed`,
-`LoadFailure`, `Outcome` and `InferenceFailure` come back; on the control channel `Cancel` goes to the worker.
-Nothing is pickled, and what cannot be decoded is a `MalformedFrame`, whatever the bytes. A long tensor of an
-inference may lie in shared memory (`runtime.process.sharedmemory`) instead of in the payload.
+in msgpack) and the payload: the raw bytes of the message's tensors, one after the other, little-endian and in
+row-major order. Requests carry ids that only go up; any number may be in flight. On the data channel `Load`,
+`Probe` and `Infer` go to the worker; `StageReached`, `Loaded`, `Probed`, `LoadFailure`, `Outcome` and
+`InferenceFailure` come back; on the control channel `Cancel` goes to the worker. Nothing is pickled, and what
+cannot be decoded is a `MalformedFrame`, whatever the bytes. A long tensor of an inference may lie in shared
+memory (`runtime.process.sharedmemory`) instead of in the payload.
 
 A worker runs what its model made of it, so each field that comes from one has bounds here: what a hostile
 worker says is within what the ledger can hold, or ends it. Which messages may come when, and how long they
@@ -206,24 +206,6 @@ class ProviderNodes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     nodes: Count
 
 
-class OptimisedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An optimised model: what a load uses instead of the version's files.
-
-    Attributes:
-        key: what it depends on (`runtime.optimised.key`).
-        sha256: its hash (`events.types.digest_of`).
-        folder: where its files lie, absolute.
-        bytes: the size of all of them.
-        placed: for a device, where the nodes of the version's graph run, of which its own has few.
-    """
-
-    key: str
-    sha256: str
-    folder: str
-    bytes: Count
-    placed: tuple[ProviderNodes, ...] = ()
-
-
 class ProviderLibrary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The library of an execution provider that is installed.
 
@@ -293,8 +275,6 @@ class Load(Message, frozen=True):
         max_queue_delay_us: how long a request may wait for its batch.
         warm_up: whether the model runs once before it is loaded.
         warm_up_required: whether a warm-up that fails fails the load.
-        optimised: a model to create the session from, instead of from the version's files.
-        background: whether all work of the worker yields to other processes.
         layers: what confines the worker; one that cannot be applied ends it.
         ceiling_bytes: limit of its memory for good, whatever it does itself; None is no limit.
         tensors: inputs of the warm-up, which `Worker.load` adds; without them, zeros where shapes allow it.
@@ -314,8 +294,6 @@ class Load(Message, frozen=True):
     max_queue_delay_us: Count = 0
     warm_up: bool = True
     warm_up_required: bool = True
-    optimised: OptimisedModel | None = None
-    background: bool = False
     layers: tuple[Layer, ...] = ()
     ceiling_bytes: int | None = None
     tensors: tuple[TensorHead, ...] = ()
@@ -344,11 +322,7 @@ class Load(Message, frozen=True):
         hard = self.hard_limit_bytes(thread_bytes)
         if hard is None:
             return None
-        return hard + thread_bytes + (hard + self.mapped_bytes) // 512
-
-    @property
-    def mapped_bytes(self) -> int:
-        return self.bytes + (self.optimised.bytes if self.optimised is not None else 0)
+        return hard + thread_bytes + (hard + self.bytes) // 512
 
     @property
     def soft_limit_bytes(self) -> int | None:
@@ -370,43 +344,6 @@ class Load(Message, frozen=True):
             return "the memory budget leaves it no more"
         most = self.ceiling_bytes
         return NO_MORE if most is None else f"the memory budget is {most} bytes"
-
-
-class Optimise(Message, frozen=True):
-    """Make an optimised model of the one in `folder`; the first message to a worker, and its last.
-
-    `root`, `bytes`, `threads`, `memory_limit_bytes`, `layers`, `name` and `device` are as for `Load`.
-    `target` is an empty folder, where its files are written, and nothing anywhere else. It is always done in
-    the background. No file has more than `most_bytes`; None leaves it at what one can be expected to have.
-    """
-
-    root: str
-    folder: str
-    bytes: Count
-    threads: int
-    memory_limit_bytes: int | None
-    target: str
-    most_bytes: Count | None = None
-    layers: tuple[Layer, ...] = ()
-    name: str = ""
-    device: TargetDevice | None = None
-
-    @property
-    def limit_bytes(self) -> int | None:
-        """The limit of mapped memory; None is no limit."""
-        return _leave_room(self.memory_limit_bytes, self.device)
-
-    @property
-    def limit_text(self) -> str:
-        return NO_MORE if self.memory_limit_bytes is None else f"the limit is {self.memory_limit_bytes} bytes"
-
-
-class Ping(Message, frozen=True):
-    """Say that you are there; before any other message to a worker."""
-
-
-class Pong(Message, frozen=True):
-    """The answer to `Ping`."""
 
 
 class Probe(Message, frozen=True):
@@ -472,10 +409,6 @@ class Loaded(Message, frozen=True):
     dependence: Text | None = None
 
 
-class Optimised(Message, frozen=True):
-    """The optimised model is there; the worker ends after this."""
-
-
 class Probed(Message, frozen=True):
     """Result of a `Probe`; the worker ends after this.
 
@@ -506,7 +439,7 @@ class JsonRead(Message, frozen=True):
 
 
 class LoadFailure(Message, frozen=True):
-    """The model cannot be loaded, or optimised; the worker ends after this."""
+    """The model cannot be loaded; the worker ends after this."""
 
     code: LoadCode
     message: Text
@@ -549,8 +482,8 @@ class Cancel(Message, frozen=True):
     id: Count
 
 
-ToWorker = Load | Optimise | Probe | Ping | ReadJson | Infer
-FromLoading = StageReached | Loaded | Optimised | Probed | Pong | JsonRead | LoadFailure
+ToWorker = Load | Probe | ReadJson | Infer
+FromLoading = StageReached | Loaded | Probed | JsonRead | LoadFailure
 FromServing = Outcome | InferenceFailure
 FromWorker = FromLoading | FromServing
 TO_WORKER = msgspec.msgpack.Decoder(ToWorker)

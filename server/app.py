@@ -38,12 +38,11 @@ from runtime.consumer.loads import Recorder
 from runtime.errors import CODE_FOLDERS
 from runtime.fetch.adds import Adds
 from runtime.memory import find_memory_limit, is_under_pressure, read_pressure
-from runtime.optimised.store import STORE_PROBLEMS, OptimisedStore
 from runtime.process.confinement import describe
 from runtime.process.pool import WorkerPool
 from runtime.repository import Repository
 from runtime.router import NOWHERE, Router
-from runtime.scheduler.placement import ALONE
+from runtime.scheduler.scheduler import ALONE
 from runtime.scheduler.view import Policy
 from runtime.store.folder import STORE
 from runtime.store.store import Store
@@ -100,7 +99,7 @@ from server.auth.keys import ensure_data_dir, keys_folder, list_keys, open_signe
 from server.auth.ratelimit import RateLimits
 from server.auth.tokens import TOKENS, TokenIssuer
 from server.cluster import CLUSTER
-from server.config import ON, Config, ConfigError, parse_budget, parse_prepared_size
+from server.config import ON, Config, ConfigError, parse_budget
 from server.devices import describe_setup, limit_devices, withhold_devices
 from server.errors import errors_middleware
 from server.http.bodies import Bodies
@@ -120,9 +119,6 @@ from server.v2 import repository as v2_repository
 from server.v2.ondemand import OnDemand, check_approved
 
 _log = logging.getLogger(__name__)
-
-OPTIMISED = web.AppKey("optimised", OptimisedStore)
-"""The optimised models; a server that makes none has none."""
 
 
 def all_routes(metrics_access: str = "token") -> list[Route]:
@@ -309,7 +305,6 @@ async def _begin(app: web.Application, node: ThisNode | None) -> Receipt:
     receipt = await node.join(
         app[POLICY],
         app[VERSIONS].store,
-        app.get(OPTIMISED),
         public_key=public_pem(app[PROVER].signer),
         confinement=confinement,
         devices=app[POOL].devices.found,
@@ -388,12 +383,9 @@ async def _policy(config: Config, limit_bytes: int, pool: WorkerPool) -> Policy:
 
 
 def _open_files(app: web.Application) -> None:
-    """Open the stores of versions and of optimised models, beside the repository."""
+    """Open the store of versions, beside the repository."""
     repository = Repository(app[CONFIG].repository, app[LOG].is_removed)
     app[VERSIONS] = Versions(repository, _open_store(app))
-    optimised = _open_optimised_store(app[CONFIG])
-    if optimised is not None:
-        app[OPTIMISED] = optimised
 
 
 def _open_store(app: web.Application) -> Store | None:
@@ -419,19 +411,6 @@ def _needed_digests(app: web.Application, store: Store) -> frozenset[str]:
     return frozenset(needed)
 
 
-def _open_optimised_store(config: Config) -> OptimisedStore | None:
-    most_bytes = parse_prepared_size(config.prepared_size)
-    if not most_bytes:
-        return None
-    store = OptimisedStore(config.data / STORE, most_bytes)
-    try:
-        store.open()
-    except STORE_PROBLEMS as error:
-        _log.warning("models are not prepared: %s", error)
-        return None
-    return store
-
-
 async def _consumer(app: web.Application) -> AsyncIterator[None]:
     config, node = app[CONFIG], app.get(THIS_NODE)
     app[CONSUMER] = consumer = Consumer(
@@ -442,7 +421,6 @@ async def _consumer(app: web.Application) -> AsyncIterator[None]:
         drain_timeout_s=config.drain_timeout_s,
         progress_timeout_s=config.progress_timeout_s,
         under_pressure=lambda: is_under_pressure(read_pressure()),
-        store=app.get(OPTIMISED),
         loads=None if node is None else node.loads,
         placement=ALONE if node is None else node.placement,
     )
@@ -455,7 +433,6 @@ async def _consumer(app: web.Application) -> AsyncIterator[None]:
     )
     app[DEMAND] = demand = _on_demand(app)
     app[CONSUMER_TASK] = task = asyncio.create_task(consumer.run(), name="consumer")
-    app[POOL].prefork()
     try:
         yield
     finally:

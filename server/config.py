@@ -90,11 +90,6 @@ def parse_size(text: str, instead: str = "") -> int:
     return size
 
 
-def parse_prepared_size(text: str) -> int:
-    """Return the bytes that prepared models may take; 0 for off. Raises as `parse_size`."""
-    return 0 if text == OFF else parse_size(text, f", or {OFF}")
-
-
 def parse_store_size(text: str) -> int | None:
     """Return the bytes of the store's size; None for auto, 0 for off. Raises as `parse_size`."""
     if text in (AUTO, OFF):
@@ -404,12 +399,6 @@ class Config:
     )
     drain_timeout_s: float = setting(
         DRAIN_TIMEOUT_S, "Seconds that an unload waits for running inferences.", _SECONDS
-    )
-    prepared_size: str = setting(
-        "20GB",
-        "Disk space for prepared models, which load faster; the least recently used are deleted first: off,"
-        f" which prepares and uses none, or {SIZES}.",
-        _validator_of(parse_prepared_size),
     )
     inference_timeout_s: float = setting(60.0, "Seconds that one inference may take.", _POSITIVE_SECONDS)
     max_request_size: str = setting(  # Triton's default (`--http-max-input-size`)

@@ -28,7 +28,6 @@ from events.types import (
     LoadedFile,
     LoadSignature,
     NodeSignature,
-    Prepared,
     Provenance,
 )
 from tools.markdown import cell, slug, table
@@ -112,7 +111,7 @@ MEMBERS: Mapping[str, tuple[str, str]] = {
 """The members of every event."""
 
 _PARTS = (
-    *(LoadedFile, AddedFile, Provenance, Prepared, Durations, Confinement, FileHash, Idempotency),
+    *(LoadedFile, AddedFile, Provenance, Durations, Confinement, FileHash, Idempotency),
     *(Credential, Justification, LoadSignature, LoadApproval, NodeSignature, DeviceUse),
     *(LoadPolicy, TrustRule, TrustedCertificates, ApprovalRule),
 )

@@ -10,7 +10,7 @@ import asyncio
 import gc
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from shutil import copytree
@@ -92,19 +92,18 @@ async def trace_loads() -> dict[str, set[str]]:
     threading.setprofile(profiler)
     sys.setprofile(profiler)
     try:
-        await _trace(profiler, ("first load", "later load"), prepared_size="off")
-        await _trace(profiler, ("load without its optimised model",), prepared_size="1GB")
+        await _trace(profiler)
     finally:
         sys.setprofile(None)
         threading.setprofile(None)  # ends it
     return profiler.found
 
 
-async def _trace(profiler: Profiler, loads: Sequence[str], *, prepared_size: str) -> None:
-    """Load a model once for each name on one new server, and unload it each time."""
+async def _trace(profiler: Profiler) -> None:
+    """Load a model twice on a new server, and unload it each time."""
     with TemporaryDirectory() as name:
         folder = Path(name)
-        config = Config(repository=folder / "repository", data=folder / "data", prepared_size=prepared_size)
+        config = Config(repository=folder / "repository", data=folder / "data")
         copytree(ROOT / "examples", config.repository)
         ensure_data_dir(config.data)
         token = sign_token(config.data, "trace", ("admin",), expires_s=600, audience=config.jwt_audience)
@@ -115,7 +114,7 @@ async def _trace(profiler: Profiler, loads: Sequence[str], *, prepared_size: str
             await web.TCPSite(runner, "127.0.0.1", 0).start()
             host, port = runner.addresses[0]
             async with aiohttp.ClientSession(f"http://{host}:{port}", headers=headers) as client:
-                for load in loads:
+                for load in ("first load", "later load"):
                     profiler.follow(load, app[LOG])
                     for verb in ("load", "unload"):
                         async with client.post(f"/api/v1/models/{MODEL}/{verb}", json={}) as answer:

@@ -33,17 +33,15 @@ def process_tree() -> Picture:
     picture.box((20, 200, 120, 56), ("ledger.db", "SQLite, in data/"))
     picture.box((230, 200, 210, 76), ("fork server", "one thread; has imported", "ONNX Runtime"), "new")
     workers = (
-        ("worker", "digits, version 2", "good"),
-        ("worker", "ranker, instance 1", "good"),
-        ("worker", "ranker, instance 2", "good"),
-        ("pre-forked worker", "waits for the next load", "box"),
+        ("worker", "digits, version 2"),
+        ("worker", "ranker, instance 1"),
+        ("worker", "ranker, instance 2"),
     )
-    for index, (name, what, kind) in enumerate(workers):
+    for index, (name, what) in enumerate(workers):
         top = 28 + index * 66
-        picture.box((555, top, 185, 50), (name, what), kind)
+        picture.box((555, top, 185, 50), (name, what), "good")
         picture.arrow((440, 238), (495, 238), (495, top + 34), (554, top + 34))
-        if kind == "good":
-            picture.line((440, 70), (520, 70), (520, top + 16), (554, top + 16), style="dashed")
+        picture.line((440, 70), (520, 70), (520, top + 16), (554, top + 16), style="dashed")
     picture.arrow((140, 88), (229, 88))
     picture.words(185, 76, "HTTP", "quiet", anchor="middle")
     picture.arrow((260, 137), (260, 166), (80, 166), (80, 199))
@@ -209,16 +207,14 @@ def memory_budget() -> Picture:
         "The memory budget",
         """An example: of 10 GB of the machine the budget is 8 GB. A loaded model counts with what its
         workers use, a loading one with its reservation; 1.5 GB are free. A load that is estimated to need
-        2.5 GB waits, unless an idle model of 1.5 GB may be evicted. The server itself, the pre-forked
-        worker and memory shared for tensors lie beside the budget.""",
+        2.5 GB waits, unless an idle model of 1.5 GB may be evicted. The server itself and
+        memory shared for tensors lie beside the budget.""",
         760,
         290,
     )
     _share(picture, (20, 24), 10, ("the machine, or the container: 10 GB",), "box")
     _share(picture, (20, 74), 8, ("the budget, --memory-budget: 8 GB",), "new")
-    picture.box(
-        (596, 74, 144, 106), ("beside it", "server, pre-forked", "worker, memory", "shared for tensors")
-    )
+    picture.box((596, 74, 144, 106), ("beside it", "server, memory", "shared for tensors"))
     left = 20.0
     for size, lines, kind in (
         (3, ("ranker, busy", "3 GB in use"), "good"),

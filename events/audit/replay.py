@@ -110,7 +110,7 @@ def _fold(
                 folded = entities
                 reached, recorded_at = event.position, event.recorded_at
             elif type(event.data) in _OF_PRESENCE:
-                folded = later = later or Entities(registers=entities.registers.fork())
+                folded = later = later or Entities(registers=replace(entities.registers, shares_tokens=True))
             else:
                 continue
             folded.apply(event)

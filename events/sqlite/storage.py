@@ -31,7 +31,7 @@ from events.sqlite.timetravel import fold_page, load_base_state
 from events.state import Changes, KnownRequests
 from events.storage import LogHead, Row, StorageError, StoredBase, StoredLedger
 
-FOLDS = 4
+FOLDS = 5
 """The version of the folds: add one with each change after which the same events give other stored bodies."""
 
 MAX_NAMED = 100

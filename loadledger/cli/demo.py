@@ -40,7 +40,7 @@ from loadledger.cli.output import cleaned_up_after_signals, exit_with_error
 from loadledger.cli.postgres import DatabaseFailed, DatabaseMissing, PostgresServer, find_programs
 from loadledger.client import Client
 from loadledger.errors import ClientProblem
-from runtime.memory import has_order, list_descendants, list_workers, tree_bytes
+from runtime.memory import list_descendants, tree_bytes
 from runtime.process.forkserver import die_with
 from server.auth.keys import ensure_data_dir, keys_folder
 
@@ -98,15 +98,12 @@ class _Server:
         return float((labels == digits["labels"]).mean())
 
     def memory_bytes(self) -> int:
-        """Return the anonymous memory of the process tree at rest, which has a worker for the next load."""
-        limit_s = time.monotonic() + REST_LIMIT_S
-        while all(map(has_order, list_descendants(self.process.pid)[1:])) and time.monotonic() < limit_s:
-            time.sleep(0.01)
+        """Return the anonymous memory of the process tree."""
         return tree_bytes(self.process.pid)
 
     def workers(self) -> set[int]:
-        """Return the process ids of the workers that have a model."""
-        return set(list_workers(self.process.pid))
+        """Return the process ids of the workers: what descends from the server beside the fork server."""
+        return set(list_descendants(self.process.pid)[1:])
 
 
 class DemoFailed(Exception):
@@ -174,7 +171,6 @@ def _start(data: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
     ensure_data_dir(data)
     # -P: what lies in the current directory must not be taken for our packages.
     command = [sys.executable, "-P", "-m", "loadledger", "serve", "--data", str(data), *options]
-    command += ["--prepared-size", "off"]  # it would add processes and memory to the figures
     command += ["--log-level", "warning"]  # the demo prints its own progress
     with (
         data.with_suffix(".log").open("wb") as log,

@@ -1,4 +1,4 @@
-"""`loadledger verify | replay | export | archive | backup | migrate | discard | prepared` and `key ledger`.
+"""`loadledger verify | replay | export | archive | backup | migrate | discard` and `key ledger`.
 
 They work on the files of a data directory, or on a ledger in PostgreSQL; no server is asked.
 """
@@ -20,8 +20,6 @@ INSTALL = "pip install 'loadledger[postgres]'"
 _FILE = click.Path(path_type=Path, dir_okay=False)
 SHOWN_DIGITS = 12
 """Shown digits of a hash: enough to tell files apart; --json has all."""
-PREPARED_MEMBERS = ("model_id", "version", "sha256", "bytes", "made_at", "took_ms", "reason", "key")
-PREPARED_HEAD = ("model", "version", "device", "size", "took", "made", "last used", "sha256")
 
 
 def _archive_option(text: str) -> Callable[[options.Command], options.Command]:
@@ -411,82 +409,6 @@ def discard(address: str, file: Path, *, as_json: bool) -> None:
     members = {"first_position": done.first_position, "last_position": done.last_position, "hash": done.hash}
     line = f"discarded: positions {done.first_position} to {done.last_position}, kept in {file}"
     output.print_result(members, [line], as_json=as_json)
-
-
-@click.group()
-def prepared() -> None:
-    """List or clear the prepared models.
-
-    The server may be running.
-    """
-
-
-@prepared.command("list")
-@options.data_option
-@options.json_option
-def list_prepared(data: Path, *, as_json: bool) -> None:
-    """List the prepared models, last used first.
-
-    `bare` marks a model that loads from its own files; the reason follows.
-    """
-    entries = [_prepared_members(entry) for entry in _open_store(data).entries()]
-    members = {"bytes": sum(entry["bytes"] for entry in entries), "prepared": entries}
-    output.print_result(members, _prepared_table(entries), as_json=as_json)
-
-
-@prepared.command()
-@options.data_option
-@click.option("--model", "model_id", metavar="ID", help="Only entries of this model.")
-@options.json_option
-def clear(data: Path, model_id: str | None, *, as_json: bool) -> None:
-    """Remove prepared models; loaded ones are not affected.
-
-    Models are prepared again after their next load. --json prints the removed `entries` and `bytes`.
-    """
-    entries, size = _open_store(data).clear(model_id)
-    text = f"cleared: {output.count_of(entries, 'entry')}, {size} bytes"
-    output.print_result({"entries": entries, "bytes": size}, [text], as_json=as_json)
-
-
-def _open_store(data: Path) -> Any:
-    from runtime.optimised.store import OptimisedStore
-    from runtime.store.folder import STORE
-
-    options.require_data(data)
-    return OptimisedStore(data / STORE, limit_bytes=0)  # the limit applies to what is added
-
-
-def _prepared_members(entry: Any) -> dict[str, Any]:
-    members = {name: getattr(entry, name) for name in PREPARED_MEMBERS}
-    members |= {"last_used_at": entry.used_at, "figures": dict(entry.figures)}
-    return {**members, "device": entry.device or "cpu"}
-
-
-def _prepared_table(entries: list[dict[str, Any]]) -> Iterator[str]:
-    if not entries:
-        yield "nothing is prepared"
-        return
-    head, *lines = output.format_table(PREPARED_HEAD, [_prepared_row(entry) for entry in entries])
-    yield head
-    for entry, line in zip(entries, lines, strict=True):
-        yield line
-        if entry["reason"] is not None:
-            yield f"  {output.to_printable(entry['reason'])}"
-    size = output.format_size(sum(entry["bytes"] for entry in entries))
-    yield f"{output.count_of(len(entries), 'entry')}, {size}"
-
-
-def _prepared_row(entry: dict[str, Any]) -> tuple[str, ...]:
-    return (
-        entry["model_id"],
-        str(entry["version"]),
-        entry["device"],
-        output.format_size(entry["bytes"]) if entry["reason"] is None else "bare",
-        f"{entry['took_ms'] / 1000:.1f} s",
-        output.format_timestamp(entry["made_at"]),
-        output.format_timestamp(entry["last_used_at"]),
-        (entry["sha256"] or "")[:SHOWN_DIGITS],
-    )
 
 
 def _import_database() -> Any:

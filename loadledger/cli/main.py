@@ -55,7 +55,6 @@ SECTIONS = {
         "backup": "loadledger.cli.ledger:backup",
         "migrate": "loadledger.cli.ledger:migrate",
         "discard": "loadledger.cli.ledger:discard",
-        "prepared": "loadledger.cli.ledger:prepared",
     },
     "Keys, tokens and this shell": {
         "token": "loadledger.cli.keys:token",

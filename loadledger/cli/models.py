@@ -203,7 +203,6 @@ def _details(model: Any, words: Sequence[str] = ()) -> Iterator[str]:
         and f"signature {rules.trust or 'off'}, {output.count_of(rules.approvals, 'approval')}",
         "signature": model.signature and describe_signature(model.signature),
         "approval": passed and output.with_names(passed.result.replace("_", " "), passed.by),
-        "prepared": model.prepared and f"sha256 {model.prepared.sha256}",
         "error": model.error and f"{model.error.code}: {model.error.message}",
         "server": model.server and format_presence(model.server),
     }
@@ -570,8 +569,6 @@ def _resource_lines(found: Any) -> Iterator[str]:
         yield f"threads of each worker: {found.threads}, unless its load says otherwise"
     yield from filter(None, [pressure_line(found), confinement_line(found.confinement)])
     yield from _device_lines(found)
-    if found.preparing is not None:
-        yield f"preparing {format_cell(found.preparing.model_id)} version {found.preparing.version}"
     if found.models:
         yield ""
         yield from format_table(USE_HEAD, [use_row(use, now) for use in found.models], right=RIGHT)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import signal
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -43,14 +42,11 @@ from runtime.consumer.usage import (
     InferenceTotals,
     JobWait,
     MemoryUse,
-    PreparationUsage,
     list_device_usage,
     list_usage,
 )
 from runtime.errors import CODE_FOLDERS, WorkerDied
 from runtime.memory import MAX_BYTES
-from runtime.optimised.optimiser import Optimiser
-from runtime.optimised.store import OptimisedStore
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import Worker
 from runtime.scheduler import actions
@@ -66,8 +62,7 @@ from runtime.scheduler.actions import (
     draft_settings_change,
     list_conditions,
 )
-from runtime.scheduler.placement import ALONE, Placement
-from runtime.scheduler.scheduler import is_load_current
+from runtime.scheduler.scheduler import ALONE, Placement, is_load_current
 from runtime.scheduler.view import (
     DeviceNeed,
     Observations,
@@ -90,8 +85,6 @@ MEASURE_EVERY_S = 5.0
 """How often workers are measured. One measurement takes a thread for about a millisecond."""
 NOTE_EVERY = 2
 """Last uses are noted after so many measurements: every 10 s. A commit takes a fraction of a millisecond."""
-FAULTS = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT})
-"""Signals that a process causes by itself; others were sent to it."""
 Conditions = tuple[Condition, ...]
 
 
@@ -106,8 +99,7 @@ class Consumer:
         drain_timeout_s: how long an unload without force waits for running inferences.
         progress_timeout_s: how long a load may make no progress, unless its request says otherwise.
         under_pressure: whether the machine is under pressure; called while a load of low
-            priority waits, or a model can be optimised.
-        store: the optimised models; None makes and uses none.
+            priority waits.
         loads: where the running loads are kept, by job id; None is a dictionary of its own.
         placement: says which of the work is this server's.
 
@@ -115,7 +107,6 @@ class Consumer:
         demand: the inferences that wait for models.
         loads: the running loads, by job id.
         totals: the inferences of the loads that have ended.
-        optimiser: makes optimised models.
     """
 
     def __init__(
@@ -128,7 +119,6 @@ class Consumer:
         drain_timeout_s: float,
         progress_timeout_s: int = PROGRESS_TIMEOUT_S,
         under_pressure: Callable[[], bool] = lambda: False,
-        store: OptimisedStore | None = None,
         loads: dict[str, RunningLoad] | None = None,
         placement: Placement = ALONE,
     ) -> None:
@@ -146,14 +136,12 @@ class Consumer:
         self.demand = PendingDemand(wake)
         self.totals = InferenceTotals(log.tally.names)
         self._recorder = Recorder(log, versions.folders | CODE_FOLDERS, placement)
-        self.optimiser = Optimiser(store, pool, versions, wake, self._is_computing)
         self.loads = {} if loads is None else loads
         self._loader = Loader(
             log,
             self._recorder,
             pool,
             versions,
-            self.optimiser,
             running=self.loads,
             wake=wake,
             placement=placement,
@@ -172,7 +160,6 @@ class Consumer:
             monitoring.cancel()
             await self._cancel_effects()
             await asyncio.wait([monitoring])
-            await self.optimiser.close()
             await self._monitor.note_uses()
 
     async def stop(self) -> None:
@@ -200,14 +187,6 @@ class Consumer:
     def device_uses(self) -> list[DeviceUsage]:
         return list_device_usage(self.loads.values(), self.policy.devices)
 
-    def preparation(self) -> PreparationUsage | None:
-        """Return the version that is being optimised; None without one."""
-        candidate, memory_bytes = self.optimiser.running, self.optimiser.memory_bytes
-        if candidate is None:
-            return None
-        is_stopping = self.optimiser.is_stopping
-        return PreparationUsage(candidate.model_id, candidate.version, memory_bytes, is_stopping)
-
     async def check_version(self, model_id: str, version: int | None) -> CheckedVersion:
         """Check a version's present files against the rules in force here; for errors see `Loader`."""
         return await self._loader.check_version(model_id, version)
@@ -233,7 +212,6 @@ class Consumer:
         }
         view = SchedulerView(state, running, self.policy, now, self._observe(state))
         self._decision = self._placement.decide(view)
-        self.optimiser.allow(allowed=self._decision.may_optimise)
         for job in self._decision.unestimated:
             self._loader.begin(job)
         action = self._decision.action
@@ -347,7 +325,6 @@ class Consumer:
         if self.policy.budget_bytes is None:
             return None
         others = sum(each.memory_bytes for each in self.loads.values() if each is not load)
-        others += self.optimiser.memory_bytes
         return load_allowance(self.policy.budget_bytes, others, load.estimate.bytes)
 
     async def _start_unload(self, job: Job, load_job_id: str, conditions: Conditions) -> None:
@@ -401,18 +378,10 @@ class Consumer:
         if worker_ids is not None:
             dead = [worker for worker in load.workers if worker.worker_id in worker_ids]
         new = [worker for worker in dead if worker.worker_id not in load.recorded_exits]
-        self._reject_crashing(load, new)
         exits = [draft_exit(load, worker) for worker in new]
         await self._recorder.record(*exits, *ends, conditions=conditions)
         log_stderr(load, new)
         load.recorded_exits.update(worker.worker_id for worker in new)
-
-    def _reject_crashing(self, load: RunningLoad, dead: Sequence[Worker]) -> None:
-        """Reject an optimised model with which a worker crashed: the model is reloaded without it."""
-        crashed = (worker.ended.result() for worker in dead if not worker.orphaned)
-        end = next((end for end in crashed if end.signal in FAULTS), None)
-        if load.optimised is not None and load.report is not None and end is not None:
-            self.optimiser.reject(load.optimised, f"a worker that served from it {end}")
 
     def _note_recorded_exits(self, own: State) -> None:
         """Note which exits are recorded, also by an append that raised after it was durable."""
@@ -450,14 +419,9 @@ class Consumer:
         """Return the part of the state that this server works on."""
         return self._placement.share(self._log.state)
 
-    def _is_computing(self) -> bool:
-        return any(load.is_computing for load in self.loads.values())
-
     def _observe(self, state: State) -> Observations:
-        tasks, need_bytes = self._loader.tasks, self.optimiser.need_bytes
-        may_yield = need_bytes is not None or any(
-            job.load and job.load.priority == "low" for job in state.unended()
-        )
+        tasks = self._loader.tasks
+        may_yield = any(job.load and job.load.priority == "low" for job in state.unended())
         return Observations(
             fork_server_up=self._pool.healthy,
             under_pressure=may_yield and self._under_pressure(),
@@ -465,8 +429,6 @@ class Consumer:
             estimating=[job_id for job_id, each in tasks.items() if each.is_new],
             pending_demand=self.demand.models,
             last_used=self._log.last_used,
-            optimisable_bytes=need_bytes,
-            optimising_bytes=self.optimiser.memory_bytes,
             clock=self._log.clock,
         )
 

@@ -39,7 +39,6 @@ from events.types import (
     LoadFailed,
     LoadParameters,
     ModelLoaded,
-    Prepared,
     UnloadRequested,
     WorkerExited,
     contents_of,
@@ -47,7 +46,7 @@ from events.types import (
 from runtime.cgroups import count_usable_cpus
 from runtime.consumer.allocation import describe_uses
 from runtime.consumer.checks import CheckedVersion, MakeInput, check_files, check_version, draft_question
-from runtime.consumer.running import GONE, OTHER_FILES, OUT_OF_MEMORY, LoadEnded, LoadTask, RunningLoad
+from runtime.consumer.running import OUT_OF_MEMORY, LoadEnded, LoadTask, RunningLoad
 from runtime.errors import (
     Exit,
     ForkServerUnavailable,
@@ -59,7 +58,6 @@ from runtime.errors import (
     hide_folders,
 )
 from runtime.memory import total_bytes
-from runtime.optimised.optimiser import Candidate, Optimiser
 from runtime.process.pool import WorkerPool, kill_and_wait, start_task
 from runtime.process.worker import Worker
 from runtime.repository import (
@@ -67,14 +65,13 @@ from runtime.repository import (
     NO_WARM_UP,
     RepositoryBusy,
     SizedFile,
-    WarmUp,
     read_reload_warm_up,
     read_warm_up,
 )
 from runtime.scheduler.actions import draft_fact, unchanged
 from runtime.scheduler.admission import find_same_workers
 from runtime.scheduler.estimates import estimate_memory
-from runtime.scheduler.placement import Placement
+from runtime.scheduler.scheduler import Placement
 from runtime.scheduler.view import (
     MemoryEstimate,
     Policy,
@@ -83,7 +80,7 @@ from runtime.scheduler.view import (
 )
 from runtime.store.versions import HeldVersion, Versions
 from runtime.timeouts import MEASURE_LIMIT_S, STOP_GRACE_S, TimeoutExpired, timeout
-from runtime.wire import Load, Loaded, OptimisedModel, TargetDevice, plain_text
+from runtime.wire import Load, Loaded, TargetDevice, plain_text
 
 _log = logging.getLogger(__name__)
 
@@ -109,7 +106,6 @@ class Loader:
         recorder: appends facts.
         pool: starts workers.
         versions: has the files of versions.
-        optimiser: has the optimised models of versions.
         running: the loads that were granted, by job id, until their workers have exited.
         wake: called when the consumer has something new to decide.
         placement: of this server.
@@ -126,7 +122,6 @@ class Loader:
         recorder: Recorder,
         pool: WorkerPool,
         versions: Versions,
-        optimiser: Optimiser,
         *,
         running: dict[str, RunningLoad],
         wake: Callable[[], None],
@@ -137,7 +132,6 @@ class Loader:
         self._recorder = recorder
         self._pool = pool
         self._versions = versions
-        self._optimiser = optimiser
         self._wake = wake
         self._placement = placement
         self._policy = policy
@@ -148,8 +142,6 @@ class Loader:
 
     def begin(self, job: Job) -> None:
         """Start the coroutine of a load, which estimates its memory and then waits for the grant."""
-        if all(load.report is not None for load in self.running.values()):  # else it may have to wait
-            self._pool.prefork()
         task = asyncio.create_task(self.run_load(job), name=f"loading {job.model_id}")
         self.tasks[job.id] = LoadTask(task)
         task.add_done_callback(partial(self._end, job.id))
@@ -165,8 +157,7 @@ class Loader:
     async def run_load(self, job: Job) -> None:
         """Load a model, from the estimate of its memory to `ModelLoaded` or `LoadFailed`.
 
-        If its optimised model fails, or its files are not those that were estimated, it gives its grant back
-        and waits for another one.
+        If its files are not those that were estimated, it gives its grant back and waits for another one.
         """
         task = self.tasks[job.id]
         while True:
@@ -175,15 +166,12 @@ class Loader:
                 return  # a person answers, and then it begins anew
             load = await task.grant
             await self._attempt(job, load)
-            if load.failure is not None:
-                await self._record_failure(load, load.failure)
-            if load.restart is None:
-                return
-            if load.workers:
-                await asyncio.wait([worker.ended for worker in load.workers])
-            if load.allocation is not None:
-                await load.allocation.wait_returned()
-            self._give_back(load, task)
+            if not load.has_other_files:
+                break
+            del self.running[job.id]  # no worker was started
+            task.begin_again()
+        if load.failure is not None:
+            await self._record_failure(load, load.failure)
 
     async def _estimate(self, job: Job, task: LoadTask) -> None:
         """Estimate the memory of a load; if the model serves from the same bytes, that is found, too."""
@@ -213,15 +201,8 @@ class Loader:
         footprints = model.footprints if model is not None else ()
         files: Sequence[SizedFile] | None = task.files or find_expected(job, model)
         files = files or await self._versions.stat(job.model_id, version)
-        optimised = None
-        devices = self._find_devices(parameters)
-        if footprints and not task.is_bare:
-            preferred = self._make_target(devices[0][0], parameters) if devices else None
-            optimised = await asyncio.to_thread(self._optimiser.expected_for, files, footprints, preferred)
-        threads = self._pool.threads_of(parameters)
-        found = estimate_memory(
-            files, version, parameters, footprints, optimised, threads=threads, devices=devices
-        )
+        devices, threads = self._find_devices(parameters), self._pool.threads_of(parameters)
+        found = estimate_memory(files, version, parameters, footprints, threads=threads, devices=devices)
         has_bytes_of = self._versions.has_bytes_of
         if serving is None or not await has_bytes_of(job.model_id, version, serving.files):
             return found
@@ -325,60 +306,38 @@ class Loader:
             await self._record_outcome(load, partial(self._draft_loaded, load, files))
             load.is_recorded = self._is_serving(load)
             if load.is_recorded:
-                self._offer(load, files)
                 sync = start_task(_make_durable(files, stack.pop_all()), "syncing a model")
                 self.syncs.add(sync)
                 sync.add_done_callback(self.syncs.discard)
 
     async def _build_order(self, load: RunningLoad, files: HeldVersion) -> Load:
-        """Build the message that loads a version, with its optimised model.
+        """Build the message that loads a version.
 
         Raises:
-            LoadEnded: the load was granted for other files, or for an optimised model that is gone.
+            LoadEnded: the load was granted for other files.
             RuntimeProblem: the model's loadledger.toml cannot be read; the code says why.
         """
-        device, preferred = self._find_target(load), load.estimate.devices[:1]
-        is_elsewhere = bool(preferred) and preferred[0].device != (CPU if device is None else device.name)
-        needs_optimised = load.estimate.optimised is not None and not is_elsewhere
-        if needs_optimised:  # which is found by the hashes
-            await files.hash()
-
-        def look_up() -> tuple[WarmUp, OptimisedModel | None]:
-            read = read_reload_warm_up if load.is_reload else read_warm_up
-            warm_up = read(self._versions.repository, load.model_id)
-            return warm_up, self._optimiser.find(files.loaded_files, device) if needs_optimised else None
-
+        load.check_estimate(files.files)
+        repository = self._versions.repository
+        read = partial(read_reload_warm_up if load.is_reload else read_warm_up, repository, load.model_id)
         try:
-            run = self._versions.repository.file_system.run
-            warm_up, load.optimised = await run(load.model_id, look_up, LOAD_LIMIT_S)
+            warm_up = await repository.file_system.run(load.model_id, read, LOAD_LIMIT_S)
         except RepositoryBusy:
             if not load.is_reload:
                 raise
             warm_up = NO_WARM_UP  # the store has all that a reload needs
-        load.check_estimate(files.files)
-        if needs_optimised and load.optimised is None:
-            load.restart = GONE
-            raise LoadEnded
         load.warm_up_inputs = warm_up.inputs
-        order = self._pool.build_load(files, load.parameters, warm_up, device)
-        return replace(order, optimised=load.optimised)
+        return self._pool.build_load(files, load.parameters, warm_up, self._find_target(load))
 
     def _find_target(self, load: RunningLoad) -> TargetDevice | None:
         """Return the device of a load, with a bound of what one of its workers may take there."""
-        if load.device is None:
+        if load.device is None or load.device.device == CPU:
             return None
         most_bytes, instances = None, load.parameters.instances
         if load.allocation is not None and (allowance := load.allocation.allowance_bytes) is not None:
             most_bytes = allowance - (instances - 1) * (load.device.device_bytes // instances)
-        return self._make_target(load.device.device, load.parameters, most_bytes)
-
-    def _make_target(
-        self, device: str, parameters: LoadParameters, most_bytes: int | None = None
-    ) -> TargetDevice | None:
-        if device == CPU:
-            return None
-        falls_back = parameters.fallback == CPU
-        return self._pool.devices.target(device, falls_back=falls_back, memory_bytes=most_bytes)
+        falls_back = load.parameters.fallback == CPU
+        return self._pool.devices.target(load.device.device, falls_back=falls_back, memory_bytes=most_bytes)
 
     async def _load_others(self, load: RunningLoad, order: Load) -> None:
         """Load the other instances, some at once; the first failure cancels the rest.
@@ -495,20 +454,6 @@ class Loader:
         old = next(filter(None, (self.running.get(each.load_job_id) for each in before)), None)
         return [loaded, *label, *([] if old is None else [draft_replacement_unload(old, loaded.id)])]
 
-    def _offer(self, load: RunningLoad, files: HeldVersion) -> None:
-        if load.optimised is None:
-            peak_bytes = max(each.peak_memory_bytes for each in load.loaded_memory)
-            device = self._find_target(load)
-            candidate = Candidate(load.model_id, load.version, files.loaded_files, peak_bytes, device=device)
-            self._optimiser.offer(candidate)
-
-    def _give_back(self, load: RunningLoad, task: LoadTask) -> None:
-        """Give the grant of an attempt back whose workers have exited."""
-        del self.running[load.job_id]
-        if load.optimised is not None and load.rejects_optimised and load.restart is not None:
-            self._optimiser.reject(load.optimised, load.restart)
-        task.restart(is_bare=load.restart != OTHER_FILES)
-
 
 @asynccontextmanager
 async def _in_time(load: RunningLoad) -> AsyncIterator[None]:
@@ -543,11 +488,9 @@ def describe_loaded(
     if job.started_at is None:
         raise RuntimeError(f"job {job.id} has not started")
     reports = [load.reports[worker.worker_id] for worker in load.workers]
-    optimised = load.optimised
     return ModelLoaded(
         files=files.loaded_files,
         worker_ids=tuple(worker.worker_id for worker in load.workers),
-        prepared=None if optimised is None else Prepared(optimised.sha256),
         memory_bytes=total_bytes(each.memory_bytes for each in load.loaded_memory),
         peak_memory_bytes=total_bytes(each.peak_memory_bytes for each in load.loaded_memory),
         durations=Durations(

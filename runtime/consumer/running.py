@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
@@ -22,12 +21,10 @@ from events.types import LoadedFile, LoadParameters
 from runtime.consumer.allocation import DeviceAllocation
 from runtime.errors import (
     LoadRefused,
-    NoProgress,
     RuntimeProblem,
     WorkerDied,
 )
 from runtime.memory import thread_bytes
-from runtime.optimised.trial import CHANGED
 from runtime.process.worker import Worker, WorkerMemory
 from runtime.repository import SizedFile
 from runtime.scheduler.admission import format_megabytes
@@ -40,7 +37,7 @@ from runtime.scheduler.view import (
 )
 from runtime.statistics import Statistics
 from runtime.timeouts import PROGRESS_TIMEOUT_S
-from runtime.wire import Load, Loaded, OptimisedModel, Tensor
+from runtime.wire import Load, Loaded, Tensor
 
 _log = logging.getLogger(__name__)
 
@@ -121,7 +118,6 @@ class LoadTask:
         task: its coroutine.
         estimate: None while its files are being read; a `Failure` if they cannot be.
         is_new: whether they have been read for less than `ESTIMATE_WAIT_S`.
-        is_bare: whether its optimised model failed, so that it loads without one.
         outdated: how often it was estimated for other files than it then found.
         grant: set by the consumer when `LoadStarted` is recorded.
         files: that it must have, since they were checked; None without rules.
@@ -131,7 +127,6 @@ class LoadTask:
     task: asyncio.Task[None]
     estimate: MemoryEstimate | Failure | None = None
     is_new: bool = True
-    is_bare: bool = False
     outdated: int = 0
     grant: asyncio.Future[RunningLoad] = field(default_factory=asyncio.Future)
     files: tuple[LoadedFile, ...] | None = None
@@ -140,7 +135,7 @@ class LoadTask:
     @property
     def is_restarted(self) -> bool:
         """Whether it was estimated anew, so that its next start is in the same attempt."""
-        return self.is_bare or self.outdated > 0
+        return self.outdated > 0
 
     @property
     def is_waiting(self) -> bool:
@@ -166,15 +161,14 @@ class LoadTask:
         need = device or next((each for each in self.estimate.devices if each.device == CPU), None)
         return self.estimate if need is None else change(self.estimate, bytes=need.bytes)
 
-    def restart(self, *, is_bare: bool) -> None:
-        """Begin again, with a new estimate: without the optimised model, or for other files."""
-        self.is_bare = self.is_bare or is_bare
-        self.outdated += not is_bare
+    def begin_again(self) -> None:
+        """Begin again, with an estimate for other files."""
+        self.outdated += 1
         self.estimate, self.is_new, self.grant = None, True, asyncio.Future()
 
 
 class LoadEnded(Exception):
-    """This attempt of a load has ended; its `failure` or `restart` says why."""
+    """This attempt of a load has ended; its `failure` says why, if it has not other files."""
 
 
 @dataclass(slots=True, eq=False)
@@ -192,10 +186,8 @@ class RunningLoad:
         steps: the stages that it and each of its workers have reached.
         pieces: how many pieces of files were copied or hashed.
         is_reload: whether the system brings back what was loaded.
-        optimised: the optimised model that its workers load.
         failure: why the load fails.
-        restart: why this attempt ends, and the load is estimated and granted anew.
-        rejects_optimised: whether that speaks against the optimised model.
+        has_other_files: than it was granted for, so that this attempt ends, and it is estimated anew.
         warm_up_inputs: inputs of the warm-up run; none are zeros.
         draining: whether routing to it has stopped.
         unloading: whether `run_unload` has begun.
@@ -203,7 +195,7 @@ class RunningLoad:
         killed: whether its workers were killed.
         recorded_exits: ids of workers whose unexpected exit was recorded.
         estimate: what it reserves until `report` is set.
-        file_bytes: the size of the files that it loads, with those of its optimised model.
+        file_bytes: the size of the files that it loads.
         allowance: tells how many bytes its workers may take until they have loaded; None is no limit.
         budget_bytes: the memory budget; None is no limit.
         device: where it runs, and what it reserves there; None is the CPU.
@@ -224,12 +216,10 @@ class RunningLoad:
     reports: dict[str, Loaded] = field(default_factory=dict)
     is_reload: bool = False
     failure: Failure | None = None
-    restart: str | None = None
-    rejects_optimised: bool = False
+    has_other_files: bool = False
     stage: str | None = None
     steps: set[tuple[str, str]] = field(default_factory=set)
     pieces: int = 0
-    optimised: OptimisedModel | None = None
     warm_up_inputs: tuple[Tensor, ...] = ()
     starting_us: int = 0
     draining: bool = False
@@ -326,11 +316,6 @@ class RunningLoad:
     def in_flight(self) -> int:
         return sum(worker.in_flight for worker in self.alive_workers)
 
-    @property
-    def is_computing(self) -> bool:
-        """Whether it is being loaded or unloaded, or an inference is queued or running."""
-        return bool(self.tasks) or self.in_flight > 0
-
     def last_used_at(self, now: str) -> str | None:
         """Return the timestamp at which the last inference ended; None without one."""
         if not self.last_used_ns:
@@ -380,21 +365,15 @@ class RunningLoad:
         Raises:
             LoadEnded: it does not, or one has.
         """
-        if self.failure is None and self.restart is None and (dead := self.unexpected_exits):
+        if self.failure is None and (dead := self.unexpected_exits):
             code = FORK_SERVER_DIED if any(worker.orphaned for worker in dead) else WorkerDied.code
             self.failure = Failure(code, "the worker died right after it had loaded the model")
-        if self.failure is not None or self.restart is not None:
+        if self.failure is not None:
             raise LoadEnded
 
     def store_failure(self, problem: RuntimeProblem, worker: Worker | None = None) -> None:
         """Store why this attempt ends, and with which worker; the first reason counts."""
-        if self.failure is not None or self.restart is not None:
-            return
-        is_orphaned = worker is not None and worker.orphaned
-        if not (is_orphaned or self.killed):
-            self.restart = _find_restart(self.optimised, problem)
-            self.rejects_optimised = self.restart is not None and not _was_killed(problem)
-        if self.restart is not None:
+        if self.failure is not None:
             return
         if worker is not None and isinstance(problem, WorkerDied):
             self.failure = _describe_death(worker, problem, self.stage)
@@ -434,7 +413,7 @@ class RunningLoad:
         """
         self.file_bytes = sum(file.bytes for file in files)
         if self.estimate.files != file_sizes(files):
-            self.restart = OTHER_FILES
+            self.has_other_files = True
             raise LoadEnded
 
     def limit_memory(self, order: Load) -> Load:
@@ -442,8 +421,7 @@ class RunningLoad:
         allowance, instances = self.allowance(), self.parameters.instances
         if allowance is None or self.budget_bytes is None:
             return order
-        optimised_bytes = self.optimised.bytes if self.optimised is not None else 0
-        mapped = self.file_bytes + optimised_bytes + (order.threads + 1) * thread_bytes()
+        mapped = self.file_bytes + (order.threads + 1) * thread_bytes()
         others = (instances - 1) * (self.estimate.bytes // instances)
         limit = allowance - others + mapped
         return replace(order, load_limit_bytes=limit, ceiling_bytes=self.budget_bytes + mapped)
@@ -480,31 +458,6 @@ class RunningLoad:
             self.expected_exits.add(worker.worker_id)
             self.aborted_requests += worker.in_flight
             self.freed_bytes += worker.memory_bytes if worker.loaded_memory is not None else 0
-
-
-OTHER_FILES = "the model's files are no longer those that its memory was estimated for"
-GONE = "its optimised model is gone"
-
-
-def _find_restart(optimised: OptimisedModel | None, problem: RuntimeProblem) -> str | None:
-    """Return what a problem says against the optimised model; None if a load without it would not help.
-
-    Whether it is a problem of the model, a load without it shows.
-    """
-    if optimised is None:
-        return None
-    match problem:
-        case NoProgress():
-            return str(problem)
-        case WorkerDied():
-            return f"{problem} while it loaded that"
-        case LoadRefused(code=code) if code not in CHANGED:  # it can take more memory than the model itself
-            return str(problem)
-    return None
-
-
-def _was_killed(problem: RuntimeProblem) -> bool:
-    return isinstance(problem, WorkerDied) and problem.end.signal == signal.SIGKILL
 
 
 def _describe_death(worker: Worker, death: WorkerDied, stage: str | None) -> Failure:

@@ -64,16 +64,6 @@ class JobWait:
     waiting_for: str
 
 
-@dataclass(frozen=True, slots=True)
-class PreparationUsage:
-    """A version that is being optimised, which has `reserved_bytes` until its processes have exited."""
-
-    model_id: str
-    version: int
-    reserved_bytes: int
-    stopping: bool
-
-
 def list_usage(live: Iterable[RunningLoad], state: State, now: str) -> list[MemoryUse]:
     there = [load for load in live if not load.run.is_gone]
     found = (_describe_use(load, state, now) for load in there)

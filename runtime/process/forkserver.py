@@ -218,7 +218,7 @@ def _become_worker(parent: int, descriptors: Sequence[int]) -> NoReturn:
     try:
         os.setsid()
         die_with(parent)
-        name_process("no model yet")
+        name_process("starting")
         _arrange(descriptors)
         faulthandler.enable(all_threads=False)  # walking the others, it may itself crash
         gc.enable()

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
-from runtime.errors import Exit, InferenceTimeout, LoadRefused, OptimiseCode, RuntimeProblem, WorkerDied
+from runtime.errors import Exit, InferenceTimeout, LoadRefused, RuntimeProblem, WorkerDied
 from runtime.timeouts import Timeout
 from runtime.wire import (
     FROM_LOADING,
@@ -28,11 +28,7 @@ from runtime.wire import (
     LoadFailure,
     LoadStage,
     MalformedFrame,
-    Optimise,
-    Optimised,
     Outcome,
-    Ping,
-    Pong,
     Probe,
     Probed,
     ProviderNodes,
@@ -51,11 +47,11 @@ SHA256_BYTES = 32
 
 
 class PendingOrder:
-    """A load, optimisation, probe, ping or reading whose report is pending, and the future of its caller."""
+    """A load, probe or reading whose report is pending, and the future of its caller."""
 
     def __init__(
         self,
-        order: Load | Optimise | Probe | Ping | ReadJson,
+        order: Load | Probe | ReadJson,
         answer: asyncio.Future[Any],
         on_stage: Callable[[str], None],
     ) -> None:
@@ -78,17 +74,9 @@ class PendingOrder:
                     raise MalformedFrame(f"stage '{stage}' twice, or out of order")
                 self._on_stage(stage)
                 return False
-            case (
-                (Load(), Loaded())
-                | (Optimise(), Optimised())
-                | (Probe(), Probed())
-                | (Ping(), Pong())
-                | (ReadJson(), JsonRead())
-            ):
+            case (Load(), Loaded()) | (Probe(), Probed()) | (ReadJson(), JsonRead()):
                 self.settle(report)
-            case Load(), LoadFailure(code) if code in get_args(OptimiseCode):
-                raise MalformedFrame(f"'{code}' of a load")
-            case Load() | Optimise(), LoadFailure(code, message):
+            case Load(), LoadFailure(code, message):
                 self.settle(LoadRefused(code, plain_text(message)))
             case _:
                 kinds = type(report).__name__, type(self._order).__name__

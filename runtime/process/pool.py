@@ -1,10 +1,10 @@
-"""The pool of workers: one fork server, replaced when it ends, and one pre-forked worker."""
+"""The pool of workers: one fork server, replaced when it ends."""
 
 import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +25,6 @@ from runtime.timeouts import (
     FORK_SERVER_LIMIT_S,
     FORK_WAITS,
     INFERENCE_GRACE_S,
-    PING_LIMIT_S,
     timeout,
 )
 from runtime.wire import (
@@ -34,7 +33,6 @@ from runtime.wire import (
     JsonRead,
     Load,
     MalformedFrame,
-    Ping,
     ProviderLibrary,
     ReadJson,
     TargetDevice,
@@ -48,12 +46,8 @@ RETRY_S = (0.1, 5.0)
 """Back-off between launches of a fork server that does not come up: first pause, doubling to the last."""
 BUFFER_BYTES = 2**20
 """Socket buffer of a channel, as far as the kernel allows: fewer turns for a tensor of some 100 KB."""
-FORK_AHEAD_S = 0.2
-"""Between the start of a load and the next fork ahead: a small model is loaded by then. As long after a
-failure."""
 READING_BYTES = 32 * 2**20
 """For reading the JSON of a request, beside the text and its copies: names, shapes and parameters."""
-_UNTAKEN = "pre-forked"
 
 
 async def complete(work: Coroutine[Any, Any, T]) -> T:
@@ -126,7 +120,6 @@ class WorkerPool:
         self._keeper: asyncio.Task[None] | None = None
         self._workers: set[Worker] = set()
         self._sampler = MemorySampler()
-        self._preforked = PreforkedWorker(self.fork)
         self._closed = False
 
     @property
@@ -175,11 +168,6 @@ class WorkerPool:
         self.devices = replace(installed, found=found, problems=tuple(dict.fromkeys(problems)))
         self.applied.check()
 
-    def prefork(self) -> None:
-        """Fork a worker ahead of the next `start`, unless there is one."""
-        if self.healthy and not self._closed:
-            self._preforked.fork_ahead()
-
     def threads_of(self, parameters: LoadParameters) -> int:
         """Return how many threads each worker of a load computes with."""
         return parameters.threads or self.threads
@@ -214,10 +202,6 @@ class WorkerPool:
         )
 
     async def start(self, worker_id: str) -> Worker:
-        """Return the pre-forked worker or a new one, with this id; for errors see `fork`."""
-        return await self._preforked.take(worker_id) or await self.fork(worker_id)
-
-    async def fork(self, worker_id: str) -> Worker:
         """Return a new worker with this id.
 
         Raises:
@@ -243,9 +227,9 @@ class WorkerPool:
         Raises:
             InvalidInput: `invalid_input`, it is malformed, or takes more than `reading_bytes` to read.
             InferenceTimeout: `inference_timeout`.
-            ForkServerUnavailable: as `fork`, or the fork server ended meanwhile.
+            ForkServerUnavailable: as `start`, or the fork server ended meanwhile.
         """
-        worker = await self.fork("JSON")
+        worker = await self.start("JSON")
         order = ReadJson(reading_bytes(len(text)), self.applied.layers)
         try:
             async with timeout(limit_s):
@@ -267,7 +251,6 @@ class WorkerPool:
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.wait({self._keeper})
-        await self._preforked.close()
         workers = list(self._workers)
         for worker in workers:
             worker.kill()
@@ -280,7 +263,7 @@ class WorkerPool:
     async def _probe(
         self, mode: str, outside: Path, provider: ProviderLibrary | None = None
     ) -> AppliedLayers:
-        worker = await self.fork("probe")
+        worker = await self.start("probe")
         try:
             return await probe(worker, mode, outside, provider)
         finally:
@@ -378,77 +361,3 @@ def _socketpair(
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
     our_end.setblocking(False)
     return our_end, their_end
-
-
-class PreforkedWorker:
-    """At most one pre-forked worker: where a load takes it, or it dies, another is forked a moment later."""
-
-    def __init__(self, fork: Callable[[str], Coroutine[Any, Any, Worker]]) -> None:
-        self._fork = fork
-        self._coming: asyncio.Task[Worker] | None = None
-        self._tasks: set[asyncio.Task[Worker]] = set()
-        self._timer: asyncio.TimerHandle | None = None
-
-    def fork_ahead(self) -> None:
-        """Begin to fork one, if there is none; after a failure another is begun."""
-        if self._coming is not None:
-            return
-        if self._timer is not None:  # asked for before its time
-            self._timer.cancel()
-        self._coming = task = start_task(self._fork(_UNTAKEN), "forking ahead")
-        self._tasks.add(task)
-        task.add_done_callback(self._on_forked)
-
-    async def take(self, worker_id: str) -> Worker | None:
-        """Hand over the pre-forked worker with this id; None if there is none, or it does not answer."""
-        task = self._coming
-        if task is None:
-            return None
-        self._renew(task)
-        try:
-            worker = await asyncio.shield(task)
-        except asyncio.CancelledError:
-            task.add_done_callback(_kill)
-            raise
-        except (ForkServerUnavailable, OSError):
-            return None
-        try:
-            async with timeout(PING_LIMIT_S):  # it may have been stopped, or be about to die
-                await worker.execute(Ping())
-        except BaseException as error:
-            worker.kill()
-            if isinstance(error, TimeoutError | WorkerDied):
-                return None
-            raise
-        worker.worker_id = worker_id
-        return worker
-
-    async def close(self) -> None:
-        """Kill the pre-forked worker, or cancel the fork under way and wait until it has ended."""
-        task, self._coming = self._coming, None
-        if self._timer is not None:
-            self._timer.cancel()
-        if task is not None:
-            task.add_done_callback(_kill)
-        for each in self._tasks:
-            each.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-
-    def _on_forked(self, task: asyncio.Task[Worker]) -> None:
-        self._tasks.discard(task)
-        if task.cancelled() or task.exception() is not None:
-            self._renew(task)
-        else:
-            task.result().ended.add_done_callback(lambda _: self._renew(task))
-
-    def _renew(self, task: asyncio.Task[Worker]) -> None:
-        """Fork another worker soon if this is still the one."""
-        if self._coming is task:
-            self._coming = None
-            self._timer = asyncio.get_running_loop().call_later(FORK_AHEAD_S, self.fork_ahead)
-
-
-def _kill(task: asyncio.Task[Worker]) -> None:
-    if not task.cancelled() and task.exception() is None:
-        task.result().kill()

@@ -1,4 +1,4 @@
-"""The server's side of a worker: load, optimise, infer, measure, stop and kill one process."""
+"""The server's side of a worker: load, infer, measure, stop and kill one process."""
 
 import asyncio
 import itertools
@@ -40,9 +40,7 @@ from runtime.wire import (
     Load,
     Loaded,
     MalformedFrame,
-    Optimise,
     Outcome,
-    Ping,
     Probe,
     ReadJson,
     Tensor,
@@ -314,13 +312,13 @@ class Worker:
 
     async def execute(
         self,
-        order: Load | Optimise | Probe | Ping | ReadJson,
+        order: Load | Probe | ReadJson,
         tensors: Sequence[Tensor] = (),
         on_stage: Callable[[str], None] = lambda _: None,
     ) -> Any:
         """Have the worker carry out an order, and return its report; `load` does so, and more, for a load.
 
-        Beside `Ping`, each is a worker's only order. It ends after all but `Load`, and if one fails.
+        It is the worker's only order. The worker ends after all but `Load`, and if that fails.
 
         Args:
             order: what to do.
@@ -328,7 +326,7 @@ class Worker:
             on_stage: called with the stages of a load.
 
         Raises:
-            LoadRefused: of `Load` and `Optimise`, with the code of the reason.
+            LoadRefused: of `Load`, with the code of the reason.
             WorkerDied: `worker_died`.
         """
         if tensors:
@@ -434,13 +432,6 @@ class Worker:
     def kill(self) -> None:
         """Kill the worker at once; it may be stopped or gone already."""
         self._process.send_signal(signal.SIGKILL)
-
-    def suspend(self) -> None:
-        """Stop the process until `resume`: none of its threads computes; it can still be killed."""
-        self._process.send_signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        self._process.send_signal(signal.SIGCONT)
 
     def stderr_tail(self) -> list[str]:
         """Return the worker's last lines on stderr, and why the server killed it: at most 64, 16 KiB."""

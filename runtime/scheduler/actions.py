@@ -174,7 +174,6 @@ class Decision:
     Attributes:
         unestimated: loads whose memory is to be estimated before more is decided on them.
         without_room: pending loads for which there is no room, and none is being released.
-        may_optimise: whether an optimised model may be made meanwhile.
     """
 
     action: Action | None = None
@@ -182,7 +181,6 @@ class Decision:
     waiting_for: Mapping[str, str] = field(default_factory=dict)
     unestimated: tuple[Job, ...] = ()
     without_room: tuple[Job, ...] = ()
-    may_optimise: bool = False
 
 
 def list_conditions(action: Action, state: State) -> tuple[Condition, ...]:

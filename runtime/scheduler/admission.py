@@ -346,11 +346,7 @@ class _PendingLoad:
 
     def _start_or_make_room(self, need: DeviceNeed) -> Action | Waiting:
         """Start a load on a device, where only room can delay it, make room for it, or wait."""
-        view, replaced, missing = self._view, self._serving, self._shortage_now(need)
-        if replaced is not None and self._strategy == "auto" and missing.lacks_bytes:
-            is_released = view.observations.optimising_bytes > 0 and self._shortage_after_exits(need).is_none
-            if is_released:  # to wait for that is better than a gap
-                return Waiting(partial(self._describe_release, need, missing), reserves_room=True)
+        replaced, missing = self._serving, self._shortage_now(need)
         if replaced is None or not self._replaces_in_place(missing):
             replaced = None
         else:

@@ -37,23 +37,20 @@ def estimate_memory(
     version: int,
     parameters: LoadParameters,
     footprints: Iterable[Footprint],
-    optimised: str | None = None,
     *,
     threads: int = 1,
     devices: Sequence[tuple[str, bool]] = (),
 ) -> MemoryEstimate:
     """Estimate the memory of a load before it starts, for each device that it may run on.
 
-    The first load of an optimised model may take as much as one without. With 1 to 16 threads, peaks of four
-    networks were from a fifth lower to a twentieth higher than with one. So a peak with other threads proves
-    nothing, but it is nearer than file sizes: the highest one counts.
+    With 1 to 16 threads, peaks of four networks were from a fifth lower to a twentieth higher than with one.
+    So a peak with other threads proves nothing, but it is nearer than file sizes: the highest one counts.
 
     Args:
         files: those to load.
         version: of the model.
         parameters: of the load.
         footprints: of earlier loads of the model.
-        optimised: the SHA-256 of the optimised model that it will use, if any.
         threads: how many each of its workers computes with.
         devices: the names of those that it may run on, the preferred one first, and whether each has memory
             of its own; none is the CPU.
@@ -62,18 +59,14 @@ def estimate_memory(
 
     def need_on(device: str, *, has_memory: bool) -> DeviceNeed:
         there = [seen for seen in same if (seen.device or CPU) == device]
-        bare = [seen for seen in there if seen.prepared is None]
-        alike = [seen for seen in there if seen.prepared == optimised] or bare
-        known = [seen for seen in alike if seen.threads == threads] or alike
+        known = [seen for seen in there if seen.threads == threads] or there
         return _estimate_need(files, parameters, known, device, has_memory=has_memory)
 
     needs = [need_on(device, has_memory=has_memory) for device, has_memory in devices or [(CPU, False)]]
     names, first = {need.device for need in needs}, needs[0]
     is_proven = any((seen.device or CPU) in names for seen in same)
     on_devices = () if names == {CPU} else tuple(needs)
-    return MemoryEstimate(
-        first.bytes, first.is_guess, is_proven, optimised, file_sizes(files), devices=on_devices
-    )
+    return MemoryEstimate(first.bytes, first.is_guess, is_proven, file_sizes(files), devices=on_devices)
 
 
 def _estimate_need(

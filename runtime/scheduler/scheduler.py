@@ -11,13 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import TypeVar
+
+from msgspec import UnsetType
 
 from events.approvals import is_void
 from events.clock import add_seconds
+from events.commands import Record, RequestLoad, RequestUnload
 from events.jobs import APPROVAL_VOID, POLICY_DIFFERS, TIMEOUT, Job, JobKind, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState
 from events.state import State, has_turn
-from events.types import REPLACEMENTS, ApprovalExpired, Cause
+from events.types import REPLACEMENTS, ApprovalExpired, Cause, NodeSignature
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action, Decision
 from runtime.scheduler.admission import Admission, admit
@@ -44,18 +48,14 @@ minute."""
 FORK_SERVER_POLL_S = 0.5
 """How often to check whether the fork server is back, while a load waits for it."""
 
-OPTIMISING_POLL_S = 10.0
-"""How often to check whether the pressure on the machine has ended, while a model waits to be optimised."""
-
 
 def decide(view: SchedulerView) -> Decision:
     """Return the next action."""
     # First outcomes, and what ends processes: nothing of it needs memory.
-    may_optimise = _may_optimise(view)
     for concern in (_force_unloads, _cancel_jobs, _record_exits, _advance_unloads):
         action = next(concern(view), None)
         if action is not None:
-            return Decision(action, may_optimise=may_optimise)
+            return Decision(action)
     eviction = Eviction(view)
     admission = admit(view, eviction)
     waiting_for = _waiting_for(view, admission)
@@ -65,11 +65,11 @@ def decide(view: SchedulerView) -> Decision:
     action = late or next(_request_reloads(view, reloads), None) or admission.action
     unestimated, without_room = tuple(admission.unestimated), tuple(admission.without_room)
     if action is not None:
-        return Decision(action, unestimated=unestimated, may_optimise=may_optimise)
+        return Decision(action, unestimated=unestimated)
     # No pending job can proceed now: automatic unloads.
     automatic = find_automatic_unload(view, eviction)
     wake_at = _wake_at(view, admission, automatic, [*map(partial(reload_at, view), reloads)])
-    return Decision(automatic.action, wake_at, waiting_for, unestimated, without_room, may_optimise)
+    return Decision(automatic.action, wake_at, waiting_for, unestimated, without_room)
 
 
 def is_load_current(state: State, load_job_id: str, model_id: str) -> bool:
@@ -271,16 +271,6 @@ def reload_at(view: SchedulerView, loaded: LoadedModel) -> str:
     return add_seconds(since, back_off_s(doublings))
 
 
-def _may_optimise(view: SchedulerView) -> bool:
-    """Whether a model may be optimised: this begins when nothing else is to be done, in free memory."""
-    seen, free = view.observations, view.machine.free_bytes
-    if view.ends_optimising or seen.optimising_bytes:
-        return not view.ends_optimising
-    if view.unended or seen.under_pressure or not seen.fork_server_up or seen.optimisable_bytes is None:
-        return False
-    return free is None or seen.optimisable_bytes <= free
-
-
 def _wake_at(
     view: SchedulerView, admission: Admission, automatic: Decision, retries: Sequence[str]
 ) -> str | None:
@@ -289,8 +279,6 @@ def _wake_at(
     times += retries
     if times and not view.observations.fork_server_up:
         times.append(add_seconds(view.now, FORK_SERVER_POLL_S))
-    if view.observations.optimisable_bytes is not None and view.observations.under_pressure:
-        times.append(add_seconds(view.now, OPTIMISING_POLL_S))
     return min(filter(None, [*times, *admission.wake_at, automatic.wake_at]), default=None)
 
 
@@ -302,3 +290,34 @@ def _waiting_for(view: SchedulerView, admission: Admission) -> dict[str, str]:
         elif job.id in view.share.held:
             waiting[job.id] = view.share.held[job.id]
     return waiting
+
+
+SystemCommand = TypeVar("SystemCommand", bound=Record | RequestLoad | RequestUnload)
+
+
+class Placement:
+    """The part of the recorded work that is this server's: all of it; nodes divide it (decision 64)."""
+
+    def share(self, state: State) -> State:
+        """Return the part of the state that this server works on."""
+        return state
+
+    def decide(self, view: SchedulerView) -> Decision:
+        """Return the next action on that part."""
+        return decide(view)
+
+    def complete(self, command: SystemCommand, state: State) -> SystemCommand:  # noqa: ARG002 - for others
+        """Return a command of the consumer with what other servers have to know of it."""
+        return command
+
+    def is_signed(
+        self,
+        statement: bytes,  # noqa: ARG002 - for others
+        signature: NodeSignature | UnsetType,  # noqa: ARG002
+        state: State,  # noqa: ARG002
+    ) -> bool:
+        """Whether a trusted server has signed a statement; nobody else writes to the ledger of one alone."""
+        return True
+
+
+ALONE = Placement()

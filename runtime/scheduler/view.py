@@ -151,7 +151,6 @@ class MemoryEstimate:
         bytes: that all its workers take at most.
         is_guess: whether that rests on file sizes, not on an earlier load.
         is_proven: whether these files loaded before.
-        optimised: the SHA-256 of the optimised model that it is for, if any.
         files: the files that it is for.
         same_as: the load from which the model serves, if the files have the bytes that it loaded.
         devices: those that it may run on, the preferred one first; none is the CPU. Each has its own `bytes`
@@ -161,7 +160,6 @@ class MemoryEstimate:
     bytes: int
     is_guess: bool = False
     is_proven: bool = False
-    optimised: str | None = None
     files: FileSizes = frozenset()
     same_as: str | None = None
     devices: tuple[DeviceNeed, ...] = ()
@@ -184,8 +182,6 @@ class Observations:
         estimating: jobs whose estimate began just now, so that later loads still wait for it.
         pending_demand: models that inferences wait for.
         last_used: when models were last used before the server's start, as far as known.
-        optimisable_bytes: that the next model to be optimised would take; None without one.
-        optimising_bytes: of the model that is being optimised, until its processes have exited.
         clock: which converts recorded times to monotonic ones.
     """
 
@@ -195,8 +191,6 @@ class Observations:
     estimating: Collection[str] = ()
     pending_demand: Collection[str] = ()
     last_used: Mapping[str, str] = field(default_factory=dict)
-    optimisable_bytes: int | None = None
-    optimising_bytes: int = 0
     clock: LedgerClock = field(default_factory=LedgerClock)
 
 
@@ -295,20 +289,13 @@ class LoadRoom:
         """The free part of the budget, negative if workers outgrew it; None without a budget."""
         if self.limits.budget_bytes is None:
             return None
-        used = sum(map(self.bytes_of, self._running.values()))
-        return self.limits.budget_bytes - used - self._optimising_bytes
+        return self.limits.budget_bytes - sum(map(self.bytes_of, self._running.values()))
 
     @cached_property
     def exiting_bytes(self) -> int:
         """Bytes that exiting processes will release."""
         exiting = (self._running[key] for key in self._view.exiting if key in self._running)
-        return sum(map(self.bytes_of, exiting)) + (
-            self._optimising_bytes if self._view.ends_optimising else 0
-        )
-
-    @property
-    def _optimising_bytes(self) -> int:
-        return self._view.observations.optimising_bytes if self.device is None else 0
+        return sum(map(self.bytes_of, exiting))
 
     @cached_property
     def models_with_process(self) -> frozenset[str]:
@@ -495,22 +482,9 @@ class SchedulerView:
         )
 
     @cached_property
-    def ends_optimising(self) -> bool:
-        """Whether no model may be optimised now: its memory is needed, or the machine for waiting loads."""
-        waiting = [job for job in self.unended if job.kind is JobKind.LOAD and job.id not in self.running]
-        if self.observations.under_pressure and waiting:
-            return True
-        estimates = (self.find_estimate(job) for job in waiting)
-        needed_bytes = sum(estimate.bytes for estimate in estimates if estimate is not None)
-        free_bytes = self.machine.free_bytes
-        return free_bytes is not None and needed_bytes > free_bytes
-
-    @cached_property
     def will_free_more(self) -> bool:
         """Whether memory will become free without a decision: a load reserves more than it keeps."""
-        if self.exiting or self.observations.optimising_bytes:
-            return True
-        return any(run.phase is Phase.LOADING for run in self.running.values())
+        return bool(self.exiting) or any(run.phase is Phase.LOADING for run in self.running.values())
 
     @cached_property
     def settled_models(self) -> list[tuple[LoadedModel, LoadView]]:

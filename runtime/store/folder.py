@@ -1,8 +1,8 @@
 """The store's folder: its names, who may write to it, and what is recorded there of versions and their files.
 
 `blobs/<2 hex>/<sha256>` are files, `versions/<digest>` folders of hard links to them, `incoming/<16 hex>`
-what is being taken or removed, `sources/<model>/<version>.json` what was taken from where, `forms/<key>`
-optimised models (`runtime.optimised`). A name that is none of these is left alone.
+what is being taken or removed, `sources/<model>/<version>.json` what was taken from where. A name that is
+none of these is left alone.
 
 Records are JSON files; one that cannot be read, or does not agree with its own name, counts as none. Stored
 files are still the ones that were hashed if they have their recorded identities: only the server writes to
@@ -39,7 +39,7 @@ STORE = "store"
 FILES = "files"
 """The folder of a version's files, beside its manifest."""
 
-_BLOBS, _VERSIONS, _INCOMING, _SOURCES, _FORMS = "blobs", "versions", "incoming", "sources", "forms"
+_BLOBS, _VERSIONS, _INCOMING, _SOURCES = "blobs", "versions", "incoming", "sources"
 _HASH = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _PREFIX = re.compile(r"[0-9a-f]{2}", re.ASCII)
 _RANDOM = re.compile(r"[0-9a-f]{16}", re.ASCII)
@@ -55,7 +55,7 @@ class StoreFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(os.path.realpath(path.parent)) / path.name
-        self._parts = (_BLOBS, _VERSIONS, _INCOMING, _SOURCES, _FORMS)
+        self._parts = (_BLOBS, _VERSIONS, _INCOMING, _SOURCES)
 
     def blob(self, sha256: str) -> Path:
         return self.path / _BLOBS / sha256[:2] / sha256
@@ -65,12 +65,6 @@ class StoreFolder:
 
     def source(self, model_id: str, version: int) -> Path:
         return self.path / _SOURCES / model_id / f"{version}.json"
-
-    def form(self, key: str) -> Path:
-        return self.path / _FORMS / key
-
-    def forms(self) -> list[Path]:
-        return [path for path in self._list(_FORMS) if _HASH.fullmatch(path.name)]
 
     def versions(self) -> list[Path]:
         return [path for path in self._list(_VERSIONS) if _HASH.fullmatch(path.name)]
@@ -92,8 +86,7 @@ class StoreFolder:
 
         Returns:
             Whether only this user could write to what is there. If its group could, which some systems grant
-            on all that is mounted, identities prove nothing; forms, whose names are not the hashes of what
-            they hold, are removed.
+            on all that is mounted, identities prove nothing.
 
         Raises:
             StoreUnavailable: `store_unavailable`, the path is no folder, a link, another user's, writable by
@@ -103,8 +96,6 @@ class StoreFolder:
             own = _make_private(self.path)
             for part in self._parts:
                 own = _make_private(self.path / part) and own
-            for path in () if own else self.forms():
-                remove(path)
         return own
 
     def check(self) -> None:

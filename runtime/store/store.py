@@ -293,7 +293,7 @@ class Store:
                     self._remove_version(digest)
 
     def _make_disk_room(self, size: int) -> None:
-        """Sweep versions, then evict optimised forms, which are only a cache, until the disk has room.
+        """Sweep versions until the disk has room.
 
         Without a limit, versions are swept until a tenth of the disk stays free.
 
@@ -307,11 +307,8 @@ class Store:
                 self._remove_version(digest)
                 if self._has_disk_room(size):
                     return
-            forms = sorted(self._folder.forms(), key=_last_use)
-            while (free_bytes := free_disk_bytes(self.path)) < size:
-                if not forms:
-                    raise DiskFull(size, free_bytes)
-                self._folder.take_out(forms.pop(0))
+            if (free_bytes := free_disk_bytes(self.path)) < size:
+                raise DiskFull(size, free_bytes)
 
     def _has_disk_room(self, size: int) -> bool:
         if free_disk_bytes(self.path) < size:

@@ -16,7 +16,7 @@ import termios
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, assert_never
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -30,15 +30,12 @@ from runtime.wire import (
     FoundDevice,
     Layer,
     Load,
-    Optimise,
-    OptimisedModel,
     Probe,
     Probed,
     ProviderLibrary,
     ReadJson,
 )
 from runtime.worker import landlock, privileges, providers, seccomp
-from runtime.worker.optimising import list_files
 from runtime.worker.seccomp import Grants
 
 MAX_DESCRIPTORS = 256
@@ -73,7 +70,7 @@ def _find_code() -> tuple[str, ...]:
 CODE = _find_code()
 
 
-def confine(order: Load | Optimise | Probe | ReadJson) -> None:
+def confine(order: Load | Probe | ReadJson) -> None:
     """Confine this thread, and those that it starts, to the files of an order, by the layers that it names.
 
     Raises:
@@ -87,9 +84,8 @@ def confine(order: Load | Optimise | Probe | ReadJson) -> None:
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_NOFILE: MAX_DESCRIPTORS,
         resource.RLIMIT_STACK: UNLIMITED_STACK_BYTES if soft == resource.RLIM_INFINITY else soft,
+        resource.RLIMIT_FSIZE: 0,
     }
-    if Grants.WRITES not in grants:  # optimising a model has a limit of its own
-        limits[resource.RLIMIT_FSIZE] = 0
     for kind, limit in limits.items():
         privileges.limit_resource(kind, limit)
     privileges.drop_privileges()
@@ -100,34 +96,23 @@ def confine(order: Load | Optimise | Probe | ReadJson) -> None:
             seccomp.restrict(grants)
 
 
-def _find_libraries(order: Load | Optimise | Probe | ReadJson) -> tuple[ProviderLibrary, ...]:
+def _find_libraries(order: Load | Probe | ReadJson) -> tuple[ProviderLibrary, ...]:
     """Return the libraries of execution providers that an order uses."""
     if isinstance(order, Probe | ReadJson):
         return order.providers if isinstance(order, Probe) else ()
     return () if order.device is None else (order.device.library,)
 
 
-def _find_grants(order: Load | Optimise | Probe | ReadJson) -> Grants:
+def _find_grants(order: Load | Probe | ReadJson) -> Grants:
     """Return the profile of an order. A probe gets what any worker gets, on a device if it has providers."""
-    grants = Grants.WRITES if isinstance(order, Optimise | Probe) else Grants.NOTHING
+    grants = Grants.NOTHING
     for library in _find_libraries(order):
         grants |= Grants.CODE | (Grants.DRIVERS if providers.has_driver(library) else Grants.NOTHING)
     return grants
 
 
-def _find_accesses(order: Load | Optimise | Probe | ReadJson) -> dict[str, int]:
-    match order:
-        case Load(optimised=OptimisedModel(folder=folder)):
-            own = {folder: landlock.READS}
-        case Load(root=root):
-            own = {root: landlock.READS}
-        case Optimise(root=root, target=target):
-            own = {root: landlock.READS, target: landlock.REMOVES}
-            own |= {f"{target}/{name}": landlock.WRITES for name in list_files(order)}
-        case Probe() | ReadJson():
-            own = {}
-        case _:
-            assert_never(order)
+def _find_accesses(order: Load | Probe | ReadJson) -> dict[str, int]:
+    own = {order.root: landlock.READS} if isinstance(order, Load) else {}
     reads = [*SYSTEM_PATHS, *CODE, *(str(Path(each.path).parent) for each in _find_libraries(order))]
     if Grants.DRIVERS in _find_grants(order):
         reads += DRIVER_PATHS

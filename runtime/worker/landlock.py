@@ -14,7 +14,7 @@ CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 """System calls, with the same numbers on all architectures."""
 CREATE_RULESET_VERSION, RULE_PATH_BENEATH = 1, 1
 
-EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_FILE = (1 << bit for bit in (0, 1, 2, 3, 5))
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = (1 << bit for bit in range(4))
 TRUNCATE, IOCTL_DEV = 1 << 14, 1 << 15
 ACCESS_FS_BITS = {1: 13, 2: 14, 3: 15, 4: 15}
 """How many kinds of access to files an ABI knows; from 5 on 16."""
@@ -23,9 +23,7 @@ NET_FROM, NET_BIND, NET_ALL = 4, 0b01, 0b11
 SCOPE_FROM, SCOPE_ALL = 6, 0b11
 """The ABI that restricts connections to abstract sockets, and signals, to processes of the same domain."""
 READS = READ_FILE | READ_DIR
-WRITES = READS | WRITE_FILE | TRUNCATE
-REMOVES = READS | REMOVE_FILE
-DRIVES = WRITES | IOCTL_DEV
+DRIVES = READS | WRITE_FILE | TRUNCATE | IOCTL_DEV
 """Of a driver's files in /dev, whose calls (ioctl) an ABI from 5 on restricts."""
 OF_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
 """Accesses that can be allowed on a path that is no folder."""
@@ -47,7 +45,7 @@ def restrict(accesses: Mapping[str, int], *, connects: bool = False) -> None:
     The process needs `no_new_privs` first.
 
     Args:
-        accesses: `READS`, `WRITES`, `REMOVES` or `DRIVES` by path; paths that do not exist are left out.
+        accesses: `READS` or `DRIVES` by path; paths that do not exist are left out.
         connects: whether it may still connect by TCP.
 
     Raises:

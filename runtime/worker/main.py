@@ -3,7 +3,7 @@
 Its main thread serves the data channel: reads, runs, answers, with no hand-over between. The first message
 says what to load; the worker confines itself to that, and then starts a second thread, which sleeps on the
 control channel, so that a cancellation reaches a running inference. The worker ends when either
-channel ends, on a malformed frame, after a failed load, and after it has made an optimised model.
+channel ends, on a malformed frame, and after a failed load.
 """
 
 import _thread
@@ -35,10 +35,7 @@ from runtime.wire import (
     M,
     MalformedFrame,
     Message,
-    Optimise,
     PayloadDropped,
-    Ping,
-    Pong,
     Probe,
     ReadJson,
     StageReached,
@@ -50,8 +47,7 @@ from runtime.worker import extensions
 from runtime.worker.batching import Queue
 from runtime.worker.confine import confine, probe
 from runtime.worker.execution import Cancellation, InferenceExecutor, Outbox
-from runtime.worker.loading import clock_for, load, lower_priority
-from runtime.worker.optimising import create_files, optimise
+from runtime.worker.loading import load
 from runtime.worker.sessions import ServingSession, limit_memory, run_smallest_model
 from runtime.worker.sharedtensors import SharedTensors
 from runtime.worker.warmup import SearchLimit
@@ -65,10 +61,6 @@ MAX_WAIT_S = 3600.0
 BUSY_POLL_NS = 400_000
 """A worker whose last request came within this time busy-polls for this time: at one client of a small model
 requests come every 300 µs (measured), and it answers 1.4 times as many. With fewer requests it sleeps."""
-IDLE_MS = 20
-"""A worker without an order for so long is the pre-forked one. It runs the smallest model then, and so
-touches what any session uses. After a fork each first touch of a page is a fault, some 2 us on a virtual
-machine: of 540 in the session of a small model, 250 are left (measured). It takes 1 to 3 ms, and 1 MB."""
 STACK_BYTES = 512 * 2**10
 """Stack of our own threads, which do little. The usual 8 MiB would count against a memory limit."""
 
@@ -107,8 +99,6 @@ class _Worker:
 
     def serve(self) -> None:
         """Answer requests until the channel ends; those read at once are answered at once."""
-        if not self._poll.poll(IDLE_MS):
-            run_smallest_model()
         while self._read():
             if self._queue is not None and self._executor is not None:
                 self._serve_batches(self._queue, self._executor)
@@ -166,12 +156,8 @@ class _Worker:
         match message:
             case Load():
                 self._load(message, tensors)
-            case Optimise():
-                self._optimise(message)
             case ReadJson():
                 self._read_json(message, tensors[0])
-            case Ping():
-                self._send(Pong())
             case Probe():
                 self._send(probe(message))
                 os._exit(0)
@@ -184,17 +170,12 @@ class _Worker:
             raise MemoryError
         self._executor.refuse(message.id)
 
-    def _confine(self, order: Load | Optimise) -> None:
-        """Confine this worker before it has another thread, and before it reads a byte of a model."""
+    def _load(self, order: Load, given: Sequence[Tensor]) -> None:
+        """Confine this worker before it has another thread, or reads a byte of a model; then load."""
         name_process(order.name)
-        if isinstance(order, Optimise) or order.background:
-            lower_priority()  # which it may not do later
         confine(order)
         # Not `threading`: that waits for the thread to start, and so would the load.
         _thread.start_new_thread(_listen, (self._control, self._cancellation, self._outbox, self._limit))
-
-    def _load(self, order: Load, given: Sequence[Tensor]) -> None:
-        self._confine(order)
         try:
             model, report = load(order, given, self._limit, lambda stage: self._send(StageReached(stage)))
         except LoadRefused as refusal:
@@ -203,15 +184,6 @@ class _Worker:
         self._limit.is_needed = False
         self._begin(order, model)
         self._send(report)
-
-    def _optimise(self, order: Optimise) -> NoReturn:
-        try:
-            create_files(order)
-            self._confine(order)
-            self._send(optimise(order))
-        except LoadRefused as refusal:
-            self._send(LoadFailure(refusal.code, plain_text(str(refusal))))
-        os._exit(0)
 
     def _read_json(self, order: ReadJson, text: Tensor) -> NoReturn:
         name_process("JSON of a request")
@@ -224,12 +196,7 @@ class _Worker:
         if order.max_batch_size:
             self._queue = Queue(order.max_batch_size, order.max_queue_delay_us * 1000)
         self._executor = InferenceExecutor(
-            model.runner,
-            self._outbox,
-            self._cancellation,
-            model.dimension,
-            self._shared,
-            clock=clock_for(order),
+            model.runner, self._outbox, self._cancellation, model.dimension, self._shared
         )
 
     def _send(self, message: Message) -> None:

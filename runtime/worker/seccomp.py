@@ -32,13 +32,11 @@ class Grants(Flag):
     """Permissions of a worker beyond serving a model on the CPU.
 
     Attributes:
-        WRITES: write files, which Landlock names: only while it makes an optimised form.
         CODE: map libraries, and make code: a provider of a device is loaded, and may compile the model.
         DRIVERS: what NVIDIA's driver does for a process. It is from what is said about that, and not tried.
     """
 
     NOTHING = 0
-    WRITES = auto()
     CODE = auto()
     DRIVERS = auto()
 
@@ -119,17 +117,6 @@ _CHECKED = {
     "kill": (62, 129),
     "tgkill": (234, 131),
 }
-_WRITING = {
-    "pwrite64": (18, 68),
-    "unlink": (87, None),
-    "unlinkat": (263, 35),
-    "umask": (95, 166),
-    "ftruncate": (77, 46),
-    "fallocate": (285, 47),
-    "fsync": (74, 82),
-    "fdatasync": (75, 83),
-    "dup": (32, 23),
-}
 _DRIVING = {
     "mremap": (25, 216),
     "mincore": (27, 232),
@@ -147,7 +134,7 @@ _DRIVING = {
 }
 _REFUSED = {"clone3": (435, 435)}
 
-NUMBERS: Mapping[str, tuple[int, int | None]] = _PLAIN | _CHECKED | _WRITING | _DRIVING | _REFUSED
+NUMBERS: Mapping[str, tuple[int, int | None]] = _PLAIN | _CHECKED | _DRIVING | _REFUSED
 """Numbers of system calls, by `Machine.column`; None where the architecture has no such call.
 
 Only for drivers: `mremap`, which makes memory of any size of a page of the stack, and no limit but that of
@@ -202,7 +189,7 @@ def build_checks(pid: int, grants: Grants) -> dict[str, tuple[Check, ...]]:
     return {
         "recvfrom": (Check(3, WORD, _SOCKET_FLAGS),),
         "sendto": (Check(3, WORD, _SOCKET_FLAGS), Check(5, WORD, (0,))),  # and to no address
-        "openat": () if drives or Grants.WRITES in grants else (Check(2, _WRITES, (0,)),),
+        "openat": () if drives else (Check(2, _WRITES, (0,)),),
         "mmap": (*no_code, *(() if drives else (Check(3, _MAP_KINDS, _COUNTED),))),
         "mprotect": no_code,
         "clone": (Check(0, _THREAD | _CLONE_NEW, (_THREAD,)),),
@@ -223,8 +210,7 @@ def build_filter(machine: Machine, pid: int, grants: Grants) -> bytes:
         pid: the worker's process id: it may signal only itself.
         grants: what it may do beyond serving a model on the CPU.
     """
-    calls = _PLAIN | (_WRITING if Grants.WRITES in grants else {})
-    calls |= _DRIVING if Grants.DRIVERS in grants else {}
+    calls = _PLAIN | (_DRIVING if Grants.DRIVERS in grants else {})
     checks = build_checks(pid, grants)
     program = [
         _instruction(LOAD_WORD, ARCHITECTURE_OFFSET),
@@ -265,11 +251,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 _MACHINE = MACHINES.get(platform.machine())
 _PID = 0x7FFFFFF7
 """In place of a worker's process id, in the filters that the fork server builds for all workers."""
-_TEMPLATES = (
-    {}
-    if _MACHINE is None
-    else {grants: build_filter(_MACHINE, _PID, grants) for grants in (Grants.NOTHING, Grants.WRITES)}
-)
+_TEMPLATES = {} if _MACHINE is None else {Grants.NOTHING: build_filter(_MACHINE, _PID, Grants.NOTHING)}
 """Of workers on the CPU; those on devices build their own."""
 
 

@@ -142,7 +142,7 @@ def is_out_of_memory(text: str) -> bool:
 
 
 def run_smallest_model() -> None:
-    """Create, run and drop the smallest session: in the fork server, and in the pre-forked worker.
+    """Create, run and drop the smallest session, in the fork server.
 
     With its first session ONNX Runtime registers its operators: 3 ms and 10 MB, which every worker would
     otherwise spend again (measured with 1.31). The process has one thread then, as before, and no
@@ -162,12 +162,6 @@ def session_options(threads: int) -> ort.SessionOptions:
             chosen.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
         else:  # it would spin for milliseconds
             chosen.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return chosen
-
-
-def saved_graph_options(threads: int) -> ort.SessionOptions:
-    chosen = session_options(threads)
-    chosen.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return chosen
 
 

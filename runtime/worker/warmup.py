@@ -58,22 +58,20 @@ class SearchLimit:
     """Ends a search for an example: a run of it is stopped by the thread of the control channel.
 
     Attributes:
-        clock: of the load, in nanoseconds; set when its order is known.
         is_needed: until the model is loaded.
         most_ns: how long the present search may last.
     """
 
     def __init__(self) -> None:
-        self.clock: Callable[[], int] = time.monotonic_ns
         self.is_needed = True
         self.most_ns = self._until_ns = 0
         self._options: ort.RunOptions | None = None
 
     def begin(self, most_ns: int) -> None:
-        self.most_ns, self._until_ns = most_ns, self.clock() + most_ns
+        self.most_ns, self._until_ns = most_ns, time.monotonic_ns() + most_ns
 
     def is_over(self) -> bool:
-        return self.clock() > self._until_ns
+        return time.monotonic_ns() > self._until_ns
 
     @contextmanager
     def applied(self, options: ort.RunOptions) -> Iterator[None]:

@@ -70,12 +70,6 @@ class FileSchema(AnswerSchema):
     sha256 = fields.String()
 
 
-class PreparedSchema(AnswerSchema):
-    """A prepared model made of a version's files."""
-
-    sha256 = fields.String()
-
-
 class CopySchema(AnswerSchema):
     """A copy of a model: its load at one node."""
 
@@ -215,11 +209,6 @@ class ModelSchema(PastSchema):
             "Whether the repository has newer files than those that are loaded; null if nothing is loaded,"
             " and with `at`."
         ),
-    )
-    prepared = fields.Nested(
-        PreparedSchema,
-        allow_none=True,
-        **about("The prepared model that its workers loaded; null if they loaded the files."),
     )
     memory_bytes = fields.Integer(
         allow_none=True,
@@ -452,7 +441,6 @@ def model_view(
         "position": load.position if load else None,
         "files": msgspec.to_builtins(load.files) if load else [],
         "repository_changed": seen.has_changed if seen and load else None,
-        "prepared": msgspec.to_builtins(load.prepared) if load else None,
         "memory_bytes": memory_bytes,
         "memory_at_load_bytes": load.memory_bytes if load else None,
         **({"devices": msgspec.to_builtins(load.devices)} if load and load.devices else {}),

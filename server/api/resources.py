@@ -57,15 +57,6 @@ class WaitSchema(AnswerSchema):
     waiting_for = fields.String()
 
 
-class PreparationSchema(AnswerSchema):
-    """The model that is being prepared in the background."""
-
-    model_id = fields.String()
-    version = fields.Integer()
-    reserved_bytes = fields.Integer(**about("Memory reserved until its processes have exited."))
-    stopping = fields.Boolean(**about("A load needs the memory."))
-
-
 class PressureSchema(AnswerSchema):
     """Percent of the last ten seconds in which a task waited for the resource (PSI)."""
 
@@ -117,7 +108,6 @@ class ResourcesSchema(AnswerSchema):
     threads = fields.Integer(**about("Threads of each worker of a load that does not say otherwise."))
     models = fields.List(fields.Nested(LoadUseSchema))
     waiting = fields.List(fields.Nested(WaitSchema))
-    preparing = fields.Nested(PreparationSchema, allow_none=True)
     pressure = fields.Nested(PressureSchema, allow_none=True, **about("Null without PSI."))
     confinement = fields.Nested(ConfinementSchema)
     devices = fields.List(fields.Nested(DeviceSchema), **about("First the CPU."))
@@ -184,7 +174,6 @@ def _resources(app: web.Application, memory: Mapping[str, DeviceMemory]) -> dict
         "threads": app[POOL].threads,
         "models": consumer.uses(),
         "waiting": consumer.waits(),
-        "preparing": consumer.preparation(),
         "pressure": read_pressure(),
         "confinement": app[POOL].applied.confinement,
         "devices": list_devices(app, memory),

@@ -73,7 +73,7 @@ class ServerPointSchema(PointSchema):
 
     server_bytes = fields.Integer(**about("Memory of the server's own process, without pages of files."))
     used_bytes = fields.Integer(**about("Memory of the workers of loaded models."))
-    reserved_bytes = fields.Integer(**about("Reserved for loads and for preparing."))
+    reserved_bytes = fields.Integer(**about("Reserved for loads."))
     budget_bytes = fields.Integer()
 
 

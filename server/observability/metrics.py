@@ -26,7 +26,7 @@ from prometheus_client.registry import Collector
 
 from events.accept import MAX_QUEUE
 from events.clock import seconds_between
-from events.counters import ENDS, EVICTIONS, NO_FORM, OTHERS, PREPARED, HistogramSnapshot
+from events.counters import ENDS, EVICTIONS, OTHERS, HistogramSnapshot
 from events.history import describe_model
 from events.jobs import JobKind, JobStatus
 from events.models import Model, ModelState
@@ -34,7 +34,6 @@ from events.nodes import NodePhase
 from events.types import TYPES, ApprovalBypassed, Cause
 from runtime.devices import DeviceMemory
 from runtime.memory import read_pressure
-from runtime.optimised.optimiser import OUTCOMES
 from runtime.process.confinement import ALL_ACTS
 from runtime.statistics import TOOK_S
 from server.api.health import ready_checks
@@ -109,7 +108,6 @@ class ServerCollector(Collector):
             self._job_families(),
             self._memory_families(),
             self._ledger_families(),
-            self._preparing_families(),
             self._node_families(),
             _PROCESS.collect(),
         )
@@ -201,9 +199,9 @@ class ServerCollector(Collector):
         )
         yield _gauge(
             "model_info",
-            "1 for each serving model: its version, and whether its workers use a prepared model.",
+            "1 for each serving model: its version.",
             dict.fromkeys(self._infos(), 1),
-            "model version form",
+            "model version",
         )
         yield _gauge(
             "model_copies",
@@ -237,12 +235,11 @@ class ServerCollector(Collector):
             serving[name] = min(serving.get(name, 1.0), float(model_id in self._last_used_ns))
         return serving
 
-    def _infos(self) -> Iterator[tuple[str, str, str]]:
+    def _infos(self) -> Iterator[tuple[str, str]]:
         for model in self._models:
             serving = model.serving if model.id in self._last_used_ns else None
             if serving is not None and self._names.get(model.id, OTHERS) != OTHERS:
-                form = NO_FORM if serving.prepared is None else PREPARED
-                yield model.id, str(serving.version), form
+                yield model.id, str(serving.version)
 
     def _longest_idle_s(self) -> float:
         models, now_ns = self._app[LOG].state.models, time.monotonic_ns()
@@ -306,12 +303,6 @@ class ServerCollector(Collector):
             "stage",
         )
         yield _counter(
-            "loads_by_form_total",
-            "Completed loads, by whether they used a prepared model.",
-            _with_zeros((NO_FORM, PREPARED), tally.forms),
-            "form",
-        )
-        yield _counter(
             "unloads_total", "Unload jobs that ended.", _with_zeros(ends, tally.unloads), "cause outcome"
         )
         yield _histogram(
@@ -338,7 +329,7 @@ class ServerCollector(Collector):
         )
         yield _gauge(
             "memory_reserved_bytes",
-            "Memory of the budget reserved for loads and preparing.",
+            "Memory of the budget reserved for loads.",
             self._budget.reserved_bytes,
         )
         yield _gauge(
@@ -408,35 +399,6 @@ class ServerCollector(Collector):
         yield _gauge("streams", "Open event streams.", len(self._app[STREAMS]))
         yield _gauge(
             "tail_lag_events", "Events that the slowest stream is behind the ledger.", self._tail_lag
-        )
-
-    def _preparing_families(self) -> Iterator[Metric]:
-        optimiser = self._app[CONSUMER].optimiser
-        counts, store = optimiser.counts, optimiser.store
-        if store is not None:
-            number, size_bytes = store.kept
-            yield _gauge("prepared_forms", "Prepared models that are kept.", number)
-            yield _gauge("prepared_bytes", "Disk space of prepared models.", size_bytes)
-            yield _gauge(
-                "prepared_limit_bytes",
-                "Disk space that prepared models may take (--prepared-size).",
-                store.limit_bytes,
-            )
-        is_preparing = float(optimiser.running is not None)
-        yield _gauge("preparing", "1 while a model is being prepared, else 0.", is_preparing)
-        yield _counter(
-            "preparing_forms_total",
-            "Attempts to prepare a model: kept, left_out as useless, or stopped before that was known.",
-            _with_zeros(OUTCOMES, counts.attempts),
-            "outcome",
-        )
-        yield _histogram(
-            "preparing_duration_seconds", "Time of attempts to prepare a model.", counts.took_s.snapshot()
-        )
-        yield _counter(
-            "prepared_dropped_total",
-            "Prepared models dropped because they failed in a load or in service.",
-            counts.rejected,
         )
 
     def _node_families(self) -> Iterator[Metric]:

@@ -100,7 +100,7 @@ class Memory(msgspec.Struct, frozen=True, gc=False):
     Attributes:
         server_bytes: of the server's own process, without pages of files.
         used_bytes: of the workers of loaded models.
-        reserved_bytes: reserved for loads and for preparing.
+        reserved_bytes: reserved for loads.
         budget_bytes: what workers may take together.
     """
 
@@ -251,12 +251,10 @@ def _memory_of(loads: Iterable[RunningLoad]) -> dict[str, int]:
 
 def measure(consumer: Consumer, limit: MemoryLimit) -> Memory:
     runs = [run for load in consumer.loads.values() if not (run := load.run).has_exited]
-    preparation = consumer.preparation()
-    preparing_bytes = preparation.reserved_bytes if preparation is not None else 0
     return Memory(
         memory.resident_bytes(),
         memory.total_bytes(run.memory_bytes for run in runs if run.is_loaded),
-        memory.total_bytes([preparing_bytes, *(run.memory_bytes for run in runs if not run.is_loaded)]),
+        memory.total_bytes(run.memory_bytes for run in runs if not run.is_loaded),
         consumer.policy.budget_bytes or limit.bytes,
     )
 

@@ -173,19 +173,18 @@ function memoryText({ budget_bytes: budget, used_bytes: used, reserved_bytes: re
   return `${here ? `Of ${oneLine(here.id, 130)}: ` : ""}${taken}, of a budget of ${bytes(budget)}${limit}.`;
 }
 
-function partsOf({ models: all, preparing }) {
+function partsOf({ models: all }) {
   const uses = [...all].sort((a, b) => b.memory_bytes - a.memory_bytes || (a.job_id < b.job_id ? -1 : 1));
   const own = uses.slice(0, MOST_PARTS), others = uses.slice(MOST_PARTS), reserving = uses.filter((use) => use.reserved_bytes > 0);
   const named = (use) => `${use.model_id} ${use.version}`;
   const sum = (rest, name) => rest.reduce((total, use) => total + use[name], 0);
   const used = (use) => ({ kind: use.phase, name: named(use), bytes: use.memory_bytes, note: use.phase === "serving" ? "" : use.phase });
-  const reserved = (use, note) => ({ kind: "reserved", name: named(use), bytes: use.reserved_bytes, note });
+  const reserved = (use) => ({ kind: "reserved", name: named(use), bytes: use.reserved_bytes, note: "reserved" });
   const parts = [
     ...own.map(used),
     { kind: "serving", name: count(others.length, "other"), bytes: sum(others, "memory_bytes"), note: "" },
-    ...reserving.slice(0, MOST_PARTS).map((use) => reserved(use, "reserved")),
+    ...reserving.slice(0, MOST_PARTS).map(reserved),
     { kind: "reserved", name: "others", bytes: sum(reserving.slice(MOST_PARTS), "reserved_bytes"), note: "reserved" },
-    ...(preparing ? [reserved(preparing, "to prepare it")] : []),
   ];
   return parts.filter((part) => part.bytes > 0);
 }

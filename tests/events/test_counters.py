@@ -12,10 +12,8 @@ from support.strategies import drafts
 
 from events.counters import (
     MAX_CODES,
-    NO_FORM,
     OTHER_CODE,
     OTHERS,
-    PREPARED,
     STAGES,
     Histogram,
     HistogramSnapshot,
@@ -32,7 +30,6 @@ from events.types import (
     LoadStarted,
     ModelLoaded,
     ModelSettingsChanged,
-    Prepared,
 )
 
 
@@ -71,15 +68,14 @@ def test_ended_job_is_counted_by_cause_and_status() -> None:
     assert tally.events.total() == len(history.facts)
 
 
-def test_load_is_counted_by_form_and_stage() -> None:
+def test_load_is_counted_by_stage() -> None:
     history = History()
     history.load("a")
     durations = Durations(1_000_000, 2, 3, 4, 5, 6, 7, 8)
-    data = ModelLoaded((), ("w",), Prepared("ab"), 1, 1, durations)
+    data = ModelLoaded((), ("w",), 1, 1, durations)
     history.ask_load("b", of="n")
     history.add(data, "b", of="n")
     tally = counted(history)
-    assert tally.forms == {NO_FORM: 1, PREPARED: 1}
     assert {stage: round(tally.stage_s[stage] * 1e6) for stage in STAGES} == {
         "waiting": 1_000_001,
         "copying": 8,
@@ -98,7 +94,6 @@ def test_change_of_settings_is_job_but_no_load() -> None:
     history.add(ModelSettingsChanged("a", 60, pinned=True), "b")
     tally = counted(history)
     assert tally.loads == {("request", "completed"): 2}
-    assert tally.forms == {NO_FORM: 1}
     assert count(tally.load_s["completed"].snapshot()) == 1
 
 
@@ -146,7 +141,7 @@ def count_in_groups(recorded: list[Draft], size: int) -> dict[str, Any]:
         attempt.commit()
         tally.count(events[first : first + size], attempt.changes.jobs.values())
     histograms = {**tally.load_s, **{f"unload {key}": each for key, each in tally.unload_s.items()}}
-    names = ("events", "loads", "unloads", "failures", "forms", "exits", "restarts", "denied")
+    names = ("events", "loads", "unloads", "failures", "exits", "restarts", "denied")
     return {name: getattr(tally, name) for name in names} | {
         name: each.snapshot().counts for name, each in histograms.items()
     }

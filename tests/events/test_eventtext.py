@@ -30,7 +30,6 @@ LOADED = {
     "files": [{"path": "model.onnx", "sha256": "0123456789abcdef"}],
     "durations": {"total_us": 19_400},
     "memory_bytes": 3_210_000,
-    "prepared": {"sha256": "ab"},
 }
 FREED = {"freed_bytes": 54_321_000, "drained_requests": 2, "aborted_requests": 0}
 ISSUED = {"jti": "i1", "subject": "bob", "roles": ["admin", "audit"], "expires_at": "T", "via": None}
@@ -138,8 +137,7 @@ def test_unknown_event_shows_all_members() -> None:
 
 
 def test_log_fields_are_members() -> None:
-    assert log_fields("ModelLoaded", LOADED) == {"memory_bytes": 3_210_000, "prepared": "ab"}
-    assert log_fields("ModelLoaded", LOADED | {"prepared": None})["prepared"] is None
+    assert log_fields("ModelLoaded", LOADED) == {"memory_bytes": 3_210_000}
     assert log_fields("WorkerExited", EXITED) == {"exit_code": 3, "signal": None, "stderr": "last"}
     assert log_fields("Later", {}) == {}
 

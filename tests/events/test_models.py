@@ -49,7 +49,6 @@ from events.types import (
     Draft,
     LoadParameters,
     ModelSettingsChanged,
-    Prepared,
     Unknown,
 )
 
@@ -417,8 +416,8 @@ def test_drained_version_is_remembered_until_new_one_loads(end: str) -> None:
 # Footprints: what a version took.
 
 
-def footprints(history: History) -> list[tuple[int, int, str | None]]:
-    return [(each.version, each.peak_memory_bytes, each.prepared) for each in history.model().footprints]
+def footprints(history: History) -> list[tuple[int, int]]:
+    return [(each.version, each.peak_memory_bytes) for each in history.model().footprints]
 
 
 def test_footprint_is_share_of_one_worker_rounded_up() -> None:
@@ -426,19 +425,16 @@ def test_footprint_is_share_of_one_worker_rounded_up() -> None:
     history.ask_load("L", instances=3)
     history.start_load("L")
     history.add(model_loaded("w1", "w2", "w3"), "L")  # 2,000 bytes together
-    assert footprints(history) == [(1, 667, None)]
+    assert footprints(history) == [(1, 667)]
 
 
-def test_footprint_keeps_highest_peak_per_prepared_model() -> None:
+def test_footprint_keeps_highest_peak_of_the_same_files() -> None:
     history = given("load")
-    made = Prepared("ab" * 32)
-    peaks = [("L4", None, 9_000), ("L5", None, 500), ("L6", made, 300), ("L7", None, 500), ("L8", made, 200)]
-    for load, prepared, peak in peaks:
+    for load, peak in (("L4", 9_000), ("L5", 500)):
         history.ask_load(load)
         history.start_load(load)
-        history.add(replace(model_loaded(f"w-{load}"), prepared=prepared, peak_memory_bytes=peak), load)
-    assert footprints(history) == [(1, 9_000, None), (1, 300, made.sha256)]
-    assert serving(history).prepared == made
+        history.add(replace(model_loaded(f"w-{load}"), peak_memory_bytes=peak), load)
+    assert footprints(history) == [(1, 9_000)]
     history.load("L9", mtime_ns=2)  # other files: the footprints of those before are forgotten
     assert history.model().footprints == (Footprint(1, (file(2),), 2_000),)
 
@@ -498,9 +494,9 @@ def test_load_on_other_devices_needs_other_workers() -> None:
 
 def test_footprints_of_latest_versions_outlive_the_model() -> None:
     history = History()
-    for version in (1, 2, 3, 4, 5, 6, 7, 8, 9, 2, 10):
+    for version in (1, 2, 3, 4, 5, 2, 6):
         history.load(f"V{version}-{history.seconds}", version=version)
-    kept = [4, 5, 6, 7, 8, 9, 2, 10]
+    kept = [4, 5, 2, 6]
     assert len(kept) == MAX_FOOTPRINTS
     assert [each.version for each in history.model().footprints] == kept
     history.restart()

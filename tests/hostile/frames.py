@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from random import Random
-from typing import Any, get_args
+from typing import Any
 
 import msgspec
 from hostile.mutations import EDGES, mutate_bytes
 from support.workers import floats, tensor
 
 from runtime import wire
-from runtime.errors import OptimiseCode
+from runtime.errors import LoadCode
 from runtime.wire import (
     Cancel,
     Infer,
@@ -20,8 +20,8 @@ from runtime.wire import (
     Loaded,
     LoadFailure,
     Message,
-    Optimised,
     Outcome,
+    Probed,
     StageReached,
     Tensor,
     TensorSpec,
@@ -39,7 +39,7 @@ BOMBS = (
     b"\xc1",  # no type
 )
 """Headers that make a careless msgpack decoder allocate or recurse."""
-CODES = (*get_args(OptimiseCode), "invalid_model", "unsafe_file", "warm_up_failed")
+CODES: tuple[LoadCode, ...] = ("invalid_model", "unsafe_file", "warm_up_failed")
 
 
 PLACES = (0, 1, 2**20, 2**25 - 8, 2**25, 2**62)
@@ -140,7 +140,7 @@ def reports(rng: Random) -> list[tuple[str, bytes]]:
     loaded = frame(Loaded((), SPECS, rng.choice((0, 5, 2**63 - 1))))
     right = [frame(StageReached("loading")), frame(StageReached("warming_up")), loaded]
     others = (
-        frame(Optimised()),
+        frame(Probed(0, (), ())),
         frame(LoadFailure(rng.choice(CODES), "x" * rng.choice((0, 4096)))),
         frame(Outcome(0)),
         frame(Cancel(0)),

@@ -35,8 +35,7 @@ from runtime.scheduler.actions import Decision, RequestReload, StartLoad, Unload
 from runtime.scheduler.view import LoadView, MemoryEstimate, Observations, Policy, SchedulerView
 from server.config import LABEL
 
-F, P = frozenset({"f1", "f2"}), frozenset({"f1"})
-"""Two files, and a prepared model of one."""
+F, ONE_FILE = frozenset({"f1", "f2"}), frozenset({"f1"})
 
 
 def node(name: str, *, budget: int = 100, labels: str = "", phase: str = "joined") -> Node:
@@ -77,22 +76,8 @@ CASES = [
     ("least that fits", ONE, [room("a", 9), room("b", 90), room("c", 11)], "pack", "c room"),
     ("most models", ONE, [room("a", None, models=3), room("b", None, models=1)], "pack", "a room"),
     ("files", ONE, [room("a", 90), room("b", 20, digests=F)], "spread", "b files"),
-    ("some files do not count", ONE, [room("a", 90), room("b", 20, digests=P)], "spread", "a room"),
-    (
-        "prepared before files",
-        ONE,
-        [room("a", 90, digests=F), room("b", 20, digests=F, prepared=P)],
-        "spread",
-        "b prepared",
-    ),
-    (
-        "prepared model without files",
-        ONE,
-        [room("a", 90, digests=F), room("b", 95, prepared=P)],
-        "spread",
-        "a files",
-    ),
-    ("room before files", ONE, [room("a", 20), room("b", 5, digests=F, prepared=P)], "spread", "a room"),
+    ("some files do not count", ONE, [room("a", 90), room("b", 20, digests=ONE_FILE)], "spread", "a room"),
+    ("room before files", ONE, [room("a", 20), room("b", 5, digests=F)], "spread", "a room"),
     (
         "a slot before files",
         ONE,
@@ -200,9 +185,9 @@ NAMES = st.sampled_from(["a", "b", "c", "d"])
 DIGESTS = st.frozensets(st.sampled_from(["f1", "f2", "f3"]))
 ROOMS = st.lists(
     st.builds(
-        lambda name, phase, labels, budget, free, slots, models, digests, prepared: NodeRoom(
+        lambda name, phase, labels, budget, free, slots, models, digests: NodeRoom(
             node(name, budget=budget, labels=labels, phase=phase),
-            NodeHints(0, free, slots, digests, prepared),
+            NodeHints(0, free, slots, digests),
             models,
         ),
         NAMES,
@@ -212,7 +197,6 @@ ROOMS = st.lists(
         st.none() | st.integers(-50, 100),
         st.none() | st.integers(-1, 2),
         st.integers(0, 3),
-        DIGESTS,
         DIGESTS,
     ),
     unique_by=lambda room: room.node.id,

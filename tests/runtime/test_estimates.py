@@ -57,11 +57,10 @@ def footprint(
     *files: LoadedFile,
     version: int = 1,
     peak: int = PEAK,
-    optimised: str | None = None,
     threads: int | None = 1,
 ) -> Footprint:
     """Return what these files took the last time."""
-    return Footprint(version, files, peak, optimised, threads)
+    return Footprint(version, files, peak, threads)
 
 
 def need(
@@ -69,13 +68,12 @@ def need(
     files: Sequence[LoadedFile] = BOTH,
     limit: int | None = None,
     instances: int = 1,
-    optimised: str | None = None,
     threads: int = 1,
 ) -> MemoryEstimate:
     parameters = LoadParameters(memory_limit_bytes=limit, instances=instances)
-    found = estimate_memory(files, 1, parameters, footprints, optimised, threads=threads)
-    assert (found.optimised, found.files) == (optimised, file_sizes(files))
-    return replace(found, optimised=None, files=frozenset())
+    found = estimate_memory(files, 1, parameters, footprints, threads=threads)
+    assert found.files == file_sizes(files)
+    return replace(found, files=frozenset())
 
 
 def sizes(model_bytes: int, other_bytes: int, *, proven: bool = False) -> MemoryEstimate:
@@ -89,7 +87,6 @@ def known(peak: int, *, proven: bool = True) -> MemoryEstimate:
 
 
 KNOWN, OTHER_VERSION = footprint(*BOTH), footprint(*BOTH, version=2, peak=5)
-PREPACKED = footprint(*BOTH, peak=20_000, optimised="prepacked")
 OF_TWO, UNKNOWN_THREADS = footprint(*BOTH, peak=7_000, threads=2), footprint(*BOTH, peak=8_000, threads=None)
 TOUCHED, LARGER = seen("model.onnx", 1000, 7), seen("model.onnx", 1001, 1)
 RENAMED, MORE = seen("model2.onnx", 1000, 1), seen("more.bin", 0, 3)
@@ -119,20 +116,11 @@ RENAMED, MORE = seen("model2.onnx", 1000, 1), seen("more.bin", 0, 3)
         (need(instances=3).bytes, 3 * sizes(1000, 5000).bytes),
         (need(KNOWN, instances=3), known(3 * PEAK)),
         (need(limit=2000, instances=3), known(3 * (WORKER_BYTES + 2000), proven=False)),
-        # A prepared model takes what it took, and the first time as much as the files without it.
-        (need(KNOWN, PREPACKED, optimised="prepacked"), known(20_000)),
-        (need(PREPACKED, KNOWN, optimised="prepacked"), known(20_000)),
-        (need(KNOWN, PREPACKED), known(PEAK)),
-        (need(PREPACKED, KNOWN), known(PEAK)),
-        (need(KNOWN, optimised="prepacked"), known(PEAK)),
-        (need(PREPACKED), sizes(1000, 5000, proven=True)),
         # The peak with as many threads counts, else the highest with others.
         (need(KNOWN, OF_TWO), known(PEAK)),
         (need(KNOWN, OF_TWO, threads=2), known(7_000)),
         (need(UNKNOWN_THREADS, OF_TWO, threads=3), known(8_000)),
         (need(UNKNOWN_THREADS), known(8_000)),
-        (need(PREPACKED, OF_TWO, optimised="prepacked", threads=2), known(20_000)),
-        (need(KNOWN, OF_TWO, optimised="prepacked", threads=2), known(7_000)),
     ],
 )
 def test_need_is_the_last_peak_or_an_estimate(found: object, expected: object) -> None:

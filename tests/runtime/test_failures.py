@@ -10,7 +10,6 @@ from runtime.errors import (
     DiskFull,
     ForkServerUnavailable,
     LoadCode,
-    OptimiseCode,
     RepositoryUnreadable,
     StoreUnavailable,
     UnknownModel,
@@ -26,7 +25,7 @@ def test_every_code_of_a_failed_load_has_a_consequence() -> None:
         *(ForkServerUnavailable, UnknownModel, UnknownVersion, WorkerDied, InvalidDefaults),
         *(DiskFull, RepositoryBusy, RepositoryUnreadable, StoreUnavailable, NotEncodable),
     )
-    refusals = set(get_args(LoadCode)) - set(get_args(OptimiseCode))
+    refusals = set(get_args(LoadCode))
     assert {problem.code for problem in problems} | refusals | {"store_full"} <= CONSEQUENCES.keys()
 
 

@@ -42,7 +42,7 @@ VALUES = {
     "memory_budget": "12.5%", "max_loaded": "4", "evict": "idle", "min_residency_s": "0.5",
     "keep_alive_s": "90", "on_demand": "on",
     "max_token_s": "3600",
-    "prepared_size": "1GiB", "confine": "require", "restore": "none",
+    "confine": "require", "restore": "none",
     "ledger_stderr": "off",
     "store_size": "5TB", "max_request_size": "128MiB",
     "repository_writable": "off", "sources": "hf oci://ghcr.io",
@@ -132,7 +132,6 @@ REFUSED = {
     "on_demand": "1",
     "confine": "on", "restore": "off", "ledger_stderr": "none",
     "max_token_s": "0 59 1.5 9999999999",
-    "prepared_size": "0 0GB -1 1.5GB 1gb GB \u0661GB " + "9" * 19,
     "sources": "ftp hf:// https://a/b ghcr.io",
     "store_size": "0 0GB -1 1.5GB 1gb Auto Off", "max_request_size": "0 64mib 3GB 2147483649",
     "streams_per_subject": "0",
@@ -158,7 +157,7 @@ def test_value_at_the_limit_is_taken() -> None:
     for name, values in {
         "memory_budget": ("1", "8589934592", "8GB", "100%", "0.5%"), "max_loaded": (0,),
         "min_residency_s": (0,),
-        "keep_alive_s": (-1, 0, 31536000), "prepared_size": ("1", "999TB"),
+        "keep_alive_s": (-1, 0, 31536000),
         "max_request_size": ("1", "2GiB"),
         "log_inferences": (0, 1), "threads": (0, 1024),
     }.items():  # fmt: skip
@@ -191,7 +190,6 @@ def test_sizes_and_rate_limits_have_units() -> None:
 @pytest.mark.parametrize(
     ("flags", "environment", "words"),
     [
-        ({"prepared_size": "0"}, {}, "like 20GB, or off"),
         ({"store_size": "0"}, {}, "like 20GB, auto, or off"),
         ({}, {"LOADLEDGER_PORT": "tcp://10.0.0.1:8080"}, "enableServiceLinks: false"),
         ({"trusted_proxies": "10.0.0.1/8"}, {}, "that is 10.0.0.0/8"),

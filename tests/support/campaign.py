@@ -182,7 +182,6 @@ class Attack:
         """Return what the server holds, once no job and no process is on its way."""
         await settled(self.server)
         await agreed(self.server)
-        await self.server.forked_ahead()
         own, *others = self.server.children()
         return Traces(len(others), _descriptors(self.server.pid, self.server), _descriptors(own, self.server))
 

@@ -249,7 +249,7 @@ class ClusterNode(World):
         self.live.clear()
         self.estimates.clear()
         self.passed.clear()
-        self.bare.clear()
+        self.outdated.clear()
         self.meanwhile.clear()
         self.fault, self.epoch, self.state = None, None, State()
         self.is_cut = self.is_paused = False

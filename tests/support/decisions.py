@@ -137,8 +137,7 @@ class Scene:
     def play(self, script: str) -> None:
         """Do steps separated by `;`, each a method with arguments and options: `load a 60 busy=true`.
 
-        After `->` stands the next action, `a1 waits for <words>`, `wakes in <seconds>`, or whether a
-        model may be optimised: `optimises` or `does not optimise`.
+        After `->` stands the next action, `a1 waits for <words>`, or `wakes in <seconds>`.
         """
         for part in script.split(";"):
             step, _, expected = part.partition("->")
@@ -153,9 +152,6 @@ class Scene:
         decision = self.decision()
         if expected.startswith("wakes "):
             assert f"wakes in {self.wake_in_s():g}" == expected, part
-            return
-        if "optimise" in expected:
-            assert ("optimises" if decision.may_optimise else "does not optimise") == expected, part
             return
         load, waits, words = expected.partition(" waits for ")
         assert describe_next(decision) == ("nothing" if waits else expected), (part, decision.waiting_for)
@@ -237,10 +233,6 @@ class Scene:
 
     def observe(self, **given: Any) -> None:
         self.observations = replace(self.observations, **given)
-
-    def optimise(self, memory_bytes: int) -> None:
-        """A model is being optimised in so many bytes."""
-        self.observe(optimising_bytes=memory_bytes)
 
     def begin(self, model: str, *, version: int = 1, on: str | None = None, there: int = 0) -> None:
         load = f"{model}{version}"

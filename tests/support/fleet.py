@@ -169,7 +169,7 @@ async def agreed(server: Server) -> dict[str, Json]:
     """Wait until the models, their use of memory and the processes agree; returns the models loaded, by id.
 
     Ends are recorded when processes are gone, but that of a load that failed or was cancelled can be recorded
-    a moment before: so this is waited for, as what is so in the end. What prepares a model has processes too.
+    a moment before: so this is waited for, as what is so in the end.
     """
 
     async def look() -> tuple[dict[str, Json], set[tuple[str, str]], set[tuple[str, str]], bool]:
@@ -179,7 +179,7 @@ async def agreed(server: Server) -> dict[str, Json]:
         recorded = {(model["id"], model["job_id"]) for model in loaded.values()}
         live = {(use["model_id"], use["job_id"]) for use in resources["models"]}
         others = len(server.children()) - 1 - sum(model["instances"] for model in loaded.values())
-        return loaded, recorded, live, others == 0 or (others > 0 and resources["preparing"] is not None)
+        return loaded, recorded, live, others == 0
 
     loaded, *_ = await when(look, lambda seen: seen[1] == seen[2] and seen[3])
     return loaded

@@ -125,7 +125,7 @@ def load_requested(
 
 def model_loaded(*worker_ids: str, mtime_ns: int = 1) -> ModelLoaded:
     durations = Durations(1, 2, 3, 4, None, 5, 15)
-    return ModelLoaded((file(mtime_ns),), worker_ids or ("w",), None, 1_000, 2_000, durations)
+    return ModelLoaded((file(mtime_ns),), worker_ids or ("w",), 1_000, 2_000, durations)
 
 
 class History:

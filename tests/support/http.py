@@ -290,9 +290,9 @@ class LocalApi(Api):
 async def local_server(folder: Path, **settings: Any) -> AsyncIterator[LocalApi]:
     """Serve the application over `repository` and `data` in a folder, and yield a client of it.
 
-    Nothing is prepared in the background, and the CPU is the only device, unless the settings say so.
+    The CPU is the only device, unless the settings say so.
     """
-    defaults = {"prepared_size": "off", "visible_devices": "none"}
+    defaults = {"visible_devices": "none"}
     config = Config(repository=folder / "repository", data=folder / "data", **{**defaults, **settings})
     config.repository.mkdir(exist_ok=True)
     async with application(config) as api:

@@ -74,7 +74,7 @@ async def reachable_node(
             node_name=name,
             node_address=f"http://{proxy.address[0]}:{proxy.address[1]}",
             ledger=ledger,
-            **{"prepared_size": "off", "visible_devices": "none", **settings},
+            **{"visible_devices": "none", **settings},
         )
         config.repository.mkdir(exist_ok=True)
         share_keys(folder, data)

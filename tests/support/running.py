@@ -27,8 +27,6 @@ from events.types import Credential, Data, Event, LoadParameters
 from runtime import memory
 from runtime.consumer.consumer import Consumer
 from runtime.consumer.running import RunningLoad
-from runtime.optimised.store import OptimisedStore
-from runtime.process import pool as pool_module
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import Worker
 from runtime.repository import Repository
@@ -251,13 +249,7 @@ class Engine:
         return self.pool._fork_server.pid
 
     def worker_pids(self) -> list[int]:
-        """List the processes of all workers but the one that is, or is being, forked ahead."""
-        pids = memory.list_descendants(self.fork_server_pid)
-        known = {worker.pid: worker.worker_id for worker in self.pool._workers}
-        coming = self.pool._preforked._coming
-        if coming is not None and not coming.done():
-            pids = [pid for pid in pids if pid in known or memory.has_order(pid)]
-        return [pid for pid in pids if known.get(pid) != pool_module._UNTAKEN]
+        return memory.list_descendants(self.fork_server_pid)
 
     async def loading(self, model_id: str) -> RunningLoad:
         """Wait until a model's worker is amid its load."""
@@ -270,21 +262,26 @@ class Engine:
         return found()[-1]
 
     async def stopped_ahead(self) -> int:
-        """Have a worker forked ahead that stops before it gets its order, and loads once it is continued.
+        """Start the worker that the next load takes; it stops before its order, and loads when continued.
 
         Returns:
             Its process id.
         """
-        self.pool.prefork()
-        assert self.pool._preforked._coming is not None
-        worker = await asyncio.shield(self.pool._preforked._coming)
+        start = self.pool.start
+        worker = await start("ahead")
         load = worker.load
 
         async def stop_and_load(*arguments: Any, **options: Any) -> Any:
-            worker.suspend()
+            os.kill(worker.pid, signal.SIGSTOP)
             return await load(*arguments, **options)
 
+        async def hand_over(worker_id: str) -> Worker:
+            self.pool.start = start  # type: ignore[method-assign]
+            worker.worker_id = worker_id
+            return worker
+
         worker.load = stop_and_load  # type: ignore[method-assign]
+        self.pool.start = hand_over  # type: ignore[method-assign]
         return worker.pid
 
 
@@ -323,7 +320,6 @@ def job_of(receipt: Receipt) -> str:
 
 async def end_workers(pool: WorkerPool) -> None:
     """Kill all workers of a pool and wait until they have exited."""
-    await pool._preforked.close()
     workers = list(pool._workers)
     for worker in workers:
         worker.kill()
@@ -340,7 +336,6 @@ async def running(
     clock: Clock | None = None,
     max_queue: int = 1024,
     policy: Policy | None = None,
-    store: OptimisedStore | None = None,
     pool: WorkerPool | None = None,
     has_store: bool = True,
     store_bytes: int | None = None,
@@ -355,7 +350,6 @@ async def running(
         clock: what it is now.
         max_queue: inferences of one model that may be in flight.
         policy: such as one with a budget.
-        store: of optimised models, open; without one, none are made or used.
         pool: one that tests share; its workers end with this, its fork server does not.
         has_store: whether versions are taken into a store, or loaded from the repository.
         store_bytes: the limit of that store.
@@ -379,7 +373,6 @@ async def running(
             versions,
             policy=policy,
             drain_timeout_s=drain_timeout_s,
-            store=store,
         )
         applying = asyncio.create_task(consumer.run())
         try:

@@ -22,11 +22,11 @@ from events.sqlite.datalock import LEDGER
 from events.sqlite.listing import open_reader
 from events.sqlite.queries import PAGE
 from events.types import Event
-from runtime.memory import has_order, list_descendants, list_workers
+from runtime.memory import list_descendants
 from server.config import Config
 from support.http import Api
 from support.leaks import MARKED
-from support.workers import hold, until, wait_gone
+from support.workers import hold, wait_gone
 
 MODULE = (sys.executable, "-P", "-m", "loadledger")  # -P: the installed package, not the folder we are in
 SCRIPT = (str(Path(sys.executable).with_name("loadledger")),)
@@ -87,27 +87,8 @@ class Server:
         return self.process.pid
 
     def children(self) -> list[int]:
-        """Return the process ids of the fork server and its workers, the fork server first.
-
-        The worker that is forked ahead is none of them.
-        """
-        return list_descendants(self.pid)[:1] + list_workers(self.pid)
-
-    async def forked_ahead(self) -> None:
-        """Wait until the server has a worker for the next load, as it does whenever it is at rest."""
-        await until(lambda: not self._held_processes().isdisjoint(self.without_order()))
-
-    def without_order(self) -> list[int]:
-        """Return the process ids of workers that wait for an order."""
-        return [pid for pid in list_descendants(self.pid)[1:] if not has_order(pid)]
-
-    def _held_processes(self) -> set[int]:
-        """Return the ids of the processes of which the server has a pidfd: it has one once it knows of it."""
-        held = set[int]()
-        for descriptor in Path(f"/proc/{self.pid}/fdinfo").iterdir():
-            with suppress(FileNotFoundError):  # closed meanwhile
-                held.update(map(int, re.findall(r"^Pid:\t(\d+)", descriptor.read_text(), re.MULTILINE)))
-        return held
+        """Return the process ids of the fork server and its workers, the fork server first."""
+        return list_descendants(self.pid)
 
     def warnings(self) -> list[str]:
         """Return the lines on stderr without events, and without what this kernel cannot confine."""
@@ -150,10 +131,8 @@ class Server:
         self._pidfds += hold(list_descendants(self.pid))
 
 
-QUIET = {"LOADLEDGER_PREPARED_SIZE": "off", "LOADLEDGER_LOG_LEVEL": "warning"}
-"""No preparation and no log lines unless a test asks for them."""
-PREPARING = {"LOADLEDGER_PREPARED_SIZE": "20GB"}
-"""The default."""
+QUIET = {"LOADLEDGER_LOG_LEVEL": "warning"}
+"""No log lines unless a test asks for them."""
 
 
 @asynccontextmanager

@@ -261,7 +261,6 @@ def attempts(facts: Facts) -> dict[str, Callable[[], object]]:
         "write own model": partial(_open, f"{own}/model.onnx", os.O_RDWR),
         "truncate own model": partial(_open, f"{own}/model.onnx", os.O_RDWR | os.O_APPEND),
         "create beside own model": partial(_create, own),
-        "one more file of a form": partial(_create, facts["target"]),
         "rename own model": partial(_rename, own),
         "link beside own model": partial(_link, own),
         "mode of own model": partial(os.chmod, f"{own}/model.onnx", 0o600),

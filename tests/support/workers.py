@@ -23,7 +23,7 @@ from runtime.process.forkclient import ForkServer
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import Worker, WorkerMemory
 from runtime.repository import Repository
-from runtime.wire import DATATYPES, Layer, Load, Loaded, Optimise, Outcome, Tensor, WantedOutput
+from runtime.wire import DATATYPES, Layer, Load, Loaded, Outcome, Tensor, WantedOutput
 from runtime.worker.landlock import find_abi
 
 T = TypeVar("T")
@@ -80,7 +80,6 @@ def unhurried() -> Iterator[None]:
         patch.setattr(workers_module, "EXIT_WAIT_S", LIMIT_S)
         patch.setattr(pool_module, "FORK_SERVER_LIMIT_S", LIMIT_S)
         patch.setattr(pool_module, "FORK_LIMIT_S", LIMIT_S)
-        patch.setattr(pool_module, "PING_LIMIT_S", LIMIT_S)
         yield
 
 
@@ -110,14 +109,14 @@ def loaded_memory(worker: Worker) -> WorkerMemory:
 
 async def refusal(
     pool: WorkerPool,
-    order: Load | Optimise,
+    order: Load,
     *given: Tensor,
     on_stage: Callable[[str], None] = lambda _: None,
 ) -> LoadRefused:
     """Give an order that a worker refuses; the worker then ends by itself."""
     worker = await pool.start("w")
     with pytest.raises(LoadRefused) as refused:
-        await (worker.load(order, on_stage, given) if isinstance(order, Load) else worker.execute(order))
+        await worker.load(order, on_stage, given)
     assert await asyncio.shield(worker.ended) == Exit(0, None)
     return refused.value
 
@@ -181,20 +180,6 @@ def computing(pid: int) -> Callable[[], bool]:
     """Tell later whether a process has used more processor time than now."""
     before = _ticks(pid)
     return lambda: _ticks(pid) > before
-
-
-MAX_DESCRIPTOR = 2**20
-
-
-def has_run_smallest_model(pid: int) -> bool:
-    """Tell whether a worker without an order has run the smallest model.
-
-    Until then it sleeps in a poll, whose first argument is an address, and from then on in a receive, whose
-    first argument is a descriptor. The memory that it takes depends on Python and on huge pages.
-    """
-    task = Path(f"/proc/{pid}/task/{pid}")
-    _, *arguments = (task / "syscall").read_text().split()
-    return bool(arguments) and int(arguments[0], 16) < MAX_DESCRIPTOR and _fields(task)[0] == "S"
 
 
 def threads(pid: int) -> int:

@@ -72,8 +72,7 @@ from runtime.scheduler.actions import (
 )
 from runtime.scheduler.actions import Decision as Next
 from runtime.scheduler.admission import find_same_workers
-from runtime.scheduler.placement import ALONE, Placement, SystemCommand
-from runtime.scheduler.scheduler import is_load_current
+from runtime.scheduler.scheduler import ALONE, Placement, SystemCommand, is_load_current
 from runtime.scheduler.view import (
     DeviceNeed,
     LoadView,
@@ -95,8 +94,8 @@ MODEL_BYTES = {
 """Bytes that one instance takes at most, by model and version; those of 120 fit in no budget."""
 
 
-BARE_BYTES = 15
-"""Additional bytes of an instance without an optimised model."""
+CHANGED_BYTES = 15
+"""Additional bytes of an instance of files that changed between the estimate and the copy."""
 
 HOST_BYTES = 5
 """Bytes of the machine's memory of an instance on a device with memory of its own."""
@@ -107,10 +106,10 @@ _ALONE = (Cause.IDLE, Cause.EVICTION, Cause.RESTART)
 """Causes of unloads by the system of models that nobody asked anything of."""
 
 
-def estimate_of(job: Job, *, bare: bool = False) -> int:
+def estimate_of(job: Job, *, changed: bool = False) -> int:
     """Return the memory estimate of a load."""
     version, parameters = job.load_order
-    return (MODEL_BYTES[job.model_id, version] + bare * BARE_BYTES) * parameters.instances
+    return (MODEL_BYTES[job.model_id, version] + changed * CHANGED_BYTES) * parameters.instances
 
 
 def estimate_devices(
@@ -180,8 +179,8 @@ class Process:
     started: bool = False
     loaded: bool = False
     failure: str | None = None
-    is_optimised: bool = False
-    optimised_failed: bool = False
+    is_as_estimated: bool = True
+    has_other_files: bool = False
     hangs_until: str | None = None
     dead: dict[str, WorkerExited] = field(default_factory=dict)
     recorded: set[str] = field(default_factory=set)
@@ -222,7 +221,7 @@ class Process:
     def is_over(self) -> bool:
         """Whether its coroutine knows how the load ends, or was cancelled."""
         return bool(
-            self.loaded or self.failure or self.optimised_failed or self.dead or self.ended or self.killed
+            self.loaded or self.failure or self.has_other_files or self.dead or self.ended or self.killed
         )
 
     def view(self, job: Job | None, load: str, *, demanded: bool = False) -> LoadView:
@@ -265,9 +264,12 @@ class Process:
     def finish(self, outcome: str, keeps_percent: int = 80) -> None:
         """End its load: it is loaded, and keeps so much of what was reserved; refused; or a worker dies.
 
-        One that hangs ends by its limit only, and one whose optimised model failed begins again.
+        One that hangs ends by its limit only, and one that finds other files begins again, once.
         """
         if self.hangs_until is not None or self.is_over:
+            return
+        if outcome == "other files" and self.is_as_estimated and not self.started:
+            self.has_other_files = self.killed = True
             return
         self.started = True
         match outcome:
@@ -277,9 +279,7 @@ class Process:
                 self.keeps_percent = keeps_percent
             case "refused":
                 self.failure, self.killed = "invalid_model", True
-            case "optimised fails" if self.is_optimised:
-                self.optimised_failed = self.killed = True  # its workers end with `World.end_all`
-            case "optimised fails" | "dies":
+            case "other files" | "dies":
                 self.failure, self.killed = "worker_died", True
                 self.die(WorkerExited(None, 9, ()), self.workers[-1])
             case _:
@@ -287,7 +287,7 @@ class Process:
 
 
 def check_fact(
-    event: Event, state: State, before: Sequence[Event], exited: set[str | None], bare: Container[str]
+    event: Event, state: State, before: Sequence[Event], exited: set[str | None], outdated: Container[str]
 ) -> None:
     """Each fact is recorded once, and no request of the system undoes what a client asked for.
 
@@ -296,7 +296,7 @@ def check_fact(
         state: before it.
         before: the events before it.
         exited: the workers whose exits are recorded, to which this one's is added.
-        bare: the loads whose optimised model failed: they start again in the same attempt.
+        outdated: the loads that found other files: they start again in the same attempt.
     """
     job, data = state.unended_job(event.job_id), event.data
     if isinstance(data, OUTCOMES):
@@ -307,8 +307,8 @@ def check_fact(
     elif isinstance(data, LoadStarted):
         assert job is not None
         assert not job.cancelling
-        is_bare_again = job.id in bare and job.status is JobStatus.IN_PROGRESS
-        assert data.attempt == job.attempt + (not is_bare_again)
+        begins_again = job.id in outdated and job.status is JobStatus.IN_PROGRESS
+        assert data.attempt == job.attempt + (not begins_again)
     elif isinstance(data, UnloadStarted):
         assert job is not None
         assert not job.cancelling
@@ -425,8 +425,8 @@ class Ledger:
 
     def _record(self, draft: Draft, now: str) -> None:
         event = record_draft(draft, self.state.position + 1, now)
-        bare = {job_id for world in self.worlds for job_id in world.bare}
-        check_fact(event, self.state, self.events, self._exited, bare)
+        outdated = {job_id for world in self.worlds for job_id in world.outdated}
+        check_fact(event, self.state, self.events, self._exited, outdated)
         self.events.append(event)
         fold_event(event, self.state)
 
@@ -466,13 +466,10 @@ class World:
         self.demanded: set[str] = set()
         self.estimates: dict[str, MemoryEstimate | Failure | None] = {}
         self.passed: dict[str, tuple[tuple[LoadedFile, ...], CheckedLoad]] = {}
-        self.bare: set[str] = set()
+        self.outdated: set[str] = set()
         self.estimates_take_time = False
         self.concludes_late = False
         self.outcomes_wait = False
-        self.optimisable: dict[str, int] = {}
-        self.optimising_bytes = 0
-        self.may_optimise = False
         self.fault: str | None = None
         self.cancelled: set[str] = set()
 
@@ -530,8 +527,6 @@ class World:
                 for load, each in self.estimates.items()
             },
             pending_demand=self.demanded,
-            optimisable_bytes=min(self.optimisable.values(), default=None),
-            optimising_bytes=self.optimising_bytes,
         )
         return self.placement.decide(
             SchedulerView(self.state, self.running(), self.policy, now or self.now, observations)
@@ -566,7 +561,6 @@ class World:
             self.conclude_loads()
         decision = self.decision()
         assert decision == self.decision()
-        self.allow_optimising(decision)
         decided_at = self.state.position
         self._begin_loads(decision.unestimated)
         if self.state.position > decided_at:  # what their files say is recorded: decide anew
@@ -586,15 +580,6 @@ class World:
             if not self.estimates_take_time:
                 self.look_at_files(job)
 
-    def allow_optimising(self, decision: Next) -> None:
-        """Begin to optimise a model, or end that, as the scheduler says."""
-        self.may_optimise = decision.may_optimise
-        if self.may_optimise and self.optimisable and not self.optimising_bytes:
-            self.begin_optimising(min(self.optimisable, key=lambda load: self.optimisable[load]))
-
-    def begin_optimising(self, load: str) -> None:
-        self.optimising_bytes = self.optimisable.pop(load)
-
     def conclude_loads(self) -> bool:
         """Let the coroutines of loads that are over record it, or give the grant back; whether any did."""
         self.concludes_late, concluded = False, False
@@ -604,11 +589,10 @@ class World:
             job = find_started_job(self.own, load)
             if job is None or not may_end(self.state, job):
                 continue
-            if process.optimised_failed and process.failure is None:
-                if not process.left:
-                    del self.live[load], self.estimates[load]
-                    self.bare.add(load)
-                    concluded = True
+            if process.has_other_files and process.failure is None:
+                del self.live[load], self.estimates[load]
+                self.outdated.add(load)
+                concluded = True
             elif process.loaded and not process.dead:
                 concluded = True
                 loaded = draft_fact(job, self.describe_loaded(load, process))
@@ -724,13 +708,13 @@ class World:
         return check_load(given, job)
 
     def estimated(self, job: Job) -> MemoryEstimate | Failure:
-        """Return the estimate of a load; one whose optimised model failed takes more."""
+        """Return the estimate of a load; one that found other files takes more."""
         serving, passed = find_same_workers(self.state, job), self.passed.get(job.id)
         is_same = is_unchanged(job)
         if passed is not None and serving is not None:
             is_same = contents_of(passed[0]) == contents_of(serving.files)
         same_as = serving.load_job_id if serving is not None and is_same else None
-        needed_bytes = estimate_of(job, bare=job.id in self.bare)
+        needed_bytes = estimate_of(job, changed=job.id in self.outdated)
         try:
             needs = estimate_devices(job, self.policy, self.default_devices, needed_bytes)
         except LookupError:
@@ -768,9 +752,9 @@ class World:
             case actions.StartLoad(job, _, device):
                 version, parameters = job.load_order
                 workers = tuple(self.name_worker(job, number) for number in range(parameters.instances))
-                is_optimised, need = job.id not in self.bare, self.find_need(job, device)
+                is_as_estimated, need = job.id not in self.outdated, self.find_need(job, device)
                 self.live[job.id] = Process(
-                    job.model_id, version, workers, need.bytes, is_optimised=is_optimised, device=device
+                    job.model_id, version, workers, need.bytes, is_as_estimated=is_as_estimated, device=device
                 )
             case actions.StartUnload(job, load) if load in self.live and not job.forced:
                 self.live[load].unloading = True
@@ -833,7 +817,7 @@ class World:
                 return [draft_fact(job, data)]
             case actions.StartLoad(job, before):
                 first = [draft_fact(job, before.data)] if before is not None else []
-                return [*first, draft_load_start(job, is_restarted=job.id in self.bare)]
+                return [*first, draft_load_start(job, is_restarted=job.id in self.outdated)]
             case actions.ChangeSettings(job, load):
                 return draft_settings_change(job, load)
             case actions.UnloadForReplacement(job):
@@ -898,7 +882,7 @@ class World:
         return [process for process in self.live.values() if process.left]
 
     def used_bytes(self) -> int:
-        return self.optimising_bytes + sum(process.run.memory_bytes for process in self.live.values())
+        return sum(process.run.memory_bytes for process in self.live.values())
 
     def finish_estimates(self) -> None:
         """What is being found out of pending loads is known."""
@@ -913,10 +897,8 @@ class World:
 
     def end_all(self) -> None:
         """What was killed, or has drained, is gone."""
-        if not self.may_optimise:
-            self.optimising_bytes = 0
         for process in self.alive():
-            if process.killed or process.unloading or process.optimised_failed:
+            if process.killed or process.unloading:
                 process.ended, process.busy = True, False
 
     def lose_fork_server(self) -> None:
@@ -947,9 +929,7 @@ class World:
         self.live.clear()
         self.estimates.clear()
         self.passed.clear()
-        self.bare.clear()
-        self.optimising_bytes = 0
-        self.optimisable.clear()
+        self.outdated.clear()
         self._end_troubles()
         started = ServerStarted(unclean, last_event_at=last_at, last_seen_at=last_at)
         self.submit(Record((Draft(self.log.new_id(), started, SYSTEM),)))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.servers import LIMIT_S, MODULE, clean_environment
-from support.workers import freeze, has_run_smallest_model, until
+from support.workers import freeze, until
 
 from loadledger.cli import demo
 from runtime.memory import PROC, list_descendants, parse_field
@@ -64,17 +64,10 @@ async def test_server_that_does_not_stop_is_killed(repository: Path, tmp_path: P
         context.__exit__(None, None, None)
 
 
-def has_settled(server: demo._Server) -> bool:
-    """Tell whether a worker waits for the next load, and has run the smallest model."""
-    _, *ahead = list_descendants(server.process.pid)
-    return bool(ahead) and has_run_smallest_model(ahead[0])
-
-
 async def test_memory_figure_ignores_other_processes_with_same_libraries(
     repository: Path, tmp_path: Path
 ) -> None:
     with demo._serve(repository, tmp_path / "data") as server:
-        await until(lambda: has_settled(server))
         alone = server.memory_bytes()
         with other_process():
             assert abs(server.memory_bytes() - alone) < MB

@@ -1,6 +1,6 @@
 """kill -9 of the server leaves no process, whatever its processes do; `make soak` does so 500 times.
 
-Models load, are prepared beside a client's inferences, and serve; some of the workers are stopped.
+Models load beside a client's inferences, and serve; some of the workers are stopped.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ import aiohttp
 from support import leaks, models
 from support.fleet import UNLIMITED, new_dice, of_both, tell
 from support.http import ONE, Api
-from support.servers import PREPARING, UNHURRIED, serving
+from support.servers import UNHURRIED, serving
 from support.workers import until
 
 from server.config import Config
@@ -34,7 +34,7 @@ async def infer_until_gone(api: Api) -> None:
 async def live(config: Config, dice: random.Random, *, is_soon: bool) -> int:
     """Start a server, kill it after a load has begun, and wait until it has no process; returns how many."""
     run = uuid4().hex
-    environment = {**PREPARING, leaks.MARK: run}
+    environment = {leaks.MARK: run}
     async with serving(config, *UNLIMITED, command=UNHURRIED, environment=environment) as server:
         await server.api.load("small")
         client = asyncio.create_task(infer_until_gone(server.api))

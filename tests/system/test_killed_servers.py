@@ -25,7 +25,7 @@ from support.fleet import (
     settled,
     tell,
 )
-from support.servers import PREPARING, Server, events, serving, verified
+from support.servers import Server, events, serving, verified
 from support.traffic import KeyedRequest, Traffic
 
 from events.types import CancelRequested, Event, LoadRequested, UnloadRequested
@@ -101,7 +101,7 @@ async def ask_until_gone(traffic: Traffic, dice: random.Random) -> None:
 async def live(lives: Lives, config: Config) -> None:
     """Start a server, check what the last one left, send requests, and kill it."""
     dice = lives.dice
-    async with serving(config, *SETTINGS, environment=PREPARING) as server:
+    async with serving(config, *SETTINGS) as server:
         clients, traffic = list[asyncio.Task[None]](), Traffic(server, lives.fleet)
         if dice.random() < 0.75:  # else it is killed while it recovers
             await lives.check(server, config)
@@ -119,7 +119,7 @@ async def test_server_killed_at_random_keeps_jobs_and_keys(config: Config) -> No
     lives = Lives(Fleet(config.repository, 8), new_dice())
     for _ in range(LIVES):
         await live(lives, config)
-    async with serving(config, *SETTINGS, environment=PREPARING) as server:
+    async with serving(config, *SETTINGS) as server:
         await lives.check(server, config)
         await settled(server)
         for model_id, model in (await agreed(server)).items():

@@ -27,10 +27,9 @@ from support.fleet import (
     settled,
     tell,
 )
-from support.servers import PREPARING, events, serving
+from support.servers import serving
 from support.traffic import Traffic
 
-from events.types import Event, ModelLoaded
 from server.config import Config
 
 BUDGET_BYTES = 80_000_000
@@ -84,8 +83,7 @@ async def check_quiet_server(storm: Traffic, dice: random.Random) -> None:
     loaded = await agreed(storm.server)
     seen = (await storm.server.api.get("/api/v1/resources")).json
     assert seen["waiting"] == []
-    preparing = seen["preparing"]
-    assert seen["reserved_bytes"] == (preparing["reserved_bytes"] if preparing is not None else 0)
+    assert seen["reserved_bytes"] == 0
     assert seen["used_bytes"] <= BUDGET_BYTES * TOLERANCE
     storm.counts["most loaded"] = max(storm.counts["most loaded"], len(loaded))
     for model_id, model in loaded.items():
@@ -105,7 +103,7 @@ async def test_twenty_models_in_memory_for_six_answer_right(config: Config, on_d
         f"--memory-budget={BUDGET_BYTES}", "--threads=1", "--evict=idle", f"--min-residency-s={residency_s}",
         f"--on-demand={on_demand}", "--inference-timeout-s=20", "--drain-timeout-s=5", *UNLIMITED,
     )  # fmt: skip
-    async with serving(config, *settings, environment=PREPARING) as server:
+    async with serving(config, *settings) as server:
         storm = Traffic(server, fleet, hot=HOT)
         for _ in range(ROUNDS):
             await run_round(storm, memory, dice)
@@ -113,13 +111,8 @@ async def test_twenty_models_in_memory_for_six_answer_right(config: Config, on_d
         assert await server.stop() == 0
         assert server.warnings() == []  # only events are logged
     _, ends = await check_ledger(config, storm.sources, FAILURES)
-    prepared = Counter("loads from a prepared model" for event in await events(config) if is_prepared(event))
-    tell(summary(storm, memory, ends | prepared))
+    tell(summary(storm, memory, ends))
     assert storm.counts["infer 200"] > 0
-
-
-def is_prepared(event: Event) -> bool:
-    return isinstance(event.data, ModelLoaded) and event.data.prepared is not None
 
 
 def summary(storm: Traffic, memory: Memory, ends: Counter[str]) -> str:
@@ -147,7 +140,7 @@ async def test_swaps_under_load_fail_no_request(config: Config) -> None:
             assert answer.status == 200, answer
             sources.append(check_inference(model_id, asked, answer))
 
-    async with serving(config, *UNLIMITED, environment=PREPARING) as server:
+    async with serving(config, *UNLIMITED) as server:
         await server.api.load(model_id, version=2)
         async with asyncio.TaskGroup() as group:
             for _ in range(SWAP_CLIENTS):

@@ -17,6 +17,7 @@ from yarl import URL
 QUICK_START = "docs/quick-start.md"
 GUIDES = {
     "docs/how-to/add-a-model-by-name.md": 5,
+    "docs/how-to/add-an-optimised-file.md": 2,
     "docs/how-to/answer-an-auditor.md": 5,
     "docs/how-to/back-up-and-restore.md": 5,
     "docs/how-to/come-from-torchserve.md": 7,
@@ -40,7 +41,6 @@ STANDING = {
     "docs/events.md": ("", 5),
     "docs/memory.md": ("--max-loaded 1 --evict idle --min-residency-s 0 --on-demand on", 5),
     "docs/time-travel.md": ("", 6),
-    "docs/prepared.md": ("--prepared-size 20GB", 2),
     "docs/client.md": ("", 9),
     "docs/devices.md": ("", 6),
     "docs/verify-it-yourself.md": ("", 8),

@@ -170,7 +170,7 @@ def test_restore_to_an_earlier_point_is_noticed(ledger: Database, database: Data
             await log.close()
 
     async def accept() -> None:
-        config = Config(repository=repository, data=data, prepared_size="off", ledger=database.server_url)
+        config = Config(repository=repository, data=data, ledger=database.server_url)
         async with TestClient(TestServer(create_app(config, accepts_rollback=True))):
             pass
 

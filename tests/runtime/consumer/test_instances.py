@@ -110,19 +110,25 @@ async def test_instance_dying_during_the_load_fails_it(engine: Engine, which: st
     await engine.nothing_left()
 
 
-async def test_load_that_ends_while_an_instance_starts_takes_no_more(engine: Engine) -> None:
+async def test_load_that_ends_while_an_instance_starts_takes_no_more(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job_id, load = await start_load(engine, TWO)
-    pid = await engine.stopped_ahead()
-    await freeze(pid)  # it does not answer when it is taken
-    ahead = engine.pool._preforked._coming
+    start, asked, may_start = engine.pool.start, asyncio.Event(), asyncio.Event()
+
+    async def start_late(worker_id: str) -> Worker:
+        asked.set()
+        await may_start.wait()
+        return await start(worker_id)
+
+    monkeypatch.setattr(engine.pool, "start", start_late)
     os.kill(load.workers[0].pid, signal.SIGCONT)
-    await until(lambda: engine.pool._preforked._coming is not ahead)
+    await asked.wait()
     os.kill(load.workers[0].pid, signal.SIGKILL)
     await until(lambda: load.killed)
-    os.kill(pid, signal.SIGCONT)
+    may_start.set()
     assert code_of(await engine.ended(job_id)) == "worker_died"
     assert len(load.workers) == 1
-    await until(lambda: gone(pid))
     await engine.nothing_left()
 
 

@@ -49,9 +49,6 @@ from runtime.wire import (
     FrameRules,
     Load,
     Loaded,
-    LoadFailure,
-    Optimise,
-    Optimised,
     Outcome,
     ProviderLibrary,
     ProviderNodes,
@@ -63,7 +60,6 @@ from runtime.wire import (
 )
 
 ORDER = Load("/", "/", 0, 1)
-PREPARE = Optimise("/", "/", 0, 1, None, "/")
 KILLED = Exit(None, signal.SIGKILL)
 PAUSE_S = 2.0
 """No hold of the loop takes this long on a busy machine either; before there were limits, some had no end."""
@@ -99,20 +95,12 @@ WHILE_LOADING = {
     "a payload": (announced(LOADED, 2**28), bytes(2**16), "+ 268435456 bytes (header + payload), of at most"),
     "a long header": (PREFIX.pack(2**20 + 1, 0), bytes(2**16), "a frame of 1048577 + 0 bytes"),
     "answers": (encoded(Outcome(0)), answered(Y), "Invalid value 'Outcome'"),
-    "failed preparation": (encoded(LoadFailure("disk_full", "full")), LOADING, "'disk_full' of a load"),
-    "prepared": (encoded(Optimised()), LOADING, "Optimised in answer to Load"),
+    "probed": (encoded(wire.Probed(0, (), ())), LOADING, "Probed in answer to Load"),
     "on a device": (encoded(ON_DEVICE), LOADING, "where nodes run is not what was asked for"),
     "no messages": (b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n", "a frame of 1347703880 + "),
     "no msgpack": (PREFIX.pack(1, 0) + b"\xc1", b"\xc1", "MessagePack data is malformed"),
 }
 """Bytes of a worker that has its order, those that it repeats, and the reason why the server kills it."""
-
-WHILE_PREPARING = {
-    "stage": (LOADING, "stage 'loading' twice, or out of order"),
-    "loaded": (encoded(LOADED), "Loaded in answer to Optimise"),
-    "answer": (encoded(Outcome(0)), "Invalid value 'Outcome'"),
-}
-"""Reports of a worker that has to prepare a form, and the reason why the server kills it."""
 
 WHEN_ASKED = {
     "no output of the model": (answered(OTHER), "output 'other', which was not asked for"),
@@ -160,11 +148,6 @@ async def load_fails(worker: Worker) -> None:
         await worker.load(ORDER, lambda _: None)
 
 
-async def preparation_fails(worker: Worker) -> None:
-    with pytest.raises(WorkerDied):
-        await worker.execute(PREPARE)
-
-
 async def request_fails(worker: Worker) -> None:
     """The first request may be answered, the next one is not."""
     await worker.load(ORDER, lambda _: None)
@@ -207,13 +190,9 @@ async def serving_meanwhile(folder: Path) -> AsyncIterator[None]:
 
 
 def test_hostile_words_end_their_worker_only(tmp_path: Path, subtests: pytest.Subtests) -> None:
-    """While it loads or prepares, when it is asked, and when nothing is asked."""
+    """While it loads, when it is asked, and when nothing is asked."""
     cases: dict[str, tuple[list[bytes], bytes, str, Callable[[Worker], Awaitable[None]], str]] = {
         **{f"loading: {k}": ([a], b, "data", load_fails, why) for k, (a, b, why) in WHILE_LOADING.items()},
-        **{
-            f"preparing: {k}": ([said], b"", "data", preparation_fails, why)
-            for k, (said, why) in WHILE_PREPARING.items()
-        },
         **{
             f"asked: {k}": ([SERVES, said], b"", "data", request_fails, why)
             for k, (said, why) in WHEN_ASKED.items()
@@ -403,7 +382,7 @@ def receive(it: Impostor, data: bytes) -> None:
 
 ASK = None
 """In place of words: the server asks the worker for an answer."""
-REPORTS = st.one_of(*(instances(kind) for kind in (StageReached, wire.LoadFailure, wire.Optimised)))
+REPORTS = st.one_of(*(instances(kind) for kind in (StageReached, wire.LoadFailure, wire.Probed)))
 ANSWERS = st.builds(
     lambda number, tensors: answered(*tensors, number=number),
     st.integers(0, 3),

@@ -1,8 +1,7 @@
-"""The pool of workers: cancelled starts, either event loop, and the pre-forked worker."""
+"""The pool of workers: cancelled starts, and either event loop."""
 
 import asyncio
 import os
-import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +16,10 @@ from support.workers import (
     floats,
     fork_server_of,
     freeze,
-    has_run_smallest_model,
     load,
     order_of,
     resume,
     running_pool,
-    threads,
     until,
 )
 
@@ -30,25 +27,6 @@ from runtime.errors import Exit
 from runtime.memory import list_descendants
 from runtime.process import pool as pool_module
 from runtime.process.pool import WorkerPool, complete
-
-
-@pytest.fixture
-def _only_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fork no worker ahead after a start; only when asked to."""
-    monkeypatch.setattr(pool_module, "FORK_AHEAD_S", LIMIT_S)
-
-
-def pids(pool: WorkerPool) -> list[int]:
-    return [worker.pid for worker in pool._workers]
-
-
-async def forked_ahead(pool: WorkerPool) -> int:
-    """Have the pool fork a worker ahead, and return its process id."""
-    before = pids(pool)
-    pool.prefork()
-    await until(lambda: len(pool._workers) > len(before))
-    return next(pid for pid in pids(pool) if pid not in before)
-
 
 # Start
 
@@ -110,65 +88,14 @@ async def test_many_workers_start_at_once(pool: WorkerPool) -> None:
     assert set(await asyncio.gather(*(worker.stop(LIMIT_S) for worker in workers))) == {Exit(0, None)}
 
 
-# Pre-forked worker
-
-
-@pytest.mark.usefixtures("_only_asked")
-async def test_start_takes_the_only_pre_forked_worker(serve: Serve, pool: WorkerPool) -> None:
-    for _ in range(100):
-        pool.prefork()
-    worker = await pool.start("w")  # waits for it
-    assert pids(pool) == [worker.pid]
-    pid = await forked_ahead(pool)
-    taken = await serve(models.add(), "m")
-    assert (taken.pid, taken.worker_id) == (pid, "m")
-    assert (await pool.start("other")).pid != pid
-
-
-async def test_next_worker_is_forked_soon_after_a_start(
-    pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pool_module, "FORK_AHEAD_S", 0.0)
-    ahead = await forked_ahead(pool)
-    assert [(await pool.start(name)).pid == ahead for name in ("first", "second")] == [True, False]
-    await until(lambda: len(pool._workers) == 3)
-    assert (await pool.start("third")).worker_id == "third"
-
-
-async def test_pre_forked_worker_has_one_thread(pool: WorkerPool) -> None:
-    pid = await forked_ahead(pool)
-    await until(lambda: has_run_smallest_model(pid))
-    assert threads(pid) == 1
-
-
-@pytest.mark.usefixtures("_only_asked")
-@pytest.mark.parametrize("killed", ["worker", "fork server"])
-async def test_pre_forked_worker_that_died_is_not_taken(pool: WorkerPool, killed: str) -> None:
-    pid = await forked_ahead(pool)
-    os.kill(pid if killed == "worker" else fork_server_of(pool).pid, signal.SIGKILL)
-    await until(lambda: not pool._workers)
-    assert (await pool.start("w")).pid != pid
-
-
-@pytest.mark.usefixtures("_only_asked")
-async def test_pre_forked_worker_that_is_stopped_is_replaced(
-    pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pid = await forked_ahead(pool)
-    await freeze(pid)
-    monkeypatch.setattr(pool_module, "PING_LIMIT_S", 0.1)
-    assert (await pool.start("w")).pid != pid
-    await until(lambda: pid not in pids(pool))
-
-
 async def test_stopped_fork_server_with_workers_is_waited_for(
     pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker, first = await pool.fork("serves"), fork_server_of(pool)
+    worker, first = await pool.start("serves"), fork_server_of(pool)
     await freeze(first.pid)
     monkeypatch.setattr(pool_module, "FORK_LIMIT_S", 0.1)
     monkeypatch.setattr(pool_module, "FORK_WAITS", 1000)
-    starting = asyncio.ensure_future(pool.fork("w"))
+    starting = asyncio.ensure_future(pool.start("w"))
     await asyncio.wait([starting], timeout=0.3)  # more than twice the limit without workers
     resume(first.pid)
     assert (await starting).worker_id == "w"
@@ -188,54 +115,6 @@ async def test_processes_say_what_they_serve(serve: Serve, pool: WorkerPool) -> 
     assert short == "a-model-..ame/1"
     assert told[1:] == [b"loadledger", b"a-model-with-a-long-name/1", b"of", b"server", b"%d" % os.getpid()]
     assert shown(fork_server_of(pool).pid)[0] == "fork server"
-
-
-@pytest.mark.parametrize("killed", ["worker", "fork server"])
-async def test_pre_forked_worker_that_died_is_replaced(
-    pool: WorkerPool, monkeypatch: pytest.MonkeyPatch, killed: str
-) -> None:
-    monkeypatch.setattr(pool_module, "FORK_AHEAD_S", 0.0)
-    pid = await forked_ahead(pool)
-    os.kill(pid if killed == "worker" else fork_server_of(pool).pid, signal.SIGKILL)
-    await until(lambda: bool(pids(pool)) and pid not in pids(pool))
-
-
-@pytest.mark.usefixtures("_only_asked")
-async def test_start_cancelled_during_pre_fork_leaves_nothing(pool: WorkerPool) -> None:
-    await freeze(fork_server_of(pool).pid)
-    pool.prefork()
-    start = asyncio.create_task(pool.start("w"))
-    await asyncio.sleep(0)
-    start.cancel()
-    resume(fork_server_of(pool).pid)
-    await asyncio.wait({start})
-    assert start.cancelled()
-    await until(lambda: not pool._preforked._tasks and not pool._workers)
-
-
-@pytest.mark.usefixtures("_only_asked")
-@pytest.mark.parametrize("is_there", [False, True], ids=["coming", "there"])
-async def test_closed_pool_leaves_no_pre_forked_worker(*, is_there: bool) -> None:
-    async with running_pool() as pool:
-        if is_there:
-            await forked_ahead(pool)
-        else:
-            pool.prefork()
-            await asyncio.sleep(0)
-    assert not pool._workers
-    pool.prefork()
-    assert not pool._preforked._tasks
-
-
-@pytest.mark.usefixtures("_only_asked")
-async def test_closed_pool_forks_nothing_later() -> None:
-    timers: list[asyncio.TimerHandle | None] = []
-    async with running_pool() as pool:
-        for name in ("first", "second"):  # asked for before the pool would have by itself
-            await forked_ahead(pool)
-            await pool.start(name)
-            timers.append(pool._preforked._timer)
-    assert [timer is not None and timer.cancelled() for timer in timers] == [True, True]
 
 
 # Work that a cancelled task completes

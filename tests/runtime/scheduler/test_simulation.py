@@ -112,8 +112,7 @@ class WatchedWorld(World):
 
     def taken_bytes(self, device: str | None) -> int:
         """Return what is reserved or taken in all of the machine's memory, or of a device's."""
-        optimising_bytes = self.optimising_bytes if device is None else 0
-        return optimising_bytes + self.bytes_of(self.live.values(), device)
+        return self.bytes_of(self.live.values(), device)
 
     def is_proven(self, job: Job) -> bool:
         """Whether the files of a load loaded before, and made progress the last time."""
@@ -164,13 +163,6 @@ class WatchedWorld(World):
         assert serving is not None
         assert (serving.load_job_id, serving.version) == (load, job.version)
         assert serving.parameters.instances == len(serving.worker_ids) == job.load.instances
-
-    def begin_optimising(self, load: str) -> None:
-        """Nothing is asked for then, and nobody has the memory."""
-        assert not [job for job in self.state.unended() if not job.waits_for_approval]
-        assert not self.under_pressure
-        assert self.taken_bytes(None) + self.optimisable[load] <= self.limits_of(None)[0]
-        super().begin_optimising(load)
 
     def _check_force(self, action: Action) -> None:
         """Nothing else is done to a model before its forced unload has ended, with all its processes."""
@@ -269,8 +261,7 @@ class WatchedWorld(World):
     def _has_room_for(self, job: Job, needs: Sequence[DeviceNeed], other: Job) -> bool:
         """Whether both fit, on some of their devices, when what is leaving has gone.
 
-        A model that stays takes nobody's place. A model that is being optimised is no reason why not: that
-        ends for a load.
+        A model that stays takes nobody's place.
         """
         leaving = [process for process in self.alive() if process.killed or process.unloading]
         pairs = ((need, theirs) for need in needs for theirs in self.needs(other))
@@ -444,7 +435,7 @@ class WatchedWorld(World):
 
 
 NAMES = st.sampled_from(["a", "b", "c"])
-OUTCOMES = st.sampled_from(["loaded", "loaded", "loaded", "refused", "dies", "optimised fails"])
+OUTCOMES = st.sampled_from(["loaded", "loaded", "loaded", "refused", "dies", "other files"])
 
 RULES = st.sampled_from(
     [
@@ -685,16 +676,6 @@ class Simulation(RuleBasedStateMachine):
         self.world.estimates_take_time = True
         self.world.work(turns)
 
-    @rule(name=NAMES, need=st.sampled_from([20, 60]), turns=TURNS)
-    def a_model_can_be_optimised(self, name: str, need: int, turns: int) -> None:
-        self.world.optimisable[name] = need
-        self.world.work(turns)
-
-    @rule(turns=TURNS)
-    def a_model_is_optimised(self, turns: int) -> None:
-        self.world.optimising_bytes = 0
-        self.world.work(turns)
-
     @rule(turns=TURNS)
     def ending_processes_end(self, turns: int) -> None:
         self.world.end_all()
@@ -747,21 +728,6 @@ Simulation.TestCase.settings = settings(
     PLAIN, max_examples=of_both(short=60, long=5_000), stateful_step_count=50
 )
 TestSimulation = Simulation.TestCase
-
-
-def test_scheduler_wakes_when_an_earlier_load_begins_to_reserve_room() -> None:
-    simulation = Simulation()
-    parameters = LoadParameters(instances=2)
-    first = RequestLoad("a", 1, CONTENTS, "alice", parameters, asked=frozenset({"instances"}))
-    policy = Policy(1, budget_bytes=100, max_loaded=1, restores=True)
-    simulation.begin(policy=policy, loads=[first])
-    simulation.a_model_can_be_optimised(name="a", need=60, turns=0)
-    simulation.workers_of_a_model_die(count=1, turns=2, which=0)
-    simulation.an_inference_asks_for_a_model(name="b", turns=0, version=1)
-    # It waits for the preparation to end; in 30 s the load of `b` reserves that room.
-    again = RequestLoad("a", 1, CONTENTS, "alice", LoadParameters(strategy="auto"))
-    simulation.somebody_loads_and_all_goes_well(load=again, turns=0)
-    simulation.teardown()
 
 
 class CarelessWorld(WatchedWorld):

@@ -239,29 +239,6 @@ except DiskFull as full:
     assert done.stdout.endswith("[]\n")
 
 
-def test_full_disk_evicts_forms_least_recently_used_first(tmp_path: Path) -> None:
-    """On a file system of 4 MB: two forms of 1 MB, and a version of 2 MB."""
-    script = """
-import subprocess
-from pathlib import Path
-from support.optimised import keep, key, opened
-from support.store import opened_store, take, write_version
-at = Path(sys.argv[1])
-subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", at / "data"], check=True)
-cache = opened(at / "data" / "store")
-for name in "abca":
-    keep(cache, name, 2**20 - 2**14) if name != "c" else keep(cache, name, 10)
-folder = write_version(at, {"model.onnx": bytes(2**21)})
-store = opened_store(at / "data")
-store.discard(take(store, at, folder))
-print([entry.key == key("a") or entry.key == key("c") for entry in cache.entries()])
-"""
-    (tmp_path / "data").mkdir()
-    command = [*in_own_namespace(), *child(script, tmp_path)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert ran.stdout.strip() == "[True, True]", ran.stderr
-
-
 def test_least_recently_used_version_is_swept_for_another(root: Path, tmp_path: Path) -> None:
     store = opened_store(tmp_path, 25)
     one, two, three = (

@@ -22,7 +22,7 @@ from support.workers import LAYERS, answer, floats, fork_server_of, load, order_
 from runtime.errors import LoadRefused, WorkerDied
 from runtime.process.confinement import ALL_ACTS
 from runtime.process.pool import WorkerPool
-from runtime.wire import ForbiddenAct, Layer, Load, Optimise, Probe, ProviderLibrary, TargetDevice
+from runtime.wire import ForbiddenAct, Layer, Load, Probe, ProviderLibrary, TargetDevice
 from runtime.worker import landlock, seccomp
 from runtime.worker.seccomp import Grants
 
@@ -36,20 +36,18 @@ import takeover as _takeover
 
 
 def {name}(order, *_):
-    data = Path(order.folder, MODEL_FILE).read_bytes()
+    data = Path(order.folder, "model.onnx").read_bytes()
     facts = _json.JSONDecoder().raw_decode(data.decode("utf-8", "replace").partition("FACTS ")[2])[0]
-    target = getattr(order, "target", order.folder)
-    succeeded = _takeover.try_all({{**facts, "own": order.folder, "target": target}})
+    succeeded = _takeover.try_all({{**facts, "own": order.folder}})
     raise LoadRefused("invalid_model", "SUCCEEDED " + _json.dumps(succeeded))
 """
 """In place of the function that reads a model's bytes: try everything, and report what succeeded."""
-PATCHED = {"loading": "_create_session", "optimising": "_write"}
 
 
 @asynccontextmanager
 async def taken_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[WorkerPool]:
     """Open a pool whose workers try everything instead of creating a session."""
-    patch_runtime(folder, monkeypatch, {module: PATCH.format(name=name) for module, name in PATCHED.items()})
+    patch_runtime(folder, monkeypatch, {"loading": PATCH.format(name="_create_session")})
     async with running_pool() as pool:
         yield pool
 
@@ -78,11 +76,11 @@ async def prepared_world(pool: WorkerPool, folder: Path, port: int) -> Path:
     return root
 
 
-async def succeeded(pool: WorkerPool, order: Load | Optimise) -> set[str]:
+async def succeeded(pool: WorkerPool, order: Load) -> set[str]:
     """Return which attempts of a taken over worker succeeded."""
     worker = await pool.start("w")
     with pytest.raises((LoadRefused, WorkerDied)) as refused:
-        await (worker.execute(order) if isinstance(order, Optimise) else worker.load(order, lambda _: None))
+        await worker.load(order, lambda _: None)
     assert "SUCCEEDED" in str(refused.value), "\n".join(worker.stderr_tail())
     return set(json.loads(str(refused.value).partition("SUCCEEDED ")[2]))
 
@@ -109,10 +107,6 @@ async def test_taken_over_worker_succeeds_at_nothing(
         order = replace(order, root=order.folder)  # as in the store
         assert await succeeded(pool, replace(order, layers=(), ceiling_bytes=None)) >= ANYWHERE
         assert await succeeded(pool, order) == set()
-        target = tmp_path / "optimised"
-        target.mkdir()
-        optimise = Optimise(order.root, order.folder, order.bytes, 1, 500 * MB, str(target), layers=LAYERS)
-        assert await succeeded(pool, optimise) == set()
 
 
 BEYOND = {
@@ -259,37 +253,36 @@ def run(program: bytes, audit_number: int, number: int, *arguments: int) -> int:
 DENIED = seccomp.ERRNO | errno.EPERM
 PID = 77
 READ, EXEC = 1, 4
-CASES = [  # system call, arguments, result when it reads, when it also writes
-    ("read", (), seccomp.ALLOW, seccomp.ALLOW),
-    ("unlinkat", (), DENIED, seccomp.ALLOW),
-    ("openat", (0, 0, os.O_RDONLY | os.O_CLOEXEC), seccomp.ALLOW, seccomp.ALLOW),
-    ("openat", (0, 0, os.O_WRONLY | os.O_CREAT), DENIED, seccomp.ALLOW),
-    ("mmap", (0, 1, READ, 0x02), seccomp.ALLOW, seccomp.ALLOW),  # a private file
-    ("mmap", (0, 1, READ, 0x20022), seccomp.ALLOW, seccomp.ALLOW),  # a stack of glibc
-    ("mmap", (0, 1, READ | EXEC, 0x02), DENIED, DENIED),
-    ("mmap", (0, 1, READ, 0x21), DENIED, DENIED),  # shared memory
-    ("mmap", (0, 1, READ, 0x122), DENIED, DENIED),  # MAP_GROWSDOWN
-    ("mprotect", (0, 1, EXEC), DENIED, DENIED),
-    ("clone", (0x3D0F00,), seccomp.ALLOW, seccomp.ALLOW),  # glibc's thread
-    ("clone", (0x01200011,), DENIED, DENIED),  # glibc's fork
-    ("clone", (0x3D0F00 | 0x10000000,), DENIED, DENIED),
-    ("clone3", (), seccomp.ERRNO | errno.ENOSYS, seccomp.ERRNO | errno.ENOSYS),
-    ("sendto", (3, 0, 9, 0x40), seccomp.ALLOW, seccomp.ALLOW),  # MSG_DONTWAIT
-    ("sendto", (3, 0, 9, 1), DENIED, DENIED),  # MSG_OOB
-    ("sendto", (3, 0, 9, 0, 77, 16), DENIED, DENIED),  # an address
-    ("recvfrom", (3, 0, 9, 0, 77, 77), seccomp.ALLOW, seccomp.ALLOW),
-    ("recvfrom", (3, 0, 9, 2), DENIED, DENIED),  # MSG_PEEK
-    ("prlimit64", (0, 2), seccomp.ALLOW, seccomp.ALLOW),
-    ("prlimit64", (PID, 2), DENIED, DENIED),
-    ("fcntl", (3, 4), seccomp.ALLOW, seccomp.ALLOW),
-    ("fcntl", (3, 8), DENIED, DENIED),  # F_SETOWN
-    ("ioctl", (0, 0x5401), seccomp.ALLOW, seccomp.ALLOW),
-    ("ioctl", (0, 0x5412), DENIED, DENIED),  # TIOCSTI
-    ("prctl", (15,), seccomp.ALLOW, seccomp.ALLOW),
-    ("prctl", (1, 0), DENIED, DENIED),
-    ("kill", (PID, 9), seccomp.ALLOW, seccomp.ALLOW),
-    ("kill", (1, 0), DENIED, DENIED),
-    ("tgkill", (1, 1, 0), DENIED, DENIED),
+CASES = [  # system call, arguments, result
+    ("read", (), seccomp.ALLOW),
+    ("openat", (0, 0, os.O_RDONLY | os.O_CLOEXEC), seccomp.ALLOW),
+    ("openat", (0, 0, os.O_WRONLY | os.O_CREAT), DENIED),
+    ("mmap", (0, 1, READ, 0x02), seccomp.ALLOW),  # a private file
+    ("mmap", (0, 1, READ, 0x20022), seccomp.ALLOW),  # a stack of glibc
+    ("mmap", (0, 1, READ | EXEC, 0x02), DENIED),
+    ("mmap", (0, 1, READ, 0x21), DENIED),  # shared memory
+    ("mmap", (0, 1, READ, 0x122), DENIED),  # MAP_GROWSDOWN
+    ("mprotect", (0, 1, EXEC), DENIED),
+    ("clone", (0x3D0F00,), seccomp.ALLOW),  # glibc's thread
+    ("clone", (0x01200011,), DENIED),  # glibc's fork
+    ("clone", (0x3D0F00 | 0x10000000,), DENIED),
+    ("clone3", (), seccomp.ERRNO | errno.ENOSYS),
+    ("sendto", (3, 0, 9, 0x40), seccomp.ALLOW),  # MSG_DONTWAIT
+    ("sendto", (3, 0, 9, 1), DENIED),  # MSG_OOB
+    ("sendto", (3, 0, 9, 0, 77, 16), DENIED),  # an address
+    ("recvfrom", (3, 0, 9, 0, 77, 77), seccomp.ALLOW),
+    ("recvfrom", (3, 0, 9, 2), DENIED),  # MSG_PEEK
+    ("prlimit64", (0, 2), seccomp.ALLOW),
+    ("prlimit64", (PID, 2), DENIED),
+    ("fcntl", (3, 4), seccomp.ALLOW),
+    ("fcntl", (3, 8), DENIED),  # F_SETOWN
+    ("ioctl", (0, 0x5401), seccomp.ALLOW),
+    ("ioctl", (0, 0x5412), DENIED),  # TIOCSTI
+    ("prctl", (15,), seccomp.ALLOW),
+    ("prctl", (1, 0), DENIED),
+    ("kill", (PID, 9), seccomp.ALLOW),
+    ("kill", (1, 0), DENIED),
+    ("tgkill", (1, 1, 0), DENIED),
 ]
 
 
@@ -321,13 +314,12 @@ def test_filter_of_a_device_allows_what_it_needs(machine: str) -> None:
 def test_filter_allows_calls_by_number_and_arguments(machine: str) -> None:
     found = seccomp.MACHINES[machine]
     other = next(each for name, each in seccomp.MACHINES.items() if name != machine)
-    for writes, grants in enumerate((Grants.NOTHING, Grants.WRITES)):
-        program = seccomp.build_filter(found, PID, grants)
-        for name, arguments, *expected in CASES:
-            number = seccomp.NUMBERS[name][found.column]
-            assert number is not None
-            assert run(program, found.audit_number, number, *arguments) == expected[writes], name
-            assert run(program, other.audit_number, number, *arguments) == seccomp.KILL_PROCESS
-        known = {numbers[found.column] for numbers in seccomp.NUMBERS.values()}
-        for number in {*range(600), *(0x40000000 | each for each in range(600))} - known:
-            assert run(program, found.audit_number, number) == DENIED, number
+    program = seccomp.build_filter(found, PID, Grants.NOTHING)
+    for name, arguments, expected in CASES:
+        number = seccomp.NUMBERS[name][found.column]
+        assert number is not None
+        assert run(program, found.audit_number, number, *arguments) == expected, name
+        assert run(program, other.audit_number, number, *arguments) == seccomp.KILL_PROCESS
+    known = {numbers[found.column] for numbers in seccomp.NUMBERS.values()}
+    for number in {*range(600), *(0x40000000 | each for each in range(600))} - known:
+        assert run(program, found.audit_number, number) == DENIED, number

@@ -164,7 +164,7 @@ async def test_models_and_jobs_are_listed_in_pages_with_filters(api: LocalApi) -
         "id": "c", "versions": [1, 2, 10], "state": "unloaded", "version": None, "next_version": None,
         "chosen": None,
         "active": False, "loaded_at": None, "loaded_by": None, "job_id": None, "position": None, "files": [],
-        "prepared": None, "memory_bytes": None, "error": None, "instances": None, "threads": None,
+        "memory_bytes": None, "error": None, "instances": None, "threads": None,
         "memory_at_load_bytes": None, "brought_back": None,
         "repository_changed": None, "not_served": None, "policy": None, "signature": None, "approval": None,
     }  # fmt: skip

@@ -261,7 +261,7 @@ def test_format_is_negotiated() -> None:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalApi]:
     """One application whose metrics need no token."""
-    settings = {"metrics": "open", "limit_reads": "1/hour", "prepared_size": "20GB"}
+    settings = {"metrics": "open", "limit_reads": "1/hour"}
     async with local_server(tmp_path_factory.mktemp("shared"), **settings) as api:
         yield api
 

@@ -109,8 +109,6 @@ def test_every_metric_is_on_the_dashboard_or_in_an_alert() -> None:
         "loadledger_model_info",
         "loadledger_model_workers",
         "loadledger_node_info",
-        "loadledger_prepared_forms",
-        "loadledger_preparing",
     }
     assert {family.name for family in FAMILIES} - used == unused
 
