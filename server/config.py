@@ -221,31 +221,13 @@ def parse_device_memory(text: str) -> Mapping[str, str]:
     Raises:
         ValueError: it is not of the form.
     """
-    found = _parse_by_device(text, "cuda:0=20GB,cuda:1=50%")
-    for budget in found.values():
-        parse_budget(budget, limit_bytes=1)
-    return found
-
-
-def parse_device_max_loaded(text: str) -> Mapping[str, int]:
-    """Return the most models by device of a list like `cuda:0=4`.
-
-    Raises:
-        ValueError: it is not of the form.
-    """
-    found = _parse_by_device(text, "cuda:0=4")
-    if not all(re.fullmatch(r"[1-9]\d{0,5}", each, re.ASCII) for each in found.values()):
-        raise ValueError("Must be a list like cuda:0=4: a device, and how many models.")
-    return {device: int(each) for device, each in found.items()}
-
-
-def _parse_by_device(text: str, example: str) -> Mapping[str, str]:
     found = dict[str, str]()
     for each in text.split(","):
-        device, _, value = each.partition("=")
+        device, _, budget = each.partition("=")
         if not DEVICE.fullmatch(device) or device == CPU or ANY in device or device in found:
-            raise ValueError(f"Must be a list like {example}, with each device once, and without cpu.")
-        found[device] = value
+            raise ValueError("Must be like cuda:0=20GB,cuda:1=50%, with each device once, and without cpu.")
+        parse_budget(budget, limit_bytes=1)
+        found[device] = budget
     return found
 
 
@@ -366,11 +348,6 @@ class Config:
         "Memory for all workers on a device, like cuda:0=20GB,cuda:1=50%: of its own memory, or of what its"
         " workers take of the machine's. If unset, 90% of a device's own memory.",
         _validator_of(parse_device_memory),
-    )
-    device_max_loaded: str | None = setting(
-        None,
-        "Models that may be loaded on a device at the same time, like cuda:0=4; if unset, no limit.",
-        _validator_of(parse_device_max_loaded),
     )
     evict: str = setting(
         OFF,
@@ -593,10 +570,6 @@ class Config:
     @property
     def device_budgets(self) -> Mapping[str, str]:
         return {} if self.device_memory is None else parse_device_memory(self.device_memory)
-
-    @property
-    def device_counts(self) -> Mapping[str, int]:
-        return {} if self.device_max_loaded is None else parse_device_max_loaded(self.device_max_loaded)
 
     def max_loads(self, cpus: int) -> int:
         return self.loads_at_once or cpus

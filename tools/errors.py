@@ -135,7 +135,7 @@ ADVICE: Mapping[str, str] = {
     "disk_full": "Free as many bytes as the message names on the disk of the data directory.",
     "store_full": "Unload a model, or raise `--store-size`; the message has both figures.",
     "store_unavailable": "The message has the system's reason: check the disk of the data directory.",
-    "device_unavailable": "`loadledger devices` lists those that there are, and why others cannot be used."
+    "device_unavailable": "`loadledger resources` lists those that there are, and why others cannot be used."
     " Name another, or add `cpu` to the list.",
     "fallback_refused": "The message names the operators. Load it with `fallback` `cpu` to run those on the"
     " CPU, or on another device.",

@@ -101,7 +101,6 @@ class DeviceSchema(AnswerSchema):
     )
     used_bytes = fields.Integer(**about("Likewise."))
     models = fields.Integer(**about("That have a process there."))
-    max_loaded = fields.Integer(allow_none=True)
 
 
 class ResourcesSchema(AnswerSchema):

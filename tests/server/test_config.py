@@ -37,7 +37,7 @@ VALUES = {
     "threads": "2", "drain_timeout_s": "0.5", "inference_timeout_s": "1.5",
 
 
-    "devices": "cuda:*,cpu", "device_memory": "cuda:0=20GB,cuda:1=50%", "device_max_loaded": "cuda:0=4",
+    "devices": "cuda:*,cpu", "device_memory": "cuda:0=20GB,cuda:1=50%",
     "visible_devices": "cuda:1,openvino:*", "confine_devices": "allow",
     "memory_budget": "12.5%", "max_loaded": "4", "evict": "idle", "min_residency_s": "0.5",
     "keep_alive_s": "90", "on_demand": "on",

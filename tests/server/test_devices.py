@@ -54,7 +54,6 @@ def config(**settings: Any) -> Config:
         ({}, DeviceLimits(), DeviceLimits()),
         ({"device_memory": "npu:1=25%"}, DeviceLimits(), DeviceLimits(250)),
         ({"device_memory": "npu:0=2GB,npu:1=7"}, DeviceLimits(2 * 10**9), DeviceLimits(7)),
-        ({"device_max_loaded": "npu:0=4"}, DeviceLimits(max_loaded=4), DeviceLimits()),
         ({"devices": "npu:*,cpu"}, DeviceLimits(), DeviceLimits()),
     ],
 )
@@ -93,13 +92,12 @@ def test_device_with_own_memory_has_most_of_it_as_budget(tmp_path: Path) -> None
     assert printed.splitlines() == ["21600000000 True", "4000000000 True"]
 
 
-@pytest.mark.parametrize("flag", ["device_memory", "device_max_loaded"])
-async def test_limit_of_missing_device_is_refused(flag: str) -> None:
-    setting = config(**{flag: "npu:1=4,rocm:0=4"})
+async def test_limit_of_missing_device_is_refused() -> None:
+    setting = config(device_memory="npu:1=4,rocm:0=4")
     with pytest.raises(ConfigError) as refused:
         await limit_devices(setting, pool_of(DEVICES), MACHINE_BYTES)
     assert str(refused.value) == (
-        f"--{flag.replace('_', '-')}: rocm:0 is not a device of this server, which has npu:0, npu:1;"
+        "--device-memory: rocm:0 is not a device of this server, which has npu:0, npu:1;"
         " rocm: its library cannot be loaded"
     )
     with pytest.raises(ConfigError, match=r"which has only the CPU$"):
@@ -140,13 +138,13 @@ def test_require_withholds_devices(mode: str, could: Any, setting: str, is_withh
 
 
 def test_each_device_is_described_in_a_sentence() -> None:
-    limits = {"npu:0": DeviceLimits(250, 4), "npu:1": DeviceLimits()}
+    limits = {"npu:0": DeviceLimits(250), "npu:1": DeviceLimits()}
     pool = pool_of(DEVICES)
     pool.applied_to_devices = replace(UNCONFINED, confinement=Confinement("auto", 6, True, ()))
     assert list(describe_setup(pool, limits)) == [
         "no device of rocm: its library cannot be loaded",
         "workers of loads on devices are confined by Landlock 6 and seccomp",
-        "device npu:0: Some NPU, provider npu 2.1, budget 250 bytes, at most 4 loaded",
+        "device npu:0: Some NPU, provider npu 2.1, budget 250 bytes",
         "device npu:1: no name, provider npu 2.1, no memory budget",
     ]
 
