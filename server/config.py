@@ -22,8 +22,7 @@ from runtime.fetch.sources import parse_allowed
 from runtime.timeouts import DRAIN_TIMEOUT_S, INFERENCE_GRACE_S, PROGRESS_TIMEOUT_S
 from runtime.uploads.stage import UploadPolicy, Writable
 from runtime.wire import MAX_REQUEST_BYTES
-from server.auth.keys import MAX_EXPIRES_S
-from server.auth.proxies import FORWARDED, X_FORWARDED_FOR, Proxies, parse_networks
+from server.auth.proxies import Proxies, parse_networks
 
 PREFIX = "LOADLEDGER_"
 """Of the settings' environment variables."""
@@ -40,8 +39,6 @@ MAX_AWAY_S = 600.0
 """How long a node serves that is cut from the database: longer than an outage that somebody is working on."""
 AWAY_SHARE = 2 / 3
 """Of the lease: a node that is not to serve then has ended its workers before others load its models."""
-MAX_TOKEN_S = 366 * 86_400
-"""A year: what a stolen token issued ends some day, even if nobody finds it."""
 MANY = 1_000_000
 """Upper limit of counts: catches typing errors, limits nothing real."""
 
@@ -305,11 +302,6 @@ class Config:
         "Labels of this node, which loads may require, like zone=a,gpu=none.",
         _validator_of(parse_labels),
     )
-    placement: str = setting(
-        "spread",
-        "Which nodes loads prefer: spread (the emptiest), or pack.",
-        validate.OneOf(("spread", "pack")),
-    )
     lease_s: float = setting(
         10.0,
         "Seconds without a sign of life after which this node is lost, and its models are loaded elsewhere.",
@@ -421,13 +413,9 @@ class Config:
     confine: str = setting(
         AUTO,
         "Confine workers with Landlock and seccomp: auto (as far as the kernel can), require (or do not"
-        " start), or off.",
-        validate.OneOf((AUTO, "require", OFF)),
-    )
-    confine_devices: str = setting(
-        "refuse",
-        "With --confine=require, loads on devices, whose workers are confined less: refuse, or allow.",
-        validate.OneOf(("refuse", "allow")),
+        " start, and load nothing on devices, whose workers are confined less), require-cpu (the same, but"
+        " load on devices), or off.",
+        validate.OneOf((AUTO, "require", "require-cpu", OFF)),
     )
     ledger_stderr: str = setting(
         ON,
@@ -448,11 +436,6 @@ class Config:
     jwt_roles_claim: str = setting(
         "roles", "Claim that lists the roles; may be a path like realm_access.roles.", _check_printable
     )
-    max_token_s: int = setting(
-        MAX_TOKEN_S,
-        "Longest life in seconds of a token that is issued over the API; on the server's machine, none.",
-        validate.Range(60, MAX_EXPIRES_S),
-    )
 
     tls_cert: Path | None = setting(
         None,
@@ -464,21 +447,13 @@ class Config:
     )
     trusted_proxies: str | None = setting(
         None,
-        "Trusted proxies: addresses or networks, separated by commas. Their header field names the client.",
+        "Trusted proxies, whose X-Forwarded-For names the client: addresses or networks, with commas.",
         _validator_of(parse_networks),
-    )
-    forwarded_header: str = setting(
-        X_FORWARDED_FOR,
-        "Header field of trusted proxies that names the client: x-forwarded-for, or forwarded (RFC 7239).",
-        validate.OneOf((X_FORWARDED_FOR, FORWARDED)),
     )
     idle_timeout_s: float = setting(
         75.0,
         "Seconds that an idle connection is kept open; must be more than a proxy in front keeps it.",
         _POSITIVE_SECONDS,
-    )
-    streams_per_subject: int = setting(
-        20, "Streams of events that one subject may have open.", validate.Range(1, MANY)
     )
 
     limit_management: str = setting(
@@ -489,7 +464,6 @@ class Config:
         "Inferences per subject, or off.",
         _LIMIT,
     )
-    limit_reads: str = setting("6000/minute", "Other requests per subject, or off.", _LIMIT)
 
     log_format: str = setting(
         "text",
@@ -501,9 +475,6 @@ class Config:
         "info",
         "Lowest level of log lines: debug, info, warning, or error.",
         validate.OneOf(("debug", "info", "warning", "error")),
-    )
-    log_inferences: float = setting(
-        0.0, "Share of inferences that are logged, from 0 (none) to 1 (all).", _SHARE
     )
     trace_inferences: float = setting(
         0.01,
@@ -536,6 +507,10 @@ class Config:
     """Of a version that a caller adds; larger ones are put into the repository's folder."""
     limit_auth_failures: str = "30/minute"
     """Refused credentials per peer address."""
+    limit_reads: str = "6000/minute"
+    """Other requests per subject: 100 a second, which no page of the console and few scripts reach."""
+    streams_per_subject: int = 20
+    """Streams of events that one subject may have open: the windows of a person, and some programs."""
 
     def node_id(self) -> str:
         return self.node_name or socket.gethostname()
@@ -599,7 +574,7 @@ class Config:
 
     def proxies(self) -> Proxies:
         trusted = () if self.trusted_proxies is None else parse_networks(self.trusted_proxies)
-        return Proxies(trusted, self.forwarded_header)
+        return Proxies(trusted)
 
 
 @dataclass(frozen=True, slots=True)

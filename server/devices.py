@@ -33,13 +33,13 @@ DEFAULT_BUDGET = "90%"
 """Of a device's own memory: the rest is for fragments of it, and for other processes of the machine."""
 
 
-def withhold_devices(pool: WorkerPool, config: Config) -> None:
+def withhold_devices(pool: WorkerPool) -> None:
     """Leave out devices on hardware that another has, and all if --confine=require demands better workers."""
     _withhold_same_hardware(pool)
     confinement, found = pool.applied_to_devices.confinement, pool.devices.found
-    if confinement.mode != REQUIRE or not confinement.not_prevented or config.confine_devices == "allow":
+    if confinement.mode != REQUIRE or not confinement.not_prevented:
         return
-    how = f"{describe(confinement, ON_DEVICES)}; --confine-devices=allow allows it"
+    how = f"{describe(confinement, ON_DEVICES)}; --confine=require-cpu allows it"
     problems = (f"{name}: --confine=require: {how}" for name in sorted(set(map(provider_of, found))))
     pool.devices = replace(pool.devices, found={}, problems=(*pool.devices.problems, *problems))
 

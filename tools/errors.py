@@ -108,7 +108,7 @@ ADVICE: Mapping[str, str] = {
     " its address.",
     "queue_full": "Wait until some jobs have ended.",
     "too_many_tokens": "Issue fewer tokens, for a shorter time.",
-    "too_many_streams": "Close unused streams, or raise `--streams-per-subject`.",
+    "too_many_streams": "Close unused streams, or let programs use tokens of several subjects.",
     "head_too_large": "Send fewer or shorter header fields.",
     "internal": "This is a bug. The server's log has the reason under the reference in `instance`.",
     "unknown_transfer_coding": "Send `Transfer-Encoding: chunked` or `Content-Length`; compress the content"

@@ -117,23 +117,23 @@ async def test_missing_default_device_is_refused_unless_nodes_may_have_it() -> N
 
 
 @pytest.mark.parametrize(
-    ("mode", "could", "setting", "is_withheld"),
+    ("mode", "could", "is_withheld"),
     [
-        ("require", ("run_code",), "refuse", True),
-        ("require", ("run_code",), "allow", False),
-        ("require", (), "refuse", False),
-        ("auto", ("run_code",), "refuse", False),
+        ("require", ("run_code",), True),
+        ("require-cpu", ("run_code",), False),
+        ("require", (), False),
+        ("auto", ("run_code",), False),
     ],
 )
-def test_require_withholds_devices(mode: str, could: Any, setting: str, is_withheld: bool) -> None:  # noqa: FBT001
+def test_require_withholds_devices(mode: str, could: Any, is_withheld: bool) -> None:  # noqa: FBT001
     pool = pool_of(DEVICES)
     pool.applied_to_devices = replace(UNCONFINED, confinement=Confinement(mode, 6, True, could))
-    withhold_devices(pool, config(confine=mode, confine_devices=setting))
+    withhold_devices(pool)
     assert (pool.devices == DEVICES) is not is_withheld
     if is_withheld:
         assert not pool.devices.found
         assert pool.devices.problems[0] == DEVICES.problems[0]
-        for words in ("npu", "--confine=require", "run code", "--confine-devices=allow"):
+        for words in ("npu", "--confine=require", "run code", "--confine=require-cpu"):
             assert words in pool.devices.problems[1]
 
 
@@ -166,7 +166,7 @@ async def test_driver_that_does_not_answer_is_a_problem(
 def test_second_device_on_the_same_hardware_is_left_out() -> None:
     second = replace_struct(GPUS["cuda:1"], name="nv:1")
     pool = pool_of(Devices({**GPUS, "nv:1": second, **DEVICES.found}))
-    withhold_devices(pool, config())
+    withhold_devices(pool)
     assert [*pool.devices.found] == ["cuda:0", "cuda:1", "npu:0", "npu:1"]
     problem = "nv:1: is the same hardware as cuda:1, which is used"
     assert list(pool.devices.problems) == [problem]

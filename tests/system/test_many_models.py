@@ -27,7 +27,7 @@ from support.fleet import (
     settled,
     tell,
 )
-from support.servers import PREPARING, events, serving
+from support.servers import PREPARING, events, limited, serving
 from support.traffic import Traffic
 
 from events.types import Event, ModelLoaded
@@ -105,7 +105,7 @@ async def test_twenty_models_in_memory_for_six_answer_right(config: Config, on_d
         f"--memory-budget={BUDGET_BYTES}", "--threads=1", "--evict=idle", f"--min-residency-s={residency_s}",
         f"--on-demand={on_demand}", "--inference-timeout-s=20", "--drain-timeout-s=5", *UNLIMITED,
     )  # fmt: skip
-    async with serving(config, *settings, environment=PREPARING) as server:
+    async with serving(config, *settings, command=limited(), environment=PREPARING) as server:
         storm = Traffic(server, fleet, hot=HOT)
         for _ in range(ROUNDS):
             await run_round(storm, memory, dice)

@@ -168,13 +168,13 @@ async def test_require_refuses_devices_unless_they_are_allowed(tmp_path: Path) -
             api.save(models.add(), "m")
             answer = await api.post("/api/v1/models/m/load", json={"devices": ["openvino:*"]})
             assert answer.refusal == (409, "device_unavailable")
-            assert "--confine-devices=allow" in answer.json["detail"]
+            assert "--confine=require-cpu" in answer.json["detail"]
             seen = (await api.get("/api/v1/resources")).json
             assert [each["device"] for each in seen["devices"]] == ["cpu"]
             assert "--confine=require" in seen["device_problems"][0]
             assert (await api.load("m", devices=["openvino:*", "cpu"]))["status"] == "completed"
             assert "devices" not in await api.model("m")
-        async with local_server(tmp_path, confine="require", confine_devices="allow", **visible) as api:
+        async with local_server(tmp_path, confine="require-cpu", **visible) as api:
             assert (await api.load("m", devices=["openvino:*"]))["status"] == "completed"
 
 
