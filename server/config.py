@@ -249,7 +249,6 @@ def _check_printable(text: str) -> None:
 
 _SECONDS = validate.Range(0, MAX_TIMEOUT_S)
 _POSITIVE_SECONDS = validate.Range(0, MAX_TIMEOUT_S, min_inclusive=False)
-_SHARE = validate.Range(0, 1)
 _SWITCH = validate.OneOf((ON, OFF))
 _LIMIT = _validator_of(parse_limit)
 _NODE_NAME = validate.Regexp(
@@ -479,7 +478,7 @@ class Config:
     trace_inferences: float = setting(
         0.01,
         "Share of inferences without a trace of their own that are traced, from 0 to 1.",
-        _SHARE,
+        validate.Range(0, 1),
     )
     metrics: str = setting(
         "token",
