@@ -263,8 +263,7 @@ def _signatures(folder: Path, choice: Choice) -> list[Row]:
 
 
 def _tails(folder: Path, choice: Choice) -> list[Row]:
-    room = ("--limit-reads", "off", "--streams-per-subject", str(choice.tails))
-    with driver.running(folder, *driver.UNLIMITED, *room) as server:
+    with driver.running(folder, *driver.UNLIMITED) as server:
         return streams.measure(server, tails=choice.tails, seconds=choice.tail_seconds)
 
 

@@ -9,7 +9,7 @@ import re
 import resource
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -24,6 +24,8 @@ EVENTS_EACH = 2
 """`LoadRequested`, and `ModelSettingsChanged`."""
 LATE_S = 1.0
 OPEN_AT_ONCE = 50
+STREAMS_EACH = 20
+"""Streams of a subject, as many as it may have open."""
 LIMIT_S = 120.0
 _ID = b"\nid: "
 _LIVE = b"\nevent: live\n"
@@ -93,13 +95,10 @@ class Ear(asyncio.Protocol):
 
 
 class Audience:
-    """Streams of one server, all from the head on, with one token."""
+    """Streams of one server, all from the head on, of as many subjects as it takes."""
 
-    def __init__(self, port: int, token: str) -> None:
-        self._port = port
-        self._request = (
-            f"GET /api/v1/events/stream HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {token}\r\n\r\n"
-        ).encode()
+    def __init__(self, port: int, tokens: Sequence[str]) -> None:
+        self._port, self._tokens = port, tokens
         self._changed = asyncio.Event()
         self._transports: list[asyncio.BaseTransport] = []
         self.heard: list[Heard] = []
@@ -121,11 +120,15 @@ class Audience:
             transport.abort()
 
     async def _open(self) -> None:
+        token = self._tokens[len(self.heard) // STREAMS_EACH]
+        request = (
+            f"GET /api/v1/events/stream HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {token}\r\n\r\n"
+        ).encode()
         heard = Heard()
         self.heard.append(heard)
         loop = asyncio.get_running_loop()
         transport, _ = await loop.create_connection(
-            lambda: Ear(self._request, heard, self._changed.set), "127.0.0.1", self._port
+            lambda: Ear(request, heard, self._changed.set), "127.0.0.1", self._port
         )
         self._transports.append(transport)
 
@@ -144,7 +147,7 @@ def measure(server: Server, *, tails: int, seconds: float, per_second: int = 100
     """Open streams, append events for a while, and measure how late they come.
 
     Args:
-        server: Started with room for that many streams of one subject.
+        server: Started without a limit of loads.
         tails: How many.
         seconds: How long.
         per_second: Events.
@@ -170,7 +173,7 @@ def measure(server: Server, *, tails: int, seconds: float, per_second: int = 100
 async def _fan_out(
     server: Server, names: list[str], tails: int, seconds: float, per_second: int
 ) -> tuple[list[Heard], int]:
-    audience = Audience(server.port, server.token)
+    audience = Audience(server.port, _issue_tokens(server, -(-tails // STREAMS_EACH)))
     await audience.grow(tails)
     until = time.monotonic() + seconds
     pause_s = EVENTS_EACH * len(names) / per_second
@@ -189,6 +192,14 @@ async def _fan_out(
     await audience.hear(position)
     audience.leave()
     return audience.heard, most
+
+
+def _issue_tokens(server: Server, count: int) -> list[str]:
+    """Return tokens of as many subjects."""
+    bodies = [
+        json.dumps({"subject": f"tail-{number}", "roles": ["audit"]}).encode() for number in range(count)
+    ]
+    return [server.ask("POST", "/api/v1/tokens", body).json()["token"] for body in bodies]
 
 
 def _pin_and_unpin(

@@ -53,7 +53,7 @@ class Confinement(Struct, frozen=True, gc=False):
     """Confinement of the workers, as a throw-away worker found it at the start of the server.
 
     Attributes:
-        mode: `auto`, `require` or `off`, as set.
+        mode: `auto`, `require`, `require-cpu` or `off`, as set.
         landlock_abi: the version of Landlock that restricts files; 0 if nothing does.
         seccomp: whether a filter restricts system calls.
         not_prevented: the forbidden things that a worker could do: `read_files`, `write_files`,

@@ -435,7 +435,6 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
     reserved_bytes: int = 0
     used_bytes: int = 0
     models: int = 0
-    max_loaded: int | None = None
 
 
 class Resources(msgspec.Struct, frozen=True, kw_only=True):

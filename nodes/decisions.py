@@ -38,7 +38,6 @@ from nodes.copies import find_steps
 from nodes.placement import (
     NodeHints,
     NodeView,
-    PlacementStrategy,
     draft_placement,
     find_node_for_model,
     find_reload_rules,
@@ -110,7 +109,6 @@ class NodePlacement(Placement, Elsewhere):
         node_id: this node.
         standing: of it.
         signing: signs what it says of approvals, and verifies what others say.
-        strategy: how loads are distributed over the nodes.
         untrusted: returns the nodes whose joins are not signed with a key that the nodes share.
 
     Attributes:
@@ -122,13 +120,11 @@ class NodePlacement(Placement, Elsewhere):
         node_id: str,
         standing: Standing,
         signing: Signing,
-        strategy: PlacementStrategy = PlacementStrategy.SPREAD,
         untrusted: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
         self._node_id = node_id
         self._standing = standing
         self._signing = signing
-        self._strategy = strategy
         self._untrusted = untrusted
         self.spread = Spread()
 
@@ -148,7 +144,7 @@ class NodePlacement(Placement, Elsewhere):
         node = view.state.registers.nodes.get(self._node_id)
         if node is None or not node.is_present or node.epoch != self._epoch:
             return Decision()
-        everything = NodeView(view, node, self._standing.peers, self._untrusted(), self._strategy)
+        everything = NodeView(view, node, self._standing.peers, self._untrusted())
         here = everything.hold(list_held(everything))
         decision = decide(here)
         if isinstance(decision.action, _AFTER_PLACEMENTS):

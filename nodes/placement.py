@@ -1,10 +1,10 @@
 """Which node runs a load, and each node's share of the work: the pure choice among the nodes that are there.
 
 `place` prefers, in this order: the node where the model is loaded, nodes where the load fits without an
-eviction, those with the device that it names first, those with its files; then it spreads or packs. Equal
-nodes are ordered by a rendezvous hash, so that a model tends to the same node. What is known of memory and
-files is a hint: a load that finds no room at its node is placed anew by that node, a few times. Nothing is
-known here of the memory of devices.
+eviction, those with the device that it names first, those with its files, those with the most free memory.
+Equal nodes are ordered by a rendezvous hash, so that a model tends to the same node. What is known of memory
+and files is a hint: a load that finds no room at its node is placed anew by that node, a few times. Nothing
+is known here of the memory of devices.
 
 A load goes only where the rules are in force with which it was accepted. While nodes have different policies,
 as in a rolling change, each takes what was requested by the rules that it has: a person's load whose rules no
@@ -41,13 +41,6 @@ MAX_PLACEMENTS = 4
 """How often a load is placed until it stays where it is: hints may be wrong, but hardly more often."""
 
 NO_POLICY = LoadPolicy()
-
-
-class PlacementStrategy(StrEnum):
-    """Among nodes that are as good otherwise: the one with the most free memory, or with the least."""
-
-    SPREAD = "spread"
-    PACK = "pack"
 
 
 class PlacementReason(StrEnum):
@@ -146,11 +139,7 @@ class ChosenNode:
     reason: PlacementReason
 
 
-def place(
-    request: PlacementRequest,
-    rooms: Iterable[NodeRoom],
-    strategy: PlacementStrategy = PlacementStrategy.SPREAD,
-) -> ChosenNode | None:
+def place(request: PlacementRequest, rooms: Iterable[NodeRoom]) -> ChosenNode | None:
     """Return the node for a load; None if there is none that is able to run it by the same rules.
 
     A load that fits into no node's budget is placed all the same: the node says why it fails.
@@ -161,7 +150,7 @@ def place(
     home = next((each for each in able if each.node.id == request.home), None)
     if home is not None:
         return ChosenNode(home.node, PlacementReason.SERVES)
-    chosen = min(able, key=lambda each: _rank(request, each, strategy), default=None)
+    chosen = min(able, key=lambda each: _rank(request, each), default=None)
     return None if chosen is None else ChosenNode(chosen.node, _explain(request, chosen))
 
 
@@ -199,17 +188,12 @@ def find_digest(policy: LoadPolicy, model_id: str) -> str | None:
     return None if rules is None else rules.digest
 
 
-def _rank(
-    request: PlacementRequest, room: NodeRoom, strategy: PlacementStrategy
-) -> tuple[bool, int, bool, float, int, bytes]:
+def _rank(request: PlacementRequest, room: NodeRoom) -> tuple[bool, int, bool, float, int, bytes]:
     """Return the key by which nodes are ordered: the lowest is the best."""
     devices = request.devices
     preference = 0 if len(devices) == 1 else _find_preference(devices, room.node)
     fits = room.fits(request.need_bytes)
-    packs = strategy is PlacementStrategy.PACK and fits  # where it has to wait, more is free sooner
-    free = room.free_percent
-    by_load = (free, -room.models) if packs else (-free, room.models)
-    order = (*by_load, _hash(request.model_id, room.node.id))
+    order = (-room.free_percent, room.models, _hash(request.model_id, room.node.id))
     return (not fits, preference, not _has_files(request, room), *order)
 
 
@@ -242,7 +226,6 @@ class NodeView(SchedulerView):
         node: this one.
         hints: of all nodes, by their names.
         untrusted: nodes whose joins are not signed with a key that the nodes share: they do nothing.
-        strategy: how loads are distributed.
     """
 
     def __init__(
@@ -251,12 +234,11 @@ class NodeView(SchedulerView):
         node: Node,
         hints: Mapping[str, NodeHints],
         untrusted: frozenset[str],
-        strategy: PlacementStrategy,
     ) -> None:
         own = find_share(seen.state, node.id, node.epoch, untrusted)
         share = WorkShare(own, is_whole=False)
         self.recorded = state = seen.state
-        self.node, self.hints, self.untrusted, self.strategy = node, hints, untrusted, strategy
+        self.node, self.hints, self.untrusted = node, hints, untrusted
         running, copied = seen.running, [model for model in own.models.values() if model.copies]
         if copied:
             state = copy(state)
@@ -421,7 +403,7 @@ def place_loads(view: NodeView) -> Iterator[tuple[Job, ChosenNode]]:
     ]
     rooms = view.rooms if loads else []
     for job in loads:
-        chosen = place(build_request(view, job), rooms, view.strategy)
+        chosen = place(build_request(view, job), rooms)
         if chosen is not None:
             yield job, chosen
 
@@ -552,7 +534,7 @@ def find_node_for_model(
         request = _beside_copies(view, request, loaded, at_once=at_once)
         home = request.home
         rooms = [each for each in rooms if not at_once or each.fits(need_bytes) or each.node.id == home]
-    return place(request, rooms, view.strategy)
+    return place(request, rooms)
 
 
 def place_elsewhere(view: NodeView, job: Job, *, needs_budget_only: bool = False) -> RecordFact | None:
@@ -570,7 +552,7 @@ def place_elsewhere(view: NodeView, job: Job, *, needs_budget_only: bool = False
     fitting: Sequence[NodeRoom] = [each for each in others if each.can_ever_fit(request.need_bytes)]
     if not needs_budget_only:
         fitting = [each for each in fitting if each.fits(request.need_bytes)]
-    chosen = place(request, fitting, view.strategy)
+    chosen = place(request, fitting)
     return None if chosen is None else draft_placement(view, job, chosen)
 
 

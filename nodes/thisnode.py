@@ -20,7 +20,7 @@ from nodes.copies import count_copies
 from nodes.decisions import NodePlacement
 from nodes.membership import Membership
 from nodes.peers import Peers
-from nodes.placement import NodeHints, PlacementStrategy, find_usable, has_device, label_devices
+from nodes.placement import NodeHints, find_usable, has_device, label_devices
 from nodes.routes import node_views
 from nodes.spread import CopyFigures, measure_copy
 from runtime.consumer.running import RunningLoad
@@ -114,8 +114,7 @@ class ThisNode:
             end_workers=self._end_workers,
             open_signer=self.peers.open_signer,
         )
-        strategy = PlacementStrategy(self._config.placement)
-        self.placement = NodePlacement(self.id, self.membership, self.peers, strategy, self.peers.untrusted)
+        self.placement = NodePlacement(self.id, self.membership, self.peers, self.peers.untrusted)
         receipt = await self.membership.start()
         self._renewing = asyncio.create_task(self.membership.run(), name="membership")
         return receipt

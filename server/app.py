@@ -240,7 +240,7 @@ async def _workers(app: web.Application) -> AsyncIterator[None]:
     try:
         await _confine(pool, app[CONFIG])
         _log.info("threads of each model: %d, unless its load says otherwise", pool.threads)
-        withhold_devices(pool, app[CONFIG])
+        withhold_devices(pool)
         app[POLICY] = await _policy(app[CONFIG], app[LIMIT].bytes, pool)
         for said in describe_setup(pool, app[POLICY].devices):
             _log.info("%s", said)

@@ -463,7 +463,7 @@ async def _check_confinement(pool: WorkerPool, config: Config, result: CheckResu
 
 
 async def _check_devices(pool: WorkerPool, config: Config, result: CheckResult) -> None:
-    withhold_devices(pool, config)
+    withhold_devices(pool)
     try:
         machine_bytes = find_memory_limit().bytes
         limits = await limit_devices(config, pool, machine_bytes)

@@ -22,8 +22,7 @@ from runtime.fetch.sources import parse_allowed
 from runtime.timeouts import DRAIN_TIMEOUT_S, INFERENCE_GRACE_S, PROGRESS_TIMEOUT_S
 from runtime.uploads.stage import UploadPolicy, Writable
 from runtime.wire import MAX_REQUEST_BYTES
-from server.auth.keys import MAX_EXPIRES_S
-from server.auth.proxies import FORWARDED, X_FORWARDED_FOR, Proxies, parse_networks
+from server.auth.proxies import Proxies, parse_networks
 
 PREFIX = "LOADLEDGER_"
 """Of the settings' environment variables."""
@@ -40,8 +39,6 @@ MAX_AWAY_S = 600.0
 """How long a node serves that is cut from the database: longer than an outage that somebody is working on."""
 AWAY_SHARE = 2 / 3
 """Of the lease: a node that is not to serve then has ended its workers before others load its models."""
-MAX_TOKEN_S = 366 * 86_400
-"""A year: what a stolen token issued ends some day, even if nobody finds it."""
 MANY = 1_000_000
 """Upper limit of counts: catches typing errors, limits nothing real."""
 
@@ -216,31 +213,13 @@ def parse_device_memory(text: str) -> Mapping[str, str]:
     Raises:
         ValueError: it is not of the form.
     """
-    found = _parse_by_device(text, "cuda:0=20GB,cuda:1=50%")
-    for budget in found.values():
-        parse_budget(budget, limit_bytes=1)
-    return found
-
-
-def parse_device_max_loaded(text: str) -> Mapping[str, int]:
-    """Return the most models by device of a list like `cuda:0=4`.
-
-    Raises:
-        ValueError: it is not of the form.
-    """
-    found = _parse_by_device(text, "cuda:0=4")
-    if not all(re.fullmatch(r"[1-9]\d{0,5}", each, re.ASCII) for each in found.values()):
-        raise ValueError("Must be a list like cuda:0=4: a device, and how many models.")
-    return {device: int(each) for device, each in found.items()}
-
-
-def _parse_by_device(text: str, example: str) -> Mapping[str, str]:
     found = dict[str, str]()
     for each in text.split(","):
-        device, _, value = each.partition("=")
+        device, _, budget = each.partition("=")
         if not DEVICE.fullmatch(device) or device == CPU or ANY in device or device in found:
-            raise ValueError(f"Must be a list like {example}, with each device once, and without cpu.")
-        found[device] = value
+            raise ValueError("Must be like cuda:0=20GB,cuda:1=50%, with each device once, and without cpu.")
+        parse_budget(budget, limit_bytes=1)
+        found[device] = budget
     return found
 
 
@@ -265,7 +244,6 @@ def _check_printable(text: str) -> None:
 
 _SECONDS = validate.Range(0, MAX_TIMEOUT_S)
 _POSITIVE_SECONDS = validate.Range(0, MAX_TIMEOUT_S, min_inclusive=False)
-_SHARE = validate.Range(0, 1)
 _SWITCH = validate.OneOf((ON, OFF))
 _LIMIT = _validator_of(parse_limit)
 _NODE_NAME = validate.Regexp(
@@ -318,11 +296,6 @@ class Config:
         "Labels of this node, which loads may require, like zone=a,gpu=none.",
         _validator_of(parse_labels),
     )
-    placement: str = setting(
-        "spread",
-        "Which nodes loads prefer: spread (the emptiest), or pack.",
-        validate.OneOf(("spread", "pack")),
-    )
     lease_s: float = setting(
         10.0,
         "Seconds without a sign of life after which this node is lost, and its models are loaded elsewhere.",
@@ -361,11 +334,6 @@ class Config:
         "Memory for all workers on a device, like cuda:0=20GB,cuda:1=50%: of its own memory, or of what its"
         " workers take of the machine's. If unset, 90% of a device's own memory.",
         _validator_of(parse_device_memory),
-    )
-    device_max_loaded: str | None = setting(
-        None,
-        "Models that may be loaded on a device at the same time, like cuda:0=4; if unset, no limit.",
-        _validator_of(parse_device_max_loaded),
     )
     evict: str = setting(
         OFF,
@@ -433,13 +401,9 @@ class Config:
     confine: str = setting(
         AUTO,
         "Confine workers with Landlock and seccomp: auto (as far as the kernel can), require (or do not"
-        " start), or off.",
-        validate.OneOf((AUTO, "require", OFF)),
-    )
-    confine_devices: str = setting(
-        "refuse",
-        "With --confine=require, loads on devices, whose workers are confined less: refuse, or allow.",
-        validate.OneOf(("refuse", "allow")),
+        " start, and load nothing on devices, whose workers are confined less), require-cpu (the same, but"
+        " load on devices), or off.",
+        validate.OneOf((AUTO, "require", "require-cpu", OFF)),
     )
     ledger_stderr: str = setting(
         ON,
@@ -460,11 +424,6 @@ class Config:
     jwt_roles_claim: str = setting(
         "roles", "Claim that lists the roles; may be a path like realm_access.roles.", _check_printable
     )
-    max_token_s: int = setting(
-        MAX_TOKEN_S,
-        "Longest life in seconds of a token that is issued over the API; on the server's machine, none.",
-        validate.Range(60, MAX_EXPIRES_S),
-    )
 
     tls_cert: Path | None = setting(
         None,
@@ -476,21 +435,13 @@ class Config:
     )
     trusted_proxies: str | None = setting(
         None,
-        "Trusted proxies: addresses or networks, separated by commas. Their header field names the client.",
+        "Trusted proxies, whose X-Forwarded-For names the client: addresses or networks, with commas.",
         _validator_of(parse_networks),
-    )
-    forwarded_header: str = setting(
-        X_FORWARDED_FOR,
-        "Header field of trusted proxies that names the client: x-forwarded-for, or forwarded (RFC 7239).",
-        validate.OneOf((X_FORWARDED_FOR, FORWARDED)),
     )
     idle_timeout_s: float = setting(
         75.0,
         "Seconds that an idle connection is kept open; must be more than a proxy in front keeps it.",
         _POSITIVE_SECONDS,
-    )
-    streams_per_subject: int = setting(
-        20, "Streams of events that one subject may have open.", validate.Range(1, MANY)
     )
 
     limit_management: str = setting(
@@ -501,7 +452,6 @@ class Config:
         "Inferences per subject, or off.",
         _LIMIT,
     )
-    limit_reads: str = setting("6000/minute", "Other requests per subject, or off.", _LIMIT)
 
     log_format: str = setting(
         "text",
@@ -514,13 +464,10 @@ class Config:
         "Lowest level of log lines: debug, info, warning, or error.",
         validate.OneOf(("debug", "info", "warning", "error")),
     )
-    log_inferences: float = setting(
-        0.0, "Share of inferences that are logged, from 0 (none) to 1 (all).", _SHARE
-    )
     trace_inferences: float = setting(
         0.01,
         "Share of inferences without a trace of their own that are traced, from 0 to 1.",
-        _SHARE,
+        validate.Range(0, 1),
     )
     metrics: str = setting(
         "token",
@@ -548,6 +495,10 @@ class Config:
     """Of a version that a caller adds; larger ones are put into the repository's folder."""
     limit_auth_failures: str = "30/minute"
     """Refused credentials per peer address."""
+    limit_reads: str = "6000/minute"
+    """Other requests per subject: 100 a second, which no page of the console and few scripts reach."""
+    streams_per_subject: int = 20
+    """Streams of events that one subject may have open: the windows of a person, and some programs."""
 
     def node_id(self) -> str:
         return self.node_name or socket.gethostname()
@@ -583,10 +534,6 @@ class Config:
     def device_budgets(self) -> Mapping[str, str]:
         return {} if self.device_memory is None else parse_device_memory(self.device_memory)
 
-    @property
-    def device_counts(self) -> Mapping[str, int]:
-        return {} if self.device_max_loaded is None else parse_device_max_loaded(self.device_max_loaded)
-
     def max_loads(self, cpus: int) -> int:
         return self.loads_at_once or cpus
 
@@ -615,7 +562,7 @@ class Config:
 
     def proxies(self) -> Proxies:
         trusted = () if self.trusted_proxies is None else parse_networks(self.trusted_proxies)
-        return Proxies(trusted, self.forwarded_header)
+        return Proxies(trusted)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,13 +33,13 @@ DEFAULT_BUDGET = "90%"
 """Of a device's own memory: the rest is for fragments of it, and for other processes of the machine."""
 
 
-def withhold_devices(pool: WorkerPool, config: Config) -> None:
+def withhold_devices(pool: WorkerPool) -> None:
     """Leave out devices on hardware that another has, and all if --confine=require demands better workers."""
     _withhold_same_hardware(pool)
     confinement, found = pool.applied_to_devices.confinement, pool.devices.found
-    if confinement.mode != REQUIRE or not confinement.not_prevented or config.confine_devices == "allow":
+    if confinement.mode != REQUIRE or not confinement.not_prevented:
         return
-    how = f"{describe(confinement, ON_DEVICES)}; --confine-devices=allow allows it"
+    how = f"{describe(confinement, ON_DEVICES)}; --confine=require-cpu allows it"
     problems = (f"{name}: --confine=require: {how}" for name in sorted(set(map(provider_of, found))))
     pool.devices = replace(pool.devices, found={}, problems=(*pool.devices.problems, *problems))
 
@@ -65,13 +65,13 @@ async def limit_devices(config: Config, pool: WorkerPool, machine_bytes: int) ->
         ConfigError: a setting names a device that is not here.
     """
     _check_settings(config, pool.devices)
-    limits, budgets, most = dict[str, DeviceLimits](), config.device_budgets, config.device_counts
+    limits, budgets = dict[str, DeviceLimits](), config.device_budgets
     for name, device in pool.devices.found.items():
         memory, text = await _query_memory(pool, device), budgets.get(name)
         text = text or (None if memory is None else DEFAULT_BUDGET)
         own_bytes = machine_bytes if memory is None else memory.total_bytes
         budget_bytes = None if text is None else parse_budget(text, own_bytes)
-        limits[name] = DeviceLimits(budget_bytes, most.get(name), has_memory=memory is not None)
+        limits[name] = DeviceLimits(budget_bytes, has_memory=memory is not None)
     return limits
 
 
@@ -86,9 +86,10 @@ async def _query_memory(pool: WorkerPool, device: FoundDevice) -> DeviceMemory |
 
 def _check_settings(config: Config, devices: Devices) -> None:
     visible = {name for name in config.visible_device_names if ANY not in name} - {CPU}
-    budgets, most = config.device_budgets.keys(), config.device_counts.keys()
-    flags = {"--visible-devices": visible, "--device-memory": budgets, "--device-max-loaded": most}
-    for flag, named in flags.items():
+    for flag, named in (
+        ("--visible-devices", visible),
+        ("--device-memory", config.device_budgets.keys()),
+    ):
         if missing := sorted(named - devices.found.keys()):
             there = "; ".join([", ".join(devices.found) or "only the CPU", *devices.problems])
             raise ConfigError(
@@ -109,10 +110,10 @@ def describe_setup(pool: WorkerPool, limits: Mapping[str, DeviceLimits]) -> Iter
     if pool.devices.found:
         yield describe(pool.applied_to_devices.confinement, ON_DEVICES)
     for name, device in pool.devices.found.items():
-        budget, most = limits[name].budget_bytes, limits[name].max_loaded
+        budget = limits[name].budget_bytes
         memory = "no memory budget" if budget is None else f"budget {budget} bytes"
         provider = f"{device.hardware or 'no name'}, provider {provider_of(name)} {device.version}"
-        yield f"device {name}: {provider}, {memory}{'' if most is None else f', at most {most} loaded'}"
+        yield f"device {name}: {provider}, {memory}"
 
 
 def check_devices(app: web.Application, devices: Sequence[str]) -> None:
@@ -157,13 +158,12 @@ def list_devices(app: web.Application, memory: Mapping[str, DeviceMemory]) -> li
         "reserved_bytes": taken.reserved_bytes,
         "used_bytes": taken.used_bytes,
         "models": len(on_cpu),
-        "max_loaded": consumer.policy.max_loaded,
     }
     return [cpu, *(_describe_device(app, use, memory.get(use.device)) for use in consumer.device_uses())]
 
 
 def _describe_device(app: web.Application, use: DeviceUsage, own: DeviceMemory | None) -> dict[str, Any]:
-    device, limits = app[POOL].devices.found[use.device], app[POLICY].devices[use.device]
+    device = app[POOL].devices.found[use.device]
     return {
         **asdict(use),
         "provider": provider_of(use.device),
@@ -171,8 +171,7 @@ def _describe_device(app: web.Application, use: DeviceUsage, own: DeviceMemory |
         "hardware": device.hardware,
         "total_bytes": None if own is None else own.total_bytes,
         "free_bytes": None if own is None else own.free_bytes,
-        "budget_bytes": limits.budget_bytes,
-        "max_loaded": limits.max_loaded,
+        "budget_bytes": app[POLICY].devices[use.device].budget_bytes,
     }
 
 

@@ -32,7 +32,6 @@ from server.http.connection import ConnectionLimits, listening
 from server.http.tls import Certificate
 from server.observability.eventlog import log_events
 from server.observability.output import STDERR, log_to_stderr
-from server.observability.requestlog import log_inferences
 from server.v2.inference import add_fast_path
 
 _log = logging.getLogger(__name__)
@@ -199,7 +198,6 @@ async def _serve(config: Config, announce: Announce, manager: Notifier, *, accep
         await runner.setup()
         assert runner.server is not None, "the runner is not set up"
         add_fast_path(runner.server, app)
-        log_inferences(runner.server, app)
         if tracing is not None:
             tracing.trace_requests(runner.server, app)
         async with _listening(runner.server, config) as url:

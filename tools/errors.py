@@ -108,7 +108,7 @@ ADVICE: Mapping[str, str] = {
     " its address.",
     "queue_full": "Wait until some jobs have ended.",
     "too_many_tokens": "Issue fewer tokens, for a shorter time.",
-    "too_many_streams": "Close unused streams, or raise `--streams-per-subject`.",
+    "too_many_streams": "Close unused streams, or let programs use tokens of several subjects.",
     "head_too_large": "Send fewer or shorter header fields.",
     "internal": "This is a bug. The server's log has the reason under the reference in `instance`.",
     "unknown_transfer_coding": "Send `Transfer-Encoding: chunked` or `Content-Length`; compress the content"
@@ -135,7 +135,7 @@ ADVICE: Mapping[str, str] = {
     "disk_full": "Free as many bytes as the message names on the disk of the data directory.",
     "store_full": "Unload a model, or raise `--store-size`; the message has both figures.",
     "store_unavailable": "The message has the system's reason: check the disk of the data directory.",
-    "device_unavailable": "`loadledger devices` lists those that there are, and why others cannot be used."
+    "device_unavailable": "`loadledger resources` lists those that there are, and why others cannot be used."
     " Name another, or add `cpu` to the list.",
     "fallback_refused": "The message names the operators. Load it with `fallback` `cpu` to run those on the"
     " CPU, or on another device.",

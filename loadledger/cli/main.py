@@ -31,7 +31,6 @@ SECTIONS = {
         "verify-model": "loadledger.cli.models:verify_model",
         "infer": "loadledger.cli.infer:infer",
         "resources": "loadledger.cli.models:resources",
-        "devices": "loadledger.cli.models:devices",
         "top": "loadledger.cli.top:top",
     },
     "Jobs and events of a server": {

@@ -1,4 +1,4 @@
-"""`loadledger models | show | verify-model | add | rm | label | resources | devices`: models, and memory."""
+"""`loadledger models | show | verify-model | add | rm | label | resources`: models, memory and devices."""
 
 from __future__ import annotations
 
@@ -463,7 +463,11 @@ def label_model(
 @options.json_option
 @options.server_options
 def resources(*, as_json: bool, where: options.ServerChoice) -> None:
-    """Show the memory budget, its use, and waiting jobs."""
+    """Show the memory budget, its use, the devices, and waiting jobs.
+
+    Of the devices, the memory of cpu is that of all workers. Below them it says which installed providers
+    cannot be used, and why. `loadledger nodes` shows the devices of other nodes as labels.
+    """
     with options.open_chosen_client(where) as client:
         found = client.resources()
     output.print_result(found, _resource_lines(found), as_json=as_json)
@@ -519,36 +523,17 @@ def confinement_line(confinement: Any, whose: str = "workers") -> str | None:
 
 
 def _device_lines(found: Any) -> Iterator[str]:
-    """Yield the devices but the CPU, and what confines the workers there."""
-    for each in found.devices[1:]:
-        used = f"used {format_size(each.used_bytes)}, reserved {format_size(each.reserved_bytes)}"
-        limits = f"budget {format_size(each.budget_bytes)}, {output.count_of(each.models, 'model')}"
-        yield f"device {format_cell(each.device)}: {used}, {limits}"
-    whose = "workers on devices"
-    yield from filter(None, [confinement_line(found.confinement_of_devices, whose)])
-
-
-@click.command()
-@options.json_option
-@options.server_options
-def devices(*, as_json: bool, where: options.ServerChoice) -> None:
-    """List the devices of the server, on which models can be loaded.
-
-    The memory of cpu is that of all workers. Below the table it says which installed providers cannot be
-    used, and why. `loadledger nodes` shows the devices of other nodes as labels.
-    """
-    with options.open_chosen_client(where) as client:
-        found = client.resources()
-    lines = list(
-        format_table(DEVICES_HEAD, [_device_row(each) for each in found.devices], right=DEVICES_RIGHT)
-    )
-    lines += [to_printable(problem) for problem in found.device_problems]
-    value = {"devices": found.devices, "problems": found.device_problems}
-    output.print_result(value, lines, as_json=as_json)
+    """Yield what confines the workers on devices, a table of the devices, and why others cannot be used."""
+    yield from filter(None, [confinement_line(found.confinement_of_devices, "workers on devices")])
+    if found.devices[1:]:  # the first is the CPU
+        yield ""
+        yield from format_table(
+            DEVICES_HEAD, [_device_row(each) for each in found.devices], right=DEVICES_RIGHT
+        )
+    yield from map(to_printable, found.device_problems)
 
 
 def _device_row(device: Any) -> tuple[str, ...]:
-    most = "" if device.max_loaded is None else f" of {device.max_loaded}"
     return (
         format_cell(device.device),
         format_cell(f"{device.provider} {device.version}"),
@@ -557,7 +542,7 @@ def _device_row(device: Any) -> tuple[str, ...]:
         format_size(device.reserved_bytes) if device.reserved_bytes else output.NOTHING,
         format_size(device.budget_bytes),
         format_size(device.free_bytes),
-        f"{device.models}{most}",
+        str(device.models),
     )
 
 

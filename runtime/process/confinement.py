@@ -15,8 +15,9 @@ from runtime.process.worker import Worker
 from runtime.timeouts import DEVICES_LIMIT_S, FORK_LIMIT_S, timeout
 from runtime.wire import ForbiddenAct, FoundDevice, Layer, Probe, Probed, ProviderLibrary
 
-REQUIRE, OFF = "require", "off"
-"""Modes: serve only if all forbidden acts are prevented; apply no layer. `auto` applies what there is."""
+REQUIRE, REQUIRE_CPU, OFF = "require", "require-cpu", "off"
+"""Modes: serve only if all forbidden acts are prevented, or all but those of workers on devices; apply no
+layer. `auto` applies what there is."""
 ALL_LAYERS: tuple[Layer, ...] = get_args(Layer)
 ALL_ACTS: tuple[ForbiddenAct, ...] = get_args(ForbiddenAct)
 
@@ -55,14 +56,15 @@ class AppliedLayers:
     devices: tuple[FoundDevice, ...] = ()
 
     def check(self) -> None:
-        """Refuse what `require` does not allow.
+        """Refuse what `require` and `require-cpu` do not allow.
 
         Raises:
             NotConfined: `not_confined`, something forbidden was not prevented.
         """
-        if self.confinement.mode == REQUIRE and self.confinement.not_prevented:
+        mode = self.confinement.mode
+        if mode in (REQUIRE, REQUIRE_CPU) and self.confinement.not_prevented:
             raise NotConfined(
-                f"--confine=require: {describe(self.confinement)}{self.reasons}; allow Landlock and seccomp"
+                f"--confine={mode}: {describe(self.confinement)}{self.reasons}; allow Landlock and seccomp"
                 " on this machine and in its containers, or give --confine=auto"
             )
 
@@ -96,7 +98,7 @@ async def probe(
 
     Args:
         worker: it ends by itself.
-        mode: `auto`, `require` or `off`.
+        mode: `auto`, `require`, `require-cpu` or `off`.
         outside: a folder that no worker needs; nothing is left there.
         provider: of devices; with it, the worker is confined as that of a load there, and finds them.
     """

@@ -444,7 +444,7 @@ class _PendingLoad:
         room, missing = next(iter(shortage.rooms.items()))
         budget, free = room.limits.budget_bytes, room.free_bytes
         if budget is None or free is None or missing.bytes <= 0:
-            return f"a place among the {room.limits.max_loaded} models that may be loaded{room.where}{kept}"
+            return f"a place among the {room.max_loaded} models that may be loaded{kept}"
         return (
             f"{_describe_need(room, need)}, and of {room.budget_name} of {format_megabytes(budget)}"
             f" {format_megabytes(max(0, free))} are free{kept}"

@@ -27,13 +27,11 @@ class DeviceLimits:
 
     Attributes:
         budget_bytes: its memory for all workers; None is no limit.
-        max_loaded: models that may have a process there; None is no limit.
         has_memory: whether it has memory of its own. That is measured as what is free before and after a
             load, so one load runs there at a time. Else the machine's memory of its workers counts.
     """
 
     budget_bytes: int | None = None
-    max_loaded: int | None = None
     has_memory: bool = False
 
 
@@ -247,22 +245,23 @@ class Amount(NamedTuple):
 
 
 class LoadRoom:
-    """The memory and the model slots of the machine, or of one of its devices; derived values are cached.
+    """The memory and the model slots of the machine, or the memory of a device; derived values are cached.
 
     What runs on a device takes room of both.
 
     Attributes:
         device: its name; None is the machine.
-        limits: of both.
+        limits: of its memory.
+        max_loaded: models that may have a process; None is no limit, as of each device.
     """
 
     def __init__(self, view: SchedulerView, device: str | None) -> None:
         self._view, self.device = view, device
         policy, self._running = view.policy, view.running
         if device is None:
-            self.limits = DeviceLimits(policy.budget_bytes, policy.max_loaded)
+            self.limits, self.max_loaded = DeviceLimits(policy.budget_bytes), policy.max_loaded
         else:
-            self.limits = policy.devices.get(device, DeviceLimits())
+            self.limits, self.max_loaded = policy.devices.get(device, DeviceLimits()), None
             self._running = {key: run for key, run in view.running.items() if run.device == device}
 
     @property
@@ -335,7 +334,7 @@ class LoadRoom:
         return self._shortage(model_id, needed_bytes + reserved.bytes - self.exiting_bytes, more_models)
 
     def _shortage(self, model_id: str, needed_bytes: int, more_models: int) -> Amount:
-        free, most = self.free_bytes, self.limits.max_loaded
+        free, most = self.free_bytes, self.max_loaded
         has_slot = most is None or self.has_slot(model_id)
         return Amount(
             0 if free is None else needed_bytes - free,

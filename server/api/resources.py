@@ -67,7 +67,7 @@ class PressureSchema(AnswerSchema):
 class ConfinementSchema(AnswerSchema):
     """Confinement of the workers, as tested when the server started."""
 
-    mode = fields.String(validate=validate.OneOf(["auto", "require", "off"]))
+    mode = fields.String(validate=validate.OneOf(["auto", "require", "require-cpu", "off"]))
     landlock_abi = fields.Integer(**about("Version of Landlock that restricts files; 0 if nothing does."))
     seccomp = fields.Boolean(**about("Whether system calls are filtered."))
     not_prevented = fields.List(fields.String(), **about("Forbidden acts that a worker could do."))
@@ -92,7 +92,6 @@ class DeviceSchema(AnswerSchema):
     )
     used_bytes = fields.Integer(**about("Likewise."))
     models = fields.Integer(**about("That have a process there."))
-    max_loaded = fields.Integer(allow_none=True)
 
 
 class ResourcesSchema(AnswerSchema):

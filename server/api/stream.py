@@ -224,8 +224,7 @@ class Streams:
         """
         if self._by_subject[subject] >= self._per_subject:
             raise TooManyStreams(
-                f"{subject} has {self._per_subject} open streams, the limit of --streams-per-subject;"
-                " close one first"
+                f"{subject} has {self._per_subject} open streams, as many as a subject may; close one first"
             )
         self._by_subject[subject] += 1
         try:

@@ -1,8 +1,8 @@
-"""The client's address behind proxies: forwarded header fields, read from trusted proxies only.
+"""The client's address behind proxies: `X-Forwarded-For`, read from trusted proxies only.
 
-Anybody can send `X-Forwarded-For`, and a proxy adds to its right. So the field is read from the right: the
-first address that is no trusted proxy's is the client's, and everything left of it is the client's own claim
-(RFC 7239 section 8.1). A setting chooses one of the two fields, because a proxy writes one and passes the
+Anybody can send that field, and a proxy adds to its right. So the field is read from the right: the first
+address that is no trusted proxy's is the client's, and everything left of it is the client's own claim
+(RFC 7239 section 8.1). `Forwarded` of that RFC is never read: a proxy that writes one of the two passes the
 other on as the client sent it.
 """
 
@@ -19,8 +19,7 @@ from multidict import MultiMapping, MutableMultiMapping
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-X_FORWARDED_FOR = "x-forwarded-for"
-FORWARDED = "forwarded"
+X_FORWARDED_FOR = "X-Forwarded-For"
 PREFIX = "X-Forwarded-Prefix"
 """The path at which a proxy serves this server; a de facto standard of Traefik and Spring."""
 
@@ -70,26 +69,12 @@ def parse_address(text: str | None) -> Address | None:
     return parsed if mapped is None else mapped
 
 
-def x_forwarded_for_hop(entry: str) -> Address | None:
+def parse_hop(entry: str) -> Address | None:
     """Return the address of an entry of X-Forwarded-For, which may have a port; None if it is none."""
     text = entry.strip(" \t")
     found = _WITH_PORT.fullmatch(text)
     # An entry with several colons and no brackets is an IPv6 address without a port.
     return parse_address(text if found is None else found[1] or found[2])
-
-
-def forwarded_hop(entry: str) -> Address | None:
-    """Return the address of an element of Forwarded (RFC 7239); None if it hides it or is malformed.
-
-    A quoted value with a comma or semicolon in it, which no address has, counts as malformed.
-    """
-    pairs = [pair.partition("=") for pair in entry.split(";")]
-    nodes = [value.strip(" \t") for name, _, value in pairs if name.strip(" \t").lower() == "for"]
-    if len(nodes) != 1:
-        return None
-    node = nodes[0]
-    quoted = len(node) >= 2 and node[0] == node[-1] == '"'  # noqa: PLR2004 - two quotation marks
-    return x_forwarded_for_hop(node[1:-1] if quoted else node)
 
 
 class _Request(Protocol):
@@ -109,17 +94,16 @@ class _Response(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Proxies:
-    """The trusted proxies, and the header field in which they name the client; none are by default."""
+    """The trusted proxies; none are by default."""
 
     trusted: tuple[Network, ...] = ()
-    header: str = X_FORWARDED_FOR
 
     def peer(self, request: _Request) -> str | None:
         """Return the client's address; None if the connection has none, such as a Unix socket."""
         direct = request.remote
         if direct is None or not self._trusts(direct):
             return direct
-        return self.client_address(direct, request.headers.getall(self.header, ()))
+        return self.client_address(direct, request.headers.getall(X_FORWARDED_FOR, ()))
 
     def client_address(self, direct: str, fields: Iterable[str]) -> str:
         """Return the client's address behind a trusted proxy at `direct`; `fields` are in order.
@@ -128,11 +112,10 @@ class Proxies:
             The rightmost address that is not trusted; the leftmost one if all are. An entry that is no
             address ends the list, since anybody could have written what is left of it.
         """
-        read_hop = forwarded_hop if self.header == FORWARDED else x_forwarded_for_hop
         client = direct
         # RFC 9110 section 5.3: several lines are one list.
         for entry in reversed(",".join(fields).rsplit(",", MAX_HOPS)[-MAX_HOPS:]):
-            address = read_hop(entry)
+            address = parse_hop(entry)
             if address is None:
                 break
             client = str(address)

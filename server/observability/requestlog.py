@@ -1,14 +1,12 @@
 """The access log: a line per request, and the counts of requests behind `/metrics`.
 
 Counts are by our own routes and by classes of status, never by anything that clients choose. Inferences are
-logged only as far as `--log-inferences` says, by a wrapper that else does not exist.
+not logged.
 """
 
 from __future__ import annotations
 
 import logging
-import random
-import re
 import time
 from collections import Counter
 
@@ -16,13 +14,13 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from events.counters import Histogram
-from server.appkeys import CONFIG, GATE
+from server.appkeys import GATE
 from server.auth.gate import PRINCIPAL
 from server.auth.ratelimit import Windows
 from server.config import RateLimit
 from server.errors import CODE
 from server.observability.output import RequestContext, begin_context, make_extra
-from server.routing import Access, RequestHandler, Route, matched_route, wrap_handler
+from server.routing import Access, Route, matched_route
 
 _log = logging.getLogger(__name__)
 
@@ -51,9 +49,6 @@ METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 OTHER_METHOD = "other"
 
 _STREAM = "/api/v1/events/stream"
-_INFER = re.compile(
-    r"/v2/models/(?P<model>[^/]{1,128})(?:/versions/(?P<version>[A-Za-z0-9_.-]{1,63}))?/infer"
-)
 
 
 def request_middleware(counts: HttpCounts) -> Middleware:
@@ -77,7 +72,7 @@ def request_middleware(counts: HttpCounts) -> Middleware:
                 counts.observe_duration(method, path, time.perf_counter() - began_s)
             fields, level = _request_fields(request, route), _level(request, route, response)
             if is_inference and request.method == hdrs.METH_POST:
-                pass  # `log_inferences` logs those
+                pass  # a line for each would cost too much
             elif PRINCIPAL in request or response is None or response.status < REFUSED:
                 _write(level, context, began_s, response, **fields)
             elif unauthenticated.count("")[0] <= MAX_UNAUTHENTICATED:
@@ -88,34 +83,6 @@ def request_middleware(counts: HttpCounts) -> Middleware:
         return response
 
     return observe
-
-
-def log_inferences(server: web.Server, app: web.Application) -> None:
-    share, proxies = app[CONFIG].log_inferences, app[GATE].proxies
-
-    def wrap(inner: RequestHandler) -> RequestHandler:
-        async def handle(request: web.BaseRequest) -> web.StreamResponse:
-            found = match_inference(request) if random.random() < share else None  # noqa: S311 - a sample
-            if found is None:
-                return await inner(request)
-            context, began_s = begin_context(request), time.perf_counter()
-            response: web.StreamResponse | None = None
-            try:
-                response = await inner(request)
-            finally:
-                fields = {"path": path_without_query(request), "peer": proxies.peer(request)}
-                fields = {**found.groupdict(), "method": request.method, **fields}
-                _write(logging.INFO, context, began_s, response, **fields)
-            return response
-
-        return handle
-
-    if share:
-        wrap_handler(server, wrap)
-
-
-def match_inference(request: web.BaseRequest) -> re.Match[str] | None:
-    return _INFER.fullmatch(request.raw_path) if request.method == hdrs.METH_POST else None
 
 
 def path_without_query(request: web.BaseRequest) -> str:

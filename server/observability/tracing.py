@@ -7,10 +7,11 @@ The library's own variables configure it (`OTEL_EXPORTER_OTLP_…`, `OTEL_SERVIC
 from __future__ import annotations
 
 import random
+import re
 import threading
 from collections.abc import Iterator, Mapping
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
@@ -25,7 +26,7 @@ from server.appkeys import CONFIG, GATE
 from server.auth.gate import PRINCIPAL
 from server.errors import CODE
 from server.observability.output import RequestContext, begin_context
-from server.observability.requestlog import FAULT, match_inference, path_without_query
+from server.observability.requestlog import FAULT, path_without_query
 from server.routing import RequestHandler, matched_route, wrap_handler
 
 PROPAGATOR = TraceContextTextMapPropagator()
@@ -35,6 +36,11 @@ STAGES = ("copying", "starting", "loading", "warming_up", "measuring")
 
 CLOSE_S = 3.0
 """How long the end of the server waits for the collector."""
+
+
+_INFER = re.compile(
+    r"/v2/models/(?P<model>[^/]{1,128})(?:/versions/(?P<version>[A-Za-z0-9_.-]{1,63}))?/infer"
+)
 
 
 class Tracing:
@@ -56,7 +62,7 @@ class Tracing:
             async def handle(request: web.BaseRequest) -> web.StreamResponse:
                 parent = PROPAGATOR.extract(request.headers)
                 is_part = trace.get_current_span(parent).get_span_context().is_valid
-                if not is_part and match_inference(request) and random.random() >= share:  # noqa: S311 - a sample
+                if not is_part and _match_inference(request) and random.random() >= share:  # noqa: S311 - a sample
                     return await inner(request)
                 attributes = _drop_none(
                     {
@@ -111,6 +117,10 @@ class Tracing:
         closing.join(CLOSE_S)
 
 
+def _match_inference(request: web.BaseRequest) -> re.Match[str] | None:
+    return _INFER.fullmatch(request.raw_path) if request.method == hdrs.METH_POST else None
+
+
 def _drop_none(attributes: Mapping[str, str | int | None]) -> dict[str, str | int]:
     return {name: value for name, value in attributes.items() if value is not None}
 
@@ -138,7 +148,7 @@ def _set_response(
 
 
 def _route(request: web.BaseRequest) -> str | None:
-    if found := match_inference(request):
+    if found := _match_inference(request):
         return f"/v2/models/{{id}}{'/versions/{version}' if found['version'] else ''}/infer"
     route = matched_route(request) if isinstance(request, web.Request) else None
     return route.path if route is not None else None

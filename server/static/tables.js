@@ -55,7 +55,7 @@ export const ADVICE = {
   no_progress: "The model does not finish to load. If it only needs longer, raise progress_timeout_s.",
   not_encodable: "The message names the value. Rename files whose names are no text, or report a bug.",
   fork_server_died: "The server restarts it and reloads the models that were loaded. Load again.",
-  device_unavailable: "loadledger devices lists those that there are, and why others cannot be used. Name another, or add cpu to the list.",
+  device_unavailable: "loadledger resources lists those that there are, and why others cannot be used. Name another, or add cpu to the list.",
   fork_server_unavailable: "The server restarts it: try again a second later.",
   out_of_memory: "The message has the figures. Raise the load's memory_limit_bytes or --memory-budget, or unload other models; without a limit, the machine has no more memory.",
   disk_full: "Free as many bytes as the message names on the disk of the data directory.",

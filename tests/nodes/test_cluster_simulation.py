@@ -27,7 +27,7 @@ from events.types import (
     UnloadRequested,
     WorkerExited,
 )
-from nodes.placement import NodeHints, PlacementStrategy
+from nodes.placement import NodeHints
 from runtime.scheduler.actions import Action, RecordFact, StartLoad
 from runtime.scheduler.scheduler import SystemCommand
 from runtime.scheduler.view import Policy
@@ -97,7 +97,6 @@ class ClusterSimulation(RuleBasedStateMachine):
         policies=st.lists(POLICIES, min_size=2, max_size=3),
         rules=st.none() | RULES,
         labels=st.lists(st.sampled_from([(), (), ("gpu=a", "zone=x")]), min_size=3, max_size=3),
-        strategy=st.sampled_from(PlacementStrategy),
         skew_s=st.sampled_from([0.0, 3.0, -70.0]),
         is_fenced=st.booleans(),
         own=st.sets(st.tuples(WHICH, OWN)) | st.just(set()),
@@ -108,7 +107,6 @@ class ClusterSimulation(RuleBasedStateMachine):
         policies: list[Policy],
         rules: LoadPolicy | None,
         labels: list[tuple[str, ...]],
-        strategy: PlacementStrategy,
         skew_s: float,
         *,
         is_fenced: bool,
@@ -118,7 +116,7 @@ class ClusterSimulation(RuleBasedStateMachine):
         if rules is not None:  # of all nodes, as mostly
             policies = [replace(policy, loads=rules) for policy in policies]
         skews_s = [number * skew_s for number in range(len(policies))]
-        self.cluster = Cluster(policies, skews_s, labels, strategy, is_fenced=is_fenced)
+        self.cluster = Cluster(policies, skews_s, labels, is_fenced=is_fenced)
         self.own = sorted({version for _, version in own})
         for which, version in sorted(own):
             self.cluster.add_version(self.node(which), *version)
@@ -350,9 +348,7 @@ def small_cluster(without: type[Condition] | None = None) -> Cluster:
     """Return two nodes over a log that does not itself refuse ended epochs; the first may be careless."""
     cluster = Cluster([Policy(2)] * 2, [0.0] * 2, is_fenced=False)
     if without is not None:
-        first = CarelessNode(
-            "a", cluster.log, Policy(2), skew_s=0.0, labels=(), strategy=PlacementStrategy.SPREAD
-        )
+        first = CarelessNode("a", cluster.log, Policy(2), skew_s=0.0, labels=())
         first.without, cluster.nodes[0] = without, first
         first.join()
     for node in cluster.nodes:

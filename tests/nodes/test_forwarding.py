@@ -416,7 +416,7 @@ async def drain(node: ReachableNode) -> None:
 
 
 async def test_no_inference_fails_while_its_model_moves(ledger: Database, tmp_path: Path) -> None:
-    async with reachable_nodes(ledger.server_url, tmp_path, "a", "b", "c", placement="pack") as nodes:
+    async with reachable_nodes(ledger.server_url, tmp_path, "a", "b", "c") as nodes:
         save(models.add(1), tmp_path / "repository", "m")
         owner, _ = await loaded_beside(nodes, "m")
         stopping, answers = asyncio.Event(), list[Answer]()
@@ -470,7 +470,7 @@ async def test_forwarded_request_waits_for_what_its_sender_knows(
 
 
 async def test_body_that_arrives_while_its_model_moves_is_forwarded(ledger: Database, tmp_path: Path) -> None:
-    async with reachable_nodes(ledger.server_url, tmp_path, "a", "b", placement="pack") as nodes:
+    async with reachable_nodes(ledger.server_url, tmp_path, "a", "b") as nodes:
         save(models.add(1), tmp_path / "repository", "m")
         owner, other = await loaded_beside(nodes, "m")
         body, fields = binary(150_000)

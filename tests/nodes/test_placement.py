@@ -24,7 +24,6 @@ from nodes.placement import (
     NodeRoom,
     PlacementReason,
     PlacementRequest,
-    PlacementStrategy,
     find_share,
     has_device,
     label_devices,
@@ -49,9 +48,9 @@ def room(name: str, free: int | None = None, models: int = 0, **given: Any) -> N
     return NodeRoom(node(name, **about), NodeHints(0, free, **given), models)
 
 
-def chosen(request: PlacementRequest, rooms: list[NodeRoom], strategy: str = "spread") -> str:
+def chosen(request: PlacementRequest, rooms: list[NodeRoom]) -> str:
     """Return the node and the reason, as tables write them."""
-    found = place(request, rooms, PlacementStrategy(strategy))
+    found = place(request, rooms)
     return "none" if found is None else f"{found.node.id} {found.reason}"
 
 
@@ -60,125 +59,106 @@ ONE = PlacementRequest("m", 10, F)
 SAME_PERCENT = [room("a", 10_000, budget=10_000, models=2), room("b", 9_960, budget=10_000, models=1)]
 
 CASES = [
-    ("no node", ONE, [], "spread", "none"),
+    ("no node", ONE, [], "none"),
     (
         "none takes loads",
         ONE,
         [room("a", 90, phase="draining"), room("b", 90, phase="lost")],
-        "spread",
         "none",
     ),
-    ("most free memory", ONE, [room("a", 20), room("b", 90), room("c", 80)], "spread", "b room"),
-    ("no limit is the most", ONE, [room("a", 90), room("b", None)], "spread", "b room"),
-    ("fewest models", ONE, [room("a", None, models=3), room("b", None, models=1)], "spread", "b room"),
-    ("fewest models for the same percent", ONE, SAME_PERCENT, "spread", "b room"),
-    ("most models for the same percent", ONE, SAME_PERCENT, "pack", "a room"),
-    ("least that fits", ONE, [room("a", 9), room("b", 90), room("c", 11)], "pack", "c room"),
-    ("most models", ONE, [room("a", None, models=3), room("b", None, models=1)], "pack", "a room"),
-    ("files", ONE, [room("a", 90), room("b", 20, digests=F)], "spread", "b files"),
-    ("some files do not count", ONE, [room("a", 90), room("b", 20, digests=ONE_FILE)], "spread", "a room"),
-    ("room before files", ONE, [room("a", 20), room("b", 5, digests=F)], "spread", "a room"),
+    ("most free memory", ONE, [room("a", 20), room("b", 90), room("c", 80)], "b room"),
+    ("no limit is the most", ONE, [room("a", 90), room("b", None)], "b room"),
+    ("fewest models", ONE, [room("a", None, models=3), room("b", None, models=1)], "b room"),
+    ("fewest models for the same percent", ONE, SAME_PERCENT, "b room"),
+    ("files", ONE, [room("a", 90), room("b", 20, digests=F)], "b files"),
+    ("some files do not count", ONE, [room("a", 90), room("b", 20, digests=ONE_FILE)], "a room"),
+    ("room before files", ONE, [room("a", 20), room("b", 5, digests=F)], "a room"),
     (
         "a slot before files",
         ONE,
         [room("a", 20), room("b", 50, digests=F, free_models=0)],
-        "spread",
         "a room",
     ),
-    ("none has room", ONE, [room("a", 2), room("b", 5), room("c", -4, digests=F)], "spread", "c queue"),
-    ("none has room", ONE, [room("a", 2), room("b", 5)], "pack", "b queue"),
-    ("can never fit", ONE, [room("a", 5, budget=50), room("b", 9, budget=9)], "spread", "a queue"),
-    ("fits nowhere ever", ONE, [room("a", 4, budget=5), room("b", 9, budget=9)], "spread", "b queue"),
-    ("unknown need", PlacementRequest("m"), [room("a", 5), room("b", 9)], "spread", "b room"),
-    ("home", PlacementRequest("m", 10, home="b"), [room("a", 90), room("b", 5)], "spread", "b serves"),
+    ("none has room", ONE, [room("a", 2), room("b", 5), room("c", -4, digests=F)], "c queue"),
+    ("can never fit", ONE, [room("a", 5, budget=50), room("b", 9, budget=9)], "a queue"),
+    ("fits nowhere ever", ONE, [room("a", 4, budget=5), room("b", 9, budget=9)], "b queue"),
+    ("unknown need", PlacementRequest("m"), [room("a", 5), room("b", 9)], "b room"),
+    ("home", PlacementRequest("m", 10, home="b"), [room("a", 90), room("b", 5)], "b serves"),
     (
         "home drains",
         PlacementRequest("m", 10, home="b"),
         [room("a", 90), room("b", 95, phase="draining")],
-        "spread",
         "a room",
     ),
     (
         "home is too small",
         PlacementRequest("m", 10, home="b"),
         [room("a", 90), room("b", 5, budget=5)],
-        "spread",
         "a room",
     ),
     (
         "labels",
         PlacementRequest("m", labels=frozenset({"gpu=a", "zone=x"})),
         [room("a", 90, labels="gpu=a"), room("b", 9, labels="gpu=a os=l zone=x")],
-        "spread",
         "b room",
     ),
     (
         "device",
         PlacementRequest("m", devices=("cuda:1", "rocm:*")),
         [room("a", 90, labels="device=cuda device.cuda=0"), room("b", 9, labels="device.rocm=0")],
-        "spread",
         "b room",
     ),
     (
         "the device that it names first",
         PlacementRequest("m", devices=("cuda:*", "rocm:0", "cpu")),
         [room("a", 90), room("b", 80, labels="device.rocm=0"), room("c", 9, labels="device.cuda=1")],
-        "spread",
         "c room",
     ),
     (
         "room before the first device",
         PlacementRequest("m", 10, devices=("cuda:0", "cpu")),
         [room("a", 90), room("b", 5, labels="device.cuda=0")],
-        "spread",
         "a room",
     ),
     (
         "no node has the device",
         PlacementRequest("m", devices=("cuda:0",)),
         [room("a", 90, labels="device=cuda device.cuda=1 cuda=0")],
-        "spread",
         "none",
     ),
     (
         "own repositories",
         PlacementRequest("m", 10, home="c", holders=("a", "b")),
         [room("a", 20), room("b", 30), room("c", 90)],
-        "spread",
         "b room",
     ),
     (
         "own repository of a node without room",
         PlacementRequest("m", 10, holders=("a",)),
         [room("a", 5, budget=9), room("b", 90)],
-        "spread",
         "a queue",
     ),
     (
         "own repositories of nodes that take no loads",
         PlacementRequest("m", 10, holders=("a", "z")),
         [room("a", 90, phase="draining"), room("b", 90)],
-        "spread",
         "none",
     ),
     (
         "no node has the labels",
         PlacementRequest("m", labels=frozenset({"gpu=a"}), home="a"),
         [room("a", 90)],
-        "spread",
         "none",
     ),
 ]
 
 
 @pytest.mark.parametrize(
-    ("request_", "rooms", "strategy", "expected"),
+    ("request_", "rooms", "expected"),
     [pytest.param(*case[1:], id=f"{case[0]}, {case[3]}") for case in CASES],
 )
-def test_place_chooses_node(
-    request_: PlacementRequest, rooms: list[NodeRoom], strategy: str, expected: str
-) -> None:
-    assert chosen(request_, rooms, strategy) == expected
+def test_place_chooses_node(request_: PlacementRequest, rooms: list[NodeRoom], expected: str) -> None:
+    assert chosen(request_, rooms) == expected
 
 
 NAMES = st.sampled_from(["a", "b", "c", "d"])
@@ -210,7 +190,6 @@ REQUESTS = st.builds(
     st.none() | NAMES,
     st.just(()) | st.lists(NAMES, max_size=2, unique=True).map(tuple),
 )
-STRATEGIES = st.sampled_from(PlacementStrategy)
 
 
 def is_able(request: PlacementRequest, each: NodeRoom) -> bool:
@@ -219,24 +198,22 @@ def is_able(request: PlacementRequest, each: NodeRoom) -> bool:
 
 
 @PLAIN
-@given_any(REQUESTS, ROOMS, STRATEGIES, st.randoms())
+@given_any(REQUESTS, ROOMS, st.randoms())
 def test_place_finds_able_node_in_any_order(
-    request: PlacementRequest, rooms: list[NodeRoom], strategy: PlacementStrategy, dice: Any
+    request: PlacementRequest, rooms: list[NodeRoom], dice: Any
 ) -> None:
-    found = place(request, rooms, strategy)
+    found = place(request, rooms)
     able = [each for each in rooms if is_able(request, each)]
     assert (found is None) == (not able)
     assert found is None or found.node in [each.node for each in able]
     dice.shuffle(rooms)
-    assert place(request, rooms, strategy) == found
+    assert place(request, rooms) == found
 
 
 @PLAIN
-@given_any(REQUESTS, ROOMS, STRATEGIES)
-def test_place_passes_no_better_node(
-    request: PlacementRequest, rooms: list[NodeRoom], strategy: PlacementStrategy
-) -> None:
-    found = place(request, rooms, strategy)
+@given_any(REQUESTS, ROOMS)
+def test_place_passes_no_better_node(request: PlacementRequest, rooms: list[NodeRoom]) -> None:
+    found = place(request, rooms)
     assume(found is not None and found.reason is not PlacementReason.SERVES)
     assert found is not None
     mine = next(each for each in rooms if each.node == found.node)
@@ -248,15 +225,15 @@ def test_place_passes_no_better_node(
 
 
 @PLAIN
-@given_any(REQUESTS, ROOMS, STRATEGIES, st.integers(0, 3))
+@given_any(REQUESTS, ROOMS, st.integers(0, 3))
 def test_end_of_another_node_moves_no_placement(
-    request: PlacementRequest, rooms: list[NodeRoom], strategy: PlacementStrategy, which: int
+    request: PlacementRequest, rooms: list[NodeRoom], which: int
 ) -> None:
-    found = place(request, rooms, strategy)
+    found = place(request, rooms)
     assume(found is not None and len(rooms) > 1)
     assert found is not None
     gone = [each for each in rooms if each.node != found.node][which % (len(rooms) - 1)]
-    left = place(request, [each for each in rooms if each is not gone], strategy)
+    left = place(request, [each for each in rooms if each is not gone])
     assert left is not None
     assert left.node == found.node
 

@@ -29,28 +29,25 @@ ROOT = Path(__file__).parents[2]
 REQUIRED = ("repository", "data")
 VALUES = {
     "ledger": "postgresql://server@db.example,other.example:5433/ledger", "node_name": "a-1",
-    "node_address": "http://a.example:8080", "node_labels": "gpu=none,zone=a", "placement": "pack",
+    "node_address": "http://a.example:8080", "node_labels": "gpu=none,zone=a",
     "lease_s": "3.0", "when_away": "stop",
     "repository": "/models", "data": "/data", "host": "::1", "port": "0",
     "tls_cert": "/cert.pem", "tls_key": "/key.pem", "trusted_proxies": "10.0.0.0/8,::1",
-    "forwarded_header": "forwarded",
     "threads": "2", "drain_timeout_s": "0.5", "inference_timeout_s": "1.5",
 
 
-    "devices": "cuda:*,cpu", "device_memory": "cuda:0=20GB,cuda:1=50%", "device_max_loaded": "cuda:0=4",
-    "visible_devices": "cuda:1,openvino:*", "confine_devices": "allow",
+    "devices": "cuda:*,cpu", "device_memory": "cuda:0=20GB,cuda:1=50%",
+    "visible_devices": "cuda:1,openvino:*",
     "memory_budget": "12.5%", "max_loaded": "4", "evict": "idle", "min_residency_s": "0.5",
     "keep_alive_s": "90", "on_demand": "on",
-    "max_token_s": "3600",
-    "confine": "require", "restore": "none",
+    "confine": "require-cpu", "restore": "none",
     "ledger_stderr": "off",
     "store_size": "5TB", "max_request_size": "128MiB",
     "repository_writable": "off", "sources": "hf oci://ghcr.io",
-    "streams_per_subject": "5",
-    "idle_timeout_s": "650.0", "log_format": "json", "log_level": "warning", "log_inferences": "0.25",
+    "idle_timeout_s": "650.0", "log_format": "json", "log_level": "warning",
     "trace_inferences": "1.0", "metrics": "open", "jwt_audience": "a",
     "jwt_issuer": "https://issuer", "jwt_keys": "/keys.json", "jwt_roles_claim": "groups",
-    "limit_management": "1/second", "limit_inference": "off", "limit_reads": "7 per 2 minutes",
+    "limit_management": "1/second", "limit_inference": "7 per 2 minutes",
 
 }  # fmt: skip
 """A valid value for each setting, other than its default."""
@@ -121,24 +118,22 @@ def test_file_is_utf_8_with_any_bom_and_line_ends(file: Path) -> None:
 REFUSED = {
     "ledger": "ledger.db postgresql:// mysql://a/b", "node_name": "a/b -a \u00e4", "lease_s": "0 nan",
     "node_address": "a:8080 http:// http://a/b ftp://a", "node_labels": "zone zone= =a a=b=c",
-    "placement": "even", "when_away": "die",
+    "when_away": "die",
     "port": "65536 -1 http 8080.5 tcp://10.0.0.1:8080", "threads": "-1 1025 auto",
 
     "drain_timeout_s": "-1 nan", "inference_timeout_s": "0 inf",
-    "limit_reads": "many 0/minute 1/second;10/minute 1/eon 1/minutely OFF", "max_loaded": "-1 1.5",
+    "limit_inference": "many 0/minute 1/second;10/minute 1/eon 1/minutely OFF", "max_loaded": "-1 1.5",
     "memory_budget": "0 -1 0.0% 100.1% 80_% 1.5 8gb nan% " + "9" * 5000,
     "visible_devices": "ALL cuda *",
     "evict": "on", "min_residency_s": "-1 nan", "keep_alive_s": "-2 31536001 1.5",
     "on_demand": "1",
     "confine": "on", "restore": "off", "ledger_stderr": "none",
-    "max_token_s": "0 59 1.5 9999999999",
     "sources": "ftp hf:// https://a/b ghcr.io",
     "store_size": "0 0GB -1 1.5GB 1gb Auto Off", "max_request_size": "0 64mib 3GB 2147483649",
-    "streams_per_subject": "0",
     "idle_timeout_s": "nan", "log_format": "JSON", "log_level": "INFO",
-    "log_inferences": "1.1 nan", "trace_inferences": "-0.1", "metrics": "off",
+    "trace_inferences": "-0.1 1.1 nan", "metrics": "off",
     "jwt_issuer": "a\x07b", "trusted_proxies": "10.0.0.1/8 proxy ::/0 10.0.0.1,",
-    "forwarded_header": "Forwarded", "data": "~/ledger ~", "tls_cert": "~/x",
+    "data": "~/ledger ~", "tls_cert": "~/x",
 }  # fmt: skip
 """By setting; the empty text, too, which no setting takes."""
 
@@ -159,7 +154,7 @@ def test_value_at_the_limit_is_taken() -> None:
         "min_residency_s": (0,),
         "keep_alive_s": (-1, 0, 31536000),
         "max_request_size": ("1", "2GiB"),
-        "log_inferences": (0, 1), "threads": (0, 1024),
+        "trace_inferences": (0, 1), "threads": (0, 1024),
     }.items():  # fmt: skip
         for value in values:
             assert read_settings({name: str(value)}, {})[0][name] == value
@@ -209,9 +204,9 @@ def test_refusal_says_what_to_do(flags: dict[str, str], environment: dict[str, s
     ("line", "words"),
     [
         ("prot = 1", "prot: there is no such setting; did you mean port?"),
-        ("limit-reads = 1", "did you mean limit_reads?"),
+        ("limit-inference = 1", "did you mean limit_inference?"),
         ('"LOADLEDGER_PORT" = 1', "did you mean port?"),
-        ("limit_reads_per_address = 9", "did you mean limit_reads?"),
+        ("limit_inference_per_address = 9", "did you mean limit_inference?"),
         ("zzzzzzzz = 1", "loadledger serve --help-all"),
         ("[server]\nport = 1", "server: there is no such setting; settings stand at the top"),
         ("port = '1'", "port: '1' is refused. Must be a whole number without quotes."),
@@ -317,7 +312,7 @@ def test_unusable_path_is_named(tmp_path: Path, name: str, path: str, words: str
         ("LOADLEDGER_REPO", "did you mean LOADLEDGER_REPOSITORY?"),
         ("LOADLEDGER_on_demand", "did you mean LOADLEDGER_ON_DEMAND?"),
         ("LOADLEDGER_TOKENS", "did you mean LOADLEDGER_TOKEN?"),
-        ("LOADLEDGER_LIMIT_READS_PER_PEER", "did you mean LOADLEDGER_LIMIT_READS?"),
+        ("LOADLEDGER_LIMIT_INFERENCE_PER_PEER", "did you mean LOADLEDGER_LIMIT_INFERENCE?"),
         ("LOADLEDGER_ZZZZZZZZ", "`loadledger serve --help-all` lists the settings"),
         ("LOADLEDGER_", "`loadledger serve --help-all` lists the settings"),
     ],

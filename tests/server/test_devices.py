@@ -54,7 +54,6 @@ def config(**settings: Any) -> Config:
         ({}, DeviceLimits(), DeviceLimits()),
         ({"device_memory": "npu:1=25%"}, DeviceLimits(), DeviceLimits(250)),
         ({"device_memory": "npu:0=2GB,npu:1=7"}, DeviceLimits(2 * 10**9), DeviceLimits(7)),
-        ({"device_max_loaded": "npu:0=4"}, DeviceLimits(max_loaded=4), DeviceLimits()),
         ({"devices": "npu:*,cpu"}, DeviceLimits(), DeviceLimits()),
     ],
 )
@@ -93,13 +92,12 @@ def test_device_with_own_memory_has_most_of_it_as_budget(tmp_path: Path) -> None
     assert printed.splitlines() == ["21600000000 True", "4000000000 True"]
 
 
-@pytest.mark.parametrize("flag", ["device_memory", "device_max_loaded"])
-async def test_limit_of_missing_device_is_refused(flag: str) -> None:
-    setting = config(**{flag: "npu:1=4,rocm:0=4"})
+async def test_limit_of_missing_device_is_refused() -> None:
+    setting = config(device_memory="npu:1=4,rocm:0=4")
     with pytest.raises(ConfigError) as refused:
         await limit_devices(setting, pool_of(DEVICES), MACHINE_BYTES)
     assert str(refused.value) == (
-        f"--{flag.replace('_', '-')}: rocm:0 is not a device of this server, which has npu:0, npu:1;"
+        "--device-memory: rocm:0 is not a device of this server, which has npu:0, npu:1;"
         " rocm: its library cannot be loaded"
     )
     with pytest.raises(ConfigError, match=r"which has only the CPU$"):
@@ -119,34 +117,34 @@ async def test_missing_default_device_is_refused_unless_nodes_may_have_it() -> N
 
 
 @pytest.mark.parametrize(
-    ("mode", "could", "setting", "is_withheld"),
+    ("mode", "could", "is_withheld"),
     [
-        ("require", ("run_code",), "refuse", True),
-        ("require", ("run_code",), "allow", False),
-        ("require", (), "refuse", False),
-        ("auto", ("run_code",), "refuse", False),
+        ("require", ("run_code",), True),
+        ("require-cpu", ("run_code",), False),
+        ("require", (), False),
+        ("auto", ("run_code",), False),
     ],
 )
-def test_require_withholds_devices(mode: str, could: Any, setting: str, is_withheld: bool) -> None:  # noqa: FBT001
+def test_require_withholds_devices(mode: str, could: Any, is_withheld: bool) -> None:  # noqa: FBT001
     pool = pool_of(DEVICES)
     pool.applied_to_devices = replace(UNCONFINED, confinement=Confinement(mode, 6, True, could))
-    withhold_devices(pool, config(confine=mode, confine_devices=setting))
+    withhold_devices(pool)
     assert (pool.devices == DEVICES) is not is_withheld
     if is_withheld:
         assert not pool.devices.found
         assert pool.devices.problems[0] == DEVICES.problems[0]
-        for words in ("npu", "--confine=require", "run code", "--confine-devices=allow"):
+        for words in ("npu", "--confine=require", "run code", "--confine=require-cpu"):
             assert words in pool.devices.problems[1]
 
 
 def test_each_device_is_described_in_a_sentence() -> None:
-    limits = {"npu:0": DeviceLimits(250, 4), "npu:1": DeviceLimits()}
+    limits = {"npu:0": DeviceLimits(250), "npu:1": DeviceLimits()}
     pool = pool_of(DEVICES)
     pool.applied_to_devices = replace(UNCONFINED, confinement=Confinement("auto", 6, True, ()))
     assert list(describe_setup(pool, limits)) == [
         "no device of rocm: its library cannot be loaded",
         "workers of loads on devices are confined by Landlock 6 and seccomp",
-        "device npu:0: Some NPU, provider npu 2.1, budget 250 bytes, at most 4 loaded",
+        "device npu:0: Some NPU, provider npu 2.1, budget 250 bytes",
         "device npu:1: no name, provider npu 2.1, no memory budget",
     ]
 
@@ -168,7 +166,7 @@ async def test_driver_that_does_not_answer_is_a_problem(
 def test_second_device_on_the_same_hardware_is_left_out() -> None:
     second = replace_struct(GPUS["cuda:1"], name="nv:1")
     pool = pool_of(Devices({**GPUS, "nv:1": second, **DEVICES.found}))
-    withhold_devices(pool, config())
+    withhold_devices(pool)
     assert [*pool.devices.found] == ["cuda:0", "cuda:1", "npu:0", "npu:1"]
     problem = "nv:1: is the same hardware as cuda:1, which is used"
     assert list(pool.devices.problems) == [problem]

@@ -40,7 +40,7 @@ from support.fleet import UNLIMITED, Fleet, Source, check_inference, question
 from support.http import Answer, Api, Json, when
 from support.postgres import Address, Database, PostgresServer
 from support.replicas import make_ledger
-from support.servers import Server, serving
+from support.servers import Server, limited, serving
 
 LEASE_S = 8.0
 """As little as a busy machine allows: a third of it is the time limit of a renewal, connecting included. With
@@ -146,7 +146,7 @@ class ClusterNode:
         ledger = self.database.url("ledger_server", self.proxy.address)
         arguments = (f"--ledger={ledger}", f"--node-name={self.name}", f"--host={host}", f"--port={port}")
         own = f"--node-address=http://{host}:{port}"
-        started = serving(self.config, *arguments, own, *SETTINGS)
+        started = serving(self.config, *arguments, own, *SETTINGS, command=limited())
         self._server = await self._stack.enter_async_context(started)
         self.is_frozen = self._was_ended = False
 

@@ -37,7 +37,7 @@ from events.types import (
     digest_of,
 )
 from nodes.decisions import NodePlacement
-from nodes.placement import NodeHints, PlacementStrategy, find_digest, find_share
+from nodes.placement import NodeHints, find_digest, find_share
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action, RecordFact
 from runtime.scheduler.actions import Decision as Next
@@ -177,7 +177,6 @@ class ClusterNode(World):
         *,
         skew_s: float,
         labels: tuple[str, ...],
-        strategy: PlacementStrategy,
     ) -> None:
         super().__init__(policy, log)
         self.name, self.labels = name, labels
@@ -185,7 +184,7 @@ class ClusterNode(World):
         self.peers: Mapping[str, NodeHints] = {}
         self.may_serve = True
         self.late: Collection[str] = ()
-        self.placement = NodePlacement(name, self, KnownSigning(name), strategy)
+        self.placement = NodePlacement(name, self, KnownSigning(name))
         self.sign = KnownSigning(name).sign
         self.is_paused = False
         self.renewed_at = self.clock = at(0)
@@ -320,7 +319,6 @@ class Cluster:
         policies: Sequence[Policy],
         skews_s: Sequence[float],
         labels: Sequence[tuple[str, ...]] | None = None,
-        strategy: PlacementStrategy = PlacementStrategy.SPREAD,
         *,
         is_fenced: bool,
     ) -> None:
@@ -328,7 +326,7 @@ class Cluster:
         self.now = at(0)
         about = zip("abcdef", policies, skews_s, labels or [()] * len(policies), strict=False)
         self.nodes = [
-            ClusterNode(name, self.log, policy, skew_s=skew_s, labels=labels, strategy=strategy)
+            ClusterNode(name, self.log, policy, skew_s=skew_s, labels=labels)
             for name, policy, skew_s, labels in about
         ]
         for node in self.nodes:

@@ -160,11 +160,9 @@ class Scene:
     def set(self, **policy: Any) -> None:
         self.policy = replace(self.policy, **policy)
 
-    def device(
-        self, name: str, budget_bytes: int | None = None, *, most: int | None = None, own: bool = True
-    ) -> None:
-        """There is a device, for so many models, with memory of its own or that of the machine."""
-        limits = DeviceLimits(budget_bytes, most, has_memory=own)
+    def device(self, name: str, budget_bytes: int | None = None, *, own: bool = True) -> None:
+        """There is a device, with memory of its own or that of the machine."""
+        limits = DeviceLimits(budget_bytes, has_memory=own)
         self.set(devices={**self.policy.devices, name: limits})
 
     def load(

@@ -26,7 +26,7 @@ from support.servers import Server, events, verified
 TABLE_MB = 4
 """Of one model: enough to be told from what its process has besides, 6 MB."""
 ENTRIES = TABLE_MB * 250_000
-UNLIMITED = ("--limit-management=off", "--limit-inference=off", "--limit-reads=off")
+UNLIMITED = ("--limit-management=off", "--limit-inference=off")
 SETTLE_S = 120.0
 """A lost model that was loaded with low priority comes back within a minute, however busy the machine is."""
 

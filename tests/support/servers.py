@@ -43,7 +43,12 @@ UNHURRIED = (sys.executable, "-P", "-c", NO_PRESSURE)
 
 
 def limited(**limits: float | str) -> tuple[str, ...]:
-    """Return the command with other limits than users have: fields of `Config` that are no settings."""
+    """Return the command with other limits than users have, and none of reads.
+
+    Args:
+        limits: fields of `Config` that are no settings.
+    """
+    limits = {"limit_reads": "off", **limits}
     script = (
         "from server.config import Config\n"
         "from loadledger.cli.main import main\n"

@@ -950,7 +950,7 @@ class World:
         jobs = {job.id for job in self.state.unended()}
         self._go_on(outcome, lambda: all(self.state.unended_job(job) is None for job in jobs))
         given, devices = self.policy, self.policy.devices.items()
-        unlimited = {name: replace(limits, budget_bytes=None, max_loaded=None) for name, limits in devices}
+        unlimited = {name: replace(limits, budget_bytes=None) for name, limits in devices}
         self.policy = replace(given, budget_bytes=None, max_loaded=None, devices=unlimited)
         self._go_on(outcome, lambda: False)
         self.policy = given

@@ -10,7 +10,7 @@ import aiohttp
 from support import models
 from support.fleet import SOAK, of_both, tell
 from support.http import LIMIT_S, Api, Json, when
-from support.servers import Server, serving, verified
+from support.servers import Server, limited, serving, verified
 from support.workers import descriptors, threads
 
 from runtime.memory import tree_bytes
@@ -102,7 +102,7 @@ async def test_loads_and_unloads_leave_nothing_behind(config: Config) -> None:
     temporary_folder(config).mkdir()
     environment = {"TMPDIR": str(temporary_folder(config))}
     async with serving(
-        config, "--threads=1", "--limit-management=off", "--limit-reads=off", environment=environment
+        config, "--threads=1", "--limit-management=off", command=limited(), environment=environment
     ) as server:
 
         async def cycle() -> None:

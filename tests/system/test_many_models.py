@@ -27,7 +27,7 @@ from support.fleet import (
     settled,
     tell,
 )
-from support.servers import serving
+from support.servers import limited, serving
 from support.traffic import Traffic
 
 from server.config import Config
@@ -103,7 +103,7 @@ async def test_twenty_models_in_memory_for_six_answer_right(config: Config, on_d
         f"--memory-budget={BUDGET_BYTES}", "--threads=1", "--evict=idle", f"--min-residency-s={residency_s}",
         f"--on-demand={on_demand}", "--inference-timeout-s=20", "--drain-timeout-s=5", *UNLIMITED,
     )  # fmt: skip
-    async with serving(config, *settings) as server:
+    async with serving(config, *settings, command=limited()) as server:
         storm = Traffic(server, fleet, hot=HOT)
         for _ in range(ROUNDS):
             await run_round(storm, memory, dice)

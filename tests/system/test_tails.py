@@ -12,7 +12,7 @@ from pathlib import Path
 from support import models
 from support.fleet import SOAK, new_dice, of_both, tell
 from support.models import save
-from support.servers import Server, events, serving
+from support.servers import Server, events, limited, serving
 from support.streams import following
 
 from bench import driver, streams
@@ -21,7 +21,6 @@ from server.config import Config
 CUTS = of_both(short=25, long=1000)
 TAILS = of_both(short=50, long=1000)
 SECONDS = of_both(short=1.0, long=30.0)
-UNLIMITED = ("--limit-management=off", "--limit-reads=off", "--streams-per-subject=1000")
 
 
 @asynccontextmanager
@@ -48,7 +47,8 @@ async def test_reconnecting_client_sees_every_event_once(config: Config) -> None
     save(models.add(1), config.repository, "m")
     dice = new_dice()
     seen, last, messages = list[int](), 0, 0
-    async with serving(config, *UNLIMITED) as server, appending(server):
+    command = limited(streams_per_subject=1000)  # the server notices a cut at its next write
+    async with serving(config, *driver.UNLIMITED, command=command) as server, appending(server):
         for _ in range(CUTS):
             async with following(server.api, "?after=0", headers={"Last-Event-ID": str(last)}) as client:
                 for _ in range(cut(dice)):
@@ -74,8 +74,7 @@ def cut(dice: random.Random) -> int:
 
 async def test_many_tails_get_every_event(tmp_path: Path) -> None:
     def measured() -> list[str]:
-        room = ("--limit-reads", "off", "--streams-per-subject", str(TAILS))
-        with driver.running(tmp_path, *driver.UNLIMITED, *room) as server:
+        with driver.running(tmp_path, *driver.UNLIMITED) as server:
             rows = streams.measure(server, tails=TAILS, seconds=SECONDS)
         return [f"{row.what} {row.ours}" for row in rows]
 

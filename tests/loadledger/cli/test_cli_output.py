@@ -35,6 +35,7 @@ from loadledger.cli.output import (
 )
 from loadledger.records import (
     ApprovalState,
+    Device,
     ErrorInfo,
     FetchProgress,
     File,
@@ -273,7 +274,14 @@ def test_hostile_answer_prints_no_control_characters(
         created_at="2026-01-31T14:02:00Z",
         finished_at=NOW.isoformat(),
     )
-    found = msgspec.structs.replace(evil(Resources), models=[use], waiting=[evil(WaitingJob)], pressure=None)
+    found = msgspec.structs.replace(
+        evil(Resources),
+        models=[use],
+        waiting=[evil(WaitingJob)],
+        pressure=None,
+        devices=[evil(Device), evil(Device)],
+        device_problems=who,
+    )
     done = msgspec.structs.replace(job, status="completed", error=None)
     failed = msgspec.structs.replace(job, status="failed")
     shown = [

@@ -196,15 +196,6 @@ set evicts=true; load y 10 on=npu:0; start z 10; begin z on=cuda:0 there=10; wai
 start z 10; begin z on=cuda:0 there=10; request a 10 on=cuda:0,cpu there=60; wait 31;
   request b 10 on=cuda:0,cpu there=60 -> start b1
 
-# The limit of models of a device.
-device cuda:0 100 most=1; load z on=cuda:0; request a on=cuda:0,cuda:1 -> start a1 on cuda:1
-device cuda:0 100 most=1; load z on=cuda:0; request z version=2 on=cuda:0 -> start z2 on cuda:0
-device cuda:0 100 most=1; load z; request a on=cuda:0 -> start a1 on cuda:0
-device cuda:0 100 most=1; load z on=cuda:0; request a on=cuda:0
-  -> a1 waits for a place among the 1 models that may be loaded on cuda:0
-device cuda:0 100 most=1; load z on=cuda:0; unload z; request a on=cuda:0
-  -> a1 waits for it is being released
-
 # What is being released on a device is kept for the load that waits for it, as on the machine.
 load z 10 on=cuda:0 there=80; request b 10 on=cuda:0 there=50; request c 10 on=cuda:0 there=20; unload z
   -> start c1 on cuda:0

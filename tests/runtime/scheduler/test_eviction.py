@@ -71,7 +71,6 @@ device cuda:0 100; load a 10 on=cuda:0 there=50; load c 90 busy=true; wait 10;
 device cuda:0 100; load a 10 on=cuda:0 there=50; load c 10; wait 10; request x 90 -> unload a, eviction for x1
 device npu:0 50 own=false; load a 30; load b 30 on=npu:0; wait 10; request x 30 on=npu:0
   -> unload b, eviction for x1
-device cuda:0 most=1; load c; load a on=cuda:0; wait 10; request x on=cuda:0 -> unload a, eviction for x1
 
 # Of several devices the first where that is possible; what is being released is waited for instead.
 device cuda:0 100; device cuda:1 100; load a 10 on=cuda:0 there=90 busy=true; load b 10 on=cuda:1 there=90;

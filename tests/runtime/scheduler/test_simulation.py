@@ -97,9 +97,10 @@ class WatchedWorld(World):
         return [(None, need.bytes), (need.device, need.device_bytes if has_memory else need.bytes)]
 
     def limits_of(self, device: str | None) -> tuple[float, float]:
-        """Return the budget and the most models of the machine, or of a device."""
-        limits = self.policy if device is None else self.policy.devices[device]
-        return limits.budget_bytes or inf, limits.max_loaded or inf
+        """Return the budget of the machine, or of a device, and the most models there."""
+        if device is not None:
+            return self.policy.devices[device].budget_bytes or inf, inf
+        return self.policy.budget_bytes or inf, self.policy.max_loaded or inf
 
     def bytes_of(self, processes: Iterable[Process], device: str | None) -> int:
         """Return what processes reserve or take of the machine's memory, or of a device's."""
@@ -451,7 +452,6 @@ EMERGENCY = Justification(Credential(), "fire", "fire")
 LIMITS = st.builds(
     DeviceLimits,
     budget_bytes=st.sampled_from([100, 100, None]),
-    max_loaded=st.sampled_from([None, None, 1]),
     has_memory=st.sampled_from([True, True, False]),
 )
 

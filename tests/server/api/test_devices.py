@@ -31,9 +31,8 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalApi]:
     """An application whose models load on OpenVINO, if that has room, unless they say otherwise."""
     folder = tmp_path_factory.mktemp("devices")
-    limits = {"device_memory": f"{DEVICE}=2GB", "device_max_loaded": f"{DEVICE}=3"}
     with visible_devices([DEVICE], folder) as visible:
-        async with local_server(folder, on_demand="on", **visible, **limits) as api:
+        async with local_server(folder, on_demand="on", device_memory=f"{DEVICE}=2GB", **visible) as api:
             yield api
 
 
@@ -56,7 +55,7 @@ async def test_load_on_device_says_so_everywhere(served: LocalApi) -> None:
     assert device == {
         "device": DEVICE, "provider": "openvino", "version": release, "total_bytes": None,
         "free_bytes": None, "budget_bytes": 2 * 10**9, "reserved_bytes": 0,
-        "used_bytes": seen["used_bytes"], "models": 1, "max_loaded": 3,
+        "used_bytes": seen["used_bytes"], "models": 1,
     }  # fmt: skip
     assert seen["device_problems"] == []
     assert "run_code" in seen["confinement_of_devices"]["not_prevented"]
@@ -169,13 +168,13 @@ async def test_require_refuses_devices_unless_they_are_allowed(tmp_path: Path) -
             api.save(models.add(), "m")
             answer = await api.post("/api/v1/models/m/load", json={"devices": ["openvino:*"]})
             assert answer.refusal == (409, "device_unavailable")
-            assert "--confine-devices=allow" in answer.json["detail"]
+            assert "--confine=require-cpu" in answer.json["detail"]
             seen = (await api.get("/api/v1/resources")).json
             assert [each["device"] for each in seen["devices"]] == ["cpu"]
             assert "--confine=require" in seen["device_problems"][0]
             assert (await api.load("m", devices=["openvino:*", "cpu"]))["status"] == "completed"
             assert "devices" not in await api.model("m")
-        async with local_server(tmp_path, confine="require", confine_devices="allow", **visible) as api:
+        async with local_server(tmp_path, confine="require-cpu", **visible) as api:
             assert (await api.load("m", devices=["openvino:*"]))["status"] == "completed"
 
 

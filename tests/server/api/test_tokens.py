@@ -18,12 +18,12 @@ from support.models import add
 from events.types import SignInLinkIssued, SignInLinkUsed, TokenIssued, TokenRevoked
 from loadledger import Client
 from loadledger.address import CONTROL_KEY, CONTROL_SOCKET
+from server.api.tokens import MAX_TOKEN_S
 from server.appkeys import LOG
 from server.auth.control import KEY, SOCKET
 from server.auth.gate import InvalidToken, Principal
 from server.auth.subjects import local_actor
 from server.auth.tokens import LINK_S, MAX_LINKS, TOKENS, SignInLinks
-from server.config import MAX_TOKEN_S
 from server.serve import local_url
 
 BOB = {"subject": "bob", "roles": ["predict"], "expires_s": 60}
