@@ -62,7 +62,7 @@ def test_help_explains_command_and_options(command: str) -> None:
             assert (parameter.help or "").endswith((".", "]")), parameter.name
 
 
-@pytest.mark.parametrize("command", ["key", "prepared", "ray", "token", *every_command()])
+@pytest.mark.parametrize("command", ["key", "prepared", "token", *every_command()])
 def test_help_ends_with_two_examples(command: str) -> None:
     *_, head, first, second = printed(*command.split(), "--help").splitlines()
     assert head.strip() == "Examples:"
