@@ -67,7 +67,7 @@ from server.http.tls import load_context
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class LoadableVersion:
     """A version without a problem so far, and the parameters of its load."""
 
     model_id: str
@@ -252,7 +252,9 @@ def _check_address(config: Config) -> Iterator[CheckFinding]:
             return
 
 
-def check_repository(config: Config, result: CheckResult, models: Mapping[str, Model]) -> list[Candidate]:
+def check_repository(
+    config: Config, result: CheckResult, models: Mapping[str, Model]
+) -> list[LoadableVersion]:
     """Check the models of a repository, as the ledger has them; return the versions without a problem."""
     try:
         repository = _open_repository(config, models)
@@ -280,7 +282,7 @@ def check_repository(config: Config, result: CheckResult, models: Mapping[str, M
 
 def check_version(
     config: Config, result: CheckResult, models: Mapping[str, Model], model_id: str, version: int | None
-) -> list[Candidate]:
+) -> list[LoadableVersion]:
     """Check one version of a model, by default the highest; return it if it has no problem."""
     try:
         repository = _open_repository(config, models)
@@ -292,7 +294,7 @@ def check_version(
     return [*_check_versions(repository, model_id, [version], config, result)]
 
 
-def check_references(config: Config, result: CheckResult, candidates: Iterable[Candidate]) -> None:
+def check_references(config: Config, result: CheckResult, candidates: Iterable[LoadableVersion]) -> None:
     """Check what the models' files name: their external data."""
     for each in candidates:
         repository = Repository(config.repository)
@@ -311,7 +313,7 @@ def _open_repository(config: Config, models: Mapping[str, Model]) -> Repository:
 
 def _check_versions(
     repository: Repository, model_id: str, versions: Iterable[int], config: Config, result: CheckResult
-) -> Iterator[Candidate]:
+) -> Iterator[LoadableVersion]:
     parameters: LoadParameters | None = None
     try:
         parameters = default_parameters(repository, model_id, config)
@@ -339,7 +341,7 @@ def _check_versions(
             continue
         need = estimate_memory(files, version, parameters, ())
         if need.bytes <= budget:
-            yield Candidate(model_id, version, parameters)
+            yield LoadableVersion(model_id, version, parameters)
             continue
         text = (  # the scheduler refuses such a load without trying it
             f"needs about {format_megabytes(need.bytes)} of memory, estimated from its files, and the budget"
@@ -475,7 +477,7 @@ def _describe_outcome(seen: CheckedVersion, rules: ModelRules) -> str:
     return f"{signed}; approvals by other persons: {rules.approvals}, {seen.approval.replace('_', ' ')}"
 
 
-def check_workers(config: Config, result: CheckResult, loaded: Sequence[Candidate] = ()) -> None:
+def check_workers(config: Config, result: CheckResult, loaded: Sequence[LoadableVersion] = ()) -> None:
     """Check confinement and devices, and load versions, each for at most its `timeout_s`."""
 
     async def check() -> None:
@@ -521,7 +523,7 @@ async def _check_devices(pool: WorkerPool, config: Config, result: CheckResult) 
         result.add([CheckFinding(place, "invalid_setting", text)])
 
 
-async def _load(pool: WorkerPool, loaded: Candidate, config: Config, result: CheckResult) -> None:
+async def _load(pool: WorkerPool, loaded: LoadableVersion, config: Config, result: CheckResult) -> None:
     repository, parameters = Repository(config.repository), loaded.parameters
     budget = parse_budget(config.memory_budget, find_memory_limit().bytes)
     versions = Versions(repository, None)  # a check takes nothing into a store
