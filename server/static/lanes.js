@@ -2,6 +2,7 @@
 // A bar's colour, height and pattern are its state; its version is text. Also the time scale and the axis above them.
 
 import { duration, local, moment, oneLine } from "./format.js";
+import { address, href } from "./router.js";
 import { Cell, html, Row } from "./ui.js";
 
 export const SECOND = 1000, MINUTE = 60 * SECOND, HOUR = 60 * MINUTE, DAY = 24 * HOUR, YEAR = 365 * DAY;
@@ -129,7 +130,7 @@ function itemsOf(lane, page) {
 }
 
 // Whether a lane is the server's or a node's, and its name then.
-export const isOfServer = (lane) => lane.model_id === "" || lane.node_id !== undefined;
+const isOfServer = (lane) => lane.model_id === "" || lane.node_id !== undefined;
 const nameOf = (lane) => oneLine(isOfServer(lane) ? lane.node_id ?? "Server" : lane.at ? `at ${lane.at}` : lane.model_id, 130);
 
 // The item of a lane at a time: a mark within `slack` of it, else the segment there, else one within `slack`.
@@ -141,20 +142,13 @@ export function itemAt(lane, time, slack) {
   return mark ?? segments.find((item) => item.from <= time && time < item.to) ?? segments.findLast(isNear) ?? null;
 }
 
-// The item of a lane that is nearest to the beginning of another lane's item.
-export function nearestItem(lane, { from: time }) {
-  const distance = (item) => (item.from <= time && time < item.to ? 0
-    : Math.min(Math.abs(item.from - time), Math.abs(item.to - time)));
-  return lane.items.reduce((best, item) => (distance(item) < distance(best) ? item : best));
-}
-
 // The moment at which an item begins: its event, else the time to the microsecond, which no `Date` has.
-export const momentOf = ({ mark, segment }) => String((mark ?? segment).position ?? segment.from);
+const momentOf = ({ mark, segment }) => String((mark ?? segment).position ?? segment.from);
 
 // Drawing.
 
 // A row. `shown` has what all rows share: `down` when no server ran, and `until`, where the present ends what goes on.
-export function Lane({ lane, scale, href, chosenKey, shown }) {
+export function Lane({ lane, scale, chosenKey, shown }) {
   const { down, until } = shown;
   const items = lane.items
     .map((item) => ({ ...item, to: Math.min(item.to, until) }))
@@ -162,7 +156,7 @@ export function Lane({ lane, scale, href, chosenKey, shown }) {
   return html`
     <div class="lane" data-model=${lane.id}>
       ${isOfServer(lane) || lane.at ? html`<span class="lane-name server" title=${nameOf(lane)}>${nameOf(lane)}</span>`
-        : html`<a class="lane-name" title=${lane.model_id} tabindex="-1" href=${href}>${nameOf(lane)}</a>`}
+        : html`<a class="lane-name" title=${lane.model_id} href=${href("models", lane.model_id)}>${nameOf(lane)}</a>`}
       <svg class="lane-plot" aria-hidden="true" width=${scale.width} height=${HIGH} viewBox="0 0 ${scale.width} ${HIGH}">
         ${!isOfServer(lane) && down.map(([from, to]) => html`<${Down} scale=${scale} from=${from} to=${to} />`)}
         ${items.filter((item) => item.segment).map((item) => html`
@@ -319,21 +313,43 @@ function describeMark(lane, mark) {
   ];
 }
 
-// All items as text, for who does not see the drawing.
+// The chosen item in words, with where it leads.
+export function Detail({ selected }) {
+  if (!selected) return html`<div id="timeline-detail" role="status"></div>`;
+  const { lane, item } = selected, [title, ...lines] = describe(lane, item);
+  return html`
+    <div id="timeline-detail" class="detail" role="status">
+      <p><strong>${title}</strong></p>
+      ${lines.map((line) => html`<p>${line}</p>`)}
+      <${Links} ...${selected} />
+    </div>`;
+}
+
+function Links({ lane, item }) {
+  const subject = item.segment ?? item.mark, job = subject.job_id ?? subject.load_job_id;
+  return html`
+    <p class="links">
+      ${!isOfServer(lane) && html`<a href=${href("models", lane.model_id)}>Model</a>`}
+      ${job && html`<a href=${href("jobs", job)}>Job</a>`}
+      <a href=${href("timeline", momentOf(item), address.value.query)}>As of this moment</a>
+    </p>`;
+}
+
+// All items as text, for a reader without a mouse, or who does not see the drawing.
 export function LaneTable({ lanes }) {
   const items = lanes.flatMap((lane) => lane.items.map((item) => ({ lane, item })));
   return html`
     <div class="scroll" tabindex="0" role="group" aria-label="The timeline as a table">
       <table class="cards">
         <caption class="unseen">Changes in this range, by model</caption>
-        <thead><tr>${["Model", "State", "When", "By, job"].map((name) => html`<th scope="col">${name}</th>`)}</tr></thead>
+        <thead><tr>${["Model", "State", "When", "By, job", "See"].map((name) => html`<th scope="col">${name}</th>`)}</tr></thead>
         <tbody id="timeline-table">
           ${items.map(({ lane, item }) => {
             const [title, when, ...rest] = describe(lane, item);
             return html`
               <${Row} heading=${nameOf(lane)}>
                 <${Cell} label="State">${title}<//><${Cell} label="When">${when}<//>
-                <${Cell} label="By, job">${rest.join("; ")}<//>
+                <${Cell} label="By, job">${rest.join("; ")}<//><${Cell} label="See"><${Links} lane=${lane} item=${item} /><//>
               <//>`;
           })}
         </tbody>
