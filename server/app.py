@@ -71,7 +71,6 @@ from server.api.livejobs import LiveJobs
 from server.api.loads import make_load_command
 from server.api.overview import overview_routes
 from server.api.resources import RESOURCES_CACHE, ResourcesCache
-from server.api.timeline import open_timeline
 from server.api.timetravel import open_time_travel
 from server.appkeys import (
     ADDS_TASK,
@@ -185,7 +184,6 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
             _reader,
             _uploads,
             open_time_travel,
-            open_timeline,
             _consumer,
             _adds,
             open_forwarder,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from functools import partial
 
 import msgspec
@@ -12,27 +11,17 @@ from marshmallow import Schema, fields, validate
 from events.clock import format_timestamp, utc_now
 from events.models import ModelState
 from events.presence import NodeState, ServerState
-from events.sqlite.readonly import ReaderThread, open_reader_thread
 from events.sqlite.timeline import MAX_ROWS, MarkKind, TimelineQuery, read_timeline
 from events.sqlite.timetravel import parse_moment
 from server.api.schemas import A_MOMENT, AnswerSchema, about, one_of
-from server.appkeys import LOG
+from server.api.timetravel import TIME_TRAVEL
 from server.http.validation import ParameterInteger, query_parameters
 from server.routing import Access, Routes
 
 routes = Routes(tag="ledger")
 
-TIMELINE = web.AppKey("timeline", ReaderThread)
-"""Reads the timeline."""
-
 MAX_LANES = 100
 """Of one answer: more do not fit on a screen."""
-
-
-async def open_timeline(app: web.Application) -> AsyncIterator[None]:
-    async with open_reader_thread(app[LOG].path, "ledger-timeline") as thread:
-        app[TIMELINE] = thread
-        yield
 
 
 class TimelineQuerySchema(Schema):
@@ -188,5 +177,5 @@ async def show_timeline(request: web.Request) -> web.Response:
         cursor=query["cursor"],
         limit=query["limit"],
     )
-    page = await request.app[TIMELINE].run(partial(read_timeline, query=wanted))
+    page = await request.app[TIME_TRAVEL].run(partial(read_timeline, query=wanted))
     return web.Response(body=msgspec.json.encode(page), content_type="application/json")
