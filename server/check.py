@@ -129,15 +129,9 @@ class CheckResult:
         return all(finding.severity is Severity.NOTE for finding in self.findings)
 
     def members(self) -> dict[str, Any]:
-        return {
-            "fine": self.fine,
-            "models": self.models,
-            "versions": self.versions,
-            "loaded": self.loaded,
-            "confinement": self.confinement,
-            "devices": self.devices,
-            "findings": [asdict(finding) for finding in self.findings],
-        }
+        shown = asdict(self)
+        del shown["on_finding"]
+        return {"fine": self.fine, **shown}
 
 
 def load_config(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
