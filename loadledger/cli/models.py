@@ -92,15 +92,10 @@ def show(model: str, *, at: str | None, as_json: bool, where: options.ServerChoi
 
 
 @click.command("verify-model")
-@click.argument(
-    "model",
-    metavar="MODEL[/VERSION]",
-    callback=options.parse_version_name,
-    shell_complete=models_of_server,
-)
+@click.argument("model", metavar="MODEL[/VERSION]", shell_complete=models_of_server)
 @options.json_option
 @options.server_options
-def verify_model(model: tuple[str, int | None], *, as_json: bool, where: options.ServerChoice) -> None:
+def verify_model(model: str, *, as_json: bool, where: options.ServerChoice) -> None:
     """Hash a version and check its signature; nothing is loaded.
 
     It says what the policy would do to a load of it now. VERSION is by default the highest. Your token needs
@@ -108,8 +103,9 @@ def verify_model(model: tuple[str, int | None], *, as_json: bool, where: options
 
     Exit code: 0 if the policy lets it load, 1 if not, 2 if it cannot be checked.
     """
+    named = options.parse_version_name(model)
     with options.open_chosen_client(where) as client:
-        found = client.verify_model(*model)
+        found = client.verify_model(*named)
     output.print_result(found, _verified_lines(found), as_json=as_json)
     sys.exit(0 if found.problem is None else output.NEGATIVE_RESULT)
 

@@ -230,9 +230,9 @@ def serve(*, accept_rollback: bool, **flags: str | None) -> None:
 
 
 @click.command(cls=SettingsCommand)
-@click.argument("model", metavar="[MODEL[/VERSION]]", required=False, callback=parse_version_name)
+@click.argument("model", metavar="[MODEL[/VERSION]]", required=False)
 @json_option
-def check(*, model: tuple[str, int | None] | None, as_json: bool, **flags: str | None) -> None:
+def check(*, model: str | None, as_json: bool, **flags: str | None) -> None:
     """Check a configuration and a model repository.
 
     It takes the options and variables of `serve` and changes nothing; a server may be running. It loads no
@@ -249,16 +249,17 @@ def check(*, model: tuple[str, int | None] | None, as_json: bool, **flags: str |
     from nodes.check import check_ledger
     from server import check as checks
 
+    named = parse_version_name(model) if model is not None else None
     result = checks.CheckResult(lambda each: None if as_json else click.echo(format_finding(each)))
     config = checks.check_configuration(flags, os.environ, result)
     check_ledger(config, result)
     models = checks.read_models(config, result)
-    if model is None:
+    if named is None:
         checks.check_references(config, result, checks.check_repository(config, result, models))
         checks.check_workers(config, result)
         checks.check_policy(config, result, models)
     else:
-        checks.check_workers(config, result, checks.check_version(config, result, models, *model))
+        checks.check_workers(config, result, checks.check_version(config, result, models, *named))
     print_result(result.members(), _lines(result), as_json=as_json)
     sys.exit(0 if result.fine else NEGATIVE_RESULT)
 
