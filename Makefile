@@ -34,14 +34,12 @@ conformance: install
 # The long forms of tests that `make test` runs for seconds: half an hour, with figures. Also the ledger's
 # properties with many new examples.
 soak: install
-	$(BIN)/pip install --quiet '.[test,ray]'
-	rm -rf build
 	SOAK=all $(BIN)/pytest -n 0 -s $(foreach soak,$(SOAKS),tests/$(soak).py)
 	SOAK=all $(BIN)/pytest tests/events
 
 SOAKS := runtime/scheduler/test_simulation nodes/test_cluster_simulation runtime/store/test_store_keeping \
 	runtime/consumer/test_provenance \
-	$(addprefix system/test_,bench many_models cycles killed_servers killed_processes cluster ray restore tails)
+	$(addprefix system/test_,bench many_models cycles killed_servers killed_processes cluster restore tails)
 
 # Attacks on a server with a good model, in their long forms: some minutes each, with figures.
 hostile: install

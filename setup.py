@@ -22,7 +22,6 @@ EXAMPLES = [  # 65 MB, of it scipy 34
     "skl2onnx>=1.20",
     "xgboost-cpu>=3.1",
 ]
-RAY = ["ray>=2.50,<3; python_version < '3.14'"]  # it is not made for more; 285 MB
 TEST = [
     *IMAGES,
     *OTEL,
@@ -102,7 +101,6 @@ setup(
         "otel": OTEL,
         "cloud": CLOUD,  # for sources in S3, Google Cloud Storage and Azure Blob Storage
         "postgres": POSTGRES,  # for a ledger in PostgreSQL
-        "ray": RAY,  # for `loadledger ray`
         "examples": EXAMPLES,  # to train examples/ again, and for the pages and notebooks that export models
     },
     entry_points={"console_scripts": ["loadledger=loadledger.cli.main:main"]},

@@ -16,10 +16,10 @@ def check_ledger(config: Config, result: CheckResult) -> None:
     if config.ledger is None:
         return
     try:
-        result.findings += asyncio.run(_examine_database(config.ledger))
+        result.add(asyncio.run(_examine_database(config.ledger)))
     except ImportError as error:
         text = f"{error.name} is not installed: {INSTALL}"
-        result.findings.append(CheckFinding("--ledger", "invalid_setting", text))
+        result.add([CheckFinding("--ledger", "invalid_setting", text)])
 
 
 async def _examine_database(address: str) -> list[CheckFinding]:

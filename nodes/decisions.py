@@ -51,7 +51,8 @@ from runtime.consumer.running import RunningLoad
 from runtime.router import Elsewhere, ModelNotLoaded
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Decision, RecordFact
-from runtime.scheduler.scheduler import Placement, SystemCommand, back_off_s, decide
+from runtime.scheduler.placement import Placement, SystemCommand
+from runtime.scheduler.scheduler import back_off_s, decide
 from runtime.scheduler.view import SchedulerView
 
 NO_EPOCH = 0

@@ -42,7 +42,7 @@ from runtime.process.confinement import describe
 from runtime.process.pool import WorkerPool
 from runtime.repository import Repository
 from runtime.router import NOWHERE, Router
-from runtime.scheduler.scheduler import ALONE
+from runtime.scheduler.placement import ALONE
 from runtime.scheduler.view import Policy
 from runtime.store.folder import STORE
 from runtime.store.store import Store
@@ -70,7 +70,6 @@ from server.api.livejobs import LiveJobs
 from server.api.loads import make_load_command
 from server.api.overview import overview_routes
 from server.api.resources import RESOURCES_CACHE, ResourcesCache
-from server.api.timeline import open_timeline
 from server.api.timetravel import open_time_travel
 from server.appkeys import (
     ADDS_TASK,
@@ -181,7 +180,6 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
             _reader,
             _uploads,
             open_time_travel,
-            open_timeline,
             _consumer,
             _adds,
             open_forwarder,

@@ -9,7 +9,7 @@ import asyncio
 import errno
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -35,7 +35,6 @@ from events.types import LoadedFile, LoadParameters, contents_of, digest_of
 from runtime.cgroups import count_usable_cpus
 from runtime.consumer.checks import CheckedVersion, check_contents
 from runtime.errors import (
-    DeviceUnavailable,
     ForkServerUnavailable,
     RepositoryUnreadable,
     RuntimeProblem,
@@ -43,16 +42,16 @@ from runtime.errors import (
     UnknownVersion,
 )
 from runtime.memory import MemoryUnknown, find_memory_limit
-from runtime.onnxfile import describe_foreign_content, read_head
+from runtime.onnxfile import check_external_data, describe_foreign_content, read_head
 from runtime.process.confinement import NotConfined, describe
 from runtime.process.pool import WorkerPool, kill_and_wait
-from runtime.repository import MODEL_ID, InvalidDefaults, Repository, SizedFile, defaults_name, read_warm_up
+from runtime.repository import MODEL_ID, InvalidDefaults, Repository, defaults_name, read_warm_up
 from runtime.scheduler.admission import format_megabytes
 from runtime.scheduler.estimates import estimate_memory
 from runtime.store.folder import STORE
 from runtime.store.store import Store
 from runtime.store.versions import Versions
-from runtime.wire import Load, TargetDevice, Tensor
+from runtime.wire import TargetDevice
 from server.api.loads import default_parameters
 from server.auth.keys import KeyProblem, read_public_keys, refuse_unsafe
 from server.config import OFF, ON, OWN, Config, ConfigError, parse_budget
@@ -66,13 +65,10 @@ from server.configsources import (
 from server.devices import describe_setup, limit_devices, withhold_devices
 from server.http.tls import load_context
 
-OnVersion = Callable[[str], None]
-"""Called with each version before its trial load."""
-
 
 @dataclass(frozen=True, slots=True)
-class TrialLoad:
-    """A version to load, and the parameters of its load."""
+class LoadableVersion:
+    """A version without a problem so far, and the parameters of its load."""
 
     model_id: str
     version: int
@@ -102,17 +98,30 @@ class CheckFinding:
 
 @dataclass(slots=True)
 class CheckResult:
-    """The result of a config check: numbers of models with a version, of versions and of trial loads.
+    """The result of a config check.
 
-    `confinement` says in a sentence what confines the workers, and `devices` has some about devices.
+    Attributes:
+        on_finding: called with each finding, at once.
+        models: how many have a version that was checked.
+        versions: how many were checked.
+        loaded: whether the version that was named was loaded.
+        confinement: a sentence about what confines the workers.
+        devices: some about devices.
+        findings: all so far.
     """
 
+    on_finding: Callable[[CheckFinding], None] = lambda _: None
     models: int = 0
     versions: int = 0
-    loaded: int = 0
+    loaded: bool = False
     confinement: str = ""
     devices: list[str] = field(default_factory=list)
     findings: list[CheckFinding] = field(default_factory=list)
+
+    def add(self, findings: Iterable[CheckFinding]) -> None:
+        for finding in findings:
+            self.findings.append(finding)
+            self.on_finding(finding)
 
     @property
     def fine(self) -> bool:
@@ -120,7 +129,9 @@ class CheckResult:
         return all(finding.severity is Severity.NOTE for finding in self.findings)
 
     def members(self) -> dict[str, Any]:
-        return {"fine": self.fine, **asdict(self)}
+        shown = asdict(self)
+        del shown["on_finding"]
+        return {"fine": self.fine, **shown}
 
 
 def load_config(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
@@ -150,11 +161,14 @@ def check_configuration(
     if "repository" not in values:
         raise_mistakes(mistakes)
     mistakes += find_unusable_paths(values)
-    result.findings += [CheckFinding(place, "invalid_setting", text) for place, text in mistakes]
+    result.add(CheckFinding(place, "invalid_setting", text) for place, text in mistakes)
     config = Config(**{"data": values["repository"], **values})  # nothing is written
-    result.findings += [*_check_memory(config), *_check_address(config)]
-    for place, text in unknown_variables(environment):
-        result.findings.append(CheckFinding(place, "unknown_variable", f"is unknown; {text}", Severity.NOTE))
+    result.add(_check_memory(config))
+    result.add(_check_address(config))
+    result.add(
+        CheckFinding(place, "unknown_variable", f"is unknown; {text}", Severity.NOTE)
+        for place, text in unknown_variables(environment)
+    )
     return config
 
 
@@ -232,33 +246,59 @@ def _check_address(config: Config) -> Iterator[CheckFinding]:
             return
 
 
-def check_repository(config: Config, result: CheckResult, models: Mapping[str, Model]) -> list[TrialLoad]:
-    """Check the models of a repository, as the ledger has them, and add findings to the result.
-
-    Returns:
-        The versions to try.
-    """
+def check_repository(
+    config: Config, result: CheckResult, models: Mapping[str, Model]
+) -> list[LoadableVersion]:
+    """Check the models of a repository, as the ledger has them; return the versions without a problem."""
     try:
         repository = _open_repository(config, models)
         names = sorted(path.name for path in repository.root.iterdir())
     except (OSError, ValueError) as error:
         if not any(each.place == "--repository" for each in result.findings):
             text = f"cannot be listed: {getattr(error, 'strerror', error)}"
-            result.findings.append(CheckFinding("--repository", "unreadable", text))
+            result.add([CheckFinding("--repository", "unreadable", text)])
         return []
     for name in names:
         if not MODEL_ID.fullmatch(name) and not name.startswith((".", "__")):
             text = "is not served: a model's name has A-Z a-z 0-9 . _ - and a letter or digit first"
-            result.findings.append(CheckFinding(name, "invalid_model_id", text, Severity.NOTE))
-    result.findings += [CheckFinding(place, "not_served", text) for place, text in repository.find_unserved()]
+            result.add([CheckFinding(name, "invalid_model_id", text, Severity.NOTE)])
+    result.add(CheckFinding(place, "not_served", text) for place, text in repository.find_unserved())
     served = repository.models()
     result.models = len(served)
     if not served:
         text = f"{repository.root} has no model that could be served"
-        result.findings.append(CheckFinding("--repository", "empty", text, Severity.NOTE))
+        result.add([CheckFinding("--repository", "empty", text, Severity.NOTE)])
+    checked = (
+        _check_versions(repository, name, repository.versions(name), config, result) for name in served
+    )
+    return [candidate for each in checked for candidate in each]
+
+
+def check_version(
+    config: Config, result: CheckResult, models: Mapping[str, Model], model_id: str, version: int | None
+) -> list[LoadableVersion]:
+    """Check one version of a model, by default the highest; return it if it has no problem."""
+    try:
+        repository = _open_repository(config, models)
+        version = repository.find_version(model_id, version)
+    except (RuntimeProblem, ValueError) as problem:  # ValueError: an invalid character
+        result.add([CheckFinding(model_id, getattr(problem, "code", "unreadable"), str(problem))])
         return []
-    budget = parse_budget(config.memory_budget, find_memory_limit().bytes)
-    return [each for name in served for each in _check_versions(repository, name, config, budget, result)]
+    result.models = 1
+    return [*_check_versions(repository, model_id, [version], config, result)]
+
+
+def check_references(config: Config, result: CheckResult, candidates: Iterable[LoadableVersion]) -> None:
+    """Check what the models' files name: their external data."""
+    for each in candidates:
+        repository = Repository(config.repository)
+        try:
+            path = repository.find_file(each.model_id, each.version)
+            if path is not None:
+                check_external_data(path, path.parent, repository.find_root())
+        except (OSError, RuntimeProblem) as problem:
+            code = getattr(problem, "code", RepositoryUnreadable.code)
+            result.add([CheckFinding(each.place, code, str(problem))])
 
 
 def _open_repository(config: Config, models: Mapping[str, Model]) -> Repository:
@@ -266,50 +306,48 @@ def _open_repository(config: Config, models: Mapping[str, Model]) -> Repository:
 
 
 def _check_versions(
-    repository: Repository, model_id: str, config: Config, budget: int, result: CheckResult
-) -> Iterator[TrialLoad]:
+    repository: Repository, model_id: str, versions: Iterable[int], config: Config, result: CheckResult
+) -> Iterator[LoadableVersion]:
     parameters: LoadParameters | None = None
     try:
         parameters = default_parameters(repository, model_id, config)
     except InvalidDefaults as error:  # no load is accepted with it
         file = defaults_name(model_id)
-        result.findings.append(CheckFinding(file, error.code, str(error).removeprefix(file).lstrip(": ")))
-    for version in repository.versions(model_id):
+        result.add([CheckFinding(file, error.code, str(error).removeprefix(file).lstrip(": "))])
+    budget = parse_budget(config.memory_budget, find_memory_limit().bytes)
+    for version in versions:
         place = f"{model_id}/{version}"
-        files: tuple[SizedFile, ...] = ()
         try:
             with repository.open_version(model_id, version) as (folder, files):
-                result.findings += _check_hard_links(place, folder.find_hard_links())
+                result.add(_check_hard_links(place, folder.find_hard_links()))
                 for each in files:
                     with folder.open_file(each.path):  # may be read
                         pass
         except (UnknownModel, UnknownVersion):  # it was just deleted
             continue
-        except RepositoryUnreadable as unreadable:
-            result.findings.append(CheckFinding(place, unreadable.code, str(unreadable)))
+        except RuntimeProblem as problem:
+            result.add([CheckFinding(place, problem.code, str(problem))])
             continue
-        except RuntimeProblem:  # a trial load says why
-            pass
         result.versions += 1
         foreign = list(_check_content(place, partial(repository.find_file, model_id, version)))
-        result.findings += foreign
+        result.add(foreign)
         if parameters is None or foreign:
             continue
         need = estimate_memory(files, version, parameters, ())
         if need.bytes <= budget:
-            yield TrialLoad(model_id, version, parameters)
+            yield LoadableVersion(model_id, version, parameters)
             continue
         text = (  # the scheduler refuses such a load without trying it
             f"needs about {format_megabytes(need.bytes)} of memory, estimated from its files, and the budget"
             f" is {format_megabytes(budget)}: give a larger --memory-budget, or a memory_limit_bytes in"
             f" {defaults_name(model_id)} if it takes less"
         )
-        result.findings.append(CheckFinding(place, "insufficient_memory", text))
+        result.add([CheckFinding(place, "insufficient_memory", text)])
 
 
 def _check_content(place: str, find_file: Callable[[], Path | None]) -> Iterator[CheckFinding]:
     """Yield what the file of a version is, if it is no ONNX file, or not all of one."""
-    with suppress(OSError, RuntimeProblem):  # a trial load says so
+    with suppress(OSError, RuntimeProblem):  # it has just changed
         path = find_file()
         foreign = None if path is None else describe_foreign_content(*read_head(path))
         if path is not None and foreign is not None:
@@ -336,14 +374,28 @@ def check_policy(config: Config, result: CheckResult, models: Mapping[str, Model
         return
     if not config.has_store:
         text = "is off, so the server does not start: a policy checks private copies, from which models load"
-        result.findings.append(CheckFinding("--store-size", "policy_needs_store", text))
+        result.add([CheckFinding("--store-size", "policy_needs_store", text)])
         return
     repository, names = _open_repository(config, models), {*models}
     with suppress(RuntimeProblem):  # `check_repository` says that it cannot be listed
         names |= {*repository.models()}
-    for model_id in sorted(names):
-        if (rules := config.policy.of(model_id)) is not None:
-            result.findings += _check_rules(config, repository, model_id, rules, models.get(model_id))
+    ruled = [(name, rules) for name in sorted(names) if (rules := config.policy.of(name)) is not None]
+    sizes = [size for name, _ in ruled if (size := _size_highest(repository, name)) is not None]
+    if sizes:
+        what = f"{len(sizes)} versions" if len(sizes) > 1 else "1 version"
+        text = f"{sum(sizes) / 1e9:.1f} GB of {what} are hashed, to check the rules for loads"
+        result.add([CheckFinding("--repository", "policy", text, Severity.NOTE)])
+    for model_id, rules in ruled:
+        result.add(_check_rules(config, repository, model_id, rules, models.get(model_id)))
+
+
+def _size_highest(repository: Repository, model_id: str) -> int | None:
+    """Return the bytes of a model's highest version; None if the repository does not have it any more."""
+    with suppress(RuntimeProblem):
+        return sum(
+            each.bytes for each in repository.stat_version(model_id, repository.find_version(model_id))
+        )
+    return None
 
 
 def read_models(config: Config, result: CheckResult) -> Mapping[str, Model]:
@@ -355,7 +407,7 @@ def read_models(config: Config, result: CheckResult) -> Mapping[str, Model]:
             begin_reading(ledger)
             return read_state(ledger).models
     except (LedgerProblem, ValueError) as error:
-        result.findings.append(CheckFinding("--data", getattr(error, "code", "ledger_damaged"), str(error)))
+        result.add([CheckFinding("--data", getattr(error, "code", "ledger_damaged"), str(error))])
         return {}
 
 
@@ -419,17 +471,8 @@ def _describe_outcome(seen: CheckedVersion, rules: ModelRules) -> str:
     return f"{signed}; approvals by other persons: {rules.approvals}, {seen.approval.replace('_', ' ')}"
 
 
-def check_workers(
-    config: Config,
-    result: CheckResult,
-    candidates: Sequence[TrialLoad],
-    *,
-    on_version: OnVersion,
-) -> None:
-    """Check what confines the workers, and try to load versions; add findings to the result.
-
-    Trial loads run one after the other, each in a worker of its own, for at most its `timeout_s`.
-    """
+def check_workers(config: Config, result: CheckResult, loaded: Sequence[LoadableVersion] = ()) -> None:
+    """Check confinement and devices, and load versions, each for at most its `timeout_s`."""
 
     async def check() -> None:
         pool = WorkerPool(
@@ -440,9 +483,10 @@ def check_workers(
         try:
             await pool.open()
             await _check_confinement(pool, config, result)
-            await _load_all(pool, candidates, config, result, on_version=on_version)
+            for each in loaded:
+                await _load(pool, each, config, result)
         except ForkServerUnavailable as problem:
-            result.findings.append(CheckFinding("--confine", problem.code, str(problem)))
+            result.add([CheckFinding("--confine", problem.code, str(problem))])
         finally:
             await pool.close()
 
@@ -453,13 +497,13 @@ async def _check_confinement(pool: WorkerPool, config: Config, result: CheckResu
     try:
         await pool.confine(config.confine, Path(gettempdir()))
     except NotConfined as problem:
-        result.findings.append(CheckFinding("--confine", problem.code, str(problem)))
+        result.add([CheckFinding("--confine", problem.code, str(problem))])
         return
     result.confinement = describe(pool.applied.confinement)
     await _check_devices(pool, config, result)
     if pool.applied.confinement.not_prevented:
         text = f"{result.confinement}{pool.applied.reasons}"
-        result.findings.append(CheckFinding("--confine", NotConfined.code, text, Severity.NOTE))
+        result.add([CheckFinding("--confine", NotConfined.code, text, Severity.NOTE)])
 
 
 async def _check_devices(pool: WorkerPool, config: Config, result: CheckResult) -> None:
@@ -470,7 +514,30 @@ async def _check_devices(pool: WorkerPool, config: Config, result: CheckResult) 
         result.devices += describe_setup(pool, limits)
     except ConfigError as error:
         place, _, text = str(error).partition(": ")
-        result.findings.append(CheckFinding(place, "invalid_setting", text))
+        result.add([CheckFinding(place, "invalid_setting", text)])
+
+
+async def _load(pool: WorkerPool, loaded: LoadableVersion, config: Config, result: CheckResult) -> None:
+    repository, parameters = Repository(config.repository), loaded.parameters
+    budget = parse_budget(config.memory_budget, find_memory_limit().bytes)
+    versions = Versions(repository, None)  # a check takes nothing into a store
+    try:
+        warm_up = read_warm_up(repository, loaded.model_id)
+        async with versions.version(loaded.model_id, loaded.version) as files:
+            message = pool.build_load(files, parameters, warm_up, _find_target(pool, parameters))
+            message = structs.replace(message, ceiling_bytes=budget)
+            worker = await pool.start(uuid7())
+            try:
+                async with asyncio.timeout(parameters.timeout_s):
+                    await worker.load(message, lambda _: None, warm_up.inputs)
+            finally:
+                await kill_and_wait(worker)
+        result.loaded = True
+    except TimeoutError:
+        text = f"was not loaded within its timeout_s of {parameters.timeout_s} s"
+        result.add([CheckFinding(loaded.place, "timeout", text)])
+    except RuntimeProblem as problem:
+        result.add([CheckFinding(loaded.place, problem.code, str(problem))])
 
 
 def _find_target(pool: WorkerPool, parameters: LoadParameters) -> TargetDevice | None:
@@ -484,45 +551,3 @@ def _find_target(pool: WorkerPool, parameters: LoadParameters) -> TargetDevice |
     if device == CPU:
         return None
     return pool.devices.target(device, falls_back=parameters.fallback == CPU, memory_bytes=None)
-
-
-async def _load_all(
-    pool: WorkerPool,
-    candidates: Sequence[TrialLoad],
-    config: Config,
-    result: CheckResult,
-    *,
-    on_version: OnVersion,
-) -> None:
-    if not candidates:
-        return
-    repository = Repository(config.repository)
-    budget = parse_budget(config.memory_budget, find_memory_limit().bytes)
-    versions = Versions(repository, None)  # a check takes nothing into a store
-    for trial in candidates:
-        on_version(trial.place)
-        try:
-            warm_up = read_warm_up(repository, trial.model_id)
-            async with versions.version(trial.model_id, trial.version) as files:
-                target = _find_target(pool, trial.parameters)
-                message = pool.build_load(files, trial.parameters, warm_up, target)
-                message = structs.replace(message, ceiling_bytes=budget)
-                await _load_once(pool, message, warm_up.inputs, trial.parameters.timeout_s)
-            result.loaded += 1
-        except TimeoutError:
-            text = f"was not loaded within its timeout_s of {trial.parameters.timeout_s} s"
-            result.findings.append(CheckFinding(trial.place, "timeout", text))
-        except RuntimeProblem as problem:
-            # With a ledger of several servers, another may have the device.
-            is_elsewhere = problem.code == DeviceUnavailable.code and config.ledger is not None
-            severity = Severity.NOTE if is_elsewhere else Severity.PROBLEM
-            result.findings.append(CheckFinding(trial.place, problem.code, str(problem), severity))
-
-
-async def _load_once(pool: WorkerPool, message: Load, inputs: tuple[Tensor, ...], timeout_s: float) -> None:
-    worker = await pool.start(uuid7())
-    try:
-        async with asyncio.timeout(timeout_s):
-            await worker.load(message, lambda _: None, inputs)
-    finally:
-        await kill_and_wait(worker)

@@ -7,13 +7,10 @@ So the rows themselves are in the order of the log: each group writes to the end
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
-from typing import NamedTuple
 
-from events.history import encode_row, has_row, make_row
+from events.history import ModelRow, decode_row, encode_row, has_row, make_row
 from events.models import Model
 from events.nodes import Node
 from events.presence import SERVER, NodeState, ServerState, Transition, transitions_at_base
@@ -53,70 +50,68 @@ def write_base(
 # Models.
 
 
-def latest_row(model: str, position: str, after: str = "-1") -> str:
-    """Return an SQL expression for the position of a model's latest row in a range; -1 without one.
-
-    It walks backward over the model's events without a row: `after` keeps it from walking over them again.
-    """
+def latest_row(model: str, position: str) -> str:
+    """Return an SQL expression for the position of a model's latest row up to a position; -1 without one."""
     return f"""max(
   coalesce((SELECT own.position FROM events INDEXED BY events_by_model
     CROSS JOIN model_history AS own ON own.position = events.position AND own.model_id = events.model_id
-    WHERE events.model_id = {model} AND events.position > {after} AND events.position <= {position}
+    WHERE events.model_id = {model} AND events.position <= {position}
     ORDER BY events.position DESC LIMIT 1), -1),
   coalesce((SELECT max(common.position) FROM model_history AS common INDEXED BY model_history_by_model
-    WHERE common.is_common AND common.model_id = {model}
-    AND common.position > {after} AND common.position <= {position}), -1))"""  # noqa: S608 - names of columns and parameters
+    WHERE common.is_common AND common.model_id = {model} AND common.position <= {position}), -1))"""  # noqa: S608 - names of columns and parameters
 
 
-class HistoryRow(NamedTuple):
-    """A stored row of a model's history; `event` is the body of the event there, None at the base."""
+_OWN_POSITIONS = (
+    "SELECT position FROM events INDEXED BY events_by_model"
+    " WHERE model_id = :model AND position > :after AND position <= :until"
+)
+_COMMON_POSITIONS = (
+    "SELECT position FROM model_history INDEXED BY model_history_by_model"
+    " WHERE is_common AND model_id = :model AND position > :after AND position <= :until"
+)
 
-    position: int
-    body: str
-    event: bytes | None
+
+def count_rows(connection: sqlite3.Connection, model_ids: Iterable[str], after: int, until: int) -> int:
+    """Return how many rows models, the server and nodes have in a range of positions, at most.
+
+    Each event of a model counts, as its index has it, though not each has a row.
+    """
+    given = {"after": after, "until": until}
+    (found,) = connection.execute(
+        "SELECT count(*) FROM presence WHERE position > :after AND position <= :until", given
+    ).fetchone()
+    for model_id in model_ids:
+        for positions in (_OWN_POSITIONS, _COMMON_POSITIONS):
+            (count,) = connection.execute(
+                f"SELECT count(*) FROM ({positions})",  # noqa: S608 - literals
+                {"model": model_id, **given},
+            ).fetchone()
+            found += count
+    return int(found)
 
 
 def rows_between(
-    connection: sqlite3.Connection, model_id: str, after: int, until: int, limit: int
-) -> list[HistoryRow] | None:
-    """Return the rows of a model in a range of positions; None if more than so many events may have some."""
-    given = {"model": model_id, "after": after, "until": until, "limit": limit + 1}
-    positions = connection.execute(
-        "SELECT * FROM (SELECT position FROM events INDEXED BY events_by_model"
-        "  WHERE model_id = :model AND position > :after AND position <= :until LIMIT :limit)"
-        " UNION ALL SELECT * FROM (SELECT position FROM model_history INDEXED BY model_history_by_model"
-        "  WHERE is_common AND model_id = :model AND position > :after AND position <= :until LIMIT :limit)",
-        given,
+    connection: sqlite3.Connection, model_id: str, after: int, until: int
+) -> list[tuple[str | None, bytes]]:
+    """Return what a model has in a range of positions: its row, if there is one, and the event's body."""
+    return connection.execute(
+        f"WITH places AS ({_OWN_POSITIONS} UNION {_COMMON_POSITIONS})"  # noqa: S608 - literals
+        " SELECT history.body, CAST(events.body AS BLOB) FROM places"
+        " CROSS JOIN events ON events.position = places.position"
+        " LEFT JOIN model_history AS history"
+        "  ON history.position = places.position AND history.model_id = :model ORDER BY places.position",
+        {"model": model_id, "after": after, "until": until},
     ).fetchall()
-    if len(positions) > limit:
-        return None
-    found = connection.execute(
-        "SELECT history.position, history.body, CAST(events.body AS BLOB) FROM json_each(:positions) AS place"
-        " CROSS JOIN model_history AS history ON history.position = place.value AND history.model_id = :model"
-        " CROSS JOIN events ON events.position = place.value ORDER BY history.position",
-        {"model": model_id, "positions": json.dumps([position for (position,) in positions])},
-    ).fetchall()
-    return [HistoryRow._make(row) for row in found]
 
 
-def rows_at(
-    connection: sqlite3.Connection, model_id: str, positions: Sequence[int]
-) -> list[HistoryRow | None]:
-    """Return the latest row of a model up to each of some positions, in order; None where there was none."""
-    latest = latest_row(":model", "span.value ->> 1", after="span.value ->> 0")
+def row_at(connection: sqlite3.Connection, model_id: str, position: int) -> ModelRow | None:
+    """Return the latest row of a model up to a position."""
     found = connection.execute(
-        "SELECT history.position, history.body, NULL FROM json_each(:spans) AS span"  # noqa: S608 - literals
-        f" LEFT JOIN model_history AS history ON history.position = {latest} AND history.model_id = :model"
-        " ORDER BY span.key",
-        {"model": model_id, "spans": json.dumps(list(pairwise([-1, *positions])))},
-    ).fetchall()
-    rows = list[HistoryRow | None]()
-    for position, *rest in found:
-        if position is not None:
-            rows.append(HistoryRow(position, *rest))
-        else:
-            rows.append(rows[-1] if rows else None)
-    return rows
+        "SELECT body FROM model_history"  # noqa: S608 - literals
+        f" WHERE model_id = :model AND position = {latest_row(':model', ':position')}",
+        {"model": model_id, "position": position},
+    ).fetchone()
+    return None if found is None else decode_row(found[0])
 
 
 # The server and nodes.

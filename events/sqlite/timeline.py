@@ -1,62 +1,151 @@
 """The timeline: lanes of models over a range of time, from the rows of their history.
 
-A lane with few rows in the range has all of them. Of a busy one, which no screen shows apart, the rows at the
-ends of some buckets are read; what changed within one of them is a summary. So an answer reads a limited
-number of rows, however long the log is.
+A lane has all rows of its model in the range, as segments of one state and as marks. A range with more rows
+than one answer has is answered with their number alone.
 """
 
 from __future__ import annotations
 
-import json
 import sqlite3
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from enum import StrEnum
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from events.clock import Timestamp, add_seconds, seconds_between
+from events.clock import Timestamp, add_seconds
 from events.codec import decode_event
 from events.errors import LogUnavailable
-from events.history import ModelRow, decode_row
+from events.history import CopyRow, ModelRow, decode_row
 from events.jobs import Job
 from events.models import ModelState, Serving
-from events.presence import SERVER
+from events.presence import PRESENT, SERVER, NodeState, ServerState, Transition
 from events.sqlite import history
-from events.sqlite.history import HistoryRow, latest_row
-from events.sqlite.lanes import (
-    Lane,
-    Mark,
-    MarkKind,
-    NodeLane,
-    Segment,
-    ServerSegment,
-    continues_segment,
-    copy_lanes,
-    failure_mark,
-    lane_load,
-    lost_mark,
-    make_mark,
-    make_segment,
-    merge_marks,
-    merge_segments,
-    node_lanes,
-    server_segments,
-)
-from events.sqlite.queries import read_base, read_head, read_job, recorded_at
+from events.sqlite.queries import read_head, read_job, recorded_at
 from events.sqlite.timetravel import InvalidMoment, liveness_at, read_load
-from events.types import SYSTEM, Event, LoadFailed, ModelLoaded, WorkerExited
+from events.types import (
+    ENDS_OF_PROCESSES,
+    SYSTEM,
+    Cause,
+    Event,
+    LoadFailed,
+    ModelLoaded,
+    WorkerExited,
+)
 
-ROWS = 2_500
-"""Rows of history that the lanes of one answer have at most, in equal shares: 0.03 s.
+_RENAMED = {"begin": "from", "end": "to", "is_waiting": "waiting"}
+"""As the API has them."""
 
-Each of the 25 lanes that the console shows at once has 100.
+MAX_ROWS = 2_500
+"""Rows of one answer, which the console draws at once: 100 for each of its 25 lanes, 0.05 s to read.
+
+A lane of 1,000 pixels does not show more of them apart.
 """
 
-MARKS = 2_000
-"""Failures and ends of workers in one answer at most, the newest: 0.02 s."""
+SERVER_ENDED = "server_ended"
+"""The code of the loss of a model whose server ended."""
+
+
+class Segment(Struct, frozen=True, gc=False, rename=_RENAMED):
+    """A time in which a model's state stayed the same.
+
+    Attributes:
+        begin: included.
+        end: not included.
+        position: of the event that began it; None if that was before the range.
+        next_version: the version that is loading beside the one that serves, or waits to be loaded.
+        load_job_id: of the load that serves, served, or is under way.
+        by: who asked for what began it: the actor of its job, else of its event; None if that was not read.
+        cause: of its job.
+        is_waiting: whether the model is not loaded, and a load of it waits to start.
+        degraded: whether some of the load's workers are gone.
+        error: the code of the failure, in the state `failed` or `lost`.
+    """
+
+    state: ModelState
+    begin: Timestamp
+    end: Timestamp
+    version: int | None = None
+    next_version: int | None = None
+    load_job_id: str | None = None
+    position: int | None = None
+    by: str | None = None
+    cause: Cause | None = None
+    is_waiting: bool = False
+    degraded: bool = False
+    error: str | None = None
+
+    @property
+    def drawn(self) -> tuple[object, ...]:
+        """Return what the drawing shows: segments that differ in nothing of it are one."""
+        what = self.state, self.version, self.next_version, self.load_job_id
+        return *what, self.is_waiting, self.degraded
+
+
+class MarkKind(StrEnum):
+    """What a mark stands for."""
+
+    SWAPPED = "swapped"
+    FAILED = "failed"
+    LOST = "lost"
+    EXITED = "exited"
+
+
+class Mark(Struct, frozen=True, gc=False):
+    """A moment that stands out: another version serves, a load failed, the model was lost, a worker ended.
+
+    Attributes:
+        code: of the failure, or how the worker ended.
+    """
+
+    kind: MarkKind
+    at: Timestamp
+    position: int
+    version: int | None = None
+    job_id: str | None = None
+    by: str | None = None
+    code: str | None = None
+
+
+class ServerSegment(Struct, frozen=True, gc=False, rename=_RENAMED):
+    """A time in which the server or a node ran, had ended, or may have been either.
+
+    Attributes:
+        position: of the event that began it, or, of an unknown end, of the event that found it.
+    """
+
+    state: ServerState | NodeState
+    begin: Timestamp
+    end: Timestamp
+    position: int | None = None
+
+
+class NodeLane(Struct, frozen=True, gc=False):
+    """One node over a range of time; its first segment begins where it joined, if that was not earlier."""
+
+    node_id: str
+    segments: tuple[ServerSegment, ...]
+
+
+class CopyLane(Struct, frozen=True, gc=False):
+    """A model at one node over a range of time: `unloaded` while it has no copy there."""
+
+    node_id: str
+    segments: tuple[Segment, ...]
+
+
+class Lane(Struct, frozen=True, gc=False, omit_defaults=True):
+    """One model over a range of time.
+
+    Attributes:
+        copies: the nodes where it served, by name; left out if it had no copies.
+    """
+
+    model_id: str
+    segments: tuple[Segment, ...]
+    marks: tuple[Mark, ...]
+    copies: tuple[CopyLane, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +159,6 @@ class TimelineQuery:
         find: only models whose id contains this text, in capitals or not.
         cursor: only models after this id.
         limit: lanes at most.
-        is_active: only models that had events in the range, or were loaded or to be loaded where it begins.
-        resolution: buckets of the range; what is shorter than one is merged.
     """
 
     now: Timestamp
@@ -80,8 +167,6 @@ class TimelineQuery:
     find: str = ""
     cursor: str = ""
     limit: int = 50
-    is_active: bool = False
-    resolution: int = 600
 
 
 class Timeline(Struct, frozen=True, omit_defaults=True, rename={"begin": "from", "end": "to"}):
@@ -91,26 +176,24 @@ class Timeline(Struct, frozen=True, omit_defaults=True, rename={"begin": "from",
         begin: of the range.
         end: of the range.
         as_of: the position that the answer reflects.
-        oldest: the position of the oldest event that is not archived.
-        known_from: when the first event was recorded that is not archived; None if there is none.
-        lanes: of the models that the ledger knew by the end of the range.
+        known_from: when the first event was recorded; None if there is none.
+        rows: of the history of these models, of the server and of nodes in the range.
+        max_rows: if there are more, the answer has no lanes and segments.
+        lanes: of the models that changed in the range, or were loaded or to be loaded where it begins.
         server: the states of the server in the range; with nodes, it runs while any is there.
-        marks_from: since when failures are complete; None if they are all there.
         next_cursor: the `cursor` of the next page; None on the last one.
-        models: how many models the query matches, on all pages.
         nodes: that were there in the range, by name; left out without any.
     """
 
     begin: Timestamp
     end: Timestamp
     as_of: int
-    oldest: int
     known_from: Timestamp | None
+    rows: int
+    max_rows: int
     lanes: list[Lane]
-    server: list[ServerSegment]
-    marks_from: Timestamp | None
+    server: tuple[ServerSegment, ...]
     next_cursor: str | None
-    models: int
     nodes: tuple[NodeLane, ...] = ()
 
 
@@ -121,20 +204,14 @@ class _Range:
     Attributes:
         first: the last position before the beginning.
         last: the last position of the range.
-        begin: from when on something is shown: events before the base of the log are not.
+        begin: from when on something is shown: not before the first event.
         end: of the range.
-        width_s: of a bucket; what is shorter is merged.
-        share: rows that each lane has at most.
-        buckets: of busy lanes: the last position and the time of the ends of each, from the beginning.
     """
 
     first: int
     last: int
     begin: Timestamp
     end: Timestamp
-    width_s: float
-    share: int
-    buckets: list[tuple[int, Timestamp]]
 
 
 def read_timeline(connection: sqlite3.Connection, query: TimelineQuery) -> Timeline:
@@ -151,7 +228,7 @@ def read_timeline(connection: sqlite3.Connection, query: TimelineQuery) -> Timel
 
 
 def _read_timeline(connection: sqlite3.Connection, query: TimelineQuery) -> Timeline:
-    base, head = read_base(connection).position, read_head(connection)
+    head = read_head(connection)
     row = connection.execute("SELECT recorded_at FROM events ORDER BY position LIMIT 1").fetchone()
     known_from = row[0] if row is not None else None
     begin = _time_of(connection, query.begin) or known_from or query.now
@@ -160,122 +237,122 @@ def _read_timeline(connection: sqlite3.Connection, query: TimelineQuery) -> Time
         end = max(end, add_seconds(begin, 1))  # a ledger of one moment
     if end <= begin:
         raise InvalidMoment(f"the range ends at {end}, before it begins, at {begin}")
-    first, last = _last_position(connection, "<", begin, base), _last_position(connection, "<=", end, base)
-    ids, has_more, models = _read_ids(connection, query, first, last)
-    shown_from, share = min(end, max(begin, known_from or begin)), max(1, ROWS // max(1, len(ids)))
-    buckets = _divide(connection, first, shown_from, end, min(share, query.resolution))
-    width_s = seconds_between(begin, end) / query.resolution
-    shown = _Range(first, last, shown_from, end, width_s, share, buckets)
-    failures, marks_from = _read_failures(connection, shown)
-    server, nodes = _read_presence(connection, shown, begin, base)
-    return Timeline(
+    first, last = _last_position(connection, "<", begin), _last_position(connection, "<=", end)
+    shown = _Range(first, last, min(end, max(begin, known_from or begin)), end)
+    ids, has_more = _read_ids(connection, query, shown)
+    rows = history.count_rows(connection, ids, first, last)
+    page = Timeline(
         begin=begin,
         end=end,
         as_of=head.position,
-        oldest=base + 1,
         known_from=known_from,
-        lanes=[_LaneReader(connection, shown, model_id).read(failures[model_id]) for model_id in ids],
-        server=server,
-        marks_from=marks_from,
+        rows=rows,
+        max_rows=MAX_ROWS,
+        lanes=[],
+        server=(),
         next_cursor=ids[-1] if has_more else None,
-        models=models,
-        nodes=nodes,
     )
-
-
-def _divide(
-    connection: sqlite3.Connection, first: int, begin: Timestamp, end: Timestamp, parts: int
-) -> list[tuple[int, Timestamp]]:
-    """Return the last position and the time of each end of equal parts of a range, from its beginning."""
-    part_s = seconds_between(begin, end) / parts
-    times = [*(add_seconds(begin, part_s * number) for number in range(1, parts)), end]
-    return [(first, begin), *((_last_position(connection, "<=", time, first), time) for time in times)]
-
-
-def _read_presence(
-    connection: sqlite3.Connection, shown: _Range, begin: Timestamp, base: int
-) -> tuple[list[ServerSegment], tuple[NodeLane, ...]]:
-    """Return the states of the server and of the nodes in the range; an end may be discovered after it."""
-    first = _last_position(connection, "<=", begin, base)
-    before = liveness_at(connection, first, begin)
-    _, following = history.presence_around(connection, shown.last)
-    transitions = [
-        *history.transitions_between(connection, first, shown.last),
-        *(each for each in following.values() if each.seen_at is not None and each.seen_at < shown.end),
-    ]
-    of_server = [each for each in transitions if each.node_id == SERVER]
-    known = {node.id: node.state for node in before.nodes}
-    width = shown.begin, shown.end, shown.width_s
-    return server_segments(of_server, before.state, *width), node_lanes(transitions, known, *width)
+    if rows > MAX_ROWS:
+        return page
+    server, nodes = _read_presence(connection, shown)
+    lanes = [_LaneReader(connection, shown, model_id).read() for model_id in ids]
+    return replace(page, lanes=lanes, server=server, nodes=nodes)
 
 
 def _time_of(connection: sqlite3.Connection, moment: int | str | None) -> Timestamp | None:
-    """Return the timestamp of a moment; None for the first position of the log, or what is archived."""
+    """Return the timestamp of a moment; None for the first position of the log."""
     return recorded_at(connection, moment) or None if isinstance(moment, int) else moment
 
 
-def _last_position(connection: sqlite3.Connection, sign: str, time: Timestamp, otherwise: int) -> int:
+def _last_position(connection: sqlite3.Connection, sign: str, time: Timestamp) -> int:
     """Return the last position before a time (`<`), or until it (`<=`)."""
     row = connection.execute(
         f"SELECT position FROM events WHERE recorded_at {sign} ?"  # noqa: S608 - a literal
         " ORDER BY recorded_at DESC, position DESC LIMIT 1",
         (time,),
     ).fetchone()
-    return otherwise if row is None else int(row[0])
+    return 0 if row is None else int(row[0])
 
 
-def _read_ids(
-    connection: sqlite3.Connection, query: TimelineQuery, first: int, last: int
-) -> tuple[list[str], bool, int]:
-    """Return the ids of a page, whether there is another page, and the number of models on all of them."""
-    where = "instr(lower(id), lower(:find)) > 0" + (f" AND ({_IS_ACTIVE})" if query.is_active else "")
-    given = {"find": query.find, "first": first, "last": last}
+def _read_ids(connection: sqlite3.Connection, query: TimelineQuery, shown: _Range) -> tuple[list[str], bool]:
+    """Return the ids of a page, and whether there is another page."""
     found = connection.execute(
-        f"SELECT id FROM models WHERE {where} AND id > :cursor ORDER BY id LIMIT :limit",  # noqa: S608 - literals
-        {**given, "cursor": query.cursor, "limit": query.limit + 1},
+        "SELECT id FROM models WHERE instr(lower(id), lower(:find)) > 0 AND id > :cursor"  # noqa: S608 - literals
+        f" AND ({_IS_ACTIVE}) ORDER BY id LIMIT :limit",
+        {
+            "find": query.find,
+            "cursor": query.cursor,
+            "first": shown.first,
+            "last": shown.last,
+            "limit": query.limit + 1,
+        },
     ).fetchall()
-    (models,) = connection.execute(
-        f"SELECT count(*) FROM models WHERE {where}",  # noqa: S608 - literals
-        given,
-    ).fetchone()
-    return [model_id for (model_id,) in found[: query.limit]], len(found) > query.limit, int(models)
+    return [model_id for (model_id,) in found[: query.limit]], len(found) > query.limit
 
 
 _IS_ACTIVE = (
     "EXISTS (SELECT 1 FROM events INDEXED BY events_by_model WHERE model_id = models.id"  # noqa: S608 - literals
     "  AND position > :first AND position <= :last)"
     " OR (SELECT coalesce(json_extract(body, '$.workers'), json_extract(body, '$.job')) FROM model_history"
-    f"  WHERE position = {latest_row('models.id', ':first')} AND model_id = models.id) IS NOT NULL"
+    f"  WHERE position = {history.latest_row('models.id', ':first')} AND model_id = models.id) IS NOT NULL"
 )
 """Whether a model had events in the range, or was loaded or to be loaded where it begins."""
 
 
-def _decode(body: bytes) -> Event:
-    try:
-        return decode_event(body)
-    except Exception as error:  # a forged body may raise anything
-        raise LogUnavailable(f"the ledger is damaged: {error!r}; run `loadledger verify`") from error
-
-
-def _read_failures(
+def _read_presence(
     connection: sqlite3.Connection, shown: _Range
-) -> tuple[defaultdict[str, list[Mark]], Timestamp | None]:
-    """Return the newest failures in the range, by model, and since when they are all that there were."""
-    rows = connection.execute(
-        "SELECT position, CAST(body AS BLOB) FROM events WHERE type IN (?, ?)"
-        " AND position > ? AND position <= ? ORDER BY position DESC LIMIT ?",
-        (LoadFailed.TYPE, WorkerExited.TYPE, shown.first, shown.last, MARKS + 1),
-    ).fetchall()
-    events = [_decode(body) for _, body in rows]
-    marks = defaultdict[str, list[Mark]](list)
-    for event in events[:MARKS]:
-        if event.model_id is not None and (mark := failure_mark(event)) is not None:
-            marks[event.model_id].append(mark)
-    return marks, events[MARKS - 1].recorded_at if len(events) > MARKS else None
+) -> tuple[tuple[ServerSegment, ...], tuple[NodeLane, ...]]:
+    """Return the states of the server and of the nodes in the range; an end may be discovered after it.
+
+    A node is listed if it was there, or may have been, at any time of the range.
+    """
+    before = liveness_at(connection, shown.first, shown.begin)
+    _, following = history.presence_around(connection, shown.last)
+    transitions = [
+        *history.transitions_between(connection, shown.first, shown.last),
+        *(each for each in following.values() if each.seen_at is not None and each.seen_at < shown.end),
+    ]
+    known = {node.id: node.state for node in before.nodes}
+    ids = {each.node_id for each in transitions if each.node_id != SERVER and each.state is not None}
+    ids |= {node_id for node_id, state in known.items() if state not in (NodeState.LEFT, NodeState.LOST)}
+
+    def segments(node_id: str, state: ServerState | NodeState | None) -> tuple[ServerSegment, ...]:
+        own = (each for each in transitions if each.node_id == node_id)
+        return server_segments(own, state, shown.begin, shown.end)
+
+    nodes = tuple([NodeLane(node_id, segments(node_id, known.get(node_id))) for node_id in sorted(ids)])
+    return segments(SERVER, before.state), nodes
 
 
-_Start = tuple[int, Segment]
-"""A segment whose end is not known yet, and the position after which its events are counted."""
+def server_segments(
+    transitions: Iterable[Transition],
+    before: ServerState | NodeState | None,
+    begin: Timestamp,
+    end: Timestamp,
+) -> tuple[ServerSegment, ...]:
+    """Return the states of the server, or of a node, from `begin` to `end`.
+
+    Args:
+        transitions: its own after `begin`, in order, and the next one, which may say that nobody was seen.
+        before: the state at `begin`; None of a node that had not joined yet.
+        begin: of the range of time.
+        end: of the range of time.
+    """
+    found = list[ServerSegment]()
+    now = ServerSegment(before, begin, begin) if before is not None else None
+    for each in transitions:
+        at = each.at or begin
+        if now is not None and now.state in PRESENT and each.seen_at is not None:
+            seen_at = min(max(each.seen_at, now.begin), at)
+            found.append(replace(now, end=seen_at))
+            now = ServerSegment(ServerState.UNKNOWN, seen_at, at, each.position)
+        if now is not None:
+            found.append(replace(now, end=at))
+        now = ServerSegment(each.state, at, at, each.position) if each.state else None
+    if now is not None:
+        found.append(replace(now, end=max(end, now.begin)))
+    clipped = [replace(each, begin=max(each.begin, begin), end=min(each.end, end)) for each in found]
+    return tuple([each for each in clipped if each.begin < each.end])
 
 
 @dataclass(slots=True)
@@ -287,131 +364,110 @@ class _LaneReader:
     model_id: str
     _loads: dict[int, Serving] = field(default_factory=dict)
     _jobs: dict[str, Job | None] = field(default_factory=dict)
-    _steps: list[tuple[Segment, ModelRow]] = field(default_factory=list)
 
-    def read(self, failures: Sequence[Mark]) -> Lane:
-        shown = self.shown
-        rows = history.rows_between(
-            self.connection, self.model_id, shown.first, shown.last, limit=shown.share
-        )
-        starts, marks = self._list_starts(rows) if rows is not None else (self._sample_starts(), [])
-        found = self._close(starts)
-        segments = [
-            *merge_segments(found[:-1], shown.width_s),
-            *found[-1:],
-        ]  # the last is what is so at the end
-        copies = copy_lanes(self._steps, self._find_job_of_load, shown.end, shown.width_s)
-        drawn = [*segments, *(segment for lane in copies for segment in lane.segments)]
-        named = {segment.load_job_id for segment in drawn if not segment.is_summary}
-        return Lane(
-            self.model_id,
-            tuple(segments),
-            tuple(merge_marks([*marks, *failures], shown.width_s)),
-            tuple([lane_load(load) for load in self._loads.values() if load.load_job_id in named]),
-            copies,
-        )
-
-    def _list_starts(self, rows: Sequence[HistoryRow]) -> tuple[list[_Start], list[Mark]]:
-        """Return the beginnings of a lane's segments, and the marks of its changes."""
-        starts, marks, before = list[_Start](), list[Mark](), None
-        [found] = history.rows_at(self.connection, self.model_id, [self.shown.first])
-        if found is not None:
-            before = decode_row(found.body)
-            starts.append((self.shown.first, self._known_segment(before, self.shown.begin)))
-            self._steps.append((starts[-1][1], before))
-        for each in rows:
-            row, event = decode_row(each.body), _decode(each.event or b"")
-            segment = self._begun_segment(row, event)
-            self._steps.append((segment, row))
-            if row.state is ModelState.LOST and (before is None or before.state is not ModelState.LOST):
-                marks.append(lost_mark(event, segment))
-            if isinstance(event.data, ModelLoaded) and self._serves_another(before, row):
-                marks.append(make_mark(MarkKind.SWAPPED, event, segment))
-            if not starts or not continues_segment(starts[-1][1], segment):
-                starts.append((each.position - 1, segment))
-            before = row
-        return starts, marks
-
-    def _sample_starts(self) -> list[_Start]:
-        """Return the beginnings of a busy lane's segments: a summary for each bucket in which it changed."""
-        shown, starts, was_summary = self.shown, list[_Start](), True
-        rows = history.rows_at(self.connection, self.model_id, [position for position, _ in shown.buckets])
-        for (bucket, before), (_, after) in pairwise(zip(shown.buckets, rows, strict=True)):
-            low, begin = bucket
-            if after is None:
-                continue
-            row = decode_row(after.body)
-            is_summary = before is None or before.position != after.position
-            if is_summary:
-                self._steps.append((replace(make_segment(row, begin), is_summary=True), row))
-            elif was_summary:
-                position = after.position if after.position > shown.first else None
-                self._steps.append((self._known_segment(row, begin, position), row))
-            if is_summary or was_summary:
-                starts.append((low, self._steps[-1][0]))
-            was_summary = is_summary
-        if was_summary and (last := rows[-1]) is not None:
-            row, event = decode_row(last.body), self._read_event(last.position)
-            starts.append((last.position - 1, self._begun_segment(row, event)))
-            self._steps.append((starts[-1][1], row))
-        return starts
-
-    def _close(self, starts: Sequence[_Start]) -> list[Segment]:
-        """Return segments that follow one another to the end of the range, but those that last no time."""
-        if not starts:
-            return []  # the ledger did not know the model by the end of the range
-        lows = [*(low for low, _ in starts), self.shown.last]
-        ends = [*(segment.begin for _, segment in starts[1:]), self.shown.end]
-        counts = _count_events(self.connection, self.model_id, list(pairwise(lows)))
-        return [
-            replace(segment, end=end, events=count)
-            for (_, segment), end, count in zip(starts, ends, counts, strict=True)
-            if segment.begin < end
-        ]
+    def read(self) -> Lane:
+        steps, marks = list[tuple[Segment, ModelRow]](), list[Mark]()
+        row = history.row_at(self.connection, self.model_id, self.shown.first)
+        if row is not None:
+            steps.append((self._first_segment(row), row))
+        for body, event_body in history.rows_between(
+            self.connection, self.model_id, self.shown.first, self.shown.last
+        ):
+            before, event = row, _decode(event_body)
+            if body is not None:
+                row = decode_row(body)
+                segment = self._begun_segment(row, event)
+                steps.append((segment, row))
+                marks += self._mark_change(before, row, event, segment)
+            if event.model_id == self.model_id:
+                marks += _mark_failure(event)
+        segments = _close([segment for segment, _ in steps], self.shown.end)
+        copies = self._read_copies(steps)
+        return Lane(self.model_id, segments, tuple(marks), copies)
 
     def _begun_segment(self, row: ModelRow, event: Event) -> Segment:
         """Return the segment that an event begins."""
         job = self._find_job(event.job_id)
-        is_own = job is not None and not (job.ended and job.position < event.position)
-        return make_segment(
-            row,
-            event.recorded_at,
-            position=event.position,
-            load=self._read_load(row),
-            by=job.requested_by if job is not None and is_own else event.actor,
-            cause=job.cause if job is not None and is_own else None,
-        )
+        if job is None or (job.ended and job.position < event.position):
+            return self._make_segment(row, event.recorded_at, event.position, event.actor, None)
+        return self._make_segment(row, event.recorded_at, event.position, job.requested_by, job.cause)
 
-    def _known_segment(self, row: ModelRow, begin: Timestamp, position: int | None = None) -> Segment:
-        """Return a segment of which the event that began it is not read: `by` as far as the row tells it."""
-        load = self._read_load(row)
-        job = self._find_job(row.job)
+    def _first_segment(self, row: ModelRow) -> Segment:
+        """Return the segment that an event before the range began: `by` as far as the row tells it."""
         by, cause = None, None
-        if job is not None:
+        if (job := self._find_job(row.job)) is not None:
             by, cause = job.requested_by, job.cause
         elif row.state is ModelState.LOST or row.degraded:
             by = SYSTEM
-        elif row.state is ModelState.LOADED and load is not None:
-            by = load.loaded_by
-        return make_segment(row, begin, position=position, load=load, by=by, cause=cause)
+        elif row.state is ModelState.LOADED and row.serving_load is not None:
+            by = self._find_load(row.serving_load).loaded_by
+        return self._make_segment(row, self.shown.begin, None, by, cause)
 
-    def _serves_another(self, before: ModelRow | None, row: ModelRow) -> bool:
-        """Whether another version served before."""
-        if before is None or before.load is None:
-            return False
-        return self._find_load(before.load).version != row.version
+    def _make_segment(
+        self, row: ModelRow, begin: Timestamp, position: int | None, by: str | None, cause: Cause | None
+    ) -> Segment:
+        """Return the segment that begins with a row; its end is not known yet."""
+        is_loading = row.state is ModelState.LOADING and row.job is not None
+        job_id = row.job if is_loading or row.is_waiting else None
+        if job_id is None and row.serving_load is not None:
+            job_id = self._find_load(row.serving_load).load_job_id
+        error = row.error if row.state in (ModelState.FAILED, ModelState.LOST) else None
+        return Segment(
+            row.state,
+            begin,
+            begin,
+            version=row.next if is_loading else row.version,
+            next_version=row.next if row.is_waiting else row.next_version,
+            load_job_id=job_id,
+            position=position,
+            by=by,
+            cause=cause,
+            is_waiting=row.is_waiting,
+            degraded=row.degraded,
+            error=error.code if error is not None else None,
+        )
 
-    def _read_load(self, row: ModelRow) -> Serving | None:
-        """Return the load that serves."""
-        return None if row.serving_load is None else self._find_load(row.serving_load)
+    def _mark_change(
+        self, before: ModelRow | None, row: ModelRow, event: Event, segment: Segment
+    ) -> Iterable[Mark]:
+        """Yield the mark of a loss or a swap."""
+        is_lost = row.state is ModelState.LOST and (before is None or before.state is not ModelState.LOST)
+        if is_lost:
+            code = SERVER_ENDED if type(event.data) in ENDS_OF_PROCESSES else segment.error
+            yield _make_mark(MarkKind.LOST, event, segment.version, segment.by, code)
+        if not isinstance(event.data, ModelLoaded) or before is None or before.load is None:
+            return
+        if self._find_load(before.load).version != row.version:
+            yield _make_mark(MarkKind.SWAPPED, event, segment.version, segment.by, None)
+
+    def _read_copies(self, steps: Sequence[tuple[Segment, ModelRow]]) -> tuple[CopyLane, ...]:
+        """Return the lanes of the nodes at which a model served; none if it had no copies."""
+        if not any(row.copies for _, row in steps):
+            return ()
+        ids = sorted({each.node for _, row in steps for each in row.servings if each.node is not None})
+        return tuple([CopyLane(node_id, self._copy_segments(node_id, steps)) for node_id in ids])
+
+    def _copy_segments(self, node_id: str, steps: Sequence[tuple[Segment, ModelRow]]) -> tuple[Segment, ...]:
+        starts = list[Segment]()
+        for step, row in steps:
+            own = next((each for each in row.servings if each.node == node_id), None)
+            starts.append(self._copy_segment(own, step, row.state))
+        return _close(starts, self.shown.end)
+
+    def _copy_segment(self, own: CopyRow | None, step: Segment, state: ModelState) -> Segment:
+        """Return the segment of a node that begins with one of the model; None is a node without a copy."""
+        begun = Segment(ModelState.UNLOADED, step.begin, step.begin, position=step.position)
+        if step.position is not None:
+            begun = replace(begun, by=step.by, cause=step.cause)
+        if own is None:
+            return begun
+        job_id = self._find_load(own.load).load_job_id
+        return replace(begun, state=state, version=own.version, load_job_id=job_id, degraded=own.degraded)
 
     def _find_load(self, position: int) -> Serving:
         if position not in self._loads:
             self._loads[position] = read_load(self.connection, self.model_id, position)
         return self._loads[position]
-
-    def _find_job_of_load(self, position: int) -> str:
-        return self._find_load(position).load_job_id
 
     def _find_job(self, job_id: str | None) -> Job | None:
         if job_id is None:
@@ -420,21 +476,40 @@ class _LaneReader:
             self._jobs[job_id] = read_job(self.connection, job_id)
         return self._jobs[job_id]
 
-    def _read_event(self, position: int) -> Event:
-        (body,) = self.connection.execute(
-            "SELECT CAST(body AS BLOB) FROM events WHERE position = ?", (position,)
-        ).fetchone()
-        return _decode(body)
+
+def _close(starts: Iterable[Segment], end: Timestamp) -> tuple[Segment, ...]:
+    """Return segments that follow one another to the end, but those that last no time."""
+    found = list[Segment]()
+    for segment in starts:
+        if not found or found[-1].drawn != segment.drawn:
+            found.append(segment)
+    times = [*(each.begin for each in found), end]
+    pairs = zip(found, times[1:], strict=True)
+    return tuple([replace(segment, end=until) for segment, until in pairs if segment.begin < until])
 
 
-def _count_events(
-    connection: sqlite3.Connection, model_id: str, spans: Sequence[tuple[int, int]]
-) -> list[int]:
-    """Return how many events of a model there are in each span of positions, from the index alone."""
-    found = connection.execute(
-        "SELECT (SELECT count(*) FROM events INDEXED BY events_by_model WHERE model_id = :model_id"
-        "  AND position > json_extract(span.value, '$[0]') AND position <= json_extract(span.value, '$[1]'))"
-        " FROM json_each(:spans) AS span ORDER BY span.key",
-        {"model_id": model_id, "spans": json.dumps(spans)},
-    ).fetchall()
-    return [count for (count,) in found]
+def _make_mark(kind: MarkKind, event: Event, version: int | None, by: str | None, code: str | None) -> Mark:
+    return Mark(kind, event.recorded_at, event.position, version, event.job_id, by, code)
+
+
+def _mark_failure(event: Event) -> Iterable[Mark]:
+    """Yield the mark of a failed load or of a worker's end; none of any other event."""
+    match event.data:
+        case LoadFailed(code=code):
+            kind = MarkKind.FAILED
+        case WorkerExited(signal=int(number)):
+            kind, code = MarkKind.EXITED, f"signal {number}"
+        case WorkerExited(exit_code=int(number)):
+            kind, code = MarkKind.EXITED, f"exit code {number}"
+        case WorkerExited():
+            kind, code = MarkKind.EXITED, "fork server"
+        case _:
+            return
+    yield _make_mark(kind, event, event.version, event.actor, code)
+
+
+def _decode(body: bytes) -> Event:
+    try:
+        return decode_event(body)
+    except Exception as error:  # a forged body may raise anything
+        raise LogUnavailable(f"the ledger is damaged: {error!r}; run `loadledger verify`") from error

@@ -44,7 +44,6 @@ SECTIONS = {
     "Nodes that share a ledger": {
         "nodes": "loadledger.cli.nodes:nodes",
         "drain": "loadledger.cli.nodes:drain",
-        "ray": "loadledger.cli.ray:ray_group",
     },
     "Files of a ledger": {
         "verify": "loadledger.cli.ledger:verify",

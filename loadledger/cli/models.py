@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -104,11 +103,9 @@ def verify_model(model: str, *, as_json: bool, where: options.ServerChoice) -> N
 
     Exit code: 0 if the policy lets it load, 1 if not, 2 if it cannot be checked.
     """
-    model_id, slash, version = model.partition("/")
-    if slash and not re.fullmatch("[1-9][0-9]{0,18}", version):
-        raise click.UsageError(f"{version!r} is no version: give MODEL, or MODEL/VERSION such as digits/2")
+    named = options.parse_version_name(model)
     with options.open_chosen_client(where) as client:
-        found = client.verify_model(model_id, int(version) if slash else None)
+        found = client.verify_model(*named)
     output.print_result(found, _verified_lines(found), as_json=as_json)
     sys.exit(0 if found.problem is None else output.NEGATIVE_RESULT)
 

@@ -39,6 +39,14 @@ class ServerChoice:
         return [word for flag, value in given.items() if value is not None for word in (flag, value)]
 
 
+def parse_version_name(text: str) -> tuple[str, int | None]:
+    """Return model and version of an argument MODEL[/VERSION]."""
+    model_id, slash, version = text.partition("/")
+    if slash and not re.fullmatch("[1-9][0-9]{0,18}", version):
+        raise click.UsageError(f"{version!r} is no version: give MODEL, or MODEL/VERSION such as digits/2")
+    return model_id, int(version) if slash else None
+
+
 def server_options(command: Command) -> Command:
     """Add `--url` and `--profile`, passed as `where`."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePath, PurePosixPath
@@ -15,7 +14,13 @@ from urllib.parse import unquote
 import click
 
 from loadledger.cli.ledger import require_driver
-from loadledger.cli.options import ServerChoice, find_chosen_target, json_option, server_options
+from loadledger.cli.options import (
+    ServerChoice,
+    find_chosen_target,
+    json_option,
+    parse_version_name,
+    server_options,
+)
 from loadledger.cli.output import (
     NEGATIVE_RESULT,
     count_of,
@@ -225,55 +230,45 @@ def serve(*, accept_rollback: bool, **flags: str | None) -> None:
 
 
 @click.command(cls=SettingsCommand)
-@click.option("--quick", is_flag=True, help="Load no model.")
+@click.argument("model", metavar="[MODEL[/VERSION]]", required=False)
 @json_option
-def check(*, quick: bool, as_json: bool, **flags: str | None) -> None:
+def check(*, model: str | None, as_json: bool, **flags: str | None) -> None:
     """Check a configuration and a model repository.
 
-    It takes the options and variables of `serve` and changes nothing; a server may be running. Each version
-    of each model is loaded in a process of its own, one after the other, within the memory budget and its
-    timeout_s, and warmed up. Of a --ledger it checks the schema, the role and the clock. --data is optional.
-    Of a policy for loads it prints what that does to each model's highest version, and to the models that
-    the ledger in --data has as loaded.
+    It takes the options and variables of `serve` and changes nothing; a server may be running. It loads no
+    model, and reads what the file of each version declares. Of a --ledger it checks the schema, the role and
+    the clock. --data is optional. Of a policy for loads it prints what that does to each model's highest
+    version, which it hashes, and to the models that the ledger in --data has as loaded.
+
+    With MODEL it checks one version of that instead, by default the highest. It also loads it in a process of
+    its own, within the memory budget and its timeout_s, and warms it up.
 
     Exit code: 0 without problems (notes do not count), 1 with problems, 2 if nothing could be checked.
     """
+    from loadledger.cli.startup import format_finding
     from nodes.check import check_ledger
-    from server.check import (
-        CheckResult,
-        check_configuration,
-        check_policy,
-        check_repository,
-        check_workers,
-        read_models,
-    )
+    from server import check as checks
 
-    result = CheckResult()
-    config = check_configuration(flags, os.environ, result)
+    named = parse_version_name(model) if model is not None else None
+    result = checks.CheckResult(lambda each: None if as_json else click.echo(format_finding(each)))
+    config = checks.check_configuration(flags, os.environ, result)
     check_ledger(config, result)
-    models = read_models(config, result)
-    candidates = check_repository(config, result, models)
-    check_policy(config, result, models)
-    check_workers(config, result, [] if quick else candidates, on_version=_progress())
+    models = checks.read_models(config, result)
+    if named is None:
+        checks.check_references(config, result, checks.check_repository(config, result, models))
+        checks.check_workers(config, result)
+        checks.check_policy(config, result, models)
+    else:
+        checks.check_workers(config, result, checks.check_version(config, result, models, *named))
     print_result(result.members(), _lines(result), as_json=as_json)
     sys.exit(0 if result.fine else NEGATIVE_RESULT)
 
 
-def _progress() -> Callable[[str], None]:
-    """Return a callback that prints, on a terminal, which version is being loaded."""
-    if not sys.stderr.isatty():
-        return lambda _: None
-    return lambda place: click.echo(f"loading {place} …", err=True)
-
-
 def _lines(result: Any) -> list[str]:
-    from loadledger.cli.startup import format_finding
-
-    lines = [format_finding(finding) for finding in result.findings]
     problems = sum(finding.severity == "problem" for finding in result.findings)
     counted = f"{count_of(result.models, 'model')}, {count_of(result.versions, 'version')}"
-    tried = f", {result.loaded} of them loaded" if result.loaded else ""
-    lines += [*([result.confinement] if result.confinement else []), *result.devices]
+    tried = ", loaded" if result.loaded else ""
+    lines = [*([result.confinement] if result.confinement else []), *result.devices]
     return [*lines, f"{counted}{tried}: {count_of(problems, 'problem') if problems else 'no problems'}"]
 
 

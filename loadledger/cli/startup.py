@@ -133,7 +133,7 @@ def describe_models(root: Path, result: CheckResult, options: Sequence[str] = ()
     yield f"models: {counted if result.models else 'none'} in {to_printable(str(root))}"
     yield from (format_finding(each) for each in shown if each.code != "empty")
     if len(result.findings) > len(shown):
-        yield f"{len(result.findings) - len(shown)} more: `loadledger check --quick` prints them"
+        yield f"{len(result.findings) - len(shown)} more: `loadledger check` prints them"
     named = shlex.join(["", *options])[2:]
     if result.models:
         yield f"next: `loadledger models{named}` lists them, `loadledger load{named} MODEL --wait` loads one"

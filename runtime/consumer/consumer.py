@@ -62,7 +62,8 @@ from runtime.scheduler.actions import (
     draft_settings_change,
     list_conditions,
 )
-from runtime.scheduler.scheduler import ALONE, Placement, is_load_current
+from runtime.scheduler.placement import ALONE, Placement
+from runtime.scheduler.scheduler import is_load_current
 from runtime.scheduler.view import (
     DeviceNeed,
     Observations,

@@ -71,7 +71,7 @@ from runtime.repository import (
 from runtime.scheduler.actions import draft_fact, unchanged
 from runtime.scheduler.admission import find_same_workers
 from runtime.scheduler.estimates import estimate_memory
-from runtime.scheduler.scheduler import Placement
+from runtime.scheduler.placement import Placement
 from runtime.scheduler.view import (
     MemoryEstimate,
     Policy,

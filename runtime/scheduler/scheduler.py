@@ -11,17 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import TypeVar
-
-from msgspec import UnsetType
 
 from events.approvals import is_void
 from events.clock import add_seconds
-from events.commands import Record, RequestLoad, RequestUnload
 from events.jobs import APPROVAL_VOID, POLICY_DIFFERS, TIMEOUT, Job, JobKind, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState
 from events.state import State, has_turn
-from events.types import REPLACEMENTS, ApprovalExpired, Cause, NodeSignature
+from events.types import REPLACEMENTS, ApprovalExpired, Cause
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action, Decision
 from runtime.scheduler.admission import Admission, admit
@@ -290,34 +286,3 @@ def _waiting_for(view: SchedulerView, admission: Admission) -> dict[str, str]:
         elif job.id in view.share.held:
             waiting[job.id] = view.share.held[job.id]
     return waiting
-
-
-SystemCommand = TypeVar("SystemCommand", bound=Record | RequestLoad | RequestUnload)
-
-
-class Placement:
-    """The part of the recorded work that is this server's: all of it; nodes divide it (decision 64)."""
-
-    def share(self, state: State) -> State:
-        """Return the part of the state that this server works on."""
-        return state
-
-    def decide(self, view: SchedulerView) -> Decision:
-        """Return the next action on that part."""
-        return decide(view)
-
-    def complete(self, command: SystemCommand, state: State) -> SystemCommand:  # noqa: ARG002 - for others
-        """Return a command of the consumer with what other servers have to know of it."""
-        return command
-
-    def is_signed(
-        self,
-        statement: bytes,  # noqa: ARG002 - for others
-        signature: NodeSignature | UnsetType,  # noqa: ARG002
-        state: State,  # noqa: ARG002
-    ) -> bool:
-        """Whether a trusted server has signed a statement; nobody else writes to the ledger of one alone."""
-        return True
-
-
-ALONE = Placement()

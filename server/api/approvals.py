@@ -27,7 +27,6 @@ from server.api.schemas import (
     one_of,
     signature_view,
 )
-from server.api.timeline import FileHashSchema
 from server.appkeys import CONSUMER
 from server.auth.gate import PRINCIPAL, credential_of
 from server.cluster import signer_of
@@ -41,6 +40,13 @@ from server.http.validation import (
 from server.routing import Access, Routes
 
 routes = Routes(tag="jobs")
+
+
+class FileHashSchema(AnswerSchema):
+    """A file of a version."""
+
+    path = fields.String()
+    sha256 = fields.String()
 
 
 class AnswerBodySchema(Schema):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from functools import partial
 
 import msgspec
@@ -12,35 +11,21 @@ from marshmallow import Schema, fields, validate
 from events.clock import format_timestamp, utc_now
 from events.models import ModelState
 from events.presence import NodeState, ServerState
-from events.sqlite.lanes import FILES_SHOWN, MarkKind
-from events.sqlite.readonly import ReaderThread, open_reader_thread
-from events.sqlite.timeline import TimelineQuery, read_timeline
+from events.sqlite.timeline import MAX_ROWS, MarkKind, TimelineQuery, read_timeline
 from events.sqlite.timetravel import parse_moment
 from server.api.schemas import A_MOMENT, AnswerSchema, about, one_of
-from server.appkeys import LOG
-from server.http.validation import ParameterBoolean, ParameterInteger, query_parameters
+from server.api.timetravel import TIME_TRAVEL
+from server.http.validation import ParameterInteger, query_parameters
 from server.routing import Access, Routes
 
 routes = Routes(tag="ledger")
 
-TIMELINE = web.AppKey("timeline", ReaderThread)
-"""Reads the timeline."""
-
 MAX_LANES = 100
 """Of one answer: more do not fit on a screen."""
 
-MIN_RESOLUTION, MAX_RESOLUTION = 100, 2000
-"""Buckets: about one for each pixel of a narrow and of a wide screen."""
-
-
-async def open_timeline(app: web.Application) -> AsyncIterator[None]:
-    async with open_reader_thread(app[LOG].path, "ledger-timeline") as thread:
-        app[TIMELINE] = thread
-        yield
-
 
 class TimelineQuerySchema(Schema):
-    """Range, page and resolution of the timeline."""
+    """Range and page of the timeline."""
 
     begin = fields.String(
         data_key="from",
@@ -63,19 +48,10 @@ class TimelineQuerySchema(Schema):
     limit = ParameterInteger(
         load_default=50, validate=validate.Range(1, MAX_LANES), **about("Lanes in the page at most.")
     )
-    active = ParameterBoolean(
-        load_default=False,
-        **about("Only models that had events in the range, or were loaded or to be loaded where it begins."),
-    )
-    resolution = ParameterInteger(
-        load_default=600,
-        validate=validate.Range(MIN_RESOLUTION, MAX_RESOLUTION),
-        **about("Buckets of the range; what is shorter than one is merged into summaries."),
-    )
 
 
 class SegmentSchema(AnswerSchema):
-    """A time in which a model's state stayed the same, or a summary of several."""
+    """A time in which a model's state stayed the same."""
 
     state = fields.String(validate=one_of(ModelState))
     begin = fields.String(data_key="from")
@@ -84,7 +60,7 @@ class SegmentSchema(AnswerSchema):
     next_version = fields.Integer(
         allow_none=True, **about("The version that loads beside the one that serves, or waits to be loaded.")
     )
-    load_job_id = fields.String(allow_none=True, **about("Job of its load; see `loads` of the lane."))
+    load_job_id = fields.String(allow_none=True, **about("Job of its load."))
     position = fields.Integer(
         allow_none=True, **about("Of the event that began it; null if that was earlier.")
     )
@@ -93,14 +69,10 @@ class SegmentSchema(AnswerSchema):
     waiting = fields.Boolean(**about("Whether the model is not loaded, and a load of it waits to start."))
     degraded = fields.Boolean(**about("Whether some of its workers are gone."))
     error = fields.String(allow_none=True, **about("Code of the failure, in the states `failed` and `lost`."))
-    events = fields.Integer(**about("Events of the model in this time."))
-    summary = fields.Boolean(
-        **about("Whether this may be several states, too short or too many; `state` is that of the end.")
-    )
 
 
 class MarkSchema(AnswerSchema):
-    """A moment that stands out; those of a kind within one bucket are one, with the last one's members."""
+    """A moment that stands out."""
 
     kind = fields.String(validate=one_of(MarkKind))
     at = fields.String()
@@ -109,26 +81,6 @@ class MarkSchema(AnswerSchema):
     job_id = fields.String(allow_none=True)
     by = fields.String(allow_none=True)
     code = fields.String(allow_none=True, **about("Of the failure, or how a worker ended."))
-    count = fields.Integer()
-
-
-class FileHashSchema(AnswerSchema):
-    """A file of a loaded version."""
-
-    path = fields.String()
-    sha256 = fields.String()
-
-
-class LaneLoadSchema(AnswerSchema):
-    """A load that took effect, and its bytes."""
-
-    job_id = fields.String()
-    version = fields.Integer()
-    loaded_at = fields.String()
-    loaded_by = fields.String()
-    position = fields.Integer(**about("Of its `ModelLoaded`."))
-    files = fields.List(fields.Nested(FileHashSchema), **about(f"The first {FILES_SHOWN} of its files."))
-    file_count = fields.Integer()
 
 
 class CopyLaneSchema(AnswerSchema):
@@ -146,7 +98,6 @@ class LaneSchema(AnswerSchema):
     model_id = fields.String()
     segments = fields.List(fields.Nested(SegmentSchema), **about("In order, without overlap."))
     marks = fields.List(fields.Nested(MarkSchema))
-    its_loads = fields.List(fields.Nested(LaneLoadSchema), data_key="loads")
     copies = fields.List(
         fields.Nested(CopyLaneSchema),
         **about("The nodes where it served, by name; missing if it had no copies.", is_optional=True),
@@ -160,7 +111,6 @@ class ServerSegmentSchema(AnswerSchema):
     begin = fields.String(data_key="from")
     end = fields.String(data_key="to")
     position = fields.Integer(allow_none=True)
-    restarts = fields.Integer(**about("Starts of the server that are merged into it."))
 
 
 class NodeSegmentSchema(ServerSegmentSchema):
@@ -182,12 +132,19 @@ class TimelineSchema(AnswerSchema):
     begin = fields.String(data_key="from")
     end = fields.String(data_key="to")
     as_of = fields.Integer(**about("The position that the answer reflects."))
-    oldest = fields.Integer(**about("Position of the oldest event that is not archived."))
     known_from = fields.String(
-        allow_none=True,
-        **about("When the first event was recorded that is not archived; nothing before it is shown."),
+        allow_none=True, **about("When the first event was recorded; nothing before it is shown.")
     )
-    lanes = fields.List(fields.Nested(LaneSchema), **about("Of models that the ledger knows, by id."))
+    rows = fields.Integer(**about("What the history has of these models, the server and nodes in the range."))
+    max_rows = fields.Integer(
+        **about("With more rows than these, `lanes` and `server` are empty: ask for a shorter range.")
+    )
+    lanes = fields.List(
+        fields.Nested(LaneSchema),
+        **about(
+            "Of models that changed in the range, or were loaded or to be loaded where it begins; by id."
+        ),
+    )
     server = fields.List(
         fields.Nested(ServerSegmentSchema),
         **about("Whether a server ran; with nodes, one runs while any node is there."),
@@ -196,21 +153,16 @@ class TimelineSchema(AnswerSchema):
         fields.Nested(NodeLaneSchema),
         **about("The nodes that were there in the range, by name; missing without any.", is_optional=True),
     )
-    marks_from = fields.String(
-        allow_none=True,
-        **about("Marks of failures begin here, because there are too many; null if all are there."),
-    )
-    models = fields.Integer(**about("Models on all pages."))
     next_cursor = fields.String(allow_none=True, **about("`cursor` of the next page; null on the last page."))
 
 
 @routes.get(
     "/api/v1/timeline",
     access=Access.AUDIT,
-    summary="Summarise a range of time",
+    summary="Show a range of time",
     description="The state of each model over a range of time, as segments, and marks of failures, swaps and "
-    "losses. What is shorter than a bucket of the range is merged: the answer is bounded, however long the "
-    "log is. A segment that is no `summary` is exact: `?at=` any time in it gives the same state.",
+    "losses: `?at=` any time in a segment gives the same state. A range in which the models of a page have "
+    f"more than {MAX_ROWS:,} rows is answered with their number: ask for a shorter one, or for fewer models.",
     query=TimelineQuerySchema(),
     answers={200: (TimelineSchema(), "One page.")},
     errors=("invalid_parameter", "log_unavailable"),
@@ -224,8 +176,6 @@ async def show_timeline(request: web.Request) -> web.Response:
         find=query["find"],
         cursor=query["cursor"],
         limit=query["limit"],
-        is_active=query["active"],
-        resolution=query["resolution"],
     )
-    page = await request.app[TIMELINE].run(partial(read_timeline, query=wanted))
+    page = await request.app[TIME_TRAVEL].run(partial(read_timeline, query=wanted))
     return web.Response(body=msgspec.json.encode(page), content_type="application/json")

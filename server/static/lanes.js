@@ -1,8 +1,8 @@
 // Lanes of the timeline: a row for each model, and one for the server or for each node, drawn as SVG and in words.
 // A bar's colour, height and pattern are its state; its version is text. Also the time scale and the axis above them.
 
-import { count, duration, local, moment, oneLine } from "./format.js";
-import { HASH_DIGITS } from "./tables.js";
+import { duration, local, moment, oneLine } from "./format.js";
+import { address, href } from "./router.js";
 import { Cell, html, Row } from "./ui.js";
 
 export const SECOND = 1000, MINUTE = 60 * SECOND, HOUR = 60 * MINUTE, DAY = 24 * HOUR, YEAR = 365 * DAY;
@@ -12,7 +12,6 @@ const HIGH = 26; // of a row, in pixels
 const THIN = 3; // a bar is drawn at least so wide: what is there can be seen
 const EDGE = 8; // a mark is drawn no nearer to it, so that it is seen whole
 const CHARACTER = 7; // about how wide one is, of a label
-const MOST_ROWS = 400; // of the table
 
 // The top and the height of a bar, by its shape.
 const BARS = {
@@ -100,8 +99,8 @@ export function lanesOf(page) {
   const ofServer = page.nodes?.map((lane) => ({ ...lane, model_id: `:${lane.node_id}` })) // no model has such an id
     ?? [{ model_id: "", segments: page.server }];
   const plain = ofServer.map((lane) => ({
-    ...lane, marks: [], loads: [],
-    segments: lane.segments.map((segment) => ({ ...segment, version: null, events: 0 })),
+    ...lane, marks: [],
+    segments: lane.segments.map((segment) => ({ ...segment, version: null })),
   }));
   const ofCopies = (lane) => (lane.copies ?? []).map(({ node_id: at, segments }) => ({
     ...lane, id: `${lane.model_id}:${at}`, at, segments, marks: [],
@@ -131,7 +130,7 @@ function itemsOf(lane, page) {
 }
 
 // Whether a lane is the server's or a node's, and its name then.
-export const isOfServer = (lane) => lane.model_id === "" || lane.node_id !== undefined;
+const isOfServer = (lane) => lane.model_id === "" || lane.node_id !== undefined;
 const nameOf = (lane) => oneLine(isOfServer(lane) ? lane.node_id ?? "Server" : lane.at ? `at ${lane.at}` : lane.model_id, 130);
 
 // The item of a lane at a time: a mark within `slack` of it, else the segment there, else one within `slack`.
@@ -143,20 +142,13 @@ export function itemAt(lane, time, slack) {
   return mark ?? segments.find((item) => item.from <= time && time < item.to) ?? segments.findLast(isNear) ?? null;
 }
 
-// The item of a lane that is nearest to the beginning of another lane's item.
-export function nearestItem(lane, { from: time }) {
-  const distance = (item) => (item.from <= time && time < item.to ? 0
-    : Math.min(Math.abs(item.from - time), Math.abs(item.to - time)));
-  return lane.items.reduce((best, item) => (distance(item) < distance(best) ? item : best));
-}
-
 // The moment at which an item begins: its event, else the time to the microsecond, which no `Date` has.
-export const momentOf = ({ mark, segment }) => String((mark ?? segment).position ?? segment.from);
+const momentOf = ({ mark, segment }) => String((mark ?? segment).position ?? segment.from);
 
 // Drawing.
 
 // A row. `shown` has what all rows share: `down` when no server ran, and `until`, where the present ends what goes on.
-export function Lane({ lane, scale, href, chosenKey, shown }) {
+export function Lane({ lane, scale, chosenKey, shown }) {
   const { down, until } = shown;
   const items = lane.items
     .map((item) => ({ ...item, to: Math.min(item.to, until) }))
@@ -164,14 +156,16 @@ export function Lane({ lane, scale, href, chosenKey, shown }) {
   return html`
     <div class="lane" data-model=${lane.id}>
       ${isOfServer(lane) || lane.at ? html`<span class="lane-name server" title=${nameOf(lane)}>${nameOf(lane)}</span>`
-        : html`<a class="lane-name" title=${lane.model_id} tabindex="-1" href=${href}>${nameOf(lane)}</a>`}
-      <svg class="lane-plot" aria-hidden="true" width=${scale.width} height=${HIGH} viewBox="0 0 ${scale.width} ${HIGH}"><g class="drawn">
+        : html`<a class="lane-name" title=${lane.model_id} href=${href("models", lane.model_id)}>${nameOf(lane)}</a>`}
+      <svg class="lane-plot" aria-hidden="true" width=${scale.width} height=${HIGH} viewBox="0 0 ${scale.width} ${HIGH}">
         ${!isOfServer(lane) && down.map(([from, to]) => html`<${Down} scale=${scale} from=${from} to=${to} />`)}
         ${items.filter((item) => item.segment).map((item) => html`
-          <${Bar} segment=${item.segment} scale=${scale} from=${item.from} to=${item.to} isChosen=${item.key === chosenKey} />`)}
+          <${Bar} segment=${item.segment} scale=${scale} from=${item.from} to=${item.to} isChosen=${item.key === chosenKey}
+            title=${describe(lane, item).join("\n")} />`)}
         ${items.filter((item) => item.mark).map((item) => html`
-          <${Mark} kind=${item.mark.kind} x=${scale.x(item.from)} width=${scale.width} isChosen=${item.key === chosenKey} />`)}
-      </g></svg>
+          <${Mark} kind=${item.mark.kind} x=${scale.x(item.from)} width=${scale.width} isChosen=${item.key === chosenKey}
+            title=${describe(lane, item).join("\n")} />`)}
+      </svg>
     </div>`;
 }
 
@@ -180,16 +174,16 @@ function Down({ scale, from, to }) {
   return html`<rect class="down" x=${pixels(left)} y="0" width=${pixels(Math.max(0, right - left))} height=${HIGH} />`;
 }
 
-function Bar({ segment, scale, from, to, isChosen }) {
+function Bar({ segment, title, scale, from, to, isChosen }) {
   const shape = shapeOf(segment), [top, high] = BARS[shape];
   const left = Math.max(-2, scale.x(from));
   const right = Math.min(scale.width + 2, Math.max(scale.x(to), scale.x(from) + THIN));
   const box = { x: pixels(left), y: top, width: pixels(right - left), height: high, rx: high > 16 ? 3 : 1 };
-  const pattern = segment.summary ? "several" : PATTERNS[shape];
+  const pattern = PATTERNS[shape];
   const text = labelOf(segment), begin = Math.max(left, 0);
   const fits = text && high > 12 && right - begin > text.length * CHARACTER + 12;
   return html`
-    <rect class="seg ${shape} ${isChosen ? "chosen" : ""}" ...${box} />
+    <rect class="seg ${shape} ${isChosen ? "chosen" : ""}" ...${box}><title>${title}</title></rect>
     ${pattern && html`<rect class="over" fill="url(#${pattern})" ...${box} />`}
     ${fits && html`<text class="seg-label" x=${pixels(begin + 9)} y=${top + 13}>${text}</text>`}`;
 }
@@ -200,17 +194,16 @@ function shapeOf(segment) {
 }
 
 function labelOf(segment) {
-  if (segment.summary) return segment.events ? `${segment.events.toLocaleString("en")} events` : "";
   const version = segment.version == null ? "" : `v${segment.version}`;
   if (segment.state === "loaded" && segment.next_version != null) return `${version} → v${segment.next_version}`;
   if (segment.state === "loaded") return segment.degraded ? `${version} degraded` : version;
   return ["lost", "draining"].includes(segment.state) ? segment.state : "";
 }
 
-function Mark({ kind, x, width, isChosen }) {
+function Mark({ kind, title, x, width, isChosen }) {
   const place = Math.min(width - EDGE, Math.max(EDGE, x));
   return html`
-    <g class="mark ${kind} ${isChosen ? "chosen" : ""}" transform="translate(${pixels(place)} 0)">
+    <g class="mark ${kind} ${isChosen ? "chosen" : ""}" transform="translate(${pixels(place)} 0)"><title>${title}</title>
       <line x1="0" x2="0" y1="2" y2=${HIGH - 2} />
       <circle cx="0" cy="7" r="6" />
       <text x="0" y="10.5">${MARKS[kind][0]}</text>
@@ -239,8 +232,7 @@ const pixels = (length) => length.toFixed(1);
 
 const LEGEND = [
   ["loaded", "loaded"], ["degraded", "degraded"], ["waiting", "waiting"], ["loading", "loading"], ["unloading", "unloading"],
-  ["lost", "lost"], ["failed", "failed"], ["several", "several changes"], ["swapped", "swapped"],
-  ["exited", "a worker ended"], ["down", "no server"],
+  ["lost", "lost"], ["failed", "failed"], ["swapped", "swapped"], ["exited", "a worker ended"], ["down", "no server"],
 ];
 
 // A sample of each shape, and what it says.
@@ -249,9 +241,9 @@ export function Legend() {
   const sample = (kind) => {
     if (kind === "down") return html`<${Down} scale=${scale} from=${0} to=${28} />`;
     if (BARS[kind] === undefined && MARKS[kind]) return html`<${Mark} kind=${kind} x=${14} width=${28} />`;
-    const segment = { state: kind === "several" || kind === "degraded" ? "loaded" : kind };
+    const isDegraded = kind === "degraded";
     return html`<${Bar} scale=${scale} from=${1} to=${27}
-      segment=${{ ...segment, summary: kind === "several", degraded: kind === "degraded", waiting: kind === "waiting" }} />`;
+      segment=${{ state: isDegraded ? "loaded" : kind, degraded: isDegraded, waiting: kind === "waiting" }} />`;
   };
   return html`
     <ul class="legend shapes" aria-hidden="true">
@@ -266,7 +258,6 @@ export function Patterns() {
     <svg class="defs" width="0" height="0" aria-hidden="true"><defs>
       <pattern id="rising" width="6" height="6" patternUnits="userSpaceOnUse"><path d="M-1 7L7 -1M-1 1L1 -1M5 7L7 5" /></pattern>
       <pattern id="falling" width="6" height="6" patternUnits="userSpaceOnUse"><path d="M-1 -1L7 7M5 -1L7 1M-1 5L1 7" /></pattern>
-      <pattern id="several" width="4" height="6" patternUnits="userSpaceOnUse"><path d="M1 0V6" /></pattern>
       <pattern id="unsure" width="5" height="5" patternUnits="userSpaceOnUse"><circle cx="2" cy="2" r="1" /></pattern>
     </defs></svg>`;
 }
@@ -277,7 +268,7 @@ export function Patterns() {
 export function describe(lane, { mark, segment }) {
   const lines = mark ? describeMark(lane, mark)
     : isOfServer(lane) ? describeServer(lane, segment)
-      : segment.waiting && !segment.summary ? describeWaiting(lane, segment) : describeSegment(lane, segment);
+      : segment.waiting ? describeWaiting(lane, segment) : describeSegment(lane, segment);
   return lines.filter(Boolean);
 }
 
@@ -288,22 +279,14 @@ function timesText({ from, to }) {
 function describeServer(lane, segment) {
   const isNode = lane.node_id !== undefined, isUnknown = segment.state === "unknown";
   const name = isNode ? oneLine(`Node ${lane.node_id}`, 130) : "The server";
-  const starts = segment.restarts > 1 ? `; ${count(segment.restarts, "start")}` : "";
   const state = isUnknown && isNode ? "did not renew its lease" : SERVER[segment.state];
   const found = isNode ? "" : ", and was found ended at the next start";
-  return [`${name} ${state}${starts}`, timesText(segment), isUnknown && `It may have run for some of this time${found}.`];
+  return [`${name} ${state}`, timesText(segment), isUnknown && `It may have run for some of this time${found}.`];
 }
 
 function describeSegment(lane, segment) {
   const version = segment.version == null ? "" : ` ${segment.version}`, place = lane.at ? ` at ${lane.at}` : "";
-  if (segment.summary) {
-    const end = `${segment.state}${segment.state === "unloaded" ? "" : version} at the end`;
-    const changes = lane.at ? "several changes" : count(segment.events, "event");
-    const title = oneLine(`${lane.model_id}${place}: ${changes}, ${end}`, 200);
-    return [title, timesText(segment), "Too short, or too many, to draw apart: zoom in.", segment.error && `error ${segment.error}`];
-  }
   const cause = segment.cause && segment.cause !== "request" ? `, cause ${segment.cause}` : "";
-  const load = lane.loads.find((each) => each.job_id === segment.load_job_id);
   return [
     oneLine(`${lane.model_id}${version} ${segment.state}${place}`, 200),
     timesText(segment),
@@ -311,7 +294,6 @@ function describeSegment(lane, segment) {
     segment.next_version != null && `version ${segment.next_version} loads beside it`,
     segment.degraded && "degraded: some of its workers are gone",
     segment.error && `error ${segment.error}`,
-    load && `bytes: ${bytesOf(load)}`,
     segment.load_job_id && `job ${segment.load_job_id}`,
   ];
 }
@@ -325,38 +307,52 @@ function describeWaiting(lane, segment) {
 
 function describeMark(lane, mark) {
   const version = mark.version == null ? "" : ` ${mark.version}`, code = mark.code ? `: ${mark.code}` : "";
-  const several = mark.count > 1 ? `, the last of ${mark.count.toLocaleString("en")} nearby` : "";
   return [
     oneLine(`${lane.model_id}${version} ${MARKS[mark.kind][1]}${code}`, 200),
-    `${moment(mark.at)}${several}`, mark.by && `by ${oneLine(mark.by, 130)}`, `event ${mark.position}`,
+    moment(mark.at), mark.by && `by ${oneLine(mark.by, 130)}`, `event ${mark.position}`,
   ];
 }
 
-function bytesOf(load) {
-  const more = load.file_count - load.files.length;
-  const files = load.files.map((file) => `${oneLine(file.path, 80)} ${file.sha256.slice(0, HASH_DIGITS)}`);
-  return files.join(", ") + (more > 0 ? ` and ${more} more` : "");
+// The chosen item in words, with where it leads.
+export function Detail({ selected }) {
+  if (!selected) return html`<div id="timeline-detail" role="status"></div>`;
+  const { lane, item } = selected, [title, ...lines] = describe(lane, item);
+  return html`
+    <div id="timeline-detail" class="detail" role="status">
+      <p><strong>${title}</strong></p>
+      ${lines.map((line) => html`<p>${line}</p>`)}
+      <${Links} ...${selected} />
+    </div>`;
 }
 
-// All items as text, for who does not see the drawing.
+function Links({ lane, item }) {
+  const subject = item.segment ?? item.mark, job = subject.job_id ?? subject.load_job_id;
+  return html`
+    <p class="links">
+      ${!isOfServer(lane) && html`<a href=${href("models", lane.model_id)}>Model</a>`}
+      ${job && html`<a href=${href("jobs", job)}>Job</a>`}
+      <a href=${href("timeline", momentOf(item), address.value.query)}>As of this moment</a>
+    </p>`;
+}
+
+// All items as text, for a reader without a mouse, or who does not see the drawing.
 export function LaneTable({ lanes }) {
   const items = lanes.flatMap((lane) => lane.items.map((item) => ({ lane, item })));
   return html`
     <div class="scroll" tabindex="0" role="group" aria-label="The timeline as a table">
       <table class="cards">
         <caption class="unseen">Changes in this range, by model</caption>
-        <thead><tr>${["Model", "State", "When", "By, bytes, job"].map((name) => html`<th scope="col">${name}</th>`)}</tr></thead>
+        <thead><tr>${["Model", "State", "When", "By, job", "See"].map((name) => html`<th scope="col">${name}</th>`)}</tr></thead>
         <tbody id="timeline-table">
-          ${items.slice(0, MOST_ROWS).map(({ lane, item }) => {
+          ${items.map(({ lane, item }) => {
             const [title, when, ...rest] = describe(lane, item);
             return html`
               <${Row} heading=${nameOf(lane)}>
                 <${Cell} label="State">${title}<//><${Cell} label="When">${when}<//>
-                <${Cell} label="By, bytes, job">${rest.join("; ")}<//>
+                <${Cell} label="By, job">${rest.join("; ")}<//><${Cell} label="See"><${Links} lane=${lane} item=${item} /><//>
               <//>`;
           })}
         </tbody>
       </table>
-      ${items.length > MOST_ROWS && html`<p class="hint">And ${(items.length - MOST_ROWS).toLocaleString("en")} more: zoom in.</p>`}
     </div>`;
 }

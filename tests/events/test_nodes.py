@@ -43,7 +43,7 @@ from events.types import (
     UnloadRequested,
 )
 from nodes.placement import find_share
-from runtime.scheduler.scheduler import ALONE
+from runtime.scheduler.placement import ALONE
 
 
 def cluster(*nodes: str) -> History:

@@ -29,7 +29,7 @@ from events.types import (
 )
 from nodes.placement import NodeHints
 from runtime.scheduler.actions import Action, RecordFact, StartLoad
-from runtime.scheduler.scheduler import SystemCommand
+from runtime.scheduler.placement import SystemCommand
 from runtime.scheduler.view import Policy
 
 RULES = st.sampled_from(

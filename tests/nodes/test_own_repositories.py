@@ -16,7 +16,7 @@ from events.types import AddFailed, AddParameters, VersionAdded, VersionRemoved
 from runtime.consumer.loads import Recorder
 from runtime.fetch.adds import Adds
 from runtime.repository import Repository
-from runtime.scheduler.scheduler import ALONE
+from runtime.scheduler.placement import ALONE
 from runtime.uploads.stage import UploadPolicy
 
 MODEL, OTHER = (models.add(amount).SerializeToString() for amount in (1, 2))

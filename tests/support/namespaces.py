@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,13 +34,10 @@ class Namespaces:
     pid: int
     flags: tuple[str, ...]
 
-    def run(
-        self, *command: object, env: Mapping[str, str] | None = None
-    ) -> "subprocess.CompletedProcess[str]":
+    def run(self, *command: object) -> "subprocess.CompletedProcess[str]":
         """Run a command in them to its end."""
         return subprocess.run(
             ["nsenter", f"--target={self.pid}", *self.flags, "--", *map(str, command)],
-            env=env,
             capture_output=True,
             text=True,
             timeout=LIMIT_S,

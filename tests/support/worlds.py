@@ -72,7 +72,8 @@ from runtime.scheduler.actions import (
 )
 from runtime.scheduler.actions import Decision as Next
 from runtime.scheduler.admission import find_same_workers
-from runtime.scheduler.scheduler import ALONE, Placement, SystemCommand, is_load_current
+from runtime.scheduler.placement import ALONE, Placement, SystemCommand
+from runtime.scheduler.scheduler import is_load_current
 from runtime.scheduler.view import (
     DeviceNeed,
     LoadView,

@@ -67,7 +67,7 @@ async def test_unconfined_server_loads_and_records_it(config: Config) -> None:
 
 
 def test_check_says_what_confines_workers(config: Config) -> None:
-    arguments = ("check", "--port=0", "--quick", f"--repository={config.repository}")
+    arguments = ("check", "--port=0", f"--repository={config.repository}")
     layers = "Landlock" if find_abi() else "seccomp"
     assert f"workers are confined by {layers}" in run_command(*arguments).stdout
     result = run_command(*arguments, "--confine=off")

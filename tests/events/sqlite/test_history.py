@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.history import FEWER, MODEL, History, fold, with_own_ids
+from support.history import FEWER, History, fold, with_own_ids
 from support.ledgers import cut_off, ledger_of
 from support.strategies import copied_histories, drafts, histories
 
@@ -16,10 +16,10 @@ from events.history import ShownModel, describe_model, find_landmark, landmarks_
 from events.jobs import Job, JobStatus
 from events.presence import ServerState
 from events.sqlite import storage
-from events.sqlite.history import rows_at, transitions_between
+from events.sqlite.history import transitions_between
 from events.sqlite.timetravel import active_at, liveness_at, model_at, models_at
 from events.state import State
-from events.types import Event, LoadJoined, VersionRemoved
+from events.types import Event, VersionRemoved
 from server.api.models import model_view
 
 FORGED = st.lists(drafts(), max_size=30).map(lambda events: fold(events).facts)
@@ -109,20 +109,6 @@ def test_transitions_of_a_range_are_found_without_the_others() -> None:
         found = transitions_between(connection, 100, 102)
     assert [each.position for each in found] == [101, 102]
     assert len(counted) < 10
-
-
-def test_rows_at_many_positions_walk_over_events_once() -> None:
-    steps = []
-    for joins in (500, 1_000):
-        history = History()
-        history.load("L")
-        for number in range(joins):
-            history.add(LoadJoined(), "L", by=f"user-{number}")
-        with ledger_of(history.facts) as connection, counted_steps(connection) as counted:
-            found = rows_at(connection, MODEL, list(range(1, joins, 2)))
-        assert {row and row.position for row in found} == {1, 3}
-        steps.append(len(counted))
-    assert steps[1] < 3 * steps[0]
 
 
 @contextmanager

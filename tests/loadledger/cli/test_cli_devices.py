@@ -74,7 +74,7 @@ def test_check_lists_the_devices(tmp_path: Path, present: list[str]) -> None:
             f"--visible-devices={settings['visible_devices']}",
             f"--repository={tmp_path / 'repository'}",
         ]
-        result = run_command("check", "--port=0", "--quick", *given)
+        result = run_command("check", "--port=0", *given)
     assert re.findall(r"^device (\S+): ", result.stdout, re.MULTILINE) == present[1:]
 
 
@@ -86,11 +86,12 @@ def test_check_loads_on_the_default_devices(tmp_path: Path) -> None:
     used = (f"--visible-devices={DEVICE}", f"--devices={DEVICE}")
     arguments = ("check", "--port=0", f"--repository={root}", *used)
     with visible_devices([DEVICE], tmp_path):
-        result = run_command(*arguments)
-        wrong = run_command(*arguments, "--quick", "--device-memory=rocm:0=1GB", "--json")
+        result = run_command(*arguments, "m")
+        absent = run_command(*arguments, "elsewhere")
+        wrong = run_command(*arguments, "--device-memory=rocm:0=1GB", "--json")
     assert re.search(rf"^device {DEVICE}: .*no memory budget$", result.stdout, re.MULTILINE)
-    assert "1 of them loaded: 1 problem" in result.stdout
-    assert "elsewhere/1" in result.stdout
+    assert "1 model, 1 version, loaded: no problems" in result.stdout
+    assert "(device_unavailable)" in absent.stdout
     assert (wrong.exit_code, json.loads(wrong.stdout)["devices"]) == (1, [])
     found = [(each["place"], each["code"]) for each in json.loads(wrong.stdout)["findings"]]
     assert ("--device-memory", "invalid_setting") in found

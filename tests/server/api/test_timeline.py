@@ -7,12 +7,12 @@ from support.http import LocalApi
 REFUSED = {
     "from=noon": "invalid_parameter",
     "from=2026-01-02T00:00:00Z&to=2026-01-01T00:00:00Z": "invalid_parameter",
-    "resolution=1": "invalid_parameter",
+    "resolution=600": "invalid_parameter",
     "limit=101": "invalid_parameter",
 }
 
 
-async def test_timeline_shows_loads_and_their_bytes(shared: LocalApi) -> None:
+async def test_timeline_shows_loads(shared: LocalApi) -> None:
     shared.save(models.add(), "lane")
     job = await shared.load("lane")
     loaded = await shared.model("lane")
@@ -21,20 +21,10 @@ async def test_timeline_shows_loads_and_their_bytes(shared: LocalApi) -> None:
     assert [segment["state"] for segment in lane["segments"]][-1] == "loaded"
     last = lane["segments"][-1]
     assert (last["version"], last["by"], last["load_job_id"]) == (1, "alice", job["id"])
-    [load] = lane["loads"]
-    assert load["position"] == last["position"] == loaded["position"]
-    assert load["files"] == [{key: file[key] for key in ("path", "sha256")} for file in loaded["files"]]
+    assert last["position"] == loaded["position"]
     assert answer.json["server"][-1]["state"] == "running"
     assert answer.json["to"] == last["to"] > loaded["loaded_at"]
     assert answer.json["as_of"] == shared.position
-
-
-async def test_timeline_has_lane_of_model_unknown_in_its_range(shared: LocalApi) -> None:
-    before = f"from=2026-01-01T00:00:00Z&to={shared.position}"
-    shared.save(models.add(), "late")
-    await shared.load("late")
-    answer = await shared.get(f"/api/v1/timeline?find=late&{before}", roles=("audit",))
-    assert [(lane["model_id"], lane["segments"]) for lane in answer.json["lanes"]] == [("late", [])]
 
 
 @pytest.mark.parametrize("query", REFUSED)

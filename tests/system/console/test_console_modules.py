@@ -157,7 +157,7 @@ CASES: dict[str, tuple[object, str]] = {
         const { itemAt, lanesOf } = await import("/console/lanes.js");
         const time = (minute) => `2026-01-31T14:${minute}:00Z`, at = (minute) => Date.parse(time(minute));
         const lane = (model_id, from, to) => ({
-          model_id, segments: [{ from: time(from), to: time(to), state: "loaded" }], marks: [], loads: [],
+          model_id, segments: [{ from: time(from), to: time(to), state: "loaded" }], marks: [],
         });
         const page = { to: time("10"), server: [], lanes: [lane("a", "00", "10"), lane("b", "00", "05")] };
         const [, goesOn, ended] = lanesOf(page);
@@ -176,7 +176,7 @@ CASES: dict[str, tuple[object, str]] = {
         const { describe, lanesOf } = await import("/console/lanes.js");
         const from = "2026-01-31T14:00:00Z", to = "2026-01-31T14:10:00Z";
         const part = (state, version, load_job_id) => ({ from, to, state, version, load_job_id });
-        const lane = (model_id, segments, more) => ({ model_id, segments, marks: [], loads: [], ...more });
+        const lane = (model_id, segments, more) => ({ model_id, segments, marks: [], ...more });
         const copy = (node_id, segment) => ({ node_id, segments: [segment] });
         const copies = [copy("a", part("loaded", 2, "A")), copy("b", part("unloaded", null, null))];
         const lanes = [lane("m", [], { copies }), lane("n", [part("loaded", 1, "N")])];
