@@ -129,12 +129,6 @@ def publish(draft: Path, target: Path, *, replace: bool) -> None:
     sync(target.parent)
 
 
-def make_durable(target: Path) -> None:
-    """Sync a file, and its name, to the disk, whoever wrote it."""
-    sync(target)
-    sync(target.parent)
-
-
 def refuse_irregular(target: Path) -> None:
     """Refuse to replace a device, a pipe, a folder or a link.
 

@@ -50,7 +50,7 @@ class Transition(NamedTuple):
         position: of the event.
         node_id: the node, or SERVER.
         state: from then on; None of a node that is forgotten.
-        at: when the event was recorded; None at the base, if the log does not say since when it was so.
+        at: when the event was recorded; None of a guess for the time before the first one.
         seen_at: until when the state before is known to have lasted, and empty if nobody knows; None is until
             `at`.
     """
@@ -117,16 +117,6 @@ def list_transitions(
         return (*forgotten, of_node)
     state = ServerState.RUNNING if is_there else ServerState.STOPPED
     return (*forgotten, of_node, Transition(position, SERVER, state, at, none_since))
-
-
-def transitions_at_base(position: int, nodes: Iterable[Node]) -> list[Transition]:
-    """Return the states of the nodes at the base of a log, and of the server if there are any."""
-    known = list(nodes)
-    found = [Transition(position, node.id, NodeState(node.phase), node.ended_at) for node in known]
-    if known:
-        state = ServerState.RUNNING if any_present(known) else ServerState.STOPPED
-        found.append(Transition(position, SERVER, state, None))
-    return found
 
 
 def any_present(nodes: Iterable[Node]) -> bool:

@@ -327,9 +327,7 @@ class Entities:
     """A `State` without queues, keys and changes, folded in half the time.
 
     Args:
-        models: where the fold begins.
-        jobs: the unended ones there.
-        registers: those there.
+        registers: where the fold begins; None with the first event.
 
     Attributes:
         common: what the last event changed that concerns no single model or job.
@@ -337,11 +335,9 @@ class Entities:
 
     __slots__ = ("common", "jobs", "models", "registers")
 
-    def __init__(
-        self, models: Iterable[Model] = (), jobs: Iterable[Job] = (), registers: Registers | None = None
-    ) -> None:
-        self.models = {model.id: model for model in models}
-        self.jobs = {job.id: job for job in jobs}
+    def __init__(self, registers: Registers | None = None) -> None:
+        self.models = dict[str, Model]()
+        self.jobs = dict[str, Job]()
         self.registers = registers or Registers()
         self.common = Changes(NOTHING, NOTHING)
 

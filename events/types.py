@@ -1035,10 +1035,7 @@ def record_draft(draft: Draft, position: int, recorded_at: Timestamp) -> Event:
 
 
 class Anchor(Struct, frozen=True):
-    """A position of the log and the hash there: of its base, its head, or an event that a verifier was given.
-
-    The base is that of the last archived event; 0 and 32 zero bytes before the first event.
-    """
+    """A position of the log and the hash there: 0 and 32 zero bytes before the first event."""
 
     position: int = 0
     hash: bytes = bytes(32)

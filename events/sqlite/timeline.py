@@ -45,7 +45,7 @@ from events.sqlite.lanes import (
     node_lanes,
     server_segments,
 )
-from events.sqlite.queries import read_base, read_head, read_job, recorded_at
+from events.sqlite.queries import read_head, read_job, recorded_at
 from events.sqlite.timetravel import InvalidMoment, liveness_at, read_load
 from events.types import SYSTEM, Event, LoadFailed, ModelLoaded, WorkerExited
 
@@ -91,8 +91,7 @@ class Timeline(Struct, frozen=True, omit_defaults=True, rename={"begin": "from",
         begin: of the range.
         end: of the range.
         as_of: the position that the answer reflects.
-        oldest: the position of the oldest event that is not archived.
-        known_from: when the first event was recorded that is not archived; None if there is none.
+        known_from: when the first event was recorded; None if there is none.
         lanes: of the models that the ledger knew by the end of the range.
         server: the states of the server in the range; with nodes, it runs while any is there.
         marks_from: since when failures are complete; None if they are all there.
@@ -104,7 +103,6 @@ class Timeline(Struct, frozen=True, omit_defaults=True, rename={"begin": "from",
     begin: Timestamp
     end: Timestamp
     as_of: int
-    oldest: int
     known_from: Timestamp | None
     lanes: list[Lane]
     server: list[ServerSegment]
@@ -121,7 +119,7 @@ class _Range:
     Attributes:
         first: the last position before the beginning.
         last: the last position of the range.
-        begin: from when on something is shown: events before the base of the log are not.
+        begin: from when on something is shown: not before the first event.
         end: of the range.
         width_s: of a bucket; what is shorter is merged.
         share: rows that each lane has at most.
@@ -151,7 +149,7 @@ def read_timeline(connection: sqlite3.Connection, query: TimelineQuery) -> Timel
 
 
 def _read_timeline(connection: sqlite3.Connection, query: TimelineQuery) -> Timeline:
-    base, head = read_base(connection).position, read_head(connection)
+    head = read_head(connection)
     row = connection.execute("SELECT recorded_at FROM events ORDER BY position LIMIT 1").fetchone()
     known_from = row[0] if row is not None else None
     begin = _time_of(connection, query.begin) or known_from or query.now
@@ -160,19 +158,18 @@ def _read_timeline(connection: sqlite3.Connection, query: TimelineQuery) -> Time
         end = max(end, add_seconds(begin, 1))  # a ledger of one moment
     if end <= begin:
         raise InvalidMoment(f"the range ends at {end}, before it begins, at {begin}")
-    first, last = _last_position(connection, "<", begin, base), _last_position(connection, "<=", end, base)
+    first, last = _last_position(connection, "<", begin), _last_position(connection, "<=", end)
     ids, has_more, models = _read_ids(connection, query, first, last)
     shown_from, share = min(end, max(begin, known_from or begin)), max(1, ROWS // max(1, len(ids)))
     buckets = _divide(connection, first, shown_from, end, min(share, query.resolution))
     width_s = seconds_between(begin, end) / query.resolution
     shown = _Range(first, last, shown_from, end, width_s, share, buckets)
     failures, marks_from = _read_failures(connection, shown)
-    server, nodes = _read_presence(connection, shown, begin, base)
+    server, nodes = _read_presence(connection, shown, begin)
     return Timeline(
         begin=begin,
         end=end,
         as_of=head.position,
-        oldest=base + 1,
         known_from=known_from,
         lanes=[_LaneReader(connection, shown, model_id).read(failures[model_id]) for model_id in ids],
         server=server,
@@ -189,14 +186,14 @@ def _divide(
     """Return the last position and the time of each end of equal parts of a range, from its beginning."""
     part_s = seconds_between(begin, end) / parts
     times = [*(add_seconds(begin, part_s * number) for number in range(1, parts)), end]
-    return [(first, begin), *((_last_position(connection, "<=", time, first), time) for time in times)]
+    return [(first, begin), *((_last_position(connection, "<=", time), time) for time in times)]
 
 
 def _read_presence(
-    connection: sqlite3.Connection, shown: _Range, begin: Timestamp, base: int
+    connection: sqlite3.Connection, shown: _Range, begin: Timestamp
 ) -> tuple[list[ServerSegment], tuple[NodeLane, ...]]:
     """Return the states of the server and of the nodes in the range; an end may be discovered after it."""
-    first = _last_position(connection, "<=", begin, base)
+    first = _last_position(connection, "<=", begin)
     before = liveness_at(connection, first, begin)
     _, following = history.presence_around(connection, shown.last)
     transitions = [
@@ -210,18 +207,18 @@ def _read_presence(
 
 
 def _time_of(connection: sqlite3.Connection, moment: int | str | None) -> Timestamp | None:
-    """Return the timestamp of a moment; None for the first position of the log, or what is archived."""
+    """Return the timestamp of a moment; None for position 0."""
     return recorded_at(connection, moment) or None if isinstance(moment, int) else moment
 
 
-def _last_position(connection: sqlite3.Connection, sign: str, time: Timestamp, otherwise: int) -> int:
-    """Return the last position before a time (`<`), or until it (`<=`)."""
+def _last_position(connection: sqlite3.Connection, sign: str, time: Timestamp) -> int:
+    """Return the last position before a time (`<`), or until it (`<=`); 0 without one."""
     row = connection.execute(
         f"SELECT position FROM events WHERE recorded_at {sign} ?"  # noqa: S608 - a literal
         " ORDER BY recorded_at DESC, position DESC LIMIT 1",
         (time,),
     ).fetchone()
-    return otherwise if row is None else int(row[0])
+    return 0 if row is None else int(row[0])
 
 
 def _read_ids(

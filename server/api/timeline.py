@@ -182,10 +182,9 @@ class TimelineSchema(AnswerSchema):
     begin = fields.String(data_key="from")
     end = fields.String(data_key="to")
     as_of = fields.Integer(**about("The position that the answer reflects."))
-    oldest = fields.Integer(**about("Position of the oldest event that is not archived."))
     known_from = fields.String(
         allow_none=True,
-        **about("When the first event was recorded that is not archived; nothing before it is shown."),
+        **about("When the first event was recorded; nothing before it is shown."),
     )
     lanes = fields.List(fields.Nested(LaneSchema), **about("Of models that the ledger knows, by id."))
     server = fields.List(

@@ -45,7 +45,7 @@ export function TimelinePage() {
       <${Controls} range=${range} bounds=${bounds} moves=${moves} find=${find} setFind=${setFind} />
       <${Refusal} text=${error && errorText(error)} />
       <${Plot} view=${view} />
-      <${Hints} page=${page} error=${error} find=${query.find} from=${from} />
+      <${Hints} page=${page} error=${error} find=${query.find} />
       <${Detail} selected=${selected} />
       <div class="foot"><${Legend} /><${Pages} page=${page} cursors=${cursors} setCursors=${setCursors} /></div>
       <${More} lanes=${lanes} />
@@ -178,13 +178,11 @@ function Controls({ range, bounds, moves, find, setFind }) {
     </div>`;
 }
 
-function Hints({ page, error, find, from }) {
+function Hints({ page, error, find }) {
   if (!page) return !error && html`<p class="hint">Loading…</p>`;
   const none = find ? "No model of this range matches." : "No model was asked for in this range. Its lane begins with its first load.";
-  const isArchived = page.oldest > 1 && page.known_from !== null && Date.parse(page.known_from) > from;
   const hints = [
     page.lanes.length === 0 && none,
-    isArchived && `Earlier events are archived: the timeline knows from ${momentText(page.known_from)} on.`,
     page.marks_from !== null && `There are too many failures to mark all: marks begin at ${momentText(page.marks_from)}.`,
   ];
   return hints.filter(Boolean).map((text) => html`<p class="hint">${text}</p>`);

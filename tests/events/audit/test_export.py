@@ -83,7 +83,7 @@ def test_rows_of_any_log_are_exported_as_those_of_a_file() -> None:
     with copy_of(LEDGER) as path:
         lines, rows = exported(path, after=3, until=7), [Row(*row) for row in rows_of(path)]
     after, recorded_at = Anchor(3, rows[2].hash), json.loads(rows[6].body)["recorded_at"]
-    head = Statement(7, rows[6].hash, recorded_at, Anchor())
+    head = Statement(7, rows[6].hash, recorded_at)
 
     def export_some(first: int, last: int) -> list[bytes]:
         some = rows[first - 1 : last]
