@@ -144,7 +144,7 @@ def find_liveness(
         if state is not None:
             nodes.append(NodeLiveness(node_id, NodeState(state), since))
     before, after = last.get(SERVER), following.get(SERVER)
-    if before is None or is_first:
+    if before is None:
         was_stopped = after is not None and after.state is ServerState.RUNNING and after.seen_at is None
         unsaid = ServerState.UNKNOWN if after is None else ServerState.RUNNING
         guess = ServerState.STOPPED if is_first or was_stopped else unsaid

@@ -5,7 +5,7 @@ expected head. `export` writes lines that prove themselves, and `exportreader` v
 hold one snapshot for long, on purpose.
 
 A file that cannot be read or written raises OSError. Nothing here knows SQL: ledgers are read through
-functions of `events.sqlite`. `CheckedFold` and `export_rows` take the rows of any log.
+functions of `events.sqlite`. `CheckedFold` takes the rows of any log.
 
 - `verify`: the chain, the events, and the stored projections against the fold
 - `policy`: loads against the rules for signatures and approvals; add a new rule about loads here

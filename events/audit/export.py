@@ -14,7 +14,7 @@ CloudEvent a line instead, for other programs; loadledger does not read those fi
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +55,8 @@ def export(
 ) -> Iterator[bytes]:
     """Yield the lines of the events after position `after` up to and with `until`, and the signed head there.
 
-    `until` defaults to the head when the export begins. Memory does not grow with the log.
-    The chain is checked on the way, so a head is signed only if it follows from the lines.
+    `until` defaults to the head when the export begins. Memory does not grow with the log. The chain is
+    checked on the way, so a head is signed only if it follows from the lines.
 
     Raises:
         IncompleteCopy: `incomplete_copy`, the file may lack its newest events.
@@ -71,41 +71,19 @@ def export(
             raise NothingThere(
                 f"there are no events from after position {after} to {last}: the log ends at position {end}"
             )
-        start = Anchor(after, queries.find_hash(ledger, after) or b"")
-        digest = queries.find_hash(ledger, last) or b""
-        head = Statement(last, digest, queries.recorded_at(ledger, last))
-        rows = queries.read_rows(ledger, after, last)
-        yield from export_rows(rows, form, sign, after=start, head=head)
-
-
-def export_rows(
-    rows: Iterable[Row], form: ExportFormat, sign: Sign, *, after: Anchor, head: Statement
-) -> Iterator[bytes]:
-    """Yield the lines of the events of any log, and the signed head at their end.
-
-    Args:
-        rows: the events after `after` up to and with the head's; it is checked that they are these.
-        form: of the lines.
-        sign: signs the head.
-        after: the position and hash before the first row.
-        head: the last event.
-
-    Raises:
-        LedgerDamaged: `ledger_damaged`, naming the position.
-    """
-    if opening := form.first(after):
-        yield opening
-    position, digest = after.position, after.hash
-    for row in rows:
-        if row.position != position + 1:
-            break
-        position, previous, digest = position + 1, digest, hash_body(digest, row.body)
-        if digest != row.hash:
-            raise LedgerDamaged(f"the event at position {position} was changed; `verify` says more")
-        yield form.event(row, previous)
-    if (position, digest) != (head.position, head.hash):
-        raise LedgerDamaged(f"the event at position {position + 1} is missing; `verify` says more")
-    yield form.last(sign(head))
+        position, digest = after, queries.find_hash(ledger, after) or b""
+        if opening := form.first(Anchor(position, digest)):
+            yield opening
+        for row in queries.read_rows(ledger, after, last):
+            if row.position != position + 1:
+                break
+            position, previous, digest = position + 1, digest, hash_body(digest, row.body)
+            if digest != row.hash:
+                raise LedgerDamaged(f"the event at position {position} was changed; `verify` says more")
+            yield form.event(row, previous)
+        if position != last:
+            raise LedgerDamaged(f"the event at position {position + 1} is missing; `verify` says more")
+        yield form.last(sign(Statement(last, digest, queries.recorded_at(ledger, last))))
 
 
 def _line(members: dict[str, object]) -> bytes:

@@ -22,12 +22,11 @@ from events.audit.verify import (
     FindingKind,
     VerificationError,
     compare_hash,
-    raw_rows,
 )
 from events.codec import GENESIS
 from events.errors import LogUnavailable
 from events.files import printable_name
-from events.storage import Row
+from events.storage import RawRow, Row
 from events.types import Anchor
 
 MAX_LINE = 16 * 2**20
@@ -69,7 +68,7 @@ class ExportReader:
         self.after = _parse_first_line(next(self._lines, b""))
         self.head: SignedHead | None = None
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[RawRow]:
         position = self.after.position
         for position, line in enumerate(self._lines, self.after.position + 1):
             try:
@@ -86,7 +85,7 @@ class ExportReader:
                     raise VerificationError(position - 1, problem, FindingKind.EVENT)
                 self.head = found
                 return
-            yield found
+            yield found.position, found.body.encode(), found.hash
         problem = f"the end is missing: the file ends at position {position} without a signed head"
         raise VerificationError(position + 1, problem, FindingKind.MISSING)
 
@@ -218,7 +217,7 @@ def audit_file(path: Path, *, key: str | None = None, expected: Anchor | None = 
         reader = ExportReader(read_lines(path))
         watched = () if expected is None else (expected.position,)
         chain = CheckedFold(reader.after, watched, applies=False)
-        finding = chain.follow(raw_rows(reader)) or _find_other_head(reader.head, reader.after, chain)
+        finding = chain.follow(reader) or _find_other_head(reader.head, reader.after, chain)
     except VerificationError as error:
         finding = error.finding
     is_sound = finding is None

@@ -23,7 +23,7 @@ from events.sqlite.projections import StoredProjections
 from events.sqlite.proof import KnownIds, ProofReader, open_proof_reader, storage_errors
 from events.sqlite.storage import is_current
 from events.state import OF_NO_MODEL, Entities
-from events.storage import RawRow, Row, StorageDamaged
+from events.storage import RawRow, StorageDamaged
 from events.types import Anchor, Event
 
 PAGE = 200
@@ -236,10 +236,6 @@ class CheckedFold:
 
 def _ignore(_: Event) -> None:
     """Apply no event."""
-
-
-def raw_rows(rows: Iterable[Row]) -> Iterator[RawRow]:
-    return ((row.position, row.body.encode(), row.hash) for row in rows)
 
 
 def _pages(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from msgspec.structs import replace
 
 from events.audit.signing import HeadSigner
 from events.audit.verify import Finding, FindingKind
@@ -30,8 +29,6 @@ from events.storage import Row
 from events.types import (
     Draft,
     Event,
-    Idempotency,
-    LoadRequested,
     Unknown,
 )
 from support import leaks
@@ -96,29 +93,20 @@ def sample_history(rounds: int = 1) -> list[Event]:
     return history.facts
 
 
-async def append_events(log: Log, events: Iterable[Event], *, key_at: int | None = None) -> None:
+async def append_events(log: Log, events: Iterable[Event]) -> None:
     for event in events:
         data = event.data
         assert not isinstance(data, Unknown)
-        if event.position == key_at and isinstance(data, LoadRequested):
-            data = replace(data, idempotency=Idempotency("ab" * 32, "cd" * 32))
         draft = Draft(
             event.id, data, event.actor, event.job_id, event.model_id, event.version, event.worker_id
         )
         await log.submit(Record((draft,)))
 
 
-async def write_ledger(
-    path: Path,
-    rounds: int = 1,
-    *,
-    stopped: bool = True,
-    key_at: int | None = None,
-    now: Callable[[], datetime] = lambda: START,
-) -> None:
+async def write_ledger(path: Path, rounds: int = 1, *, stopped: bool = True) -> None:
     """Write such a ledger, ended in order unless told otherwise."""
-    async with opened(path, **steady(now)) as log:
-        await append_events(log, sample_history(rounds), key_at=key_at)
+    async with opened(path, **steady(lambda: START)) as log:
+        await append_events(log, sample_history(rounds))
         if stopped:
             await log.server_stopped()
 
