@@ -688,7 +688,7 @@ class PolicyInForce(Struct, frozen=True, gc=False):
 
 
 class RollbackAccepted(Struct, frozen=True, gc=False):
-    """An operator accepted a ledger that does not contain the last head that the server signed.
+    """An operator accepted a ledger, an older or a new one, without the last head that the server signed.
 
     Attributes:
         kept_position: of that head; 0 if it could not be read.
