@@ -326,19 +326,16 @@ class Transaction:
 class Entities:
     """A `State` without queues, keys and changes, folded in half the time.
 
-    Args:
-        registers: where the fold begins; None with the first event.
-
     Attributes:
         common: what the last event changed that concerns no single model or job.
     """
 
     __slots__ = ("common", "jobs", "models", "registers")
 
-    def __init__(self, registers: Registers | None = None) -> None:
+    def __init__(self) -> None:
         self.models = dict[str, Model]()
         self.jobs = dict[str, Job]()
-        self.registers = registers or Registers()
+        self.registers = Registers()
         self.common = Changes(NOTHING, NOTHING)
 
     def apply(self, event: Event) -> Job | None:

@@ -12,6 +12,7 @@ from itertools import chain
 from events.clock import format_timestamp, utc_now
 from events.codec import decode_event
 from events.presence import Transition, find_liveness
+from events.registers import Registers
 from events.sqlite.queries import read_head, read_rows, read_starts_and_ends
 from events.sqlite.schema import Connection, begin_reading
 from events.sqlite.timetravel import Moment, cannot_fold, moment_at, unknown_if_overdue
@@ -59,18 +60,19 @@ def _fold(rows: Iterable[Row], position: int) -> tuple[State, list[Transition]]:
     Raises:
         LogUnavailable: an event cannot be folded.
     """
-    entities, later, recorded_at = Entities(), None, ""
-    transitions = list[Transition]()
+    entities, recorded_at, transitions = Entities(), "", list[Transition]()
+    later: Registers | None = None
     for row in rows:
         try:
             event = decode_event(row.body)
-            if event.position <= position:
-                folded, recorded_at = entities, event.recorded_at
-            else:
-                folded = later = later or Entities(entities.registers.fork())
-            folded.apply(event)
+            if event.position > position:
+                later = later or entities.registers.fork()
+                transitions += later.apply(event, {}, list)[1]
+                continue
+            entities.apply(event)
+            recorded_at = event.recorded_at
             if type(event.data) in _OF_PRESENCE:
-                transitions += folded.common.transitions
+                transitions += entities.common.transitions
         except Exception as error:  # a forged body may raise anything
             raise cannot_fold(row.position, error) from error
     return State(

@@ -59,17 +59,13 @@ def _format_file_audit(file: FileAudit, *, key: str | None = None) -> list[str]:
     name, end = format_filename(file.path), f"{file.proved.position}:{file.proved.hash.hex()}"
     if file.finding is not None:
         return [f"{name}: {_describe_finding('', file.finding)}", f"{name}: proved up to: {end}"]
+    signer = _signer_id(file)
+    signed = f"key {signer}; use --key to check who owns it" if key is None else f"expected key {signer}"
     return [
         f"{name}: verified: {file.events} events after position {file.after.position}",
         f"{name}: head: {end}",
-        f"{name}: {_describe_signature(_signer_id(file), key)}",
+        f"{name}: signed by the {signed}",
     ]
-
-
-def _describe_signature(signer: str, key: str | None) -> str:
-    if key is not None:
-        return f"signed by the expected key {signer}"
-    return f"signed by the key {signer}; use --key to check who owns it"
 
 
 def _signer_id(file: FileAudit) -> str:
