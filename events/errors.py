@@ -118,28 +118,6 @@ class NodeAlive(LedgerProblem):
     code = "node_alive"
 
 
-class Archived(LedgerProblem):
-    """The events asked for were archived; the archive has them.
-
-    Args:
-        message: for people.
-        oldest: the first position that can still be read in this way.
-        head: the last position.
-    """
-
-    code = "archived"
-
-    def __init__(self, message: str, oldest: int, head: int) -> None:
-        super().__init__(message)
-        self.problem_members = {"oldest": oldest, "head": head}
-
-
-class ArchiveMissing(LedgerProblem):
-    """The archives do not form one chain up to the first event of the log."""
-
-    code = "archive_missing"
-
-
 class LedgerDamaged(LedgerProblem):
     """The ledger, or a file written from it, does not verify."""
 
@@ -150,12 +128,6 @@ class NothingThere(LedgerProblem):
     """The log has no events at the requested positions."""
 
     code = "nothing_there"
-
-
-class MustStay(LedgerProblem):
-    """These events cannot be archived yet."""
-
-    code = "must_stay"
 
 
 class WrongTarget(LedgerProblem):

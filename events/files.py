@@ -34,7 +34,7 @@ def open_draft(target: Path) -> Iterator[Path]:
         OSError: the draft cannot be created.
     """
     refuse_irregular(target)
-    remove_stale_drafts(target)
+    _remove_stale_drafts(target)
     draft, descriptor = _create_draft(target)
     try:
         yield draft
@@ -68,7 +68,7 @@ def _draft_prefix(target: Path) -> str:
     return f".{target.name[:64]}"
 
 
-def remove_stale_drafts(target: Path) -> None:
+def _remove_stale_drafts(target: Path) -> None:
     prefix = _draft_prefix(target)
     names = list[Path]()
     with suppress(OSError):  # a folder that cannot be listed may still be written to
@@ -126,12 +126,6 @@ def publish(draft: Path, target: Path, *, replace: bool) -> None:
     else:
         os.link(draft, target)  # unlike a rename, it refuses to replace
         draft.unlink()
-    sync(target.parent)
-
-
-def make_durable(target: Path) -> None:
-    """Sync a file, and its name, to the disk, whoever wrote it."""
-    sync(target)
     sync(target.parent)
 
 

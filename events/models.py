@@ -328,11 +328,6 @@ class Model(Struct, frozen=True, gc=False):
         return next(found, VersionHolders(version))
 
     @property
-    def loads_behind(self) -> set[str]:
-        """The ids of the jobs whose loads the model serves from or returns to."""
-        return {each.load_job_id for each in self.held}
-
-    @property
     def state(self) -> ModelState:
         """The state of the model: it stays `loaded` while another version of it is loading beside."""
         if self.previous is not None:  # lost from an end of the server to the load's next attempt

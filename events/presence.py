@@ -50,7 +50,7 @@ class Transition(NamedTuple):
         position: of the event.
         node_id: the node, or SERVER.
         state: from then on; None of a node that is forgotten.
-        at: when the event was recorded; None at the base, if the log does not say since when it was so.
+        at: when the event was recorded; None of a guess for the time before the first one.
         seen_at: until when the state before is known to have lasted, and empty if nobody knows; None is until
             `at`.
     """
@@ -119,16 +119,6 @@ def list_transitions(
     return (*forgotten, of_node, Transition(position, SERVER, state, at, none_since))
 
 
-def transitions_at_base(position: int, nodes: Iterable[Node]) -> list[Transition]:
-    """Return the states of the nodes at the base of a log, and of the server if there are any."""
-    known = list(nodes)
-    found = [Transition(position, node.id, NodeState(node.phase), node.ended_at) for node in known]
-    if known:
-        state = ServerState.RUNNING if any_present(known) else ServerState.STOPPED
-        found.append(Transition(position, SERVER, state, None))
-    return found
-
-
 def any_present(nodes: Iterable[Node]) -> bool:
     return any(node.is_present for node in nodes)
 
@@ -154,7 +144,7 @@ def find_liveness(
         if state is not None:
             nodes.append(NodeLiveness(node_id, NodeState(state), since))
     before, after = last.get(SERVER), following.get(SERVER)
-    if before is None or is_first:
+    if before is None:
         was_stopped = after is not None and after.state is ServerState.RUNNING and after.seen_at is None
         unsaid = ServerState.UNKNOWN if after is None else ServerState.RUNNING
         guess = ServerState.STOPPED if is_first or was_stopped else unsaid

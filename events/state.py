@@ -326,23 +326,16 @@ class Transaction:
 class Entities:
     """A `State` without queues, keys and changes, folded in half the time.
 
-    Args:
-        models: where the fold begins.
-        jobs: the unended ones there.
-        registers: those there.
-
     Attributes:
         common: what the last event changed that concerns no single model or job.
     """
 
     __slots__ = ("common", "jobs", "models", "registers")
 
-    def __init__(
-        self, models: Iterable[Model] = (), jobs: Iterable[Job] = (), registers: Registers | None = None
-    ) -> None:
-        self.models = {model.id: model for model in models}
-        self.jobs = {job.id: job for job in jobs}
-        self.registers = registers or Registers()
+    def __init__(self) -> None:
+        self.models = dict[str, Model]()
+        self.jobs = dict[str, Job]()
+        self.registers = Registers()
         self.common = Changes(NOTHING, NOTHING)
 
     def apply(self, event: Event) -> Job | None:

@@ -5,17 +5,15 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import msgspec
 
 from events.codec import GENESIS
 from events.state import Changes, KnownRequests, State
-from events.types import Anchor
 
 
 class LogHead(msgspec.Struct, frozen=True, gc=False):
@@ -37,52 +35,6 @@ class Row(msgspec.Struct, frozen=True, gc=False):
 
 RawRow = tuple[int, bytes, bytes]
 """The position, body and hash of an event as a verifier reads them; a forged ledger may have other types."""
-
-
-class ArchiveRecord(NamedTuple):
-    """An archive as the ledger lists it: the position and time of its last event, and its file's name."""
-
-    last_position: int
-    recorded_at: str
-    file: str
-
-    def __str__(self) -> str:
-        return f"{self.file!r}, up to position {self.last_position}"
-
-
-class BaseEntity(NamedTuple):
-    """A part of the state at a base as it is stored: a model, job, token or node.
-
-    The key of a job is the position at which it was created, in 19 digits, so that keys sort as positions do.
-    """
-
-    kind: str
-    key: str
-    body: str
-
-
-def digest_state(entities: Iterable[BaseEntity]) -> bytes:
-    """Return the SHA-256 of a state: of its lines, sorted by kind and key, by code point."""
-    lines = (f"{each.kind} {each.key} {each.body}\n" for each in sorted(entities))
-    return hashlib.sha256("".join(lines).encode()).digest()
-
-
-@dataclass(frozen=True, slots=True)
-class StoredBase:
-    """The beginning of a log: its base, the state there with its digest, and the archives that lead to it."""
-
-    base: Anchor
-    state_sha256: bytes
-    entities: tuple[BaseEntity, ...] = ()
-    archives: tuple[ArchiveRecord, ...] = ()
-
-    @property
-    def is_unchanged(self) -> bool:
-        """Whether the state is what archiving wrote."""
-        return digest_state(self.entities) == self.state_sha256
-
-    def bodies(self, kind: str) -> Sequence[tuple[str]]:
-        return [(each.body,) for each in self.entities if each.kind == kind]
 
 
 @dataclass(frozen=True, slots=True)

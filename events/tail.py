@@ -131,7 +131,6 @@ class Tail:
         """Return the next batch, without waiting for new events.
 
         Raises:
-            Archived: `archived`, the next events are not in the log any more.
             LogUnavailable: `log_unavailable`, the log cannot be read.
         """
         batch = self._tails.from_ring(self.position, self.event_filter)
@@ -260,7 +259,6 @@ class Tails:
         """Return the next batch from the log, once one of the readers is free.
 
         Raises:
-            Archived: `archived`.
             LogUnavailable: `log_unavailable`.
         """
         reader = await self._readers.get()

@@ -680,7 +680,7 @@ class PolicyInForce(Struct, frozen=True, gc=False):
 
 
 class RollbackAccepted(Struct, frozen=True, gc=False):
-    """An operator accepted a ledger that does not contain the last head that the server signed.
+    """An operator accepted a ledger, an older or a new one, without the last head that the server signed.
 
     Attributes:
         kept_position: of that head; 0 if it could not be read.
@@ -1027,10 +1027,7 @@ def record_draft(draft: Draft, position: int, recorded_at: Timestamp) -> Event:
 
 
 class Anchor(Struct, frozen=True):
-    """A position of the log and the hash there: of its base, its head, or an event that a verifier was given.
-
-    The base is that of the last archived event; 0 and 32 zero bytes before the first event.
-    """
+    """A position of the log and the hash there: 0 and 32 zero bytes before the first event."""
 
     position: int = 0
     hash: bytes = bytes(32)

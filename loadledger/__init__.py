@@ -18,7 +18,6 @@ from typing import Any
 _MODULES = {
     "client": ("AsyncClient", "Client"),
     "errors": (
-        "Archived",
         "BadAnswer",
         "Busy",
         "ClientProblem",

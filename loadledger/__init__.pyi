@@ -1,6 +1,5 @@
 from loadledger.client import AsyncClient as AsyncClient
 from loadledger.client import Client as Client
-from loadledger.errors import Archived as Archived
 from loadledger.errors import BadAnswer as BadAnswer
 from loadledger.errors import Busy as Busy
 from loadledger.errors import ClientProblem as ClientProblem

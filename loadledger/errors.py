@@ -120,21 +120,6 @@ class Busy(ServerError):
     """The server is busy or unavailable (429, 502, 503, 504): a retry may succeed."""
 
 
-class Archived(ServerError):
-    """The events asked for were archived (410).
-
-    Attributes:
-        oldest: the first position that the log holds.
-        after: use this as `after` to begin there.
-    """
-
-    oldest: int
-
-    @property
-    def after(self) -> int:
-        return max(0, self.oldest - 1)
-
-
 class BadAnswer(ClientProblem):
     """The answer is not loadledger's, or longer than the client accepts."""
 

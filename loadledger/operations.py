@@ -562,7 +562,6 @@ class Operations:
             on_away: called with the problem once each time the server becomes unreachable.
 
         Raises:
-            Archived: while iterating: the first events asked for were archived; begin at its `after`.
             ServerError: while iterating: `beyond_head`, so this is another ledger.
         """
         if follow and until is not None:

@@ -524,20 +524,12 @@ class NodeList(msgspec.Struct, frozen=True):
     nodes: list[Node]
 
 
-class LogBase(msgspec.Struct, frozen=True):
-    """Last archived position, after which the log begins."""
-
-    position: int
-    hash: str
-
-
 class Head(msgspec.Struct, frozen=True, kw_only=True):
     """The signed head of the ledger: keep it to prove later that no earlier event was changed."""
 
     position: int
     hash: str
     recorded_at: str | None = None
-    base: LogBase | None = None
     algorithm: str = ""
     key_id: str = ""
     public_key: str = ""

@@ -18,7 +18,6 @@ import msgspec
 from loadledger.address import Address, query
 from loadledger.errors import (
     ADVICE,
-    Archived,
     BadAnswer,
     Busy,
     ClientProblem,
@@ -56,7 +55,6 @@ _KINDS: Mapping[int, type[ServerError]] = {
     401: NotAllowed,
     403: NotAllowed,
     404: NotFound,
-    410: Archived,
     429: Busy,
     502: Busy,
     503: Busy,
@@ -192,9 +190,7 @@ def decode_refusal(answer: Answer, address: Address) -> ClientProblem:
         detail = bytes(answer.body[:200]).decode(errors="replace") or "no reason given"
     instance = members.get("instance")
     kind = _KINDS.get(answer.status, ServerError)
-    if kind is Archived and not _is_position(members.get("oldest")):
-        kind = ServerError
-    error = kind(
+    return kind(
         answer.status,
         code,
         printable(address.hide(detail), DETAIL_CHARACTERS),
@@ -202,9 +198,6 @@ def decode_refusal(answer: Answer, address: Address) -> ClientProblem:
         instance=printable(address.hide(instance), 200) if isinstance(instance, str) else None,
         advice=ADVICE.get(code, ""),
     )
-    if isinstance(error, Archived):
-        error.oldest = members["oldest"]
-    return error
 
 
 def problem_code(answer: Answer) -> str | None:
@@ -238,10 +231,6 @@ def _members(body: Buffer) -> dict[str, Any]:
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return {}
     return members if isinstance(members, dict) else {}
-
-
-def _is_position(number: object) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool) and number >= 0
 
 
 def foreign_answer(address: Address, why: str) -> BadAnswer:

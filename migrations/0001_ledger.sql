@@ -27,21 +27,9 @@ WHERE idempotency_key IS NOT NULL;
 CREATE INDEX events_by_join ON events (job_id, actor)
 WHERE type IN ('LoadJoined', 'UnloadJoined', 'CancelRequested');
 
--- Where chain and rebuild begin: the last archived event, at first position 0 and 32 zero bytes. state_sha256 is of
--- the lines "kind key body" of base_state, sorted by kind and key: at first of none.
-CREATE TABLE base (
-  one INTEGER PRIMARY KEY CHECK (one = 1),
-  position INTEGER NOT NULL CHECK (position >= 0),
-  hash BLOB NOT NULL CHECK (typeof(hash) = 'blob' AND length(hash) = 32),
-  state_sha256 BLOB NOT NULL CHECK (typeof(state_sha256) = 'blob' AND length(state_sha256) = 32)
-);
-
-INSERT INTO base (one, position, hash, state_sha256)
-VALUES (1, 0, zeroblob(32), x'e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855');
-
 -- Without this one, INSERT OR REPLACE would overwrite an event silently.
 CREATE TRIGGER events_only_at_head BEFORE INSERT ON events
-WHEN NEW.position IS NOT coalesce((SELECT max(position) FROM events), (SELECT position FROM base)) + 1
+WHEN NEW.position IS NOT coalesce((SELECT max(position) FROM events), 0) + 1
 BEGIN
   SELECT RAISE(ABORT, 'an event can only be appended at the head of the log');
 END;
@@ -54,23 +42,6 @@ END;
 CREATE TRIGGER events_never_go BEFORE DELETE ON events
 BEGIN
   SELECT RAISE(ABORT, 'events are never deleted');
-END;
-
--- INSERT OR REPLACE deletes without firing the trigger on DELETE.
-CREATE TRIGGER base_is_one BEFORE INSERT ON base
-WHEN EXISTS (SELECT 1 FROM base)
-BEGIN
-  SELECT RAISE(ABORT, 'the base of the chain is never replaced');
-END;
-
-CREATE TRIGGER base_never_changes BEFORE UPDATE ON base
-BEGIN
-  SELECT RAISE(ABORT, 'the base of the chain is never changed');
-END;
-
-CREATE TRIGGER base_never_goes BEFORE DELETE ON base
-BEGIN
-  SELECT RAISE(ABORT, 'the base of the chain is never deleted');
 END;
 
 -- The projections, written in the transaction of their events; the position that they reflect, and the version
@@ -134,7 +105,7 @@ CREATE TABLE last_seen (
 
 -- Each change of a model: what the API shows of it after the event at the position. Files and memory of its load
 -- are in the event at body's `load`. is_common is 1 where the event is no event of the model: at starts and ends
--- of servers and nodes, and at the base. The other rows are found through events_by_model.
+-- of servers and nodes. The other rows are found through events_by_model.
 CREATE TABLE model_history (
   position INTEGER NOT NULL,
   model_id TEXT NOT NULL,
@@ -157,19 +128,3 @@ CREATE TABLE presence (
 ) STRICT, WITHOUT ROWID;
 
 CREATE INDEX presence_by_position ON presence (position);
-
--- The state at the base, which stands for archived events: models, jobs, tokens, nodes and policies. The key of
--- a job is the position at which it was created, in 19 digits.
-CREATE TABLE base_state (
-  kind TEXT NOT NULL,
-  key TEXT NOT NULL,
-  body TEXT NOT NULL,
-  PRIMARY KEY (kind, key)
-);
-
--- The files that have the archived events, each by its last position and the time of that event.
-CREATE TABLE archives (
-  last_position INTEGER PRIMARY KEY,
-  recorded_at TEXT NOT NULL,
-  file TEXT NOT NULL
-);

@@ -63,7 +63,7 @@ from server.api import (
     tokens,
     versions,
 )
-from server.api.events import HEAD_KEEPER, PROVER, Prover, open_prover, open_streams
+from server.api.events import HEAD_KEEPER, PROVER, Prover, open_streams
 from server.api.health import failed_tasks
 from server.api.jobs import JOB_REQUESTS, JobRequests
 from server.api.livejobs import LiveJobs
@@ -267,7 +267,7 @@ async def _ledger(app: web.Application, *, accepts_rollback: bool) -> AsyncItera
         await log.open()
         if node:  # only now the replica has what the database has
             rollback = await _check_rollback(data, accepts_rollback=accepts_rollback)
-        app[PROVER] = prover = await open_prover(data, log.path)
+        app[PROVER] = prover = Prover(await asyncio.to_thread(open_signer, data))
         app[HEAD_KEEPER] = keeper = HeadKeeper(data)
         started = await _begin(app, node)
         await _record_policy(app)
@@ -330,7 +330,8 @@ async def _check_rollback(data: Path, *, accepts_rollback: bool) -> tuple[Rollba
     if rollback is not None and not accepts_rollback:
         raise RolledBack(
             f"{rollback[1]}: {data / LEDGER} was replaced by an older ledger, or by another one; if that is "
-            "intended, as after a restore, start once with --accept-rollback, which the ledger records"
+            "intended, as after a restore or for a new ledger, start once with --accept-rollback, which the "
+            "ledger records"
         )
     return rollback
 

@@ -115,7 +115,6 @@ ERRORS: Mapping[str, ErrorKind] = {
     "repository_not_shared": ErrorKind(409, "The nodes may not share a repository"),
     "no_nodes": ErrorKind(409, "The server has no nodes"),
     "repository_read_only": ErrorKind(409, "The server does not change its repository"),
-    "archived": ErrorKind(410, "The position was archived"),
     "precondition_failed": ErrorKind(412, "The version exists, and the request is for a new one"),
     "body_too_large": ErrorKind(413, "The request body is too large"),
     "target_too_long": ErrorKind(414, "The request line is too long"),

@@ -53,7 +53,7 @@ def test_every_error_has_advice_with_options_that_exist() -> None:
     assert all(advice.endswith(".") for advice in ADVICE.values())
     flags = {setting.flag for setting in settings()}
     named = {flag for advice in ADVICE.values() for flag in re.findall(r"--[a-z-]+[a-z]", advice)}
-    assert named - flags == {"--archive", "--limit"}  # of `loadledger replay`, and of all limits together
+    assert named - flags == {"--limit"}  # of all limits together
 
 
 def test_example_error_is_the_servers_response() -> None:

@@ -70,7 +70,7 @@ ADVICE: Mapping[str, str] = {
     "unknown_model": "Check the name, and the folder of that name in the repository.",
     "unknown_label": "Check the label: the model shows its labels. A number is a version.",
     "unknown_version": "Check the version, and that its folder has a model file.",
-    "unknown_job": "Check the id. For archived jobs use `loadledger replay --archive`.",
+    "unknown_job": "Check the id.",
     "unknown_stage": "Begin another stage: this one was committed or discarded, not used for a day, its node"
     " has ended, or it is another subject's.",
     "unknown_token": "`loadledger token list` lists the known ones. For a token of an identity provider, say"
@@ -94,7 +94,6 @@ ADVICE: Mapping[str, str] = {
     "repository_read_only": "`detail` says which setting or access right it is. Put the version's folder into"
     " the repository yourself.",
     "precondition_failed": "As `version_exists`: the request had `If-None-Match: *`.",
-    "archived": "Start at `oldest`, or read the archives: `loadledger replay --archive`.",
     "body_too_large": "Send less at once. Send tensors in binary instead of JSON. Of an inference,"
     " `--max-request-size` is the limit. A version may have 20 GB: put a larger one into the repository's"
     " folder.",

@@ -5,7 +5,7 @@ r"""Export: the log as lines that verify by themselves, with a signed head at th
     {"export":"loadledger-export-v1","after":{"position":0,"hash":"0000…"}}
     {"position":1,"hash":"…","body":"{\"actor\":…}"}
     …
-    {"head":{"position":…,"hash":"…","recorded_at":"…","base":{…},…,"signature":"…"}}
+    {"head":{"position":…,"hash":"…","recorded_at":"…",…,"signature":"…"}}
 
 `body` is the text whose UTF-8 is hashed, so a verifier never writes canonical JSON. `cloudevents` writes one
 CloudEvent a line instead, for other programs; loadledger does not read those files again.
@@ -14,16 +14,15 @@ CloudEvent a line instead, for other programs; loadledger does not read those fi
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from events.audit.signing import Sign, SignedHead, Statement, key_id
 from events.codec import hash_body
-from events.errors import Archived, LedgerDamaged, NothingThere
-from events.sqlite import queries, timetravel
+from events.errors import LedgerDamaged, NothingThere
+from events.sqlite import queries
 from events.sqlite.readonly import open_read_only
-from events.sqlite.schema import Connection
 from events.storage import Row
 from events.types import SYSTEM, Anchor
 
@@ -52,70 +51,39 @@ class ExportFormat:
 
 
 def export(
-    path: Path, form: ExportFormat, sign: Sign, *, after: int | None = None, until: int | None = None
+    path: Path, form: ExportFormat, sign: Sign, *, after: int = 0, until: int | None = None
 ) -> Iterator[bytes]:
     """Yield the lines of the events after position `after` up to and with `until`, and the signed head there.
 
-    `after` defaults to the base of the log, `until` to its head when the export begins. Memory does not grow
-    with the log. The chain is checked on the way, so a head is signed only if it follows from the lines.
+    `until` defaults to the head when the export begins. Memory does not grow with the log. The chain is
+    checked on the way, so a head is signed only if it follows from the lines.
 
     Raises:
         IncompleteCopy: `incomplete_copy`, the file may lack its newest events.
-        Archived: `archived`, `after` is before the base.
         NothingThere: `nothing_there`, `until` is beyond the head or before `after`.
         LedgerDamaged: `ledger_damaged`, naming the position.
         LogUnavailable: `log_unavailable`, the file cannot be read.
     """
     with open_read_only(path, refuses_incomplete=True) as ledger:
-        base = queries.read_base(ledger)
-        first, last = _bounds(ledger, after, until)
-        start, end = (Anchor(each, queries.find_hash(ledger, each) or b"") for each in (first, last))
-        head = Statement(last, end.hash, queries.recorded_at(ledger, last), base)
-        rows = queries.read_rows(ledger, first, last)
-        yield from export_rows(rows, form, sign, after=start, head=head)
-
-
-def export_rows(
-    rows: Iterable[Row], form: ExportFormat, sign: Sign, *, after: Anchor, head: Statement
-) -> Iterator[bytes]:
-    """Yield the lines of the events of any log, and the signed head at their end.
-
-    Args:
-        rows: the events after `after` up to and with the head's; it is checked that they are these.
-        form: of the lines.
-        sign: signs the head.
-        after: the position and hash before the first row.
-        head: the last event.
-
-    Raises:
-        LedgerDamaged: `ledger_damaged`, naming the position.
-    """
-    if opening := form.first(after):
-        yield opening
-    position, digest = after.position, after.hash
-    for row in rows:
-        if row.position != position + 1:
-            break
-        position, previous, digest = position + 1, digest, hash_body(digest, row.body)
-        if digest != row.hash:
-            raise LedgerDamaged(f"the event at position {position} was changed; `verify` says more")
-        yield form.event(row, previous)
-    if (position, digest) != (head.position, head.hash):
-        raise LedgerDamaged(f"the event at position {position + 1} is missing; `verify` says more")
-    yield form.last(sign(head))
-
-
-def _bounds(ledger: Connection, after: int | None, until: int | None) -> tuple[int, int]:
-    base, head = timetravel.bounds(ledger)
-    first, last = base if after is None else after, head if until is None else until
-    if first < base:
-        problem = f"events up to position {base} were archived: export what is after them"
-        raise Archived(problem, base + 1, head)
-    if not first <= last <= head:
-        raise NothingThere(
-            f"there are no events from after position {first} to {last}: the log ends at position {head}"
-        )
-    return first, last
+        end = queries.read_head(ledger).position
+        last = end if until is None else until
+        if not after <= last <= end:
+            raise NothingThere(
+                f"there are no events from after position {after} to {last}: the log ends at position {end}"
+            )
+        position, digest = after, queries.find_hash(ledger, after) or b""
+        if opening := form.first(Anchor(position, digest)):
+            yield opening
+        for row in queries.read_rows(ledger, after, last):
+            if row.position != position + 1:
+                break
+            position, previous, digest = position + 1, digest, hash_body(digest, row.body)
+            if digest != row.hash:
+                raise LedgerDamaged(f"the event at position {position} was changed; `verify` says more")
+            yield form.event(row, previous)
+        if position != last:
+            raise LedgerDamaged(f"the event at position {position + 1} is missing; `verify` says more")
+        yield form.last(sign(Statement(last, digest, queries.recorded_at(ledger, last))))
 
 
 def _line(members: dict[str, object]) -> bytes:

@@ -18,10 +18,10 @@ from events.codec import GENESIS
 from events.errors import LedgerProblem
 from events.files import write_file
 from events.sqlite.datalock import LEDGER, is_replica
-from events.sqlite.queries import find_hash, read_base, read_head
+from events.sqlite.queries import find_hash, read_head
 from events.sqlite.readonly import open_read_only
 from events.storage import LogHead
-from events.types import Anchor, RollbackAccepted
+from events.types import RollbackAccepted
 
 KEPT_HEAD = "ledger.head"
 """The file in the data directory, as `GET /api/v1/events/head` answers."""
@@ -61,7 +61,7 @@ def _write(data: Path, head: SignedHead) -> None:
 def keep_first(data: Path, sign: Sign) -> None:
     """Keep a head of no events durably, where there is no ledger yet: each ledger has a kept head then."""
     if not (data / KEPT_HEAD).exists() and not (data / LEDGER).exists():
-        _write(data, sign(Statement(0, GENESIS, "", Anchor())))
+        _write(data, sign(Statement(0, GENESIS, "")))
 
 
 def sign_anew(data: Path, sign: Sign) -> None:
@@ -75,7 +75,6 @@ def sign_anew(data: Path, sign: Sign) -> None:
 def find_rollback(data: Path, ledger: Path, public_key: bytes) -> tuple[RollbackAccepted, str] | None:
     """Return what accepting the ledger would record, and why it is refused; None if it is not.
 
-    Events up to the kept head may have been archived since: then only the end of an archive can be compared.
     A replica needs no kept head, since it was compared with its database.
 
     Args:
@@ -119,13 +118,11 @@ def _compare(ledger: Path, kept: SignedHead) -> tuple[LogHead, str | None]:
     if not ledger.exists() or ledger.stat().st_size == 0:
         return LogHead(), f"the ledger is empty, and its last signed head was at position {position}"
     with open_read_only(ledger) as connection:
-        base, head = read_base(connection), read_head(connection)
+        head = read_head(connection)
         if position > head.position:
             shorter = f"the ledger ends at position {head.position}"
             return head, f"{shorter}, and its last signed head was at position {position}"
         found = find_hash(connection, position)
-    if found is None and position < base.position:  # it is within an archive
-        return head, None
     if found != digest:
         return head, f"the ledger's event at position {position} is not the one that was signed"
     return head, None

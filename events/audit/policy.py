@@ -57,7 +57,6 @@ class RemarkKind(StrEnum):
     SELF_ISSUED = "approval_self_issued"
     BYPASSED = "approval_bypassed"
     WENT_ON = "signature_refused"
-    UNCHECKED = "signature_unchecked"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +72,7 @@ class PolicyAudit:
     """Checks each event against the rules that apply to it; the caller applies it to `entities` afterwards.
 
     Args:
-        entities: the fold; at the start with the state at the base.
+        entities: the fold.
 
     Attributes:
         checks: by the type of event; each returns a sentence that says what is missing, or None.
@@ -89,9 +88,7 @@ class PolicyAudit:
             ModelLoaded: self._check_load,
         }
         self._entities = entities
-        self._bundles: dict[str, dict[str, str | None]] = {  # by model and name; None of an archived event
-            model.id: dict.fromkeys(_list_bundles(model)) for model in entities.models.values()
-        }
+        self._bundles = dict[str, dict[str, str]]()  # by model and name
 
     def _remark(self, event: Event, kind: RemarkKind, text: str) -> None:
         if len(self.remarks) < MAX_REMARKS:
@@ -205,14 +202,6 @@ class PolicyAudit:
         if signature.policy != rules.digest or signature.is_enforced != bool(rules.enforced):
             return "its signature was not checked under the rules that the request names"
         if not rules.enforced:
-            return None
-        names, admitted = self._bundles.get(job.model_id, {}), given.admitted
-        before = None if admitted is None else admitted.signature or None
-        is_known = before is not None and before.bundle == signature.bundle
-        is_archived = is_known and data.bundle is UNSET and names.get(signature.bundle or "", "") is None
-        if is_archived and not signature.was_verified:
-            text = f"the signature of {job.model_id!r} is unchecked: its bundle is archived"
-            self._remark(event, RemarkKind.UNCHECKED, text)
             return None
         problem = _check_again(signature, given, requested_at=job.queued_at)
         if problem is None and signature.was_verified:

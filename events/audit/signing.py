@@ -6,9 +6,6 @@ The signed message, byte for byte (ASCII; each line ends with one `\n`, the last
     <position, decimal>
     <hash, 64 lower-case hexadecimal digits>
     <recorded_at of the event at the position; empty without an event>
-    <base's position, decimal>
-    <base's hash, 64 lower-case hexadecimal digits>
-    <SHA-256 of the state there, 64 lower-case hexadecimal digits; this line only in an archive>
 
 The signature is Ed25519 (RFC 8032) over these bytes. The first line tells it from any other message that
 the key may ever sign.
@@ -30,8 +27,6 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
-from events.types import Anchor
-
 PREFIX = "loadledger-head-v1"
 """The first line of the message; another layout will have another."""
 
@@ -41,29 +36,14 @@ KEY_ID_DIGITS = 32
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """A statement about a ledger: its event at `position` has this hash, and the log begins after `base`.
-
-    Attributes:
-        state_sha256: of the state after that event (`events.storage.digest_state`); empty if not stated.
-    """
+    """A statement about a ledger: its event at `position` has this hash."""
 
     position: int
     hash: bytes
     recorded_at: str
-    base: Anchor
-    state_sha256: bytes = b""
 
     def message(self) -> bytes:
-        lines = [
-            PREFIX,
-            str(self.position),
-            self.hash.hex(),
-            self.recorded_at,
-            str(self.base.position),
-            self.base.hash.hex(),
-        ]
-        if self.state_sha256:
-            lines.append(self.state_sha256.hex())
+        lines = (PREFIX, str(self.position), self.hash.hex(), self.recorded_at)
         return "".join(f"{line}\n" for line in lines).encode("ascii")
 
 
@@ -89,13 +69,10 @@ class SignedHead:
     def members(self) -> dict[str, object]:
         """Return the members of the JSON form: hashes in hexadecimal, signature and public key in base64."""
         statement = self.statement
-        stated = {"state_sha256": statement.state_sha256.hex()} if statement.state_sha256 else {}
         return {
             "position": statement.position,
             "hash": statement.hash.hex(),
             "recorded_at": statement.recorded_at or None,
-            "base": {"position": statement.base.position, "hash": statement.base.hash.hex()},
-            **stated,
             "algorithm": "Ed25519",
             "key_id": key_id(self.public_key),
             "public_key": base64.b64encode(self.public_key).decode(),
@@ -133,13 +110,8 @@ def as_signed_head(members: object) -> SignedHead:
     if not isinstance(members, dict):
         raise ValueError("this is not a signed head")  # noqa: TRY004 - parsed data, not an argument
     try:
-        base = members["base"]
         statement = Statement(
-            int(members["position"]),
-            bytes.fromhex(members["hash"]),
-            members["recorded_at"] or "",
-            Anchor(int(base["position"]), bytes.fromhex(base["hash"])),
-            bytes.fromhex(members.get("state_sha256", "")),
+            int(members["position"]), bytes.fromhex(members["hash"]), members["recorded_at"] or ""
         )
         statement.message()
         signature = base64.b64decode(members["signature"], validate=True)

@@ -1,4 +1,4 @@
-"""Verification of a ledger: the chain, the events, the base, its loads, and the stored projections.
+"""Verification of a ledger: the chain, the events, its loads, and the stored projections.
 
 The log is read once, in order. The result names the first position that is wrong, as a `Finding`.
 """
@@ -15,17 +15,15 @@ from sys import getsizeof
 from typing import TypeVar
 
 from events.audit.policy import PolicyAudit, Remark
-from events.codec import GENESIS, CanonicalCheck, decode_event
+from events.codec import CanonicalCheck, decode_event
 from events.jobs import Job
 from events.models import Model
 from events.presence import Transition
-from events.sqlite.bases import entities_of, read_stored_base, state_at_base
 from events.sqlite.projections import StoredProjections
 from events.sqlite.proof import KnownIds, ProofReader, open_proof_reader, storage_errors
-from events.sqlite.queries import find_base
 from events.sqlite.storage import is_current
-from events.state import OF_NO_MODEL, Entities, State
-from events.storage import RawRow, Row, StorageDamaged, StoredBase
+from events.state import OF_NO_MODEL, Entities
+from events.storage import RawRow, StorageDamaged
 from events.types import Anchor, Event
 
 PAGE = 200
@@ -48,7 +46,6 @@ class FindingKind(StrEnum):
     HASH = "hash"
     ORDER = "order"
     EVENT = "event"
-    BASE = "base"
     PROJECTIONS = "projections"
     SCHEMA = "schema"
     DAMAGED = "damaged"
@@ -76,7 +73,7 @@ class VerificationError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """The result of verifying a ledger: the number of proved events, and the last one's position and hash.
+    """The result of verifying a ledger: the last proved event's position and hash.
 
     Attributes:
         finding: the first problem; None if there is none.
@@ -86,7 +83,6 @@ class Verification:
         remarks: what an auditor should know of loads though it is no finding, up to `MAX_REMARKS`.
     """
 
-    events: int
     position: int
     hash: bytes
     finding: Finding | None
@@ -124,66 +120,28 @@ class CheckedFold:
 
     Args:
         start: the position and hash after which the events begin.
-        state: there.
         watched: positions whose hashes are wanted.
         applies: whether events are applied, not only checked: those of a forged file might take any memory.
 
     Attributes:
         hashes: of the watched positions that the fold has passed.
-        stored: the stored projections to compare with as the fold reaches them, or None.
+        stored: the stored projections to compare with as the fold reaches them, or None; set it before
+            `follow`.
         policy: checks loads against the rules of their day; not of events that are not applied.
     """
 
-    def __init__(
-        self, start: Anchor, state: State, watched: Iterable[int] = (), *, applies: bool = True
-    ) -> None:
+    def __init__(self, start: Anchor, watched: Iterable[int] = (), *, applies: bool = True) -> None:
         self.position, self.hash, self.recorded_at = start.position, start.hash, ""
         self.stored: StoredProjections | None = None
-        self.entities = Entities(state.models.values(), state.unended(), state.registers)
+        self.entities = Entities()
         self._apply = self.entities.apply if applies else _ignore
         self.policy = PolicyAudit(self.entities)
         self._checks = self.policy.checks if applies else {}
-        self._behind = dict[str, list[Job]]()
-        for job in state.jobs.values():
-            if job.ended:
-                self._keep_if_behind(job)
         self._canonical = CanonicalCheck()
         self._ids = KnownIds()
         self._changes = list[tuple[Event, Collection[Model], Iterable[Transition]]]()
         self.hashes = {start.position: start.hash}
         self._watched = sorted({each for each in watched if each > start.position}, reverse=True)
-
-    def compare_with(self, stored: StoredProjections) -> None:
-        """Compare from here on with stored projections, which begin at this position."""
-        self.stored = stored
-        stored.history.compare_base(self.position, self.entities)
-        for job in self.state().jobs.values():
-            if job.ended:
-                stored.jobs.compare(job)
-
-    def state(self) -> State:
-        """Return the live state, with the ended loads that its models serve from or return to."""
-        models = dict(self.entities.models)
-        behind = {
-            job.id: job
-            for model in models.values()
-            for job in self._behind.get(model.id, ())
-            if job.id in model.loads_behind
-        }
-        jobs = sorted((behind | self.entities.jobs).values(), key=lambda job: job.created_position)
-        return State(
-            self.position,
-            self.recorded_at,
-            models,
-            {job.id: job for job in jobs},
-            registers=self.entities.registers,
-        )
-
-    def _keep_if_behind(self, job: Job) -> None:
-        model = self.entities.models.get(job.model_id)
-        if model is not None and job.id in model.loads_behind:
-            kept = self._behind.get(model.id, ())
-            self._behind[model.id] = [*(each for each in kept if each.id in model.loads_behind), job]
 
     def follow(self, rows: Iterable[RawRow]) -> Finding | None:
         """Read the rows of the log up to the first problem, and return it; raise what reading them raises."""
@@ -196,11 +154,9 @@ class CheckedFold:
             ended, finding = _take_until_problem(
                 self._fold_events(zip(hashed, events, strict=False)), finding
             )
-            for job in ended:
-                self._keep_if_behind(job)
-                if self.stored is not None:
-                    self.stored.jobs.compare(job)
             if self.stored is not None:
+                for job in ended:
+                    self.stored.jobs.compare(job)
                 for change in self._changes:
                     self.stored.history.compare(*change)
             self._changes.clear()
@@ -273,20 +229,13 @@ class CheckedFold:
             if ended is not None:
                 yield ended
 
-    def result(self, base: Anchor, finding: Finding | None, *, compared: bool) -> Verification:
-        """Return the result for a ledger with this base."""
-        events = max(0, self.position - base.position)
-        return Verification(
-            events, self.position, self.hash, finding, compared, self.hashes, tuple(self.policy.remarks)
-        )
+    def result(self, finding: Finding | None, *, compared: bool) -> Verification:
+        remarks = tuple(self.policy.remarks)
+        return Verification(self.position, self.hash, finding, compared, self.hashes, remarks)
 
 
 def _ignore(_: Event) -> None:
     """Apply no event."""
-
-
-def raw_rows(rows: Iterable[Row]) -> Iterator[RawRow]:
-    return ((row.position, row.body.encode(), row.hash) for row in rows)
 
 
 def _pages(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
@@ -332,20 +281,14 @@ def verify(path: Path) -> Verification:
         return verify_ledger(ledger)
 
 
-def verify_ledger(
-    ledger: ProofReader, fold: CheckedFold | None = None, watched: Iterable[int] = ()
-) -> Verification:
-    """Verify a ledger; `fold` and `watched` are those of `begin_at_base`."""
-    base = find_base(ledger.connection)
-    if base is None:
-        return Verification(0, 0, GENESIS, Finding(0, "the base of the chain is missing", FindingKind.BASE))
-    finding, compared = None, True
+def verify_ledger(ledger: ProofReader, watched: Iterable[int] = ()) -> Verification:
+    """Verify a ledger; `watched` is that of `CheckedFold`."""
+    fold, finding, compared = CheckedFold(Anchor(), watched), None, True
     try:
         with storage_errors():
             compared = is_current(ledger.connection)
-            fold = begin_at_base(read_stored_base(ledger.connection), fold, watched)
             if compared:
-                fold.compare_with(StoredProjections(ledger.connection))
+                fold.stored = StoredProjections(ledger.connection)
             finding = fold.follow(ledger.rows())
             if finding is None:
                 _check_projections(fold)
@@ -353,38 +296,8 @@ def verify_ledger(
     except VerificationError as bad:
         finding = bad.finding
     except StorageDamaged as error:
-        position = base.position if fold is None else fold.position
-        finding = Finding(position + 1, f"the file is damaged: {error}", FindingKind.DAMAGED)
-    fold = fold or CheckedFold(base, State(base.position))
-    return fold.result(base, finding, compared=compared)
-
-
-def begin_at_base(
-    stored: StoredBase, fold: CheckedFold | None = None, watched: Iterable[int] = ()
-) -> CheckedFold:
-    """Return the fold at the base of a ledger, after a check of the state that is stored there.
-
-    Args:
-        stored: the base of the ledger.
-        fold: of all events up to there, which has to give that state, or None: then the fold begins with it.
-        watched: for a fold that begins.
-
-    Raises:
-        VerificationError: the stored state was changed, or is not what the events give.
-    """
-    position = stored.base.position
-    if not stored.is_unchanged:
-        raise VerificationError(position, "the stored state at the base was changed", FindingKind.BASE)
-    if fold is None:
-        try:
-            return CheckedFold(stored.base, state_at_base(stored), watched)
-        except Exception as error:  # noqa: BLE001 - a forged state may raise anything
-            problem = f"the stored state at the base is damaged: {error!r}"
-            raise VerificationError(position, problem, FindingKind.BASE) from None
-    for each in sorted({*entities_of(fold.state())} ^ {*stored.entities}):
-        problem = f"the state stored there is not what the archives give, at the {each.kind} {each.key!r}"
-        raise VerificationError(position, problem, FindingKind.BASE)
-    return fold
+        finding = Finding(fold.position + 1, f"the file is damaged: {error}", FindingKind.DAMAGED)
+    return fold.result(finding, compared=compared)
 
 
 def _check_projections(fold: CheckedFold) -> None:

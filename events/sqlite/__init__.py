@@ -13,5 +13,4 @@ change, and a row for each change (`history`). All others read through `readonly
 - `datalock`: one process per data directory and file
 - `history`: the rows of what each event changed
 - `proof`, `projections`: what `events.audit` reads; comparison of the stored projections with a fold
-- `bases`: the base of a log: removing archived events, and its values, to begin a replica with
 """

@@ -1,7 +1,7 @@
 """The history of models, the server and nodes, in rows: written with their events, read at any position.
 
 The latest row of a model is the one at its latest event that changed it, which the log's index of models
-finds; or one at an event that concerns all models, or at the base, which a small index of those rows finds.
+finds; or one at an event that concerns all models, which a small index of those rows finds.
 So the rows themselves are in the order of the log: each group writes to the end of the table alone.
 """
 
@@ -11,9 +11,7 @@ import sqlite3
 from collections.abc import Iterable, Sequence
 
 from events.history import ModelRow, decode_row, encode_row, has_row, make_row
-from events.models import Model
-from events.nodes import Node
-from events.presence import SERVER, NodeState, ServerState, Transition, transitions_at_base
+from events.presence import SERVER, NodeState, ServerState, Transition
 from events.state import Changes
 from events.types import Event
 
@@ -33,18 +31,6 @@ def write_steps(connection: sqlite3.Connection, steps: Iterable[tuple[Event, Cha
     connection.executemany(_INSERT_MODELS, rows)
     if transitions:
         connection.executemany(_INSERT_TRANSITIONS, transitions)
-
-
-def write_base(
-    connection: sqlite3.Connection, position: int, models: Iterable[Model], nodes: Iterable[Node]
-) -> None:
-    """Replace the rows up to the base by the state there; the caller holds the transaction."""
-    connection.execute("DELETE FROM model_history WHERE position <= ?", (position,))
-    connection.execute("DELETE FROM presence WHERE position <= ?", (position,))
-    connection.executemany(
-        _INSERT_MODELS, [(position, model.id, 1, encode_row(make_row(model)).decode()) for model in models]
-    )
-    connection.executemany(_INSERT_TRANSITIONS, transitions_at_base(position, nodes))
 
 
 # Models.

@@ -22,7 +22,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from events.codec import decode_event
-from events.errors import Archived, LogUnavailable
+from events.errors import LogUnavailable
 from events.jobs import Job
 from events.sqlite.queries import PAGE, JobQuery, read_job, select_jobs
 from events.sqlite.readonly import ReaderThread, open_reader_thread
@@ -136,7 +136,6 @@ class StoredEventPage:
 
     Attributes:
         as_of: the head of the log that the page reflects.
-        base: the position up to which events are archived.
         next_cursor: the `after` of the next page, or its `before` in descending order; None on the last page.
             A page that is not full may still have one.
         seen: in ascending order, the position up to which the page has all events of the query.
@@ -144,7 +143,6 @@ class StoredEventPage:
 
     items: list[StoredEvent]
     as_of: int
-    base: int
     next_cursor: int | None
     seen: int
 
@@ -158,7 +156,6 @@ class _Span:
 
     low: int
     high: int
-    base: int
     head: int
     leading: str | None = None
     cut: bool = False
@@ -168,7 +165,6 @@ def read_event_page(connection: sqlite3.Connection, query: EventQuery) -> Stored
     """Return a page of events, in the transaction of a connection.
 
     Raises:
-        Archived: `archived`, the query begins, or ends, before the first event of the log.
         BeyondHead: `beyond_head`, there is no event `after`.
         LogUnavailable: `log_unavailable`, an event is damaged.
     """
@@ -185,7 +181,7 @@ def read_event_page(connection: sqlite3.Connection, query: EventQuery) -> Stored
     elif span.cut:
         cursor = span.low + 1 if query.newest_first else span.high
     seen = max(span.low, span.high) if cursor is None else cursor
-    return StoredEventPage(items, span.head, span.base, cursor, seen)
+    return StoredEventPage(items, span.head, cursor, seen)
 
 
 def page_sql(wanted: EventFilter, leading: str | None, *, newest_first: bool) -> str:
@@ -237,10 +233,6 @@ def _further_condition(column: str, number: int) -> str:
     return f"+{column} IN ({', '.join(f':{column}_{each}' for each in range(number))})"
 
 
-def archived_error(base: int, head: int) -> Archived:
-    return Archived(f"events up to {base} are archived: begin again with after={base}", base + 1, head)
-
-
 def beyond_head(after: int, head: int) -> BeyondHead:
     return BeyondHead(
         f"the log's head is at position {head}: there is no {after} yet; if there was, this is another log"
@@ -250,33 +242,25 @@ def beyond_head(after: int, head: int) -> BeyondHead:
 def _find_span(connection: sqlite3.Connection, query: EventQuery) -> _Span:
     """Return the positions that a query allows, its times resolved."""
     since, until = query.since, query.until
-    base, head, first, last, oldest_at = connection.execute(
-        "SELECT base.position, coalesce((SELECT max(position) FROM events), base.position),"
+    head, first, last = connection.execute(
+        "SELECT coalesce((SELECT max(position) FROM events), 0),"
         " (SELECT position FROM events WHERE recorded_at >= :since ORDER BY recorded_at, position LIMIT 1),"
         " (SELECT position FROM events WHERE recorded_at <= :until"
-        "  ORDER BY recorded_at DESC, position DESC LIMIT 1),"
-        " (SELECT recorded_at FROM events ORDER BY position LIMIT 1) FROM base",
+        "  ORDER BY recorded_at DESC, position DESC LIMIT 1)",
         {
             "since": since if isinstance(since, str) else None,
             "until": until if isinstance(until, str) else None,
         },
     ).fetchone()
     if isinstance(since, str):
-        if base and (oldest_at is None or since < oldest_at):
-            raise archived_error(base, head)
         since = head + 1 if first is None else int(first)
     if isinstance(until, str):
-        until = base if last is None else int(last)
+        until = 0 if last is None else int(last)
     if query.after is not None and query.after > head:
         raise beyond_head(query.after, head)
-    lows = [query.after, max(0, since - 1) if since is not None else None]
-    low = max((each for each in lows if each is not None), default=None)
-    highs = [until, query.before - 1 if query.before is not None else None]
-    high = min((each for each in highs if each is not None), default=None)
-    ends_archived = base > 0 and low is None and high is not None and high <= base
-    if ends_archived or (low is not None and low < base):
-        raise archived_error(base, head)
-    return _Span(base if low is None else low, head if high is None else min(high, head), base, head)
+    low = max(query.after or 0, (since or 0) - 1)
+    highs = [head, until, query.before - 1 if query.before is not None else None]
+    return _Span(low, min(each for each in highs if each is not None), head)
 
 
 def _choose_index(connection: sqlite3.Connection, query: EventQuery, span: _Span) -> _Span:

@@ -12,7 +12,7 @@ from itertools import chain
 from events.history import encode_row, find_landmark, has_row, make_row
 from events.jobs import Job
 from events.models import Model
-from events.presence import Transition, transitions_at_base
+from events.presence import Transition
 from events.registers import RegisterMap
 from events.sqlite.queries import as_bytes
 from events.state import Entities
@@ -125,12 +125,6 @@ class StoredHistory:
             "SELECT position, node_id, state, at, seen_at FROM presence ORDER BY position, node_id"
         )
         self.difference: tuple[int, str] | None = None
-
-    def compare_base(self, position: int, folded: Entities) -> None:
-        """Compare the rows at the base of the log."""
-        for model in _by_id(folded.models.values()):
-            self._compare_model(position, model, is_common=True)
-        self._compare_transitions(position, transitions_at_base(position, folded.registers.nodes.values()))
 
     def compare(self, event: Event, models: Collection[Model], transitions: Iterable[Transition]) -> None:
         """Compare the rows at an event with the models that it changed, and with its transitions."""

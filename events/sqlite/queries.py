@@ -10,7 +10,7 @@ from itertools import chain, starmap
 
 import msgspec
 
-from events.codec import decode_event
+from events.codec import GENESIS, decode_event
 from events.errors import ForeignHead
 from events.history import find_landmark
 from events.jobs import Job, JobStatus
@@ -21,7 +21,7 @@ from events.sqlite import history
 from events.state import Changes, Join, KnownKey, State, read_key
 from events.storage import LogHead, Row, StorageError
 from events.tokens import Token
-from events.types import OF_NODES, OF_SERVER, Anchor
+from events.types import OF_NODES, OF_SERVER
 
 PAGE = 500
 """Events read at once: what is held in memory beside a fold."""
@@ -47,33 +47,15 @@ def read_head(connection: sqlite3.Connection) -> LogHead:
     row = connection.execute(
         "SELECT position, hash, recorded_at, type FROM events ORDER BY position DESC LIMIT 1",
     ).fetchone()
-    if row is None:
-        position, digest = connection.execute("SELECT position, hash FROM base").fetchone()
-        return LogHead(position, digest)
-    return LogHead(*row)
-
-
-def read_base(connection: sqlite3.Connection) -> Anchor:
-    """Return the base of the log; one that is missing or damaged, which `verify` reports, reads as 0."""
-    return find_base(connection) or Anchor()
-
-
-def find_base(connection: sqlite3.Connection) -> Anchor | None:
-    """Return the base of the log; None if it is missing, or has other types."""
-    row = connection.execute("SELECT position, hash FROM base").fetchone()
-    if row is None or not (isinstance(row[0], int) and isinstance(row[1], bytes)):
-        return None
-    return Anchor(*row)
+    return LogHead() if row is None else LogHead(*row)
 
 
 def find_hash(connection: sqlite3.Connection, position: int) -> bytes | None:
-    """Return the hash at a position of the log, or at its base; None if none is known."""
-    row: tuple[bytes] | None = connection.execute(
-        "SELECT hash FROM events WHERE position = :at"
-        " UNION ALL SELECT hash FROM base WHERE position = :at LIMIT 1",
-        {"at": position},
-    ).fetchone()
-    return None if row is None else row[0]
+    """Return the hash at a position of the log; None beyond its head."""
+    if position == 0:
+        return GENESIS
+    row = connection.execute("SELECT hash FROM events WHERE position = ?", (position,)).fetchone()
+    return None if row is None else bytes(row[0])
 
 
 def recorded_at(connection: sqlite3.Connection, position: int) -> str:
@@ -127,42 +109,22 @@ def read_state(connection: sqlite3.Connection) -> State:
     if row is None:
         raise ValueError("the position of the stored projections is missing")
     (position,) = row
-    models = connection.execute("SELECT body FROM models")
     jobs = connection.execute(
         "SELECT body FROM jobs WHERE status IN (?, ?)", (JobStatus.PENDING, JobStatus.IN_PROGRESS)
     )
-    tokens = connection.execute("SELECT body FROM tokens")
-    nodes = connection.execute("SELECT body FROM nodes")
-    policies = connection.execute("SELECT body FROM policies")
-    recorded_at = read_head(connection).recorded_at
-    return make_state(position, recorded_at, models, jobs, tokens=tokens, nodes=nodes, policies=policies)
-
-
-def make_state(
-    position: int,
-    recorded_at: str,
-    models: Iterable[tuple[str]],
-    jobs: Iterable[tuple[str]],
-    *,
-    tokens: Iterable[tuple[str]],
-    nodes: Iterable[tuple[str]],
-    policies: Iterable[tuple[str]],
-) -> State:
-    """Return the state of what is stored; raise ValueError if a part of it is damaged."""
-    stored_models = [as_model(body) for (body,) in models]
+    stored_models = [as_model(body) for (body,) in connection.execute("SELECT body FROM models")]
     stored_jobs = [as_job(body) for (body,) in jobs]
-    stored_tokens = [as_token(body) for (body,) in tokens]
-    stored_nodes = [as_node(body) for (body,) in nodes]
-    stored_policies = [as_policy(body) for (body,) in policies]
+    tokens = [as_token(body) for (body,) in connection.execute("SELECT body FROM tokens")]
+    policies = [as_policy(body) for (body,) in connection.execute("SELECT body FROM policies")]
     return State(
         position,
-        recorded_at,
+        read_head(connection).recorded_at,
         {model.id: model for model in stored_models},
         {job.id: job for job in stored_jobs},
         registers=Registers(
-            {token.id: token for token in stored_tokens},
-            {node.id: node for node in stored_nodes},
-            {policy.id: policy for policy in stored_policies},
+            {token.id: token for token in tokens},
+            {node.id: node for node in read_nodes(connection)},
+            {policy.id: policy for policy in policies},
         ),
     )
 
@@ -280,12 +242,10 @@ def write_group(
 
 def _refuse_other_head(connection: sqlite3.Connection, expected: LogHead) -> None:
     tip = "SELECT position, hash FROM events ORDER BY position DESC LIMIT 1"
-    found = connection.execute(tip).fetchone()
-    if found is None:
-        found = connection.execute("SELECT position, hash FROM base").fetchone()
+    found = connection.execute(tip).fetchone() or (0, GENESIS)
     if found != (expected.position, expected.hash):
         raise ForeignHead(
-            f"the ledger's head is at {found and found[0]}, and the last event that this server wrote is at "
+            f"the ledger's head is at {found[0]}, and the last event that this server wrote is at "
             f"{expected.position}: another process has written into its file"
         )
 

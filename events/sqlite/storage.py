@@ -15,7 +15,7 @@ import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -23,13 +23,12 @@ from typing import TypeVar
 
 from events.errors import LogUnavailable
 from events.sqlite import history, queries
-from events.sqlite.bases import LedgerFile, store_base
 from events.sqlite.queries import transaction
 from events.sqlite.readonly import lacks_wal, may_lack_events, open_read_only
 from events.sqlite.schema import BUSY_TIMEOUT, check_readable, connect, release_cursors
-from events.sqlite.timetravel import fold_page, load_base_state
-from events.state import Changes, KnownRequests
-from events.storage import LogHead, Row, StorageError, StoredBase, StoredLedger
+from events.sqlite.timetravel import fold_page
+from events.state import Changes, KnownRequests, State
+from events.storage import LogHead, Row, StorageError, StoredLedger
 
 FOLDS = 5
 """The version of the folds: add one with each change after which the same events give other stored bodies."""
@@ -54,7 +53,7 @@ def is_current(connection: sqlite3.Connection) -> bool:
 
 
 def rebuild(connection: sqlite3.Connection) -> None:
-    """Fold the log from its base, and store the result and its history, in one transaction.
+    """Fold the log, and store the result and its history, in one transaction.
 
     Memory grows with the models and the jobs that have not ended, not with the log.
 
@@ -63,24 +62,18 @@ def rebuild(connection: sqlite3.Connection) -> None:
         sqlite3.Error: the ledger cannot be read or written; nothing was changed.
     """
     with transaction(connection):
-        _fold_anew(connection)
-
-
-def _fold_anew(connection: sqlite3.Connection) -> None:
-    state = load_base_state(connection)
-    for table in ("jobs", "models", "tokens", "nodes", "policies", "model_history", "presence"):
-        connection.execute(f"DELETE FROM {table}")  # noqa: S608 - literals above
-    connection.execute(
-        "INSERT OR REPLACE INTO projected (one, position, folds) VALUES (1, ?, ?)",
-        (state.position, FOLDS),
-    )
-    queries.write_projections(connection, state.models.values(), state.jobs.values(), state.position)
-    history.write_base(connection, state.position, state.models.values(), state.registers.nodes.values())
-    for page in queries.read_pages(connection, state.position):
-        changes = fold_page(state, page)
-        queries.write_projections(connection, changes.models.values(), changes.jobs.values(), state.position)
-        history.write_steps(connection, changes.steps)
-    queries.store_registers(connection, dict(state.registers.items()))
+        state = State()
+        for table in ("jobs", "models", "tokens", "nodes", "policies", "model_history", "presence"):
+            connection.execute(f"DELETE FROM {table}")  # noqa: S608 - literals above
+        connection.execute(
+            "INSERT OR REPLACE INTO projected (one, position, folds) VALUES (1, 0, ?)", (FOLDS,)
+        )
+        for page in queries.read_pages(connection, 0):
+            changes = fold_page(state, page)
+            models, jobs = changes.models.values(), changes.jobs.values()
+            queries.write_projections(connection, models, jobs, state.position)
+            history.write_steps(connection, changes.steps)
+        queries.store_registers(connection, dict(state.registers.items()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,23 +151,6 @@ def _sort_key(key: _Key) -> tuple[bool, _Key]:
     return isinstance(key, bytes), key
 
 
-@contextmanager
-def open_to_archive(path: Path) -> Iterator[LedgerFile]:
-    """Open a ledger for writing, and leave one complete file at the end.
-
-    Raises:
-        LogUnavailable: `log_unavailable`, here or in the block, it cannot be read or written.
-    """
-    try:
-        with closing(connect(path)) as connection:
-            try:
-                yield LedgerFile(connection)
-            finally:
-                leave_complete_file(connection)
-    except (sqlite3.Error, StorageError) as error:
-        raise LogUnavailable(f"the ledger {path.name} cannot be archived: {error}") from error
-
-
 class Database:
     """The writer's connection: `Storage` in one file, which has no other writer.
 
@@ -204,21 +180,6 @@ class Database:
             raise LogUnavailable(f"the ledger {self._path.name} cannot be opened: {error}") from error
         self.is_open, self._was_open, self._unsynced = True, True, False
         return stored
-
-    async def start_at_base(self, stored: StoredBase) -> StoredLedger:
-        """Begin the empty ledger at the base of another, in one transaction.
-
-        Raises:
-            LedgerDamaged: `ledger_damaged`, the state there is not what archiving wrote.
-        """
-
-        def start() -> StoredLedger:
-            with transaction(self._connection):
-                store_base(self._connection, stored)
-                _fold_anew(self._connection)
-            return _read_stored(self._connection)
-
-        return await self.run(start)
 
     async def append(self, rows: Sequence[Row], changes: Changes, after: LogHead) -> None:
         def append() -> None:

@@ -17,23 +17,15 @@ from typing import TypeVar
 
 from events.clock import Timestamp, add_seconds, format_timestamp
 from events.codec import decode_event
-from events.errors import Archived, LedgerProblem, LogUnavailable
+from events.errors import LedgerProblem, LogUnavailable
 from events.history import ShownModel, decode_row, landmarks_around
 from events.jobs import Job, JobStatus, evolve_job
 from events.models import Serving, make_serving
 from events.presence import Liveness, ServerState, find_liveness, unknown_since
 from events.sqlite import history, queries
-from events.sqlite.bases import (
-    name_archive,
-    read_base_job,
-    read_base_model,
-    read_stored_base,
-    state_at_base,
-)
 from events.sqlite.history import latest_row
-from events.sqlite.queries import LAST, JobQuery, as_job, read_base, read_job, select_jobs
+from events.sqlite.queries import LAST, JobQuery, as_job, read_job, select_jobs
 from events.state import Changes, State, Transaction
-from events.storage import StorageDamaged
 from events.types import ENDS_OF_PROCESSES, Event, ModelLoaded
 
 T = TypeVar("T")
@@ -48,22 +40,6 @@ NOTE_EVERY_S = 60.0
 
 _OVERDUE_S = 2 * NOTE_EVERY_S
 """A server that has noted nothing for so long may have ended."""
-
-
-def load_base_state(connection: sqlite3.Connection) -> State:
-    """Return the live state at the base of the log: empty, or the result of archived events.
-
-    Raises:
-        LogUnavailable: the stored state there is damaged.
-    """
-    base = read_base(connection).position
-    try:
-        return state_at_base(read_stored_base(connection))
-    except (ValueError, StorageDamaged) as error:
-        raise LogUnavailable(
-            f"the state at {base}, which replaces the archived events, is damaged: {error}; "
-            "`loadledger replay --archive` folds their archives instead"
-        ) from error
 
 
 def cannot_fold(position: int, error: Exception) -> LogUnavailable:
@@ -150,29 +126,25 @@ def _show(connection: sqlite3.Connection, model_id: str, body: str) -> ShownMode
 
 
 def read_load(connection: sqlite3.Connection, model_id: str, position: int) -> Serving:
-    """Return the load whose `ModelLoaded` is at a position: from there, or from the state at the base.
+    """Return the load whose `ModelLoaded` is at a position.
 
     Raises:
-        LogUnavailable: neither has it.
+        LogUnavailable: there is none.
     """
     found = connection.execute(
         "SELECT events.body, jobs.body FROM events, jobs"
         " WHERE events.position = ? AND jobs.id = events.job_id",
         (position,),
     ).fetchone()
-    loads = list[Serving | None]()
+    load = None
     try:
-        if found is not None:
-            event = decode_event(found[0])
-            if isinstance(event.data, ModelLoaded):
-                loads = [make_serving(event, event.data, as_job(found[1]))]
-        elif model := read_base_model(connection, model_id):
-            loads = [*model.held]
+        event = None if found is None else decode_event(found[0])
+        if event is not None and isinstance(event.data, ModelLoaded):
+            load = make_serving(event, event.data, as_job(found[1]))
     except Exception as error:  # a forged body may raise anything
         raise LogUnavailable(f"the ledger is damaged: {error!r}; run `loadledger verify`") from error
-    for load in loads:
-        if load is not None and load.position == position:
-            return load
+    if load is not None:
+        return load
     raise LogUnavailable(
         f"the stored history of {model_id!r} is damaged: the event {position} is not its load; "
         "`loadledger replay --rebuild` rebuilds it"
@@ -228,8 +200,6 @@ def _job_then(connection: sqlite3.Connection, job: Job, position: int) -> Job | 
     if job.created_position > position:
         return None
     past = None
-    if job.created_position <= read_base(connection).position:  # some of its events are archived
-        past = read_base_job(connection, job.created_position)
     for event in _events_of(connection, job, position):
         past = evolve_job(past, event)
     return past
@@ -291,7 +261,7 @@ class BeforeFirst(LedgerProblem):
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """A position, and when its event was recorded: None for 0, and for the base.
+    """A position, and when its event was recorded: None for 0.
 
     Attributes:
         time: the time that was asked for; None for a position.
@@ -311,11 +281,9 @@ def moment_at(connection: sqlite3.Connection, at: str) -> Moment:
         InvalidMoment: `invalid_parameter`, it is neither.
         BeyondHead: `beyond_head`.
         BeforeFirst: `before_first_event`.
-        Archived: `archived`, with the `oldest` position that can be read, and the `head`.
     """
-    base, head = bounds(connection)
     if re.fullmatch(r"\d{1,19}", at, re.ASCII):
-        return _at_position(connection, int(at), base, head)
+        return _at_position(connection, int(at))
     time = parse_time(at)
     row = connection.execute(
         "SELECT position, recorded_at FROM events WHERE recorded_at <= ?"
@@ -324,14 +292,6 @@ def moment_at(connection: sqlite3.Connection, at: str) -> Moment:
     ).fetchone()
     if row is not None:
         return Moment(row[0], row[1], time)
-    if base:
-        ended = connection.execute(
-            "SELECT recorded_at FROM archives WHERE last_position = ?", (base,)
-        ).fetchone()
-        if ended is not None and ended[0] <= time:
-            return Moment(base, None, time)
-        where = name_archive(connection, time)
-        raise Archived(f"events recorded until {time} are archived{where}, up to position {base}", base, head)
     first = connection.execute("SELECT recorded_at FROM events ORDER BY position LIMIT 1").fetchone()
     if first is not None:
         raise BeforeFirst(f"{time[:19]}Z is before the first event, of {first[0]}: name a later time")
@@ -368,25 +328,11 @@ def parse_moment(text: str | None) -> int | str | None:
     return min(int(text), LAST) if re.fullmatch(r"\d{1,19}", text, re.ASCII) else parse_time(text)
 
 
-def _at_position(connection: sqlite3.Connection, position: int, base: int, head: int) -> Moment:
+def _at_position(connection: sqlite3.Connection, position: int) -> Moment:
+    head = queries.read_head(connection).position
     if position > head:
         raise BeyondHead(f"the log's head is at position {head}: there is no {position} yet")
-    if 0 < position < base:
-        raise Archived(
-            f"position {position} is archived{name_archive(connection, position)}; "
-            f"the oldest position that you can ask for is {base}",
-            base,
-            head,
-        )
-    row = connection.execute("SELECT recorded_at FROM events WHERE position = ?", (position,)).fetchone()
-    return Moment(position, row[0] if row is not None else None)
-
-
-def bounds(connection: sqlite3.Connection) -> tuple[int, int]:
-    """Return the positions of the base and of the last event; they are the same for a log without events."""
-    base = read_base(connection).position
-    (head,) = connection.execute("SELECT coalesce(max(position), ?) FROM events", (base,)).fetchone()
-    return base, int(head)
+    return Moment(position, queries.recorded_at(connection, position) or None)
 
 
 def read_moment(
@@ -403,7 +349,6 @@ def read_moment(
         InvalidMoment: `invalid_parameter`, it is neither.
         BeyondHead: `beyond_head`.
         BeforeFirst: `before_first_event`.
-        Archived: `archived`.
         LogUnavailable: `log_unavailable`, what is stored is damaged.
     """
     moment = moment_at(connection, at)

@@ -266,7 +266,7 @@ def _ledger(path: Path) -> None:
         click.echo(event_line(line))
     verification = verify(path)
     _require(verification.verified, f"the chain verifies: {verification.finding}")
-    click.echo(f"chain verified: {verification.events} events, head {verification.hash.hex()[:16]}…")
+    click.echo(f"chain verified: {verification.position} events, head {verification.hash.hex()[:16]}…")
 
 
 async def _read_lines(path: Path, *, after: int | None = None) -> list[bytes]:
@@ -534,10 +534,10 @@ def _verify(address: str, nodes: Sequence[_Node]) -> None:
     whole = verify_address(address, None)
     _require(whole.finding is None, f"the database verifies: {whole.finding}")
     proved = whole.verification
-    click.echo(f"\ndatabase verified: {proved.events} events, head {proved.hash.hex()[:16]}…")
+    click.echo(f"\ndatabase verified: {proved.position} events, head {proved.hash.hex()[:16]}…")
     for node in nodes:
         replica = verify(node.data / LEDGER)
         _require(replica.verified, f"the replica of {node.name} verifies: {replica.finding}")
         compared = verify_address(address, Anchor(replica.position, replica.hash))
         _require(compared.finding is None, f"the database has the events of {node.name}: {compared.finding}")
-        click.echo(f"replica of {node.name} verified: {replica.events} events, all in the database")
+        click.echo(f"replica of {node.name} verified: {replica.position} events, all in the database")

@@ -131,7 +131,7 @@ def _print_server_events(
     with options.open_chosen_client(where) as client:
         if tail is not None:
             head = client.head()
-            after = max(head.position - tail, head.base.position if head.base else 0)
+            after = max(head.position - tail, 0)
         for event in client.events(after=after, on_away=note_retry, **chosen):
             show([event.line])
 
@@ -180,7 +180,7 @@ async def show_events(
     async with open_reader(path) as reader:
         if tail is not None:
             newest = await reader.event_page(EventQuery(limit=1))
-            query = replace(query, after=max(newest.as_of - tail, newest.base))
+            query = replace(query, after=max(newest.as_of - tail, 0))
         while True:
             page = await reader.event_page(query)
             show([event.line for event in page.items])

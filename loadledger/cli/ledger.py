@@ -1,4 +1,4 @@
-"""`loadledger verify | replay | export | archive | backup | migrate | discard` and `key ledger`.
+"""`loadledger verify | replay | export | backup | migrate | discard` and `key ledger`.
 
 They work on the files of a data directory, or on a ledger in PostgreSQL; no server is asked.
 """
@@ -6,8 +6,7 @@ They work on the files of a data directory, or on a ledger in PostgreSQL; no ser
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,6 @@ SHOWN_DIGITS = 12
 """Shown digits of a hash: enough to tell files apart; --json has all."""
 
 
-def _archive_option(text: str) -> Callable[[options.Command], options.Command]:
-    return click.option("--archive", "archives", multiple=True, type=_FILE, help=text)
-
-
 @click.command()
 @click.option(
     "--data",
@@ -33,7 +28,6 @@ def _archive_option(text: str) -> Callable[[options.Command], options.Command]:
     envvar="LOADLEDGER_DATA",
     help="Directory of a ledger to check. [LOADLEDGER_DATA, without FILE]",
 )
-@_archive_option("An archive of the ledger; give all of them, in any order. May be repeated.")
 @click.option("--key", metavar="FILE|KEY_ID", help="Expected signing key, as `key ledger` prints it.")
 @click.option("--expect", "expected", type=options.HEAD, help="Expected event: a head that you kept.")
 @click.option(
@@ -48,7 +42,6 @@ def _archive_option(text: str) -> Callable[[options.Command], options.Command]:
 def verify(
     context: click.Context,
     data: Path | None,
-    archives: tuple[Path, ...],
     key: str | None,
     expected: Any,
     *,
@@ -57,21 +50,20 @@ def verify(
     files: tuple[Path, ...],
     as_json: bool,
 ) -> None:
-    """Verify a ledger, exports, archives or a store.
+    """Verify a ledger, exports or a store.
 
     --data verifies a ledger: the database file, the hash chain and the stored projections. The server may be
     running; a copy made with `backup` works too. The ledger must contain the head that the server kept last,
-    or, with --expect, that one. If events were archived, give all archives with --archive: the proof then
-    begins with the first event, and has to come to the state that the ledger stored at its base.
+    or, with --expect, that one.
 
     A load under the operator's policy is checked again: its signature, and who approved it. Remarks are no
     findings: they name, for example, approvals that were bypassed.
 
-    Each FILE, a jsonl export or an archive, is verified by itself: its chain and its signed head. With
-    --data, its events are also compared with the ledger's. Use --key to check who signed.
+    Each FILE, a jsonl export, is verified by itself: its chain and its signed head. With --data,
+    its events are also compared with the ledger's. Use --key to check who signed.
 
-    With --ledger, a ledger in a PostgreSQL database is verified in the same way, with --archive, too; it has
-    no stored projections. A server's replica of it is in the server's --data.
+    With --ledger, a ledger in a PostgreSQL database is verified in the same way; it has no stored
+    projections. A server's replica of it is in the server's --data.
 
     With --store, the private copies that models are loaded from are hashed and compared with their names. The
     server may be running.
@@ -79,33 +71,25 @@ def verify(
     Exit code: 0 verified, 1 not verified, 2 if it cannot be decided.
     """
     from loadledger.cli.verification import VerifyResult, verify_ledger_and_files, verify_local_store
-    from server.auth.keys import expected_key
 
     if (files or address) and context.get_parameter_source("data") is not ParameterSource.COMMANDLINE:
         data = None
-    if data is None and not (files or archives or address):
+    if data is None and not (files or address):
         data = options.own_data()
     if address is not None and (data is not None or files or store):
-        raise click.UsageError("--ledger URL takes --archive, --key and --expect, and nothing else to verify")
-    if store and (data is None or archives or key or expected or files):
+        raise click.UsageError("--ledger URL takes --expect, and nothing else to verify")
+    if store and (data is None or key or expected or files):
         raise click.UsageError("--store takes --data DIR, and nothing else to verify beside it")
-    if archives and data is None and address is None:
-        raise click.UsageError(
-            "--archive belongs to a ledger, in --data or --ledger; to verify an archive by itself, name it "
-            "as FILE"
-        )
-    if key is not None and not (files or archives):
-        raise click.UsageError("--key is for signed files: name them as FILE, or with --archive")
+    if key is not None and not files:
+        raise click.UsageError("--key is for signed files: name them as FILE")
     checked: Any
     if data is not None and store:
         checked = verify_local_store(data)
     elif address is not None:
-        wanted = None if key is None else expected_key(key)
-        found = _import_database().verify_address(address, expected, archives, wanted)
-        checked = VerifyResult(found, (), wanted)
+        checked = VerifyResult(_import_database().verify_address(address, expected), (), None)
     else:
         ledger = None if data is None else _ledger_in(data)
-        checked = verify_ledger_and_files(ledger, archives, files, key, expected)
+        checked = verify_ledger_and_files(ledger, files, key, expected)
     output.print_result(checked.members(), checked.lines(), as_json=as_json)
     sys.exit(0 if checked.verified else output.NEGATIVE_RESULT)
 
@@ -117,7 +101,6 @@ def verify(
     type=options.MOMENT,
     help="Last event to fold: a position, or a time like 10m (ago) or 14:02. [default: the head]",
 )
-@_archive_option("An archive of this ledger; give all of them, in any order. May be repeated.")
 @click.option("--model", "model_id", metavar="ID", help="Only this model and its jobs.")
 @options.json_option
 @click.option(
@@ -129,7 +112,6 @@ def verify(
 def replay(
     data: Path,
     until: str | None,
-    archives: tuple[Path, ...],
     model_id: str | None,
     *,
     as_json: bool,
@@ -137,23 +119,20 @@ def replay(
 ) -> None:
     """Replay the log and print the state at a moment.
 
-    The state is the models and the unended jobs. It comes from the log alone; if events were archived, it
-    starts from the state stored then. With --archive it starts from the archives, and --until may lie before
-    the log's first event. With --rebuild, the exit code is 1 if the stored projections differed.
+    The state is the models and the unended jobs. It comes from the log alone. With --rebuild, the
+    exit code is 1 if the stored projections differed.
     """
-    if rebuilds and (until is not None or model_id is not None or archives):
-        raise click.UsageError("--rebuild takes the whole log: leave out --until, --model and --archive")
+    if rebuilds and (until is not None or model_id is not None):
+        raise click.UsageError("--rebuild takes the whole log: leave out --until and --model")
     ledger = _ledger_in(data)
     if rebuilds:
         _rebuild(data, ledger, as_json=as_json)
     else:
-        state = _replay_state(ledger, until, model_id, archives)
+        state = _replay_state(ledger, until, model_id)
         output.print_result(state, _state_lines(state), as_json=as_json)
 
 
-def _replay_state(
-    path: Path, until: str | None, model_id: str | None, archives: Sequence[Path]
-) -> dict[str, Any]:
+def _replay_state(path: Path, until: str | None, model_id: str | None) -> dict[str, Any]:
     """Return the state at a moment, in the form of the management API."""
     from events.audit.replay import replay
     from events.history import describe_model
@@ -163,7 +142,7 @@ def _replay_state(
     from server.api.timetravel import as_of
 
     with open_read_only(path) as ledger:
-        moment, state = replay(ledger, until, archives)
+        moment, state = replay(ledger, until)
     active = state.active()
     ids = [each for each in sorted(state.models) if model_id in (None, each)]
     return {
@@ -227,10 +206,10 @@ def _rebuild(data: Path, path: Path, *, as_json: bool) -> None:
 @click.option(
     "--format", "form", type=click.Choice(["jsonl", "cloudevents"]), default="jsonl", help="Output format."
 )
-@click.option("--after", type=click.IntRange(min=0), help="Only events after this position.")
+@click.option("--after", type=click.IntRange(min=0), default=0, help="Only events after this position.")
 @click.option("--until", type=click.IntRange(min=0), help="Only events up to this position.")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False, allow_dash=True), default="-")
-def export_events(data: Path, form: str, after: int | None, until: int | None, file: Path) -> None:
+def export_events(data: Path, form: str, after: int, until: int | None, file: Path) -> None:
     """Export events as lines.
 
     They go to FILE, which is replaced, or standard output, and end with a signed head. The server may be
@@ -255,69 +234,6 @@ def export_events(data: Path, form: str, after: int | None, until: int | None, f
         return
     with output.cleaned_up_after_signals(), write_file(file, replace=True) as target:
         target.writelines(exported)
-
-
-@click.command()
-@options.data_option
-@click.option(
-    "--before",
-    type=options.MOMENT,
-    required=True,
-    help="Archive events below this position, or before a time like 90d (ago) or 2026-01-31.",
-)
-@click.option(
-    "--ledger",
-    "address",
-    metavar="URL",
-    help="Archive the ledger in this PostgreSQL database, as the role that owns it: "
-    "postgresql://OWNER@HOST/DATABASE. The key in --data signs.",
-)
-@options.json_option
-@click.argument("file", type=_FILE)
-def archive(data: Path, before: str, address: str | None, file: Path, *, as_json: bool) -> None:
-    """Move the oldest events to a compressed file that proves itself.
-
-    FILE is a signed export, compressed. Stop the server first. The log then begins after the archived events,
-    and the hash chain continues. Jobs that had ended by then go too, except those behind loaded models.
-
-    With --ledger, servers may be running, also that of --data.
-    """
-    from events.files import refuse_own
-    from events.sqlite.datalock import LEDGER
-    from events.sqlite.readonly import wants_wal
-    from server.auth.keys import open_signer
-
-    if address is None:
-        _ledger_in(data)
-    sign = open_signer(data)
-    refuse_own(file, data)
-    with output.cleaned_up_after_signals():
-        if address is None:
-            done = _archive_file(data, before, file, sign)
-        else:
-            done = _import_database().archive_database(address, data, before, file, sign)
-    first, last, sha256 = done.after.position + 1, done.proved.position, done.sha256.hex()
-    output.print_result(
-        {"first_position": first, "last_position": last, "sha256": sha256},
-        [f"archived: positions {first} to {last}", f"sha256 of {file.name}: {sha256}"],
-        as_json=as_json,
-    )
-    if address is None and wants_wal(data / LEDGER):
-        output.print_note(
-            "ledger.db is being read, so it could not shrink; ledger.db-wal belongs to it: copy both with "
-            "`loadledger backup`"
-        )
-
-
-def _archive_file(data: Path, before: str, file: Path, sign: Any) -> Any:
-    """Archive the ledger of a data directory whose server is stopped."""
-    from events.audit.archive import archive
-    from events.sqlite.datalock import lock_data, lock_ledger, refuse_replica
-
-    ledger = _ledger_in(data)
-    with lock_data(data), lock_ledger(ledger):
-        refuse_replica(data)
-        return archive(ledger, before, file, sign, datetime.now(UTC))
 
 
 @click.command()

@@ -49,7 +49,6 @@ SECTIONS = {
         "verify": "loadledger.cli.ledger:verify",
         "replay": "loadledger.cli.ledger:replay",
         "export": "loadledger.cli.ledger:export_events",
-        "archive": "loadledger.cli.ledger:archive",
         "backup": "loadledger.cli.ledger:backup",
         "migrate": "loadledger.cli.ledger:migrate",
         "discard": "loadledger.cli.ledger:discard",

@@ -214,7 +214,7 @@ def _to_name(part: str) -> str:
 @click.option(
     "--accept-rollback",
     is_flag=True,
-    help="Serve a ledger that does not contain the last signed head, as after restoring a backup; recorded.",
+    help="Serve a ledger without the last signed head, as after a restore, or a new ledger; recorded.",
 )
 def serve(*, accept_rollback: bool, **flags: str | None) -> None:
     """Run the server until SIGTERM.

@@ -23,26 +23,17 @@ from runtime.store.store import verify_store
 from server.auth.keys import KeyProblem, expected_key, open_signer
 
 
-def format_audit(found: Audit, files: Sequence[FileAudit] = (), *, key: str | None = None) -> list[str]:
-    """Return a ledger's audit as lines of text.
-
-    Args:
-        found: the audit.
-        files: that were compared with the ledger.
-        key: the id of the archives' expected key.
-    """
+def format_audit(found: Audit, files: Sequence[FileAudit] = ()) -> list[str]:
+    """Return a ledger's audit as lines of text; `files` were compared with the ledger."""
     verification, finding = found.verification, found.finding
     head = f"{verification.position}:{verification.hash.hex()}"
     if finding is not None:
         return list(_finding_lines(found, finding, head))
-    lines = [f"verified: {verification.events} events after position {found.base.position}", f"head: {head}"]
+    lines = [f"verified: {count_of(verification.position, 'event')}", f"head: {head}"]
     if not verification.compared:
         lines.append("not compared: the stored projections, made by another release; `serve` rebuilds them")
     lines += [f"matches the ledger: {format_filename(each.path)}" for each in files if not each.finding]
-    lines += _remark_lines(verification.remarks)
-    if not found.behind:
-        return lines + [f"for a whole proof, add: {each}" for each in found.archives]
-    return [*lines, *_archive_lines(found.behind, key)]
+    return [*lines, *_remark_lines(verification.remarks)]
 
 
 def _finding_lines(found: Audit, finding: Finding, head: str) -> Iterator[str]:
@@ -64,30 +55,17 @@ def _remark_lines(remarks: Sequence[Remark]) -> Iterator[str]:
         yield f"only the first {MAX_REMARKS} remarks are listed"
 
 
-def _archive_lines(behind: Sequence[FileAudit], key: str | None) -> Iterator[str]:
-    for file in behind:
-        positions = f"{file.after.position + 1} to {file.proved.position}"
-        yield f"archive: positions {positions}, {format_filename(file.path)}"
-    for signer in dict.fromkeys(map(_signer_id, behind)):
-        yield f"the archives are {_describe_signature(signer, key)}"
-    yield "proved from the first event: the archives lead to the state at the log's base"
-
-
 def _format_file_audit(file: FileAudit, *, key: str | None = None) -> list[str]:
     name, end = format_filename(file.path), f"{file.proved.position}:{file.proved.hash.hex()}"
     if file.finding is not None:
         return [f"{name}: {_describe_finding('', file.finding)}", f"{name}: proved up to: {end}"]
+    signer = _signer_id(file)
+    signed = f"key {signer}; use --key to check who owns it" if key is None else f"expected key {signer}"
     return [
         f"{name}: verified: {file.events} events after position {file.after.position}",
         f"{name}: head: {end}",
-        f"{name}: {_describe_signature(_signer_id(file), key)}",
+        f"{name}: signed by the {signed}",
     ]
-
-
-def _describe_signature(signer: str, key: str | None) -> str:
-    if key is not None:
-        return f"signed by the expected key {signer}"
-    return f"signed by the key {signer}; use --key to check who owns it"
 
 
 def _signer_id(file: FileAudit) -> str:
@@ -99,15 +77,11 @@ def audit_members(found: Audit) -> dict[str, Any]:
     verification, finding = found.verification, found.finding
     return {
         "verified": finding is None,
-        "events": verification.events,
         "position": verification.position,
         "hash": verification.hash.hex(),
-        "base": _base(found.base),
         "integrity": found.damage or "ok",
         "projections_compared": verification.compared,
         "finding": _finding(finding, found.at),
-        "archives": [each._asdict() for each in found.archives],
-        "proved_after": 0 if found.behind else found.base.position,
         "remarks": [asdict(each) for each in verification.remarks],
     }
 
@@ -119,19 +93,14 @@ def _file_members(file: FileAudit, *, key: str | None = None) -> dict[str, Any]:
         "file": str(file.path),
         "verified": file.finding is None,
         "events": file.events,
-        "after": _base(file.after),
+        "after": {"position": file.after.position, "hash": file.after.hash.hex()},
         "position": file.proved.position,
         "hash": file.proved.hash.hex(),
         "recorded_at": head and (head.statement.recorded_at or None),
         "key_id": signer or None,
         "key_expected": signer == key if signer and key else None,
-        "sha256": file.sha256.hex() or None,
         "finding": _finding(file.finding, file.path),
     }
-
-
-def _base(base: Anchor) -> dict[str, Any]:
-    return {"position": base.position, "hash": base.hash.hex()}
 
 
 def _finding(finding: Finding | None, at: Path | None) -> dict[str, Any] | None:
@@ -159,25 +128,20 @@ class VerifyResult:
         return all(finding is None for finding in (*found, self.ledger and self.ledger.finding))
 
     def lines(self) -> list[str]:
-        lines = [] if self.ledger is None else format_audit(self.ledger, self.files, key=self.key)
+        lines = [] if self.ledger is None else format_audit(self.ledger, self.files)
         return lines + [line for file in self.files for line in _format_file_audit(file, key=self.key)]
 
     def members(self) -> dict[str, Any]:
         """Return the result as JSON members; those of the ledger only if there was one."""
-        behind = self.ledger.behind if self.ledger else ()
-        files = [_file_members(each, key=self.key) for each in (*behind, *self.files)]
+        files = [_file_members(each, key=self.key) for each in self.files]
         of_ledger = {} if self.ledger is None else audit_members(self.ledger)
         return {**of_ledger, "verified": self.verified, "files": files}
 
 
 def verify_ledger_and_files(
-    ledger: Path | None,
-    archives: Sequence[Path],
-    files: Sequence[Path],
-    key: str | None,
-    expected: Anchor | None,
+    ledger: Path | None, files: Sequence[Path], key: str | None, expected: Anchor | None
 ) -> VerifyResult:
-    """Verify a ledger with its archives, files by themselves, or both against each other.
+    """Verify a ledger, files by themselves, or both against each other.
 
     The expected `key` is an id or a file. The ledger, or without one a file, has to contain
     the anchor `expected`.
@@ -195,7 +159,7 @@ def verify_ledger_and_files(
         kept = None
         with suppress(KeyProblem):  # a folder without the ledger's key is no data directory, but has a copy
             kept = ledger.parent, open_signer(ledger.parent).public_key
-        found = audit(ledger, expected, archives=archives, key=wanted, files=sound, kept_in=kept)
+        found = audit(ledger, expected, files=sound, kept_in=kept)
         return VerifyResult(found, checked, wanted)
     if expected is not None and not any(each.has_expected or each.finding for each in checked):
         raise NothingThere(f"none of these files has position {expected.position}: name one that has it")

@@ -9,17 +9,6 @@ CREATE TABLE events (
 -- A request's id is its job's: with a second one, signatures in the log would count for another load.
 CREATE UNIQUE INDEX events_by_id ON events ((replace(body, '\u0000', '\u0001')::json ->> 'id'));
 
--- Where the chain begins: the last archived event, at first position 0 and 32 zero bytes. state_sha256 is of the lines
--- "kind key body" of base_state, sorted by kind and key (COLLATE "C"): at first of none.
-CREATE TABLE base (
-  one boolean PRIMARY KEY DEFAULT true CHECK (one),
-  position bigint NOT NULL CHECK (position >= 0),
-  hash bytea NOT NULL CHECK (octet_length(hash) = 32),
-  state_sha256 bytea NOT NULL CHECK (octet_length(state_sha256) = 32)
-);
-
-INSERT INTO base (position, hash, state_sha256) VALUES (0, decode(repeat('00', 32), 'hex'), sha256(''));
-
 -- The last event. Its row is the lock that puts appends in order.
 CREATE TABLE head (
   one boolean PRIMARY KEY DEFAULT true CHECK (one),
@@ -28,23 +17,7 @@ CREATE TABLE head (
   recorded_at text NOT NULL
 );
 
-INSERT INTO head (position, hash, recorded_at) SELECT position, hash, '' FROM base;
-
--- The files that have the archived events, each by its last position and the time of that event.
-CREATE TABLE archives (
-  last_position bigint PRIMARY KEY,
-  recorded_at text NOT NULL,
-  file text NOT NULL
-);
-
--- The state at the base, which stands for archived events: models, jobs, tokens and nodes as replicas store them. The
--- key of a job is the position at which it was created, in 19 digits.
-CREATE TABLE base_state (
-  kind text NOT NULL,
-  key text NOT NULL,
-  body text NOT NULL,
-  PRIMARY KEY (kind, key)
-);
+INSERT INTO head (position, hash, recorded_at) VALUES (0, decode(repeat('00', 32), 'hex'), '');
 
 -- The servers of this ledger, as their renewals say; what they are and have is in the events. A node's facts are taken
 -- while its epoch lasts. Only this database's clock says that a node is late. `instance` names the process that joined.
@@ -65,12 +38,9 @@ BEGIN
 END
 $$;
 
--- `loadledger archive` lifts them for its transaction. To disable them would lock the table, and keep servers waiting.
+-- `loadledger discard` lifts it for its transaction. To disable it would lock the table, and keep servers waiting.
 CREATE TRIGGER events_never_change BEFORE UPDATE OR DELETE OR TRUNCATE ON events
-WHEN (current_setting('loadledger.archiving', true) IS DISTINCT FROM 'on') EXECUTE FUNCTION refuse_change();
-
-CREATE TRIGGER base_never_changes BEFORE UPDATE OR DELETE OR TRUNCATE ON base
-WHEN (current_setting('loadledger.archiving', true) IS DISTINCT FROM 'on') EXECUTE FUNCTION refuse_change();
+WHEN (current_setting('loadledger.discarding', true) IS DISTINCT FROM 'on') EXECUTE FUNCTION refuse_change();
 
 -- Append events after a head, in one transaction: 'appended', or 'moved' if the head is another one.
 -- Raises LL001 if the epoch of the node that appends is over, LL002 if the events say that a node is lost which is not

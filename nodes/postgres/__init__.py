@@ -1,6 +1,6 @@
 """The ledger of several servers in PostgreSQL; each keeps a replica in SQLite, from which all is read.
 
-The database has the events, their head and their base: it puts appends in order and makes them durable. Its
+The database has the events and their head: it puts appends in order and makes them durable. Its
 one way in is the function `append` (migrations/postgres), which the server's role may call; only the owner's
 role, by command, may change the schema. See `docs/decisions/0054`.
 
@@ -11,6 +11,5 @@ unless a docstring says otherwise.
 - `schema`: migrations by the owner, and what a server checks before it uses a database
 - `log`: the writer's log: catching up with other servers, deciding anew what they changed
 - `storage`: `Storage` for the writer: append in the database, then store in the replica
-- `bases`: where the log begins: read it, and move it after archiving
 - `transfer`: a ledger into an empty database, and out of one
 """

@@ -21,7 +21,6 @@ from events.sqlite.datalock import LEDGER, mark_replica
 from events.sqlite.storage import Database
 from events.state import Changes, KnownRequests
 from events.storage import LogHead, Row, StorageError, StoredLedger
-from nodes.postgres.bases import read_stored_base
 from nodes.postgres.connection import (
     NO_LIMIT_S,
     Connection,
@@ -99,11 +98,8 @@ class ReplicatedStorage:
     async def open(self) -> StoredLedger:
         """Open the replica, connect, and read what the replica has; the caller then catches up.
 
-        A replica that is empty begins at the database's base.
-
         Raises:
             LedgerForked: `ledger_forked`, the database does not have the replica's head.
-            LedgerDamaged: `ledger_damaged`, the state at the database's base is not what archiving wrote.
             LedgerProblem: `schema_missing`, `schema_outdated`, `future_schema`, `foreign_database`,
                 `unsafe_role`.
             LogUnavailable: `log_unavailable`, the replica or the database cannot be opened.
@@ -114,8 +110,6 @@ class ReplicatedStorage:
         try:
             self._connection = await connect(self._address)
             await self._prepare(self._connection)
-            if stored.head.position == 0:
-                stored = await self._start_at_base(self._connection, stored)
         except StorageError as error:
             self._cut()
             raise LogUnavailable(f"the ledger cannot be opened: {error}") from error
@@ -138,17 +132,6 @@ class ReplicatedStorage:
             self._clock.offset = await measure_clock(connection)
         shown = describe_address(self._address)
         _log.info("the ledger is in %s; %s", shown, await describe_durability(connection))
-
-    async def _start_at_base(self, connection: Connection, stored: StoredLedger) -> StoredLedger:
-        """Begin an empty replica at the database's base, whose state replaces archived events.
-
-        Raises:
-            LedgerDamaged: `ledger_damaged`, the state there is not what archiving wrote.
-        """
-        with translated_errors("could not be read"):
-            async with connection.transaction(isolation="repeatable_read", readonly=True):
-                base = await read_stored_base(connection)
-        return await self._replica.start_at_base(base) if base.base.position else stored
 
     def _heard(self, connection: object, pid: int, _channel: str, _payload: object) -> None:
         """Note that another server has appended; this one knows what it appended itself."""
@@ -188,7 +171,6 @@ class ReplicatedStorage:
 
         Raises:
             LedgerForked: `ledger_forked`, the database has another event there, or none.
-            LogUnavailable: `log_unavailable`, the next events were archived.
         """
         self._is_notified, self._read_s = False, time.monotonic()
         with translated_errors("could not be read"):
@@ -213,16 +195,7 @@ class ReplicatedStorage:
         return rows
 
     async def _check_end(self, head: LogHead) -> None:
-        found = await self._connected.fetchrow(
-            "SELECT head.position, head.hash, base.position FROM head, base"
-        )
-        position, digest, base = found or (-1, b"", 0)
-        if base > head.position:
-            raise LogUnavailable(
-                f"events after position {head.position} were archived, up to {base}, before this server read "
-                f"them: move {self._data / LEDGER} away, with its -wal and -shm, and start again; the server "
-                "then begins at that base, or with the backup of another server's that you put there"
-            )
+        position, digest = await self._connected.fetchrow("SELECT position, hash FROM head") or (-1, b"")
         if position < head.position or (position == head.position and digest != head.hash):
             raise forked(self._address, head)
 

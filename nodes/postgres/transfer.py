@@ -1,4 +1,4 @@
-"""A whole ledger into an empty database, to migrate it there, and out of one, to verify or archive it."""
+"""A whole ledger into an empty database, to migrate it there, and out of one, to verify it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from events.clock import format_timestamp, uuid7
-from events.codec import decode_event
+from events.codec import GENESIS, decode_event
 from events.errors import LedgerProblem, LogUnavailable
 from events.log import encode_drafts
 from events.nodes import Node
-from events.sqlite.queries import LAST
-from events.storage import LogHead, RawRow, Row, StorageError, StoredBase
-from events.types import Anchor, Draft, EventsDiscarded
-from nodes.postgres.bases import LIFT_TRIGGERS, move_base, read_stored_base, write_stored_base
+from events.storage import LogHead, RawRow, Row, StorageError
+from events.types import Draft, EventsDiscarded
 from nodes.postgres.connection import Connection, close, connect, translated_errors
 from nodes.postgres.schema import check_owner, check_schema
 
@@ -27,7 +25,10 @@ _OF_COMMANDS = {
     "lock_timeout": "10s",
     "idle_in_transaction_session_timeout": "0",
 }
-"""Settings of a command's session, which reads, copies or deletes a whole ledger."""
+"""Settings of a command's session, which reads or copies a whole ledger."""
+
+_LIFT_TRIGGER = "SELECT set_config('loadledger.discarding', 'on', true)"
+"""Let events be deleted until the transaction ends, in this session alone (migrations/postgres)."""
 
 FIRST_LEASE_S = 10.0
 """Lease of a node that is present when its ledger is copied: that of `--lease-s` as it is by default."""
@@ -41,7 +42,6 @@ class LedgerNotEmpty(LedgerProblem):
 
 async def copy_ledger_in(
     connection: Connection,
-    stored: StoredBase,
     rows: Iterable[Row],
     head: LogHead,
     nodes: Iterable[Node] = (),
@@ -52,7 +52,6 @@ async def copy_ledger_in(
 
     Args:
         connection: of the schema's owner, without a limit for a statement.
-        stored: where its log begins.
         rows: all its events, in order.
         head: the last of them.
         nodes: of a replica: those that are present get a lease, after which they can be declared lost.
@@ -68,7 +67,6 @@ async def copy_ledger_in(
                 "SELECT EXISTS (SELECT FROM events)"
             ):
                 raise LedgerNotEmpty
-            await write_stored_base(connection, stored)
             await connection.copy_records_to_table(
                 "events",
                 records=((row.position, row.body, row.hash) for row in rows),
@@ -107,12 +105,12 @@ async def discard_end(
                 "SELECT position, body, hash FROM events WHERE position >= $1 ORDER BY position", first - 1
             )
             rows = [Row(position, body, digest) for position, body, digest in found]
-            if rows[0].position == first:  # behind the base
-                rows.insert(0, Row(first - 1, "", await connection.fetchval("SELECT hash FROM base")))
+            if first == 1:
+                rows.insert(0, Row(0, "", GENESIS))
             [last, *removed] = rows
             keep(removed)
             before = decode_event(last.body).recorded_at if last.body else ""
-            await connection.execute(LIFT_TRIGGERS)
+            await connection.execute(_LIFT_TRIGGER)
             await connection.execute("DELETE FROM events WHERE position >= $1", first)
             await connection.execute(
                 "UPDATE head SET position = $1, hash = $2, recorded_at = $3", last.position, last.hash, before
@@ -132,7 +130,7 @@ async def discard_end(
 
 
 class DatabaseLedger:
-    """A ledger in a database for commands, which wait for each statement; it can be cut.
+    """A ledger in a database for commands, which wait for each statement.
 
     Attributes:
         connection: without a limit for a statement.
@@ -158,38 +156,20 @@ class DatabaseLedger:
         self.run(check_schema(self.connection))
         self.run(check_owner(self.connection))
 
-    def stored_base(self) -> StoredBase:
-        return self.run(read_stored_base(self.connection))
-
     def head(self) -> LogHead:
         return LogHead(*(self._fetch("SELECT position, hash, recorded_at FROM head") or [()])[0])
 
-    def hash_at(self, position: int) -> bytes | None:
-        found = self._fetch(
-            "SELECT hash FROM events WHERE position = $1 UNION ALL SELECT hash FROM base WHERE position = $1",
-            position,
-        )
-        return bytes(found[0][0]) if found else None
-
-    def raw_rows(self, after: int = -1, until: int = LAST) -> Iterator[RawRow]:
-        """Yield positions, bodies and hashes of the events after one position up to another."""
+    def raw_rows(self) -> Iterator[RawRow]:
+        """Yield positions, bodies and hashes of all events."""
+        after = -1
         while found := self._fetch(
             "SELECT position, convert_to(body, 'UTF8'), hash FROM events"
-            " WHERE position > $1 AND position <= $2 ORDER BY position LIMIT $3",
+            " WHERE position > $1 ORDER BY position LIMIT $2",
             after,
-            until,
             PAGE,
         ):
             yield from ((position, body, digest) for position, body, digest in found)
             after = found[-1][0]
-
-    def rows(self, after: int, until: int = LAST) -> Iterator[Row]:
-        return (
-            Row(position, body.decode(), digest) for position, body, digest in self.raw_rows(after, until)
-        )
-
-    def cut(self, before: Anchor, stored: StoredBase) -> None:
-        self.run(move_base(self.connection, before, stored))
 
     def _fetch(self, query: str, *values: object) -> list[Sequence[Any]]:
         async def fetch() -> list[Sequence[Any]]:
@@ -201,7 +181,7 @@ class DatabaseLedger:
 
 @contextmanager
 def open_database(address: str) -> Iterator[DatabaseLedger]:
-    """Connect to a database for a command, which reads, copies or deletes a whole ledger.
+    """Connect to a database for a command, which reads or copies a whole ledger.
 
     Raises:
         LogUnavailable: `log_unavailable`, here or in the block, the database refuses, or does not answer.

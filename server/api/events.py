@@ -11,7 +11,6 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from aiohttp import hdrs, web
@@ -21,16 +20,13 @@ from events.audit.kepthead import HeadKeeper
 from events.audit.signing import HeadSigner, SignedHead, Statement, key_id
 from events.log import Log
 from events.sqlite.listing import EventFilter, EventQuery, open_reader
-from events.sqlite.queries import read_base
-from events.sqlite.readonly import open_read_only
 from events.sqlite.timetravel import parse_moment
 from events.tail import Tails
-from events.types import TYPES, Anchor
+from events.types import TYPES
 from server.api.schemas import A_MOMENT, AnswerSchema, PageQuerySchema, about
 from server.api.stream import NDJSON, SSE, STAGE, EventStream, Stages, Streams, chosen_form
 from server.appkeys import CONFIG, GATE, LIVE_JOBS, LOG, READER, STREAMS
 from server.auth.gate import PRINCIPAL
-from server.auth.keys import open_signer
 from server.http.validation import NothingSchema, ParameterInteger, header_fields, query_parameters
 from server.routing import Access, Routes
 
@@ -111,7 +107,6 @@ class EventListSchema(AnswerSchema):
 
     events = fields.List(fields.Nested(EventSchema))
     as_of = fields.Integer(**about("The position that the page reflects; a stream can start there."))
-    oldest = fields.Integer(**about("Position of the oldest event that is not archived."))
     next_cursor = fields.Integer(
         allow_none=True, **about("`after` or `before` of the next page; null on the last page.")
     )
@@ -125,13 +120,13 @@ class EventListSchema(AnswerSchema):
     "A page may have fewer events than its limit although others follow: see `next_cursor`.",
     query=EventsQuerySchema(),
     answers={200: (EventListSchema(), "One page.")},
-    errors=("beyond_head", "archived", "log_unavailable"),
+    errors=("beyond_head", "log_unavailable"),
 )
 async def list_events(request: web.Request) -> web.Response:
     query = query_parameters(request)
     await request.app[LOG].reach(query["after"] or 0)
     page = await request.app[READER].event_page(_event_query(query))
-    about = {"as_of": page.as_of, "oldest": page.base + 1, "next_cursor": page.next_cursor}
+    about = {"as_of": page.as_of, "next_cursor": page.next_cursor}
     lines = b",".join(event.line for event in page.items)
     body = b'{"events":[%b],%b' % (lines, json.dumps(about)[1:].encode())
     return web.Response(body=body, content_type="application/json")
@@ -224,7 +219,7 @@ class LastEventIdSchema(Schema):
             },
         }
     },
-    errors=("beyond_head", "archived", "too_many_streams", "log_unavailable"),
+    errors=("beyond_head", "too_many_streams", "log_unavailable"),
 )
 async def stream_events(request: web.Request) -> web.StreamResponse:
     """Answer with a stream; errors are answered before it begins."""
@@ -271,20 +266,12 @@ async def open_streams(app: web.Application) -> AsyncIterator[None]:
         await asyncio.wait(streams.tasks.values())
 
 
-class BaseSchema(AnswerSchema):
-    """The last archived event; the log begins after it."""
-
-    position = fields.Integer(**about("0 if nothing is archived."))
-    hash = fields.String(**about("Hexadecimal."))
-
-
 class HeadSchema(AnswerSchema):
     """The signed head; docs/verify-it-yourself.md describes the signed text."""
 
     position = fields.Integer()
     hash = fields.String(**about("Hexadecimal."))
     recorded_at = fields.String(allow_none=True)
-    base = fields.Nested(BaseSchema)
     algorithm = fields.String(**about("Ed25519."))
     key_id = fields.String(**about("32 hexadecimal digits of the public key's SHA-256."))
     public_key = fields.String(**about("DER (RFC 8410) in base64."))
@@ -293,10 +280,9 @@ class HeadSchema(AnswerSchema):
 
 @dataclass(frozen=True, slots=True)
 class Prover:
-    """Signs heads of this ledger; its base does not move while a server runs."""
+    """Signs heads of this ledger."""
 
     signer: HeadSigner
-    base: Anchor
 
     @property
     def node(self) -> str:
@@ -306,25 +292,11 @@ class Prover:
     def head(self, log: Log) -> SignedHead:
         """Sign the writer's head, which moves only after its events are durable."""
         head = log.head
-        return self.signer(Statement(head.position, head.hash, head.recorded_at, self.base))
+        return self.signer(Statement(head.position, head.hash, head.recorded_at))
 
 
 PROVER = web.AppKey("prover", Prover)
 HEAD_KEEPER = web.AppKey("head_keeper", HeadKeeper)
-
-
-async def open_prover(data: Path, ledger: Path) -> Prover:
-    """Return the signer of heads.
-
-    Raises:
-        KeyProblem: the ledger's key is unusable.
-    """
-
-    def read() -> Prover:
-        with open_read_only(ledger) as connection:
-            return Prover(open_signer(data), read_base(connection))
-
-    return await asyncio.to_thread(read)
 
 
 @routes.get(

@@ -53,7 +53,7 @@ class OverviewSchema(AnswerSchema):
     server_started = fields.Nested(
         EventSchema,
         allow_none=True,
-        **about("The last `ServerStarted`; null for those who may not read events, and if it is archived."),
+        **about("The last `ServerStarted`; null for those who may not read events."),
     )
     as_of = fields.Integer(**about("The position that the models reflect."))
 

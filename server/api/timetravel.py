@@ -22,7 +22,7 @@ TIME_TRAVEL = web.AppKey("time_travel", ReaderThread)
 """Reads the past, one query at a time, so that readers of the present do not wait."""
 
 
-PAST_ERRORS = ("beyond_head", "before_first_event", "archived", "log_unavailable")
+PAST_ERRORS = ("beyond_head", "before_first_event", "log_unavailable")
 """Codes of routes with `at`."""
 
 

@@ -95,8 +95,6 @@ class EventLogger:
                 _log.warning("events are logged later, the ledger cannot be read: %s", error)
                 await asyncio.sleep(RETRY_S)
                 return
-            if not events:  # archived meanwhile, and not logged
-                self._position = head
 
     async def _log_event(self, event: Event) -> None:
         behind, job = self._requests.behind.get(event.job_id or ""), None

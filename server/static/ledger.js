@@ -5,7 +5,7 @@ import { api, errorText, Latest } from "./api.js";
 import { summary, toneOf, TYPES } from "./eventtext.js";
 import { count, oneLine, plain } from "./format.js";
 import { address, href, replace } from "./router.js";
-import { advance, connection, epoch, head, oldest, subscribe } from "./state.js";
+import { advance, connection, epoch, head, subscribe } from "./state.js";
 import { Hint, html, PageHead, Refusal, Time, useEffect, useMemo, useRef, useRequest, useRetry, useState } from "./ui.js";
 
 const PAGE = 50;
@@ -61,7 +61,6 @@ export function useEvents(filters, isFollowing = true) {
     const query = new URLSearchParams({ before: before ?? Number.MAX_SAFE_INTEGER, limit: PAGE });
     for (const [name, value] of Object.entries(filters)) if (value) query.set(name, value);
     latest.request((signal) => api.get(`/api/v1/events?${query}`, { signal }), (page) => {
-      oldest.value = page.oldest;
       advance(page.as_of);
       setShown((present) => (before === null ? withNewest(present, page, filters) : withOlder(present, page)));
     }, (error) => setShown((present) => ({ ...present, error })));

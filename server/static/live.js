@@ -15,7 +15,6 @@ const POLL_MS = 3000;
 const WITHOUT_STREAM_MS = 30_000; // how long it does without, where too many streams are open
 const LONGEST_TIMER_MS = 2 ** 31 - 1;
 const MOST_MISSED = 2000; // events that are caught up with; after more, the ledger is looked at anew
-const ANEW = ["archived", "beyond_head"]; // what was heard last is no place to go on from any more
 const RELIST_EVERY = 15; // looks: new versions in the repository are no events
 const DEBOUNCE_MS = 300; // between an event and the look at what it changed: many come together
 const SHARE = 3; // a look that takes long is followed by so much longer a pause: the server has other things to do
@@ -96,7 +95,7 @@ async function readStream(position, signal) {
   try {
     for await (const line of linesAfter(position, signal)) onLine(JSON.parse(line));
   } catch (error) {
-    if (ANEW.includes(error.code)) lastPosition = null;
+    if (error.code === "beyond_head") lastPosition = null; // it is another log's
     if (!(error instanceof Refusal) || !["forbidden", "too_many_streams"].includes(error.code)) throw error;
     if (error.code === "forbidden") follows = false; // the token said more than the server grants
     return state.connect("polled", errorText(error));

@@ -12,7 +12,6 @@ export const started = signal(null); // the last ServerStarted, for those who ma
 export const resources = signal(null);
 export const unanswered = signal(null); // loads whose requests get no answer: see findUnanswered
 export const head = signal(0); // the highest position that is known of
-export const oldest = signal(1); // the lowest position that is not archived
 export const epoch = signal(0); // changes where the ledger that was shown has to be looked at anew
 export const connection = signal({ mode: "connecting", since: serverNow(), why: "", retryAt: null });
 export const heardAt = signal(serverNow()); // when the server said something last

@@ -5,7 +5,7 @@ import { TrustBadges } from "./approvals.js";
 import { summary } from "./eventtext.js";
 import { broughtBack, clock, local, moment, oneLine, placesText, zone } from "./format.js";
 import { address, replace } from "./router.js";
-import { advance, head, oldest } from "./state.js";
+import { advance, head } from "./state.js";
 import { Cell, Files, html, Pill, Refusal, Row, useEffect, useRequest, useState } from "./ui.js";
 
 const MOST = 500; // models that are shown
@@ -58,15 +58,10 @@ async function fetchModels(at, signal) {
   return { ...first, models };
 }
 
-// The event at a position; null before all events, and where it is archived: what was so then is known all the same.
+// The event at a position; null before all events.
 async function fetchEvent(position, signal) {
   if (position === 0) return null;
-  try {
-    return (await api.get(`/api/v1/events?after=${position - 1}&limit=1`, { signal })).events[0];
-  } catch (error) {
-    if (error.code !== "archived") throw error;
-    return null;
-  }
+  return (await api.get(`/api/v1/events?after=${position - 1}&limit=1`, { signal })).events[0];
 }
 
 export function AsOf({ id, past: { answer, error } }) {
@@ -76,15 +71,15 @@ export function AsOf({ id, past: { answer, error } }) {
   const visitPlace = (place) => visit(place === Infinity ? null : String(Math.max(0, Math.floor(place))));
   const [wanted, setWanted] = useResting(position, visitPlace);
   const move = (place, end = head.value) => setWanted(place >= end ? Infinity : place); // the end is now, even if it moves on
-  const shown = Math.min(wanted, head.value), first = Math.max(0, oldest.value - 1), isNow = id === null;
+  const shown = Math.min(wanted, head.value), isNow = id === null;
   return html`
     <section id="past" class="panel past ${isNow ? "" : "then"}" aria-labelledby="past-title">
       <div class="head"><h3 id="past-title">As of</h3><p id="past-when" class="figures" aria-live="polite">${whenText(isNow, page, error)}</p></div>
       <div class="travel">
         <label for="past-slider" class="unseen">Position of the ledger</label>
-        <input id="past-slider" type="range" min=${first} max=${head.value} value=${shown}
+        <input id="past-slider" type="range" min="0" max=${head.value} value=${shown}
           aria-valuetext="position ${shown} of ${head.value}" onInput=${({ target }) => move(Number(target.value), Number(target.max))} />
-        <button type="button" disabled=${shown <= first} onClick=${() => move(shown - 1)}>◂ Before</button>
+        <button type="button" disabled=${shown === 0} onClick=${() => move(shown - 1)}>◂ Before</button>
         <button type="button" disabled=${shown >= head.value} onClick=${() => move(shown + 1)}>After ▸</button>
         <span class="pair"><label for="past-position">Position</label>
           <${Field} id="past-position" type="number" min="0" max=${head.value} inputmode="numeric" value=${shown}

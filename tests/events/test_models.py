@@ -723,5 +723,5 @@ def test_version_that_a_swap_goes_on_to_is_held() -> None:
     history.lose("a")
     model = history.model()
     assert (loads_of(history), model.target and model.target.load_job_id) == (["B"], "A2")
-    assert model.loads_behind == {"B", "A2"}
+    assert {each.load_job_id for each in model.held} == {"B", "A2"}
     assert "will be reloaded" in (find_use(history.state, model.id, 2) or "")

@@ -20,7 +20,6 @@ from events.audit.verify import verify
 from events.codec import encode_event
 from events.jobs import Job
 from events.models import Serving
-from events.registers import Registers
 from events.sqlite import queries, storage
 from events.sqlite.schema import connect
 from events.state import Entities, State, Transaction, has_turn
@@ -177,16 +176,8 @@ def test_entities_agree_with_state(events: list[Draft]) -> None:
     assert_entities_agree(fold(events).facts)
 
 
-def test_entities_agree_on_history_and_continue_anywhere() -> None:
+def test_entities_agree_on_history() -> None:
     assert_entities_agree(sample_history(rounds=3))
-    events = sample_history()
-    whole = Entities()
-    for middle, event in enumerate(events, 1):
-        whole.apply(event)
-        rest = Entities(whole.models.values(), whole.jobs.values(), Registers(whole.registers.tokens))
-        for later in events[middle:]:
-            rest.apply(later)
-        assert (len(rest.models), len(rest.jobs)) == (3, 1)
 
 
 def test_stop_keeps_queue_of_each_model() -> None:

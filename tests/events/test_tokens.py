@@ -1,25 +1,19 @@
-"""Issued and revoked tokens: decisions, the fold, and what restarts, archives and verification make of it."""
+"""Issued and revoked tokens: decisions, the fold, and what restarts and verification make of it."""
 
-from contextlib import closing
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 from support.history import START, at, opened, steady
-from support.ledgers import SIGN, change_ledger
+from support.ledgers import change_ledger
 
 from events.accept import accept
-from events.audit.archive import archive
-from events.audit.audit import audit
 from events.audit.verify import FindingKind, verify
 from events.clock import add_seconds
 from events.commands import Accepted, Command, Existing, Refused
 from events.registercommands import IssueToken, RevokeToken
 from events.registers import Registers
 from events.sqlite import storage
-from events.sqlite.bases import read_stored_base, state_at_base
-from events.sqlite.schema import connect
 from events.state import State, Transaction
 from events.tokens import (
     KEPT_S,
@@ -172,7 +166,7 @@ async def write(path: Path, *commands: Command, runs: bool = True) -> dict[str, 
         return dict(log.state.registers.tokens)
 
 
-async def test_revocation_survives_restart_archive_and_rebuild(tmp_path: Path) -> None:
+async def test_revocation_survives_restart_and_rebuild(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
     known = await write(path, ISSUE, RevokeToken("t1", "carol"), RevokeToken("idp", "carol", at(900)))
     assert [token.is_revoked for token in known.values()] == [True, True]
@@ -180,10 +174,6 @@ async def test_revocation_survives_restart_archive_and_rebuild(tmp_path: Path) -
     last = await write(path, IssueToken(other, "alice"))
     assert last == await write(path, runs=False)
     assert verify(path).verified
-    archive(path, "6", tmp_path / "old.gz", SIGN, START + timedelta(days=30))
-    with closing(connect(path)) as connection:
-        assert state_at_base(read_stored_base(connection)).registers.tokens == known
-    assert audit(path, archives=[tmp_path / "old.gz"]).finding is None
     change_ledger(path, "DELETE FROM tokens WHERE id = 't1'", "UPDATE tokens SET body = '{}'")
     assert len(storage.rebuild_file(path).differences) == 3
     assert await write(path, runs=False) == last
@@ -192,29 +182,20 @@ async def test_revocation_survives_restart_archive_and_rebuild(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("statement", "kind", "problem"),
+    ("statement", "problem"),
     [
-        ("DELETE FROM tokens", FindingKind.PROJECTIONS, "the stored tokens lack 't1'"),
-        ("UPDATE tokens SET body = replace(body, 'carol', 'dave')", FindingKind.PROJECTIONS, "tokens differ"),
-        (
-            "UPDATE base_state SET body = replace(body, 'bob', 'eve') WHERE kind = 'token'",
-            FindingKind.BASE,
-            "was changed",
-        ),
-        ("DELETE FROM base_state WHERE kind = 'token'", FindingKind.BASE, "was changed"),
+        ("DELETE FROM tokens", "the stored tokens lack 't1'"),
+        ("UPDATE tokens SET body = replace(body, 'carol', 'dave')", "tokens differ"),
     ],
 )
-async def test_changed_token_is_found(
-    tmp_path: Path, statement: str, kind: FindingKind, problem: str
-) -> None:
+async def test_changed_token_is_found(tmp_path: Path, statement: str, problem: str) -> None:
     path = tmp_path / "ledger.db"
     await write(path, ISSUE)
     await write(path, RevokeToken("t1", "carol"))
-    archive(path, "4", tmp_path / "old.gz", SIGN, START + timedelta(days=30))
     change_ledger(path, statement)
     finding = verify(path).finding
     assert finding is not None
-    assert finding.kind is kind
+    assert finding.kind is FindingKind.PROJECTIONS
     assert problem in finding.problem
 
 

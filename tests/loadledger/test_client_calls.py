@@ -15,7 +15,6 @@ from support.history import FEWER
 
 from loadledger import Client, errors
 from loadledger.errors import (
-    Archived,
     BadAnswer,
     Busy,
     ClientProblem,
@@ -375,13 +374,12 @@ def test_follow_begins_at_bookmark_or_after_list() -> None:
 @pytest.mark.parametrize(
     ("refusal", "kind"),
     [
-        (problem(410, "archived", oldest=9), Archived),
         (problem(400, "beyond_head"), ServerError),
         (problem(403, "forbidden"), errors.NotAllowed),
         (answer({}, 302, location="http://elsewhere"), ServerError),
         (answer({}), BadAnswer),
     ],
-    ids=["archived", "beyond", "forbidden", "redirect", "no stream"],
+    ids=["beyond", "forbidden", "redirect", "no stream"],
 )
 def test_permanent_refusal_ends_stream(before: list[Any], refusal: Any, kind: type[Exception]) -> None:
     with pytest.raises(kind):

@@ -20,7 +20,6 @@ from support.history import PLAIN
 
 import loadledger
 from loadledger import (
-    Archived,
     BadAnswer,
     Busy,
     ClientProblem,
@@ -135,14 +134,6 @@ def test_refusal_raises_by_status(status: int, kind: type[ServerError]) -> None:
     assert str(error) == f"the server answered {status}: because (some_code)"
 
 
-def test_archived_refusal_has_position_to_begin_at() -> None:
-    error = requests.decode_refusal(problem(410, "archived", oldest=9, head=20), ADDRESS)
-    assert isinstance(error, Archived)
-    assert (error.oldest, error.after) == (9, 8)
-    for oldest in (None, "9", True, -1, 1.5):
-        assert type(requests.decode_refusal(problem(410, "archived", oldest=oldest), ADDRESS)) is ServerError
-
-
 def test_retry_after_is_bounded_seconds() -> None:
     texts = ("7", " 0 ", "99999999999", "-1", "1.5", "soon", "")
     seconds = [requests.parse_retry_after({"retry-after": text}) for text in texts]
@@ -192,7 +183,6 @@ def check_line(text: str) -> None:
     [
         ServerUnreachable("http://a", "connection refused", sent=True),
         Busy(503, "log_unavailable", "no", retry_after_s=3.0),
-        requests.decode_refusal(problem(410, "archived", oldest=4), ADDRESS),
         JobFailed(Job(id="j", kind="load", model_id="m", status="failed")),
         JobUnfinished(Job(id="j", kind="load", model_id="m", status="pending"), 1.0),
         BadAnswer("no"),

@@ -8,32 +8,27 @@ import sqlite3
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import cache
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from msgspec.structs import replace
 
-from events.audit.archive import archive
 from events.audit.signing import HeadSigner
-from events.audit.verify import CheckedFold, Finding, FindingKind, raw_rows
+from events.audit.verify import Finding, FindingKind
 from events.codec import GENESIS, encode_event, hash_body
 from events.commands import Record
 from events.log import Log
-from events.sqlite import bases, queries
+from events.sqlite import queries
 from events.sqlite.schema import connect
 from events.sqlite.storage import Database
 from events.state import State, Transaction
-from events.storage import Row, StoredBase, digest_state
+from events.storage import Row
 from events.types import (
-    Anchor,
     Draft,
     Event,
-    Idempotency,
-    LoadRequested,
     Unknown,
 )
 from support import leaks
@@ -98,29 +93,20 @@ def sample_history(rounds: int = 1) -> list[Event]:
     return history.facts
 
 
-async def append_events(log: Log, events: Iterable[Event], *, key_at: int | None = None) -> None:
+async def append_events(log: Log, events: Iterable[Event]) -> None:
     for event in events:
         data = event.data
         assert not isinstance(data, Unknown)
-        if event.position == key_at and isinstance(data, LoadRequested):
-            data = replace(data, idempotency=Idempotency("ab" * 32, "cd" * 32))
         draft = Draft(
             event.id, data, event.actor, event.job_id, event.model_id, event.version, event.worker_id
         )
         await log.submit(Record((draft,)))
 
 
-async def write_ledger(
-    path: Path,
-    rounds: int = 1,
-    *,
-    stopped: bool = True,
-    key_at: int | None = None,
-    now: Callable[[], datetime] = lambda: START,
-) -> None:
+async def write_ledger(path: Path, rounds: int = 1, *, stopped: bool = True) -> None:
     """Write such a ledger, ended in order unless told otherwise."""
-    async with opened(path, **steady(now)) as log:
-        await append_events(log, sample_history(rounds), key_at=key_at)
+    async with opened(path, **steady(lambda: START)) as log:
+        await append_events(log, sample_history(rounds))
         if stopped:
             await log.server_stopped()
 
@@ -233,39 +219,6 @@ def write_and_be_killed(path: Path, events: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     assert run_forked(lambda: asyncio.run(write_events())) == -signal.SIGKILL
-
-
-def archive_before(path: Path, *positions: int, sign: HeadSigner = SIGN) -> list[Path]:
-    """Archive a ledger before each of these positions; return the files, each named by its position."""
-    files = [path.with_name(f"{position}.gz") for position in positions]
-    for position, file in zip(positions, files, strict=True):
-        archive(path, str(position), file, sign, START + timedelta(days=30))
-    return files
-
-
-def cut_off(connection: sqlite3.Connection, position: int) -> None:
-    """Take away the events up to a position, without an archive; the state there stands for them."""
-    fold = CheckedFold(Anchor(), State())
-    assert fold.follow(raw_rows(queries.read_rows(connection, 0, position))) is None
-    entities = bases.entities_of(fold.state())
-    stored = StoredBase(Anchor(position, fold.hash), digest_state(entities), entities)
-    with queries.transaction(connection):
-        bases.cut(connection, Anchor(), stored)
-
-
-@cache
-def _archived(ledger: bytes, *positions: int) -> dict[str, bytes]:
-    with copy_of(ledger) as path:
-        return {file.name: file.read_bytes() for file in (*archive_before(path, *positions), path)}
-
-
-@contextmanager
-def archived_copy(ledger: bytes, *positions: int) -> Iterator[tuple[Path, list[Path]]]:
-    with copy_of(b"") as path:
-        files = [path.with_name(name) for name in _archived(ledger, *positions)]
-        for file in files:
-            file.write_bytes(_archived(ledger, *positions)[file.name])
-        yield path, files[:-1]
 
 
 def place_of(finding: Finding | None) -> tuple[int, FindingKind]:

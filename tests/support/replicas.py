@@ -2,18 +2,14 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 
 from events.log import Log
-from events.sqlite.bases import read_stored_base as read_base_of_file
 from events.sqlite.queries import read_head, read_nodes, read_rows
 from events.sqlite.readonly import open_read_only
-from events.storage import StoredBase
-from nodes.postgres.bases import read_stored_base
 from nodes.postgres.connection import Connection, DatabaseClock, close, connect
 from nodes.postgres.log import SharedLog
 from nodes.postgres.schema import migrate
@@ -68,24 +64,17 @@ async def owned(database: Database) -> AsyncIterator[Connection]:
 
 async def copy_ledger(database: Database, path: Path) -> None:
     with open_read_only(path) as source:
-        stored, head = read_base_of_file(source), read_head(source)
-        rows = read_rows(source, stored.base.position, head.position)
+        head = read_head(source)
+        rows = read_rows(source, 0, head.position)
         async with owned(database) as connection:
-            await copy_ledger_in(connection, stored, rows, head, read_nodes(source))
-
-
-async def read_base(database: Database) -> StoredBase:
-    """Return where the ledger of a database begins; the parts of the state in the order of its digest."""
-    async with owned(database) as connection:
-        found = await read_stored_base(connection)
-    return replace(found, entities=tuple(sorted(found.entities)))
+            await copy_ledger_in(connection, rows, head, read_nodes(source))
 
 
 async def change(database: Database, *statements: str) -> None:
     """Change a ledger as only its owner can who means to: with the triggers off."""
     connection = await asyncpg.connect(database.owner_url)
     await connection.execute("SET search_path = loadledger")
-    await connection.execute("SET loadledger.archiving = on")
+    await connection.execute("SET loadledger.discarding = on")
     for statement in statements:
         await connection.execute(statement)
     await connection.close()

@@ -401,7 +401,9 @@ class Ledger:
             case LoadRequested(cause=Cause.DEMAND) if not self.state.queue(model_id):
                 is_loaded = model is not None and model.serving is not None
                 assert is_loaded or self._chosen.get(model_id, draft.version) == draft.version
-            case LoadJoined() if model is not None and draft.job_id in model.loads_behind:
+            case LoadJoined() if model is not None and draft.job_id in {
+                each.load_job_id for each in model.held
+            }:
                 self._chosen[model_id] = draft.version
             case ModelLoaded() | ModelSettingsChanged() if job is not None and job.cause is Cause.REQUEST:
                 self._chosen[model_id] = job.version

@@ -25,6 +25,7 @@ GUIDES = {
     "docs/how-to/find-out-what-is-wrong.md": 6,
     "docs/how-to/fit-many-models-in-little-memory.md": 5,
     "docs/how-to/get-a-model-into-onnx.md": 5,
+    "docs/how-to/keep-a-ledger-for-years.md": 4,
     "docs/how-to/run-behind-an-identity-provider.md": 4,
     "docs/how-to/sign-and-approve-models.md": 7,
     "docs/how-to/swap-without-downtime.md": 6,
@@ -40,10 +41,10 @@ STANDING = {
     "docs/models.md": ("", 11),
     "docs/events.md": ("", 5),
     "docs/memory.md": ("--max-loaded 1 --evict idle --min-residency-s 0 --on-demand on", 5),
-    "docs/time-travel.md": ("", 6),
+    "docs/time-travel.md": ("", 5),
     "docs/client.md": ("", 9),
     "docs/devices.md": ("", 6),
-    "docs/verify-it-yourself.md": ("", 8),
+    "docs/verify-it-yourself.md": ("", 7),
 }
 """Pages that need the quick start's server: its options, and how many answers are compared."""
 MIGRATIONS = [page for page in GUIDES if "come-from" in page]

@@ -96,7 +96,7 @@ async def test_serve_prints_its_address_and_children_have_no_http_stack(
         assert f"models: 1 model with 1 version in {config.repository.resolve()}\n" in said
         assert server.warnings() == []
     log = await events(config)
-    assert verified(config).events == len(log)
+    assert verified(config).position == len(log)
     assert isinstance(started := log[0].data, ServerStarted)
     assert (started.unclean, log[-1].data) == (False, ServerStopped())
     assert [event.type for event in log].count("ServerStarted") == 1

@@ -9,11 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.fleet import of_both
 from support.history import FEWER, PLAIN
-from support.ledgers import archived_copy, change_ledger, copy_of, flip_byte, place_of, rows_of, sound_ledger
+from support.ledgers import (
+    SIGN,
+    change_ledger,
+    copy_of,
+    flip_byte,
+    forge_bodies,
+    place_of,
+    rows_of,
+    sound_ledger,
+)
 
 from events.audit.audit import audit
+from events.audit.export import JSONL, export
+from events.audit.exportreader import FileAudit, audit_file
 from events.audit.verify import Finding, FindingKind, parse_expected
-from events.errors import Archived, LedgerProblem
+from events.errors import LedgerProblem
 from events.sqlite import storage
 from events.sqlite.schema import connect
 from events.types import Anchor
@@ -28,7 +39,6 @@ ANSWERS = (
     "SELECT position, recorded_at FROM events INDEXED BY events_by_time ORDER BY recorded_at, position",
     "SELECT created_position, id, body FROM jobs ORDER BY created_position",
     "SELECT id, body FROM models ORDER BY id",
-    "SELECT position, hash FROM base",
 )
 """What anybody may ask of a ledger, through each index."""
 
@@ -92,33 +102,55 @@ def test_expected_head_is_found_or_refuted(position: int) -> None:
         assert place_of(audited(path, position, b"\1" * 32)) == (position, FindingKind.EXPECTATION)
 
 
+def truncate(path: Path, length: int) -> None:
+    with closing(connect(path)) as connection:
+        (trigger,) = connection.execute(
+            "SELECT sql FROM sqlite_schema WHERE name = 'events_never_go'"
+        ).fetchone()
+        connection.execute("DROP TRIGGER events_never_go")
+        connection.execute("DELETE FROM events WHERE position > ?", (length,))
+        connection.execute(trigger)
+        storage.rebuild(connection)
+        connection.execute("PRAGMA journal_mode = DELETE")
+
+
 @FEWER
 @given(st.integers(1, HEAD - 1))
 def test_truncated_log_is_found_by_the_expected_head(length: int) -> None:
     with copy_of(LEDGER) as path:
-        with closing(connect(path)) as connection:
-            (trigger,) = connection.execute(
-                "SELECT sql FROM sqlite_schema WHERE name = 'events_never_go'"
-            ).fetchone()
-            connection.execute("DROP TRIGGER events_never_go")
-            connection.execute("DELETE FROM events WHERE position > ?", (length,))
-            connection.execute(trigger)
-            storage.rebuild(connection)
+        truncate(path, length)
         assert place_of(audited(path, HEAD, ROWS[-1][2])) == (length + 1, FindingKind.EXPECTATION)
         assert audited(path, length, ROWS[length - 1][2]) is None  # who kept only this cannot know
+
+
+def exported(path: Path, until: int = HEAD) -> FileAudit:
+    file = path.with_name(f"{until}.jsonl")
+    file.write_bytes(b"".join(export(path, JSONL, SIGN, until=until)))
+    return audit_file(file)
+
+
+def test_newer_export_shows_that_the_log_was_truncated() -> None:
+    with copy_of(LEDGER) as path:
+        late = exported(path)
+        assert audit(path, files=[late]).finding is None
+        truncate(path, HEAD - 1)
+        found = audit(path, files=[late])
+        assert (found.at, *place_of(found.finding)) == (late.path, HEAD, FindingKind.EXPECTATION)
+
+
+@pytest.mark.parametrize("end", [1, 5, HEAD])
+def test_export_of_another_ledger_is_found(end: int) -> None:
+    with copy_of(LEDGER) as path, copy_of(LEDGER) as other:
+        forge_bodies(other, lambda _, body: body.replace('"id":"', '"id":"x'))
+        own, foreign = exported(path, end), exported(other, end)
+        assert audit(path, files=[own]).finding is None
+        found = audit(path, files=[own, foreign])
+        assert (found.at, *place_of(found.finding)) == (foreign.path, end, FindingKind.EXPECTATION)
 
 
 def test_damaged_position_goes_before_the_expected_head() -> None:
     with copy_of(flip_byte(LEDGER, LEDGER.index(ROWS[4][2]), 1)) as path:
         assert place_of(audited(path, HEAD + 9, bytes(32))) == (5, FindingKind.HASH)
-
-
-def test_expected_position_before_the_base_is_refused() -> None:
-    with archived_copy(LEDGER, 4) as (path, _):
-        assert audited(path, 3, ROWS[2][2]) is None
-        assert audited(path, 3, ROWS[1][2]) is not None
-        with pytest.raises(Archived, match="up to position 3"):
-            audited(path, 2, ROWS[1][2])
 
 
 def test_expected_head_is_parsed() -> None:

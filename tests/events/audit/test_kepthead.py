@@ -15,7 +15,7 @@ from events.audit.kepthead import KEPT_HEAD, HeadKeeper, find_rollback
 from events.audit.signing import SignedHead, Statement
 from events.audit.verify import FindingKind
 from events.sqlite.datalock import mark_replica
-from events.sqlite.queries import read_base, read_head
+from events.sqlite.queries import read_head
 from events.storage import LogHead
 from events.types import Anchor
 
@@ -24,11 +24,11 @@ LEDGER, LONG_LEDGER = ledgers.sound_ledger(), ledgers.sound_ledger(2)
 
 def signed(path: Path, position: int | None = None) -> SignedHead:
     with closing(sqlite3.connect(path)) as connection:
-        head, base = read_head(connection), read_base(connection)
+        head = read_head(connection)
         if position is not None:
             found = "SELECT position, hash, recorded_at, type FROM events WHERE position = ?"
             head = LogHead(*connection.execute(found, (position,)).fetchone())
-    return ledgers.SIGN(Statement(head.position, head.hash, head.recorded_at, base))
+    return ledgers.SIGN(Statement(head.position, head.hash, head.recorded_at))
 
 
 async def keep(data: Path, *heads: SignedHead) -> None:
@@ -115,18 +115,6 @@ async def test_audit_finds_ledger_without_its_kept_head() -> None:
 def edit_kept(data: Path, **changes: object) -> None:
     path = data / KEPT_HEAD
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-async def test_archived_head_is_compared_with_ends_of_archives() -> None:
-    with ledgers.copy_of(LONG_LEDGER) as before:
-        inside, end, after = (signed(before, position) for position in (12, 19, 25))
-    with ledgers.archived_copy(LONG_LEDGER, 20) as (path, _):
-        for head in (inside, end, after):
-            await keep(path.parent, head)
-            assert find_rollback(path.parent, path, ledgers.SIGN.public_key) is None
-        other = Statement(19, bytes(32), end.statement.recorded_at, Anchor(0, bytes(32)))
-        await keep(path.parent, ledgers.SIGN(other))
-        assert find_rollback(path.parent, path, ledgers.SIGN.public_key) is not None
 
 
 async def test_head_that_cannot_be_kept_leaves_the_one_before(

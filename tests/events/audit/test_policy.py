@@ -28,7 +28,6 @@ from support.signing import make_authority, make_key, public_pem, sign_version
 from events.accept import accept
 from events.approvals import AnswerApproval, answer_statement, emergency_statement, load_statement
 from events.audit.policy import MAX_REMARKS, PolicyAudit, RemarkKind
-from events.audit.verify import CheckedFold, begin_at_base
 from events.clock import parse_timestamp
 from events.commands import Accepted, Command, RequestLoad
 from events.jobs import ApprovalAnswer, Failure, Job
@@ -43,12 +42,9 @@ from events.policy.rules import (
     TrustRule,
 )
 from events.policy.signatures import key_digest
-from events.sqlite.bases import entities_of
 from events.sqlite.datalock import LEDGER
 from events.state import Entities
-from events.storage import StoredBase, digest_state
 from events.types import (
-    Anchor,
     ApprovalAsked,
     ApprovalBypassed,
     ApprovalResult,
@@ -478,31 +474,6 @@ def test_remarks_beyond_limit_are_dropped() -> None:
     assert len(remarks_of(story)) == MAX_REMARKS
 
 
-def audit_after_base(story: Story, position: int) -> tuple[str | None, PolicyAudit]:
-    """Audit the events after a position, with a base there: the bundles before it are archived."""
-    facts, entities = story.history.facts, Entities()
-    for event in facts[:position]:
-        entities.apply(event)
-    audited = PolicyAudit(entities)
-    for event in facts[position:]:
-        if (problem := problem_of(audited, event)) is not None:
-            return problem, audited
-        entities.apply(event)
-    return None, audited
-
-
-def test_signature_whose_bundle_is_archived_is_unchecked() -> None:
-    problem, audited = audit_after_base(tell(f"{SIGNED} request_again load_signed_again"), 5)
-    assert problem is None
-    assert [each.kind for each in audited.remarks] == [RemarkKind.UNCHECKED]
-
-
-def test_archived_bundle_counts_for_no_other_files() -> None:
-    story = tell(f"{SIGNED} request_again")
-    story.load_signed("L2", bundle_of(TWO), stored=bundle_of(ONE), is_in_ledger=True)
-    assert "is missing" in str(audit_after_base(story, 5)[0])
-
-
 def test_audit_keeps_only_bundles_that_matter() -> None:
     story, bundles = tell("policy:trust"), 40
     for number in range(bundles):
@@ -728,12 +699,3 @@ def test_verify_command_says_what_is_missing_and_exits_with_1(tmp_path: Path) ->
         "NOT verified: position 9: the approval that its rules ask for is missing (policy)"
     )
     assert printed_json("verify", "--data", forged, code=1)["finding"]["kind"] == "policy"
-
-
-def test_fold_from_a_base_knows_the_policy_and_waiting_loads() -> None:
-    facts, fold = tell("policy:approval request load").history.facts, CheckedFold(Anchor(), History().state)
-    for event in facts[:2]:
-        fold.entities.apply(event)
-    stored = entities_of(fold.state())
-    begun = begin_at_base(StoredBase(Anchor(2, b"\1" * 32), digest_state(stored), stored, ()))
-    assert problem_of(begun.policy, facts[-1]) == "the approval that its rules ask for is missing"

@@ -14,7 +14,6 @@ from support.history import PLAIN, at
 from support.ledgers import OTHER_SIGN, SIGN
 
 from events.audit.signing import Statement, as_signed_head, key_id
-from events.types import Anchor
 
 HASHES = st.binary(min_size=32, max_size=32)
 STATEMENTS = st.builds(
@@ -22,24 +21,19 @@ STATEMENTS = st.builds(
     st.integers(0, 2**63 - 1),
     HASHES,
     st.just("") | st.integers(0, 10**9).map(at),
-    st.builds(Anchor, st.integers(0, 2**63 - 1), HASHES),
 )
-VECTOR = Statement(7, bytes(range(32)), "2026-01-01T00:00:07.000000Z", Anchor(0, bytes(32)))
+VECTOR = Statement(7, bytes(range(32)), "2026-01-01T00:00:07.000000Z")
 MESSAGE = (
     b"loadledger-head-v1\n"
     b"7\n"
     b"000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f\n"
     b"2026-01-01T00:00:07.000000Z\n"
-    b"0\n"
-    b"0000000000000000000000000000000000000000000000000000000000000000\n"
 )
 
 
 def test_message_and_signature_have_known_bytes() -> None:
     assert VECTOR.message() == MESSAGE
-    assert Statement(0, bytes(32), "", Anchor(0, bytes(32))).message().split(b"\n")[3] == b""
-    archived = replace(VECTOR, state_sha256=b"\2" * 32)
-    assert archived.message() == VECTOR.message() + b"02" * 32 + b"\n"
+    assert Statement(0, bytes(32), "").message().split(b"\n")[3] == b""
     assert SIGN(VECTOR).signature == Ed25519PrivateKey.from_private_bytes(bytes(range(32))).sign(MESSAGE)
     assert len(key_id(SIGN.public_key)) == 32
     assert SIGN(VECTOR).members()["key_id"] == key_id(SIGN.public_key)
@@ -69,7 +63,6 @@ def test_only_the_signed_statement_holds(
         {},
         {**SIGN(VECTOR).members(), "position": None},
         {**SIGN(VECTOR).members(), "hash": "xyz"},
-        {**SIGN(VECTOR).members(), "base": 7},
         {**SIGN(VECTOR).members(), "signature": "not base64!"},
         {**SIGN(VECTOR).members(), "recorded_at": "\u0661"},
     ],

@@ -17,9 +17,8 @@ from support.history import PLAIN, facts, opened
 from support.ledgers import change_ledger, copy_of, flip_byte, place_of, rows_of, sound_ledger
 
 from events.audit.verify import CheckedFold, Finding, FindingKind, Verification, verify
-from events.codec import GENESIS, decode_event, encode_canonical
+from events.codec import decode_event, encode_canonical
 from events.errors import LedgerProblem
-from events.state import State
 from events.storage import StorageError
 from events.types import Anchor
 
@@ -73,10 +72,10 @@ def edited(position: int, /, **members: object) -> bytes:
 async def test_sound_ledger_verifies_and_is_not_written(tmp_path: Path) -> None:
     async with opened(tmp_path / "new.db"):
         pass
-    assert verify(tmp_path / "new.db") == Verification(0, 0, bytes(32), None)
-    assert verify_stored(ROWS) == Verification(HEAD, HEAD, ROWS[-1].hash, None)
+    assert verify(tmp_path / "new.db") == Verification(0, bytes(32), None)
+    assert verify_stored(ROWS) == Verification(HEAD, ROWS[-1].hash, None)
     with copy_of(LEDGER) as path:
-        assert verify(path) == Verification(HEAD, HEAD, ROWS[-1].hash, None)
+        assert verify(path) == Verification(HEAD, ROWS[-1].hash, None)
         assert path.read_bytes() == LEDGER
         assert all(each.stat().st_size == 0 for each in path.parent.glob("*-wal"))
 
@@ -181,7 +180,6 @@ def test_event_recorded_before_its_predecessor_is_found() -> None:
 
 # The tables.
 
-NEW_BASE = ("DROP TABLE base", "CREATE TABLE base (position, hash)")
 NEW_EVENTS = (
     "CREATE TABLE forged AS SELECT position, body, hash FROM events",
     "DROP TABLE events",
@@ -198,16 +196,6 @@ NEW_EVENTS = (
         ([*NEW_EVENTS, "UPDATE events SET hash = NULL WHERE position = 3"], 3, "the hash is not"),
         ([*NEW_EVENTS, "UPDATE events SET hash = 'text' WHERE position = 3"], 3, "the hash is not"),
         ([*NEW_EVENTS, "UPDATE events SET hash = zeroblob(31) WHERE position = 3"], 3, "the hash is not"),
-        (["UPDATE base SET hash = randomblob(32)"], 1, "the hash is not that of the previous hash"),
-        (
-            ["UPDATE base SET position = 3, hash = zeroblob(32)"],
-            4,
-            "missing: the next event is at position 1",
-        ),
-        (["DELETE FROM base"], 0, "the base of the chain is missing"),
-        ([*NEW_BASE, "INSERT INTO base VALUES ('0', 'text')"], 0, "the base of the chain is missing"),
-        ([*NEW_BASE, "INSERT INTO base VALUES (NULL, NULL)"], 0, "the base of the chain is missing"),
-        (["UPDATE base SET state_sha256 = zeroblob(32)"], 0, "the stored state at the base was changed"),
     ],
 )
 def test_changed_table_is_found(statements: list[str], position: int, problem: str) -> None:
@@ -246,25 +234,15 @@ async def test_verify_works_beside_a_running_log() -> None:
             heads = [each.position for each in await verifying if each.verified]
             assert len(heads) == 10
             assert heads == sorted(heads)
-            assert verify(path) == Verification(log.head.position, log.head.position, log.head.hash, None)
+            assert verify(path) == Verification(log.head.position, log.head.hash, None)
 
 
 # Rows of a log that is not in a file.
 
 
-def verify_rows(base: Anchor, state: State, rows: Iterable[Row]) -> Verification:
-    fold = CheckedFold(base, state)
-    return fold.result(base, fold.follow(rows), compared=False)
-
-
-@pytest.mark.parametrize("after", [0, 1, HEAD // 2, HEAD])
-def test_rows_after_any_base_verify_from_the_state_there(after: int) -> None:
-    state = State()
-    for row in ROWS[:after]:
-        state.forget_ended(state.apply(decode_event(row.body)).jobs.values())
-    base = Anchor(after, ROWS[after - 1].hash if after else GENESIS)
-    found = verify_rows(base, state, iter(ROWS[after:]))
-    assert found == Verification(HEAD - after, HEAD, ROWS[-1].hash, None, compared=False)
+def verify_rows(rows: Iterable[Row]) -> Verification:
+    fold = CheckedFold(Anchor())
+    return fold.result(fold.follow(rows), compared=False)
 
 
 def test_event_with_the_id_of_an_earlier_one_is_named() -> None:
@@ -277,13 +255,13 @@ def test_event_with_the_id_of_an_earlier_one_is_named() -> None:
 
 def test_changed_row_of_any_log_is_named() -> None:
     changed = [*ROWS[:2], ROWS[2]._replace(body=edited(3, actor="mallory")), *ROWS[3:]]
-    found = verify_rows(Anchor(0, GENESIS), State(), changed)
+    found = verify_rows(changed)
     assert (found.position, *place_of(found.finding)) == (2, 3, FindingKind.HASH)
 
 
 def test_long_hashes_are_read_a_few_at_a_time() -> None:
     rows = iter([Row(position, b"{}", bytes(2**20)) for position in range(1, 101)])
-    found = verify_rows(Anchor(0, GENESIS), State(), rows)
+    found = verify_rows(rows)
     assert place_of(found.finding) == (1, FindingKind.HASH)
     assert len(list(rows)) > 90
 
@@ -294,4 +272,4 @@ def test_failure_to_read_rows_is_no_finding() -> None:
         raise StorageError("the connection was lost")
 
     with pytest.raises(StorageError, match="was lost"):
-        verify_rows(Anchor(0, GENESIS), State(), rows())
+        verify_rows(rows())

@@ -9,12 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.history import FEWER, History, fold, with_own_ids
-from support.ledgers import cut_off, ledger_of
+from support.ledgers import ledger_of
 from support.strategies import copied_histories, drafts, histories
 
 from events.history import ShownModel, describe_model, find_landmark, landmarks_around
 from events.jobs import Job, JobStatus
-from events.presence import ServerState
 from events.sqlite import storage
 from events.sqlite.history import transitions_between
 from events.sqlite.timetravel import active_at, liveness_at, model_at, models_at
@@ -31,14 +30,12 @@ def answers(models: Iterable[ShownModel]) -> list[dict[str, Any]]:
     return [model_view(model, is_active=False) for model in models]
 
 
-def check(connection: sqlite3.Connection, events: Sequence[Event], since: int = 0) -> None:
+def check(connection: sqlite3.Connection, events: Sequence[Event]) -> None:
     """Compare what is read at each position with a fold of the events."""
     state = State()
     for event in (None, *events):
         if event is not None:
             state.apply(event)
-        if state.position < since:
-            continue
         found = models_at(connection, state.position)
         folded = [describe_model(state.models[model_id]) for model_id in sorted(state.models)]
         assert [model.row for model in found] == [model.row for model in folded]
@@ -62,20 +59,6 @@ def test_models_and_nodes_at_each_position_are_the_folds(events: Sequence[Event]
         assert rows(connection) == before
 
 
-@FEWER
-@given(FACTS, st.data())
-def test_history_since_the_base_is_the_folds(events: Sequence[Event], data: st.DataObject) -> None:
-    if not events:
-        return
-    with ledger_of(events) as connection:
-        cut = data.draw(st.integers(1, len(events)))
-        cut_off(connection, cut)
-        check(connection, events, cut)
-        before = rows(connection)
-        storage.rebuild(connection)
-        assert rows(connection)[:2] == before[:2]
-
-
 def rows(connection: sqlite3.Connection) -> list[list[tuple[object, ...]]]:
     tables = ("model_history", "presence", "jobs")
     return [connection.execute(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall() for table in tables]
@@ -97,8 +80,6 @@ def test_model_known_by_removal_alone_is_in_its_history() -> None:
     history.load("L")
     with ledger_of(history.facts) as connection:
         check(connection, history.facts)
-        cut_off(connection, 2)
-        check(connection, history.facts, 2)
 
 
 def test_transitions_of_a_range_are_found_without_the_others() -> None:
@@ -136,12 +117,3 @@ def test_landmark_is_around_each_position_of_its_job(created: int, took: int, af
 
 def replaced(job: Job, created: int, position: int, status: JobStatus = JobStatus.COMPLETED) -> Job:
     return replace(job, created_position=created, position=position, status=status)
-
-
-def test_server_that_ran_before_the_base_still_runs() -> None:
-    history = History()
-    history.restart()
-    history.load("L")
-    with ledger_of(history.facts) as connection:
-        cut_off(connection, 3)
-        assert liveness_at(connection, 4).state is ServerState.UNKNOWN

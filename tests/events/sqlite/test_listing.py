@@ -16,7 +16,7 @@ from support.history import MODEL, PLAIN, facts, load_requested, opened, write
 from support.ledgers import body_of, change_ledger
 
 from events.commands import Record
-from events.errors import Archived, LogUnavailable
+from events.errors import LogUnavailable
 from events.jobs import JobStatus
 from events.log import Log
 from events.sqlite import listing
@@ -128,7 +128,7 @@ async def test_line_of_an_event_is_its_body_and_its_hash(filled: Path) -> None:
 
 
 def plan(connection: sqlite3.Connection, sql: str, wanted: EventFilter) -> list[str]:
-    parameters = listing._parameters(wanted, listing._Span(1, 9, 0, 9), 5)
+    parameters = listing._parameters(wanted, listing._Span(1, 9, 9), 5)
     return [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {sql}", parameters)]
 
 
@@ -157,44 +157,6 @@ def test_event_page_walks_an_index_and_never_sorts(
         steps += plan(connection, listing.probe_sql(wanted, newest_first=newest_first), wanted)
         steps += plan(connection, listing.page_sql(wanted, None, newest_first=newest_first), wanted)
         assert not [step for step in steps if "TEMP B-TREE" in step or "SCAN events" in step], steps
-
-
-EARLY = "2001-01-01T00:00:00.000000Z"
-ARCHIVED = [
-    EventQuery(after=3),
-    EventQuery(since=4),
-    EventQuery(since=0),
-    EventQuery(since=EARLY),
-    EventQuery(until=4),
-    EventQuery(until=EARLY),
-    EventQuery(before=3, newest_first=True),
-    EventQuery(before=5, newest_first=True),
-]
-RETAINED = [
-    (EventQuery(), [5, 6]),
-    (EventQuery(after=4), [5, 6]),
-    (EventQuery(before=9, newest_first=True), [6, 5]),
-    (EventQuery(until=5), [5]),
-    (EventQuery(after=4, until=3), []),
-]
-
-
-async def test_archived_position_is_refused_with_the_oldest(path: Path) -> None:
-    async with opened(path) as log, open_reader(path) as reader:
-        await write(log, 6)
-        change_ledger(
-            path,
-            "UPDATE base SET position = 4, hash = (SELECT hash FROM events WHERE position = 4)",
-            "DELETE FROM events WHERE position <= 4",
-        )
-        for asked, positions in RETAINED:
-            page = await reader.event_page(asked)
-            assert ([event.position for event in page.items], page.base) == (positions, 4)
-            assert page.next_cursor is None
-        for asked in ARCHIVED:
-            with pytest.raises(Archived, match="after=4") as caught:
-                await reader.event_page(asked)
-            assert caught.value.problem_members == {"oldest": 5, "head": 6}
 
 
 async def test_damaged_event_is_not_returned_and_keeps_no_transaction(path: Path) -> None:

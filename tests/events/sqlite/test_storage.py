@@ -11,12 +11,10 @@ from support.history import facts, opened, write
 from support.ledgers import database_of
 from support.modes import obey_modes
 
-from events.audit.archive import archive
 from events.audit.audit import audit
 from events.audit.backup import back_up
 from events.audit.export import JSONL, export
 from events.audit.verify import FindingKind, verify
-from events.clock import utc_now
 from events.commands import Record
 from events.errors import IncompleteCopy, LogUnavailable
 from events.sqlite.readonly import lacks_wal, open_reader_thread, wants_wal
@@ -193,8 +191,6 @@ async def test_copy_beside_server_is_refused_unless_a_head_is_expected(tmp_path:
 
 def test_nothing_is_made_of_a_copy_without_wal(copied: Path, tmp_path: Path) -> None:
     target = tmp_path / "target"
-    with pytest.raises(IncompleteCopy):
-        archive(copied, "1", target, ledgers.SIGN, utc_now())
     with pytest.raises(IncompleteCopy):
         back_up(copied, target)
     with pytest.raises(IncompleteCopy, match=r"ledger\.db-wal"):

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.history import FEWER, START, History, as_event, at, opened, write
-from support.ledgers import cut_off, ledger_of
+from support.ledgers import ledger_of
 from support.strategies import drafts
 
-from events.errors import Archived, LogUnavailable
+from events.errors import LogUnavailable
 from events.jobs import Job, JobStatus
 from events.sqlite import storage
 from events.sqlite.queries import JobQuery
@@ -147,7 +147,7 @@ def test_times_of_rfc_3339_are_parsed() -> None:
             parse_time(text)
 
 
-# What is archived.
+# Damage.
 
 
 def long_history() -> History:
@@ -159,36 +159,6 @@ def long_history() -> History:
     history.end_load("L2", version=2)  # 9
     history.ask_unload("U", "L")  # 10
     return history
-
-
-def test_rebuild_keeps_the_past_since_the_base_only() -> None:
-    history = long_history()
-    with ledger_of(history.facts) as connection:
-        before = [models_at(connection, position) for position in range(11)]
-        listed = [jobs_at(connection, position, ALL) for position in range(11)]
-        unended = [jobs_at(connection, position, PENDING) for position in range(11)]
-        cut_off(connection, 5)
-        for rebuilds in (False, True):
-            if rebuilds:
-                storage.rebuild(connection)
-            for position in range(5, 11):
-                assert models_at(connection, position) == before[position]
-                assert jobs_at(connection, position, PENDING) == unended[position]
-                known = {job.id for job in jobs_at(connection, position, ALL)}
-                assert [job for job in listed[position] if job.id in known] == jobs_at(
-                    connection, position, ALL
-                )
-        for asked in ("4", at(3), at(5)):
-            with pytest.raises(Archived) as refused:
-                moment_at(connection, asked)
-            assert refused.value.problem_members == {"oldest": 5, "head": 10}
-        assert moment_at(connection, "5") == Moment(5, None)
-        assert moment_at(connection, at(6)) == Moment(6, at(6))
-        assert moment_at(connection, "0") == Moment(0, None)
-        assert models_at(connection, 0) == []
-
-
-# Damage.
 
 
 @pytest.mark.parametrize(

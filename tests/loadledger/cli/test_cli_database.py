@@ -1,4 +1,4 @@
-"""`loadledger migrate`, `verify --ledger` and `archive --ledger`: output, exit codes, refusals."""
+"""`loadledger migrate` and `verify --ledger`: output, exit codes, refusals."""
 
 import asyncio
 import subprocess
@@ -12,18 +12,15 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from support.clients import printed, printed_json, refused, run_command
 from support.http import local_server
-from support.ledgers import DATA_ROUNDS, archive_before, rows_of, sample_history, sound_ledger
+from support.ledgers import DATA_ROUNDS, rows_of, sample_history
 from support.postgres import PASSWORD, Database, postgres_server, require_programs
 from support.replicas import change, make_ledger, replica_log, rows_in
 
-from events.audit.exportreader import audit_file
-from events.audit.signing import key_id
 from events.errors import IsReplica, LedgerForked
 from events.sqlite.datalock import LEDGER, REPLICA, mark_replica, refuse_replica
 from events.sqlite.schema import connect
 from loadledger.cli import database as databases
 from server.app import create_app
-from server.auth.keys import open_signer
 from server.config import Config
 
 HEAD = len(sample_history(DATA_ROUNDS)) + 1
@@ -62,35 +59,15 @@ def test_migrate_prints_what_it_did(database: Database, data: Path) -> None:
     assert "has events already" in refused(*migrate, "--data", data)
 
 
-def test_migrate_in_json_copies_an_archived_ledger(database: Database, data: Path) -> None:
-    files = archive_before(data / LEDGER, 8, 20, sign=open_signer(data))
+def test_migrate_in_json_names_the_copied_head(database: Database, data: Path) -> None:
     position, digest = head_of(data).split(":")
     assert printed_json("migrate", "--ledger", database.owner_url, "--data", data) == {
         "migrations": 1,
         "server_role": None,
-        "events": HEAD - 19,
+        "events": HEAD,
         "position": int(position),
         "hash": digest,
     }
-    verified = [f"verified: {HEAD - 19} events after position 19", f"head: {head_of(data)}"]
-    verify = ("verify", "--ledger", database.owner_url)
-    assert printed(*verify).splitlines() == [
-        *verified,
-        "for a whole proof, add: '8.gz', up to position 7",
-        "for a whole proof, add: '20.gz', up to position 19",
-    ]
-    archives = [word for file in files for word in ("--archive", file)]
-    key = key_id(open_signer(data).public_key)
-    assert printed(*verify, *archives, "--key", key).splitlines() == [
-        *verified,
-        f"archive: positions 1 to 7, {files[0]}",
-        f"archive: positions 8 to 19, {files[1]}",
-        f"the archives are signed by the expected key {key}",
-        "proved from the first event: the archives lead to the state at the log's base",
-    ]
-    found = printed_json(*verify, *archives)
-    assert (found["proved_after"], len(found["files"])) == (0, 2)
-    assert "too: '20.gz', up to position 19" in refused(*verify, *archives[:2])
 
 
 def test_migrate_refuses_ledgers_it_cannot_copy(database: Database, data: Path) -> None:
@@ -192,7 +169,6 @@ def test_replica_is_written_by_its_servers_only(migrated: Database, data: Path) 
     rows = rows_of(data / LEDGER)
     for arguments in (
         ("serve", "--data", data, "--repository", data.parent / "repository"),
-        ("archive", "--data", data, "--before", 5, data.parent / "archive.gz"),
         ("migrate", "--ledger", migrated.owner_url, "--data", data),
     ):
         (data.parent / "repository").mkdir(exist_ok=True)
@@ -210,8 +186,6 @@ def test_replica_is_written_by_its_servers_only(migrated: Database, data: Path) 
         ("UPDATE events SET hash = sha256(hash) WHERE position = 4", 4, "hash"),
         ("DELETE FROM events WHERE position = 6", 6, "missing"),
         (f"DELETE FROM events WHERE position = {HEAD}", HEAD - 1, "the stored head is"),
-        ("UPDATE base SET position = 1", 2, "missing"),
-        ("INSERT INTO base_state VALUES ('token', 'x', '{}')", 0, "the stored state at the base"),
     ],
 )
 def test_verify_names_position_of_forged_event(
@@ -225,21 +199,6 @@ def test_verify_names_position_of_forged_event(
     assert (found["verified"], found["finding"]["position"]) == (False, position)
 
 
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "UPDATE base_state SET body = replace(body, 'alice', 'mallory')",
-        "UPDATE base SET state_sha256 = sha256(state_sha256)",
-    ],
-)
-def test_verify_checks_the_base(database: Database, data: Path, statement: str) -> None:
-    archive_before(data / LEDGER, 20, sign=open_signer(data))
-    printed("migrate", "--ledger", database.owner_url, "--data", data)
-    asyncio.run(change(database, statement))
-    found = printed_json("verify", "--ledger", database.owner_url, code=1)["finding"]
-    assert (found["position"], found["kind"]) == (19, "base")
-
-
 def test_verify_expects_a_head_and_refuses_other_options(migrated: Database, data: Path) -> None:
     verify = ("verify", "--ledger", migrated.server_url)
     assert printed(*verify, "--expect", head_of(data))
@@ -250,78 +209,8 @@ def test_verify_expects_a_head_and_refuses_other_options(migrated: Database, dat
         (("--store",), "nothing else to verify"),
         ((data / LEDGER,), "nothing else to verify"),
         (("--key", "0" * 32), "--key is for signed files"),
-        (("--archive", data / LEDGER), "has no archived events"),
     ):
         assert words in refused(*verify, *arguments), arguments
-
-
-# archive
-
-
-def test_archive_moves_events_out_of_the_database(migrated: Database, data: Path, tmp_path: Path) -> None:
-    archive = ("archive", "--ledger", migrated.owner_url, "--data", data, "--before")
-    first, second = tmp_path / "first.gz", tmp_path / "second.gz"
-    told = printed(*archive, 8, first).splitlines()
-    check = audit_file(first)
-    assert (check.after.position, check.proved.position) == (0, 7)
-    assert told == ["archived: positions 1 to 7", f"sha256 of first.gz: {check.sha256.hex()}"]
-    assert printed_json(*archive, 20, second)["last_position"] == 19
-    assert count_rows(migrated) == HEAD - 19
-    archives = ("--archive", first, "--archive", second)
-    verify = ("verify", "--ledger", migrated.server_url)
-    shown = printed(*verify, *archives, "--expect", head_of(data))
-    assert "proved from the first event" in shown
-    assert "the expected position 3 is archived" in refused(*verify, "--expect", f"3:{'0' * 64}")
-    assert len(rows_of(data / LEDGER)) == HEAD  # the replica keeps them
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "first.gz", "second.gz"]
-
-
-def test_archive_beside_its_server_and_a_start_at_the_base(
-    migrated: Database, data: Path, tmp_path: Path
-) -> None:
-    async def serve() -> int:
-        async with local_server(tmp_path, ledger=migrated.server_url) as api:
-            await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True)
-            return int((await api.get("/api/v1/events/head")).json["position"])
-
-    file = tmp_path / "archive.gz"
-    command = [sys.executable, "-m", "loadledger", "archive", "--ledger", migrated.owner_url]
-    command += ["--data", str(data), "--before", str(HEAD), str(file)]
-    first = asyncio.run(serve())
-    assert rows_of(data / LEDGER)[0][0] == 1  # its replica keeps what was archived
-    (data / LEDGER).unlink()
-    assert asyncio.run(rows_in(migrated))[0][0] == HEAD
-    command[-2:] = [str(first), str(tmp_path / "next.gz")]
-    asyncio.run(serve())
-    assert rows_of(data / LEDGER)[0][0] == HEAD
-    for where in (("--ledger", migrated.server_url, "--archive", tmp_path / "next.gz"), ("--data", data)):
-        assert "proved from the first event" in printed("verify", *where, "--archive", file), where
-
-
-def test_archive_after_an_interrupted_run_uses_its_file(
-    migrated: Database, data: Path, tmp_path: Path
-) -> None:
-    file, stale = tmp_path / "archive.gz", tmp_path / ".archive.gz.0123abcd"
-    (tmp_path / "copy").mkdir()
-    (tmp_path / "copy" / LEDGER).write_bytes((data / LEDGER).read_bytes())
-    archive_before(tmp_path / "copy" / LEDGER, 8, sign=open_signer(data))
-    (tmp_path / "copy" / "8.gz").rename(file)
-    stale.write_bytes(b"half of a replica")
-    before = file.read_bytes()
-    printed("archive", "--ledger", migrated.owner_url, "--data", data, "--before", 8, file)
-    assert (file.read_bytes(), stale.exists(), count_rows(migrated)) == (before, False, HEAD - 7)
-
-
-def test_archive_refuses_database_that_contradicts_the_replica(
-    migrated: Database, data: Path, tmp_path: Path
-) -> None:
-    archive = ("archive", "--ledger", migrated.owner_url, "--data", data, "--before", 8)
-    (data / LEDGER).write_bytes(sound_ledger(DATA_ROUNDS, seconds=2))
-    assert f"at position {HEAD} the database has the hash" in refused(*archive, tmp_path / "archive.gz")
-    (data / LEDGER).unlink()  # any data directory with a key can sign
-    asyncio.run(change(migrated, "UPDATE events SET hash = sha256(hash) WHERE position = 30"))
-    assert "does not verify: position 30" in refused(*archive, tmp_path / "archive.gz")
-    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 # databases that cannot be used
@@ -360,8 +249,7 @@ def test_commands_refuse_unusable_database(
     kind: str, unusable: tuple[str, str], data: Path, tmp_path: Path
 ) -> None:
     address, words = unusable
-    archive = ("archive", "--data", data, "--before", 5, tmp_path / "archive.gz")
-    assert words in refused(*archive, "--ledger", address)
+    assert words in refused("discard", "--ledger", address, tmp_path / "discarded.jsonl")
     if kind != "another role's":
         assert words in refused("verify", "--ledger", address)
     if kind in KINDS:

@@ -12,16 +12,13 @@ from typing import Any
 import pytest
 from support.clients import printed, refused, run_command
 from support.history import opened, write
-from support.http import LIMIT_S, LocalApi
-from support.ledgers import SIGN, body_of, sample_history, sound_ledger
+from support.http import LIMIT_S
+from support.ledgers import body_of
 from support.servers import MODULE, clean_environment
 
-from events.audit.archive import archive
-from events.clock import utc_now
 from events.sqlite.datalock import LEDGER
 from events.sqlite.listing import EventFilter
 from loadledger.cli.events import show_events
-from server.auth.keys import ensure_data_dir
 
 
 def fill(data: Path, number: int) -> None:
@@ -152,26 +149,3 @@ async def test_follow_file_begins_at_head(tmp_path: Path) -> None:
 
 
 # A server
-
-
-@pytest.fixture
-def archived(tmp_path: Path) -> Path:
-    """A data directory whose ledger begins after position 8."""
-    data = tmp_path / "data"
-    ensure_data_dir(data)  # before there is a ledger, as a server does
-    (data / LEDGER).write_bytes(sound_ledger())
-    archive(data / LEDGER, "9", tmp_path / "archive.gz", SIGN, utc_now())
-    return data
-
-
-async def test_archived_events_are_refused_with_position_to_begin_at(archived: Path, api: LocalApi) -> None:
-    token: dict[str, Any] = {"LOADLEDGER_TOKEN": api.token("audit")}
-    for source in (f"--url={api.url}", f"--data={archived}"):
-        for flags in (("--after=3",), ("--follow", "--after=3")):
-            reason = await asyncio.to_thread(refused, "events", source, *flags, **token)
-            assert "events up to 8 are archived: begin again with after=8" in reason
-            assert ("answered 410" in reason) == source.startswith("--url")
-        position = api.position  # the server goes on appending
-        found = await asyncio.to_thread(listed, source, "--after=8", **token)
-        assert found == list(range(9, found[-1] + 1))
-        assert found[-1] >= position > len(sample_history()) + 1

@@ -1,4 +1,4 @@
-"""`loadledger verify`, `replay`, `export`, `archive`, `backup` and `key ledger`: output, codes, refusals.
+"""`loadledger verify`, `replay`, `export`, `backup` and `key ledger`: output, codes, refusals.
 
 What is proved is tested in tests/events.
 """
@@ -47,15 +47,6 @@ def lines(*arguments: object, code: int = 0, **environment: Any) -> list[str]:
 
 
 @pytest.fixture
-def archives(data: Path) -> list[Path]:
-    """Two archives of that ledger, up to positions 7 and 19."""
-    files = [data.parent / name for name in ("first.gz", "second.gz")]
-    for file, before in zip(files, (8, 20), strict=True):
-        printed("archive", "--data", data, "--before", before, file)
-    return files
-
-
-@pytest.fixture
 def exported(data: Path) -> Path:
     """An export of that ledger."""
     file = data.parent / "export.jsonl"
@@ -76,18 +67,14 @@ def head_of(data: Path) -> str:
 
 def test_verify_prints_head_that_can_be_expected(data: Path) -> None:
     head = head_of(data)
-    assert lines("verify", "--data", data) == [f"verified: {HEAD} events after position 0", f"head: {head}"]
+    assert lines("verify", "--data", data) == [f"verified: {HEAD} events", f"head: {head}"]
     assert printed_json("verify", "--data", data, "--expect", head) == {
         "verified": True,
-        "events": HEAD,
         "position": HEAD,
         "hash": head.partition(":")[2],
-        "base": {"position": 0, "hash": "00" * 32},
         "integrity": "ok",
         "projections_compared": True,
         "finding": None,
-        "archives": [],
-        "proved_after": 0,
         "remarks": [],
         "files": [],
     }
@@ -102,52 +89,6 @@ def test_verify_names_first_finding(data: Path) -> None:
     assert "(missing)" in first
     found = printed_json("verify", "--data", data, code=1)
     assert (found["verified"], found["finding"]["position"]) == (False, 6)
-
-
-# verify, with archives
-
-
-def test_verify_names_archives_that_whole_proof_needs(data: Path, archives: list[Path]) -> None:
-    verified = [f"verified: {HEAD - 19} events after position 19", f"head: {head_of(data)}"]
-    assert lines("verify", "--data", data) == [
-        *verified,
-        "for a whole proof, add: 'first.gz', up to position 7",
-        "for a whole proof, add: 'second.gz', up to position 19",
-    ]
-    first, second = (("--archive", file) for file in archives)
-    assert lines("verify", "--data", data, *second, *first) == [
-        *verified,
-        f"archive: positions 1 to 7, {archives[0]}",
-        f"archive: positions 8 to 19, {archives[1]}",
-        f"the archives are signed by the key {key_of(data)}; use --key to check who owns it",
-        "proved from the first event: the archives lead to the state at the log's base",
-    ]
-    signed = lines("verify", "--data", data, *first, *second, "--key", key_of(data))[4]
-    assert signed == f"the archives are signed by the expected key {key_of(data)}"
-    assert "too: 'first.gz', up to position 7" in refused("verify", "--data", data, *second)
-    assert "too: 'second.gz', up to position 19" in refused("verify", "--data", data, *first)
-
-
-def test_verify_of_archives_in_json(data: Path, archives: list[Path]) -> None:
-    first, second = (("--archive", file) for file in archives)
-    found = printed_json("verify", "--data", data, *first, *second, "--key", key_of(data))
-    assert (found["verified"], found["finding"], found["base"]["position"]) == (True, None, 19)
-    assert found["proved_after"] == 0
-    audited = audit_file(archives[0])
-    assert audited.head is not None
-    assert found["files"][0] == {
-        "file": str(archives[0]),
-        "verified": True,
-        "events": 7,
-        "after": {"position": 0, "hash": "00" * 32},
-        "position": 7,
-        "hash": audited.proved.hash.hex(),
-        "recorded_at": audited.head.statement.recorded_at,
-        "key_id": key_of(data),
-        "key_expected": True,
-        "sha256": audited.sha256.hex(),
-        "finding": None,
-    }
 
 
 # verify, of files
@@ -176,6 +117,25 @@ def test_verify_judges_each_file_and_names_its_signer(data: Path, exported: Path
     ]
 
 
+def test_verify_of_a_file_in_json(data: Path, exported: Path) -> None:
+    audited = audit_file(exported)
+    assert audited.head is not None
+    assert printed_json("verify", exported, "--key", key_of(data))["files"] == [
+        {
+            "file": str(exported),
+            "verified": True,
+            "events": HEAD,
+            "after": {"position": 0, "hash": "00" * 32},
+            "position": HEAD,
+            "hash": audited.proved.hash.hex(),
+            "recorded_at": audited.head.statement.recorded_at,
+            "key_id": key_of(data),
+            "key_expected": True,
+            "finding": None,
+        }
+    ]
+
+
 def test_key_may_be_id_or_file_in_any_encoding(data: Path, exported: Path, tmp_path: Path) -> None:
     public = open_signer(data).public_key
     pem = load_der_public_key(public).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
@@ -200,11 +160,7 @@ def test_verify_compares_files_with_ledger(data: Path, exported: Path) -> None:
 def test_verify_refuses_what_it_cannot_judge(data: Path, exported: Path) -> None:
     for arguments, words in (
         ("", "name the data directory with --data"),
-        ("--archive {file}", "name it as FILE"),
-        ("{file} --archive {file}", "name it as FILE"),
         (f"--data {{data}} --key {'0' * 32}", "--key is for signed files"),
-        ("--data {data} --archive {file}", "has no archived events"),
-        ("--data {data} --archive {data}", "is a directory"),
         ("{file} --expect 5", "POSITION:HASH"),
         (f"{{file}} --expect {HEAD + 1}:{'0' * 64}", f"has position {HEAD + 1}"),
         ("/dev/null", "not a regular file"),
@@ -309,8 +265,8 @@ def test_replay_refuses(two_models: Path) -> None:
         ("--until 10", "the log's head is at position 9"),
         ("--until noon", "'noon' is refused. Must be 10m, 2h or 3d (ago)"),
         ("--until 2020-01-01", "is before the first event, of "),
-        ("--rebuild --until 4", "leave out --until, --model"),
-        ("--rebuild --model digits", "leave out --until, --model"),
+        ("--rebuild --until 4", "leave out --until and --model"),
+        ("--rebuild --model digits", "leave out --until and --model"),
     ):
         assert words in refused("replay", "--data", two_models, *arguments.split()), arguments
 
@@ -371,13 +327,12 @@ def test_verify_store_takes_a_data_directory_alone(data: Path, exported: Path) -
     assert lines("verify", "--store", "--data", data) == ["verified: 0 versions, 0 bytes"]
 
 
-# export, archive, backup
+# export, backup
 
 Arguments = Callable[[Path, Path], tuple[object, ...]]
 WRITERS: dict[str, Arguments] = {
     "export": lambda data, file: ("export", "--data", data, file),
     "backup": lambda data, file: ("backup", "--data", data, file),
-    "archive": lambda data, file: ("archive", "--data", data, "--before", 5, file),
 }
 each_writer = pytest.mark.parametrize("command", WRITERS.values(), ids=WRITERS)
 
@@ -418,44 +373,6 @@ def test_failed_export_leaves_previous_file(data: Path, tmp_path: Path) -> None:
     assert sorted(each.name for each in tmp_path.iterdir()) == ["data", "export"]
 
 
-# archive
-
-
-def test_archive_prints_positions_and_hash(data: Path, tmp_path: Path) -> None:
-    file = tmp_path / "archive.gz"
-    told = printed("archive", "--data", data, "--before", 9, file)
-    check = audit_file(file)
-    assert check.head is not None
-    assert told.splitlines() == [
-        "archived: positions 1 to 8",
-        f"sha256 of archive.gz: {check.sha256.hex()}",
-    ]
-    assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    assert check.head.public_key == open_signer(data).public_key
-    assert printed_json("verify", "--data", data)["archives"] == [
-        {
-            "last_position": 8,
-            "recorded_at": check.head.statement.recorded_at,
-            "file": "archive.gz",
-        }
-    ]
-    assert "archived" in refused("export", "--data", data, "--after", 3, tmp_path / "export")
-    done = printed_json("archive", "--data", data, "--before", 12, tmp_path / "b.gz")
-    assert (done["first_position"], done["last_position"]) == (9, 11)
-
-
-def test_archive_beside_reader_warns_of_write_ahead_log(data: Path, tmp_path: Path) -> None:
-    with closing(sqlite3.connect(data / LEDGER, isolation_level=None)) as reader:
-        reader.execute("PRAGMA journal_mode = WAL")
-        reader.execute("BEGIN")
-        reader.execute("SELECT count(*) FROM events").fetchone()
-        result = run_command("archive", "--data", data, "--before", 9, tmp_path / "a.gz")
-        assert result.exit_code == 0, result.output
-        assert "ledger.db-wal belongs to it" in result.stderr
-        assert run_command("verify", "--data", data).exit_code == 0
-    printed("archive", "--data", data, "--before", 12, tmp_path / "b.gz")
-
-
 # backup
 
 
@@ -465,7 +382,7 @@ def test_backup_is_verified_and_prints_head(data: Path, tmp_path: Path) -> None:
     told = printed("backup", "--data", data, copy)
     assert told == printed("verify", "--data", copy.parent) == printed("verify", "--data", data)
     made = printed_json("backup", "--data", data, copy)
-    assert (made["verified"], made["events"]) == (True, HEAD)
+    assert (made["verified"], made["position"]) == (True, HEAD)
 
 
 def test_backup_refuses_leftovers_of_other_database(data: Path, tmp_path: Path) -> None:
@@ -477,18 +394,16 @@ def test_backup_refuses_leftovers_of_other_database(data: Path, tmp_path: Path) 
     assert not (tmp_path / "backup.db").exists()
 
 
-def test_running_server_refuses_archive_and_backup_into_it(data: Path, tmp_path: Path) -> None:
+def test_running_server_refuses_backup_into_it(data: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
-    with lock_data(data), lock_data(other):
-        assert "in use by process" in refused("archive", "--data", data, "--before", 9, tmp_path / "a.gz")
+    with lock_data(other):
         assert "a server is running on" in refused("backup", "--data", data, other / LEDGER)
-    assert not (tmp_path / "a.gz").exists()
     printed("backup", "--data", data, other / LEDGER)
     assert sorted(each.name for each in other.iterdir()) == [LEDGER, "lock"]
 
 
-# All three
+# Both
 
 
 @each_writer
@@ -551,7 +466,7 @@ def test_lost_ledger_key_is_refused_until_made_anew(
     data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (data / "ledger.key").unlink()
-    for command in (WRITERS["export"], WRITERS["archive"], lambda data, _: ("key", "ledger", "--data", data)):
+    for command in (WRITERS["export"], lambda data, _: ("key", "ledger", "--data", data)):
         reason = refused(*command(data, tmp_path / "file"))
         assert "ledger.key: restore it from your backup" in reason
     assert not (data / "ledger.key").exists()

@@ -152,7 +152,6 @@ MISTAKES = [
     ("token --data nope --role admin --subject x", 2, "start the server first"),
     ("token revoke nope --data {data}", 2, "`loadledger token list` lists them"),
     ("verify --data nope", 2, "name the data directory with --data"),
-    ("archive a.gz --before 3 --data {data}", 2, "stop it, or choose another --data"),
     ("backup nope/x.db --data {data}", 2, "nope/x.db: No such file or directory"),
 ]
 """Of an admin."""

@@ -4,10 +4,8 @@ import asyncio
 import json
 import re
 import socket
-import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, closing
-from pathlib import Path
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import aiohttp
 import pytest
@@ -44,17 +42,6 @@ async def add(api: LocalApi, number: int) -> int:
 async def none_open(api: LocalApi) -> None:
     """Wait until the server has closed all streams."""
     await until(lambda: not len(api.app[STREAMS]))
-
-
-def archive(path: Path, position: int) -> None:
-    """Remove the events up to a position, as `archive` does while no server runs."""
-    with closing(sqlite3.connect(path)) as connection:
-        for (name,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'trigger'").fetchall():
-            connection.execute(f"DROP TRIGGER {name}")
-        (digest,) = connection.execute("SELECT hash FROM events WHERE position = ?", (position,)).fetchone()
-        connection.execute("DELETE FROM events WHERE position <= ?", (position,))
-        connection.execute("UPDATE base SET position = ?, hash = ?", (position, digest))
-        connection.commit()
 
 
 def positions(events: list[dict[str, object]]) -> list[object]:
@@ -217,21 +204,6 @@ async def test_invalid_stream_request_is_400(shared: LocalApi) -> None:
     ):  # fmt: skip
         assert (await shared.get(PATH, headers={"Last-Event-ID": seen})).refusal == (400, code), seen
     assert (await shared.get(f"{PATH}?after={beyond}")).refusal == (400, "beyond_head")
-
-
-async def test_archived_position_is_410_with_the_oldest(api: LocalApi) -> None:
-    await add(api, 5)
-    archive(api.app[LOG].path, 3)
-    for path in (
-        "/stream?after=2", "?after=2", "?since=3", "?until=3", "?before=3", "?until=2001-01-01T00:00:00Z",
-    ):  # fmt: skip
-        answer = await api.get(f"/api/v1/events{path}")
-        assert answer.refusal == (410, "archived")
-        assert (answer.json["oldest"], answer.json["head"]) == (4, 6)
-    async with following(api, "?after=3") as client:
-        assert positions(await client.events(3)) == [4, 5, 6]
-    page = (await api.get("/api/v1/events")).json
-    assert (positions(page["events"]), page["oldest"]) == ([4, 5, 6], 4)
 
 
 async def test_streams_of_a_subject_are_limited(start: Start) -> None:

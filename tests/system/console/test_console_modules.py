@@ -22,7 +22,7 @@ const confinement = { not_prevented: [] };
 const RESOURCES = { models: [], waiting: [], confinement, devices: [], device_problems: [] };
 """
 CASES: dict[str, tuple[object, str]] = {
-    "stream continues anew where its position was archived": (
+    "stream continues anew where its position is another log's": (
         [["6", "7", "9"], "live", 2],
         """
         const { run, stop } = await import("/console/live.js");
@@ -30,7 +30,7 @@ CASES: dict[str, tuple[object, str]] = {
         const asked = [], resources = { ...RESOURCES };
         const answers = [
           () => new Response('{"position": 7}\\n'), // and the connection ends
-          () => { throw new Refusal(410, { code: "archived" }); },
+          () => { throw new Refusal(400, { code: "beyond_head" }); },
           () => new Response(new ReadableStream({ start: (body) =>
             body.enqueue(new TextEncoder().encode('{"stream": "live", "position": 9}\\n')) })),
         ];
