@@ -6,8 +6,8 @@ import sys
 
 from tools.loadtrace import BESIDE, ROOT
 
-MOST_MODULES = 46
-"""It is 44 or 45, and was 46 once on a busy machine."""
+MOST_MODULES = 44
+"""It is 42; on a busy machine one more may be entered."""
 PART = re.compile(r"^(\S.*): (\d+) modules\n((?:  .+\n)+)", re.MULTILINE)
 
 
@@ -17,7 +17,7 @@ def test_load_enters_few_modules() -> None:
     shown = subprocess.check_output(command, cwd=ROOT, timeout=120, text=True)
     found = {name: (int(count), modules) for name, count, modules in PART.findall(shown)}
     assert found.pop(BESIDE, None), shown
-    assert len(found) == 3, shown
+    assert len(found) == 2, shown
     for count, modules in found.values():
         assert {"loads", "log"} <= set(modules.split())
         assert count <= MOST_MODULES, shown

@@ -95,11 +95,10 @@ async def test_server_counts_and_measures_its_work(start: Start, repository: Pat
     stages = [seen[series("inference_stage_seconds_total", model="m", stage=stage)] for stage in STAGES]
     assert min(stages) > 0
     assert sum(stages) == pytest.approx(seen[series("inference_duration_seconds_sum", model="m")])
-    assert seen[series("model_info", model="m", version="1", form="none")] == 1
+    assert seen[series("model_info", model="m", version="1")] == 1
     assert seen[series("model_memory_bytes", model="m")] == seen["memory_used_bytes"] > 0
     assert seen[series("models", state="loaded")] == 1
     assert seen[series("loads_total", cause="request", outcome="completed")] == 1
-    assert seen[series("loads_by_form_total", form="none")] == 1
     assert seen[series("load_duration_seconds_count", outcome="completed")] == 1
     assert seen[series("load_duration_seconds_count", outcome="failed")] == 0
     assert seen[series("load_stage_seconds_total", stage="loading")] > 0
