@@ -84,7 +84,7 @@ class Segment(Struct, frozen=True, gc=False, rename=_RENAMED):
 
 
 class MarkKind(StrEnum):
-    """What a mark stands for."""
+    """The kind of a mark."""
 
     SWAPPED = "swapped"
     FAILED = "failed"

@@ -531,11 +531,7 @@ def entry(key: int, index: Any) -> Any:
 
 
 def misaligned(rows: int | str = "rows", side: int = 250) -> ModelProto:
-    """Three layers of odd size: what ONNX Runtime up to 1.31 packs of them, it saves where it cannot use it.
-
-    The optimised model that it writes kills the process (SIGSEGV) that runs it on two rows or more;
-    on one row it does not. With 1.32 it answers.
-    """
+    """Three layers of odd size, which kernels do not read in whole steps."""
     rng = np.random.default_rng(0)
     tensors = [
         numpy_helper.from_array(rng.standard_normal((side, side), np.float32) / side, f"w{i}")
