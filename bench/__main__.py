@@ -154,7 +154,7 @@ class Choice:
     "--network",
     multiple=True,
     type=click.Choice([network.name for network in (*NETWORKS, LARGE)]),
-    help="Load and prepare only this one of all networks; can be repeated.",
+    help="Load only this one of all networks; can be repeated.",
 )
 @click.option(
     "--device", default="openvino:cpu", show_default=True, help="Device that is measured beside the CPU."
