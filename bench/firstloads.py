@@ -106,6 +106,7 @@ def _round(server: Server, model_id: str, path: Path, *, ours_first: bool, runs:
     plain = baselines.measure_session(path, inferences=inferences, environment=baselines.PLAIN_ENVIRONMENT)
     ours, parts = before or _load(server, model_id)
     written = server.written_bytes() - written_before
+    os.sync()  # what the first load left to be written
     later, _ = _load(server, model_id)
     return Round(ours, later, bare, plain, parts, costs, sum(file.stat().st_size for file in files), written)
 
