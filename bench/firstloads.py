@@ -149,22 +149,12 @@ def _rows(network: Network, what: str, rounds: Sequence[Round]) -> Iterator[Row]
     )
     goal = max(bare * RATIO_GOAL, bare + ABOVE_GOAL_MS, hashing) + copying
     label = f"{rounds[0].bytes / 1e6:.0f} MB {network.what}: {what}"
-    yield Row(
-        f"{label} ÷ bare first session",
-        format_ms(ours, decimals=1),
-        format_ms(bare, decimals=1),
-        ours / bare,
-        f"≤ {goal:.1f} ms",
-        ours <= goal,
-    )
-    yield Row(
-        f"{label.replace('first', 'later')} ÷ bare first session",
-        format_ms(later, decimals=1),
-        format_ms(bare, decimals=1),
-        later / bare,
-        f"≤ {LATER_GOAL}",
-        later <= LATER_GOAL * bare,
-    )
+    for name, took, shown_goal, most in (
+        (label, ours, f"≤ {goal:.1f} ms", goal),
+        (label.replace("first", "later"), later, f"≤ {LATER_GOAL}", LATER_GOAL * bare),
+    ):
+        ours_ms, bare_ms = format_ms(took, decimals=1), format_ms(bare, decimals=1)
+        yield Row(f"{name} ÷ bare first session", ours_ms, bare_ms, took / bare, shown_goal, took <= most)
     parts = {name: median(each.parts[name] for each in rounds) for name in rounds[0].parts}
     beside = [parts.pop(name) for name in ("hashing", "one commit")]
     parts["all else"] = ours - sum(parts.values())

@@ -168,7 +168,7 @@ class LoadTask:
 
 
 class LoadEnded(Exception):
-    """This attempt of a load has ended; its `failure` says why, if it has not other files."""
+    """This attempt of a load has ended: the load failed, or was granted for other files."""
 
 
 @dataclass(slots=True, eq=False)

@@ -251,8 +251,8 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 _MACHINE = MACHINES.get(platform.machine())
 _PID = 0x7FFFFFF7
 """In place of a worker's process id, in the filters that the fork server builds for all workers."""
-_TEMPLATES = {} if _MACHINE is None else {Grants.NOTHING: build_filter(_MACHINE, _PID, Grants.NOTHING)}
-"""Of workers on the CPU; those on devices build their own."""
+_TEMPLATE = b"" if _MACHINE is None else build_filter(_MACHINE, _PID, Grants.NOTHING)
+"""The filter of workers on the CPU; those on devices build their own."""
 
 
 class _Program(ctypes.Structure):
@@ -271,7 +271,7 @@ def restrict(grants: Grants = Grants.NOTHING) -> None:
     """
     if _MACHINE is None:
         raise OSError(errno.ENOSYS, f"no table of system calls for {platform.machine()}")
-    template = _TEMPLATES.get(grants) or build_filter(_MACHINE, _PID, grants)
+    template = build_filter(_MACHINE, _PID, grants) if grants else _TEMPLATE
     code = template.replace(_PID.to_bytes(4, sys.byteorder), os.getpid().to_bytes(4, sys.byteorder))
     buffer = ctypes.create_string_buffer(code, len(code))
     program = _Program(len(code) // INSTRUCTION.size, ctypes.addressof(buffer))
