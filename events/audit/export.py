@@ -71,7 +71,10 @@ def export(
             raise NothingThere(
                 f"there are no events from after position {after} to {last}: the log ends at position {end}"
             )
-        position, digest = after, queries.find_hash(ledger, after) or b""
+        digest = queries.find_hash(ledger, after)
+        if digest is None:
+            raise LedgerDamaged(f"the event at position {after} is missing; `verify` says more")
+        position = after
         if opening := form.first(Anchor(position, digest)):
             yield opening
         for row in queries.read_rows(ledger, after, last):

@@ -17,8 +17,6 @@ from loadledger.cli import options, output
 
 INSTALL = "pip install 'loadledger[postgres]'"
 _FILE = click.Path(path_type=Path, dir_okay=False)
-SHOWN_DIGITS = 12
-"""Shown digits of a hash: enough to tell files apart; --json has all."""
 
 
 @click.command()
@@ -329,17 +327,13 @@ def discard(address: str, file: Path, *, as_json: bool) -> None:
 
 def _import_database() -> Any:
     """Return the module for ledgers in PostgreSQL, which needs the driver."""
-    require_driver()
-    from loadledger.cli import database
-
-    return database
-
-
-def require_driver() -> None:
     from importlib.util import find_spec
 
     if find_spec("asyncpg") is None:
         output.exit_with_error(f"asyncpg is not installed: {INSTALL}")
+    from loadledger.cli import database
+
+    return database
 
 
 def _ledger_in(data: Path) -> Path:

@@ -84,7 +84,7 @@ too: ls, ps, stop, kill, logs, stats."""
 
 COMMANDS = {name: place for commands in SECTIONS.values() for name, place in commands.items()}
 EXAMPLES = Path(__file__).with_name("examples.txt")
-"""Command lines: at least two for each command, whose help shows the first two."""
+"""Command lines for each command, whose help shows the first two; `demo` has no other."""
 MAX_HELP_CHARACTERS = 200
 """Longer than each command's first sentence, so that click cuts none."""
 

@@ -13,7 +13,6 @@ from urllib.parse import unquote
 
 import click
 
-from loadledger.cli.ledger import require_driver
 from loadledger.cli.options import (
     ServerChoice,
     find_chosen_target,
@@ -273,21 +272,11 @@ def _lines(result: Any) -> list[str]:
 
 
 @click.command()
-@click.option(
-    "--cluster",
-    is_flag=True,
-    help="Show three nodes over a ledger in PostgreSQL instead, of which one is killed.",
-)
-def demo(*, cluster: bool) -> None:
+def demo() -> None:
     """Load, query, swap and unload a real model; show the ledger.
 
-    With --cluster it starts a PostgreSQL server and three nodes in a temporary directory, and removes all of
-    it at the end. It needs PostgreSQL's programs (Debian: apt install postgresql), not a running server.
-
-    Exit code: 0 if everything was as the demo says, 1 if not, 2 if PostgreSQL is not installed.
+    Exit code: 0 if everything was as the demo says, 1 if not.
     """
-    if cluster:
-        require_driver()
-    from loadledger.cli.demo import run_cluster, run_server
+    from loadledger.cli.demo import run_demo
 
-    sys.exit(run_cluster() if cluster else run_server())
+    sys.exit(run_demo())

@@ -12,7 +12,6 @@
 import { signal } from "./vendor/signals.js";
 
 const PAGES = ["timeline", "ledger", "jobs", "nodes", "models"];
-const RANGE = ["from", "to", "last", "find"]; // with these, #/ledger was the timeline, and addresses of it are in tickets
 
 // Reads an address: {page, id, query}. What is no address of the page is the overview, page "".
 export function parse(hash) {
@@ -20,7 +19,6 @@ export function parse(hash) {
   const [first, ...rest] = path.split("/");
   const query = Object.fromEntries(new URLSearchParams(search)), id = decoded(rest.join("/"));
   if (first === "at" && id) return { page: "timeline", id, query };
-  if (first === "ledger" && RANGE.some((name) => name in query)) return { page: "timeline", id: null, query };
   if (!PAGES.includes(first) || (first === "models" && !id)) return { page: "", id: null, query };
   return { page: first, id: first === "models" || first === "jobs" ? id : null, query };
 }

@@ -29,8 +29,7 @@ from urllib.parse import quote
 import asyncpg
 import pytest
 
-from bench.postgres import find_programs
-from loadledger.cli.postgres import SUPERUSER, DatabaseFailed, initialise, own, run_program
+from bench.postgres import SUPERUSER, DatabaseFailed, find_programs, initialise, own, run_program
 from support import keeper, leaks
 from support.workers import LIMIT_S
 

@@ -59,7 +59,7 @@ async def test_server_that_does_not_stop_is_killed(repository: Path, tmp_path: P
     server = context.__enter__()
     await freeze(server.process.pid)
     with pytest.raises(demo.DemoFailed, match=r"stops within 0\.1 s"):
-        demo._stop_servers([server.process], limit_s=0.1)
+        demo._stop(server.process, limit_s=0.1)
     with pytest.raises(demo.DemoFailed, match="ended with -9"):
         context.__exit__(None, None, None)
 

@@ -63,18 +63,19 @@ def test_export_outside_the_log_is_refused(bounds: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("statement", "words"),
+    ("statement", "after", "words"),
     [
-        ("UPDATE events SET body = replace(body, 'alice', 'mallory') WHERE position = 2", "position 2"),
-        ("DELETE FROM events WHERE position = 4", "position 4 is missing"),
+        ("UPDATE events SET body = replace(body, 'alice', 'mallory') WHERE position = 2", 0, "position 2"),
+        ("DELETE FROM events WHERE position = 4", 0, "position 4 is missing"),
+        ("DELETE FROM events WHERE position = 4", 4, "position 4 is missing"),
     ],
 )
-def test_damaged_ledger_is_not_signed(statement: str, words: str) -> None:
+def test_damaged_ledger_is_not_signed(statement: str, after: int, words: str) -> None:
     with copy_of(LEDGER) as path:
         change_ledger(path, statement)
         lines: list[bytes] = []
         with pytest.raises(LedgerDamaged, match=words):
-            lines.extend(export(path, JSONL, SIGN))
+            lines.extend(export(path, JSONL, SIGN, after=after))
         assert not any(b'"head"' in line for line in lines)
 
 

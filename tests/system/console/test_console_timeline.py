@@ -149,17 +149,6 @@ async def test_timeline_zooms_moves_and_is_chosen_from(server: Server, admin: Co
     await expect(past_row(admin, "listed").locator(".pill")).to_have_text("loaded")
 
 
-async def test_addresses_of_earlier_releases_lead_to_the_timeline(admin: Console) -> None:
-    page = admin.page
-    await page.goto(f"{admin.url}/#/ledger?last=all")
-    await expect(page.get_by_role("button", name="All history")).to_have_attribute("aria-pressed", "true")
-    await page.goto(f"{admin.url}/#/ledger?from=2026-01-01T00:00:00Z&to=2026-01-02T00:00:00Z")
-    await expect(page.locator("#timeline-range")).to_have_text("1 Jan 2026, 00:00 to 2 Jan 2026, 00:00 UTC")
-    await expect(page.locator(".timeline .hint").first).to_contain_text("No model was asked for")
-    await page.goto(f"{admin.url}/#/ledger")
-    await expect(page.locator("#ledger-list > li").first).to_be_visible()
-
-
 async def test_time_travel_shows_actor_and_hash(server: Server, admin: Console) -> None:
     page = admin.page
     await server.api.load("past", version=1)
