@@ -295,9 +295,10 @@ class Loader:
                 )
                 order = await self._build_order(load, files)
                 load.reach_stage("starting")
-                hashing = start_task(files.hash(), "hashing a model")
                 async with load.measuring_device():
-                    first = await self._load_instance(load, order, load.worker_id)
+                    worker = await self._start_instance(load, load.worker_id)
+                    hashing = start_task(files.hash(), "hashing a model")  # it would slow the fork down
+                    first = await self._load_instance(load, worker, order)
                     await hashing
                     await files.settle()
                     settled = replace(order, root=str(files.root), folder=str(files.folder))
@@ -350,7 +351,7 @@ class Loader:
 
         async def load_one() -> None:
             async with places:
-                await self._load_instance(load, order, uuid7())
+                await self._load_instance(load, await self._start_instance(load, uuid7()), order)
 
         others = [asyncio.create_task(load_one()) for _ in range(load.parameters.instances - 1)]
         try:
@@ -360,7 +361,7 @@ class Loader:
                 other.cancel()
             await asyncio.gather(*others, return_exceptions=True)
 
-    async def _load_instance(self, load: RunningLoad, order: Load, worker_id: str) -> Loaded:
+    async def _start_instance(self, load: RunningLoad, worker_id: str) -> Worker:
         load.check()
         began_ns = time.monotonic_ns()
         worker = await self._start_worker(worker_id)
@@ -370,7 +371,10 @@ class Loader:
         load.workers.append(worker)
         load.starting_us = max(load.starting_us, (time.monotonic_ns() - began_ns) // 1000)
         worker.ended.add_done_callback(lambda _: load.on_exit(worker))
-        limited = load.limit_memory(order)
+        return worker
+
+    async def _load_instance(self, load: RunningLoad, worker: Worker, order: Load) -> Loaded:
+        worker_id, limited = worker.worker_id, load.limit_memory(order)
         try:
             report = await worker.load(
                 limited,
