@@ -7,11 +7,9 @@ import _sqlite3
 import ctypes
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import FrameType
 from typing import Any
 
 CALLS = {
@@ -55,29 +53,6 @@ def run_counted(work: Callable[[], object], killed_at: int | None = None) -> int
     with _before_each_call(count):
         work()
     return calls
-
-
-def run_traced(work: Callable[[], object], modules: tuple[str, ...], killed_at: int | None = None) -> int:
-    """Do some work; return how many lines of modules it ran. This process is killed before the given one."""
-    lines = 0
-
-    def count(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal lines
-        if not frame.f_code.co_filename.endswith(modules):
-            return None
-        if event == "line":
-            lines += 1
-            if lines == killed_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-        return count
-
-    before = sys.gettrace()
-    sys.settrace(count)
-    try:
-        work()
-    finally:
-        sys.settrace(before)
-    return lines
 
 
 @contextmanager

@@ -542,15 +542,6 @@ def misaligned(rows: int | str = "rows", side: int = 250) -> ModelProto:
     return model(nodes, [value("x", FLOAT, [rows, side])], [value("y", FLOAT, [rows, side])], tensors)
 
 
-def random_numbers() -> ModelProto:
-    """`y = x + noise`, other noise each time."""
-    nodes = [
-        helper.make_node("RandomNormalLike", ["x"], ["noise"]),
-        helper.make_node("Add", ["x", "noise"], ["y"]),
-    ]
-    return model(nodes, [value("x", FLOAT, [None])], [value("y", FLOAT, [None])])
-
-
 def grown(count: int = 20_000_000) -> ModelProto:
     """`y = x + 1` in a file of 200 bytes: ONNX Runtime makes a weight of 4 bytes times count of its 1."""
     nodes = [helper.make_node("Expand", ["one", "count"], ["w"]), helper.make_node("Add", ["x", "w"], ["y"])]
