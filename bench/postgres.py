@@ -6,6 +6,7 @@ The tests use its functions for servers of their own.
 
 import asyncio
 import os
+import pwd
 import shutil
 import signal
 import socket
@@ -43,9 +44,14 @@ class DatabaseFailed(Exception):
 
 
 def find_programs() -> Path | None:
-    """Return the folder of `initdb`: what POSTGRES names, else that on PATH, else the newest of Debian's."""
+    """Return the folder of `initdb`: what POSTGRES names, else that on PATH, else the newest of Debian's.
+
+    None without one, or if we are root and there is no user to run it as.
+    """
     if named := os.environ.get("POSTGRES"):
         return Path(named)
+    if os.geteuid() == 0 and SUPERUSER not in {user.pw_name for user in pwd.getpwall()}:
+        return None
     if found := shutil.which("initdb"):
         return Path(found).resolve().parent
     versions = sorted(DEBIAN.glob("*/bin/initdb"), key=lambda path: float(path.parts[-3]))
@@ -78,7 +84,7 @@ def run_program(folder: Path, program: Path | str, *arguments: str) -> str:
 
 
 def initialise(programs: Path, folder: Path, data: str, *options: str) -> None:
-    """Make a data directory in a folder; who may connect may be any role.
+    """Make a data directory in a folder, whose server asks no role for a password.
 
     Args:
         programs: folder of PostgreSQL's programs.

@@ -84,7 +84,7 @@ too: ls, ps, stop, kill, logs, stats."""
 
 COMMANDS = {name: place for commands in SECTIONS.values() for name, place in commands.items()}
 EXAMPLES = Path(__file__).with_name("examples.txt")
-"""Command lines for each command, whose help shows the first two; `demo` has no other."""
+"""Command lines for each command, whose help shows the first two; `demo` takes nothing and has one."""
 MAX_HELP_CHARACTERS = 200
 """Longer than each command's first sentence, so that click cuts none."""
 
@@ -97,7 +97,7 @@ def find_command(name: str) -> click.Command:
 
 
 def _add_examples(command: click.Command, path: str, lines: list[str]) -> None:
-    """End the help of a command, and of those in a group, with two examples."""
+    """End the help of a command, and of those in a group, with its first two examples."""
     own = [line for line in lines if f"{line} ".startswith(f"{path} ")]
     command.epilog = "\n  ".join(["\b\nExamples:", *own[:2]])
     for name, inner in command.commands.items() if isinstance(command, click.Group) else ():

@@ -362,6 +362,7 @@ class Loader:
             await asyncio.gather(*others, return_exceptions=True)
 
     async def _start_instance(self, load: RunningLoad, worker_id: str) -> Worker:
+        """Start the worker of an instance, which belongs to the load from then on."""
         load.check()
         began_ns = time.monotonic_ns()
         worker = await self._start_worker(worker_id)
@@ -374,6 +375,7 @@ class Loader:
         return worker
 
     async def _load_instance(self, load: RunningLoad, worker: Worker, order: Load) -> Loaded:
+        """Load the model in a started worker; return the worker's report."""
         worker_id, limited = worker.worker_id, load.limit_memory(order)
         try:
             report = await worker.load(

@@ -31,15 +31,6 @@ from support.workers import hold, wait_gone
 MODULE = (sys.executable, "-P", "-m", "loadledger")  # -P: the installed package, not the folder we are in
 SCRIPT = (str(Path(sys.executable).with_name("loadledger")),)
 """The two ways to call the command."""
-NO_PRESSURE = """
-from loadledger.cli.main import main
-from runtime import memory
-assert memory.is_under_pressure, "renamed"
-memory.is_under_pressure = lambda _: False
-main()
-"""
-UNHURRIED = (sys.executable, "-P", "-c", NO_PRESSURE)
-"""The command on a machine that reports no pressure: it prepares models however busy the machine is."""
 
 
 def limited(**limits: float | str) -> tuple[str, ...]:
@@ -252,7 +243,7 @@ def standing(
     """Start `serve` on a repository, and on `data` beside it; stop it in the end."""
     config = Config(repository=repository, data=repository.with_name("data"))
     with asyncio.Runner() as runner:
-        context = serving(config, *arguments, command=UNHURRIED, environment=environment)
+        context = serving(config, *arguments, environment=environment)
         server = runner.run(context.__aenter__())
         try:
             yield server

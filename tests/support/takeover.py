@@ -42,8 +42,7 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 Facts = Mapping[str, Any]
 """`server`, `fork_server`, `sibling`: process ids; `data`: a data directory; `others`: a file of another
-model; `own`: the version's folder; `target`: where it prepares the model, else `own`; `port`: of a server on
-127.0.0.1."""
+model; `own`: the version's folder; `port`: of a server on 127.0.0.1."""
 
 
 def _call(function: Any, *arguments: Any) -> int:

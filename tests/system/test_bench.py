@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,10 @@ import pytest
 from support.connections import odd_server
 from support.fleet import soak_only
 from support.postgres import require_programs
-from support.servers import UNHURRIED, clean_environment
+from support.servers import clean_environment
 from yarl import URL
 
-from bench import baselines, generator
+from bench import baselines, generator, postgres
 from bench.driver import Answer, completed_job
 from bench.generator import WrongAnswer, generate, longest_gap
 from bench.requests import Target, add_one_request
@@ -42,12 +43,6 @@ copies.IDLE_NODES, copies.SETTLED_S, copies.IDLE_S = (1,), 0.1, 1.0
 simulation.NODES, simulation.MODELS = 20, 50
 __main__.main()
 """
-UNHURRIED_BENCH = f"""
-from bench import __main__, driver
-driver._command = lambda *arguments: [*{UNHURRIED}, *map(str, arguments)]
-__main__.main()
-"""
-"""Preparation waits for an idle machine, which this one may not be."""
 
 
 def run(*arguments: str | Path, how: str = "-m") -> subprocess.CompletedProcess[str]:
@@ -102,6 +97,19 @@ def test_bench_prints_the_table_of_a_part(part: str) -> None:
     assert done.stderr == ""
     text = " ".join(done.stdout.split())
     assert all(heading in text for heading in ("what", "ours", "beside", "ratio", "goal", "reached"))
+
+
+def test_programs_of_newest_postgresql_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for version in ("9.6", "15", "16"):
+        (tmp_path / version / "bin").mkdir(parents=True)
+        (tmp_path / version / "bin" / "initdb").touch()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("POSTGRES", raising=False)
+    monkeypatch.setattr(postgres, "DEBIAN", tmp_path)
+    monkeypatch.setattr(postgres, "SUPERUSER", "root")
+    assert postgres.find_programs() == tmp_path / "16" / "bin"
+    monkeypatch.setattr(postgres, "SUPERUSER", "nobody knows")
+    assert (postgres.find_programs() is None) is (os.geteuid() == 0)
 
 
 def test_missing_peers_end_the_bench_with_instructions(tmp_path: Path) -> None:

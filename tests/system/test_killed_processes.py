@@ -14,7 +14,7 @@ import aiohttp
 from support import leaks, models
 from support.fleet import UNLIMITED, new_dice, of_both, tell
 from support.http import ONE, Api
-from support.servers import UNHURRIED, serving
+from support.servers import serving
 from support.workers import until
 
 from server.config import Config
@@ -25,7 +25,7 @@ SOON_S, LATER_S = 0.3, 1.2
 
 
 async def infer_until_gone(api: Api) -> None:
-    """Infer again and again, so that preparations are suspended, until the server is gone."""
+    """Infer again and again until the server is gone."""
     with suppress(aiohttp.ClientError, ConnectionError):
         while True:
             await api.infer("small", ONE)
@@ -35,7 +35,7 @@ async def live(config: Config, dice: random.Random, *, is_soon: bool) -> int:
     """Start a server, kill it after a load has begun, and wait until it has no process; returns how many."""
     run = uuid4().hex
     environment = {leaks.MARK: run}
-    async with serving(config, *UNLIMITED, command=UNHURRIED, environment=environment) as server:
+    async with serving(config, *UNLIMITED, environment=environment) as server:
         await server.api.load("small")
         client = asyncio.create_task(infer_until_gone(server.api))
         if dice.random() < 0.5:

@@ -63,7 +63,7 @@ def test_help_explains_command_and_options(command: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["key", "token", *every_command()])
-def test_help_ends_with_two_examples(command: str) -> None:
+def test_help_ends_with_examples(command: str) -> None:
     lines = printed(*command.split(), "--help").splitlines()
     shown = lines[lines.index("  Examples:") + 1 :]
     assert len(shown) == (1 if command == "demo" else 2)  # it takes nothing

@@ -232,6 +232,7 @@ CASES: dict[str, tuple[object, str]] = {
             ["#/", "", None],
             ["", "", "models/", "other/1", "at/%E0"],
             ["timeline", {"from": "1", "find": "x y"}],
+            ["ledger", {"model": "m"}],
             ["models m", "jobs j", "jobs j", "#/jobs/j?last=all"],
         ],
         """
@@ -242,7 +243,7 @@ CASES: dict[str, tuple[object, str]] = {
         const told = written.map((text) => [text, parse(text).page, parse(text).id]);
         const none = ["", "#", "#/models/", "#/other/1", "#/at/%E0"]
           .filter((text) => parse(text).page === "");
-        const range = parse("#/timeline?from=1&find=x+y"), seen = [];
+        const range = parse("#/timeline?from=1&find=x+y"), events = parse("#/ledger?model=m"), seen = [];
         replace(); // an earlier case has left the page elsewhere
         const changed = () => new Promise((done) =>
           addEventListener("hashchange", () => setTimeout(done), { once: true }));
@@ -255,7 +256,7 @@ CASES: dict[str, tuple[object, str]] = {
         history.back();
         await changed();
         return [...told, none.map((text) => text.slice(2)), [range.page, range.query],
-          [...seen.slice(0, 3), shown]];
+          [events.page, events.query], [...seen.slice(0, 3), shown]];
         """,
     ),
     "focus stays when rows move": (
