@@ -27,6 +27,7 @@ _MODULES = {
         "NotFound",
         "ServerError",
         "ServerUnreachable",
+        "SourceProblem",
     ),
     "profiles": ("ProfileProblem",),
     "inference": ("InferenceResult",),

@@ -9,6 +9,7 @@ from loadledger.errors import NotAllowed as NotAllowed
 from loadledger.errors import NotFound as NotFound
 from loadledger.errors import ServerError as ServerError
 from loadledger.errors import ServerUnreachable as ServerUnreachable
+from loadledger.errors import SourceProblem as SourceProblem
 from loadledger.inference import InferenceResult as InferenceResult
 from loadledger.profiles import ProfileProblem as ProfileProblem
 from loadledger.records import Event as Event

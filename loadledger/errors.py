@@ -124,6 +124,21 @@ class BadAnswer(ClientProblem):
     """The answer is not loadledger's, or longer than the client accepts."""
 
 
+class SourceProblem(ClientProblem):
+    """A source cannot be fetched; nothing was sent to a server.
+
+    Attributes:
+        code: stable, for programs: `invalid_source` (a name), `source_not_found`, `source_denied`,
+            `source_unreachable` (the same may succeed soon), `source_changed`, `digest_mismatch`,
+            `source_invalid` (its answer makes no sense, or is not taken), `not_installed` (an extra),
+            `no_space` (here).
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{message} ({code})")
+        self.code = code
+
+
 class JobFailed(ClientProblem):
     """An awaited job failed or was cancelled.
 

@@ -1,0 +1,12 @@
+"""Versions by name: resolved and downloaded here, with this person's credentials, and then sent as files are.
+
+- `names`: a source's name; pure
+- `fetch`: the way of one: what its name means now, the files that its version needs, and their download
+- `origin`: the interface of a source's module
+- `downloads`: files that arrive, and parts of them that are gone on with
+- `web`: an HTTPS client; `https`, `oci`, `huggingface` and `cloud`: the sources
+- `unpack`: archives, which layers of a registry may be
+- `folder`: a version written into a folder, in place of a server
+
+The libraries of `huggingface` and `cloud` are extras.
+"""

@@ -1,0 +1,25 @@
+"""One file at a URL of https: its name means nothing beforehand, so its SHA-256 is the answer."""
+
+from __future__ import annotations
+
+from loadledger.sources.downloads import Download, Downloads
+from loadledger.sources.names import SourceName
+from loadledger.sources.origin import RemoteFile, Resolved
+from loadledger.sources.web import Web
+from runtime.onnxfile import MODEL_FILE
+
+
+class Https:
+    """The model at a URL; see `loadledger.sources.origin.Origin`."""
+
+    def __init__(self, source: SourceName, digest: str | None) -> None:
+        self._url, self._digest = source.name, digest
+        self._web = Web("https sources are read without credentials; use one that has them, as oci or s3")
+
+    def resolve(self) -> Resolved:
+        return Resolved(self._url, (RemoteFile(MODEL_FILE, sha256=self._digest),))
+
+    def fetch(self, file: RemoteFile, downloads: Downloads) -> Download:
+        known_by = file.sha256 and f"sha256:{file.sha256}"
+        opening = self._web.opening(self._url, is_pinned=file.sha256 is not None)
+        return downloads.receive(known_by, opening, sha256=file.sha256)

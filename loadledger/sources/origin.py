@@ -1,0 +1,53 @@
+"""The interface of a source's module, `Origin`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from loadledger.sources.downloads import Download, Downloads
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """One file of a resolved source.
+
+    Attributes:
+        path: in the version's folder, as the source says, unchecked; of an archive, a name for messages.
+        bytes: its length, if the source says it.
+        sha256: in hexadecimal digits, if the source or the caller names it.
+        is_needed: whether the version must have it; others are taken if the model or a signature names them.
+        is_archive: whether it is a tar archive, plain or gzip, of files of the version.
+        key: what the source itself calls it.
+    """
+
+    path: str
+    bytes: int | None = None
+    sha256: str | None = None
+    is_needed: bool = True
+    is_archive: bool = False
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What a source's name means now: a name that says more of the bytes, and the files.
+
+    The name of a source that says nothing of its bytes beforehand is the one that was given.
+    """
+
+    name: str
+    files: tuple[RemoteFile, ...]
+
+
+class Origin(Protocol):
+    """A source, made from `(source: SourceName, digest: str | None)`; all three raise `SourceProblem`.
+
+    The digest, in hexadecimal digits, is that of the source's file or, of a registry, of its manifest.
+    """
+
+    def resolve(self) -> Resolved:
+        """Return what the source's name means now."""
+
+    def fetch(self, file: RemoteFile, downloads: Downloads) -> Download:
+        """Return a file of `resolve` once it is here."""
