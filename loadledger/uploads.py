@@ -25,11 +25,16 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class VersionFile:
-    """One file of a version: `path` in the version's folder, with slashes, and where it is now."""
+    """One file of a version: `path` in the version's folder, with slashes, and where it is now.
+
+    Attributes:
+        sha256: in hexadecimal digits, if it is known already.
+    """
 
     path: str
     source: Path
     bytes: int
+    sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +202,7 @@ def hash_files(source: VersionSource) -> dict[str, str]:
         ValueError: a file has changed since it was found.
         OSError: a file cannot be read.
     """
-    return {file.path: _hash(_read_chunks(file)) for file in source.files}
+    return {file.path: file.sha256 or _hash(_read_chunks(file)) for file in source.files}
 
 
 def make_key(digests: Mapping[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""One file at a URL of https: its name means nothing beforehand, so its SHA-256 is the answer."""
+"""One file at a URL of https, which says nothing of its bytes beforehand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ class Https:
         self._web = Web("https sources are read without credentials; use one that has them, as oci or s3")
 
     def resolve(self) -> Resolved:
-        return Resolved(self._url, (RemoteFile(MODEL_FILE, sha256=self._digest),))
+        name = f"{self._url}#sha256={self._digest}" if self._digest else None
+        return Resolved(name, (RemoteFile(MODEL_FILE, sha256=self._digest),))
 
     def fetch(self, file: RemoteFile, downloads: Downloads) -> Download:
         known_by = file.sha256 and f"sha256:{file.sha256}"

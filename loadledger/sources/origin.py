@@ -31,12 +31,14 @@ class RemoteFile:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What a source's name means now: a name that says more of the bytes, and the files.
+    """What a source's name means now.
 
-    The name of a source that says nothing of its bytes beforehand is the one that was given.
+    Attributes:
+        name: one that names the same bytes for ever; None if the bytes that arrive say it.
+        files: of the version.
     """
 
-    name: str
+    name: str | None
     files: tuple[RemoteFile, ...]
 
 

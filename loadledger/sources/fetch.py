@@ -1,0 +1,193 @@
+"""The way of one source: what its name means, the files that its version needs, and their download."""
+
+from __future__ import annotations
+
+import base64
+import json
+import posixpath
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from loadledger.errors import SourceProblem
+from loadledger.sources.downloads import Downloads
+from loadledger.sources.names import SourceName, parse_digest, parse_source
+from loadledger.sources.origin import Origin, RemoteFile, Resolved
+from loadledger.uploads import VersionFile, VersionSource
+from runtime.errors import RuntimeProblem
+from runtime.onnxfields import TooManyFields, Unparsable
+from runtime.onnxfile import SIGNATURE_SUFFIX, describe_foreign_file, external_locations, find_model_file
+from runtime.uploads.receive import check_path
+
+MAX_SIGNATURE_BYTES = 8 * 2**20
+"""A signature lists a version's files, at most 10,000, each with its digest."""
+
+Progress = Callable[[int, int | None], None]
+"""Called with the bytes that are here, and those of all files; None while a length is unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class NamedVersion:
+    """A version by name, before its files are here: see `resolve_source`.
+
+    Attributes:
+        source: its name, as it was given.
+        resolved: a name that means the same bytes for ever; None if only the bytes say it.
+    """
+
+    source: SourceName
+    resolved: str | None
+    files: tuple[RemoteFile, ...]
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedVersion:
+    """A version by name whose files are here.
+
+    Attributes:
+        source: its name, as it was given.
+        resolved: what it meant.
+        files: of the version, the model first.
+    """
+
+    source: str
+    resolved: str
+    files: VersionSource
+
+
+def resolve_source(name: str, digest: str | None = None) -> NamedVersion:
+    """Return what a name means now.
+
+    Args:
+        name: as `loadledger.sources.names` describes them.
+        digest: `sha256:` and the digits that its file, or a registry's manifest, must have.
+
+    Raises:
+        SourceProblem: with its code.
+    """
+    source, sha256 = parse_source(name), parse_digest(digest)
+    origin = _open_origin(source, sha256)
+    resolved: Resolved = origin.resolve()
+    return NamedVersion(source, resolved.name, resolved.files, origin)
+
+
+def _open_origin(source: SourceName, sha256: str | None) -> Origin:
+    module, kind = {
+        "https": ("https", "Https"),
+        "hf": ("huggingface", "HuggingFace"),
+        "oci": ("oci", "Oci"),
+    }.get(source.scheme, ("cloud", "Cloud"))
+    origin: Origin = getattr(import_module(f"loadledger.sources.{module}"), kind)(source, sha256)
+    return origin
+
+
+def fetch_version(
+    named: NamedVersion, downloads: Downloads, on_progress: Progress = lambda _, __: None
+) -> FetchedVersion:
+    """Fetch the files that a version must have, then those that its model and its signatures name.
+
+    Raises:
+        SourceProblem: with its code; parts of files stay for another time.
+    """
+    files = dict[str, VersionFile]()
+    done = set[RemoteFile]()
+    here, total = 0, _sum(each.bytes for each in named.files if each.is_needed)
+
+    def count(more: int) -> None:
+        nonlocal here
+        here += more
+        on_progress(here, total)
+
+    downloads.on_bytes = count
+    wanted = [file for file in named.files if file.is_needed]
+    while wanted:
+        for file in wanted:
+            files |= _fetch_file(named.origin, file, downloads)
+        done.update(wanted)
+        wanted = [file for file in named.files if file not in done and file.path in _find_named(files)]
+        total = _sum([total, *(file.bytes for file in wanted)])
+    model = _check_model(named.source.name, files)
+    resolved = named.resolved or f"{named.source.name}#sha256={files[model].sha256}"
+    in_order = sorted(files.values(), key=lambda file: (file.path != model, file.path))
+    return FetchedVersion(named.source.name, resolved, VersionSource(tuple(in_order)))
+
+
+def _fetch_file(origin: Origin, file: RemoteFile, downloads: Downloads) -> dict[str, VersionFile]:
+    """Return the files that one of a source becomes: more than one, if it is an archive."""
+    download = origin.fetch(file, downloads)
+    if not file.is_archive:
+        return {_checked(file.path): _describe(file.path, download.path, download.sha256)}
+    from loadledger.sources.unpack import unpack
+
+    folder = downloads.new_folder(download.path)
+    paths = unpack(download.path, folder)
+    return {_checked(path): _describe(path, folder / path) for path in paths}
+
+
+def _describe(path: str, where: Path, sha256: str | None = None) -> VersionFile:
+    return VersionFile(path, where, where.stat().st_size, sha256)
+
+
+def _checked(path: str) -> str:
+    try:
+        return check_path(path)
+    except RuntimeProblem as problem:
+        raise SourceProblem(
+            "source_invalid", f"the source has a file that no version can: {problem}"
+        ) from None
+
+
+def _sum(lengths: Iterator[int | None] | list[int | None]) -> int | None:
+    found = list(lengths)
+    return None if None in found else sum(filter(None, found))
+
+
+def _find_named(files: Mapping[str, VersionFile]) -> frozenset[str]:
+    """Return the paths that the model names for its weights, and those that its signatures list."""
+    found = set(_weights_of(files))
+    for path, file in files.items():
+        if path.endswith(SIGNATURE_SUFFIX):
+            with file.source.open("rb") as signature:
+                found.update(list_signed_files(signature.read(MAX_SIGNATURE_BYTES)))
+    return frozenset(found)
+
+
+def _weights_of(files: Mapping[str, VersionFile]) -> Iterator[str]:
+    model = find_model_file(files)
+    if model is not None:
+        with suppress(Unparsable, TooManyFields):  # the check of the whole version says what is wrong
+            yield from map(posixpath.normpath, external_locations(files[model].source))
+
+
+def _check_model(source: str, files: Mapping[str, VersionFile]) -> str:
+    """Return which file is the model; refuse what a server would refuse once it has all the bytes."""
+    model = find_model_file(files)
+    if model is None:
+        shown = ", ".join(sorted(map(ascii, files))[:4]) or "none"
+        raise SourceProblem(
+            "source_invalid", f"{source} has no model.onnx, and not one .onnx file: its files are {shown}"
+        )
+    foreign = describe_foreign_file(files[model].source)
+    if foreign is not None:
+        raise SourceProblem("source_invalid", f"{model!a} of {source} {foreign}")
+    missing = next((path for path in _weights_of(files) if path not in files), None)
+    if missing is not None:
+        raise SourceProblem(
+            "source_invalid", f"{model!a} of {source} keeps weights in {missing!a}, which the source has not"
+        )
+    return model
+
+
+def list_signed_files(signature: bytes) -> Iterator[str]:
+    """Yield the files that a signature lists: a Sigstore bundle with a statement of OpenSSF Model Signing.
+
+    Its payload is an in-toto statement in DSSE; version 1.0 of model signing has the files in
+    `predicate.resources`. Anything else lists none.
+    """
+    with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        payload = json.loads(signature)["dsseEnvelope"]["payload"]
+        for resource in json.loads(base64.b64decode(payload))["predicate"]["resources"]:
+            yield posixpath.normpath(resource["name"])
