@@ -189,7 +189,7 @@ class Client(ServerClient):
     load = _blocking(Operations.load)
     unload = _blocking(Operations.unload)
     add = _blocking(Operations.add)
-    add_from = _blocking(Operations.add_from)
+    add_files = _blocking(Operations.add_files)
     remove = _blocking(Operations.remove)
     set_label = _blocking(Operations.set_label)
     remove_label = _blocking(Operations.remove_label)

@@ -6,7 +6,8 @@ import os
 import re
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
@@ -94,6 +95,21 @@ class LoadOptions(TypedDict, total=False):
     dependent_rows: Literal["refuse", "allow"]
 
 
+@dataclass(frozen=True, slots=True)
+class _Upload:
+    """The files of a version, their SHA-256 by path, and what is said of where they come from."""
+
+    files: VersionSource
+    digests: Mapping[str, str]
+    said: Mapping[str, str] | None
+    on_progress: Progress | None
+
+    def count(self, before: int, of_file: int) -> None:
+        """Tell what was sent: all bytes of the files before one, and so many of it."""
+        if self.on_progress is not None:
+            self.on_progress(before + of_file, self.files.bytes)
+
+
 class Operations:
     """Operations on one server; an argument that cannot be sent raises ValueError before any request."""
 
@@ -175,9 +191,11 @@ class Operations:
     async def add(
         self,
         model_id: str,
-        source: str | os.PathLike[str],
+        path: str | os.PathLike[str] | None = None,
         version: int | None = None,
         *,
+        source: str | None = None,
+        digest: str | None = None,
         signature: str | os.PathLike[str] | None = None,
         on_progress: Progress | None = None,
     ) -> AddedVersion:
@@ -187,30 +205,76 @@ class Operations:
 
         Args:
             model_id: the model; it may be new.
-            source: an ONNX file, with the files that it names; or a folder of a version, or of Hugging Face
+            path: an ONNX file, with the files that it names; or a folder of a version, or of Hugging Face
                 with `onnx/model.onnx` (`loadledger.uploads.find_version_files`).
             version: its number; default: the highest plus 1.
+            source: a name such as hf://org/repo@main (`loadledger.sources.names`), from which the version is
+                downloaded to this machine first. With a path, nothing is: it says where those files come
+                from. The ledger keeps it, as this caller's statement.
+            digest: sha256: and 64 hexadecimal digits that a source's file, or manifest, must have.
             signature: a bundle of OpenSSF model signing, which becomes a file of the version: under its name
                 if that ends in `.sig`, else as `model.sig`.
             on_progress: called before a part is sent, with the bytes up to its end, and those of all files.
 
         Raises:
-            ValueError: there is no model at the source, or several; or there are two signatures.
+            ValueError: there is no model at the path, or several; or there are two signatures; or neither a
+                path nor a source.
             OSError: a file cannot be read.
+            SourceProblem: the source cannot be fetched.
             ServerError: the server refused: `version_exists`, `not_onnx`,
                 `body_too_large`, `repository_read_only`, …
         """
         call = self._context.transport.call
-        found = await call(lambda: find_version_files(Path(source), signature))
-        digests = await call(lambda: hash_files(found))
+        if path is not None:
+            found = await call(lambda: find_version_files(Path(path), signature))
+            said = {"source": source} if source else None
+            return await self.add_files(model_id, found, version, said=said, on_progress=on_progress)
+        if source is None or signature is not None:
+            raise ValueError("give a path, or a source, whose signature comes along with it")
+        from loadledger.sources.downloads import Downloads
+        from loadledger.sources.fetch import fetch_version, resolve_source
+
+        with Downloads() as downloads:
+            fetched = await call(lambda: fetch_version(resolve_source(source, digest), downloads))
+            added = await self.add_files(
+                model_id, fetched.files, version, said=fetched.said, on_progress=on_progress
+            )
+            await call(downloads.discard)
+        return added
+
+    async def add_files(
+        self,
+        model_id: str,
+        files: VersionSource,
+        version: int | None = None,
+        *,
+        said: Mapping[str, str] | None = None,
+        on_progress: Progress | None = None,
+    ) -> AddedVersion:
+        """Put files into the server's repository as a version; see `add`.
+
+        Args:
+            model_id: the model.
+            files: of the version.
+            version: its number.
+            said: `source`, and `resolved` if it says more: where the files come from.
+            on_progress: as of `add`.
+
+        Raises:
+            ValueError: a file has changed since it was found.
+            OSError: a file cannot be read.
+            ServerError: the server refused.
+        """
+        digests = await self._context.transport.call(lambda: hash_files(files))
+        upload = _Upload(files, digests, said, on_progress)
 
         async def add_as(number: int) -> AddedVersion:
             try:
-                return await self._add_version(model_id, number, found, digests, on_progress)
+                return await self._add_version(model_id, number, upload)
             except ServerError as problem:
                 if problem.code != "unknown_stage":  # its node or another addition ended it: begin again
                     raise
-            return await self._add_version(model_id, number, found, digests, on_progress)
+            return await self._add_version(model_id, number, upload)
 
         if version is not None:
             return await add_as(version)
@@ -223,72 +287,30 @@ class Operations:
                     raise
         return await add_as(wanted + MAX_TAKEN)
 
-    async def _add_version(
-        self,
-        model_id: str,
-        version: int,
-        source: VersionSource,
-        digests: Mapping[str, str],
-        on_progress: Progress | None,
-    ) -> AddedVersion:
+    async def _add_version(self, model_id: str, version: int, upload: _Upload) -> AddedVersion:
         """Send the files into a stage, without those that an earlier attempt has sent, and commit it."""
         stages = f"/api/v1{path('models', model_id, 'versions', str(version), 'stages')}"
+        digests = upload.digests
         stage = await fetch(self._context, post_request(stages, key=make_key(digests)), Stage)
         there, target, sent = {file.path: file.sha256 for file in stage.files}, stages + path(stage.id), 0
         try:
-            for file in source.files:
-
-                def on_chunk(of_file: int, before: int = sent) -> None:
-                    if on_progress is not None:
-                        on_progress(before + of_file, source.bytes)
-
+            for file in upload.files.files:
                 if there.get(file.path) != digests[file.path]:
-                    body = FileBody(file, digests[file.path], on_chunk)
+                    body = FileBody(file, digests[file.path], partial(upload.count, sent))
                     where = f"{target}/files{path(*file.path.split('/'))}"
                     request = Request("PUT", where, body.headers, upload=body, timeout_s=UPLOAD_ANSWER_S)
                     await fetch_with_retries(self._context, request, File, reached=True)
                 sent += file.bytes
             commit = Request("POST", f"{target}/commit", repeatable=False, timeout_s=UPLOAD_ANSWER_S)
+            if upload.said is not None:
+                headers = {"Content-Type": "application/json"}
+                commit = replace(commit, headers=headers, body=encode_json(upload.said))
             return await fetch(self._context, commit, AddedVersion)
         except ServerError as problem:
             if problem.code in _REFUSED_FILES:
                 with suppress(ClientProblem):  # these files would be refused again
                     await send_request(self._context, Request("DELETE", target))
             raise
-
-    async def add_from(
-        self,
-        model_id: str,
-        source: str,
-        version: int | None = None,
-        *,
-        digest: str | None = None,
-        timeout_s: int | None = None,
-        wait: bool = False,
-        wait_s: float | None = None,
-        on_stage: JobCallback | None = None,
-        on_away: AwayCallback | None = None,
-        idempotency_key: str | None = None,
-    ) -> Job:
-        """Have the server fetch a version from a source into its repository, and return the job.
-
-        `source` is a name such as hf://org/repo@main, or https://host/model.onnx, which needs a `digest`:
-        sha256: and 64 hexadecimal digits. `version` is by default the highest plus 1; name it to repeat a
-        request by its key. `timeout_s` limits the whole job, waiting included. The other arguments are those
-        of `load`; `on_stage` is also called when more bytes were fetched.
-
-        Raises:
-            JobFailed: with `wait`: it failed (`source_not_found`, `digest_mismatch`, …) or was cancelled.
-            ServerError: the server refused: `invalid_source`, `source_not_allowed`, `version_exists`, …
-        """
-        number = await self._next_version(model_id) if version is None else version
-        target = f"/api/v1{path('models', model_id, 'versions', str(number))}"
-        given = {"source": source, "digest": digest, "timeout_s": timeout_s}
-        body = {name: value for name, value in given.items() if value is not None}
-        request = replace(post_request(target, body=body, key=idempotency_key), method="PUT")
-        return await submit_job(
-            self._context, request, WaitOptions(wait_s, on_stage, on_away) if wait else None
-        )
 
     async def _next_version(self, model_id: str) -> int:
         try:

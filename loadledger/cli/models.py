@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,10 @@ import msgspec
 
 from loadledger.cli import options, output
 from loadledger.cli.completion import models_of_server
-from loadledger.cli.jobs import describe_signature, report_job, report_request, wait_until_ended
+from loadledger.cli.jobs import describe_signature, report_request
 from loadledger.cli.output import format_cell, format_size, format_table, to_printable
 from loadledger.cli.snippets import DATATYPES, describe_guess, format_infer
 from loadledger.errors import ClientProblem
-from loadledger.records import AddedVersion, File
 
 HEAD = ("MODEL", "STATE", "VERSION", "VERSIONS", "MEMORY", "LOADED", "BY", "ERROR")
 HAVE_PROCESS = ("loading", "loaded", "unloading")
@@ -304,9 +303,12 @@ class _FileOrSource(click.Path):
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="Signature of a FILE or DIR (OpenSSF model signing); it becomes a file of the version.",
 )
-@click.option("--digest", metavar="sha256:HEX", help="SHA-256 that a SOURCE must have; https:// needs it.")
-@options.int_option("--timeout-s", metavar="SECONDS", text="Limit of an add from a SOURCE.")
-@click.option("--wait/--no-wait", default=True, help="Wait for a SOURCE; Ctrl-C leaves the add running.")
+@click.option("--digest", metavar="sha256:HEX", help="SHA-256 that a SOURCE must have.")
+@click.option(
+    "--into",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Write it into this repository's folder; no server is asked.",
+)
 @options.json_option
 @options.server_options
 def add(
@@ -316,93 +318,56 @@ def add(
     version: int | None,
     loads: bool,
     signature: Path | None,
-    wait: bool,
+    digest: str | None,
+    into: Path | None,
     as_json: bool,
     where: options.ServerChoice,
-    **given: Any,
 ) -> None:
     """Put a version of a model into the server's repository.
 
     FILE is an ONNX file; files that it names for its weights go along. DIR is a folder with one model, or a
     snapshot of Hugging Face with onnx/model.onnx. A version is never overwritten. The files are sent one by
-    one: after a failure, the same command sends those that are missing.
+    one: after a failure or Ctrl-C, the same command sends those that are missing.
 
-    SOURCE is a name with ://, from which the server itself fetches the version, once: hf://ORG/REPO@REVISION,
-    oci://REGISTRY/REPOSITORY:TAG, https://HOST/FILE.onnx with --digest, s3://BUCKET/PATH, gs:// or az://. Its
-    operator allows sources with `serve --sources`. Add --no-wait to get the job at once.
+    SOURCE is a name with ://, from which this command downloads the files first, with your credentials:
+    hf://ORG/REPO@REVISION, oci://REGISTRY/REPOSITORY:TAG, https://HOST/FILE.onnx, s3://BUCKET/PATH, gs:// or
+    az://. The ledger keeps the name, and what it meant, as your statement.
 
-    --json prints the version with its files, of a SOURCE the add's job, or with --load the load's job.
+    --into writes a folder for repositories that the server only reads, such as images, volumes and git: the
+    ledger then has no VersionAdded of it, and learns of the version when it is loaded.
+
+    --json prints the version with its files, or with --load the load's job.
     """
-    if isinstance(source, Path) and (not wait or any(given.values())):
-        raise click.UsageError("--digest, --timeout-s and --no-wait are for a SOURCE, which has ://")
+    if digest is not None and isinstance(source, Path):
+        raise click.UsageError("--digest is for a SOURCE, which has ://")
     if signature is not None and not isinstance(source, Path):
         raise click.UsageError("--signature is for a FILE or DIR; the *.sig of a SOURCE comes along with it")
-    if loads and not wait:
-        raise click.UsageError("--load waits for the version: give it without --no-wait")
-    with options.open_chosen_client(where) as client:
-        if isinstance(source, Path):
-            result, lines = _send_files(client, model, source, version, signature)
-        else:
-            result = client.add_from(model, source, version, **given)
-            result = wait_until_ended(client, result) if wait else result
-            if result.status != "completed":
-                report_job(result, as_json=as_json)
-                return
-            lines = _fetched_lines(client, result)
-        if not (as_json and loads):
-            output.print_result(result, lines, as_json=as_json)
-        if loads:
-            job = client.load(model, result.version)
-            report_request(client, job, wait=True, as_json=as_json)
-        elif not as_json:
-            click.echo(f"to load it: loadledger load {to_printable(model)} --version {result.version}")
-
-
-def _send_files(
-    client: Any, model: str, source: Path, version: int | None, signature: Path | None
-) -> tuple[AddedVersion, Iterator[str]]:
-    """Send the files of a version; return it, and lines that describe it."""
-    from loadledger.uploads import find_version_files
+    if into is not None and loads:
+        raise click.UsageError(
+            "--load asks a server, and --into none: load it once the server has the folder"
+        )
+    from loadledger.sources import terminal
 
     try:
-        found = find_version_files(source, signature)
-        with _upload_display(f"{to_printable(model)}: sending") as show:
-            added: AddedVersion = client.add(model, source, version, signature=signature, on_progress=show)
-    except OSError as error:
-        output.exit_with_error(f"{error.filename or source} cannot be read: {error.strerror}")
-    if found.left_out:
-        output.print_note(f"left out, as other models: {', '.join(map(format_cell, found.left_out))}")
-    return added, _added_lines(added, added.files)
-
-
-def _fetched_lines(client: Any, job: Any) -> Iterator[str]:
-    """Yield lines about a version that the server fetched, as its event describes it."""
-    [event] = client.events(types=["VersionAdded"], jobs=[job.id])
-    head, *files = _added_lines(job, msgspec.convert(event.data["files"], list[File]))
-    yield from (head, f"  from {to_printable(event.data['source']['resolved'])}", *files)
-
-
-def _added_lines(version: Any, files: Sequence[File]) -> Iterator[str]:
-    what = f"{output.count_of(len(files), 'file')}, {sum(file.bytes for file in files)} bytes"
-    yield f"{to_printable(version.model_id)} version {version.version}: added, {what}"
-    for file in files:
-        yield f"  {format_cell(file.path)}: {file.bytes} bytes, sha256 {format_cell(file.sha256)}"
-
-
-@contextmanager
-def _upload_display(about: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Give the callback of a progress bar; None without a terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console  # 50 ms, for terminals only
-    from rich.markup import escape
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(escape(about), total=None)
-        yield lambda sent, total: progress.update(task, completed=sent, total=total)
+        if into is not None:
+            with terminal.bring(model, source, digest, signature) as brought:
+                lines = terminal.write_into(brought, into, model, version)
+            output.print_result(*lines, as_json=as_json)
+            return
+        with options.open_chosen_client(where) as client:
+            if not isinstance(source, Path):
+                client.health()  # before anything is downloaded for nobody
+            with terminal.bring(model, source, digest, signature) as brought:
+                added = terminal.send(client, brought, model, version)
+            if not (as_json and loads):
+                output.print_result(added, terminal.added_lines(added, brought), as_json=as_json)
+            if loads:
+                report_request(client, client.load(model, added.version), wait=True, as_json=as_json)
+            elif not as_json:
+                click.echo(f"to load it: loadledger load {to_printable(model)} --version {added.version}")
+    except KeyboardInterrupt:
+        output.print_note("interrupted: the same command goes on where this one was")
+        sys.exit(output.INTERRUPTED)
 
 
 @click.command("rm")

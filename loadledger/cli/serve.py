@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
@@ -27,7 +29,8 @@ from loadledger.cli.output import (
     print_result,
     to_printable,
 )
-from loadledger.profiles import PROFILE, URL
+from loadledger.profiles import PROFILE, URL, ServerTarget
+from loadledger.sources.terminal import Brought, download
 
 _GENERIC = """
     model models onnx best last final weights checkpoint checkpoints export exported saved snapshots runs
@@ -99,8 +102,10 @@ class Subject:
 
     Attributes:
         path: of a file or folder here.
-        source: the name of a source, which has `://`, from which the server fetches them.
+        source: the name of a source, which has `://`, from which they are downloaded.
         digest: that the source must have.
+        brought: what was downloaded.
+        version: of the model, if it is known.
         is_named: whether a person chose the name.
         is_guessed: whether it is that of a folder around the file or folder, or only a part of it.
     """
@@ -109,6 +114,8 @@ class Subject:
     path: Path | None = None
     source: str | None = None
     digest: str | None = None
+    brought: Brought | None = None
+    version: int | None = None
     is_named: bool = False
     is_guessed: bool = False
 
@@ -118,7 +125,7 @@ class Subject:
 @click.option(
     "--name", metavar="NAME", help="Name of the model. [default: of the file, folder or repository]"
 )
-@click.option("--digest", metavar="sha256:HEX", help="SHA-256 that a SOURCE must have; https:// needs it.")
+@click.option("--digest", metavar="sha256:HEX", help="SHA-256 that a SOURCE must have.")
 @server_options
 def run(model: str, *, name: str | None, digest: str | None, where: ServerChoice) -> None:
     """Load a model, and print how to send it a request.
@@ -127,12 +134,11 @@ def run(model: str, *, name: str | None, digest: str | None, where: ServerChoice
     or it lies in the server's repository. If its name is taken by a model with other inputs or outputs, or is
     only that of a folder around it, the command asks first, and without a terminal wants a --name.
 
-    A SOURCE is a name with ://, as of `add`: the server fetches it, unless a version of the model has
-    its bytes for certain, by a commit or a digest.
+    A SOURCE is a name with ://, as of `add`: it is downloaded here and then added, unless a version of the
+    model was added from what the name means now.
 
     If no server runs, the command serves until Ctrl-C, with the settings of `serve` from variables and the
-    --config file that LOADLEDGER_CONFIG names. For a SOURCE, and on a terminal, it then allows all sources,
-    unless LOADLEDGER_SOURCES or such a file is given.
+    --config file that LOADLEDGER_CONFIG names.
     """
     import asyncio
 
@@ -140,11 +146,52 @@ def run(model: str, *, name: str | None, digest: str | None, where: ServerChoice
 
     subject = choose_subject(model, name, digest)
     target = find_chosen_target(where)
-    if asyncio.run(run_on_server(target, subject, where.words)):
+    is_chosen = where.url or where.profile or any(os.environ.get(each) for each in (URL, PROFILE))
+    with _brought(subject, target, may_be_absent=not is_chosen) as subject:
+        if asyncio.run(run_on_server(target, subject, where.words)):
+            return
+        if is_chosen:
+            exit_with_error(f"{to_printable(target.url)} cannot be reached; is the server running there?")
+        serve_and_run(subject)
+
+
+@contextmanager
+def _brought(subject: Subject, target: ServerTarget, *, may_be_absent: bool) -> Iterator[Subject]:
+    """Give a subject whose source is downloaded, unless the server has a version of what its name means.
+
+    Here, and not once a server runs in this process: Ctrl-C ends it at once.
+    """
+    if subject.source is None:
+        yield subject
         return
-    if where.url or where.profile or any(os.environ.get(each) for each in (URL, PROFILE)):
-        exit_with_error(f"{to_printable(target.url)} cannot be reached; is the server running there?")
-    serve_and_run(subject)
+    from loadledger.sources.downloads import Downloads
+    from loadledger.sources.fetch import resolve_source
+
+    named = resolve_source(subject.source, subject.digest)
+    version = _find_version(subject.name, named.resolved, target, may_be_absent=may_be_absent)
+    if version is not None:
+        yield replace(subject, version=version)
+        return
+    with Downloads() as downloads:
+        yield replace(subject, brought=download(subject.name, named, downloads))
+
+
+def _find_version(
+    name: str, resolved: str | None, target: ServerTarget, *, may_be_absent: bool
+) -> int | None:
+    """Return the version of a model that was added from a resolved name; None if there is none."""
+    from loadledger import Client, NotFound, ServerUnreachable
+
+    try:
+        with Client(target.url, token=target.token, ca_file=target.ca) as client:
+            model = client.model(name)
+    except NotFound:
+        return None
+    except ServerUnreachable:
+        if not may_be_absent:
+            raise
+        return None
+    return next((each.version for each in reversed(model.sources) if each.resolved == resolved), None)
 
 
 def choose_subject(given: str, name: str | None, digest: str | None = None) -> Subject:
@@ -167,9 +214,9 @@ def name_source(source: str) -> str:
     """Return the name of a source's model: of the repository, or of the file.
 
     Raises:
-        InvalidSource: the text names no source.
+        SourceProblem: the text names no source.
     """
-    from runtime.fetch.sources import parse_source
+    from loadledger.sources.names import parse_source
 
     parsed = parse_source(source)
     ends = {"hf": "[@/]", "oci": "[:@]"}.get(parsed.scheme, "$")  # of a repository

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import os
 import pwd
-import re
 import shlex
 import sys
 from collections.abc import Collection, Iterator, Sequence
@@ -25,8 +24,7 @@ import jwt
 
 from events.errors import LedgerProblem
 from events.tokens import Token
-from loadledger import AsyncClient, ClientProblem, JobFailed, NotFound, ServerError, ServerUnreachable
-from loadledger.cli.jobs import display_job
+from loadledger import AsyncClient, ClientProblem, NotFound, ServerError, ServerUnreachable
 from loadledger.cli.models import signature_lines, with_signature
 from loadledger.cli.options import name_similar
 from loadledger.cli.output import (
@@ -47,6 +45,7 @@ from loadledger.profiles import (
     write_profile,
 )
 from loadledger.records import Model
+from loadledger.sources.terminal import Brought, display_transfer, note_line
 from loadledger.uploads import VersionSource, find_version_files, hash_files
 from runtime.onnxfields import TooManyFields, Unparsable
 from runtime.onnxfile import FileWindows, find_model_file, read_signature
@@ -56,7 +55,7 @@ from server.auth.keys import KeyProblem
 from server.auth.subjects import subject_refusal
 from server.auth.tokens import TOKENS, timestamp_in
 from server.check import CheckFinding, CheckResult, Severity, check_repository, load_config
-from server.configsources import CONFIG_VARIABLE, warn_of_unknown_variables
+from server.configsources import warn_of_unknown_variables
 from server.errors import ServerProblem
 from server.serve import RunningServer, serve
 
@@ -79,12 +78,6 @@ MAX_FINDINGS = 20
 
 LEVEL = "LOADLEDGER_LOG_LEVEL"
 """Without it the command's own server logs warnings only, since a person reads what it prints."""
-
-SOURCE_SETTINGS = frozenset({"LOADLEDGER_SOURCES", CONFIG_VARIABLE})
-"""Without them, a server that a person starts to run a source may fetch from all sources."""
-
-FIXED_BYTES = re.compile(r"oci://.*@sha256:[0-9a-f]{64}|hf://[^@]*@[0-9a-f]{40}(/.*)?")
-"""In the name of a source that always means the same: a digest, or a commit."""
 
 TOKEN_LIFE_S = 12 * 3600
 """Of the token with which the command asks its own server; as `loadledger token` has it by default."""
@@ -278,9 +271,6 @@ def serve_and_run(subject: Subject) -> NoReturn:
             running.stop()
 
     settings = {} if LEVEL in os.environ else {"log_level": "warning"}
-    if subject.source is not None and sys.stdout.isatty() and not os.environ.keys() & SOURCE_SETTINGS:
-        settings["sources"] = "all"
-        click.echo("sources: all may be fetched, as LOADLEDGER_SOURCES is not set")
     config = load_config(settings, os.environ)
     status = serve(config, announce_and_run)
     for problem in problems:
@@ -321,13 +311,14 @@ async def bring_up(client: AsyncClient, subject: Subject, token: str, options: S
 
 async def _add_if_new(client: AsyncClient, subject: Subject) -> tuple[str, int | None]:
     """Return the model and the version to load, which is added if the server has none with the files."""
-    if subject.source is not None:
-        return subject.name, await _add_source_if_new(client, subject, subject.source)
-    if subject.path is None:
-        return subject.name, None
-    source = await asyncio.to_thread(find_version_files, subject.path)
+    brought = subject.brought
+    if brought is None:
+        if subject.path is None:
+            return subject.name, subject.version
+        brought = Brought(await asyncio.to_thread(find_version_files, subject.path))
+    source = brought.files
     digests = set((await asyncio.to_thread(hash_files, source)).values())
-    same = await _find_same(client, subject, subject.path, digests)
+    same = await _find_same(client, subject, digests)
     if same is not None:
         return same
     model = await _find_model(client, subject.name)
@@ -338,7 +329,10 @@ async def _add_if_new(client: AsyncClient, subject: Subject) -> tuple[str, int |
             await _ask_for_name(
                 subject, model, "and this name is only that of a folder, or a part of the file's"
             )
-    added = await client.add(subject.name, subject.path)
+    note_line(client.url, source.bytes)
+    with display_transfer(f"{subject.name}: sending") as show:
+        added = await client.add_files(subject.name, source, said=brought.said, on_progress=show)
+    brought.discard()
     click.echo(f"{subject.name} version {added.version}: added")
     return subject.name, added.version
 
@@ -352,13 +346,13 @@ async def _find_model(client: AsyncClient, name: str) -> Model | None:
 
 
 async def _find_same(
-    client: AsyncClient, subject: Subject, path: Path, digests: Collection[str]
+    client: AsyncClient, subject: Subject, digests: Collection[str]
 ) -> tuple[str, int] | None:
     """Return the model and the version that have the files, in whose folder they may lie.
 
     Of versions that somebody has laid into the repository, the server hashes that one, and the highest.
     """
-    laid, number = place_of(path)
+    laid, number = place_of(subject.path) if subject.path else ("", "")
     is_laid = number.isdecimal() and not subject.is_named and MODEL_ID.fullmatch(laid)
     for name in dict.fromkeys([laid, subject.name] if is_laid else [subject.name]):
         model, found = await _find_model(client, name), dict[int | None, set[str]]()
@@ -424,20 +418,3 @@ def _is_like(ours: Any, theirs: Any) -> bool:
     pairs = zip(ours.shape, theirs.shape, strict=False)
     one, other = [(each.name, each.datatype, len(each.shape)) for each in (ours, theirs)]
     return one == other and all(-1 in lengths or lengths[0] == lengths[1] for lengths in pairs)
-
-
-async def _add_source_if_new(client: AsyncClient, subject: Subject, source: str) -> int | None:
-    """Return the version to load: one that has the source's bytes for certain, else a new one."""
-    model = await _find_model(client, subject.name)
-    origins = [] if model is None else model.sources
-    pinned = source if subject.digest is None else f"{source}#{subject.digest.replace(':', '=')}"
-    for origin in reversed(origins):
-        if origin.resolved == pinned or (origin.source == source and FIXED_BYTES.fullmatch(source)):
-            return origin.version
-    job = await client.add_from(subject.name, source, digest=subject.digest)
-    with display_job(job) as (on_change, on_away):
-        job = await client.wait_for(job.id, on_change=on_change, on_away=on_away)
-    if job.status != "completed":
-        raise JobFailed(job)
-    click.echo(f"{subject.name} version {job.version}: added")
-    return job.version

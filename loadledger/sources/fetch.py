@@ -16,10 +16,8 @@ from loadledger.sources.downloads import Downloads
 from loadledger.sources.names import SourceName, parse_digest, parse_source
 from loadledger.sources.origin import Origin, RemoteFile, Resolved
 from loadledger.uploads import VersionFile, VersionSource
-from runtime.errors import RuntimeProblem
 from runtime.onnxfields import TooManyFields, Unparsable
 from runtime.onnxfile import SIGNATURE_SUFFIX, describe_foreign_file, external_locations, find_model_file
-from runtime.uploads.receive import check_path
 
 MAX_SIGNATURE_BYTES = 8 * 2**20
 """A signature lists a version's files, at most 10,000, each with its digest."""
@@ -56,6 +54,11 @@ class FetchedVersion:
     source: str
     resolved: str
     files: VersionSource
+
+    @property
+    def said(self) -> dict[str, str]:
+        """What an upload says of where its files come from."""
+        return {"source": self.source, "resolved": self.resolved}
 
 
 def resolve_source(name: str, digest: str | None = None) -> NamedVersion:
@@ -132,6 +135,9 @@ def _describe(path: str, where: Path, sha256: str | None = None) -> VersionFile:
 
 
 def _checked(path: str) -> str:
+    from runtime.errors import RuntimeProblem
+    from runtime.uploads.receive import check_path  # 60 ms, and `serve` needs none of this
+
     try:
         return check_path(path)
     except RuntimeProblem as problem:

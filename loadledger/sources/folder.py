@@ -1,0 +1,73 @@
+"""A version written into a repository's folder, for repositories that the server only reads.
+
+It is there as a whole or not at all: it is written under a hidden name, which no server lists, and renamed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from events.files import sync
+from loadledger.records import AddedVersion, File
+from loadledger.uploads import VersionSource, hash_files
+from runtime.errors import RuntimeProblem
+from runtime.repository import MODEL_ID
+from runtime.uploads.receive import check_model, check_path
+
+FILE_MODE, FOLDER_MODE = 0o644, 0o755
+"""Models are no secrets of the one who writes them: the server is another user."""
+
+
+def write_version(
+    source: VersionSource, repository: Path, model_id: str, version: int | None = None
+) -> AddedVersion:
+    """Write a version into a repository; return it.
+
+    Args:
+        source: its files.
+        repository: the folder of models.
+        model_id: of the model; it may be new.
+        version: its number; default: the highest plus 1.
+
+    Raises:
+        ValueError: that is no model's name, the version is there, or a server would refuse the files.
+        OSError: a file cannot be read or written.
+    """
+    if not MODEL_ID.fullmatch(model_id):
+        raise ValueError(f"{model_id[:100]!a} is no name for a model: letters, digits, '.', '_' and '-'")
+    folder = repository / model_id
+    found = [int(each.name) for each in folder.iterdir() if each.name.isdecimal()] if folder.is_dir() else []
+    number = max(found, default=0) + 1 if version is None else version
+    digests, target = hash_files(source), folder / str(number)
+    if os.path.lexists(target):
+        raise ValueError(f"{target} is there, and a version is never overwritten: choose another number")
+    hidden = Path(tempfile.mkdtemp(prefix=".adding-", dir=repository))
+    try:
+        _write_files(source, hidden)
+        check_model(hidden, list(digests))
+        folder.mkdir(mode=FOLDER_MODE, exist_ok=True)
+        hidden.rename(target)  # an empty folder may be in its place, and nothing else
+    except RuntimeProblem as problem:
+        raise ValueError(str(problem)) from None
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+    for each in (folder, repository):
+        sync(each)
+    files = [File(path=file.path, bytes=file.bytes, sha256=digests[file.path]) for file in source.files]
+    return AddedVersion(model_id=model_id, version=number, bytes=source.bytes, files=files)
+
+
+def _write_files(source: VersionSource, folder: Path) -> None:
+    folder.chmod(FOLDER_MODE)
+    for file in source.files:
+        target = folder / check_path(file.path)
+        target.parent.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+        shutil.copyfile(file.source, target)
+        target.chmod(FILE_MODE)
+        with target.open("rb") as written:
+            os.fsync(written.fileno())
+    for within, _, _ in os.walk(folder):
+        sync(Path(within))

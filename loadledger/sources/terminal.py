@@ -1,0 +1,132 @@
+"""The command's way with files: found or downloaded here, with a progress bar, then sent or written."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from loadledger.cli import output
+from loadledger.cli.output import format_cell, format_size, to_printable
+from loadledger.records import AddedVersion, File
+from loadledger.sources.downloads import Downloads
+from loadledger.sources.fetch import NamedVersion, fetch_version, resolve_source
+from loadledger.uploads import VersionSource, find_version_files
+
+
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """The files of a version that are here.
+
+    Attributes:
+        said: where they come from, if they have a name; see `Operations.add_files`.
+        discard: deletes what was downloaded, once it is where it was to go.
+    """
+
+    files: VersionSource
+    said: dict[str, str] | None = None
+    discard: Callable[[], None] = lambda: None
+
+
+@contextmanager
+def bring(
+    model: str, source: Path | str, digest: str | None = None, signature: Path | None = None
+) -> Iterator[Brought]:
+    """Give the files of a version, which stay as they are until the block ends.
+
+    Raises:
+        SourceProblem: the source cannot be fetched.
+        ValueError: there is no model, or several; or a file that is to be read has changed.
+    """
+    try:
+        if isinstance(source, Path):
+            found = find_version_files(source, signature)
+            if found.left_out:
+                output.print_note(f"left out, as other models: {', '.join(map(format_cell, found.left_out))}")
+            yield Brought(found)
+            return
+        with Downloads() as downloads:
+            yield download(model, resolve_source(source, digest), downloads)
+    except OSError as error:
+        output.exit_with_error(f"{error.filename or source} cannot be read: {error.strerror}")
+
+
+def download(model: str, named: NamedVersion, downloads: Downloads) -> Brought:
+    """Download a version; return its files."""
+    with display_transfer(f"{to_printable(model)}: downloading") as show:
+        fetched = fetch_version(named, downloads, show or (lambda *_: None))
+    return Brought(fetched.files, fetched.said, downloads.discard)
+
+
+def send(client: Any, brought: Brought, model: str, version: int | None) -> AddedVersion:
+    """Send files to the server, and return the version that it added."""
+    note_line(client.url, brought.files.bytes)
+    with display_transfer(f"{to_printable(model)}: sending") as show:
+        added: AddedVersion = client.add_files(
+            model, brought.files, version, said=brought.said, on_progress=show
+        )
+    brought.discard()
+    return added
+
+
+def note_line(url: str, size: int) -> None:
+    """Print how many bytes pass the line, if the server is on another machine."""
+    if not _is_local(url):
+        output.print_note(f"sending {format_size(size)} to {to_printable(url)}")
+
+
+def _is_local(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def write_into(
+    brought: Brought, repository: Path, model: str, version: int | None
+) -> tuple[AddedVersion, Iterator[str]]:
+    """Write files into a repository's folder; return the version, and lines about it."""
+    from loadledger.sources.folder import write_version
+
+    added = write_version(brought.files, repository, model, version)
+    brought.discard()
+
+    def lines() -> Iterator[str]:
+        yield from added_lines(added, brought)
+        yield f"written to {to_printable(str(repository / model / str(added.version)))}; no server knows"
+        yield "of it yet: the ledger has no VersionAdded, and its first load records the files"
+
+    return added, lines()
+
+
+def added_lines(added: AddedVersion, brought: Brought) -> Iterator[str]:
+    """Yield lines about a version that was added: where it comes from, and its files."""
+    files: Sequence[File] = added.files
+    what = f"{output.count_of(len(files), 'file')}, {sum(file.bytes for file in files)} bytes"
+    yield f"{to_printable(added.model_id)} version {added.version}: added, {what}"
+    if brought.said is not None:
+        yield f"  from {to_printable(brought.said['resolved'])}"
+    for file in files:
+        yield f"  {format_cell(file.path)}: {file.bytes} bytes, sha256 {format_cell(file.sha256)}"
+
+
+@contextmanager
+def display_transfer(about: str) -> Iterator[Callable[[int, int | None], None] | None]:
+    """Give the callback of a progress bar; None without a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console  # 50 ms, for terminals only
+    from rich.markup import escape
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(escape(about), total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
