@@ -21,7 +21,6 @@ from bench import (
     copies,
     devices,
     driver,
-    fetch,
     firstloads,
     generator,
     inference,
@@ -50,7 +49,6 @@ PARTS = (
     "clients",
     "compute",
     "bodies",
-    "fetch",
     "signatures",
     "tails",
     "ledger",
@@ -76,7 +74,6 @@ class Choice:
     tails: int
     facts: int
     listed: int
-    fetched: int
     tail_seconds: float
     away_seconds: float
     network: tuple[str, ...]
@@ -144,13 +141,6 @@ class Choice:
     help="Events of the log that is listed, half a kilobyte each on disk.",
 )
 @click.option(
-    "--fetched",
-    default=1024,
-    show_default=True,
-    type=AT_LEAST_ONE,
-    help="MiB of the model that is fetched from a source.",
-)
-@click.option(
     "--network",
     multiple=True,
     type=click.Choice([network.name for network in (*NETWORKS, LARGE)]),
@@ -182,7 +172,6 @@ def main(**options: Any) -> None:
         "clients": _clients,
         "compute": _compute,
         "bodies": _bodies,
-        "fetch": _fetch,
         "signatures": _signatures,
         "tails": _tails,
         "ledger": _ledger,
@@ -252,10 +241,6 @@ def _compute(folder: Path, choice: Choice) -> list[Row]:
 
 def _bodies(folder: Path, choice: Choice) -> list[Row]:
     return bodies.measure(folder, seconds=choice.seconds)
-
-
-def _fetch(folder: Path, choice: Choice) -> list[Row]:
-    return fetch.measure(folder, mib=choice.fetched, rounds=choice.rounds)
 
 
 def _signatures(folder: Path, choice: Choice) -> list[Row]:

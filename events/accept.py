@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from msgspec import UNSET
-from msgspec.structs import asdict, replace
+from msgspec.structs import replace
 
 from events.approvals import emergency_statement
 from events.clock import Timestamp
@@ -27,7 +27,6 @@ from events.commands import (
     Refused,
     RegisterCommand,
     RemoveVersion,
-    RequestAdd,
     RequestCancel,
     RequestLoad,
     RequestUnload,
@@ -45,7 +44,6 @@ from events.types import (
     SETTINGS,
     SYSTEM,
     WORKER_PARAMETERS,
-    AddRequested,
     CancelRequested,
     Cause,
     Draft,
@@ -67,9 +65,6 @@ from events.types import (
 MAX_QUEUE = 256
 """Unended jobs from which on loads by clients are refused: more than any machine loads within the longest
 `timeout_s`, and few enough to decide on all of them in a millisecond."""
-
-MAX_ADDS = 32
-"""Unended adds from which on others are refused: a few run at once, and each may take an hour."""
 
 _MOST_UNENDED = {Cause.REQUEST: MAX_QUEUE, Cause.DEMAND: MAX_QUEUE // 2}
 """By cause: on-demand loads leave half of the queue to explicit ones; loads by the system have no limit."""
@@ -110,8 +105,6 @@ def accept(
             return _decide_load(state, command, new_id)
         case RequestUnload():
             return _decide_unload(state, command, new_id)
-        case RequestAdd():
-            return _decide_add(state, command, new_id)
         case RequestCancel():
             return _decide_cancel(state, command, new_id)
 
@@ -132,31 +125,11 @@ def _decide_version(state: State, command: VersionCommand) -> Accepted | Refused
         what = f"version {command.version} of {command.model_id!r} has other files at {', '.join(others)}"
         return Refused("version_exists", f"{what}: add the same files here, or choose another number")
     data = VersionAdded(command.files, command.source, command.holder)
-    return Accepted((_draft_version(command, data, command.job_id),))
+    return Accepted((_draft_version(command, data),))
 
 
-def _draft_version(
-    command: VersionCommand, data: VersionAdded | VersionRemoved, job_id: str | None = None
-) -> Draft:
-    return Draft(command.event_id, data, command.actor, job_id, command.model_id, command.version)
-
-
-def _decide_add(state: State, command: RequestAdd, new_id: Callable[[], str]) -> Accepted | Refused:
-    if command.refusal is not None:
-        return command.refusal
-    adds = [job for job in state.unended() if job.kind is JobKind.ADD]
-    for job in adds:
-        is_here = command.holder in (UNSET, job.node_id)
-        if is_here and (job.model_id, job.version) == (command.model_id, command.version):
-            what = f"version {job.version} of {job.model_id!r} is just being added, by job {job.id}"
-            return Refused("version_exists", f"{what}: follow or cancel that, or choose another number")
-    if len(adds) >= MAX_ADDS:
-        return Refused("queue_full", f"{MAX_ADDS} adds have not ended yet; try again when some have")
-    data = AddRequested(**asdict(command.parameters), idempotency=command.idempotency, node_id=command.holder)
-    event_id = new_id()
-    return Accepted(
-        (Draft(event_id, data, command.actor, event_id, command.model_id, command.version),), event_id
-    )
+def _draft_version(command: VersionCommand, data: VersionAdded | VersionRemoved) -> Draft:
+    return Draft(command.event_id, data, command.actor, None, command.model_id, command.version)
 
 
 def find_use(state: State, model_id: str, version: int) -> str | None:

@@ -18,7 +18,6 @@ from events.models import Model, ModelState
 from events.state import State
 from events.types import (
     AddedFile,
-    AddParameters,
     Cause,
     Contents,
     Draft,
@@ -139,28 +138,6 @@ class RequestUnload:
 
 
 @dataclass(frozen=True, slots=True)
-class RequestAdd:
-    """Fetch a version from a source, and add it; `holder` is as in `AddVersion`.
-
-    Attributes:
-        refusal: what the repository says against it; a repeated request is answered with its job anyway.
-    """
-
-    model_id: str
-    version: int
-    parameters: AddParameters
-    actor: str
-    idempotency: Idempotency | None = None
-    holder: str | UnsetType = UNSET
-    refusal: Refused | None = None
-
-    @property
-    def conditions(self) -> tuple[Condition, ...]:
-        """None: only clients ask for it."""
-        return ()
-
-
-@dataclass(frozen=True, slots=True)
 class RequestCancel:
     """Cancel a job before it has its effect."""
 
@@ -180,8 +157,7 @@ class AddVersion:
 
     Attributes:
         event_id: chosen by the caller: the staging folder has this name, so that a start finds the event.
-        source: where it was fetched from; UNSET if the actor sent the files.
-        job_id: of the add that fetched it.
+        source: where the actor says that it came from; UNSET if nothing was said.
         holder: name of the server in whose own repository it is; UNSET where all share one.
     """
 
@@ -192,7 +168,6 @@ class AddVersion:
     event_id: str
     conditions: tuple[Condition, ...] = ()
     source: Provenance | UnsetType = UNSET
-    job_id: str | None = None
     holder: str | UnsetType = UNSET
 
 
@@ -235,7 +210,7 @@ class RegisterCommand:
         raise NotImplementedError
 
 
-JobCommand = RequestLoad | RequestUnload | RequestAdd | RequestCancel
+JobCommand = RequestLoad | RequestUnload | RequestCancel
 """The commands that a job answers. They have conditions and may have an idempotency key."""
 
 VersionCommand = AddVersion | RemoveVersion

@@ -99,7 +99,6 @@ class Tally:
         events: by type.
         loads: ended load jobs, by cause and status.
         unloads: ended unload jobs, by cause and status.
-        adds: ended adds from a source, by status.
         load_s: durations of load jobs from request to end, by status.
         unload_s: durations of unload jobs, by status.
         stage_s: total seconds of the stages of loads.
@@ -117,7 +116,6 @@ class Tally:
         self.events = Counter[str]()
         self.loads = Counter[tuple[str, str]]()
         self.unloads = Counter[tuple[str, str]]()
-        self.adds = Counter[str]()
         self.load_s = {status.value: Histogram(JOB_S) for status in ENDS}
         self.unload_s = {status.value: Histogram(JOB_S) for status in ENDS}
         self.stage_s = dict.fromkeys(STAGES, 0.0)
@@ -145,9 +143,6 @@ class Tally:
                 self._count_job(job)
 
     def _count_job(self, job: Job) -> None:
-        if job.kind is JobKind.ADD:
-            self.adds[job.status.value] += 1
-            return
         is_load = job.kind is JobKind.LOAD
         (self.loads if is_load else self.unloads)[job.cause.value, job.status.value] += 1
         if is_load and job.cause is Cause.RECOVERY and job.status is JobStatus.COMPLETED:

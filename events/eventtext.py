@@ -158,9 +158,6 @@ EVENT_TEXTS: Mapping[str, EventText] = {
     "LoadPlaced": EventText(
         ("at node {node_id}", "{reason}", "{files:files}"), {"node": "node_id", "reason": "reason"}
     ),
-    "AddRequested": EventText(("from {source}", "at node {node_id?}"), {"source": "source"}),
-    "AddStarted": EventText(("attempt {attempt}", "at node {node_id?}"), {"attempt": "attempt"}),
-    "AddFailed": _FAILED,
     "LabelSet": EventText(("{label}",), {"label": "label"}, "good"),
     "LabelRemoved": EventText(("{label}",), {"label": "label"}),
     "ApprovalAsked": EventText(

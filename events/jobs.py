@@ -1,4 +1,4 @@
-"""The `Jobs` projection: status and outcome of accepted loads, unloads and adds. A pure fold, one at a time.
+"""The `Jobs` projection: status and outcome of accepted loads and unloads. A pure fold, one at a time.
 
 `REQUESTS` make a job of the event with its id; `STEPS` change it until it has ended. `CONSEQUENCES` says what
 a failed load means for a model that the server reloads: give a new code a row there. A load leaves a
@@ -19,10 +19,6 @@ from events.nodes import ends_processes
 from events.types import (
     ENDS_OF_PROCESSES,
     REPLACEMENTS,
-    AddFailed,
-    AddParameters,
-    AddRequested,
-    AddStarted,
     ApprovalAsked,
     ApprovalBypassed,
     ApprovalExpired,
@@ -55,7 +51,6 @@ from events.types import (
     Unknown,
     UnloadRequested,
     UnloadStarted,
-    VersionAdded,
     WorkerExited,
 )
 
@@ -65,7 +60,6 @@ class JobKind(StrEnum):
 
     LOAD = "load"
     UNLOAD = "unload"
-    ADD = "add"
 
 
 class JobStatus(StrEnum):
@@ -313,7 +307,7 @@ class Job(Struct, frozen=True, gc=False):
         server_deaths: unclean ends of the server while the job was in progress.
         cancel_requested: whether a client asked to cancel it; `cancelling` says whether that was in time.
         superseded_by: the person's load that took the place of this one by the system.
-        placement: the node of a load or an add, or of the load that an unload ends; without nodes it is not
+        placement: the node of a load, or of the load that an unload ends; without nodes it is not
             stored.
         policy: of a load; it is not stored without rules and reasons.
         label: that is set to the version of a load when that is loaded; not stored without.
@@ -342,7 +336,6 @@ class Job(Struct, frozen=True, gc=False):
     cancel_requested: bool = False
     superseded_by: str | None = None
     placement: JobPlacement | UnsetType = UNSET
-    add: AddParameters | UnsetType = UNSET
     policy: JobPolicy | UnsetType = UNSET
     label: str | UnsetType = UNSET
     unreturned_bytes: int | UnsetType = UNSET
@@ -456,18 +449,16 @@ def evolve_job(job: Job | None, event: Event) -> Job | None:
     return job if step is None or event.job_id != job.id else step(job, event, data)
 
 
-REQUESTS = (LoadRequested, UnloadRequested, AddRequested)
+REQUESTS = (LoadRequested, UnloadRequested)
 """The events that create a job."""
 
 
-def _create_job(event: Event, model_id: str, data: LoadRequested | UnloadRequested | AddRequested) -> Job:
+def _create_job(event: Event, model_id: str, data: LoadRequested | UnloadRequested) -> Job:
     load = data if isinstance(data, LoadRequested) else None
     unload = data if isinstance(data, UnloadRequested) else None
-    add = data if isinstance(data, AddRequested) else None
-    timed, placed = load or add, unload or add
     return Job(
         id=event.id,
-        kind=JobKind.LOAD if load else JobKind.UNLOAD if unload else JobKind.ADD,
+        kind=JobKind.LOAD if load else JobKind.UNLOAD,
         model_id=model_id,
         version=event.version,
         status=JobStatus.PENDING,
@@ -475,12 +466,11 @@ def _create_job(event: Event, model_id: str, data: LoadRequested | UnloadRequest
         created_position=event.position,
         position=event.position,
         requested_by=event.actor,
-        cause=Cause.REQUEST if isinstance(data, AddRequested) else data.cause,
+        cause=data.cause,
         load=load.parameters if load else None,
         unload=UnloadParameters(unload.force, unload.load_job_id, unload.until_asked) if unload else None,
-        deadline_at=add_seconds(event.recorded_at, timed.timeout_s) if timed else None,
-        placement=UNSET if placed is None or placed.node_id is UNSET else JobPlacement(placed.node_id),
-        add=AddParameters(add.source, add.timeout_s, add.digest) if add else UNSET,
+        deadline_at=add_seconds(event.recorded_at, load.timeout_s) if load else None,
+        placement=UNSET if unload is None or unload.node_id is UNSET else JobPlacement(unload.node_id),
         policy=UNSET if load is None else _find_policy(load),
         label=UNSET if load is None else load.label,
         passed_over=UNSET if load is None else load.passed_over,
@@ -520,8 +510,7 @@ def _is_at_ended_node(job: Job, data: NodeJoined | NodeLeft | NodeLost) -> bool:
 def _interrupt_job(job: Job, event: Event, *, since: Timestamp | None, is_death: bool) -> Job:
     """Return the job pending for its next attempt.
 
-    After an orderly stop no job is in progress, so a start interrupts one only after an unclean end. An add
-    keeps its node, which may come back: its repository has what was fetched.
+    After an orderly stop no job is in progress, so a start interrupts one only after an unclean end.
     """
     return replace(
         job,
@@ -529,7 +518,7 @@ def _interrupt_job(job: Job, event: Event, *, since: Timestamp | None, is_death:
         deadline_at=_extend(job, since, event),
         server_deaths=job.server_deaths + (is_death and job.status is JobStatus.IN_PROGRESS),
         position=event.position,
-        placement=job.placement if job.kind is JobKind.ADD else UNSET,
+        placement=UNSET,
     )
 
 
@@ -547,7 +536,7 @@ def _place_job(job: Job, event: Event, data: LoadPlaced) -> Job:
     return replace(job, placement=JobPlacement(data.node_id, times + 1), position=event.position)
 
 
-def _start_job(job: Job, event: Event, data: LoadStarted | UnloadStarted | AddStarted) -> Job:
+def _start_job(job: Job, event: Event, data: LoadStarted | UnloadStarted) -> Job:
     attempt = job.attempt + 1 if isinstance(data, UnloadStarted) else data.attempt
     started = replace(
         job,
@@ -568,11 +557,7 @@ def _complete_job(job: Job, event: Event, data: ModelLoaded | ModelSettingsChang
     )
 
 
-def _complete_add(job: Job, event: Event, _: VersionAdded) -> Job:
-    return _end_job(job, event, JobStatus.COMPLETED) if job.kind is JobKind.ADD else job
-
-
-def _fail_job(job: Job, event: Event, data: LoadFailed | AddFailed) -> Job:
+def _fail_job(job: Job, event: Event, data: LoadFailed) -> Job:
     return _end_job(job, event, JobStatus.FAILED, Failure(data.code, data.message))
 
 
@@ -670,9 +655,6 @@ STEPS: Mapping[type[Data | Unknown], Callable[[Job, Event, Any], Job]] = {
     CancelRequested: _cancel_requested,
     WorkerExited: _worker_exited,
     LoadPlaced: _place_job,
-    AddStarted: _start_job,
-    AddFailed: _fail_job,
-    VersionAdded: _complete_add,
     LoadJoined: _join_load,
     ApprovalAsked: _ask_approval,
     LoadApproved: _approve,

@@ -729,8 +729,6 @@ def _ended_without_effect(model: Model, event: Event, _: JobCancelled, job: Job 
 
     A client that cancels the reload of a lost or degraded model also ends further reloads.
     """
-    if job is not None and job.kind is JobKind.ADD:
-        return model
     if job is not None and job.is_move_or_copy and model.phase is ModelState.LOADED:
         return _count_failure(_without_job(model, job.id), event, Consequence.RETRY)
     if job is not None and job.kind is JobKind.LOAD and job.cancelling and job.cause in RELOADS:

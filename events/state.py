@@ -22,7 +22,6 @@ from events.registers import NOTHING, OF_REGISTERS, RegisterChanges, RegisterEnt
 from events.types import (
     ENDS_OF_PROCESSES,
     REPLACEMENTS,
-    AddRequested,
     CancelRequested,
     Event,
     LoadJoined,
@@ -58,7 +57,7 @@ def read_key(event: Event) -> tuple[str, KnownKey] | None:
     return given.key_hash, KnownKey(given.fingerprint, event.job_id, event.recorded_at)
 
 
-_REQUESTS = (LoadRequested, UnloadRequested, AddRequested, CancelRequested, LoadJoined, UnloadJoined)
+_REQUESTS = (LoadRequested, UnloadRequested, CancelRequested, LoadJoined, UnloadJoined)
 """The events that can carry an idempotency key."""
 
 JOINS = (LoadJoined, UnloadJoined, CancelRequested)
@@ -221,9 +220,9 @@ def _age(job: Job) -> int:
 def has_turn(job: Job) -> bool:
     """Whether a job waits its turn in its model's queue.
 
-    An add, the unload of a replaced load, and a load that waits for approval do not.
+    The unload of a replaced load, and a load that waits for approval do not.
     """
-    if job.kind is JobKind.ADD or job.waits_for_approval:
+    if job.waits_for_approval:
         return False
     return job.kind is JobKind.LOAD or job.cause not in REPLACEMENTS
 

@@ -723,7 +723,7 @@ class AddedFile(Struct, frozen=True, gc=False):
 
 
 class Provenance(Struct, frozen=True, gc=False):
-    """Where a version came from: the name as it was given, and a name of what it meant that does not move."""
+    """Where the actor says that a version came from: a name, and what that meant when it was downloaded."""
 
     uri: str
     resolved: str
@@ -732,55 +732,15 @@ class Provenance(Struct, frozen=True, gc=False):
 class VersionAdded(Struct, frozen=True, gc=False):
     """A caller put a version into the repository, where it is visible from the moment after this event.
 
-    `source` is where the server fetched it from, on the actor's behalf; it is missing if the caller sent the
-    files. `node_id` is the node in whose own repository it is; it is missing where all share one.
+    `files` have the digests that the server computed. `source` is what the actor says of where they came
+    from, at which the server has not looked; it is missing if nothing was said. `node_id` is the node in
+    whose own repository it is; it is missing where all share one.
     """
 
     TYPE: ClassVar[str] = "VersionAdded"
     files: tuple[AddedFile, ...]
     source: Provenance | UnsetType = UNSET
     node_id: str | UnsetType = UNSET
-
-
-class AddParameters(Struct, frozen=True, gc=False):
-    """The parameters of an add of a version from a source.
-
-    Attributes:
-        source: its name, as it was given (`runtime.fetch.sources`).
-        timeout_s: from acceptance to the version, waiting included.
-        digest: that the source must have, `sha256:` and 64 hexadecimal digits; None for any.
-    """
-
-    source: str
-    timeout_s: int
-    digest: str | None = None
-
-
-class AddRequested(AddParameters, frozen=True, gc=False, kw_only=True):
-    """A person asked the server to fetch a version from a source. The event's id is the job's.
-
-    `node_id` is the node for whose own repository it is; it is missing where all share one.
-    """
-
-    TYPE: ClassVar[str] = "AddRequested"
-    idempotency: Idempotency | None = None
-    node_id: str | UnsetType = UNSET
-
-
-class AddStarted(Struct, frozen=True, gc=False):
-    """The fetch started, or went on after the server, or its node, had ended; `attempt` counts from 1."""
-
-    TYPE: ClassVar[str] = "AddStarted"
-    attempt: int
-    node_id: str | UnsetType = UNSET
-
-
-class AddFailed(Struct, frozen=True, gc=False):
-    """The fetch failed: nothing of the version is there."""
-
-    TYPE: ClassVar[str] = "AddFailed"
-    code: str
-    message: str
 
 
 class VersionRemoved(Struct, frozen=True, gc=False):
@@ -963,7 +923,7 @@ Data = (
     | JobCancelled | AccessDenied | WorkerExited | ServerStarted | ServerStopped | ClockStepped
     | RollbackAccepted | EventsDiscarded | VersionAdded | VersionRemoved | TokenIssued | TokenRevoked
     | SignInLinkIssued | SignInLinkUsed | NodeJoined | NodeDraining | NodeLeft | NodeLost | LoadPlaced
-    | AddRequested | AddStarted | AddFailed | LabelSet | LabelRemoved
+    | LabelSet | LabelRemoved
     | ApprovalAsked | LoadApproved | LoadRejected | ApprovalExpired | ApprovalBypassed | PolicyInForce
 )  # fmt: skip
 """The types that this release writes."""

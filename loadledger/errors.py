@@ -28,8 +28,6 @@ ADVICE = {
     "unknown_version": "`loadledger show MODEL` lists its versions",
     "unknown_label": "`loadledger label MODEL` lists its labels",
     "unknown_job": "`loadledger jobs` lists them",
-    "invalid_source": "`loadledger add --help` has examples",
-    "source_not_allowed": "or fetch the files yourself: `loadledger add MODEL FILE` sends them",
     "already_finished": "`loadledger job JOB` shows how",
     "not_waiting": "`loadledger job JOB` shows how it is",
     "digest_differs": "`loadledger approve JOB` shows its files",

@@ -23,13 +23,6 @@ class ServerPresence(msgspec.Struct, frozen=True):
     since: str | None = None
 
 
-class FetchProgress(msgspec.Struct, frozen=True):
-    """Bytes that the server has fetched from a source, and those of all files if their lengths are known."""
-
-    bytes: int
-    total_bytes: int | None = None
-
-
 class LoadSignature(msgspec.Struct, frozen=True, kw_only=True):
     """The signature of a version's files, as it was checked by the rules with the digest `policy`.
 
@@ -83,15 +76,13 @@ class ApprovalState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """One accepted load, unload, or add of a version from a source.
+    """One accepted load or unload.
 
     Attributes:
-        kind: load, unload or add.
+        kind: load or unload.
         status: pending, in_progress, completed, failed or cancelled.
-        stage: while in progress: copying, starting, loading, warming_up, measuring;
-            draining, stopping; resolving, fetching, checking.
+        stage: while in progress: copying, starting, loading, warming_up, measuring; draining, stopping.
         waiting_for: while pending: the reason.
-        progress: of an add in progress; else None.
         node: where it is placed; None without one, and of a server alone.
         superseded_by: the person's load that took the place of this one by the system; waits go on with it.
         position: of its latest event in the ledger.
@@ -109,7 +100,6 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     version: int | None = None
     stage: str | None = None
     waiting_for: str | None = None
-    progress: FetchProgress | None = None
     created_at: str | None = None
     started_at: str | None = None
     finished_at: str | None = None
@@ -163,11 +153,11 @@ class Stage(AddedVersion, frozen=True):
 
 
 class VersionOrigin(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a version came from that the server fetched.
+    """Where a version comes from, as who added it said; the server has not looked.
 
     Attributes:
         source: its name, as it was given.
-        resolved: a name of what it meant then, which does not move.
+        resolved: what it meant then.
         position: of its `VersionAdded`, which has the SHA-256 of each file.
     """
 
@@ -313,7 +303,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
         outputs: likewise.
         signature_version: the version that serves, else the highest one.
         parameters: of the load that serves, likewise not in a list.
-        sources: of its versions that the server fetched, likewise not in a list.
+        sources: of its versions where who added them said where from, likewise not in a list.
         signature: of what it serves, and `approval`; None without rules.
         policy: the rules of today; None with `at`, and without any.
         chosen: the last load or unload by a person, which on-demand loads follow; None likewise.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -34,9 +33,6 @@ from nodes.forwarding import open_forwarder
 from nodes.thisnode import THIS_NODE, ThisNode
 from runtime.cgroups import count_usable_cpus
 from runtime.consumer.consumer import Consumer
-from runtime.consumer.loads import Recorder
-from runtime.errors import CODE_FOLDERS
-from runtime.fetch.adds import Adds
 from runtime.memory import find_memory_limit, is_under_pressure, read_pressure
 from runtime.process.confinement import describe
 from runtime.process.pool import WorkerPool
@@ -66,13 +62,11 @@ from server.api import (
 from server.api.events import HEAD_KEEPER, PROVER, Prover, open_streams
 from server.api.health import failed_tasks
 from server.api.jobs import JOB_REQUESTS, JobRequests
-from server.api.livejobs import LiveJobs
 from server.api.loads import make_load_command
 from server.api.overview import overview_routes
 from server.api.resources import RESOURCES_CACHE, ResourcesCache
 from server.api.timetravel import open_time_travel
 from server.appkeys import (
-    ADDS_TASK,
     BODIES,
     CONFIG,
     CONSUMER,
@@ -80,7 +74,6 @@ from server.appkeys import (
     DEMAND,
     GATE,
     LIMIT,
-    LIVE_JOBS,
     LOG,
     POLICY,
     POOL,
@@ -181,7 +174,6 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
             _uploads,
             open_time_travel,
             _consumer,
-            _adds,
             open_forwarder,
             _time_series,
             open_streams,
@@ -439,26 +431,6 @@ async def _consumer(app: web.Application) -> AsyncIterator[None]:
         await consumer.stop()
         await asyncio.wait([task])
         await app[POOL].close()  # ServerStopped, which follows, says that no worker is left
-
-
-async def _adds(app: web.Application) -> AsyncIterator[None]:
-    """Go on with the adds from sources that have not ended."""
-    placement = app[THIS_NODE].placement if THIS_NODE in app else ALONE
-    adds = Adds(
-        app[LOG],
-        Recorder(app[LOG], app[VERSIONS].folders | CODE_FOLDERS, placement),
-        app[UPLOADS],
-        app[VERSIONS].repository,
-        share=placement.share,
-        find_added=app[READER].added_files,
-        allowed=app[CONFIG].sources,
-        environment=os.environ,
-    )
-    app[LIVE_JOBS] = LiveJobs(app[CONSUMER], adds)
-    app[ADDS_TASK] = task = asyncio.create_task(adds.run(), name="adds")
-    yield
-    task.cancel()
-    await asyncio.wait([task])
 
 
 async def _time_series(app: web.Application) -> AsyncIterator[None]:

@@ -13,7 +13,6 @@ from runtime.router import Router
 from runtime.scheduler.view import Policy
 from runtime.store.versions import Versions
 from runtime.uploads.commit import Uploads
-from server.api.livejobs import LiveJobs
 from server.api.stream import Streams
 from server.auth.gate import Gate
 from server.config import Config
@@ -30,8 +29,6 @@ UPLOADS = web.AppKey("uploads", Uploads)
 VERSIONS = web.AppKey("versions", Versions)
 POOL = web.AppKey("pool", WorkerPool)
 CONSUMER = web.AppKey("consumer", Consumer)
-ADDS_TASK: web.AppKey[asyncio.Task[None]] = web.AppKey("adds_task", asyncio.Task)
-LIVE_JOBS = web.AppKey("live_jobs", LiveJobs)
 CONSUMER_TASK: web.AppKey[asyncio.Task[None]] = web.AppKey("consumer_task", asyncio.Task)
 ROUTER = web.AppKey("router", Router)
 LIMIT = web.AppKey("limit", MemoryLimit)

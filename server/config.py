@@ -18,7 +18,6 @@ from marshmallow import ValidationError, validate
 
 from events.devices import ALL_DEVICES, ANY, CPU, DEVICE, DEVICE_RULE, MAX_DEVICES
 from events.policy.rules import LoadPolicy
-from runtime.fetch.sources import parse_allowed
 from runtime.timeouts import DRAIN_TIMEOUT_S, INFERENCE_GRACE_S, PROGRESS_TIMEOUT_S
 from runtime.uploads.stage import UploadPolicy, Writable
 from runtime.wire import MAX_REQUEST_BYTES
@@ -390,13 +389,6 @@ class Config:
         " belongs to the server's user, and there is no --ledger), on, off, or own, if each node has a"
         " repository of its own.",
         validate.OneOf((AUTO, ON, OFF, OWN)),
-    )
-    sources: str = setting(
-        "none",
-        "Sources from which versions may be added by name: none, all, or a list of schemes (https, hf, oci,"
-        " s3, gs, az), each with or without one host, organisation or bucket, as oci://ghcr.io;"
-        " cloud-metadata asks the machine's cloud for credentials.",
-        _validator_of(parse_allowed),
     )
     confine: str = setting(
         AUTO,

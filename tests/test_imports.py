@@ -138,10 +138,7 @@ def test_what_ships_imports_nothing_that_does_not() -> None:
 def test_web_framework_appears_in_server_nodes_and_clients_only() -> None:
     assert packages_that_import("aiohttp_apispec") == {"server"}
     beside = {module for module in importers_of("aiohttp") if top(module) not in {"nodes", "server"}}
-    assert beside == {
-        "loadledger.transports.asynchronous",  # the client for event loops
-        "runtime.fetch.web",  # the fetch process's client
-    }
+    assert beside == {"loadledger.transports.asynchronous"}  # the client for event loops
 
 
 @pytest.mark.parametrize(
@@ -152,8 +149,27 @@ def test_database_driver_appears_in_its_storage_only(drivers: tuple[str, ...], p
     assert not {module for module in importers_of(*drivers) if not module.startswith(package)}
 
 
-def test_cloud_client_appears_in_its_source_only() -> None:
-    assert importers_of("obstore") == {"runtime.fetch.cloud"}
+@pytest.mark.parametrize(
+    ("library", "module"),
+    [("obstore", "cloud"), ("huggingface_hub", "huggingface"), ("urllib.request", "web")],
+)
+def test_client_of_a_source_appears_in_its_module_only(library: str, module: str) -> None:
+    users = {user for user, names in all_imports().items() if library in names}
+    assert users == {f"loadledger.sources.{module}"}
+
+
+def test_server_and_runtime_have_no_client_of_http() -> None:
+    """Nodes ask each other, and telemetry has its own; nothing else in a server connects."""
+    clients = {
+        "urllib.request",
+        "http.client",
+        "requests",
+        "httpx",
+        "aiohttp.client",
+        "aiohttp.ClientSession",
+    }
+    users = {user for user, names in all_imports().items() if names & clients}
+    assert {user for user in users if top(user) in {"events", "runtime", "server"}} == set()
 
 
 def test_only_the_assembly_and_commands_import_the_nodes() -> None:

@@ -32,7 +32,7 @@ PRODUCT = tuple(f"{ROOT}/{package}/" for package in ("events", "loadledger", "no
 MODEL = "digits"
 """Of `examples`."""
 BESIDE = "beside it"
-FOLLOWERS = frozenset({"adds", "denials", "presence", "streams", "tails", "time series", "upkeep", "uploads"})
+FOLLOWERS = frozenset({"denials", "presence", "streams", "tails", "time series", "upkeep", "uploads"})
 """Names of the tasks that no load waits for: commits and timers wake them."""
 
 

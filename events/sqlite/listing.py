@@ -10,10 +10,8 @@ Events are returned as the text that is stored, which is never decoded and encod
 
 from __future__ import annotations
 
-import json
 import sqlite3
-from collections import defaultdict
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -320,25 +318,6 @@ class Reader:
             return None if row is None else decode_event(row[0])
 
         return await self._thread.run(read)
-
-    async def added_files(self, hashes: Collection[str]) -> dict[str, list[tuple[str, int, str]]]:
-        """Return model, version and path of the files that were added with these SHA-256, by that."""
-        sql = (
-            "SELECT json_extract(file.value, '$.sha256') AS sha256, events.model_id,"
-            " json_extract(body, '$.version'), json_extract(file.value, '$.path')"
-            " FROM events, json_each(body, '$.data.files') AS file WHERE events.type = ?"
-            " AND sha256 IN (SELECT value FROM json_each(?)) ORDER BY position DESC"
-        )
-
-        def read(connection: sqlite3.Connection) -> dict[str, list[tuple[str, int, str]]]:
-            found = defaultdict[str, list[tuple[str, int, str]]](list)
-            for sha256, model_id, version, path in connection.execute(
-                sql, (VersionAdded.TYPE, json.dumps([*hashes]))
-            ):
-                found[sha256].append((model_id, version, path))
-            return found
-
-        return await self._thread.run(read) if hashes else {}
 
     async def latest_changes(self, model_id: str) -> list[Event]:
         """Return the latest `VersionAdded` or `VersionRemoved` of each version of a model."""

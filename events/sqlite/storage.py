@@ -30,7 +30,7 @@ from events.sqlite.timetravel import fold_page
 from events.state import Changes, KnownRequests, State
 from events.storage import LogHead, Row, StorageError, StoredLedger
 
-FOLDS = 5
+FOLDS = 6
 """The version of the folds: add one with each change after which the same events give other stored bodies."""
 
 MAX_NAMED = 100

@@ -17,7 +17,6 @@ from loadledger.cli.completion import latest_jobs, loaded_models, models_of_serv
 STEPS = {
     "load": ("copying", "starting", "loading", "warming_up", "measuring"),
     "unload": ("draining", "stopping"),
-    "add": ("resolving", "fetching", "checking"),
 }
 """The stages of a job, in order; a pending job has none yet."""
 HEAD = ("JOB", "KIND", "MODEL", "STATUS", "CAUSE", "BY", "AGE", "TOOK", "DETAIL")
@@ -103,10 +102,8 @@ def model_of(job: Any) -> str:
 
 
 def count_steps(job: Any) -> tuple[int, int]:
-    """Return the completed steps of a job and their total; of a fetch whose length is known, its bytes."""
+    """Return the completed steps of a job and their total."""
     stages = STEPS.get(job.kind, ())
-    if job.stage == "fetching" and job.progress is not None and job.progress.total_bytes:
-        return job.progress.bytes, job.progress.total_bytes
     if job.status == "completed":
         return len(stages) + 1, len(stages) + 1
     return (stages.index(job.stage) + 1 if job.stage in stages else 0), len(stages) + 1
@@ -130,21 +127,15 @@ def describe_signature(signature: Any) -> str:
 
 def describe_progress(job: Any) -> str:
     if job.status == "in_progress":
-        fetched = f", {_format_fetched(job)}" if job.stage == "fetching" and job.progress else ""
-        return output.to_printable((job.stage or "in progress").replace("_", " ")) + fetched
+        return output.to_printable((job.stage or "in progress").replace("_", " "))
     if job.status == "pending" and job.waiting_for:
         return f"waits: {output.to_printable(job.waiting_for)}"
     return output.to_printable(job.status)
 
 
-def _format_fetched(job: Any) -> str:
-    of_all = f" of {output.format_size(job.progress.total_bytes)}" if job.progress.total_bytes else ""
-    return f"{output.format_size(job.progress.bytes)}{of_all}"
-
-
 @contextmanager
 def display_job(job: Any) -> Iterator[JobDisplay]:
-    """Give a display of a job: a progress bar on a terminal, else a line for each change but of bytes."""
+    """Give a display of a job: a progress bar on a terminal, else a line for each change."""
     if sys.stderr.isatty():
         with _progress_bar(job) as display:
             yield display
@@ -364,7 +355,6 @@ def _details(job: Any) -> Iterator[str]:
     facts = {
         "job": job.id,
         "stage": job.stage,
-        "fetched": job.progress and _format_fetched(job),
         "waits for": job.waiting_for,
         "requested": f"{output.format_timestamp(job.created_at)} by {by}, cause {job.cause or '-'}",
         "started": job.started_at and f"{output.format_timestamp(job.started_at)}, attempt {job.attempt}",

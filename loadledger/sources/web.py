@@ -50,10 +50,10 @@ class _Transient(SourceProblem):
 
 @dataclass(frozen=True, slots=True)
 class WebAnswer:
-    """An answer that was read as a whole; names of headers in lower case."""
+    """An answer that was read as a whole; `challenges` are its WWW-Authenticate fields."""
 
     status: int
-    headers: Mapping[str, str]
+    challenges: list[str]
     body: bytes
 
 
@@ -95,8 +95,7 @@ class Web:
             raise SourceProblem(
                 "source_invalid", f"{_show(url)} answers with more than {MAX_ANSWER_BYTES} bytes"
             )
-        named = {name.lower(): value for name, value in response.headers.items()}
-        return WebAnswer(response.status, named, body)
+        return WebAnswer(response.status, response.headers.get_all("WWW-Authenticate", []), body)
 
     def opening(self, url: str, *, authorization: str | None = None, is_pinned: bool) -> OpenAt:
         """Return what opens a file.

@@ -30,7 +30,6 @@ from events.policy.checks import CheckInput, NotLoadable
 from events.policy.rules import ModelRules
 from events.types import (
     SYSTEM,
-    AddFailed,
     Cause,
     Contents,
     Draft,
@@ -593,7 +592,7 @@ def describe_failure(error: Exception) -> Failure:
 def hide_paths(draft: Draft, folders: Collection[str]) -> Draft:
     """Return a draft whose texts of others, such as ONNX Runtime, do not name these folders of the server."""
     match draft.data:
-        case LoadFailed(message=message) | AddFailed(message=message):
+        case LoadFailed(message=message):
             return replace(draft, data=replace(draft.data, message=hide_folders(message, folders)))
         case WorkerExited(stderr=lines):
             hidden = tuple(hide_folders(line, folders) for line in lines)

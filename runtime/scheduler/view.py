@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from events.clock import LedgerClock, add_seconds
 from events.devices import CPU
-from events.jobs import NO_PROGRESS, ApprovalState, Failure, Job, JobKind, JobStatus
+from events.jobs import NO_PROGRESS, ApprovalState, Failure, Job, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState
 from events.policy.rules import LoadPolicy
 from events.state import State, has_turn
@@ -374,8 +374,7 @@ class SchedulerView:
 
     @cached_property
     def unended(self) -> list[Job]:
-        unended = self.own.unended()
-        return [job for job in unended if job.kind is not JobKind.ADD and not job.waits_for_approval]
+        return [job for job in self.own.unended() if not job.waits_for_approval]
 
     @cached_property
     def unapproved(self) -> list[tuple[Job, ApprovalState]]:

@@ -15,16 +15,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 from msgspec import UNSET, UnsetType
 
 from events.accept import find_use
 from events.clock import uuid7
-from events.commands import OUTDATED, AddVersion, Command, Condition, Receipt, Record, Refused, RemoveVersion
+from events.commands import OUTDATED, AddVersion, Command, Receipt, Record, RemoveVersion
 from events.errors import EpochOver, LedgerProblem, LogClosed, OutcomeUnknown, RequestRefused
-from events.jobs import Job
 from events.log import Log
 from events.registercommands import NodeCurrent
 from events.types import SYSTEM, AddedFile, Draft, Event, Provenance, VersionAdded, VersionRemoved
@@ -86,17 +84,11 @@ class UploadBody:
         pieces: its bytes as they arrive.
         length: in bytes, if it is known.
         expected: digests that it must have.
-        offset: of the file at which they begin; what is before it has arrived.
     """
 
     pieces: AsyncIterator[bytes]
     length: int | None = None
     expected: Digests = field(default_factory=dict)
-    offset: int = 0
-
-
-def _refuse_existing(exists: VersionExists, *, only_new: bool) -> RuntimeProblem:
-    return RuntimeProblem(str(exists), code="precondition_failed") if only_new else exists
 
 
 class Uploads:
@@ -219,7 +211,9 @@ class Uploads:
                 raise
             await self._finish(stage, self._make_visible(stage, files))
         except VersionExists as exists:
-            raise _refuse_existing(exists, only_new=only_new) from None
+            if only_new:
+                raise RuntimeProblem(str(exists), code="precondition_failed") from None
+            raise
         return files
 
     async def begin_stage(
@@ -237,9 +231,6 @@ class Uploads:
         for known in self._stages.values():
             if key is not None and known.origin == origin:
                 return known, False
-        return await self._begin_stage(origin), True
-
-    async def _begin_stage(self, origin: StageOrigin) -> Stage:
         if len(self._stages) >= MAX_STAGES:
             raise InsufficientStorage(f"{MAX_STAGES} stages are open: commit or discard some of them")
         stage = self._new_stage(origin)
@@ -251,47 +242,7 @@ class Uploads:
             self._forget_stage(stage)
             await self._discard(stage)
             raise
-        return stage
-
-    async def find_refusal(self, model_id: str, version: int, *, only_new: bool) -> Refused | None:
-        """Return why a version cannot be added, before it is fetched; None if it can.
-
-        Raises:
-            EpochOver: `log_unavailable`.
-        """
-        try:
-            await self._prepare()
-            entry = StagingEntry(self._staging(), uuid7(), model_id, version)
-            await self._run(entry, entry.check_free)
-        except VersionExists as exists:
-            return Refused(_refuse_existing(exists, only_new=only_new).code, str(exists))
-        except RuntimeProblem as problem:
-            return Refused(problem.code, str(problem))
-        return None
-
-    async def begin_fetch(self, job: Job, resolved: str) -> Stage:
-        """Return the stage of an add from a source; one of what its name meant before is discarded.
-
-        Raises:
-            RuntimeProblem: as `begin_stage`.
-            EpochOver: `log_unavailable`.
-        """
-        await self._prepare()
-        version = job.version or 0
-        origin = StageOrigin(
-            job.model_id, version, job.requested_by, None, self._node_id, job.id, resolved=resolved
-        )
-        known = next((each for each in self._stages.values() if each.origin == origin), None)
-        if known is not None:
-            return known
-        await self.end_fetch(job.id)
-        return await self._begin_stage(origin)
-
-    async def end_fetch(self, job_id: str) -> None:
-        """Discard what an add that has ended has fetched, if anything is left."""
-        for stage in list(self._stages.values()):
-            if stage.origin.job_id == job_id and stage.event_id not in self._changing.values():
-                await self.discard_stage(stage)
+        return stage, True
 
     async def find_stage(self, stage_id: str, model_id: str, version: int, subject: str) -> Stage:
         """Return a stage of its subject.
@@ -302,11 +253,8 @@ class Uploads:
         """
         await self._prepare()
         stage = self._stages.get(stage_id)
-        named = (model_id, version, subject, None)
-        if (
-            stage is None
-            or (stage.model_id, stage.version, stage.origin.subject, stage.origin.job_id) != named
-        ):
+        named = (model_id, version, subject)
+        if stage is None or (stage.model_id, stage.version, stage.origin.subject) != named:
             raise UnknownStage
         return stage
 
@@ -324,24 +272,12 @@ class Uploads:
         stage.used_at = self._now()
         return file, is_new
 
-    async def add_archive(self, stage: Stage, name: str, body: UploadBody) -> Path:
-        """Receive what becomes no file of the version itself, and return where it is; it ends with the stage.
-
-        Raises:
-            RuntimeProblem: as `add_file`.
-        """
-        await self._receive(stage, name, body, is_file=False)
-        return stage.part_of(name)
-
-    async def commit(
-        self, stage: Stage, source: Provenance | UnsetType = UNSET, conditions: tuple[Condition, ...] = ()
-    ) -> tuple[AddedFile, ...]:
+    async def commit(self, stage: Stage, source: Provenance | UnsetType = UNSET) -> tuple[AddedFile, ...]:
         """Make a version of a stage, and return its files.
 
         Args:
             stage: of the version.
-            source: where it was fetched from.
-            conditions: of its event.
+            source: where its subject says that it comes from.
 
         Raises:
             RuntimeProblem: as `add`; the stage stays.
@@ -354,7 +290,7 @@ class Uploads:
         except BaseException:
             self._end(stage)
             raise
-        await self._finish(stage, self._make_visible(stage, files, source, conditions))
+        await self._finish(stage, self._make_visible(stage, files, source))
         return files
 
     async def discard_stage(self, stage: Stage) -> None:
@@ -446,32 +382,28 @@ class Uploads:
             await self._recover()
         await self._end_unused_stages()
 
-    async def _receive(self, stage: Stage, path: str, body: UploadBody, *, is_file: bool = True) -> AddedFile:
-        """Write a body into a stage; what a fetch leaves incomplete stays, and may be gone on with."""
+    async def _receive(self, stage: Stage, path: str, body: UploadBody) -> AddedFile:
+        """Write a body into a stage."""
         if stage.stays:
             self._check_open(stage)
         of_subject = (each for each in self._stages.values() if each.origin.subject == stage.origin.subject)
-        is_fetch = stage.origin.job_id is not None  # its subject has no part in it, and could discard nothing
-        own = [] if is_fetch else [each for each in of_subject if each.origin.job_id is None]
-        staged_bytes = sum(each.bytes for each in own if each is not stage)
+        staged_bytes = sum(each.bytes for each in of_subject if each is not stage)
         room_bytes, max_bytes = stage.room_for(path) - staged_bytes, self._policy.max_bytes
         await self._run(
             stage, partial(check_room, self._repository.root, body.length or 0, room_bytes, max_bytes)
         )
-        receiver = FileReceiver(stage.part_of(path), room_bytes, max_bytes, body.expected)
-        end = receiver.close if is_fetch else receiver.discard
+        receiver = FileReceiver(stage.new_part(), room_bytes, max_bytes, body.expected)
         try:
-            await self._run(stage, partial(receiver.open, body.offset))
+            await self._run(stage, receiver.open)
             async for piece in body.pieces:
                 await self._run(stage, partial(receiver.write, piece))
             file = await self._run(stage, partial(receiver.finish, path))
             if stage.stays:
                 self._check_open(stage)
-            if is_file:
-                await self._run(stage, partial(stage.keep, receiver.target, file))
+            await self._run(stage, partial(stage.keep, receiver.target, file))
         finally:
             with suppress(RuntimeProblem):  # the next start deletes it
-                await self._run(stage, end, START_LIMIT_S)
+                await self._run(stage, receiver.discard, START_LIMIT_S)
         return file
 
     def _check_open(self, stage: Stage) -> None:
@@ -487,27 +419,18 @@ class Uploads:
             raise UnknownStage
 
     async def _end_unused_stages(self) -> None:
-        """Discard stages to which no file was added for `STAGE_S`, and those of adds that have ended."""
+        """Discard stages to which no file was added for `STAGE_S`."""
         for stage in list(self._stages.values()):
-            is_unused = stage.origin.job_id is None and stage.used_at + STAGE_S <= self._now()
-            if (is_unused or self._is_of_ended_add(stage)) and stage.event_id not in self._changing.values():
+            is_unused = stage.used_at + STAGE_S <= self._now()
+            if is_unused and stage.event_id not in self._changing.values():
                 self._stages.pop(stage.id, None)
                 await self._discard(stage)
 
-    def _is_of_ended_add(self, stage: Stage) -> bool:
-        job_id = stage.origin.job_id
-        return job_id is not None and self._log.state.unended_job(job_id) is None
-
     async def _make_visible(
-        self,
-        stage: Stage,
-        files: tuple[AddedFile, ...],
-        source: Provenance | UnsetType = UNSET,
-        conditions: tuple[Condition, ...] = (),
+        self, stage: Stage, files: tuple[AddedFile, ...], source: Provenance | UnsetType = UNSET
     ) -> None:
-        version, job_id = (stage.model_id, stage.version, stage.origin.subject, files), stage.origin.job_id
-        conditions += stage.staging.conditions
-        command = AddVersion(*version, stage.event_id, conditions, source, job_id, self.holder)
+        version = (stage.model_id, stage.version, stage.origin.subject, files)
+        command = AddVersion(*version, stage.event_id, stage.staging.conditions, source, self.holder)
         await self._record(stage, command)
         try:
             await self._run(stage, stage.place)
@@ -612,7 +535,7 @@ class Uploads:
         """Keep a stage for its subject; discard what is none, or was another node's."""
         read = partial(read_stage, staging, event_id, self._policy.max_bytes)
         stage = await self._run(None, read, START_LIMIT_S)
-        if stage is None or stage.origin.node_id != self._node_id or self._is_of_ended_add(stage):
+        if stage is None or stage.origin.node_id != self._node_id:
             await self._run(None, partial(staging.discard, event_id), START_LIMIT_S)
         else:
             self._stages[stage.id] = stage

@@ -23,7 +23,6 @@ from runtime.onnxfile import (
     find_model_file,
     list_model_files,
 )
-from runtime.store.folder import HASH_BLOCK_BYTES
 
 MAX_PATH_BYTES = 1024
 """Of one path: file systems take 4096 with the folders above the repository."""
@@ -154,23 +153,14 @@ class FileReceiver:
         self._bytes = self._unsynced_bytes = 0
         self._descriptor = -1
 
-    def open(self, offset: int = 0) -> None:
-        """Create the file; or with an offset, go on with one of which so many bytes are there.
+    def open(self) -> None:
+        """Create the file.
 
         Raises:
-            OSError: it cannot be created or read.
+            OSError: it cannot be created.
         """
-        if not offset:  # a fetch may have left a part of it
-            self.target.unlink(missing_ok=True)
-        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (0 if offset else os.O_CREAT | os.O_EXCL)
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_CREAT | os.O_EXCL
         self._descriptor = os.open(self.target, flags, 0o666)
-        while self._bytes < offset:
-            piece = os.read(self._descriptor, min(HASH_BLOCK_BYTES, offset - self._bytes))
-            if not piece:
-                raise OSError(errno.EIO, f"{offset} bytes were there, and now {self._bytes}")
-            self._hash(piece)
-            self._bytes += len(piece)
-        os.ftruncate(self._descriptor, offset)
 
     def write(self, piece: bytes) -> None:
         """Write the next bytes.
@@ -214,14 +204,11 @@ class FileReceiver:
         os.fsync(self._descriptor)
         return AddedFile(path, self._bytes, self._hashes["sha-256"].hexdigest())
 
-    def close(self) -> None:
+    def discard(self) -> None:
+        """Close the file, and delete it unless it was moved; to be called at the end, whatever that is."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-
-    def discard(self) -> None:
-        """Close the file, and delete it unless it was moved; to be called at the end, whatever that is."""
-        self.close()
         with suppress(FileNotFoundError):
             self.target.unlink()
 

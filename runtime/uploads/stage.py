@@ -39,8 +39,6 @@ Writable = Literal["auto", "on", "off", "own"]
 STAGING = ".uploads"
 VERSION, NOTE, RECORD = "version", "inode", "stage"
 """Of an entry: the version's files; before a removal, which folder it is that goes; and a stage's record."""
-PART = "part-"
-"""How the name of a file of an entry begins that has not arrived completely."""
 KEY_DIGITS = 32
 """Of the hash of a node's key in a folder's name: no two nodes that share a repository have the same."""
 
@@ -326,8 +324,6 @@ class StageOrigin(msgspec.Struct, frozen=True):
         subject: who alone may use it, and the actor of its event.
         key: hash of the Idempotency-Key with which it began; None without one.
         node_id: of the node that it is at; None without nodes.
-        job_id: of the add that fetches it, which alone uses it; None if its subject sends the files.
-        resolved: the name of what that fetches.
     """
 
     model_id: str
@@ -335,8 +331,6 @@ class StageOrigin(msgspec.Struct, frozen=True):
     subject: str
     key: str | None = None
     node_id: str | None = None
-    job_id: str | None = None
-    resolved: str | None = None
 
 
 class _RecordedFile(msgspec.Struct):
@@ -384,10 +378,9 @@ class Stage(StagingEntry):
         if self.stays:
             (self.folder / RECORD).write_bytes(msgspec.json.encode(self.origin))
 
-    def part_of(self, path: str) -> Path:
-        """Return where a file goes while it arrives; that of a fetch is found again."""
-        is_fetch = self.origin.job_id is not None
-        return self.folder / f"{PART}{hashlib.sha256(path.encode()).hexdigest() if is_fetch else uuid4()}"
+    def new_part(self) -> Path:
+        """Return where a file goes while it arrives."""
+        return self.folder / f"part-{uuid4()}"
 
     @property
     def bytes(self) -> int:
@@ -447,7 +440,7 @@ class Stage(StagingEntry):
 def read_stage(staging: Staging, event_id: str, max_bytes: int) -> Stage | None:
     """Return a stage as its record and its files tell; None if it has none.
 
-    What is incomplete is deleted, but for parts of a fetch, which goes on.
+    What is incomplete is deleted.
 
     Raises:
         OSError: something cannot be read.
@@ -468,6 +461,5 @@ def read_stage(staging: Staging, event_id: str, max_bytes: int) -> Stage | None:
             if (seen.st_ino, seen.st_size) == (recorded.inode, recorded.file.bytes):
                 stage.files[recorded.file.path] = recorded.file
     for path in {*walk_files(stage.folder)[0]} - {RECORD, *(f"{VERSION}/{path}" for path in stage.files)}:
-        if origin.job_id is None or not path.startswith(PART):
-            (stage.folder / path).unlink()
+        (stage.folder / path).unlink()
     return stage

@@ -18,7 +18,7 @@ EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = (1 << bit for bit in range(4))
 TRUNCATE, IOCTL_DEV = 1 << 14, 1 << 15
 ACCESS_FS_BITS = {1: 13, 2: 14, 3: 15, 4: 15}
 """How many kinds of access to files an ABI knows; from 5 on 16."""
-NET_FROM, NET_BIND, NET_ALL = 4, 0b01, 0b11
+NET_FROM, NET_ALL = 4, 0b11
 """The ABI that restricts bind and connect of TCP."""
 SCOPE_FROM, SCOPE_ALL = 6, 0b11
 """The ABI that restricts connections to abstract sockets, and signals, to processes of the same domain."""
@@ -39,23 +39,21 @@ def find_abi() -> int:
         return 0
 
 
-def restrict(accesses: Mapping[str, int], *, connects: bool = False) -> None:
+def restrict(accesses: Mapping[str, int]) -> None:
     """Restrict this thread, and those that it starts, to these paths and what lies beneath them, for good.
 
     The process needs `no_new_privs` first.
 
     Args:
         accesses: `READS` or `DRIVES` by path; paths that do not exist are left out.
-        connects: whether it may still connect by TCP.
 
     Raises:
         OSError: the kernel has no Landlock, or its reason.
     """
     abi = find_abi()
     handled = (1 << ACCESS_FS_BITS.get(abi, 16)) - 1
-    network = NET_BIND if connects else NET_ALL
     attributes = struct.pack(
-        "=QQQ", handled, network if abi >= NET_FROM else 0, SCOPE_ALL if abi >= SCOPE_FROM else 0
+        "=QQQ", handled, NET_ALL if abi >= NET_FROM else 0, SCOPE_ALL if abi >= SCOPE_FROM else 0
     )
     known = 8 if abi < NET_FROM else 16 if abi < SCOPE_FROM else 24
     ruleset = _call(CREATE_RULESET, attributes, known, 0)

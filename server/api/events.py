@@ -25,7 +25,7 @@ from events.tail import Tails
 from events.types import TYPES
 from server.api.schemas import A_MOMENT, AnswerSchema, PageQuerySchema, about
 from server.api.stream import NDJSON, SSE, STAGE, EventStream, Stages, Streams, chosen_form
-from server.appkeys import CONFIG, GATE, LIVE_JOBS, LOG, READER, STREAMS
+from server.appkeys import CONFIG, CONSUMER, GATE, LOG, READER, STREAMS
 from server.auth.gate import PRINCIPAL
 from server.http.validation import NothingSchema, ParameterInteger, header_fields, query_parameters
 from server.routing import Access, Routes
@@ -254,7 +254,7 @@ async def open_streams(app: web.Application) -> AsyncIterator[None]:
     async with AsyncExitStack() as stack:
         readers = [await stack.enter_async_context(open_reader(log.path)) for _ in range(1 + READERS)]
         tails = Tails(log, readers[0], readers[1:])
-        stages = Stages(log, app[LIVE_JOBS])
+        stages = Stages(log, app[CONSUMER])
         app[STREAMS] = streams = Streams(log, tails, stages, per_subject=app[CONFIG].streams_per_subject)
         streams.tasks = {
             "tails": asyncio.create_task(tails.run(), name="tails"),

@@ -16,7 +16,7 @@ from marshmallow import fields
 from events.models import Model
 from events.types import Cause
 from server.api.schemas import AnswerSchema
-from server.appkeys import ADDS_TASK, CONSUMER_TASK, LOG, POOL, STOPPING, STREAMS
+from server.appkeys import CONSUMER_TASK, LOG, POOL, STOPPING, STREAMS
 from server.cluster import CLUSTER
 from server.errors import ServerProblem
 from server.openapi import openapi_yaml
@@ -135,7 +135,6 @@ def vital_tasks(app: web.Application) -> dict[str, asyncio.Task[None]]:
     """Return the vital tasks: without one of them the server would accept requests and do nothing."""
     return {
         "consumer": app[CONSUMER_TASK],
-        "adds": app[ADDS_TASK],
         "writer": app[LOG].writer,
         "keeper": app[POOL].keeper,
         **app[STREAMS].tasks,

@@ -28,7 +28,8 @@ from events.models import Model
 from events.sqlite.queries import JobQuery
 from events.sqlite.timetravel import job_at, jobs_at
 from events.types import Cause, Idempotency, contents_of
-from server.api.livejobs import NOT_LIVE, LiveJobs
+from runtime.consumer.consumer import Consumer
+from server.api.livejobs import NOT_LIVE, describe_live
 from server.api.schemas import (
     NO_NODE,
     AnswerSchema,
@@ -41,7 +42,7 @@ from server.api.schemas import (
     signature_view,
 )
 from server.api.timetravel import PAST_ERRORS, AtQuerySchema, PastSchema, as_of, read_past
-from server.appkeys import LIVE_JOBS, LOG, READER, STOPPING
+from server.appkeys import CONSUMER, LOG, READER, STOPPING
 from server.auth.gate import PRINCIPAL
 from server.errors import ServerProblem
 from server.http.validation import (
@@ -107,15 +108,6 @@ class JobsQuerySchema(AtQuerySchema, PageQuerySchema):
     status = fields.String(load_default=None, validate=one_of(JobStatus))
 
 
-class AddProgressSchema(AnswerSchema):
-    """How many bytes of a version are there."""
-
-    bytes = fields.Integer()
-    total_bytes = fields.Integer(
-        allow_none=True, **about("Of all its files; null while a length is unknown.")
-    )
-
-
 class FileDifferenceSchema(AnswerSchema):
     """A file that a load would add to, remove from or change in what its model serves."""
 
@@ -145,7 +137,7 @@ class JobApprovalSchema(AnswerSchema):
 
 
 class JobSchema(PastSchema):
-    """A job: one accepted load, unload, or add of a version from a source."""
+    """A job: one accepted load or unload."""
 
     id = fields.String()
     kind = fields.String(validate=one_of(JobKind))
@@ -154,15 +146,9 @@ class JobSchema(PastSchema):
     status = fields.String(validate=one_of(JobStatus))
     stage = fields.String(
         allow_none=True,
-        **about(
-            "Live: copying, starting, loading, warming_up, measuring; draining, stopping; resolving,"
-            " fetching, checking."
-        ),
+        **about("Live: copying, starting, loading, warming_up, measuring; draining, stopping."),
     )
     waiting_for = fields.String(allow_none=True)
-    progress = fields.Nested(
-        AddProgressSchema, allow_none=True, **about("Live: how far an add is; null of other jobs.")
-    )
     created_at = fields.String()
     started_at = fields.String(allow_none=True)
     finished_at = fields.String(allow_none=True)
@@ -366,7 +352,7 @@ async def show_job(request: web.Request) -> web.Response:
     "/api/v1/jobs/{job_id}/cancel",
     **AS_JOB,
     summary="Cancel a job",
-    description="Ends a load or an add that has not completed, or an unload that has not begun. The job may "
+    description="Ends a load that has not completed, or an unload that has not begun. The job may "
     "still complete after this answer, so check its `status`. A job that is already being cancelled is "
     "returned as it is.",
     path=JobPathSchema(),
@@ -383,21 +369,21 @@ async def cancel_job(request: web.Request) -> web.Response:
 
 def present_job(app: web.Application, job: Job) -> dict[str, Any]:
     """Return a job with its live values."""
-    return job_view(job, app[LIVE_JOBS], app[LOG].state.models.get(job.model_id))
+    return job_view(job, app[CONSUMER], app[LOG].state.models.get(job.model_id))
 
 
-def job_view(job: Job, live: LiveJobs | None, model: Model | None = None) -> dict[str, Any]:
+def job_view(job: Job, consumer: Consumer | None, model: Model | None = None) -> dict[str, Any]:
     """Return a job, and what differs from its model; a past one has no live values."""
-    parameters = job.add if job.add is not UNSET else job.load if job.load is not None else job.unload
+    parameters = job.load if job.load is not None else job.unload
     said = None if job.policy is UNSET else job.policy.justification
-    differences = [] if live is None else _list_differences(job, model)
+    differences = [] if consumer is None else _list_differences(job, model)
     return {
         "id": job.id,
         "kind": job.kind.value,
         "model_id": job.model_id,
         "version": job.version,
         "status": job.status.value,
-        **(NOT_LIVE if live is None else live.describe(job)),
+        **(NOT_LIVE if consumer is None else describe_live(consumer, job)),
         "created_at": job.created_at,
         "started_at": job.started_at,
         "finished_at": job.finished_at,

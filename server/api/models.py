@@ -115,7 +115,7 @@ class ModelPolicySchema(AnswerSchema):
 
 
 class VersionSourceSchema(AnswerSchema):
-    """Where a version came from that the server fetched."""
+    """Where a version comes from, as who added it said; the server has not looked."""
 
     version = fields.Integer()
     source = fields.String(**about("Its name, as it was given."))
@@ -268,7 +268,7 @@ class ModelSchema(PastSchema):
     )
     sources = fields.List(
         fields.Nested(VersionSourceSchema),
-        **about("In the answer of one model: its versions that the server fetched.", is_optional=True),
+        **about("In the answer of one model: its versions that have a name elsewhere.", is_optional=True),
     )
 
 

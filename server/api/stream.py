@@ -23,7 +23,8 @@ from events.errors import LedgerProblem
 from events.log import Log
 from events.sqlite.listing import EventFilter, StoredEvent
 from events.tail import PACE_S, Batch, Tail, Tails
-from server.api.livejobs import NOT_LIVE, LiveJobs
+from runtime.consumer.consumer import Consumer
+from server.api.livejobs import NOT_LIVE, describe_live
 from server.auth.gate import PRINCIPAL, InvalidToken, Verifier, bearer_token
 from server.errors import ServerProblem
 from server.http.compression import parse_accept
@@ -123,7 +124,6 @@ class JobStage:
     model_id: str
     stage: str | None
     waiting_for: str | None
-    progress: Mapping[str, int | None] | None
 
     @property
     def members(self) -> dict[str, object]:
@@ -133,9 +133,9 @@ class JobStage:
 class Stages:
     """The latest stage of each unfinished job of the log, as what runs here reports it."""
 
-    def __init__(self, log: Log, live: LiveJobs) -> None:
+    def __init__(self, log: Log, consumer: Consumer) -> None:
         self._log = log
-        self._live = live
+        self._consumer = consumer
         self._seen = dict[str, JobStage]()
         self.changes = 0
 
@@ -148,7 +148,7 @@ class Stages:
         for job_id in self._seen.keys() - jobs.keys():
             del self._seen[job_id]
         for job in jobs.values():
-            seen, now = self._seen.get(job.id), self._live.describe(job)
+            seen, now = self._seen.get(job.id), describe_live(self._consumer, job)
             if now != ({name: getattr(seen, name) for name in now} if seen is not None else NOT_LIVE):
                 self.changes += 1
                 self._seen[job.id] = JobStage(self.changes, job.id, job.model_id, **now)

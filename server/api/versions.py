@@ -1,8 +1,8 @@
 """Versions: add them to the repository, and remove them.
 
 A version of one file is the body of one request. The files of others come one by one into a stage, which a
-last request commits. A file may have any length: it goes to the disk as it arrives. A version that a request
-names by its source is fetched by a job (`runtime.fetch`).
+last request commits, and may say where they come from. A file may have any length: it goes to the disk as it
+arrives.
 """
 
 from __future__ import annotations
@@ -15,29 +15,24 @@ from typing import Any
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
-from marshmallow import Schema, fields, validate
+from marshmallow import Schema, ValidationError, fields, validate, validates_schema
+from msgspec import UNSET
 from msgspec.structs import asdict
 
 from events.accept import MAX_QUEUE, find_end_of_use
 from events.clock import format_timestamp
-from events.commands import RequestAdd
 from events.errors import RequestRefused
-from events.types import AddedFile, AddParameters
-from runtime.fetch.sources import check_pinned, parse_allowed, parse_source
+from events.types import AddedFile, Provenance
 from runtime.uploads.commit import STAGE_S, UploadBody
 from runtime.uploads.receive import Digests, parse_digests
 from runtime.uploads.stage import Stage
 from server.api.jobs import (
-    AS_JOB,
     IS_KEY,
-    PREFER,
-    IdempotencySchema,
-    answer_with_job,
     hash_idempotency_key,
     run_job,
 )
 from server.api.schemas import ModelVersionPathSchema, about
-from server.appkeys import CONFIG, LOG, STOPPING, UPLOADS
+from server.appkeys import LOG, STOPPING, UPLOADS
 from server.auth.gate import PRINCIPAL
 from server.cluster import FORWARDING
 from server.errors import ServerProblem
@@ -63,12 +58,17 @@ DIGESTS = ("Repr-Digest", "Content-Digest")
 """RFC 9530. Without a content coding or a range, both are of the same bytes."""
 MAX_STAGE_CHARACTERS = 320
 """A UUID, and the name of a node."""
-ADD_TIMEOUT_S, MAX_ADD_TIMEOUT_S = 3600, 86_400
-"""Of an add from a source: for the gigabytes of a large model, over a slow line too."""
 _FILE_BODY: Mapping[str, Any] = {
     "required": True,
     "content": {name: {"schema": {"type": "string", "format": "binary"}} for name in MEDIA_TYPES},
 }
+_NAME = r"[a-z][a-z0-9+.-]*://(?![^/]*@)[!\"$->@-~]+"
+"""Printable ASCII, but for `?` and `#`, and no `@` before the first slash."""
+_NO_NAME = (
+    "Must be a name such as hf://org/repo@main, of ASCII characters, without user, password and query: the"
+    " ledger keeps it, and would keep a secret in it."
+)
+_MAX_NAME = 2048
 _FILE_ERRORS = ("digest_mismatch", "body_timeout", "body_too_large", "unsupported_media_type")
 _MODEL_ERRORS = ("not_onnx", "unsafe_file", "invalid_model")
 _CHANGE_ERRORS = (
@@ -98,8 +98,8 @@ class DigestHeadersSchema(Schema):
     content_digest = fields.String(data_key="Content-Digest", **about("As `Repr-Digest`."))
 
 
-class VersionHeadersSchema(DigestHeadersSchema, IdempotencySchema):
-    """Header fields of a version: digests are of an upload, a key is of an add from a source."""
+class VersionHeadersSchema(DigestHeadersSchema):
+    """Header fields of a version of one file."""
 
     if_none_match = fields.String(
         data_key="If-None-Match",
@@ -117,27 +117,25 @@ class RemovalQuerySchema(Schema):
     )
 
 
-class SourceBodySchema(Schema):
-    """Where a version is to be fetched from."""
+class CommitBodySchema(Schema):
+    """Where the files come from, as their sender says: the server has not looked."""
 
     source = fields.String(
-        required=True,
-        **about(
-            "`https://…`, `hf://org/repo@revision[/file.onnx]`, `oci://registry/repository:tag` or"
-            " `@sha256:…`, `s3://bucket/path`, `gs://…`, `az://…`; `--sources` has to allow it.",
-            example="hf://org/repo@main",
-        ),
+        validate=[validate.Length(max=_MAX_NAME), validate.Regexp(rf"{_NAME}\Z", error=_NO_NAME)],
+        **about("A name with a scheme, of ASCII characters.", example="hf://org/repo@main"),
     )
-    digest = fields.String(
-        load_default=None,
-        allow_none=True,
-        validate=validate.Regexp(
-            r"sha256:[0-9a-f]{64}\Z", error="Must be sha256: and 64 hexadecimal digits."
-        ),
+    resolved = fields.String(
+        validate=[
+            validate.Length(max=_MAX_NAME),
+            validate.Regexp(rf"{_NAME}(#[!-~]*)?\Z", error=_NO_NAME),
+        ],
+        **about("What it meant: it may have a fragment. Default: `source`.", example="hf://org/repo@0123456"),
     )
-    timeout_s = fields.Integer(
-        strict=True, load_default=ADD_TIMEOUT_S, validate=validate.Range(1, MAX_ADD_TIMEOUT_S)
-    )
+
+    @validates_schema
+    def _has_source(self, given: Mapping[str, str], **_: Any) -> None:
+        if "resolved" in given and "source" not in given:
+            raise ValidationError("Must be given with resolved.", "source")
 
 
 class StageHeadersSchema(Schema):
@@ -204,7 +202,7 @@ def at_its_node(handler: Handler) -> Handler:
         there = None if forwarding is None else forwarding.find_other(request, node_id)
         if forwarding is None or there is None:
             return await handler(request)
-        body = _read_file(request).pieces if request.method == hdrs.METH_PUT else None
+        body = _read_until_stop(request) if request.can_read_body else None
         return await forwarding.pass_on(request, there, path_parameters(request)["id"], body)
 
     return answer
@@ -213,51 +211,31 @@ def at_its_node(handler: Handler) -> Handler:
 @routes.put(
     "/api/v1/models/{id}/versions/{version}",
     access=Access.ADMIN,
-    summary="Add a version of one file, or from a source",
+    summary="Add a version of one file",
     description="Puts a version into the repository, and records `VersionAdded`. The body is one ONNX file, "
     "which becomes the version's `model.onnx`; versions of several files need a stage. The version is "
     "visible once all of it is on disk and its event is recorded; until then, and if the upload ends early, "
-    "there is nothing. A version is never overwritten. A JSON body names a source instead, from which a job "
-    "fetches the version: once, and its event records what the name meant then. No load fetches anything.",
+    "there is nothing. A version is never overwritten. The server fetches nothing: what has a name "
+    "elsewhere, `loadledger add MODEL SOURCE` downloads where it runs, and sends it in a stage.",
     path=ModelVersionPathSchema(),
     query=NothingSchema(),
     headers=VersionHeadersSchema(),
-    parameters=[PREFER],
-    request_body={
-        "required": True,
-        "content": {**_FILE_BODY["content"], "application/json": {"schema": SourceBodySchema()}},
-    },
-    answers={
-        201: (AddedVersionSchema(), "Added; the model is at `Location`."),
-        **AS_JOB["answers"],
-    },
-    errors=(
-        *("precondition_failed", "invalid_body", "invalid_source", "source_not_allowed", "queue_full"),
-        *("idempotency_mismatch", *_FILE_ERRORS, *_MODEL_ERRORS, *_CHANGE_ERRORS),
-    ),
+    request_body=_FILE_BODY,
+    answers={201: (AddedVersionSchema(), "Added; the model is at `Location`.")},
+    errors=("precondition_failed", *_FILE_ERRORS, *_MODEL_ERRORS, *_CHANGE_ERRORS),
 )
 async def add_version(request: web.Request) -> web.Response:
     if is_json(request.headers.get(hdrs.CONTENT_TYPE, "")):
-        return await _add_from_source(request)
+        raise UnsupportedMediaType(
+            "the server fetches no version by its name: `loadledger add MODEL SOURCE` downloads it where it"
+            " runs, and sends the files"
+        )
     given, body = path_parameters(request), _read_file(request)
     files = await request.app[UPLOADS].add(
         *(given["id"], given["version"], request[PRINCIPAL].subject, body),
         only_new="if_none_match" in header_fields(request),
     )
     return _answer_with_version(given, files)
-
-
-async def _add_from_source(request: web.Request) -> web.Response:
-    given, body = path_parameters(request), await read_json(request, SourceBodySchema())
-    source, key = parse_source(body["source"]), hash_idempotency_key(request)
-    parse_allowed(request.app[CONFIG].sources).check(source)
-    check_pinned(source, body["digest"])
-    uploads, only_new = request.app[UPLOADS], "if_none_match" in header_fields(request)
-    refusal = await uploads.find_refusal(given["id"], given["version"], only_new=only_new)
-    parameters = AddParameters(source.name, body["timeout_s"], body["digest"])
-    version = (given["id"], given["version"], parameters, request[PRINCIPAL].subject)
-    command = RequestAdd(*version, key, uploads.holder, refusal)
-    return await answer_with_job(request, command)
 
 
 @routes.delete(
@@ -373,15 +351,18 @@ async def add_staged_file(request: web.Request) -> web.Response:
     **_OF_STAGE,
     summary="Add the version of a stage",
     description="Records `VersionAdded`, and makes the version visible, as a `PUT` of the version does. If "
-    "it is refused, the stage stays.",
+    "it is refused, the stage stays. The event has what the body says of where the files come from, beside "
+    "the digests that the server computed.",
     path=StagePathSchema(),
-    body=NothingSchema(),
+    request_body={"required": False, "content": {"application/json": {"schema": CommitBodySchema()}}},
     answers={201: (AddedVersionSchema(), "Added; the model is at `Location`.")},
-    errors=(*_MODEL_ERRORS, *_STAGE_ERRORS),
+    errors=("invalid_body", "unsupported_media_type", "body_timeout", *_MODEL_ERRORS, *_STAGE_ERRORS),
 )
 @at_its_node
 async def commit_stage(request: web.Request) -> web.Response:
-    files = await request.app[UPLOADS].commit(await _find_stage(request))
+    said = await read_json(request, CommitBodySchema())
+    source = Provenance(said["source"], said.get("resolved", said["source"])) if said else UNSET
+    files = await request.app[UPLOADS].commit(await _find_stage(request), source)
     return _answer_with_version(path_parameters(request), files)
 
 

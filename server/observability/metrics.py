@@ -256,7 +256,6 @@ class ServerCollector(Collector):
         tally = self._app[LOG].tally
         working = [job for job in self._jobs if not job.waits_for_approval]
         counts = Counter((job.kind, job.status) for job in working)
-        queue = [job for job in working if job.kind is not JobKind.ADD]
         ends = [(cause.value, status.value) for cause in Cause for status in ENDS]
         yield _gauge(
             "jobs",
@@ -270,7 +269,7 @@ class ServerCollector(Collector):
         yield _gauge(
             "oldest_job_age_seconds",
             "Time since the oldest load or unload of the queue was requested, or approved.",
-            max((seconds_between(job.queued_at, self._now) for job in queue), default=0.0),
+            max((seconds_between(job.queued_at, self._now) for job in working), default=0.0),
         )
         yield _gauge(
             "loads_waiting_for_approval",
@@ -282,8 +281,6 @@ class ServerCollector(Collector):
             "Loads that a person with the role emergency let pass without approval.",
             tally.events[ApprovalBypassed.TYPE],
         )
-        outcomes = {status.value: tally.adds[status.value] for status in ENDS}
-        yield _counter("adds_total", "Adds of versions from a source that ended.", outcomes, "outcome")
         yield _counter(
             "loads_total", "Load jobs that ended.", _with_zeros(ends, tally.loads), "cause outcome"
         )

@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 from hypothesis import given as given_any
 from hypothesis import strategies as st
-from msgspec import UNSET, UnsetType, structs
+from msgspec import UNSET, structs
 from support.history import CONTENTS, FEWER, MODEL, TUNED, History, at, fold, given, ids
 from support.strategies import drafts
 
-from events.accept import MAX_ADDS, MAX_QUEUE, accept
+from events.accept import MAX_QUEUE, accept
 from events.commands import (
     OUTDATED,
-    REFUSED_AS_OUTDATED,
     Accepted,
     AddVersion,
     Command,
@@ -28,7 +27,6 @@ from events.commands import (
     Record,
     Refused,
     RemoveVersion,
-    RequestAdd,
     RequestCancel,
     RequestLoad,
     RequestUnload,
@@ -38,8 +36,6 @@ from events.registercommands import NodeCurrent
 from events.state import State
 from events.types import (
     AddedFile,
-    AddParameters,
-    AddRequested,
     CancelRequested,
     Cause,
     Draft,
@@ -479,9 +475,6 @@ CANCELS: list[tuple[str, str, str]] = [
     ("load load_v2 request_drain", "S", "already_started"),
     ("load load_v2 request_drain start_drain", "S", "already_started"),
     ("load", "X", "already_finished"),
-    ("request_add", "A", "new"),
-    ("request_add start_add", "A", "new"),
-    ("request_add start_add finish_add", "A", "already_finished"),
 ]
 
 
@@ -556,20 +549,6 @@ def test_removal_says_whose_repository_it_is() -> None:
     decision = decide(State(), RemoveVersion(MODEL, 1, "bob", "e", holder="a"))
     assert isinstance(decision, Accepted)
     assert decision.drafts[0].data == VersionRemoved(node_id="a")
-
-
-def test_add_is_refused_while_the_same_goes_on_here() -> None:
-    history = History()
-
-    def add(holder: str | UnsetType) -> RequestAdd:
-        return RequestAdd(MODEL, 1, AddParameters("hf://org/repo", 60), "bob", holder=holder)
-
-    decision = decide(history.state, add("a"))
-    assert isinstance(decision, Accepted)
-    history.add(decision.drafts[0].data, NEW, event_id=NEW)
-    assert history.job(NEW).node_id == "a"
-    assert outcome(history.state, add("a")) == outcome(history.state, add(UNSET)) == "version_exists"
-    assert isinstance(decide(history.state, add("b")), Accepted)
 
 
 def test_change_of_an_epoch_that_is_over_is_outdated() -> None:
@@ -654,50 +633,10 @@ def test_accepted_cancel_records_job_and_key() -> None:
     assert decide(history.state, RequestCancel("L", "bob", KEY)) == Accepted((draft,), "L")
 
 
-def add(version: int = 1, model_id: str = MODEL, key: Idempotency | None = None) -> RequestAdd:
-    return RequestAdd(model_id, version, AddParameters("hf://org/repo@main", 60, "ab" * 32), "bob", key)
-
-
-@pytest.mark.parametrize(
-    ("facts", "command", "expected"),
-    [
-        ("", add(), NEW),
-        ("load", add(), NEW),  # whether the repository has it is not known here
-        ("request_add", add(), "version_exists"),
-        ("request_add", add(2), NEW),
-        ("request_add", add(model_id="other"), NEW),
-        ("request_add fail_add", add(), NEW),
-        ("request_add request", unload(), "not_loaded"),
-        ("request_add", load(), NEW),
-    ],
-)
-def test_add_is_new_unless_its_version_is_being_added(facts: str, command: Command, expected: str) -> None:
-    assert outcome(facts, command) == expected
-
-
-def test_accepted_add_records_source_and_key() -> None:
-    decision = decide(State(), add(key=KEY))
-    data = AddRequested("hf://org/repo@main", 60, "ab" * 32, idempotency=KEY)
-    assert decision == Accepted((Draft("new", data, "bob", "new", MODEL, 1),), "new")
-
-
-def test_too_many_adds_are_refused_and_leave_room_for_loads() -> None:
-    history = History()
-    for version in range(MAX_ADDS):
-        history.ask_add(f"A{version}", version=version)
-    assert outcome(history.state, add(99)) == "queue_full"
-    assert outcome(history.state, load()) == NEW
-
-
-def test_version_of_an_add_has_its_source_and_job() -> None:
+def test_version_has_what_its_actor_says_of_where_it_comes_from() -> None:
     source = Provenance("hf://org/repo@main", "hf://org/repo@1")
-    job = given("request_add").state.unended_job("A")
-    assert job is not None
-    unchanged = (JobUnchanged("A", job.position),)
-    command = AddVersion(MODEL, 1, "alice", (), "e", unchanged, source, "A")
-    expected = Accepted((Draft("e", VersionAdded((), source), "alice", "A", MODEL, 1),))
-    assert decide(given("request_add").state, command) == expected
-    assert decide(given("request_add request_cancel_A").state, command) == REFUSED_AS_OUTDATED
+    decision = decide(State(), AddVersion(MODEL, 1, "alice", (), "e", source=source))
+    assert decision == Accepted((Draft("e", VersionAdded((), source), "alice", None, MODEL, 1),))
 
 
 def test_records_are_accepted_unchanged() -> None:

@@ -11,7 +11,6 @@ from msgspec.structs import replace
 from support.history import (
     FEWER,
     MODEL,
-    SOURCE,
     History,
     as_event,
     at,
@@ -25,8 +24,6 @@ from events.codec import decode_event
 from events.jobs import Job, JobKind, JobStatus, UnloadParameters, evolve_job
 from events.types import (
     AccessDenied,
-    AddParameters,
-    AddStarted,
     CancelRequested,
     Cause,
     Data,
@@ -80,56 +77,6 @@ def test_requested_load_is_pending_job_with_deadline() -> None:
     history.end_load("L")
     ended = replace(started, status=JobStatus.COMPLETED, finished_at=at(3), position=3)
     assert history.job("L") == ended
-
-
-def test_add_is_a_job_until_its_version_is_added() -> None:
-    history = given("request_add")
-    requested = Job(
-        id="A",
-        kind=JobKind.ADD,
-        model_id=MODEL,
-        version=1,
-        status=JobStatus.PENDING,
-        created_at=at(1),
-        created_position=1,
-        position=1,
-        requested_by="alice",
-        cause=Cause.REQUEST,
-        deadline_at=at(61),
-        add=AddParameters(SOURCE, 60),
-    )
-    assert history.job("A") == requested
-    assert not history.state.queue(MODEL)
-    history.add(AddStarted(1), "A")
-    started = replace(requested, status=JobStatus.IN_PROGRESS, attempt=1, started_at=at(2), position=2)
-    assert history.job("A") == started
-    history.restart(unclean=True, down_s=5)
-    assert history.job("A").status is JobStatus.PENDING
-    assert history.job("A").deadline_at == at(66)
-    history.end_add("A")
-    assert history.job("A").status is JobStatus.COMPLETED
-    assert not history.state.models
-
-
-@pytest.mark.parametrize(
-    ("facts", "status"),
-    [
-        ("request_add start_add fail_add", JobStatus.FAILED),
-        ("request_add fail_add", JobStatus.FAILED),
-        ("request_add request_cancel_A cancel_A", JobStatus.CANCELLED),
-        ("request_add finish_add fail_add", JobStatus.COMPLETED),
-    ],
-)
-def test_ended_add_leaves_no_model(facts: str, status: JobStatus) -> None:
-    history = given(facts)
-    assert history.job("A").status is status
-    assert not history.state.models
-
-
-def test_version_of_another_job_ends_no_load() -> None:
-    history = given("request start")
-    history.end_add("L")
-    assert history.job("L").status is JobStatus.IN_PROGRESS
 
 
 def test_requested_unload_is_pending_job_without_deadline() -> None:

@@ -193,15 +193,14 @@ def test_stop_keeps_queue_of_each_model() -> None:
 def test_every_type_has_a_fold() -> None:
     of_no_job = {
         *("ServerStarted", "ServerStopped", "AccessDenied", "PolicyInForce", "UnloadJoined"),
-        *("ClockStepped", "RollbackAccepted", "EventsDiscarded", "VersionRemoved"),
+        *("ClockStepped", "RollbackAccepted", "EventsDiscarded", "VersionAdded", "VersionRemoved"),
         *("TokenIssued", "TokenRevoked", "SignInLinkIssued", "SignInLinkUsed"),
         *("NodeJoined", "NodeDraining", "NodeLeft", "NodeLost", "LabelSet", "LabelRemoved"),
     }
     assert {kind.__name__ for kind in {*jobs.STEPS, *jobs.REQUESTS}} == TYPES.keys() - of_no_job
-    of_adds = {"AddRequested", "AddStarted", "AddFailed"}
     of_waits = {"LoadRejected", "ApprovalExpired", "ApprovalBypassed"}
-    of_models_alone = {"VersionRemoved", "LabelSet", "LabelRemoved"}
-    of_no_model = (of_no_job | of_adds | of_waits | {"CancelRequested", "LoadPlaced"}) - of_models_alone
+    of_models_alone = {"VersionAdded", "VersionRemoved", "LabelSet", "LabelRemoved"}
+    of_no_model = (of_no_job | of_waits | {"CancelRequested", "LoadPlaced"}) - of_models_alone
     assert {kind.__name__ for kind in models.STEPS} == TYPES.keys() - of_no_model
 
 

@@ -16,7 +16,7 @@ instead of a name makes all states anew; use it only together with a new `events
 - `tokens`: tokens are issued over all ways, revoked, and used by a sign-in link; one of a provider is revoked
 - `keys`: requests with idempotency keys, repeated, reused for another request, and expired after a day
 - `approvals`: loads under rules are approved, rejected, expire, and pass in an emergency; one is repeated
-- `adds`: adds from sources that fail, are cancelled, and succeed
+- `versions`: versions that are added, with where they come from and without, and removed
 - `nodes`: a worker of three nodes dies, then a node; another one is drained and leaves, and one joins again
 - `devices`: written, not run: loads on devices fall back to the CPU, are measured, swapped, and restored
 - `copies`: written, not run: copies lose a worker, a node and a load, are swapped and unloaded
@@ -48,14 +48,11 @@ from events.clock import uuid7
 from events.codec import encode_event
 from events.commands import (
     AddVersion,
-    JobUnchanged,
     Record,
-    RequestAdd,
-    RequestCancel,
+    RemoveVersion,
     RequestLoad,
     RequestUnload,
 )
-from events.log import Log
 from events.models import ModelState
 from events.nodes import NodePhase
 from events.policy.rules import ApprovalRule, LoadPolicy, TrustMode, TrustRule
@@ -67,15 +64,11 @@ from events.types import (
     SYSTEM,
     AccessDenied,
     AddedFile,
-    AddFailed,
-    AddParameters,
-    AddStarted,
     Cause,
     Credential,
     DeviceUse,
     Draft,
     Idempotency,
-    JobCancelled,
     Justification,
     LoadParameters,
     ModelSettingsChanged,
@@ -257,33 +250,14 @@ async def devices(folder: Path) -> None:
         connection.execute("VACUUM INTO ?", (str(folder / LEDGER),))
 
 
-async def adds(folder: Path) -> None:
-    """Adds from sources: one that fails after a restart, one that is cancelled, and one that succeeds."""
-
-    async def add(log: Log, model_id: str) -> str:
-        parameters = AddParameters(f"hf://org/{model_id}@main", 60, "5f" * 32)
-        job_id = (await log.submit(RequestAdd(model_id, 1, parameters, "alice"))).job_id
-        assert job_id is not None
-        await fact(log, job_id, AddStarted(1))
-        return job_id
-
-    async def fact(log: Log, job_id: str, data: AddStarted | AddFailed | JobCancelled) -> None:
-        job = log.state.jobs[job_id]
-        draft = Draft(uuid7(), data, SYSTEM, job_id, job.model_id, job.version)
-        await log.submit(Record((draft,), (JobUnchanged(job_id, job.position),)))
-
+async def versions(folder: Path) -> None:
+    """A version is added with where it comes from, one without, and one is removed."""
+    source = Provenance("hf://org/other@main", f"hf://org/other@{'1' * 40}")
+    files = (AddedFile("model.onnx", 3, "ab" * 32),)
     async with opened(folder / "ledger.db") as log:
-        broken = await add(log, "broken")
-    async with opened(folder / "ledger.db") as log:
-        await fact(log, broken, AddStarted(2))
-        await fact(log, broken, AddFailed("source_not_found", "there is no such revision"))
-        cancelled = await add(log, "adder")
-        await log.submit(RequestCancel(cancelled, "bob"))
-        await fact(log, cancelled, JobCancelled())
-        source = Provenance("hf://org/other@main", f"hf://org/other@{'1' * 40}")
-        files = (AddedFile("model.onnx", 3, "ab" * 32),)
-        job_id = await add(log, "other")
-        await log.submit(AddVersion("other", 1, "alice", files, uuid7(), source=source, job_id=job_id))
+        await log.submit(AddVersion("other", 1, "alice", files, uuid7(), source=source))
+        await log.submit(AddVersion("other", 2, "bob", files, uuid7()))
+        await log.submit(RemoveVersion("other", 2, "bob", uuid7()))
 
 
 async def approvals(folder: Path) -> None:
@@ -326,7 +300,7 @@ SCENARIOS: dict[str, Scenario] = {
     "nodes": nodes,
     "copies": copies,
     "devices": devices,
-    "adds": adds,
+    "versions": versions,
     "approvals": approvals,
 }
 

@@ -14,8 +14,6 @@ from server.auth.control import KEY, SOCKET
 
 PROCESSES = {
     "none": "",
-    "fetch": "from runtime.fetch.main import confine; confine()",
-    "unpack": "from runtime.fetch.unpack import confine; confine()",
     "worker": """
 from runtime.wire import ReadJson
 from runtime.worker.confine import confine

@@ -144,37 +144,6 @@ def test_verification_of_a_model_names_version_that_is_given() -> None:
     ]  # fmt: skip
 
 
-# Adds from sources
-
-
-def test_add_from_source_names_next_version_and_what_is_given() -> None:
-    play = Played(
-        [answer({"id": "m", "state": "unloaded", "versions": [2, 7]}), answer(job(kind="add"), 202)]
-    )
-    added = play.client.add_from("m", "hf://o/m@main", digest=f"sha256:{'0' * 64}", timeout_s=60)
-    assert (added.kind, added.status) == ("add", "pending")
-    _, request = play.requests
-    assert (request.method, request.target) == ("PUT", "/api/v1/models/m/versions/8")
-    assert json.loads(request.body or b"") == {
-        "source": "hf://o/m@main", "digest": f"sha256:{'0' * 64}", "timeout_s": 60
-    }  # fmt: skip
-    assert request.headers.keys() == {"Content-Type", "Idempotency-Key"}
-
-
-def test_add_from_source_reports_fetched_bytes_until_it_has_failed() -> None:
-    fetching = [
-        job("in_progress", kind="add", stage="fetching", progress={"bytes": count, "total_bytes": total})
-        for count, total in ((0, None), (5, 10), (5, 10))
-    ]
-    failed = job("failed", kind="add", error={"code": "source_changed", "message": "it has another ETag"})
-    play, seen = Played(map(answer, [job(kind="add"), *fetching, failed])), list[Any]()
-    with pytest.raises(JobFailed, match="the add of m/1 failed: it has another ETag") as caught:
-        play.client.add_from("m", "hf://o/m", 1, wait=True, on_stage=seen.append)
-    assert caught.value.code == "source_changed"
-    found = [each.progress and (each.progress.bytes, each.progress.total_bytes) for each in seen]
-    assert found == [None, (0, None), (5, 10), None]
-
-
 # Waiting
 
 

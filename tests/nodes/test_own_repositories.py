@@ -1,6 +1,5 @@
 """Nodes whose repositories are their own: what is added at one is loaded there."""
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +7,8 @@ from support import models
 from support.http import LocalApi, when
 from support.nodes import local_node
 from support.postgres import Database
-from support.uploads import opened_uploads
 
-from events.commands import RequestAdd
-from events.sqlite.listing import open_reader
-from events.types import AddFailed, AddParameters, VersionAdded, VersionRemoved
-from runtime.consumer.loads import Recorder
-from runtime.fetch.adds import Adds
-from runtime.repository import Repository
-from runtime.scheduler.placement import ALONE
-from runtime.uploads.stage import UploadPolicy
+from events.types import VersionAdded, VersionRemoved
 
 MODEL, OTHER = (models.add(amount).SerializeToString() for amount in (1, 2))
 OWN: dict[str, Any] = {"repository_writable": "own"}
@@ -59,34 +50,3 @@ async def test_version_loads_where_it_was_added(ledger: Database, tmp_path: Path
         assert (await b.load("second"))["node"] == "b"
         assert [each.node_id for each in await b.data_of(VersionAdded)] == ["a", "a", "b"]
         assert await b.data_of(VersionRemoved) == [VersionRemoved(node_id="a")]
-
-
-async def find_nothing(_: object) -> dict[str, list[tuple[str, int, str]]]:
-    """No file was added before."""
-    return {}
-
-
-async def test_add_of_an_ended_node_is_not_fetched_elsewhere(tmp_path: Path) -> None:
-    (tmp_path / "repository").mkdir()
-    policy = UploadPolicy("own", is_of_node=True)
-    async with opened_uploads(tmp_path, policy=policy, node_id="a") as (uploads, log):
-        adds = Adds(
-            log,
-            Recorder(log, (), ALONE),
-            uploads,
-            Repository(tmp_path / "repository"),
-            share=lambda state: state,
-            find_added=find_nothing,
-            allowed="all",
-            environment={},
-        )
-        running = asyncio.create_task(adds.run())
-        parameters = AddParameters("hf://org/repo@main", 1)
-        asked = await log.submit(RequestAdd("m", 1, parameters, "alice", holder="b"))
-        await log.wait_until(lambda: asked.job_id not in log.state.jobs, 10)
-        running.cancel()
-        await asyncio.wait([running])
-        async with open_reader(log.path) as reader:
-            ends = [event.data for event in await reader.events(0) if isinstance(event.data, AddFailed)]
-    message = "not added within 1 s; it was waiting for its turn, or for its node"
-    assert ends == [AddFailed("timeout", message)]

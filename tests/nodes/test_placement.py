@@ -16,15 +16,14 @@ from support.history import CONTENTS, MODEL, PLAIN, History, at
 from events.commands import RequestLoad
 from events.nodes import Node, NodePhase, find_placer
 from events.policy.rules import ApprovalRule, LoadPolicy
-from events.types import SYSTEM, AddRequested, AddStarted, Cause, Draft, LoadPlaced, PolicyInForce
-from nodes.decisions import NodePlacement, name_node
+from events.types import SYSTEM, Cause, LoadPlaced, PolicyInForce
+from nodes.decisions import NodePlacement
 from nodes.placement import (
     MAX_PLACEMENTS,
     NodeHints,
     NodeRoom,
     PlacementReason,
     PlacementRequest,
-    find_share,
     has_device,
     label_devices,
     place,
@@ -538,27 +537,6 @@ def test_load_without_room_goes_to_another_node_with_its_version() -> None:
     assert cluster.next("b") == "fail L: insufficient_memory"
     history.add_version("c")
     assert cluster.next("b") == "place L at c: room"
-
-
-def test_add_stays_at_its_node_which_may_come_back() -> None:
-    history = History()
-    for name in ("a", "b"):
-        history.join(name)
-    request = AddRequested(source="hf://org/repo", timeout_s=60, node_id="b")
-    history.add(request, "A", by="alice", event_id="A")
-
-    def owners() -> list[str]:
-        nodes = history.state.registers.nodes
-        return [name for name in nodes if find_share(history.state, name, None, set()).unended()]
-
-    assert owners() == ["b"]
-    history.lose("b")
-    assert (owners(), history.job("A").node_id) == (["a"], "b")
-    history.join("b")
-    assert owners() == ["b"]
-    started = name_node(Draft("e", AddStarted(1), SYSTEM, "A", MODEL, 1), "b")
-    assert started.data == AddStarted(1, "b")
-    assert name_node(started, "a") == started
 
 
 def test_next_load_goes_where_model_is_loaded() -> None:

@@ -26,9 +26,6 @@ from events.state import State
 from events.types import (
     SYSTEM,
     AddedFile,
-    AddFailed,
-    AddRequested,
-    AddStarted,
     ApprovalAsked,
     ApprovalBypassed,
     ApprovalExpired,
@@ -61,7 +58,6 @@ from events.types import (
     NodeJoined,
     NodeLeft,
     NodeLost,
-    Provenance,
     ServerStarted,
     ServerStopped,
     Unknown,
@@ -152,7 +148,7 @@ class History:
         self.seconds += after_s
         position = self.state.position + 1
         if event_id is None:
-            requests = isinstance(data, LoadRequested | UnloadRequested | AddRequested)
+            requests = isinstance(data, LoadRequested | UnloadRequested)
             event_id = job if requests and job is not None else f"e{position}"
         event = Event(position, event_id, data, by, at(self.seconds), job, of, version, worker)
         self.facts.append(event)
@@ -292,12 +288,6 @@ class History:
 
     def end_cancelled(self, job: str, **about: Any) -> None:
         self.add(JobCancelled(), job, **about)
-
-    def ask_add(self, job: str, *, timeout_s: int = 60, **about: Any) -> None:
-        self.add(AddRequested(SOURCE, timeout_s), job, by="alice", **about)
-
-    def end_add(self, job: str, **about: Any) -> None:
-        self.add(VersionAdded((), Provenance(SOURCE, SOURCE)), job, by="alice", **about)
 
     def supersede(self, job: str, by: str, *, version: int = 1) -> None:
         """A person's load takes the place of one by the system."""
@@ -497,10 +487,6 @@ STEPS: dict[str, Callable[..., object]] = {
     "recover_pair": lambda h: h.load_pair("R", cause=Cause.RECOVERY),
     "crash_1_again": lambda h: h.kill_worker("R1"),
     # A version from a source.
-    "request_add": lambda h: h.ask_add("A"),
-    "start_add": lambda h: h.add(AddStarted(1), "A"),
-    "finish_add": lambda h: h.end_add("A"),
-    "fail_add": lambda h: h.add(AddFailed("broken", "it broke"), "A"),
     # The label `champion`.
     "label": lambda h: h.set_label(),
     "label_v2": lambda h: h.set_label(version=2),
@@ -517,7 +503,7 @@ STEPS: dict[str, Callable[..., object]] = {
 
 Jobs: `L`, `L2` (version 2), `L3` and `P` (two instances) are loads, `R` a load by the system, `D` one that an
 inference caused; `U` is an unload, `F` a forced one, `S` that of the replaced version; `O` loads the model
-`other`; `A` adds version 1 from a source. The worker of the load `L` is `w-L`, those of `P` are `P1` and
+`other`. The worker of the load `L` is `w-L`, those of `P` are `P1` and
 `P2`. A failure may have a code, as in `fail_recovery:timeout`.
 """
 

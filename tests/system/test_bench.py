@@ -71,7 +71,6 @@ PARTS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "policies": (FEWER_LOADS, ("--only=policies", *ONCE, "--swaps=3")),
     "compute": (None, ("--only=compute", "--rounds=1", "--seconds=2")),
     "bodies": (None, ("--only=bodies", "--seconds=0.2")),
-    "fetch": (None, ("--only=fetch", "--fetched=2", "--rounds=1")),
     "tails": (None, ("--only=tails", "--tails=20", "--tail-seconds=1")),
     "ledger": (None, ("--only=ledger", "--facts=2000", "--rounds=1")),
     "listing": (None, ("--only=listing", "--listed=2000")),

@@ -37,7 +37,6 @@ from loadledger.records import (
     ApprovalState,
     Device,
     ErrorInfo,
-    FetchProgress,
     File,
     FileDifference,
     FileDigest,
@@ -122,22 +121,6 @@ def test_job_progress_in_steps_and_words(status: str, stage: str | None, done: i
     assert (count_steps(job), describe_progress(job)) == ((done, 6), told)
     job = Job(id="j", kind="load", model_id="m", status="pending", waiting_for="20 MB of memory")
     assert describe_progress(job) == "waits: 20 MB of memory"
-
-
-@pytest.mark.parametrize(
-    ("stage", "progress", "steps", "told"),
-    [
-        ("resolving", None, (1, 4), "resolving"),
-        ("fetching", FetchProgress(5_000_000), (2, 4), "fetching, 5.0 MB"),
-        ("fetching", FetchProgress(10**6, 2 * 10**9), (10**6, 2 * 10**9), "fetching, 1.0 MB of 2.00 GB"),
-        ("checking", FetchProgress(10, 10), (3, 4), "checking"),
-    ],
-)
-def test_progress_of_an_add_is_in_bytes(
-    stage: str, progress: FetchProgress | None, steps: tuple[int, int], told: str
-) -> None:
-    job = Job(id="j", kind="add", model_id="m", status="in_progress", stage=stage, progress=progress)
-    assert (count_steps(job), describe_progress(job)) == (steps, told)
 
 
 def test_versions_from_sources_have_a_line_each() -> None:
@@ -269,7 +252,6 @@ def test_hostile_answer_prints_no_control_characters(
     )
     job = msgspec.structs.replace(
         job,
-        progress=FetchProgress(HUGE, HUGE),
         approval=asked,
         created_at="2026-01-31T14:02:00Z",
         finished_at=NOW.isoformat(),
