@@ -127,14 +127,15 @@ class SourceProblem(ClientProblem):
 
     Attributes:
         code: stable, for programs: `invalid_source` (a name), `source_not_found`, `source_denied`,
-            `source_unreachable` (the same may succeed soon), `source_changed`, `digest_mismatch`,
+            `source_unreachable`, `source_changed`, `digest_mismatch`,
             `source_invalid` (its answer makes no sense, or is not taken), `not_installed` (an extra),
             `no_space` (here).
+        is_transient: whether the same may succeed soon.
     """
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, *, is_transient: bool = False) -> None:
         super().__init__(f"{message} ({code})")
-        self.code = code
+        self.code, self.is_transient = code, is_transient
 
 
 class JobFailed(ClientProblem):

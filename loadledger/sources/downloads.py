@@ -10,11 +10,12 @@ import fcntl
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Self
+from typing import IO, Self, TypeVar
 
 from loadledger.errors import SourceProblem
 from loadledger.uploads import CHUNK_BYTES
@@ -24,6 +25,10 @@ RESERVE_BYTES = 2**30
 CHECK_BYTES = 2**26
 """Written bytes after which the disk is looked at."""
 
+DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
+"""Back-off before each further attempt: a server that is restarted comes back in that time."""
+
+T = TypeVar("T")
 OpenAt = Callable[[int], tuple[int, Iterable[bytes]]]
 """Given the bytes that are here, returns the offset at which pieces begin, the same or 0, and the pieces."""
 
@@ -34,6 +39,52 @@ class Download:
 
     path: Path
     sha256: str
+
+
+def retrying(work: Callable[[], T]) -> T:
+    """Return what a function returns, which is called again after a problem that is transient."""
+    for delay_s in DELAYS_S:
+        try:
+            return work()
+        except SourceProblem as problem:
+            if not problem.is_transient:
+                raise
+        time.sleep(delay_s)
+    return work()
+
+
+class _Arriving:
+    """A file that is being written, from what is there of it on."""
+
+    def __init__(self, file: IO[bytes], size: int | None, on_bytes: Callable[[int], None]) -> None:
+        self.file, self._size, self._on_bytes = file, size, on_bytes
+        self.digest, self.bytes = hashlib.sha256(), 0
+        while piece := file.read(CHUNK_BYTES):
+            self._count(piece)
+
+    def go_on(self, open_at: OpenAt, check_free: Callable[[], None]) -> None:
+        """Write the pieces that a source sends."""
+        offset, pieces = open_at(self.bytes)
+        if offset != self.bytes:
+            self.file.seek(0)
+            self.file.truncate()
+            self._on_bytes(-self.bytes)
+            self.digest, self.bytes = hashlib.sha256(), 0
+        unchecked = CHECK_BYTES
+        for piece in pieces:
+            unchecked += len(piece)
+            if unchecked >= CHECK_BYTES:
+                check_free()
+                unchecked = 0
+            self.file.write(piece)
+            self._count(piece)
+            if self._size is not None and self.bytes > self._size:
+                raise SourceProblem("source_invalid", f"the source sends more than its {self._size} bytes")
+
+    def _count(self, piece: bytes) -> None:
+        self.digest.update(piece)
+        self.bytes += len(piece)
+        self._on_bytes(len(piece))
 
 
 class Downloads:
@@ -48,13 +99,15 @@ class Downloads:
         cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         self.folder = folder or Path(cache).expanduser() / "loadledger"
         self.on_bytes = on_bytes
-        self._mine = list[Path]()
+        self._mine, self._of_no_use = list[Path](), list[Path]()
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for path in self._of_no_use:
+            path.unlink(missing_ok=True)
         self._open.close()
 
     def discard(self) -> None:
@@ -90,25 +143,25 @@ class Downloads:
                 `no_space`; and those of `open_at`.
         """
         path = self.folder / hashlib.sha256(known_by.encode() if known_by else os.urandom(32)).hexdigest()
+        if known_by is None:
+            self._of_no_use.append(path)
         try:
-            file = self._lock(path)
-            try:
-                found = self._complete(file, open_at, size, sha256)
-            except BaseException:
-                if known_by is None:
-                    path.unlink(missing_ok=True)
-                raise
-            file.flush()
+            arriving = _Arriving(self._lock(path), size, self.on_bytes)
+            if arriving.bytes != size and arriving.digest.hexdigest() != sha256:
+                self._fetch_rest(arriving, open_at, is_known=known_by is not None)
+            arriving.file.flush()
         except OSError as error:
             raise SourceProblem(
                 "no_space", f"{error.filename or path} cannot be written: {error.strerror}"
             ) from None
-        if sha256 not in (None, found):
+        found = arriving.digest.hexdigest()
+        if sha256 not in (None, found) or size not in (None, arriving.bytes):
             path.unlink()
             raise SourceProblem(
                 "digest_mismatch",
-                f"it has the SHA-256 {found}, and not {sha256}: it was changed at its"
-                " source or on its way, or this is another file; what arrived was deleted",
+                f"{arriving.bytes} bytes with the SHA-256 {found} arrived, and not {size or 'those'} with"
+                f" {sha256 or 'another'}: they were changed at the source or on the way, or are of another file;"
+                " they were deleted",
             )
         self._mine.append(path)
         return Download(path, found)
@@ -129,31 +182,23 @@ class Downloads:
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                     return file  # else its command has just deleted it
 
-    def _complete(self, file: IO[bytes], open_at: OpenAt, size: int | None, sha256: str | None) -> str:
-        """Write what is missing of a file; return its SHA-256."""
-        digest, here = hashlib.sha256(), 0
-        while piece := file.read(CHUNK_BYTES):
-            digest.update(piece)
-            here += len(piece)
-        self.on_bytes(here)
-        if here == size or digest.hexdigest() == sha256:
-            return digest.hexdigest()
-        offset, pieces = open_at(here)
-        if offset != here:
-            file.seek(0)
-            file.truncate()
-            digest = hashlib.sha256()
-            self.on_bytes(-here)
-        unchecked = CHECK_BYTES
-        for piece in pieces:
-            unchecked += len(piece)
-            if unchecked >= CHECK_BYTES:
-                self._check_free()
-                unchecked = 0
-            file.write(piece)
-            digest.update(piece)
-            self.on_bytes(len(piece))
-        return digest.hexdigest()
+    def _fetch_rest(self, arriving: _Arriving, open_at: OpenAt, *, is_known: bool) -> None:
+        """Fetch what is missing of a file, over as many attempts as it takes."""
+        delays_s = iter(DELAYS_S)
+        while True:
+            before = arriving.bytes
+            try:
+                arriving.go_on(open_at, self._check_free)
+            except SourceProblem as problem:
+                if arriving.bytes > before:
+                    delays_s = iter(DELAYS_S)
+                delay_s = next(delays_s, None)
+                is_of_use = is_known or not arriving.bytes  # else the rest could be of another file
+                if delay_s is None or not problem.is_transient or not is_of_use:
+                    raise
+            else:
+                return
+            time.sleep(delay_s)
 
     def _check_free(self) -> None:
         if shutil.disk_usage(self.folder).free < RESERVE_BYTES:

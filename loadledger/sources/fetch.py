@@ -110,9 +110,14 @@ def fetch_version(
         for file in wanted:
             files |= _fetch_file(named.origin, file, downloads)
         done.update(wanted)
-        wanted = [file for file in named.files if file not in done and file.path in _find_named(files)]
+        also = _find_named(files)
+        wanted = [file for file in named.files if file not in done and file.path in also]
         total = _sum([total, *(file.bytes for file in wanted)])
-    model = _check_model(named.source.name, files)
+    try:
+        model = _check_model(named.source.name, files)
+    except SourceProblem:  # the same bytes would be refused again
+        downloads.discard()
+        raise
     resolved = named.resolved or f"{named.source.name}#sha256={files[model].sha256}"
     in_order = sorted(files.values(), key=lambda file: (file.path != model, file.path))
     return FetchedVersion(named.source.name, resolved, VersionSource(tuple(in_order)))

@@ -18,7 +18,7 @@ from runtime.repository import MODEL_ID
 from runtime.uploads.receive import check_model, check_path
 
 FILE_MODE, FOLDER_MODE = 0o644, 0o755
-"""Models are no secrets of the one who writes them: the server is another user."""
+"""The server may be another user than the one who writes."""
 
 
 def write_version(
@@ -48,8 +48,10 @@ def write_version(
     try:
         _write_files(source, hidden)
         check_model(hidden, list(digests))
-        folder.mkdir(mode=FOLDER_MODE, exist_ok=True)
-        hidden.rename(target)  # an empty folder may be in its place, and nothing else
+        if not folder.is_dir():
+            folder.mkdir()
+            folder.chmod(FOLDER_MODE)
+        hidden.rename(target)
     except RuntimeProblem as problem:
         raise ValueError(str(problem)) from None
     finally:
@@ -61,13 +63,13 @@ def write_version(
 
 
 def _write_files(source: VersionSource, folder: Path) -> None:
-    folder.chmod(FOLDER_MODE)
     for file in source.files:
         target = folder / check_path(file.path)
-        target.parent.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file.source, target)
         target.chmod(FILE_MODE)
         with target.open("rb") as written:
             os.fsync(written.fileno())
     for within, _, _ in os.walk(folder):
+        Path(within).chmod(FOLDER_MODE)
         sync(Path(within))

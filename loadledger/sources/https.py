@@ -22,5 +22,5 @@ class Https:
 
     def fetch(self, file: RemoteFile, downloads: Downloads) -> Download:
         known_by = file.sha256 and f"sha256:{file.sha256}"
-        opening = self._web.opening(self._url, is_pinned=file.sha256 is not None)
+        opening = self._web.opening(self._url)
         return downloads.receive(known_by, opening, sha256=file.sha256)

@@ -55,7 +55,7 @@ class HuggingFace:
 
     def resolve(self) -> Resolved:
         """Return the commit's files in the folder of its model file and beneath."""
-        api = HfApi(endpoint=self._endpoint, library_name="loadledger")
+        api = HfApi(endpoint=self._endpoint)
         with _translated_errors(self._repository):
             info = api.model_info(self._repository, revision=self._revision, files_metadata=True)
         commit = str(info.sha)
@@ -80,7 +80,6 @@ class HuggingFace:
                 file.key,
                 revision=self._commit,
                 endpoint=self._endpoint,
-                library_name="loadledger",
                 tqdm_class=_counting(downloads.on_bytes),
             )
         return _check(Path(path), file)

@@ -139,7 +139,7 @@ class Oci:
         if self._challenges:
             self._authenticate()
         opening = self._web.opening(
-            f"{self._url}/blobs/sha256:{file.sha256}", authorization=self._authorization, is_pinned=True
+            f"{self._url}/blobs/sha256:{file.sha256}", authorization=self._authorization
         )
         return downloads.receive(f"sha256:{file.sha256}", opening, size=file.bytes, sha256=file.sha256)
 

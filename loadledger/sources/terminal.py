@@ -99,8 +99,8 @@ def write_into(
 
     def lines() -> Iterator[str]:
         yield from added_lines(added, brought)
-        yield f"written to {to_printable(str(repository / model / str(added.version)))}; no server knows"
-        yield "of it yet: the ledger has no VersionAdded, and its first load records the files"
+        yield f"written to {to_printable(str(repository / model / str(added.version)))}"
+        yield "no ledger has a VersionAdded of it: the first load records its files"
 
     return added, lines()
 

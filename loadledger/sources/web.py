@@ -1,8 +1,6 @@
-"""An HTTPS client: answers, and files that go on where a connection broke off.
+"""An HTTPS client, of the standard library, with its proxies (`HTTPS_PROXY`) and certificates.
 
-Of the standard library, with its proxies (`HTTPS_PROXY`) and certificates (`SSL_CERT_FILE`). Redirects lead
-to https only, and credentials to no other origin. A download that breaks off goes on where it was (RFC 9110,
-sections 13.1.5 and 14).
+`SSL_CERT_FILE` names others. Redirects lead to https only, and credentials to no other origin.
 """
 
 from __future__ import annotations
@@ -10,18 +8,17 @@ from __future__ import annotations
 import re
 import socket
 import ssl
-import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
-from typing import NamedTuple, cast
+from typing import cast
 from urllib.error import URLError
 from urllib.parse import urljoin, urlsplit
 from urllib.request import HTTPSHandler, OpenerDirector, ProxyHandler, Request
 
 from loadledger.errors import SourceProblem, printable
-from loadledger.sources.downloads import OpenAt
+from loadledger.sources.downloads import OpenAt, retrying
 from loadledger.uploads import CHUNK_BYTES
 
 MAX_ANSWER_BYTES = 16 * 2**20
@@ -30,22 +27,12 @@ MAX_REDIRECTS = 10
 """A content delivery network takes two."""
 TIMEOUT_S = 60.0
 """For connecting, and for each wait for bytes."""
-DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
-"""Back-off before each further attempt: a server that is restarted comes back in that time."""
 SHOWN_CHARACTERS = 200
 """Of a URL in a message."""
 OK, PARTIAL, NOT_SATISFIABLE, TOO_MANY, SERVER_ERROR = 200, 206, 416, 429, 500
 REDIRECTS = {301, 302, 303, 307, 308}
-_STRONG_TAG = re.compile(r'"[\x21\x23-\x7e]{1,200}"')
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 _NOTHING: Mapping[str, str] = {}
-
-
-class _Transient(SourceProblem):
-    """The same request may succeed soon."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__("source_unreachable", message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +44,6 @@ class WebAnswer:
     body: bytes
 
 
-class _Part(NamedTuple):
-    """An answer whose body is not read yet, and what its head says of the whole file."""
-
-    response: HTTPResponse
-    offset: int
-    bytes: int | None
-    etag: str | None
-
-
 class Web:
     """An HTTPS client; its methods raise `SourceProblem`.
 
@@ -73,8 +51,8 @@ class Web:
         credential: what an error of 401 or 403 says of the credential that was or was not sent.
     """
 
-    def __init__(self, credential: str, *, delays_s: Sequence[float] = DELAYS_S) -> None:
-        self._credential, self._delays_s = credential, delays_s
+    def __init__(self, credential: str) -> None:
+        self._credential = credential
         self._opener = OpenerDirector()  # the usual one follows redirects to http, with credentials
         self._opener.add_handler(ProxyHandler())
         self._opener.add_handler(HTTPSHandler(context=ssl.create_default_context()))
@@ -89,92 +67,34 @@ class Web:
     ) -> WebAnswer:
         """Return an answer with one of these statuses; headers go to the URL's own origin only."""
         own = {"Authorization": authorization} if authorization else {}
-        with closing(self._send(url, {**headers, **own}, statuses)) as response:
-            body = b"".join(_read(response, url, MAX_ANSWER_BYTES + 1))
+        response = retrying(lambda: self._send(url, {**headers, **own}, statuses))
+        body = b"".join(_read(response, url, MAX_ANSWER_BYTES + 1))
         if len(body) > MAX_ANSWER_BYTES:
             raise SourceProblem(
                 "source_invalid", f"{_show(url)} answers with more than {MAX_ANSWER_BYTES} bytes"
             )
         return WebAnswer(response.status, response.headers.get_all("WWW-Authenticate", []), body)
 
-    def opening(self, url: str, *, authorization: str | None = None, is_pinned: bool) -> OpenAt:
-        """Return what opens a file.
-
-        Args:
-            url: of https.
-            authorization: the header's value.
-            is_pinned: whether the whole file's SHA-256 is known, so that pieces of another one are found.
-        """
+    def opening(self, url: str, *, authorization: str | None = None) -> OpenAt:
+        """Return what opens a file, at an offset if the server has ranges of it."""
         headers = {"Authorization": authorization} if authorization else {}
 
         def open_at(offset: int) -> tuple[int, Iterator[bytes]]:
-            part = self._open(url, headers, offset, is_pinned=is_pinned)
-            return part.offset, self._continue(url, headers, part, is_pinned=is_pinned)
+            ranges = {"Range": f"bytes={offset}-"} if offset else {}
+            accepted = (OK, PARTIAL, NOT_SATISFIABLE) if ranges else (OK,)
+            response = self._send(url, headers, accepted, ranges)
+            if response.status == NOT_SATISFIABLE:
+                response.close()
+                return open_at(0)
+            found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+            if response.status == PARTIAL and (found is None or int(found[1]) != offset):
+                response.close()
+                raise SourceProblem(
+                    "source_invalid", f"{_show(url)} answers with another range than bytes {offset}-"
+                )
+            return offset if response.status == PARTIAL else 0, _read(response, url)
 
         return open_at
-
-    def _open(
-        self, url: str, headers: Mapping[str, str], offset: int, etag: str | None = None, *, is_pinned: bool
-    ) -> _Part:
-        """Open a file at an offset, or at its beginning if the server does not have that part of it."""
-        ranges = {}
-        if offset and (etag or is_pinned):
-            ranges["Range"] = f"bytes={offset}-"
-        if ranges and etag and not is_pinned:
-            ranges["If-Range"] = etag
-        accepted = (OK, PARTIAL, NOT_SATISFIABLE) if ranges else (OK,)
-        response = self._send(url, headers, accepted, ranges)
-        tag = response.headers.get("ETag", "")
-        strong = tag if _STRONG_TAG.fullmatch(tag) else None
-        if response.status == OK:
-            return _Part(response, 0, response.length, strong)
-        found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-        begin, last, size = map(int, found.groups()) if found else (0, 0, 0)
-        if response.status == PARTIAL and begin == offset and last + 1 == size:
-            return _Part(response, offset, size, strong)
-        response.close()
-        if response.status == NOT_SATISFIABLE:
-            return self._open(url, headers, 0, is_pinned=is_pinned)
-        raise SourceProblem("source_invalid", f"{_show(url)} answers with another range than bytes {offset}-")
-
-    def _continue(
-        self, url: str, headers: Mapping[str, str], first: _Part, *, is_pinned: bool
-    ) -> Iterator[bytes]:
-        """Yield the pieces of a file over as many requests as it takes."""
-        part, position, delays_s = first, first.offset, iter(self._delays_s)
-        while True:
-            start = position
-            try:
-                with closing(part.response):
-                    for piece in _read(part.response, url):
-                        position += len(piece)
-                        yield piece
-                if first.bytes in (None, position):
-                    return
-                broke_off = _Transient(f"{_show(url)} sent {position} of {first.bytes} bytes")
-            except _Transient as problem:
-                broke_off = problem
-            if position and not (first.etag or is_pinned):
-                raise SourceProblem(
-                    "source_unreachable",
-                    f"{_show(url)} broke off after {position} bytes, and without an entity tag it cannot"
-                    " be continued: add it again, or give its SHA-256 with --digest",
-                )
-            if position > start:
-                delays_s = iter(self._delays_s)
-            delay_s = next(delays_s, None)
-            if delay_s is None:
-                raise broke_off
-            time.sleep(delay_s)
-            part = self._open(url, headers, position, first.etag, is_pinned=is_pinned)
-            is_same = is_pinned or (part.bytes, part.etag) == (first.bytes, first.etag)
-            if part.offset != position or not is_same:
-                part.response.close()
-                raise SourceProblem(
-                    "source_changed",
-                    f"{_show(url)} is not the file any more of which {position} bytes were read, or cannot be"
-                    " continued: add it again",
-                )
 
     def _send(
         self,
@@ -183,18 +103,7 @@ class Web:
         statuses: Collection[int],
         ranges: Mapping[str, str] = _NOTHING,
     ) -> HTTPResponse:
-        """Return an answer with one of these statuses, before its body is read; try again with back-off."""
-        for delay_s in self._delays_s:
-            try:
-                return self._send_once(url, headers, statuses, ranges)
-            except _Transient:
-                time.sleep(delay_s)
-        return self._send_once(url, headers, statuses, ranges)
-
-    def _send_once(
-        self, url: str, headers: Mapping[str, str], statuses: Collection[int], ranges: Mapping[str, str]
-    ) -> HTTPResponse:
-        """Return the answer after redirects."""
+        """Return an answer with one of these statuses, after redirects and before its body is read."""
         target = url
         for _ in range(MAX_REDIRECTS + 1):
             own = headers if _origin_of(target) == _origin_of(url) else _NOTHING
@@ -221,7 +130,7 @@ class Web:
         if status in (404, 410):
             return SourceProblem("source_not_found", f"{shown} is not there (HTTP {status}): check the name")
         if status == TOO_MANY or status >= SERVER_ERROR:
-            return _Transient(f"{shown} fails with HTTP {status}: try again later")
+            return _transient(f"{shown} fails with HTTP {status}: try again later")
         return SourceProblem(
             "source_invalid", f"{shown} answers HTTP {status}, which is no file: check the name"
         )
@@ -239,6 +148,10 @@ class Web:
         return cast(HTTPResponse, answer)
 
 
+def _transient(message: str) -> SourceProblem:
+    return SourceProblem("source_unreachable", message, is_transient=True)
+
+
 def _origin_of(url: str) -> tuple[str, str | None, int]:
     parts = urlsplit(url)
     return parts.scheme, parts.hostname, parts.port or 443
@@ -246,16 +159,19 @@ def _origin_of(url: str) -> tuple[str, str | None, int]:
 
 def _read(response: HTTPResponse, url: str, most: int | None = None) -> Iterator[bytes]:
     """Yield a body's pieces; at most so many bytes, and one piece, of it."""
-    count = 0
-    while most is None or count < most:
-        try:
-            piece = response.read(CHUNK_BYTES)
-        except (OSError, HTTPException, ValueError) as error:
-            raise _explain(error, url) from None
-        if not piece:
-            return
-        count += len(piece)
-        yield piece
+    count, length = 0, response.length
+    with closing(response):
+        while most is None or count < most:
+            try:
+                piece = response.read(CHUNK_BYTES)
+            except (OSError, HTTPException, ValueError) as error:
+                raise _explain(error, url) from None
+            if not piece:
+                break
+            count += len(piece)
+            yield piece
+    if length is not None and most is None and count < length:
+        raise _transient(f"{_show(url)} sent {count} of {length} bytes")
 
 
 def _explain(error: Exception, url: str) -> SourceProblem:
@@ -263,7 +179,7 @@ def _explain(error: Exception, url: str) -> SourceProblem:
     shown = _show(url)
     cause = error.reason if isinstance(error, URLError) else error
     if isinstance(cause, TimeoutError):
-        return _Transient(f"{shown} does not answer: try again")
+        return _transient(f"{shown} does not answer: try again")
     if isinstance(cause, ssl.SSLCertVerificationError):
         return SourceProblem(
             "source_unreachable",
@@ -277,7 +193,7 @@ def _explain(error: Exception, url: str) -> SourceProblem:
     if isinstance(cause, (HTTPException, ValueError)) and not isinstance(cause, OSError):
         return SourceProblem("source_invalid", f"{shown} does not answer in valid HTTP, or is no valid URL")
     reason = getattr(cause, "strerror", None) or type(cause).__name__
-    return _Transient(f"the connection to {shown} fails ({printable(reason, SHOWN_CHARACTERS)}): try again")
+    return _transient(f"the connection to {shown} fails ({printable(reason, SHOWN_CHARACTERS)}): try again")
 
 
 def _show(url: str) -> str:

@@ -29,6 +29,7 @@ class Asked:
 
     path: str
     headers: Mapping[str, str]
+    method: str = "GET"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,8 @@ async def serving_site(reply: Reply) -> AsyncIterator[Site]:
         with suppress(OSError, EOFError):
             asked.append(_parse(await reader.readuntil(b"\r\n\r\n")))
             content = reply(asked[-1])
+            if asked[-1].method == "HEAD":
+                content = content.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
             writer.write(content.removesuffix(HANG))
             await writer.drain()
             if content.endswith(HANG):
@@ -84,7 +87,7 @@ async def serving_site(reply: Reply) -> AsyncIterator[Site]:
 
 def answer(status: int = 200, body: bytes = b"", **headers: object) -> bytes:
     """Return an answer; `content_length` and the like are headers, and None leaves one out."""
-    named = {"content_length": len(body), **headers}
+    named = {"content_length": len(body), "connection": "close", **headers}
     lines = [f"{name.replace('_', '-')}: {value}" for name, value in named.items() if value is not None]
     return "\r\n".join([f"HTTP/1.1 {status} Answer", *lines, "", ""]).encode("latin-1") + body
 
@@ -121,54 +124,47 @@ class RangedFile:
 
 @dataclass(slots=True)
 class Hub:
-    """Hugging Face's routes of one repository, `org/repo`; files redirect to `/cdn/`.
+    """Hugging Face's routes of one repository, `org/repo`, for its library; files redirect to `/cdn/`.
 
     Attributes:
         files: by path.
         large: paths of those that Git LFS keeps.
-        page_files: entries of one page of a listing.
         token: without which everything but `/cdn/` is refused.
-        cdn: where files redirect to, without a slash at the end.
+        file: answers `/cdn/` in place of the whole file.
     """
 
     files: Mapping[str, bytes]
     large: frozenset[str] = frozenset()
-    page_files: int = 1000
     token: str | None = None
-    cdn: str = ""
-    revision: str = "main"
+    file: Reply | None = None
 
     def __call__(self, asked: Asked) -> bytes:
-        path, _, query = asked.path.partition("?")
+        path = asked.path.partition("?")[0]
         if path.startswith("/cdn/"):
-            return RangedFile(self.files[unquote(path.removeprefix("/cdn/"))])(asked)
+            content = self.files[unquote(path.removeprefix("/cdn/"))]
+            return (self.file or RangedFile(content))(asked)
         if self.token and asked.headers.get("authorization") != f"Bearer {self.token}":
             return answer(401, b"<html>Invalid username or password.</html>")
-        api, files = "/api/models/org/repo", f"/org/repo/resolve/{COMMIT}/"
-        if path == f"{api}/revision/{self.revision}":
-            return answer(200, msgspec.json.encode({"id": "org/repo", "sha": COMMIT, "private": False}))
-        if path == f"{api}/tree/{COMMIT}":
-            return self._list(asked, query)
-        if path.startswith(files) and unquote(path.removeprefix(files)) in self.files:
-            return answer(302, location=f"{self.cdn}/cdn/{path.removeprefix(files)}?Signature=secret")
-        return answer(404)
-
-    def _list(self, asked: Asked, query: str) -> bytes:
-        begin = int(query.partition("cursor=")[2] or "0")
-        entries = [self._describe(path) for path in sorted(self.files)]
-        page = msgspec.json.encode(entries[begin : begin + self.page_files])
-        if begin + self.page_files >= len(entries):
-            return answer(200, page)
-        own = f"https://{asked.headers['host']}/api/models/org/repo/tree/{COMMIT}"
-        following = f"{own}?recursive=true&cursor={begin + self.page_files}"
-        return answer(200, page, link=f'<{following}>; rel="next"')
+        files = f"/org/repo/resolve/{COMMIT}/"
+        if path in {f"/api/models/org/repo/revision/{name}" for name in ("main", COMMIT)}:
+            siblings = [self._describe(path) for path in sorted(self.files)]
+            return answer(200, msgspec.json.encode({"id": "org/repo", "sha": COMMIT, "siblings": siblings}))
+        if path.startswith("/api/models/org/repo/"):
+            return answer(404, x_error_code="RevisionNotFound")
+        if path.startswith(files) and (name := unquote(path.removeprefix(files))) in self.files:
+            content = self.files[name]
+            known = {"x_repo_commit": COMMIT, "x_linked_size": len(content), "content_length": 0}
+            known |= {"x_linked_etag": f'"{sha256(content).hexdigest()}"'}
+            cdn = f"https://{asked.headers['host'].replace('localhost', '127.0.0.1')}/cdn"  # another host
+            return answer(302, location=f"{cdn}/{path.removeprefix(files)}?Signature=secret", **known)
+        return answer(404, x_error_code="EntryNotFound" if path.startswith(files) else "RepoNotFound")
 
     def _describe(self, path: str) -> dict[str, object]:
         content = self.files[path]
-        entry: dict[str, object] = {"type": "file", "oid": "0" * 40, "size": len(content), "path": path}
+        entry: dict[str, object] = {"rfilename": path, "size": len(content), "blobId": "0" * 40}
         if path in self.large:
-            entry["lfs"] = {"oid": sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
-            entry["xetHash"] = "f" * 64
+            digest = sha256(content).hexdigest()
+            entry["lfs"] = {"sha256": digest, "size": len(content), "pointerSize": 134}
         return entry
 
 
@@ -191,4 +187,5 @@ def _server_context() -> ssl.SSLContext:
 def _parse(head: bytes) -> Asked:
     first, *lines = head.decode("latin-1").strip().split("\r\n")
     named = (line.partition(":") for line in lines)
-    return Asked(first.split(" ")[1], {name.lower(): value.strip() for name, _, value in named})
+    method, path, _ = first.split(" ")
+    return Asked(path, {name.lower(): value.strip() for name, _, value in named}, method)
