@@ -160,8 +160,8 @@ class Downloads:
             raise SourceProblem(
                 "digest_mismatch",
                 f"{arriving.bytes} bytes with the SHA-256 {found} arrived, and not {size or 'those'} with"
-                f" {sha256 or 'another'}: they were changed at the source or on the way, or are of another file;"
-                " they were deleted",
+                f" {sha256 or 'another'}: they were changed at the source or on the way, or are of another"
+                " file; they were deleted",
             )
         self._mine.append(path)
         return Download(path, found)

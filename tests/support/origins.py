@@ -153,10 +153,11 @@ class Hub:
             return answer(404, x_error_code="RevisionNotFound")
         if path.startswith(files) and (name := unquote(path.removeprefix(files))) in self.files:
             content = self.files[name]
-            known = {"x_repo_commit": COMMIT, "x_linked_size": len(content), "content_length": 0}
-            known |= {"x_linked_etag": f'"{sha256(content).hexdigest()}"'}
+            tag = f'"{sha256(content).hexdigest()}"'
+            known = {"x_repo_commit": COMMIT, "x_linked_size": len(content), "x_linked_etag": tag}
             cdn = f"https://{asked.headers['host'].replace('localhost', '127.0.0.1')}/cdn"  # another host
-            return answer(302, location=f"{cdn}/{path.removeprefix(files)}?Signature=secret", **known)
+            there = f"{cdn}/{path.removeprefix(files)}?Signature=secret"
+            return answer(302, b"", location=there, **known)
         return answer(404, x_error_code="EntryNotFound" if path.startswith(files) else "RepoNotFound")
 
     def _describe(self, path: str) -> dict[str, object]:
