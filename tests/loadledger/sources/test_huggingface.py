@@ -1,4 +1,4 @@
-"""Repositories of Hugging Face, by its library, which reads its variables when it is imported: in a process."""
+"""Repositories of Hugging Face, in a process: its library reads variables when it is imported."""
 
 import asyncio
 import json
@@ -102,7 +102,7 @@ async def test_file_has_the_digest_that_the_hub_or_the_caller_names(ask: Any, tm
         [[_, [found, _]], [code, said]] = await ask(site, "fetch", *given)
         assert found == {"model.onnx": MODEL.hex()}
         assert (code, DIGEST in said) == ("digest_mismatch", True)
-        [blob] = tmp_path.glob("hub/hub/models--org--repo/blobs/*")
+        [blob] = [*(tmp_path / "hub/hub/models--org--repo/blobs").glob("*")]
         blob.write_bytes(MODEL[:-1] + b"x")
         [[code, said]] = await ask(site, "fetch", "hf://org/repo")
         assert (code, f"delete {blob}" in said) == ("digest_mismatch", True)

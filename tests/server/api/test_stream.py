@@ -136,9 +136,8 @@ async def test_stages_are_sent_without_id(shared: LocalApi) -> None:
             **of_job,
             "stage": None,
             "waiting_for": f"job {first['id']} of the same model",
-            "progress": None,
         }
-        loads = {**of_job, "stage": "loading", "waiting_for": None, "progress": None}
+        loads = {**of_job, "stage": "loading", "waiting_for": None}
         for expected in (waits, loads):
             while (message := (await client.until("stage"))[-1]).json != expected:
                 assert message.id is None
