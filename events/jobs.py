@@ -296,13 +296,12 @@ class JobPolicy(Struct, frozen=True, gc=False):
 
 
 class Job(Struct, frozen=True, gc=False):
-    """One accepted load, unload or add of a version from a source; times are timestamps.
+    """One accepted load or unload; times are timestamps.
 
     Attributes:
         load: the parameters of a load; None for others.
         unload: the parameters of an unload; None for others.
-        deadline_at: of a load or an add; None for an unload.
-        add: the parameters of an add; only that has some stored.
+        deadline_at: of a load; None for an unload.
         attempt: 0 until the job starts, then one more for each start.
         server_deaths: unclean ends of the server while the job was in progress.
         cancel_requested: whether a client asked to cancel it; `cancelling` says whether that was in time.

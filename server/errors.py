@@ -138,7 +138,7 @@ ERRORS: Mapping[str, ErrorKind] = {
     "disk_full": ErrorKind(503, "The disk has no room for the model"),
     "store_full": ErrorKind(503, "The store of models is full"),
     "store_unavailable": ErrorKind(503, "The store of models cannot be used"),
-    "timeout": ErrorKind(503, "The load, or the add, took too long"),
+    "timeout": ErrorKind(503, "The load took too long"),
     "no_progress": ErrorKind(503, "The load made no progress"),
     "fork_server_died": ErrorKind(503, "The fork server ended"),
     "fork_server_unavailable": ErrorKind(503, "The fork server does not answer"),

@@ -46,9 +46,8 @@ error.
 | 130 | ended by Ctrl-C |
 | 141 | ended because the reader closed the pipe, as `head` does |
 
-**Waiting.** With `--wait`, `load`, `unload` and `job` follow a job, across restarts of the server; so does
-`add` of a source, unless you give `--no-wait`. Ctrl-C ends the waiting, not the job; `loadledger job JOB
---wait` resumes it.
+**Waiting.** With `--wait`, `load`, `unload` and `job` follow a job, across restarts of the server.
+Ctrl-C ends the waiting, not the job; `loadledger job JOB --wait` resumes it.
 
 **Completion.** `eval "$(loadledger completion bash)"` completes commands, options, models and jobs.
 

@@ -128,7 +128,7 @@ ADVICE: Mapping[str, str] = {
     " Name another, or add `cpu` to the list.",
     "fallback_refused": "The message names the operators. Load it with `fallback` `cpu` to run those on the"
     " CPU, or on another device.",
-    "timeout": "The message says what the load or the add waited for. Provide that, or raise `timeout_s`.",
+    "timeout": "The message says what the load waited for. Provide that, or raise `timeout_s`.",
     "no_progress": "The model does not finish to load. If it only needs longer, raise `progress_timeout_s`.",
     "fork_server_died": "The server restarts it and reloads the models that were loaded. Load again.",
     "fork_server_unavailable": "The server restarts it: try again a second later.",

@@ -26,11 +26,7 @@ from events.types import AddedFile, Provenance
 from runtime.uploads.commit import STAGE_S, UploadBody
 from runtime.uploads.receive import Digests, parse_digests
 from runtime.uploads.stage import Stage
-from server.api.jobs import (
-    IS_KEY,
-    hash_idempotency_key,
-    run_job,
-)
+from server.api.jobs import IS_KEY, hash_idempotency_key, run_job
 from server.api.schemas import ModelVersionPathSchema, about
 from server.appkeys import LOG, STOPPING, UPLOADS
 from server.auth.gate import PRINCIPAL
@@ -202,7 +198,10 @@ def at_its_node(handler: Handler) -> Handler:
         there = None if forwarding is None else forwarding.find_other(request, node_id)
         if forwarding is None or there is None:
             return await handler(request)
-        body = _read_until_stop(request) if request.can_read_body else None
+        if request.method == hdrs.METH_PUT:
+            body: AsyncIterator[bytes] | None = _read_file(request).pieces
+        else:
+            body = _read_pieces(request) if request.can_read_body else None
         return await forwarding.pass_on(request, there, path_parameters(request)["id"], body)
 
     return answer
@@ -397,15 +396,24 @@ def _read_file(request: web.Request) -> UploadBody:
     """
     if hdrs.CONTENT_RANGE in request.headers:  # RFC 9110, section 14.5
         raise InvalidParameter("headers: Content-Range: a file is sent as a whole")
-    if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
-        raise UnsupportedMediaType("the body must not be compressed: leave Content-Encoding out")
     media_type = request.headers.get(hdrs.CONTENT_TYPE, "").partition(";")[0].strip(" \t").lower()
     if media_type not in ("", *MEDIA_TYPES):
         raise UnsupportedMediaType(
             f"the body must be one file, as {' or '.join(MEDIA_TYPES)}: the files of a version of several are"
             " sent one by one into a stage"
         )
-    return UploadBody(_read_until_stop(request), request.content_length, _read_digests(request))
+    return UploadBody(_read_pieces(request), request.content_length, _read_digests(request))
+
+
+def _read_pieces(request: web.Request) -> AsyncIterator[bytes]:
+    """Return a body that must not be compressed, as it arrives.
+
+    Raises:
+        UnsupportedMediaType: `unsupported_media_type`.
+    """
+    if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
+        raise UnsupportedMediaType("the body must not be compressed: leave Content-Encoding out")
+    return _read_until_stop(request)
 
 
 def _read_digests(request: web.Request) -> Digests:
@@ -427,6 +435,6 @@ async def _read_until_stop(request: web.Request) -> AsyncIterator[bytes]:
     async for piece in iterate_body(request.content):
         if stopping.is_set():
             raise ServerProblem(
-                "the server stops; nothing of this file is kept: send it again then", code="shutting_down"
+                "the server stops; nothing of this body is kept: send it again then", code="shutting_down"
             )
         yield piece

@@ -58,7 +58,7 @@ export const ADVICE = {
   disk_full: "Free as many bytes as the message names on the disk of the data directory.",
   store_full: "Unload a model, or raise --store-size; the message has both figures.",
   store_unavailable: "The message has the system's reason: check the disk of the data directory.",
-  timeout: "The message says what the load or the add waited for. Provide that, or raise timeout_s.",
+  timeout: "The message says what the load waited for. Provide that, or raise timeout_s.",
   unknown_model: "Check the name, and the folder of that name in the repository.",
   unknown_version: "Check the version, and that its folder has a model file.",
   unsafe_file: "Replace links out of the repository, external data outside the folder, pipes and devices; use fewer files or shorter names if the message says so.",

@@ -59,12 +59,8 @@ def test_absent_server_is_not_retried_and_lost_one_within_limit(answers: list[An
         (lambda client: client.unload("m", idempotency_key='a "key"'), "models/m/unload"),
         (lambda client: client.unload(force=True, idempotency_key='a "key"'), "models/unload?force=true"),
         (lambda client: client.cancel("j1", idempotency_key='a "key"'), "jobs/j1/cancel"),
-        (
-            lambda client: client.add_from("m", "hf://o/m", 3, wait=True, idempotency_key='a "key"'),
-            "models/m/versions/3",
-        ),
     ],
-    ids=["load", "unload", "unload by force", "cancel", "add"],
+    ids=["load", "unload", "unload by force", "cancel"],
 )
 def test_job_request_lost_after_long_wait_is_resent_with_its_key(
     call: Callable[[Client], Any], target: str

@@ -403,8 +403,16 @@ async def test_requests_about_a_stage_go_to_its_node(
         await owner.proxy.cut()
         assert (await other.api.post(f"{stage}/commit")).refusal == (503, "node_unreachable")
         owner.proxy.heal()
-        answer = await other.api.post(f"{stage}/commit")
+        refused = await other.api.post(f"{stage}/commit", json={"source": "https://alice:secret@host/m"})
+        assert refused.refusal == (400, "invalid_body")
+        coded = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+        refused = await other.api.post(f"{stage}/commit", data=gzip.compress(b"{}"), headers=coded)
+        assert refused.refusal == (415, "unsupported_media_type")
+        statement = {"source": "hf://org/repo@main", "resolved": "hf://org/repo@c0ffee"}
+        answer = await other.api.post(f"{stage}/commit", json=statement)
         assert (answer.status, answer.headers["Location"]) == (201, "/api/v1/models/staged")
+        [shown] = (await owner.api.model("staged"))["sources"]
+        assert shown.items() >= {**statement, "added_by": "alice"}.items()
         assert files_in(tmp_path / "repository") == {f"staged/1/{path}": data for path, data in FILES.items()}
         second = (await other.api.post(stages.replace("/1/", "/2/"))).headers["Location"]
         assert (await owner.api.send("DELETE", second)).status == 204

@@ -95,9 +95,6 @@ FEWER = settings(PLAIN, max_examples=of_both(short=15, long=500))
 E = TypeVar("E", Event, Draft)
 
 
-SOURCE = "hf://org/repo@main"
-
-
 def at(seconds: float) -> str:
     return format_timestamp(START + timedelta(seconds=seconds))
 
@@ -486,7 +483,6 @@ STEPS: dict[str, Callable[..., object]] = {
     "forkserver_exit_2": lambda h: h.kill_worker("P2", signal=None),
     "recover_pair": lambda h: h.load_pair("R", cause=Cause.RECOVERY),
     "crash_1_again": lambda h: h.kill_worker("R1"),
-    # A version from a source.
     # The label `champion`.
     "label": lambda h: h.set_label(),
     "label_v2": lambda h: h.set_label(version=2),

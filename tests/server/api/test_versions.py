@@ -7,12 +7,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
+from msgspec import UNSET, UnsetType
 from support import models
 from support.http import ONE, LocalApi
 from support.uploads import FILES, MODEL, staged
 from support.workers import until
 
-from events.types import VersionAdded, VersionRemoved
+from events.types import AddedFile, Provenance, VersionAdded, VersionRemoved
 from server.appkeys import LOG, UPLOADS
 
 FILE = {"Content-Type": "application/octet-stream"}
@@ -144,6 +145,92 @@ async def test_refused_file_is_not_in_the_stage(shared: LocalApi, name: str) -> 
     assert (await shared.post(f"{stage}/commit")).refusal == (400, "not_onnx")
     assert (await shared.send("DELETE", stage)).status == 204
     assert staged(shared.config.repository) == []
+
+
+async def complete_stage(api: LocalApi, model_id: str) -> str:
+    """Begin a stage of version 1, send its model file, and return its path."""
+    stage = await begin(api, model_id)
+    assert (await send(api, stage, "model.onnx")).status == 201
+    return stage
+
+
+NAME, PINNED = "hf://org/repo@main", "https://host/m.onnx#sha256=4481"
+STATEMENTS: dict[str, tuple[dict[str, Any], Provenance | UnsetType]] = {
+    "nothing": ({}, UNSET),
+    "empty object": ({"json": {}}, UNSET),
+    "source": ({"json": {"source": NAME}}, Provenance(NAME, NAME)),
+    "both": (
+        {"json": {"source": NAME, "resolved": "hf://org/repo@c0ffee"}},
+        Provenance(NAME, "hf://org/repo@c0ffee"),
+    ),
+    "fragment of resolved": (
+        {"json": {"source": "https://host/m.onnx", "resolved": PINNED}},
+        Provenance("https://host/m.onnx", PINNED),
+    ),
+    "longest": ({"json": {"source": f"s3://{'a' * 2043}"}}, Provenance(*[f"s3://{'a' * 2043}"] * 2)),
+}
+
+
+@pytest.mark.parametrize("name", STATEMENTS)
+async def test_added_version_has_what_its_sender_says_of_its_origin(shared: LocalApi, name: str) -> None:
+    request, said = STATEMENTS[name]
+    model_id = name.replace(" ", "-")
+    stage = await complete_stage(shared, model_id)
+    assert (await shared.post(f"{stage}/commit", **request)).status == 201
+    files = (AddedFile("model.onnx", len(MODEL), hashlib.sha256(MODEL).hexdigest()),)
+    added = [(each.data, each.actor) for each in await shared.events(model_id) if each.type == "VersionAdded"]
+    assert added == [(VersionAdded(files, said), "alice")]
+    sources = (await shared.model(model_id))["sources"]
+    assert [(each["source"], each["resolved"], each["added_by"]) for each in sources] == (
+        [] if said is UNSET else [(said.uri, said.resolved, "alice")]
+    )
+
+
+KEEPS = "the ledger keeps it, and would keep a secret in it"
+STATEMENT_REFUSALS: dict[str, tuple[Any, str]] = {
+    "no scheme": ({"source": "org/repo"}, KEEPS),
+    "only a scheme": ({"source": "hf://"}, KEEPS),
+    "empty": ({"source": ""}, KEEPS),
+    "space": ({"source": "hf://org/a b"}, KEEPS),
+    "line break at the end": ({"source": f"{NAME}\n"}, KEEPS),
+    "umlaut": ({"source": "hf://org/müll"}, KEEPS),
+    "user": ({"source": "https://alice@host/m.onnx"}, KEEPS),
+    "password": ({"source": "https://alice:secret@host/m.onnx"}, KEEPS),
+    "password of resolved": ({"source": NAME, "resolved": "https://alice:secret@host/m"}, KEEPS),
+    "query": ({"source": "https://host/m.onnx?signature=secret"}, KEEPS),
+    "query of resolved": ({"source": NAME, "resolved": "https://host/m?a=secret#sha256=1"}, KEEPS),
+    "fragment of source": ({"source": PINNED}, KEEPS),
+    "too long": ({"source": f"s3://{'a' * 2044}"}, "Longer than maximum length 2048"),
+    "number": ({"source": 1}, "Not a valid string"),
+    "null": ({"source": None}, "null"),
+    "only resolved": ({"resolved": NAME}, "source: Must be given with resolved"),
+    "another member": ({"source": NAME, "digest": "0"}, "known are resolved, source"),
+    "a list": ([NAME], "Must be a JSON object"),
+}
+
+
+@pytest.mark.parametrize("name", STATEMENT_REFUSALS)
+async def test_statement_that_the_ledger_must_not_keep_is_refused(shared: LocalApi, name: str) -> None:
+    body, words = STATEMENT_REFUSALS[name]
+    stage = await complete_stage(shared, "said")
+    answer = await shared.post(f"{stage}/commit", json=body)
+    assert answer.refusal == (400, "invalid_body")
+    assert words in answer.json["detail"]
+    assert "secret@" not in answer.json["detail"]
+    assert (await shared.send("DELETE", stage)).status == 204
+
+
+async def test_statement_must_be_declared_as_json(shared: LocalApi) -> None:
+    stage = await complete_stage(shared, "said")
+    answer = await shared.post(f"{stage}/commit", data=b"source=hf://org/repo")
+    assert answer.refusal == (415, "unsupported_media_type")
+    assert (await shared.send("DELETE", stage)).status == 204
+
+
+async def test_put_of_a_name_is_told_the_command(shared: LocalApi) -> None:
+    answer = await shared.send("PUT", path("named"), json={"source": NAME})
+    assert answer.refusal == (415, "unsupported_media_type")
+    assert "`loadledger add MODEL SOURCE` downloads it" in answer.json["detail"]
 
 
 async def test_version_is_never_overwritten(shared: LocalApi) -> None:
