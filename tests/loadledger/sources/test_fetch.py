@@ -83,7 +83,7 @@ def test_signature_lists_its_files_or_none(signature: bytes, names: list[str]) -
             "has no model.onnx, and not one .onnx file: its files are 'a.onnx'",
         ),
         ({"model.sig": b""}, "its files are 'model.sig'"),
-        ({"model.onnx": b"<html>"}, "'model.onnx' of s3://b/m is a page of HTML"),
+        ({"model.onnx": b"<html>"}, "'model.onnx' of s3://b/m is an HTML page"),
         ({"net.onnx": FILES["net.onnx"]}, "keeps weights in 'data/w.bin', which the source has not"),
         ({"../model.onnx": MODEL}, "leads out of the folder"),
         ({"/etc/model.onnx": MODEL}, "is an absolute path"),

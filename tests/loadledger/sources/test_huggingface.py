@@ -84,6 +84,7 @@ async def test_files_come_with_the_token_and_stay_in_the_librarys_cache(ask: Any
     hub = Hub(FILES, large=frozenset({"data/w.bin"}), token=TOKEN)
     size, files = sum(map(len, FILES.values())), {path: each.hex() for path, each in FILES.items()}
     async with serving_site(hub) as site:
+        told = None
         for _ in range(2):
             [[resolved, [found, told]]] = await ask(site, "fetch", "hf://org/repo@main", HF_TOKEN=TOKEN)
             assert (resolved, found) == (f"hf://org/repo@{COMMIT}", files)
