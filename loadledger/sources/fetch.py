@@ -112,7 +112,11 @@ def fetch_version(
         here += more
         on_progress(here, total)
 
-    downloads.on_bytes = count
+    def note_length(length: int) -> None:
+        nonlocal total
+        total = length if len(named.files) == 1 else total
+
+    downloads.on_bytes, downloads.on_length = count, note_length
     wanted = [file for file in named.files if file.is_needed]
     while wanted:
         for file in wanted:
