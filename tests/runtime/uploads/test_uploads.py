@@ -125,7 +125,7 @@ async def test_start_after_kill_9_finishes_or_discards(
     ("step", "when", "call", "there"),
     [
         ("begin", "after", 1, []),
-        ("part_of", "after", 2, ["net.onnx"]),
+        ("new_part", "after", 2, ["net.onnx"]),
         ("keep", "before", 2, ["net.onnx"]),
         ("keep", "after", 2, [*FILES]),
         ("complete", "before", 1, [*FILES]),
