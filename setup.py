@@ -10,6 +10,7 @@ CUDA = ["nvidia-ml-py>=12.560.30"]  # ONNX Runtime's wheel for it is installed i
 EXTENSIONS = ["onnxruntime-extensions>=0.15; python_version < '3.14'"]  # it is not made for more
 IMAGES = ["Pillow>=11"]
 CLOUD = ["obstore~=0.12.1"]
+HUGGINGFACE = ["huggingface_hub>=2.4.0,<3"]
 POSTGRES = ["asyncpg>=0.30,<1"]
 EXAMPLES = [  # 65 MB, of it scipy 34
     *IMAGES,
@@ -27,6 +28,7 @@ TEST = [
     *OTEL,
     *EXTENSIONS,
     *CLOUD,
+    *HUGGINGFACE,
     *POSTGRES,
     *OPENVINO,
     *CUDA,
@@ -49,6 +51,7 @@ TEST = [
     "setuptools>=77",  # the packaging test builds the wheel without a network
     "tritonclient[http]>=2.73",
     "types-PyYAML",
+    "types-tqdm",
 ]
 DOCS = ["furo>=2025.12.19", "myst-parser==5.*", "sphinx==9.*"]  # furo is named by dates
 PACKAGES = ["events", "loadledger", "migrations", "nodes", "runtime", "server"]
@@ -80,7 +83,7 @@ setup(
         "aiohttp>=3.14.1,<4",  # 3.14.0 keeps any number of pipelined requests of a connection in memory
         "aiohttp-apispec==3.0.0b2",  # the only release that works with marshmallow 4 and Python >= 3.12
         "apispec>=6.9,<7",
-        "click>=8.4",
+        "click>=8.4.2",  # as huggingface_hub
         "marshmallow>=4,<5",
         "msgspec>=0.21",
         "multidict>=6.0.3",
@@ -99,7 +102,8 @@ setup(
         "openvino": OPENVINO,  # for loads on Intel's processors, GPUs and NPUs
         "cuda": CUDA,  # for the memory of NVIDIA's GPUs; beside onnxruntime-gpu
         "otel": OTEL,
-        "cloud": CLOUD,  # for sources in S3, Google Cloud Storage and Azure Blob Storage
+        "cloud": CLOUD,  # for `add s3://...`, gs:// and az://
+        "huggingface": HUGGINGFACE,  # for `add hf://...`
         "postgres": POSTGRES,  # for a ledger in PostgreSQL
         "examples": EXAMPLES,  # to train examples/ again, and for the pages and notebooks that export models
     },

@@ -54,6 +54,20 @@ class VersionSource:
         return sum(file.bytes for file in self.files)
 
 
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """The files of a version that are here.
+
+    Attributes:
+        said: where they come from, if they have a name; see `Operations.add_files`.
+        discard: deletes what was downloaded, once it is where it was to go.
+    """
+
+    files: VersionSource
+    said: dict[str, str] | None = None
+    discard: Callable[[], None] = lambda: None
+
+
 def find_version_files(path: Path, signature: str | os.PathLike[str] | None = None) -> VersionSource:
     """Return the files of the version that a file or folder stands for, and its signature bundle.
 

@@ -30,7 +30,7 @@ from loadledger.cli.output import (
     to_printable,
 )
 from loadledger.profiles import PROFILE, URL, ServerTarget
-from loadledger.sources.terminal import Brought, download
+from loadledger.uploads import Brought
 
 _GENERIC = """
     model models onnx best last final weights checkpoint checkpoints export exported saved snapshots runs
@@ -166,6 +166,7 @@ def _brought(subject: Subject, target: ServerTarget, *, may_be_absent: bool) -> 
         return
     from loadledger.sources.downloads import Downloads
     from loadledger.sources.fetch import resolve_source
+    from loadledger.sources.terminal import download
 
     named = resolve_source(subject.source, subject.digest)
     version = _find_version(subject.name, named.resolved, target, may_be_absent=may_be_absent)

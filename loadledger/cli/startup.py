@@ -45,8 +45,8 @@ from loadledger.profiles import (
     write_profile,
 )
 from loadledger.records import Model
-from loadledger.sources.terminal import Brought, display_transfer, note_line
-from loadledger.uploads import VersionSource, find_version_files, hash_files
+from loadledger.sources.terminal import display_transfer, note_line
+from loadledger.uploads import Brought, VersionSource, find_version_files, hash_files
 from runtime.onnxfields import TooManyFields, Unparsable
 from runtime.onnxfile import FileWindows, find_model_file, read_signature
 from runtime.repository import MODEL_ID, RepositoryBusy

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from urllib.parse import quote, unquote
 
 from loadledger.errors import SourceProblem, printable
-from loadledger.sources.downloads import Download, Downloads
+from loadledger.sources.downloads import Download, Downloads, Opened
 from loadledger.sources.names import SourceName
 from loadledger.sources.origin import RemoteFile, Resolved
 from loadledger.uploads import CHUNK_BYTES
@@ -103,12 +103,12 @@ class Cloud:
         if found["version"]:
             options["version"] = found["version"]
 
-        def open_at(offset: int) -> tuple[int, Iterable[bytes]]:
+        def open_at(offset: int) -> Opened:
             if offset:  # an empty object has no range
                 options["range"] = {"offset": offset}
             with _translated_errors():
                 result = obstore.get(self._store, file.key, options=options)
-            return offset, _read(result)
+            return Opened(offset, found["size"], _read(result))
 
         endpoint = sorted(f"{name}={text}" for name, text in os.environ.items() if "ENDPOINT" in name)
         known_by = f"{endpoint} {self._source.scheme}://{self._source.host}/{file.key}{_mark(found)}"

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Self, TypeVar
+from typing import IO, NamedTuple, Self, TypeVar
 
 from loadledger.errors import SourceProblem
 from loadledger.uploads import CHUNK_BYTES
@@ -29,8 +29,23 @@ DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Back-off before each further attempt: a server that is restarted comes back in that time."""
 
 T = TypeVar("T")
-OpenAt = Callable[[int], tuple[int, Iterable[bytes]]]
-"""Given the bytes that are here, returns the offset at which pieces begin, the same or 0, and the pieces."""
+
+
+class Opened(NamedTuple):
+    """A file that is being read.
+
+    Attributes:
+        offset: at which its pieces begin.
+        length: of the whole file in bytes; None if that is unknown.
+    """
+
+    offset: int
+    length: int | None
+    pieces: Iterable[bytes]
+
+
+OpenAt = Callable[[int], Opened]
+"""Opens a file after the bytes that are here, or at its beginning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,25 +71,27 @@ def retrying(work: Callable[[], T]) -> T:
 class _Arriving:
     """A file that is being written, from what is there of it on."""
 
-    def __init__(self, file: IO[bytes], size: int | None, on_bytes: Callable[[int], None]) -> None:
-        self.file, self._size, self._on_bytes = file, size, on_bytes
+    def __init__(self, file: IO[bytes], size: int | None, downloads: Downloads) -> None:
+        self.file, self._size, self._downloads = file, size, downloads
         self.digest, self.bytes = hashlib.sha256(), 0
         while piece := file.read(CHUNK_BYTES):
             self._count(piece)
 
-    def go_on(self, open_at: OpenAt, check_free: Callable[[], None]) -> None:
+    def go_on(self, open_at: OpenAt) -> None:
         """Write the pieces that a source sends."""
-        offset, pieces = open_at(self.bytes)
-        if offset != self.bytes:
+        opened = open_at(self.bytes)
+        if self._size is None and opened.length is not None:
+            self._downloads.on_length(opened.length)
+        if opened.offset != self.bytes:
             self.file.seek(0)
             self.file.truncate()
-            self._on_bytes(-self.bytes)
+            self._downloads.on_bytes(-self.bytes)
             self.digest, self.bytes = hashlib.sha256(), 0
         unchecked = CHECK_BYTES
-        for piece in pieces:
+        for piece in opened.pieces:
             unchecked += len(piece)
             if unchecked >= CHECK_BYTES:
-                check_free()
+                self._downloads.check_free()
                 unchecked = 0
             self.file.write(piece)
             self._count(piece)
@@ -84,7 +101,7 @@ class _Arriving:
     def _count(self, piece: bytes) -> None:
         self.digest.update(piece)
         self.bytes += len(piece)
-        self._on_bytes(len(piece))
+        self._downloads.on_bytes(len(piece))
 
 
 class Downloads:
@@ -92,13 +109,17 @@ class Downloads:
 
     Args:
         folder: it is made if it is not there; None: that of this user.
+
+    Attributes:
         on_bytes: called with how many bytes more there are; fewer, where what was here is of no use.
+        on_length: called with the length of a file that was not known before.
     """
 
-    def __init__(self, folder: Path | None = None, on_bytes: Callable[[int], None] = lambda _: None) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
         cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         self.folder = folder or Path(cache).expanduser() / "loadledger"
-        self.on_bytes = on_bytes
+        self.on_bytes: Callable[[int], None] = lambda _: None
+        self.on_length: Callable[[int], None] = lambda _: None
         self._mine, self._of_no_use = list[Path](), list[Path]()
         self._open = ExitStack()
 
@@ -146,7 +167,7 @@ class Downloads:
         if known_by is None:
             self._of_no_use.append(path)
         try:
-            arriving = _Arriving(self._lock(path), size, self.on_bytes)
+            arriving = _Arriving(self._lock(path), size, self)
             if arriving.bytes != size and arriving.digest.hexdigest() != sha256:
                 self._fetch_rest(arriving, open_at, is_known=known_by is not None)
             arriving.file.flush()
@@ -160,8 +181,8 @@ class Downloads:
             raise SourceProblem(
                 "digest_mismatch",
                 f"{arriving.bytes} bytes with the SHA-256 {found} arrived, and not {size or 'those'} with"
-                f" {sha256 or 'another'}: they were changed at the source or on the way, or are of another file;"
-                " they were deleted",
+                f" {sha256 or 'another'}: they were changed at the source or on the way, or are of another"
+                " file; they were deleted",
             )
         self._mine.append(path)
         return Download(path, found)
@@ -188,7 +209,7 @@ class Downloads:
         while True:
             before = arriving.bytes
             try:
-                arriving.go_on(open_at, self._check_free)
+                arriving.go_on(open_at)
             except SourceProblem as problem:
                 if arriving.bytes > before:
                     delays_s = iter(DELAYS_S)
@@ -200,7 +221,8 @@ class Downloads:
                 return
             time.sleep(delay_s)
 
-    def _check_free(self) -> None:
+    def check_free(self) -> None:
+        """Refuse to write more where little is left."""
         if shutil.disk_usage(self.folder).free < RESERVE_BYTES:
             raise SourceProblem(
                 "no_space",

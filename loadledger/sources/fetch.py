@@ -8,7 +8,6 @@ import posixpath
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 from loadledger.errors import SourceProblem
@@ -78,13 +77,22 @@ def resolve_source(name: str, digest: str | None = None) -> NamedVersion:
 
 
 def _open_origin(source: SourceName, sha256: str | None) -> Origin:
-    module, kind = {
-        "https": ("https", "Https"),
-        "hf": ("huggingface", "HuggingFace"),
-        "oci": ("oci", "Oci"),
-    }.get(source.scheme, ("cloud", "Cloud"))
-    origin: Origin = getattr(import_module(f"loadledger.sources.{module}"), kind)(source, sha256)
-    return origin
+    match source.scheme:  # imported when they are asked for: some are extras
+        case "https":
+            from loadledger.sources.https import Https
+
+            return Https(source, sha256)
+        case "hf":
+            from loadledger.sources.huggingface import HuggingFace
+
+            return HuggingFace(source, sha256)
+        case "oci":
+            from loadledger.sources.oci import Oci
+
+            return Oci(source, sha256)
+    from loadledger.sources.cloud import Cloud
+
+    return Cloud(source, sha256)
 
 
 def fetch_version(
@@ -104,7 +112,11 @@ def fetch_version(
         here += more
         on_progress(here, total)
 
-    downloads.on_bytes = count
+    def note_length(length: int) -> None:
+        nonlocal total
+        total = length if len(named.files) == 1 else total
+
+    downloads.on_bytes, downloads.on_length = count, note_length
     wanted = [file for file in named.files if file.is_needed]
     while wanted:
         for file in wanted:

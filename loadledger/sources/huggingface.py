@@ -74,14 +74,17 @@ class HuggingFace:
         return Resolved(f"hf://{self._repository}@{commit}{file}", files)
 
     def fetch(self, file: RemoteFile, downloads: Downloads) -> Download:
+        bars: list[tqdm[Any]] = []
         with _translated_errors(self._repository):
             path = hf_hub_download(
                 self._repository,
                 file.key,
                 revision=self._commit,
                 endpoint=self._endpoint,
-                tqdm_class=_counting(downloads.on_bytes),
+                tqdm_class=_counting(downloads.on_bytes, bars),
             )
+        if not bars:  # it was in the cache
+            downloads.on_bytes(Path(path).stat().st_size)
         return _check(Path(path), file)
 
     def _find_model(self, paths: Mapping[str, object]) -> str:
@@ -131,14 +134,14 @@ def _check(path: Path, file: RemoteFile) -> Download:
     return Download(path, found)
 
 
-def _counting(on_bytes: Callable[[int], None]) -> type[Any]:
+def _counting(on_bytes: Callable[[int], None], bars: list[tqdm[Any]]) -> type[Any]:
     """Return a progress bar for the library that shows nothing, and tells what arrives."""
 
     class Bar(tqdm):  # type: ignore[type-arg]  # it is not generic when it runs
         def __init__(self, *arguments: Any, **options: Any) -> None:
             options = {name: value for name, value in options.items() if name != "name"}
             super().__init__(*arguments, **options | {"disable": True})
-            on_bytes(int(options.get("initial") or 0))
+            bars.append(self)
 
         def update(self, n: float | None = 1) -> bool | None:
             on_bytes(int(n or 0))
@@ -162,6 +165,8 @@ def _translated_errors(repository: str) -> Iterator[None]:
         raise problem("source_not_found", advice, error) from None
     except errors.HFValidationError as error:
         raise problem("invalid_source", "check the name", error) from None
+    except ValueError as error:
+        raise problem("source_invalid", "this is no hub: check HF_ENDPOINT", error) from None
     except (httpx2.HTTPError, OSError, errors.XetDownloadError) as error:
         raise problem("source_unreachable", "try again", error) from None
 

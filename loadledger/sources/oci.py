@@ -49,7 +49,7 @@ HELPER_S = 60.0
 UNAUTHORIZED = 401
 
 _REFERENCE = re.compile(r"([a-z0-9][a-z0-9._/-]*)(?::(\w[\w.-]*))?(?:@(sha256:[0-9a-f]{64}))?", re.ASCII)
-_PARAMETER = re.compile(r'(\w+)\s*=\s*"([^"]*)"')
+_SCHEME_OR_PARAMETER = re.compile(r'(?:^|,)\s*(\w+)(?=\s+\w|\s*(?:,|$))|(\w+)\s*=\s*"([^"]*)"')
 T = TypeVar("T")
 
 
@@ -135,13 +135,15 @@ class Oci:
         return Resolved(f"oci://{self._source.host}/{self._repository}@{digest}", files)
 
     def fetch(self, file: RemoteFile, downloads: Downloads) -> Download:
-        """Fetch a blob, with a token of its own: tokens live for a few minutes only."""
-        if self._challenges:
-            self._authenticate()
-        opening = self._web.opening(
-            f"{self._url}/blobs/sha256:{file.sha256}", authorization=self._authorization
-        )
-        return downloads.receive(f"sha256:{file.sha256}", opening, size=file.bytes, sha256=file.sha256)
+        """Fetch a blob, each time with a token of its own: tokens live for a few minutes only."""
+        url = f"{self._url}/blobs/sha256:{file.sha256}"
+
+        def open_at(offset: int) -> tuple[int, Iterable[bytes]]:
+            if self._challenges:
+                self._authenticate()
+            return self._web.opening(url, authorization=self._authorization)(offset)
+
+        return downloads.receive(f"sha256:{file.sha256}", open_at, size=file.bytes, sha256=file.sha256)
 
     def _get_manifest(self, reference: str) -> tuple[str, OciManifest]:
         """Return a manifest by tag or digest, and its digest; answer the registry's challenge first."""
@@ -179,7 +181,8 @@ class Oci:
                 f"{self._source.host} wants the password sent to {realm[:200]!a}, another host: it is not"
                 f" sent; run `docker logout {self._source.host}` to ask there without",
             )
-        answer = self._web.get(f"{realm}?{urlencode(query)}", authorization=basic)
+        url = f"{realm}{'&' if '?' in realm else '?'}{urlencode(query)}"
+        answer = self._web.get(url, authorization=basic)
         token = _decode(answer.body, RegistryToken, f"the token of {self._source.host}")
         self._authorization = f"Bearer {token.token or token.access_token}"
 
@@ -208,11 +211,15 @@ def may_have_password(registry: str, realm: str) -> bool:
 
 
 def parse_challenges(fields: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Return the parameters of each scheme in WWW-Authenticate fields, one challenge in each."""
-    found = {}
-    for value in fields:
-        scheme, _, parameters = value.partition(" ")
-        found[scheme.lower()] = {key.lower(): text for key, text in _PARAMETER.findall(parameters)}
+    """Return the parameters of each scheme in WWW-Authenticate fields, which may have several challenges."""
+    found: dict[str, dict[str, str]] = {}
+    for field in fields:
+        parameters: dict[str, str] = {}
+        for scheme, name, text in _SCHEME_OR_PARAMETER.findall(field):
+            if scheme:
+                parameters = found[scheme.lower()] = {}
+            else:
+                parameters[name.lower()] = text
     return found
 
 
@@ -224,17 +231,21 @@ def find_credentials(name: str) -> tuple[str | None, str]:
         config = msgspec.json.decode((folder / "config.json").read_bytes(), type=DockerConfig)
     except (OSError, msgspec.MsgspecError) as error:
         return None, f"docker's config.json cannot be read ({type(error).__name__}): {advice}"
-    helper = config.cred_helpers.get(name) or config.creds_store
-    found = _read_login(config.auths, name) or (_ask_helper(helper, name) if helper else None)
+    helper = _of_host(config.cred_helpers, name) or config.creds_store
+    found = _ask_helper(helper, name) if helper else None
+    login = _of_host(config.auths, name) or {}
+    if found is None and login.get("auth") and not login.get("identitytoken"):
+        found = str(login["auth"])
     if found is not None:
         return found, f"it was sent the login that docker has for {name}"
-    return None, f"docker has no password for {name}: {advice}"
+    asked = f" (docker-credential-{helper} gave none)" if helper else ""
+    return None, f"docker has no password for {name}{asked}: {advice}"
 
 
-def _read_login(auths: Mapping[str, Mapping[str, Any]], name: str) -> str | None:
-    logins = {re.sub("^https?://", "", key).partition("/")[0]: login for key, login in auths.items()}
-    login = logins.get(name, {})
-    return str(login["auth"]) if login.get("auth") and not login.get("identitytoken") else None
+def _of_host(entries: Mapping[str, T], name: str) -> T | None:
+    """Return the entry of a registry, which docker's file may name by a URL."""
+    hosts = {re.sub("^https?://", "", key).partition("/")[0]: entry for key, entry in entries.items()}
+    return hosts.get(name)
 
 
 def _ask_helper(helper: str, name: str) -> str | None:

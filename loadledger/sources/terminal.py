@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -16,21 +15,7 @@ from loadledger.cli.output import format_cell, format_size, to_printable
 from loadledger.records import AddedVersion, File
 from loadledger.sources.downloads import Downloads
 from loadledger.sources.fetch import NamedVersion, fetch_version, resolve_source
-from loadledger.uploads import VersionSource, find_version_files
-
-
-@dataclass(frozen=True, slots=True)
-class Brought:
-    """The files of a version that are here.
-
-    Attributes:
-        said: where they come from, if they have a name; see `Operations.add_files`.
-        discard: deletes what was downloaded, once it is where it was to go.
-    """
-
-    files: VersionSource
-    said: dict[str, str] | None = None
-    discard: Callable[[], None] = lambda: None
+from loadledger.uploads import Brought, find_version_files
 
 
 @contextmanager

@@ -9,18 +9,22 @@ from __future__ import annotations
 import gzip
 import shutil
 import tarfile
-import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from tarfile import TarInfo
 from typing import BinaryIO, cast
 
-from loadledger.errors import SourceProblem
-from loadledger.uploads import CHUNK_BYTES
+from loadledger.errors import SourceProblem, printable
 from runtime.onnxfile import list_model_folders
+from runtime.repository import MAX_FILES
 
 MAX_BYTES = 20 * 10**9
-"""Of all files: as many as a server takes of a version."""
+"""Of an archive, unpacked: as many as a server takes of a version."""
+MAX_HEADER_BYTES = 2**20
+"""Of one member, with its long name and its extended attributes."""
+MAX_HEADERS_BYTES = 256 * 2**20
+"""Of all members: they are in memory."""
 MAX_MEMBERS = 100_000
 """Ten times the files of a version: an image's layer may have others beside the model."""
 MODELS = PurePosixPath("models")
@@ -35,18 +39,15 @@ def unpack(archive: Path, folder: Path) -> list[str]:
     layer of an operating system has links and no model, and so no file.
 
     Raises:
-        SourceProblem: `source_invalid`; nothing stays in the folder.
-        OSError: a file cannot be written.
+        SourceProblem: `source_invalid`.
+        OSError: a file cannot be written. After any error, the folder is gone.
     """
     try:
         with archive.open("rb") as file:
             return _unpack(file, folder)
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError) as error:
-        problem: Exception = _refusal(str(error) or "it is damaged")
-    except (SourceProblem, OSError) as error:
-        problem = error
-    shutil.rmtree(folder, ignore_errors=True)
-    raise problem from None
+    except BaseException:  # an interrupt, too
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _unpack(file: BinaryIO, folder: Path) -> list[str]:
@@ -54,44 +55,88 @@ def _unpack(file: BinaryIO, folder: Path) -> list[str]:
     file.seek(0)
     if start == ZSTD:
         raise _refusal("it is compressed with zstd: use gzip, or no compression")
-    plain = gzip.GzipFile(fileobj=file) if start.startswith(GZIP) else file
-    with tarfile.open(fileobj=cast(BinaryIO, _SmallReads(plain)), mode="r:") as opened:
-        members = dict[PurePosixPath, TarInfo]()
-        for member in opened:
-            if len(members) >= MAX_MEMBERS:
-                raise _refusal(f"it has more than {MAX_MEMBERS} members")
-            members[PurePosixPath(member.name)] = member
-        files = select_files(members)
-        if sum(member.size for member in files.values()) > MAX_BYTES:
-            raise _refusal(f"its files have more than {MAX_BYTES} bytes")
+    bounded = _Bounded(gzip.GzipFile(fileobj=file) if start.startswith(GZIP) else file)
+    with _refused_errors():
+        opened = tarfile.open(fileobj=cast(BinaryIO, bounded), mode="r:", encoding="utf-8")  # noqa: SIM115 - below
+    with opened:
+        with _refused_errors():
+            files = select_files(_read_members(opened, bounded))
+        if len(files) > MAX_FILES:
+            raise _refusal(f"its model has {len(files)} files, and a version may have {MAX_FILES}")
         for path, member in sorted(files.items(), key=lambda each: each[1].offset_data):
-            _write(opened, member, folder / path, folder)
+            _write(opened, bounded, member, folder / path)
     return sorted(files)
 
 
-def _write(opened: tarfile.TarFile, member: TarInfo, target: Path, folder: Path) -> None:
-    if hasattr(tarfile, "data_filter"):
-        tarfile.data_filter(member, str(folder))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    content = opened.extractfile(member)
-    with target.open("xb") as written:
-        while content and (piece := content.read(CHUNK_BYTES)):
+def _read_members(opened: tarfile.TarFile, bounded: _Bounded) -> dict[PurePosixPath, TarInfo]:
+    """Return all members by path; a later one takes the place of an earlier."""
+    members, headers_bytes = dict[PurePosixPath, TarInfo](), 0
+    for count, member in enumerate(opened, start=1):
+        headers_bytes += bounded.read_bytes
+        if count > MAX_MEMBERS or headers_bytes > MAX_HEADERS_BYTES:
+            raise _refusal(f"it has more than {MAX_MEMBERS} members, or they have very long names")
+        if member.size < 0:  # the next header would be this one again
+            raise _refusal(f"{member.name!a} in it has a negative size")
+        bounded.read_bytes, member.pax_headers = 0, {}  # each has a copy of those for all members
+        members[PurePosixPath(member.name)] = member
+    return members
+
+
+def _write(opened: tarfile.TarFile, bounded: _Bounded, member: TarInfo, target: Path) -> None:
+    with _refused_errors():
+        if hasattr(tarfile, "data_filter"):
+            tarfile.data_filter(member, str(target.parent))
+        content = opened.extractfile(member)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        written = target.open("xb")
+    except (FileExistsError, NotADirectoryError):
+        raise _refusal(f"{member.name!a} in it is a file and a folder, or there in two spellings") from None
+    with written:
+        while True:
+            bounded.read_bytes = 0
+            with _refused_errors():
+                piece = content.read(MAX_HEADER_BYTES // 2) if content else b""
+            if not piece:
+                break
             written.write(piece)
-    if target.stat().st_size != member.size:
-        raise _refusal("it ends early")
+        if written.tell() != member.size:
+            raise _refusal("it ends early")
 
 
-class _SmallReads:
-    """A file of which one read takes little: a header may announce a name of gigabytes."""
+@contextmanager
+def _refused_errors() -> Iterator[None]:
+    """Refuse the archive for an error while it is read, of which a hostile header may raise any."""
+    try:
+        yield
+    except SourceProblem:
+        raise
+    except Exception as error:  # noqa: BLE001
+        raise _refusal(printable(str(error), 200) or type(error).__name__) from None
+
+
+class _Bounded:
+    """A file of which little is read at once, and no part beyond a limit.
+
+    A header may announce gigabytes of names, and little gzip may unpack to any number of zeros.
+
+    Attributes:
+        read_bytes: since it was set to 0.
+    """
 
     def __init__(self, file: BinaryIO | gzip.GzipFile) -> None:
-        self._file = file
-        self.seek, self.tell = file.seek, file.tell
+        self._file, self.tell, self.read_bytes = file, file.tell, 0
 
     def read(self, size: int) -> bytes:
-        if size > CHUNK_BYTES:
-            raise _refusal(f"one of its headers has {size} bytes")
+        self.read_bytes += size
+        if size < 0 or self.read_bytes > MAX_HEADER_BYTES:
+            raise _refusal(f"one of its headers has more than {MAX_HEADER_BYTES} bytes")
         return self._file.read(size)
+
+    def seek(self, position: int) -> int:
+        if position > MAX_BYTES:
+            raise _refusal(f"it unpacks to more than {MAX_BYTES} bytes")
+        return self._file.seek(position)
 
 
 def select_files(members: Mapping[PurePosixPath, TarInfo]) -> dict[str, TarInfo]:
@@ -101,7 +146,7 @@ def select_files(members: Mapping[PurePosixPath, TarInfo]) -> dict[str, TarInfo]
         SourceProblem: `source_invalid`.
     """
     for path, member in members.items():
-        if path.is_absolute() or ".." in path.parts or not member.name.isprintable() or member.size < 0:
+        if path.is_absolute() or ".." in path.parts or not member.name.isprintable():
             raise _refusal(f"the path {member.name!a} in it is absolute, leads upwards or is no text")
     folders = list_model_folders(members)
     if len(folders) > 1:

@@ -9,7 +9,7 @@ import re
 import socket
 import ssl
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from typing import cast
@@ -18,7 +18,7 @@ from urllib.parse import urljoin, urlsplit
 from urllib.request import HTTPSHandler, OpenerDirector, ProxyHandler, Request
 
 from loadledger.errors import SourceProblem, printable
-from loadledger.sources.downloads import OpenAt, retrying
+from loadledger.sources.downloads import OpenAt, Opened, retrying
 from loadledger.uploads import CHUNK_BYTES
 
 MAX_ANSWER_BYTES = 16 * 2**20
@@ -79,7 +79,7 @@ class Web:
         """Return what opens a file, at an offset if the server has ranges of it."""
         headers = {"Authorization": authorization} if authorization else {}
 
-        def open_at(offset: int) -> tuple[int, Iterator[bytes]]:
+        def open_at(offset: int) -> Opened:
             ranges = {"Range": f"bytes={offset}-"} if offset else {}
             accepted = (OK, PARTIAL, NOT_SATISFIABLE) if ranges else (OK,)
             response = self._send(url, headers, accepted, ranges)
@@ -92,7 +92,9 @@ class Web:
                 raise SourceProblem(
                     "source_invalid", f"{_show(url)} answers with another range than bytes {offset}-"
                 )
-            return offset if response.status == PARTIAL else 0, _read(response, url)
+            begin = offset if response.status == PARTIAL else 0
+            length = None if response.length is None else begin + response.length
+            return Opened(begin, length, _read(response, url))
 
         return open_at
 
@@ -111,7 +113,7 @@ class Web:
             if response.status not in REDIRECTS or "Location" not in response.headers:
                 break
             response.close()
-            target = urljoin(target, response.headers["Location"])
+            target = _join(target, response.headers["Location"])
         else:
             raise SourceProblem(
                 "source_invalid", f"{_show(url)} leads through more than {MAX_REDIRECTS} redirects"
@@ -136,11 +138,6 @@ class Web:
         )
 
     def _open_url(self, url: str, headers: Mapping[str, str]) -> HTTPResponse:
-        parts = urlsplit(url) if url.isascii() and url.isprintable() and " " not in url else None
-        if parts is None or parts.scheme != "https" or not parts.hostname or parts.username is not None:
-            raise SourceProblem(
-                "source_invalid", f"the source leads to {_show(url)}, which is no URL of https to follow"
-            )
         try:
             answer = self._opener.open(Request(url, headers=dict(headers)), timeout=TIMEOUT_S)  # noqa: S310
         except (OSError, HTTPException, ValueError) as error:
@@ -152,9 +149,22 @@ def _transient(message: str) -> SourceProblem:
     return SourceProblem("source_unreachable", message, is_transient=True)
 
 
-def _origin_of(url: str) -> tuple[str, str | None, int]:
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname, parts.port or 443
+def _origin_of(url: str) -> tuple[str, int]:
+    """Return host and port of a URL, which has to be of https, without a user."""
+    with suppress(ValueError):
+        parts = urlsplit(url)
+        is_text = url.isascii() and url.isprintable() and " " not in url
+        if is_text and parts.scheme == "https" and parts.hostname and parts.username is None:
+            return parts.hostname, parts.port or 443
+    raise SourceProblem(
+        "source_invalid", f"the source leads to {_show(url)}, which is no URL of https to follow"
+    )
+
+
+def _join(base: str, location: str) -> str:
+    with suppress(ValueError):
+        return urljoin(base, location)
+    return location
 
 
 def _read(response: HTTPResponse, url: str, most: int | None = None) -> Iterator[bytes]:

@@ -78,7 +78,7 @@ class Api {
     });
   }
 
-  // Posts, or puts, and returns the status with the answer: 200 and 202 say different things.
+  // Posts, and returns the status with the answer: 200 and 202 say different things.
   async post(path, value, options) {
     const response = await this.send(path, { method: "POST", body: value === undefined ? undefined : JSON.stringify(value), ...options });
     return { status: response.status, answer: await response.json(), headers: response.headers };

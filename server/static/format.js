@@ -96,7 +96,7 @@ export function count(amount, one, many = `${one}s`) {
   return `${amount.toLocaleString("en")} ${amount === 1 ? one : many}`;
 }
 
-export const JOB_KINDS = { load: "Load", unload: "Unload", add: "Add" };
+export const JOB_KINDS = { load: "Load", unload: "Unload" };
 
 const CAUSES = { restart: "after a restart", recovery: "after its worker ended", swap: "after a replacement failed", drain: "at another node, because its own drains", copy: "as a copy, which serves in place of one that ended" };
 

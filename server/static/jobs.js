@@ -2,7 +2,7 @@
 
 import { api, errorText } from "./api.js";
 import { WaitingLoad } from "./approvals.js";
-import { age, ago, bytes, clock, count, duration, JOB_KINDS, moment, oneLine, secondsSince } from "./format.js";
+import { age, ago, clock, count, duration, JOB_KINDS, moment, oneLine, secondsSince } from "./format.js";
 import { EventList, useEvents } from "./ledger.js";
 import { cancel } from "./operations.js";
 import { address, href } from "./router.js";
@@ -13,7 +13,6 @@ const MOST = 100; // that are shown
 const STAGES = {
   load: ["copying", "starting", "loading", "warming_up", "measuring"],
   unload: ["draining", "stopping"],
-  add: ["resolving", "fetching", "checking"],
 };
 
 export function JobsPage() {
@@ -28,7 +27,7 @@ function JobList() {
   return html`
     <${PageHead} title="Jobs" count=${running.length ? `${running.length} under way` : ""} />
     <${Panel} kind="jobs" title="Under way">
-      <${Jobs} listed=${running} none="Nothing is being loaded, unloaded or added." />
+      <${Jobs} listed=${running} none="Nothing is being loaded or unloaded." />
     <//>
     <${Panel} kind="ended-jobs" title="Ended">
       <${Jobs} listed=${ended} none="No job has ended yet." />
@@ -51,7 +50,7 @@ export function JobItem({ job }) {
         <p><a class="name" href=${href("jobs", job.id)}>${kind} ${oneLine(job.model_id, 130)}${version}</a> <${Pill} state=${job.status} /></p>
         <div class="do"><${CancelButton} job=${job} /></div>
       </div>
-      <${Steps} job=${job} /><${Fetched} job=${job} />
+      <${Steps} job=${job} />
       ${why && html`<p class="why ${job.error ? "bad" : ""}">${why}</p>`}
       <p class="dim" title="job ${job.id}, asked for at ${job.created_at}">${aboutText(job, now.value)}</p>
     </li>`;
@@ -72,14 +71,6 @@ function Steps({ job }) {
     </ol>`;
 }
 
-// How much of a version has been fetched; the length of a source may be unknown.
-function Fetched({ job }) {
-  if (job.stage !== "fetching" || !job.progress || hasEnded(job)) return null;
-  const { bytes: fetched, total_bytes: total } = job.progress, text = total ? `${bytes(fetched)} of ${bytes(total)}` : bytes(fetched);
-  return html`
-    <progress aria-label="Fetched of ${job.model_id}" max="1" value=${total ? fetched / total : undefined} /><p class="figures">${text}</p>`;
-}
-
 function whyText(job) {
   if (job.error) return `${job.error.code}: ${oneLine(job.error.message, 400)}`;
   if (job.superseded_by) return `Superseded by job ${job.superseded_by}.`;
@@ -96,7 +87,6 @@ function aboutText(job, at) {
     job.emergency && `emergency: ${oneLine(job.emergency, 1000)}`,
     job.approval?.approved_by.length > 0 && `approved by ${oneLine(job.approval.approved_by.join(", "), 400)}`,
     job.approval?.bypassed && "without approval",
-    job.parameters?.source && `from ${oneLine(job.parameters.source, 200)}`,
     job.cause !== "request" && `cause ${job.cause}`,
     job.node && `at ${oneLine(job.node, 60)}`,
     hasEnded(job) ? `${clock(job.finished_at)}, ${ago(job.finished_at, at)}, took ${took}` : `for ${age(secondsSince(job.created_at, at))}`,

@@ -113,18 +113,10 @@ function onLine(said) {
     state.advance(said.position);
     state.connect("live");
   } else if (said.stream === "stage") {
-    if (!noteProgress(said)) refreshSoon();
+    refreshSoon();
   } else if (said.stream === "end") {
     farewell = said.reason;
   }
-}
-
-// Takes over how far an add is, which changes often, and returns true; false where anything else has changed.
-function noteProgress({ job_id: id, stage, progress }) {
-  const all = state.jobs.value, known = all.find((job) => job.id === id);
-  if (!progress || known?.stage !== stage) return false;
-  state.jobs.value = all.map((job) => (job === known ? { ...job, progress } : job));
-  return true;
 }
 
 async function refreshRegularly(signal) {

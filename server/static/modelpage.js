@@ -242,10 +242,10 @@ function Version({ version, model, event, source }) {
     <//>`;
 }
 
-// Never a link: it may lead anywhere, and means what it meant then.
+// A statement of the caller who added the version: the server has not looked. Never a link: it may lead anywhere.
 function originText({ source, resolved, added_by: by, added_at: at }) {
-  const asked = source === resolved ? "" : ` (asked as ${oneLine(source, 400)})`;
-  return `From ${oneLine(resolved, 400)}${asked}, added by ${oneLine(by, 130)} ${stamp(at)}.`;
+  const named = source === resolved ? "" : ` (named ${oneLine(source, 400)})`;
+  return `Added ${stamp(at)} by ${oneLine(by, 130)}, who said that it came from ${oneLine(resolved, 400)}${named}.`;
 }
 
 // Its jobs as they were asked for, with what the page has heard of them since.

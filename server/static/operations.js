@@ -15,11 +15,6 @@ export async function load(modelId, body) {
   await request(pathOf(modelId, "load"), body, `Load of ${modelId}`);
 }
 
-// Has the server fetch a version from a source.
-export async function addFrom(modelId, version, body) {
-  await request(pathOf(modelId, `versions/${version}`), body, `Add of ${modelId} ${version}`, "PUT");
-}
-
 export async function unload(modelId, force) {
   await request(pathOf(modelId, `unload${force ? "?force=true" : ""}`), undefined, `${force ? "Forced unload" : "Unload"} of ${modelId}`);
 }
@@ -48,8 +43,8 @@ export async function drain(node) {
   refreshSoon();
 }
 
-async function request(path, body, what, method = "POST") {
-  const { status, answer: job } = await api.post(path, body, { method });
+async function request(path, body, what) {
+  const { status, answer: job } = await api.post(path, body);
   if (status === 200 && hasEnded(job)) notice(`${what}: ${job.kind === "load" && !job.started_at ? "done" : "nothing to do, it is so already"}.`);
   else pending.set(job.id, { what, withdraw: notice(`${what} is accepted.`) });
   refreshSoon();

@@ -1,16 +1,13 @@
-// A new version: from dropped or chosen files, sent one by one with their progress shown, then offered to be loaded; or from a
-// source by its name, from which a job of the server fetches it.
+// A new version from dropped or chosen files, sent one by one with their progress shown, then offered to be loaded.
 
 import { api } from "./api.js";
 import { Dialog, LoadDialog, openDialog } from "./dialogs.js";
 import { bytes, oneLine } from "./format.js";
 import { refreshSoon } from "./live.js";
-import { addFrom } from "./operations.js";
 import { models, readOnly, resources, session } from "./state.js";
 import { computed, html, notice, useEffect, useMemo, useState } from "./ui.js";
 
 const MODEL = /\.onnx$/i;
-const FILES = "Files", SOURCE = "Source"; // the ways to add a version
 
 export const mayAdd = computed(() => Boolean(session.value?.manages) && !readOnly.value && resources.value?.repository_writable !== false);
 
@@ -40,27 +37,15 @@ export function useDrops(modelId = "", take = (dropped) => addVersion(modelId, d
 }
 
 function UploadDialog({ modelId, dropped }) {
-  const [way, setWay] = useState(FILES), [source, setSource] = useState(""), [digest, setDigest] = useState("");
   const [files, setFiles] = useState(dropped), [id, setId] = useState(modelId || nameOf(dropped));
   const [version, setVersion] = useState(nextVersion(id));
   const [sent, setSent] = useState(null), sending = useMemo(() => new AbortController(), []), total = size(files);
   const name = (text) => (setId(text), setVersion(nextVersion(text)));
   const take = (chosen) => {
-    setWay(FILES);
     setFiles(chosen);
     if (!id) name(nameOf(chosen));
   };
   useEffect(() => () => sending.abort(), []); // nobody waits for it any more
-  const takeSource = (text) => {
-    setSource(text);
-    if (!modelId && (!id || id === nameOfSource(source))) name(nameOfSource(text));
-  };
-  const fetchVersion = async () => {
-    const hex = digest.trim().toLowerCase().replace(/^sha256:/, "");
-    if (hex && !/^[0-9a-f]{64}$/.test(hex)) return "A SHA-256 has 64 hexadecimal digits.";
-    await addFrom(id.trim(), version, { source: source.trim(), ...(hex ? { digest: `sha256:${hex}` } : {}) });
-    return true;
-  };
   const ask = async () => {
     const model = id.trim();
     if (!files.some((file) => MODEL.test(file.name))) return "Choose an ONNX file (.onnx), with the files that it names.";
@@ -81,30 +66,17 @@ function UploadDialog({ modelId, dropped }) {
   const chosen = files.length > 0 && `${oneLine(files.map((file) => file.name).join(", "), 200)}, ${bytes(total)}`;
   const status = sent === null ? "" : sent < total ? `${bytes(sent)} of ${bytes(total)} sent` : "Sent. The server checks it.";
   const buttons = (send, isBusy) => html`<button type="submit" class="primary" disabled=${isBusy}>Add</button>`;
-  const asked = () => (way === FILES ? ask() : fetchVersion()).catch((error) => {
+  const asked = () => ask().catch((error) => {
     if (error.code === "repository_read_only") readOnly.value = true;
     throw error;
   });
   return html`
     <${Dialog} name="upload" title="Add a version" ask=${asked} buttons=${buttons} drops=${useDrops(modelId, take)}>
-      <div class="segmented" role="group" aria-label="From">${[FILES, SOURCE].map((each) => html`
-        <button key=${each} type="button" aria-pressed=${String(each === way)} disabled=${sent !== null} onClick=${() => setWay(each)}>${each}</button>`)}
-      </div>
-      ${way === SOURCE && html`
-        <label for="upload-source">Source</label>
-        <input id="upload-source" required pattern="[a-z0-9]+://.+" title="A name with ://" placeholder="hf://org/repo@main" spellcheck=${false}
-          value=${source} aria-describedby="upload-source-help" onInput=${(event) => takeSource(event.target.value)} />
-        <p id="upload-source-help" class="hint">
-          The server fetches it once: from hf://, oci://, s3://, gs:// or az://, or from https:// with its SHA-256. Its operator allows
-          sources with <code>--sources</code>.
-        </p>
-        <label for="upload-digest">SHA-256, if you know it</label>
-        <input id="upload-digest" spellcheck=${false} value=${digest} onInput=${(event) => setDigest(event.target.value)} />`}
-      ${way === FILES && html`
-        <label for="upload-file">Files</label>
-        <input id="upload-file" type="file" multiple aria-describedby="upload-chosen upload-help" onChange=${(event) => take([...event.target.files])} />
-        <p id="upload-chosen" class="figures">${chosen}</p>
-        <p id="upload-help" class="hint">An ONNX file, and the files beside it that it names. You can drop them here.</p>`}
+      <label for="upload-file">Files</label>
+      <input id="upload-file" type="file" multiple aria-describedby="upload-chosen upload-help" onChange=${(event) => take([...event.target.files])} />
+      <p id="upload-chosen" class="figures">${chosen}</p>
+      <p id="upload-help" class="hint">An ONNX file, and the files beside it that it names. You can drop them here.</p>
+      <p id="upload-by-name" class="hint">Or by its name: <code>loadledger add ${modelId || "NAME"} hf://ORG/REPO</code></p>
       <label for="upload-model">Model</label>
       <input id="upload-model" required maxlength="128" pattern="[A-Za-z0-9][A-Za-z0-9._\\-]*" spellcheck=${false}
         title="Letters, digits, dots, underscores and hyphens" readonly=${modelId !== ""} value=${id} onInput=${(event) => name(event.target.value)} />
@@ -147,17 +119,8 @@ function pathOf(file, files) {
   return isOnlyModel ? "model.onnx" : file.name;
 }
 
-// The model's id that the names of the files suggest, or "".
-const nameOf = (files) => idOf(files.find((file) => MODEL.test(file.name))?.name ?? "");
-
-// The model's id that the name of a source suggests: of its repository, or of its file.
-function nameOfSource(source) {
-  const [scheme, path = ""] = source.trim().split("://"), [, ...parts] = path.split("/").filter(Boolean);
-  return idOf(scheme === "hf" ? (parts[0] ?? "").split("@")[0] : scheme === "oci" ? (parts.at(-1) ?? "").split(/[:@]/)[0] : parts.at(-1) ?? "");
-}
-
-// A model's id from a file's name: what it may consist of.
-function idOf(fileName) {
-  const stem = fileName.replace(MODEL, "");
+// The model's id that the names of the files suggest, made of what an id may consist of, or "".
+function nameOf(files) {
+  const stem = (files.find((file) => MODEL.test(file.name))?.name ?? "").replace(MODEL, "");
   return stem.replace(/[^A-Za-z0-9._-]+/g, "-").replace(/^[^A-Za-z0-9]+/, "").slice(0, 128);
 }

@@ -70,6 +70,7 @@ class FakeCloud:
         objects: contents by key.
         requests: methods and paths, with the Authorization header; `queries` are theirs.
         listing: the status of listings.
+        changes_once_seen: whether an object is another one once its head was asked for.
     """
 
     url: str = ""
@@ -77,6 +78,7 @@ class FakeCloud:
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     queries: list[Mapping[str, str]] = field(default_factory=list)
     listing: HTTPStatus = HTTPStatus.OK
+    changes_once_seen: bool = False
 
     async def answer(self, request: web.Request) -> web.Response:
         self.requests.append((request.method, request.path, request.headers.get("Authorization")))
@@ -96,6 +98,8 @@ class FakeCloud:
         etag = _tag(content)
         if request.headers.get("If-Match", etag) != etag:
             return web.Response(status=412)
+        if self.changes_once_seen and request.method == "HEAD":
+            self.objects[key] += b" "
         headers = {"ETag": etag, "Last-Modified": MODIFIED, "x-goog-generation": "7"}
         start = int(request.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
         if start:

@@ -197,6 +197,24 @@ class Api:
         query = f"?force={force}&until_asked={until_asked}".lower()
         return await self._ended("completed", f"/api/v1/models/{model_id}/unload{query}")
 
+    async def add_by_stage(self, model_id: str, version: int, data: bytes, **said: str) -> None:
+        """Add a version of one file by a stage.
+
+        Args:
+            model_id: the model; it may be new.
+            version: the version, which must be new.
+            data: of its model file.
+            said: where it comes from, for the commit: `source`, and `resolved`.
+        """
+        stages = f"/api/v1/models/{model_id}/versions/{version}/stages"
+        answer = await self.post(stages)
+        assert answer.status == 201, answer.body
+        stage, binary = f"{stages}/{answer.json['id']}", {"Content-Type": "application/octet-stream"}
+        answer = await self.send("PUT", f"{stage}/files/model.onnx", data=data, headers=binary)
+        assert answer.status == 201, answer.body
+        answer = await self.post(f"{stage}/commit", json=said)
+        assert answer.status == 201, answer.body
+
     async def infer(
         self, model_id: str, *inputs: Json, version: int | str | None = None, **request: Any
     ) -> Answer:

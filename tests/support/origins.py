@@ -3,8 +3,8 @@
 import asyncio
 import re
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import chain, repeat
@@ -51,6 +51,16 @@ Reply = Callable[[Asked], bytes]
 """Returns all that the server sends on a connection."""
 
 
+@contextmanager
+def closing_at_once(writer: asyncio.StreamWriter) -> Iterator[None]:
+    """Close the connection of a task that is cancelled: its loop may have no time to do so in order."""
+    try:
+        yield
+    except asyncio.CancelledError:
+        writer.transport.abort()
+        raise
+
+
 @asynccontextmanager
 async def serving_site(reply: Reply) -> AsyncIterator[Site]:
     """Serve one reply on each connection, and close it, on a free port of 127.0.0.1."""
@@ -58,7 +68,7 @@ async def serving_site(reply: Reply) -> AsyncIterator[Site]:
     asked = list[Asked]()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError, EOFError):
+        with suppress(OSError, EOFError), closing_at_once(writer):
             asked.append(_parse(await reader.readuntil(b"\r\n\r\n")))
             content = reply(asked[-1])
             if asked[-1].method == "HEAD":
@@ -153,10 +163,11 @@ class Hub:
             return answer(404, x_error_code="RevisionNotFound")
         if path.startswith(files) and (name := unquote(path.removeprefix(files))) in self.files:
             content = self.files[name]
-            known = {"x_repo_commit": COMMIT, "x_linked_size": len(content), "content_length": 0}
-            known |= {"x_linked_etag": f'"{sha256(content).hexdigest()}"'}
+            tag = f'"{sha256(content).hexdigest()}"'
+            known = {"x_repo_commit": COMMIT, "x_linked_size": len(content), "x_linked_etag": tag}
             cdn = f"https://{asked.headers['host'].replace('localhost', '127.0.0.1')}/cdn"  # another host
-            return answer(302, location=f"{cdn}/{path.removeprefix(files)}?Signature=secret", **known)
+            there = f"{cdn}/{path.removeprefix(files)}?Signature=secret"
+            return answer(302, b"", location=there, **known)
         return answer(404, x_error_code="EntryNotFound" if path.startswith(files) else "RepoNotFound")
 
     def _describe(self, path: str) -> dict[str, object]:

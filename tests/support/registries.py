@@ -60,7 +60,6 @@ class Registry:
         host: with its port.
         pair: its certificate, which is its own authority, and its key.
         auth: what it asks of clients.
-        allowed: what the operator's list has besides the registry: its token server.
         tokens: the scopes for which its token server was asked, and the Authorization header.
     """
 
@@ -68,7 +67,6 @@ class Registry:
     host: str
     pair: Pair
     auth: Auth
-    allowed: list[str]
     tokens: list[tuple[str, str | None]]
 
     @property
@@ -76,7 +74,7 @@ class Registry:
         return self.folder / "certificate.pem"
 
     def environment(self, *, with_login: bool = True) -> dict[str, str]:
-        """Return the variables of an order, with docker's file in the registry's folder."""
+        """Return the variables of a command, with docker's file in the registry's folder."""
         if with_login:
             config = {"auths": {f"https://{self.host}/v2/": {"auth": BASIC.removeprefix("Basic ")}}}
             (self.folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -132,10 +130,9 @@ async def running_registry(folder: Path, auth: Auth = "none") -> AsyncIterator[R
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    registry = Registry(folder, f"127.0.0.1:{port}", pair, auth, [], [])
+    registry = Registry(folder, f"127.0.0.1:{port}", pair, auth, [])
     pair.write(registry.certificate, folder / "key.pem")
     async with _token_server(registry) as realm:
-        registry.allowed.append(realm.removesuffix("/token"))
         settings = folder / "settings.yml"
         settings.write_text(yaml.safe_dump(_make_settings(registry, realm)), encoding="utf-8")
         process = await asyncio.create_subprocess_exec(

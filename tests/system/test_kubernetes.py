@@ -1,7 +1,9 @@
 """`deploy/kubernetes/`: objects match the published schemas, each other, the image and the server."""
 
+import asyncio
 import json
 import re
+from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,14 @@ from support.deployment import (
     instructions,
     read_valid,
 )
+from support.models import add
+from support.origins import Asked, RangedFile, Reply, answer, serving_site, write_authority
+from support.servers import MODULE, fresh_environment, serving
 
 from server.app import all_routes
 from server.auth import keys
 from server.auth.keys import KeyRing
+from server.config import Config
 from server.routing import Access
 
 FOLDER = DEPLOY / "kubernetes"
@@ -240,6 +246,78 @@ def test_schema_is_migrated_by_its_owner_alone() -> None:
     assert secrets("migrate.yaml").isdisjoint(secrets("cluster.yaml"))
     selector = one("cluster.yaml", "StatefulSet")["spec"]["selector"]["matchLabels"]
     assert not selector.items() <= template("migrate.yaml")["metadata"]["labels"].items()
+
+
+# A version from inside the cluster
+
+
+def test_add_job_is_at_the_service_and_not_behind_it() -> None:
+    given = {entry["name"]: entry for entry in container("add.yaml")["env"]}
+    assert given["LOADLEDGER_TOKEN"].keys() == {"name", "valueFrom"}
+    labels = template("add.yaml")["metadata"]["labels"]
+    for file in ("single.yaml", "cluster.yaml"):
+        services = objects(file, "Service")
+        addresses = {
+            f"http://{each['metadata']['name']}:{each['spec']['ports'][0]['port']}"
+            for each in services
+            if each["spec"].get("clusterIP") != "None"
+        }
+        assert addresses == {given["LOADLEDGER_URL"]["value"]}
+        assert not any(each["spec"]["selector"].items() <= labels.items() for each in services)
+        assert not objects(file, "NetworkPolicy")  # else it has to admit the Job
+        assert container("add.yaml")["image"] == container(file)["image"]
+        assert secrets("add.yaml").isdisjoint(secrets(file))
+
+
+def test_add_job_is_repeated_with_its_cache() -> None:
+    job = one("add.yaml", "Job")
+    assert "name" not in job["metadata"]  # each run is a Job of its own
+    assert pod("add.yaml")["restartPolicy"] == "OnFailure"
+    assert job["spec"]["backoffLimit"] > 0
+    assert job["spec"]["ttlSecondsAfterFinished"] > 0
+    cache = mounts("add.yaml")[job_variables()["XDG_CACHE_HOME"]]["name"]
+    [volume] = [volume for volume in pod("add.yaml")["volumes"] if volume["name"] == cache]
+    assert set(volume["emptyDir"]) == {"sizeLimit"}  # on the disk
+    [optional] = container("add.yaml")["envFrom"]
+    assert optional["secretRef"]["optional"] is True
+
+
+async def test_add_job_goes_on_with_its_download(config: Config, tmp_path: Path) -> None:
+    file = RangedFile(add(1).SerializeToString(), cuts=[10])
+    replies: list[Reply] = [file, lambda _: answer(404), file]
+    cache = tmp_path / "cache"
+
+    def reply(asked: Asked) -> bytes:
+        return replies.pop(0)(asked)
+
+    async with serving(config) as server, serving_site(reply) as site:
+        given = job_variables() | {
+            "LOADLEDGER_URL": server.url,
+            "LOADLEDGER_TOKEN": server.api.token("admin"),
+            "HOME": str(cache),
+            "XDG_CACHE_HOME": str(cache),
+        }
+        assert given.keys() == job_variables().keys()
+        trust = {"SSL_CERT_FILE": write_authority(tmp_path)}
+        arguments = [site.url() if "://" in each else each for each in container("add.yaml")["args"]]
+        arguments += ["--digest", f"sha256:{sha256(file.content).hexdigest()}"]
+        assert await run_command(arguments, fresh_environment(cache) | given | trust) != 0
+        assert await run_command(arguments, fresh_environment(cache) | given | trust) == 0
+        added = await server.api.model(arguments[1])
+    assert added["versions"] == [1]
+    assert [asked.headers.get("range") for asked in site.asked] == [None, "bytes=10-", "bytes=10-"]
+    assert list((cache / "loadledger").iterdir()) == []
+
+
+async def run_command(arguments: list[str], environment: dict[str, str]) -> int:
+    """Run the image's entry point with arguments; return its exit code."""
+    process = await asyncio.create_subprocess_exec(*MODULE, *arguments, env=environment)
+    return await process.wait()
+
+
+def job_variables() -> dict[str, str]:
+    """Return the variables of the Job that adds a version; "" for those from Secrets."""
+    return {entry["name"]: entry.get("value", "") for entry in container("add.yaml")["env"]}
 
 
 def test_page_creates_each_secret_before_it_is_used() -> None:

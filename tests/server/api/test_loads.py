@@ -66,7 +66,8 @@ async def test_load_is_accepted_and_its_job_completes(shared: LocalApi) -> None:
     assert job == accepted | {
         "kind": "load", "model_id": "m", "version": 1, "status": "completed", "cause": "request",
         "attempt": 1, "requested_by": "Ann", "stage": None, "waiting_for": None, "error": None,
-        "cancel_requested": False, "superseded_by": None, "reason": None, "emergency": None, "approval": None,
+        "cancel_requested": False,
+        "superseded_by": None, "reason": None, "emergency": None, "approval": None,
         "parameters": {
             "priority": "normal", "timeout_s": 77, "keep_alive_s": None, "memory_limit_bytes": None,
             "strategy": "beside", "pinned": False, "instances": 1, "max_batch_size": 0,

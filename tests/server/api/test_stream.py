@@ -132,7 +132,11 @@ async def test_stages_are_sent_without_id(shared: LocalApi) -> None:
         first = await shared.accepted_load("slow", version=1)
         job = await shared.accepted_load("slow", version=2)
         of_job = {"job_id": job["id"], "model_id": "slow"}
-        waits = {**of_job, "stage": None, "waiting_for": f"job {first['id']} of the same model"}
+        waits = {
+            **of_job,
+            "stage": None,
+            "waiting_for": f"job {first['id']} of the same model",
+        }
         loads = {**of_job, "stage": "loading", "waiting_for": None}
         for expected in (waits, loads):
             while (message := (await client.until("stage"))[-1]).json != expected:

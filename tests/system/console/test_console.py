@@ -266,6 +266,7 @@ async def test_sizes_that_the_model_refused_are_said_to_be_guesses(server: Serve
     await expect(dialog.locator("#predict-outputs")).to_contain_text("values from 1 to 1")
 
 
+NAMED, RESOLVED = "hf://org/repo@main", f"hf://org/repo@{'c0ffee12' * 5}"
 DROP = """(section, files) => {
   const dropped = new DataTransfer();
   for (const [name, bytes] of files) dropped.items.add(new File([new Uint8Array(bytes)], name));
@@ -283,6 +284,7 @@ async def test_dropped_files_become_a_version_and_are_loaded(server: Server, adm
     ]
     for version, files in ((1, single), (2, several)):
         await page.locator("section.models").evaluate(DROP, files)
+        await expect(page.locator("#upload-by-name code")).to_have_text("loadledger add NAME hf://ORG/REPO")
         await expect(page.locator("#upload-model")).to_have_value("My-model")
         await expect(page.locator("#upload-version")).to_have_value(str(version))
         if version == 1:
@@ -298,6 +300,26 @@ async def test_dropped_files_become_a_version_and_are_loaded(server: Server, adm
     await page.locator("#upload-version").fill("2")
     await admin.choose("Add")
     await expect(page.locator("dialog[open] .refusal")).to_contain_text("exists")
+
+
+@pytest.mark.parametrize("resolved", [RESOLVED, NAMED], ids=["resolved", "as named"])
+async def test_version_shows_where_its_uploader_said_it_came_from(
+    server: Server, admin: Console, resolved: str
+) -> None:
+    model_id = f"said-{len(resolved)}"
+    said = {"source": NAMED, "resolved": resolved}
+    await server.api.add_by_stage(model_id, 1, models.add().SerializeToString(), **said)
+    await admin.go(f"#/models/{model_id}")
+    version = admin.page.locator(".its-versions tbody > tr")
+    named = "" if resolved == NAMED else f" (named {NAMED})"
+    await expect(version).to_contain_text(f" by alice, who said that it came from {resolved}{named}.")
+    await expect(version.get_by_role("link")).to_have_count(0)
+    await admin.page.get_by_role("button", name="Add a version…").click()
+    command = f"loadledger add {model_id} hf://ORG/REPO"
+    await expect(admin.page.locator("#upload-by-name code")).to_have_text(command)
+    assert await admin.serious() == []
+    await admin.page.set_viewport_size(PHONE)
+    await admin.fits()
 
 
 async def test_force_unload_kills_stopped_worker(server: Server, admin: Console) -> None:

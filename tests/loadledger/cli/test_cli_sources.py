@@ -1,0 +1,121 @@
+"""`add` and `run` with the name of a source, on a real server, and a hub and a site here."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.clients import printed, refused, run_command
+from support.origins import HANG, Asked, RangedFile, Site, answer
+from support.servers import CTRL_C, Server, at_terminal, standing
+from support.sources import MODEL, NAMED, RESOLVED, SHA256, environment_of, standing_site
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    with standing_site() as site:
+        yield site
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    root = tmp_path_factory.mktemp("server")
+    (root / "repository").mkdir()
+    with standing(root / "repository") as server:
+        yield server
+
+
+@pytest.fixture
+def alice(server: Server, site: Site, tmp_path: Path) -> dict[str, Any]:
+    """The variables of an admin's commands."""
+    own = {"LOADLEDGER_URL": server.url, "LOADLEDGER_TOKEN": server.api.token("admin")}
+    return own | environment_of(site, tmp_path)
+
+
+def test_add_prints_what_came_and_show_where_from(alice: dict[str, Any], site: Site, tmp_path: Path) -> None:
+    url = site.url("/files/net.onnx")
+    added = run_command("add", "shown", url, "--digest", f"sha256:{SHA256}", **alice)
+    assert re.fullmatch(
+        rf"shown version 1: added, 1 file, \d+ bytes\n  from {url}#sha256={SHA256}\n"
+        rf"  model\.onnx: \d+ bytes, sha256 {SHA256}\n"
+        r"to load it: loadledger load shown --version 1\n",
+        added.stdout,
+    )
+    assert (added.exit_code, added.stderr) == (0, "")
+    came = rf"^  version 1: from {url}#sha256={SHA256} \(asked as {url}\), added by alice, \d+\.\ds ago$"
+    assert re.search(came, printed("show", "shown", **alice), re.MULTILINE)
+    assert f"from {url}#sha256={SHA256}" in printed("events", "--type", "VersionAdded", **alice)
+    loaded = run_command("add", "shown", url, "--version", "7", "--load", **alice)
+    assert "shown version 7: load completed in " in loaded.stdout
+    assert [*(tmp_path / "cache/loadledger").iterdir()] == []
+
+
+def test_add_that_fails_says_why_and_sends_nothing(alice: dict[str, Any], site: Site) -> None:
+    assert "(source_not_found)" in refused("add", "m", site.url("/none.onnx"), **alice)
+    wrong = ("add", "m", site.url("/files/m.onnx"), "--digest", f"sha256:{'0' * 64}")
+    assert "they were deleted (digest_mismatch)" in refused(*wrong, **alice)
+    assert "unknown_model" in refused("show", "m", **alice)
+    asked = len(site.asked)
+    away = alice | {"LOADLEDGER_URL": "http://127.0.0.1:9"}
+    assert "cannot be reached" in refused("add", "m", site.url("/files/m.onnx"), **away)
+    assert len(site.asked) == asked
+
+
+def test_into_writes_a_folder_and_asks_no_server(alice: dict[str, Any], site: Site, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    away = alice | {"LOADLEDGER_URL": "http://127.0.0.1:9"}
+    into = ("--into", str(tmp_path / "models"), "--json")
+    done = run_command("add", "m", site.url("/files/m.onnx"), *into, **away)
+    assert json.loads(done.stdout)["files"] == [{"path": "model.onnx", "bytes": len(MODEL), "sha256": SHA256}]
+    assert (tmp_path / "models/m/1/model.onnx").read_bytes() == MODEL
+
+
+async def test_add_at_terminal_shows_bytes_and_goes_on_after_ctrl_c(alice: dict[str, Any]) -> None:
+    half, held = len(MODEL) // 2, [True]
+
+    def reply(asked: Asked) -> bytes:
+        if held[0]:
+            return answer(200, MODEL[:half], content_length=len(MODEL)) + HANG
+        return RangedFile(MODEL)(asked)
+
+    with standing_site(reply) as slow:
+        command = ("add", "slow", slow.url("/m.onnx"), "--digest", f"sha256:{SHA256}")
+        with at_terminal(*command, environment=alice) as terminal:
+            await terminal.until(r"slow: downloading")
+            await terminal.until(r"[12]\.\d/4\.\d MB")
+            terminal.press(CTRL_C)
+            assert await terminal.end() == 130
+        assert "interrupted: the same command goes on where this one was" in terminal.plain
+        held[0] = False
+        assert "slow version 1: added" in printed(*command, **alice)
+        [begun] = [each.headers["range"] for each in slow.asked if "range" in each.headers]
+    assert 0 < int(begun.removeprefix("bytes=").removesuffix("-")) <= half
+
+
+def test_run_downloads_what_is_not_there_for_certain(alice: dict[str, Any], site: Site) -> None:
+    url, digest = site.url("/files/nets/net.onnx"), f"--digest=sha256:{SHA256}"
+    for added in (True, False):
+        asked = len(site.asked)
+        ran = run_command("run", url, digest, **alice)
+        assert ran.exit_code == 0, ran.output
+        assert ("net version 1: added\n" in ran.stdout) is added
+        assert "net version 1: loaded\n" in ran.stdout
+        assert "curl " in ran.stdout
+        assert (len(site.asked) > asked) is added
+    assert "net version 1: loaded" in printed("run", url, **alice)  # the same bytes, which the server has
+
+
+async def test_run_at_terminal_brings_the_model_to_its_own_server(site: Site, tmp_path: Path) -> None:
+    environment = environment_of(site, tmp_path) | {"HOME": str(tmp_path), "LOADLEDGER_PORT": "0"}
+    for added in (True, False):
+        with at_terminal("run", NAMED, environment=environment) as terminal:
+            await terminal.until("Ctrl-C stops the server")
+            assert ("repo version 1: added" in terminal.plain) is added
+            assert "repo version 1: loaded" in terminal.plain
+            terminal.press(CTRL_C)
+            assert await terminal.end() == 0
+    with at_terminal("run", f"{RESOLVED}/none.onnx", environment=environment) as terminal:
+        await terminal.until("source_not_found")
+        assert await terminal.end() == 2

@@ -1,0 +1,124 @@
+"""One line adds a version from each kind of source, and one loads it: real servers, the real command."""
+
+import asyncio
+import tarfile
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from support.clouds import running_fake_cloud, running_s3
+from support.http import ONE
+from support.origins import COMMIT, Hub, RangedFile, serving_site
+from support.registries import TITLE, running_registry
+from support.servers import MODULE, clean_environment, serving
+from support.sources import environment_of
+from support.uploads import FILES, MODEL, staged
+
+from events.types import VersionAdded
+from server.config import Config
+
+RAW, PATH = "application/vnd.cncf.model.weight.v1.raw", "org.cncf.model.filepath"
+LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
+KEYS = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "us-east-1"}
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A source with a model, the variables and options that the command needs, and what its name means."""
+
+    source: str
+    environment: Mapping[str, str]
+    resolved: str
+    options: tuple[str, ...] = ()
+
+
+def image_layer() -> bytes:
+    """Return the layer of an image that has its model in a folder, as KServe's modelcars do."""
+    layer = BytesIO()
+    with tarfile.open(fileobj=layer, mode="w:gz") as archive:
+        for path, content in FILES.items():
+            member = tarfile.TarInfo(f"models/{path}")
+            member.size = len(content)
+            archive.addfile(member, BytesIO(content))
+    return layer.getvalue()
+
+
+@asynccontextmanager
+async def offered(kind: str, folder: Path) -> AsyncIterator[Offer]:
+    """Run a server of this kind that has a model."""
+    async with AsyncExitStack() as running:
+        if kind == "https":
+            site = await running.enter_async_context(serving_site(RangedFile(MODEL)))
+            pinned = ("--digest", f"sha256:{sha256(MODEL).hexdigest()}")
+            yield Offer(site.url(), environment_of(site, folder), f"{site.url()}#sha256=", pinned)
+        elif kind == "hf":
+            hub = Hub(FILES, large=frozenset({"data/w.bin"}), token="hf_secret")
+            site = await running.enter_async_context(serving_site(hub))
+            variables = environment_of(site, folder) | {"HF_TOKEN": "hf_secret"}
+            yield Offer("hf://org/repo@main", variables, f"hf://org/repo@{COMMIT}")
+        elif kind.startswith("oci"):
+            registry = await running.enter_async_context(running_registry(folder, "token"))
+            if kind == "oci image":
+                layers = [await registry.push_blob("team/m", image_layer(), LAYER)]
+            else:
+                layers = [
+                    await registry.push_blob("team/m", content, RAW, **{PATH: path, TITLE: path})
+                    for path, content in FILES.items()
+                ]
+            digest = await registry.push("team/m", "v1", layers)
+            name = f"oci://{registry.host}/team/m"
+            yield Offer(f"{name}:v1", registry.environment(), f"{name}@{digest}")
+        elif kind == "s3":
+            s3 = running.enter_context(running_s3())
+            await asyncio.to_thread(s3.create_bucket, "models", versioned=True)
+            for path, content in FILES.items():
+                await asyncio.to_thread(s3.put, f"models/digits/{path}", content)
+            variables = {**KEYS, "AWS_ENDPOINT_URL": s3.url, "AWS_ALLOW_HTTP": "true"}
+            yield Offer("s3://models/digits/", variables, "s3://models/digits/net.onnx#versionId=")
+        else:
+            fake = await running.enter_async_context(running_fake_cloud())
+            fake.objects = {f"digits/{path}": content for path, content in FILES.items()}
+            variables = {"GOOGLE_BASE_URL": fake.url, "GOOGLE_ALLOW_HTTP": "true"}
+            if kind == "az":
+                variables = {"AZURE_STORAGE_ENDPOINT": fake.url, "AZURE_ALLOW_HTTP": "true"}
+                variables["AZURE_STORAGE_ACCOUNT_NAME"] = "account"
+            yield Offer(f"{kind}://models/digits/", variables, f"{kind}://models/digits/net.onnx#")
+
+
+async def run(*arguments: str, environment: Mapping[str, str]) -> str:
+    """Run a command of the client; return what it prints."""
+    process = await asyncio.create_subprocess_exec(
+        *MODULE,
+        *arguments,
+        env=clean_environment() | dict(environment),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    printed, errors = await process.communicate()
+    assert process.returncode == 0, errors.decode()
+    return printed.decode()
+
+
+@pytest.mark.parametrize("kind", ["https", "hf", "oci", "oci image", "s3", "gs", "az"])
+async def test_one_line_adds_and_one_loads(kind: str, config: Config, tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    async with offered(kind, folder) as offer, serving(config) as server:
+        me = {"LOADLEDGER_URL": server.url, "LOADLEDGER_TOKEN": server.api.token("admin")}
+        me |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), **offer.environment}
+        added = await run("add", "m", offer.source, *offer.options, environment=me)
+        assert "m version 1: added" in added
+        assert offer.resolved in added
+        await run("load", "m", "--wait", environment=me)
+        [origin] = (await server.api.model("m"))["sources"]
+        assert (origin["source"], origin["added_by"]) == (offer.source, "alice")
+        assert origin["resolved"].startswith(offer.resolved)
+        if kind == "https":
+            assert (await server.api.infer("m", ONE)).json["outputs"][0]["data"] == [2]
+        assert staged(config.repository) == []
+        assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+        assert VersionAdded.TYPE in await run("events", "--model", "m", environment=me)
