@@ -27,6 +27,8 @@ MAX_HEADERS_BYTES = 256 * 2**20
 """Of all members: they are in memory."""
 MAX_MEMBERS = 100_000
 """Ten times the files of a version: an image's layer may have others beside the model."""
+MAX_GLOBAL_HEADERS = 100
+"""Of pax, for all members, each of which copies them; `git archive` writes one."""
 MODELS = PurePosixPath("models")
 """KServe's images of models ("modelcars") have the model in this folder."""
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
@@ -75,9 +77,11 @@ def _read_members(opened: tarfile.TarFile, bounded: _Bounded) -> dict[PurePosixP
         headers_bytes += bounded.read_bytes
         if count > MAX_MEMBERS or headers_bytes > MAX_HEADERS_BYTES:
             raise _refusal(f"it has more than {MAX_MEMBERS} members, or they have very long names")
+        if len(opened.pax_headers) > MAX_GLOBAL_HEADERS:
+            raise _refusal(f"it has more than {MAX_GLOBAL_HEADERS} headers for all members")
         if member.size < 0:  # the next header would be this one again
             raise _refusal(f"{member.name!a} in it has a negative size")
-        bounded.read_bytes, member.pax_headers = 0, {}  # each has a copy of those for all members
+        bounded.read_bytes, member.pax_headers = 0, {}
         members[PurePosixPath(member.name)] = member
     return members
 

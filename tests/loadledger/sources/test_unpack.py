@@ -166,6 +166,12 @@ def test_what_is_no_archive_is_refused(archive: bytes, message: str, unpack_here
         unpack_here(archive)
 
 
+def test_many_headers_for_all_members_are_refused(unpack_here: Unpack) -> None:
+    records = b"".join(b"10 %04d=1\n" % number for number in range(1000, 1000 + 512))
+    with pytest.raises(SourceProblem, match="more than 100 headers for all members"):
+        unpack_here(header(tarfile.XGLTYPE, len(records)) + records + PLAIN_MODEL + bytes(1024))
+
+
 @pytest.mark.parametrize(
     ("limit", "message"),
     [
