@@ -6,6 +6,7 @@ source for the rest of a file.
 
 import asyncio
 import random
+from asyncio.subprocess import DEVNULL, Process, create_subprocess_exec
 from collections import Counter
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -17,19 +18,21 @@ from support.origins import HANG, Asked, RangedFile, serving_site
 from support.servers import MODULE, Server, clean_environment, serving, verified
 from support.sources import environment_of
 from support.uploads import files_in, staged
+from support.workers import until
 
 from server.config import Config
 
 KILLS = of_both(short=3, long=50)
-SOON_S, LATE_S = 0.3, 1.5
-"""A download begins half a second after its command, and the upload ends another half later."""
+SOON_S, LATE_S, UPLOAD_S = 0.3, 1.0, 0.15
+"""A download begins within half a second; its upload takes a quarter of one."""
 MODEL = models.weights(40).SerializeToString()
+VERSION = "/api/v1/models/m/versions/1"
 PINNED = f"sha256:{sha256(MODEL).hexdigest()}"
 
 
 @dataclass
 class Source:
-    """Sends what is asked for, or a random part of it and then nothing, unless it is `open`."""
+    """Sends a random part of what is asked for and then nothing, or all of it while it is `open`."""
 
     dice: random.Random
     is_open: bool = False
@@ -39,27 +42,36 @@ class Source:
     def __call__(self, asked: Asked) -> bytes:
         self.counts["continued" if "range" in asked.headers else "begun"] += 1
         reply = self._file(asked)
-        if self.is_open or self.dice.random() < 1 / 2:
+        if self.is_open:
             return reply
         head, _, body = reply.partition(b"\r\n\r\n")
         return head + b"\r\n\r\n" + body[: self.dice.randrange(len(body) + 1)] + HANG
 
 
-async def add(server: Server, source: str, environment: dict[str, str], life_s: float | None) -> bool:
-    """Run the command; return whether it ended before it was killed."""
-    me = {"LOADLEDGER_URL": server.url, "LOADLEDGER_TOKEN": server.api.token("admin")}
-    command = (*MODULE, "add", "m", source, "--version", "1", "--digest", PINNED)
-    process = await asyncio.create_subprocess_exec(
-        *command, env=clean_environment() | environment | me, stdout=asyncio.subprocess.DEVNULL
-    )
-    try:
-        async with asyncio.timeout(life_s):
-            assert await process.wait() == 0
-    except TimeoutError:
-        process.kill()
-        await process.wait()
-        return False
-    return True
+@dataclass
+class Adder:
+    """Runs the command, again and again."""
+
+    server: Server
+    repository: Path
+    source: str
+    environment: dict[str, str]
+
+    async def start(self) -> Process:
+        me = {"LOADLEDGER_URL": self.server.url, "LOADLEDGER_TOKEN": self.server.api.token("admin")}
+        command = (*MODULE, "add", "m", self.source, "--version", "1", "--digest", PINNED)
+        environment = clean_environment() | self.environment | me
+        return await create_subprocess_exec(*command, env=environment, stdout=DEVNULL)
+
+    async def kill_after(self, life_s: float, *, uploads: bool) -> bool:
+        """Kill it so long after its start, or after its upload's; return whether it had ended before."""
+        process = await self.start()
+        if uploads:
+            await until(lambda: bool(staged(self.repository)) or process.returncode is not None)
+        await asyncio.sleep(life_s)  # a random moment
+        if process.returncode is None:
+            process.kill()
+        return await process.wait() == 0
 
 
 def visible(repository: Path) -> dict[str, bytes]:
@@ -70,19 +82,22 @@ async def test_killed_add_leaves_no_half_version_and_goes_on(config: Config, tmp
     dice, whole = new_dice(), {"m/1/model.onnx": MODEL}
     slow = Source(dice)
     async with serving_site(slow) as site, serving(config) as server:
-        environment = environment_of(site, tmp_path)
+        adder = Adder(server, config.repository, site.url(), environment_of(site, tmp_path))
         while slow.counts["kills"] < KILLS:
-            has_ended = await add(server, site.url(), environment, dice.uniform(SOON_S, LATE_S))
+            slow.is_open = dice.random() < 1 / 2  # then it is killed in its upload
+            life_s = dice.uniform(0, UPLOAD_S) if slow.is_open else dice.uniform(SOON_S, LATE_S)
+            has_ended = await adder.kill_after(life_s, uploads=slow.is_open)
             slow.counts["ended" if has_ended else "kills"] += 1
-            is_there = (await server.api.get("/api/v1/models/m")).status == 200
-            assert visible(config.repository) == (whole if is_there else {})
-            slow.counts["in mid-upload"] += not is_there and bool(staged(config.repository))
-            assert is_there or not has_ended
-            if is_there:  # the answer to its commit may have been lost
+            found = visible(config.repository)
+            assert found in (whole, {})
+            assert found == whole or not has_ended
+            slow.counts["in mid-upload"] += not found and bool(staged(config.repository))
+            if found:  # the answer to its commit may have been lost
                 slow.counts["added"] += 1
-                assert (await server.api.send("DELETE", "/api/v1/models/m/versions/1")).status == 204
+                assert (await server.api.send("DELETE", VERSION)).status == 204
         slow.is_open = True
-        assert await add(server, site.url(), environment, None)
+        while await (await adder.start()).wait():  # a commit that was on its way has come
+            assert (await server.api.send("DELETE", VERSION)).status == 204
         assert visible(config.repository) == whole
         assert [*(tmp_path / "cache/loadledger").iterdir()] == []
         await server.stop()

@@ -1,6 +1,10 @@
-"""One line adds a version from each kind of source, and one loads it: real servers, the real command."""
+"""The commands of docs/how-to/add-a-model-by-name.md add a version from each kind of source; one loads it.
+
+Real servers, the real command; only the names of hosts are other ones.
+"""
 
 import asyncio
+import re
 import tarfile
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -13,6 +17,7 @@ import pytest
 from support.clouds import running_fake_cloud, running_s3
 from support.http import ONE
 from support.origins import COMMIT, Hub, RangedFile, serving_site
+from support.pages import ROOT
 from support.registries import TITLE, running_registry
 from support.servers import MODULE, clean_environment, serving
 from support.sources import environment_of
@@ -26,14 +31,21 @@ LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 KEYS = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "us-east-1"}
 
 
+PAGE = (ROOT / "docs/how-to/add-a-model-by-name.md").read_text(encoding="utf-8")
+PRINTED = {
+    words[3].partition("://")[0]: words
+    for words in map(str.split, re.findall(r"\| `(loadledger add \S+ \S+)` \|", PAGE))
+}
+"""The words of the page's commands, by the scheme of their source."""
+
+
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A source with a model, the variables and options that the command needs, and what its name means."""
+    """A source with a model: its host, the variables that the command needs, and what its name means."""
 
-    source: str
+    host: str
     environment: Mapping[str, str]
     resolved: str
-    options: tuple[str, ...] = ()
 
 
 def image_layer() -> bytes:
@@ -53,32 +65,32 @@ async def offered(kind: str, folder: Path) -> AsyncIterator[Offer]:
     async with AsyncExitStack() as running:
         if kind == "https":
             site = await running.enter_async_context(serving_site(RangedFile(MODEL)))
-            pinned = ("--digest", f"sha256:{sha256(MODEL).hexdigest()}")
-            yield Offer(site.url(), environment_of(site, folder), f"{site.url()}#sha256=", pinned)
+            resolved = f"https://{site.host}/digits.onnx#sha256={sha256(MODEL).hexdigest()}"
+            yield Offer(site.host, environment_of(site, folder), resolved)
         elif kind == "hf":
             hub = Hub(FILES, large=frozenset({"data/w.bin"}), token="hf_secret")
             site = await running.enter_async_context(serving_site(hub))
             variables = environment_of(site, folder) | {"HF_TOKEN": "hf_secret"}
-            yield Offer("hf://org/repo@main", variables, f"hf://org/repo@{COMMIT}")
+            yield Offer("", variables, f"hf://org/repo@{COMMIT}")
         elif kind.startswith("oci"):
             registry = await running.enter_async_context(running_registry(folder, "token"))
             if kind == "oci image":
-                layers = [await registry.push_blob("team/m", image_layer(), LAYER)]
+                layers = [await registry.push_blob("team/digits", image_layer(), LAYER)]
             else:
                 layers = [
-                    await registry.push_blob("team/m", content, RAW, **{PATH: path, TITLE: path})
+                    await registry.push_blob("team/digits", content, RAW, **{PATH: path, TITLE: path})
                     for path, content in FILES.items()
                 ]
-            digest = await registry.push("team/m", "v1", layers)
-            name = f"oci://{registry.host}/team/m"
-            yield Offer(f"{name}:v1", registry.environment(), f"{name}@{digest}")
+            digest = await registry.push("team/digits", "v1", layers)
+            resolved = f"oci://{registry.host}/team/digits@{digest}"
+            yield Offer(registry.host, registry.environment(), resolved)
         elif kind == "s3":
             s3 = running.enter_context(running_s3())
             await asyncio.to_thread(s3.create_bucket, "models", versioned=True)
             for path, content in FILES.items():
                 await asyncio.to_thread(s3.put, f"models/digits/{path}", content)
             variables = {**KEYS, "AWS_ENDPOINT_URL": s3.url, "AWS_ALLOW_HTTP": "true"}
-            yield Offer("s3://models/digits/", variables, "s3://models/digits/net.onnx#versionId=")
+            yield Offer("", variables, "s3://models/digits/net.onnx#versionId=")
         else:
             fake = await running.enter_async_context(running_fake_cloud())
             fake.objects = {f"digits/{path}": content for path, content in FILES.items()}
@@ -86,7 +98,7 @@ async def offered(kind: str, folder: Path) -> AsyncIterator[Offer]:
             if kind == "az":
                 variables = {"AZURE_STORAGE_ENDPOINT": fake.url, "AZURE_ALLOW_HTTP": "true"}
                 variables["AZURE_STORAGE_ACCOUNT_NAME"] = "account"
-            yield Offer(f"{kind}://models/digits/", variables, f"{kind}://models/digits/net.onnx#")
+            yield Offer("", variables, f"{kind}://models/digits/net.onnx#")
 
 
 async def run(*arguments: str, environment: Mapping[str, str]) -> str:
@@ -110,15 +122,17 @@ async def test_one_line_adds_and_one_loads(kind: str, config: Config, tmp_path: 
     async with offered(kind, folder) as offer, serving(config) as server:
         me = {"LOADLEDGER_URL": server.url, "LOADLEDGER_TOKEN": server.api.token("admin")}
         me |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), **offer.environment}
-        added = await run("add", "m", offer.source, *offer.options, environment=me)
-        assert "m version 1: added" in added
+        _, *command, name, source = PRINTED[kind.partition(" ")[0]]
+        source = re.sub(r"\w+\.example\.com", offer.host, source)
+        added = await run(*command, name, source, environment=me)
+        assert f"{name} version 1: added" in added
         assert offer.resolved in added
-        await run("load", "m", "--wait", environment=me)
-        [origin] = (await server.api.model("m"))["sources"]
-        assert (origin["source"], origin["added_by"]) == (offer.source, "alice")
+        await run("load", name, "--wait", environment=me)
+        [origin] = (await server.api.model(name))["sources"]
+        assert (origin["source"], origin["added_by"]) == (source, "alice")
         assert origin["resolved"].startswith(offer.resolved)
         if kind == "https":
-            assert (await server.api.infer("m", ONE)).json["outputs"][0]["data"] == [2]
+            assert (await server.api.infer(name, ONE)).json["outputs"][0]["data"] == [2]
         assert staged(config.repository) == []
         assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
-        assert VersionAdded.TYPE in await run("events", "--model", "m", environment=me)
+        assert VersionAdded.TYPE in await run("events", "--model", name, environment=me)

@@ -12,6 +12,8 @@ from support.origins import HANG, Asked, RangedFile, Site, answer
 from support.servers import CTRL_C, Server, at_terminal, standing
 from support.sources import MODEL, NAMED, RESOLVED, SHA256, environment_of, standing_site
 
+from loadledger.sources.terminal import note_line
+
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[Site]:
@@ -119,3 +121,17 @@ async def test_run_at_terminal_brings_the_model_to_its_own_server(site: Site, tm
     with at_terminal("run", f"{RESOLVED}/none.onnx", environment=environment) as terminal:
         await terminal.until("source_not_found")
         assert await terminal.end() == 2
+
+
+@pytest.mark.parametrize(
+    ("url", "is_far"),
+    [
+        *((f"http://{host}:8080", False) for host in ("localhost", "127.0.0.1", "127.1.2.3", "[::1]")),
+        *((f"https://{host}", True) for host in ("models.example.com", "10.0.0.1", "[fd00::1]")),
+    ],
+)
+def test_upload_to_another_machine_says_its_size(
+    capsys: pytest.CaptureFixture[str], url: str, *, is_far: bool
+) -> None:
+    note_line(url, 1_200_000_000)
+    assert capsys.readouterr().err == (f"loadledger: sending 1.20 GB to {url}\n" if is_far else "")
