@@ -235,11 +235,11 @@ class Operations:
         from loadledger.sources.fetch import fetch_version, resolve_source
 
         with Downloads() as downloads:
-            fetched = await call(lambda: fetch_version(resolve_source(source, digest), downloads))
+            brought = await call(lambda: fetch_version(resolve_source(source, digest), downloads))
             added = await self.add_files(
-                model_id, fetched.files, version, said=fetched.said, on_progress=on_progress
+                model_id, brought.files, version, said=brought.said, on_progress=on_progress
             )
-            await call(downloads.discard)
+            await call(brought.discard)
         return added
 
     async def add_files(

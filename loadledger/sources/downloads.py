@@ -104,6 +104,10 @@ class _Arriving:
         self._downloads.on_bytes(len(piece))
 
 
+def unwritable(error: OSError, path: Path) -> SourceProblem:
+    return SourceProblem("no_space", f"{error.filename or path} cannot be written: {error.strerror}")
+
+
 class Downloads:
     """The folder of downloads; a `with` block, at whose end other commands may have its files.
 
@@ -172,9 +176,7 @@ class Downloads:
                 self._fetch_rest(arriving, open_at, is_known=known_by is not None)
             arriving.file.flush()
         except OSError as error:
-            raise SourceProblem(
-                "no_space", f"{error.filename or path} cannot be written: {error.strerror}"
-            ) from None
+            raise unwritable(error, path) from None
         found = arriving.digest.hexdigest()
         if sha256 not in (None, found) or size not in (None, arriving.bytes):
             path.unlink()

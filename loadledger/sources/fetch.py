@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loadledger.errors import SourceProblem
-from loadledger.sources.downloads import Downloads
+from loadledger.sources.downloads import Downloads, unwritable
 from loadledger.sources.names import SourceName, parse_digest, parse_source
-from loadledger.sources.origin import Origin, RemoteFile, Resolved
-from loadledger.uploads import VersionFile, VersionSource
+from loadledger.sources.origin import Origin, RemoteFile
+from loadledger.uploads import Brought, VersionFile, VersionSource
 from runtime.onnxfields import TooManyFields, Unparsable
 from runtime.onnxfile import SIGNATURE_SUFFIX, describe_foreign_file, external_locations, find_model_file
 
@@ -40,26 +40,6 @@ class NamedVersion:
     origin: Origin
 
 
-@dataclass(frozen=True, slots=True)
-class FetchedVersion:
-    """A version by name whose files are here.
-
-    Attributes:
-        source: its name, as it was given.
-        resolved: what it meant.
-        files: of the version, the model first.
-    """
-
-    source: str
-    resolved: str
-    files: VersionSource
-
-    @property
-    def said(self) -> dict[str, str]:
-        """What an upload says of where its files come from."""
-        return {"source": self.source, "resolved": self.resolved}
-
-
 def resolve_source(name: str, digest: str | None = None) -> NamedVersion:
     """Return what a name means now.
 
@@ -72,7 +52,7 @@ def resolve_source(name: str, digest: str | None = None) -> NamedVersion:
     """
     source, sha256 = parse_source(name), parse_digest(digest)
     origin = _open_origin(source, sha256)
-    resolved: Resolved = origin.resolve()
+    resolved = origin.resolve()
     return NamedVersion(source, resolved.name, resolved.files, origin)
 
 
@@ -97,7 +77,7 @@ def _open_origin(source: SourceName, sha256: str | None) -> Origin:
 
 def fetch_version(
     named: NamedVersion, downloads: Downloads, on_progress: Progress = lambda _, __: None
-) -> FetchedVersion:
+) -> Brought:
     """Fetch the files that a version must have, then those that its model and its signatures name.
 
     Raises:
@@ -132,7 +112,8 @@ def fetch_version(
         raise
     resolved = named.resolved or f"{named.source.name}#sha256={files[model].sha256}"
     in_order = sorted(files.values(), key=lambda file: (file.path != model, file.path))
-    return FetchedVersion(named.source.name, resolved, VersionSource(tuple(in_order)))
+    said = {"source": named.source.name, "resolved": resolved}
+    return Brought(VersionSource(tuple(in_order)), said, downloads.discard)
 
 
 def _fetch_file(origin: Origin, file: RemoteFile, downloads: Downloads) -> dict[str, VersionFile]:
@@ -143,7 +124,10 @@ def _fetch_file(origin: Origin, file: RemoteFile, downloads: Downloads) -> dict[
     from loadledger.sources.unpack import unpack
 
     folder = downloads.new_folder(download.path)
-    paths = unpack(download.path, folder)
+    try:
+        paths = unpack(download.path, folder)
+    except OSError as error:
+        raise unwritable(error, folder) from None
     return {_checked(path): _describe(path, folder / path) for path in paths}
 
 

@@ -44,8 +44,7 @@ def bring(
 def download(model: str, named: NamedVersion, downloads: Downloads) -> Brought:
     """Download a version; return its files."""
     with display_transfer(f"{to_printable(model)}: downloading") as show:
-        fetched = fetch_version(named, downloads, show or (lambda *_: None))
-    return Brought(fetched.files, fetched.said, downloads.discard)
+        return fetch_version(named, downloads, show or (lambda *_: None))
 
 
 def send(client: Any, brought: Brought, model: str, version: int | None) -> AddedVersion:

@@ -67,8 +67,12 @@ class Web:
     ) -> WebAnswer:
         """Return an answer with one of these statuses; headers go to the URL's own origin only."""
         own = {"Authorization": authorization} if authorization else {}
-        response = retrying(lambda: self._send(url, {**headers, **own}, statuses))
-        body = b"".join(_read(response, url, MAX_ANSWER_BYTES + 1))
+
+        def ask() -> tuple[HTTPResponse, bytes]:
+            response = self._send(url, {**headers, **own}, statuses)
+            return response, b"".join(_read(response, url, MAX_ANSWER_BYTES + 1))
+
+        response, body = retrying(ask)
         if len(body) > MAX_ANSWER_BYTES:
             raise SourceProblem(
                 "source_invalid", f"{_show(url)} answers with more than {MAX_ANSWER_BYTES} bytes"
@@ -180,7 +184,7 @@ def _read(response: HTTPResponse, url: str, most: int | None = None) -> Iterator
                 break
             count += len(piece)
             yield piece
-    if length is not None and most is None and count < length:
+    if length is not None and count < (length if most is None else min(length, most)):
         raise _transient(f"{_show(url)} sent {count} of {length} bytes")
 
 

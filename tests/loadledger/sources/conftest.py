@@ -31,7 +31,8 @@ def fetch() -> Fetch:
         with Downloads() as arriving:
             found = fetch_version(resolve_source(source, digest), arriving)
             files = {file.path: file.source.read_bytes() for file in found.files.files}
-            arriving.discard()
-        return found.resolved, files
+            found.discard()
+        assert found.said is not None
+        return found.said["resolved"], files
 
     return lambda source, digest=None: asyncio.to_thread(work, source, digest)

@@ -162,7 +162,8 @@ async def test_answer_that_is_no_file_says_why(reply: bytes, said: str) -> None:
 
 
 async def test_transient_failures_are_tried_again() -> None:
-    replies = iter([answer(503), answer(429), answer(200, b"content")])
+    cut = answer(200, b"cont", content_length=7)
+    replies = iter([answer(503), cut, answer(200, b"content")])
     async with serving_site(lambda _: next(replies)) as site:
         assert await get(site.url()) == b"content"
 
