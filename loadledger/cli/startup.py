@@ -13,7 +13,7 @@ import pwd
 import shlex
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -75,6 +75,9 @@ CHECK_LIMIT_S = 60.0
 
 MAX_FINDINGS = 20
 """Findings that are printed; `loadledger check` prints all."""
+
+LONG_BYTES = 2**24
+"""Of an upload, from which on it has a progress bar."""
 
 LEVEL = "LOADLEDGER_LOG_LEVEL"
 """Without it the command's own server logs warnings only, since a person reads what it prints."""
@@ -330,7 +333,8 @@ async def _add_if_new(client: AsyncClient, subject: Subject) -> tuple[str, int |
                 subject, model, "and this name is only that of a folder, or a part of the file's"
             )
     note_line(client.url, source.bytes)
-    with display_transfer(f"{subject.name}: sending") as show:
+    is_long = source.bytes >= LONG_BYTES
+    with display_transfer(f"{subject.name}: sending") if is_long else nullcontext() as show:
         added = await client.add_files(subject.name, source, said=brought.said, on_progress=show)
     brought.discard()
     click.echo(f"{subject.name} version {added.version}: added")

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from support import models
@@ -24,6 +25,20 @@ MODEL = models.add(1).SerializeToString()
 LOGIN = {"auth": "dXNlcjpodW50ZXIy"}  # of user, hunter2
 ROOM_BYTES = 2**25
 """On the disk, above its reserve."""
+
+
+class Usage(NamedTuple):
+    """Of a disk, as `shutil.disk_usage` returns it."""
+
+    free: int
+
+
+def small_disk(folder: Path) -> Usage:
+    """Return what is free of a disk that has only this folder."""
+    used = sum(path.stat().st_size for path in folder.glob("*"))
+    return Usage(downloads.RESERVE_BYTES + ROOM_BYTES - used)
+
+
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 Reply = Callable[[Asked], bytes]
 
@@ -72,10 +87,10 @@ async def test_hostile_source_fails_and_leaves_nothing(
     scheme, reply, code = ATTACKS[what]
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
     monkeypatch.setenv("SSL_CERT_FILE", write_authority(tmp_path))
-    monkeypatch.setattr(web, "TIMEOUT_S", 1.0)
+    if what in {"slow body", "no answer"}:
+        monkeypatch.setattr(web, "TIMEOUT_S", 1.0)
     monkeypatch.setattr(downloads, "DELAYS_S", (0.001,))
-    if code == "no_space":
-        monkeypatch.setattr(downloads, "RESERVE_BYTES", shutil.disk_usage(tmp_path).free - ROOM_BYTES)
+    monkeypatch.setattr(shutil, "disk_usage", small_disk)
     async with serving_site(reply) as site:
         (tmp_path / "config.json").write_text(json.dumps({"auths": {site.host: LOGIN}}), encoding="utf-8")
 

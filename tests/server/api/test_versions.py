@@ -242,8 +242,8 @@ async def test_version_is_never_overwritten(shared: LocalApi) -> None:
 
 
 async def test_unknown_version_cannot_be_removed(shared: LocalApi) -> None:
-    assert (await shared.send("DELETE", path("nothing"))).refusal == (404, "unknown_version")
-    assert (await shared.send("DELETE", path("nothing"), roles=("audit",))).status == 403
+    assert (await shared.send("DELETE", path("never-added"))).refusal == (404, "unknown_version")
+    assert (await shared.send("DELETE", path("never-added"), roles=("audit",))).status == 403
 
 
 async def test_client_that_leaves_leaves_nothing(shared: LocalApi) -> None:
