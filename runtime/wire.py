@@ -277,7 +277,7 @@ class Load(Message, frozen=True):
         warm_up_required: whether a warm-up that fails fails the load.
         layers: what confines the worker; one that cannot be applied ends it.
         ceiling_bytes: limit of its memory for good, whatever it does itself; None is no limit.
-        tensors: inputs of the warm-up, which `Worker.load` adds; without them, zeros where shapes allow it.
+        tensors: inputs of the warm-up, which `Worker.load` fills in; else zeros where shapes allow it.
         name: what the process is called in lists of processes.
         device: where the session runs; None is the CPU. Its warm-up has to succeed.
         max_request_bytes: limit of a request; a model that needs longer ones is refused.
@@ -361,7 +361,7 @@ class Probe(Message, frozen=True):
 class ReadJson(Message, frozen=True):
     """Read the JSON of an inference request, the only tensor; the first message to a worker, and its last.
 
-    `memory_limit_bytes` and `layers` are as for `Load`; `Worker.read_json` adds the tensor.
+    `memory_limit_bytes` and `layers` are as for `Load`; `Worker.read_json` fills in the tensor.
     """
 
     memory_limit_bytes: int

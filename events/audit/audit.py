@@ -1,7 +1,7 @@
 """Audit of a ledger: the file, the chain, the stored projections, exports, an expected head.
 
-`verify` proves the log; `audit` adds SQLite's integrity check, the schema, and a comparison with exports and
-with a head that somebody kept.
+`verify` proves the log; `audit` also checks the file as SQLite does, its schema, and that exports and a head
+that somebody kept agree.
 """
 
 from __future__ import annotations

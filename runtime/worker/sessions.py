@@ -288,7 +288,7 @@ def limit_memory(
 
 @contextmanager
 def memory_limited(most_bytes: int) -> Iterator[None]:
-    """Limit the memory that the process adds meanwhile."""
+    """Limit how much more memory the process takes meanwhile."""
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     allowed = memory.data_bytes() + most_bytes
     least = allowed if soft == resource.RLIM_INFINITY else min(allowed, soft)

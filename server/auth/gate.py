@@ -93,7 +93,7 @@ PRINCIPAL: web.RequestKey[Principal] = web.RequestKey("principal", Principal)
 
 
 def credential_of(principal: Principal) -> Credential:
-    """Return a principal's token as the ledger records it; the writer adds who issued it."""
+    """Return a principal's token as the ledger records it, where the writer puts who issued it."""
     return Credential(principal.issuer, principal.jti)
 
 
