@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -140,7 +140,7 @@ def _mark(found: obstore.ObjectMeta) -> str:
     return f"#versionId={found['version']}" if found["version"] else f"#etag={found['e_tag']}"
 
 
-def _read(result: obstore.GetResult) -> Iterator[bytes]:
+def _read(result: obstore.GetResult) -> Generator[bytes, None, None]:
     """Yield what a store sends, in pieces of about `CHUNK_BYTES`."""
     with _translated_errors():
         for chunk in result.stream(min_chunk_size=CHUNK_BYTES):

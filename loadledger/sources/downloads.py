@@ -11,8 +11,8 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple, Self, TypeVar
@@ -41,7 +41,7 @@ class Opened(NamedTuple):
 
     offset: int
     length: int | None
-    pieces: Iterable[bytes]
+    pieces: Generator[bytes, None, None]
 
 
 OpenAt = Callable[[int], Opened]
@@ -88,15 +88,18 @@ class _Arriving:
             self._downloads.on_bytes(-self.bytes)
             self.digest, self.bytes = hashlib.sha256(), 0
         unchecked = CHECK_BYTES
-        for piece in opened.pieces:
-            unchecked += len(piece)
-            if unchecked >= CHECK_BYTES:
-                self._downloads.check_free()
-                unchecked = 0
-            self.file.write(piece)
-            self._count(piece)
-            if self._size is not None and self.bytes > self._size:
-                raise SourceProblem("source_invalid", f"the source sends more than its {self._size} bytes")
+        with closing(opened.pieces) as pieces:  # and with it the connection, whatever ends this
+            for piece in pieces:
+                unchecked += len(piece)
+                if unchecked >= CHECK_BYTES:
+                    self._downloads.check_free()
+                    unchecked = 0
+                self.file.write(piece)
+                self._count(piece)
+                if self._size is not None and self.bytes > self._size:
+                    raise SourceProblem(
+                        "source_invalid", f"the source sends more than its {self._size} bytes"
+                    )
 
     def _count(self, piece: bytes) -> None:
         self.digest.update(piece)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import socket
 import ssl
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
@@ -171,7 +171,7 @@ def _join(base: str, location: str) -> str:
     return location
 
 
-def _read(response: HTTPResponse, url: str, most: int | None = None) -> Iterator[bytes]:
+def _read(response: HTTPResponse, url: str, most: int | None = None) -> Generator[bytes, None, None]:
     """Yield a body's pieces; at most so many bytes, and one piece, of it."""
     count, length = 0, response.length
     with closing(response):
