@@ -101,7 +101,7 @@ class _Upload:
 
     files: VersionSource
     digests: Mapping[str, str]
-    said: Mapping[str, str] | None
+    provenance: Mapping[str, str] | None
     on_progress: Progress | None
 
     def count(self, before: int, of_file: int) -> None:
@@ -227,19 +227,21 @@ class Operations:
         call = self._context.transport.call
         if path is not None:
             found = await call(lambda: find_version_files(Path(path), signature))
-            said = {"source": source} if source else None
-            return await self.add_files(model_id, found, version, said=said, on_progress=on_progress)
+            provenance = {"source": source} if source else None
+            return await self.add_files(
+                model_id, found, version, provenance=provenance, on_progress=on_progress
+            )
         if source is None or signature is not None:
             raise ValueError("give a path, or a source, whose signature comes along with it")
         from loadledger.sources.downloads import Downloads
         from loadledger.sources.fetch import fetch_version, resolve_source
 
         with Downloads() as downloads:
-            brought = await call(lambda: fetch_version(resolve_source(source, digest), downloads))
+            local = await call(lambda: fetch_version(resolve_source(source, digest), downloads))
             added = await self.add_files(
-                model_id, brought.files, version, said=brought.said, on_progress=on_progress
+                model_id, local.files, version, provenance=local.provenance, on_progress=on_progress
             )
-            await call(brought.discard)
+            await call(local.discard)
         return added
 
     async def add_files(
@@ -248,7 +250,7 @@ class Operations:
         files: VersionSource,
         version: int | None = None,
         *,
-        said: Mapping[str, str] | None = None,
+        provenance: Mapping[str, str] | None = None,
         on_progress: Progress | None = None,
     ) -> AddedVersion:
         """Put files into the server's repository as a version; see `add`.
@@ -257,7 +259,7 @@ class Operations:
             model_id: the model.
             files: of the version.
             version: its number.
-            said: `source`, and `resolved` if it says more: where the files come from.
+            provenance: `source`, and `resolved` if it says more: where the files come from.
             on_progress: as of `add`.
 
         Raises:
@@ -266,7 +268,7 @@ class Operations:
             ServerError: the server refused.
         """
         digests = await self._context.transport.call(lambda: hash_files(files))
-        upload = _Upload(files, digests, said, on_progress)
+        upload = _Upload(files, digests, provenance, on_progress)
 
         async def add_as(number: int) -> AddedVersion:
             try:
@@ -302,9 +304,9 @@ class Operations:
                     await fetch_with_retries(self._context, request, File, reached=True)
                 sent += file.bytes
             commit = Request("POST", f"{target}/commit", repeatable=False, timeout_s=UPLOAD_ANSWER_S)
-            if upload.said is not None:
+            if upload.provenance is not None:
                 headers = {"Content-Type": "application/json"}
-                commit = replace(commit, headers=headers, body=encode_json(upload.said))
+                commit = replace(commit, headers=headers, body=encode_json(upload.provenance))
             return await fetch(self._context, commit, AddedVersion)
         except ServerError as problem:
             if problem.code in _REFUSED_FILES:

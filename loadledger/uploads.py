@@ -55,16 +55,16 @@ class VersionSource:
 
 
 @dataclass(frozen=True, slots=True)
-class Brought:
+class LocalVersion:
     """The files of a version that are here.
 
     Attributes:
-        said: where they come from, if they have a name; see `Operations.add_files`.
+        provenance: where they come from, if they have a name; see `Operations.add_files`.
         discard: deletes what was downloaded, once it is where it was to go.
     """
 
     files: VersionSource
-    said: dict[str, str] | None = None
+    provenance: dict[str, str] | None = None
     discard: Callable[[], None] = lambda: None
 
 

@@ -350,17 +350,17 @@ def add(
 
     try:
         if into is not None:
-            with terminal.bring(model, source, digest, signature) as brought:
-                lines = terminal.write_into(brought, into, model, version)
-            output.print_result(*lines, as_json=as_json)
+            with terminal.find_or_download(model, source, digest, signature) as local:
+                added = terminal.write_version_into(into, local, model, version)
+            output.print_result(added, terminal.added_lines(added, local, into), as_json=as_json)
             return
         with options.open_chosen_client(where) as client:
             if not isinstance(source, Path):
                 client.health()  # before anything is downloaded for nobody
-            with terminal.bring(model, source, digest, signature) as brought:
-                added = terminal.send(client, brought, model, version)
+            with terminal.find_or_download(model, source, digest, signature) as local:
+                added = terminal.send_version(client, local, model, version)
             if not (as_json and loads):
-                output.print_result(added, terminal.added_lines(added, brought), as_json=as_json)
+                output.print_result(added, terminal.added_lines(added, local), as_json=as_json)
             if loads:
                 report_request(client, client.load(model, added.version), wait=True, as_json=as_json)
             elif not as_json:

@@ -30,7 +30,7 @@ from loadledger.cli.output import (
     to_printable,
 )
 from loadledger.profiles import PROFILE, URL, ServerTarget
-from loadledger.uploads import Brought
+from loadledger.uploads import LocalVersion
 
 _GENERIC = """
     model models onnx best last final weights checkpoint checkpoints export exported saved snapshots runs
@@ -104,7 +104,7 @@ class Subject:
         path: of a file or folder here.
         source: the name of a source, which has `://`, from which they are downloaded.
         digest: that the source must have.
-        brought: what was downloaded.
+        local: the files of the source, once they are downloaded.
         version: of the model, if it is known.
         is_named: whether a person chose the name.
         is_guessed: whether it is that of a folder around the file or folder, or only a part of it.
@@ -114,7 +114,7 @@ class Subject:
     path: Path | None = None
     source: str | None = None
     digest: str | None = None
-    brought: Brought | None = None
+    local: LocalVersion | None = None
     version: int | None = None
     is_named: bool = False
     is_guessed: bool = False
@@ -147,7 +147,7 @@ def run(model: str, *, name: str | None, digest: str | None, where: ServerChoice
     subject = choose_subject(model, name, digest)
     target = find_chosen_target(where)
     is_chosen = where.url or where.profile or any(os.environ.get(each) for each in (URL, PROFILE))
-    with _brought(subject, target, may_be_absent=not is_chosen) as subject:
+    with _download_source(subject, target, may_be_absent=not is_chosen) as subject:
         if asyncio.run(run_on_server(target, subject, where.words)):
             return
         if is_chosen:
@@ -156,7 +156,7 @@ def run(model: str, *, name: str | None, digest: str | None, where: ServerChoice
 
 
 @contextmanager
-def _brought(subject: Subject, target: ServerTarget, *, may_be_absent: bool) -> Iterator[Subject]:
+def _download_source(subject: Subject, target: ServerTarget, *, may_be_absent: bool) -> Iterator[Subject]:
     """Give a subject whose source is downloaded, unless the server has a version of what its name means.
 
     Here, and not once a server runs in this process: Ctrl-C ends it at once.
@@ -166,7 +166,7 @@ def _brought(subject: Subject, target: ServerTarget, *, may_be_absent: bool) -> 
         return
     from loadledger.sources.downloads import Downloads
     from loadledger.sources.fetch import resolve_source
-    from loadledger.sources.terminal import download
+    from loadledger.sources.terminal import download_version
 
     named = resolve_source(subject.source, subject.digest)
     version = _find_version(subject.name, named.resolved, target, may_be_absent=may_be_absent)
@@ -174,7 +174,7 @@ def _brought(subject: Subject, target: ServerTarget, *, may_be_absent: bool) -> 
         yield replace(subject, version=version)
         return
     with Downloads() as downloads:
-        yield replace(subject, brought=download(subject.name, named, downloads))
+        yield replace(subject, local=download_version(subject.name, named, downloads))
 
 
 def _find_version(

@@ -45,8 +45,8 @@ from loadledger.profiles import (
     write_profile,
 )
 from loadledger.records import Model
-from loadledger.sources.terminal import display_transfer, note_line
-from loadledger.uploads import Brought, VersionSource, find_version_files, hash_files
+from loadledger.sources.terminal import display_transfer, print_upload_size
+from loadledger.uploads import LocalVersion, VersionSource, find_version_files, hash_files
 from runtime.onnxfields import TooManyFields, Unparsable
 from runtime.onnxfile import FileWindows, find_model_file, read_signature
 from runtime.repository import MODEL_ID, RepositoryBusy
@@ -314,12 +314,12 @@ async def bring_up(client: AsyncClient, subject: Subject, token: str, options: S
 
 async def _add_if_new(client: AsyncClient, subject: Subject) -> tuple[str, int | None]:
     """Return the model and the version to load, which is added if the server has none with the files."""
-    brought = subject.brought
-    if brought is None:
+    local = subject.local
+    if local is None:
         if subject.path is None:
             return subject.name, subject.version
-        brought = Brought(await asyncio.to_thread(find_version_files, subject.path))
-    source = brought.files
+        local = LocalVersion(await asyncio.to_thread(find_version_files, subject.path))
+    source = local.files
     digests = set((await asyncio.to_thread(hash_files, source)).values())
     same = await _find_same(client, subject, digests)
     if same is not None:
@@ -332,11 +332,11 @@ async def _add_if_new(client: AsyncClient, subject: Subject) -> tuple[str, int |
             await _ask_for_name(
                 subject, model, "and this name is only that of a folder, or a part of the file's"
             )
-    note_line(client.url, source.bytes)
+    print_upload_size(client.url, source.bytes)
     is_long = source.bytes >= LONG_BYTES
     with display_transfer(f"{subject.name}: sending") if is_long else nullcontext() as show:
-        added = await client.add_files(subject.name, source, said=brought.said, on_progress=show)
-    brought.discard()
+        added = await client.add_files(subject.name, source, provenance=local.provenance, on_progress=show)
+    local.discard()
     click.echo(f"{subject.name} version {added.version}: added")
     return subject.name, added.version
 

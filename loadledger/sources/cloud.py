@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from loadledger.errors import SourceProblem, printable
-from loadledger.sources.downloads import Download, Downloads, Opened
+from loadledger.sources.downloads import Download, Downloads, OpenFile
 from loadledger.sources.names import SourceName
 from loadledger.sources.origin import RemoteFile, Resolved
 from loadledger.uploads import CHUNK_BYTES
@@ -103,16 +103,16 @@ class Cloud:
         if found["version"]:
             options["version"] = found["version"]
 
-        def open_at(offset: int) -> Opened:
+        def open_at(offset: int) -> OpenFile:
             if offset:  # an empty object has no range
                 options["range"] = {"offset": offset}
             with _translated_errors():
                 result = obstore.get(self._store, file.key, options=options)
-            return Opened(offset, found["size"], _read(result))
+            return OpenFile(offset, found["size"], _read(result))
 
         endpoint = sorted(f"{name}={text}" for name, text in os.environ.items() if "ENDPOINT" in name)
-        known_by = f"{endpoint} {self._source.scheme}://{self._source.host}/{file.key}{_mark(found)}"
-        return downloads.receive(known_by if tag else None, open_at, size=found["size"], sha256=file.sha256)
+        identity = f"{endpoint} {self._source.scheme}://{self._source.host}/{file.key}{_mark(found)}"
+        return downloads.receive(identity if tag else None, open_at, size=found["size"], sha256=file.sha256)
 
     def _list(self, prefix: str, *, is_needed: bool) -> dict[str, obstore.ObjectMeta]:
         """Return the objects of a folder, by their path in it; none if that is denied and not needed."""

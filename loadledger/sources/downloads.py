@@ -31,7 +31,7 @@ DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 T = TypeVar("T")
 
 
-class Opened(NamedTuple):
+class OpenFile(NamedTuple):
     """A file that is being read.
 
     Attributes:
@@ -44,7 +44,7 @@ class Opened(NamedTuple):
     pieces: Generator[bytes, None, None]
 
 
-OpenAt = Callable[[int], Opened]
+OpenAt = Callable[[int], OpenFile]
 """Opens a file after the bytes that are here, or at its beginning."""
 
 
@@ -68,7 +68,7 @@ def retrying(work: Callable[[], T]) -> T:
     return work()
 
 
-class _Arriving:
+class _PartialFile:
     """A file that is being written, from what is there of it on."""
 
     def __init__(self, file: IO[bytes], size: int | None, downloads: Downloads) -> None:
@@ -79,16 +79,16 @@ class _Arriving:
 
     def go_on(self, open_at: OpenAt) -> None:
         """Write the pieces that a source sends."""
-        opened = open_at(self.bytes)
-        if self._size is None and opened.length is not None:
-            self._downloads.on_length(opened.length)
-        if opened.offset != self.bytes:
+        source = open_at(self.bytes)
+        if self._size is None and source.length is not None:
+            self._downloads.on_length(source.length)
+        if source.offset != self.bytes:
             self.file.seek(0)
             self.file.truncate()
             self._downloads.on_bytes(-self.bytes)
             self.digest, self.bytes = hashlib.sha256(), 0
         unchecked = CHECK_BYTES
-        with closing(opened.pieces) as pieces:  # and with it the connection, whatever ends this
+        with closing(source.pieces) as pieces:  # and with it the connection, whatever ends this
             for piece in pieces:
                 unchecked += len(piece)
                 if unchecked >= CHECK_BYTES:
@@ -127,41 +127,42 @@ class Downloads:
         self.folder = folder or Path(cache).expanduser() / "loadledger"
         self.on_bytes: Callable[[int], None] = lambda _: None
         self.on_length: Callable[[int], None] = lambda _: None
-        self._mine, self._of_no_use = list[Path](), list[Path]()
+        self._complete, self._unresumable = list[Path](), list[Path]()
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for path in self._of_no_use:
+        for path in self._unresumable:
             path.unlink(missing_ok=True)
         self._open.close()
 
     def discard(self) -> None:
-        """Delete the files, once they are where they were to go."""
-        for path in self._mine:
+        """Delete the files, once they are where they were to go, and close them: an open one takes room."""
+        for path in self._complete:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
-        self._mine.clear()
+        self._complete.clear()
+        self._open.close()
 
     def new_folder(self, beside: Path) -> Path:
         """Return an empty folder for the contents of a file."""
         folder = beside.with_name(f"{beside.name}.files")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(mode=0o700)
-        self._mine.append(folder)
+        self._complete.append(folder)
         return folder
 
     def receive(
-        self, known_by: str | None, open_at: OpenAt, *, size: int | None = None, sha256: str | None = None
+        self, identity: str | None, open_at: OpenAt, *, size: int | None = None, sha256: str | None = None
     ) -> Download:
         """Return a file once all of it is here; a part of it that was here is gone on with.
 
         Args:
-            known_by: what its bytes are known by beforehand, such as a digest; without, no part stays.
+            identity: what its bytes are known by beforehand, such as a digest; without, no part stays.
             open_at: opens the file.
             size: its length in bytes, if it is known.
             sha256: that it must have, if it is known, in hexadecimal digits.
@@ -170,26 +171,26 @@ class Downloads:
             SourceProblem: `digest_mismatch`, it is deleted; `source_unreachable`, another command has it;
                 `no_space`; and those of `open_at`.
         """
-        path = self.folder / hashlib.sha256(known_by.encode() if known_by else os.urandom(32)).hexdigest()
-        if known_by is None:
-            self._of_no_use.append(path)
+        path = self.folder / hashlib.sha256(identity.encode() if identity else os.urandom(32)).hexdigest()
+        if identity is None:
+            self._unresumable.append(path)
         try:
-            arriving = _Arriving(self._lock(path), size, self)
-            if arriving.bytes != size and arriving.digest.hexdigest() != sha256:
-                self._fetch_rest(arriving, open_at, is_known=known_by is not None)
-            arriving.file.flush()
+            partial_file = _PartialFile(self._lock(path), size, self)
+            if partial_file.bytes != size and partial_file.digest.hexdigest() != sha256:
+                self._fetch_rest(partial_file, open_at, has_identity=identity is not None)
+            partial_file.file.flush()
         except OSError as error:
             raise unwritable(error, path) from None
-        found = arriving.digest.hexdigest()
-        if sha256 not in (None, found) or size not in (None, arriving.bytes):
+        found = partial_file.digest.hexdigest()
+        if sha256 not in (None, found) or size not in (None, partial_file.bytes):
             path.unlink()
             raise SourceProblem(
                 "digest_mismatch",
-                f"{arriving.bytes} bytes with the SHA-256 {found} arrived, and not {size or 'those'} with"
+                f"{partial_file.bytes} bytes with the SHA-256 {found} arrived, and not {size or 'those'} with"
                 f" {sha256 or 'another'}: they were changed at the source or on the way, or are of another"
                 " file; they were deleted",
             )
-        self._mine.append(path)
+        self._complete.append(path)
         return Download(path, found)
 
     def _lock(self, path: Path) -> IO[bytes]:
@@ -208,18 +209,18 @@ class Downloads:
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                     return file  # else its command has just deleted it
 
-    def _fetch_rest(self, arriving: _Arriving, open_at: OpenAt, *, is_known: bool) -> None:
+    def _fetch_rest(self, partial_file: _PartialFile, open_at: OpenAt, *, has_identity: bool) -> None:
         """Fetch what is missing of a file, over as many attempts as it takes."""
         delays_s = iter(DELAYS_S)
         while True:
-            before = arriving.bytes
+            before = partial_file.bytes
             try:
-                arriving.go_on(open_at)
+                partial_file.go_on(open_at)
             except SourceProblem as problem:
-                if arriving.bytes > before:
+                if partial_file.bytes > before:
                     delays_s = iter(DELAYS_S)
                 delay_s = next(delays_s, None)
-                is_of_use = is_known or not arriving.bytes  # else the rest could be of another file
+                is_of_use = has_identity or not partial_file.bytes  # else the rest could be of another file
                 if delay_s is None or not problem.is_transient or not is_of_use:
                     raise
             else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import posixpath
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from loadledger.errors import SourceProblem
 from loadledger.sources.downloads import Downloads, unwritable
 from loadledger.sources.names import SourceName, parse_digest, parse_source
 from loadledger.sources.origin import Origin, RemoteFile
-from loadledger.uploads import Brought, VersionFile, VersionSource
+from loadledger.uploads import LocalVersion, VersionFile, VersionSource
 from runtime.onnxfields import TooManyFields, Unparsable
 from runtime.onnxfile import SIGNATURE_SUFFIX, describe_foreign_file, external_locations, find_model_file
 
@@ -77,7 +77,7 @@ def _open_origin(source: SourceName, sha256: str | None) -> Origin:
 
 def fetch_version(
     named: NamedVersion, downloads: Downloads, on_progress: Progress = lambda _, __: None
-) -> Brought:
+) -> LocalVersion:
     """Fetch the files that a version must have, then those that its model and its signatures name.
 
     Raises:
@@ -112,8 +112,8 @@ def fetch_version(
         raise
     resolved = named.resolved or f"{named.source.name}#sha256={files[model].sha256}"
     in_order = sorted(files.values(), key=lambda file: (file.path != model, file.path))
-    said = {"source": named.source.name, "resolved": resolved}
-    return Brought(VersionSource(tuple(in_order)), said, downloads.discard)
+    provenance = {"source": named.source.name, "resolved": resolved}
+    return LocalVersion(VersionSource(tuple(in_order)), provenance, downloads.discard)
 
 
 def _fetch_file(origin: Origin, file: RemoteFile, downloads: Downloads) -> dict[str, VersionFile]:
@@ -147,7 +147,7 @@ def _checked(path: str) -> str:
         ) from None
 
 
-def _sum(lengths: Iterator[int | None] | list[int | None]) -> int | None:
+def _sum(lengths: Iterable[int | None]) -> int | None:
     found = list(lengths)
     return None if None in found else sum(filter(None, found))
 

@@ -21,6 +21,6 @@ class Https:
         return Resolved(name, (RemoteFile(MODEL_FILE, sha256=self._digest),))
 
     def fetch(self, file: RemoteFile, downloads: Downloads) -> Download:
-        known_by = file.sha256 and f"sha256:{file.sha256}"
+        identity = file.sha256 and f"sha256:{file.sha256}"
         opening = self._web.opening(self._url)
-        return downloads.receive(known_by, opening, sha256=file.sha256)
+        return downloads.receive(identity, opening, sha256=file.sha256)

@@ -24,7 +24,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from loadledger.errors import SourceProblem
-from loadledger.sources.downloads import Download, Downloads, Opened
+from loadledger.sources.downloads import Download, Downloads, OpenFile
 from loadledger.sources.names import SourceName, invalid
 from loadledger.sources.origin import RemoteFile, Resolved
 from loadledger.sources.web import OK, Web
@@ -138,7 +138,7 @@ class Oci:
         """Fetch a blob, each time with a token of its own: tokens live for a few minutes only."""
         url = f"{self._url}/blobs/sha256:{file.sha256}"
 
-        def open_at(offset: int) -> Opened:
+        def open_at(offset: int) -> OpenFile:
             if self._challenges:
                 self._authenticate()
             return self._web.opening(url, authorization=self._authorization)(offset)

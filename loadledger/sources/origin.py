@@ -31,7 +31,7 @@ class RemoteFile:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What a source's name means now.
+    """The meaning of a source's name now.
 
     Attributes:
         name: one that names the same bytes for ever; None if the bytes that arrive say it.

@@ -15,13 +15,13 @@ from loadledger.cli.output import format_cell, format_size, to_printable
 from loadledger.records import AddedVersion, File
 from loadledger.sources.downloads import Downloads
 from loadledger.sources.fetch import NamedVersion, fetch_version, resolve_source
-from loadledger.uploads import Brought, find_version_files
+from loadledger.uploads import LocalVersion, find_version_files
 
 
 @contextmanager
-def bring(
+def find_or_download(
     model: str, source: Path | str, digest: str | None = None, signature: Path | None = None
-) -> Iterator[Brought]:
+) -> Iterator[LocalVersion]:
     """Give the files of a version, which stay as they are until the block ends.
 
     Raises:
@@ -33,32 +33,32 @@ def bring(
             found = find_version_files(source, signature)
             if found.left_out:
                 output.print_note(f"left out, as other models: {', '.join(map(format_cell, found.left_out))}")
-            yield Brought(found)
+            yield LocalVersion(found)
             return
         with Downloads() as downloads:
-            yield download(model, resolve_source(source, digest), downloads)
+            yield download_version(model, resolve_source(source, digest), downloads)
     except OSError as error:
         output.exit_with_error(f"{error.filename or source} cannot be read: {error.strerror}")
 
 
-def download(model: str, named: NamedVersion, downloads: Downloads) -> Brought:
+def download_version(model: str, named: NamedVersion, downloads: Downloads) -> LocalVersion:
     """Download a version; return its files."""
     with display_transfer(f"{to_printable(model)}: downloading") as show:
         return fetch_version(named, downloads, show or (lambda *_: None))
 
 
-def send(client: Any, brought: Brought, model: str, version: int | None) -> AddedVersion:
+def send_version(client: Any, local: LocalVersion, model: str, version: int | None) -> AddedVersion:
     """Send files to the server, and return the version that it added."""
-    note_line(client.url, brought.files.bytes)
+    print_upload_size(client.url, local.files.bytes)
     with display_transfer(f"{to_printable(model)}: sending") as show:
         added: AddedVersion = client.add_files(
-            model, brought.files, version, said=brought.said, on_progress=show
+            model, local.files, version, provenance=local.provenance, on_progress=show
         )
-    brought.discard()
+    local.discard()
     return added
 
 
-def note_line(url: str, size: int) -> None:
+def print_upload_size(url: str, size: int) -> None:
     """Print how many bytes pass the line, if the server is on another machine."""
     if not _is_local(url):
         output.print_note(f"sending {format_size(size)} to {to_printable(url)}")
@@ -72,32 +72,29 @@ def _is_local(url: str) -> bool:
         return host == "localhost"
 
 
-def write_into(
-    brought: Brought, repository: Path, model: str, version: int | None
-) -> tuple[AddedVersion, Iterator[str]]:
-    """Write files into a repository's folder; return the version, and lines about it."""
+def write_version_into(
+    repository: Path, local: LocalVersion, model: str, version: int | None
+) -> AddedVersion:
+    """Write files into a repository's folder; return the version."""
     from loadledger.sources.folder import write_version
 
-    added = write_version(brought.files, repository, model, version)
-    brought.discard()
-
-    def lines() -> Iterator[str]:
-        yield from added_lines(added, brought)
-        yield f"written to {to_printable(str(repository / model / str(added.version)))}"
-        yield "no ledger has a VersionAdded of it: the first load records its files"
-
-    return added, lines()
+    added = write_version(local.files, repository, model, version)
+    local.discard()
+    return added
 
 
-def added_lines(added: AddedVersion, brought: Brought) -> Iterator[str]:
-    """Yield lines about a version that was added: where it comes from, and its files."""
+def added_lines(added: AddedVersion, local: LocalVersion, repository: Path | None = None) -> Iterator[str]:
+    """Yield lines about a version that was added to a server, or to a repository's folder."""
     files: Sequence[File] = added.files
     what = f"{output.count_of(len(files), 'file')}, {sum(file.bytes for file in files)} bytes"
     yield f"{to_printable(added.model_id)} version {added.version}: added, {what}"
-    if brought.said is not None:
-        yield f"  from {to_printable(brought.said['resolved'])}"
+    if local.provenance is not None:
+        yield f"  from {to_printable(local.provenance['resolved'])}"
     for file in files:
         yield f"  {format_cell(file.path)}: {file.bytes} bytes, sha256 {format_cell(file.sha256)}"
+    if repository is not None:
+        yield f"written to {to_printable(str(repository / added.model_id / str(added.version)))}"
+        yield "no ledger has a VersionAdded of it: the first load records its files"
 
 
 @contextmanager

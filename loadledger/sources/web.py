@@ -18,7 +18,7 @@ from urllib.parse import urljoin, urlsplit
 from urllib.request import HTTPSHandler, OpenerDirector, ProxyHandler, Request
 
 from loadledger.errors import SourceProblem, printable
-from loadledger.sources.downloads import OpenAt, Opened, retrying
+from loadledger.sources.downloads import OpenAt, OpenFile, retrying
 from loadledger.uploads import CHUNK_BYTES
 
 MAX_ANSWER_BYTES = 16 * 2**20
@@ -83,7 +83,7 @@ class Web:
         """Return what opens a file, at an offset if the server has ranges of it."""
         headers = {"Authorization": authorization} if authorization else {}
 
-        def open_at(offset: int) -> Opened:
+        def open_at(offset: int) -> OpenFile:
             ranges = {"Range": f"bytes={offset}-"} if offset else {}
             accepted = (OK, PARTIAL, NOT_SATISFIABLE) if ranges else (OK,)
             response = self._send(url, headers, accepted, ranges)
@@ -98,7 +98,7 @@ class Web:
                 )
             begin = offset if response.status == PARTIAL else 0
             length = None if response.length is None else begin + response.length
-            return Opened(begin, length, _read(response, url))
+            return OpenFile(begin, length, _read(response, url))
 
         return open_at
 

@@ -140,19 +140,16 @@ class Hub:
         files: by path.
         large: paths of those that Git LFS keeps.
         token: without which everything but `/cdn/` is refused.
-        file: answers `/cdn/` in place of the whole file.
     """
 
     files: Mapping[str, bytes]
     large: frozenset[str] = frozenset()
     token: str | None = None
-    file: Reply | None = None
 
     def __call__(self, asked: Asked) -> bytes:
         path = asked.path.partition("?")[0]
         if path.startswith("/cdn/"):
-            content = self.files[unquote(path.removeprefix("/cdn/"))]
-            return (self.file or RangedFile(content))(asked)
+            return RangedFile(self.files[unquote(path.removeprefix("/cdn/"))])(asked)
         if self.token and asked.headers.get("authorization") != f"Bearer {self.token}":
             return answer(401, b"<html>Invalid username or password.</html>")
         files = f"/org/repo/resolve/{COMMIT}/"

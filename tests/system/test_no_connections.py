@@ -45,7 +45,7 @@ else:
 
 @pytest.fixture
 def shim(tmp_path: Path) -> Shim:
-    """What counts connections and look-ups."""
+    """The library that counts connections and look-ups."""
     return build_shim(Path(__file__).with_name("connections.c"), tmp_path, "2I", "CONNECTIONS")
 
 

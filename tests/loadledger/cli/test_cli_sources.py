@@ -12,7 +12,7 @@ from support.origins import HANG, Asked, RangedFile, Site, answer
 from support.servers import CTRL_C, Server, at_terminal, standing
 from support.sources import MODEL, NAMED, RESOLVED, SHA256, environment_of, standing_site
 
-from loadledger.sources.terminal import note_line
+from loadledger.sources.terminal import print_upload_size
 
 
 @pytest.fixture(scope="module")
@@ -133,5 +133,5 @@ async def test_run_at_terminal_brings_the_model_to_its_own_server(site: Site, tm
 def test_upload_to_another_machine_says_its_size(
     capsys: pytest.CaptureFixture[str], url: str, *, is_far: bool
 ) -> None:
-    note_line(url, 1_200_000_000)
+    print_upload_size(url, 1_200_000_000)
     assert capsys.readouterr().err == (f"loadledger: sending 1.20 GB to {url}\n" if is_far else "")

@@ -32,7 +32,7 @@ def fetch() -> Fetch:
             found = fetch_version(resolve_source(source, digest), arriving)
             files = {file.path: file.source.read_bytes() for file in found.files.files}
             found.discard()
-        assert found.said is not None
-        return found.said["resolved"], files
+        assert found.provenance is not None
+        return found.provenance["resolved"], files
 
     return lambda source, digest=None: asyncio.to_thread(work, source, digest)

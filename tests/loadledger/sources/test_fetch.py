@@ -41,7 +41,7 @@ class Shelf:
         named = NamedVersion(parse_source("s3://b/m"), resolved.name, resolved.files, self)
         with Downloads(self.folder / "downloads") as downloads:
             found = fetch_version(named, downloads, lambda *counts: told.append(counts))
-        assert found.said == {"source": "s3://b/m", "resolved": "s3://b/m#etag=1"}
+        assert found.provenance == {"source": "s3://b/m", "resolved": "s3://b/m#etag=1"}
         return [file.path for file in found.files.files], told
 
 

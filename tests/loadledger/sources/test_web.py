@@ -27,6 +27,10 @@ PINNED = f"sha256:{SHA256}"
 SECRET = "a-secret"
 
 
+def open_files() -> list[str]:
+    return [str(each.readlink()) for each in Path("/proc/self/fd").iterdir() if each.is_symlink()]
+
+
 def parts(cache: Path) -> list[Path]:
     return list(cache.iterdir())
 
@@ -95,7 +99,9 @@ async def test_same_file_is_downloaded_by_one_command_at_a_time(fetch: Fetch) ->
             await asyncio.to_thread(fetch_version, named, arriving)
             with pytest.raises(SourceProblem, match="another command downloads this file now"):
                 await fetch(site.url(), PINNED)
-        await fetch(site.url(), PINNED)
+            arriving.discard()
+            assert not [each for each in open_files() if str(arriving.folder) in each]
+            await fetch(site.url(), PINNED)
 
 
 async def test_full_disk_ends_a_download(fetch: Fetch, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +123,7 @@ async def failure(url: str, **options: object) -> str:
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-async def test_redirect_is_followed_with_credentials_to_the_same_origin_only(status: int) -> None:
+async def test_credentials_follow_redirects_to_their_own_origin_only(status: int) -> None:
     async with serving_site(lambda _: answer(200, b"content")) as other:
 
         def redirect(asked: Asked) -> bytes:
