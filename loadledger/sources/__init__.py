@@ -3,7 +3,7 @@
 - `names`: a source's name; pure
 - `fetch`: the way of one: what its name means now, the files that its version needs, and their download
 - `origin`: the interface of a source's module
-- `downloads`: files that arrive, and parts of them that are gone on with
+- `downloads`: resumable downloads, each a file in the folder of downloads
 - `web`: an HTTPS client; `https`, `oci`, `huggingface` and `cloud`: the sources
 - `unpack`: archives, which layers of a registry may be
 - `folder`: a version written into a folder, in place of a server

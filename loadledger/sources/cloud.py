@@ -14,10 +14,10 @@ from datetime import timedelta
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from loadledger.errors import SourceProblem, printable
+from loadledger.errors import SourceProblem
 from loadledger.sources.downloads import Download, Downloads, OpenFile
 from loadledger.sources.names import SourceName
-from loadledger.sources.origin import RemoteFile, Resolved
+from loadledger.sources.origin import RemoteFile, Resolved, quote_error
 from loadledger.uploads import CHUNK_BYTES
 from runtime.onnxfile import find_model_file, is_signature_beside, list_model_files
 
@@ -30,7 +30,6 @@ except ModuleNotFoundError:
     ) from None
 
 MAX_OBJECTS = 10_000  # of a listing: more than a version has
-MAX_MESSAGE_CHARACTERS = 400  # of an error of a store, which may quote its whole answer
 PREFIXES = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
 STORES = {"s3": store.S3Store, "gs": store.GCSStore, "az": store.AzureStore}
 CREDENTIALS = {
@@ -188,6 +187,5 @@ def _translated_errors() -> Iterator[None]:
 
 
 def _shorten(error: Exception) -> str:
-    """Return the words of an error, without the queries of addresses, which may have a signature."""
-    text = " ".join(str(error).partition("\n\nDebug source")[0].split())
-    return printable(re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", text), MAX_MESSAGE_CHARACTERS)
+    """Return the words of an error, without obstore's chain of causes."""
+    return quote_error(str(error).partition("\n\nDebug source")[0])

@@ -1,4 +1,4 @@
-"""Files that arrive: what has come of one stays under what its bytes are known by, and is gone on with.
+"""Resumable downloads: a part of a file stays under its identity, such as a digest, until the next attempt.
 
 `$XDG_CACHE_HOME/loadledger` or `~/.cache/loadledger` has them until they are added; it may be deleted at any
 time while no command downloads.
@@ -56,7 +56,7 @@ class Download:
     sha256: str
 
 
-def retrying(work: Callable[[], T]) -> T:
+def retry(work: Callable[[], T]) -> T:
     """Return what a function returns, which is called again after a problem that is transient."""
     for delay_s in DELAYS_S:
         try:
@@ -69,7 +69,7 @@ def retrying(work: Callable[[], T]) -> T:
 
 
 class _PartialFile:
-    """A file that is being written, from what is there of it on."""
+    """A file that is being written; what is there of it is resumed."""
 
     def __init__(self, file: IO[bytes], size: int | None, downloads: Downloads) -> None:
         self.file, self._size, self._downloads = file, size, downloads
@@ -77,8 +77,8 @@ class _PartialFile:
         while piece := file.read(CHUNK_BYTES):
             self._count(piece)
 
-    def go_on(self, open_at: OpenAt) -> None:
-        """Write the pieces that a source sends."""
+    def write_rest(self, open_at: OpenAt) -> None:
+        """Write what a source sends after the bytes that are here, or all of it if it begins anew."""
         source = open_at(self.bytes)
         if self._size is None and source.length is not None:
             self._downloads.on_length(source.length)
@@ -159,10 +159,10 @@ class Downloads:
     def receive(
         self, identity: str | None, open_at: OpenAt, *, size: int | None = None, sha256: str | None = None
     ) -> Download:
-        """Return a file once all of it is here; a part of it that was here is gone on with.
+        """Return a file once all of it is here; a part of it that was here is resumed.
 
         Args:
-            identity: what its bytes are known by beforehand, such as a digest; without, no part stays.
+            identity: what names its bytes beforehand, such as a digest; without, no part stays.
             open_at: opens the file.
             size: its length in bytes, if it is known.
             sha256: that it must have, if it is known, in hexadecimal digits.
@@ -215,7 +215,7 @@ class Downloads:
         while True:
             before = partial_file.bytes
             try:
-                partial_file.go_on(open_at)
+                partial_file.write_rest(open_at)
             except SourceProblem as problem:
                 if partial_file.bytes > before:
                     delays_s = iter(DELAYS_S)

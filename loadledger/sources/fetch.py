@@ -120,7 +120,7 @@ def _fetch_file(origin: Origin, file: RemoteFile, downloads: Downloads) -> dict[
     """Return the files that one of a source becomes: more than one, if it is an archive."""
     download = origin.fetch(file, downloads)
     if not file.is_archive:
-        return {_checked(file.path): _describe(file.path, download.path, download.sha256)}
+        return {_version_path(file.path): _describe(file.path, download.path, download.sha256)}
     from loadledger.sources.unpack import unpack
 
     folder = downloads.new_folder(download.path)
@@ -128,14 +128,15 @@ def _fetch_file(origin: Origin, file: RemoteFile, downloads: Downloads) -> dict[
         paths = unpack(download.path, folder)
     except OSError as error:
         raise unwritable(error, folder) from None
-    return {_checked(path): _describe(path, folder / path) for path in paths}
+    return {_version_path(path): _describe(path, folder / path) for path in paths}
 
 
 def _describe(path: str, where: Path, sha256: str | None = None) -> VersionFile:
     return VersionFile(path, where, where.stat().st_size, sha256)
 
 
-def _checked(path: str) -> str:
+def _version_path(path: str) -> str:
+    """Return a path in a version; refuse one that no version can have."""
     from runtime.errors import RuntimeProblem
     from runtime.uploads.receive import check_path  # 60 ms, and `serve` needs none of this
 

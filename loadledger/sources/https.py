@@ -22,5 +22,4 @@ class Https:
 
     def fetch(self, file: RemoteFile, downloads: Downloads) -> Download:
         identity = file.sha256 and f"sha256:{file.sha256}"
-        opening = self._web.opening(self._url)
-        return downloads.receive(identity, opening, sha256=file.sha256)
+        return downloads.receive(identity, self._web.file_opener(self._url), sha256=file.sha256)

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from loadledger.errors import SourceProblem, printable
+from loadledger.errors import SourceProblem
 from loadledger.sources.downloads import Download, Downloads
 from loadledger.sources.names import SourceName, invalid
-from loadledger.sources.origin import RemoteFile, Resolved
+from loadledger.sources.origin import RemoteFile, Resolved, quote_error
 from loadledger.uploads import HUB_FOLDER
 from runtime.onnxfile import find_model_file, is_signature_beside, list_model_files
 
@@ -34,8 +34,8 @@ except ModuleNotFoundError:
 
 MODEL_FOLDERS = ("", f"{HUB_FOLDER}/")
 """Where a repository has its ONNX files, as `loadledger.uploads` looks for them."""
-MAX_SHOWN, MAX_MESSAGE_CHARACTERS = 4, 400
-"""Models that an error names, and of the library's messages."""
+MAX_SHOWN = 4
+"""Models that an error names."""
 _PATH = re.compile(r"([A-Za-z0-9._-]+)(?:@([^/]+))?(?:/(.+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -81,7 +81,7 @@ class HuggingFace:
                 file.key,
                 revision=self._commit,
                 endpoint=self._endpoint,
-                tqdm_class=_counting(downloads.on_bytes, bars),
+                tqdm_class=_make_bar(downloads.on_bytes, bars),
             )
         if not bars:  # it was in the cache
             downloads.on_bytes(Path(path).stat().st_size)
@@ -134,7 +134,7 @@ def _check(path: Path, file: RemoteFile) -> Download:
     return Download(path, found)
 
 
-def _counting(on_bytes: Callable[[int], None], bars: list[tqdm[Any]]) -> type[Any]:
+def _make_bar(on_bytes: Callable[[int], None], bars: list[tqdm[Any]]) -> type[Any]:
     """Return a progress bar for the library that shows nothing, and tells what arrives."""
 
     class Bar(tqdm):  # type: ignore[type-arg]  # it is not generic when it runs
@@ -172,6 +172,5 @@ def _translated_errors(repository: str) -> Iterator[None]:
 
 
 def _problem(repository: str, code: str, advice: str, error: Exception) -> SourceProblem:
-    words = re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", " ".join(str(error).split()))
-    reason = printable(words, MAX_MESSAGE_CHARACTERS) or type(error).__name__
+    reason = quote_error(str(error)) or type(error).__name__
     return SourceProblem(code, f"{repository} cannot be fetched: {reason}: {advice}")

@@ -141,7 +141,7 @@ class Oci:
         def open_at(offset: int) -> OpenFile:
             if self._challenges:
                 self._authenticate()
-            return self._web.opening(url, authorization=self._authorization)(offset)
+            return self._web.file_opener(url, authorization=self._authorization)(offset)
 
         return downloads.receive(f"sha256:{file.sha256}", open_at, size=file.bytes, sha256=file.sha256)
 

@@ -1,11 +1,16 @@
-"""The interface of a source's module, `Origin`."""
+"""The interface of a source's module, `Origin`, and the words of its library's errors."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Protocol
 
+from loadledger.errors import printable
 from loadledger.sources.downloads import Download, Downloads
+
+MAX_ERROR_CHARACTERS = 400
+"""Of a library's error, which may quote a whole answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,3 +58,9 @@ class Origin(Protocol):
 
     def fetch(self, file: RemoteFile, downloads: Downloads) -> Download:
         """Return a file of `resolve` once it is here."""
+
+
+def quote_error(text: str) -> str:
+    """Return a library's error as one short line, without queries of URLs, which may have a signature."""
+    words = re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", " ".join(text.split()))
+    return printable(words, MAX_ERROR_CHARACTERS)

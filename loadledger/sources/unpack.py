@@ -57,7 +57,7 @@ def _unpack(file: BinaryIO, folder: Path) -> list[str]:
     file.seek(0)
     if start == ZSTD:
         raise _refusal("it is compressed with zstd: use gzip, or no compression")
-    bounded = _Bounded(gzip.GzipFile(fileobj=file) if start.startswith(GZIP) else file)
+    bounded = _BoundedFile(gzip.GzipFile(fileobj=file) if start.startswith(GZIP) else file)
     with _refused_errors():
         opened = tarfile.open(fileobj=cast(BinaryIO, bounded), mode="r:", encoding="utf-8")  # noqa: SIM115 - below
     with opened:
@@ -70,7 +70,7 @@ def _unpack(file: BinaryIO, folder: Path) -> list[str]:
     return sorted(files)
 
 
-def _read_members(opened: tarfile.TarFile, bounded: _Bounded) -> dict[PurePosixPath, TarInfo]:
+def _read_members(opened: tarfile.TarFile, bounded: _BoundedFile) -> dict[PurePosixPath, TarInfo]:
     """Return all members by path; a later one takes the place of an earlier."""
     members, headers_bytes = dict[PurePosixPath, TarInfo](), 0
     for count, member in enumerate(opened, start=1):
@@ -86,7 +86,7 @@ def _read_members(opened: tarfile.TarFile, bounded: _Bounded) -> dict[PurePosixP
     return members
 
 
-def _write(opened: tarfile.TarFile, bounded: _Bounded, member: TarInfo, target: Path) -> None:
+def _write(opened: tarfile.TarFile, bounded: _BoundedFile, member: TarInfo, target: Path) -> None:
     with _refused_errors():
         if hasattr(tarfile, "data_filter"):
             tarfile.data_filter(member, str(target.parent))
@@ -119,7 +119,7 @@ def _refused_errors() -> Iterator[None]:
         raise _refusal(printable(str(error), 200) or type(error).__name__) from None
 
 
-class _Bounded:
+class _BoundedFile:
     """A file of which little is read at once, and no part beyond a limit.
 
     A header may announce gigabytes of names, and little gzip may unpack to any number of zeros.

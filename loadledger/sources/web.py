@@ -18,7 +18,7 @@ from urllib.parse import urljoin, urlsplit
 from urllib.request import HTTPSHandler, OpenerDirector, ProxyHandler, Request
 
 from loadledger.errors import SourceProblem, printable
-from loadledger.sources.downloads import OpenAt, OpenFile, retrying
+from loadledger.sources.downloads import OpenAt, OpenFile, retry
 from loadledger.uploads import CHUNK_BYTES
 
 MAX_ANSWER_BYTES = 16 * 2**20
@@ -72,14 +72,14 @@ class Web:
             response = self._send(url, {**headers, **own}, statuses)
             return response, b"".join(_read(response, url, MAX_ANSWER_BYTES + 1))
 
-        response, body = retrying(ask)
+        response, body = retry(ask)
         if len(body) > MAX_ANSWER_BYTES:
             raise SourceProblem(
                 "source_invalid", f"{_show(url)} answers with more than {MAX_ANSWER_BYTES} bytes"
             )
         return WebAnswer(response.status, response.headers.get_all("WWW-Authenticate", []), body)
 
-    def opening(self, url: str, *, authorization: str | None = None) -> OpenAt:
+    def file_opener(self, url: str, *, authorization: str | None = None) -> OpenAt:
         """Return what opens a file, at an offset if the server has ranges of it."""
         headers = {"Authorization": authorization} if authorization else {}
 

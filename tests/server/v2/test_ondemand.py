@@ -351,7 +351,7 @@ async def test_unloaded_model_stays_out_of_service(shared: LocalApi) -> None:
             client.cancel()
         ends = await asyncio.gather(*clients, return_exceptions=True)
     assert {type(end) for end in ends} == {asyncio.CancelledError}
-    # An unload refuses what comes in its time; a removal with force ends what is under way.
+    # An unload refuses the requests that come meanwhile; a removal with force ends those under way.
     assert seen - {"model_unloading", "worker_died"} == {"answered", "out_of_service"}
     assert await causes(shared, "held") == ["demand", "request", "request"]
 
