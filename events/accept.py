@@ -61,6 +61,7 @@ from events.types import (
     contents_of,
     digest_of,
 )
+from events.versions import ModelVersions
 
 MAX_QUEUE = 256
 """Unended jobs from which on loads by clients are refused: more than any machine loads within the longest
@@ -119,7 +120,7 @@ def _decide_version(state: State, command: VersionCommand) -> Accepted | Refused
         if use is not None:
             return Refused("version_in_use", use)
         return Accepted((_draft_version(command, VersionRemoved(node_id=command.holder)),))
-    held = (state.models.get(command.model_id) or Model(command.model_id)).find_holders(command.version)
+    held = state.registers.find_versions(command.model_id).find_holders(command.version)
     others = [node_id for node_id in held.node_ids if node_id != command.holder]
     if command.holder is not UNSET and others and held.digest != digest_of(contents_of(command.files)):
         what = f"version {command.version} of {command.model_id!r} has other files at {', '.join(others)}"
@@ -141,10 +142,9 @@ def find_use(state: State, model_id: str, version: int) -> str | None:
         return f"{name} is loaded, or will be reloaded: {advice}"
     if any(job.kind is JobKind.LOAD and job.version == version for job in state.unended(model_id)):
         return f"{name} has a load that has not ended: cancel it, and remove the version then"
-    labels = () if model is None else model.labels or ()
-    named = [f"'{label.name}'" for label in labels if label.version == version]
-    if named:
-        return f"{name} is named by the label {', '.join(named)}: move or remove that first"
+    labels = [f"'{label}'" for label in state.registers.find_versions(model_id).name_labels(version)]
+    if labels:
+        return f"{name} is named by the label {', '.join(labels)}: move or remove that first"
     return None
 
 
@@ -176,7 +176,8 @@ def _find_repeated(state: State, given: Idempotency | None, now: Timestamp) -> E
 
 def _decide_load(state: State, command: RequestLoad, new_id: Callable[[], str]) -> Decision:
     queue, model = state.queue(command.model_id), state.models.get(command.model_id)
-    refusal = _find_version_refusal(model, queue, command)
+    versions = state.registers.find_versions(command.model_id)
+    refusal = _find_version_refusal(model, versions, queue, command)
     if refusal is not None:
         return refusal
     for job in (*_list_joinable(state, command), *queue[-1:]):
@@ -188,7 +189,7 @@ def _decide_load(state: State, command: RequestLoad, new_id: Callable[[], str]) 
         return Refused("invalid_body", f"body: {NO_BATCHING}")
     serving = _find_satisfying(model, command, parameters) if not queue else None
     label = command.label
-    is_labelled = label is UNSET or names_version(model, label, command.version)
+    is_labelled = label is UNSET or names_version(versions, label, command.version)
     if serving is not None and serving.parameters.has_same_settings(parameters) and is_labelled:
         return _join_load(state, command, serving, new_id)
     if command.cause is Cause.DEMAND and (other := _find_other_version(model, queue, command)) is not None:
@@ -212,14 +213,16 @@ def _decide_load(state: State, command: RequestLoad, new_id: Callable[[], str]) 
     return Accepted(tuple(drafts), request.id)
 
 
-def _find_version_refusal(model: Model | None, queue: list[Job], command: RequestLoad) -> Refused | None:
+def _find_version_refusal(
+    model: Model | None, versions: ModelVersions, queue: list[Job], command: RequestLoad
+) -> Refused | None:
     """Return why the version may not be loaded: it was removed, or an inference may not choose it."""
-    if model is not None and command.version in model.removed:
-        name = f"version {command.version} of model '{model.id}'"
+    if command.version in versions.removed:
+        name = f"version {command.version} of model '{command.model_id}'"
         return Refused("unknown_version", f"{name} was removed; it loads once it has been added again")
     is_loaded = model is not None and model.serving is not None
     asks = command.cause is Cause.DEMAND and not queue and not is_loaded
-    return find_demand_refusal(model, command.version) if asks else None
+    return find_demand_refusal(model, versions, command.version) if asks else None
 
 
 def find_joinable(state: State, command: Command) -> Iterator[tuple[str, str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from events.commands import Refused
 from events.models import Model
 from events.types import LoadParameters
+from events.versions import ModelVersions
 
 OUT_OF_SERVICE = "out_of_service"
 """Error code of an inference for a model that a person has unloaded."""
@@ -19,7 +20,7 @@ def find_chosen_version(model: Model | None) -> int | None:
     return model.chosen.version if model is not None and model.chosen else None
 
 
-def find_demand_refusal(model: Model | None, version: int | None) -> Refused | None:
+def find_demand_refusal(model: Model | None, versions: ModelVersions, version: int | None) -> Refused | None:
     """Return why an inference may not have a version loaded, None being any; None if it may.
 
     It may if nobody chose, or the person's choice was this version, or a label names it.
@@ -31,11 +32,11 @@ def find_demand_refusal(model: Model | None, version: int | None) -> Refused | N
     if chosen.version is None:
         return Refused(OUT_OF_SERVICE, f"{name} is out of service: unloaded by {by}, and not loaded since")
     if version in (None, chosen.version):
-        if chosen.version not in model.removed:
+        if chosen.version not in versions.removed:
             return None
         loaded = f"version {chosen.version} of {name}, which was loaded by {by}, was removed"
         return Refused(OUT_OF_SERVICE, f"{loaded}: load another version")
-    if any(label.version == version for label in model.labels or ()):
+    if version is not None and versions.name_labels(version):
         return None
     loaded = f"version {chosen.version} of {name} was loaded by {by}"
     body = f'{{"version": {version}}}'

@@ -1,13 +1,12 @@
 """The history of models and jobs in rows: what each event made of a model, and when a job was unended. Pure.
 
 A row has what the API shows of a model. What its `ModelLoaded` said is not repeated in each row: a row names
-the position of that event. What only the scheduler needs (footprints, incidents, back-off, removed versions,
-holders) is in no row; a fold of the log has it. `events.sqlite.history` stores the rows.
+the position of that event. What only the scheduler needs (footprints, incidents, back-off) is in no row; a
+fold of the log has it. `events.sqlite.history` stores the rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -15,7 +14,9 @@ from msgspec import Struct
 
 from events.jobs import Failure, Job
 from events.models import Model, ModelState, Serving
-from events.types import Cause, Event, UnloadRequested, VersionAdded
+from events.state import State
+from events.types import Cause, Event, UnloadRequested
+from events.versions import ModelVersions
 
 NOT_LOADED = _UNLOADED, _FAILED = ModelState.UNLOADED, ModelState.FAILED
 
@@ -45,7 +46,6 @@ class ModelRow(Struct, frozen=True, gc=False, omit_defaults=True):
         error: of the last failure.
         copies_wanted: as `LoadParameters.wanted_copies` of the load that serves.
         copies: the further loads that serve, in the order of `Model.copies`.
-        labels: the version that each label names.
     """
 
     state: ModelState
@@ -62,7 +62,6 @@ class ModelRow(Struct, frozen=True, gc=False, omit_defaults=True):
     error: Failure | None = None
     copies_wanted: int = 1
     copies: tuple[CopyRow, ...] = ()
-    labels: Mapping[str, int] = {}
 
     @property
     def servings(self) -> tuple[CopyRow, ...]:
@@ -91,12 +90,13 @@ class ShownModel(NamedTuple):
     """A model as the API shows it, now or at a moment of the past.
 
     `load` is the one that serves: of what can change later (workers, node, who asked), the row counts.
-    `copies` are the loads of the row's copies, in the same order.
+    `copies` are the loads of the row's copies, in the same order. `versions` are as of the same moment.
     """
 
     id: str
     row: ModelRow
     load: Serving | None
+    versions: ModelVersions
     copies: tuple[Serving, ...] = ()
 
     def count_ready(self) -> int:
@@ -109,17 +109,12 @@ class ShownModel(NamedTuple):
         return int(not self.row.degraded) + sum(ready)
 
 
-_UNSHOWN = frozenset({UnloadRequested, VersionAdded})
-
-
 def has_row(event: Event, model: Model) -> bool:
     """Whether an event that changed a model may have changed what a row has of it.
 
     A requested unload does only if it takes a copy from the model, of which it is none of the unloads then.
-    `VersionRemoved` may be the first event of its model.
     """
-    kind = type(event.data)
-    return kind not in _UNSHOWN or (kind is UnloadRequested and event.id not in model.unloads)
+    return type(event.data) is not UnloadRequested or event.id not in model.unloads
 
 
 def make_row(model: Model) -> ModelRow:
@@ -129,10 +124,9 @@ def make_row(model: Model) -> ModelRow:
         pending = model.loads[0] if waits else model.started_load
         if pending is not None:
             version, job = pending.version, pending.job_id
-    labels = {label.name: label.version for label in model.labels or ()}
     if serving is None:
         load, error = None if model.previous is None else model.previous.position, model.error
-        return ModelRow(state, model.version, version, job, model.rank, load, error=error, labels=labels)
+        return ModelRow(state, model.version, version, job, model.rank, load, error=error)
     return ModelRow(
         state,
         serving.version,
@@ -148,7 +142,6 @@ def make_row(model: Model) -> ModelRow:
         model.error,
         serving.parameters.wanted_copies,
         tuple([_make_copy_row(each) for each in model.copies or ()]),
-        labels,
     )
 
 
@@ -157,10 +150,11 @@ def _make_copy_row(copy: Serving) -> CopyRow:
     return CopyRow(copy.position, copy.version, copy.node_id, workers, is_degraded)
 
 
-def describe_model(model: Model) -> ShownModel:
-    """Return a model of the fold as the API shows it."""
+def describe_model(state: State, model_id: str) -> ShownModel:
+    """Return a model of the folds as the API shows it; it may have no event yet."""
+    model, versions = state.models.get(model_id) or Model(model_id), state.registers.find_versions(model_id)
     copies = () if model.serving is None else model.copies or ()
-    return ShownModel(model.id, make_row(model), model.serving, copies)
+    return ShownModel(model_id, make_row(model), model.serving, versions, copies)
 
 
 def find_landmark(job: Job) -> int | None:

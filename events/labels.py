@@ -13,15 +13,15 @@ from msgspec import UNSET
 from msgspec.structs import replace
 
 from events.commands import Accepted, Decision, DecisionInput, Existing, Refused, RegisterCommand
-from events.models import Model
 from events.state import State
 from events.types import Draft, LabelRemoved, LabelSet
+from events.versions import ModelVersions
 
 LABEL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,62}")
 """A name begins with a letter, since a number is a version."""
 
 MAX_LABELS = 64
-"""Of a model: more than anybody tells apart, and few enough for each row of its history."""
+"""Of a model: more than anybody tells apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +34,12 @@ class SetLabel(RegisterCommand):
     actor: str
 
     def decide(self, at: DecisionInput) -> Decision:
-        model = at.state.models.get(self.model_id)
-        if model is not None and self.version in model.removed:
-            return Refused("unknown_version", f"version {self.version} of model '{model.id}' was removed")
-        if names_version(model, self.label, self.version):
+        versions = at.state.registers.find_versions(self.model_id)
+        if self.version in versions.removed:
+            return Refused(
+                "unknown_version", f"version {self.version} of model '{self.model_id}' was removed"
+            )
+        if names_version(versions, self.label, self.version):
             return Existing(None)
         refusal = find_label_refusal(at.state, self.model_id, self.label)
         if refusal is not None:
@@ -55,8 +57,7 @@ class RemoveLabel(RegisterCommand):
     actor: str
 
     def decide(self, at: DecisionInput) -> Decision:
-        model = at.state.models.get(self.model_id)
-        label = None if model is None else model.find_label(self.label)
+        label = at.state.registers.find_versions(self.model_id).find_label(self.label)
         if label is None:
             return Refused("unknown_label", describe_unknown(self.model_id, self.label))
         data = LabelRemoved(self.label)
@@ -67,15 +68,14 @@ def describe_unknown(model_id: str, label: str) -> str:
     return f"model '{model_id}' has no label '{label}'; GET /api/v1/models/{model_id} shows those that it has"
 
 
-def names_version(model: Model | None, label: str, version: int | None) -> bool:
-    found = None if model is None else model.find_label(label)
+def names_version(versions: ModelVersions, label: str, version: int | None) -> bool:
+    found = versions.find_label(label)
     return found is not None and found.version == version
 
 
 def find_label_refusal(state: State, model_id: str, label: str) -> Refused | None:
     """Return why a model takes no further label, besides those that pending loads set; None if it does."""
-    model = state.models.get(model_id)
-    taken = {each.name for each in (() if model is None else model.labels or ())}
+    taken = {each.name for each in state.registers.find_versions(model_id).labels}
     taken |= {job.label for job in state.unended(model_id) if job.label is not UNSET}
     if label in taken or len(taken) < MAX_LABELS:
         return None

@@ -40,7 +40,6 @@ from events.errors import (
     OutcomeUnknown,
     RequestRefused,
 )
-from events.models import is_removed
 from events.sqlite.storage import Database
 from events.state import Changes, KnownRequests, State, Transaction
 from events.storage import LogHead, Row, Storage, StorageError
@@ -223,7 +222,7 @@ class Log:
 
     def is_removed(self, model_id: str, version: int) -> bool:
         """Whether the ledger has a version of a model as removed."""
-        return is_removed(self.state.models, model_id, version)
+        return self.state.is_removed(model_id, version)
 
     async def open(self) -> None:
         """Open the database and start the writer. Projections of other folds are rebuilt first.

@@ -43,8 +43,6 @@ from events.types import (
     DeviceUse,
     Event,
     JobCancelled,
-    LabelRemoved,
-    LabelSet,
     LoadApproval,
     LoadApproved,
     LoadedFile,
@@ -61,8 +59,6 @@ from events.types import (
     Unknown,
     UnloadRequested,
     UnloadStarted,
-    VersionAdded,
-    VersionRemoved,
     WorkerExited,
     contents_of,
     digest_of,
@@ -143,14 +139,6 @@ class Serving(Struct, frozen=True, gc=False):
         return is_same and self.parameters.has_same_workers(first.parameters)
 
 
-class VersionHolders(Struct, frozen=True, gc=False):
-    """The nodes in whose own repositories a version is, if it is in any, and the digest of its files."""
-
-    version: int
-    digest: str = ""
-    node_ids: tuple[str, ...] = ()
-
-
 MAX_ADMITTED = 16
 """Bytes of a model whose signature and approval are remembered: more than one goes back to. Older ones are
 approved once more."""
@@ -177,14 +165,6 @@ class AdmittedBytes(Struct, frozen=True, gc=False):
 
 
 _APPROVED = (ApprovalResult.APPROVED, ApprovalResult.APPROVED_BEFORE)
-
-
-class Label(Struct, frozen=True, gc=False):
-    """A name for a version of a model; `position` is that of its latest `LabelSet`."""
-
-    name: str
-    version: int
-    position: int
 
 
 class Choice(Struct, frozen=True, gc=False):
@@ -225,15 +205,12 @@ class Model(Struct, frozen=True, gc=False):
         previous: the load that was unloaded for replacement, until the new version is loaded. If that fails,
             the model is `lost` with this load.
         footprints: of the versions loaded last, the latest at the end.
-        removed: versions that load nowhere until they are added again, whatever files there are.
-        holders: of the versions that were added to nodes' own repositories; not stored without any.
         admitted: bytes that were loaded under rules, the latest at the end; not stored without any.
         copies: further loads of a model that is `loaded`, each at another node, the oldest first. During a
             swap some are of the version before. If `serving` ends, one of them takes its place; not stored
             without any.
         target: the load that ended while only copies of the version before it were left: they serve until it
             is loaded again; not stored without one.
-        labels: in order of their names; not stored without any.
         chosen: the last choice of a person; not stored without one.
     """
 
@@ -252,12 +229,9 @@ class Model(Struct, frozen=True, gc=False):
     previous: Serving | None = None
     footprints: tuple[Footprint, ...] = ()
     retries: Retries | None = None
-    removed: tuple[int, ...] = ()
-    holders: tuple[VersionHolders, ...] | UnsetType = UNSET
     admitted: tuple[AdmittedBytes, ...] | UnsetType = UNSET
     copies: tuple[Serving, ...] | UnsetType = UNSET
     target: Serving | UnsetType = UNSET
-    labels: tuple[Label, ...] | UnsetType = UNSET
     chosen: Choice | UnsetType = UNSET
 
     @property
@@ -315,17 +289,9 @@ class Model(Struct, frozen=True, gc=False):
             return False
         return (self.chosen.version, self.chosen.parameters) == (serving.version, serving.parameters)
 
-    def find_label(self, name: str) -> Label | None:
-        return next((each for each in self.labels or () if each.name == name), None)
-
     def find_admitted(self, digest: str) -> AdmittedBytes | None:
         """Return what bytes with this digest have passed; None if they were not loaded under rules."""
         return next((each for each in self.admitted or () if each.digest == digest), None)
-
-    def find_holders(self, version: int) -> VersionHolders:
-        """Return the holders of a version; without nodes, any node may have it."""
-        found = (each for each in self.holders or () if each.version == version)
-        return next(found, VersionHolders(version))
 
     @property
     def state(self) -> ModelState:
@@ -376,12 +342,6 @@ class LoadedModel(Struct, frozen=True, gc=False):
     @property
     def id(self) -> str:
         return self.model.id
-
-
-def is_removed(models: Mapping[str, Model], model_id: str, version: int) -> bool:
-    """Whether a version of a model was removed, and not added again since."""
-    model = models.get(model_id)
-    return model is not None and version in model.removed
 
 
 def evolve_model(model: Model | None, event: Event, job: Job | None) -> Model | None:
@@ -691,10 +651,7 @@ def _reset(model: Model) -> Model:
         unloads=model.unloads,
         last_version=model.last_version,
         footprints=model.footprints,
-        removed=model.removed,
-        holders=model.holders,
         admitted=model.admitted,
-        labels=model.labels,
         chosen=model.chosen,
     )
 
@@ -784,59 +741,6 @@ def _lose_model(model: Model, event: Event, *, by: Cause = Cause.RECOVERY) -> Mo
     return replace(lost, back_off_position=event.position)
 
 
-def _version_added(model: Model, event: Event, data: VersionAdded, _: Job | None) -> Model:
-    """A version has holders if it was added to nodes' own repositories, and not to a shared one since."""
-    if event.version is None:
-        return model
-    left = tuple([version for version in model.removed if version != event.version])
-    model = model if left == model.removed else replace(model, removed=left)
-    if data.node_id is UNSET:
-        return _set_holders(model, VersionHolders(event.version))
-    node_ids = {data.node_id, *model.find_holders(event.version).node_ids}
-    digest = digest_of(contents_of(data.files))
-    return _set_holders(model, VersionHolders(event.version, digest, tuple(sorted(node_ids))))
-
-
-def _version_removed(model: Model, event: Event, data: VersionRemoved, _: Job | None) -> Model:
-    """A version that leaves a node's own repository is removed if that was the last holder.
-
-    A removal with a reason is of an added version that never became visible: no files of others go.
-    """
-    if event.version is None:
-        return model
-    if data.node_id is not UNSET:
-        held = model.find_holders(event.version)
-        left = tuple(node_id for node_id in held.node_ids if node_id != data.node_id)
-        model = _set_holders(model, replace(held, node_ids=left))
-        if left or not held.node_ids:
-            return model
-    if data.reason is not None or event.version in model.removed:
-        return model
-    return replace(model, removed=(*model.removed, event.version))
-
-
-def _set_holders(model: Model, held: VersionHolders) -> Model:
-    others = tuple(each for each in model.holders or () if each.version != held.version)
-    holders = (*others, held) if held.node_ids else others
-    return model if holders == (model.holders or ()) else replace(model, holders=holders or UNSET)
-
-
-def _label_set(model: Model, event: Event, data: LabelSet, _: Job | None) -> Model:
-    if event.version is None:
-        return model
-    return _replace_label(model, data.label, Label(data.label, event.version, event.position))
-
-
-def _label_removed(model: Model, _: Event, data: LabelRemoved, __: Job | None) -> Model:
-    return model if model.find_label(data.label) is None else _replace_label(model, data.label)
-
-
-def _replace_label(model: Model, name: str, *new: Label) -> Model:
-    others = (each for each in model.labels or () if each.name != name)
-    labels = tuple(sorted((*others, *new), key=lambda label: label.name))
-    return replace(model, labels=labels or UNSET)
-
-
 def _waits_for(model: Model, event: Event) -> bool:
     return event.job_id in [load.job_id for load in model.loads]
 
@@ -861,10 +765,6 @@ STEPS: Mapping[type[Data | Unknown], Callable[[Model, Event, Any, Job | None], M
     WorkerExited: _worker_exited,
     ApprovalAsked: _approval_asked,
     LoadApproved: _load_approved,
-    VersionAdded: _version_added,
-    VersionRemoved: _version_removed,
-    LabelSet: _label_set,
-    LabelRemoved: _label_removed,
     LoadJoined: _load_joined,
 }
 """By type of event. A `match` of so many classes takes as long as the rest of a step (measured)."""

@@ -1,9 +1,12 @@
-"""Registers: what is folded from events that concern no model, by id: issued tokens, nodes, and policies."""
+"""Registers: what is folded beside models and jobs, by id.
+
+Issued tokens, nodes, policies, and the versions of models.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Never
@@ -17,6 +20,7 @@ from events.policy.rules import LoadPolicy
 from events.presence import Transition, list_transitions
 from events.tokens import Token, evolve_tokens
 from events.types import OF_NODES, OF_TOKENS, Event, PolicyInForce
+from events.versions import OF_VERSIONS, ModelVersions, evolve_versions
 
 
 class RecordedPolicy(Struct, frozen=True, gc=False):
@@ -26,14 +30,16 @@ class RecordedPolicy(Struct, frozen=True, gc=False):
     policy: LoadPolicy
 
 
-RegisterEntry = Token | Node | RecordedPolicy
-RegisterMap = Mapping[str, Token] | Mapping[str, Node] | Mapping[str, RecordedPolicy]
+RegisterEntry = Token | Node | RecordedPolicy | ModelVersions
+RegisterMap = (
+    Mapping[str, Token] | Mapping[str, Node] | Mapping[str, RecordedPolicy] | Mapping[str, ModelVersions]
+)
 RegisterChanges = Mapping[str, Mapping[str, RegisterEntry | None]]
 """The entries that changed, by the register's name and their ids; None for those that went."""
 
 NOTHING: Mapping[str, Never] = MappingProxyType({})
 
-OF_REGISTERS = frozenset({*OF_TOKENS, *OF_NODES, PolicyInForce})
+OF_REGISTERS = frozenset({*OF_TOKENS, *OF_NODES, PolicyInForce, *OF_VERSIONS})
 """The events that change a register."""
 
 
@@ -45,16 +51,27 @@ class Registers:
         tokens: issued and revoked ones, by their ids; a map is changed in place, unless it is shared.
         nodes: the servers that share the ledger, by their names; a map is never changed.
         policies: in force at the nodes, by their names; a map is never changed.
-        shares_tokens: whether the map of tokens is that of other registers, too.
+        versions: of the models, by their ids; a map is changed in place, unless it is shared.
+        shared: the names of the maps that are those of other registers, too.
     """
 
     tokens: dict[str, Token] = field(default_factory=dict)
     nodes: dict[str, Node] = field(default_factory=dict)
     policies: dict[str, RecordedPolicy] = field(default_factory=dict)
-    shares_tokens: bool = field(default=False, compare=False, repr=False)
+    versions: dict[str, ModelVersions] = field(default_factory=dict)
+    shared: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     def items(self) -> Iterable[tuple[str, RegisterMap]]:
-        return ("tokens", self.tokens), ("nodes", self.nodes), ("policies", self.policies)
+        yield from (("tokens", self.tokens), ("nodes", self.nodes))
+        yield from (("policies", self.policies), ("versions", self.versions))
+
+    def share(self) -> Registers:
+        """Return registers that change without these: what each changes first, it copies."""
+        return replace(self, shared=frozenset({"tokens", "versions"}))
+
+    def find_versions(self, model_id: str) -> ModelVersions:
+        """Return what is known of a model's versions; nothing of a model that is not known."""
+        return self.versions.get(model_id) or ModelVersions(model_id)
 
     def find_policy(self, node_id: str | None) -> LoadPolicy:
         """Return the policy in force at a node, or of a server alone; an empty one without any."""
@@ -67,12 +84,14 @@ class Registers:
         """Return what an event changes; `models` and `unended` say which entries have to stay."""
         data, position, recorded_at = event.data, event.position, event.recorded_at
         if isinstance(data, OF_TOKENS):
-            if self.shares_tokens:
-                self.tokens, self.shares_tokens = dict(self.tokens), False
+            if "tokens" in self.shared:
+                self.tokens, self.shared = dict(self.tokens), self.shared - {"tokens"}
             tokens = evolve_tokens(
                 self.tokens, data, position=position, recorded_at=recorded_at, actor=event.actor
             )
             return {"tokens": tokens}, ()
+        if type(data) in OF_VERSIONS:
+            return self._apply_to_versions(event), ()
         if isinstance(data, PolicyInForce):
             recorded = RecordedPolicy(data.node_id or "", data.policy)
             self.policies = self.policies | {recorded.id: recorded}
@@ -86,6 +105,16 @@ class Registers:
         self.policies = {key: each for key, each in self.policies.items() if key not in gone}
         changes: RegisterChanges = {"nodes": nodes, **({"policies": dict.fromkeys(gone)} if gone else {})}
         return changes, list_transitions(event, before, nodes)
+
+    def _apply_to_versions(self, event: Event) -> RegisterChanges:
+        before = self.versions.get(event.model_id or "")
+        after = evolve_versions(before, event)
+        if after is None or after is before:
+            return NOTHING
+        if "versions" in self.shared:
+            self.versions, self.shared = dict(self.versions), self.shared - {"versions"}
+        self.versions[after.id] = after
+        return {"versions": {after.id: after}}
 
 
 def _list_owners(models: Mapping[str, Model], unended: Callable[[], Iterable[Job]]) -> set[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -130,6 +130,10 @@ class State:
         """Return the job unless it has ended; ended jobs may be in memory or not."""
         job = self.jobs.get(job_id) if job_id is not None else None
         return None if job is None or job.ended else job
+
+    def is_removed(self, model_id: str, version: int) -> bool:
+        """Whether a version was removed, and not added again since."""
+        return version in self.registers.find_versions(model_id).removed
 
     def active(self) -> Model | None:
         """Return the active model, which a request or an inference loaded last; None without one."""
@@ -293,7 +297,7 @@ class Transaction:
             _Layers({}, dict(known.keys if known is not None else {})),
             set(known.joins if known is not None else ()),
             _Layers(self._queues, base.queues),
-            replace(base.registers, shares_tokens=True),
+            base.registers.share(),
         )
         self._registers: dict[str, dict[str, RegisterEntry | None]] = {}
         self._steps: list[tuple[Event, Changes]] = []

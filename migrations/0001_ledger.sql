@@ -27,6 +27,10 @@ WHERE idempotency_key IS NOT NULL;
 CREATE INDEX events_by_join ON events (job_id, actor)
 WHERE type IN ('LoadJoined', 'UnloadJoined', 'CancelRequested');
 
+-- The past of a model's versions is a fold of these few.
+CREATE INDEX events_of_versions ON events (model_id, position)
+WHERE type IN ('VersionAdded', 'VersionRemoved', 'LabelSet', 'LabelRemoved');
+
 -- Without this one, INSERT OR REPLACE would overwrite an event silently.
 CREATE TRIGGER events_only_at_head BEFORE INSERT ON events
 WHEN NEW.position IS NOT coalesce((SELECT max(position) FROM events), 0) + 1
@@ -84,13 +88,19 @@ CREATE TABLE policies (
   body TEXT NOT NULL
 );
 
+-- The versions of each model: added, removed, held by nodes, named by labels.
+CREATE TABLE versions (
+  id TEXT NOT NULL PRIMARY KEY,
+  body TEXT NOT NULL
+);
+
 CREATE TABLE projected (
   one INTEGER PRIMARY KEY CHECK (one = 1),
   position INTEGER NOT NULL,
   folds INTEGER NOT NULL
 );
 
-INSERT INTO projected (one, position, folds) VALUES (1, 0, 6);
+INSERT INTO projected (one, position, folds) VALUES (1, 0, 7);
 
 -- Hints outside the log: when each model was last used, and when the server was last alive.
 CREATE TABLE last_used (

@@ -339,7 +339,7 @@ def build_request(view: NodeView, job: Job) -> PlacementRequest:
         _find_digests(model, held, version),
         frozenset(parameters.node_labels or ()),
         held.node_id if held is not None else None,
-        _find_holders(model, version),
+        _find_holders(view.state, job.model_id, version),
         job.policy_digest,
         devices=parameters.devices or (CPU,),
     )
@@ -377,8 +377,8 @@ def find_usable(state: State, untrusted: AbstractSet[str]) -> frozenset[str]:
     return frozenset(node.id for node in state.registers.nodes.values() if node.takes_loads) - untrusted
 
 
-def _find_holders(model: Model | None, version: int) -> tuple[str, ...]:
-    return () if model is None else model.find_holders(version).node_ids
+def _find_holders(state: State, model_id: str, version: int) -> tuple[str, ...]:
+    return state.registers.find_versions(model_id).find_holders(version).node_ids
 
 
 def _find_digests(model: Model | None, held: Serving | None, version: int) -> frozenset[str]:
@@ -467,7 +467,9 @@ def _describe_demands(request: PlacementRequest, version: int | None) -> str:
     return (f" and has the labels {labels}" if labels else "") + devices + where
 
 
-def _request_of(loaded: LoadedModel, occupied: frozenset[str] = frozenset()) -> PlacementRequest:
+def _request_of(
+    state: State, loaded: LoadedModel, occupied: frozenset[str] = frozenset()
+) -> PlacementRequest:
     """Return the request of a further load of what a model serves from."""
     model, serving = loaded.model, loaded.serving
     return PlacementRequest(
@@ -475,7 +477,7 @@ def _request_of(loaded: LoadedModel, occupied: frozenset[str] = frozenset()) -> 
         _estimate_from_footprints(model, serving.version, serving.parameters.instances),
         _find_digests(model, serving, serving.version),
         frozenset(serving.parameters.node_labels or ()),
-        holders=_find_holders(model, serving.version),
+        holders=_find_holders(state, model.id, serving.version),
         occupied=occupied,
         devices=serving.parameters.devices or (CPU,),
     )
@@ -488,7 +490,7 @@ def _list_able(state: State, untrusted: AbstractSet[str], request: PlacementRequ
 
 def explain_lack(state: State, untrusted: AbstractSet[str], loaded: LoadedModel, ready: list[Serving]) -> str:
     """Return what one more copy of a model waits for: a node, or room at those that there are."""
-    request = _request_of(loaded, frozenset(each.node_id or "" for each in ready))
+    request = _request_of(state, loaded, frozenset(each.node_id or "" for each in ready))
     if able := _list_able(state, untrusted, request):
         return f"room at {' or '.join(able)}"
     return f"a further node that takes loads{_describe_demands(request, loaded.serving.version)}"
@@ -502,7 +504,7 @@ def find_reload_rules(
     These are its own, if a node that is able to run the load has them; else those of the first one that is,
     which checks the load by them. Without such a node they are its own.
     """
-    able = _list_able(state, untrusted, _request_of(loaded))
+    able = _list_able(state, untrusted, _request_of(state, loaded))
     policies = (state.registers.find_policy(each) for each in (node_id, *able))
     own, *others = (find_digest(policy, loaded.id) for policy in policies)
     return own if own in others or not others else others[0]
@@ -527,7 +529,7 @@ def find_node_for_model(
     own = find_digest(view.state.registers.find_policy(view.node.id), loaded.id)
     if policy != own and loaded.model.find_admitted(digest_of(contents_of(loaded.serving.files))) is None:
         return None
-    request = replace(_request_of(loaded), policy=policy)
+    request = replace(_request_of(view.state, loaded), policy=policy)
     need_bytes = request.need_bytes
     rooms = [each for each in view.rooms if each.can_ever_fit(need_bytes)]
     if is_copy:

@@ -207,8 +207,7 @@ class Router:
         """
         if not isinstance(version, str):
             return version
-        model = self._log.state.models.get(model_id)
-        label = None if model is None else model.find_label(version)
+        label = self._log.state.registers.find_versions(model_id).find_label(version)
         if label is None:
             raise UnknownLabel(describe_unknown(model_id, version))
         return label.version

@@ -23,7 +23,7 @@ from msgspec import structs
 from events.clock import format_timestamp, utc_now, uuid7
 from events.devices import CPU
 from events.errors import LedgerProblem
-from events.models import Model, is_removed
+from events.models import Model
 from events.policy.bundles import MAX_BYTES
 from events.policy.checks import CheckInput
 from events.policy.rules import LoadPolicy, ModelRules
@@ -31,6 +31,7 @@ from events.sqlite.datalock import LEDGER
 from events.sqlite.queries import read_state
 from events.sqlite.readonly import open_read_only
 from events.sqlite.schema import begin_reading
+from events.state import State
 from events.types import LoadedFile, LoadParameters, contents_of, digest_of
 from runtime.cgroups import count_usable_cpus
 from runtime.consumer.checks import CheckedVersion, check_contents
@@ -246,12 +247,14 @@ def _check_address(config: Config) -> Iterator[CheckFinding]:
             return
 
 
-def check_repository(
-    config: Config, result: CheckResult, models: Mapping[str, Model]
-) -> list[LoadableVersion]:
+IsRemoved = Callable[[str, int], bool]
+"""Whether the ledger has a version of a model as removed."""
+
+
+def check_repository(config: Config, result: CheckResult, is_removed: IsRemoved) -> list[LoadableVersion]:
     """Check the models of a repository, as the ledger has them; return the versions without a problem."""
     try:
-        repository = _open_repository(config, models)
+        repository = Repository(config.repository, is_removed)
         names = sorted(path.name for path in repository.root.iterdir())
     except (OSError, ValueError) as error:
         if not any(each.place == "--repository" for each in result.findings):
@@ -275,11 +278,11 @@ def check_repository(
 
 
 def check_version(
-    config: Config, result: CheckResult, models: Mapping[str, Model], model_id: str, version: int | None
+    config: Config, result: CheckResult, is_removed: IsRemoved, model_id: str, version: int | None
 ) -> list[LoadableVersion]:
     """Check one version of a model, by default the highest; return it if it has no problem."""
     try:
-        repository = _open_repository(config, models)
+        repository = Repository(config.repository, is_removed)
         version = repository.find_version(model_id, version)
     except (RuntimeProblem, ValueError) as problem:  # ValueError: an invalid character
         result.add([CheckFinding(model_id, getattr(problem, "code", "unreadable"), str(problem))])
@@ -299,10 +302,6 @@ def check_references(config: Config, result: CheckResult, candidates: Iterable[L
         except (OSError, RuntimeProblem) as problem:
             code = getattr(problem, "code", RepositoryUnreadable.code)
             result.add([CheckFinding(each.place, code, str(problem))])
-
-
-def _open_repository(config: Config, models: Mapping[str, Model]) -> Repository:
-    return Repository(config.repository, partial(is_removed, models))
 
 
 def _check_versions(
@@ -364,7 +363,7 @@ def _check_hard_links(place: str, linked: Sequence[str]) -> Iterator[CheckFindin
         yield CheckFinding(place, "hard_link", text, Severity.NOTE)
 
 
-def check_policy(config: Config, result: CheckResult, models: Mapping[str, Model]) -> None:
+def check_policy(config: Config, result: CheckResult, state: State) -> None:
     """Check each model against its rules: a load of its highest version today, and a reload after a restart.
 
     The ledger in the data directory says what was verified, approved and loaded; signatures of nodes in it
@@ -376,7 +375,7 @@ def check_policy(config: Config, result: CheckResult, models: Mapping[str, Model
         text = "is off, so the server does not start: a policy checks private copies, from which models load"
         result.add([CheckFinding("--store-size", "policy_needs_store", text)])
         return
-    repository, names = _open_repository(config, models), {*models}
+    repository, names = Repository(config.repository, state.is_removed), {*state.models}
     with suppress(RuntimeProblem):  # `check_repository` says that it cannot be listed
         names |= {*repository.models()}
     ruled = [(name, rules) for name in sorted(names) if (rules := config.policy.of(name)) is not None]
@@ -386,7 +385,7 @@ def check_policy(config: Config, result: CheckResult, models: Mapping[str, Model
         text = f"{sum(sizes) / 1e9:.1f} GB of {what} are hashed, to check the rules for loads"
         result.add([CheckFinding("--repository", "policy", text, Severity.NOTE)])
     for model_id, rules in ruled:
-        result.add(_check_rules(config, repository, model_id, rules, models.get(model_id)))
+        result.add(_check_rules(config, repository, model_id, rules, state.models.get(model_id)))
 
 
 def _size_highest(repository: Repository, model_id: str) -> int | None:
@@ -398,17 +397,17 @@ def _size_highest(repository: Repository, model_id: str) -> int | None:
     return None
 
 
-def read_models(config: Config, result: CheckResult) -> Mapping[str, Model]:
-    """Return the models of the ledger in the data directory; none without a ledger that this user can see."""
+def read_ledger(config: Config, result: CheckResult) -> State:
+    """Return the state of the ledger in the data directory; empty without one that this user can see."""
     if not os.access(config.data / LEDGER, os.R_OK):
-        return {}
+        return State()
     try:
         with open_read_only(config.data / LEDGER) as ledger:
             begin_reading(ledger)
-            return read_state(ledger).models
+            return read_state(ledger)
     except (LedgerProblem, ValueError) as error:
         result.add([CheckFinding("--data", getattr(error, "code", "ledger_damaged"), str(error))])
-        return {}
+        return State()
 
 
 def _check_rules(

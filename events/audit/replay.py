@@ -66,7 +66,7 @@ def _fold(rows: Iterable[Row], position: int) -> tuple[State, list[Transition]]:
         try:
             event = decode_event(row.body)
             if event.position > position:
-                later = later or replace(entities.registers, shares_tokens=True)
+                later = later or entities.registers.share()
                 transitions += later.apply(event, {}, list)[1]
                 continue
             entities.apply(event)

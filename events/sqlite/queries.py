@@ -22,6 +22,7 @@ from events.state import Changes, Join, KnownKey, State, read_key
 from events.storage import LogHead, Row, StorageError
 from events.tokens import Token
 from events.types import OF_NODES, OF_SERVER
+from events.versions import ModelVersions
 
 PAGE = 500
 """Events read at once: what is held in memory beside a fold."""
@@ -116,6 +117,7 @@ def read_state(connection: sqlite3.Connection) -> State:
     stored_jobs = [as_job(body) for (body,) in jobs]
     tokens = [as_token(body) for (body,) in connection.execute("SELECT body FROM tokens")]
     policies = [as_policy(body) for (body,) in connection.execute("SELECT body FROM policies")]
+    versions = [as_versions(body) for (body,) in connection.execute("SELECT body FROM versions")]
     return State(
         position,
         read_head(connection).recorded_at,
@@ -125,6 +127,7 @@ def read_state(connection: sqlite3.Connection) -> State:
             {token.id: token for token in tokens},
             {node.id: node for node in read_nodes(connection)},
             {policy.id: policy for policy in policies},
+            {each.id: each for each in versions},
         ),
     )
 
@@ -374,5 +377,6 @@ as_model = msgspec.json.Decoder(Model).decode
 as_token = msgspec.json.Decoder(Token).decode
 as_node = msgspec.json.Decoder(Node).decode
 as_policy = msgspec.json.Decoder(RecordedPolicy).decode
+as_versions = msgspec.json.Decoder(ModelVersions).decode
 
 _ENCODER = msgspec.json.Encoder(order="sorted")

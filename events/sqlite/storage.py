@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from events.errors import LogUnavailable
+from events.registers import Registers
 from events.sqlite import history, queries
 from events.sqlite.queries import transaction
 from events.sqlite.readonly import lacks_wal, may_lack_events, open_read_only
@@ -30,8 +31,10 @@ from events.sqlite.timetravel import fold_page
 from events.state import Changes, KnownRequests, State
 from events.storage import LogHead, Row, StorageError, StoredLedger
 
-FOLDS = 6
+FOLDS = 7
 """The version of the folds: add one with each change after which the same events give other stored bodies."""
+
+_OF_REGISTERS = tuple(table for table, _ in Registers().items())
 
 MAX_NAMED = 100
 """Differences that a rebuild names at most."""
@@ -63,7 +66,7 @@ def rebuild(connection: sqlite3.Connection) -> None:
     """
     with transaction(connection):
         state = State()
-        for table in ("jobs", "models", "tokens", "nodes", "policies", "model_history", "presence"):
+        for table in ("jobs", "models", *_OF_REGISTERS, "model_history", "presence"):
             connection.execute(f"DELETE FROM {table}")  # noqa: S608 - literals above
         connection.execute(
             "INSERT OR REPLACE INTO projected (one, position, folds) VALUES (1, 0, ?)", (FOLDS,)
@@ -126,9 +129,7 @@ def _differences(before: sqlite3.Connection, after: sqlite3.Connection) -> Itera
     for table, columns in (
         ("models", "id, body"),
         ("jobs", "id, body, landmark"),
-        ("tokens", "id, body"),
-        ("nodes", "id, body"),
-        ("policies", "id, body"),
+        *((table, "id, body") for table in _OF_REGISTERS),
     ):
         walk = f"SELECT {columns} FROM {table} ORDER BY 1"  # noqa: S608 - literals above
         old, new = before.execute(walk), after.execute(walk)

@@ -18,15 +18,16 @@ from typing import TypeVar
 from events.clock import Timestamp, add_seconds, format_timestamp
 from events.codec import decode_event
 from events.errors import LedgerProblem, LogUnavailable
-from events.history import ShownModel, decode_row, landmarks_around
+from events.history import ModelRow, ShownModel, decode_row, landmarks_around
 from events.jobs import Job, JobStatus, evolve_job
-from events.models import Serving, make_serving
+from events.models import ModelState, Serving, make_serving
 from events.presence import Liveness, ServerState, find_liveness, unknown_since
 from events.sqlite import history, queries
 from events.sqlite.history import latest_row
 from events.sqlite.queries import LAST, JobQuery, as_job, read_job, select_jobs
 from events.state import Changes, State, Transaction
 from events.types import ENDS_OF_PROCESSES, Event, ModelLoaded
+from events.versions import ModelVersions, evolve_versions
 
 T = TypeVar("T")
 
@@ -34,6 +35,9 @@ _RFC_3339 = re.compile(r"(\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(?:\.\d+)?)(?:([Zz])
 """A `+` in a query that was not written as `%2B` arrives as a space; nothing else can be there."""
 
 _UNENDED = (JobStatus.PENDING, JobStatus.IN_PROGRESS)
+
+_NO_ROW = ModelRow(ModelState.UNLOADED)
+"""Of a model of which only versions are known."""
 
 NOTE_EVERY_S = 60.0
 """How often a server notes that it is there: one commit, and an unclean end is known to the minute."""
@@ -72,6 +76,10 @@ _AT = latest_row("models.id", ":position")
 _PAST_MODELS = (
     f"models CROSS JOIN model_history AS history ON history.position = {_AT} AND history.model_id = models.id"
 )
+_VERSIONS_OF = (
+    "events INDEXED BY events_of_versions"
+    " WHERE type IN ('VersionAdded', 'VersionRemoved', 'LabelSet', 'LabelRemoved') AND position <= :position"
+)
 
 
 def models_at(
@@ -83,11 +91,14 @@ def models_at(
         LogUnavailable: a stored row, or what it refers to, is damaged.
     """
     found = connection.execute(
-        f"SELECT models.id, history.body FROM {_PAST_MODELS}"  # noqa: S608 - literals
-        " WHERE models.id > :cursor ORDER BY models.id LIMIT :limit",
+        f"SELECT models.id, history.body FROM {_PAST_MODELS} WHERE models.id > :cursor"  # noqa: S608 - literals
+        " UNION SELECT versions.id, NULL FROM versions WHERE id > :cursor"
+        f" AND EXISTS (SELECT 1 FROM {_VERSIONS_OF} AND model_id = versions.id)"
+        f" AND NOT EXISTS (SELECT 1 FROM {_PAST_MODELS} WHERE models.id = versions.id)"
+        " ORDER BY 1 LIMIT :limit",
         {"position": position, "cursor": cursor, "limit": limit},
     ).fetchall()
-    return [_show(connection, model_id, body) for model_id, body in found]
+    return [_show(connection, position, model_id, body) for model_id, body in found]
 
 
 def model_at(connection: sqlite3.Connection, position: int, model_id: str) -> ShownModel | None:
@@ -96,7 +107,21 @@ def model_at(connection: sqlite3.Connection, position: int, model_id: str) -> Sh
         f"SELECT history.body FROM {_PAST_MODELS} WHERE models.id = :model",  # noqa: S608 - literals
         {"position": position, "model": model_id},
     ).fetchone()
-    return None if found is None else _show(connection, model_id, found[0])
+    if found is None and versions_at(connection, position, model_id) is None:
+        return None
+    return _show(connection, position, model_id, found and found[0])
+
+
+def versions_at(connection: sqlite3.Connection, position: int, model_id: str) -> ModelVersions | None:
+    """Return a model's versions as they were after the event at `position`; None if it had none by then."""
+    rows = connection.execute(
+        f"SELECT body FROM {_VERSIONS_OF} AND model_id = :model ORDER BY position",  # noqa: S608 - literals
+        {"position": position, "model": model_id},
+    )
+    versions = None
+    for (body,) in rows:
+        versions = evolve_versions(versions, decode_event(body))
+    return versions
 
 
 def active_at(connection: sqlite3.Connection, position: int) -> str | None:
@@ -110,19 +135,20 @@ def active_at(connection: sqlite3.Connection, position: int) -> str | None:
     return None if found is None else str(found[0])
 
 
-def _show(connection: sqlite3.Connection, model_id: str, body: str) -> ShownModel:
+def _show(connection: sqlite3.Connection, position: int, model_id: str, body: str | None) -> ShownModel:
+    versions = versions_at(connection, position, model_id) or ModelVersions(model_id)
     try:
-        row = decode_row(body)
+        row = _NO_ROW if body is None else decode_row(body)
     except ValueError as error:
         raise LogUnavailable(
             f"the stored history of {model_id!r} is damaged: {error}; "
             "`loadledger replay --rebuild` rebuilds it"
         ) from error
     if row.serving_load is None:
-        return ShownModel(model_id, row, None)
+        return ShownModel(model_id, row, None, versions)
     load = read_load(connection, model_id, row.serving_load)
     copies = [read_load(connection, model_id, each.load) for each in row.copies]
-    return ShownModel(model_id, row, load, tuple(copies))
+    return ShownModel(model_id, row, load, versions, tuple(copies))
 
 
 def read_load(connection: sqlite3.Connection, model_id: str, position: int) -> Serving:

@@ -142,11 +142,12 @@ def _replay_state(path: Path, until: str | None, model_id: str | None) -> dict[s
     with open_read_only(path) as ledger:
         moment, state = replay(ledger, until)
     active = state.active()
-    ids = [each for each in sorted(state.models) if model_id in (None, each)]
+    known = {*state.models, *state.registers.versions}
+    ids = [each for each in sorted(known) if model_id in (None, each)]
     return {
         **as_of(moment),
         "models": [
-            model_view(describe_model(state.models[each]), is_active=active is not None and active.id == each)
+            model_view(describe_model(state, each), is_active=active is not None and active.id == each)
             for each in ids
         ],
         "jobs": [job_view(job, None) for job in state.unended(model_id)],

@@ -300,13 +300,13 @@ def check(*, model: str | None, as_json: bool, **flags: str | None) -> None:
     result = checks.CheckResult(lambda each: None if as_json else click.echo(format_finding(each)))
     config = checks.check_configuration(flags, os.environ, result)
     check_ledger(config, result)
-    models = checks.read_models(config, result)
+    state = checks.read_ledger(config, result)
     if named is None:
-        checks.check_references(config, result, checks.check_repository(config, result, models))
+        checks.check_references(config, result, checks.check_repository(config, result, state.is_removed))
         checks.check_workers(config, result)
-        checks.check_policy(config, result, models)
+        checks.check_policy(config, result, state)
     else:
-        checks.check_workers(config, result, checks.check_version(config, result, models, *named))
+        checks.check_workers(config, result, checks.check_version(config, result, state.is_removed, *named))
     print_result(result.members(), _lines(result), as_json=as_json)
     sys.exit(0 if result.fine else NEGATIVE_RESULT)
 

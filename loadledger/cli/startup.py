@@ -114,7 +114,7 @@ def choose_options(server: RunningServer, profile: SignedIn | None) -> list[str]
 async def check_models(server: RunningServer, options: Sequence[str]) -> list[str]:
     """Return what a quick check of the repository finds, as lines, and the next command with its options."""
     config, result = server.app[CONFIG], CheckResult()
-    look = partial(check_repository, config, result, dict(server.app[LOG].state.models))
+    look = partial(check_repository, config, result, server.app[LOG].is_removed)
     try:
         await server.app[VERSIONS].repository.file_system.run("", look, CHECK_LIMIT_S)
     except RepositoryBusy as problem:

@@ -19,7 +19,6 @@ from msgspec.structs import replace
 from events.accept import NO_BATCHING
 from events.commands import RequestLoad, RequestUnload
 from events.devices import CPU, DEVICE, DEVICE_RULE, FALLBACKS, MAX_DEVICES
-from events.models import Model
 from events.types import ALLOW, DEPENDENT_ROWS, Contents, Idempotency, Justification, LoadParameters
 from runtime.errors import (
     LoadRefused,
@@ -403,8 +402,8 @@ async def look_in_repository(
 
 def _name_holders(app: web.Application, model_id: str, version: int | None) -> str:
     """Return which nodes have a version that is not here, as the end of a message."""
-    model = app[LOG].state.models.get(model_id) or Model(model_id)
-    held = [each for each in model.holders or () if version in (None, each.version)]
+    versions = app[LOG].state.registers.find_versions(model_id)
+    held = [each for each in versions.holders if version in (None, each.version)]
     if not held:
         return ""
     latest = max(held, key=lambda each: each.version)

@@ -330,7 +330,7 @@ async def read_model_page(app: web.Application, cursor: str, limit: int) -> dict
         _add_present(
             app,
             model_view(
-                describe_model(state.models.get(seen.id) or Model(seen.id)),
+                describe_model(state, seen.id),
                 is_active=active is not None and active.id == seen.id,
                 seen=seen,
                 memory_bytes=_memory_now(app, seen.id),
@@ -372,7 +372,7 @@ async def show_model(request: web.Request) -> web.Response:
     state = request.app[LOG].state
     active = state.active()
     view = model_view(
-        describe_model(state.models.get(model_id) or Model(model_id)),
+        describe_model(state, model_id),
         is_active=active is not None and active.id == model_id,
         seen=seen,
         memory_bytes=_memory_now(request.app, model_id),
@@ -423,6 +423,7 @@ def model_view(
 ) -> dict[str, Any]:
     """Return a model as the API has it; None for what is unknown of the past, such as what was `seen`."""
     row, load = model.row, model.load
+    labels = {label.name: label.version for label in model.versions.labels}
     return {
         "id": model.id,
         "versions": seen and seen.versions,
@@ -431,7 +432,7 @@ def model_view(
         "version": row.version,
         "next_version": row.next_version,
         "active": is_active,
-        **({"labels": dict(row.labels)} if row.labels else {}),
+        **({"labels": labels} if labels else {}),
         "loaded_at": load.loaded_at if load else None,
         "loaded_by": (row.asked_by or load.loaded_by) if load else None,
         "brought_back": row.brought_back,

@@ -31,6 +31,7 @@ from events.history import describe_model
 from events.jobs import JobKind, JobStatus
 from events.models import Model, ModelState
 from events.nodes import NodePhase
+from events.state import State
 from events.types import TYPES, ApprovalBypassed, Cause
 from runtime.devices import DeviceMemory
 from runtime.memory import read_pressure
@@ -83,7 +84,7 @@ class ServerCollector(Collector):
         own = next((node["id"] for node in self._nodes if node["this"]), None)
         models = list(log.state.models.values())
         self._models = [model.view_at(own) for model in models]
-        self._copies = _count_copies(models, name_of)
+        self._copies = _count_copies(log.state, name_of)
         here = (model for model in self._models if _should_serve(model) and not _is_elsewhere(model, own))
         self._names = {model.id: name_of(model.id) for model in here}
         self._tail_lag = max((log.head.position - tail.position for tail in app[STREAMS].tails), default=0)
@@ -483,13 +484,13 @@ def _should_serve(model: Model) -> bool:
     return model.phase in _SHOULD_SERVE or model.previous is not None
 
 
-def _count_copies(models: Iterable[Model], name_of: Callable[[str], str]) -> Counter[tuple[str, str]]:
+def _count_copies(state: State, name_of: Callable[[str], str]) -> Counter[tuple[str, str]]:
     counts = Counter[tuple[str, str]]()
-    for model in models:
+    for model in state.models.values():
         if model.serving is not None and model.serving.parameters.wanted_copies > 1:
             name = name_of(model.id)
             counts[name, "wanted"] += model.serving.parameters.wanted_copies
-            counts[name, "ready"] += describe_model(model).count_ready()
+            counts[name, "ready"] += describe_model(state, model.id).count_ready()
     return counts
 
 

@@ -312,7 +312,8 @@ class OnDemand:
     async def _request_load(self, demand: Demand, subject: str, before: Model | None) -> Receipt | None:
         """Look the model up and request its load, unless the model has changed meanwhile."""
         model_id, version = demand
-        refusal = find_demand_refusal(before, version)
+        versions = self.log.state.registers.find_versions(model_id)
+        refusal = find_demand_refusal(before, versions, version)
         if refusal is not None:
             raise RequestRefused(refusal.code, refusal.message)
         self._back_off.check(demand, before, asyncio.get_running_loop().time())

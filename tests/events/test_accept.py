@@ -513,10 +513,10 @@ def test_removed_version_loads_once_it_is_added_again() -> None:
     history.add(VersionRemoved(), of=MODEL, version=1)
     history.add(VersionRemoved("not_placed"), of=MODEL, version=3)  # nothing was removed
     assert outcome(history.state, load(1)) == "unknown_version"
-    assert history.model().removed == (1,)
+    assert history.versions().removed == (1,)
     history.add(VersionAdded(()), of=MODEL, version=1)
     assert outcome(history.state, load(1)) == NEW
-    assert history.model().removed == ()
+    assert history.versions().removed == ()
 
 
 OWN_ADDS = [

@@ -85,7 +85,8 @@ def test_limits_of_a_demand_are_at_least_the_servers() -> None:
 
 
 def test_removed_choice_is_named_in_the_refusal() -> None:
-    refusal = find_demand_refusal(given("load evict_L remove").state.models[MODEL], None)
+    history = given("load evict_L remove")
+    refusal = find_demand_refusal(history.model(), history.versions(), None)
     assert refusal is not None
     assert refusal.code == "out_of_service"
     assert "version 1 of model 'digits', which was loaded by alice" in refusal.message

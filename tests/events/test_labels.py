@@ -3,17 +3,13 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given as given_any
 from msgspec import UNSET
-from support.history import CONTENTS, FEWER, MODEL, History, at, given
-from support.strategies import histories
+from support.history import CONTENTS, MODEL, History, at, given
 
 from events.accept import accept
 from events.commands import Accepted, Command, Decision, Existing, Refused, RemoveVersion, RequestLoad
-from events.history import decode_row, encode_row, make_row
 from events.jobs import JobStatus
 from events.labels import LABEL_NAME, MAX_LABELS, RemoveLabel, SetLabel, draft_label
-from events.models import Label
 from events.state import State
 from events.types import (
     SYSTEM,
@@ -24,6 +20,7 @@ from events.types import (
     LoadRequested,
     ModelSettingsChanged,
 )
+from events.versions import Label
 
 FOLDED = [
     # what was recorded, the versions that the labels name
@@ -42,26 +39,14 @@ FOLDED = [
 
 @pytest.mark.parametrize(("facts", "labels"), FOLDED)
 def test_label_names_version_until_it_moves(facts: str, labels: dict[str, int]) -> None:
-    model = given(facts).model()
-    assert make_row(model).labels == labels
-    assert (model.labels is UNSET) is not bool(labels)
+    assert {each.name: each.version for each in given(facts).versions().labels} == labels
 
 
 def test_labels_are_in_order_of_their_names() -> None:
     history = History()
     for version, name in enumerate(("b", "a", "b"), 1):
         history.set_label(name, version=version)
-    assert history.model().labels == (Label("a", 2, 2), Label("b", 3, 3))
-
-
-@FEWER
-@given_any(histories())
-def test_row_has_each_label_with_its_version(history: History) -> None:
-    for model in history.state.models.values():
-        row = make_row(model)
-        assert row.labels == {label.name: label.version for label in model.labels or ()}
-        assert decode_row(encode_row(row)) == row
-        assert (b'"labels"' in encode_row(row)) is bool(row.labels)
+    assert history.versions().labels == (Label("a", 2, 2), Label("b", 3, 3))
 
 
 def decide(facts: str | State, command: Command) -> Decision:
@@ -140,7 +125,7 @@ def test_load_with_label_that_serves_completes_at_once() -> None:
     assert isinstance(decision, Accepted)
     for draft in decision.drafts:
         history.add(draft.data, draft.job_id, event_id=draft.id, by=draft.actor)
-    assert history.model().labels == (Label("champion", 1, history.state.position),)
+    assert history.versions().labels == (Label("champion", 1, history.state.position),)
     assert history.job("new").status is JobStatus.COMPLETED
 
 

@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
 import pytest
 from hypothesis import given as given_any
 from hypothesis import strategies as st
@@ -573,60 +572,6 @@ def test_reloaded_model_says_who_asked_for_it(
     serving = history.model().serving
     assert serving is not None
     assert (serving.loaded_by, serving.asked_by, serving.brought_back) == asked
-
-
-HOLDERS = [
-    # what happens to a version: it is added (+) to or removed (-) from a node's repository or the shared one,
-    # or its place is taken (!); who has it then; whether it is removed
-    ("+a", "a", False),
-    ("+b +a +b", "a b", False),
-    ("+a +b -a", "b", False),
-    ("+a +b -a -b", "", True),
-    ("+a -a +b", "b", False),
-    ("+a -b", "a", False),
-    ("-a", "", False),  # somebody had put it there
-    ("+ -", "", True),
-    ("+a -", "a", True),
-    ("+a +", "", False),
-    ("+ +a", "a", False),
-    ("+a +b !a", "b", False),
-    ("+a !a", "", False),
-    ("+a load", "a", False),
-    ("+a load request_unload start_unload finish_unload", "a", False),
-]
-
-
-@pytest.mark.parametrize(("words", "holders", "is_removed"), HOLDERS)
-def test_version_has_holders_from_adds_to_own_repositories(
-    words: str, holders: str, *, is_removed: bool
-) -> None:
-    history = History()
-    history.add_version("c", version=2)
-    for word in words.split():
-        node_id = word[1:] or UNSET
-        match word[0]:
-            case "+":
-                history.add_version(node_id)
-            case "-":
-                history.remove_version(node_id)
-            case "!":
-                history.remove_version(node_id, "not_placed")
-            case _:
-                STEPS[word](history)
-    model = history.model()
-    assert " ".join(model.find_holders(1).node_ids) == holders
-    assert (1 in model.removed) == is_removed
-    assert model.find_holders(2).node_ids == ("c",)
-
-
-def test_model_without_holders_is_stored_as_before() -> None:
-    history = given("load")
-    before = msgspec.json.encode(history.model())
-    assert b"holders" not in before
-    history.add_version("a")
-    assert b'"holders":[{"version":1,"digest":' in msgspec.json.encode(history.model())
-    history.add_version()
-    assert msgspec.json.encode(history.model()) == before
 
 
 def copied(*nodes: str, copies: int = 3) -> History:

@@ -67,7 +67,7 @@ def has_labels(node: Node, parameters: LoadParameters | None) -> bool:
 
 def has_version(state: State, node_id: str, model_id: str | None, version: int | None) -> bool:
     """Whether a node has a version: all have one that was added to no node's own repository."""
-    holders = state.models.get(model_id or "", Model("")).find_holders(version or 0).node_ids
+    holders = state.registers.find_versions(model_id or "").find_holders(version or 0).node_ids
     return not holders or node_id in holders
 
 
@@ -428,7 +428,8 @@ class Cluster:
 
     def _can_replace(self, taker: Node, node: ClusterNode) -> bool:
         """Whether a node has all labels and versions of another."""
-        held = [(model.id, each) for model in self.state.models.values() for each in model.holders or ()]
+        known = self.state.registers.versions.values()
+        held = [(versions.id, each) for versions in known for each in versions.holders]
         own = [(model_id, each.version) for model_id, each in held if node.name in each.node_ids]
         has_all = all(has_version(self.state, taker.id, *version) for version in own)
         return has_all and set(node.labels) <= set(taker.labels)

@@ -70,6 +70,7 @@ from events.types import (
     digest_of,
     record_draft,
 )
+from events.versions import ModelVersions
 from support.fleet import SOAK, of_both
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -380,6 +381,9 @@ class History:
 
     def model(self, model: str = MODEL) -> Model:
         return self.state.models.get(model) or Model(model)
+
+    def versions(self, model: str = MODEL) -> ModelVersions:
+        return self.state.registers.find_versions(model)
 
 
 TUNED: dict[str, Any] = {

@@ -37,7 +37,8 @@ def check(connection: sqlite3.Connection, events: Sequence[Event]) -> None:
         if event is not None:
             state.apply(event)
         found = models_at(connection, state.position)
-        folded = [describe_model(state.models[model_id]) for model_id in sorted(state.models)]
+        known = sorted({*state.models, *state.registers.versions})
+        folded = [describe_model(state, model_id) for model_id in known]
         assert [model.row for model in found] == [model.row for model in folded]
         assert answers(found) == answers(folded)
         assert [model_at(connection, state.position, model.id) for model in found] == found

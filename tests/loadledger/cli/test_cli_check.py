@@ -26,7 +26,7 @@ from events.policy.rules import ApprovalRule, LoadPolicy, TrustMode, TrustRule
 from events.types import Credential
 from loadledger.cli.main import main
 from server.appkeys import LOG
-from server.check import CheckResult, check_policy, read_models
+from server.check import CheckResult, check_policy, read_ledger
 from server.config import Config
 
 
@@ -226,7 +226,7 @@ HASHED = ("--repository", "policy", "note")
 def judged(config: Config, policy: LoadPolicy) -> list[tuple[str, str, str]]:
     """Return place, code and severity of what the policy is found to do."""
     result = CheckResult()
-    check_policy(replace(config, policy=policy), result, read_models(config, result))
+    check_policy(replace(config, policy=policy), result, read_ledger(config, result))
     found = [(each.place, each.code, each.severity.value) for each in result.findings]
     return [each for each in found if each != HASHED]
 
@@ -314,7 +314,7 @@ async def test_check_names_loaded_models_that_a_restart_would_not_load(tmp_path:
         ]:
             assert await asyncio.to_thread(judged, api.config, policy) == found
         result = CheckResult()
-        await asyncio.to_thread(check_policy, api.config, result, read_models(api.config, result))
+        await asyncio.to_thread(check_policy, api.config, result, read_ledger(api.config, result))
         outcome = "[[approval]] m: no signature is needed; approvals by other persons: 1, approved before"
         hashed, outcomes = result.findings
         assert hashed.text.endswith(" GB of 1 version are hashed, to check the rules for loads")

@@ -26,7 +26,7 @@ def copied(*, version: int = 1) -> History:
 
 
 def view(history: History) -> Json:
-    return model_view(describe_model(history.model()), is_active=False)
+    return model_view(describe_model(history.state, MODEL), is_active=False)
 
 
 def places(history: History) -> list[tuple[str, int, int]]:
@@ -113,4 +113,4 @@ def test_index_has_both_versions_ready_during_a_swap() -> None:
 def test_metric_counts_copies_of_models_that_want_several() -> None:
     history = copied()
     history.load("O", of="other")
-    assert _count_copies(history.state.models.values(), str) == {(MODEL, "wanted"): 3, (MODEL, "ready"): 2}
+    assert _count_copies(history.state, str) == {(MODEL, "wanted"): 3, (MODEL, "ready"): 2}

@@ -1,0 +1,174 @@
+"""The versions of a model: who added which bytes, what was removed, the nodes that have them, labels. A fold.
+
+`events.models` folds what is loaded of a model; `events.accept` asks both. Without events of its versions a
+model has an empty `ModelVersions`. Its past is folded from its own few events (`events.sqlite.timetravel`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from msgspec import UNSET, Struct
+from msgspec.structs import replace
+
+from events.types import (
+    Data,
+    Event,
+    LabelRemoved,
+    LabelSet,
+    Unknown,
+    VersionAdded,
+    VersionRemoved,
+    contents_of,
+    digest_of,
+)
+
+
+class AddedVersion(Struct, frozen=True, gc=False):
+    """Bytes that were added as a version, also if that was removed since.
+
+    Attributes:
+        version: their number.
+        digest: of the files, as `VersionAdded` has them.
+        by: the actor.
+        position: of the `VersionAdded`; of several with the same version, digest and actor, of the latest.
+    """
+
+    version: int
+    digest: str
+    by: str
+    position: int
+
+
+class VersionHolders(Struct, frozen=True, gc=False):
+    """The nodes in whose own repositories a version is, if it is in any, and the digest of its files."""
+
+    version: int
+    digest: str = ""
+    node_ids: tuple[str, ...] = ()
+
+
+class Label(Struct, frozen=True, gc=False):
+    """A name for a version of a model; `position` is that of its latest `LabelSet`."""
+
+    name: str
+    version: int
+    position: int
+
+
+class ModelVersions(Struct, frozen=True, gc=False, omit_defaults=True):
+    """What is known of a model's versions, loaded or not.
+
+    Attributes:
+        id: of the model.
+        added: the bytes that callers added, the latest at the end; a removal forgets none.
+        removed: versions that load nowhere until they are added again, whatever files there are.
+        holders: of the versions that were added to nodes' own repositories.
+        labels: in order of their names.
+    """
+
+    id: str
+    added: tuple[AddedVersion, ...] = ()
+    removed: tuple[int, ...] = ()
+    holders: tuple[VersionHolders, ...] = ()
+    labels: tuple[Label, ...] = ()
+
+    def find_label(self, name: str) -> Label | None:
+        return next((each for each in self.labels if each.name == name), None)
+
+    def find_holders(self, version: int) -> VersionHolders:
+        """Return the holders of a version; without nodes, any node may have it."""
+        found = (each for each in self.holders if each.version == version)
+        return next(found, VersionHolders(version))
+
+    def find_added(self, version: int) -> AddedVersion | None:
+        """Return the bytes that were added last as a version; None if nobody added it."""
+        return next((each for each in reversed(self.added) if each.version == version), None)
+
+    def name_labels(self, version: int) -> list[str]:
+        """Return the labels that name a version."""
+        return [label.name for label in self.labels if label.version == version]
+
+
+def evolve_versions(before: ModelVersions | None, event: Event) -> ModelVersions | None:
+    """Return the versions of a model after an event; the same object if nothing changes.
+
+    Args:
+        before: as they were; None if there was no event of them.
+        event: of any model or of none.
+    """
+    evolve = STEPS.get(type(event.data))
+    if evolve is None or event.model_id is None or (before is not None and event.model_id != before.id):
+        return before
+    known = before or ModelVersions(event.model_id)
+    after = evolve(known, event, event.data)
+    return before if after is known else after
+
+
+def _version_added(versions: ModelVersions, event: Event, data: VersionAdded) -> ModelVersions:
+    """A version has holders if it was added to nodes' own repositories, and not to a shared one since."""
+    if event.version is None:
+        return versions
+    digest = digest_of(contents_of(data.files))
+    same = event.version, digest, event.actor
+    others = [each for each in versions.added if (each.version, each.digest, each.by) != same]
+    versions = replace(
+        versions,
+        added=(*others, AddedVersion(*same, event.position)),
+        removed=tuple(version for version in versions.removed if version != event.version),
+    )
+    if data.node_id is UNSET:
+        return _set_holders(versions, VersionHolders(event.version))
+    node_ids = {data.node_id, *versions.find_holders(event.version).node_ids}
+    return _set_holders(versions, VersionHolders(event.version, digest, tuple(sorted(node_ids))))
+
+
+def _version_removed(versions: ModelVersions, event: Event, data: VersionRemoved) -> ModelVersions:
+    """A version that leaves a node's own repository is removed if that was the last holder.
+
+    A removal with a reason is of an added version that never became visible: no files of others go.
+    """
+    if event.version is None:
+        return versions
+    if data.node_id is not UNSET:
+        held = versions.find_holders(event.version)
+        left = tuple(node_id for node_id in held.node_ids if node_id != data.node_id)
+        versions = _set_holders(versions, replace(held, node_ids=left))
+        if left or not held.node_ids:
+            return versions
+    if data.reason is not None or event.version in versions.removed:
+        return versions
+    return replace(versions, removed=(*versions.removed, event.version))
+
+
+def _set_holders(versions: ModelVersions, held: VersionHolders) -> ModelVersions:
+    others = tuple(each for each in versions.holders if each.version != held.version)
+    holders = (*others, held) if held.node_ids else others
+    return versions if holders == versions.holders else replace(versions, holders=holders)
+
+
+def _label_set(versions: ModelVersions, event: Event, data: LabelSet) -> ModelVersions:
+    if event.version is None:
+        return versions
+    return _replace_label(versions, data.label, Label(data.label, event.version, event.position))
+
+
+def _label_removed(versions: ModelVersions, _: Event, data: LabelRemoved) -> ModelVersions:
+    return versions if versions.find_label(data.label) is None else _replace_label(versions, data.label)
+
+
+def _replace_label(versions: ModelVersions, name: str, *new: Label) -> ModelVersions:
+    others = (each for each in versions.labels if each.name != name)
+    return replace(versions, labels=tuple(sorted((*others, *new), key=lambda label: label.name)))
+
+
+STEPS: Mapping[type[Data | Unknown], Callable[[ModelVersions, Event, Any], ModelVersions]] = {
+    VersionAdded: _version_added,
+    VersionRemoved: _version_removed,
+    LabelSet: _label_set,
+    LabelRemoved: _label_removed,
+}
+
+OF_VERSIONS = frozenset(STEPS)
+"""The events that change the versions of a model, and nothing else."""
