@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from events.approvals import emergency_statement
 from events.clock import Timestamp
 from events.commands import (
     REFUSED_AS_OUTDATED,
@@ -37,7 +36,8 @@ from events.jobs import Job, JobKind, JobStatus
 from events.labels import draft_label, find_label_refusal, names_version
 from events.models import Model, ModelState, Serving
 from events.state import Join, State
-from events.tokens import list_issuers
+from events.statements import emergency_statement
+from events.tokens import add_issuers
 from events.types import (
     NEVER,
     REPLACEMENTS,
@@ -180,9 +180,8 @@ def _decide_load(state: State, command: RequestLoad, new_id: Callable[[], str]) 
     refusal = _find_version_refusal(model, versions, queue, command)
     if refusal is not None:
         return refusal
-    for job in (*_list_joinable(state, command), *queue[-1:]):
-        if _joins(command, job):
-            return _join_job(state, command, job, new_id)
+    if queue and _joins(command, queue[-1]):
+        return _join_job(state, command, queue[-1], new_id)
     superseded = queue.pop() if queue and _supersedes(command, queue[-1]) else None
     parameters = _effective_parameters(model, queue, command)
     if parameters.max_queue_delay_us and not parameters.max_batch_size:
@@ -192,6 +191,8 @@ def _decide_load(state: State, command: RequestLoad, new_id: Callable[[], str]) 
     is_labelled = label is UNSET or names_version(versions, label, command.version)
     if serving is not None and serving.parameters.has_same_settings(parameters) and is_labelled:
         return _join_load(state, command, serving, new_id)
+    if command.is_checked:
+        serving = None  # its job passes the rules first, also if it changes only settings
     if command.cause is Cause.DEMAND and (other := _find_other_version(model, queue, command)) is not None:
         return Existing(other)
     most = _MOST_UNENDED.get(command.cause)
@@ -274,8 +275,7 @@ def _record_once(
 def _load_requested(state: State, command: RequestLoad, parameters: LoadParameters, event_id: str) -> Draft:
     said = command.justification
     if said is not UNSET:
-        issued_by = list_issuers(state.registers.tokens, said.credential.jti)
-        said = replace(said, credential=replace(said.credential, issued_by=issued_by))
+        said = replace(said, credential=add_issuers(said.credential, state.registers.tokens))
         if said.emergency is not None and command.sign is not None:
             what = event_id, command.model_id, command.version, command.actor
             said = replace(said, node_signature=command.sign(emergency_statement(*what, said)))
@@ -294,14 +294,6 @@ def _load_requested(state: State, command: RequestLoad, parameters: LoadParamete
 
 def _draft_fact(job: Job, data: JobCancelled, event_id: str) -> Draft:
     return Draft(event_id, data, SYSTEM, job.id, job.model_id, job.version)
-
-
-def _list_joinable(state: State, command: RequestLoad) -> Iterator[Job]:
-    """Yield the loads that wait for approval of the bytes that a person's request would load."""
-    digest = None if command.contents is None else digest_of(command.contents)
-    for job in state.unended(command.model_id) if command.cause is Cause.REQUEST else ():
-        if job.waits_for_approval and job.approval is not None and job.approval.digest == digest:
-            yield job
 
 
 def _joins(command: RequestLoad, job: Job) -> bool:
@@ -428,7 +420,7 @@ def _model_to_unload(state: State, *, force: bool) -> str | None:
         return active.id
     if not force:
         return None
-    loads = (job for job in state.unended() if job.kind is JobKind.LOAD and not job.waits_for_approval)
+    loads = (job for job in state.unended() if job.kind is JobKind.LOAD)
     return next((job.model_id for job in loads), None)
 
 

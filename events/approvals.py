@@ -1,97 +1,50 @@
-"""Approval of loads: who may answer, the answer as a command, and what nodes sign. Pure.
+"""Approval of bytes: who may give it, which approvals a load rests on, and what nodes sign. Pure.
 
-A load that needs approval waits for it without holding anything (`events.jobs.ApprovalState`). An answer
-names the digest of the files, so that it holds for the bytes that the person has seen. Two subjects are one
-person if they differ only in case or in forms of the same letters, whatever the issuers of their tokens.
+An approval is a fact about a model and the digest of all files (`events.versions`); a load asks for it before
+it starts, and never waits. Two subjects are one person if they differ only in case or in forms of the same
+letters, whatever the issuers of their tokens.
 """
 
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import msgspec
-from msgspec import UNSET
+from msgspec import Struct
 from msgspec.structs import replace
 
-from events.commands import Accepted, Decision, DecisionInput, Existing, Refused, RegisterCommand
-from events.jobs import ApprovalAnswer, ApprovalState, Job
-from events.models import AdmittedBytes, Model
+from events.commands import (
+    Accepted,
+    Condition,
+    Decision,
+    DecisionInput,
+    Existing,
+    Refused,
+    RegisterCommand,
+)
+from events.models import Model
+from events.policy.rules import NOT_APPROVED, ModelRules
 from events.state import State
-from events.tokens import list_issuers
+from events.statements import IsSigned
+from events.tokens import add_issuers
 from events.types import (
+    SYSTEM,
+    ApprovalResult,
+    ApprovalWithdrawn,
+    Contents,
     Credential,
     Draft,
-    Justification,
-    LoadApproved,
-    LoadRejected,
+    FileHash,
+    LoadApproval,
     Sign,
-    contents_of,
-    digest_of,
+    VersionApproved,
+    record_draft,
 )
+from events.versions import Approval, ModelVersions, make_approval
 
-MAX_WAITING = 64
-"""Loads that wait for approval: more than anybody reads in a day."""
-
-MAX_WAITING_OF_SUBJECT = 8
-"""Of one subject, so that nobody takes all places."""
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerApproval(RegisterCommand):
-    """Approve or reject a load that waits for approval.
-
-    Attributes:
-        digest: of the files that the person has seen.
-        credential: of the person; who issued its token is added.
-        sign: signs for this node; None for a server alone.
-    """
-
-    job_id: str
-    actor: str
-    digest: str
-    reason: str
-    credential: Credential
-    approves: bool
-    sign: Sign | None = None
-
-    def decide(self, at: DecisionInput) -> Decision:
-        job = at.state.unended_job(self.job_id)
-        asked = None if job is None else job.approval
-        if job is not None and asked is not None and self.approves and self._is_repeated(asked):
-            return Existing(job.id)
-        if job is None or asked is None or not job.waits_for_approval:
-            advice = "GET /api/v1/jobs/{id} shows how it is"
-            return Refused("not_waiting", f"job {self.job_id} does not wait for approval: {advice}")
-        if is_void(asked, at.state.models.get(job.model_id)):
-            return Refused("not_waiting", f"job {job.id} would replace others than those when it was asked")
-        if self.digest != asked.digest:
-            what = f"job {job.id} waits for approval of {asked.digest}, not of {self.digest[:64]!r}"
-            return Refused("digest_differs", f"{what}: look at its files again")
-        if any(is_same_person(self.actor, each) for each in list_requesters(job)):
-            what = f"{self.actor!r} asked for this load, and another person has to answer"
-            return Refused("same_person", f"{what}; who asked can cancel it")
-        issued_by = list_issuers(at.state.registers.tokens, self.credential.jti)
-        credential = replace(self.credential, issued_by=issued_by)
-        data: LoadApproved | LoadRejected = LoadRejected(asked.digest, self.reason, credential)
-        if self.approves:
-            data = LoadApproved(asked.digest, asked.rule, self.reason, credential)
-            if self.sign is not None:
-                said = ApprovalAnswer(self.actor, self.reason, credential.jti, credential.issuer)
-                statement = answer_statement(job, asked.digest, asked.rule, said)
-                data = replace(data, node_signature=self.sign(statement))
-        draft = Draft(at.new_id(), data, self.actor, job.id, job.model_id, job.version)
-        return Accepted((draft,), job.id)
-
-    def _is_repeated(self, asked: ApprovalState) -> bool:
-        return self.digest == asked.digest and any(is_same_person(self.actor, by) for by in asked.approved_by)
-
-
-def is_void(asked: ApprovalState, model: Model | None) -> bool:
-    """Whether a model serves other bytes than when approval was asked: the person has seen another change."""
-    servings = () if model is None else model.servings
-    digests = [digest_of(contents_of(each.files)) for each in servings]
-    return bool(digests) and asked.served_digest not in digests
+# Who may approve, and what counts.
 
 
 def is_same_person(subject: str, other: str) -> bool:
@@ -103,41 +56,190 @@ def _fold_subject(subject: str) -> str:
     return unicodedata.normalize("NFKC", folded).strip()  # folding may decompose a letter anew
 
 
-def list_requesters(job: Job) -> tuple[str, ...]:
-    """Return all who asked for a load: none of them may approve it."""
-    return (job.requested_by, *(() if job.policy is UNSET else job.policy.joined_by))
+def find_shared(subjects: Iterable[str], others: Iterable[str]) -> str | None:
+    """Return the first of some subjects that is the same person as one of others."""
+    folded = {_fold_subject(each) for each in others}
+    return next((each for each in subjects if _fold_subject(each) in folded), None)
 
 
-def find_waiting_refusal(state: State, job: Job) -> str | None:
-    """Return why a load cannot wait for approval as well; None if it can."""
-    waiting = [each for each in state.unended() if each.waits_for_approval]
-    own = [each for each in waiting if is_same_person(each.requested_by, job.requested_by)]
-    if len(waiting) >= MAX_WAITING:
-        return f"{MAX_WAITING} loads wait for approval: approve, reject or cancel some first"
-    if len(own) >= MAX_WAITING_OF_SUBJECT:
-        return f"{MAX_WAITING_OF_SUBJECT} loads of {job.requested_by!r} wait for approval: cancel some first"
-    return None
+def list_counted(
+    versions: ModelVersions, digest: str, requester: str, is_signed: IsSigned = lambda _, __: True
+) -> list[Approval]:
+    """Return the approvals of bytes that count for a load, the oldest first, each of another person.
 
-
-def answer_statement(job: Job, digest: str, rule: str, answer: ApprovalAnswer) -> bytes:
-    """Return the bytes that a node signs for an approval or a bypass: a JSON array of text, in UTF-8.
-
-    The job's id is used once, so a signature in the log is good for nothing else.
+    None is by who added the bytes or asks for the load, or with a token that one of these issued.
     """
-    what = "loadledger-approval-v1", job.id, job.model_id, job.version, digest, rule
-    return msgspec.json.encode((*what, answer.by, answer.reason, answer.jti, answer.issuer))
+    excluded = [*versions.list_adders(digest), requester]
+    counted = list[Approval]()
+    for each in versions.approvals:
+        if each.digest != digest or find_shared(each.people, excluded) is not None:
+            continue
+        if any(find_shared(each.people, [one.by]) or find_shared([each.by], one.people) for one in counted):
+            continue
+        if is_signed(approval_statement(versions.id, each), each.node_signature):
+            counted.append(each)
+    return counted
 
 
-def emergency_statement(
-    job_id: str, model_id: str, version: int | None, actor: str, said: Justification
-) -> bytes:
-    """Return the bytes that a node signs for a request that must not wait, like `answer_statement`."""
-    what = "loadledger-emergency-v1", job_id, model_id, version, actor
-    return msgspec.json.encode((*what, said.emergency or "", said.digest or None))
+class ApprovedBytes(Condition, frozen=True, gc=False):
+    """These approvals of bytes still count for the load of a requester."""
+
+    model_id: str
+    digest: str
+    requester: str
+    positions: tuple[int, ...]
+
+    def holds(self, state: State) -> bool:
+        versions = state.registers.find_versions(self.model_id)
+        named = tuple(each for each in versions.approvals if each.position in self.positions)
+        counted = list_counted(replace(versions, approvals=named), self.digest, self.requester)
+        return {*self.positions} == {each.position for each in counted}
 
 
-def load_statement(model_id: str, admitted: AdmittedBytes) -> bytes:
-    """Return the bytes that a node signs for a load under rules, like `answer_statement`."""
-    what = "loadledger-load-v1", admitted.job_id, model_id, admitted.version, admitted.digest
-    parts = (None if part is UNSET else part for part in (admitted.signature, admitted.approval))
-    return msgspec.json.encode((*what, *parts))
+def find_approval(
+    versions: ModelVersions, rules: ModelRules, digest: str, requester: str, is_signed: IsSigned
+) -> LoadApproval | str:
+    """Return the approval that a load of bytes rests on, or what is missing and who may give it."""
+    adders, files = versions.list_adders(digest), f"the files {digest}"
+    if rules.needs_adder and not adders:
+        return f"the ledger does not have who added {files}: `loadledger add` records it"
+    counted = list_counted(versions, digest, requester, is_signed)[: rules.persons]
+    if missing := rules.persons - len(counted):
+        plural = "" if missing == 1 else "s"
+        asks = [] if requester == SYSTEM else [f"{requester!r}, who asks for the load"]
+        others = " and ".join([*(f"{name!r}, who added them" for name in adders if name != requester), *asks])
+        return f"{files} need {missing} more approval{plural}" + (
+            f", by others than {others}" if others else ""
+        )
+    by, positions = tuple(each.by for each in counted), tuple(each.position for each in counted)
+    return LoadApproval(rules.approval_digest or "", ApprovalResult.APPROVED, by, positions)
+
+
+class UnapprovedVersion(Struct, frozen=True, gc=False):
+    """A version that somebody waits for: its load was refused, or it was added since the last approval.
+
+    Attributes:
+        version: its number.
+        digest: of the files that were added as it; None if the ledger has none.
+        is_refused: whether the last load of the model was of this version, and was refused.
+        added_by: who added the version last; None if the ledger has nobody.
+        position: of that; None if there is none.
+    """
+
+    version: int
+    digest: str | None
+    is_refused: bool
+    added_by: str | None
+    position: int | None
+
+
+def list_unapproved(
+    model: Model | None, versions: ModelVersions, rules: ModelRules | None
+) -> list[UnapprovedVersion]:
+    """Return the versions of a model that wait for a person to approve them, newest first."""
+    if rules is None or not rules.persons:
+        return []
+    approved_at = max((each.position for each in versions.approvals), default=0)
+    is_refused = model is not None and model.error is not None and model.error.code == NOT_APPROVED
+    refused = [model.last_version] if model is not None and is_refused else []
+    new = [each.version for each in reversed(versions.added) if each.position > approved_at]
+    found = []
+    for version in dict.fromkeys([*refused, *new]):
+        if version is None or version in versions.removed:
+            continue
+        added = versions.find_added(version)
+        named = [each.digest for each in reversed(versions.approvals) if each.version == version]
+        digest = added.digest if added is not None else next(iter(named), None)
+        if digest is None or len(list_counted(versions, digest, SYSTEM)) < rules.persons:
+            by, position = (None, None) if added is None else (added.by, added.position)
+            found.append(UnapprovedVersion(version, digest, version in refused, by, position))
+    return found
+
+
+# What persons say.
+
+
+@dataclass(frozen=True, slots=True)
+class ApproveVersion(RegisterCommand):
+    """Approve the bytes of a version, which the caller has found in the repository.
+
+    Attributes:
+        files: path and SHA-256 of each, as the server has hashed them.
+        digest: of the files.
+        credential: of the person; who issued its token is added.
+        sign: signs for this node; None for a server alone.
+    """
+
+    model_id: str
+    version: int
+    digest: str
+    files: Contents
+    actor: str
+    reason: str
+    credential: Credential
+    sign: Sign | None = None
+
+    def decide(self, at: DecisionInput) -> Decision:
+        versions, model = at.state.registers.find_versions(self.model_id), at.state.models.get(self.model_id)
+        added = versions.find_added(self.version)
+        if added is not None and added.digest != self.digest:
+            what = f"version {self.version} was added with the digest {added.digest}, not {self.digest}"
+            return Refused("digest_differs", f"{what}: look at its files again")
+        credential = add_issuers(self.credential, at.state.registers.tokens)
+        people = self.actor, *credential.issued_by
+        if (shared := find_shared(people, versions.list_adders(self.digest))) is not None:
+            issued = "" if shared == self.actor else "issued your token and "
+            what = f"{shared!r} {issued}added these files"
+            return Refused("same_person", f"{what}: another person has to approve them")
+        for each in versions.approvals:
+            if each.digest == self.digest and is_same_person(each.by, self.actor):
+                statement = approval_statement(self.model_id, each)
+                if self.sign is None or self.sign(statement) == each.node_signature:  # else it may not count
+                    return Existing(None)
+        serving = None if model is None else model.serving
+        data = VersionApproved(
+            self.digest,
+            tuple(FileHash(path, sha256) for path, sha256 in self.files),
+            self.reason,
+            credential,
+            None if serving is None else serving.version,
+            None if serving is None else serving.digest,
+        )
+        draft = Draft(at.new_id(), data, self.actor, None, self.model_id, self.version)
+        if self.sign is not None:
+            said = make_approval(record_draft(draft, 0, ""), data)
+            signature = self.sign(approval_statement(self.model_id, said))
+            draft = replace(draft, data=replace(data, node_signature=signature))
+        return Accepted((draft,))
+
+
+@dataclass(frozen=True, slots=True)
+class WithdrawApproval(RegisterCommand):
+    """Withdraw all approvals of the bytes that were approved as a version."""
+
+    model_id: str
+    version: int
+    actor: str
+    reason: str
+    credential: Credential
+
+    def decide(self, at: DecisionInput) -> Decision:
+        approvals = at.state.registers.find_versions(self.model_id).approvals
+        digests = dict.fromkeys(each.digest for each in approvals if each.version == self.version)
+        if not digests:
+            name = f"version {self.version} of model '{self.model_id}'"
+            return Refused("unknown_approval", f"{name} is not approved: there is nothing to withdraw")
+        credential = add_issuers(self.credential, at.state.registers.tokens)
+        about = self.actor, None, self.model_id, self.version
+        return Accepted(
+            tuple(
+                Draft(at.new_id(), ApprovalWithdrawn(each, self.reason, credential), *about)
+                for each in digests
+            )
+        )
+
+
+def approval_statement(model_id: str, said: Approval) -> bytes:
+    """Return the bytes that the node signs which takes an approval, like `events.statements`."""
+    what = "loadledger-approval-v1", said.event_id, model_id, said.version, said.digest
+    return msgspec.json.encode((*what, said.by, said.reason, said.jti, said.issuer, said.issued_by))

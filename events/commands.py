@@ -87,6 +87,7 @@ class RequestLoad:
             loaded model as it is.
         conditions: of a reload by the system.
         policy: digest of the model's rules where it was asked; UNSET without any.
+        is_checked: whether the bytes must pass rules each time that a person or an inference asks for them.
         justification: of the person; UNSET without rules or reasons.
         sign: signs an emergency for this server; None if it is alone.
         label: to set to the version when that is loaded; UNSET for none.
@@ -104,6 +105,7 @@ class RequestLoad:
     idempotency: Idempotency | None = None
     conditions: tuple[Condition, ...] = ()
     policy: str | UnsetType = UNSET
+    is_checked: bool = False
     justification: Justification | UnsetType = UNSET
     sign: Sign | None = None
     label: str | UnsetType = UNSET
@@ -202,7 +204,7 @@ class DecisionInput:
 
 
 class RegisterCommand:
-    """A command that decides itself (`events.registercommands`, `events.approvals`, `events.labels`)."""
+    """A command that decides itself, in the module of its subject."""
 
     __slots__ = ()
 

@@ -105,6 +105,7 @@ class Tally:
         failures: failed loads, by error code.
         exits: unexpected exits of workers, by model.
         restarts: recoveries after such exits, by model.
+        bypasses: loads that a person with the role `emergency` let pass.
         denied: denied requests, as recorded.
         append_s: durations of commands from `submit` until durable.
         commit_s: durations of transactions.
@@ -122,6 +123,7 @@ class Tally:
         self.failures = Counter[str]()
         self.exits = Counter[str]()
         self.restarts = Counter[str]()
+        self.bypasses = 0
         self.denied = 0
         self.append_s = Histogram(APPEND_S)
         self.commit_s = Histogram(APPEND_S)
@@ -149,14 +151,15 @@ class Tally:
             self.restarts[self.names.of(job.model_id)] += 1
         changed_settings = is_load and not job.attempt and job.status is JobStatus.COMPLETED
         if job.finished_at is not None and not changed_settings:  # which takes no time
-            took_s = seconds_between(job.queued_at, job.finished_at)
+            took_s = seconds_between(job.created_at, job.finished_at)
             (self.load_s if is_load else self.unload_s)[job.status.value].observe(took_s)
 
     def _count_event(self, event: Event) -> None:
         match event.data:
-            case ModelLoaded(durations=durations):
+            case ModelLoaded(durations=durations) as loaded:
                 for stage in STAGES:
                     self.stage_s[stage] += (getattr(durations, f"{stage}_us") or 0) / 1e6
+                self.bypasses += loaded.evidence.is_bypassed
             case LoadFailed(code=code):
                 known = code in self.failures or len(self.failures) < MAX_CODES
                 self.failures[code if known else OTHER_CODE] += 1

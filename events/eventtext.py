@@ -160,18 +160,10 @@ EVENT_TEXTS: Mapping[str, EventText] = {
     ),
     "LabelSet": EventText(("{label}",), {"label": "label"}, "good"),
     "LabelRemoved": EventText(("{label}",), {"label": "label"}),
-    "ApprovalAsked": EventText(
-        ("digest {digest}", "{approvals} needed", "until {expires_at}", "signed by {signature.signer?}"),
-        {"digest": "digest", "expires_at": "expires_at"},
-    ),
-    "LoadApproved": EventText(
+    "VersionApproved": EventText(
         ("{reason}", "digest {digest}"), {"digest": "digest", "reason": "reason"}, "good"
     ),
-    "LoadRejected": EventText(
-        ("{reason}", "digest {digest}"), {"digest": "digest", "reason": "reason"}, "bad"
-    ),
-    "ApprovalExpired": EventText(tone="bad"),
-    "ApprovalBypassed": EventText(
+    "ApprovalWithdrawn": EventText(
         ("{reason}", "digest {digest}"), {"digest": "digest", "reason": "reason"}, "bad"
     ),
     "PolicyInForce": EventText(("{policy.trust:rules}", "{policy.approval:rules}", "at node {node_id?}")),

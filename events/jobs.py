@@ -16,28 +16,21 @@ from msgspec.structs import replace
 
 from events.clock import Timestamp, add_seconds, seconds_between
 from events.nodes import ends_processes
+from events.policy.rules import POLICY_CODES
 from events.types import (
     ENDS_OF_PROCESSES,
     REPLACEMENTS,
-    ApprovalAsked,
-    ApprovalBypassed,
-    ApprovalExpired,
     CancelRequested,
     Cause,
-    Contents,
     Data,
     Event,
     JobCancelled,
     Justification,
-    LoadApproved,
     LoadedFile,
     LoadFailed,
-    LoadJoined,
     LoadParameters,
     LoadPlaced,
-    LoadRejected,
     LoadRequested,
-    LoadSignature,
     LoadStarted,
     ModelLoaded,
     ModelSettingsChanged,
@@ -45,7 +38,6 @@ from events.types import (
     NodeJoined,
     NodeLeft,
     NodeLost,
-    NodeSignature,
     ServerStarted,
     ServerStopped,
     Unknown,
@@ -96,15 +88,6 @@ NO_PROGRESS = "no_progress"
 BYTES_GONE = "bytes_gone"
 """Error code of a reload whose recorded bytes neither the store nor a readable repository has."""
 
-
-APPROVAL_EXPIRED = "approval_expired"
-"""Error code of a load that too few persons approved in time."""
-
-APPROVAL_VOID = "approval_void"
-"""Error code of a load whose bytes, or those that its model serves, changed after approval was asked."""
-
-REJECTED = "rejected"
-"""Error code of a load that a person rejected."""
 
 POLICY_DIFFERS = "policy_differs"
 """Error code of a load that was accepted under other rules than those in force."""
@@ -158,12 +141,7 @@ CONSEQUENCES: Mapping[str, Consequence] = {
     INSUFFICIENT_MEMORY: Consequence.END,
     TOO_MANY_LOADED: Consequence.END,
     BYTES_GONE: Consequence.END,
-    "signature_missing": Consequence.END,
-    "signature_invalid": Consequence.END,
-    "signature_untrusted": Consequence.END,
-    "signature_mismatch": Consequence.END,
-    "signature_unsupported": Consequence.END,
-    "approval_required": Consequence.END,
+    **dict.fromkeys(POLICY_CODES, Consequence.END),
 }
 
 
@@ -225,74 +203,16 @@ class JobPlacement(Struct, frozen=True, gc=False):
     times: int = 0
 
 
-class ApprovalAnswer(Struct, frozen=True, gc=False):
-    """One approval of a load, or its bypass, with the signature of the node that took it.
-
-    Attributes:
-        by: the person.
-        reason: as it was given.
-        jti, issuer, issued_by: of the person's token, as in `Credential`.
-        node_signature: UNSET at a server alone.
-    """
-
-    by: str
-    reason: str
-    jti: str | None = None
-    issuer: str | None = None
-    node_signature: NodeSignature | UnsetType = UNSET
-    issued_by: tuple[str, ...] = ()
-
-
-class ApprovalState(Struct, frozen=True, gc=False):
-    """How far the approval of a load is; the fields are those of `ApprovalAsked`.
-
-    Attributes:
-        files: until they are approved.
-        asked_position: of `ApprovalAsked`; None if a person passed by the role `emergency`.
-        answers: of those who approved so far, or of the one who passed without.
-        given_at, given_position: of the last approval that was needed; None while it waits.
-    """
-
-    digest: str
-    rule: str
-    asked_position: int | None = None
-    approvals: int = 0
-    expires_at: Timestamp = ""
-    files: Contents = ()
-    signature: LoadSignature | None = None
-    served_version: int | None = None
-    served_digest: str | None = None
-    answers: tuple[ApprovalAnswer, ...] = ()
-    given_at: Timestamp | None = None
-    given_position: int | None = None
-
-    @property
-    def is_bypassed(self) -> bool:
-        return self.asked_position is None
-
-    @property
-    def approved_by(self) -> tuple[str, ...]:
-        return () if self.is_bypassed else tuple(answer.by for answer in self.answers)
-
-    @property
-    def is_given(self) -> bool:
-        return self.is_bypassed or self.given_position is not None
-
-
 class JobPolicy(Struct, frozen=True, gc=False):
-    """The rules that a load has to pass, and what persons say of it.
+    """The rules that a load has to pass, and the reasons of who asked for it.
 
     Attributes:
         digest: of the model's rules, as `LoadRequested.policy`; None without rules.
         justification: of who requested it; None for the system.
-        joined_by: other persons who asked for the same.
-        approval: None until it is asked for or bypassed.
     """
 
     digest: str | None = None
     justification: Justification | None = None
-    joined_by: tuple[str, ...] = ()
-    approval: ApprovalState | None = None
 
 
 class Job(Struct, frozen=True, gc=False):
@@ -341,31 +261,9 @@ class Job(Struct, frozen=True, gc=False):
     passed_over: str | UnsetType = UNSET
 
     @property
-    def approval(self) -> ApprovalState | None:
-        """How far its approval is; None if it was not asked for."""
-        return None if self.policy is UNSET else self.policy.approval
-
-    @property
     def policy_digest(self) -> str | None:
         """The digest of the rules that it has to pass; None without any."""
         return None if self.policy is UNSET else self.policy.digest
-
-    @property
-    def waits_for_approval(self) -> bool:
-        """Whether it is pending and does nothing until persons answer."""
-        approval = self.approval
-        return approval is not None and not approval.is_given and not self.ended
-
-    @property
-    def queued_position(self) -> int:
-        """The position from which it waits its turn: of its request, or of its approval."""
-        given = None if self.approval is None else self.approval.given_position
-        return self.created_position if given is None else given
-
-    @property
-    def queued_at(self) -> Timestamp:
-        """The time from which it waits its turn: what persons took to approve it is not the server's."""
-        return (self.approval and self.approval.given_at) or self.created_at
 
     @property
     def node_id(self) -> str | None:
@@ -574,71 +472,6 @@ def _cancel_requested(job: Job, event: Event, _: CancelRequested) -> Job:
     return replace(job, cancel_requested=True, position=event.position)
 
 
-def _join_load(job: Job, event: Event, _: LoadJoined) -> Job:
-    if job.policy is UNSET or event.actor in (job.requested_by, *job.policy.joined_by):
-        return job
-    policy = replace(job.policy, joined_by=(*job.policy.joined_by, event.actor))
-    return replace(job, policy=policy, position=event.position)
-
-
-def _ask_approval(job: Job, event: Event, data: ApprovalAsked) -> Job:
-    """The load is pending without a deadline until it is approved: a person may need longer than that."""
-    if job.status is not JobStatus.PENDING:
-        return job
-    contents = tuple((file.path, file.sha256) for file in data.files)
-    asked = ApprovalState(
-        data.digest,
-        data.rule,
-        event.position,
-        data.approvals,
-        data.expires_at,
-        contents,
-        data.signature or None,
-        data.served_version,
-        data.served_digest,
-    )
-    return replace(_with_approval(job, event, asked), deadline_at=None)
-
-
-def _approve(job: Job, event: Event, data: LoadApproved) -> Job:
-    """Count an approval of the bytes that were asked for; the time limit begins with the last one."""
-    asked = job.approval
-    if asked is None or asked.is_given or (asked.digest, asked.rule) != (data.digest, data.rule):
-        return job
-    if event.actor in asked.approved_by:
-        return job
-    token = data.credential
-    answer = ApprovalAnswer(
-        event.actor, data.reason, token.jti, token.issuer, data.node_signature, token.issued_by
-    )
-    approved = replace(asked, answers=(*asked.answers, answer))
-    if len(approved.answers) < asked.approvals or job.load is None:
-        return _with_approval(job, event, approved)
-    given = replace(approved, given_at=event.recorded_at, given_position=event.position, files=())
-    after = _with_approval(job, event, given)
-    return replace(after, deadline_at=add_seconds(event.recorded_at, job.load.timeout_s))
-
-
-def _bypass_approval(job: Job, event: Event, data: ApprovalBypassed) -> Job:
-    answer = ApprovalAnswer(event.actor, data.reason, node_signature=data.node_signature)
-    return _with_approval(job, event, ApprovalState(data.digest, data.rule, answers=(answer,)))
-
-
-def _with_approval(job: Job, event: Event, approval: ApprovalState) -> Job:
-    policy = JobPolicy() if job.policy is UNSET else job.policy
-    return replace(job, policy=replace(policy, approval=approval), position=event.position)
-
-
-def _reject(job: Job, event: Event, data: LoadRejected) -> Job:
-    failure = Failure(REJECTED, f"rejected by {event.actor}: {data.reason}")
-    return _end_job(job, event, JobStatus.FAILED, failure)
-
-
-def _expire_approval(job: Job, event: Event, _: ApprovalExpired) -> Job:
-    failure = Failure(APPROVAL_EXPIRED, "it was not approved in time; load it again to ask once more")
-    return _end_job(job, event, JobStatus.FAILED, failure)
-
-
 def _worker_exited(job: Job, event: Event, _: WorkerExited) -> Job:
     return replace(job, position=event.position)
 
@@ -654,12 +487,6 @@ STEPS: Mapping[type[Data | Unknown], Callable[[Job, Event, Any], Job]] = {
     CancelRequested: _cancel_requested,
     WorkerExited: _worker_exited,
     LoadPlaced: _place_job,
-    LoadJoined: _join_load,
-    ApprovalAsked: _ask_approval,
-    LoadApproved: _approve,
-    LoadRejected: _reject,
-    ApprovalExpired: _expire_approval,
-    ApprovalBypassed: _bypass_approval,
 }
 """The step of each event type that concerns one unended job; ends of processes concern all.
 

@@ -5,7 +5,6 @@ A load that was asked for with a label sets it in the append of its outcome (`dr
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,9 +15,6 @@ from events.commands import Accepted, Decision, DecisionInput, Existing, Refused
 from events.state import State
 from events.types import Draft, LabelRemoved, LabelSet
 from events.versions import ModelVersions
-
-LABEL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,62}")
-"""A name begins with a letter, since a number is a version."""
 
 MAX_LABELS = 64
 """Of a model: more than anybody tells apart."""
@@ -57,15 +53,12 @@ class RemoveLabel(RegisterCommand):
     actor: str
 
     def decide(self, at: DecisionInput) -> Decision:
-        label = at.state.registers.find_versions(self.model_id).find_label(self.label)
+        versions = at.state.registers.find_versions(self.model_id)
+        label = versions.find_label(self.label)
         if label is None:
-            return Refused("unknown_label", describe_unknown(self.model_id, self.label))
+            return Refused("unknown_label", versions.describe_unknown(self.label))
         data = LabelRemoved(self.label)
         return Accepted((Draft(at.new_id(), data, self.actor, None, self.model_id, label.version),))
-
-
-def describe_unknown(model_id: str, label: str) -> str:
-    return f"model '{model_id}' has no label '{label}'; GET /api/v1/models/{model_id} shows those that it has"
 
 
 def names_version(versions: ModelVersions, label: str, version: int | None) -> bool:

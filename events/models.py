@@ -28,7 +28,6 @@ from events.jobs import (
     consequence_of,
     count_retry,
     describe_exit,
-    evolve_job,
     footprint_of,
     recent_incidents,
 )
@@ -36,21 +35,17 @@ from events.nodes import ends_processes
 from events.types import (
     ENDS_OF_PROCESSES,
     REPLACEMENTS,
-    ApprovalAsked,
-    ApprovalResult,
     Cause,
     Data,
     DeviceUse,
     Event,
     JobCancelled,
-    LoadApproval,
-    LoadApproved,
     LoadedFile,
+    LoadEvidence,
     LoadFailed,
     LoadJoined,
     LoadParameters,
     LoadRequested,
-    LoadSignature,
     LoadStarted,
     ModelLoaded,
     ModelSettingsChanged,
@@ -97,7 +92,9 @@ class Serving(Struct, frozen=True, gc=False):
         threads: of each worker.
         asked_by: who asked for the model that the system brought back; None where `loaded_by` did.
         brought_back: the cause of that reload.
-        signature, approval, node_signature, devices: as `ModelLoaded` has them; not stored without.
+        evidence, node_signature, devices: as `ModelLoaded` has them; not stored without.
+        earlier: what a load of the same bytes had passed that this one brought back under fewer rules; not
+            stored without.
     """
 
     load_job_id: str
@@ -116,16 +113,20 @@ class Serving(Struct, frozen=True, gc=False):
     asked_by: str | None = None
     brought_back: Cause | None = None
     node: str | UnsetType = field(default=UNSET, name="node_id")
-    signature: LoadSignature | UnsetType = UNSET
-    approval: LoadApproval | UnsetType = UNSET
+    evidence: LoadEvidence | UnsetType = UNSET
     node_signature: NodeSignature | UnsetType = UNSET
     devices: tuple[DeviceUse, ...] | UnsetType = UNSET
+    earlier: AdmittedBytes | UnsetType = UNSET
+
+    @property
+    def digest(self) -> str:
+        return digest_of(contents_of(self.files))
 
     @property
     def passed(self) -> AdmittedBytes:
         """The checks that its bytes passed, as its node has signed them."""
-        digest, passed = digest_of(contents_of(self.files)), (self.signature, self.approval)
-        return AdmittedBytes(digest, self.load_job_id, self.version, *passed, self.node_signature)
+        evidence = self.evidence or LoadEvidence()
+        return AdmittedBytes(self.digest, self.load_job_id, self.version, evidence, self.node_signature)
 
     @property
     def node_id(self) -> str | None:
@@ -139,32 +140,21 @@ class Serving(Struct, frozen=True, gc=False):
         return is_same and self.parameters.has_same_workers(first.parameters)
 
 
-MAX_ADMITTED = 16
-"""Bytes of a model whose signature and approval are remembered: more than one goes back to. Older ones are
-approved once more."""
+MAX_BUNDLES = 16
+"""Bundles of a model that are remembered: more than one goes back to. Older ones are recorded once more."""
 
 
 class AdmittedBytes(Struct, frozen=True, gc=False):
-    """Bytes that a model was loaded from under rules, and what they passed; as `ModelLoaded` has it.
+    """Bytes that a model was loaded from, and what they passed; as `ModelLoaded` has it.
 
-    `digest` is that of the files, and `job_id` of the load: the last one, but for a reload by fewer rules.
+    `digest` is that of the files, and `job_id` of the load.
     """
 
     digest: str
     job_id: str
     version: int
-    signature: LoadSignature | UnsetType = UNSET
-    approval: LoadApproval | UnsetType = UNSET
+    evidence: LoadEvidence
     node_signature: NodeSignature | UnsetType = UNSET
-
-    def is_approved_under(self, rule: str) -> bool:
-        """Whether they were approved under a rule and loaded then."""
-        approval = self.approval or None
-        is_approved = approval is not None and approval.result in _APPROVED
-        return is_approved and approval is not None and approval.rule == rule
-
-
-_APPROVED = (ApprovalResult.APPROVED, ApprovalResult.APPROVED_BEFORE)
 
 
 class Choice(Struct, frozen=True, gc=False):
@@ -192,7 +182,7 @@ class Model(Struct, frozen=True, gc=False):
         phase: the state of what serves: never `loading`, see `state`.
         serving: set in the phases `loaded`, `unloading` and `lost`; `loaded` is the same as a type.
         rank: the position of the latest load by a client; the active model has the highest.
-        loads: that have not ended and do not wait for approval, in the order in which they run.
+        loads: that have not ended, in the order in which they run.
         unloads: ids of the jobs that end the present load, or one of `loads`.
         error: of the last failure, until the model is loaded or unloaded.
         last_version: of the last load that was tried.
@@ -205,7 +195,8 @@ class Model(Struct, frozen=True, gc=False):
         previous: the load that was unloaded for replacement, until the new version is loaded. If that fails,
             the model is `lost` with this load.
         footprints: of the versions loaded last, the latest at the end.
-        admitted: bytes that were loaded under rules, the latest at the end; not stored without any.
+        bundles: names of the signature bundles that the ledger has of its loads, the latest at the end; not
+            stored without any.
         copies: further loads of a model that is `loaded`, each at another node, the oldest first. During a
             swap some are of the version before. If `serving` ends, one of them takes its place; not stored
             without any.
@@ -229,7 +220,7 @@ class Model(Struct, frozen=True, gc=False):
     previous: Serving | None = None
     footprints: tuple[Footprint, ...] = ()
     retries: Retries | None = None
-    admitted: tuple[AdmittedBytes, ...] | UnsetType = UNSET
+    bundles: tuple[str, ...] | UnsetType = UNSET
     copies: tuple[Serving, ...] | UnsetType = UNSET
     target: Serving | UnsetType = UNSET
     chosen: Choice | UnsetType = UNSET
@@ -289,9 +280,10 @@ class Model(Struct, frozen=True, gc=False):
             return False
         return (self.chosen.version, self.chosen.parameters) == (serving.version, serving.parameters)
 
-    def find_admitted(self, digest: str) -> AdmittedBytes | None:
-        """Return what bytes with this digest have passed; None if they were not loaded under rules."""
-        return next((each for each in self.admitted or () if each.digest == digest), None)
+    def list_passed(self, digest: str) -> list[AdmittedBytes]:
+        """Return what bytes with this digest have passed, of the loads that the model serves from."""
+        held = [each for each in self.held if each.digest == digest]
+        return [each.earlier for each in held if each.earlier] + [each.passed for each in held]
 
     @property
     def state(self) -> ModelState:
@@ -427,22 +419,6 @@ def _load_started(model: Model, event: Event, data: LoadStarted, _: Job | None) 
     return replace(model, loads=tuple(started), last_version=event.version)
 
 
-def _approval_asked(model: Model, event: Event, _: ApprovalAsked, __: Job | None) -> Model:
-    """A load that waits for approval is none of the model's: others go past it."""
-    is_pending = any(load.job_id == event.job_id and not load.started for load in model.loads)
-    return _lose_previous(_without_job(model, event.job_id), event) if is_pending else model
-
-
-def _load_approved(model: Model, event: Event, _: LoadApproved, job: Job | None) -> Model:
-    """With its last approval the load is one of the model's again, after those that went past it."""
-    after = evolve_job(job, event)
-    if job is None or after is None or event.version is None:
-        return model
-    if not job.waits_for_approval or after.waits_for_approval:
-        return model
-    return replace(model, loads=(*model.loads, PendingLoad(job.id, event.version)))
-
-
 def _model_loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None) -> Model:
     loaded = None if job is None else make_serving(event, data, job)
     if job is None or loaded is None:
@@ -454,6 +430,7 @@ def _model_loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None
     serving = loaded
     if before is not None:
         serving = replace(loaded, asked_by=before.asked_by or before.loaded_by, brought_back=job.cause)
+        serving = replace(serving, earlier=_find_earlier(model, serving))
     first, copies = _arrange_copies(model, serving, job)
     return _without_job(
         model,
@@ -472,7 +449,7 @@ def _model_loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None
         retries=None,
         previous=None,
         footprints=add_footprint(model.footprints, footprint_of(serving.version, data)),
-        admitted=_add_admitted(model, serving, data),
+        bundles=add_bundle(model, name) if (name := data.evidence.bundle) else model.bundles,
         chosen=model.chosen
         if job.cause is not Cause.REQUEST
         else _choose(event, job.id, job.requested_by, loaded),
@@ -511,22 +488,17 @@ def _arrange_copies(
     return loaded, kept or UNSET
 
 
-def _add_admitted(model: Model, serving: Serving, data: ModelLoaded) -> tuple[AdmittedBytes, ...] | UnsetType:
-    """Return the admitted bytes with those of a load, which come last."""
-    if data.signature is UNSET and data.approval is UNSET:
-        return model.admitted
-    latest = serving.passed
-    before = model.find_admitted(latest.digest)
-    if before is not None and serving.brought_back is not None and _was_enforced(before, latest):
-        latest = before
-    others = [each for each in model.admitted or () if each.digest != latest.digest]
-    return (*others, latest)[-MAX_ADMITTED:]
+def add_bundle(model: Model, name: str) -> tuple[str, ...]:
+    """Return the bundles of a model with the one of its latest load."""
+    return (*(each for each in model.bundles or () if each != name), name)[-MAX_BUNDLES:]
 
 
-def _was_enforced(before: AdmittedBytes, latest: AdmittedBytes) -> bool:
-    """Whether only the load before had a signature that a rule enforced, as the next reload may need."""
-    had, has = before.signature or None, latest.signature or None
-    return had is not None and had.is_enforced and not (has is not None and has.is_enforced)
+def _find_earlier(model: Model, reload: Serving) -> AdmittedBytes | UnsetType:
+    """Return what the bytes of a reload passed under more rules, which the next one may need again."""
+    if (reload.evidence or LoadEvidence()).is_enforced:
+        return UNSET
+    passed = (each for each in model.list_passed(reload.digest) if each.evidence.is_enforced)
+    return next(passed, UNSET)
 
 
 def make_serving(event: Event, data: ModelLoaded, job: Job) -> Serving | None:
@@ -546,8 +518,7 @@ def make_serving(event: Event, data: ModelLoaded, job: Job) -> Serving | None:
         parameters=job.load,
         threads=data.threads,
         node=data.node_id,
-        signature=data.signature,
-        approval=data.approval,
+        evidence=data.evidence or UNSET,
         node_signature=data.node_signature,
         devices=data.devices,
     )
@@ -651,7 +622,7 @@ def _reset(model: Model) -> Model:
         unloads=model.unloads,
         last_version=model.last_version,
         footprints=model.footprints,
-        admitted=model.admitted,
+        bundles=model.bundles,
         chosen=model.chosen,
     )
 
@@ -763,8 +734,6 @@ STEPS: Mapping[type[Data | Unknown], Callable[[Model, Event, Any, Job | None], M
     ModelUnloaded: _model_unloaded,
     JobCancelled: _ended_without_effect,
     WorkerExited: _worker_exited,
-    ApprovalAsked: _approval_asked,
-    LoadApproved: _load_approved,
     LoadJoined: _load_joined,
 }
 """By type of event. A `match` of so many classes takes as long as the rest of a step (measured)."""

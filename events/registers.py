@@ -90,7 +90,7 @@ class Registers:
                 self.tokens, data, position=position, recorded_at=recorded_at, actor=event.actor
             )
             return {"tokens": tokens}, ()
-        if type(data) in OF_VERSIONS:
+        if isinstance(data, OF_VERSIONS):
             return self._apply_to_versions(event), ()
         if isinstance(data, PolicyInForce):
             recorded = RecordedPolicy(data.node_id or "", data.policy)

@@ -192,14 +192,9 @@ class State:
                 self.jobs.pop(job.id, None)
 
     def _enqueue(self, job: Job) -> None:
-        """Put a job at its place in its model's queue.
-
-        A new one comes at the end, because positions only grow, and so does one that was just approved.
-        """
+        """Put a job at its place in its model's queue; a new one comes last, because positions only grow."""
         before = self.queues.get(job.model_id, ())
         now = () if job.ended else (job,)
-        if job.queued_position == job.position:
-            before = tuple([each for each in before if each.id != job.id])
         for place, each in enumerate(before):
             if each.id == job.id:
                 after = before[:place] + now + before[place + 1 :]
@@ -218,16 +213,11 @@ class State:
 
 
 def _age(job: Job) -> int:
-    return job.queued_position
+    return job.created_position
 
 
 def has_turn(job: Job) -> bool:
-    """Whether a job waits its turn in its model's queue.
-
-    The unload of a replaced load, and a load that waits for approval do not.
-    """
-    if job.waits_for_approval:
-        return False
+    """Whether a job waits its turn in its model's queue; the unload of a replaced load does not."""
     return job.kind is JobKind.LOAD or job.cause not in REPLACEMENTS
 
 

@@ -14,7 +14,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from events.clock import Timestamp, add_seconds
-from events.types import TokenData, TokenIssued, TokenRevoked
+from events.types import Credential, TokenData, TokenIssued, TokenRevoked
 
 MAX_TOKENS = 10_000
 """Valid tokens from which on none is issued: some 5 MB, and they are looked through in 2 ms."""
@@ -124,6 +124,11 @@ def list_issuers(tokens: Mapping[str, Token], jti: str | None) -> tuple[str, ...
     """Return who issued a token, who issued the token that did so, and so on, as far as the ledger knows."""
     issuers = (token.issued_by for token in _ancestry(tokens, jti))
     return tuple(dict.fromkeys(each for each in issuers if each is not None))
+
+
+def add_issuers(credential: Credential, tokens: Mapping[str, Token]) -> Credential:
+    """Return a credential with who issued its token."""
+    return replace(credential, issued_by=list_issuers(tokens, credential.jti))
 
 
 def is_refused(tokens: Mapping[str, Token], jti: str | None) -> bool:

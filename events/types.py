@@ -160,7 +160,7 @@ class Justification(Struct, frozen=True, gc=False):
     Attributes:
         credential: of the person.
         reason: as it was given.
-        emergency: why it must not wait for approval; None if it may.
+        emergency: why it must not wait for others; None if it may.
         node_signature: of an emergency, by the node that has seen the person's role.
         digest: of an emergency, of the files that it is for; UNSET where no rule asks for approval.
     """
@@ -196,10 +196,9 @@ class LoadSignature(Struct, frozen=True, gc=False):
 
 
 class ApprovalResult(StrEnum):
-    """Why a load may go on that needs approval."""
+    """Why a load went on whose model's rules ask for approval."""
 
     APPROVED = "approved"
-    APPROVED_BEFORE = "approved_before"
     RELOAD = "reload"
     BYPASSED = "bypassed"
 
@@ -209,13 +208,40 @@ class LoadApproval(Struct, frozen=True, gc=False):
 
     Attributes:
         rule: digest of the model's rules of approval.
-        result: `approved`, `approved_before` under the same rule, `reload` by the system, or `bypassed`.
-        by: those who approved this load.
+        result: `approved`; `reload` of the same bytes by the system, which needs none; or `bypassed`.
+        by: those who approved its bytes, or the person who loaded them without.
+        positions: of the `VersionApproved` that the load rests on.
     """
 
     rule: str
     result: ApprovalResult
     by: tuple[str, ...] = ()
+    positions: tuple[int, ...] = ()
+
+
+class LoadEvidence(Struct, frozen=True, gc=False):
+    """What a load passed before it could start: a member for each kind of rule, UNSET without such a rule."""
+
+    signature: LoadSignature | UnsetType = UNSET
+    approval: LoadApproval | UnsetType = UNSET
+
+    def __bool__(self) -> bool:
+        return self.signature is not UNSET or self.approval is not UNSET
+
+    @property
+    def bundle(self) -> str | None:
+        """The name of its signature's bundle."""
+        return None if self.signature is UNSET else self.signature.bundle
+
+    @property
+    def is_enforced(self) -> bool:
+        """Whether a rule enforced its signature."""
+        return self.signature is not UNSET and self.signature.is_enforced
+
+    @property
+    def is_bypassed(self) -> bool:
+        """Whether a person with the role `emergency` let it pass."""
+        return self.approval is not UNSET and self.approval.result is ApprovalResult.BYPASSED
 
 
 class DeviceUse(Struct, frozen=True, gc=False):
@@ -447,6 +473,11 @@ class ModelLoaded(Struct, frozen=True, gc=False):
     devices: tuple[DeviceUse, ...] | UnsetType = UNSET
     rows_depend: str | UnsetType = UNSET
 
+    @property
+    def evidence(self) -> LoadEvidence:
+        """What the load passed."""
+        return LoadEvidence(self.signature, self.approval)
+
 
 class ModelSettingsChanged(Struct, frozen=True, gc=False):
     """The outcome of a load of what is loaded already: these settings apply from here on.
@@ -471,72 +502,6 @@ class LoadFailed(Struct, frozen=True, gc=False):
     TYPE: ClassVar[str] = "LoadFailed"
     code: str
     message: str
-
-
-class ApprovalAsked(Struct, frozen=True, gc=False):
-    """The load waits for approval of these bytes; it is pending meanwhile, and holds nothing.
-
-    Attributes:
-        files: path and SHA-256 of each.
-        digest: of the files, as `digest_of` has it: an answer names it.
-        rule: digest of the rules of approval.
-        approvals: how many other persons must approve.
-        expires_at: when the load fails without.
-        signature: of the files; missing without a rule for signatures.
-        served_version: that the model serves now; None if none.
-        served_digest: of its files.
-        node_id: the node that has checked the files.
-    """
-
-    TYPE: ClassVar[str] = "ApprovalAsked"
-    files: tuple[FileHash, ...]
-    digest: str
-    rule: str
-    approvals: int
-    expires_at: Timestamp
-    signature: LoadSignature | UnsetType = UNSET
-    served_version: int | None = None
-    served_digest: str | None = None
-    node_id: str | UnsetType = UNSET
-
-
-class LoadApproved(Struct, frozen=True, gc=False):
-    """The actor approved a load of these bytes under this rule; with enough of them it goes on.
-
-    `node_signature` is that of the node that took the answer; it is missing in a ledger of one server.
-    """
-
-    TYPE: ClassVar[str] = "LoadApproved"
-    digest: str
-    rule: str
-    reason: str
-    credential: Credential
-    node_signature: NodeSignature | UnsetType = UNSET
-
-
-class LoadRejected(Struct, frozen=True, gc=False):
-    """The actor rejected a load: it has failed."""
-
-    TYPE: ClassVar[str] = "LoadRejected"
-    digest: str
-    reason: str
-    credential: Credential
-
-
-class ApprovalExpired(Struct, frozen=True, gc=False):
-    """Too few persons approved a load in time: it has failed."""
-
-    TYPE: ClassVar[str] = "ApprovalExpired"
-
-
-class ApprovalBypassed(Struct, frozen=True, gc=False):
-    """The actor, who has the role `emergency`, let a load of these bytes pass without approval."""
-
-    TYPE: ClassVar[str] = "ApprovalBypassed"
-    digest: str
-    rule: str
-    reason: str
-    node_signature: NodeSignature | UnsetType = UNSET
 
 
 class UnloadRequested(Struct, frozen=True, gc=False):
@@ -755,6 +720,38 @@ class VersionRemoved(Struct, frozen=True, gc=False):
     node_id: str | UnsetType = UNSET
 
 
+class VersionApproved(Struct, frozen=True, gc=False):
+    """The actor approved these bytes for loads of the model. The event's version is how they were named.
+
+    Attributes:
+        digest: of the files, as `digest_of` has it.
+        files: path and SHA-256 of each.
+        reason: as it was given.
+        credential: of the actor.
+        served_version: that the model served then; None if none.
+        served_digest: of its files.
+        node_signature: of the node that took it (`events.approvals`); missing in a ledger of one server.
+    """
+
+    TYPE: ClassVar[str] = "VersionApproved"
+    digest: str
+    files: tuple[FileHash, ...]
+    reason: str
+    credential: Credential
+    served_version: int | None = None
+    served_digest: str | None = None
+    node_signature: NodeSignature | UnsetType = UNSET
+
+
+class ApprovalWithdrawn(Struct, frozen=True, gc=False):
+    """The actor withdrew all approvals of the bytes with this digest: no load rests on them from here on."""
+
+    TYPE: ClassVar[str] = "ApprovalWithdrawn"
+    digest: str
+    reason: str
+    credential: Credential
+
+
 # Labels.
 
 
@@ -923,8 +920,7 @@ Data = (
     | JobCancelled | AccessDenied | WorkerExited | ServerStarted | ServerStopped | ClockStepped
     | RollbackAccepted | EventsDiscarded | VersionAdded | VersionRemoved | TokenIssued | TokenRevoked
     | SignInLinkIssued | SignInLinkUsed | NodeJoined | NodeDraining | NodeLeft | NodeLost | LoadPlaced
-    | LabelSet | LabelRemoved
-    | ApprovalAsked | LoadApproved | LoadRejected | ApprovalExpired | ApprovalBypassed | PolicyInForce
+    | LabelSet | LabelRemoved | VersionApproved | ApprovalWithdrawn | PolicyInForce
 )  # fmt: skip
 """The types that this release writes."""
 

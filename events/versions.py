@@ -1,4 +1,4 @@
-"""The versions of a model: who added which bytes, what was removed, the nodes that have them, labels. A fold.
+"""The versions of a model: added, removed, held by nodes, named by labels, approved. A pure fold.
 
 `events.models` folds what is loaded of a model; `events.accept` asks both. Without events of its versions a
 model has an empty `ModelVersions`. Its past is folded from its own few events (`events.sqlite.timetravel`).
@@ -6,19 +6,24 @@ model has an empty `ModelVersions`. Its past is folded from its own few events (
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from msgspec import UNSET, Struct
+from msgspec import UNSET, Struct, UnsetType
 from msgspec.structs import replace
 
+from events.clock import Timestamp
 from events.types import (
+    ApprovalWithdrawn,
     Data,
     Event,
     LabelRemoved,
     LabelSet,
+    NodeSignature,
     Unknown,
     VersionAdded,
+    VersionApproved,
     VersionRemoved,
     contents_of,
     digest_of,
@@ -57,6 +62,47 @@ class Label(Struct, frozen=True, gc=False):
     position: int
 
 
+class Approval(Struct, frozen=True, gc=False, omit_defaults=True):
+    """One person's approval of bytes, as `VersionApproved` has it.
+
+    Attributes:
+        digest: of the files.
+        version: how they were named.
+        by: the person.
+        reason: as it was given.
+        at: when it was recorded, and `position` where.
+        event_id: of the `VersionApproved`: its node has signed it, so that no other event can repeat it.
+        jti, issuer, issued_by: of the person's token, as in `Credential`.
+        node_signature: UNSET at a server alone.
+    """
+
+    digest: str
+    version: int
+    by: str
+    reason: str
+    at: Timestamp
+    position: int
+    event_id: str
+    jti: str | None = None
+    issuer: str | None = None
+    issued_by: tuple[str, ...] = ()
+    node_signature: NodeSignature | UnsetType = UNSET
+
+    @property
+    def people(self) -> tuple[str, ...]:
+        """The person, and who issued the person's token."""
+        return (self.by, *self.issued_by)
+
+
+MAX_APPROVED = 64
+"""Bytes of a model whose approvals are kept: more than one goes back to. The oldest that nothing served when
+the newest was approved go first."""
+
+
+LABEL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,62}")
+"""A label begins with a letter, since a number is a version."""
+
+
 class ModelVersions(Struct, frozen=True, gc=False, omit_defaults=True):
     """What is known of a model's versions, loaded or not.
 
@@ -66,6 +112,7 @@ class ModelVersions(Struct, frozen=True, gc=False, omit_defaults=True):
         removed: versions that load nowhere until they are added again, whatever files there are.
         holders: of the versions that were added to nodes' own repositories.
         labels: in order of their names.
+        approvals: that were not withdrawn, the latest at the end, of at most `MAX_APPROVED` digests.
     """
 
     id: str
@@ -73,9 +120,20 @@ class ModelVersions(Struct, frozen=True, gc=False, omit_defaults=True):
     removed: tuple[int, ...] = ()
     holders: tuple[VersionHolders, ...] = ()
     labels: tuple[Label, ...] = ()
+    approvals: tuple[Approval, ...] = ()
 
     def find_label(self, name: str) -> Label | None:
         return next((each for each in self.labels if each.name == name), None)
+
+    def describe_unknown(self, label: str) -> str:
+        return (
+            f"model '{self.id}' has no label '{label}'; GET /api/v1/models/{self.id} shows those that it has"
+        )
+
+    @property
+    def named(self) -> dict[str, int]:
+        """The version that each label names."""
+        return {label.name: label.version for label in self.labels}
 
     def find_holders(self, version: int) -> VersionHolders:
         """Return the holders of a version; without nodes, any node may have it."""
@@ -85,6 +143,10 @@ class ModelVersions(Struct, frozen=True, gc=False, omit_defaults=True):
     def find_added(self, version: int) -> AddedVersion | None:
         """Return the bytes that were added last as a version; None if nobody added it."""
         return next((each for each in reversed(self.added) if each.version == version), None)
+
+    def list_adders(self, digest: str) -> list[str]:
+        """Return all who added bytes, under any version; empty if the ledger has nobody."""
+        return sorted({each.by for each in self.added if each.digest == digest})
 
     def name_labels(self, version: int) -> list[str]:
         """Return the labels that name a version."""
@@ -98,7 +160,7 @@ def evolve_versions(before: ModelVersions | None, event: Event) -> ModelVersions
         before: as they were; None if there was no event of them.
         event: of any model or of none.
     """
-    evolve = STEPS.get(type(event.data))
+    evolve = None if isinstance(event.data, Unknown) else STEPS.get(type(event.data))
     if evolve is None or event.model_id is None or (before is not None and event.model_id != before.id):
         return before
     known = before or ModelVersions(event.model_id)
@@ -163,12 +225,45 @@ def _replace_label(versions: ModelVersions, name: str, *new: Label) -> ModelVers
     return replace(versions, labels=tuple(sorted((*others, *new), key=lambda label: label.name)))
 
 
-STEPS: Mapping[type[Data | Unknown], Callable[[ModelVersions, Event, Any], ModelVersions]] = {
+def make_approval(event: Event, data: VersionApproved) -> Approval:
+    token = data.credential
+    return Approval(
+        data.digest,
+        event.version or 0,
+        event.actor,
+        data.reason,
+        event.recorded_at,
+        event.position,
+        event.id,
+        token.jti,
+        token.issuer,
+        token.issued_by,
+        data.node_signature,
+    )
+
+
+def _version_approved(versions: ModelVersions, event: Event, data: VersionApproved) -> ModelVersions:
+    kept = {data.digest, data.served_digest}
+    for each in reversed(versions.approvals):
+        if len(kept - {None}) < MAX_APPROVED:
+            kept.add(each.digest)
+    left = (each for each in versions.approvals if each.digest in kept)
+    return replace(versions, approvals=(*left, make_approval(event, data)))
+
+
+def _approval_withdrawn(versions: ModelVersions, _: Event, data: ApprovalWithdrawn) -> ModelVersions:
+    left = tuple(each for each in versions.approvals if each.digest != data.digest)
+    return versions if left == versions.approvals else replace(versions, approvals=left)
+
+
+STEPS: Mapping[type[Data], Callable[[ModelVersions, Event, Any], ModelVersions]] = {
     VersionAdded: _version_added,
     VersionRemoved: _version_removed,
     LabelSet: _label_set,
     LabelRemoved: _label_removed,
+    VersionApproved: _version_approved,
+    ApprovalWithdrawn: _approval_withdrawn,
 }
 
-OF_VERSIONS = frozenset(STEPS)
-"""The events that change the versions of a model, and nothing else."""
+OF_VERSIONS = tuple(STEPS)
+"""The events that change the versions of a model, and nothing else; in the order of their index."""

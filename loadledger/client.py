@@ -195,7 +195,7 @@ class Client(ServerClient):
     remove_label = _blocking(Operations.remove_label)
     cancel = _blocking(Operations.cancel)
     approve = _blocking(Operations.approve)
-    reject = _blocking(Operations.reject)
+    withdraw_approval = _blocking(Operations.withdraw_approval)
     verify_model = _blocking(Operations.verify_model)
     job = _blocking(Operations.job)
     wait_for = _blocking(Operations.wait_for)

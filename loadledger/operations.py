@@ -11,6 +11,7 @@ from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
+from urllib.parse import urlencode
 
 from loadledger.address import path
 from loadledger.errors import ClientProblem, NotFound, ServerError
@@ -30,6 +31,7 @@ from loadledger.records import (
     Resources,
     Stage,
     VerifiedVersion,
+    VersionApprovals,
 )
 from loadledger.requests import (
     CallContext,
@@ -130,6 +132,7 @@ class Operations:
         label: str | None = None,
         reason: str | None = None,
         emergency: str | None = None,
+        digest: str | None = None,
         **parameters: Unpack[LoadOptions],
     ) -> Job:
         """Load a model and return the job.
@@ -143,8 +146,9 @@ class Operations:
             on_away: called with the problem once each time the server becomes unreachable.
             idempotency_key: use the same key to repeat a request; default: a new one.
             label: names the version from the moment when it is loaded.
-            reason: why, for the ledger and those who approve the load.
-            emergency: why it must not wait for approval; takes the role `emergency` as well.
+            reason: why, for the ledger.
+            emergency: why it must not wait for other persons; takes the role `emergency`, and `digest`.
+            digest: of an emergency, of the files that it is for: `verify_model` returns it.
             parameters: how to load.
 
         Raises:
@@ -153,7 +157,8 @@ class Operations:
             ServerError: the server refused: `unknown_model`, `unknown_version`, `queue_full`, …
             ServerUnreachable: the server does not answer. If `sent`, the job may exist anyway.
         """
-        given = {"version": version, "label": label, "reason": reason, "emergency": emergency}
+        given = {"version": version, "label": label, "reason": reason}
+        given |= {"emergency": emergency, "digest": digest}
         body = {**{name: value for name, value in given.items() if value is not None}, **parameters}
         request = post_request(f"/api/v1{path('models', model_id, 'load')}", body=body, key=idempotency_key)
         return await submit_job(
@@ -332,7 +337,7 @@ class Operations:
         await self._change(Request("DELETE", target + query, repeatable=False, timeout_s=UPLOAD_ANSWER_S))
 
     async def set_label(self, model_id: str, label: str, version: int) -> None:
-        """Let a label name a version of the repository, loaded or not; `model(model_id).labels` has them.
+        """Let a label name a version of the repository, loaded or not; `model` has them.
 
         Raises:
             ServerError: the server refused: `unknown_model`, `unknown_version`, `too_many_labels`.
@@ -365,25 +370,27 @@ class Operations:
             self._context, post_request(f"/api/v1{path('jobs', job_id, 'cancel')}", key=idempotency_key), Job
         )
 
-    async def approve(self, job_id: str, digest: str, reason: str) -> Job:
-        """Approve a load that waits for it, with the role `approve`, and return the job; it is sent once.
+    async def approve(self, model_id: str, version: int, digest: str, reason: str) -> VersionApprovals:
+        """Approve the bytes of a version, with the role `approve`, for all loads of the model.
 
-        `digest` is that of the files that you approve: `job(job_id).approval` has it, and what differs.
+        `digest` is that of the files that you approve, which `verify_model` returns.
 
         Raises:
-            ServerError: the server refused: `not_waiting`, `digest_differs`, `same_person`.
+            ServerError: the server refused: `unknown_version`, `digest_differs`, `same_person`.
         """
-        return await self._answer(job_id, "approve", digest, reason)
-
-    async def reject(self, job_id: str, digest: str, reason: str) -> Job:
-        """Reject a load that waits for approval; arguments and errors are those of `approve`."""
-        return await self._answer(job_id, "reject", digest, reason)
-
-    async def _answer(self, job_id: str, answer: str, digest: str, reason: str) -> Job:
         body = encode_json({"digest": digest, "reason": reason})
-        headers = {"Content-Type": "application/json"}
-        target = f"/api/v1{path('jobs', job_id, answer)}"
-        return await fetch(self._context, Request("POST", target, headers, body, repeatable=False), Job)
+        headers, target = {"Content-Type": "application/json"}, _approval_path(model_id, version)
+        request = Request("PUT", target, headers, body)
+        return await fetch(self._context, request, VersionApprovals)
+
+    async def withdraw_approval(self, model_id: str, version: int, reason: str) -> VersionApprovals:
+        """Withdraw the approval, by all persons, of the bytes that were approved as a version.
+
+        Raises:
+            ServerError: the server refused: `unknown_approval`.
+        """
+        target = f"{_approval_path(model_id, version)}?{urlencode({'reason': reason})}"
+        return await fetch(self._context, Request("DELETE", target, repeatable=False), VersionApprovals)
 
     async def verify_model(self, model_id: str, version: int | None = None) -> VerifiedVersion:
         """Hash a version, by default the highest, and check it as a load would; nothing is loaded.
@@ -619,6 +626,10 @@ class Operations:
             raise ValueError(
                 f"{path!r} has characters that a path cannot have: encode them, and pass a query as `query`"
             )
+
+
+def _approval_path(model_id: str, version: int) -> str:
+    return f"/api/v1{path('models', model_id, 'versions', str(version), 'approval')}"
 
 
 def _model_path(model_id: str, version: int | str | None) -> str:

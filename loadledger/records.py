@@ -8,6 +8,9 @@ import msgspec
 
 ENDED = frozenset({"completed", "failed", "cancelled"})
 
+ROLES = ("admin", "predict", "audit", "approve", "emergency")
+"""What a token may allow."""
+
 
 class ErrorInfo(msgspec.Struct, frozen=True):
     """Why a job or a model failed."""
@@ -43,38 +46,6 @@ class LoadSignature(msgspec.Struct, frozen=True, kw_only=True):
     was_verified: bool = False
 
 
-class FileDifference(msgspec.Struct, frozen=True):
-    """A file that was `added`, `removed` or `changed`."""
-
-    path: str
-    change: str
-
-
-class ApprovalState(msgspec.Struct, frozen=True, kw_only=True):
-    """How far the approval of a load is; `rule` is the digest of the rules of approval.
-
-    Attributes:
-        digest: of the files; an answer names it.
-        approvals: how many persons must approve.
-        bypassed: whether the role `emergency` passed without.
-        served_version: what the model served when it was asked for.
-        requested_by: all who asked for the load: none of them may approve it.
-        differences: of the files to those that the model serves; only while it waits.
-    """
-
-    digest: str
-    rule: str = ""
-    approvals: int = 0
-    approved_by: list[str] = []
-    bypassed: bool = False
-    waits: bool = False
-    expires_at: str | None = None
-    served_version: int | None = None
-    signature: LoadSignature | None = None
-    requested_by: list[str] = []
-    differences: list[FileDifference] = []
-
-
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """One accepted load or unload.
 
@@ -88,8 +59,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         position: of its latest event in the ledger.
         label: that a load sets when its version is loaded; None without.
         passed_over: why a load without a number did not take the highest version; None if it did.
-        reason: why a person asked for it; `emergency`: why it must not wait for approval.
-        approval: None until it is asked for or bypassed.
+        reason: why a person asked for it; `emergency`: why it must not wait for others.
         unreturned_bytes: of an unload: memory that its device had not returned; None if all was.
     """
 
@@ -115,7 +85,6 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     passed_over: str | None = None
     reason: str | None = None
     emergency: str | None = None
-    approval: ApprovalState | None = None
     unreturned_bytes: int | None = None
     error: ErrorInfo | None = None
     as_of: int | None = None
@@ -203,11 +172,48 @@ class ModelTensor(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LoadApproval(msgspec.Struct, frozen=True, kw_only=True):
-    """Why a load that needs approval went on: `approved`, `approved_before`, `reload` or `bypassed`."""
+    """Why a load went on whose rules ask for approval: `approved`, `reload` or `bypassed`.
+
+    `positions` are those of the approvals that it rests on.
+    """
 
     rule: str
     result: str
     by: list[str] = []
+    positions: list[int] = []
+
+
+class Approval(msgspec.Struct, frozen=True, kw_only=True):
+    """One person's approval of the bytes with a digest; `version` is how they were named."""
+
+    digest: str
+    version: int
+    by: str
+    reason: str = ""
+    at: str | None = None
+    position: int = 0
+
+
+class VersionApprovals(msgspec.Struct, frozen=True, kw_only=True):
+    """The approvals of a version's bytes, and how many the rules for the model ask for."""
+
+    model_id: str
+    version: int
+    approvals: list[Approval] = []
+    needed: int = 0
+
+
+class UnapprovedVersion(msgspec.Struct, frozen=True, kw_only=True):
+    """A version that waits for a person to approve it.
+
+    `digest`, `added_by` and `position` are those of its add; None if the ledger has none.
+    """
+
+    version: int
+    digest: str | None = None
+    is_refused: bool = False
+    added_by: str | None = None
+    position: int | None = None
 
 
 class ModelRules(msgspec.Struct, frozen=True, kw_only=True):
@@ -226,9 +232,11 @@ class FileDigest(msgspec.Struct, frozen=True):
 
 
 class VerifiedVersion(msgspec.Struct, frozen=True, kw_only=True):
-    """The checks that a load of a version would pass; `problem` is why the policy refuses it, or None.
+    """The checks that a load of a version would pass.
 
-    `approval` is not_needed, approved_before or required.
+    Attributes:
+        problem: why a load would be refused, whoever asks for it; None if it would not.
+        added_by: all who added these files; None if the ledger has nobody.
     """
 
     model_id: str
@@ -237,7 +245,7 @@ class VerifiedVersion(msgspec.Struct, frozen=True, kw_only=True):
     files: list[FileDigest] = []
     signature: LoadSignature | None = None
     problem: ErrorInfo | None = None
-    approval: str = ""
+    added_by: list[str] | None = None
 
 
 class ModelCopy(msgspec.Struct, frozen=True, kw_only=True):
@@ -305,6 +313,9 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
         parameters: of the load that serves, likewise not in a list.
         sources: of its versions where who added them said where from, likewise not in a list.
         signature: of what it serves, and `approval`; None without rules.
+        added_by: all who added what it serves; None if the ledger has nobody.
+        approvals: of bytes, that stand.
+        unapproved: versions that were refused, or were added since the last approval; none with `at`.
         policy: the rules of today; None with `at`, and without any.
         chosen: the last load or unload by a person, which on-demand loads follow; None likewise.
     """
@@ -342,6 +353,9 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     sources: list[VersionOrigin] = []
     signature: LoadSignature | None = None
     approval: LoadApproval | None = None
+    added_by: list[str] | None = None
+    approvals: list[Approval] = []
+    unapproved: list[UnapprovedVersion] = []
     policy: ModelRules | None = None
     chosen: ModelChoice | None = None
     as_of: int | None = None

@@ -29,7 +29,9 @@ WHERE type IN ('LoadJoined', 'UnloadJoined', 'CancelRequested');
 
 -- The past of a model's versions is a fold of these few.
 CREATE INDEX events_of_versions ON events (model_id, position)
-WHERE type IN ('VersionAdded', 'VersionRemoved', 'LabelSet', 'LabelRemoved');
+WHERE type IN (
+  'VersionAdded', 'VersionRemoved', 'LabelSet', 'LabelRemoved', 'VersionApproved', 'ApprovalWithdrawn'
+);
 
 -- Without this one, INSERT OR REPLACE would overwrite an event silently.
 CREATE TRIGGER events_only_at_head BEFORE INSERT ON events
@@ -88,7 +90,7 @@ CREATE TABLE policies (
   body TEXT NOT NULL
 );
 
--- The versions of each model: added, removed, held by nodes, named by labels.
+-- The versions of each model: added, removed, held by nodes, named by labels, approved.
 CREATE TABLE versions (
   id TEXT NOT NULL PRIMARY KEY,
   body TEXT NOT NULL

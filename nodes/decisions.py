@@ -14,17 +14,16 @@ from typing import Protocol
 
 from msgspec import UNSET, UnsetType, structs
 
-from events.approvals import answer_statement, load_statement
 from events.clock import add_seconds, uuid7
 from events.commands import Record, RequestLoad
-from events.jobs import INSUFFICIENT_MEMORY, POLICY_DIFFERS, ApprovalAnswer, Job
+from events.jobs import INSUFFICIENT_MEMORY, POLICY_DIFFERS, Job
 from events.models import RELOADS, AdmittedBytes, LoadedModel, Model, ModelState, Serving
 from events.nodes import Node, find_placer
 from events.registercommands import NodeCurrent
 from events.state import State
+from events.statements import load_statement
 from events.types import (
     SYSTEM,
-    ApprovalBypassed,
     Cause,
     Draft,
     ModelLoaded,
@@ -94,7 +93,7 @@ class Standing(Protocol):
 
 
 class Signing(Protocol):
-    """Signatures of nodes: of approvals, and of loads under rules (`nodes.peers`)."""
+    """Signatures of nodes: of what persons say, and of loads under rules (`nodes.peers`)."""
 
     def sign(self, statement: bytes) -> NodeSignature:
         """Sign a statement with this node's key."""
@@ -109,7 +108,7 @@ class NodePlacement(Placement, Elsewhere):
     Args:
         node_id: this node.
         standing: of it.
-        signing: signs what it says of approvals, and verifies what others say.
+        signing: signs its loads, and verifies what others have signed.
         untrusted: returns the nodes whose joins are not signed with a key that the nodes share.
 
     Attributes:
@@ -158,7 +157,7 @@ class NodePlacement(Placement, Elsewhere):
     def complete(self, command: SystemCommand, state: State) -> SystemCommand:
         """Add the epoch that it rests on, this node to its facts, and the unload of a load elsewhere.
 
-        A reload is requested by rules that a node has, and facts about approval are signed.
+        A reload is requested by rules that a node has, and loads are signed.
         """
         conditions = (*command.conditions, NodeCurrent(self._node_id, self._epoch))
         if isinstance(command, RequestLoad):
@@ -198,7 +197,7 @@ class NodePlacement(Placement, Elsewhere):
             yield Draft(unload_id, data, SYSTEM, unload_id, model.id, each.version, worker_id)
 
     def _sign(self, draft: Draft, state: State) -> Draft:
-        """Return a draft with this node's signature if it is of a load, or of a bypassed approval."""
+        """Return a draft with this node's signature if it is of a load."""
         statement = draft_statement(draft, state)
         if statement is None:
             return draft
@@ -265,16 +264,14 @@ def list_copies(model: Model, state: State, untrusted: Collection[str]) -> list[
 
 
 def draft_statement(draft: Draft, state: State) -> bytes | None:
-    """Return what a node signs of a fact: a load, or a bypassed approval; None of any other."""
+    """Return what a node signs of a load; None of any other fact."""
     data, job = draft.data, state.unended_job(draft.job_id)
     if job is None or job.version is None:
         return None
-    if isinstance(data, ApprovalBypassed):
-        return answer_statement(job, data.digest, data.rule, ApprovalAnswer(draft.actor, data.reason))
     if not isinstance(data, ModelLoaded):
         return None
     digest = digest_of(contents_of(data.files))
-    passed = AdmittedBytes(digest, job.id, job.version, data.signature, data.approval)
+    passed = AdmittedBytes(digest, job.id, job.version, data.evidence)
     return load_statement(job.model_id, passed)
 
 

@@ -6,8 +6,8 @@ is placed at it, done by it or sent to it. The nodes share these keys, with an i
 What a node forwards has a token of the node's own in place of the client's. It is signed with the node's
 `ledger.key`, whose public key its join names, and is good for one node, one model and a minute.
 
-The same key signs what a node says of approvals, and of loads under rules (`events.approvals`). That is good
-for as long as the ledger remembers the node, and its join is signed with one of the nodes' keys.
+The same key signs what persons say to a node, and its loads under rules. That is good for as long as the
+ledger remembers the node, and its join is signed with one of the nodes' keys.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from events.log import Log
 from events.nodes import Node
 from events.state import State
 from events.types import NodeSignature
+from server.auth.access import ROLES
 from server.auth.gate import POSITION, Challenge, InvalidToken, Principal, Verifier, bearer_token
 from server.auth.keys import (
     ALGORITHM,
     LEDGER_KEY,
-    ROLES,
     KeyProblem,
     KeyRing,
     VerificationKey,

@@ -32,7 +32,7 @@ from events.nodes import Node, find_placer
 from events.policy.rules import LoadPolicy
 from events.registercommands import NodeUnchanged
 from events.state import State, has_turn
-from events.types import Cause, FileHash, LoadPlaced, contents_of, digest_of
+from events.types import Cause, FileHash, LoadPlaced
 from nodes.spread import CopyFigures
 from runtime.scheduler.actions import RecordFact
 from runtime.scheduler.view import LoadView, SchedulerView, WorkShare
@@ -268,7 +268,7 @@ class NodeView(SchedulerView):
         """Return the trusted nodes that take loads, with what is known of them."""
         loads = defaultdict[str | None, list[Job]](list)
         for job in self.state.unended():
-            if job.kind is JobKind.LOAD and not job.waits_for_approval:
+            if job.kind is JobKind.LOAD:
                 loads[job.node_id].append(job)
         servings = defaultdict[str | None, dict[str, Serving]](dict)
         for model in self.state.models.values():
@@ -282,8 +282,7 @@ class NodeView(SchedulerView):
         """The models whose loads wait to start, by node."""
         found = defaultdict[str | None, set[str]](set)
         for job in self.state.unended():
-            is_pending = job.kind is JobKind.LOAD and job.status is JobStatus.PENDING
-            if is_pending and not job.waits_for_approval:
+            if job.kind is JobKind.LOAD and job.status is JobStatus.PENDING:
                 found[job.node_id].add(job.model_id)
         return found
 
@@ -527,7 +526,7 @@ def find_node_for_model(
     """
     policy = find_reload_rules(view.state, view.node.id, view.untrusted, loaded)
     own = find_digest(view.state.registers.find_policy(view.node.id), loaded.id)
-    if policy != own and loaded.model.find_admitted(digest_of(contents_of(loaded.serving.files))) is None:
+    if policy != own and not (loaded.serving.earlier or loaded.serving.evidence):
         return None
     request = replace(_request_of(view.state, loaded), policy=policy)
     need_bytes = request.need_bytes

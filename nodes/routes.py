@@ -20,11 +20,12 @@ from events.registercommands import DrainNode
 from events.state import State
 from server.api.schemas import AnswerSchema, about, one_of
 from server.appkeys import LOG
+from server.auth.access import Access
 from server.auth.gate import PRINCIPAL
 from server.cluster import CLUSTER
 from server.errors import ServerProblem
 from server.http.validation import NothingSchema, path_parameters
-from server.routing import Access, Routes
+from server.routing import Routes
 
 routes = Routes(tag="nodes")
 

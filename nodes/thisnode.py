@@ -150,7 +150,7 @@ class ThisNode:
         return any(has_device(devices, nodes[node_id]) for node_id in usable)
 
     def sign(self, statement: bytes) -> NodeSignature:
-        """Sign what this node says of an approval, so that the others believe it."""
+        """Sign what a person said to this node, so that the others believe it."""
         return self.peers.sign(statement)
 
     async def close(self) -> None:

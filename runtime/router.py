@@ -10,7 +10,6 @@ from functools import partial
 
 import msgspec
 
-from events.labels import describe_unknown
 from events.log import Log
 from events.models import Model, ModelState
 from events.state import State
@@ -207,10 +206,11 @@ class Router:
         """
         if not isinstance(version, str):
             return version
-        label = self._log.state.registers.find_versions(model_id).find_label(version)
-        if label is None:
-            raise UnknownLabel(describe_unknown(model_id, version))
-        return label.version
+        versions = self._log.state.registers.find_versions(model_id)
+        number = versions.named.get(version)
+        if number is None:
+            raise UnknownLabel(versions.describe_unknown(version))
+        return number
 
     def resolve(self, model_id: str, version: Version | None = None, *, spreads: bool = False) -> Target:
         """Return where a model, in this version if there is one, is now. This has no effect.

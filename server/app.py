@@ -108,7 +108,7 @@ from server.observability.timeseries import TimeSeries, record
 from server.routing import Route, add_routes
 from server.v2 import inference, metadata
 from server.v2 import repository as v2_repository
-from server.v2.ondemand import OnDemand, check_approved
+from server.v2.ondemand import OnDemand
 
 _log = logging.getLogger(__name__)
 
@@ -449,7 +449,6 @@ def _on_demand(app: web.Application) -> OnDemand:
     async def look_up(model_id: str, version: int | None, subject: str) -> RequestLoad:
         asked = {} if version is None else {"version": version}
         command = await make_load_command(app, model_id, asked, subject)
-        check_approved(command, app[CONFIG].policy.of(model_id), app[LOG].state.models.get(model_id))
         return replace(command, cause=Cause.DEMAND)
 
     return OnDemand(

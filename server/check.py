@@ -25,7 +25,7 @@ from events.devices import CPU
 from events.errors import LedgerProblem
 from events.models import Model
 from events.policy.bundles import MAX_BYTES
-from events.policy.checks import CheckInput
+from events.policy.checks import CheckedVersion, CheckInput, survey_version
 from events.policy.rules import LoadPolicy, ModelRules
 from events.sqlite.datalock import LEDGER
 from events.sqlite.queries import read_state
@@ -34,7 +34,6 @@ from events.sqlite.schema import begin_reading
 from events.state import State
 from events.types import LoadedFile, LoadParameters, contents_of, digest_of
 from runtime.cgroups import count_usable_cpus
-from runtime.consumer.checks import CheckedVersion, check_contents
 from runtime.errors import (
     ForkServerUnavailable,
     RepositoryUnreadable,
@@ -366,8 +365,8 @@ def _check_hard_links(place: str, linked: Sequence[str]) -> Iterator[CheckFindin
 def check_policy(config: Config, result: CheckResult, state: State) -> None:
     """Check each model against its rules: a load of its highest version today, and a reload after a restart.
 
-    The ledger in the data directory says what was verified, approved and loaded; signatures of nodes in it
-    are taken as good.
+    The ledger in the data directory says what was verified and loaded, and what persons said; signatures of
+    nodes in it are taken as good.
     """
     if config.policy == LoadPolicy():
         return
@@ -385,7 +384,7 @@ def check_policy(config: Config, result: CheckResult, state: State) -> None:
         text = f"{sum(sizes) / 1e9:.1f} GB of {what} are hashed, to check the rules for loads"
         result.add([CheckFinding("--repository", "policy", text, Severity.NOTE)])
     for model_id, rules in ruled:
-        result.add(_check_rules(config, repository, model_id, rules, state.models.get(model_id)))
+        result.add(_check_rules(config, repository, model_id, rules, state))
 
 
 def _size_highest(repository: Repository, model_id: str) -> int | None:
@@ -411,25 +410,25 @@ def read_ledger(config: Config, result: CheckResult) -> State:
 
 
 def _check_rules(
-    config: Config, repository: Repository, model_id: str, rules: ModelRules, model: Model | None
+    config: Config, repository: Repository, model_id: str, rules: ModelRules, state: State
 ) -> Iterator[CheckFinding]:
     """Yield what the rules do to the highest version, and what they refuse of what the model serves."""
-    servings, highest = () if model is None else model.servings, list[int]()
+    model, versions = state.models.get(model_id) or Model(model_id), state.registers.find_versions(model_id)
+    highest = list[int]()
     with suppress(RuntimeProblem):  # the repository does not have it any more
         highest = repository.versions(model_id)[-1:]
-    trust = [f"[[trust]] {' '.join(rule.models)} ({rule.mode})" for rule in rules.trust]
-    under = ", ".join([*trust, *(f"[[approval]] {' '.join(rule.models)}" for rule in rules.approval)])
+    under = ", ".join(rules.names)
     for version, loaded in [
         *((number, None) for number in highest),
-        *({each.version: each.files for each in servings}.items() if rules.trust else []),
+        *({each.version: each.files for each in model.servings}.items() if rules.trust else []),
     ]:
         place, is_reload = f"{model_id}/{version}", loaded is not None
         try:
             contents = contents_of(loaded or asyncio.run(_hash_version(repository, model_id, version)))
             read = partial(_read_bundle, config, digest_of(contents), model_id, version)
             now = format_timestamp(utc_now())
-            given = CheckInput(rules, model_id, model, contents, read, now, is_reload, lambda *_: True)
-            seen = check_contents(given, version)
+            given = CheckInput(rules, model, versions, contents, read, now, is_reload, lambda *_: True)
+            seen = survey_version(given, version)
         except (RuntimeProblem, OSError) as problem:
             text = f"cannot be checked under {under}: {problem}"
             yield CheckFinding(place, getattr(problem, "code", "unreadable"), text, Severity.NOTE)
@@ -467,7 +466,7 @@ def _describe_outcome(seen: CheckedVersion, rules: ModelRules) -> str:
     if signature is not None:
         by = f"verified, by {signature.method} {signature.signer}"
         signed = f"its signature is {by if signature.method else 'not verified, which lets it load'}"
-    return f"{signed}; approvals by other persons: {rules.approvals}, {seen.approval.replace('_', ' ')}"
+    return f"{signed}; other persons that it needs: {rules.persons}"
 
 
 def check_workers(config: Config, result: CheckResult, loaded: Sequence[LoadableVersion] = ()) -> None:

@@ -96,7 +96,7 @@ class Cluster(Protocol):
         """Whether any server that takes loads has one of these devices."""
 
     def sign(self, statement: bytes) -> NodeSignature:
-        """Sign what this server says of an approval (`events.approvals`), so that the others believe it."""
+        """Sign what a person said to this server, so that the others believe it."""
 
 
 CLUSTER: web.AppKey[Cluster] = web.AppKey("cluster")

@@ -15,8 +15,9 @@ from apispec.ext.marshmallow import MarshmallowPlugin
 from marshmallow import fields, validate
 
 from server.api.schemas import AnswerSchema, about
+from server.auth.access import Access
 from server.errors import ERRORS, media_type_of
-from server.routing import Access, Route
+from server.routing import Route
 
 OPENAPI_VERSION = "3.0.3"
 """The bundled Swagger UI 4.1 cannot show 3.1."""

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 from marshmallow import Schema, ValidationError, fields, validate, validates_schema
 
-from events.policy.rules import LoadPolicy, TrustMode
+from events.policy.rules import AddedMode, LoadPolicy, TrustMode
 from events.policy.signatures import normalise_key, normalise_roots, parse_subject
 from server.auth.modes import find_risk
 
@@ -25,10 +25,8 @@ MAX_FILE_BYTES = 64 * 1024
 
 _KEYS = (
     *("models", "mode", "keys", "certificates", "roots", "subject", "distrusted"),
-    *("approvals", "expires", "emergency"),
+    *("approvals", "added", "emergency"),
 )
-_SHORTEST_S, _LONGEST_S = 60, 30 * 86_400
-_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _GLOBS = validate.Regexp(
     r"[\w.*?\[\]!-]{1,256}\Z", re.ASCII, error="Must be a model or a glob, like fraud-*."
 )
@@ -70,7 +68,7 @@ def read_policy(tables: Mapping[str, Any], folder: Path) -> tuple[LoadPolicy, li
     approval = Schema.from_dict({
         "models": models,
         "approvals": fields.Integer(strict=True, validate=validate.Range(1, 100)),
-        "expires": fields.Function(deserialize=_parse_period, attribute="expires_s"),
+        "added": fields.Enum(AddedMode, by_value=True),
         "emergency": fields.Boolean(truthy={True}, falsy={False}),
     })  # fmt: skip
     try:
@@ -113,14 +111,6 @@ def _check_subject(text: str) -> None:
         parse_subject(text)
     except ValueError as error:
         raise ValidationError(f"Is refused: {error}.") from None
-
-
-def _parse_period(text: object) -> int:
-    found = re.fullmatch(r"(\d{1,7})([smhd])", text, re.ASCII) if isinstance(text, str) else None
-    period_s = 0 if found is None else int(found[1]) * _UNITS_S[found[2]]
-    if not _SHORTEST_S <= period_s <= _LONGEST_S:
-        raise ValidationError('Must be a number of s, m, h or d, like "24h": from 1 minute to 30 days.')
-    return period_s
 
 
 def _list_mistakes(messages: Any, place: str) -> Iterator[tuple[str, str]]:

@@ -7,7 +7,6 @@ keep the declaration on the handler: `server.openapi` reads it there for the doc
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from types import MappingProxyType
 from typing import Any, Required, TypedDict, TypeVar, Unpack
 
@@ -16,6 +15,7 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 from marshmallow import Schema
 
+from server.auth.access import Access
 from server.errors import ERRORS
 
 AT = "at"
@@ -23,20 +23,6 @@ AT = "at"
 
 RequestHandler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 """Handles each request of a server, before the application matches a route and runs its middlewares."""
-
-
-class Access(Enum):
-    """Roles that may call a route: any of the value; PUBLIC needs no token. Its limit follows from them."""
-
-    PUBLIC = frozenset[str]()
-    ANY = frozenset({"admin", "predict", "audit", "approve", "emergency"})
-    ADMIN = frozenset({"admin"})
-    PREDICT = frozenset({"predict", "admin"})
-    AUDIT = frozenset({"audit", "admin"})
-    APPROVE = frozenset({"approve"})
-    VERIFY = frozenset({"admin", "audit", "approve"})
-    EMERGENCY = frozenset({"emergency"})
-    """Of a load's `emergency`, beside `ADMIN`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,9 +48,8 @@ BY: Mapping[str, str] = {
     "SignInLinkUsed": "who asked for the link",
     "NodeDraining": "the caller",
     "EventsDiscarded": "`local:USER`, who ran `loadledger discard` as the ledger's owner",
-    "LoadApproved": "the caller, who did not ask for the load",
-    "LoadRejected": "the caller, who did not ask for the load",
-    "ApprovalBypassed": "who asked for the load",
+    "VersionApproved": "the caller, who did not add these bytes",
+    "ApprovalWithdrawn": "the caller",
     "AccessDenied": f"the refused subject; `{SYSTEM}` with the action `other` for those beyond the limit"
     f" of events",
 } | dict.fromkeys(
@@ -71,8 +70,6 @@ BY: Mapping[str, str] = {
         "NodeLeft",
         "NodeLost",
         "LoadPlaced",
-        "ApprovalAsked",
-        "ApprovalExpired",
         "PolicyInForce",
     ),
     f"`{SYSTEM}`",

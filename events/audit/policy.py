@@ -12,39 +12,39 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from dataclasses import replace as change
 from enum import StrEnum
-from itertools import chain, product
+from functools import partial
 from typing import Any
 
 from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
-from events.approvals import (
-    answer_statement,
-    emergency_statement,
-    is_same_person,
-    list_requesters,
-    load_statement,
-)
+from events.approvals import approval_statement, find_approval, find_shared
 from events.audit.signing import is_signed_by
 from events.clock import Timestamp
-from events.jobs import ApprovalAnswer, Job
-from events.models import RELOADS, AdmittedBytes, Model
-from events.policy.checks import CheckInput, NotLoadable, check_signatures, find_approval
-from events.policy.rules import list_weakenings
+from events.jobs import Job
+from events.models import RELOADS, AdmittedBytes, Model, add_bundle
+from events.policy.checks import CheckInput, NotLoadable, check_approval, check_signatures
+from events.policy.rules import ModelRules, list_weakenings
 from events.policy.signatures import SignatureRefused
 from events.state import Entities
+from events.statements import emergency_statement, load_statement
 from events.types import (
-    ApprovalBypassed,
+    SYSTEM,
     ApprovalResult,
+    Contents,
     Event,
     LoadApproval,
-    LoadApproved,
     LoadSignature,
+    LoadStarted,
     ModelLoaded,
+    ModelSettingsChanged,
     NodeSignature,
     PolicyInForce,
+    VersionApproved,
     contents_of,
+    digest_of,
 )
+from events.versions import ModelVersions, make_approval
 
 MAX_REMARKS = 1_000
 """Remarks that are kept, the first ones, so that memory does not grow with the log."""
@@ -57,6 +57,7 @@ class RemarkKind(StrEnum):
     SELF_ISSUED = "approval_self_issued"
     BYPASSED = "approval_bypassed"
     WENT_ON = "signature_refused"
+    RELOADED = "not_approved"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +84,14 @@ class PolicyAudit:
         self.remarks = list[Remark]()
         self.checks: Mapping[type, Callable[[Event, Any], str | None]] = {
             PolicyInForce: self._compare_policies,
-            LoadApproved: self._check_approval,
-            ApprovalBypassed: self._check_bypass,
+            VersionApproved: self._check_approval,
+            LoadStarted: self._keep_versions,
             ModelLoaded: self._check_load,
+            ModelSettingsChanged: self._check_settings,
         }
         self._entities = entities
         self._bundles = dict[str, dict[str, str]]()  # by model and name
+        self._started = dict[str, tuple[str, ModelVersions]]()  # by model: the last load that started
 
     def _remark(self, event: Event, kind: RemarkKind, text: str) -> None:
         if len(self.remarks) < MAX_REMARKS:
@@ -101,47 +104,33 @@ class PolicyAudit:
 
     # What persons say.
 
-    def _check_approval(self, event: Event, data: LoadApproved) -> str | None:
-        """Check an approval that counts; the fold ignores any other."""
-        job, actor, token = self._entities.jobs.get(event.job_id or ""), event.actor, data.credential
-        asked = None if job is None else job.approval
-        if job is None or asked is None or job.policy_digest is None or not job.waits_for_approval:
-            return None
-        if (asked.digest, asked.rule) != (data.digest, data.rule) or actor in asked.approved_by:
-            return None
-        requesters, said = list_requesters(job), job.policy.justification if job.policy else None
-        if any(is_same_person(actor, each) for each in (*requesters, *asked.approved_by)):
-            return f"{actor!r} asked for this load or approved it already, and another person has to"
-        issued_by = () if said is None else said.credential.issued_by
-        issuers = (*issued_by, *chain.from_iterable(each.issued_by for each in asked.answers))
-        pairs = product((actor, *token.issued_by), (*requesters, *asked.approved_by, *issuers))
-        shared = next((one for one, other in pairs if is_same_person(one, other)), None)
-        if shared is not None:
-            text = f"{actor!r} and who asked or approved before may be one person: {shared!r} issued a token"
-            self._remark(event, RemarkKind.SELF_ISSUED, f"{text} of theirs")
-        return self._check_answer(job, data, ApprovalAnswer(actor, data.reason, token.jti, token.issuer))
-
-    def _check_bypass(self, event: Event, data: ApprovalBypassed) -> str | None:
-        job = self._entities.jobs.get(event.job_id or "")
-        if job is None or job.policy_digest is None:
-            return None
-        text = f"{event.actor!r} let {job.model_id!r} be loaded without approval: {data.reason}"
-        self._remark(event, RemarkKind.BYPASSED, text)
-        said = job.policy.justification if job.policy else None
-        if said is not None and said.emergency is not None and said.digest != data.digest:
-            return "the emergency was for other files than those that passed"
-        if self._entities.registers.nodes and said is not None:
-            statement = emergency_statement(job.id, job.model_id, job.version, job.requested_by, said)
-            if self._find_unsigned(statement, said.node_signature) is not None:
-                return "no node has signed that who asked for this load has the role emergency"
-        return self._check_answer(job, data, ApprovalAnswer(event.actor, data.reason))
-
-    def _check_answer(
-        self, job: Job, data: LoadApproved | ApprovalBypassed, answer: ApprovalAnswer
-    ) -> str | None:
+    def _check_approval(self, event: Event, data: VersionApproved) -> str | None:
+        if digest_of((file.path, file.sha256) for file in data.files) != data.digest:
+            return "its files do not have the digest that was approved"
         if not self._entities.registers.nodes:
             return None
-        return self._find_unsigned(answer_statement(job, data.digest, data.rule, answer), data.node_signature)
+        statement = approval_statement(event.model_id or "", make_approval(event, data))
+        return self._find_unsigned(statement, data.node_signature)
+
+    def _keep_versions(self, event: Event, _: LoadStarted) -> None:
+        """Keep what was known when a load started: it goes on, whatever is withdrawn after."""
+        job = self._entities.jobs.get(event.job_id or "")
+        if job is not None and job.policy_digest is not None:
+            versions = self._entities.registers.find_versions(job.model_id)
+            self._started[job.model_id] = job.id, versions
+
+    def _check_bypass(self, event: Event, job: Job) -> str | None:
+        said = None if job.policy is UNSET else job.policy.justification
+        if said is None:
+            return None
+        text = f"{job.requested_by!r} let {job.model_id!r} be loaded without approval: {said.emergency}"
+        self._remark(event, RemarkKind.BYPASSED, text)
+        if not self._entities.registers.nodes:
+            return None
+        statement = emergency_statement(job.id, job.model_id, job.version, job.requested_by, said)
+        if self._find_unsigned(statement, said.node_signature) is not None:
+            return "no node has signed that who asked for this load has the role emergency"
+        return None
 
     def _find_unsigned(self, statement: bytes, signature: NodeSignature | UnsetType) -> str | None:
         """Return why a node has not signed a statement; None if it has."""
@@ -166,33 +155,44 @@ class PolicyAudit:
             return "the model has rules, or it says so, and the request for this load names none"
         if rules is None or rules.digest != digest:
             return f"the rules {digest}, which the request names, are not those in force"
+        started = self._started.get(model_id, ("", None))
         model, contents = self._entities.models.get(model_id) or Model(model_id), contents_of(data.files)
-        given = CheckInput(
-            rules,
-            model_id,
-            model,
-            contents,
-            read=lambda path: self._read_bundle(model_id, dict(contents)[path], data.bundle),
-            now=event.recorded_at,
-            is_reload=job.cause in RELOADS and contents in (contents_of(each.files) for each in model.held),
-            # Nodes' signatures were checked where they were recorded, but at a server alone there are none.
-            is_signed=lambda _, signature: data.node_id is UNSET or signature is not UNSET,
-        )
+        given = self._make_input(event, rules, model, contents, data.node_id)
+        given = change(given, read=partial(self._read_bundle, model_id, dict(contents), data.bundle))
+        if started[0] == job.id and started[1] is not None:
+            given = change(given, versions=started[1])
         problem = (
             self._check_signature(event, data, job, given)
-            or _check_load_approval(data.approval, job, given)
+            or self._check_load_approval(event, data.approval, job, given)
             or self._check_node(data, job, given)
         )
         if problem is None and data.signature is not UNSET and data.signature.bundle is not None:
             self._keep_bundle(model, data.signature.bundle, data.bundle)
         return problem
 
+    def _make_input(
+        self, event: Event, rules: ModelRules, model: Model, contents: Contents, node_id: str | UnsetType
+    ) -> CheckInput:
+        job = self._entities.jobs.get(event.job_id or "")
+        is_known = contents in (contents_of(each.files) for each in model.held)
+        return CheckInput(
+            rules,
+            model,
+            self._entities.registers.find_versions(model.id),
+            contents,
+            read=partial(self._read_bundle, model.id, dict(contents), UNSET),
+            now=event.recorded_at,
+            is_reload=job is not None and job.cause in RELOADS and is_known,
+            # Nodes' signatures were checked where they were recorded, but at a server alone there are none.
+            is_signed=lambda _, signature: node_id is UNSET or signature is not UNSET,
+        )
+
     def _check_node(self, data: ModelLoaded, job: Job, given: CheckInput) -> str | None:
         if data.node_id is UNSET or job.version is None:
             return None
         if data.node_signature is not UNSET and data.node_signature.node_id != data.node_id:
             return f"the node {data.node_id!r} has not signed it, where it was loaded"
-        passed = AdmittedBytes(given.digest, job.id, job.version, data.signature, data.approval)
+        passed = AdmittedBytes(given.digest, job.id, job.version, data.evidence)
         return self._find_unsigned(load_statement(job.model_id, passed), data.node_signature)
 
     def _check_signature(self, event: Event, data: ModelLoaded, job: Job, given: CheckInput) -> str | None:
@@ -203,13 +203,71 @@ class PolicyAudit:
             return "its signature was not checked under the rules that the request names"
         if not rules.enforced:
             return None
-        problem = _check_again(signature, given, requested_at=job.queued_at)
+        problem = _check_again(signature, given, requested_at=job.created_at)
         if problem is None and signature.was_verified:
             text = f"a reload of {job.model_id!r} went on though its rules refuse its signature"
             self._remark(event, RemarkKind.WENT_ON, text)
         return problem
 
-    def _read_bundle(self, model_id: str, name: str, recorded: str | UnsetType) -> bytes:
+    def _check_load_approval(
+        self, event: Event, said: LoadApproval | UnsetType, job: Job, given: CheckInput
+    ) -> str | None:
+        if said is not UNSET and said.positions:  # others may not have counted: of a node's old key
+            named = (each for each in given.versions.approvals if each.position in said.positions)
+            given = change(given, versions=replace(given.versions, approvals=tuple(named)))
+        try:
+            found = check_approval(given, job)
+        except NotLoadable as refused:
+            return f"its approval does not count: {refused}"
+        if said is UNSET or found is UNSET:
+            return None if said == found else "the approval that its rules ask for is missing"
+        if said != found:
+            return f"it says that it was {said.result}, and that is not in the log before"
+        if said.result is ApprovalResult.BYPASSED:
+            return self._check_bypass(event, job)
+        if said.result is ApprovalResult.RELOAD:
+            missing = find_approval(given.versions, given.rules, given.digest, SYSTEM, given.is_signed)
+            if isinstance(missing, str):
+                text = f"a reload of {job.model_id!r} brought back what is not approved: {missing}"
+                self._remark(event, RemarkKind.RELOADED, text)
+        else:
+            self._remark_issuers(event, said, job, given.versions)
+        return None
+
+    def _remark_issuers(self, event: Event, said: LoadApproval, job: Job, versions: ModelVersions) -> None:
+        """Remark approvals that may be by who asked, or by one person, as who issued the tokens says."""
+        asked = None if job.policy is UNSET else job.policy.justification
+        others = [job.requested_by, *(() if asked is None else asked.credential.issued_by)]
+        for each in versions.approvals:
+            if each.position in said.positions:
+                shared = find_shared(each.people, others)
+                if shared is not None:
+                    text = f"{each.by!r} and who asked or approved before may be one person: {shared!r}"
+                    self._remark(event, RemarkKind.SELF_ISSUED, f"{text} issued a token of theirs")
+                others += each.people
+
+    def _check_settings(self, event: Event, data: ModelSettingsChanged) -> str | None:
+        """Check that the bytes are approved of which a person changed the settings."""
+        job = self._entities.jobs.get(event.job_id or "")
+        model = self._entities.models.get(event.model_id or "")
+        serving = None if model is None else model.find_serving(data.load_job_id)
+        if job is None or model is None or serving is None or job.policy_digest is None:
+            return None
+        rules = self._entities.registers.find_policy(serving.node_id).of(job.model_id)
+        if rules is None:
+            return None
+        given = self._make_input(event, rules, model, contents_of(serving.files), serving.node)
+        try:
+            found = check_approval(given, job)
+        except NotLoadable as refused:
+            return f"its approval does not count: {refused}"
+        is_bypassed = found is not UNSET and found.result is ApprovalResult.BYPASSED
+        return self._check_bypass(event, job) if is_bypassed else None
+
+    def _read_bundle(
+        self, model_id: str, names: Mapping[str, str], recorded: str | UnsetType, path: str
+    ) -> bytes:
+        name = names[path]
         text = recorded or self._bundles.get(model_id, {}).get(name)
         if text is None or hashlib.sha256(text.encode()).hexdigest() != name:
             reason = f"the signature bundle {name} is missing: neither this load nor one before has it"
@@ -219,13 +277,8 @@ class PolicyAudit:
     def _keep_bundle(self, model: Model, name: str, recorded: str | UnsetType) -> None:
         """Keep the bundles that the model names after this load, and drop all others."""
         known = self._bundles.get(model.id, {}) | ({} if recorded is UNSET else {name: recorded})
-        kept = {*_list_bundles(model), name}
+        kept = add_bundle(model, name)
         self._bundles[model.id] = {key: text for key, text in known.items() if key in kept}
-
-
-def _list_bundles(model: Model) -> set[str]:
-    signatures = [each.signature for each in model.admitted or () if each.signature is not UNSET]
-    return {each.bundle for each in signatures if each.bundle is not None}
 
 
 def _check_again(signature: LoadSignature, given: CheckInput, requested_at: Timestamp) -> str | None:
@@ -241,23 +294,3 @@ def _check_again(signature: LoadSignature, given: CheckInput, requested_at: Time
                 return None
             problem = problem or f"the signature of its files is another one, by {found.signer}"
     return problem
-
-
-def _check_load_approval(said: LoadApproval | UnsetType, job: Job, given: CheckInput) -> str | None:
-    rules = given.rules
-    try:
-        found = find_approval(given, job)
-    except NotLoadable as refused:
-        return f"its approval does not count: {refused}"
-    if said is UNSET:
-        return None if found is UNSET else "the approval that its rules ask for is missing"
-    is_reload = said == LoadApproval(rules.approval_digest or "", ApprovalResult.RELOAD)
-    if said != found and not (is_reload and given.is_reload):
-        return f"it says that it was {said.result}, and that is not in the log before"
-    if said.result is ApprovalResult.APPROVED and len(said.by) < rules.approvals:
-        return f"its rules ask for {rules.approvals} other persons, and {', '.join(said.by)} answered"
-    asked = job.policy.justification if job.policy else None
-    is_emergency = rules.allows_emergency and asked is not None and asked.emergency is not None
-    if said.result is ApprovalResult.BYPASSED and not is_emergency:
-        return "its rules allow no emergency, or the request names none"
-    return None

@@ -10,33 +10,31 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Struct, UnsetType
 from msgspec.structs import replace
 
-from events.approvals import answer_statement, load_statement
+from events.approvals import ApprovedBytes, find_approval
 from events.clock import Timestamp
-from events.jobs import APPROVAL_VOID, POLICY_DIFFERS, Failure, Job
+from events.commands import Condition
+from events.jobs import POLICY_DIFFERS, Failure, Job
 from events.models import AdmittedBytes, Model
-from events.policy.rules import ModelRules, TrustMode
+from events.policy.rules import NOT_APPROVED, ModelRules, TrustMode
 from events.policy.signatures import SignatureRefused, check_signature, find_bundle
+from events.statements import IsSigned, emergency_statement, load_statement
 from events.types import (
+    SYSTEM,
     ApprovalResult,
-    Cause,
     Contents,
+    FileHash,
+    Justification,
     LoadApproval,
+    LoadEvidence,
     LoadSignature,
-    NodeSignature,
-    contents_of,
     digest_of,
 )
-
-APPROVAL_REQUIRED = "approval_required"
-"""Error code of a load that nobody can be asked about: one on demand, or of bytes that no node has signed."""
-
-IsSigned = Callable[[bytes, NodeSignature | UnsetType], bool]
-"""Whether a trusted node has signed a statement; of a ledger of one server it has."""
+from events.versions import ModelVersions
 
 
 class NotLoadable(Exception):
@@ -47,14 +45,13 @@ class NotLoadable(Exception):
         self.failure = Failure(code, message)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CheckInput:
     """The input of the check of a version's files.
 
     Attributes:
         rules: of the model, where it is to be loaded.
-        model_id: the model.
-        model: as its events say; None if there was none.
+        model: as its events say, and `versions`, too.
         contents: of the files, as the store has hashed its copy.
         read: returns the content of one of them.
         now: the time of the load.
@@ -63,8 +60,8 @@ class CheckInput:
     """
 
     rules: ModelRules
-    model_id: str
-    model: Model | None
+    model: Model
+    versions: ModelVersions
     contents: Contents
     read: Callable[[str], bytes]
     now: Timestamp
@@ -75,25 +72,30 @@ class CheckInput:
     def digest(self) -> str:
         return digest_of(self.contents)
 
-    @property
-    def admitted(self) -> AdmittedBytes | None:
-        """The checks that these bytes passed before; None without any that a trusted node has signed."""
-        found = None if self.model is None else self.model.find_admitted(self.digest)
-        if found is None or not self.is_signed(load_statement(self.model_id, found), found.node_signature):
-            return None
-        return found
+    @cached_property
+    def passed(self) -> AdmittedBytes | None:
+        """What a load of these bytes has passed that the model has now, if a trusted node has signed that.
+
+        Without rules it passed nothing; one with a signature comes first.
+        """
+        found = sorted(self.model.list_passed(self.digest), key=lambda each: not each.evidence.is_enforced)
+        signed = (
+            each for each in found if self.is_signed(load_statement(self.model.id, each), each.node_signature)
+        )
+        return next(signed, None)
 
 
 @dataclass(frozen=True, slots=True)
 class CheckedLoad:
-    """A load that passes the rules, as `ModelLoaded` has it; without `approval` a person is to be asked.
+    """A load that passes the rules, as `ModelLoaded` has it.
 
-    `bundle` is UNSET if the ledger has it from a load of the same bytes.
+    `bundle` is UNSET if the ledger has it from a load of the same bytes. `conditions` must still hold when
+    the load starts.
     """
 
-    signature: LoadSignature | UnsetType
+    evidence: LoadEvidence
     bundle: str | UnsetType
-    approval: LoadApproval | UnsetType | None
+    conditions: tuple[Condition, ...] = ()
 
 
 def check_load(given: CheckInput, job: Job) -> CheckedLoad:
@@ -101,14 +103,52 @@ def check_load(given: CheckInput, job: Job) -> CheckedLoad:
 
     Raises:
         NotLoadable: `policy_differs`, `signature_missing`, `signature_invalid`, `signature_untrusted`,
-            `signature_mismatch`, `signature_unsupported`, `approval_void`, `approval_required`.
+            `signature_mismatch`, `signature_unsupported`, `not_approved`, `emergency_forbidden`,
+            `model_changed`.
     """
     accepted = job.policy_digest
     if accepted != given.rules.digest:
         what = f"the load was accepted under rules with the digest {accepted or 'none'}"
         raise NotLoadable(POLICY_DIFFERS, f"{what}, and {given.rules.digest} are in force: load it again")
     signature, bundle = check_signatures(given) if given.rules.trust else (UNSET, UNSET)
-    return CheckedLoad(signature, bundle, find_approval(given, job))
+    approval = check_approval(given, job)
+    conditions: tuple[Condition, ...] = ()
+    if approval is not UNSET and approval.positions:
+        conditions = (ApprovedBytes(job.model_id, given.digest, job.requested_by, approval.positions),)
+    return CheckedLoad(LoadEvidence(signature, approval), bundle, conditions)
+
+
+class CheckedVersion(Struct, frozen=True):
+    """The checks that a load of a version would pass.
+
+    Attributes:
+        files: path and SHA-256 of each.
+        signature: None without a rule for it, or if a load would be refused for it.
+        problem: why a load would be refused, whoever asks for it; None if it would not.
+        added_by: all who added these files; None if the ledger has nobody.
+    """
+
+    version: int
+    digest: str
+    files: tuple[FileHash, ...]
+    signature: LoadSignature | None
+    problem: Failure | None
+    added_by: tuple[str, ...] | None
+
+
+def survey_version(given: CheckInput, version: int) -> CheckedVersion:
+    """Check files that are not to be loaded now; for errors see `CheckInput.read`."""
+    signature, problem = None, None
+    try:
+        if given.rules.trust:
+            signature, _ = check_signatures(given)
+        if given.rules.persons:
+            _find_approval(given, SYSTEM, version)
+    except NotLoadable as refused:
+        problem = refused.failure
+    adders = tuple(given.versions.list_adders(given.digest)) or None
+    files = tuple(FileHash(path, sha256) for path, sha256 in given.contents)
+    return CheckedVersion(version, given.digest, files, signature, problem, adders)
 
 
 def check_signatures(given: CheckInput) -> tuple[LoadSignature, str | UnsetType]:
@@ -119,7 +159,7 @@ def check_signatures(given: CheckInput) -> tuple[LoadSignature, str | UnsetType]
     """
     rules, read = given.rules, cache(given.read)
     distrusted = tuple({key for rule in rules.trust for key in rule.distrusted})
-    before = None if given.admitted is None else given.admitted.signature or None
+    before = None if given.passed is None else given.passed.evidence.signature or None
     found, problem, is_enforced, was_verified = None, None, False, False
     path = ""
     for rule in rules.trust:
@@ -149,48 +189,47 @@ def check_signatures(given: CheckInput) -> tuple[LoadSignature, str | UnsetType]
     signature = LoadSignature(
         rules.digest, found.method, found.signer, bundle, is_enforced or was_verified, problem, was_verified
     )
-    is_known = before is not None and before.bundle == bundle
+    is_known = bundle in (given.model.bundles or ())
     return signature, UNSET if is_known else content.decode()
 
 
-def find_approval(given: CheckInput, job: Job) -> LoadApproval | UnsetType | None:
-    """Return the approval of a load; UNSET if it needs none, None if a person is to be asked.
+def check_approval(given: CheckInput, job: Job) -> LoadApproval | UnsetType:
+    """Return the approval with which a load goes on; UNSET if its rules ask for none.
 
     Raises:
-        NotLoadable: `approval_void`, `approval_required`.
+        NotLoadable: `not_approved`, `emergency_forbidden`, `model_changed`.
     """
-    rule, admitted, state = given.rules.approval_digest, given.admitted, job.approval
+    rules, said = given.rules, None if job.policy is UNSET else job.policy.justification
+    rule = rules.approval_digest
     if rule is None:
         return UNSET
-    if state is not None and state.is_given:
-        if (state.digest, state.rule) != (given.digest, rule):
-            what = f"{state.digest} were approved, and the files are now {given.digest}"
-            raise NotLoadable(APPROVAL_VOID, f"{what}: load it again, to ask once more")
-        for answer in state.answers:
-            statement = answer_statement(job, state.digest, state.rule, answer)
-            if not given.is_signed(statement, answer.node_signature):
-                what = f"no trusted node has signed the answer of {answer.by!r}"
-                raise NotLoadable(APPROVAL_VOID, f"{what}: load it again, to ask once more")
-        result = ApprovalResult.BYPASSED if state.is_bypassed else ApprovalResult.APPROVED
-        return LoadApproval(rule, result, tuple(answer.by for answer in state.answers))
-    if admitted is not None and admitted.is_approved_under(rule):
-        return LoadApproval(rule, ApprovalResult.APPROVED_BEFORE)
     if given.is_reload:
-        if admitted is None and not _is_proven(given):
+        if given.passed is None:
             what = "no trusted node has signed that it loaded these files before"
-            advice = "a person has to load this version, and another to approve it"
-            raise NotLoadable(APPROVAL_REQUIRED, f"{what}: {advice}")
+            raise NotLoadable(NOT_APPROVED, f"{what}: a person has to load this version")
         return LoadApproval(rule, ApprovalResult.RELOAD)
-    if job.cause is Cause.DEMAND:
-        raise NotLoadable(APPROVAL_REQUIRED, "a person has to load this version, and another to approve it")
-    return None
+    try:
+        return _find_approval(given, job.requested_by, job.version)
+    except NotLoadable:
+        if said is None or said.emergency is None or not _is_seen(given, job, said):
+            raise
+    if not rules.allows_emergency:
+        raise NotLoadable("emergency_forbidden", "the rules allow no emergency: have the version approved")
+    if said.digest != given.digest:
+        what = f"the emergency was for the files {said.digest or 'of none'}"
+        raise NotLoadable("model_changed", f"{what}, and the version has {given.digest}: load it again")
+    return LoadApproval(rule, ApprovalResult.BYPASSED, (job.requested_by,))
 
 
-def _is_proven(given: CheckInput) -> bool:
-    """Whether a trusted node has signed the load that a reload brings back, with or without rules."""
-    loads = () if given.model is None else given.model.reloadable
-    return any(
-        given.is_signed(load_statement(given.model_id, each.passed), each.node_signature)
-        for each in loads
-        if digest_of(contents_of(each.files)) == given.digest
-    )
+def _find_approval(given: CheckInput, requester: str, version: int | None) -> LoadApproval:
+    found = find_approval(given.versions, given.rules, given.digest, requester, given.is_signed)
+    if isinstance(found, LoadApproval):
+        return found
+    command = f"`loadledger approve {given.model.id}/{version}`"
+    raise NotLoadable(NOT_APPROVED, f"{found}; a person with the role approve gives it with {command}")
+
+
+def _is_seen(given: CheckInput, job: Job, said: Justification) -> bool:
+    """Whether a trusted node has seen that who asks has the role `emergency`."""
+    statement = emergency_statement(job.id, job.model_id, job.version, job.requested_by, said)
+    return given.is_signed(statement, said.node_signature)

@@ -18,6 +18,15 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
+SIGNATURE_CODES = tuple(
+    f"signature_{each}" for each in ("missing", "invalid", "untrusted", "mismatch", "unsupported")
+)
+NOT_APPROVED = "not_approved"
+"""Error code of a load whose bytes too few other persons have approved."""
+
+POLICY_CODES = (*SIGNATURE_CODES, NOT_APPROVED)
+"""Error codes of loads that do not pass the rules: another attempt ends likewise, until a person acts."""
+
 
 class TrustMode(StrEnum):
     """The effect of a rule on a version without a signature that it accepts."""
@@ -56,19 +65,26 @@ class TrustRule(Struct, frozen=True, gc=False):
     distrusted: tuple[str, ...] = ()
 
 
+class AddedMode(StrEnum):
+    """The versions that an approval rule lets pass: any, or only those whose adder the ledger has."""
+
+    ANY = "any"
+    RECORDED = "recorded"
+
+
 class ApprovalRule(Struct, frozen=True, gc=False):
-    """A rule about approval: how many other persons approve the loads of some models.
+    """A rule about approval: how many other persons approve the bytes that some models are loaded from.
 
     Attributes:
         models: globs, as in `TrustRule`.
         approvals: how many other persons must approve.
-        expires_s: how long a load waits for them.
+        added: `recorded` if the ledger must have who added the bytes.
         emergency: whether the role `emergency` may pass without.
     """
 
     models: tuple[str, ...]
     approvals: int = 1
-    expires_s: int = 86_400
+    added: AddedMode = AddedMode.ANY
     emergency: bool = True
 
 
@@ -103,18 +119,24 @@ class ModelRules(Struct, frozen=True, gc=False):
 
     @property
     def approval_digest(self) -> str | None:
-        """SHA-256 of the rules of approval, to which an approval is bound; None without any."""
+        """SHA-256 of the rules of approval; None without any."""
         return _digest(self.approval) if self.approval else None
 
     @property
-    def approvals(self) -> int:
+    def names(self) -> list[str]:
+        """What its rules are called, by their tables in the configuration file."""
+        trust = [f"[[trust]] {' '.join(rule.models)} ({rule.mode})" for rule in self.trust]
+        return [*trust, *(f"[[approval]] {' '.join(rule.models)}" for rule in self.approval)]
+
+    @property
+    def persons(self) -> int:
         """How many persons must approve."""
         return max((rule.approvals for rule in self.approval), default=0)
 
     @property
-    def expires_s(self) -> int:
-        """The time limit of a wait for approval."""
-        return min((rule.expires_s for rule in self.approval), default=0)
+    def needs_adder(self) -> bool:
+        """Whether the ledger must have who added the bytes."""
+        return any(rule.added is AddedMode.RECORDED for rule in self.approval)
 
     @property
     def allows_emergency(self) -> bool:
@@ -164,8 +186,8 @@ def _weaker_approval(before: ApprovalRule, after: ApprovalRule | None) -> Iterat
     after, name = after or replace(before, approvals=0), f"approval for {', '.join(before.models)}"
     if after.approvals < before.approvals:
         yield f"{name}: {after.approvals} must approve instead of {before.approvals}"
-    if after.expires_s > before.expires_s:
-        yield f"{name}: a load waits {after.expires_s} s instead of {before.expires_s} s"
+    if before.added is AddedMode.RECORDED and after.added is AddedMode.ANY:
+        yield f"{name}: bytes pass whose adder the ledger does not have"
     if after.emergency and not before.emergency:
         yield f"{name}: the role emergency may pass without"
 

@@ -27,7 +27,7 @@ from events.sqlite.history import latest_row
 from events.sqlite.queries import LAST, JobQuery, as_job, read_job, select_jobs
 from events.state import Changes, State, Transaction
 from events.types import ENDS_OF_PROCESSES, Event, ModelLoaded
-from events.versions import ModelVersions, evolve_versions
+from events.versions import OF_VERSIONS, ModelVersions, evolve_versions
 
 T = TypeVar("T")
 
@@ -76,10 +76,8 @@ _AT = latest_row("models.id", ":position")
 _PAST_MODELS = (
     f"models CROSS JOIN model_history AS history ON history.position = {_AT} AND history.model_id = models.id"
 )
-_VERSIONS_OF = (
-    "events INDEXED BY events_of_versions"
-    " WHERE type IN ('VersionAdded', 'VersionRemoved', 'LabelSet', 'LabelRemoved') AND position <= :position"
-)
+_KINDS = ", ".join(f"'{kind.TYPE}'" for kind in OF_VERSIONS)
+_VERSIONS_OF = f"events INDEXED BY events_of_versions WHERE type IN ({_KINDS}) AND position <= :position"
 
 
 def models_at(
@@ -92,7 +90,7 @@ def models_at(
     """
     found = connection.execute(
         f"SELECT models.id, history.body FROM {_PAST_MODELS} WHERE models.id > :cursor"  # noqa: S608 - literals
-        " UNION SELECT versions.id, NULL FROM versions WHERE id > :cursor"
+        " UNION ALL SELECT versions.id, NULL FROM versions WHERE id > :cursor"
         f" AND EXISTS (SELECT 1 FROM {_VERSIONS_OF} AND model_id = versions.id)"
         f" AND NOT EXISTS (SELECT 1 FROM {_PAST_MODELS} WHERE models.id = versions.id)"
         " ORDER BY 1 LIMIT :limit",

@@ -1,4 +1,4 @@
-"""`loadledger load | unload | jobs | job | cancel | approve | reject`: jobs and their approval."""
+"""`loadledger load | unload | jobs | job | cancel`."""
 
 from __future__ import annotations
 
@@ -109,22 +109,6 @@ def count_steps(job: Any) -> tuple[int, int]:
     return (stages.index(job.stage) + 1 if job.stage in stages else 0), len(stages) + 1
 
 
-def approval_hint(job: Any) -> str:
-    """Return how to approve a job that waits for it, as the end of a sentence."""
-    waits = job.approval is not None and job.approval.waits
-    return f"; to approve it: loadledger approve {output.to_printable(job.id)}" if waits else ""
-
-
-def describe_signature(signature: Any) -> str:
-    """Return how a signature was checked."""
-    problem = f" ({signature.problem})" if signature.problem else ""
-    if signature.method is None:
-        return f"not verified{problem}"
-    mode = "" if signature.enforced else ", not enforced"
-    before = "; today's rules refuse it, and it was verified before" if signature.was_verified else ""
-    return f"verified, by {signature.method} {signature.signer}{mode}{problem}{before}"
-
-
 def describe_progress(job: Any) -> str:
     if job.status == "in_progress":
         return output.to_printable((job.stage or "in progress").replace("_", " "))
@@ -148,8 +132,7 @@ def display_job(job: Any) -> Iterator[JobDisplay]:
         if not seen.ended and step != last:
             last = step
             output.print_note(
-                f"{model_of(seen)}: {describe_progress(seen)}{approval_hint(seen)}"
-                f" ({time.monotonic() - began:.1f}s)"
+                f"{model_of(seen)}: {describe_progress(seen)} ({time.monotonic() - began:.1f}s)"
             )
 
     yield on_change, output.note_retry
@@ -173,15 +156,9 @@ def _progress_bar(job: Any) -> Iterator[JobDisplay]:
         task = progress.add_task(
             escape(describe_progress(job)), completed=done, total=total, about=escape(model_of(job))
         )
-        last_hint = ""
 
         def on_change(seen: Any) -> None:
-            nonlocal last_hint
             done, total = count_steps(seen)
-            if last_hint != (last_hint := approval_hint(seen)):
-                progress.console.print(
-                    f"{model_of(seen)}: {describe_progress(seen)}{last_hint}", markup=False, soft_wrap=True
-                )
             progress.update(task, description=escape(describe_progress(seen)), completed=done, total=total)
 
         def on_away(problem: Exception) -> None:
@@ -243,96 +220,6 @@ def cancel(job_id: str, *, as_json: bool, where: options.ServerChoice) -> None:
         report_job(seen, as_json=False)
 
 
-@click.command()
-@click.argument("job_id", metavar="JOB", shell_complete=latest_jobs)
-@click.option("--reason", metavar="TEXT", help="Why, for the ledger; asked for if it is not given.")
-@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
-@options.json_option
-@options.server_options
-def approve(
-    job_id: str, *, reason: str | None, yes: bool, as_json: bool, where: options.ServerChoice
-) -> None:
-    """Show what a waiting load would load, and approve it.
-
-    You see the files that differ from those that the model serves, their signature, and who asks. The answer
-    holds for exactly the files that were shown. Your token needs the role approve, and another person has to
-    have asked for the load.
-    """
-    if not sys.stdin.isatty() and (reason is None or not yes):
-        raise click.UsageError("there is no terminal to ask at: give --reason TEXT and --yes")
-    with options.open_chosen_client(where) as client:
-        seen = _find_waiting(client, job_id)
-        click.echo("\n".join(_request_lines(seen)), err=as_json)
-        if not yes:
-            click.confirm("Approve it?", abort=True, err=True)
-        given = click.prompt("Reason", err=True) if reason is None else reason
-        answered = client.approve(job_id, seen.approval.digest, given)
-    left = answered.approval.approvals - len(answered.approval.approved_by) if answered.approval else 0
-    told = f"approved; {output.count_of(left, 'approval')} left" if left > 0 else "approved"
-    output.print_result(answered, [f"{model_of(answered)}: {told}"], as_json=as_json)
-
-
-@click.command()
-@click.argument("job_id", metavar="JOB", shell_complete=latest_jobs)
-@click.option("--reason", metavar="TEXT", required=True, help="Why, for the ledger and who asked.")
-@options.json_option
-@options.server_options
-def reject(job_id: str, *, reason: str, as_json: bool, where: options.ServerChoice) -> None:
-    """Reject a load that waits for approval; it fails.
-
-    Your token needs the role approve, and another person has to have asked for the load.
-    """
-    with options.open_chosen_client(where) as client:
-        seen = _find_waiting(client, job_id)
-        answered = client.reject(job_id, seen.approval.digest, reason)
-    output.print_result(answered, [f"{model_of(answered)}: rejected"], as_json=as_json)
-
-
-def _find_waiting(client: Any, job_id: str) -> Any:
-    """Return a job that waits for approval, or end the command."""
-    seen = client.job(job_id)
-    if not approval_hint(seen):
-        text = f"job {job_id} does not wait for approval; `loadledger job {job_id}` shows how it is"
-        output.exit_with_error(text)
-    return seen
-
-
-def _request_lines(job: Any) -> Iterator[str]:
-    """Yield what a person is asked to approve."""
-    asked = job.approval
-    now = f"serves version {asked.served_version} now" if asked.served_version else "serves nothing now"
-    yield f"{model_of(job)}: waits for approval; the model {now}"
-    yield from output.format_facts({"job": job.id, **_approval_facts(job)})
-    for each in asked.differences:
-        path = output.format_cell(each.path, most=output.MAX_FACT_CHARACTERS)
-        yield f"  {output.to_printable(each.change)}: {path}"
-    if not asked.differences and asked.served_version:
-        yield "  no file differs from those that it serves"
-
-
-def _approval_facts(job: Any) -> dict[str, object]:
-    """Return why a load was asked for, and its approval and signature, as facts."""
-    facts = {
-        "passed over": job.passed_over,
-        "label": job.label,
-        "reason": job.reason,
-        "emergency": job.emergency,
-    }
-    asked = job.approval
-    if asked is None:
-        return facts
-    given = output.with_names(f"{len(asked.approved_by)} of {asked.approvals}", asked.approved_by)
-    unsigned = "no rule demands one" if asked.waits else None  # a bypass does not say what was checked
-    return {
-        **facts,
-        "asked by": ", ".join(asked.requested_by) or job.requested_by,
-        "approval": "bypassed" if asked.bypassed else given,
-        "until": output.format_timestamp(asked.expires_at) if asked.waits else None,
-        "signature": describe_signature(asked.signature) if asked.signature else unsigned,
-        "digest": asked.digest,
-    }
-
-
 def _row(job: Any) -> tuple[str, ...]:
     version = "" if job.version is None else f"/{job.version}"
     detail = f"{job.error.code}: {job.error.message}" if job.error is not None else ""
@@ -363,7 +250,10 @@ def _details(job: Any) -> Iterator[str]:
         "node": job.node,
         "position": job.position,
         "parameters": output.format_parameters(job.parameters) or None,
-        **_approval_facts(job),
+        "passed over": job.passed_over,
+        "label": job.label,
+        "reason": job.reason,
+        "emergency": job.emergency,
         "error": job.error and f"{job.error.code}: {job.error.message}",
     }
     yield from output.format_facts(facts)
@@ -417,9 +307,9 @@ def _split_labels(_: click.Context, __: click.Parameter, value: str | None) -> l
 )
 @options.int_option("--copies", metavar="N", text="Number of nodes that are to have the model loaded.")
 @click.option("--label", metavar="LABEL", help="Label that names the version once it is loaded.")
-@click.option("--reason", metavar="TEXT", help="Why, for the ledger and those who approve the load.")
+@click.option("--reason", metavar="TEXT", help="Why, for the ledger.")
 @click.option(
-    "--emergency", metavar="TEXT", help="Why it must not wait for approval; takes the role emergency."
+    "--emergency", metavar="TEXT", help="Why it must not wait for others; takes the role emergency."
 )
 @options.json_option
 @options.server_options
@@ -435,10 +325,15 @@ def load(
     """Load a model, or another version of a loaded one.
 
     Defaults come from the model's loadledger.toml, then from the server. With --wait, the command prints why
-    a load failed, and the exit code is 1. A load that needs approval waits until `loadledger approve`.
+    a load failed, and the exit code is 1. An emergency is for the files that the version has now, which the
+    server hashes first.
     """
     given = {name: value for name, value in parameters.items() if value is not None}
     with options.open_chosen_client(where) as client:
+        if "emergency" in given:
+            found = client.verify_model(model, version)
+            version, given["digest"] = found.version, found.digest
+            output.print_note(f"emergency: version {version}, files {output.to_printable(found.digest)}")
         job = client.load(model, version, **given)
         report_request(client, job, wait=wait, as_json=as_json)
 

@@ -14,6 +14,7 @@ import click
 from loadledger.cli import options, output
 from loadledger.cli.ledger import ledger_key
 from loadledger.profiles import DEFAULT_URL, ServerTarget, local_server, profile_path, write_profile
+from loadledger.records import ROLES
 
 PAGE = 1000
 """Tokens of one request."""
@@ -44,7 +45,7 @@ def token() -> None:
     "--role",
     "roles",
     multiple=True,
-    type=click.Choice(["admin", "predict", "audit", "approve", "emergency"]),
+    type=click.Choice(ROLES),
     envvar="LOADLEDGER_ROLE",
     required=True,
     help="May be repeated.",

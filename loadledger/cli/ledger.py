@@ -54,8 +54,8 @@ def verify(
     running; a copy made with `backup` works too. The ledger must contain the head that the server kept last,
     or, with --expect, that one.
 
-    A load under the operator's policy is checked again: its signature, and who approved it. Remarks are no
-    findings: they name, for example, approvals that were bypassed.
+    A load under the operator's policy is checked again: its signature, and what persons said of its bytes.
+    Remarks are no findings: they name, for example, emergencies.
 
     Each FILE, a jsonl export, is verified by itself: its chain and its signed head. With --data,
     its events are also compared with the ledger's. Use --key to check who signed.

@@ -37,8 +37,7 @@ SECTIONS = {
         "jobs": "loadledger.cli.jobs:jobs",
         "job": "loadledger.cli.jobs:job",
         "cancel": "loadledger.cli.jobs:cancel",
-        "approve": "loadledger.cli.jobs:approve",
-        "reject": "loadledger.cli.jobs:reject",
+        "approve": "loadledger.cli.approvals:approve",
         "events": "loadledger.cli.events:events",
     },
     "Nodes that share a ledger": {

@@ -14,8 +14,9 @@ import click
 import msgspec
 
 from loadledger.cli import options, output
+from loadledger.cli.approvals import model_facts, verified_facts
 from loadledger.cli.completion import models_of_server
-from loadledger.cli.jobs import describe_signature, report_request
+from loadledger.cli.jobs import report_request
 from loadledger.cli.output import format_cell, format_size, format_table, to_printable
 from loadledger.cli.snippets import DATATYPES, describe_guess, format_infer
 from loadledger.errors import ClientProblem
@@ -95,7 +96,7 @@ def show(model: str, *, at: str | None, as_json: bool, where: options.ServerChoi
 @options.json_option
 @options.server_options
 def verify_model(model: str, *, as_json: bool, where: options.ServerChoice) -> None:
-    """Hash a version and check its signature; nothing is loaded.
+    """Hash a version and check it by the policy; nothing is loaded.
 
     It says what the policy would do to a load of it now. VERSION is by default the highest. Your token needs
     one of the roles admin, audit and approve.
@@ -110,13 +111,8 @@ def verify_model(model: str, *, as_json: bool, where: options.ServerChoice) -> N
 
 
 def _verified_lines(found: Any) -> Iterator[str]:
-    yield f"{to_printable(found.model_id)} version {found.version}: digest {to_printable(found.digest)}"
-    facts = {
-        "signature": found.signature and describe_signature(found.signature),
-        "approval": found.approval.replace("_", " "),
-        "problem": found.problem and f"{found.problem.code}: {found.problem.message}",
-    }
-    yield from output.format_facts(facts)
+    yield f"{to_printable(found.model_id)} version {found.version}:"
+    yield from output.format_facts(verified_facts(found))
     for file in found.files:
         yield f"  {format_cell(file.path)}: sha256 {format_cell(file.sha256)}"
 
@@ -172,7 +168,6 @@ def _labels(model: Any) -> str:
 
 def _details(model: Any, words: Sequence[str] = ()) -> Iterator[str]:
     yield f"{format_cell(model.id)}: {output.format_state(model.state)}{', active' if model.active else ''}"
-    rules, passed = model.policy, model.approval
     facts = {
         "version": model.version,
         "next version": model.next_version,
@@ -195,10 +190,7 @@ def _details(model: Any, words: Sequence[str] = ()) -> Iterator[str]:
         "copies wait": model.copies_waiting_for,
         "job": model.job_id,
         "position": model.position,
-        "policy": rules
-        and f"signature {rules.trust or 'off'}, {output.count_of(rules.approvals, 'approval')}",
-        "signature": model.signature and describe_signature(model.signature),
-        "approval": passed and output.with_names(passed.result.replace("_", " "), passed.by),
+        **model_facts(model),
         "error": model.error and f"{model.error.code}: {model.error.message}",
         "server": model.server and format_presence(model.server),
     }

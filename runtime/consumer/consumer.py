@@ -20,13 +20,13 @@ from msgspec import UNSET, structs
 from events.clock import seconds_between, uuid7
 from events.commands import OUTDATED, Condition, RequestLoad, RequestUnload
 from events.errors import LedgerProblem, LogUnavailable, RequestRefused
-from events.jobs import TIMEOUT, ApprovalState, Job, JobStatus
+from events.jobs import TIMEOUT, Job, JobStatus
 from events.log import Log
 from events.models import RELOADS
+from events.policy.checks import CheckedVersion
 from events.state import State
 from events.types import Draft, JobCancelled, LoadFailed, ModelUnloaded, UnloadStarted
 from runtime.consumer.allocation import DeviceAllocation
-from runtime.consumer.checks import CheckedVersion
 from runtime.consumer.loads import (
     LOG_RETRY_S,
     Loader,
@@ -177,9 +177,7 @@ class Consumer:
         return None if target is None or not target.draining else target.stage
 
     def waiting_for(self, job: Job) -> str | None:
-        """Return what a pending job waits for, as of the last decision; for approval as of this moment."""
-        if job.approval is not None and job.waits_for_approval:
-            return _describe_wait(job.approval)
+        """Return what a pending job waits for, as of the last decision."""
         return self._decision.waiting_for.get(job.id)
 
     def uses(self) -> list[MemoryUse]:
@@ -241,7 +239,12 @@ class Consumer:
             RequestRefused: `outdated`, the state changed before the action was recorded; nothing follows.
             LogUnavailable: it could not be recorded, so nothing follows from it.
         """
-        conditions, record = list_conditions(action, self._log.state), self._recorder.record
+        checked = self._loader.confirm(action)
+        if checked is not None:
+            await self._execute(action, (*list_conditions(action, self._log.state), *checked))
+
+    async def _execute(self, action: Action, conditions: Conditions) -> None:
+        record = self._recorder.record
         match action:
             case actions.StartLoad(job, before, device):
                 await self._start_load(job, before, device, conditions)
@@ -542,10 +545,3 @@ class WorkerMonitor:
                 await worker.measure()
         finally:
             del self._measuring[worker.worker_id]
-
-
-def _describe_wait(asked: ApprovalState) -> str:
-    """Return what a load waits for that needs approval."""
-    left = asked.approvals - len(asked.answers)
-    persons = "another person" if left == 1 else f"{left} other persons"
-    return f"approval by {persons} until {asked.expires_at}"

@@ -16,17 +16,16 @@ from dataclasses import replace as change
 from functools import partial
 
 from msgspec import UNSET
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from events.clock import seconds_between, uuid7
-from events.commands import OUTDATED, Condition, ModelUnchanged, Record, RequestLoad, RequestUnload
+from events.commands import OUTDATED, Condition, Record, RequestLoad, RequestUnload
 from events.devices import CPU
 from events.errors import LogUnavailable, NotEncodable, RequestRefused
 from events.jobs import Failure, Job
-from events.labels import draft_label
 from events.log import Log
 from events.models import RELOADS, Model, ModelState
-from events.policy.checks import CheckInput, NotLoadable
+from events.policy.checks import CheckedVersion, CheckInput, NotLoadable
 from events.policy.rules import ModelRules
 from events.types import (
     SYSTEM,
@@ -40,11 +39,10 @@ from events.types import (
     ModelLoaded,
     UnloadRequested,
     WorkerExited,
-    contents_of,
 )
 from runtime.cgroups import count_usable_cpus
 from runtime.consumer.allocation import describe_uses
-from runtime.consumer.checks import CheckedVersion, MakeInput, check_files, check_version, draft_question
+from runtime.consumer.checks import MakeInput, check_files, check_version
 from runtime.consumer.running import OUT_OF_MEMORY, LoadEnded, LoadTask, RunningLoad
 from runtime.errors import (
     Exit,
@@ -67,7 +65,15 @@ from runtime.repository import (
     read_reload_warm_up,
     read_warm_up,
 )
-from runtime.scheduler.actions import draft_fact, unchanged
+from runtime.scheduler.actions import (
+    Action,
+    ChangeSettings,
+    StartLoad,
+    UnloadForReplacement,
+    draft_fact,
+    draft_outcome,
+    unchanged,
+)
 from runtime.scheduler.admission import find_same_workers
 from runtime.scheduler.estimates import estimate_memory
 from runtime.scheduler.placement import Placement
@@ -145,10 +151,28 @@ class Loader:
         self.tasks[job.id] = LoadTask(task)
         task.add_done_callback(partial(self._end, job.id))
 
+    def confirm(self, action: Action) -> tuple[Condition, ...] | None:
+        """Return what the checks of a load rest on that goes on with an action.
+
+        If that does not hold any more, the load begins anew, with its checks, and there is None.
+        """
+        if not isinstance(action, StartLoad | ChangeSettings | UnloadForReplacement):
+            return ()
+        task = self.tasks.get(action.job.id)
+        conditions = () if task is None or task.checked is None else task.checked.conditions
+        if task is None or all(each.holds(self._log.state) for each in conditions):
+            return conditions
+        task.task.cancel()
+        self.begin(action.job)
+        return None
+
     def _end(self, job_id: str, task: asyncio.Task[None]) -> None:
         """Forget a coroutine that has ended; of a defect the consumer then lets the load fail."""
-        ended = self.tasks.pop(job_id, None)  # the consumer may have been faster
-        if ended is not None and not task.cancelled() and task.exception() is not None:
+        ended = self.tasks.get(job_id)
+        if ended is None or ended.task is not task:  # the consumer was faster
+            return
+        del self.tasks[job_id]
+        if not task.cancelled() and task.exception() is not None:
             ended.estimate = Failure("internal", DEFECT)
             self.tasks[job_id] = ended
         self._wake()
@@ -161,8 +185,6 @@ class Loader:
         task = self.tasks[job.id]
         while True:
             await self._estimate(job, task)
-            if task.needs_approval and await self._ask_approval(job, task):
-                return  # a person answers, and then it begins anew
             load = await task.grant
             await self._attempt(job, load)
             if not load.has_other_files:
@@ -185,8 +207,8 @@ class Loader:
         if task.outdated > MAX_OUTDATED:
             task.estimate = Failure("model_changed", CHANGING)
 
-    async def _look_at_files(self, job: Job, task: LoadTask) -> MemoryEstimate | None:
-        """Check the files against the rules, and estimate the memory; None if a person is to be asked."""
+    async def _look_at_files(self, job: Job, task: LoadTask) -> MemoryEstimate:
+        """Check the files against the rules, and estimate the memory."""
         state, (version, parameters) = self._log.state, job.load_order
         model, serving = state.models.get(job.model_id), find_same_workers(state, job)
         rules = self._policy.loads.of(job.model_id)
@@ -195,8 +217,6 @@ class Loader:
             make_input = self._input_maker(job.model_id, is_reload=expected is not None)
             async with self._checking:
                 task.files, task.checked = await check_files(self._versions, job, expected, make_input)
-        if task.needs_approval:
-            return None
         footprints = model.footprints if model is not None else ()
         files: Sequence[SizedFile] | None = task.files or find_expected(job, model)
         files = files or await self._versions.stat(job.model_id, version)
@@ -233,35 +253,11 @@ class Loader:
         is_signed = partial(self._placement.is_signed, state=state)
 
         def make_input(contents: Contents, read: Callable[[str], bytes]) -> CheckInput:
-            model = state.models.get(model_id)
-            return CheckInput(rules, model_id, model, contents, read, now, is_reload, is_signed)
+            model, versions = state.models.get(model_id), state.registers.find_versions(model_id)
+            known = model or Model(model_id), versions
+            return CheckInput(rules, *known, contents, read, now, is_reload, is_signed)
 
         return make_input
-
-    async def _ask_approval(self, job: Job, task: LoadTask) -> bool:
-        """Record that a load waits for approval, or passes in an emergency; returns whether it may.
-
-        If its job or its model changed meanwhile, the consumer begins the load anew.
-        """
-        rules, model = self._policy.loads.of(job.model_id), self._log.state.models.get(job.model_id)
-        if rules is None or task.files is None or task.checked is None:
-            raise RuntimeError(f"load {job.id} needs no approval")
-        contents, state = contents_of(task.files), self._log.state
-        now, signature = self._log.now(), task.checked.signature
-        is_signed = partial(self._placement.is_signed, state=state)
-        question = draft_question(job, rules, signature, contents, state=state, now=now, is_signed=is_signed)
-        if isinstance(question, Failure):
-            task.estimate = question
-            self._wake()
-            return False
-        conditions = (unchanged(job), *(() if model is None else (ModelUnchanged(model),)))
-        try:
-            await self._recorder.record(question, conditions=conditions)
-        except LogUnavailable:
-            await asyncio.sleep(LOG_RETRY_S)
-        except RequestRefused:
-            pass
-        return True
 
     def _stop_waiting(self, task: LoadTask) -> None:
         task.is_new = False
@@ -446,18 +442,16 @@ class Loader:
         checked = self.tasks[job.id].checked
         data = describe_loaded(job, load, files, self._log.now(), self._pool)
         if checked is not None:
-            data = replace(
-                data,
-                signature=checked.signature,
-                approval=checked.approval or UNSET,
-                bundle=checked.bundle,
-            )
+            evidence = asdict(checked.evidence)
+            data = replace(data, **evidence, bundle=checked.bundle)
         loaded = draft_fact(job, data, load.only_worker_id)
         model = self._log.state.models.get(job.model_id)
-        label = () if job.label is UNSET else (draft_label(loaded, job.label, job.requested_by, uuid7),)
         before = model.servings if model is not None and model.phase is ModelState.LOADED else ()
         old = next(filter(None, (self.running.get(each.load_job_id) for each in before)), None)
-        return [loaded, *label, *([] if old is None else [draft_replacement_unload(old, loaded.id)])]
+        return [
+            *draft_outcome(job, loaded),
+            *([] if old is None else [draft_replacement_unload(old, loaded.id)]),
+        ]
 
 
 @asynccontextmanager
@@ -499,13 +493,13 @@ def describe_loaded(
         memory_bytes=total_bytes(each.memory_bytes for each in load.loaded_memory),
         peak_memory_bytes=total_bytes(each.peak_memory_bytes for each in load.loaded_memory),
         durations=Durations(
-            waiting_us=_microseconds(seconds_between(job.queued_at, job.started_at)),
+            waiting_us=_microseconds(seconds_between(job.created_at, job.started_at)),
             starting_us=load.starting_us,
             loading_us=max(report.loading_us for report in reports),
             hashing_us=files.hashing_us,
             warming_up_us=max((us for r in reports if (us := r.warming_up_us) is not None), default=None),
             measuring_us=max(each.measuring_us for each in load.loaded_memory),
-            total_us=_microseconds(seconds_between(job.queued_at, now)),
+            total_us=_microseconds(seconds_between(job.created_at, now)),
             copying_us=files.copying_us,
         ),
         verified=files.is_stored,

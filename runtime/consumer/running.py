@@ -142,11 +142,6 @@ class LoadTask:
         return not self.grant.done()
 
     @property
-    def needs_approval(self) -> bool:
-        """Whether its files were checked, and a person is to be asked."""
-        return self.checked is not None and self.checked.approval is None
-
-    @property
     def known_bytes(self) -> int | None:
         return self.estimate.bytes if isinstance(self.estimate, MemoryEstimate) else None
 

@@ -232,7 +232,11 @@ def draft_fact(job: Job, data: Data, worker_id: str | None = None) -> Draft:
 def draft_settings_change(job: Job, load_job_id: str) -> tuple[Draft, ...]:
     """Return the outcome of a load of what that load has loaded already, and its label."""
     _, parameters = job.load_order
-    outcome = draft_fact(job, ModelSettingsChanged.of(load_job_id, parameters))
+    return draft_outcome(job, draft_fact(job, ModelSettingsChanged.of(load_job_id, parameters)))
+
+
+def draft_outcome(job: Job, outcome: Draft) -> tuple[Draft, ...]:
+    """Return the outcome of a load, and its label."""
     if job.label is UNSET:
         return (outcome,)
     return outcome, draft_label(outcome, job.label, job.requested_by, uuid7)

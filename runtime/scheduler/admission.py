@@ -149,7 +149,7 @@ def admit(view: SchedulerView, eviction: Eviction) -> Admission:
         and job.id not in view.share.held
         and view.is_first_in_queue(job)
     )
-    queue = sorted(pending, key=lambda load: (load.rank, load.job.queued_position))
+    queue = sorted(pending, key=lambda load: (load.rank, load.job.created_position))
     estimating: Job | None = None
     overtaken_since = list[str]()
     for load in queue:

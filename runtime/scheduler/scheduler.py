@@ -12,12 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
-from events.approvals import is_void
 from events.clock import add_seconds
-from events.jobs import APPROVAL_VOID, POLICY_DIFFERS, TIMEOUT, Job, JobKind, JobStatus
+from events.jobs import TIMEOUT, Job, JobKind, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState
 from events.state import State, has_turn
-from events.types import REPLACEMENTS, ApprovalExpired, Cause
+from events.types import REPLACEMENTS, Cause
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action, Decision
 from runtime.scheduler.admission import Admission, admit
@@ -56,7 +55,7 @@ def decide(view: SchedulerView) -> Decision:
     admission = admit(view, eviction)
     waiting_for = _waiting_for(view, admission)
     # Late loads fail first, so that nothing is evicted for them; reloads come before new loads.
-    late = next(_fail_late_loads(view, waiting_for), None) or next(_end_waits_for_approval(view), None)
+    late = next(_fail_late_loads(view, waiting_for), None)
     reloads = _find_reloads(view)
     action = late or next(_request_reloads(view, reloads), None) or admission.action
     unestimated, without_room = tuple(admission.unestimated), tuple(admission.without_room)
@@ -92,9 +91,6 @@ def _force_unloads(view: SchedulerView) -> Iterator[Action]:
             continue
         before = queue[: forced[-1] + 1]
         target = find_unload_target(view.state, before[-1])
-        unapproved = (job for job, _ in view.unapproved if job.model_id == model_id)
-        earlier = (job for job in unapproved if job.created_position < before[-1].created_position)
-        yield from map(actions.CancelJob, earlier)
         yield from (actions.CancelJob(job) for job in before if job.kind is JobKind.LOAD or job.cancelling)
         yield from (actions.StartUnload(job, target) for job in before if job.status is JobStatus.PENDING)
         alive = [run for run in view.running.values() if run.model_id == model_id and run.alive]
@@ -109,8 +105,6 @@ def _cancel_jobs(view: SchedulerView) -> Iterator[Action]:
     Whether one needs it is only known where all inferences arrive. A copy that has not begun does not delay
     the reload of a lost or degraded model.
     """
-    ended = {job.unload.load_job_id for job in view.unended if job.unload is not None}
-    yield from (actions.CancelJob(job) for job, _ in view.unapproved if job.cancelling or job.id in ended)
     for job in view.unended:
         has_begun = job.status is not JobStatus.PENDING or job.id in view.running
         may_be_unneeded = job.cause is Cause.DEMAND and not has_begun and view.share.is_whole
@@ -191,19 +185,6 @@ def _fail_late_loads(view: SchedulerView, waiting_for: Mapping[str, str]) -> Ite
         )
 
 
-def _end_waits_for_approval(view: SchedulerView) -> Iterator[Action]:
-    """End the waits that expired, or for bytes that would replace others than the person has seen."""
-    for job, asked in view.unapproved:
-        if view.approval_expires_at(asked) <= view.now:
-            yield actions.RecordFact(job, ApprovalExpired())
-        if is_void(asked, view.state.models.get(job.model_id)):
-            what = "the model serves other files than when approval was asked"
-            yield actions.FailLoad(job, APPROVAL_VOID, f"{what}: load it again, to ask once more")
-        rules = view.policy.loads.of(job.model_id)
-        if view.share.is_whole and (None if rules is None else rules.digest) != job.policy_digest:
-            yield actions.FailLoad(job, POLICY_DIFFERS, "its rules changed: load it again, to ask once more")
-
-
 def _request_reloads(view: SchedulerView, reloads: Sequence[LoadedModel]) -> Iterator[Action]:
     """Request reloads in their order; a model in a crash loop fails instead."""
     for loaded in reloads:
@@ -271,7 +252,6 @@ def _wake_at(
     view: SchedulerView, admission: Admission, automatic: Decision, retries: Sequence[str]
 ) -> str | None:
     times = [at for job in view.unended if (at := view.deadline_at(job)) is not None]
-    times += [view.approval_expires_at(asked) for _, asked in view.unapproved]
     times += retries
     if times and not view.observations.fork_server_up:
         times.append(add_seconds(view.now, FORK_SERVER_POLL_S))

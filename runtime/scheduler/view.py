@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from events.clock import LedgerClock, add_seconds
 from events.devices import CPU
-from events.jobs import NO_PROGRESS, ApprovalState, Failure, Job, JobStatus
+from events.jobs import NO_PROGRESS, Failure, Job, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState
 from events.policy.rules import LoadPolicy
 from events.state import State, has_turn
@@ -46,7 +46,7 @@ class Policy:
         evicts: whether a load that needs room may evict idle models.
         min_residency_s: seconds that a loaded model stays at least before it is evicted.
         restores: whether models that were loaded when the server ended are reloaded.
-        loads: which signatures and approvals loads need.
+        loads: the rules for loads.
         devices: the limits of each device of this server but the CPU, by its name.
     """
 
@@ -350,7 +350,7 @@ class SchedulerView:
 
     Attributes:
         own: the state of this server's share.
-        unended: the unended loads and unloads of the share that do not wait for approval, oldest first.
+        unended: the unended loads and unloads of the share, oldest first.
         queues: all unended jobs of their models that wait for their turn.
     """
 
@@ -374,16 +374,7 @@ class SchedulerView:
 
     @cached_property
     def unended(self) -> list[Job]:
-        return [job for job in self.own.unended() if not job.waits_for_approval]
-
-    @cached_property
-    def unapproved(self) -> list[tuple[Job, ApprovalState]]:
-        """The loads of the share that wait for approval: they hold nothing, and delay no other."""
-        unended = self.own.unended()
-        return [(job, asked) for job in unended if job.waits_for_approval and (asked := job.approval)]
-
-    def approval_expires_at(self, asked: ApprovalState) -> str:
-        return self.to_monotonic(asked.expires_at, asked.asked_position)
+        return self.own.unended()
 
     @cached_property
     def queues(self) -> dict[str, list[Job]]:
@@ -391,15 +382,15 @@ class SchedulerView:
         return {model_id: queue for model_id in models if (queue := self.state.queue(model_id))}
 
     def queued_at(self, job: Job) -> str:
-        """Return since when a load waits for its turn: since it was requested, or approved."""
-        return self.to_monotonic(job.queued_at, job.queued_position)
+        """Return since when a load waits for its turn."""
+        return self.to_monotonic(job.created_at, job.created_position)
 
     def deadline_at(self, job: Job) -> str | None:
         """Return when a load fails for being late; None for an unload, and once the load has its outcome."""
         run = self.running.get(job.id)
         if job.deadline_at is None or (run is not None and run.has_outcome):
             return None
-        return self.to_monotonic(job.deadline_at, job.queued_position)
+        return self.to_monotonic(job.deadline_at, job.created_position)
 
     def loaded_at(self, model: LoadedModel) -> str:
         return self.to_monotonic(model.serving.loaded_at, model.serving.position)

@@ -1,23 +1,27 @@
-"""Approval of loads: answers of persons, and what a version would pass, which they may look at before.
+"""Approval of versions: give and withdraw it, and look before at what a version would pass.
 
-Any server of a ledger takes an answer. The writer decides whether it counts (`events.approvals`), and the
-load goes on by itself where its files were checked.
+Any server of a ledger takes an approval that has hashed the files, or whose ledger has who added them. The
+writer decides whether it counts (`events.approvals`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import msgspec
 from aiohttp import web
 from marshmallow import Schema, fields, validate
 
-from events.approvals import AnswerApproval
-from runtime.consumer.checks import ApprovalNeed
-from runtime.repository import MAX_VERSION
-from server.api.jobs import JOB_REQUESTS, JobPathSchema, JobSchema, find_job, present_job
+from events.approvals import ApproveVersion, WithdrawApproval, list_unapproved
+from events.policy.rules import ModelRules
+from events.types import ApprovalResult, Contents, VersionAdded, contents_of, digest_of
+from events.versions import Approval, ModelVersions
+from runtime.errors import LoadRefused, RepositoryUnreadable
+from runtime.repository import MAX_VERSION, REQUEST_LIMIT_S
+from server.api.jobs import JOB_REQUESTS
 from server.api.schemas import (
+    IS_DIGEST,
     IS_REASON,
     AnswerSchema,
     FailureSchema,
@@ -27,9 +31,11 @@ from server.api.schemas import (
     one_of,
     signature_view,
 )
-from server.appkeys import CONSUMER
+from server.appkeys import CONFIG, CONSUMER, LOG, READER, VERSIONS
+from server.auth.access import Access
 from server.auth.gate import PRINCIPAL, credential_of
 from server.cluster import signer_of
+from server.errors import ServerProblem
 from server.http.validation import (
     NothingSchema,
     ParameterInteger,
@@ -37,9 +43,17 @@ from server.http.validation import (
     path_parameters,
     query_parameters,
 )
-from server.routing import Access, Routes
+from server.routing import Routes
 
-routes = Routes(tag="jobs")
+routes = Routes(tag="models")
+
+_APPROVAL = "/api/v1/models/{id}/versions/{version}/approval"
+
+
+class ApprovalPathSchema(ModelPathSchema):
+    """The model and the version named by the path."""
+
+    version = ParameterInteger(required=True, validate=validate.Range(1, MAX_VERSION))
 
 
 class FileHashSchema(AnswerSchema):
@@ -49,15 +63,66 @@ class FileHashSchema(AnswerSchema):
     sha256 = fields.String()
 
 
-class AnswerBodySchema(Schema):
-    """An answer to a load that waits for approval."""
+class ApprovalBodySchema(Schema):
+    """An approval of bytes."""
 
     digest = fields.String(
         required=True,
-        validate=validate.Regexp(r"[0-9a-f]{64}\Z", error="Must be 64 digits, 0 to 9 and a to f."),
-        **about("`digest` of the job's `approval`: of the files that you have looked at."),
+        validate=IS_DIGEST,
+        **about("Of the files that you have looked at, as `GET .../verify` shows it."),
     )
     reason = fields.String(required=True, validate=IS_REASON, **about("Why; the ledger records it."))
+
+
+class WithdrawalQuerySchema(Schema):
+    """Why an approval is withdrawn."""
+
+    reason = fields.String(required=True, validate=IS_REASON, **about("Why; the ledger records it."))
+
+
+class ApprovalSchema(AnswerSchema):
+    """One person's approval of the bytes with a digest."""
+
+    digest = fields.String()
+    version = fields.Integer(**about("How they were named."))
+    by = fields.String()
+    reason = fields.String()
+    at = fields.String()
+    position = fields.Integer(**about("Of its `VersionApproved`, which has the SHA-256 of each file."))
+
+
+class UnapprovedSchema(AnswerSchema):
+    """A version that waits for a person to approve it."""
+
+    version = fields.Integer()
+    digest = fields.String(allow_none=True, **about("Of the files that were added as it; null if none were."))
+    is_refused = fields.Boolean(
+        **about("Whether the last load was of it, and was refused with `not_approved`.")
+    )
+    added_by = fields.String(allow_none=True, **about("Null if the ledger has nobody."))
+    position = fields.Integer(allow_none=True, **about("Of its `VersionAdded`."))
+
+
+class LoadApprovalSchema(AnswerSchema):
+    """Why a load could go on whose model's rules ask for approval."""
+
+    rule = fields.String(**about("Digest of the model's rules of approval then."))
+    result = fields.String(validate=one_of(ApprovalResult))
+    by = fields.List(fields.String(), **about("Who approved its bytes, or loaded them without."))
+    positions = fields.List(
+        fields.Integer(), **about("Of the `VersionApproved` that it rests on; empty without any.")
+    )
+
+
+class VersionApprovalsSchema(AnswerSchema):
+    """The approvals of a version's bytes."""
+
+    model_id = fields.String()
+    version = fields.Integer()
+    approvals = fields.List(fields.Nested(ApprovalSchema), **about("Those that stand, the oldest first."))
+    needed = fields.Integer(
+        **about("How many other persons the rules for the model ask for; 0 without rules.")
+    )
 
 
 class VerifyQuerySchema(Schema):
@@ -81,43 +146,115 @@ class VersionVerificationSchema(AnswerSchema):
         **about("Null without rules for signatures, and if a load would be refused."),
     )
     problem = fields.Nested(
-        FailureSchema, allow_none=True, **about("Why a load would be refused; null if it would not.")
+        FailureSchema,
+        allow_none=True,
+        **about("Why a load would be refused, whoever asks for it; null if it would not."),
     )
-    approval = fields.String(
-        validate=one_of(ApprovalNeed), **about("Whether a load would wait for approval.")
+    added_by = fields.List(
+        fields.String(), allow_none=True, **about("All who added these files; null if the ledger has nobody.")
     )
 
 
-_AS_ANSWER: Mapping[str, Any] = {
-    "access": Access.APPROVE,
-    "path": JobPathSchema(),
-    "query": NothingSchema(),
-    "body": AnswerBodySchema(),
-    "answers": {200: (JobSchema(), "The job; also if you have approved it before.")},
-    "errors": (
-        *("unknown_job", "not_waiting", "digest_differs", "same_person", "log_unavailable", "shutting_down"),
+def approvals_members(versions: ModelVersions) -> dict[str, Any]:
+    """Return the member of a model with its approvals; without any there is none."""
+    return {"approvals": [_approval_view(each) for each in versions.approvals]} if versions.approvals else {}
+
+
+def unapproved_members(app: web.Application, model_id: str) -> dict[str, Any]:
+    """Return the member of a model with the versions that wait for approval; without any there is none."""
+    state, rules = app[LOG].state, app[CONFIG].policy.of(model_id)
+    found = list_unapproved(state.models.get(model_id), state.registers.find_versions(model_id), rules)
+    return {"unapproved": msgspec.to_builtins(found)} if found else {}
+
+
+def _approval_view(approval: Approval) -> dict[str, Any]:
+    return {name: getattr(approval, name) for name in ("digest", "version", "by", "reason", "at", "position")}
+
+
+@routes.put(
+    _APPROVAL,
+    access=Access.APPROVE,
+    summary="Approve the bytes of a version",
+    description="For all loads of the model, under any rules, until it is withdrawn. Nothing is hashed: the "
+    "server has to have hashed the files (`GET .../verify` does), or the ledger has them as they were added. "
+    "Who added these bytes cannot approve them.",
+    path=ApprovalPathSchema(),
+    query=NothingSchema(),
+    body=ApprovalBodySchema(),
+    answers={200: (VersionApprovalsSchema(), "The approvals; also if you have approved it before.")},
+    errors=(
+        *("unknown_model", "unknown_version", "digest_differs", "same_person", "repository_busy"),
+        *("repository_unreadable", "log_unavailable", "shutting_down"),
     ),
-}
-
-
-@routes.post(
-    "/api/v1/jobs/{job_id}/approve",
-    **_AS_ANSWER,
-    summary="Approve a load that waits for approval",
-    description="Who asked for the load cannot. With the last approval that is needed the load goes on.",
 )
-async def approve_load(request: web.Request) -> web.Response:
-    return await _answer(request, approves=True)
+async def approve_version(request: web.Request) -> web.Response:
+    app, person, said = request.app, request[PRINCIPAL], json_body(request)
+    model_id, version = (path_parameters(request)[name] for name in ("id", "version"))
+    contents = await _find_contents(app, model_id, version, said["digest"])
+    about_person = person.subject, said["reason"], credential_of(person), signer_of(app)
+    command = ApproveVersion(model_id, version, said["digest"], contents, *about_person)
+    await app[JOB_REQUESTS].submit(command)
+    return _respond(app, model_id, version)
 
 
-@routes.post(
-    "/api/v1/jobs/{job_id}/reject",
-    **_AS_ANSWER,
-    summary="Reject a load that waits for approval",
-    description="The load fails with `rejected`. Who asked for it can cancel it instead.",
+@routes.delete(
+    _APPROVAL,
+    access=Access.APPROVE,
+    summary="Withdraw the approval of a version",
+    description="Of all persons, for the bytes that were approved as this version. What is loaded serves on, "
+    "and comes back after a restart; the next load by a person or an inference is refused.",
+    path=ApprovalPathSchema(),
+    query=WithdrawalQuerySchema(),
+    answers={200: (VersionApprovalsSchema(), "What is left: no approval.")},
+    errors=("unknown_approval", "log_unavailable", "shutting_down"),
 )
-async def reject_load(request: web.Request) -> web.Response:
-    return await _answer(request, approves=False)
+async def withdraw_approval(request: web.Request) -> web.Response:
+    app, person, reason = request.app, request[PRINCIPAL], query_parameters(request)["reason"]
+    model_id, version = (path_parameters(request)[name] for name in ("id", "version"))
+    command = WithdrawApproval(model_id, version, person.subject, reason, credential_of(person))
+    await app[JOB_REQUESTS].submit(command)
+    return _respond(app, model_id, version)
+
+
+def _respond(app: web.Application, model_id: str, version: int) -> web.Response:
+    given = app[LOG].state.registers.find_versions(model_id).approvals
+    rules = app[CONFIG].policy.of(model_id) or ModelRules()
+    approvals = [_approval_view(each) for each in given if each.version == version]
+    return web.json_response(
+        {"model_id": model_id, "version": version, "approvals": approvals, "needed": rules.persons}
+    )
+
+
+async def _find_contents(app: web.Application, model_id: str, version: int, digest: str) -> Contents:
+    """Return the hashes of a version's files, as the server or the ledger has them.
+
+    Raises:
+        RuntimeProblem: `unknown_model`, `unknown_version`, `repository_busy`, `repository_unreadable`.
+        ServerProblem: `digest_differs`, they have another digest, or neither has them.
+    """
+    versions = app[VERSIONS]
+
+    def look() -> Contents | None:
+        versions.repository.find_version(model_id, version)
+        with suppress(LoadRefused, RepositoryUnreadable):  # a load then says what is wrong
+            return versions.known_contents(model_id, version)
+        return None
+
+    found = await versions.repository.file_system.run(model_id, look, REQUEST_LIMIT_S)
+    for event in await app[READER].latest_changes(model_id) if found is None else ():
+        if event.version == version and isinstance(event.data, VersionAdded):
+            found = contents_of(event.data.files)
+    name, advice = (
+        f"version {version} of {model_id!r}",
+        f"GET /api/v1/models/{model_id}/verify?version={version}",
+    )
+    if found is None:
+        what = f"this server has not hashed {name}, and the ledger does not have who added it"
+        raise ServerProblem(f"{what}: {advice} hashes it", code="digest_differs")
+    if digest_of(found) != digest:
+        what = f"{name} has the digest {digest_of(found)}, not {digest}"
+        raise ServerProblem(f"{what}: {advice} shows its files", code="digest_differs")
+    return found
 
 
 CHECK_ERRORS = (
@@ -130,8 +267,7 @@ CHECK_ERRORS = (
 @routes.get(
     "/api/v1/models/{id}/verify",
     access=Access.VERIFY,
-    tag="models",
-    summary="Hash a version and check its signature",
+    summary="Hash a version and check what a load of it would pass",
     description="As a load would do it now, here. Nothing is loaded, and nothing is recorded.",
     path=ModelPathSchema(),
     query=VerifyQuerySchema(),
@@ -143,11 +279,3 @@ async def verify_version(request: web.Request) -> web.Response:
     checked = await request.app[CONSUMER].check_version(model_id, version)
     shown = {**msgspec.to_builtins(checked), "signature": signature_view(checked.signature)}
     return web.json_response({"model_id": model_id, **shown})
-
-
-async def _answer(request: web.Request, *, approves: bool) -> web.Response:
-    app, person, said = request.app, request[PRINCIPAL], json_body(request)
-    job = await find_job(app, path_parameters(request)["job_id"])
-    told = job.id, person.subject, said["digest"], said["reason"], credential_of(person)
-    await app[JOB_REQUESTS].submit(AnswerApproval(*told, approves=approves, sign=signer_of(app)))
-    return web.json_response(present_job(app, await find_job(app, job.id)))

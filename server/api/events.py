@@ -26,9 +26,10 @@ from events.types import TYPES
 from server.api.schemas import A_MOMENT, AnswerSchema, PageQuerySchema, about
 from server.api.stream import NDJSON, SSE, STAGE, EventStream, Stages, Streams, chosen_form
 from server.appkeys import CONFIG, CONSUMER, GATE, LOG, READER, STREAMS
+from server.auth.access import Access
 from server.auth.gate import PRINCIPAL
 from server.http.validation import NothingSchema, ParameterInteger, header_fields, query_parameters
-from server.routing import Access, Routes
+from server.routing import Routes
 
 routes = Routes(tag="ledger")
 

@@ -17,10 +17,11 @@ from events.models import Model
 from events.types import Cause
 from server.api.schemas import AnswerSchema
 from server.appkeys import CONSUMER_TASK, LOG, POOL, STOPPING, STREAMS
+from server.auth.access import Access
 from server.cluster import CLUSTER
 from server.errors import ServerProblem
 from server.openapi import openapi_yaml
-from server.routing import ROUTES, Access, Route, Routes
+from server.routing import ROUTES, Route, Routes
 
 routes = Routes(tag="health")
 

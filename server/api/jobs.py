@@ -20,29 +20,25 @@ from aiohttp import hdrs, web
 from marshmallow import Schema, fields, validate
 from msgspec import UNSET
 
-from events.approvals import list_requesters
 from events.commands import Command, Receipt, RequestCancel, RequestLoad
-from events.jobs import ApprovalState, Job, JobKind, JobStatus
+from events.jobs import Job, JobKind, JobStatus
 from events.log import Log
-from events.models import Model
 from events.sqlite.queries import JobQuery
 from events.sqlite.timetravel import job_at, jobs_at
-from events.types import Cause, Idempotency, contents_of
+from events.types import Cause, Idempotency
 from runtime.consumer.consumer import Consumer
 from server.api.livejobs import NOT_LIVE, describe_live
 from server.api.schemas import (
     NO_NODE,
-    AnswerSchema,
     FailureSchema,
-    LoadSignatureSchema,
     PageQuerySchema,
     about,
     node_member,
     one_of,
-    signature_view,
 )
 from server.api.timetravel import PAST_ERRORS, AtQuerySchema, PastSchema, as_of, read_past
 from server.appkeys import CONSUMER, LOG, READER, STOPPING
+from server.auth.access import Access
 from server.auth.gate import PRINCIPAL
 from server.errors import ServerProblem
 from server.http.validation import (
@@ -54,7 +50,7 @@ from server.http.validation import (
     query_parameters,
 )
 from server.observability.output import CONTEXT, RequestContext
-from server.routing import ROUTES, Access, Routes
+from server.routing import ROUTES, Routes
 
 routes = Routes(tag="jobs")
 
@@ -108,34 +104,6 @@ class JobsQuerySchema(AtQuerySchema, PageQuerySchema):
     status = fields.String(load_default=None, validate=one_of(JobStatus))
 
 
-class FileDifferenceSchema(AnswerSchema):
-    """A file that a load would add to, remove from or change in what its model serves."""
-
-    path = fields.String()
-    change = fields.String(validate=validate.OneOf(["added", "removed", "changed"]))
-
-
-class JobApprovalSchema(AnswerSchema):
-    """How far the approval of a load is."""
-
-    digest = fields.String(**about("Of the files: an answer names it."))
-    rule = fields.String(**about("Digest of the model's rules of approval."))
-    approvals = fields.Integer(**about("How many other persons must approve; 0 of a bypass."))
-    approved_by = fields.List(fields.String())
-    bypassed = fields.Boolean(**about("Whether a person with the role `emergency` passed without."))
-    waits = fields.Boolean(**about("Whether it waits for persons to answer."))
-    expires_at = fields.String(allow_none=True, **about("When it fails without; null of a bypass."))
-    served_version = fields.Integer(
-        allow_none=True, **about("What the model served when approval was asked; null if nothing.")
-    )
-    signature = fields.Nested(LoadSignatureSchema, allow_none=True)
-    requested_by = fields.List(fields.String(), **about("All who asked: none of them may approve."))
-    differences = fields.List(
-        fields.Nested(FileDifferenceSchema),
-        **about("While it waits, and without `at`: from the files that the model serves now."),
-    )
-
-
 class JobSchema(PastSchema):
     """A job: one accepted load or unload."""
 
@@ -178,10 +146,7 @@ class JobSchema(PastSchema):
     )
     reason = fields.String(allow_none=True, **about("Of a load: why, as who asked says."))
     emergency = fields.String(
-        allow_none=True, **about("Of a load: why it must not wait for approval, as who asked says.")
-    )
-    approval = fields.Nested(
-        JobApprovalSchema, allow_none=True, **about("Of a load: null unless it was asked for, or bypassed.")
+        allow_none=True, **about("Of a load: why it must not wait for others, as who asked says.")
     )
     unreturned_bytes = fields.Integer(
         **about(
@@ -369,14 +334,13 @@ async def cancel_job(request: web.Request) -> web.Response:
 
 def present_job(app: web.Application, job: Job) -> dict[str, Any]:
     """Return a job with its live values."""
-    return job_view(job, app[CONSUMER], app[LOG].state.models.get(job.model_id))
+    return job_view(job, app[CONSUMER])
 
 
-def job_view(job: Job, consumer: Consumer | None, model: Model | None = None) -> dict[str, Any]:
-    """Return a job, and what differs from its model; a past one has no live values."""
+def job_view(job: Job, consumer: Consumer | None) -> dict[str, Any]:
+    """Return a job; a past one has no live values."""
     parameters = job.load if job.load is not None else job.unload
     said = None if job.policy is UNSET else job.policy.justification
-    differences = [] if consumer is None else _list_differences(job, model)
     return {
         "id": job.id,
         "kind": job.kind.value,
@@ -399,34 +363,9 @@ def job_view(job: Job, consumer: Consumer | None, model: Model | None = None) ->
         **({} if job.passed_over is UNSET else {"passed_over": job.passed_over}),
         "reason": None if said is None else said.reason,
         "emergency": None if said is None else said.emergency,
-        "approval": None if job.approval is None else _approval_view(job, job.approval, differences),
         **({} if job.unreturned_bytes is UNSET else {"unreturned_bytes": job.unreturned_bytes}),
         "error": msgspec.to_builtins(job.error),
     }
-
-
-def _approval_view(job: Job, approval: ApprovalState, differences: list[dict[str, str]]) -> dict[str, Any]:
-    same = ("digest", "rule", "approvals", "approved_by", "served_version")
-    return {
-        **{name: getattr(approval, name) for name in same},
-        "bypassed": approval.is_bypassed,
-        "waits": job.waits_for_approval,
-        "expires_at": approval.expires_at or None,
-        "signature": signature_view(approval.signature),
-        "requested_by": list_requesters(job),
-        "differences": differences,
-    }
-
-
-def _list_differences(job: Job, model: Model | None) -> list[dict[str, str]]:
-    """Return the files that a load would change in what its model serves, by path; none unless it waits."""
-    if job.approval is None or not job.waits_for_approval:
-        return []
-    serving = None if model is None else model.serving
-    new, old = dict(job.approval.files), dict(() if serving is None else contents_of(serving.files))
-    differing = sorted({path for path, _ in new.items() ^ old.items()})
-    changes = ["added" if path not in old else "changed" if path in new else "removed" for path in differing]
-    return [{"path": path, "change": change} for path, change in zip(differing, changes, strict=True)]
 
 
 async def answer_with_job(request: web.Request, command: Command) -> web.Response:
@@ -445,22 +384,15 @@ async def run_job(app: web.Application, command: Command) -> Job:
     """Submit a command and return its job when it has ended; the job's own timeout applies.
 
     Raises:
-        ServerProblem: `shutting_down`, the server stops before the job has ended; `approval_required`, it
-            waits for approval, and the load's own timeout is over.
+        ServerProblem: `shutting_down`, the server stops before the job has ended.
         LedgerProblem: `log_unavailable`, or the refusal of the command.
     """
-    limit_s = command.parameters.timeout_s if isinstance(command, RequestLoad) else None
-    job = await _submit(app, command, limit_s)
-    if not job.waits_for_approval:  # and if it was approved, its timeout has begun anew
-        job = await _await_end(app, job.id, None)
+    job = await _submit(app, command, None)
     if job.ended:
         return job
-    where, code = job_path(job.id), "shutting_down"
+    where = job_path(job.id)
     reason = f"the server stops; the {job.kind} continues at its next start, see {where}"
-    if job.waits_for_approval and not app[STOPPING].is_set():
-        code = "approval_required"
-        reason = f"job {job.id} waits for approval by another person, and goes on then: see {where}"
-    raise ServerProblem(reason, code=code, http_headers={hdrs.LOCATION: where})
+    raise ServerProblem(reason, code="shutting_down", http_headers={hdrs.LOCATION: where})
 
 
 def job_path(job_id: str) -> str:

@@ -13,9 +13,10 @@ from server.api.jobs import JOB_REQUESTS
 from server.api.loads import look_in_repository
 from server.api.schemas import IS_LABEL, ModelPathSchema, about
 from server.appkeys import VERSIONS
+from server.auth.access import Access
 from server.auth.gate import PRINCIPAL
 from server.http.validation import NothingSchema, StrictInteger, json_body, path_parameters
-from server.routing import Access, Routes
+from server.routing import Routes
 
 routes = Routes(tag="models")
 

@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 from aiohttp import web
 from marshmallow import Schema, fields, validate
 from msgspec import UNSET, UnsetType
-from msgspec.structs import replace
 
 from events.accept import NO_BATCHING
 from events.commands import RequestLoad, RequestUnload
 from events.devices import CPU, DEVICE, DEVICE_RULE, FALLBACKS, MAX_DEVICES
+from events.policy.rules import ModelRules
 from events.types import ALLOW, DEPENDENT_ROWS, Contents, Idempotency, Justification, LoadParameters
 from runtime.errors import (
     LoadRefused,
@@ -37,11 +37,11 @@ from runtime.repository import (
 )
 from runtime.store.versions import Versions
 from runtime.timeouts import PROGRESS_TIMEOUT_S
-from server.api.approvals import CHECK_ERRORS
 from server.api.jobs import AS_JOB, JOB_ERRORS, answer_with_job, hash_idempotency_key
 from server.api.models import is_listed, look_at_model
-from server.api.schemas import IS_LABEL, IS_REASON, ModelPathSchema, about
-from server.appkeys import CONFIG, CONSUMER, GATE, LOG, UPLOADS, VERSIONS
+from server.api.schemas import IS_DIGEST, IS_LABEL, IS_REASON, ModelPathSchema, about
+from server.appkeys import CONFIG, GATE, LOG, UPLOADS, VERSIONS
+from server.auth.access import Access
 from server.auth.gate import PRINCIPAL, Principal, credential_of
 from server.cluster import signer_of
 from server.config import (
@@ -67,7 +67,7 @@ from server.http.validation import (
     path_parameters,
     query_parameters,
 )
-from server.routing import ROUTES, Access, Routes
+from server.routing import ROUTES, Routes
 
 routes = Routes(tag="models")
 
@@ -197,14 +197,18 @@ class LoadBodySchema(Schema):
     )
     reason = fields.String(
         validate=IS_REASON,
-        **about("Why, for those who approve the load and for who reads the ledger.", example="Fixes #17."),
+        **about("Why, for who reads the ledger.", example="Fixes #17."),
     )
     emergency = fields.String(
         validate=IS_REASON,
         **about(
-            "Why the load must not wait for approval; needs the role `emergency`, too. It is for the files "
-            "that the version has now, hashed before the answer. Their signature is checked all the same."
+            "Why the load must not wait for other persons; needs the role `emergency`, too, and the `digest` "
+            "of the files. Their signature is checked all the same."
         ),
+    )
+    digest = fields.String(
+        validate=IS_DIGEST,
+        **about("Of an emergency: of the files that it is for, as `GET .../verify` shows it."),
     )
 
 
@@ -254,7 +258,8 @@ async def unload_active(request: web.Request) -> web.Response:
         "device_unavailable",
         "queue_full",
         "too_many_labels",
-        *CHECK_ERRORS,
+        "repository_busy",
+        "repository_unreadable",
         *JOB_ERRORS,
     ),
 )
@@ -315,7 +320,7 @@ async def make_load_command(
     Raises:
         InvalidDefaults: `invalid_defaults`, the model's loadledger.toml is invalid.
         RuntimeProblem: `invalid_model_id`, `unknown_model`, `unknown_version`, `repository_busy`,
-            `repository_unreadable`, `device_unavailable`; as `_justify`.
+            `repository_unreadable`, `device_unavailable`.
     """
     wanted = {name: value for name, value in asked.items() if name not in _NO_PARAMETERS}
     version = asked.get("version")
@@ -335,36 +340,37 @@ async def make_load_command(
         asked=frozenset(wanted),
         idempotency=idempotency,
         policy=UNSET if rules is None else rules.digest,
-        justification=UNSET if person is None else await _justify(app, model_id, chosen, asked, person),
+        is_checked=rules is not None and rules.persons > 0,
+        justification=UNSET if person is None else _justify(rules, asked, person),
         sign=signer_of(app) if asked.get("emergency") else None,
         label=asked.get("label", UNSET),
         passed_over=UNSET if refusal is None else str(refusal),
     )
 
 
-async def _justify(
-    app: web.Application, model_id: str, version: int, asked: Mapping[str, Any], person: Principal
+def _justify(
+    rules: ModelRules | None, asked: Mapping[str, Any], person: Principal
 ) -> Justification | UnsetType:
-    """Return the reasons that a person gives; an emergency is for the files that the version has now.
+    """Return the reasons that a person gives.
 
     Raises:
-        RuntimeProblem: of an emergency, as `Consumer.check_version`.
+        InvalidBody: `invalid_body`, an emergency does not say which files it is for.
     """
-    rules, reason, emergency = app[CONFIG].policy.of(model_id), asked.get("reason"), asked.get("emergency")
+    reason, emergency, digest = (asked.get(name) for name in ("reason", "emergency", "digest"))
     if rules is None and reason is None and emergency is None:
         return UNSET
-    said = Justification(credential_of(person), reason, emergency)
-    if emergency is None or rules is None or not rules.approvals:
-        return said
-    checked = await app[CONSUMER].check_version(model_id, version)
-    return replace(said, digest=checked.digest)
+    if emergency is not None and rules is not None and rules.persons > 0 and digest is None:
+        raise InvalidBody(
+            "body: digest: an emergency names the files that it is for, as GET .../verify shows it"
+        )
+    return Justification(credential_of(person), reason, emergency, digest=UNSET if digest is None else digest)
 
 
-_NO_PARAMETERS = frozenset({"version", "label", "reason", "emergency"})
+_NO_PARAMETERS = frozenset({"version", "label", "reason", "emergency", "digest"})
 
 
 def _check_emergency(request: web.Request, model_id: str) -> None:
-    """Refuse a load that must not wait for approval, unless person and rules allow that.
+    """Refuse a load that must not wait for others, unless person and rules allow that.
 
     Raises:
         Forbidden: `forbidden`, the person lacks the role `emergency`.
@@ -374,7 +380,7 @@ def _check_emergency(request: web.Request, model_id: str) -> None:
     action = f"{app[ROUTES][request.match_info.route].name} (emergency)"
     app[GATE].check_role(request[PRINCIPAL], Access.EMERGENCY, action)
     if rules is not None and not rules.allows_emergency:
-        reason = f"the rules of {model_id!r} allow no emergency: load it without, and have it approved"
+        reason = f"the rules of {model_id!r} allow no emergency: load it without"
         raise ServerProblem(reason, code="emergency_forbidden")
 
 

@@ -22,12 +22,19 @@ from events.models import RELOADS, Model, ModelState
 from events.policy.rules import TrustMode
 from events.sqlite.listing import EventFilter, EventQuery
 from events.sqlite.timetravel import active_at, model_at, models_at
-from events.types import ApprovalResult, VersionAdded, WorkerExited
+from events.types import LoadEvidence, VersionAdded, WorkerExited
 from runtime.errors import RepositoryUnreadable, RuntimeProblem, UnknownModel
 from runtime.onnxfile import ModelSignature
 from runtime.repository import REQUEST_LIMIT_S, RepositoryBusy, refuse_unserved
 from runtime.router import Here, Version
 from runtime.store.versions import Versions
+from server.api.approvals import (
+    ApprovalSchema,
+    LoadApprovalSchema,
+    UnapprovedSchema,
+    approvals_members,
+    unapproved_members,
+)
 from server.api.schemas import (
     NO_NODE,
     AnswerSchema,
@@ -43,9 +50,10 @@ from server.api.schemas import (
 )
 from server.api.timetravel import PAST_ERRORS, AtQuerySchema, PastSchema, as_of, read_past
 from server.appkeys import CONFIG, CONSUMER, LOG, POOL, READER, ROUTER, VERSIONS
+from server.auth.access import Access
 from server.cluster import CLUSTER
 from server.http.validation import NothingSchema, path_parameters, query_parameters
-from server.routing import Access, Routes
+from server.routing import Routes
 
 routes = Routes(tag="models")
 
@@ -92,14 +100,6 @@ class DeviceUseSchema(AnswerSchema):
     memory_bytes = fields.Integer(
         allow_none=True, **about("Of the device's own memory when it was loaded; null if it has none.")
     )
-
-
-class LoadApprovalSchema(AnswerSchema):
-    """Why a load could go on that needed approval."""
-
-    rule = fields.String(**about("Digest of the model's rules of approval then."))
-    result = fields.String(validate=one_of(ApprovalResult))
-    by = fields.List(fields.String(), **about("Who approved that load, or passed without."))
 
 
 class ModelPolicySchema(AnswerSchema):
@@ -233,6 +233,23 @@ class ModelSchema(PastSchema):
     )
     approval = fields.Nested(
         LoadApprovalSchema, allow_none=True, **about("Of what it serves; null without rules for approval.")
+    )
+    added_by = fields.List(
+        fields.String(),
+        allow_none=True,
+        **about("All who added what it serves; null if the ledger has nobody, and if it serves nothing."),
+    )
+    approvals = fields.List(
+        fields.Nested(ApprovalSchema),
+        **about("The approvals of bytes that stand; missing without any.", is_optional=True),
+    )
+    unapproved = fields.List(
+        fields.Nested(UnapprovedSchema),
+        **about(
+            "Versions whose load was refused, or that were added since the last approval, newest first; "
+            "missing without any, and with `at`.",
+            is_optional=True,
+        ),
     )
     policy = fields.Nested(
         ModelPolicySchema,
@@ -423,7 +440,7 @@ def model_view(
 ) -> dict[str, Any]:
     """Return a model as the API has it; None for what is unknown of the past, such as what was `seen`."""
     row, load = model.row, model.load
-    labels = {label.name: label.version for label in model.versions.labels}
+    evidence = (load and load.evidence) or LoadEvidence()
     return {
         "id": model.id,
         "versions": seen and seen.versions,
@@ -432,7 +449,8 @@ def model_view(
         "version": row.version,
         "next_version": row.next_version,
         "active": is_active,
-        **({"labels": labels} if labels else {}),
+        **({"labels": model.versions.named} if model.versions.named else {}),
+        **approvals_members(model.versions),
         "loaded_at": load.loaded_at if load else None,
         "loaded_by": (row.asked_by or load.loaded_by) if load else None,
         "brought_back": row.brought_back,
@@ -445,8 +463,9 @@ def model_view(
         "memory_bytes": memory_bytes,
         "memory_at_load_bytes": load.memory_bytes if load else None,
         **({"devices": msgspec.to_builtins(load.devices)} if load and load.devices else {}),
-        "signature": signature_view(load.signature) if load else None,
-        "approval": msgspec.to_builtins(load.approval or None) if load else None,
+        "signature": signature_view(evidence.signature),
+        "approval": msgspec.to_builtins(evidence.approval or None),
+        "added_by": (load and model.versions.list_adders(load.digest)) or None,
         "error": msgspec.to_builtins(row.error),
         "instances": row.workers if row.state in _HAS_WORKERS else None,
         "threads": load.threads if load else None,
@@ -478,7 +497,8 @@ def _add_present(app: web.Application, view: dict[str, Any]) -> dict[str, Any]:
     """Return a view with what is not known of the past."""
     model, cluster = app[LOG].state.models.get(view["id"]), app.get(CLUSTER)
     chosen = None if model is None else msgspec.to_builtins(model.chosen or None)
-    view = {**view, "policy": _policy_view(app, view["id"]), "chosen": chosen}
+    view |= {"policy": _policy_view(app, view["id"]), "chosen": chosen}
+    view |= unapproved_members(app, view["id"])
     if cluster is not None and model is not None and "copies" in view:
         view["copies_ready"], view["copies_waiting_for"] = cluster.count_copies(model)
     return view
@@ -489,7 +509,7 @@ def _policy_view(app: web.Application, model_id: str) -> dict[str, Any] | None:
     if rules is None:
         return None
     mode = TrustMode.ENFORCE if rules.enforced else TrustMode.WARN if rules.trust else None
-    return {"digest": rules.digest, "trust": mode, "approvals": rules.approvals}
+    return {"digest": rules.digest, "trust": mode, "approvals": rules.persons}
 
 
 def _memory_now(app: web.Application, model_id: str) -> int | None:

@@ -23,9 +23,10 @@ from server.api.models import ModelSchema, read_model_page
 from server.api.resources import RESOURCES_CACHE, ResourcesSchema
 from server.api.schemas import MAX_PAGE, AnswerSchema, PageQuerySchema, about
 from server.appkeys import LOG, READER
+from server.auth.access import Access
 from server.auth.gate import PRINCIPAL
 from server.http.validation import query_parameters
-from server.routing import Access, Routes
+from server.routing import Routes
 
 NEWEST = 40
 """Jobs beside those that have not ended: what a person reads."""

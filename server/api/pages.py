@@ -12,9 +12,10 @@ from importlib import resources
 from aiohttp import ETag, hdrs, web
 from marshmallow import Schema, fields, validate
 
+from server.auth.access import Access
 from server.errors import ServerProblem
 from server.http.validation import path_parameters
-from server.routing import Access, Routes
+from server.routing import Routes
 
 routes = Routes(tag="documentation")
 

@@ -13,11 +13,12 @@ from runtime.devices import DeviceMemory
 from runtime.memory import read_pressure
 from server.api.schemas import AnswerSchema, about
 from server.appkeys import CONFIG, CONSUMER, LIMIT, LOG, POOL
+from server.auth.access import Access
 from server.config import OFF
 from server.devices import list_devices, read_device_memory
 from server.http.validation import NothingSchema
 from server.observability.timeseries import measure
-from server.routing import Access, Routes
+from server.routing import Routes
 
 routes = Routes(tag="resources")
 

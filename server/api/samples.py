@@ -17,6 +17,7 @@ from msgspec.structs import asdict
 from server.api.models import look_at_model
 from server.api.schemas import AnswerSchema, ModelPathSchema, about
 from server.appkeys import TIME_SERIES
+from server.auth.access import Access
 from server.http.validation import path_parameters, query_parameters
 from server.observability.timeseries import (
     NO_REQUESTS,
@@ -27,7 +28,7 @@ from server.observability.timeseries import (
     Sample,
     merge_counts,
 )
-from server.routing import Access, Routes
+from server.routing import Routes
 
 routes = Routes(tag="resources")
 

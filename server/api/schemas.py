@@ -9,8 +9,8 @@ import msgspec
 from marshmallow import INCLUDE, Schema, ValidationError, fields, validate
 from msgspec import UnsetType
 
-from events.labels import LABEL_NAME
 from events.types import LoadSignature
+from events.versions import LABEL_NAME
 from runtime.repository import MAX_VERSION, MODEL_ID
 from server.http.validation import ParameterInteger
 
@@ -91,8 +91,12 @@ class AnswerSchema(Schema):
         field_obj.required = not field_obj.metadata.get("is_optional", False)
 
 
+IS_DIGEST = validate.Regexp(r"[0-9a-f]{64}\Z", error="Must be 64 digits, 0 to 9 and a to f.")
+"""Validates a SHA-256 in hexadecimal."""
+
+
 def _is_readable(text: str) -> None:
-    """Refuse what a terminal or a page shows as something else, to who reads it before an approval."""
+    """Refuse what a terminal or a page shows as something else, to who reads it before a decision."""
     if not text.strip() or not text.replace("\n", "").isprintable():
         raise ValidationError("Must be readable text: not blank, and without control characters.")
 

@@ -15,8 +15,9 @@ from events.sqlite.timeline import MAX_ROWS, MarkKind, TimelineQuery, read_timel
 from events.sqlite.timetravel import parse_moment
 from server.api.schemas import A_MOMENT, AnswerSchema, about, one_of
 from server.api.timetravel import TIME_TRAVEL
+from server.auth.access import Access
 from server.http.validation import ParameterInteger, query_parameters
-from server.routing import Access, Routes
+from server.routing import Routes
 
 routes = Routes(tag="ledger")
 

@@ -13,8 +13,9 @@ from marshmallow import Schema, ValidationError, fields, validate
 from events.tokens import Token, find_issued
 from server.api.schemas import AnswerSchema, PageQuerySchema, about
 from server.appkeys import GATE, LOG
+from server.auth.access import ROLES, Access
 from server.auth.gate import PRINCIPAL
-from server.auth.keys import MAX_EXPIRES_S, ROLES
+from server.auth.keys import MAX_EXPIRES_S
 from server.auth.subjects import subject_refusal
 from server.auth.tokens import TOKENS, is_local
 from server.http.validation import (
@@ -27,7 +28,7 @@ from server.http.validation import (
     path_parameters,
     query_parameters,
 )
-from server.routing import Access, Routes
+from server.routing import Routes
 
 routes = Routes(tag="tokens")
 

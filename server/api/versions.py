@@ -29,6 +29,7 @@ from runtime.uploads.stage import Stage
 from server.api.jobs import IS_KEY, hash_idempotency_key, run_job
 from server.api.schemas import ModelVersionPathSchema, about
 from server.appkeys import LOG, STOPPING, UPLOADS
+from server.auth.access import Access
 from server.auth.gate import PRINCIPAL
 from server.cluster import FORWARDING
 from server.errors import ServerProblem
@@ -44,7 +45,7 @@ from server.http.validation import (
     query_parameters,
     read_json,
 )
-from server.routing import Access, Routes
+from server.routing import Routes
 
 routes = Routes(tag="models")
 

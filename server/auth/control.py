@@ -27,6 +27,7 @@ from aiohttp.typedefs import Handler, Middleware
 from events.files import write_file
 from server.api import tokens
 from server.appkeys import CONFIG, LOG
+from server.auth.access import Access
 from server.auth.gate import PRINCIPAL, InvalidToken, Principal
 from server.auth.proxies import Proxies
 from server.auth.subjects import local_actor
@@ -36,7 +37,7 @@ from server.errors import errors_middleware
 from server.http.connection import ConnectionLimits, listening_on
 from server.http.responses import response_completer
 from server.http.validation import validation_middleware
-from server.routing import Access, Route, add_routes
+from server.routing import Route, add_routes
 
 _log = logging.getLogger(__name__)
 

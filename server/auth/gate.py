@@ -27,13 +27,14 @@ from multidict import CIMultiDictProxy, istr
 from events.clock import uuid7
 from events.commands import Command, Record
 from events.types import SYSTEM, AccessDenied, Credential, Draft
-from server.auth.keys import ROLES, KeyRing, VerificationKey
+from server.auth.access import ROLES, Access
+from server.auth.keys import KeyRing, VerificationKey
 from server.auth.proxies import Proxies
 from server.auth.ratelimit import QUOTA, RateLimits
 from server.auth.subjects import subject_refusal
 from server.config import Config
 from server.errors import ServerProblem
-from server.routing import AT, Access, matched_route
+from server.routing import AT, matched_route
 
 _log = logging.getLogger(__name__)
 

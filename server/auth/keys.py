@@ -44,13 +44,11 @@ from events.audit.signing import KEY_ID_DIGITS, HeadSigner, key_id
 from events.clock import uuid7
 from events.files import sync, write_file
 from events.sqlite.datalock import LEDGER
+from server.auth.access import ROLES
 from server.auth.modes import find_risk
 from server.auth.subjects import subject_refusal
 
 _log = logging.getLogger(__name__)
-
-ROLES = frozenset({"admin", "predict", "audit", "approve", "emergency"})
-"""All roles: none includes `approve` or `emergency`, so that an administrator alone passes no approval."""
 
 ALGORITHM = "EdDSA"
 

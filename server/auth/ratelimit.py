@@ -14,10 +14,10 @@ from functools import lru_cache
 import msgspec
 from aiohttp import web
 
+from server.auth.access import Access
 from server.auth.proxies import parse_address
 from server.config import Config, RateLimit, parse_limit
 from server.errors import ServerProblem
-from server.routing import Access
 
 MAX_COUNTERS = 10_000
 """Some 2 MB; beyond it the least recently used counters are forgotten."""
@@ -112,14 +112,10 @@ class RateLimits:
 
         self._failures = windows(config.limit_auth_failures)
         reads = ("reads", windows(config.limit_reads))
-        management = ("management", windows(config.limit_management))
+        self._of_others = ("management", windows(config.limit_management))
         self._limits = {
             Access.ANY: reads,
             Access.AUDIT: reads,
-            Access.ADMIN: management,
-            Access.APPROVE: management,
-            Access.VERIFY: management,
-            Access.EMERGENCY: management,
             Access.PREDICT: ("inference", windows(config.limit_inference)),
         }
 
@@ -129,7 +125,7 @@ class RateLimits:
         Raises:
             RateLimited: the limit was used up (`rate_limited`).
         """
-        policy, windows = self._limits[access]
+        policy, windows = self._limits.get(access, self._of_others)
         if windows is None:
             return None
         counted, left_s = windows.count(subject)

@@ -32,20 +32,21 @@ from events.jobs import JobKind, JobStatus
 from events.models import Model, ModelState
 from events.nodes import NodePhase
 from events.state import State
-from events.types import TYPES, ApprovalBypassed, Cause
+from events.types import TYPES, Cause
 from runtime.devices import DeviceMemory
 from runtime.memory import read_pressure
 from runtime.process.confinement import ALL_ACTS
 from runtime.statistics import TOOK_S
 from server.api.health import ready_checks
 from server.appkeys import CONFIG, CONSUMER, LIMIT, LOG, POOL, STREAMS
+from server.auth.access import Access
 from server.cluster import CLUSTER
 from server.devices import list_devices, read_device_memory
 from server.errors import ERRORS
 from server.http.compression import COMPRESSED_FROM_BYTES, chosen_encoding, compress
 from server.observability.requestlog import HTTP_COUNTS
 from server.observability.timeseries import measure
-from server.routing import Access, Route, Routes
+from server.routing import Route, Routes
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -255,12 +256,11 @@ class ServerCollector(Collector):
 
     def _job_families(self) -> Iterator[Metric]:
         tally = self._app[LOG].tally
-        working = [job for job in self._jobs if not job.waits_for_approval]
-        counts = Counter((job.kind, job.status) for job in working)
+        counts = Counter((job.kind, job.status) for job in self._jobs)
         ends = [(cause.value, status.value) for cause in Cause for status in ENDS]
         yield _gauge(
             "jobs",
-            "Jobs that have not ended, and do not wait for approval: the queue.",
+            "Jobs that have not ended: the queue.",
             {(kind.value, status.value): counts[kind, status] for kind in JobKind for status in _UNENDED},
             "kind status",
         )
@@ -269,18 +269,13 @@ class ServerCollector(Collector):
         )
         yield _gauge(
             "oldest_job_age_seconds",
-            "Time since the oldest load or unload of the queue was requested, or approved.",
-            max((seconds_between(job.queued_at, self._now) for job in working), default=0.0),
-        )
-        yield _gauge(
-            "loads_waiting_for_approval",
-            "Loads that wait until other persons approve them.",
-            len(self._jobs) - len(working),
+            "Time since the oldest load or unload of the queue was requested.",
+            max((seconds_between(job.created_at, self._now) for job in self._jobs), default=0.0),
         )
         yield _counter(
-            "approvals_bypassed_total",
-            "Loads that a person with the role emergency let pass without approval.",
-            tally.events[ApprovalBypassed.TYPE],
+            "emergency_loads_total",
+            "Loads that a person with the role emergency let pass without what the rules ask of others.",
+            tally.bypasses,
         )
         yield _counter(
             "loads_total", "Load jobs that ended.", _with_zeros(ends, tally.loads), "cause outcome"

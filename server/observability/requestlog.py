@@ -15,12 +15,13 @@ from aiohttp.typedefs import Handler, Middleware
 
 from events.counters import Histogram
 from server.appkeys import GATE
+from server.auth.access import Access
 from server.auth.gate import PRINCIPAL
 from server.auth.ratelimit import Windows
 from server.config import RateLimit
 from server.errors import CODE
 from server.observability.output import RequestContext, begin_context, make_extra
-from server.routing import Access, Route, matched_route
+from server.routing import Route, matched_route
 
 _log = logging.getLogger(__name__)
 
@@ -38,9 +39,6 @@ DURATIONS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5
 
 ABORTED = "aborted"
 """The class of status of requests without an answer: the client left, or the server stopped."""
-
-_MANAGES = frozenset({Access.ADMIN, Access.APPROVE})
-"""Who may change something that the ledger records."""
 
 NO_ROUTE = "none"
 """The route of unknown paths and methods."""
@@ -118,7 +116,7 @@ def _level(request: web.Request, route: Route | None, response: web.StreamRespon
     status = response.status if response is not None else 0
     if status >= FAULT:
         return logging.WARNING
-    manages = route is not None and route.access in _MANAGES and PRINCIPAL in request
+    manages = route is not None and route.access.records and PRINCIPAL in request
     return logging.INFO if manages or status >= REFUSED else logging.DEBUG
 
 

@@ -1,70 +1,131 @@
-// Approval of loads: the loads that wait for an answer, the dialog that asks for it, and what a model shows of its
+// Approval of versions: those that wait for it, the dialogs that give and withdraw it, and what a model shows of its
 // signature and its approval.
 
+import { api, errorText } from "./api.js";
 import { Dialog, openDialog, TextField } from "./dialogs.js";
 import { oneLine, stamp } from "./format.js";
-import { answerApproval } from "./operations.js";
+import { approve, withdraw } from "./operations.js";
 import { href } from "./router.js";
-import { jobs, needsAnswer } from "./state.js";
-import { Badge, Button, Hint, html, Panel, useState } from "./ui.js";
+import { session, unapproved } from "./state.js";
+import { HASH_DIGITS } from "./tables.js";
+import { ActionsCell, Badge, Button, Cell, Hint, html, Panel, Row, useRequest, useState } from "./ui.js";
 
-const MOST_FILES = 50; // that are named of one load
+const MOST_FILES = 50; // that are named of one version
+const MOST = 50; // versions that are listed
 
-// The loads that the signed-in person may approve; nothing without any.
+// The versions that the signed-in person may approve; nothing without any.
 export function WaitingForYou() {
-  const listed = jobs.value.filter(needsAnswer);
+  const listed = unapproved.value, more = listed.length - MOST;
   if (!listed.length) return null;
   return html`
     <${Panel} kind="approvals" title="Waits for you">
-      <ul class="problems">${listed.map((job) => html`<${WaitingLoad} key=${job.id} job=${job} />`)}</ul>
+      <ul class="problems">${listed.slice(0, MOST).map((each) => html`<${Unapproved} key="${each.model.id}/${each.version}" ...${each} />`)}</ul>
+      ${more > 0 && html`<${Hint}>And ${more} more.<//>`}
     <//>`;
 }
 
-// A load that waits for approval, with the buttons that answer it for those whose answer counts.
-export function WaitingLoad({ job }) {
-  const title = `Load of ${oneLine(job.model_id, 130)}`, open = (approves) => openDialog(AnswerDialog, { job, approves });
+function Unapproved({ model, version, digest, is_refused: isRefused, added_by: by }) {
+  const why = [isRefused && "Its last load was refused.", adderText(by && [by]), givenText(model, digest)];
   return html`
-    <li class="problem asked" data-job=${job.id}>
+    <li class="problem asked">
       <div class="words">
-        <p><span class="level">Approval</span> <strong><a href=${href("jobs", job.id)}>${title}</a></strong></p>
-        <${WaitingFacts} job=${job} />
+        <p><span class="level">Approval</span> <strong><a href=${href("models", model.id)}>${oneLine(model.id, 130)} version ${version}</a></strong></p>
+        <p class="why">${why.filter(Boolean).join(" ")}</p>
       </div>
-      ${needsAnswer(job) && html`
-        <div class="do">
-          <${Button} about="the load of ${job.model_id}" onClick=${() => open(true)}>Approve…<//>
-          <${Button} about="the load of ${job.model_id}" kind="danger" onClick=${() => open(false)}>Reject…<//>
-        </div>`}
+      <div class="do"><${ApproveButton} model=${model} version=${version} /></div>
     </li>`;
 }
 
-function WaitingFacts({ job: { version, reason, approval } }) {
-  const { served_version: served, differences, signature, requested_by: people, approved_by: by, approvals } = approval;
-  const more = differences.length - MOST_FILES, versions = served == null ? `Version ${version}; none is loaded` : `Version ${served} → ${version}`;
-  return html`
-    <p class="why">${versions}.${differences.length === 0 && " No file differs."}</p>
-    <ul class="files">${differences.slice(0, MOST_FILES).map(({ path, change }) => html`<li key=${path}>${change} <code>${oneLine(path, 200)}</code></li>`)}</ul>
-    ${more > 0 && html`<${Hint}>And ${more} more files.<//>`}
-    <p class="why">${signatureText(signature)}</p>
-    <p class="why">Asked for by ${oneLine(people.join(", "), 400)}: ${reason ? oneLine(reason, 1000) : "no reason is given"}</p>
-    <p class="todo">Answer ${stamp(approval.expires_at)} at the latest; ${by.length} of ${approvals} approved${by.length ? `: ${oneLine(by.join(", "), 400)}` : ""}.</p>`;
+// Opens the dialog that approves a version, for those who may.
+export function ApproveButton({ model, version }) {
+  if (!session.value.approves) return null;
+  return html`<${Button} about="version ${version} of ${model.id}" onClick=${() => openDialog(ApproveDialog, { model, version })}>Approve…<//>`;
 }
 
-// Asks why. The answer names the digest that is shown here: it counts for these bytes only.
-function AnswerDialog({ job, approves }) {
-  const [reason, setReason] = useState(""), verb = approves ? "Approve" : "Reject";
+// Asks why. The approval names the digest that is shown here: it counts for these bytes only.
+function ApproveDialog({ model, version }) {
+  const path = `/api/v1/models/${encodeURIComponent(model.id)}/verify?version=${version}`, [reason, setReason] = useState("");
+  const { answer: found, error } = useRequest((signal) => api.get(path, { signal, limitMs: 600_000 }), []);
   const ask = async () => {
-    if (!reason.trim()) return "Give a reason: the ledger keeps it with your answer.";
-    await answerApproval(job, approves, reason.trim());
+    if (!found) return "The server has not hashed the files yet.";
+    if (!reason.trim()) return "Give a reason: the ledger keeps it with your approval.";
+    await approve(model.id, version, found.digest, reason.trim());
     return true;
   };
-  const buttons = (send, isBusy) => html`<button type="submit" class=${approves ? "primary" : "danger"} disabled=${isBusy}>${verb}</button>`;
+  const buttons = (send, isBusy) => html`<button type="submit" class="primary" disabled=${isBusy || !found}>Approve</button>`;
   return html`
-    <${Dialog} name="answer" title="${verb} the load of ${job.model_id}" ask=${ask} buttons=${buttons} close="Not now">
-      <${WaitingFacts} job=${job} />
-      <p class="files">The files have the digest <code>${job.approval.digest}</code></p>
+    <${Dialog} name="answer" title="Approve version ${version} of ${model.id}" ask=${ask} buttons=${buttons} close="Not now"
+        refusal=${error ? errorText(error) : ""}>
+      ${found ? html`<${VersionFacts} model=${model} found=${found} />` : !error && html`<p role="status">The server hashes the files…</p>`}
       <${TextField} id="answer-reason" label="Reason" value=${reason} onText=${setReason} required />
     <//>`;
 }
+
+function VersionFacts({ model, found: { version, digest, files, signature, problem, added_by: by } }) {
+  const now = new Map(model.files.map((file) => [file.path, file.sha256])), next = new Map(files.map((file) => [file.path, file.sha256]));
+  const change = (path) => (!now.has(path) ? "added" : !next.has(path) ? "removed" : "changed");
+  const differing = [...new Set([...now.keys(), ...next.keys()])].filter((path) => now.get(path) !== next.get(path)).sort();
+  const more = differing.length - MOST_FILES, versions = now.size ? `Version ${model.version} → ${version}` : `Version ${version}; none is loaded`;
+  return html`
+    <p class="why">${versions}.${differing.length === 0 && " No file differs."}</p>
+    <ul class="files">${differing.slice(0, MOST_FILES).map((path) => html`<li key=${path}>${change(path)} <code>${oneLine(path, 200)}</code></li>`)}</ul>
+    ${more > 0 && html`<${Hint}>And ${more} more files.<//>`}
+    <p class="why">${problem && problem.code !== "not_approved" ? `${problem.code}: ${oneLine(problem.message, 400)}` : signatureText(signature)}</p>
+    <p class="why">${adderText(by)} ${givenText(model, digest)}</p>
+    <p class="files">The files have the digest <code>${digest}</code></p>`;
+}
+
+function WithdrawDialog({ model, version }) {
+  const [reason, setReason] = useState("");
+  const ask = async () => {
+    if (!reason.trim()) return "Give a reason: the ledger keeps it.";
+    await withdraw(model.id, version, reason.trim());
+    return true;
+  };
+  const buttons = (send, isBusy) => html`<button type="submit" class="danger" disabled=${isBusy}>Withdraw</button>`;
+  return html`
+    <${Dialog} name="withdraw" title="Withdraw the approval of version ${version} of ${model.id}" ask=${ask} buttons=${buttons} close="Keep it">
+      <p>The approvals of all persons are withdrawn. What is loaded serves on; where a rule asks for approval, the next load of it is refused.</p>
+      <${TextField} id="withdraw-reason" label="Reason" value=${reason} onText=${setReason} required />
+    <//>`;
+}
+
+// What persons approved of a model; nothing without any. A withdrawal is of all approvals of a version.
+export function Approvals({ model }) {
+  const given = (model.approvals ?? []).toReversed();
+  if (!given.length) return null;
+  const isNewest = (each) => given.find(({ version }) => version === each.version) === each;
+  return html`
+    <${Panel} kind="its-approvals" title="Approvals">
+      <table class="cards">
+        <thead><tr>
+          <th scope="col">Version</th><th scope="col">By</th><th scope="col">Approved</th><th scope="col">Reason</th><th scope="col">Digest</th>
+          <th scope="col"><span class="unseen">Operations</span></th>
+        </tr></thead>
+        <tbody>${given.map((each) => html`<${GivenApproval} key=${each.position} model=${model} given=${each} isNewest=${isNewest(each)} />`)}</tbody>
+      </table>
+    <//>`;
+}
+
+function GivenApproval({ model, given: { version, digest, by, reason, at }, isNewest }) {
+  const open = () => openDialog(WithdrawDialog, { model, version });
+  return html`
+    <${Row} heading="Version ${version}">
+      <${Cell} label="By">${oneLine(by, 130)}<//><${Cell} label="Approved">${stamp(at)}<//>
+      <${Cell} label="Reason" kind="reason">${oneLine(reason, 1000)}<//>
+      <${Cell} label="Digest"><code title=${digest}>${digest.slice(0, HASH_DIGITS)}</code><//>
+      <${ActionsCell}>
+        ${session.value.approves && isNewest && html`<${Button} about="version ${version}" kind="danger" onClick=${open}>Withdraw…<//>`}
+      <//>
+    <//>`;
+}
+
+// How many have approved these bytes; nothing where no rule asks for it.
+function givenText({ approvals = [], policy }, digest) {
+  return policy?.approvals ? `${approvals.filter((each) => each.digest === digest).length} of ${policy.approvals} approved.` : "";
+}
+
+export const adderText = (by) => (by ? `Added by ${oneLine(by.join(", "), 400)}.` : "The ledger does not have who added these files.");
 
 // The signature of a version's files, and how it was checked.
 export function signatureText(signature) {

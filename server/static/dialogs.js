@@ -110,7 +110,10 @@ export function LoadDialog({ model: known, version = null }) {
     if (device) body.devices = [device];
     if (fallback) body.fallback = fallback;
     if (reason.trim()) body.reason = reason.trim();
-    if (emergency.trim()) body.emergency = emergency.trim();
+    if (emergency.trim()) {
+      body.emergency = emergency.trim(); // for the files that the version has now
+      body.digest = (await api.get(`/api/v1/models/${encodeURIComponent(model.id)}/verify?version=${chosen}`, { limitMs: 600_000 })).digest;
+    }
     await load(model.id, body);
     return true;
   };
@@ -138,9 +141,9 @@ export function LoadDialog({ model: known, version = null }) {
           onChoice=${setFallback} />`}
       <${Choice} id="load-priority" label="Priority" choices=${PRIORITIES} value=${priority} onChoice=${setPriority} />
       <${TextField} id="load-reason" label="Reason" value=${reason} onText=${setReason} />
-      ${approvals > 0 && html`<p class="hint">Unless these files were approved before, it waits until ${count(approvals, "other person", "other people")} approved it.</p>`}
+      ${approvals > 0 && html`<p class="hint">These files need the approval of ${count(approvals, "other person", "other people")}, or the load is refused.</p>`}
       ${session.value.bypasses && html`
-        <${TextField} id="load-emergency" label="Emergency: why it must not wait for approval" value=${emergency} onText=${setEmergency} />`}
+        <${TextField} id="load-emergency" label="Emergency: why it must not wait for others" value=${emergency} onText=${setEmergency} />`}
     <//>`;
 }
 

@@ -1,7 +1,6 @@
 // Jobs: those under way with their stages, then the newest that ended; and the page of one job with its events.
 
 import { api, errorText } from "./api.js";
-import { WaitingLoad } from "./approvals.js";
 import { age, ago, clock, count, duration, JOB_KINDS, moment, oneLine, secondsSince } from "./format.js";
 import { EventList, useEvents } from "./ledger.js";
 import { cancel } from "./operations.js";
@@ -85,8 +84,6 @@ function aboutText(job, at) {
     job.passed_over && `passed over: ${oneLine(job.passed_over, 400)}`,
     job.reason && `reason: ${oneLine(job.reason, 1000)}`,
     job.emergency && `emergency: ${oneLine(job.emergency, 1000)}`,
-    job.approval?.approved_by.length > 0 && `approved by ${oneLine(job.approval.approved_by.join(", "), 400)}`,
-    job.approval?.bypassed && "without approval",
     job.cause !== "request" && `cause ${job.cause}`,
     job.node && `at ${oneLine(job.node, 60)}`,
     hasEnded(job) ? `${clock(job.finished_at)}, ${ago(job.finished_at, at)}, took ${took}` : `for ${age(secondsSince(job.created_at, at))}`,
@@ -103,7 +100,7 @@ function JobPage({ id }) {
     <${PageHead} title="Job"><a href=${href("jobs")}>All jobs</a><//>
     <section id="job" class="panel job-page" aria-label="The job">
       <${Refusal} text=${!job && error && errorText(error)} />
-      ${job && html`<ul><${JobItem} job=${job} />${job.approval?.waits && html`<${WaitingLoad} job=${job} />`}</ul><${JobFacts} job=${job} />`}
+      ${job && html`<ul><${JobItem} job=${job} /></ul><${JobFacts} job=${job} />`}
     </section>
     ${session.value.audits && html`<${JobEvents} id=${id} />`}`;
 }

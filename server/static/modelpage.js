@@ -1,7 +1,7 @@
 // The page of one model: facts, charts, inputs and outputs, programs that call it, versions, jobs and events.
 
 import { api, errorText, requestErrorText } from "./api.js";
-import { approvalText, signatureText } from "./approvals.js";
+import { adderText, Approvals, approvalText, ApproveButton, signatureText } from "./approvals.js";
 import { Charts } from "./charts.js";
 import { LoadDialog, openDialog } from "./dialogs.js";
 import { broughtBack, bytes, clock, count, oneLine, plain, stamp } from "./format.js";
@@ -31,6 +31,7 @@ export function ModelPage() {
     ${model?.copies_at && html`<${Copies} copies=${model.copies_at} />`}
     <div class="halves"><${Tensors} model=${answer} why=${why} /><${Calls} id=${id} model=${answer} why=${why} /></div>
     ${model && html`<${Versions} model=${model} sources=${answer?.sources ?? []} changes=${changes} />`}
+    ${model && html`<${Approvals} model=${model} />`}
     <div class="halves"><${Jobs} id=${id} changes=${changes} />${audits && html`<${Events} id=${id} />`}</div>
     ${manages && html`<${Printed} path=${path} changes=${changes} />`}`;
 }
@@ -108,6 +109,7 @@ function Facts({ model }) {
       ${model.chosen && fact("Chosen", choiceText(model.chosen))}
       ${model.signature && fact("Signature", signatureText(model.signature))}
       ${model.approval && fact("Approval", approvalText(model.approval))}
+      ${model.files.length > 0 && fact("Files", adderText(model.added_by))}
       ${fact("Last use", facts.lastUse)}
       ${fact("In flight", facts.inFlight)}
       ${fact("Workers", model.instances ? `${count(model.instances, "worker")}${threads}` : "–")}
@@ -238,6 +240,7 @@ function Version({ version, model, event, source }) {
       <${ActionsCell}>
         ${session.value.manages && !(serves && model.state === "loaded") && html`
           <${Button} about="version ${version}" onClick=${() => openDialog(LoadDialog, { model, version })}>Load…<//>`}
+        ${model.versions?.includes(version) && html`<${ApproveButton} model=${model} version=${version} />`}
       <//>
     <//>`;
 }

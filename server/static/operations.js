@@ -29,12 +29,21 @@ export async function cancel(job) {
   await orNotice(request(`/api/v1/jobs/${encodeURIComponent(job.id)}/cancel`, undefined, `Cancelling the ${job.kind} of ${job.model_id}`));
 }
 
-// Approves or rejects a load that waits for it; throws what the server refuses with.
-export async function answerApproval({ id, model_id: modelId, approval: { digest } }, approves, reason) {
-  await api.post(`/api/v1/jobs/${encodeURIComponent(id)}/${approves ? "approve" : "reject"}`, { digest, reason });
-  notice(`You ${approves ? "approved" : "rejected"} the load of ${modelId}.`);
+// Approves the bytes of a version; throws what the server refuses with.
+export async function approve(modelId, version, digest, reason) {
+  await api.send(approvalOf(modelId, version), { method: "PUT", body: JSON.stringify({ digest, reason }) });
+  notice(`You approved version ${version} of ${modelId}.`);
   refreshSoon();
 }
+
+// Withdraws the approval of a version; throws what the server refuses with.
+export async function withdraw(modelId, version, reason) {
+  await api.send(`${approvalOf(modelId, version)}?reason=${encodeURIComponent(reason)}`, { method: "DELETE" });
+  notice(`The approval of version ${version} of ${modelId} is withdrawn.`);
+  refreshSoon();
+}
+
+const approvalOf = (modelId, version) => `/api/v1/models/${encodeURIComponent(modelId)}/versions/${version}/approval`;
 
 // Throws what the server refuses with, too.
 export async function drain(node) {

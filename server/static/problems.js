@@ -13,6 +13,9 @@ const SLOW_LOAD_S = 60;
 const TIGHT = 0.1; // of the budget
 const PRESSED_PERCENT = 10;
 
+const NOT_APPROVED = "not_approved"; // the code of a load that was refused for it
+const APPROVED = "It has its approvals now: load it again, if none of them is yours.";
+
 const LEVELS = ["critical", "warning", "asked", "waiting"];
 
 // Each has key, level, title (which stays the same, so that it is read aloud once), why, todo, and what can be done
@@ -21,6 +24,9 @@ const LEVELS = ["critical", "warning", "asked", "waiting"];
 export const problems = computed(() => {
   const found = [...serverProblems(), ...nodeProblems(), ...memoryProblems(), ...unansweredProblems()];
   for (const model of state.models.value.values()) found.push(...modelProblems(model));
+  for (const { model, version } of state.unapproved.value) {
+    found.push(problem("asked", `asked ${model.id}/${version}`, `Version ${version} of ${model.id} waits for approval`, "", "Approve it."));
+  }
   for (const job of state.jobs.value) found.push(...jobProblems(job, state.now.value));
   return grouped(found).sort((a, b) => LEVELS.indexOf(a.level) - LEVELS.indexOf(b.level) || (a.key < b.key ? -1 : 1));
 });
@@ -88,21 +94,23 @@ function* nodeProblems() {
 }
 
 function* modelProblems(model) {
-  const { id, error } = model;
+  const { id, error } = model, isRefused = error?.code === NOT_APPROVED;
   const load = { do: "load", model }, unload = { do: "unload", model };
   const { when, by, occurrence } = lastFailure(id);
-  if (model.state === "failed") {
-    yield { ...problem("critical", `failed ${id}`, `${id} failed`, `${when}${reason(error)}`, advice(error?.code), load),
-      cause: `failed ${error?.code}`, noun: "model", ofMany: `failed: ${error?.code}`, by, occurrence: occurrence ?? reason(error), model: id };
+  const todo = isRefused && !model.unapproved?.some((each) => each.is_refused) ? APPROVED : advice(error?.code);
+  const isAsked = isRefused && state.unapproved.value.some((each) => each.model === model && each.is_refused); // in a list of its own
+  if (model.state === "failed" && !isAsked) {
+    yield { ...problem("critical", `failed ${id}`, `${id} failed`, `${when}${reason(error)}`, todo, load),
+      cause: `failed ${error?.code} ${todo}`, noun: "model", ofMany: `failed: ${error?.code}`, by, occurrence: occurrence ?? reason(error), model: id };
   } else if (model.state === "lost") {
     const why = reason(error) || "Its worker or the server died.";
     yield { ...problem("critical", `lost ${id}`, `${id} is lost: it served, and does not now`, why,
       "The server reloads it; its job says what it waits for. To stop that, unload it.", load, unload),
     cause: "lost", noun: "model", ofMany: "are lost: they served, and do not now", by: model.loaded_by,
     occurrence: `${model.position} ${reason(error)}`, model: id };
-  } else if (error && model.state === "loaded") {
+  } else if (error && model.state === "loaded" && !isAsked) {
     yield { ...problem("warning", `error ${id}`, `${id} still serves version ${model.version}, but something failed`,
-      `${when}${reason(error)}`, advice(error.code), { do: "swap", model }), occurrence: occurrence ?? reason(error), model: id };
+      `${when}${reason(error)}`, todo, { do: "swap", model }), occurrence: occurrence ?? reason(error), model: id };
   }
   yield* trustProblems(model);
 }
@@ -138,9 +146,7 @@ function* jobProblems(job, now) {
   const model = { id: job.model_id }, what = `${JOB_KINDS[job.kind]} of ${job.model_id}`;
   const seconds = secondsSince(job.started_at ?? job.created_at, now);
   const cancel = { do: "cancel", job };
-  if (state.needsAnswer(job)) {
-    yield problem("asked", `asked ${job.id}`, `${what} waits for approval`, "", "Approve or reject it.");
-  } else if (job.waiting_for) {
+  if (job.waiting_for) {
     yield { ...problem("waiting", `waits ${job.id}`, what, `For ${job.waiting_for}.`,
       `Requested by ${job.requested_by} ${age(secondsSince(job.created_at, now))} ago; it starts by itself.`, cancel),
     cause: `${job.kind} waits for ${job.waiting_for}`, noun: job.kind, ofMany: "wait", sameWhy: `For ${oneLine(job.waiting_for)}.`,

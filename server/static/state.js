@@ -43,11 +43,15 @@ const loads = computed(() => new Map(jobs.value.filter((job) => job.kind === "lo
 // The load of a model that is under way, or null.
 export const loadOf = (modelId) => loads.value.get(modelId) ?? null;
 
-// Whether a load waits for an answer of who is signed in, and has none yet. The server decides, also who is the same person.
-export function needsAnswer({ approval }) {
-  const { approves, subject } = session.value ?? {};
-  return Boolean(approves && approval?.waits && ![...approval.requested_by, ...approval.approved_by].includes(subject));
-}
+// The versions that wait for approval by who is signed in, and neither added nor approved them, newest first. The server
+// decides, also who is the same person.
+export const unapproved = computed(() => {
+  const { approves, subject } = session.value ?? {}, listed = approves ? [...models.value.values()] : [];
+  const found = listed.flatMap((model) => (model.unapproved ?? []).map((each) => ({ model, ...each })));
+  const isAsked = ({ model, version, digest, added_by: by }) =>
+    by !== subject && !model.approvals?.some((each) => each.by === subject && each.version === version && each.digest === digest);
+  return found.filter(isAsked).sort((a, b) => (b.position ?? Infinity) - (a.position ?? Infinity));
+});
 
 export function connect(mode, why = "", retryAt = null) {
   const same = connection.value.mode === mode;

@@ -35,11 +35,8 @@ export const EVENT_TEXTS = {
   LoadPlaced: {"parts": ["at node {node_id}", "{reason}", "{files:files}"], "tone": "plain", "badIf": null},
   LabelSet: {"parts": ["{label}"], "tone": "good", "badIf": null},
   LabelRemoved: {"parts": ["{label}"], "tone": "plain", "badIf": null},
-  ApprovalAsked: {"parts": ["digest {digest}", "{approvals} needed", "until {expires_at}", "signed by {signature.signer?}"], "tone": "plain", "badIf": null},
-  LoadApproved: {"parts": ["{reason}", "digest {digest}"], "tone": "good", "badIf": null},
-  LoadRejected: {"parts": ["{reason}", "digest {digest}"], "tone": "bad", "badIf": null},
-  ApprovalExpired: {"parts": [], "tone": "bad", "badIf": null},
-  ApprovalBypassed: {"parts": ["{reason}", "digest {digest}"], "tone": "bad", "badIf": null},
+  VersionApproved: {"parts": ["{reason}", "digest {digest}"], "tone": "good", "badIf": null},
+  ApprovalWithdrawn: {"parts": ["{reason}", "digest {digest}"], "tone": "bad", "badIf": null},
   PolicyInForce: {"parts": ["{policy.trust:rules}", "{policy.approval:rules}", "at node {node_id?}"], "tone": "plain", "badIf": null},
 };
 
@@ -78,5 +75,5 @@ export const ADVICE = {
   signature_untrusted: "Sign with a key or certificate of the policy; detail names the signer.",
   signature_mismatch: "detail names the first file that differs. Sign the version as it is now, or restore what was signed.",
   signature_unsupported: "Sign again in the form that detail names.",
-  approval_required: "Load the model, with a request of its own, and have another person approve it.",
+  not_approved: "detail says what is missing, and loadledger approve MODEL/VERSION gives it.",
 };

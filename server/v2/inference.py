@@ -10,7 +10,7 @@ from functools import partial
 
 from aiohttp import hdrs, web
 
-from events.labels import LABEL_NAME
+from events.versions import LABEL_NAME
 from runtime.process.pool import reading_bytes
 from runtime.process.sharedmemory import SHARED_FROM_BYTES
 from runtime.requestjson import LONG_JSON_BYTES, SHORT_JSON_BYTES
@@ -19,6 +19,7 @@ from runtime.statistics import InferenceTimes
 from runtime.wire import Buffer
 from server.api.models import find_signature
 from server.appkeys import BODIES, CONFIG, DEMAND, GATE, POOL, ROUTER
+from server.auth.access import Access
 from server.auth.gate import FORWARDED, PRINCIPAL
 from server.auth.ratelimit import QUOTA
 from server.cluster import FORWARDING, Forwarding, forwardable
@@ -30,7 +31,7 @@ from server.http.responses import DirectResponse, response_completer
 from server.http.validation import path_parameters
 from server.observability.output import begin_context
 from server.observability.requestlog import HTTP_COUNTS
-from server.routing import Access, RequestHandler, Routes, wrap_handler
+from server.routing import RequestHandler, Routes, wrap_handler
 from server.v2.codec import (
     HEADER_LENGTH,
     ReceivedBody,
@@ -56,7 +57,7 @@ _INFER_ERRORS = (
     "invalid_input", "inference_failed", "not_representable", "unknown_model", "unknown_version",
     "unknown_label", "body_too_large", "body_timeout", "model_not_loaded", "out_of_service",
     "model_unloading", "worker_died", "inference_queue_full", "inference_timeout", "inference_cancelled",
-    "bodies_full", "unsupported_media_type", "load_failed", "approval_required", "queue_full",
+    "bodies_full", "unsupported_media_type", "load_failed", "queue_full",
     "log_unavailable", "shutting_down", "node_unreachable", "fork_server_unavailable",
     "repository_unreadable",
 )  # fmt: skip

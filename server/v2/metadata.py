@@ -27,10 +27,11 @@ from server.api.schemas import (
     about,
 )
 from server.appkeys import CONSUMER, LOG, ROUTER
+from server.auth.access import Access
 from server.cluster import COPIES, NODE_ADDRESS, forwardable
 from server.errors import NODE
 from server.http.validation import path_parameters
-from server.routing import Access, Routes
+from server.routing import Routes
 from server.v2.codec import HEADER_LENGTH
 from server.v2.tritonconfig import PLATFORM, ModelConfigSchema, model_config
 

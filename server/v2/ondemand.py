@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from events.commands import Receipt, RequestLoad
 from events.demand import find_chosen_version, find_demand_refusal
@@ -19,9 +20,10 @@ from events.errors import LedgerProblem, RequestRefused
 from events.jobs import Failure, Job, JobKind, JobStatus
 from events.log import Log
 from events.models import Model, ModelState
-from events.policy.rules import ModelRules
 from events.sqlite.listing import Reader
-from events.types import Cause, digest_of
+from events.state import State
+from events.types import Cause
+from events.versions import ModelVersions
 from runtime import errors
 from runtime.consumer.consumer import PendingDemand
 from runtime.router import Absent, Here, OtherVersionLoaded, Router, There, Version
@@ -51,56 +53,43 @@ class DemandFailed(ServerProblem):
         self.retry_after_s = retry_after_s
 
 
-class ApprovalRequired(ServerProblem):
-    """A person has to load the version, and another to approve it."""
-
-    code = "approval_required"
-
-
 _NO_SUCH = (errors.InvalidModelId, errors.UnknownModel, errors.UnknownVersion)
-_PASSED_ON = (*_NO_SUCH, LedgerProblem, ApprovalRequired)
+_PASSED_ON = (*_NO_SUCH, LedgerProblem)
 """Errors that the client gets as they are. Invalid settings of a model are not the client's mistake."""
 
 
-def check_approved(command: RequestLoad, rules: ModelRules | None, model: Model | None) -> None:
-    """Refuse an on-demand load that would wait for a person: its bytes were not approved and loaded before.
+class Known(NamedTuple):
+    """What the ledger has of a model and of its versions; a change of either ends the back-off."""
 
-    Of files that are not known the load finds out, if some of the version were.
+    model: Model | None
+    versions: ModelVersions | None
 
-    Raises:
-        ApprovalRequired: `approval_required`.
-    """
-    rule, contents = None if rules is None else rules.approval_digest, command.contents
-    digest = None if contents is None else digest_of(contents)
-    approved = [
-        each
-        for each in (() if model is None or rule is None else model.admitted or ())
-        if each.is_approved_under(rule or "")
-        and (each.digest == digest or (digest is None and each.version == command.version))
-    ]
-    if rule is not None and not approved:
-        what = f"version {command.version} of model {command.model_id!r} is not loaded on demand"
-        raise ApprovalRequired(f"{what}: a person has to load it, and another to approve it")
+    @classmethod
+    def of(cls, state: State, model_id: str) -> Known:
+        return cls(state.models.get(model_id), state.registers.versions.get(model_id))
+
+    def is_same(self, other: Known) -> bool:
+        return self.model is other.model and self.versions is other.versions
 
 
 @dataclass(frozen=True, slots=True)
 class _Failed:
-    """The last failure; `model` is the recorded model right after it."""
+    """The last failure, and what was known right after it."""
 
     reason: str
-    model: Model | None
+    known: Known
     failures: int
     until_s: float
 
 
 class BackOff:
-    """Exponential back-off after failed on-demand loads, until the model changes otherwise."""
+    """Exponential back-off after failed on-demand loads, until the model or its versions change otherwise."""
 
     def __init__(self) -> None:
         self._failures: dict[Demand, _Failed] = {}
 
-    def check(self, demand: Demand, model: Model | None, now_s: float) -> None:
-        """Refuse a demand during its pause; forget a failure if the model has changed since.
+    def check(self, demand: Demand, known: Known, now_s: float) -> None:
+        """Refuse a demand during its pause; forget a failure if what was known has changed since.
 
         Raises:
             DemandFailed: `load_failed`, with the reason of the last failure.
@@ -108,26 +97,24 @@ class BackOff:
         failed = self._failures.get(demand)
         if failed is None:
             return
-        if failed.model is not model:
+        if not failed.known.is_same(known):
             del self._failures[demand]
         elif now_s < failed.until_s:
             reason = f"{failed.reason}; a request in {failed.until_s - now_s:.1f} s tries again"
             raise DemandFailed(reason, failed.until_s - now_s)
 
-    def note(
-        self, demand: Demand, reason: str, before: Model | None, after: Model | None, now_s: float
-    ) -> float:
+    def note(self, demand: Demand, reason: str, before: Known, after: Known, now_s: float) -> float:
         """Remember a failure, and return the pause in seconds until the next attempt.
 
-        `before` and `after` are the recorded model when the load was requested and after its failure; the
-        pauses of other versions go on.
+        `before` and `after` are what was known when the load was requested and after its failure; the pauses
+        of other versions go on.
         """
         last = self._failures.pop(demand, None)
         failures = 0 if last is None else last.failures + 1
         pause_s = back_off_s(failures)
         for other, failed in self._failures.items():
-            if other[0] == demand[0] and failed.model is before:
-                self._failures[other] = replace(failed, model=after)
+            if other[0] == demand[0] and failed.known.is_same(before):
+                self._failures[other] = replace(failed, known=after)
         self._failures[demand] = _Failed(reason, after, failures, now_s + pause_s)
         while len(self._failures) > MAX_FAILURES:
             del self._failures[next(iter(self._failures))]
@@ -189,7 +176,6 @@ class OnDemand:
             InferenceTimeout: `inference_timeout`.
             QueueFull: `inference_queue_full`, too many inferences wait for the model.
             DemandFailed: `load_failed`.
-            ApprovalRequired: `approval_required`.
             UnknownModel: `unknown_model`, or UnknownVersion, `unknown_version`.
             UnknownLabel: `unknown_label`.
             LedgerProblem: `out_of_service`, `model_not_loaded`, `queue_full`, `log_unavailable`.
@@ -253,7 +239,7 @@ class OnDemand:
     async def _load(self, demand: Demand, subject: str) -> Exception | None:
         """Wait for what goes on with a model, request its load if nothing does, and return its failure."""
         model_id = demand[0]
-        before: Model | None = None  # the recorded model when this task requested its load
+        before = Known(None, None)  # when this task requested its load
         own_job: str | None = None  # the load that this task requested, until it has ended
         watched_job: str | None = None  # the load that it waits for, whoever requested it
         was_lost = False
@@ -284,18 +270,17 @@ class OnDemand:
                 elif was_lost and model is not None and model.error is not None:
                     return _demand_failed(model_id, model.error, None)  # it is not reloaded any more
                 else:
-                    before, was_lost = model, False
-                    receipt = await self._request_load(demand, subject, model)
+                    before, was_lost = Known.of(state, model_id), False
+                    receipt = await self._request_load(demand, subject, before)
                     if receipt is not None:
                         watched_job, own_job = receipt.job_id, None if receipt.existing else receipt.job_id
         reason = "the server stops and loads no more models; send the request again after its next start"
         return ServerProblem(reason, code="shutting_down")
 
-    def _find_failure(
-        self, job: Job, demand: Demand, before: Model | None, *, is_own: bool
-    ) -> DemandFailed | None:
+    def _find_failure(self, job: Job, demand: Demand, before: Known, *, is_own: bool) -> DemandFailed | None:
         """Return what the waiters get of an ended load; None if they wait for another attempt."""
-        model = self.log.state.models.get(job.model_id)
+        known = Known.of(self.log.state, job.model_id)
+        model = known.model
         if job.status is JobStatus.COMPLETED or (model is not None and model.phase not in _ABSENT):
             return None  # it was loaded, and unloaded again; or it was lost, and is reloaded
         if _is_withdrawn(job) or (job.error is None and not self._waiting[demand]):
@@ -306,31 +291,30 @@ class OnDemand:
         failure = job.error or Failure("cancelled", "the load was cancelled")
         problem = _demand_failed(job.model_id, failure, job)
         if is_own:
-            problem.retry_after_s = self._note_failure(demand, str(problem), before, model)
+            problem.retry_after_s = self._note_failure(demand, str(problem), before, known)
         return problem
 
-    async def _request_load(self, demand: Demand, subject: str, before: Model | None) -> Receipt | None:
+    async def _request_load(self, demand: Demand, subject: str, before: Known) -> Receipt | None:
         """Look the model up and request its load, unless the model has changed meanwhile."""
         model_id, version = demand
-        versions = self.log.state.registers.find_versions(model_id)
-        refusal = find_demand_refusal(before, versions, version)
+        refusal = find_demand_refusal(before.model, before.versions or ModelVersions(model_id), version)
         if refusal is not None:
             raise RequestRefused(refusal.code, refusal.message)
         self._back_off.check(demand, before, asyncio.get_running_loop().time())
         try:
-            command = await self.look_up(model_id, version or find_chosen_version(before), subject)
+            command = await self.look_up(model_id, version or find_chosen_version(before.model), subject)
         except _PASSED_ON:
             raise
         except (errors.RuntimeProblem, ServerProblem) as problem:
             reason = f"model '{model_id}' could not be loaded: {problem}"
             raise DemandFailed(reason, self._note_failure(demand, reason, before, before)) from None
         state = self.log.state
-        is_absent = state.models.get(model_id) is before and not state.queue(model_id)
+        is_absent = state.models.get(model_id) is before.model and not state.queue(model_id)
         if not self._waiting[demand] or not is_absent or self.stopping.is_set():
             return None
         return await self.submit(command)
 
-    def _note_failure(self, demand: Demand, reason: str, before: Model | None, after: Model | None) -> float:
+    def _note_failure(self, demand: Demand, reason: str, before: Known, after: Known) -> float:
         return self._back_off.note(demand, reason, before, after, asyncio.get_running_loop().time())
 
 

@@ -18,16 +18,18 @@ from events.commands import RequestUnload
 from events.errors import RequestRefused
 from events.jobs import Job, JobStatus
 from events.models import Model, ModelState
+from events.policy.rules import POLICY_CODES
 from server.api.jobs import job_path, run_job
 from server.api.loads import make_load_command
 from server.api.models import ListedModel, list_versions, read_declared
 from server.api.schemas import AnswerSchema, ModelPathSchema, about
 from server.appkeys import CONFIG, LOG, VERSIONS
+from server.auth.access import Access
 from server.auth.gate import PRINCIPAL
 from server.config import ON
 from server.errors import ERRORS, ServerProblem
 from server.http.validation import path_parameters
-from server.routing import Access, Routes
+from server.routing import Routes
 from server.v2 import tritonconfig
 
 routes = Routes(tag="repository")
@@ -90,9 +92,7 @@ _BODY_ERRORS = ("invalid_body", "not_supported", "body_timeout", "body_too_large
 _LOAD_ERRORS = (
     "device_unavailable", "fallback_refused",
     "invalid_defaults", "invalid_model", "warm_up_failed", "rows_depend", "model_changed", "unsafe_file",
-    "signature_missing", "signature_invalid", "signature_untrusted", "signature_mismatch",
-    "signature_unsupported", "policy_differs", "approval_void", "approval_expired",
-    "approval_required", "rejected", "not_encodable", "crash_loop", "job_failed", "cancelled",
+    *POLICY_CODES, "policy_differs", "not_encodable", "crash_loop", "job_failed", "cancelled",
     "unknown_model", "unknown_version", "queue_full", "worker_died", "out_of_memory", "insufficient_memory",
     "too_many_loaded", "timeout", "no_progress", "fork_server_died", "fork_server_unavailable",
     "repository_busy", "repository_unreadable",
@@ -164,8 +164,6 @@ async def show_index(request: web.Request) -> web.Response:
     "/v2/repository/models/{id}/load",
     access=Access.ADMIN,
     summary="Load a model, and wait until it is ready",
-    description="A load that waits for approval is answered with `approval_required` after its `timeout_s`, "
-    "and goes on once it is approved.",
     path=ModelPathSchema(),
     request_body=tritonconfig.LOAD_BODY,
     answers=_ENDED,

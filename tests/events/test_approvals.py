@@ -1,88 +1,299 @@
-"""Approvals: who may answer, what a waiting load holds, and what an answer changes."""
+"""Approvals: who may give them, which count for which load, and what else is decided on them.
 
+`support.history.STEPS` explains the words; all versions of these histories have the same bytes.
+"""
+
+from collections.abc import Sequence
 from dataclasses import replace as change
+from typing import Any
 
 import pytest
-from msgspec import UNSET, structs
-from support.history import CONTENTS, DIGEST, MODEL, History, at, given, model_loaded
+from msgspec import UNSET, UnsetType, structs
+from support.history import CONTENTS, DIGEST, MODEL, STEPS, History, at, given
 
 from events.accept import accept
 from events.approvals import (
-    MAX_WAITING,
-    AnswerApproval,
-    answer_statement,
-    find_waiting_refusal,
+    ApprovedBytes,
+    ApproveVersion,
+    WithdrawApproval,
+    approval_statement,
+    find_approval,
     is_same_person,
+    list_counted,
+    list_unapproved,
 )
-from events.commands import Accepted, Existing, Refused, RequestCancel, RequestLoad, RequestUnload
-from events.jobs import JobStatus
-from events.models import ModelState
+from events.commands import Accepted, Command, Decision, Existing, RequestLoad
+from events.models import Model
+from events.policy.checks import CheckInput, NotLoadable, check_load
+from events.policy.rules import NOT_APPROVED, AddedMode, ApprovalRule, ModelRules
 from events.types import (
+    SYSTEM,
+    AddedFile,
     ApprovalResult,
+    ApprovalWithdrawn,
     Cause,
     Credential,
+    Data,
+    Draft,
     Justification,
     LoadApproval,
-    LoadApproved,
-    LoadRejected,
+    LoadParameters,
     LoadRequested,
-    LoadSignature,
+    ModelSettingsChanged,
     NodeSignature,
     TokenIssued,
+    VersionAdded,
+    VersionApproved,
+    VersionRemoved,
 )
+from events.versions import MAX_APPROVED
 
-ANSWER = AnswerApproval("L2", "carol", DIGEST, "reviewed", Credential(), approves=True)
-WAITS = "load request_v2 ask_v2"
+OTHER = "ef" * 32
+"""The digest of other bytes."""
 
 
-def outcome(history: History, answer: AnswerApproval) -> str:
-    """Return `approved`, `rejected`, `existing`, or the code of a refusal."""
-    match accept(history.state, answer, lambda: "new", at(history.seconds)):
-        case Accepted((draft,), "L2"):
-            return "approved" if isinstance(draft.data, LoadApproved) else "rejected"
-        case Existing("L2"):
+def add_bytes(history: History, by: str, version: int = 1) -> None:
+    files = tuple(AddedFile(path, 1, sha256) for path, sha256 in CONTENTS)
+    history.add(VersionAdded(files), version=version, by=by)
+
+
+def approve_with_token(history: History, by: str, *issued_by: str) -> None:
+    credential = Credential(issued_by=issued_by)
+    history.add(VersionApproved(DIGEST, (), "reviewed", credential), version=1, by=by)
+
+
+WORDS: dict[str, Any] = {
+    **STEPS,
+    "add_by_bob": lambda h: add_bytes(h, "bob"),
+    "add_by_carol": lambda h: add_bytes(h, "carol"),
+    "add_by_Carol_as_3": lambda h: add_bytes(h, "CAROL", 3),
+    "remove_3": lambda h: h.add(VersionRemoved(), version=3, by="dave"),
+    "approve_as_alice": lambda h: h.approve(by="alice"),
+    "approve_as_Carol": lambda h: h.approve(by="Carol"),
+    "approve_of_alice": lambda h: approve_with_token(h, "eve", "root", "Alice"),
+    "approve_of_bob": lambda h: approve_with_token(h, "eve", "bob"),
+    "approve_of_carol": lambda h: approve_with_token(h, "eve", "carol"),
+    "approve_unsigned": lambda h: h.approve(by="mallory"),
+}
+
+
+def told(words: str) -> History:
+    history = History()
+    for word in words.split():
+        WORDS[word](history)
+    return history
+
+
+RULES: dict[str, Sequence[ApprovalRule]] = {
+    "none": (),
+    "one": (ApprovalRule(("*",)),),
+    "two": (ApprovalRule(("*",)), ApprovalRule(("*",), 2)),
+    "recorded": (ApprovalRule(("*",), added=AddedMode.RECORDED),),
+    "strict": (ApprovalRule(("*",), emergency=False),),
+}
+
+PATHS: dict[str, tuple[Cause, str, str | None]] = {
+    # who asks: the cause, the actor, and the digest that an emergency names
+    "request": (Cause.REQUEST, "alice", None),
+    "demand": (Cause.DEMAND, "alice", None),
+    "emergency": (Cause.REQUEST, "alice", DIGEST),
+    "emergency_other": (Cause.REQUEST, "alice", OTHER),
+    **{cause: (cause, SYSTEM, None) for cause in (Cause.RECOVERY, Cause.RESTART, Cause.SWAP)},
+    **{cause: (cause, SYSTEM, None) for cause in (Cause.DRAIN, Cause.COPY)},
+}
+
+LOADS = """
+# A swap, a load that changes only settings, by a label, or by Triton's route is a request, as any other.
+# what was recorded                  | rule     | path            | outcome
+                                     | none     | request         | no approval
+                                     | one      | request         | 1 more approval, by others than 'alice'
+                                     | one      | demand          | 1 more approval, by others than 'alice'
+approve                              | one      | request         | approved carol
+approve                              | one      | demand          | approved carol
+load approve                         | one      | request         | approved carol
+approve withdraw                     | one      | request         | 1 more approval
+approve withdraw approve_again       | one      | request         | approved dave
+approve_other                        | one      | request         | 1 more approval
+approve                              | two      | request         | 1 more approval
+approve approve_again                | two      | request         | approved carol dave
+approve approve_as_Carol             | two      | request         | 1 more approval
+approve approve_of_carol             | two      | request         | 1 more approval
+approve_of_carol approve             | two      | request         | 1 more approval
+approve approve_again approve_of_bob | one      | request         | approved carol
+approve_as_alice                     | one      | request         | 1 more approval
+approve_of_alice                     | one      | request         | 1 more approval
+approve_of_bob                       | one      | request         | approved eve
+add_by_bob approve_of_bob            | one      | request         | 'bob', who added them and 'alice', who
+add_by_bob approve                   | one      | request         | approved carol
+approve add_by_carol                 | one      | request         | 1 more approval, by others than 'carol'
+approve add_by_Carol_as_3 remove_3   | one      | request         | 1 more approval, by others than 'CAROL'
+approve                              | recorded | request         | does not have who added
+add_by_bob approve                   | recorded | request         | approved carol
+add_by_bob                           | recorded | request         | 1 more approval
+approve_unsigned                     | one      | request         | 1 more approval
+                                     | one      | emergency       | bypassed alice
+approve                              | one      | emergency       | approved carol
+                                     | one      | emergency_other | model_changed
+                                     | strict   | emergency       | emergency_forbidden
+approve                              | strict   | emergency       | approved carol
+                                     | recorded | emergency       | bypassed alice
+load                                 | one      | recovery        | reload
+load                                 | two      | restart         | reload
+load                                 | recorded | swap            | reload
+load                                 | strict   | drain           | reload
+load approve withdraw                | one      | copy            | reload
+load approve                         | one      | recovery        | reload
+load                                 | one      | request         | 1 more approval
+"""
+
+
+def read_table(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return [[cell.strip() for cell in line.split("|")] for line in lines]
+
+
+def is_signed(statement: bytes, _: NodeSignature | UnsetType) -> bool:
+    return b"mallory" not in statement
+
+
+def describe_check(history: History, rules: ModelRules, path: str, **more: Any) -> str:
+    """Return the approval of a load with those who gave it, or the code and the message of its refusal."""
+    cause, actor, digest = PATHS[path]
+    said = Justification(Credential(), emergency="outage", digest=digest) if digest else UNSET
+    request = LoadRequested.of(LoadParameters(), cause, policy=rules.digest, justification=said)
+    history.add(request, "new", by=actor)
+    known = history.model(), history.versions()
+    given_check = CheckInput(rules, *known, CONTENTS, lambda _: b"", at(0), actor == SYSTEM, is_signed)
+    try:
+        checked = check_load(change(given_check, **more), history.job("new"))
+    except NotLoadable as refused:
+        return f"{refused.failure.code}: {refused}"
+    approval = checked.evidence.approval
+    if approval is UNSET:
+        return "no approval"
+    assert all(each.holds(history.state) for each in checked.conditions)
+    assert bool(checked.conditions) is (approval.result is ApprovalResult.APPROVED)
+    return " ".join((approval.result, *approval.by))
+
+
+@pytest.mark.parametrize(("words", "rule", "path", "expected"), read_table(LOADS))
+def test_load_has_what_its_rule_asks_or_is_refused(words: str, rule: str, path: str, expected: str) -> None:
+    outcome = describe_check(told(words), ModelRules((), tuple(RULES[rule])), path)
+    assert expected in outcome
+    if outcome.startswith(NOT_APPROVED) and "more approval" in outcome:
+        assert f": the files {DIGEST} need" in outcome
+        assert outcome.endswith(f"gives it with `loadledger approve {MODEL}/1`")
+
+
+def test_reload_that_no_node_has_signed_is_refused() -> None:
+    rules = ModelRules((), tuple(RULES["one"]))
+    for history, expected in ((told("load"), "reload"), (told("load approve"), "reload")):
+        assert describe_check(history, rules, "recovery") == expected
+    refused = describe_check(told("load approve"), rules, "recovery", is_signed=lambda *_: False)
+    assert refused.startswith(f"{NOT_APPROVED}: no trusted node has signed")
+
+
+def test_withdrawn_approval_does_not_let_a_checked_load_start() -> None:
+    history = told("approve approve_again")
+    condition = ApprovedBytes(MODEL, DIGEST, "alice", (1, 2))
+    assert condition.holds(history.state)
+    assert not ApprovedBytes(MODEL, DIGEST, "carol", (1, 2)).holds(history.state)
+    add_bytes(history, "dave")
+    assert not condition.holds(history.state)
+    assert ApprovedBytes(MODEL, DIGEST, "alice", (1,)).holds(history.state)
+    history.withdraw()
+    assert not ApprovedBytes(MODEL, DIGEST, "alice", (1,)).holds(history.state)
+
+
+# Commands.
+
+APPROVE = ApproveVersion(MODEL, 1, DIGEST, CONTENTS, "carol", "reviewed", Credential())
+WITHDRAW = WithdrawApproval(MODEL, 1, "carol", "it drifts", Credential())
+
+
+def decide(history: History, command: Command) -> Decision:
+    return accept(history.state, command, lambda: "new", at(history.seconds))
+
+
+def outcome(decision: Decision) -> str:
+    match decision:
+        case Accepted(drafts):
+            return " ".join(draft.data.TYPE for draft in drafts)
+        case Existing(None):
             return "existing"
-        case Refused(code):
-            return code
-    raise AssertionError
+    return getattr(decision, "code", str(decision))
 
 
-ANSWERS = [
-    (WAITS, ANSWER, "approved"),
-    (WAITS, change(ANSWER, approves=False), "rejected"),
-    (WAITS, change(ANSWER, digest="00" * 32), "digest_differs"),
-    (WAITS, change(ANSWER, actor="alice"), "same_person"),
-    (WAITS, change(ANSWER, actor="Alice"), "same_person"),
-    (WAITS, change(ANSWER, actor="alice", approves=False), "same_person"),
-    (WAITS, change(ANSWER, job_id="L"), "not_waiting"),
-    (f"{WAITS} approve_v2", ANSWER, "existing"),
-    (f"{WAITS} approve_v2", change(ANSWER, actor="dave"), "not_waiting"),
-    (f"{WAITS} reject_v2", ANSWER, "not_waiting"),
-    (f"{WAITS} expire_v2", ANSWER, "not_waiting"),
-    ("load request_v2 bypass_v2", ANSWER, "not_waiting"),
-    ("load request_v2", ANSWER, "not_waiting"),
+COMMANDS: list[tuple[str, Command, str]] = [
+    ("", APPROVE, "VersionApproved"),
+    ("load", APPROVE, "VersionApproved"),
+    ("approve", APPROVE, "existing"),
+    ("approve", change(APPROVE, actor="CAROL"), "existing"),
+    ("approve", change(APPROVE, actor="dave"), "VersionApproved"),
+    ("approve withdraw", APPROVE, "VersionApproved"),
+    ("add_by_bob", APPROVE, "VersionApproved"),
+    ("add_by_bob", change(APPROVE, digest=OTHER), "digest_differs"),
+    ("add_by_bob", change(APPROVE, version=2, digest=OTHER), "VersionApproved"),
+    ("add_by_carol", APPROVE, "same_person"),
+    ("add_by_Carol_as_3 remove_3", APPROVE, "same_person"),
+    ("approve", WITHDRAW, "ApprovalWithdrawn"),
+    ("approve approve_again", change(WITHDRAW, actor="eve"), "ApprovalWithdrawn"),
+    ("approve", change(WITHDRAW, version=2), "unknown_approval"),
+    ("approve withdraw", WITHDRAW, "unknown_approval"),
 ]
 
 
-@pytest.mark.parametrize(("facts", "answer", "expected"), ANSWERS)
-def test_answer_is_accepted_or_refused(facts: str, answer: AnswerApproval, expected: str) -> None:
-    assert outcome(given(facts), answer) == expected
+@pytest.mark.parametrize(("words", "command", "expected"), COMMANDS)
+def test_approval_is_accepted_or_refused(words: str, command: Command, expected: str) -> None:
+    assert outcome(decide(told(words), command)) == expected
 
 
-def test_answer_about_another_change_than_was_asked_for_is_refused() -> None:
-    history = given("request_v2 ask_v2 load")  # it would replace a version now
-    assert outcome(history, ANSWER) == "not_waiting"
+def issue_tokens(history: History) -> None:
+    """Root issued alice's token, who issued one to the helper, who issued carol's."""
+    for jti, subject, by, issued_with in (
+        ("t1", "alice", "root", None),
+        ("t2", "helper", "alice", "t1"),
+        ("t3", "carol", "helper", "t2"),
+    ):
+        issued = TokenIssued(jti, subject, ("approve",), "2027-01-01T00:00:00.000000Z", "api", issued_with)
+        history.add(issued, None, of=None, version=None, by=by)
 
 
-def test_second_answer_of_a_person_counts_once() -> None:
-    history = given("request_v2")
-    history.ask_approval("L2", version=2, approvals=2)
-    history.approve("L2", version=2)
-    assert outcome(history, change(ANSWER, actor="Carol")) == "existing"
-    history.approve("L2", version=2)
-    assert history.state.jobs["L2"].waits_for_approval
-    history.approve("L2", version=2, by="dave")
-    assert not history.state.jobs["L2"].waits_for_approval
+def test_issuers_of_a_token_are_recorded_with_the_approval() -> None:
+    history = given("load")
+    issue_tokens(history)
+    command = change(APPROVE, credential=Credential("idp", "t3"))
+    decision = decide(history, command)
+    assert isinstance(decision, Accepted)
+    issuers = ("helper", "alice", "root")
+    served = (1, DIGEST)
+    files = VersionApproved(DIGEST, (), "", Credential(), *served).files
+    data = decision.drafts[0].data
+    assert isinstance(data, VersionApproved)
+    assert data.credential == Credential("idp", "t3", issuers)
+    assert (data.served_version, data.served_digest) == served
+    assert [(each.path, each.sha256) for each in data.files] == [*CONTENTS, *files]
+    add_bytes(history, "Root")
+    assert outcome(decide(history, command)) == "same_person"
+
+
+def test_approval_is_signed_with_what_it_says_and_its_own_id() -> None:
+    history, signed = given("load"), list[bytes]()
+
+    def sign(statement: bytes) -> NodeSignature:
+        signed.append(statement)
+        return NodeSignature("a", "c2ln")
+
+    decision = decide(history, change(APPROVE, sign=sign))
+    assert isinstance(decision, Accepted)
+    (draft,) = decision.drafts
+    history.add(draft.data, None, version=1, by="carol", event_id=draft.id)
+    (approval,) = history.versions().approvals
+    assert approval.node_signature == NodeSignature("a", "c2ln")
+    assert signed == [approval_statement(MODEL, approval)]
+    for name, value in (("by", "mallory"), ("event_id", "x"), ("version", 2), ("digest", OTHER)):
+        assert approval_statement(MODEL, structs.replace(approval, **{name: value})) != signed[0]
+    assert approval_statement("other", approval) != signed[0]
 
 
 @pytest.mark.parametrize(
@@ -100,194 +311,91 @@ def test_subjects_of_one_person_are_found(subject: str, other: str, are_same: bo
     assert is_same_person(subject, other) is are_same
 
 
-def test_issuers_of_a_token_are_recorded_with_the_answer() -> None:
-    history = given(WAITS)
-    for jti, subject, by, issued_with in (
-        ("t1", "alice", "root", None),
-        ("t2", "helper", "alice", "t1"),
-        ("t3", "carol", "helper", "t2"),
-    ):
-        issued = TokenIssued(jti, subject, ("approve",), "2027-01-01T00:00:00.000000Z", "api", issued_with)
-        history.add(issued, None, of=None, version=None, by=by)
-    answer = change(ANSWER, credential=Credential("idp", "t3"))
-    decision = accept(history.state, answer, lambda: "new", at(history.seconds))
-    assert isinstance(decision, Accepted)
-    data = decision.drafts[0].data
-    assert isinstance(data, LoadApproved)
-    assert data.credential == Credential("idp", "t3", ("helper", "alice", "root"))
+# The fold.
 
 
-def test_answer_of_a_node_is_signed_with_what_it_says() -> None:
-    history, signed = given(WAITS), list[bytes]()
-
-    def sign(statement: bytes) -> NodeSignature:
-        signed.append(statement)
-        return NodeSignature("a", "c2ln")
-
-    decision = accept(history.state, change(ANSWER, sign=sign), lambda: "new", at(history.seconds))
-    assert isinstance(decision, Accepted)
-    data = decision.drafts[0].data
-    assert isinstance(data, LoadApproved)
-    assert data.node_signature == NodeSignature("a", "c2ln")
-    history.add(data, "L2", version=2, by="carol")
-    job = history.state.jobs["L2"]
-    assert job.approval is not None
-    (answer,) = job.approval.answers
-    assert signed == [answer_statement(job, job.approval.digest, job.approval.rule, answer)]
-    other = structs.replace(answer, by="mallory")
-    assert answer_statement(job, job.approval.digest, job.approval.rule, other) != signed[0]
+def test_oldest_approvals_go_but_those_of_what_serves() -> None:
+    history = given("load approve")
+    for number in range(MAX_APPROVED + 3):
+        history.approve(2, digest=f"{number:064}")
+    kept = {each.digest for each in history.versions().approvals}
+    assert len(kept) == MAX_APPROVED
+    assert kept == {DIGEST, *(f"{number:064}" for number in range(4, MAX_APPROVED + 3))}
 
 
-# What a waiting load holds.
+def test_withdrawal_is_of_all_persons_and_of_one_digest() -> None:
+    versions = told("approve approve_again approve_other withdraw").versions()
+    assert [each.digest for each in versions.approvals] == [OTHER]
 
 
-def test_waiting_load_has_no_turn_and_no_deadline() -> None:
-    history = given(WAITS)
-    job, model = history.state.jobs["L2"], history.model()
-    assert (job.status, job.deadline_at, job.waits_for_approval) == (JobStatus.PENDING, None, True)
-    assert (history.state.queue(MODEL), model.loads, model.state) == ([], (), ModelState.LOADED)
-    assert [each.id for each in history.state.unended(MODEL)] == ["L2"]
+# Versions that wait for a person.
 
 
-def test_approved_load_comes_after_those_that_went_past_it() -> None:
-    history = given("request_v2 ask_v2 request_again approve_v2")
-    assert [job.id for job in history.state.queue(MODEL)] == ["L3", "L2"]
-    assert [load.job_id for load in history.model().loads] == ["L3", "L2"]
-    job = history.state.jobs["L2"]
-    assert job.load is not None
-    assert job.deadline_at == at(history.seconds + job.load.timeout_s)
-    again = given("request_v2 ask_v2 request_again approve_v2")
-    again.state.__post_init__()  # as a start reads it
-    assert [each.id for each in again.state.queue(MODEL)] == ["L3", "L2"]
+UNAPPROVED = [
+    # what was recorded, the versions in their order, an exclamation mark for a refused one
+    ("", ""),
+    ("load", ""),
+    ("add_by_bob", "1"),
+    ("add_by_bob add_by_Carol_as_3", "3 1"),
+    ("add_by_bob approve", ""),
+    ("add_by_bob approve add_by_Carol_as_3", "3"),
+    ("add_by_bob approve withdraw", "1"),
+    ("add_by_Carol_as_3 remove_3", ""),
+    (f"request start fail:{NOT_APPROVED}", "1!"),
+    (f"request start fail:{NOT_APPROVED} approve_again", ""),
+    (f"add_by_Carol_as_3 request start fail:{NOT_APPROVED}", "1! 3"),
+    ("request start fail:invalid_model", ""),
+]
 
 
-@pytest.mark.parametrize(
-    ("facts", "status", "code"),
-    [
-        (f"{WAITS} reject_v2", JobStatus.FAILED, "rejected"),
-        (f"{WAITS} expire_v2", JobStatus.FAILED, "approval_expired"),
-        (f"{WAITS} fail_v2:approval_void", JobStatus.FAILED, "approval_void"),
-        (f"{WAITS} request_cancel_L2 cancel_L2", JobStatus.CANCELLED, None),
-    ],
-)
-def test_end_of_the_wait_leaves_the_model_as_it_is(facts: str, status: JobStatus, code: str | None) -> None:
-    history, served = given(facts), given("load").model()
-    job = history.state.jobs["L2"]
-    assert (job.status, job.error and job.error.code) == (status, code)
-    model = history.model()
-    assert (model.phase, model.error, model.loads) == (served.phase, None, ())
-
-
-@pytest.mark.parametrize(
-    ("facts", "waits"), [("restart", True), ("crash", True), ("approve_v2 restart", False)]
-)
-def test_wait_survives_ends_of_processes(facts: str, waits: bool) -> None:  # noqa: FBT001
-    assert given(f"{WAITS} {facts}").state.jobs["L2"].waits_for_approval is waits
-
-
-def test_question_about_a_started_load_changes_nothing() -> None:
-    history = given("load request_v2 start_v2")
-    before = history.state.jobs["L2"], history.model()
-    history.ask_approval("L2", version=2)
-    assert (history.state.jobs["L2"], history.model()) == before
-
-
-# Commands beside a waiting load.
-
-
-def decide_load(history: History, **more: object) -> Accepted | Existing | Refused:
-    command = RequestLoad(MODEL, 2, CONTENTS, "bob")
-    return accept(history.state, change(command, **more), lambda: "new", at(9_999))  # type: ignore[arg-type]
-
-
-def test_same_load_joins_the_waiting_one() -> None:
-    history = given(WAITS)
-    decision = decide_load(history)
-    assert isinstance(decision, Accepted)
-    assert (decision.job_id, decision.is_join) == ("L2", True)
-    emergency = Justification(Credential(), emergency="outage")
-    others = (("model.onnx", "cd" * 32),)
-    for other in (
-        {"policy": "00" * 32},
-        {"justification": emergency},
-        {"version": 3},
-        {"contents": others},
-        {"contents": None},
-    ):
-        new = decide_load(history, **other)
-        assert isinstance(new, Accepted)
-        assert isinstance(new.drafts[0].data, LoadRequested)
-
-
-@pytest.mark.parametrize("cause", [Cause.DEMAND, Cause.RECOVERY])
-def test_load_by_the_system_does_not_wait_for_approval_of_another(cause: Cause) -> None:
-    decision = decide_load(given("request_v2 ask_v2"), cause=cause)
-    assert isinstance(decision, Accepted)
-    assert isinstance(decision.drafts[0].data, LoadRequested)
-
-
-def test_who_joined_cannot_approve() -> None:
-    history = given("load")
-    said = Justification(Credential(), "the new data")
-    history.ask_load("L2", version=2, justification=said)
-    decision = decide_load(history)
-    assert isinstance(decision, Accepted)
-    history.add(decision.drafts[0].data, "L2", version=2, by="bob")
-    history.ask_approval("L2", version=2)
-    assert outcome(history, change(ANSWER, actor="BOB")) == "same_person"
-    assert outcome(history, ANSWER) == "approved"
-
-
-def test_unload_goes_past_a_waiting_load_and_cancel_ends_it() -> None:
-    history = given(WAITS)
-    unload = accept(history.state, RequestUnload(MODEL, "bob"), lambda: "new", at(9_999))
-    assert isinstance(unload, Accepted)
-    assert getattr(unload.drafts[0].data, "load_job_id", None) == "L"
-    cancel = accept(history.state, RequestCancel("L2", "bob"), lambda: "new", at(9_999))
-    assert isinstance(cancel, Accepted)
-
-
-def request_load(history: History, job: str, model_id: str, by: str) -> None:
-    requested = given("request").facts[0].data
-    history.add(requested, job, of=model_id, by=by)
-
-
-def test_most_loads_that_wait_are_limited() -> None:
+@pytest.mark.parametrize(("words", "expected"), UNAPPROVED)
+def test_added_and_refused_versions_wait_for_approval(words: str, expected: str) -> None:
     history = History()
-    for number in range(MAX_WAITING):
-        request_load(history, f"L{number}", f"m{number}", f"user{number % 16}")
-        history.ask_approval(f"L{number}", of=f"m{number}")
-    request_load(history, "L2", "other", "user99")
-    assert find_waiting_refusal(history.state, history.state.jobs["L2"]) is not None
-    history.add(LoadRejected(DIGEST, "no", Credential()), "L0", of="m0", by="carol")
-    assert find_waiting_refusal(history.state, history.state.jobs["L2"]) is None
+    for word in words.split():
+        step, _, argument = word.partition(":")
+        WORDS[step](history, *filter(None, [argument]))
+    rules = ModelRules((), tuple(RULES["one"]))
+    found = list_unapproved(history.model(), history.versions(), rules)
+    assert " ".join(f"{each.version}{'!' * each.is_refused}" for each in found) == expected
+    assert list_unapproved(history.model(), history.versions(), None) == []
+    assert list_unapproved(Model(MODEL), history.versions(), ModelRules()) == []
 
 
-# What a model remembers.
+# Loads that change only settings.
 
 
-def test_model_remembers_what_its_bytes_passed() -> None:
-    history = given("request_v2 ask_v2 approve_v2 start_v2")
-    signature = LoadSignature("cd" * 32, "key", "ef" * 32, "ab" * 32, is_enforced=True)
-    approval = LoadApproval("cd" * 32, ApprovalResult.APPROVED, ("carol",))
-    loaded = structs.replace(model_loaded(), signature=signature, approval=approval)
-    history.add(loaded, "L2", version=2)
-    admitted = history.model().find_admitted(DIGEST)
-    assert admitted is not None
-    assert (admitted.job_id, admitted.signature, admitted.approval) == ("L2", signature, approval)
-    assert admitted.is_approved_under("cd" * 32)
-    assert not admitted.is_approved_under("00" * 32)
-    history.kill_worker("w")
-    history.ask_load("R", version=2, cause=Cause.RECOVERY)
-    history.start_load("R", version=2)
-    by_fewer = structs.replace(loaded, signature=structs.replace(signature, is_enforced=False))
-    history.add(by_fewer, "R", version=2)
-    assert history.model().find_admitted(DIGEST) == admitted  # the next reload may need what was enforced
-    history.ask_unload("U", "R")
-    history.start_unload("U")
-    history.end_unload("U")
-    assert history.model().find_admitted(DIGEST) == admitted
+def ask_settings(*, is_checked: bool, **more: Any) -> list[Data]:
+    parameters = LoadParameters(pinned=True)
+    command = RequestLoad(MODEL, 1, CONTENTS, "bob", parameters, asked=frozenset({"pinned"}), **more)
+    decision = decide(given("load"), change(command, is_checked=is_checked))
+    assert isinstance(decision, Accepted)
+    return [draft.data for draft in decision.drafts]
 
 
-def test_load_without_rules_leaves_nothing() -> None:
-    assert given("load").model().admitted is UNSET
+def test_settings_of_checked_bytes_take_a_load_of_their_own() -> None:
+    assert [type(data) for data in ask_settings(is_checked=True)] == [LoadRequested]
+    assert [type(data) for data in ask_settings(is_checked=False)] == [LoadRequested, ModelSettingsChanged]
+
+
+def test_nothing_to_do_needs_no_approval() -> None:
+    command = RequestLoad(MODEL, 1, CONTENTS, "alice", is_checked=True)
+    assert decide(given("load"), command) == Existing("L")
+
+
+def test_withdrawal_names_the_digests_of_the_version() -> None:
+    history = told("approve approve_other")
+    history.approve(1, digest=OTHER)
+    decision = decide(history, WITHDRAW)
+    assert isinstance(decision, Accepted)
+    said = [draft.data for draft in decision.drafts]
+    assert said == [ApprovalWithdrawn(each, "it drifts", Credential()) for each in (DIGEST, OTHER)]
+    assert all(isinstance(draft, Draft) and draft.job_id is None for draft in decision.drafts)
+
+
+def test_approval_names_no_more_persons_than_the_rule_asks() -> None:
+    history = told("approve approve_again")
+    rules = ModelRules((), tuple(RULES["one"]))
+    found = find_approval(history.versions(), rules, DIGEST, "alice", lambda *_: True)
+    assert isinstance(found, LoadApproval)
+    assert (found.by, found.positions) == (("carol",), (1,))
+    assert len(list_counted(history.versions(), DIGEST, "alice")) == 2

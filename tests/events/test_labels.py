@@ -9,7 +9,7 @@ from support.history import CONTENTS, MODEL, History, at, given
 from events.accept import accept
 from events.commands import Accepted, Command, Decision, Existing, Refused, RemoveVersion, RequestLoad
 from events.jobs import JobStatus
-from events.labels import LABEL_NAME, MAX_LABELS, RemoveLabel, SetLabel, draft_label
+from events.labels import MAX_LABELS, RemoveLabel, SetLabel, draft_label
 from events.state import State
 from events.types import (
     SYSTEM,
@@ -20,7 +20,7 @@ from events.types import (
     LoadRequested,
     ModelSettingsChanged,
 )
-from events.versions import Label
+from events.versions import LABEL_NAME, Label
 
 FOLDED = [
     # what was recorded, the versions that the labels name

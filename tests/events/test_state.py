@@ -193,14 +193,14 @@ def test_stop_keeps_queue_of_each_model() -> None:
 
 def test_every_type_has_a_fold() -> None:
     of_no_job = {
-        *("ServerStarted", "ServerStopped", "AccessDenied", "PolicyInForce", "UnloadJoined"),
+        *("ServerStarted", "ServerStopped", "AccessDenied", "PolicyInForce", "LoadJoined", "UnloadJoined"),
         *("ClockStepped", "RollbackAccepted", "EventsDiscarded", "VersionAdded", "VersionRemoved"),
         *("TokenIssued", "TokenRevoked", "SignInLinkIssued", "SignInLinkUsed"),
         *("NodeJoined", "NodeDraining", "NodeLeft", "NodeLost", "LabelSet", "LabelRemoved"),
+        *("VersionApproved", "ApprovalWithdrawn"),
     }
     assert {kind.__name__ for kind in {*jobs.STEPS, *jobs.REQUESTS}} == TYPES.keys() - of_no_job
-    of_waits = {"LoadRejected", "ApprovalExpired", "ApprovalBypassed"}
-    of_no_model = of_no_job | of_waits | {"CancelRequested", "LoadPlaced"}
+    of_no_model = (of_no_job | {"CancelRequested", "LoadPlaced"}) - {"LoadJoined"}
     assert {kind.__name__ for kind in models.STEPS} == TYPES.keys() - of_no_model
     assert not {*models.STEPS, *jobs.STEPS} & OF_REGISTERS
 

@@ -15,7 +15,7 @@ instead of a name makes all states anew; use it only together with a new `events
 - `joins`: others join a load, a forced unload and a loaded model; a person's load supersedes an on-demand one
 - `tokens`: tokens are issued over all ways, revoked, and used by a sign-in link; one of a provider is revoked
 - `keys`: requests with idempotency keys, repeated, reused for another request, and expired after a day
-- `approvals`: loads under rules are approved, rejected, expire, and pass in an emergency; one is repeated
+- `approvals`: versions are refused, approved, withdrawn, reloaded without, and loaded in an emergency
 - `versions`: versions that are added, with where they come from and without, and removed
 - `nodes`: a worker of three nodes dies, then a node; another one is drained and leaves, and one joins again
 - `devices`: written, not run: loads on devices fall back to the CPU, are measured, swapped, and restored
@@ -41,7 +41,7 @@ from support.folding import fold_steps
 from support.history import History, opened
 from support.ledgers import ledger_of
 from support.postgres import postgres_server
-from support.running import Clock, job_of, running
+from support.running import job_of, running
 from support.signing import make_key, public_pem, sign_folder
 
 from events.clock import uuid7
@@ -261,35 +261,29 @@ async def versions(folder: Path) -> None:
 
 
 async def approvals(folder: Path) -> None:
-    """Signed versions are approved, rejected, not approved in time, and pass in an emergency."""
-    key, clock = make_key(), Clock()
+    """Signed versions are refused, approved, withdrawn, reloaded without, and loaded in an emergency."""
+    key = make_key()
     model = folder / "models" / "adder"
     signatures = [sign_folder(model / version, key) for version in ("1", "2")]
     rules = LoadPolicy(
         (TrustRule(("adder",), TrustMode.ENFORCE, (public_pem(key),)),),
-        (ApprovalRule(("adder",), expires_s=3_600),),
+        (ApprovalRule(("adder",)),),
     )
     said = Justification(Credential("idp", "t1"), "the new data", None)
     files = signatures[1], model / "2" / "model.onnx"
     digest = digest_of((each.name, sha256(each.read_bytes()).hexdigest()) for each in files)
     emergency = Justification(Credential(), emergency="the old version answers nonsense", digest=digest)
     policy = Policy(2, loads=rules)
-    async with running(folder, policy=policy, clock=clock, stops_cleanly=True) as engine:
+    async with running(folder, policy=policy) as engine:
         await engine.log.submit(Record((Draft(uuid7(), PolicyInForce(rules), SYSTEM),)))
-        first = job_of(await engine.submit_load("adder", 1, justification=said))
-        await engine.waiting(first)
-        await engine.submit_load("adder", 1, actor="bob")
-        await engine.answer(first)
-        await engine.ended(first)
-        rejected = await engine.ask_load("adder", 2)
-        await engine.answer(rejected, approves=False)
-        await engine.ended(rejected)
-        expired = await engine.ask_load("adder", 2)
-        await engine.waiting(expired)
-        engine.pass_time(3_600)
-        await engine.ended(expired)
+        await engine.ended(job_of(await engine.submit_load("adder", 1, justification=said)))
+        await engine.approve("adder")
+        await engine.ended(job_of(await engine.submit_load("adder", 1, justification=said)))
+        await engine.withdraw("adder", by="dave")
+        await engine.load("adder", 1, LoadParameters(pinned=True))
+    async with running(folder, policy=policy, stops_cleanly=True) as engine:
+        await engine.becomes("adder", ModelState.LOADED)
         await engine.ended(job_of(await engine.submit_load("adder", 2, justification=emergency)))
-        await engine.load("adder", 1)
 
 
 SCENARIOS: dict[str, Scenario] = {

@@ -1,9 +1,11 @@
 """Somebody with the nodes' role in the database, and no key; somebody with a token of a node."""
 
 import asyncio
+import base64
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +13,44 @@ import asyncpg
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from msgspec.structs import replace
 from support.clients import printed, printed_json, refused
 from support.http import ONE, when
 from support.models import add, save
 from support.nodes import list_nodes
 from support.postgres import Database
-from support.reachable import forwarded, loaded_beside, reachable_node, reachable_nodes, read_claims, send
+from support.reachable import (
+    ReachableNode,
+    forwarded,
+    loaded_beside,
+    reachable_node,
+    reachable_nodes,
+    read_claims,
+    send,
+)
 from support.replicas import rows_in
 
+from events.approvals import approval_statement
 from events.clock import format_timestamp, utc_now, uuid7
 from events.codec import encode_event, hash_body
 from events.policy.rules import ApprovalRule, LoadPolicy
-from events.types import SYSTEM, Draft, EventsDiscarded, LoadRequested, NodeJoined, record_draft
+from events.types import (
+    SYSTEM,
+    ApprovalWithdrawn,
+    Credential,
+    Draft,
+    Event,
+    EventsDiscarded,
+    FileHash,
+    LoadRequested,
+    NodeJoined,
+    NodeSignature,
+    VersionApproved,
+    record_draft,
+)
+from events.versions import make_approval
 from server.appkeys import LOG
 
 INFER = "/v2/models/m/infer"
@@ -149,27 +177,100 @@ async def test_append_refuses_what_is_no_event(ledger: Database, tmp_path: Path)
         await node.api.load("m")
 
 
+POLICY = LoadPolicy(approval=(ApprovalRule(("m",)),))
+
+
+async def load_job(node: ReachableNode, **said: str) -> tuple[str, str]:
+    """Load the model `m` as alice; return the job, and `completed` or the code of its failure."""
+    roles = ("admin", "emergency")
+    job = (await node.api.post("/api/v1/models/m/load", json=said, roles=roles, wait=60)).json
+    return job["id"], job["error"]["code"] if job["error"] else job["status"]
+
+
+async def hash_version(node: ReachableNode) -> tuple[str, tuple[FileHash, ...]]:
+    """Return the digest and the files of the version that a load of the model `m` takes."""
+    found = (await node.api.get("/api/v1/models/m/verify", roles=("approve",))).json
+    return found["digest"], tuple(FileHash(**file) for file in found["files"])
+
+
+async def approve(node: ReachableNode) -> Event:
+    """Approve the model `m` as carol; return the event."""
+    said = {"digest": (await hash_version(node))[0], "reason": "reviewed"}
+    path = "/api/v1/models/m/versions/1/approval"
+    answer = await node.api.send("PUT", path, json=said, roles=("approve",), subject="carol")
+    assert answer.status == 200
+    return [each for each in await node.api.events("m") if isinstance(each.data, VersionApproved)][-1]
+
+
+async def test_forged_approval_lets_no_load_pass(ledger: Database, tmp_path: Path) -> None:
+    """The role approves without a signature, with one of another approval, and with that of its own node."""
+    async with reachable_node(ledger.server_url, tmp_path, "a", policy=POLICY) as node:
+        save(add(1), tmp_path / "repository", "m")
+        genuine = await approve(node)
+        assert (await load_job(node))[1] == "completed"
+        save(add(2), tmp_path / "repository", "m")
+        digest, files = await hash_version(node)
+        data = VersionApproved(digest, files, "reviewed", Credential())
+        key = Ed25519PrivateKey.generate()
+        public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+        rogue = replace(rogue_join("z", "http://127.0.0.1:1"), public_key=public)
+        await append_as_role(ledger, joins(rogue))
+        by_dave = replace(data, credential=Credential(issued_by=("carol",)))
+        await append_as_role(ledger, made_of(Draft(uuid7(), by_dave, "dave", None, "m", 1)))
+        for signer in ("nobody", "a", "z"):
+            forged = Draft(uuid7(), data, "carol", None, "m", 1)
+            if signer == "a":
+                assert isinstance(genuine.data, VersionApproved)
+                with pytest.raises(asyncpg.UniqueViolationError):
+                    await append_as_role(ledger, made_of(replace(forged, id=genuine.id)))
+                forged = replace(forged, data=replace(data, node_signature=genuine.data.node_signature))
+            if signer == "z":
+                statement = approval_statement("m", make_approval(record_draft(forged, 0, ""), data))
+                signature = NodeSignature("z", base64.b64encode(key.sign(statement)).decode())
+                forged = replace(forged, data=replace(data, node_signature=signature))
+            await append_as_role(ledger, made_of(forged))
+            assert (await load_job(node))[1] == "not_approved", signer
+        said = await asyncio.to_thread(partial(printed, "verify", "--ledger", ledger.server_url, code=1))
+        assert "the signature of a node is missing (policy)" in said
+        await approve(node)  # what was forged in her name is in nobody's way
+        assert (await load_job(node))[1] == "completed"
+
+
+async def test_forged_withdrawal_only_denies_loads(ledger: Database, tmp_path: Path) -> None:
+    async with reachable_node(ledger.server_url, tmp_path, "a", policy=POLICY) as node:
+        save(add(1), tmp_path / "repository", "m")
+        await approve(node)
+        assert (await load_job(node))[1] == "completed"
+        digest, _ = await hash_version(node)
+        withdrawn = ApprovalWithdrawn(digest, "so", Credential())
+        await append_as_role(ledger, made_of(Draft(uuid7(), withdrawn, "dave", None, "m", 1)))
+        refused = await node.api.post("/api/v1/models/m/load", json={"pinned": True}, wait=60)
+        assert refused.json["error"]["code"] == "not_approved"
+        assert (await node.api.infer("m", ONE)).status == 200
+        await approve(node)
+        pinned = await node.api.post("/api/v1/models/m/load", json={"pinned": True}, wait=60)
+        assert pinned.json["status"] == "completed"
+        assert "verified" in await asyncio.to_thread(printed, "verify", "--ledger", ledger.server_url)
+
+
 async def test_emergency_is_not_repeated_for_other_bytes(ledger: Database, tmp_path: Path) -> None:
     """The role repeats the signed request of an emergency that has ended, when other files are there."""
-    policy, said = LoadPolicy(approval=(ApprovalRule(("m",)),)), {"emergency": "an outage"}
-    async with reachable_node(ledger.server_url, tmp_path, "a", policy=policy) as node:
+    async with reachable_node(ledger.server_url, tmp_path, "a", policy=POLICY) as node:
         save(add(1), tmp_path / "repository", "m")
-        roles = ("admin", "emergency")
-        job = (await node.api.post("/api/v1/models/m/load", json=said, roles=roles, wait=60)).json
-        assert job["status"] == "completed"
+        digest, _ = await hash_version(node)
+        job_id, result = await load_job(node, emergency="an outage", digest=digest)
+        assert result == "completed"
         await node.api.unload("m")
         save(add(2), tmp_path / "repository", "m")
-        (loads,) = await node.api.data_of(LoadRequested)
+        (asked,) = await node.api.data_of(LoadRequested)
         with pytest.raises(asyncpg.UniqueViolationError):
-            await append_as_role(ledger, made_of(Draft(job["id"], loads, "alice", job["id"], "m", 1)))
-        await append_as_role(
-            ledger, made_of(Draft(uuid7(), loads, "alice", job["id"], "m", 1))
-        )  # means nothing
+            await append_as_role(ledger, made_of(Draft(job_id, asked, "alice", job_id, "m", 1)))
+        await append_as_role(ledger, made_of(Draft(uuid7(), asked, "alice", job_id, "m", 1)))  # means nothing
         fresh = uuid7()
-        await append_as_role(ledger, made_of(Draft(fresh, loads, "alice", fresh, "m", 1)))
-        jobs = node.app[LOG].state.jobs  # the signature is for another job
-        await node.app[LOG].wait_until(lambda: fresh in jobs and jobs[fresh].waits_for_approval, 60)
-        assert (await node.api.model("m"))["state"] == "unloaded"
+        await append_as_role(ledger, made_of(Draft(fresh, asked, "alice", fresh, "m", 1)))
+        refused = await node.api.ended(fresh)  # the signature is for another job
+        assert (refused["status"], refused["error"]["code"]) == ("failed", "not_approved")
+        assert (await node.api.model("m"))["state"] == "failed"
         assert "verified" in await asyncio.to_thread(printed, "verify", "--ledger", ledger.server_url)
 
 

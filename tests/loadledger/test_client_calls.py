@@ -110,26 +110,32 @@ def test_invalid_argument_is_refused_unsent(
 
 def test_load_sends_reasons_that_are_given() -> None:
     play = Played([answer(job(), 202), answer(job(), 202)])
-    play.client.load("m", 2, reason="Ticket 7", emergency="An outage", priority="high")
+    play.client.load("m", 2, reason="Ticket 7", emergency="An outage", digest="d", priority="high")
     play.client.load("m")
     first, second = (json.loads(request.body or b"") for request in play.requests)
-    assert first == {"version": 2, "reason": "Ticket 7", "emergency": "An outage", "priority": "high"}
+    given = {"version": 2, "reason": "Ticket 7", "emergency": "An outage", "digest": "d"}
+    assert first == given | {"priority": "high"}
     assert second == {}
 
 
-@pytest.mark.parametrize("name", ["approve", "reject"])
-def test_answer_to_a_waiting_load_is_sent_once(name: str) -> None:
-    play = Played([answer(job(approval={"digest": "d", "approved_by": ["bob"]})), LOST])
-    answered = getattr(play.client, name)("j1", "d", "reviewed")
-    assert answered.approval.approved_by == ["bob"]
-    with pytest.raises(ServerUnreachable):
-        getattr(play.client, name)("j1", "d", "reviewed")
-    assert [request.target for request in play.requests] == [f"/api/v1/jobs/j1/{name}"] * 2
+def test_approval_names_the_bytes_and_withdrawal_the_version() -> None:
+    members = {
+        "model_id": "m",
+        "version": 2,
+        "needed": 2,
+        "approvals": [{"digest": "d", "version": 2, "by": "b"}],
+    }
+    play = Played([answer(members), answer(members | {"approvals": []})])
+    assert [each.by for each in play.client.approve("m", 2, "d", "reviewed").approvals] == ["b"]
+    assert play.client.withdraw_approval("m", 2, "it drifts").approvals == []
+    approval = "/api/v1/models/m/versions/2/approval"
+    sent = [(request.method, request.target) for request in play.requests]
+    assert sent == [("PUT", approval), ("DELETE", f"{approval}?reason=it+drifts")]
     assert json.loads(play.requests[0].body or b"") == {"digest": "d", "reason": "reviewed"}
 
 
 def test_verification_of_a_model_names_version_that_is_given() -> None:
-    members = {"model_id": "m", "version": 2, "digest": "d", "approval": "required", "later": 1}
+    members = {"model_id": "m", "version": 2, "digest": "d", "later": 1}
     refused = {**members, "problem": {"code": "signature_missing", "message": "no"}}
     play = Played([answer(members), answer(refused)])
     assert play.client.verify_model("m").problem is None

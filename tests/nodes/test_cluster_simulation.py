@@ -8,11 +8,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from msgspec import UNSET
-from support.clusters import LEASE_S, Cluster, ClusterNode, KnownSigning
+from support.clusters import LEASE_S, Cluster, ClusterNode
 from support.fleet import of_both
 from support.history import CONTENTS, PLAIN
-from support.worlds import answer_of, request_of
+from support.worlds import request_of, withdrawal_of
 
+from events.approvals import ApprovedBytes
 from events.commands import Command, Condition, RequestCancel, RequestLoad, RequestUnload
 from events.models import ModelState
 from events.policy.rules import ApprovalRule, LoadPolicy
@@ -35,8 +36,8 @@ from runtime.scheduler.view import Policy
 RULES = st.sampled_from(
     [
         LoadPolicy(),
-        LoadPolicy(approval=(ApprovalRule(("b",), expires_s=400),)),
-        LoadPolicy(approval=(ApprovalRule(("[bc]",), 2, expires_s=600),)),
+        LoadPolicy(approval=(ApprovalRule(("b",)),)),
+        LoadPolicy(approval=(ApprovalRule(("[bc]",), 2),)),
     ]
 )
 
@@ -81,6 +82,8 @@ LOADS = st.builds(
 )
 
 OWN = st.sampled_from([("b", 1), ("c", 1), ("c", 2)])
+KINDS = st.sampled_from(["load", "unload", "force", "cancel", "withdraw", "withdraw"])
+APPROVING = st.sampled_from([("bob", "carol"), ("bob", "carol"), ("alice", "carol"), ("alice",), ()])
 WHICH = st.integers(0, 3)
 TURNS = st.sampled_from([0, 1, 2, 3, 100])
 OUTCOMES = st.sampled_from(["loaded", "loaded", "loaded", "refused", "dies"])
@@ -134,11 +137,14 @@ class ClusterSimulation(RuleBasedStateMachine):
         self.node(which).submit(load)
         self.work(which, turns)
 
-    @rule(load=LOADS, outcome=OUTCOMES, times=st.integers(0, 3))
-    def somebody_loads_and_that_ends(self, load: RequestLoad, outcome: str, times: int) -> None:
+    @rule(load=LOADS, outcome=OUTCOMES, times=st.integers(0, 3), approving=APPROVING)
+    def somebody_loads_and_that_ends(
+        self, load: RequestLoad, outcome: str, times: int, approving: Sequence[str] = ("bob", "carol")
+    ) -> None:
+        for number, by in enumerate(approving):
+            self.node(number).approve(load.model_id, load.version, by)
         self.somebody_loads_and_that_begins(load)
-        for number in range(times):
-            self.answer(number, 0, "bc"[number % 2], approves=True, is_signed=True)
+        for _ in range(times):
             self.cluster.settle()
             self.cluster.progress(outcome)
             self.cluster.settle()
@@ -148,30 +154,35 @@ class ClusterSimulation(RuleBasedStateMachine):
         self.cluster.log.submit(self.cluster.nodes[0].with_rules(load), self.cluster.now)
         self.cluster.settle()
 
-    def answer(self, node: int, which: int, by: str, *, approves: bool, is_signed: bool) -> None:
-        """A person answers at a node; one that has no node's signature is forged."""
-        sign = KnownSigning(self.node(node).name).sign if is_signed else None
-        answer = answer_of(self.cluster.state, which, by, approves=approves, sign=sign)
-        if answer is not None:
-            self.node(node).submit(answer)
-
     @rule(
-        node=WHICH,
-        which=WHICH,
+        does=st.sampled_from(["approve", "approve", "withdraw", "withdraw late", "add", "forge"]),
+        load=LOADS,
         by=st.sampled_from(["alice", "bob", "bob", "carol"]),
-        approves=st.sampled_from([True, True, True, False]),
-        is_signed=st.sampled_from([True, True, True, False]),
+        which=WHICH,
         turns=TURNS,
     )
-    def somebody_answers(
-        self, node: int, which: int, by: str, turns: int, *, approves: bool, is_signed: bool
+    def somebody_approves_or_withdraws_or_adds_what_is_loaded(
+        self, does: str, load: RequestLoad, by: str, which: int, turns: int
     ) -> None:
-        self.answer(node, which, by, approves=approves, is_signed=is_signed)
-        self.work(node, turns)
+        node, version = self.node(which), (load.model_id, load.version)
+        match does:
+            case "approve":
+                node.approve(*version, by)
+            case "withdraw":
+                node.submit(withdrawal_of(load.model_id, self.cluster.state))
+            case "forge":
+                self.cluster.forge_approval(node, *version, by)
+            case "add":
+                if version not in self.own:
+                    node.add_version(*version, by)
+            case _:
+                self.come_first(node, load, "withdraw")
+        node.submit(load)
+        self.work(which, turns)
 
     @rule(version=OWN, which=WHICH, turns=TURNS)
     def files_change(self, version: tuple[str, int], which: int, turns: int) -> None:
-        self.cluster.log.changes[version] += 1
+        self.cluster.log.changes[version] ^= 1
         self.work(which, turns)
 
     @rule(
@@ -191,15 +202,18 @@ class ClusterSimulation(RuleBasedStateMachine):
             self.node(which).submit(RequestCancel(unended[job % len(unended)].id, "alice"))
         self.work(which, turns)
 
-    @rule(load=LOADS, kind=st.sampled_from(["load", "unload", "force", "cancel"]), which=WHICH, turns=TURNS)
+    @rule(load=LOADS, kind=KINDS, which=WHICH, turns=TURNS)
     def somebody_comes_first(self, load: RequestLoad, kind: str, which: int, turns: int) -> None:
-        node = self.node(which)
+        self.come_first(self.node(which), load, kind)
+        self.work(which, turns)
+
+    def come_first(self, node: ClusterNode, load: RequestLoad, kind: str) -> None:
+        """Record a command on the model of what a node appends next, right before that."""
 
         def build_command(action: Action) -> Command:
             return request_of(kind, node.model_of(action), self.cluster.state, load)
 
         node.meanwhile.append(build_command)
-        self.work(which, turns)
 
     @rule(which=WHICH, others=st.booleans(), turns=st.integers(1, 3))
     def a_node_acts_on_an_old_state(self, which: int, turns: int, *, others: bool) -> None:
@@ -379,6 +393,18 @@ def place_at_draining_node(cluster: Cluster) -> None:
     cluster.work(first, 1)
 
 
+def withdraw_before_start(cluster: Cluster) -> None:
+    """An approval is withdrawn between the check of a load that rests on it and its start."""
+    first, second = cluster.nodes
+    cluster.leave(second)
+    first.policy = replace(first.policy, loads=LoadPolicy(approval=(ApprovalRule(("a",)),)))
+    first.join()
+    first.approve("a", 1, "bob")
+    first.submit(RequestLoad("a", 1, CONTENTS, "alice"))
+    first.meanwhile.append(lambda _: withdrawal_of("a", cluster.state))
+    cluster.work(first, 100)
+
+
 def target_of(node: ClusterNode) -> str:
     """Return the node that a placer chooses next."""
     action = node.decision().action
@@ -390,7 +416,11 @@ def target_of(node: ClusterNode) -> str:
 
 @pytest.mark.parametrize(
     ("happens", "condition"),
-    [(place_after_being_lost, NodeCurrent), (place_at_draining_node, NodeUnchanged)],
+    [
+        (place_after_being_lost, NodeCurrent),
+        (place_at_draining_node, NodeUnchanged),
+        (withdraw_before_start, ApprovedBytes),
+    ],
 )
 def test_simulation_sees_facts_appended_without_a_condition(
     happens: Callable[[Cluster], None], condition: type[Condition]

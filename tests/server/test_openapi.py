@@ -10,9 +10,10 @@ from openapi_spec_validator import OpenAPIV30SpecValidator
 from support.http import LocalApi
 
 from server.app import create_app
+from server.auth.access import Access
 from server.config import Config
 from server.openapi import openapi_yaml
-from server.routing import ROUTES, Access, Routes
+from server.routing import ROUTES, Routes
 from server.routing import ROUTES as ROUTE_TABLE
 
 COMMITTED = Path(__file__).parents[2] / "openapi.yaml"

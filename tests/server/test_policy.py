@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from support.signing import make_authority, make_key, public_pem
 
-from events.policy.rules import ApprovalRule, LoadPolicy, TrustedCertificates, TrustMode, TrustRule
+from events.policy.rules import AddedMode, ApprovalRule, LoadPolicy, TrustedCertificates, TrustMode, TrustRule
 from events.policy.signatures import key_digest
 from server.check import load_config
 from server.config import Config, ConfigError, settings
@@ -35,7 +35,7 @@ models = ["fraud-*"]
 [[approval]]
 models = ["*"]
 approvals = 2
-expires = "90m"
+added = "recorded"
 emergency = false
 """
 
@@ -65,7 +65,10 @@ def test_policy_is_read_from_the_file_with_contents(file: Path) -> None:
             ),
             TrustRule(("*",), TrustMode.WARN),
         ),
-        (ApprovalRule(("fraud-*",)), ApprovalRule(("*",), approvals=2, expires_s=5400, emergency=False)),
+        (
+            ApprovalRule(("fraud-*",)),
+            ApprovalRule(("*",), approvals=2, added=AddedMode.RECORDED, emergency=False),
+        ),
     )
 
 
@@ -78,16 +81,6 @@ def test_file_without_tables_has_no_policy(file: Path) -> None:
 
 def test_policy_is_no_option() -> None:
     assert "policy" not in {setting.name for setting in settings()}
-
-
-@pytest.mark.parametrize(
-    ("expires", "seconds"), [("60s", 60), ("1m", 60), ("24h", 86_400), ("30d", 2_592_000)]
-)
-def test_expiry_is_a_number_with_a_unit(file: Path, expires: str, seconds: int) -> None:
-    file.write_text(f'[[approval]]\nmodels = ["a"]\nexpires = "{expires}"\n')
-    values, mistakes = read_settings({"config": str(file)}, {})
-    assert mistakes == []
-    assert values["policy"].approval[0].expires_s == seconds
 
 
 TRUST = 'models = ["a"]\nmode = "warn"\n'
@@ -161,26 +154,8 @@ MISTAKES = {
         ".approvals: Must be greater than or equal to 1",
     ),
     "approvals are text": ("approval", APPROVAL + 'approvals = "1"', ".approvals: Not a valid integer"),
-    "expiry without unit": (
-        "approval",
-        APPROVAL + 'expires = "24"',
-        ".expires: Must be a number of s, m, h or d",
-    ),
-    "expiry is a number": (
-        "approval",
-        APPROVAL + "expires = 60",
-        ".expires: Must be a number of s, m, h or d",
-    ),
-    "expiry is short": (
-        "approval",
-        APPROVAL + 'expires = "59s"',
-        ".expires: Must be a number of s, m, h or d",
-    ),
-    "expiry is long": (
-        "approval",
-        APPROVAL + 'expires = "721h"',
-        ".expires: Must be a number of s, m, h or d",
-    ),
+    "adders": ("approval", APPROVAL + 'added = "all"', ".added: Must be one of: any, recorded"),
+    "expiry is gone": ("approval", APPROVAL + 'expires = "24h"', ".expires: there is no such key"),
     "emergency": ("approval", APPROVAL + 'emergency = "no"', ".emergency: Not a valid boolean"),
 }
 

@@ -26,9 +26,7 @@ from events.state import State
 from events.types import (
     SYSTEM,
     AddedFile,
-    ApprovalAsked,
-    ApprovalBypassed,
-    ApprovalExpired,
+    ApprovalWithdrawn,
     CancelRequested,
     Cause,
     Credential,
@@ -41,13 +39,11 @@ from events.types import (
     JobCancelled,
     LabelRemoved,
     LabelSet,
-    LoadApproved,
     LoadedFile,
     LoadFailed,
     LoadJoined,
     LoadParameters,
     LoadPlaced,
-    LoadRejected,
     LoadRequested,
     LoadStarted,
     ModelLoaded,
@@ -65,6 +61,7 @@ from events.types import (
     UnloadRequested,
     UnloadStarted,
     VersionAdded,
+    VersionApproved,
     VersionRemoved,
     WorkerExited,
     digest_of,
@@ -153,26 +150,15 @@ class History:
         self.state.apply(event)
         return event
 
-    def ask_approval(self, job: str, *, version: int = 1, approvals: int = 1, of: str = MODEL) -> Event:
-        """The load of these files waits for approval, for a day."""
-        files, expires_at = (FileHash(*CONTENTS[0]),), at(self.seconds + 86_400)
-        model = self.state.models.get(of)
-        served = None if model is None or model.serving is None else model.serving.passed
-        served_version, served_digest = (None, None) if served is None else (served.version, served.digest)
-        asked = ApprovalAsked(
-            files,
-            DIGEST,
-            "cd" * 32,
-            approvals,
-            expires_at,
-            served_version=served_version,
-            served_digest=served_digest,
-        )
-        return self.add(asked, job, version=version, of=of)
+    def approve(self, version: int = 1, *, by: str = "carol", digest: str = DIGEST, of: str = MODEL) -> Event:
+        """A person approves the bytes with a digest, which are those of each version that is loaded here."""
+        serving = self.model(of).serving
+        served = (None, None) if serving is None else (serving.version, serving.digest)
+        approved = VersionApproved(digest, (FileHash(*CONTENTS[0]),), "reviewed", Credential(), *served)
+        return self.add(approved, version=version, by=by, of=of)
 
-    def approve(self, job: str, *, version: int = 1, by: str = "carol", of: str = MODEL) -> Event:
-        approved = LoadApproved(DIGEST, "cd" * 32, "reviewed", Credential())
-        return self.add(approved, job, version=version, by=by, of=of)
+    def withdraw(self, version: int = 1, *, by: str = "dave", digest: str = DIGEST, of: str = MODEL) -> Event:
+        return self.add(ApprovalWithdrawn(digest, "it drifts", Credential()), version=version, by=by, of=of)
 
     def ask_load(
         self,
@@ -462,12 +448,11 @@ STEPS: dict[str, Callable[..., object]] = {
     "request_demand": lambda h: h.ask_load("D", cause=Cause.DEMAND),
     "start_demand": lambda h: h.start_load("D"),
     "finish_demand": lambda h: h.end_load("D"),
-    # Approval of a load of version 2, while something else is served or not.
-    "ask_v2": lambda h: h.ask_approval("L2", version=2),
-    "approve_v2": lambda h: h.approve("L2", version=2),
-    "reject_v2": lambda h: h.add(LoadRejected("ab" * 32, "no", Credential()), "L2", version=2, by="carol"),
-    "expire_v2": lambda h: h.add(ApprovalExpired(), "L2", version=2),
-    "bypass_v2": lambda h: h.add(ApprovalBypassed(DIGEST, "cd" * 32, "outage"), "L2", version=2, by="alice"),
+    # Approval of the bytes of all versions.
+    "approve": lambda h: h.approve(),
+    "approve_again": lambda h: h.approve(by="dave"),
+    "approve_other": lambda h: h.approve(2, digest="ef" * 32),
+    "withdraw": lambda h: h.withdraw(),
     "join_L": lambda h: h.add(LoadJoined(), "L", by="bob"),
     "join_U": lambda h: h.add(UnloadJoined(), "U", by="bob"),
     "supersede_recovery": lambda h: h.supersede("R", "L3"),

@@ -24,6 +24,7 @@ from events.types import Data, Event
 from runtime.process.worker import Worker
 from server.app import all_routes, create_app
 from server.appkeys import CONSUMER, LOG, READER
+from server.auth.access import Access
 from server.auth.gate import PRINCIPAL, Gate, auth_middleware, create_verifier
 from server.auth.keys import ensure_data_dir, sign_token
 from server.auth.proxies import Proxies
@@ -33,7 +34,7 @@ from server.errors import errors_middleware
 from server.http.responses import response_completer
 from server.http.validation import validation_middleware
 from server.openapi import openapi_document
-from server.routing import Access, Route, add_routes
+from server.routing import Route, add_routes
 from server.v2.inference import add_fast_path
 from support.models import save_bytes
 

@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 
 from msgspec import UNSET
 
-from events.approvals import AnswerApproval
+from events.approvals import ApproveVersion, WithdrawApproval
 from events.clock import boottime, utc_now
 from events.commands import Command, Receipt, RequestLoad, RequestUnload
-from events.jobs import ApprovalState, Failure, Job
+from events.jobs import Failure, Job
 from events.log import Log
 from events.models import Model, ModelState
 from events.sqlite.listing import Reader, open_reader
@@ -100,22 +100,20 @@ class Engine:
         contents = self.versions.known_contents(model_id, chosen)
         given = parameters or LoadParameters()
         rules = self.consumer.policy.loads.of(model_id)
-        more = {"policy": UNSET if rules is None else rules.digest, **more}
+        is_checked = rules is not None and rules.persons > 0
+        more = {"policy": UNSET if rules is None else rules.digest, "is_checked": is_checked, **more}
         command = RequestLoad(model_id, chosen, contents, actor, given, asked=frozenset(asked), **more)
         return await self.log.submit(command)
 
-    async def waiting(self, job_id: str) -> ApprovalState:
-        """Wait until a load waits for approval."""
-        await self.recorded(lambda: self.log.state.jobs[job_id].waits_for_approval)
-        asked = self.log.state.jobs[job_id].approval
-        assert asked is not None
-        return asked
+    async def approve(self, model_id: str, version: int = 1, by: str = "carol") -> Receipt:
+        """Approve the present files of a version, as the HTTP handler does."""
+        checked = await self.consumer.check_version(model_id, version)
+        contents = tuple((file.path, file.sha256) for file in checked.files)
+        said = by, "reviewed", Credential()
+        return await self.log.submit(ApproveVersion(model_id, version, checked.digest, contents, *said))
 
-    async def answer(self, job_id: str, by: str = "carol", *, approves: bool = True) -> Receipt:
-        """Answer a load that waits for approval."""
-        asked = await self.waiting(job_id)
-        command = AnswerApproval(job_id, by, asked.digest, "reviewed", Credential(), approves)
-        return await self.log.submit(command)
+    async def withdraw(self, model_id: str, version: int = 1, by: str = "carol") -> Receipt:
+        return await self.log.submit(WithdrawApproval(model_id, version, by, "it drifts", Credential()))
 
     async def ask_load(
         self,
@@ -171,6 +169,10 @@ class Engine:
     def model(self, model_id: str) -> Model:
         """Return a model as it is recorded."""
         return self.log.state.models[model_id]
+
+    def job(self, job_id: str) -> Job:
+        """Return an unended job as it is recorded."""
+        return self.log.state.jobs[job_id]
 
     def live(self, model_id: str) -> RunningLoad:
         """Return the newest load of a model that runs."""

@@ -18,6 +18,7 @@ from events.policy.rules import LoadPolicy
 from events.types import (
     SYSTEM,
     TYPES,
+    ApprovalWithdrawn,
     Cause,
     Data,
     Draft,
@@ -26,6 +27,7 @@ from events.types import (
     ModelSettingsChanged,
     PolicyInForce,
     UnloadRequested,
+    VersionApproved,
 )
 from support.history import STEPS, History, at, model_loaded
 
@@ -107,6 +109,8 @@ def drafts(draw: st.DrawFn) -> Draft:
     # Of rules for their models the audit would miss signatures and approvals (`tests/events/audit`).
     if isinstance(data, LoadRequested):
         data = replace(data, policy=UNSET)
+    if isinstance(data, VersionApproved):
+        data = ApprovalWithdrawn(data.digest, data.reason, data.credential)
     if isinstance(data, PolicyInForce):
         data = replace(data, policy=LoadPolicy())
     if isinstance(data, UnloadRequested):

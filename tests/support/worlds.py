@@ -9,17 +9,18 @@ from itertools import count
 
 import pytest
 from msgspec import UNSET
+from msgspec.structs import asdict
 from msgspec.structs import replace as change
 
 from events.accept import accept
-from events.approvals import AnswerApproval
+from events.approvals import ApproveVersion, WithdrawApproval
 from events.clock import add_seconds
 from events.commands import (
     Accepted,
+    AddVersion,
     Command,
     Condition,
     Decision,
-    ModelUnchanged,
     Record,
     RequestCancel,
     RequestLoad,
@@ -27,18 +28,20 @@ from events.commands import (
 )
 from events.devices import CPU, find_matching
 from events.jobs import FORK_SERVER_DIED, NO_PROGRESS, Failure, Job, JobStatus
-from events.models import RELOADS, ModelState
+from events.models import RELOADS, Model, ModelState
 from events.policy.checks import CheckedLoad, CheckInput, NotLoadable, check_load
 from events.policy.rules import ModelRules
 from events.state import State
 from events.types import (
     SYSTEM,
+    AddedFile,
     ApprovalResult,
     Cause,
     Credential,
     Draft,
     Event,
     JobCancelled,
+    LoadApproval,
     LoadedFile,
     LoadFailed,
     LoadJoined,
@@ -52,12 +55,13 @@ from events.types import (
     Sign,
     UnloadRequested,
     UnloadStarted,
+    VersionApproved,
     WorkerExited,
     contents_of,
     digest_of,
     record_draft,
 )
-from runtime.consumer.checks import draft_question
+from events.versions import ModelVersions
 from runtime.consumer.loads import find_expected
 from runtime.consumer.running import LoadRun
 from runtime.scheduler import actions
@@ -145,26 +149,26 @@ def files_of(model_id: str, version: int, change: int) -> tuple[LoadedFile, ...]
     return (LoadedFile("model.onnx", 9, 1, hashlib.sha256(about).hexdigest()),)
 
 
-def answer_of(
-    state: State, which: int, by: str, *, approves: bool, sign: Sign | None = None
-) -> AnswerApproval | None:
-    """Return a person's answer to one of the loads that wait for approval, if there is any."""
-    waiting = [job for job in state.unended() if job.waits_for_approval]
-    if not waiting:
-        return None
-    job = waiting[which % len(waiting)]
-    digest = job.approval.digest if job.approval else ""
-    return AnswerApproval(job.id, by, digest, "seen", Credential(), approves, sign)
+def added_files(files: Iterable[LoadedFile]) -> tuple[AddedFile, ...]:
+    return tuple(AddedFile(each.path, each.bytes, each.sha256) for each in files)
+
+
+def withdrawal_of(model_id: str, state: State) -> WithdrawApproval:
+    """Return the withdrawal of the latest approval of a model."""
+    given = state.registers.find_versions(model_id).approvals
+    return WithdrawApproval(model_id, given[-1].version if given else 1, "dave", "it drifts", Credential())
 
 
 def request_of(kind: str, model_id: str, state: State, load: RequestLoad) -> Command:
-    """Return what a client asks of a model: `load` it, `unload`, `force` that, or `cancel` its first job."""
+    """Return a client's command on a model; `cancel` its first job, `withdraw` its last approval."""
     match kind:
         case "load":
             return replace(load, model_id=model_id)
         case "cancel":
             queue = state.queue(model_id)
             return RequestCancel(queue[0].id if queue else "", "alice")
+        case "withdraw":
+            return withdrawal_of(model_id, state)
     return RequestUnload(model_id, "alice", force=kind == "force")
 
 
@@ -330,31 +334,38 @@ def check_superseded(job: Job, by: str, request: Event) -> None:
     assert (request.id, request.model_id, request.data.cause) == (by, job.model_id, Cause.REQUEST)
 
 
-def check_approval(loaded: ModelLoaded, job: Job, approved: Container[tuple[str, str, str]]) -> None:
-    """A load under rules was approved by others than who asked, now or before, or bypassed, or is a reload.
+@dataclass(frozen=True)
+class LoadStart:
+    """What the ledger had of a model when a load of it started; the approvals are those that persons gave."""
 
-    Args:
-        loaded: its outcome, about to be recorded.
-        job: the load.
-        approved: the model, the rule and the digest of each load that was approved.
-    """
-    approval, state, digest = loaded.approval, job.approval, digest_of(contents_of(loaded.files))
-    assert approval is not UNSET
+    model: Model
+    versions: ModelVersions
+
+
+def check_approval(
+    approval: LoadApproval, job: Job, rules: ModelRules, digest: str, start: LoadStart
+) -> None:
+    """A load of bytes under rules was approved by enough others, is a reload, or an emergency for them."""
+    assert approval.rule == rules.approval_digest
     match approval.result:
         case ApprovalResult.APPROVED:
-            assert state is not None
-            assert (state.digest, state.rule) == (digest, approval.rule)
-            persons = {answer.by for answer in state.answers}
-            assert len(persons) == state.approvals
-            assert job.requested_by not in persons
-        case ApprovalResult.APPROVED_BEFORE:
-            assert (job.model_id, approval.rule, digest) in approved
+            given = [each for each in start.versions.approvals if each.position in approval.positions]
+            adders = {each.by for each in start.versions.added if each.digest == digest}
+            persons = {each.by for each in given}
+            assert {each.digest for each in given} == {digest}
+            assert len(persons) == len(approval.positions) == rules.persons
+            assert persons == {*approval.by}
+            assert not persons & {job.requested_by, *adders}
+            assert adders or not rules.needs_adder
         case ApprovalResult.BYPASSED:
-            assert job.policy is not UNSET
-            assert job.policy.justification is not None
-            assert job.policy.justification.emergency
+            said = None if job.policy is UNSET else job.policy.justification
+            assert said is not None
+            assert said.emergency
+            assert said.digest == digest
+            assert rules.allows_emergency
         case ApprovalResult.RELOAD:
             assert job.cause in RELOADS
+            assert digest in {each.digest for each in start.model.held}
 
 
 class Ledger:
@@ -362,7 +373,8 @@ class Ledger:
 
     Attributes:
         worlds: the consumers that append to it.
-        changes: how often the files of a version were changed in the repository.
+        changes: which of its contents a version has in the repository.
+        forged: the positions of approvals that were not given as commands: no person gave them.
     """
 
     def __init__(self) -> None:
@@ -372,7 +384,8 @@ class Ledger:
         self.changes = Counter[tuple[str, int]]()
         self._exited: set[str | None] = set()
         self._chosen = dict[str, int | None]()  # None: unloaded by a person
-        self._approved: set[tuple[str, str, str]] = set()
+        self.forged = set[int]()
+        self._starts = dict[str, LoadStart]()
         self._ids = count(1)
 
     def new_id(self) -> str:
@@ -385,9 +398,10 @@ class Ledger:
         drafts = decision.drafts if isinstance(decision, Accepted) else ()
         for number, draft in enumerate(drafts):
             self.check(draft, drafts[number + 1 :], by)
-            if isinstance(draft.data, ModelLoaded) and by is not None:
-                self._check_rules(draft, draft.data, by)
+            self._check_rules(draft, by)
             self._check_choice(draft, draft.model_id or "")
+            if isinstance(draft.data, VersionApproved) and isinstance(command, Record):
+                self.forged.add(self.state.position + 1)
             self._record(draft, now)
         return decision
 
@@ -411,20 +425,36 @@ class Ledger:
                 if job.unload is not None and not job.unload.until_asked:
                     self._chosen[model_id] = None
 
-    def _check_rules(self, draft: Draft, loaded: ModelLoaded, by: "World") -> None:
-        """A load passes the rules with which it was accepted, which are in force."""
-        job, model_id = self.state.unended_job(draft.job_id), draft.model_id or ""
-        rules = by.policy.loads.of(model_id)
+    def _check_rules(self, draft: Draft, by: "World | None") -> None:
+        """A load passes the rules with which it was accepted, before anything changes for it."""
+        match draft.data:
+            case UnloadRequested(cause=Cause.SWAP, cause_event_id=str(job_id)):
+                job = self.state.unended_job(job_id)
+            case LoadStarted() | ModelLoaded() | ModelSettingsChanged():
+                job = self.state.unended_job(draft.job_id)
+            case _:
+                return
         if job is None:
             return
-        assert job.policy_digest == (None if rules is None else rules.digest)
-        if rules is None:
-            assert loaded.approval is UNSET
+        if by is None:  # a client's command
+            assert job.policy_digest is None
             return
-        check_approval(loaded, job, self._approved)
-        approval = loaded.approval
-        if approval is not UNSET and approval.result is ApprovalResult.APPROVED:
-            self._approved.add((model_id, approval.rule, digest_of(contents_of(loaded.files))))
+        rules = by.policy.loads.of(job.model_id)
+        assert job.policy_digest == (None if rules is None else rules.digest)
+        loaded = draft.data if isinstance(draft.data, ModelLoaded) else None
+        if loaded is None:
+            known = self.state.registers.find_versions(job.model_id)
+            genuine = tuple(each for each in known.approvals if each.position not in self.forged)
+            versions = change(known, approvals=genuine)
+            self._starts[job.id] = LoadStart(self.state.models[job.model_id], versions)
+        if rules is None:
+            assert loaded is None or not loaded.evidence
+            return
+        files, checked = by.passed[job.id]
+        assert loaded is None or (loaded.files, loaded.evidence) == (files, checked.evidence)
+        approval, digest = checked.evidence.approval, digest_of(contents_of(files))
+        assert approval is not UNSET
+        check_approval(approval, job, rules, digest, self._starts[job.id])
 
     def _record(self, draft: Draft, now: str) -> None:
         event = record_draft(draft, self.state.position + 1, now)
@@ -499,10 +529,27 @@ class World:
         rules = self.policy.loads.of(command.model_id)
         if rules is None:
             return command
-        contents = command.contents and contents_of(
-            self.files_in_repository(command.model_id, command.version)
+        present = contents_of(self.files_in_repository(command.model_id, command.version))
+        said = command.justification
+        return replace(
+            command,
+            policy=rules.digest,
+            contents=command.contents and present,
+            is_checked=command.cause not in RELOADS,
+            justification=said and change(said, digest=digest_of(present)),
+            sign=self.sign,
         )
-        return replace(command, policy=rules.digest, contents=contents, sign=self.sign)
+
+    def approve(self, model_id: str, version: int, by: str) -> Decision:
+        """A person approves the present files of a version."""
+        contents = contents_of(self.files_in_repository(model_id, version))
+        about = digest_of(contents), contents, by, "seen", Credential()
+        return self.submit(ApproveVersion(model_id, version, *about, self.sign))
+
+    def add_version(self, model_id: str, version: int, by: str) -> Decision:
+        """Record that a person added the present files of a version."""
+        files = added_files(self.files_in_repository(model_id, version))
+        return self.submit(AddVersion(model_id, version, by, files, self.log.new_id()))
 
     def files_in_repository(self, model_id: str, version: int) -> tuple[LoadedFile, ...]:
         """Return the files of a version as they are now."""
@@ -613,33 +660,15 @@ class World:
     def check_pause(self, decision: Next) -> None:
         """Nothing is late, and nothing will be to do before the scheduler wants to be asked again."""
         late = [job for job in self.own.unended() if job.deadline_at and job.deadline_at <= self.now]
-        self._check_waits_for_approval()
+        # What is not approved fails at once; nothing else waits for it.
+        refused = {job for job, found in self.estimates.items() if isinstance(found, Failure)}
+        assert not refused & {job.id for job in self.own.unended()}
+        assert not [reason for reason in decision.waiting_for.values() if "approv" in reason]
         running = self.running()
         assert not [job for job in late if job.id not in running or not running[job.id].has_outcome]
         until = decision.wake_at or add_seconds(self.now, 1_000_000)  # as good as never
         assert until > self.now
         assert self.decision(add_seconds(until, -0.000_001)).action is None
-
-    def _check_waits_for_approval(self) -> None:
-        """No load waits for approval that is late, or of what would replace other files than were shown."""
-        for job in self.own.unended():
-            asked, model = job.approval, self.state.models.get(job.model_id)
-            if not job.waits_for_approval or asked is None:
-                continue
-            assert asked.expires_at > self.now
-            servings = () if model is None else model.servings
-            digests = [digest_of(contents_of(each.files)) for each in servings]
-            assert not digests or asked.served_digest in digests
-
-    def check_unapproved(self) -> None:
-        """A load that waits for approval holds nothing: no memory, no slot, no turn."""
-        for job in self.state.unended():
-            if job.waits_for_approval:
-                assert job.status is JobStatus.PENDING
-                assert job.id not in self.live
-                assert job.id not in [each.id for each in self.state.queue(job.model_id)]
-                model = self.state.models.get(job.model_id)
-                assert model is None or job.id not in [load.job_id for load in model.loads]
 
     def settle(self) -> Next:
         """Take turns until there is nothing to do, which has to be soon."""
@@ -662,53 +691,43 @@ class World:
             case actions.StartUnload(job) if job.status is JobStatus.IN_PROGRESS:
                 self._follow_up(action)
             case _:
-                if self._send(self._command(action), action):
+                if self._confirm(action) and self._send(self._command(action), action):
                     self._follow_up(action)
 
+    def _confirm(self, action: Action) -> bool:
+        """Whether what a load has passed still holds; else it is checked anew, as the consumer does it."""
+        if all(each.holds(self.state) for each in self._list_checked(action)):
+            return True
+        assert isinstance(action, actions.JobAction)
+        del self.passed[action.job.id], self.estimates[action.job.id]
+        self.outdated.discard(action.job.id)
+        return False
+
+    def _list_checked(self, action: Action) -> tuple[Condition, ...]:
+        """Return the conditions of what a load has passed that goes on with an action."""
+        match action:
+            case actions.StartLoad(job) | actions.ChangeSettings(job) | actions.UnloadForReplacement(job):
+                return self.passed[job.id][1].conditions if job.id in self.passed else ()
+        return ()
+
     def look_at_files(self, job: Job) -> None:
-        """Do what the coroutine of a load does before it may start: check its files, and ask for approval.
+        """Check the files of a load, and estimate it, as its coroutine does."""
+        rules = self.policy.loads.of(job.model_id)
+        if job.id not in self.passed and (rules is not None or job.policy_digest is not None):
+            try:
+                self.passed[job.id] = self._check_files(job, rules or ModelRules())
+            except NotLoadable as refused:
+                self.estimates[job.id] = refused.failure
+                return
+        self.estimates[job.id] = self.estimated(job)
 
-        If that cannot be recorded, it does so once more.
-        """
-        rules, model = self.policy.loads.of(job.model_id), self.state.models.get(job.model_id)
-        if (rules is None and job.policy_digest is None) or job.id in self.passed:
-            self.estimates[job.id] = self.estimated(job)
-            return
-        files = find_expected(job, model) or self.files_in_repository(job.model_id, job.version or 0)
-        try:
-            checked = self._check_load(job, rules or ModelRules(), files)
-        except NotLoadable as refused:
-            self.estimates[job.id] = refused.failure
-            return
-        if checked.approval is not None:
-            self.passed[job.id] = files, checked
-            self.estimates[job.id] = self.estimated(job)
-            return
-        question = draft_question(
-            job,
-            rules or ModelRules(),
-            checked.signature,
-            contents_of(files),
-            state=self.state,
-            now=self.now,
-            is_signed=partial(self.placement.is_signed, state=self.state),
-        )
-        if isinstance(question, Failure):
-            self.estimates[job.id] = question
-            return
-        conditions = (unchanged(job), *(() if model is None else (ModelUnchanged(model),)))
-        command = self.placement.complete(Record((question,), conditions), self.state)
-        if self._send(command, actions.RecordFact(job, question.data)):
-            del self.estimates[job.id]
-
-    def _check_load(self, job: Job, rules: ModelRules, files: tuple[LoadedFile, ...]) -> CheckedLoad:
-        model = self.state.models.get(job.model_id)
-        is_reload = find_expected(job, model) is not None
-        contents, is_signed = contents_of(files), partial(self.placement.is_signed, state=self.state)
-        given = CheckInput(
-            rules, job.model_id, model, contents, lambda _: b"", self.now, is_reload, is_signed
-        )
-        return check_load(given, job)
+    def _check_files(self, job: Job, rules: ModelRules) -> tuple[tuple[LoadedFile, ...], CheckedLoad]:
+        model = self.state.models.get(job.model_id) or Model(job.model_id)
+        versions, expected = self.state.registers.find_versions(job.model_id), find_expected(job, model)
+        files = expected or self.files_in_repository(job.model_id, job.version or 0)
+        is_signed = partial(self.placement.is_signed, state=self.state)
+        about = rules, model, versions, contents_of(files), lambda _: b"", self.now
+        return files, check_load(CheckInput(*about, expected is not None, is_signed), job)
 
     def estimated(self, job: Job) -> MemoryEstimate | Failure:
         """Return the estimate of a load; one that found other files takes more."""
@@ -802,7 +821,7 @@ class World:
 
     def list_conditions(self, action: Action) -> tuple[Condition, ...]:
         """Return the conditions of what an action appends."""
-        return actions.list_conditions(action, self.state)
+        return (*actions.list_conditions(action, self.state), *self._list_checked(action))
 
     def _command(self, action: Action) -> Record | RequestLoad | RequestUnload:
         conditions = self.list_conditions(action)
@@ -849,7 +868,7 @@ class World:
             same = job and find_expected(job, self.state.models.get(job.model_id))
             return loaded if not same else change(loaded, files=same)
         files, checked = self.passed[load]
-        return change(loaded, files=files, verified=True, approval=checked.approval or UNSET)
+        return change(loaded, files=files, verified=True, **asdict(checked.evidence))
 
     def _swapped_out(self, job: Job) -> tuple[Draft, ...]:
         """Return the unload request of the load from which the model serves, which a job replaces."""
@@ -891,11 +910,7 @@ class World:
         """What is being found out of pending loads is known."""
         for job_id, need in list(self.estimates.items()):
             job = self.state.unended_job(job_id)
-            if need is not None or job is None:
-                continue
-            if job.waits_for_approval:  # that was recorded, though its commit raised
-                del self.estimates[job_id]
-            else:
+            if need is None and job is not None:
                 self.look_at_files(job)
 
     def end_all(self) -> None:

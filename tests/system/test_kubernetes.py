@@ -28,9 +28,9 @@ from support.servers import MODULE, fresh_environment, serving
 
 from server.app import all_routes
 from server.auth import keys
+from server.auth.access import Access
 from server.auth.keys import KeyRing
 from server.config import Config
-from server.routing import Access
 
 FOLDER = DEPLOY / "kubernetes"
 FILES = [path.name for path in sorted(FOLDER.iterdir())]

@@ -27,7 +27,7 @@ GUIDES = {
     "docs/how-to/get-a-model-into-onnx.md": 5,
     "docs/how-to/keep-a-ledger-for-years.md": 4,
     "docs/how-to/run-behind-an-identity-provider.md": 4,
-    "docs/how-to/sign-and-approve-models.md": 7,
+    "docs/how-to/sign-and-approve-models.md": 8,
     "docs/how-to/swap-without-downtime.md": 6,
     "docs/how-to/use-tritons-client.md": 1,
 }

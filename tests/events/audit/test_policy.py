@@ -1,6 +1,7 @@
 """`PolicyAudit` finds each load that was not signed or approved as the rules of its day ask, and no other.
 
-The words of a table are those of `WORDS`. A model's files have the hash `ONE` or `TWO`.
+The words of a table are those of `WORDS`. A model's files have the hash `ONE` or `TWO`. The load `L` is
+requested by alice.
 """
 
 import asyncio
@@ -19,21 +20,22 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given as given_any
 from hypothesis import strategies as st
 from msgspec import UNSET, UnsetType
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 from support.clients import printed, printed_json
 from support.history import FEWER, History, at, ids, model_loaded, opened
 from support.ledgers import append_events
 from support.signing import make_authority, make_key, public_pem, sign_version
 
 from events.accept import accept
-from events.approvals import AnswerApproval, answer_statement, emergency_statement, load_statement
+from events.approvals import ApproveVersion, WithdrawApproval, approval_statement
 from events.audit.policy import MAX_REMARKS, PolicyAudit, RemarkKind
 from events.clock import parse_timestamp
 from events.commands import Accepted, Command, RequestLoad
-from events.jobs import ApprovalAnswer, Failure, Job
-from events.models import MAX_ADMITTED, AdmittedBytes
-from events.policy.checks import CheckInput, NotLoadable, check_load
+from events.jobs import Job
+from events.models import MAX_BUNDLES, RELOADS, AdmittedBytes
+from events.policy.checks import CheckedLoad, CheckInput, NotLoadable, check_load
 from events.policy.rules import (
+    AddedMode,
     ApprovalRule,
     LoadPolicy,
     ModelRules,
@@ -44,31 +46,41 @@ from events.policy.rules import (
 from events.policy.signatures import key_digest
 from events.sqlite.datalock import LEDGER
 from events.state import Entities
+from events.statements import emergency_statement, load_statement
 from events.types import (
-    ApprovalAsked,
-    ApprovalBypassed,
+    AddedFile,
     ApprovalResult,
     Cause,
+    Contents,
     Credential,
+    Draft,
     Event,
     FileHash,
     Justification,
     LoadApproval,
-    LoadApproved,
     LoadedFile,
     LoadJoined,
+    LoadParameters,
+    LoadRequested,
     LoadSignature,
     LoadStarted,
     ModelLoaded,
+    ModelSettingsChanged,
     NodeSignature,
     PolicyInForce,
     Unknown,
+    VersionAdded,
+    VersionApproved,
+    VersionRemoved,
     contents_of,
     digest_of,
+    record_draft,
 )
-from runtime.consumer.checks import draft_question
+from events.versions import make_approval
+from runtime.scheduler.admission import find_same_workers
 
 MODEL = "digits"
+ONE, TWO = "ab" * 32, "cd" * 32
 SIGNATURE_FILE = "model.sig"
 PRIVATE_KEYS = {"key": make_key(), "other key": make_key()}
 KEY, OTHER_KEY = PRIVATE_KEYS
@@ -90,12 +102,17 @@ def files_of(sha256: str, bundle: str | None = None) -> tuple[LoadedFile, ...]:
     return model, LoadedFile(SIGNATURE_FILE, 100, 1, hashlib.sha256(bundle.encode()).hexdigest())
 
 
+def contents(sha256: str = ONE) -> Contents:
+    return contents_of(files_of(sha256))
+
+
 APPROVAL = LoadPolicy(approval=(ApprovalRule((MODEL,)),))
 POLICIES = {
     "none": LoadPolicy(),
     "approval": APPROVAL,
     "two": LoadPolicy(approval=(ApprovalRule((MODEL,), approvals=2),)),
     "strict": LoadPolicy(approval=(ApprovalRule((MODEL,)), ApprovalRule((MODEL,), emergency=False))),
+    "recorded": LoadPolicy(approval=(ApprovalRule((MODEL,), added=AddedMode.RECORDED),)),
     "others": LoadPolicy(approval=(ApprovalRule(("other-*",)),)),
     "trust": LoadPolicy((TrustRule((MODEL,), TrustMode.ENFORCE, (PEMS[KEY],)),)),
     "rekeyed": LoadPolicy((TrustRule((MODEL,), TrustMode.ENFORCE, (PEMS[OTHER_KEY],)),)),
@@ -104,7 +121,6 @@ POLICIES = {
     ),
     "warn": LoadPolicy((TrustRule((MODEL,), TrustMode.WARN, (PEMS[KEY],)),)),
 }
-ONE, TWO = "ab" * 32, "cd" * 32
 NO_RULES = ModelRules()
 
 
@@ -127,58 +143,63 @@ class Story:
         job: str,
         by: str = "alice",
         *,
-        emergency: str | None = None,
+        emergency_for: str | None = None,
         cause: Cause = Cause.REQUEST,
-        issuers: tuple[str, ...] = (),
+        issued_by: tuple[str, ...] = (),
     ) -> None:
-        said = Justification(Credential(issued_by=issuers), "why", emergency)
-        if emergency is not None:
-            said = replace(said, digest=digest_of(contents_of(files_of(ONE))))
-        if emergency is not None and self.node is not UNSET:
+        said = Justification(Credential(issued_by=issued_by), "why")
+        if emergency_for is not None:
+            said = replace(said, emergency="outage", digest=digest_of(contents(emergency_for)))
             seen = self.sign(emergency_statement(job, MODEL, 1, by, said))
             said = replace(said, node_signature=seen)
         digest = UNSET if self.rules is NO_RULES else self.rules.digest
-        self.history.ask_load(job, cause=cause, policy=digest, justification=said)
-        facts, state = self.history.facts, self.history.state
-        facts[-1] = replace(facts[-1], actor=by)
-        state.jobs[job] = replace(state.jobs[job], requested_by=by)
-
-    def ask(self, job: str, sha256: str = ONE, *, approvals: int | None = None) -> None:
-        contents = contents_of(files_of(sha256))
-        files = tuple(FileHash(*each) for each in contents)
-        rule, approvals = self.rules.approval_digest or "", approvals or self.rules.approvals
-        asked = ApprovalAsked(files, digest_of(contents), rule, approvals, at(90_000))
-        self.history.add(asked, job)
+        asked = LoadRequested.of(LoadParameters(), cause, policy=digest, justification=said)
+        self.history.add(asked, job, by=by)
 
     def sign(self, statement: bytes) -> NodeSignature | UnsetType:
         if self.node is UNSET:
             return UNSET
         return NodeSignature(self.node, base64.b64encode(self.key.sign(statement)).decode())
 
-    def approve(self, job: str, by: str = "carol", sha256: str = ONE, **token: Any) -> None:
-        digest, credential = digest_of(contents_of(files_of(sha256))), Credential(**token)
-        rule, answer = self.rules.approval_digest or "", ApprovalAnswer(by, "fine")
-        signature = self.sign(answer_statement(self.history.job(job), digest, rule, answer))
-        self.history.add(LoadApproved(digest, rule, "fine", credential, signature), job, by=by)
+    def add(self, by: str, version: str = "1") -> None:
+        added = VersionAdded(tuple(AddedFile(path, 1, sha256) for path, sha256 in contents()))
+        self.history.add(added, by=by, version=int(version))
 
-    def bypass(self, job: str, sha256: str = ONE) -> None:
-        digest, rule = digest_of(contents_of(files_of(sha256))), self.rules.approval_digest or ""
-        answer = ApprovalAnswer("alice", "outage")
-        signature = self.sign(answer_statement(self.history.job(job), digest, rule, answer))
-        self.history.add(ApprovalBypassed(digest, rule, "outage", signature), job, by="alice")
+    def approve(self, by: str = "carol", *issued_by: str, sha256: str = ONE, of: str = ONE) -> None:
+        """Approve the digest of `sha256` with the files of another one."""
+        files = tuple(FileHash(*each) for each in contents(of))
+        data = VersionApproved(digest_of(contents(sha256)), files, "fine", Credential(issued_by=issued_by))
+        event_id = f"approval{self.history.state.position}"
+        said = make_approval(record_draft(Draft(event_id, data, by, None, MODEL, 1), 0, ""), data)
+        data = replace(data, node_signature=self.sign(approval_statement(MODEL, said)))
+        self.history.add(data, by=by, event_id=event_id)
 
-    def load(self, job: str, result: str = "", by: str = "", sha256: str = ONE, **given: Any) -> None:
-        """Load files, which say how they were approved; `given` are other fields of the event."""
+    def find_approval(self, by: str) -> int:
+        """Return the position of a person's last approval; one that does not exist if there is none."""
+        found = [each for each in self.history.facts if isinstance(each.data, VersionApproved)]
+        return next((each.position for each in reversed(found) if each.actor == by), 999)
+
+    def name_approvals(self, by: str, *positions: int, result: str = "approved") -> LoadApproval:
         persons, rule = tuple(by.split("+")) if by else (), self.rules.approval_digest or ""
-        approval = LoadApproval(rule, ApprovalResult(result), persons) if result else UNSET
+        return LoadApproval(rule, ApprovalResult(result), persons, positions)
+
+    def start(self, job: str) -> None:
+        self.history.add(LoadStarted(1, self.node), job)
+
+    def finish(self, job: str, result: str = "", by: str = "", sha256: str = ONE, **given: Any) -> None:
+        """Load files, which say how they were approved; `given` are other fields of the event."""
+        positions = map(self.find_approval, by.split("+")) if result == "approved" else ()
+        approval = self.name_approvals(by, *positions, result=result) if result else UNSET
         data = replace(model_loaded(), files=files_of(sha256), approval=approval, node_id=self.node)
         data = replace(data, **given)
-        digest = digest_of(contents_of(data.files))
-        passed = AdmittedBytes(digest, job, 1, data.signature, data.approval)
+        passed = AdmittedBytes(digest_of(contents_of(data.files)), job, 1, data.evidence)
         if self.node is not UNSET and "node_signature" not in given:
             data = replace(data, node_signature=self.sign(load_statement(MODEL, passed)))
-        self.history.add(LoadStarted(1, self.node), job)
         self.history.add(data, job)
+
+    def load(self, job: str, *said: str, **given: Any) -> None:
+        self.start(job)
+        self.finish(job, *said, **given)
 
     def load_signed(
         self,
@@ -227,18 +248,31 @@ WORDS: dict[str, Callable[..., object]] = {
     "policy": Story.policy,
     "forget_rules": lambda s: setattr(s, "rules", NO_RULES),
     "rules_of": lambda s, name: setattr(s, "rules", POLICIES[name].of(MODEL)),
+    "add": Story.add,
+    "remove": lambda s: s.history.add(VersionRemoved(), by="dave"),
+    "approve": Story.approve,
+    "approve_two": lambda s, by: s.approve(by, sha256=TWO, of=TWO),
+    "approve_with_other_files": lambda s, by: s.approve(by, of=TWO),
+    "withdraw": lambda s: s.history.withdraw(digest=digest_of(contents())),
     "request": lambda s, *by: s.request("L", *by),
-    "request_again": lambda s: s.request("L2"),
-    "bypass_other": lambda s: s.bypass("L", TWO),
-    "request_emergency": lambda s: s.request("L", emergency="outage"),
+    "request_with_token_of": lambda s, *issuers: s.request("L", issued_by=issuers),
+    "request_again": lambda s, *by: s.request("L2", *by),
+    "request_again_in_emergency": lambda s, sha256: s.request("L2", emergency_for=sha256),
+    "request_emergency": lambda s: s.request("L", emergency_for=ONE),
+    "request_other_emergency": lambda s: s.request("L", emergency_for=TWO),
     "request_reload": lambda s: s.request("R", "system", cause=Cause.RESTART),
+    "request_reload_again": lambda s: s.request("R2", "system", cause=Cause.RESTART),
     "join": lambda s, by: s.history.add(LoadJoined(), "L", by=by),
-    "ask": lambda s, *sha256: s.ask("L", *sha256),
-    "ask_one_person": lambda s: s.ask("L", approvals=1),
-    "approve": lambda s, by, *sha256: s.approve("L", by, *sha256),
-    "bypass": lambda s: s.bypass("L"),
+    "start": lambda s: s.start("L"),
+    "finish": lambda s, *said: s.finish("L", *said),
+    "finish_again": lambda s, *said: s.finish("L2", *said),
     "load": lambda s, *said: s.load("L", *said),
     "load_again": lambda s, *said: s.load("L2", *said),
+    "load_at_positions": lambda s, *at: s.load("L", approval=s.name_approvals("carol", *map(int, at))),
+    "load_unsigned": lambda s, *said: s.load("L", *said, node_signature=UNSET),
+    "load_signed_by_b": lambda s, *said: s.load("L", *said, node_signature=NodeSignature("b", "")),
+    "change_settings": lambda s: s.history.change_settings("L2", "L"),
+    "change_settings_at_reload": lambda s: s.history.change_settings("R", "L"),
     "reload": lambda s, *said: s.load("R", *said),
     "load_unrequested": lambda s, *said: s.load("unknown", *said),
     "load_signed": lambda s: s.load_signed("L"),
@@ -254,11 +288,14 @@ WORDS: dict[str, Callable[..., object]] = {
     "load_went_on": lambda s: s.load_signed("L", is_in_ledger=True, was_verified=True),
     "load_went_on_again": lambda s: s.load_signed("L2", is_in_ledger=True, was_verified=True),
     "reload_went_on": lambda s: s.load_signed("R", is_in_ledger=True, was_verified=True),
+    "reload_again_went_on": lambda s: s.load_signed("R2", is_in_ledger=True, was_verified=True),
+    "reload_signed_without_rules": lambda s: s.load("R", files=files_of(ONE, bundle_of(ONE))),
     "restart": lambda s: s.history.restart(),
     "join_as_node": Story.join_as_node,
     "leave": lambda s: s.history.leave("a"),
-    "unsigned": lambda s: setattr(s, "key", Ed25519PrivateKey.generate()),
+    "other_key": lambda s: setattr(s, "key", Ed25519PrivateKey.generate()),
     "at_node": lambda s, node: setattr(s, "node", node),
+    "at_no_node": lambda s: setattr(s, "node", UNSET),
 }
 
 
@@ -270,27 +307,53 @@ def tell(words: str) -> Story:
     return story
 
 
-APPROVED = "policy:approval request ask approve:carol load:approved:carol"
+APPROVED = "policy:approval approve request load:approved:carol"
+BYPASSED = "policy:approval request_emergency load:bypassed:alice"
 SIGNED = "policy:trust request load_signed"
+UNRULED_RELOAD = "policy:none restart request_reload reload_signed_without_rules"
+SETTINGS_IN_EMERGENCY = f"request_again_in_emergency:{ONE} change_settings"
+NODE = "join_as_node policy:approval"
 HONEST = [
     "request load",
     "policy:others request load",
     "policy:approval policy:none request load",
     "policy:approval forget_rules request policy:none load",
     APPROVED,
-    f"{APPROVED} request_again load_again:approved_before",
-    f"{APPROVED} restart request_reload reload:approved_before",
+    "approve policy:approval request load:approved:carol",  # before there were rules
+    f"{APPROVED} request_again load_again:approved:carol",
+    f"{APPROVED} policy:none request_again load_again policy:approval restart request_reload reload:reload",
+    f"{APPROVED} restart request_reload reload:reload",
+    f"{APPROVED} withdraw restart request_reload reload:reload",
     "request load policy:approval restart request_reload reload:reload",
-    "policy:two request ask approve:carol approve:dave load:approved:carol+dave",
-    "policy:approval request ask approve:carol join:carol load:approved:carol",  # she asked only later
-    "policy:approval request_emergency bypass load:bypassed:alice",
+    "policy:two approve approve:dave request load:approved:carol+dave",
+    "policy:two approve approve:CAROL approve:dave:carol approve:erin request load:approved:carol+erin",
+    "policy:approval approve:alice approve:dave:alice approve:erin request load:approved:erin",
+    "policy:approval approve request join:carol load:approved:carol",  # she asks for what she approved
+    "policy:approval approve approve:dave withdraw approve:erin request load:approved:erin",
+    "policy:approval request approve start withdraw finish:approved:carol",  # it had started by then
+    "policy:approval request approve start add:carol finish:approved:carol",
+    "policy:approval add:bob approve request load:approved:carol",
+    "policy:recorded add:bob approve request load:approved:carol",
+    "policy:recorded approve add:alice remove request load:approved:carol",
+    BYPASSED,
+    "policy:recorded request_emergency load:bypassed:alice",
+    "policy:strict approve request_emergency load:approved:carol",
     SIGNED,
     f"{SIGNED} request_again load_signed_again",
     f"{SIGNED} policy:rekeyed restart request_reload reload_went_on",
+    f"{SIGNED} {UNRULED_RELOAD} policy:rekeyed restart request_reload_again reload_again_went_on",
     "policy:warn request load",
     f"join_as_node {APPROVED}",
-    "join_as_node policy:approval request_emergency bypass load:bypassed:alice",
+    f"{NODE} request_emergency load:bypassed:alice",
+    f"{NODE} approve other_key join_as_node approve:dave request load:approved:dave",  # carol's is of no node
+    "join_as_node request load policy:approval restart request_reload reload:reload",
     "join_as_node:b policy:approval join_as_node:c forget_rules request load",  # no rules at c
+    f"{APPROVED} request_again change_settings",
+    f"{APPROVED} {SETTINGS_IN_EMERGENCY}",
+    f"{APPROVED} withdraw request_reload change_settings_at_reload",
+    f"request load policy:approval {SETTINGS_IN_EMERGENCY}",
+    "request load policy:trust request_again change_settings",
+    f"{NODE} approve request load:approved:carol request_again change_settings",
 ]
 
 
@@ -299,36 +362,67 @@ def test_honest_history_has_no_finding(words: str) -> None:
     assert audit(tell(words).history.facts)[0] is None
 
 
+MISSING = "1 more approval"
 FORGED = [
-    # Approvals.
+    # Rules.
     ("policy:approval forget_rules request load", "the request for this load names none"),
-    ("rules_of:approval request ask approve:carol load:approved:carol", "not those in force"),
-    ("rules_of:approval request ask policy:others rules_of:approval load", "not those in force"),
+    ("rules_of:approval approve request load:approved:carol", "not those in force"),
+    ("rules_of:approval request policy:others rules_of:approval load", "not those in force"),
     ("policy:approval forget_rules load_unrequested", "the request for this load is missing"),
     ("rules_of:approval forget_rules request rules_of:approval load:approved:carol", "names none"),
-    ("policy:approval request load", "the approval that its rules ask for is missing"),
-    ("policy:approval request load:approved:carol", "that is not in the log before"),
-    ("policy:approval request ask load:approved:carol", "that is not in the log before"),
-    (f"policy:approval request ask approve:carol:{TWO} load:approved:carol", "is not in the log before"),
-    ("policy:approval request ask approve:alice", "'alice' asked for this load"),
-    ("policy:approval request ask approve:ALICE", "'ALICE' asked for this load"),
-    ("policy:approval request join:carol ask approve:carol", "'carol' asked for this load"),
-    ("policy:two request ask approve:carol approve:Carol", "'Carol' asked for this load or approved it"),
-    (f"policy:approval request ask approve:carol load:approved:carol:{TWO}", "the files are now"),
-    ("policy:approval request ask approve:carol load:approved:dave", "not in the log"),
-    ("policy:approval request ask approve:carol rules_of:two load:approved:carol", "not in the log"),
-    ("policy:two request ask_one_person approve:carol load:approved:carol", "2 other persons, and carol"),
-    ("policy:approval request load:approved_before", "that is not in the log before"),
-    (
-        f"{APPROVED} policy:two request_again load_again:approved_before",
-        "that is not in the log before",
-    ),
+    # Approvals.
+    ("policy:approval approve_with_other_files:carol", "its files do not have the digest"),
+    ("policy:approval request load", MISSING),
+    ("policy:approval request load:approved:carol", MISSING),
+    ("policy:approval approve request load", "the approval that its rules ask for is missing"),
+    ("policy:approval approve_two:carol request load:approved:carol", MISSING),
+    (f"policy:approval approve request load:approved:carol:{TWO}", MISSING),
+    ("policy:two approve request load:approved:carol", MISSING),
+    ("policy:approval approve:alice request load:approved:alice", MISSING),
+    ("policy:approval approve:ALICE request load:approved:ALICE", MISSING),
+    ("policy:approval approve:carol:alice request load:approved:carol", "'alice', who asks for the load"),
+    ("policy:approval add:carol approve request load:approved:carol", "'carol', who added them"),
+    ("policy:approval approve add:Carol:3 request load:approved:carol", "'Carol', who added them"),
+    ("policy:approval add:carol remove approve request load:approved:carol", "'carol', who added them"),
+    ("policy:approval add:bob approve:carol:root:Bob request load:approved:carol", "'bob', who added them"),
+    ("policy:two approve approve:Carol request load:approved:carol+Carol", MISSING),
+    ("policy:two approve approve:dave:carol request load:approved:carol+dave", MISSING),
+    ("policy:recorded approve request load:approved:carol", "does not have who added"),
+    ("policy:approval approve withdraw request load:approved:carol", MISSING),
+    ("policy:approval approve request withdraw load:approved:carol", MISSING),
+    ("policy:approval approve request start withdraw start finish:approved:carol", MISSING),
+    ("policy:approval approve withdraw request load:reload", MISSING),
+    ("policy:approval approve request load_at_positions:999", MISSING),
+    ("policy:approval approve request load_at_positions:1", MISSING),  # another event
+    ("policy:approval approve request load_at_positions:2:999", "that is not in the log before"),
+    ("policy:approval approve approve:dave request load_at_positions:3", "that is not in the log before"),
+    ("policy:approval approve request load_at_positions", "that is not in the log before"),
+    ("policy:approval approve request rules_of:two load:approved:carol", "that is not in the log before"),
+    (f"{APPROVED} policy:two request_again load_again:approved:carol", MISSING),
+    (f"{APPROVED} withdraw request_again finish_again:approved:carol", MISSING),  # never started
+    # Reloads.
     (f"{APPROVED} request_again load_again:reload", "that is not in the log before"),
-    ("policy:approval request_reload reload:reload", "that is not in the log before"),
-    ("policy:approval request_emergency load:bypassed:alice", "that is not in the log before"),
-    ("policy:approval request bypass load:bypassed:alice", "the request names none"),
-    ("policy:strict request_emergency bypass load:bypassed:alice", "its rules allow no emergency"),
-    ("policy:approval request_emergency bypass load:approved:alice", "that is not in the log before"),
+    (f"{APPROVED} withdraw request_again load_again:reload", MISSING),
+    (f"{APPROVED} restart request_reload reload:approved:carol", "that is not in the log before"),
+    ("policy:approval request_reload reload:reload", MISSING),
+    (f"{APPROVED} restart request_reload reload:reload::{TWO}", MISSING),
+    # Emergencies.
+    ("policy:approval request load:bypassed:alice", MISSING),
+    ("policy:approval approve request load:bypassed:alice", "that is not in the log before"),
+    ("policy:strict request_emergency load:bypassed:alice", "the rules allow no emergency"),
+    ("policy:approval request_other_emergency load:bypassed:alice", "the emergency was for the files"),
+    ("policy:approval request_emergency load:bypassed:carol", "that is not in the log before"),
+    ("policy:approval request_emergency load:approved:alice", "that is not in the log before"),
+    ("policy:approval request_emergency load:reload", "that is not in the log before"),
+    # Settings.
+    ("request load policy:approval request_again change_settings", MISSING),
+    (f"{APPROVED} request_again:carol change_settings", "by others than 'carol', who asks"),
+    (f"{APPROVED} withdraw request_again change_settings", MISSING),
+    (f"{APPROVED} add:carol request_again change_settings", "'carol', who added them"),
+    (f"{APPROVED} policy:recorded request_again change_settings", "does not have who added"),
+    (f"request load policy:strict {SETTINGS_IN_EMERGENCY}", "the rules allow no emergency"),
+    (f"request load policy:approval request_again_in_emergency:{TWO} change_settings", "was for the files"),
+    (f"join_as_node request load policy:approval other_key {SETTINGS_IN_EMERGENCY}", "role emergency"),
     # Signatures.
     ("policy:trust request load", "the signature that its rules ask for is missing"),
     ("policy:trust request load_without_bundle", "neither this load nor one before has it"),
@@ -349,23 +443,19 @@ FORGED = [
     ),
     (f"{SIGNED} policy:distrusted restart request_reload reload_went_on", "its rules refuse the signature"),
     # Nodes.
-    ("join_as_node policy:approval request ask unsigned approve:carol", "not by the key with which"),
-    ("join_as_node policy:approval request ask at_node:b approve:carol", "not by the key with which"),
-    ("policy:approval request_emergency bypass_other", "the emergency was for other files"),
-    ("join_as_node policy:approval request_emergency bypass_other", "the emergency was for other files"),
-    ("join_as_node policy:approval request_emergency unsigned bypass", "not by the key with which"),
-    ("join_as_node policy:approval unsigned request_emergency bypass", "has the role emergency"),
+    (f"{NODE} other_key approve", "not by the key with which"),
+    (f"{NODE} at_node:b approve", "not by the key with which"),
+    (f"{NODE} at_no_node approve", "the signature of a node is missing"),
+    (f"{NODE} at_no_node request_emergency at_node:a load:bypassed:alice", MISSING),
+    (f"{NODE} other_key request_emergency load:bypassed:alice", "has the role emergency"),
+    (f"{NODE} request_other_emergency load:bypassed:alice", "the emergency was for the files"),
+    ("policy:approval approve join_as_node policy:approval request load:approved:carol", MISSING),
+    ("join_as_node request load_unsigned policy:approval restart request_reload reload:reload", "no trusted"),
+    (f"{NODE} approve request other_key load:approved:carol", "not by the key with which"),
+    (f"{NODE} approve request load_unsigned:approved:carol", "the signature of a node is missing"),
     (
-        "policy:approval request ask approve:carol join_as_node policy:approval load:approved:carol",
-        "no trusted node has signed the answer",
-    ),
-    (
-        f"{APPROVED} join_as_node policy:approval request_again load_again:approved_before",
-        "that is not in the log before",
-    ),
-    (
-        "join_as_node policy:approval request ask approve:carol unsigned load:approved:carol",
-        "not by the key with which",
+        f"{NODE} join_as_node:b at_node:a approve request load_signed_by_b:approved:carol",
+        "'a' has not signed",
     ),
 ]
 
@@ -379,23 +469,10 @@ def test_forged_history_is_found_at_its_last_event(words: str, missing: str) -> 
     assert missing in found[1]
 
 
-def test_load_at_node_without_signature_is_found() -> None:
-    story = tell("join_as_node policy:approval request ask approve:carol")
-    story.load("L", "approved", "carol", node_signature=UNSET)
-    assert audit(story.history.facts)[0] == (7, "the signature of a node is missing")
-
-
-def test_load_signed_by_another_node_is_found() -> None:
-    story = tell("join_as_node:b join_as_node policy:approval request ask approve:carol")
-    story.load("L", "approved", "carol", node_signature=NodeSignature("b", ""))
-    assert audit(story.history.facts)[0] == (8, "the node 'a' has not signed it, where it was loaded")
-
-
 def test_load_of_another_version_than_requested_is_found() -> None:
-    story = tell("policy:approval request ask approve:carol")
-    approval = LoadApproval(story.rules.approval_digest or "", ApprovalResult.APPROVED, ("carol",))
-    data = replace(model_loaded(), files=files_of(ONE), approval=approval)
-    story.history.add(data, "L", version=2)
+    story = tell("policy:approval approve request start")
+    approval = story.name_approvals("carol", 2)
+    story.history.add(replace(model_loaded(), files=files_of(ONE), approval=approval), "L", version=2)
     assert audit(story.history.facts)[0] == (5, "the request for this load is missing")
 
 
@@ -420,53 +497,47 @@ def remarks_of(story: Story) -> list[tuple[int, RemarkKind, str]]:
     return [(each.position, each.kind, each.text) for each in audited.remarks]
 
 
-def test_bypass_and_reload_that_went_on_are_remarks() -> None:
-    [bypassed] = remarks_of(tell("policy:approval request_emergency bypass load:bypassed:alice"))
-    assert bypassed == (
-        3,
-        RemarkKind.BYPASSED,
-        "'alice' let 'digits' be loaded without approval: outage",
-    )
+SELF_ISSUED, RELOADED = RemarkKind.SELF_ISSUED, RemarkKind.RELOADED
+REMARKS: list[tuple[str, RemarkKind | None, str]] = [
+    (APPROVED, None, ""),
+    ("policy:approval approve:carol:erin request_with_token_of:dave load:approved:carol", None, ""),
+    ("policy:approval approve request_with_token_of:Carol load:approved:carol", SELF_ISSUED, "'carol'"),
+    (
+        "policy:approval approve:carol:root:Dave request_with_token_of:dave load:approved:carol",
+        *(SELF_ISSUED, "'carol' and who asked or approved before may be one person: 'Dave' issued"),
+    ),
+    ("policy:two approve:carol:erin approve:dave:root request load:approved:carol+dave", None, ""),
+    (
+        "policy:two approve:carol:erin approve:dave:erin request load:approved:carol+dave",
+        *(SELF_ISSUED, "'dave' and who asked"),
+    ),
+    (BYPASSED, RemarkKind.BYPASSED, "'alice' let 'digits' be loaded without approval: outage"),
+    (
+        f"request load policy:approval {SETTINGS_IN_EMERGENCY}",
+        *(RemarkKind.BYPASSED, "'alice' let 'digits' be loaded without approval: outage"),
+    ),
+    (f"{APPROVED} restart request_reload reload:reload", None, ""),
+    (f"{APPROVED} withdraw restart request_reload reload:reload", RELOADED, "a reload of 'digits' brought"),
+    ("request load policy:approval restart request_reload reload:reload", RELOADED, MISSING),
+    ("policy:approval policy:none", RemarkKind.WEAKENED, "0 must approve instead of 1"),
+    ("policy:recorded policy:approval", RemarkKind.WEAKENED, "whose adder the ledger does not have"),
+    ("policy:approval policy:recorded", None, ""),
+    ("policy:trust policy:rekeyed", RemarkKind.WEAKENED, "may sign"),
+]
+
+
+@pytest.mark.parametrize(("words", "kind", "text"), REMARKS)
+def test_remark_is_of_the_last_event(words: str, kind: RemarkKind | None, text: str) -> None:
+    story = tell(words)
+    found = remarks_of(story)
+    assert [each[:2] for each in found] == ([] if kind is None else [(len(story.history.facts), kind)])
+    assert all(text in each[2] for each in found)
+
+
+def test_reload_that_went_on_is_a_remark() -> None:
     weakened, went_on = remarks_of(tell(f"{SIGNED} policy:rekeyed restart request_reload reload_went_on"))
     assert weakened[1] == RemarkKind.WEAKENED  # another key may sign
     assert went_on[:2] == (9, RemarkKind.WENT_ON)
-
-
-@pytest.mark.parametrize(
-    ("of_request", "of_answer", "remarked"),
-    [
-        ((), (), False),
-        (("Carol",), (), True),
-        ((), ("ALICE",), True),
-        (("dave",), ("root", "Dave"), True),
-        (("dave",), ("erin",), False),
-    ],
-)
-def test_approval_by_token_of_the_requesters_issuer_is_a_remark(
-    of_request: tuple[str, ...], of_answer: tuple[str, ...], *, remarked: bool
-) -> None:
-    story = tell("policy:approval")
-    story.request("L", issuers=of_request)
-    story.ask("L")
-    story.approve("L", issued_by=of_answer)
-    assert [each[:2] for each in remarks_of(story)] == [(4, RemarkKind.SELF_ISSUED)] * remarked
-
-
-@pytest.mark.parametrize(("issuers", "remarked"), [(("dave",), True), (("erin",), False), (("carol",), True)])
-def test_two_approvers_whose_tokens_one_issued_are_a_remark(
-    issuers: tuple[str, ...], *, remarked: bool
-) -> None:
-    story = tell("policy:two")
-    story.request("L")
-    story.ask("L")
-    story.approve("L", issued_by=("dave",))
-    story.approve("L", "bob", issued_by=issuers)
-    assert [each[:2] for each in remarks_of(story)] == [(5, RemarkKind.SELF_ISSUED)] * remarked
-
-
-def test_weakened_policy_is_a_remark() -> None:
-    story = tell("policy:approval policy:none policy:approval")
-    assert remarks_of(story) == [(2, RemarkKind.WEAKENED, "approval for digits: 0 must approve instead of 1")]
 
 
 def test_remarks_beyond_limit_are_dropped() -> None:
@@ -485,9 +556,7 @@ def test_audit_keeps_only_bundles_that_matter() -> None:
         story.load(f"L{number}", files=files_of(sha256, text), signature=said, bundle=text)
     found, audited = audit(story.history.facts)
     assert found is None
-    assert (
-        len(audited._bundles[MODEL]) == MAX_ADMITTED + 1
-    )  # those that the model names before its last load, and that one's
+    assert len(audited._bundles[MODEL]) == MAX_BUNDLES
 
 
 # Histories that the product makes.
@@ -495,6 +564,7 @@ def test_audit_keeps_only_bundles_that_matter() -> None:
 
 PERSONS = ("alice", "bob", "carol", "Dave")
 SHAS = (ONE, TWO)
+TOKEN = Credential()
 
 
 class Server:
@@ -502,6 +572,7 @@ class Server:
 
     def __init__(self) -> None:
         self.history, self.new_id, self.policy = History(), ids(), LoadPolicy()
+        self.started: tuple[Job, dict[str, Any]] | None = None  # and what its ModelLoaded will say
 
     @property
     def rules(self) -> ModelRules | None:
@@ -522,6 +593,7 @@ class Server:
 
     def restart(self, policy: LoadPolicy) -> None:
         self.history.restart()
+        self.started = None
         if policy != self.policy:
             self.policy = policy
             self.history.add(PolicyInForce(policy), of=None, version=None)
@@ -530,80 +602,85 @@ class Server:
             self.request("system", model.serving.version, cause=model.lost_by or Cause.RESTART)
 
     def request(
-        self, by: str, version: int, *, emergency: str | None = None, cause: Cause = Cause.REQUEST
+        self,
+        by: str,
+        version: int,
+        *,
+        emergency: str | None = None,
+        cause: Cause = Cause.REQUEST,
+        pinned: bool = False,
     ) -> None:
         digest = UNSET if self.rules is None else self.rules.digest
-        said = UNSET if cause is not Cause.REQUEST else Justification(Credential(), "why", emergency)
-        asked = frozenset({"priority"})
+        files = digest_of(contents_of(self.files_of(version)))
+        said = Justification(TOKEN, "why", emergency, digest=UNSET if emergency is None else files)
         command = RequestLoad(
-            MODEL, version, None, by, cause=cause, asked=asked, policy=digest, justification=said
+            *(MODEL, version, contents_of(self.files_of(version)), by, LoadParameters(pinned=pinned)),
+            cause=cause,
+            asked=frozenset({"priority", "pinned"}),
+            policy=digest,
+            is_checked=self.rules is not None and self.rules.persons > 0,
+            justification=UNSET if cause is not Cause.REQUEST else said,
         )
         self.submit(command)
 
-    def answer(self, by: str) -> None:
-        for job in self.history.state.unended():
-            if job.waits_for_approval and job.approval is not None:
-                digest = job.approval.digest
-                self.submit(AnswerApproval(job.id, by, digest, "fine", Credential(), approves=True))
-                return
+    def add(self, by: str, version: int) -> None:
+        files = tuple(AddedFile(each.path, each.bytes, each.sha256) for each in self.files_of(version))
+        self.history.add(VersionAdded(files), version=version, by=by)
+
+    def approve(self, by: str, version: int) -> None:
+        found = contents_of(self.files_of(version))
+        self.submit(ApproveVersion(MODEL, version, digest_of(found), found, by, "fine", TOKEN))
+
+    def withdraw(self, by: str, version: int) -> None:
+        self.submit(WithdrawApproval(MODEL, version, by, "it drifts", TOKEN))
+
+    def files_of(self, version: int) -> tuple[LoadedFile, ...]:
+        return files_of(SHAS[version - 1], bundle_of(SHAS[version - 1]))
 
     def work(self) -> None:
-        """Check the next load, and ask for its approval, or load it."""
-        queue = self.history.state.queue(MODEL)
-        job = next((each for each in queue if not each.waits_for_approval), None)
+        """End the load that has started; else check the next one, and start it or change settings."""
+        if self.started is not None:
+            (started, said), self.started = self.started, None
+            files = self.files_of(started.version or 1)
+            loaded = replace(model_loaded(f"w-{started.id}"), files=files, **said)
+            self.history.add(loaded, started.id, version=started.version)
+            return
+        job = next(iter(self.history.state.queue(MODEL)), None)
         if job is None or job.version is None:
             return
         if job.policy_digest != (None if self.rules is None else self.rules.digest):
             self.history.fail_load(job.id, "policy_differs", version=job.version)
-        elif self.rules is None:
-            self._finish(job)
+            return
+        try:
+            said = {} if self.rules is None else self._check(job, self.rules)
+        except NotLoadable as refused:
+            self.history.fail_load(job.id, refused.failure.code, version=job.version)
+            return
+        if (serving := find_same_workers(self.history.state, job)) is not None and job.load is not None:
+            data = ModelSettingsChanged.of(serving.load_job_id, job.load)
+            self.history.add(data, job.id, version=job.version)
         else:
-            self._check(job, self.rules)
+            self.history.start_load(job.id, attempt=job.attempt + 1, version=job.version)
+            self.started = job, said
 
-    def _check(self, job: Job, rules: ModelRules) -> None:
-        model = self.history.state.models.get(MODEL)
-        sha256 = SHAS[(job.version or 1) - 1]
-        files = files_of(sha256, bundle_of(sha256))
-        contents = contents_of(files)
-        is_reload = model is not None and model.serving is not None and job.cause is not Cause.REQUEST
+    def _check(self, job: Job, rules: ModelRules) -> dict[str, Any]:
+        files, model = self.files_of(job.version or 1), self.history.model()
         given = CheckInput(
             rules,
-            MODEL,
             model,
-            contents,
-            read=lambda _: bundle_of(sha256).encode(),
+            self.history.versions(),
+            contents_of(files),
+            read=lambda _: bundle_of(files[0].sha256).encode(),
             now=at(self.history.seconds),
-            is_reload=is_reload,
+            is_reload=job.cause in RELOADS and model.serving is not None,
             is_signed=lambda *_: True,
         )
-        try:
-            checked = check_load(given, job)
-        except NotLoadable as refused:
-            self.history.fail_load(job.id, refused.failure.code, version=job.version or 1)
-            return
-        if checked.approval is not None:
-            said = {"signature": checked.signature, "approval": checked.approval, "bundle": checked.bundle}
-            self._finish(job, **said)
-            return
-        state = self.history.state
-        now, signature = state.recorded_at, checked.signature
-        question = draft_question(
-            job, rules, signature, contents, state=state, now=now, is_signed=given.is_signed
-        )
-        if isinstance(question, Failure):
-            self.history.fail_load(job.id, question.code, version=job.version or 1)
-        else:
-            self.history.add(question.data, job.id, version=job.version, by=question.actor)
-
-    def _finish(self, job: Job, **said: Any) -> None:
-        sha256 = SHAS[(job.version or 1) - 1]
-        self.history.start_load(job.id, attempt=job.attempt + 1, version=job.version)
-        loaded = replace(model_loaded(f"w-{job.id}"), files=files_of(sha256, bundle_of(sha256)), **said)
-        self.history.add(loaded, job.id, version=job.version)
+        checked: CheckedLoad = check_load(given, job)
+        return {**asdict(checked.evidence), "bundle": checked.bundle}
 
 
 BOTH = LoadPolicy(POLICIES["trust"].trust, (ApprovalRule((MODEL,), approvals=2),))
-IN_FORCE = (LoadPolicy(), APPROVAL, POLICIES["strict"], POLICIES["trust"], BOTH)
+IN_FORCE = (LoadPolicy(), BOTH, *(POLICIES[name] for name in ("approval", "strict", "recorded", "trust")))
 
 
 @st.composite
@@ -612,22 +689,29 @@ def served(draw: st.DrawFn) -> list[Event]:
     server = Server()
     server.restart(draw(st.sampled_from(IN_FORCE)))
     persons, versions = st.sampled_from(PERSONS), st.sampled_from((1, 2))
-    steps = st.sampled_from(["request", "emergency", "answer", "work", "all", "all", "restart"])
+    steps = st.sampled_from(
+        ["request", "emergency", "add", "approve", "withdraw", "work", "work", "all", "all", "all", "restart"]
+    )
     for step in draw(st.lists(steps, min_size=5, max_size=30)):
         match step:
             case "request":
-                server.request(draw(persons), draw(versions))
+                server.request(draw(persons), draw(versions), pinned=draw(st.booleans()))
             case "emergency":
                 server.request(draw(persons), draw(versions), emergency="outage")
-            case "answer":
-                server.answer(draw(persons))
+            case "add":
+                server.add(draw(persons), draw(versions))
+            case "approve":
+                server.approve(draw(persons), draw(versions))
+            case "withdraw":
+                server.withdraw(draw(persons), draw(versions))
             case "work":
                 server.work()
             case "all":  # a load, up to its end unless its rules or others are in its way
-                server.request(draw(persons), draw(versions))
-                server.work()
+                version = draw(versions)
                 for person in PERSONS:
-                    server.answer(person)
+                    server.approve(person, version)
+                server.request(draw(persons), version, pinned=draw(st.booleans()))
+                server.work()
                 server.work()
             case "restart":
                 server.restart(draw(st.sampled_from(IN_FORCE)))
@@ -636,27 +720,33 @@ def served(draw: st.DrawFn) -> list[Event]:
 
 def forgeries(facts: list[Event]) -> list[tuple[int, Event]]:
     """Return events that loads rest on, each with its place and as somebody would forge or remove it."""
-    approved = {
-        each.job_id
-        for each in facts
-        if isinstance(each.data, ModelLoaded)
-        and each.data.approval is not UNSET
-        and each.data.approval.result in (ApprovalResult.APPROVED, ApprovalResult.BYPASSED)
-    }
+    rests_on, bypassed = dict[int, str](), set[str]()
     requesters = {each.id: each.actor for each in facts}
     found = list[tuple[int, Event]]()
-    for place, event in enumerate(facts):
-        data = event.data
-        removed = replace(event, data=Unknown("Removed", 1, {}))
-        if isinstance(data, LoadApproved | ApprovalBypassed) and event.job_id in approved:
-            found += [(place, removed), (place, replace(event, data=replace(data, digest="ef" * 32)))]
-        if isinstance(data, LoadApproved) and event.job_id in approved:
-            found.append((place, replace(event, actor=requesters[event.job_id or ""])))
-        if isinstance(data, ModelLoaded) and data.bundle is not UNSET:
-            found.append((place, replace(event, data=replace(data, bundle=UNSET))))
-            found.append((place, replace(event, data=replace(data, bundle=bundle_of(ONE, OTHER_KEY)))))
+
+    def forge(event: Event, **changes: Any) -> None:
+        data: Any = event.data
+        found.append((event.position - 1, replace(event, data=replace(data, **changes))))
+
+    for event in reversed(facts):
+        data, job_id = event.data, event.job_id or ""
         if isinstance(data, ModelLoaded) and data.approval is not UNSET:
-            found.append((place, replace(event, data=replace(data, approval=UNSET))))
+            forge(event, approval=UNSET)
+            forge(event, approval=replace(data.approval, by=("mallory",)))
+            forge(event, approval=replace(data.approval, positions=(*data.approval.positions, 1)))
+            rests_on |= dict.fromkeys(data.approval.positions, requesters[job_id])
+            bypassed |= {job_id} if data.approval.result is ApprovalResult.BYPASSED else set()
+        if isinstance(data, ModelLoaded) and data.bundle is not UNSET:
+            forge(event, bundle=UNSET)
+            forge(event, bundle=bundle_of(ONE, OTHER_KEY))
+        if isinstance(data, VersionApproved) and event.position in rests_on:
+            forge(event, digest="ef" * 32)
+            found.append((event.position - 1, replace(event, data=Unknown("Removed", 1, {}))))
+            found.append((event.position - 1, replace(event, actor=rests_on[event.position])))
+        if isinstance(data, LoadRequested) and job_id in bypassed:
+            assert data.justification is not UNSET
+            forge(event, justification=replace(data.justification, emergency=None))
+            forge(event, justification=replace(data.justification, digest="ef" * 32))
     return found
 
 
@@ -687,15 +777,15 @@ def data_with(folder: Path, words: str) -> Path:
 
 
 def test_verify_command_says_what_is_missing_and_exits_with_1(tmp_path: Path) -> None:
-    sound = data_with(tmp_path / "sound", "policy:approval request_emergency bypass load:bypassed:alice")
+    sound = data_with(tmp_path / "sound", BYPASSED)
     lines = printed("verify", "--data", sound).splitlines()
     assert lines[2] == (
-        "remark: position 3: 'alice' let 'digits' be loaded without approval: outage (approval_bypassed)"
+        "remark: position 4: 'alice' let 'digits' be loaded without approval: outage (approval_bypassed)"
     )
     [remark] = printed_json("verify", "--data", sound)["remarks"]
-    assert (remark["position"], remark["kind"]) == (3, "approval_bypassed")
+    assert (remark["position"], remark["kind"]) == (4, "approval_bypassed")
     forged = data_with(tmp_path / "forged", f"{APPROVED} request_again load_again")
     assert printed("verify", "--data", forged, code=1).splitlines()[0] == (
-        "NOT verified: position 9: the approval that its rules ask for is missing (policy)"
+        "NOT verified: position 8: the approval that its rules ask for is missing (policy)"
     )
     assert printed_json("verify", "--data", forged, code=1)["finding"]["kind"] == "policy"

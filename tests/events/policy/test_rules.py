@@ -7,6 +7,7 @@ import pytest
 from msgspec.structs import replace
 
 from events.policy.rules import (
+    AddedMode,
     ApprovalRule,
     LoadPolicy,
     TrustedCertificates,
@@ -19,7 +20,7 @@ FRAUD = ("fraud-*",)
 TRUST = TrustRule(FRAUD, TrustMode.ENFORCE, ("key",), distrusted=("old",))
 WARN = replace(TRUST, mode=TrustMode.WARN)
 OFF = replace(TRUST, mode=TrustMode.OFF)
-APPROVAL = ApprovalRule(FRAUD, approvals=2, expires_s=3600, emergency=False)
+APPROVAL = ApprovalRule(FRAUD, approvals=2, added=AddedMode.RECORDED, emergency=False)
 
 
 @pytest.mark.parametrize(
@@ -39,12 +40,15 @@ def test_rule_concerns_models_of_its_globs(globs: tuple[str, ...], model_id: str
 
 
 def test_rules_of_a_model_all_count() -> None:
-    other = ApprovalRule(("*",), approvals=1, expires_s=60)
+    other = ApprovalRule(("*",), approvals=1)
     rules = LoadPolicy((TRUST, WARN, OFF), (APPROVAL, other)).of("fraud-1")
     assert rules is not None
     assert rules.trust == (TRUST, WARN)
     assert rules.enforced == (TRUST,)
-    assert (rules.approvals, rules.expires_s, rules.allows_emergency) == (2, 60, False)
+    assert (rules.persons, rules.needs_adder, rules.allows_emergency) == (2, True, False)
+    weaker = LoadPolicy((TRUST,), (other,)).of("fraud-1")
+    assert weaker is not None
+    assert (weaker.needs_adder, weaker.allows_emergency) == (False, True)
 
 
 def test_model_without_rules_has_none() -> None:
@@ -76,8 +80,8 @@ WEAKENINGS: dict[str, tuple[Sequence[Rule], Sequence[Rule], list[str]]] = {
     "a key less": ([replace(TRUST, keys=("key", "key 2"))], [TRUST], []),
     "another distrusted": ([TRUST], [replace(TRUST, distrusted=("old", "older"))], []),
     "stronger approval": (
-        [APPROVAL],
-        [replace(APPROVAL, approvals=3, expires_s=60)],
+        [replace(APPROVAL, added=AddedMode.ANY, emergency=True)],
+        [replace(APPROVAL, approvals=3)],
         [],
     ),
     "trust is gone": ([TRUST], [], ["signatures of fraud-*: the mode is off instead of enforce"]),
@@ -110,10 +114,10 @@ WEAKENINGS: dict[str, tuple[Sequence[Rule], Sequence[Rule], list[str]]] = {
         [replace(APPROVAL, approvals=1)],
         ["approval for fraud-*: 1 must approve instead of 2"],
     ),
-    "longer": (
+    "added": (
         [APPROVAL],
-        [replace(APPROVAL, expires_s=7200)],
-        ["approval for fraud-*: a load waits 7200 s instead of 3600 s"],
+        [replace(APPROVAL, added=AddedMode.ANY)],
+        ["approval for fraud-*: bytes pass whose adder the ledger does not have"],
     ),
     "emergency": (
         [APPROVAL],

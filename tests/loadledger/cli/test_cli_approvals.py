@@ -1,4 +1,4 @@
-"""`loadledger approve`, `reject` and `verify-model`, and loads that wait: against a server with a policy."""
+"""`loadledger approve` and `verify-model`, and loads that are refused: against a server with a policy."""
 
 import asyncio
 import json
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 from support.clients import KINDS, connected, run_command
-from support.http import LocalApi, local_server, when
+from support.http import LocalApi, local_server
 from support.models import add
 from support.servers import at_terminal
 
@@ -59,105 +59,89 @@ async def refused(api: LocalApi, code: int, command: str, subject: str = "alice"
     return result.stderr
 
 
-async def waiting_job(api: LocalApi, model_id: str) -> Any:
-    """Wait until the newest load of a model waits for approval, and return its job."""
-
-    async def newest() -> Any:
-        found = await api.jobs(f"?model={model_id}")
-        return found[0] if found else {"approval": None}
-
-    return await when(newest, lambda job: bool(job["approval"] and job["approval"]["waits"]))
-
-
-async def test_load_waits_until_another_person_approves(guarded: LocalApi) -> None:
-    alice = environment(guarded, "alice", "admin")
-    with at_terminal("load", "m", "--wait", "--reason", "Ticket 7", environment=alice) as terminal:
-        job = await waiting_job(guarded, "m")
-        digest, job_id = job["approval"]["digest"], job["id"]
-        await terminal.until(rf"waits: approval .*; to approve it: loadledger approve {job_id}")
-        shown = await prints(guarded, f"job {job_id}")
-        for fact in (r"reason: +Ticket 7", r"asked by: +alice", r"approval: +0 of 1", rf"digest: +{digest}"):
-            assert re.search(rf"^  {fact}$", shown, re.MULTILINE), shown
-        assert "waits: approval" in await prints(guarded, "jobs")
-        approve = f"approve {job_id} --reason reviewed --yes"
-        assert "(same_person)" in (await run(guarded, approve, "alice", "admin", "approve")).stderr
-        assert "(forbidden)" in (await run(guarded, approve, "bob", "admin")).stderr
-        told = await prints(guarded, approve, "bob", "admin", "approve")
-        assert "m version 1: waits for approval; the model serves nothing now" in told
-        assert "  added: model.onnx\n" in told
-        assert digest in told
-        assert told.endswith("m version 1: approved\n")
-        await terminal.until(r"m version 1: load completed in ")
-        assert await terminal.end() == 0
+async def test_load_is_refused_until_another_person_approves(guarded: LocalApi) -> None:
+    told = await refused(guarded, 1, "load m --wait --reason 'Ticket 7'")
+    assert re.search(r"need 1 more approval, by others than 'alice', .* `loadledger approve m/1`", told)
+    assert re.search(r"^  unapproved: +version 1, refused$", await prints(guarded, "show m"), re.MULTILINE)
+    approve = "approve m/1 --reason reviewed --yes"
+    assert "(forbidden)" in (await run(guarded, approve, "bob", "admin")).stderr
+    told = await prints(guarded, approve, "bob", "admin", "approve")
+    assert told.startswith("m version 1: the model serves nothing now\n")
+    for fact in (
+        r"digest: +[0-9a-f]{64}",
+        r"added by: +nobody that the ledger has",
+        r"problem: +not_approved: .* 1 more",
+    ):
+        assert re.search(rf"^  {fact}", told, re.MULTILINE), told
+    assert told.endswith("  added: model.onnx\nm version 1: approved\n")
+    assert "completed" in await prints(guarded, "load m --wait")
     shown = await prints(guarded, "show m")
     assert re.search(r"^  policy: +signature off, 1 approval$", shown, re.MULTILINE)
     assert re.search(r"^  approval: +approved by bob$", shown, re.MULTILINE)
-    assert re.search(r"^  approval: +1 of 1 by bob$", await prints(guarded, f"job {job_id}"), re.MULTILINE)
+    assert re.search(r"^  approved: +version 1 by bob \(reviewed\)$", shown, re.MULTILINE)
 
 
-async def test_rejected_load_fails_with_the_reason(guarded: LocalApi) -> None:
-    await guarded.accepted_load("m")
-    job_id = (await waiting_job(guarded, "m"))["id"]
-    reject = f"reject {job_id} --reason 'the wrong version'"
-    assert await prints(guarded, reject, "bob", "approve") == "m version 1: rejected\n"
-    ended = await refused(guarded, 1, f"job {job_id} --wait")
-    assert "rejected by bob: the wrong version (rejected)" in ended
-    assert "does not wait for approval" in await refused(guarded, 2, reject, "bob", "approve")
+async def test_withdrawn_approval_refuses_the_next_load(guarded: LocalApi) -> None:
+    await prints(guarded, "approve m/1 --reason fine --yes", "bob", "approve")
+    await prints(guarded, "load m --wait")
+    withdraw = "approve m/1 --withdraw --reason 'It drifts' --yes"
+    assert await prints(guarded, withdraw, "eve", "approve") == "m version 1: approval withdrawn\n"
+    assert "(unknown_approval)" in await refused(guarded, 2, withdraw, "eve", "approve")
+    assert "(not_approved)" in await refused(guarded, 1, "load m --pin --wait")
 
 
-async def test_load_of_two_approvals_says_how_many_are_left(guarded: LocalApi) -> None:
-    await guarded.accepted_load("two")
-    job_id = (await waiting_job(guarded, "two"))["id"]
-    approve = f"approve {job_id} --reason fine --yes"
+async def test_approval_of_two_persons_says_how_many_are_left(guarded: LocalApi) -> None:
+    approve = "approve two/1 --reason fine --yes"
     assert (await prints(guarded, approve, "bob", "approve")).endswith("approved; 1 approval left\n")
     answered = await run(guarded, f"{approve} --json", "carol", "approve")
-    assert json.loads(answered.stdout)["approval"]["approved_by"] == ["bob", "carol"]
-    assert "1 of 2 by bob" in answered.stderr
-    await guarded.job_when(job_id, status="completed")
+    assert [each["by"] for each in json.loads(answered.stdout)["approvals"]] == ["bob", "carol"]
+    assert "the model serves nothing now" in answered.stderr
+    await guarded.load("two")
     guarded.save(add(2), "two", 2)
-    await guarded.accepted_load("two", version=2)
-    job_id = (await waiting_job(guarded, "two"))["id"]
-    told = await prints(guarded, f"approve {job_id} --reason fine --yes", "bob", "approve")
-    assert "two version 2: waits for approval; the model serves version 1 now" in told
+    told = await prints(guarded, "approve two/2 --reason fine --yes", "bob", "approve")
+    assert "two version 2: the model serves version 1 now" in told
     assert "  changed: model.onnx\n" in told
 
 
 async def test_approve_at_terminal_asks_for_confirmation_and_reason(guarded: LocalApi) -> None:
-    await guarded.accepted_load("m")
-    job_id = (await waiting_job(guarded, "m"))["id"]
     bob = environment(guarded, "bob", "approve")
-    with at_terminal("approve", job_id, environment=bob) as terminal:
+    with at_terminal("approve", "m/1", environment=bob) as terminal:
         await terminal.until(r"Approve it\? \[y/N\]")
         terminal.press(b"n\n")
         assert await terminal.end() == 130
-    with at_terminal("approve", job_id, environment=bob) as terminal:
+    with at_terminal("approve", "m/1", environment=bob) as terminal:
         await terminal.until(r"added: model\.onnx[^$]*Approve it\?")
         terminal.press(b"y\n")
         await terminal.until("Reason:")
         terminal.press(b"reviewed\n")
         assert await terminal.end() == 0
-    await guarded.job_when(job_id, status="completed")
+    await guarded.load("m")
 
 
 async def test_emergency_passes_where_role_and_rule_allow_it(guarded: LocalApi) -> None:
     assert "(forbidden)" in await refused(guarded, 2, "load m --emergency 'An outage'")
     helper = ("alice", "admin", "emergency")
-    assert "completed" in await prints(guarded, "load m --wait --emergency 'An outage'", *helper)
+    told = await run(guarded, "load m --wait --emergency 'An outage'", *helper)
+    assert "completed" in told.stdout
+    assert re.search(r"emergency: version 1, files [0-9a-f]{64}", told.stderr)
     [job] = await guarded.jobs("?model=m")
     shown = await prints(guarded, f"job {job['id']}")
     assert re.search(r"^  emergency: +An outage$", shown, re.MULTILINE)
-    assert re.search(r"^  approval: +bypassed$", shown, re.MULTILINE)
-    assert "approval:       bypassed" in await prints(guarded, "show m")
+    assert "approval:       bypassed by alice" in await prints(guarded, "show m")
     strict = await refused(guarded, 2, "load strict --emergency 'An outage'", *helper)
     assert "(emergency_forbidden)" in strict
 
 
 async def test_verify_model_prints_facts_and_ends_with_problem(guarded: LocalApi) -> None:
-    told = await prints(guarded, "verify-model m/1", "eve", "audit")
+    unapproved = await run(guarded, "verify-model m/1", "eve", "audit")
+    assert unapproved.exit_code == 1
     assert re.fullmatch(
-        r"m version 1: digest [0-9a-f]{64}\n  approval:  required\n  model\.onnx: sha256 [0-9a-f]{64}\n", told
+        r"m version 1:\n  digest:    [0-9a-f]{64}\n  added by:  nobody that the ledger has\n"
+        r"  problem:   not_approved: the files [0-9a-f]{64} need 1 more approval; .*\n"
+        r"  model\.onnx: sha256 [0-9a-f]{64}\n",
+        unapproved.stdout,
     )
-    assert "approval:  not needed" in await prints(guarded, "verify-model free")
+    assert "problem" not in await prints(guarded, "verify-model free")
     unsigned = await run(guarded, "verify-model signed")
     assert unsigned.exit_code == 1
     assert re.search(r"^  problem: +signature_missing: ", unsigned.stdout, re.MULTILINE)
@@ -168,27 +152,24 @@ async def test_verify_model_prints_facts_and_ends_with_problem(guarded: LocalApi
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_each_client_verifies_and_answers_what_waits(kind: str, guarded: LocalApi) -> None:
-    def answer() -> str:
+async def test_each_client_verifies_approves_and_withdraws(kind: str, guarded: LocalApi) -> None:
+    def approve() -> str:
         token = guarded.token("admin", "approve", subject="bob")
         with connected(kind, guarded.url, token) as client:
             found = client.verify_model("m")
-            assert (found.version, found.approval, found.problem) == (1, "required", None)
-            job = client.load("free", reason="a trial", wait=True)
-            assert (job.reason, job.approval) == ("a trial", None)
-            [waiting] = client.jobs(model="m")
-            assert waiting.approval is not None
-            assert (waiting.approval.digest, waiting.approval.requested_by) == (found.digest, ["alice"])
+            assert (found.version, found.added_by) == (1, None)
+            assert found.problem is not None
+            assert found.problem.code == "not_approved"
+            assert client.load("free", reason="a trial", wait=True).reason == "a trial"
             with pytest.raises(ServerError) as refusal:
-                client.reject(waiting.id, "0" * 64, "no")
+                client.approve("m", 1, "0" * 64, "no")
             assert refusal.value.code == "digest_differs"
-            client.approve(waiting.id, found.digest, "reviewed")
-            assert client.wait_for(waiting.id).status == "completed"
+            given = client.approve("m", 1, found.digest, "reviewed")
+            assert ([each.by for each in given.approvals], given.needed) == (["bob"], 1)
+            assert [each.reason for each in client.model("m").approvals] == ["reviewed"]
+            assert client.withdraw_approval("m", 1, "it drifts").approvals == []
             with pytest.raises(ServerError) as refusal:
-                client.approve(waiting.id, found.digest, "reviewed")
+                client.withdraw_approval("m", 1, "again")
             return refusal.value.code
 
-    await guarded.accepted_load("m")
-    await waiting_job(guarded, "m")
-    assert await asyncio.to_thread(answer) == "not_waiting"
-    assert (await guarded.model("m"))["approval"]["by"] == ["bob"]
+    assert await asyncio.to_thread(approve) == "unknown_approval"

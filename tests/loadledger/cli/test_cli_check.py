@@ -19,13 +19,12 @@ from support.models import save, save_bytes
 from support.modes import unreadable
 from support.postgres import Database
 from support.signing import make_key, public_pem, sign_version
-from support.workers import until
 
-from events.approvals import AnswerApproval
+from events.approvals import ApproveVersion
 from events.policy.rules import ApprovalRule, LoadPolicy, TrustMode, TrustRule
 from events.types import Credential
 from loadledger.cli.main import main
-from server.appkeys import LOG
+from server.appkeys import CONSUMER, LOG
 from server.check import CheckResult, check_policy, read_ledger
 from server.config import Config
 
@@ -239,7 +238,7 @@ def judged(config: Config, policy: LoadPolicy) -> list[tuple[str, str, str]]:
         (trust(TrustMode.ENFORCE, "other"), []),
         (trust(TrustMode.WARN, "m"), [("m/2", "signature_missing", "note")]),
         (trust(TrustMode.ENFORCE, "?"), [("m/2", "signature_missing", "problem")]),
-        (APPROVED, [("m/2", "policy", "note")]),
+        (APPROVED, [("m/2", "not_approved", "problem")]),
     ],
 )
 def test_check_says_what_the_policy_does_to_the_highest_version(
@@ -299,14 +298,11 @@ async def test_check_reads_signatures_of_repository_and_store(tmp_path: Path) ->
 async def test_check_names_loaded_models_that_a_restart_would_not_load(tmp_path: Path) -> None:
     async with local_server(tmp_path, policy=APPROVED) as api:
         api.save(models.add(), "m")
-        job = await api.accepted_load("m")
-        jobs = api.app[LOG].state.jobs
-        await until(lambda: jobs[job["id"]].approval is not None)
-        asked = jobs[job["id"]].approval
-        assert asked is not None
-        answer = AnswerApproval(job["id"], "bob", asked.digest, "reviewed", Credential(), approves=True)
-        await api.app[LOG].submit(answer)
-        await api.job_when(job["id"], status="completed")
+        checked = await api.app[CONSUMER].check_version("m", 1)
+        contents = tuple((file.path, file.sha256) for file in checked.files)
+        said = "bob", "reviewed", Credential()
+        await api.app[LOG].submit(ApproveVersion("m", 1, checked.digest, contents, *said))
+        await api.load("m")
         for policy, found in [
             (APPROVED, [("m/1", "policy", "note")]),
             (trust(TrustMode.WARN, "m"), [("m/1", "signature_missing", "note")]),
@@ -315,7 +311,7 @@ async def test_check_names_loaded_models_that_a_restart_would_not_load(tmp_path:
             assert await asyncio.to_thread(judged, api.config, policy) == found
         result = CheckResult()
         await asyncio.to_thread(check_policy, api.config, result, read_ledger(api.config, result))
-        outcome = "[[approval]] m: no signature is needed; approvals by other persons: 1, approved before"
+        outcome = "[[approval]] m: no signature is needed; other persons that it needs: 1"
         hashed, outcomes = result.findings
         assert hashed.text.endswith(" GB of 1 version are hashed, to check the rules for loads")
         assert outcomes.text.endswith(outcome)

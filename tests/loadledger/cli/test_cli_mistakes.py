@@ -118,10 +118,8 @@ MISTAKES = [
     ("job digits", 2, "there is no job 'digits'; `loadledger jobs` lists them"),
     (f"job {UNKNOWN}", 2, f"there is no job '{UNKNOWN}'; `loadledger jobs` lists them"),
     ("cancel {job}", 2, "job {job} has ended; `loadledger job {job}` shows how"),
-    ("approve {job}", 2, "there is no terminal to ask at: give --reason TEXT and --yes"),
-    ("approve {job} --reason x --yes", 2, "job {job} does not wait for approval; `loadledger job {job}`"),
-    ("reject {job} --reason x", 2, "job {job} does not wait for approval; `loadledger job {job}` shows how"),
-    ("reject {job}", 2, "Missing option '--reason'"),
+    ("approve digits/1", 2, "there is no terminal to ask at: give --reason TEXT and --yes"),
+    ("approve digits --reason x --yes", 2, "name the version, too: MODEL/VERSION"),
     ("verify-model digits/v1", 2, "'v1' is no version: give MODEL, or MODEL/VERSION such as digits/2"),
     # inferences
     ("infer digits x=[1,", 2, "is not JSON"),

@@ -17,9 +17,10 @@ from support.history import PLAIN, History
 
 from events.codec import encode_event
 from events.types import TYPES, LoadFailed, Unknown, WorkerExited
-from loadledger.cli import jobs, models, top
+from loadledger.cli import approvals, jobs, models, top
+from loadledger.cli.approvals import describe_signature
 from loadledger.cli.events import event_line
-from loadledger.cli.jobs import count_steps, describe_progress, describe_signature
+from loadledger.cli.jobs import count_steps, describe_progress
 from loadledger.cli.output import (
     PROBLEMS,
     display_width,
@@ -34,11 +35,10 @@ from loadledger.cli.output import (
     print_json,
 )
 from loadledger.records import (
-    ApprovalState,
+    Approval,
     Device,
     ErrorInfo,
     File,
-    FileDifference,
     FileDigest,
     Job,
     LoadApproval,
@@ -48,7 +48,9 @@ from loadledger.records import (
     ModelCopy,
     ModelRules,
     Resources,
+    UnapprovedVersion,
     VerifiedVersion,
+    VersionApprovals,
     VersionOrigin,
     WaitingJob,
 )
@@ -174,19 +176,6 @@ def test_copies_of_a_model_have_a_line_each() -> None:
     assert models._nodes_of(Model(id="m", state="unloaded")) is None
 
 
-def test_display_of_a_waiting_load_names_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ApprovalState(digest="d", waits=True)
-    job = Job(
-        id="j", kind="load", model_id="m", status="pending", waiting_for="approval by bob", approval=asked
-    )
-    with jobs.display_job(job) as (on_change, _):
-        on_change(job)
-        on_change(msgspec.structs.replace(job, waiting_for=None, approval=None))
-    first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("loadledger: m: waits: approval by bob; to approve it: loadledger approve j (")
-    assert second.startswith("loadledger: m: pending (")
-
-
 @pytest.mark.parametrize(
     ("members", "told"),
     [
@@ -240,19 +229,20 @@ def test_hostile_answer_prints_no_control_characters(
 ) -> None:
     job, model, use = evil(Job), evil(Model), evil(LoadUsage)
     signature, who = evil(LoadSignature), [EVIL]
-    changed = [FileDifference(EVIL, EVIL)]
-    asked = msgspec.structs.replace(
-        evil(ApprovalState), signature=signature, requested_by=who, approved_by=who, differences=changed
-    )
     model = msgspec.structs.replace(
-        model, signature=signature, approval=evil(LoadApproval), policy=evil(ModelRules)
+        model,
+        signature=signature,
+        approval=evil(LoadApproval),
+        policy=evil(ModelRules),
+        added_by=who,
+        approvals=[evil(Approval)],
+        unapproved=[evil(UnapprovedVersion)],
     )
     version = msgspec.structs.replace(
-        evil(VerifiedVersion), signature=signature, files=[FileDigest(EVIL, EVIL)]
+        evil(VerifiedVersion), signature=signature, files=[FileDigest(EVIL, EVIL)], added_by=who
     )
     job = msgspec.structs.replace(
         job,
-        approval=asked,
         created_at="2026-01-31T14:02:00Z",
         finished_at=NOW.isoformat(),
     )
@@ -270,8 +260,8 @@ def test_hostile_answer_prints_no_control_characters(
         *models._details(model),
         *format_table(models.HEAD, [models._row(model)]),
         *jobs._details(job),
-        *jobs._request_lines(job),
-        jobs.approval_hint(job),
+        *approvals._describe(version, model),
+        approvals._describe_answer(evil(VersionApprovals), withdraw=False),
         *models._verified_lines(version),
         *format_table(jobs.HEAD, [jobs._row(job)]),
         *models._resource_lines(found),

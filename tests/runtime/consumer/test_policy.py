@@ -1,30 +1,38 @@
 """Loads under rules: signatures and approvals with real files, real workers and a real ledger."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from msgspec import UNSET
 from support import models
-from support.running import Engine, code_of, error_of, job_of, running, save_models, stopped_clock
+from support.running import Engine, code_of, error_of, job_of, running, save_models
 from support.signing import make_key, public_pem, sign_folder
+from support.workers import until
 
-from events.errors import RequestRefused
+from events.audit.policy import RemarkKind
+from events.audit.verify import verify
+from events.clock import uuid7
+from events.commands import Record
 from events.jobs import JobStatus
 from events.models import ModelState
-from events.policy.rules import ApprovalRule, LoadPolicy, TrustMode, TrustRule
+from events.policy.rules import NOT_APPROVED, ApprovalRule, LoadPolicy, TrustMode, TrustRule
 from events.policy.signatures import key_digest
 from events.types import (
-    ApprovalAsked,
-    ApprovalBypassed,
+    SYSTEM,
     ApprovalResult,
     Credential,
+    Draft,
     Justification,
     LoadApproval,
+    LoadParameters,
     LoadSignature,
     LoadStarted,
     ModelLoaded,
+    PolicyInForce,
+    UnloadRequested,
     digest_of,
 )
 from runtime.scheduler.view import Policy
@@ -174,18 +182,6 @@ async def test_reload_enforced_the_rule_that_only_warned_before(folder: Path) ->
         assert (await signature_of(engine)).was_verified
 
 
-async def test_corrected_files_ask_anew_beside_those_that_wait(folder: Path) -> None:
-    async with running(folder, policy=under(approval=(APPROVAL,))) as engine:
-        first = await engine.ask_load("adder", 1)
-        await engine.waiting(first)
-        assert await engine.ask_load("adder", 1) == first
-        models.save(models.add(9), folder / "models", "adder", 1)
-        second = await engine.ask_load("adder", 1)
-        await engine.answer(second)
-        assert (await engine.ended(second)).status is JobStatus.COMPLETED
-        assert code_of(await engine.ended(first)) == "approval_void"
-
-
 async def test_reload_of_distrusted_key_is_refused(folder: Path) -> None:
     sign(folder)
     async with running(folder, policy=under(trust=(ENFORCE,))) as engine:
@@ -210,134 +206,98 @@ def replace_keys(key: Any) -> TrustRule:
 
 # Approval.
 
-
-async def test_load_waits_for_approval_and_goes_on_by_itself(folder: Path) -> None:
-    async with running(folder, policy=under(approval=(APPROVAL,))) as engine:
-        job_id = await engine.ask_load("adder", 2)
-        asked = await engine.waiting(job_id)
-        assert (engine.consumer.loads, engine.worker_pids()) == ({}, [])
-        assert (await engine.load("other")).status is JobStatus.COMPLETED
-        assert "approval by another person" in (
-            engine.consumer.waiting_for(engine.log.state.jobs[job_id]) or ""
-        )
-        await engine.answer(job_id)
-        assert (await engine.ended(job_id)).status is JobStatus.COMPLETED
-        assert await approval_of(engine) == LoadApproval(asked.rule, ApprovalResult.APPROVED, ("carol",))
-        assert await engine.ask("adder", 1) == 3
+ASKS = under(approval=(APPROVAL,))
 
 
-async def test_bytes_that_were_approved_load_again_without(folder: Path) -> None:
-    async with running(folder, policy=under(approval=(APPROVAL,))) as engine:
-        for version in (1, 2):
-            job_id = await engine.ask_load("adder", version)
-            await engine.answer(job_id)
-            await engine.ended(job_id)
+async def refusal_of(engine: Engine, version: int = 1, parameters: LoadParameters | None = None) -> str:
+    return code_of(await engine.load("adder", version, parameters)) or "none"
+
+
+async def test_unapproved_load_fails_at_once_and_touches_nothing(folder: Path) -> None:
+    async with running(folder, policy=ASKS) as engine:
+        await engine.approve("adder", 1)
+        await engine.load("adder", 1)
+        served = engine.model("adder").serving
+        for strategy in ("beside", "in_place"):
+            assert await refusal_of(engine, 2, LoadParameters(strategy=strategy)) == NOT_APPROVED
+        assert engine.model("adder").serving == served
+        assert len(await engine.facts(LoadStarted)) == 1
+        assert await engine.facts(UnloadRequested) == []
+        assert await engine.ask("adder", 1) == 2
+
+
+async def test_approval_is_of_bytes_and_holds_for_each_load(folder: Path) -> None:
+    async with running(folder, policy=ASKS) as engine:
+        await engine.approve("adder", 1)
+        for _ in range(2):
+            assert (await engine.load("adder", 1)).status is JobStatus.COMPLETED
+            approval = await approval_of(engine)
+            assert (approval.result, approval.by, approval.positions) == ("approved", ("carol",), (2,))
+            await engine.unload("adder")
+        models.save(models.add(9), folder / "models", "adder", 1)
+        assert await refusal_of(engine) == NOT_APPROVED
+        models.save(models.add(1), folder / "models", "adder", 1)
         assert (await engine.load("adder", 1)).status is JobStatus.COMPLETED
-        assert (await approval_of(engine)).result is ApprovalResult.APPROVED_BEFORE
+
+
+async def test_load_that_waits_is_refused_when_its_approval_is_withdrawn(folder: Path) -> None:
+    async with running(folder, policy=replace(ASKS, loads_at_once=1)) as engine:
+        await engine.approve("adder", 1)
+        slow = await engine.ask_load("slow")
+        await engine.loading("slow")
+        waiting = await engine.ask_load("adder", 1)
+        await until(
+            lambda: "estimate" not in (engine.consumer.waiting_for(engine.job(waiting)) or "estimate")
+        )
+        await engine.withdraw("adder")
+        await engine.unload("slow", force=True)
+        await engine.ended(slow)
+        assert code_of(await engine.ended(waiting)) == NOT_APPROVED
+        assert await engine.facts(LoadStarted, of="adder") == []
+
+
+async def test_withdrawn_version_serves_on_and_comes_back(folder: Path) -> None:
+    async with running(folder, policy=ASKS) as engine:
+        for version in (1, 2):
+            await engine.approve("adder", version)
+        await engine.load("adder", 1)
+        await engine.withdraw("adder", 1)
         await engine.die("adder")
         await engine.becomes("adder", ModelState.LOADED)
-        assert len(await engine.facts(ApprovalAsked)) == 2
-        models.save(models.add(9), folder / "models", "adder", 1)
-        await engine.waiting(await engine.ask_load("adder", 1))  # other bytes
-
-
-async def test_changed_bytes_void_the_approval(folder: Path) -> None:
-    async with running(folder, policy=under(approval=(APPROVAL,))) as engine:
-        job_id = await engine.ask_load("adder", 1)
-        await engine.waiting(job_id)
-        models.save(models.add(9), folder / "models", "adder", 1)
-        await engine.answer(job_id)
-        assert code_of(await engine.ended(job_id)) == "approval_void"
-        assert await engine.facts(ModelLoaded) == []
-
-
-async def test_other_version_served_meanwhile_voids_the_approval(folder: Path) -> None:
-    async with running(folder, policy=under(approval=(APPROVAL,))) as engine:
-        first, second = [await engine.ask_load("adder", version) for version in (1, 2)]
-        await engine.waiting(first)
-        await engine.waiting(second)
-        await engine.answer(second)
-        assert (await engine.ended(second)).status is JobStatus.COMPLETED
-        assert code_of(await engine.ended(first)) == "approval_void"
-
-
-async def test_rejected_load_fails(folder: Path) -> None:
-    async with running(folder, policy=under(approval=(APPROVAL,))) as engine:
-        job_id = await engine.ask_load("adder", 1)
-        await engine.answer(job_id, approves=False)
-        job = await engine.ended(job_id)
-        assert (code_of(job), error_of(job).message) == ("rejected", "rejected by carol: reviewed")
-
-
-async def test_load_that_nobody_approves_expires(folder: Path) -> None:
-    async with running(folder, policy=under(approval=(APPROVAL,)), clock=stopped_clock()) as engine:
-        job_id = await engine.ask_load("adder", 1)
-        await engine.waiting(job_id)
-        engine.pass_time(86_399)
-        assert (await engine.load("other")).status is JobStatus.COMPLETED
-        assert engine.log.state.jobs[job_id].waits_for_approval
-        engine.pass_time(1)
-        assert code_of(await engine.ended(job_id)) == "approval_expired"
-
-
-@pytest.mark.parametrize("by", ["alice", "ALICE", "\uff41lice", "bob"])
-async def test_who_asked_or_joined_cannot_approve(folder: Path, by: str) -> None:
-    async with running(folder, policy=under(approval=(APPROVAL,))) as engine:
-        job_id = await engine.ask_load("adder", 1)
-        await engine.waiting(job_id)
-        joined = await engine.submit_load("adder", 1, actor="bob")
-        assert (joined.job_id, joined.existing) == (job_id, True)
-        with pytest.raises(RequestRefused) as refused:
-            await engine.answer(job_id, by)
-        assert refused.value.code == "same_person"
-
-
-async def test_two_approvals_are_of_two_persons(folder: Path) -> None:
-    rule = ApprovalRule(("adder",), approvals=2)
-    async with running(folder, policy=under(approval=(rule,))) as engine:
-        job_id = await engine.ask_load("adder", 1)
-        await engine.answer(job_id, "carol")
-        await engine.answer(job_id, "Carol")
-        assert engine.log.state.jobs[job_id].waits_for_approval
-        await engine.answer(job_id, "dave")
-        assert (await engine.ended(job_id)).status is JobStatus.COMPLETED
-
-
-async def test_waiting_load_survives_restart_and_holds_no_turn(folder: Path) -> None:
-    policy = under(trust=(replace_keys(KEY),), approval=(APPROVAL,))
-    sign(folder, 1), sign(folder, 2)
-    async with running(folder, policy=policy) as engine:
-        served = await engine.ask_load("adder", 1)
-        await engine.answer(served)
-        await engine.ended(served)
-        job_id = await engine.ask_load("adder", 2)
-        await engine.waiting(job_id)
-        await engine.die("adder")
-        await engine.becomes("adder", ModelState.LOADED)  # the reload goes past it
-    async with running(folder, policy=policy) as engine:
+        assert (await approval_of(engine)).result is ApprovalResult.RELOAD
+        models.save(models.crash_on_load(), folder / "models", "adder", 3)
+        await engine.approve("adder", 3)
+        await engine.load("adder", 3, LoadParameters(strategy="in_place"))  # it fails, and version 1 is back
         await engine.becomes("adder", ModelState.LOADED)
-        await engine.answer(job_id)
-        assert (await engine.ended(job_id)).status is JobStatus.COMPLETED
-        assert await engine.ask("adder", 1) == 3
+        pinned = await engine.submit_load("adder", 1, LoadParameters(pinned=True), {"pinned"})
+        assert code_of(await engine.ended(job_of(pinned))) == NOT_APPROVED
+        assert await engine.ask("adder", 1) == 2
+        await engine.unload("adder")
+        assert await refusal_of(engine) == NOT_APPROVED
 
 
-async def test_forced_unload_and_new_rules_end_the_wait(folder: Path) -> None:
-    async with running(folder, policy=under(approval=(APPROVAL,))) as engine:
-        first = await engine.ask_load("adder", 1)
-        await engine.answer(first)
-        await engine.ended(first)
-        second = await engine.ask_load("adder", 2)
-        await engine.waiting(second)
-        await engine.unload("adder", force=True)
-        assert (await engine.ended(second)).status is JobStatus.CANCELLED
-        third = await engine.ask_load("adder", 2)
-        await engine.waiting(third)
-    async with running(folder, policy=under(approval=(replace_rule(APPROVAL, 2),))) as engine:
-        assert code_of(await engine.ended(third)) == "policy_differs"
-
-
-def replace_rule(rule: ApprovalRule, approvals: int) -> ApprovalRule:
-    return ApprovalRule(rule.models, approvals)
+async def test_rule_on_a_running_server_takes_no_model_away(folder: Path) -> None:
+    names = [f"m{number:02}" for number in range(20)]
+    for number, name in enumerate(names):
+        models.save(models.add(number), folder / "models", name)
+    async with running(folder) as engine:
+        for name in names:
+            assert (await engine.load(name)).status is JobStatus.COMPLETED
+    rules = LoadPolicy(approval=(ApprovalRule(("m*",)),))
+    async with running(folder, policy=Policy(2, loads=rules)) as engine:
+        await engine.log.submit(Record((Draft(uuid7(), PolicyInForce(rules), SYSTEM),)))
+        for name in names:
+            await engine.becomes(name, ModelState.LOADED)
+        await engine.die("m07")
+        await engine.becomes("m07", ModelState.LOADED)
+        assert await engine.ask("m07", 1) == 8
+        await engine.unload("m07")
+        assert code_of(await engine.load("m07")) == NOT_APPROVED
+        await engine.approve("m07")
+        assert (await engine.load("m07")).status is JobStatus.COMPLETED
+    verification = verify(folder / "ledger.db")
+    assert verification.verified, verification.finding
+    assert [remark.kind for remark in verification.remarks] == [RemarkKind.RELOADED] * 21
 
 
 @pytest.mark.parametrize("allowed", [True, False])
@@ -351,22 +311,8 @@ async def test_emergency_passes_without_approval_if_allowed(folder: Path, *, all
         if not allowed:
             assert code_of(job) == "emergency_forbidden"
             return
-        (bypassed,) = await engine.facts(ApprovalBypassed)
-        assert bypassed.reason == said.emergency
         assert (await approval_of(engine)).result is ApprovalResult.BYPASSED
         await engine.unload("adder")
-        await engine.waiting(await engine.ask_load("adder", 1))  # bypassed is not approved
+        assert await refusal_of(engine) == NOT_APPROVED  # bypassed is not approved
         others = await engine.submit_load("adder", 2, justification=said)
         assert code_of(await engine.ended(job_of(others))) == "model_changed"
-
-
-async def test_subject_has_at_most_eight_waiting_loads(folder: Path) -> None:
-    rule = ApprovalRule(("*",))
-    for number in range(9):
-        models.save(models.add(number), folder / "models", f"m{number}")
-    async with running(folder, policy=under(approval=(rule,))) as engine:
-        for number in range(8):
-            await engine.waiting(await engine.ask_load(f"m{number}"))
-        assert code_of(await engine.load("m8")) == "queue_full"
-        other = await engine.submit_load("m8", actor="bob")
-        await engine.waiting(job_of(other))

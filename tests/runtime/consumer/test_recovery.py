@@ -292,6 +292,7 @@ async def test_failing_reloads_are_a_crash_loop(folder: Path, shared_pool: Worke
 async def test_missing_files_are_no_reason_to_give_up(folder: Path) -> None:
     async with running(folder, clock=stopped_clock()) as engine:
         await engine.load("other")
+        await until(lambda: not engine.consumer._loader.syncs)  # which write to the store
         shutil.rmtree(folder / "store")
         (folder / "models").rename(folder / "away")
         await engine.die("other")

@@ -45,17 +45,6 @@ load request_unload start_unload request_v2 fail_v2 | L:gone                  | 
 load request_v2 start_v2 request_unload_v2   | L:serving L2:loading    | nothing
 load load_v2 request_drain request_unload_v2 | L:serving L2:serving    | start S of L
 load request_v2 start_v2 request_unload_v2 fail_v2 | L:serving L2:draining!  | start U of L
-# Approval: what waits for it holds no turn, and ends with an unload of it, or if others are served meanwhile.
-load request_v2 ask_v2                       | L:serving               | nothing
-load request_v2 ask_v2 request_other         | L:serving               | start O
-load request_v2 ask_v2 crash request_recovery | L:gone                  | start R
-load request_v2 ask_v2 request_unload        | L:serving               | start U of L
-load request_v2 request_unload_v2 ask_v2     | L:serving               | cancel L2
-load request_v2 ask_v2 request_force         | L:serving               | cancel L2
-load request_v2 ask_v2 approve_v2            | L:serving               | start L2
-load request_v2 bypass_v2                    | L:serving               | start L2
-load request_v2 ask_v2 request_cancel_L2     | L:serving               | cancel L2
-request_v2 ask_v2 load                       | L:serving               | fail L2: approval_void
 # Force.
 load request_force                           | L:serving               | start F of L
 load request_force start_force               | L:serving               | kill L

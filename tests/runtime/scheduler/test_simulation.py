@@ -17,8 +17,9 @@ from hypothesis.stateful import (
 from msgspec import UNSET
 from support.fleet import of_both
 from support.history import CONTENTS, PLAIN
-from support.worlds import Process, World, answer_of, request_of
+from support.worlds import Process, World, request_of, withdrawal_of
 
+from events.approvals import ApprovedBytes
 from events.clock import add_seconds, seconds_between
 from events.commands import (
     Command,
@@ -33,7 +34,7 @@ from events.commands import (
 from events.devices import CPU, provider_of
 from events.jobs import NO_PROGRESS, Job, JobKind, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState
-from events.policy.rules import ApprovalRule, LoadPolicy
+from events.policy.rules import AddedMode, ApprovalRule, LoadPolicy
 from events.types import (
     Cause,
     Credential,
@@ -254,7 +255,7 @@ class WatchedWorld(World):
         if self._made_way(job) or job.cause in RELOADS:
             return
         for other in self.state.unended():
-            waits = other.kind is JobKind.LOAD and other.id not in self.live and not other.waits_for_approval
+            waits = other.kind is JobKind.LOAD and other.id not in self.live
             came_first = other.created_position < job.created_position and other.cause not in RELOADS
             if waits and came_first and self._is_ready(other) and not self._has_room_for(job, needs, other):
                 assert self._waited_s(other) < NEVER_OVERTAKING_LIMIT_S
@@ -335,9 +336,7 @@ class WatchedWorld(World):
         assert job.cause is not Cause.RESTART
         # It lacks room for itself, or beside those for which room is reserved.
         waiting = [
-            each
-            for each in self.state.unended()
-            if each.load is not None and each.id not in self.live and not each.waits_for_approval
+            each for each in self.state.unended() if each.load is not None and each.id not in self.live
         ]
         own = {device for need in self.needs(job) for device, _ in self.rooms_of(need)}
         assert any(self._is_short(device, waiting) for device in own)
@@ -441,9 +440,9 @@ OUTCOMES = st.sampled_from(["loaded", "loaded", "loaded", "refused", "dies", "ot
 RULES = st.sampled_from(
     [
         LoadPolicy(),
-        LoadPolicy(approval=(ApprovalRule(("b",), expires_s=400),)),
-        LoadPolicy(approval=(ApprovalRule(("[bc]",), 2, expires_s=50), ApprovalRule(("b",), expires_s=600))),
-        LoadPolicy(approval=(ApprovalRule(("*",), expires_s=1_000, emergency=False),)),
+        LoadPolicy(approval=(ApprovalRule(("b",)),)),
+        LoadPolicy(approval=(ApprovalRule(("[bc]",), 2), ApprovalRule(("b",), added=AddedMode.RECORDED))),
+        LoadPolicy(approval=(ApprovalRule(("*",), emergency=False),)),
     ]
 )
 
@@ -512,8 +511,11 @@ LOADS = st.builds(
     st.sampled_from([UNSET, UNSET, UNSET, EMERGENCY]),
 )
 
-KINDS = st.sampled_from(["load", "unload", "force", "cancel"])
+KINDS = st.sampled_from(["load", "unload", "force", "cancel", "withdraw", "withdraw"])
 """Of the commands that clients give."""
+
+APPROVING = st.sampled_from([("bob", "carol"), ("bob", "carol"), ("alice", "carol"), ("alice",), ()])
+"""The persons who approve a version before a load of it."""
 
 TURNS = st.sampled_from([0, 1, 2, 3, 100, 100])
 """That the consumer takes before the next thing happens; with the last it comes to rest."""
@@ -556,36 +558,49 @@ class Simulation(RuleBasedStateMachine):
         self.world.submit(load)
         self.world.work(turns)
 
-    @rule(load=LOADS, turns=TURNS)
-    def somebody_loads_and_all_goes_well(self, load: RequestLoad, turns: int) -> None:
+    @rule(load=LOADS, turns=TURNS, approving=APPROVING, adds=st.booleans())
+    def somebody_loads_and_all_goes_well(
+        self,
+        load: RequestLoad,
+        turns: int,
+        approving: Sequence[str] = ("bob", "carol"),
+        *,
+        adds: bool = False,
+    ) -> None:
+        if adds:
+            self.world.add_version(load.model_id, load.version, "pia")
+        for by in approving:
+            self.world.approve(load.model_id, load.version, by)
         self.world.submit(load)
         for _ in range(4):
-            self.world.settle()
-            for by in ("carol", "bob"):
-                self.answer(0, by, approves=True)
             self.world.settle()
             self.world.progress("loaded")
         self.world.work(turns)
 
-    def answer(self, which: int, by: str, *, approves: bool) -> None:
-        """A person answers to a load that waits for approval; who asked for it is refused."""
-        answer = answer_of(self.world.state, which, by, approves=approves)
-        if answer is not None:
-            self.world.submit(answer)
-
     @rule(
-        which=st.integers(0, 3),
+        does=st.sampled_from(["approve", "approve", "withdraw", "withdraw late", "add"]),
+        load=LOADS,
         by=st.sampled_from(["alice", "bob", "bob", "carol"]),
-        approves=st.sampled_from([True, True, True, False]),
         turns=TURNS,
     )
-    def somebody_answers(self, which: int, by: str, turns: int, *, approves: bool) -> None:
-        self.answer(which, by, approves=approves)
+    def somebody_approves_or_withdraws_or_adds_what_is_loaded(
+        self, does: str, load: RequestLoad, by: str, turns: int
+    ) -> None:
+        match does:
+            case "approve":
+                self.world.approve(load.model_id, load.version, by)
+            case "add":
+                self.world.add_version(load.model_id, load.version, by)
+            case "withdraw":
+                self.world.submit(withdrawal_of(load.model_id, self.world.state))
+            case _:
+                self.come_first(load, "withdraw")
+        self.world.submit(load)
         self.world.work(turns)
 
     @rule(name=NAMES, version=st.sampled_from([1, 1, 2]), turns=TURNS)
     def files_change(self, name: str, version: int, turns: int) -> None:
-        self.world.log.changes[name, version] += 1
+        self.world.log.changes[name, version] ^= 1
         self.world.work(turns)
 
     @rule(rules=RULES, unclean=st.booleans(), turns=TURNS)
@@ -712,10 +727,6 @@ class Simulation(RuleBasedStateMachine):
         self.world.check_operations()
 
     @invariant()
-    def waiting_for_approval_holds_nothing(self) -> None:
-        self.world.check_unapproved()
-
-    @invariant()
     def memory_counts_until_processes_are_gone(self) -> None:
         self.world.check_memory()
 
@@ -770,10 +781,19 @@ def record_exit_unsurely(world: World) -> None:
     world.settle()
 
 
+def withdraw_before_start(world: World) -> None:
+    world.policy = replace(world.policy, loads=LoadPolicy(approval=(ApprovalRule(("a",)),)))
+    world.approve("a", 1, "bob")
+    world.submit(RequestLoad("a", 1, (), "alice"))
+    world.meanwhile.append(lambda _: withdrawal_of("a", world.state))
+    world.settle()
+
+
 @pytest.mark.parametrize(
     ("happens", "condition"),
     [
         (cancel_before_start, JobUnchanged),
+        (withdraw_before_start, ApprovedBytes),
         (unload_before_reload, ModelUnchanged),
         (record_exit_unsurely, WorkerServes),
     ],

@@ -167,6 +167,7 @@ async def test_models_and_jobs_are_listed_in_pages_with_filters(api: LocalApi) -
         "memory_bytes": None, "error": None, "instances": None, "threads": None,
         "memory_at_load_bytes": None, "brought_back": None,
         "repository_changed": None, "not_served": None, "policy": None, "signature": None, "approval": None,
+        "added_by": None,
     }  # fmt: skip
     assert (await api.get("/api/v1/models?limit=5")).json["next_cursor"] is None
     assert (await api.get("/api/v1/models?cursor=zzz")).json["models"] == []

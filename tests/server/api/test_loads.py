@@ -29,7 +29,7 @@ Start = Callable[..., Awaitable[LocalApi]]
 JOB = {
     "id", "kind", "model_id", "version", "status", "stage", "waiting_for", "created_at", "started_at",
     "finished_at", "requested_by", "cause", "cancel_requested", "superseded_by", "attempt", "position",
-    "parameters", "error", "reason", "emergency", "approval",
+    "parameters", "error", "reason", "emergency",
 }  # fmt: skip
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
 
@@ -67,7 +67,7 @@ async def test_load_is_accepted_and_its_job_completes(shared: LocalApi) -> None:
         "kind": "load", "model_id": "m", "version": 1, "status": "completed", "cause": "request",
         "attempt": 1, "requested_by": "Ann", "stage": None, "waiting_for": None, "error": None,
         "cancel_requested": False,
-        "superseded_by": None, "reason": None, "emergency": None, "approval": None,
+        "superseded_by": None, "reason": None, "emergency": None,
         "parameters": {
             "priority": "normal", "timeout_s": 77, "keep_alive_s": None, "memory_limit_bytes": None,
             "strategy": "beside", "pinned": False, "instances": 1, "max_batch_size": 0,
@@ -94,7 +94,7 @@ async def test_load_is_accepted_and_its_job_completes(shared: LocalApi) -> None:
         "loaded_at": job["finished_at"], "loaded_by": "Ann", "job_id": job["id"],
         "position": job["position"], "error": None, "instances": 1,
         "repository_changed": False, "not_served": None, "threads": count_usable_cpus(), "sources": [],
-        "signature": None, "approval": None, "policy": None,
+        "signature": None, "approval": None, "policy": None, "added_by": None,
     }  # fmt: skip
     events = await shared.events("m")
     assert [event.type for event in events] == ["LoadRequested", "LoadStarted", "ModelLoaded"]

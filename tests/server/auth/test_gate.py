@@ -25,12 +25,13 @@ from events.sqlite.listing import open_reader
 from events.types import SYSTEM, AccessDenied
 from server.app import all_routes
 from server.appkeys import GATE
+from server.auth.access import Access
 from server.auth.gate import MAX_EVENTS, NO_ROUTE, OTHER, Denials
 from server.auth.keys import create_key, list_keys, revoke
 from server.auth.ratelimit import Windows, peer_of
 from server.config import Config, RateLimit
 from server.errors import QUOTA_EXCEEDED
-from server.routing import Access, Route
+from server.routing import Route
 
 Client = TestClient[web.Request, web.Application]
 Counts = dict[tuple[str, str], int]
@@ -93,8 +94,8 @@ TABLE: dict[str, set[Roles]] = {
     "POST /api/v1/sign-in-links": ADMIN,
     "POST /api/v1/sign-in-links/use": EVERYONE,
     "POST /api/v1/jobs/{job_id}/cancel": ADMIN,
-    "POST /api/v1/jobs/{job_id}/approve": APPROVE,
-    "POST /api/v1/jobs/{job_id}/reject": APPROVE,
+    "PUT /api/v1/models/{id}/versions/{version}/approval": APPROVE,
+    "DELETE /api/v1/models/{id}/versions/{version}/approval": APPROVE,
     "GET /api/v1/models/{id}/verify": VERIFY,
     "POST /api/v1/models/unload": ADMIN,
     "POST /api/v1/models/{id}/load": ADMIN,

@@ -20,6 +20,7 @@ from pytest_aiohttp import AiohttpClient
 from support.http import route, small_app, small_config
 
 from events.types import Credential
+from server.auth.access import Access
 from server.auth.gate import InvalidToken, Principal, Verifier, create_verifier, credential_of
 from server.auth.keys import (
     KeyProblem,
@@ -32,7 +33,6 @@ from server.auth.keys import (
     revoke,
 )
 from server.config import Config
-from server.routing import Access
 
 Client = TestClient[web.Request, web.Application]
 

@@ -6,7 +6,7 @@ import signal
 import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import closing, nullcontext
+from contextlib import closing
 from datetime import timedelta
 
 import pytest
@@ -20,23 +20,20 @@ from support.workers import until
 from events import accept
 from events.clock import boottime, utc_now
 from events.commands import Record, RequestLoad
-from events.models import AdmittedBytes, Model, ModelState
+from events.models import Model, ModelState
 from events.policy.rules import ApprovalRule, LoadPolicy, ModelRules
 from events.types import (
     AccessDenied,
-    ApprovalResult,
     Cause,
-    Contents,
     Draft,
-    LoadApproval,
     LoadRequested,
-    digest_of,
 )
+from events.versions import ModelVersions
 from runtime.errors import InferenceTimeout, QueueFull
 from runtime.repository import DEFAULTS_FILE
 from runtime.scheduler.scheduler import LONGEST_BACK_OFF_S
 from server.appkeys import DEMAND, LOG, ROUTER
-from server.v2.ondemand import MAX_FAILURES, ApprovalRequired, BackOff, DemandFailed, check_approved
+from server.v2.ondemand import MAX_FAILURES, BackOff, DemandFailed, Known
 
 Start = Callable[..., Awaitable[LocalApi]]
 
@@ -47,48 +44,53 @@ SOON = {"timeout": 50_000}
 M: tuple[str, int | None] = ("m", None)
 
 
-def fail(back_off: BackOff, demand: tuple[str, int | None], before: Model | None) -> Model:
-    """Fail at 0 s, and return the model as it is recorded then."""
+NOTHING = Known(None, None)
+
+
+def fail(back_off: BackOff, demand: tuple[str, int | None], before: Known) -> Known:
+    """Fail at 0 s, and return what is known then."""
     back_off.check(demand, before, 0.0)
-    after = Model(demand[0])
+    after = Known(Model(demand[0]), before.versions)
     back_off.note(demand, "because", before, after, 0.0)
     return after
 
 
 def test_pause_doubles_to_a_limit() -> None:
-    back_off, now_s, model, pauses = BackOff(), 0.0, None, list[float]()
+    back_off, now_s, known, pauses = BackOff(), 0.0, NOTHING, list[float]()
     for _ in range(9):
-        back_off.check(M, model, now_s)
-        before, model = model, Model("m")
-        pauses.append(back_off.note(M, "because", before, model, now_s))
+        back_off.check(M, known, now_s)
+        before, known = known, Known(Model("m"), None)
+        pauses.append(back_off.note(M, "because", before, known, now_s))
         with pytest.raises(DemandFailed, match="because") as refused:
-            back_off.check(M, model, now_s + pauses[-1] - 0.25)
+            back_off.check(M, known, now_s + pauses[-1] - 0.25)
         assert refused.value.retry_after_s == 0.25
         now_s += pauses[-1]
     assert pauses == [0.5, 1, 2, 4, 8, 16, LONGEST_BACK_OFF_S, LONGEST_BACK_OFF_S, LONGEST_BACK_OFF_S]
 
 
-def test_change_of_the_model_ends_the_pause() -> None:
+def test_change_of_the_model_or_its_versions_ends_the_pause() -> None:
     back_off = BackOff()
-    fail(back_off, M, None)
-    changed = Model("m")
-    back_off.check(M, changed, 0.0)
-    assert back_off.note(M, "because", changed, Model("m"), 0.0) == 0.5
+    failed = fail(back_off, M, NOTHING)
+    for changed in (Known(Model("m"), None), Known(failed.model, ModelVersions("m"))):
+        back_off.check(M, changed, 0.0)
+        assert back_off.note(M, "because", changed, failed, 0.0) == 0.5
+    with pytest.raises(DemandFailed):
+        back_off.check(M, failed, 0.4)
 
 
 def test_versions_have_their_own_pauses() -> None:
     back_off = BackOff()
-    model = fail(back_off, ("m", 2), fail(back_off, ("m", 1), None))
+    known = fail(back_off, ("m", 2), fail(back_off, ("m", 1), NOTHING))
     for version in (1, 2):
         with pytest.raises(DemandFailed):
-            back_off.check(("m", version), model, 0.4)
-    back_off.check(M, model, 0.4)
-    back_off.check(("other", 1), None, 0.4)
+            back_off.check(("m", version), known, 0.4)
+    back_off.check(M, known, 0.4)
+    back_off.check(("other", 1), NOTHING, 0.4)
 
 
 def test_remembered_failures_are_bounded() -> None:
     back_off = BackOff()
-    seen = {number: fail(back_off, (f"m{number}", None), None) for number in range(MAX_FAILURES + 1)}
+    seen = {number: fail(back_off, (f"m{number}", None), NOTHING) for number in range(MAX_FAILURES + 1)}
     back_off.check(("m0", None), seen[0], 0.1)
     for number in (1, MAX_FAILURES):
         with pytest.raises(DemandFailed):
@@ -591,63 +593,27 @@ async def test_shutdown_ends_the_wait(start: Start) -> None:
 
 
 RULES = ModelRules(approval=(ApprovalRule(("m",)),))
-CONTENTS = (("model.onnx", "ab" * 32),)
-OTHER = (("model.onnx", "cd" * 32),)
 
 
-def admitted(result: ApprovalResult, rule: str) -> Model:
-    """Return a model that was loaded from `CONTENTS`."""
-    approval = LoadApproval(rule, result)
-    return Model("m", admitted=(AdmittedBytes(digest_of(CONTENTS), "j", 1, approval=approval),))
+async def approve(api: LocalApi, model_id: str) -> None:
+    """Approve version 1 as bob, after its check."""
+    checked = await api.get(f"/api/v1/models/{model_id}/verify", roles=("approve",))
+    path = f"/api/v1/models/{model_id}/versions/1/approval"
+    said = {"digest": checked.json["digest"], "reason": "it looks right"}
+    answer = await api.send("PUT", path, json=said, roles=("approve",), subject="bob")
+    assert answer.status == 200, answer.body
 
 
-@pytest.mark.parametrize(
-    ("contents", "result", "rule", "is_loaded"),
-    [
-        (CONTENTS, ApprovalResult.APPROVED, RULES.approval_digest, True),
-        (CONTENTS, ApprovalResult.APPROVED_BEFORE, RULES.approval_digest, True),
-        (CONTENTS, ApprovalResult.BYPASSED, RULES.approval_digest, False),
-        (CONTENTS, ApprovalResult.RELOAD, RULES.approval_digest, False),
-        (CONTENTS, ApprovalResult.APPROVED, "another", False),
-        (OTHER, ApprovalResult.APPROVED, RULES.approval_digest, False),
-        (None, ApprovalResult.APPROVED, RULES.approval_digest, True),  # the load hashes them
-        (None, ApprovalResult.APPROVED, "another", False),
-    ],
-)
-def test_demand_loads_only_bytes_approved_before(
-    contents: Contents | None, result: ApprovalResult, rule: str, *, is_loaded: bool
-) -> None:
-    command, model = RequestLoad("m", 1, contents, "pia"), admitted(result, rule)
-    with nullcontext() if is_loaded else pytest.raises(ApprovalRequired, match="version 1 of model 'm'"):
-        check_approved(command, RULES, model)
-    check_approved(command, None, model)
-    check_approved(command, ModelRules(), None)
-
-
-async def test_demand_is_refused_at_once_without_approval(start: Start) -> None:
+async def test_approval_ends_the_back_off_of_a_refused_demand(start: Start) -> None:
     api = await start(on_demand="on", policy=LoadPolicy(approval=RULES.approval))
     add(api, "m")
     add(api, "free")
-    head = api.position
-    for _ in range(2):
-        assert (await api.infer("m", ONE)).refusal == (400, "approval_required")
-    assert api.position == head
+    refused = await api.infer("m", ONE)
+    assert refused.refusal == (503, "load_failed")
+    assert "1 more approval, by others than 'pia', who asks" in refused.json["detail"]
     assert (await api.infer("free", ONE)).status == 200
-    job = await api.accepted_load("m")
-    job = await when(lambda: api.job(job["id"]), lambda seen: seen["approval"] is not None)
-    assert (await api.infer("m", ONE)).refusal == (400, "approval_required")
-    said = {"digest": job["approval"]["digest"], "reason": "it looks right"}
-    await api.post(f"/api/v1/jobs/{job['id']}/approve", json=said, roles=("approve",), subject="bob")
-    await api.ended(job["id"])
-    await api.unload("m", until_asked=True)
+    await approve(api, "m")
     assert (await api.infer("m", ONE)).status == 200
-    [request] = [
-        data for data in await api.data_of(LoadRequested) if data.policy and data.cause is Cause.DEMAND
-    ]
-    assert (request.policy, request.justification) == (RULES.digest, UNSET)
-    assert (await api.model("m"))["approval"]["result"] == "approved_before"
-    await api.unload("m", until_asked=True)
-    save(models.add(3), api.config.repository, "m")
-    answer = await api.infer("m", ONE)  # of the version some files were approved, but not these
-    assert answer.refusal == (503, "load_failed")
-    assert "another to approve it" in answer.json["detail"]
+    requests = [data for data in await api.data_of(LoadRequested) if data.policy]
+    assert {(data.cause, data.justification) for data in requests} == {(Cause.DEMAND, UNSET)}
+    assert (await api.model("m"))["approval"]["by"] == ["bob"]

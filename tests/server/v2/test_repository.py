@@ -372,32 +372,10 @@ async def test_index_lists_ready_unloaded_and_unknown_models(shared: LocalApi) -
     assert await index(shared, "deleted") == []
 
 
-async def test_load_that_waits_for_approval_is_answered_after_its_timeout(start: Start) -> None:
-    api = await start(policy=LoadPolicy(approval=(ApprovalRule(("m",)),)), timeout_s=1)
-    save(models.identity(), api.config.repository, "m")
-    answer = await load(api, "m")
-    assert answer.refusal == (400, "approval_required")
-    job = await api.job(job_id_of(answer))
-    assert (job["status"], job["approval"]["waits"]) == ("pending", True)
-    assert job["id"] in answer.json["error"]
-    again = await load(api, "m")
-    assert (again.refusal, job_id_of(again)) == ((400, "approval_required"), job["id"])
-    said = {"digest": job["approval"]["digest"], "reason": "it looks right"}
-    await api.post(f"/api/v1/jobs/{job['id']}/approve", json=said, roles=("approve",), subject="bob")
-    assert (await api.ended(job["id"]))["status"] == "completed"
-    assert job_of(await load(api, "m")) == job["id"]
-
-
-@pytest.mark.parametrize(("what", "code"), [("approve", None), ("reject", "rejected")])
-async def test_load_is_answered_when_a_person_has_answered(start: Start, what: str, code: str | None) -> None:
+async def test_load_of_unapproved_bytes_is_refused_at_once(start: Start) -> None:
     api = await start(policy=LoadPolicy(approval=(ApprovalRule(("m",)),)))
     save(models.identity(), api.config.repository, "m")
-    loading = asyncio.create_task(load(api, "m"))
-    [job] = await when(
-        lambda: api.jobs("?model=m"), lambda jobs: [bool(job["approval"]) for job in jobs] == [True]
-    )
-    said = {"digest": job["approval"]["digest"], "reason": "so it is"}
-    await api.post(f"/api/v1/jobs/{job['id']}/{what}", json=said, roles=("approve",), subject="bob")
-    answer = await loading
-    assert job_id_of(answer) == job["id"]
-    assert (answer.status, code and answer.json["code"]) == (400 if code else 200, code)
+    answer = await load(api, "m")
+    assert answer.refusal == (400, "not_approved")
+    assert "`loadledger approve m/1`" in answer.json["error"]
+    assert (await api.job(job_id_of(answer)))["error"]["code"] == "not_approved"

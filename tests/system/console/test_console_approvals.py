@@ -1,7 +1,8 @@
-"""The console in a real browser: approvals of loads, and what models show of them."""
+"""The console in a real browser: approvals of versions, and what models show of them."""
 
 import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -18,6 +19,7 @@ pytestmark = [needs_browser, pytest.mark.asyncio(loop_scope="module")]
 
 KEY = make_key()
 SIGNER = key_digest(public_pem(KEY))
+SIGNED = f"Signed: the key is {SIGNER}; the rules only warn."
 RULES = """
 [[trust]]
 models = ["signed", "unsigned"]
@@ -25,22 +27,28 @@ mode = "warn"
 keys = ["release.pem"]
 
 [[approval]]
-models = ["guarded", "declined", "urgent", "own"]
+models = ["guarded", "changed", "urgent"]
 """
 
 
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of models."""
+    root = tmp_path_factory.mktemp("approvals") / "repository"
+    for model_id in ("guarded", "changed", "urgent", "signed", "unsigned"):
+        models.save(models.add(), root, model_id)
+    sign_folder(root / "signed" / "1", KEY)
+    return root
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Server]:
+async def server(repository: Path) -> AsyncIterator[Server]:
     """A server with rules for its models."""
-    root = tmp_path_factory.mktemp("approvals")
-    for model_id in ("guarded", "declined", "urgent", "own", "signed", "unsigned"):
-        models.save(models.add(), root / "repository", model_id)
-    models.save(models.add(2.0), root / "repository", "guarded", 2)
-    sign_folder(root / "repository" / "signed" / "1", KEY)
+    root = repository.parent
     (root / "release.pem").write_text(public_pem(KEY))
     rules = root / "loadledger.toml"
     rules.write_text(RULES)
-    config = Config(repository=root / "repository", data=root / "data")
+    config = Config(repository=repository, data=root / "data")
     async with serving(config, f"--config={rules}") as running:
         yield running
 
@@ -53,106 +61,123 @@ async def carol(server: Server, browser: BrowserContext) -> AsyncIterator[Consol
         yield console
 
 
-def waiting_for_answer(console: Console, model_id: str) -> Locator:
-    return console.page.locator(".approvals .problem", has_text=f"Load of {model_id}")
+def unapproved(console: Console, model_id: str) -> Locator:
+    return console.page.locator(".approvals .problem", has_text=model_id)
 
 
-async def ask_for_load(console: Console, model_id: str, version: int, reason: str) -> None:
-    """Ask for a load of a model that is not loaded, with a reason."""
+def opened(console: Console) -> Locator:
+    return console.page.locator("dialog[open]")
+
+
+async def ask_for_load(console: Console, model_id: str, version: int) -> None:
+    """Ask for a load of a version."""
     await console.press(model_id, "Load")
     await console.page.locator("#load-version").select_option(str(version))
-    await expect(console.page.locator("dialog[open]")).to_contain_text("until 1 other person approved it")
-    await console.page.get_by_label("Reason").fill(reason)
+    await expect(opened(console)).to_contain_text("need the approval of 1 other person")
     await console.choose("Load")
 
 
-async def answer(console: Console, model_id: str, verb: str, reason: str) -> None:
-    """Answer a load that waits, with a reason."""
-    await waiting_for_answer(console, model_id).get_by_role("button", name=verb).click()
+async def give_reason(console: Console, verb: str, reason: str) -> None:
+    """Answer the open dialog, at first without a reason."""
+    await console.page.get_by_label("Reason").fill("  ")
+    await console.choose(verb)
+    await expect(opened(console).locator(".refusal")).to_contain_text("Give a reason")
     await console.page.get_by_label("Reason").fill(reason)
     await console.choose(verb)
 
 
-async def test_load_waits_for_the_approval_of_another_person(
+async def test_added_version_waits_until_another_approves(
     server: Server, admin: Console, carol: Console
 ) -> None:
-    await ask_for_load(admin, "guarded", 2, "<b>fewer</b> false alarms")
-    waits = admin.attention.filter(has_text="Load of guarded")
-    await expect(waits).to_contain_text("For approval by another person until ")
-    await expect(admin.page.get_by_role("button", name="Approve")).to_have_count(0)
-    asked = waiting_for_answer(carol, "guarded")
-    await expect(asked).to_contain_text("Version 2; none is loaded.")
-    await expect(asked.locator(".files")).to_have_text("added model.onnx")
-    await expect(asked).to_contain_text("Its signature was not checked")
-    await expect(asked).to_contain_text("Asked for by alice: <b>fewer</b> false alarms")
-    await expect(asked).to_contain_text("0 of 1 approved")
+    listed = carol.page.locator(".approvals")
+    await expect(listed).to_have_count(0)  # versions of the folder wait for nobody
+    await server.api.add_by_stage("guarded", 2, models.add(2.0).SerializeToString())
+    await expect(listed.locator(".problem")).to_have_count(1)
+    await expect(unapproved(carol, "guarded")).to_contain_text("version 2Added by alice. 0 of 1 approved.")
     await expect(carol.page.get_by_role("link", name="Overview 1 need attention")).to_be_visible()
-    await expect(carol.attention.filter(has_text="guarded")).to_have_count(0)
+    await ask_for_load(admin, "guarded", 2)
+    await expect(admin.page.locator("#notices")).to_contain_text("approve guarded/2")
+    failed = admin.attention.filter(has_text="guarded failed")
+    await expect(failed).to_contain_text("not_approved: ")
+    await expect(failed).to_contain_text("loadledger approve MODEL/VERSION gives it")
+    await expect(admin.page.get_by_role("button", name="Approve")).to_have_count(0)
+    await expect(unapproved(carol, "guarded")).to_contain_text("Its last load was refused. Added by alice.")
     assert await carol.serious() == []
     await carol.page.set_viewport_size(PHONE)
     await carol.fits()
-    await asked.get_by_role("button", name="Approve").click()
-    digest = (await server.api.jobs("?model=guarded"))[0]["approval"]["digest"]
-    await expect(carol.page.locator("dialog[open]")).to_contain_text(digest)
+    await unapproved(carol, "guarded").get_by_role("button", name="Approve").click()
+    await expect(opened(carol)).to_contain_text("Version 2; none is loaded.")
+    await expect(opened(carol).get_by_role("list")).to_have_text("added model.onnx")
+    await expect(opened(carol)).to_contain_text("Its signature was not checked")
+    await expect(opened(carol)).to_contain_text("Added by alice. 0 of 1 approved.")
     assert await carol.serious("dialog[open]") == []
-    await carol.page.get_by_label("Reason").fill("  ")
-    await carol.choose("Approve")
-    await expect(carol.page.locator("dialog[open] .refusal")).to_contain_text("Give a reason")
-    await carol.page.get_by_label("Reason").fill("I compared its files")
-    await carol.choose("Approve")
-    await expect(carol.page.locator("#notices")).to_contain_text("You approved the load of guarded")
-    await carol.see("guarded", "loaded")
-    await expect(asked).to_have_count(0)
+    await give_reason(carol, "Approve", "<b>I</b> compared its files")
+    await expect(carol.page.locator("#notices")).to_contain_text("You approved version 2 of guarded")
+    await expect(listed).to_have_count(0)
+    [approval] = (await server.api.model("guarded"))["approvals"]
+    await ask_for_load(admin, "guarded", 2)
+    await admin.see("guarded", "loaded")
     await carol.go("#/models/guarded")
     await expect(carol.page.locator(".facts")).to_contain_text("approved by carol")
-    await expect(carol.page.locator(".its-events")).to_contain_text("I compared its files")
-    await expect(carol.page.locator(".its-jobs .job").first).to_contain_text("approved by carol")
+    given = carol.page.locator(".its-approvals tbody tr")
+    await expect(given).to_contain_text("<b>I</b> compared its files")
+    await expect(given.locator("code")).to_have_attribute("title", approval["digest"])
+    await expect(carol.page.locator(".its-events")).to_contain_text("<b>I</b> compared its files")
+    assert await carol.serious() == []
+    await carol.fits()
 
 
-async def test_rejected_load_fails_with_the_reason(
-    server: Server, browser: BrowserContext, admin: Console
-) -> None:
-    await ask_for_load(admin, "declined", 1, "")
+async def test_withdrawn_approval_refuses_next_load(server: Server, admin: Console, carol: Console) -> None:
+    digest = (await server.api.get("/api/v1/models/changed/verify", roles=("audit",))).json["digest"]
+    path, body = "/api/v1/models/changed/versions/1/approval", {"digest": digest, "reason": "as before"}
+    answer = await server.api.send("PUT", path, roles=("approve",), subject="erin", json=body)
+    assert answer.status == 200, answer.body
+    await carol.go("#/models/changed")
+    given = carol.page.locator(".its-approvals tbody tr")
+    await expect(given).to_contain_text("erin")
+    await given.get_by_role("button", name="Withdraw").click()
+    assert await carol.serious("dialog[open]") == []
+    await give_reason(carol, "Withdraw", "it was too early")
+    await expect(carol.page.locator("#notices")).to_contain_text("version 1 of changed is withdrawn")
+    await expect(given).to_have_count(0)
+    await expect(carol.page.locator(".its-events")).to_contain_text("it was too early")
+    await ask_for_load(admin, "changed", 1)
+    await admin.see("changed", "failed")
+    await carol.go("#/")
+    await expect(unapproved(carol, "changed")).to_contain_text("The ledger does not have who added")
+
+
+async def test_refused_approval_says_why(server: Server, browser: BrowserContext, repository: Path) -> None:
+    await server.api.add_by_stage("changed", 2, models.add(2.0).SerializeToString())
     async with Console.opened(browser, server.url) as console:
-        await console.sign_in(server.api.token("approve", subject="erin"), says="Every 3 s")
-        await expect(waiting_for_answer(console, "declined")).to_contain_text("alice: no reason is given")
-        await answer(console, "declined", "Reject", "not before Monday")
-        await expect(waiting_for_answer(console, "declined")).to_have_count(0)
-    await expect(admin.page.locator("#notices")).to_contain_text("rejected by erin: not before Monday")
-    await admin.see("declined", "unloaded")
-    await admin.go("#/jobs")
-    failed = admin.page.locator(".ended-jobs .job", has_text="Load declined")
-    await expect(failed.locator(".pill")).to_have_text("failed")
-    await expect(failed).to_contain_text("rejected by erin: not before Monday")
-
-
-async def test_own_load_is_not_offered_and_late_answer_is_refused(
-    server: Server, browser: BrowserContext
-) -> None:
-    async with Console.opened(browser, server.url) as console:
-        await console.sign_in(server.api.token("admin", "approve", subject="carol"))
-        job = await server.api.accepted_load("own")  # of alice
-        await waiting_for_answer(console, "own").get_by_role("button", name="Approve").click()
-        await server.api.post(f"/api/v1/jobs/{job['id']}/cancel")
-        await server.api.ended(job["id"])
-        await console.page.get_by_label("Reason").fill("too late")
+        await console.sign_in(server.api.token("approve"), says="Every 3 s")
+        await expect(unapproved(console, "changed version 2")).to_have_count(0)  # alice has added it
+        await console.go("#/models/changed")
+        refused = opened(console).locator(".refusal")
+        versions = console.page.locator(".its-versions")
+        await versions.get_by_role("button", name="Approve… version 2").click()
+        await console.page.get_by_label("Reason").fill("my own")
         await console.choose("Approve")
-        await expect(console.page.locator("dialog[open] .refusal")).to_contain_text("does not wait")
+        await expect(refused).to_contain_text("'alice' added these files")
         await console.choose("Not now")
-        await ask_for_load(console, "own", 1, "")
-        await expect(console.attention.filter(has_text="Load of own")).to_contain_text("Requested by carol")
-        await expect(waiting_for_answer(console, "own")).to_have_count(0)
-        await console.attention.filter(has_text="Load of own").get_by_role("button", name="Cancel").click()
+        await versions.get_by_role("button", name="Approve… version 1").click()
+        await expect(opened(console)).to_contain_text("Version 1; none is loaded.")
+        models.save(models.add(3.0), repository, "changed")
+        await console.page.get_by_label("Reason").fill("too late")
+        await server.api.get("/api/v1/models/changed/verify?version=1")
+        await console.choose("Approve")
+        await expect(refused).to_contain_text("has the digest")
 
 
-async def test_models_show_their_signature_now_and_then(server: Server, admin: Console) -> None:
+async def test_models_show_their_signature_now_and_then(
+    server: Server, admin: Console, carol: Console
+) -> None:
     page = admin.page
     for model_id in ("signed", "unsigned"):
         await server.api.load(model_id)
     position = (await server.api.model("unsigned"))["position"]
-    signed = f"Signed: the key is {SIGNER}; the rules only warn."
     unsigned = "Not signed as the rules say; the rules let pass signature_missing."
-    badges = [("signed", "signed", signed), ("unsigned", "not signed", unsigned)]
+    badges = [("signed", "signed", SIGNED), ("unsigned", "not signed", unsigned)]
     for address, rows in ((f"#/at/{position}", "#past-rows"), ("#/", "#models-rows")):
         await admin.go(address)
         for model_id, text, title in badges:
@@ -160,7 +185,12 @@ async def test_models_show_their_signature_now_and_then(server: Server, admin: C
             badge = row.locator(".badge", has_text=re.compile(f"^{text}$"))
             await expect(badge).to_have_attribute("title", title)
     await admin.go("#/models/signed")
-    await expect(page.locator(".facts")).to_contain_text(f"Signed: the key is {SIGNER}")
+    await expect(page.locator(".facts")).to_contain_text(SIGNED)
+    await carol.go("#/models/signed")  # which no rule wants approved
+    await carol.page.get_by_role("button", name="Approve… version 1").click()
+    await expect(opened(carol)).to_contain_text(SIGNED)
+    await expect(opened(carol)).to_contain_text("No file differs.")
+    await carol.choose("Not now")
 
 
 async def test_bypassed_approval_needs_attention(server: Server, browser: BrowserContext) -> None:
@@ -176,7 +206,7 @@ async def test_bypassed_approval_needs_attention(server: Server, browser: Browse
         await expect(bypassed).to_contain_text("for dora")
         await console.go("#/jobs")
         job = console.page.locator(".ended-jobs .job", has_text="Load urgent")
-        await expect(job).to_contain_text("emergency: payments fail · without approval")
+        await expect(job).to_contain_text("emergency: payments fail")
         await console.go("#/")
         await bypassed.get_by_role("button", name="Acknowledge").click()
         await expect(bypassed).to_have_count(0)

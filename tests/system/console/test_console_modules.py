@@ -331,10 +331,16 @@ CASES: dict[str, tuple[object, str]] = {
         return [...found, [level, title, why, occurrence, members.length]];
         """,
     ),
-    "problems: answers that only other persons may give, bypasses, exchanged keys": (
+    "problems: approvals that others may give, bypasses, exchanged keys": (
         [
-            [["asked", "Load of m waits for approval"]],
-            *[[["waiting", "Load of m"]]] * 3,
+            ["Version 2 of m waits for approval", "Version 1 of n waits for approval"],
+            ["n/1", "m/2"],
+            [["n/1"], ["m/2"], ["m/2"], []],
+            [
+                ["r failed", "detail says what is missing"],
+                ["Version 3 of r waits for approval", "Approve it."],
+                ["r failed", "It has its approvals now: load it again"],
+            ],
             [
                 ["warning", "m was loaded without approval", "The role emergency let it pass", "j"],
                 ["warning", "m serves with a signature that today's rules refuse", "Its signer is s", "j p"],
@@ -342,20 +348,32 @@ CASES: dict[str, tuple[object, str]] = {
         ],
         """
         const { problems } = await import("/console/problems.js");
-        const approval = { waits: true, requested_by: ["alice", "bob"], approved_by: ["erin"] };
-        const job = { id: "j", kind: "load", model_id: "m", status: "pending", requested_by: "alice",
-          approval, waiting_for: "approval", created_at: "2026-01-01T00:00:00Z", finished_at: null };
-        state.jobs.value = [job];
-        const told = [["Alice", true], ["bob", true], ["erin", true], ["carol", false]].map((who) => {
-          const [subject, approves] = who;
+        const unapproved = (version, digest, added_by, position) => [
+          { version, digest, added_by, position, is_refused: false }];
+        const given = { version: 1, digest: "d", by: "erin" };
+        const idle = { state: "unloaded", error: null };
+        state.models.value = new Map([
+          ["m", { ...idle, id: "m", unapproved: unapproved(2, "d", "alice", 7), approvals: [given] }],
+          ["n", { ...idle, id: "n", unapproved: unapproved(1, "d", "bob", 9), approvals: [given] }],
+        ]);
+        const listed = (subject, approves) => {
           state.session.value = { subject, approves, roles: [] };
-          return problems.value.map(({ level, title }) => [level, title]);
+          return state.unapproved.value.map(({ model, version }) => `${model.id}/${version}`);
+        };
+        const newest = listed("carol", true), titles = problems.value.map(({ title }) => title);
+        const people = [["alice", true], ["bob", true], ["erin", true], ["dora", false]];
+        const told = people.map((who) => listed(...who));
+        const refused = { version: 3, digest: null, added_by: null, position: null, is_refused: true };
+        const failed = { id: "r", state: "failed", error: { code: "not_approved", message: "no" } };
+        const steps = [[false, [refused]], [true, [refused]], [true, []]].map(([approves, waiting]) => {
+          state.session.value = { subject: "carol", approves, roles: [] };
+          state.models.value = new Map([["r", { ...failed, unapproved: waiting }]]);
+          return problems.value.flatMap(({ title, todo }) => [title, todo.split(",")[0]]);
         });
-        state.jobs.value = [];
         const signature = { signer: "s", was_verified: true, policy: "p" };
         state.models.value = new Map([["m", { id: "m", state: "loaded", error: null, job_id: "j", signature,
           approval: { result: "bypassed", by: ["dora"] } }]]);
-        return [...told, problems.value.map(({ level, title, why, occurrence }) =>
+        return [titles, newest, told, steps, problems.value.map(({ level, title, why, occurrence }) =>
           [level, title, why.split(/[,.] ?/)[0], occurrence])];
         """,
     ),

@@ -1,0 +1,33 @@
+"""What nodes sign: JSON arrays of text, in UTF-8. Pure.
+
+Each has an id that is used once, so a signature in the log is good for nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+from msgspec import UNSET, UnsetType
+from msgspec.structs import astuple
+
+from events.models import AdmittedBytes
+from events.types import Justification, NodeSignature
+
+IsSigned = Callable[[bytes, NodeSignature | UnsetType], bool]
+"""Whether a trusted node has signed a statement; of a ledger of one server it has."""
+
+
+def emergency_statement(
+    job_id: str, model_id: str, version: int | None, actor: str, said: Justification
+) -> bytes:
+    """Return the bytes that a node signs which has seen the role `emergency` of who asks for a load."""
+    what = "loadledger-emergency-v1", job_id, model_id, version, actor
+    return msgspec.json.encode((*what, said.emergency or "", said.digest or None))
+
+
+def load_statement(model_id: str, passed: AdmittedBytes) -> bytes:
+    """Return the bytes that a node signs for a load, with what it passed."""
+    what = "loadledger-load-v1", passed.job_id, model_id, passed.version, passed.digest
+    parts = (None if part is UNSET else part for part in astuple(passed.evidence))
+    return msgspec.json.encode((*what, *parts))

@@ -1,0 +1,28 @@
+"""Which roles may call a route; the server has no others."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Access(Enum):
+    """Roles that may call a route: any of the value; PUBLIC needs no token. Its limit follows from them."""
+
+    PUBLIC = frozenset[str]()
+    ANY = frozenset({"admin", "predict", "audit", "approve", "emergency"})
+    ADMIN = frozenset({"admin"})
+    PREDICT = frozenset({"predict", "admin"})
+    AUDIT = frozenset({"audit", "admin"})
+    APPROVE = frozenset({"approve"})
+    VERIFY = frozenset({"admin", "audit", "approve"})
+    EMERGENCY = frozenset({"emergency"})
+    """Of a load's `emergency`, beside `ADMIN`."""
+
+    @property
+    def records(self) -> bool:
+        """Whether a route may change something that the ledger records."""
+        return self in (Access.ADMIN, Access.APPROVE)
+
+
+ROLES = Access.ANY.value
+"""All roles: none includes another, so that an administrator alone neither approves nor passes without."""
