@@ -58,6 +58,7 @@ class RemarkKind(StrEnum):
     BYPASSED = "approval_bypassed"
     WENT_ON = "signature_refused"
     RELOADED = "not_approved"
+    NO_ADDER = "adder_unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +233,9 @@ class PolicyAudit:
                 self._remark(event, RemarkKind.RELOADED, text)
         else:
             self._remark_issuers(event, said, job, given.versions)
+            if not given.versions.list_adders(given.digest):
+                text = f"the log does not have who added version {job.version} of {job.model_id!r}"
+                self._remark(event, RemarkKind.NO_ADDER, text)
         return None
 
     def _remark_issuers(self, event: Event, said: LoadApproval, job: Job, versions: ModelVersions) -> None:

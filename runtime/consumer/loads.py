@@ -69,6 +69,7 @@ from runtime.scheduler.actions import (
     Action,
     ChangeSettings,
     StartLoad,
+    UnloadAutomatically,
     UnloadForReplacement,
     draft_fact,
     draft_outcome,
@@ -152,18 +153,23 @@ class Loader:
         task.add_done_callback(partial(self._end, job.id))
 
     def confirm(self, action: Action) -> tuple[Condition, ...] | None:
-        """Return what the checks of a load rest on that goes on with an action.
+        """Return what the checks of a load rest on that goes on with an action, or gets room by it.
 
         If that does not hold any more, the load begins anew, with its checks, and there is None.
         """
-        if not isinstance(action, StartLoad | ChangeSettings | UnloadForReplacement):
-            return ()
-        task = self.tasks.get(action.job.id)
+        match action:
+            case StartLoad(job) | ChangeSettings(job) | UnloadForReplacement(job):
+                job_id: str | None = job.id
+            case UnloadAutomatically(cause_event_id=job_id):
+                pass
+            case _:
+                return ()
+        task, waiting = self.tasks.get(job_id or ""), self._log.state.unended_job(job_id)
         conditions = () if task is None or task.checked is None else task.checked.conditions
-        if task is None or all(each.holds(self._log.state) for each in conditions):
+        if task is None or waiting is None or all(each.holds(self._log.state) for each in conditions):
             return conditions
         task.task.cancel()
-        self.begin(action.job)
+        self.begin(waiting)
         return None
 
     def _end(self, job_id: str, task: asyncio.Task[None]) -> None:

@@ -352,13 +352,13 @@ class Cluster:
 
     def forge_approval(self, node: ClusterNode, model_id: str, version: int, by: str) -> None:
         """Append an approval as the database's role: a person's last one once more, or one of its own."""
-        about = by, None, model_id, version
-        own = VersionApproved(
-            digest_of(contents_of(node.files_in_repository(model_id, version))), (), "seen", Credential()
-        )
-        given = (event for event in reversed(self.log.events) if isinstance(event.data, VersionApproved))
-        same = (each.data for each in given if (each.actor, None, each.model_id, each.version) == about)
-        draft = Draft(f"v{next(self._changes)}", next(same, own), *about)
+        digest = digest_of(contents_of(node.files_in_repository(model_id, version)))
+        data = VersionApproved(digest, (), "seen", Credential())
+        for event in self.log.events:
+            is_same = (event.actor, event.model_id, event.version) == (by, model_id, version)
+            if is_same and isinstance(event.data, VersionApproved):
+                data = event.data
+        draft = Draft(f"v{next(self._changes)}", data, by, None, model_id, version)
         self.log.submit(Record((draft,)), self.now)
 
     def pass_time(self, seconds: float) -> None:

@@ -491,10 +491,12 @@ def test_expired_certificate_passes_as_of_the_request() -> None:
 # Remarks.
 
 
-def remarks_of(story: Story) -> list[tuple[int, RemarkKind, str]]:
+def remarks_of(story: Story, *, of_adders: bool = False) -> list[tuple[int, RemarkKind, str]]:
+    """Return the remarks about adders, or all others: few of these stories have one."""
     found, audited = audit(story.history.facts)
     assert found is None
-    return [(each.position, each.kind, each.text) for each in audited.remarks]
+    said = [(each.position, each.kind, each.text) for each in audited.remarks]
+    return [each for each in said if (each[1] is RemarkKind.NO_ADDER) is of_adders]
 
 
 SELF_ISSUED, RELOADED = RemarkKind.SELF_ISSUED, RemarkKind.RELOADED
@@ -532,6 +534,14 @@ def test_remark_is_of_the_last_event(words: str, kind: RemarkKind | None, text: 
     found = remarks_of(story)
     assert [each[:2] for each in found] == ([] if kind is None else [(len(story.history.facts), kind)])
     assert all(text in each[2] for each in found)
+
+
+@pytest.mark.parametrize(
+    ("words", "is_remarked"), [(APPROVED, True), (f"add:bob {APPROVED}", False), (BYPASSED, False)]
+)
+def test_approved_bytes_without_adder_are_a_remark(words: str, *, is_remarked: bool) -> None:
+    texts = [text for _, _, text in remarks_of(tell(words), of_adders=True)]
+    assert texts == ["the log does not have who added version 1 of 'digits'"] * is_remarked
 
 
 def test_reload_that_went_on_is_a_remark() -> None:

@@ -297,7 +297,8 @@ async def test_rule_on_a_running_server_takes_no_model_away(folder: Path) -> Non
         assert (await engine.load("m07")).status is JobStatus.COMPLETED
     verification = verify(folder / "ledger.db")
     assert verification.verified, verification.finding
-    assert [remark.kind for remark in verification.remarks] == [RemarkKind.RELOADED] * 21
+    kinds = [remark.kind for remark in verification.remarks]
+    assert kinds == [*[RemarkKind.RELOADED] * 21, RemarkKind.NO_ADDER]
 
 
 @pytest.mark.parametrize("allowed", [True, False])
