@@ -191,7 +191,7 @@ def _decide_load(state: State, command: RequestLoad, new_id: Callable[[], str]) 
     is_labelled = label is UNSET or names_version(versions, label, command.version)
     if serving is not None and serving.parameters.has_same_settings(parameters) and is_labelled:
         return _join_load(state, command, serving, new_id)
-    if command.is_checked:
+    if serving is not None and (command.is_checked or _needs_persons(state, command.model_id, serving)):
         serving = None  # its job passes the rules first, also if it changes only settings
     if command.cause is Cause.DEMAND and (other := _find_other_version(model, queue, command)) is not None:
         return Existing(other)
@@ -212,6 +212,12 @@ def _decide_load(state: State, command: RequestLoad, new_id: Callable[[], str]) 
         if label is not UNSET and not is_labelled:
             drafts.append(draft_label(outcome, label, command.actor, new_id))
     return Accepted(tuple(drafts), request.id)
+
+
+def _needs_persons(state: State, model_id: str, serving: Serving) -> bool:
+    """Whether other persons must approve what the node of a load serves, whatever the rules are elsewhere."""
+    rules = state.registers.find_policy(serving.node_id).of(model_id)
+    return rules is not None and rules.persons > 0
 
 
 def _find_version_refusal(

@@ -192,7 +192,8 @@ class ApproveVersion(RegisterCommand):
             what = f"{shared!r} {issued}added these files"
             return Refused("same_person", f"{what}: another person has to approve them")
         for each in versions.approvals:
-            if each.digest == self.digest and is_same_person(each.by, self.actor):
+            is_same = each.digest == self.digest and each.issued_by == credential.issued_by
+            if is_same and is_same_person(each.by, self.actor):
                 statement = approval_statement(self.model_id, each)
                 if self.sign is None or self.sign(statement) == each.node_signature:  # else it may not count
                     return Existing(None)
@@ -215,7 +216,7 @@ class ApproveVersion(RegisterCommand):
 
 @dataclass(frozen=True, slots=True)
 class WithdrawApproval(RegisterCommand):
-    """Withdraw all approvals of the bytes that were approved as a version."""
+    """Withdraw all approvals of the bytes that a version has, or that were approved as it."""
 
     model_id: str
     version: int
@@ -224,8 +225,12 @@ class WithdrawApproval(RegisterCommand):
     credential: Credential
 
     def decide(self, at: DecisionInput) -> Decision:
-        approvals = at.state.registers.find_versions(self.model_id).approvals
-        digests = dict.fromkeys(each.digest for each in approvals if each.version == self.version)
+        versions, model = at.state.registers.find_versions(self.model_id), at.state.models.get(self.model_id)
+        added, held = versions.find_added(self.version), () if model is None else model.held
+        own = {each.digest for each in held if each.version == self.version}
+        own |= set() if added is None else {added.digest}
+        named = (each for each in versions.approvals if each.version == self.version or each.digest in own)
+        digests = dict.fromkeys(each.digest for each in named)
         if not digests:
             name = f"version {self.version} of model '{self.model_id}'"
             return Refused("unknown_approval", f"{name} is not approved: there is nothing to withdraw")

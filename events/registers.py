@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from types import MappingProxyType
 from typing import Never
 
@@ -99,7 +100,7 @@ class Registers:
         if not isinstance(data, OF_NODES):
             return NOTHING, list_transitions(event, self.nodes, NOTHING)
         before, self.nodes = self.nodes, dict(self.nodes)
-        owners = partial(_list_owners, models, unended)
+        owners = partial(_list_owners, models, unended, self.versions)
         nodes = evolve_nodes(self.nodes, data, position=position, recorded_at=recorded_at, read_owners=owners)
         gone = [key for key in self.policies if nodes.get(key, before) is None]
         self.policies = {key: each for key, each in self.policies.items() if key not in gone}
@@ -117,7 +118,12 @@ class Registers:
         return {"versions": {after.id: after}}
 
 
-def _list_owners(models: Mapping[str, Model], unended: Callable[[], Iterable[Job]]) -> set[str]:
-    """Return the nodes that own a model or a job."""
+def _list_owners(
+    models: Mapping[str, Model],
+    unended: Callable[[], Iterable[Job]],
+    versions: Mapping[str, ModelVersions],
+) -> set[str]:
+    """Return the nodes that own a model or a job, or have signed what a person said that still counts."""
     owners = {each.node_id for model in models.values() for each in model.servings}
-    return {each for each in (*owners, *(job.node_id for job in unended())) if each is not None}
+    signers = chain.from_iterable(each.list_signers() for each in versions.values())
+    return {each for each in (*owners, *(job.node_id for job in unended()), *signers) if each is not None}

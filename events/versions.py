@@ -148,6 +148,11 @@ class ModelVersions(Struct, frozen=True, gc=False, omit_defaults=True):
         """Return all who added bytes, under any version; empty if the ledger has nobody."""
         return sorted({each.by for each in self.added if each.digest == digest})
 
+    def list_signers(self) -> list[str]:
+        """Return the nodes that have signed approvals."""
+        signatures = (each.node_signature for each in self.approvals)
+        return [each.node_id for each in signatures if each is not UNSET]
+
     def name_labels(self, version: int) -> list[str]:
         """Return the labels that name a version."""
         return [label.name for label in self.labels if label.version == version]

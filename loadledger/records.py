@@ -195,12 +195,12 @@ class Approval(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class VersionApprovals(msgspec.Struct, frozen=True, kw_only=True):
-    """The approvals of a version's bytes, and how many the rules for the model ask for."""
+    """The approvals of a version's bytes, and how many other persons the rules still ask for."""
 
     model_id: str
     version: int
     approvals: list[Approval] = []
-    needed: int = 0
+    missing: int = 0
 
 
 class UnapprovedVersion(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,7 +11,7 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -420,7 +420,7 @@ def _check_rules(
     under = ", ".join(rules.names)
     for version, loaded in [
         *((number, None) for number in highest),
-        *({each.version: each.files for each in model.servings}.items() if rules.trust else []),
+        *{each.version: each.files for each in model.servings}.items(),
     ]:
         place, is_reload = f"{model_id}/{version}", loaded is not None
         try:
@@ -429,6 +429,7 @@ def _check_rules(
             now = format_timestamp(utc_now())
             given = CheckInput(rules, model, versions, contents, read, now, is_reload, lambda *_: True)
             seen = survey_version(given, version)
+            later = survey_version(replace(given, is_reload=False), version)
         except (RuntimeProblem, OSError) as problem:
             text = f"cannot be checked under {under}: {problem}"
             yield CheckFinding(place, getattr(problem, "code", "unreadable"), text, Severity.NOTE)
@@ -436,6 +437,10 @@ def _check_rules(
         if seen.problem is not None:
             fate = "is loaded, and would not be loaded again after a restart" if loaded else "would not load"
             yield CheckFinding(place, seen.problem.code, f"{fate}, under {under}: {seen.problem.message}")
+        elif later.problem is not None and version not in highest:
+            fate = "is loaded and comes back after a restart, and the next load of it would be refused"
+            text = f"{fate}, under {under}: {later.problem.message}"
+            yield CheckFinding(place, later.problem.code, text, Severity.NOTE)
         elif loaded is None:
             code = (None if seen.signature is None else seen.signature.problem) or "policy"
             text = f"under {under}: {_describe_outcome(seen, rules)}"

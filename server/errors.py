@@ -76,7 +76,7 @@ ERRORS: Mapping[str, ErrorKind] = {
     "no_credentials": ErrorKind(401, "A bearer token is needed"),
     "invalid_token": ErrorKind(401, "The bearer token is not valid"),
     "forbidden": ErrorKind(403, "The token's roles do not allow this"),
-    "same_person": ErrorKind(403, "Another person has to answer"),
+    "same_person": ErrorKind(403, "Another person has to approve"),
     "emergency_forbidden": ErrorKind(403, "The rules of the model allow no emergency"),
     "not_found": ErrorKind(404, "No such route or file"),
     "unknown_model": ErrorKind(404, "No such model"),

@@ -255,11 +255,13 @@ class PolicyAudit:
         job = self._entities.jobs.get(event.job_id or "")
         model = self._entities.models.get(event.model_id or "")
         serving = None if model is None else model.find_serving(data.load_job_id)
-        if job is None or model is None or serving is None or job.policy_digest is None:
+        if job is None or model is None or serving is None:
             return None
         rules = self._entities.registers.find_policy(serving.node_id).of(job.model_id)
-        if rules is None:
+        if rules is None or not rules.persons:
             return None
+        if job.policy_digest != rules.digest:
+            return f"the rules {rules.digest} are in force, and its request does not name them"
         given = self._make_input(event, rules, model, contents_of(serving.files), serving.node)
         try:
             found = check_approval(given, job)

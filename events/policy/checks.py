@@ -142,7 +142,7 @@ def survey_version(given: CheckInput, version: int) -> CheckedVersion:
     try:
         if given.rules.trust:
             signature, _ = check_signatures(given)
-        if given.rules.persons:
+        if given.rules.persons and not given.is_reload:
             _find_approval(given, SYSTEM, version)
     except NotLoadable as refused:
         problem = refused.failure

@@ -76,8 +76,8 @@ def _describe_answer(answer: Any, *, withdraw: bool) -> str:
     name = f"{output.to_printable(answer.model_id)} version {answer.version}"
     if withdraw:
         return f"{name}: approval withdrawn"
-    left = answer.needed - len(answer.approvals)
-    return f"{name}: approved" + (f"; {output.count_of(left, 'approval')} left" if left > 0 else "")
+    left = answer.missing
+    return f"{name}: approved" + (f"; {output.count_of(left, 'approval')} left" if left else "")
 
 
 def verified_facts(found: Any) -> dict[str, object]:

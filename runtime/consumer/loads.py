@@ -24,7 +24,7 @@ from events.devices import CPU
 from events.errors import LogUnavailable, NotEncodable, RequestRefused
 from events.jobs import Failure, Job
 from events.log import Log
-from events.models import RELOADS, Model, ModelState
+from events.models import RELOADS, Model, ModelState, Serving
 from events.policy.checks import CheckedVersion, CheckInput, NotLoadable
 from events.policy.rules import ModelRules
 from events.types import (
@@ -39,6 +39,7 @@ from events.types import (
     ModelLoaded,
     UnloadRequested,
     WorkerExited,
+    contents_of,
 )
 from runtime.cgroups import count_usable_cpus
 from runtime.consumer.allocation import describe_uses
@@ -228,10 +229,16 @@ class Loader:
         files = files or await self._versions.stat(job.model_id, version)
         devices, threads = self._find_devices(parameters), self._pool.threads_of(parameters)
         found = estimate_memory(files, version, parameters, footprints, threads=threads, devices=devices)
-        has_bytes_of = self._versions.has_bytes_of
-        if serving is None or not await has_bytes_of(job.model_id, version, serving.files):
+        if serving is None or not await self._is_same(job, serving, task.files):
             return found
         return change(found, same_as=serving.load_job_id)
+
+    async def _is_same(self, job: Job, serving: Serving, checked: Sequence[LoadedFile] | None) -> bool:
+        """Whether a load has the bytes that its model serves from: those that were checked, if rules ask."""
+        if checked is not None:
+            return contents_of(checked) == contents_of(serving.files)
+        version, _ = job.load_order
+        return await self._versions.has_bytes_of(job.model_id, version, serving.files)
 
     def _find_devices(self, parameters: LoadParameters) -> Sequence[tuple[str, bool]]:
         """Return the devices that a load may run on, and whether each has memory of its own; none is the CPU.

@@ -13,11 +13,11 @@ import msgspec
 from aiohttp import web
 from marshmallow import Schema, fields, validate
 
-from events.approvals import ApproveVersion, WithdrawApproval, list_unapproved
+from events.approvals import ApproveVersion, WithdrawApproval, list_counted, list_unapproved
 from events.policy.rules import ModelRules
-from events.types import ApprovalResult, Contents, VersionAdded, contents_of, digest_of
+from events.types import SYSTEM, ApprovalResult, Contents, VersionAdded, contents_of, digest_of
 from events.versions import Approval, ModelVersions
-from runtime.errors import LoadRefused, RepositoryUnreadable
+from runtime.errors import LoadRefused, RepositoryUnreadable, UnknownModel, UnknownVersion
 from runtime.repository import MAX_VERSION, REQUEST_LIMIT_S
 from server.api.jobs import JOB_REQUESTS
 from server.api.schemas import (
@@ -119,9 +119,11 @@ class VersionApprovalsSchema(AnswerSchema):
 
     model_id = fields.String()
     version = fields.Integer()
-    approvals = fields.List(fields.Nested(ApprovalSchema), **about("Those that stand, the oldest first."))
-    needed = fields.Integer(
-        **about("How many other persons the rules for the model ask for; 0 without rules.")
+    approvals = fields.List(
+        fields.Nested(ApprovalSchema), **about("Those of its bytes that stand, the oldest first.")
+    )
+    missing = fields.Integer(
+        **about("How many other persons the rules for the model still ask for, beside who asks for the load.")
     )
 
 
@@ -194,7 +196,7 @@ async def approve_version(request: web.Request) -> web.Response:
     about_person = person.subject, said["reason"], credential_of(person), signer_of(app)
     command = ApproveVersion(model_id, version, said["digest"], contents, *about_person)
     await app[JOB_REQUESTS].submit(command)
-    return _respond(app, model_id, version)
+    return _respond(app, model_id, version, said["digest"])
 
 
 @routes.delete(
@@ -216,12 +218,14 @@ async def withdraw_approval(request: web.Request) -> web.Response:
     return _respond(app, model_id, version)
 
 
-def _respond(app: web.Application, model_id: str, version: int) -> web.Response:
-    given = app[LOG].state.registers.find_versions(model_id).approvals
+def _respond(app: web.Application, model_id: str, version: int, digest: str | None = None) -> web.Response:
+    """Return the approvals of bytes; None has none."""
+    versions = app[LOG].state.registers.find_versions(model_id)
     rules = app[CONFIG].policy.of(model_id) or ModelRules()
-    approvals = [_approval_view(each) for each in given if each.version == version]
+    given = [_approval_view(each) for each in versions.approvals if each.digest == digest]
+    missing = max(0, rules.persons - len(list_counted(versions, digest or "", SYSTEM)))
     return web.json_response(
-        {"model_id": model_id, "version": version, "approvals": approvals, "needed": rules.persons}
+        {"model_id": model_id, "version": version, "approvals": given, "missing": missing}
     )
 
 
@@ -240,10 +244,16 @@ async def _find_contents(app: web.Application, model_id: str, version: int, dige
             return versions.known_contents(model_id, version)
         return None
 
-    found = await versions.repository.file_system.run(model_id, look, REQUEST_LIMIT_S)
+    found, unknown = None, None
+    try:
+        found = await versions.repository.file_system.run(model_id, look, REQUEST_LIMIT_S)
+    except (UnknownModel, UnknownVersion) as problem:
+        unknown = problem  # another node may have it
     for event in await app[READER].latest_changes(model_id) if found is None else ():
         if event.version == version and isinstance(event.data, VersionAdded):
             found = contents_of(event.data.files)
+    if found is None and unknown is not None:
+        raise unknown
     name, advice = (
         f"version {version} of {model_id!r}",
         f"GET /api/v1/models/{model_id}/verify?version={version}",

@@ -37,8 +37,11 @@ MAX_FAILURES = 1000
 
 _ABSENT = (ModelState.UNLOADED, ModelState.FAILED)
 
-Demand = tuple[str, int | None]
-"""A model and the requested version; None for the one that a person chose last, else the highest."""
+Demand = tuple[str, int | None, str]
+"""A model and the requested version; None for the one that a person chose last, else the highest.
+
+Then the subject who asks, if the rules for the model are about that, so that one's refusal is not another's.
+"""
 
 
 class DemandFailed(ServerProblem):
@@ -133,6 +136,7 @@ class OnDemand:
         look_up: returns the command that loads a model, for a version or None, and a subject.
         waiting_for: returns the reason why a job is pending.
         stopping: set when the server begins to stop; `log` notifies then.
+        is_personal: says whether it matters to the rules for a model who asks.
         max_waiting: inferences that may wait for one model.
         on: whether on-demand loads are configured.
     """
@@ -145,6 +149,7 @@ class OnDemand:
     look_up: Callable[[str, int | None, str], Awaitable[RequestLoad]]
     waiting_for: Callable[[Job], str | None]
     stopping: asyncio.Event
+    is_personal: Callable[[str], bool]
     max_waiting: int
     on: bool
     _back_off: BackOff = field(default_factory=BackOff, init=False)
@@ -158,7 +163,7 @@ class OnDemand:
         await asyncio.gather(*self._attempts.values())
 
     def count_waiting(self, model_id: str) -> int:
-        return sum(count for (waited_for, _), count in self._waiting.items() if waited_for == model_id)
+        return sum(count for (waited_for, *_), count in self._waiting.items() if waited_for == model_id)
 
     @asynccontextmanager
     async def keep_loaded(
@@ -188,7 +193,8 @@ class OnDemand:
             while isinstance(target := self.router.resolve(model_id, version), Absent):
                 if isinstance(target.problem, OtherVersionLoaded):
                     raise target.problem
-                demand = model_id, self.router.find_version(model_id, version)
+                who = subject if self.is_personal(model_id) else ""
+                demand = model_id, self.router.find_version(model_id, version), who
                 await self._wait(demand, subject, ends_at_s)
             yield target
 
@@ -286,7 +292,8 @@ class OnDemand:
         if _is_withdrawn(job) or (job.error is None and not self._waiting[demand]):
             return None  # an inference that came since asks again
         concerned = (job.version,) if job.cause is Cause.DEMAND else (None, job.version)
-        if not is_own and demand[1] not in concerned:
+        is_others = demand[1] not in concerned or (demand[2] and demand[2] != job.requested_by)
+        if not is_own and is_others:
             return None
         failure = job.error or Failure("cancelled", "the load was cancelled")
         problem = _demand_failed(job.model_id, failure, job)
@@ -296,7 +303,7 @@ class OnDemand:
 
     async def _request_load(self, demand: Demand, subject: str, before: Known) -> Receipt | None:
         """Look the model up and request its load, unless the model has changed meanwhile."""
-        model_id, version = demand
+        model_id, version, _ = demand
         refusal = find_demand_refusal(before.model, before.versions or ModelVersions(model_id), version)
         if refusal is not None:
             raise RequestRefused(refusal.code, refusal.message)

@@ -25,7 +25,7 @@ from events.approvals import (
 from events.commands import Accepted, Command, Decision, Existing, RequestLoad
 from events.models import Model
 from events.policy.checks import CheckInput, NotLoadable, check_load
-from events.policy.rules import NOT_APPROVED, AddedMode, ApprovalRule, ModelRules
+from events.policy.rules import NOT_APPROVED, AddedMode, ApprovalRule, LoadPolicy, ModelRules
 from events.types import (
     SYSTEM,
     AddedFile,
@@ -41,6 +41,7 @@ from events.types import (
     LoadRequested,
     ModelSettingsChanged,
     NodeSignature,
+    PolicyInForce,
     TokenIssued,
     VersionAdded,
     VersionApproved,
@@ -230,6 +231,7 @@ COMMANDS: list[tuple[str, Command, str]] = [
     ("approve", APPROVE, "existing"),
     ("approve", change(APPROVE, actor="CAROL"), "existing"),
     ("approve", change(APPROVE, actor="dave"), "VersionApproved"),
+    ("approve_of_alice", change(APPROVE, actor="eve"), "VersionApproved"),  # with a better token
     ("approve withdraw", APPROVE, "VersionApproved"),
     ("add_by_bob", APPROVE, "VersionApproved"),
     ("add_by_bob", change(APPROVE, digest=OTHER), "digest_differs"),
@@ -239,6 +241,8 @@ COMMANDS: list[tuple[str, Command, str]] = [
     ("approve", WITHDRAW, "ApprovalWithdrawn"),
     ("approve approve_again", change(WITHDRAW, actor="eve"), "ApprovalWithdrawn"),
     ("approve", change(WITHDRAW, version=2), "unknown_approval"),
+    ("approve add_by_Carol_as_3", change(WITHDRAW, version=3), "ApprovalWithdrawn"),
+    ("load_v2 approve", change(WITHDRAW, version=2), "ApprovalWithdrawn"),
     ("approve withdraw", WITHDRAW, "unknown_approval"),
 ]
 
@@ -364,17 +368,21 @@ def test_added_and_refused_versions_wait_for_approval(words: str, expected: str)
 # Loads that change only settings.
 
 
-def ask_settings(*, is_checked: bool, **more: Any) -> list[Data]:
-    parameters = LoadParameters(pinned=True)
-    command = RequestLoad(MODEL, 1, CONTENTS, "bob", parameters, asked=frozenset({"pinned"}), **more)
-    decision = decide(given("load"), change(command, is_checked=is_checked))
+def ask_settings(rule: str, *, is_checked: bool) -> list[Data]:
+    """Ask for other settings where a rule is in force, at a server that knows of it or not."""
+    history, parameters = given("load"), LoadParameters(pinned=True)
+    history.add(PolicyInForce(LoadPolicy(approval=tuple(RULES[rule]))), of=None, version=None)
+    command = RequestLoad(MODEL, 1, CONTENTS, "bob", parameters, asked=frozenset({"pinned"}))
+    decision = decide(history, change(command, is_checked=is_checked))
     assert isinstance(decision, Accepted)
     return [draft.data for draft in decision.drafts]
 
 
 def test_settings_of_checked_bytes_take_a_load_of_their_own() -> None:
-    assert [type(data) for data in ask_settings(is_checked=True)] == [LoadRequested]
-    assert [type(data) for data in ask_settings(is_checked=False)] == [LoadRequested, ModelSettingsChanged]
+    for rule, is_checked in (("none", True), ("one", False)):
+        assert [type(data) for data in ask_settings(rule, is_checked=is_checked)] == [LoadRequested]
+    at_once = [LoadRequested, ModelSettingsChanged]
+    assert [type(data) for data in ask_settings("none", is_checked=False)] == at_once
 
 
 def test_nothing_to_do_needs_no_approval() -> None:

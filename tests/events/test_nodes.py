@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
-from support.history import MODEL, START, History, at, given, ids, model_loaded, opened, steady
+from support.history import DIGEST, MODEL, START, History, at, given, ids, model_loaded, opened, steady
 
 from events.accept import accept
 from events.audit.verify import verify
@@ -33,14 +33,17 @@ from events.state import Entities, State, Transaction
 from events.types import (
     SYSTEM,
     Cause,
+    Credential,
     Draft,
     LoadStarted,
     NodeDraining,
     NodeJoined,
     NodeLeft,
     NodeLost,
+    NodeSignature,
     ServerStarted,
     UnloadRequested,
+    VersionApproved,
 )
 from nodes.placement import find_share
 from runtime.scheduler.placement import ALONE
@@ -108,6 +111,18 @@ def test_placer_is_lowest_node_that_takes_loads(nodes: str, steps: str, placer: 
         name, _, node = step.partition(":")
         getattr(history, name)(node)
     assert find_placer(history.state.registers.nodes) == placer
+
+
+def test_node_that_signed_a_standing_approval_is_not_forgotten() -> None:
+    history = cluster("a", "b")
+    signature = NodeSignature("b", "c2ln")
+    history.add(VersionApproved(DIGEST, (), "fine", Credential(), node_signature=signature), by="carol")
+    history.leave("b")
+    history.join("c", after_s=KEPT_S + 20)
+    assert set(history.state.registers.nodes) == {*"abc"}
+    history.withdraw()
+    history.join("d")
+    assert set(history.state.registers.nodes) == {*"acd"}
 
 
 def test_node_that_ended_long_ago_is_forgotten_when_another_joins() -> None:

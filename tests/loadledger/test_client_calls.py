@@ -122,7 +122,7 @@ def test_approval_names_the_bytes_and_withdrawal_the_version() -> None:
     members = {
         "model_id": "m",
         "version": 2,
-        "needed": 2,
+        "missing": 1,
         "approvals": [{"digest": "d", "version": 2, "by": "b"}],
     }
     play = Played([answer(members), answer(members | {"approvals": []})])

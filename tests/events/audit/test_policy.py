@@ -416,6 +416,7 @@ FORGED = [
     ("policy:approval request_emergency load:reload", "that is not in the log before"),
     # Settings.
     ("request load policy:approval request_again change_settings", MISSING),
+    ("request load request_again policy:approval change_settings", "its request does not name them"),
     (f"{APPROVED} request_again:carol change_settings", "by others than 'carol', who asks"),
     (f"{APPROVED} withdraw request_again change_settings", MISSING),
     (f"{APPROVED} add:carol request_again change_settings", "'carol', who added them"),

@@ -165,7 +165,7 @@ async def test_each_client_verifies_approves_and_withdraws(kind: str, guarded: L
                 client.approve("m", 1, "0" * 64, "no")
             assert refusal.value.code == "digest_differs"
             given = client.approve("m", 1, found.digest, "reviewed")
-            assert ([each.by for each in given.approvals], given.needed) == (["bob"], 1)
+            assert ([each.by for each in given.approvals], given.missing) == (["bob"], 0)
             assert [each.reason for each in client.model("m").approvals] == ["reviewed"]
             assert client.withdraw_approval("m", 1, "it drifts").approvals == []
             with pytest.raises(ServerError) as refusal:

@@ -305,10 +305,16 @@ async def test_check_names_loaded_models_that_a_restart_would_not_load(tmp_path:
         await api.load("m")
         for policy, found in [
             (APPROVED, [("m/1", "policy", "note")]),
+            (LoadPolicy(approval=(ApprovalRule(("m",), 2),)), [("m/1", "not_approved", "problem")]),
             (trust(TrustMode.WARN, "m"), [("m/1", "signature_missing", "note")]),
             (trust(TrustMode.ENFORCE, "m"), [("m/1", "signature_missing", "problem")] * 2),
         ]:
             assert await asyncio.to_thread(judged, api.config, policy) == found
+        api.save(models.add(2), "m", 2)
+        strict = LoadPolicy(approval=(ApprovalRule(("m",), 2),))
+        back = [("m/2", "not_approved", "problem"), ("m/1", "not_approved", "note")]
+        assert await asyncio.to_thread(judged, api.config, strict) == back
+        shutil.rmtree(api.config.repository / "m" / "2")
         result = CheckResult()
         await asyncio.to_thread(check_policy, api.config, result, read_ledger(api.config, result))
         outcome = "[[approval]] m: no signature is needed; other persons that it needs: 1"

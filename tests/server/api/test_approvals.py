@@ -81,7 +81,7 @@ async def test_load_is_refused_until_its_bytes_are_approved(shared: LocalApi) ->
     }  # fmt: skip
     approved = await put(shared, "asked")
     digest, [given] = (await verified(shared, "asked"))["digest"], approved.json["approvals"]
-    assert (approved.status, approved.json["needed"]) == (200, 1)
+    assert (approved.status, approved.json["missing"]) == (200, 0)
     assert given == {
         "digest": digest, "version": 1, "by": "bob", "reason": "it looks right",
         "at": given["at"], "position": given["position"],
@@ -143,7 +143,7 @@ async def test_approval_of_bytes_that_nobody_has_hashed_is_refused(shared: Local
 async def test_approval_without_a_rule_counts_once_there_is_one(start: Start) -> None:
     api = await start()
     api.save(models.add(), "asked")
-    assert (await put(api, "asked")).json["needed"] == 0
+    assert (await put(api, "asked")).json["missing"] == 0
     await api.client.close()
     api = await start(policy=POLICY)
     assert (await load(api, "asked")).json["status"] == "completed"
@@ -187,7 +187,7 @@ async def test_second_approval_of_a_person_counts_once(shared: LocalApi) -> None
     shared.save(models.add(), "two")
     for by in ("bob", "bob", "BOB"):
         seen = await put(shared, "two", by=by)
-        assert (seen.status, seen.json["needed"]) == (200, 2)
+        assert (seen.status, seen.json["missing"]) == (200, 1)
         assert [each["by"] for each in seen.json["approvals"]] == ["bob"]
     assert (await load(shared, "two")).json["error"]["code"] == "not_approved"
     await put(shared, "two", by="carol")

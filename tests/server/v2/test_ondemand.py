@@ -41,13 +41,13 @@ Start = Callable[..., Awaitable[LocalApi]]
 
 
 SOON = {"timeout": 50_000}
-M: tuple[str, int | None] = ("m", None)
+M = ("m", None, "")
 
 
 NOTHING = Known(None, None)
 
 
-def fail(back_off: BackOff, demand: tuple[str, int | None], before: Known) -> Known:
+def fail(back_off: BackOff, demand: tuple[str, int | None, str], before: Known) -> Known:
     """Fail at 0 s, and return what is known then."""
     back_off.check(demand, before, 0.0)
     after = Known(Model(demand[0]), before.versions)
@@ -80,21 +80,21 @@ def test_change_of_the_model_or_its_versions_ends_the_pause() -> None:
 
 def test_versions_have_their_own_pauses() -> None:
     back_off = BackOff()
-    known = fail(back_off, ("m", 2), fail(back_off, ("m", 1), NOTHING))
+    known = fail(back_off, ("m", 2, ""), fail(back_off, ("m", 1, ""), NOTHING))
     for version in (1, 2):
         with pytest.raises(DemandFailed):
-            back_off.check(("m", version), known, 0.4)
+            back_off.check(("m", version, ""), known, 0.4)
     back_off.check(M, known, 0.4)
-    back_off.check(("other", 1), NOTHING, 0.4)
+    back_off.check(("other", 1, ""), NOTHING, 0.4)
 
 
 def test_remembered_failures_are_bounded() -> None:
     back_off = BackOff()
-    seen = {number: fail(back_off, (f"m{number}", None), NOTHING) for number in range(MAX_FAILURES + 1)}
-    back_off.check(("m0", None), seen[0], 0.1)
+    seen = {number: fail(back_off, (f"m{number}", None, ""), NOTHING) for number in range(MAX_FAILURES + 1)}
+    back_off.check(("m0", None, ""), seen[0], 0.1)
     for number in (1, MAX_FAILURES):
         with pytest.raises(DemandFailed):
-            back_off.check((f"m{number}", None), seen[number], 0.1)
+            back_off.check((f"m{number}", None, ""), seen[number], 0.1)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -617,3 +617,17 @@ async def test_approval_ends_the_back_off_of_a_refused_demand(start: Start) -> N
     requests = [data for data in await api.data_of(LoadRequested) if data.policy]
     assert {(data.cause, data.justification) for data in requests} == {(Cause.DEMAND, UNSET)}
     assert (await api.model("m"))["approval"]["by"] == ["bob"]
+
+
+async def test_refusal_of_one_caller_is_not_that_of_another(start: Start) -> None:
+    api = await start(on_demand="on", policy=LoadPolicy(approval=RULES.approval))
+    add(api, "m")
+    await approve(api, "m")
+
+    async def ask(subject: str) -> int:
+        path, body = "/v2/models/m/infer", {"inputs": [ONE]}
+        return (await api.post(path, json=body, roles=("predict",), subject=subject)).status
+
+    assert [*await asyncio.gather(ask("bob"), ask("bob"))] == [503, 503]  # who approved asks, too
+    assert await ask("pia") == 200
+    assert await ask("bob") == 200
