@@ -215,7 +215,7 @@ def _decide_load(state: State, command: RequestLoad, new_id: Callable[[], str]) 
 
 
 def _needs_persons(state: State, model_id: str, serving: Serving) -> bool:
-    """Whether other persons must approve what the node of a load serves, whatever the rules are elsewhere."""
+    """Whether the rules of the node that serves a load ask for other persons, whatever they are elsewhere."""
     rules = state.registers.find_policy(serving.node_id).of(model_id)
     return rules is not None and rules.persons > 0
 
