@@ -33,7 +33,7 @@ from events.commands import (
 )
 from events.demand import demand_parameters, find_demand_refusal
 from events.jobs import Job, JobKind, JobStatus
-from events.labels import draft_label, find_label_refusal, names_version
+from events.labels import draft_label, find_label_refusal
 from events.models import Model, ModelState, Serving
 from events.state import Join, State
 from events.statements import emergency_statement
@@ -142,7 +142,7 @@ def find_use(state: State, model_id: str, version: int) -> str | None:
         return f"{name} is loaded, or will be reloaded: {advice}"
     if any(job.kind is JobKind.LOAD and job.version == version for job in state.unended(model_id)):
         return f"{name} has a load that has not ended: cancel it, and remove the version then"
-    labels = [f"'{label}'" for label in state.registers.find_versions(model_id).name_labels(version)]
+    labels = [f"'{label}'" for label in state.registers.find_versions(model_id).list_labels_of(version)]
     if labels:
         return f"{name} is named by the label {', '.join(labels)}: move or remove that first"
     return None
@@ -188,7 +188,7 @@ def _decide_load(state: State, command: RequestLoad, new_id: Callable[[], str]) 
         return Refused("invalid_body", f"body: {NO_BATCHING}")
     serving = _find_satisfying(model, command, parameters) if not queue else None
     label = command.label
-    is_labelled = label is UNSET or names_version(versions, label, command.version)
+    is_labelled = label is UNSET or versions.versions_by_label.get(label) == command.version
     if serving is not None and serving.parameters.has_same_settings(parameters) and is_labelled:
         return _join_load(state, command, serving, new_id)
     if serving is not None and (command.is_checked or _needs_persons(state, command.model_id, serving)):
@@ -216,8 +216,7 @@ def _decide_load(state: State, command: RequestLoad, new_id: Callable[[], str]) 
 
 def _needs_persons(state: State, model_id: str, serving: Serving) -> bool:
     """Whether the rules of the node that serves a load ask for other persons, whatever they are elsewhere."""
-    rules = state.registers.find_policy(serving.node_id).of(model_id)
-    return rules is not None and rules.persons > 0
+    return state.registers.find_policy(serving.node_id).count_persons(model_id) > 0
 
 
 def _find_version_refusal(

@@ -36,10 +36,10 @@ from events.types import (
     Contents,
     Credential,
     Draft,
-    FileHash,
     LoadApproval,
     Sign,
     VersionApproved,
+    hashes_of,
     record_draft,
 )
 from events.versions import Approval, ModelVersions, make_approval
@@ -56,13 +56,13 @@ def _fold_subject(subject: str) -> str:
     return unicodedata.normalize("NFKC", folded).strip()  # folding may decompose a letter anew
 
 
-def find_shared(subjects: Iterable[str], others: Iterable[str]) -> str | None:
+def find_same_person(subjects: Iterable[str], others: Iterable[str]) -> str | None:
     """Return the first of some subjects that is the same person as one of others."""
     folded = {_fold_subject(each) for each in others}
     return next((each for each in subjects if _fold_subject(each) in folded), None)
 
 
-def list_counted(
+def list_valid_approvals(
     versions: ModelVersions, digest: str, requester: str, is_signed: IsSigned = lambda _, __: True
 ) -> list[Approval]:
     """Return the approvals of bytes that count for a load, the oldest first, each of another person.
@@ -72,9 +72,12 @@ def list_counted(
     excluded = [*versions.list_adders(digest), requester]
     counted = list[Approval]()
     for each in versions.approvals:
-        if each.digest != digest or find_shared(each.people, excluded) is not None:
+        if each.digest != digest or find_same_person(each.people, excluded) is not None:
             continue
-        if any(find_shared(each.people, [one.by]) or find_shared([each.by], one.people) for one in counted):
+        if any(
+            find_same_person(each.people, [one.by]) or find_same_person([each.by], one.people)
+            for one in counted
+        ):
             continue
         if is_signed(approval_statement(versions.id, each), each.node_signature):
             counted.append(each)
@@ -92,7 +95,7 @@ class ApprovedBytes(Condition, frozen=True, gc=False):
     def holds(self, state: State) -> bool:
         versions = state.registers.find_versions(self.model_id)
         named = tuple(each for each in versions.approvals if each.position in self.positions)
-        counted = list_counted(replace(versions, approvals=named), self.digest, self.requester)
+        counted = list_valid_approvals(replace(versions, approvals=named), self.digest, self.requester)
         return {*self.positions} == {each.position for each in counted}
 
 
@@ -103,7 +106,7 @@ def find_approval(
     adders, files = versions.list_adders(digest), f"the files {digest}"
     if rules.needs_adder and not adders:
         return f"the ledger does not have who added {files}: `loadledger add` records it"
-    counted = list_counted(versions, digest, requester, is_signed)[: rules.persons]
+    counted = list_valid_approvals(versions, digest, requester, is_signed)[: rules.persons]
     if missing := rules.persons - len(counted):
         plural = "" if missing == 1 else "s"
         asks = [] if requester == SYSTEM else [f"{requester!r}, who asks for the load"]
@@ -150,7 +153,7 @@ def list_unapproved(
         added = versions.find_added(version)
         named = [each.digest for each in reversed(versions.approvals) if each.version == version]
         digest = added.digest if added is not None else next(iter(named), None)
-        if digest is None or len(list_counted(versions, digest, SYSTEM)) < rules.persons:
+        if digest is None or len(list_valid_approvals(versions, digest, SYSTEM)) < rules.persons:
             by, position = (None, None) if added is None else (added.by, added.position)
             found.append(UnapprovedVersion(version, digest, version in refused, by, position))
     return found
@@ -187,7 +190,7 @@ class ApproveVersion(RegisterCommand):
             return Refused("digest_differs", f"{what}: look at its files again")
         credential = add_issuers(self.credential, at.state.registers.tokens)
         people = self.actor, *credential.issued_by
-        if (shared := find_shared(people, versions.list_adders(self.digest))) is not None:
+        if (shared := find_same_person(people, versions.list_adders(self.digest))) is not None:
             issued = "" if shared == self.actor else "issued your token and "
             what = f"{shared!r} {issued}added these files"
             return Refused("same_person", f"{what}: another person has to approve them")
@@ -200,7 +203,7 @@ class ApproveVersion(RegisterCommand):
         serving = None if model is None else model.serving
         data = VersionApproved(
             self.digest,
-            tuple(FileHash(path, sha256) for path, sha256 in self.files),
+            hashes_of(self.files),
             self.reason,
             credential,
             None if serving is None else serving.version,

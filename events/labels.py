@@ -14,7 +14,6 @@ from msgspec.structs import replace
 from events.commands import Accepted, Decision, DecisionInput, Existing, Refused, RegisterCommand
 from events.state import State
 from events.types import Draft, LabelRemoved, LabelSet
-from events.versions import ModelVersions
 
 MAX_LABELS = 64
 """Of a model: more than anybody tells apart."""
@@ -35,7 +34,7 @@ class SetLabel(RegisterCommand):
             return Refused(
                 "unknown_version", f"version {self.version} of model '{self.model_id}' was removed"
             )
-        if names_version(versions, self.label, self.version):
+        if versions.versions_by_label.get(self.label) == self.version:
             return Existing(None)
         refusal = find_label_refusal(at.state, self.model_id, self.label)
         if refusal is not None:
@@ -59,11 +58,6 @@ class RemoveLabel(RegisterCommand):
             return Refused("unknown_label", versions.describe_unknown(self.label))
         data = LabelRemoved(self.label)
         return Accepted((Draft(at.new_id(), data, self.actor, None, self.model_id, label.version),))
-
-
-def names_version(versions: ModelVersions, label: str, version: int | None) -> bool:
-    found = versions.find_label(label)
-    return found is not None and found.version == version
 
 
 def find_label_refusal(state: State, model_id: str, label: str) -> Refused | None:

@@ -280,7 +280,7 @@ class Model(Struct, frozen=True, gc=False):
             return False
         return (self.chosen.version, self.chosen.parameters) == (serving.version, serving.parameters)
 
-    def list_passed(self, digest: str) -> list[AdmittedBytes]:
+    def list_admitted_bytes(self, digest: str) -> list[AdmittedBytes]:
         """Return what bytes with this digest have passed, of the loads that the model serves from."""
         held = [each for each in self.held if each.digest == digest]
         return [each.earlier for each in held if each.earlier] + [each.passed for each in held]
@@ -497,7 +497,7 @@ def _find_earlier(model: Model, reload: Serving) -> AdmittedBytes | UnsetType:
     """Return what the bytes of a reload passed under more rules, which the next one may need again."""
     if (reload.evidence or LoadEvidence()).is_enforced:
         return UNSET
-    passed = (each for each in model.list_passed(reload.digest) if each.evidence.is_enforced)
+    passed = (each for each in model.list_admitted_bytes(reload.digest) if each.evidence.is_enforced)
     return next(passed, UNSET)
 
 

@@ -1,4 +1,4 @@
-"""What nodes sign: JSON arrays of text, in UTF-8. Pure.
+"""Statements that nodes sign: JSON arrays of text, in UTF-8. Pure.
 
 Each has an id that is used once, so a signature in the log is good for nothing else.
 """

@@ -93,6 +93,10 @@ def contents_of(files: Iterable[LoadedFile | AddedFile]) -> Contents:
     return tuple(sorted((file.path, file.sha256) for file in files))
 
 
+def hashes_of(contents: Contents) -> tuple[FileHash, ...]:
+    return tuple(FileHash(path, sha256) for path, sha256 in contents)
+
+
 def digest_of(contents: Iterable[tuple[str, str]]) -> str:
     """Return the digest of a version: SHA-256 over a line "<sha256> <path>" per file, ordered by path.
 
@@ -220,7 +224,7 @@ class LoadApproval(Struct, frozen=True, gc=False):
 
 
 class LoadEvidence(Struct, frozen=True, gc=False):
-    """What a load passed before it could start: a member for each kind of rule, UNSET without such a rule."""
+    """The checks that a load passed before it started: one member for each kind of rule, UNSET without it."""
 
     signature: LoadSignature | UnsetType = UNSET
     approval: LoadApproval | UnsetType = UNSET
@@ -475,7 +479,7 @@ class ModelLoaded(Struct, frozen=True, gc=False):
 
     @property
     def evidence(self) -> LoadEvidence:
-        """What the load passed."""
+        """The checks that the load passed."""
         return LoadEvidence(self.signature, self.approval)
 
 

@@ -104,7 +104,7 @@ LABEL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,62}")
 
 
 class ModelVersions(Struct, frozen=True, gc=False, omit_defaults=True):
-    """What is known of a model's versions, loaded or not.
+    """The versions of a model, loaded or not.
 
     Attributes:
         id: of the model.
@@ -131,7 +131,7 @@ class ModelVersions(Struct, frozen=True, gc=False, omit_defaults=True):
         )
 
     @property
-    def named(self) -> dict[str, int]:
+    def versions_by_label(self) -> dict[str, int]:
         """The version that each label names."""
         return {label.name: label.version for label in self.labels}
 
@@ -153,7 +153,7 @@ class ModelVersions(Struct, frozen=True, gc=False, omit_defaults=True):
         signatures = (each.node_signature for each in self.approvals)
         return [each.node_id for each in signatures if each is not UNSET]
 
-    def name_labels(self, version: int) -> list[str]:
+    def list_labels_of(self, version: int) -> list[str]:
         """Return the labels that name a version."""
         return [label.name for label in self.labels if label.version == version]
 

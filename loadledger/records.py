@@ -9,7 +9,7 @@ import msgspec
 ENDED = frozenset({"completed", "failed", "cancelled"})
 
 ROLES = ("admin", "predict", "audit", "approve", "emergency")
-"""What a token may allow."""
+"""The roles of tokens."""
 
 
 class ErrorInfo(msgspec.Struct, frozen=True):

@@ -207,7 +207,7 @@ class Router:
         if not isinstance(version, str):
             return version
         versions = self._log.state.registers.find_versions(model_id)
-        number = versions.named.get(version)
+        number = versions.versions_by_label.get(version)
         if number is None:
             raise UnknownLabel(versions.describe_unknown(version))
         return number

@@ -23,7 +23,7 @@ from events.clock import uuid7
 from events.commands import Receipt, Record, RequestLoad
 from events.errors import LedgerProblem, RolledBack
 from events.log import Log
-from events.policy.rules import LoadPolicy, ModelRules
+from events.policy.rules import LoadPolicy
 from events.sqlite.datalock import LEDGER, lock_data, lock_ledger, refuse_replica
 from events.sqlite.listing import open_reader
 from events.sqlite.timetravel import NOTE_EVERY_S
@@ -460,7 +460,7 @@ def _on_demand(app: web.Application) -> OnDemand:
         look_up=look_up,
         waiting_for=app[CONSUMER].waiting_for,
         stopping=app[STOPPING],
-        is_personal=lambda model_id: (app[CONFIG].policy.of(model_id) or ModelRules()).persons > 0,
+        is_personal=lambda model_id: app[CONFIG].policy.count_persons(model_id) > 0,
         max_waiting=app[CONFIG].inference_queue,
         on=app[CONFIG].on_demand == ON,
     )

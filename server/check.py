@@ -429,7 +429,8 @@ def _check_rules(
             now = format_timestamp(utc_now())
             given = CheckInput(rules, model, versions, contents, read, now, is_reload, lambda *_: True)
             seen = survey_version(given, version)
-            later = survey_version(replace(given, is_reload=False), version)
+            is_below = is_reload and version not in highest
+            later = survey_version(replace(given, is_reload=False), version) if is_below else seen
         except (RuntimeProblem, OSError) as problem:
             text = f"cannot be checked under {under}: {problem}"
             yield CheckFinding(place, getattr(problem, "code", "unreadable"), text, Severity.NOTE)
@@ -437,7 +438,7 @@ def _check_rules(
         if seen.problem is not None:
             fate = "is loaded, and would not be loaded again after a restart" if loaded else "would not load"
             yield CheckFinding(place, seen.problem.code, f"{fate}, under {under}: {seen.problem.message}")
-        elif later.problem is not None and version not in highest:
+        elif later.problem is not None:
             fate = "is loaded and comes back after a restart, and the next load of it would be refused"
             text = f"{fate}, under {under}: {later.problem.message}"
             yield CheckFinding(place, later.problem.code, text, Severity.NOTE)

@@ -18,7 +18,7 @@ from typing import Any
 from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
-from events.approvals import approval_statement, find_approval, find_shared
+from events.approvals import approval_statement, find_approval, find_same_person
 from events.audit.signing import is_signed_by
 from events.clock import Timestamp
 from events.jobs import Job
@@ -244,7 +244,7 @@ class PolicyAudit:
         others = [job.requested_by, *(() if asked is None else asked.credential.issued_by)]
         for each in versions.approvals:
             if each.position in said.positions:
-                shared = find_shared(each.people, others)
+                shared = find_same_person(each.people, others)
                 if shared is not None:
                     text = f"{each.by!r} and who asked or approved before may be one person: {shared!r}"
                     self._remark(event, RemarkKind.SELF_ISSUED, f"{text} issued a token of theirs")

@@ -33,6 +33,7 @@ from events.types import (
     LoadEvidence,
     LoadSignature,
     digest_of,
+    hashes_of,
 )
 from events.versions import ModelVersions
 
@@ -73,12 +74,14 @@ class CheckInput:
         return digest_of(self.contents)
 
     @cached_property
-    def passed(self) -> AdmittedBytes | None:
-        """What a load of these bytes has passed that the model has now, if a trusted node has signed that.
+    def admitted(self) -> AdmittedBytes | None:
+        """These bytes as a load of the model has admitted them, if a trusted node has signed that.
 
-        Without rules it passed nothing; one with a signature comes first.
+        A load whose signature was enforced comes first.
         """
-        found = sorted(self.model.list_passed(self.digest), key=lambda each: not each.evidence.is_enforced)
+        found = sorted(
+            self.model.list_admitted_bytes(self.digest), key=lambda each: not each.evidence.is_enforced
+        )
         signed = (
             each for each in found if self.is_signed(load_statement(self.model.id, each), each.node_signature)
         )
@@ -147,7 +150,7 @@ def survey_version(given: CheckInput, version: int) -> CheckedVersion:
     except NotLoadable as refused:
         problem = refused.failure
     adders = tuple(given.versions.list_adders(given.digest)) or None
-    files = tuple(FileHash(path, sha256) for path, sha256 in given.contents)
+    files = hashes_of(given.contents)
     return CheckedVersion(version, given.digest, files, signature, problem, adders)
 
 
@@ -159,7 +162,7 @@ def check_signatures(given: CheckInput) -> tuple[LoadSignature, str | UnsetType]
     """
     rules, read = given.rules, cache(given.read)
     distrusted = tuple({key for rule in rules.trust for key in rule.distrusted})
-    before = None if given.passed is None else given.passed.evidence.signature or None
+    before = None if given.admitted is None else given.admitted.evidence.signature or None
     found, problem, is_enforced, was_verified = None, None, False, False
     path = ""
     for rule in rules.trust:
@@ -204,7 +207,7 @@ def check_approval(given: CheckInput, job: Job) -> LoadApproval | UnsetType:
     if rule is None:
         return UNSET
     if given.is_reload:
-        if given.passed is None:
+        if given.admitted is None:
             what = "no trusted node has signed that it loaded these files before"
             raise NotLoadable(NOT_APPROVED, f"{what}: a person has to load this version")
         return LoadApproval(rule, ApprovalResult.RELOAD)

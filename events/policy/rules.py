@@ -105,6 +105,10 @@ class LoadPolicy(Struct, frozen=True, gc=False):
         approval = tuple(rule for rule in self.approval if _matches(rule.models, model_id))
         return ModelRules(trust, approval) if trust or approval else None
 
+    def count_persons(self, model_id: str) -> int:
+        """Return how many other persons must approve the bytes of a model; 0 without such rules."""
+        return (self.of(model_id) or ModelRules()).persons
+
 
 class ModelRules(Struct, frozen=True, gc=False):
     """The rules for one model: every one must pass."""
@@ -124,7 +128,7 @@ class ModelRules(Struct, frozen=True, gc=False):
 
     @property
     def names(self) -> list[str]:
-        """What its rules are called, by their tables in the configuration file."""
+        """The tables of its rules in the configuration file, with their globs."""
         trust = [f"[[trust]] {' '.join(rule.models)} ({rule.mode})" for rule in self.trust]
         return [*trust, *(f"[[approval]] {' '.join(rule.models)}" for rule in self.approval)]
 

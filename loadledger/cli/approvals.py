@@ -43,18 +43,16 @@ def approve(
         raise click.UsageError("there is no terminal to ask at: give --reason TEXT and --yes")
     verb = "Withdraw its approval?" if withdraw else "Approve it?"
     with options.open_chosen_client(where) as client:
-        digest = ""
-        if not withdraw:
-            found, model = client.verify_model(model_id, version), client.model(model_id)
-            digest = found.digest
-            click.echo("\n".join(_describe(found, model)), err=as_json)
+        found = None if withdraw else client.verify_model(model_id, version)
+        if found is not None:
+            click.echo("\n".join(_describe(found, client.model(model_id))), err=as_json)
         if not yes:
             click.confirm(verb, abort=True, err=True)
         given = click.prompt("Reason", err=True) if reason is None else reason
-        if withdraw:
+        if found is None:
             answer = client.withdraw_approval(model_id, version, given)
         else:
-            answer = client.approve(model_id, version, digest, given)
+            answer = client.approve(model_id, version, found.digest, given)
     output.print_result(answer, [_describe_answer(answer, withdraw=withdraw)], as_json=as_json)
 
 
@@ -84,10 +82,14 @@ def verified_facts(found: Any) -> dict[str, object]:
     """Return what a load of a version would pass, as facts."""
     return {
         "digest": found.digest,
-        "added by": ", ".join(found.added_by) if found.added_by else "nobody that the ledger has",
+        "added by": _name_adders(found),
         "signature": found.signature and describe_signature(found.signature),
         "problem": found.problem and f"{found.problem.code}: {found.problem.message}",
     }
+
+
+def _name_adders(shown: Any) -> str:
+    return ", ".join(shown.added_by) if shown.added_by else "nobody that the ledger has"
 
 
 def describe_signature(signature: Any) -> str:
@@ -105,12 +107,11 @@ def model_facts(model: Any) -> dict[str, object]:
     rules, passed = model.policy, model.approval
     given = [f"version {each.version} by {each.by} ({each.reason})" for each in model.approvals]
     wanted = [f"version {each.version}{', refused' if each.is_refused else ''}" for each in model.unapproved]
-    adders = ", ".join(model.added_by) if model.added_by else "nobody that the ledger has"
     return {
         "policy": rules
         and f"signature {rules.trust or 'off'}, {output.count_of(rules.approvals, 'approval')}",
         "signature": model.signature and describe_signature(model.signature),
-        "added by": adders if model.files else None,
+        "added by": _name_adders(model) if model.files else None,
         "approval": passed and output.with_names(passed.result, passed.by),
         "approved": ", ".join(given) or None,
         "unapproved": ", ".join(wanted) or None,

@@ -13,7 +13,8 @@ import msgspec
 from aiohttp import web
 from marshmallow import Schema, fields, validate
 
-from events.approvals import ApproveVersion, WithdrawApproval, list_counted, list_unapproved
+from events.approvals import ApproveVersion, WithdrawApproval, list_unapproved, list_valid_approvals
+from events.models import Model
 from events.policy.rules import ModelRules
 from events.types import SYSTEM, ApprovalResult, Contents, VersionAdded, contents_of, digest_of
 from events.versions import Approval, ModelVersions
@@ -162,10 +163,11 @@ def approvals_members(versions: ModelVersions) -> dict[str, Any]:
     return {"approvals": [_approval_view(each) for each in versions.approvals]} if versions.approvals else {}
 
 
-def unapproved_members(app: web.Application, model_id: str) -> dict[str, Any]:
+def unapproved_members(
+    model: Model | None, versions: ModelVersions, rules: ModelRules | None
+) -> dict[str, Any]:
     """Return the member of a model with the versions that wait for approval; without any there is none."""
-    state, rules = app[LOG].state, app[CONFIG].policy.of(model_id)
-    found = list_unapproved(state.models.get(model_id), state.registers.find_versions(model_id), rules)
+    found = list_unapproved(model, versions, rules)
     return {"unapproved": msgspec.to_builtins(found)} if found else {}
 
 
@@ -221,9 +223,9 @@ async def withdraw_approval(request: web.Request) -> web.Response:
 def _respond(app: web.Application, model_id: str, version: int, digest: str | None = None) -> web.Response:
     """Return the approvals of bytes; None has none."""
     versions = app[LOG].state.registers.find_versions(model_id)
-    rules = app[CONFIG].policy.of(model_id) or ModelRules()
+    persons = app[CONFIG].policy.count_persons(model_id)
     given = [_approval_view(each) for each in versions.approvals if each.digest == digest]
-    missing = max(0, rules.persons - len(list_counted(versions, digest or "", SYSTEM)))
+    missing = max(0, persons - len(list_valid_approvals(versions, digest or "", SYSTEM)))
     return web.json_response(
         {"model_id": model_id, "version": version, "approvals": given, "missing": missing}
     )
@@ -254,10 +256,8 @@ async def _find_contents(app: web.Application, model_id: str, version: int, dige
             found = contents_of(event.data.files)
     if found is None and unknown is not None:
         raise unknown
-    name, advice = (
-        f"version {version} of {model_id!r}",
-        f"GET /api/v1/models/{model_id}/verify?version={version}",
-    )
+    name = f"version {version} of {model_id!r}"
+    advice = f"GET /api/v1/models/{model_id}/verify?version={version}"
     if found is None:
         what = f"this server has not hashed {name}, and the ledger does not have who added it"
         raise ServerProblem(f"{what}: {advice} hashes it", code="digest_differs")

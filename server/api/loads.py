@@ -340,7 +340,7 @@ async def make_load_command(
         asked=frozenset(wanted),
         idempotency=idempotency,
         policy=UNSET if rules is None else rules.digest,
-        is_checked=rules is not None and rules.persons > 0,
+        is_checked=app[CONFIG].policy.count_persons(model_id) > 0,
         justification=UNSET if person is None else _justify(rules, asked, person),
         sign=signer_of(app) if asked.get("emergency") else None,
         label=asked.get("label", UNSET),

@@ -19,7 +19,7 @@ from marshmallow import fields, validate
 
 from events.history import ShownModel, describe_model
 from events.models import RELOADS, Model, ModelState
-from events.policy.rules import TrustMode
+from events.policy.rules import ModelRules, TrustMode
 from events.sqlite.listing import EventFilter, EventQuery
 from events.sqlite.timetravel import active_at, model_at, models_at
 from events.types import LoadEvidence, VersionAdded, WorkerExited
@@ -449,7 +449,7 @@ def model_view(
         "version": row.version,
         "next_version": row.next_version,
         "active": is_active,
-        **({"labels": model.versions.named} if model.versions.named else {}),
+        **({"labels": names} if (names := model.versions.versions_by_label) else {}),
         **approvals_members(model.versions),
         "loaded_at": load.loaded_at if load else None,
         "loaded_by": (row.asked_by or load.loaded_by) if load else None,
@@ -497,17 +497,15 @@ def _add_present(app: web.Application, view: dict[str, Any]) -> dict[str, Any]:
     """Return a view with what is not known of the past."""
     model, cluster = app[LOG].state.models.get(view["id"]), app.get(CLUSTER)
     chosen = None if model is None else msgspec.to_builtins(model.chosen or None)
-    view |= {"policy": _policy_view(app, view["id"]), "chosen": chosen}
-    view |= unapproved_members(app, view["id"])
+    rules, versions = app[CONFIG].policy.of(view["id"]), app[LOG].state.registers.find_versions(view["id"])
+    view |= {"policy": None if rules is None else _policy_view(rules), "chosen": chosen}
+    view |= unapproved_members(model, versions, rules)
     if cluster is not None and model is not None and "copies" in view:
         view["copies_ready"], view["copies_waiting_for"] = cluster.count_copies(model)
     return view
 
 
-def _policy_view(app: web.Application, model_id: str) -> dict[str, Any] | None:
-    rules = app[CONFIG].policy.of(model_id)
-    if rules is None:
-        return None
+def _policy_view(rules: ModelRules) -> dict[str, Any]:
     mode = TrustMode.ENFORCE if rules.enforced else TrustMode.WARN if rules.trust else None
     return {"digest": rules.digest, "trust": mode, "approvals": rules.persons}
 

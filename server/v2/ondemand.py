@@ -61,17 +61,17 @@ _PASSED_ON = (*_NO_SUCH, LedgerProblem)
 """Errors that the client gets as they are. Invalid settings of a model are not the client's mistake."""
 
 
-class Known(NamedTuple):
-    """What the ledger has of a model and of its versions; a change of either ends the back-off."""
+class RecordedModel(NamedTuple):
+    """A model and its versions as they are recorded; a change of either ends the back-off."""
 
     model: Model | None
     versions: ModelVersions | None
 
     @classmethod
-    def of(cls, state: State, model_id: str) -> Known:
+    def of(cls, state: State, model_id: str) -> RecordedModel:
         return cls(state.models.get(model_id), state.registers.versions.get(model_id))
 
-    def is_same(self, other: Known) -> bool:
+    def is_same(self, other: RecordedModel) -> bool:
         return self.model is other.model and self.versions is other.versions
 
 
@@ -80,7 +80,7 @@ class _Failed:
     """The last failure, and what was known right after it."""
 
     reason: str
-    known: Known
+    known: RecordedModel
     failures: int
     until_s: float
 
@@ -91,7 +91,7 @@ class BackOff:
     def __init__(self) -> None:
         self._failures: dict[Demand, _Failed] = {}
 
-    def check(self, demand: Demand, known: Known, now_s: float) -> None:
+    def check(self, demand: Demand, known: RecordedModel, now_s: float) -> None:
         """Refuse a demand during its pause; forget a failure if what was known has changed since.
 
         Raises:
@@ -106,7 +106,9 @@ class BackOff:
             reason = f"{failed.reason}; a request in {failed.until_s - now_s:.1f} s tries again"
             raise DemandFailed(reason, failed.until_s - now_s)
 
-    def note(self, demand: Demand, reason: str, before: Known, after: Known, now_s: float) -> float:
+    def note(
+        self, demand: Demand, reason: str, before: RecordedModel, after: RecordedModel, now_s: float
+    ) -> float:
         """Remember a failure, and return the pause in seconds until the next attempt.
 
         `before` and `after` are what was known when the load was requested and after its failure; the pauses
@@ -245,7 +247,7 @@ class OnDemand:
     async def _load(self, demand: Demand, subject: str) -> Exception | None:
         """Wait for what goes on with a model, request its load if nothing does, and return its failure."""
         model_id = demand[0]
-        before = Known(None, None)  # when this task requested its load
+        before = RecordedModel(None, None)  # when this task requested its load
         own_job: str | None = None  # the load that this task requested, until it has ended
         watched_job: str | None = None  # the load that it waits for, whoever requested it
         was_lost = False
@@ -276,16 +278,18 @@ class OnDemand:
                 elif was_lost and model is not None and model.error is not None:
                     return _demand_failed(model_id, model.error, None)  # it is not reloaded any more
                 else:
-                    before, was_lost = Known.of(state, model_id), False
+                    before, was_lost = RecordedModel.of(state, model_id), False
                     receipt = await self._request_load(demand, subject, before)
                     if receipt is not None:
                         watched_job, own_job = receipt.job_id, None if receipt.existing else receipt.job_id
         reason = "the server stops and loads no more models; send the request again after its next start"
         return ServerProblem(reason, code="shutting_down")
 
-    def _find_failure(self, job: Job, demand: Demand, before: Known, *, is_own: bool) -> DemandFailed | None:
+    def _find_failure(
+        self, job: Job, demand: Demand, before: RecordedModel, *, is_own: bool
+    ) -> DemandFailed | None:
         """Return what the waiters get of an ended load; None if they wait for another attempt."""
-        known = Known.of(self.log.state, job.model_id)
+        known = RecordedModel.of(self.log.state, job.model_id)
         model = known.model
         if job.status is JobStatus.COMPLETED or (model is not None and model.phase not in _ABSENT):
             return None  # it was loaded, and unloaded again; or it was lost, and is reloaded
@@ -301,7 +305,7 @@ class OnDemand:
             problem.retry_after_s = self._note_failure(demand, str(problem), before, known)
         return problem
 
-    async def _request_load(self, demand: Demand, subject: str, before: Known) -> Receipt | None:
+    async def _request_load(self, demand: Demand, subject: str, before: RecordedModel) -> Receipt | None:
         """Look the model up and request its load, unless the model has changed meanwhile."""
         model_id, version, _ = demand
         refusal = find_demand_refusal(before.model, before.versions or ModelVersions(model_id), version)
@@ -321,7 +325,9 @@ class OnDemand:
             return None
         return await self.submit(command)
 
-    def _note_failure(self, demand: Demand, reason: str, before: Known, after: Known) -> float:
+    def _note_failure(
+        self, demand: Demand, reason: str, before: RecordedModel, after: RecordedModel
+    ) -> float:
         return self._back_off.note(demand, reason, before, after, asyncio.get_running_loop().time())
 
 

@@ -19,8 +19,8 @@ from events.approvals import (
     approval_statement,
     find_approval,
     is_same_person,
-    list_counted,
     list_unapproved,
+    list_valid_approvals,
 )
 from events.commands import Accepted, Command, Decision, Existing, RequestLoad
 from events.models import Model
@@ -406,4 +406,4 @@ def test_approval_names_no_more_persons_than_the_rule_asks() -> None:
     found = find_approval(history.versions(), rules, DIGEST, "alice", lambda *_: True)
     assert isinstance(found, LoadApproval)
     assert (found.by, found.positions) == (("carol",), (1,))
-    assert len(list_counted(history.versions(), DIGEST, "alice")) == 2
+    assert len(list_valid_approvals(history.versions(), DIGEST, "alice")) == 2

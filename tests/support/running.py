@@ -100,7 +100,7 @@ class Engine:
         contents = self.versions.known_contents(model_id, chosen)
         given = parameters or LoadParameters()
         rules = self.consumer.policy.loads.of(model_id)
-        is_checked = rules is not None and rules.persons > 0
+        is_checked = self.consumer.policy.loads.count_persons(model_id) > 0
         more = {"policy": UNSET if rules is None else rules.digest, "is_checked": is_checked, **more}
         command = RequestLoad(model_id, chosen, contents, actor, given, asked=frozenset(asked), **more)
         return await self.log.submit(command)

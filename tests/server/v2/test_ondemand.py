@@ -33,7 +33,7 @@ from runtime.errors import InferenceTimeout, QueueFull
 from runtime.repository import DEFAULTS_FILE
 from runtime.scheduler.scheduler import LONGEST_BACK_OFF_S
 from server.appkeys import DEMAND, LOG, ROUTER
-from server.v2.ondemand import MAX_FAILURES, BackOff, DemandFailed, Known
+from server.v2.ondemand import MAX_FAILURES, BackOff, DemandFailed, RecordedModel
 
 Start = Callable[..., Awaitable[LocalApi]]
 
@@ -44,13 +44,13 @@ SOON = {"timeout": 50_000}
 M = ("m", None, "")
 
 
-NOTHING = Known(None, None)
+NOTHING = RecordedModel(None, None)
 
 
-def fail(back_off: BackOff, demand: tuple[str, int | None, str], before: Known) -> Known:
+def fail(back_off: BackOff, demand: tuple[str, int | None, str], before: RecordedModel) -> RecordedModel:
     """Fail at 0 s, and return what is known then."""
     back_off.check(demand, before, 0.0)
-    after = Known(Model(demand[0]), before.versions)
+    after = RecordedModel(Model(demand[0]), before.versions)
     back_off.note(demand, "because", before, after, 0.0)
     return after
 
@@ -59,7 +59,7 @@ def test_pause_doubles_to_a_limit() -> None:
     back_off, now_s, known, pauses = BackOff(), 0.0, NOTHING, list[float]()
     for _ in range(9):
         back_off.check(M, known, now_s)
-        before, known = known, Known(Model("m"), None)
+        before, known = known, RecordedModel(Model("m"), None)
         pauses.append(back_off.note(M, "because", before, known, now_s))
         with pytest.raises(DemandFailed, match="because") as refused:
             back_off.check(M, known, now_s + pauses[-1] - 0.25)
@@ -71,7 +71,7 @@ def test_pause_doubles_to_a_limit() -> None:
 def test_change_of_the_model_or_its_versions_ends_the_pause() -> None:
     back_off = BackOff()
     failed = fail(back_off, M, NOTHING)
-    for changed in (Known(Model("m"), None), Known(failed.model, ModelVersions("m"))):
+    for changed in (RecordedModel(Model("m"), None), RecordedModel(failed.model, ModelVersions("m"))):
         back_off.check(M, changed, 0.0)
         assert back_off.note(M, "because", changed, failed, 0.0) == 0.5
     with pytest.raises(DemandFailed):
