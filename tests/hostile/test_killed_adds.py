@@ -17,7 +17,7 @@ from support.fleet import as_text, new_dice, of_both, tell
 from support.origins import HANG, Asked, RangedFile, serving_site
 from support.servers import MODULE, Server, clean_environment, serving, verified
 from support.sources import environment_of
-from support.uploads import files_in, staged
+from support.uploads import staged
 from support.workers import until
 
 from server.config import Config
@@ -75,7 +75,9 @@ class Adder:
 
 
 def visible(repository: Path) -> dict[str, bytes]:
-    return {path: content for path, content in files_in(repository).items() if not path.startswith(".")}
+    """Return the contents of all files by path; stages are not looked into, as the server may end one."""
+    shown = [each for top in repository.glob("[!.]*") for each in (top, *top.rglob("*"))]
+    return {each.relative_to(repository).as_posix(): each.read_bytes() for each in shown if each.is_file()}
 
 
 async def test_killed_add_leaves_no_half_version_and_goes_on(config: Config, tmp_path: Path) -> None:
