@@ -18,7 +18,7 @@ from events.types import AccessDenied, Cause, Event, LoadFailed, ModelLoaded, Wo
 OTHERS = "_others"
 """The label shared by models without a label of their own; no model can have this name."""
 
-MAX_LABELS = 1000
+MAX_METRIC_LABELS = 1000
 """Models with labels of their own, some 30 lines of metrics each. The first ones keep theirs: a counter that
 moved to another label would go back."""
 
@@ -80,7 +80,7 @@ class Histogram:
 class ModelLabels:
     """Labels of models: the first `most` models have their own, all others share one."""
 
-    most: int = MAX_LABELS
+    most: int = MAX_METRIC_LABELS
     _own: set[str] = field(default_factory=set)
 
     def of(self, model_id: str) -> str:

@@ -137,7 +137,7 @@ EVENT_TEXTS: Mapping[str, EventText] = {
         (
             "{node_id} epoch {epoch}",
             "at {address}",
-            "{labels:list}",
+            "{attributes:list}",
             "budget {budget_bytes:MB}",
             "release {release}",
             "unclean?its epoch before ended unexpectedly|",

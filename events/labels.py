@@ -15,7 +15,7 @@ from events.commands import Accepted, Decision, DecisionInput, Existing, Refused
 from events.state import State
 from events.types import Draft, LabelRemoved, LabelSet
 
-MAX_LABELS = 64
+MAX_VERSION_LABELS = 64
 """Of a model: more than anybody tells apart."""
 
 
@@ -64,9 +64,9 @@ def find_label_refusal(state: State, model_id: str, label: str) -> Refused | Non
     """Return why a model takes no further label, besides those that pending loads set; None if it does."""
     taken = {each.name for each in state.registers.find_versions(model_id).labels}
     taken |= {job.label for job in state.unended(model_id) if job.label is not UNSET}
-    if label in taken or len(taken) < MAX_LABELS:
+    if label in taken or len(taken) < MAX_VERSION_LABELS:
         return None
-    what = f"model '{model_id}' has {MAX_LABELS} labels, with those that its pending loads set"
+    what = f"model '{model_id}' has {MAX_VERSION_LABELS} labels, with those that its pending loads set"
     return Refused("too_many_labels", f"{what}: remove one, or move one of them")
 
 

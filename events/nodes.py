@@ -46,7 +46,7 @@ class Node(Struct, frozen=True, gc=False):
     position: int
     joined_at: Timestamp
     address: str
-    labels: tuple[str, ...]
+    attributes: tuple[str, ...]
     budget_bytes: int | None
     release: str
     public_key: str | None
@@ -86,7 +86,7 @@ def evolve_node(node: Node | None, data: NodeData, *, position: int, recorded_at
             position,
             recorded_at,
             data.address,
-            data.labels,
+            data.attributes,
             data.budget_bytes,
             data.release,
             data.public_key,

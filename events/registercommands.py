@@ -124,7 +124,7 @@ class JoinNode(RegisterCommand):
 
     node_id: str
     address: str
-    labels: tuple[str, ...] = ()
+    attributes: tuple[str, ...] = ()
     budget_bytes: int | None = None
     release: str = ""
     public_key: str | None = None
@@ -142,7 +142,7 @@ class JoinNode(RegisterCommand):
             self.node_id,
             max(0 if before is None else before.epoch, self.last_epoch) + 1,
             self.address,
-            self.labels,
+            self.attributes,
             self.budget_bytes,
             self.release,
             self.public_key,

@@ -289,7 +289,7 @@ class LoadParameters(Struct, frozen=True, gc=False):
         max_queue_delay_us: how long a request may wait for its batch.
         progress_timeout_s: how long a started load may make no progress.
         threads: how many threads each worker computes with; None is the server's setting when it starts.
-        node_labels: labels that its node must have, in order; not stored without any.
+        node_attributes: attributes that its node must have, in order; not stored without any.
         copies: at how many nodes the model is to be loaded; not stored where none is named, which is 1.
         devices: names of devices (`events.devices`); the load runs on the first that has room. Not stored for
             the CPU.
@@ -308,7 +308,7 @@ class LoadParameters(Struct, frozen=True, gc=False):
     max_queue_delay_us: int = 0
     progress_timeout_s: int | None = None
     threads: int | None = None
-    node_labels: tuple[str, ...] | UnsetType = UNSET
+    node_attributes: tuple[str, ...] | UnsetType = UNSET
     copies: int | UnsetType = UNSET
     devices: tuple[str, ...] | UnsetType = UNSET
     fallback: str | UnsetType = UNSET
@@ -346,8 +346,8 @@ DEPENDENT_ROWS = ("refuse", ALLOW)
 """Values of `dependent_rows`."""
 
 WORKER_PARAMETERS = (
-    *("instances", "max_batch_size", "max_queue_delay_us", "memory_limit_bytes", "threads", "node_labels"),
-    *("devices", "fallback", "dependent_rows"),
+    *("instances", "max_batch_size", "max_queue_delay_us", "memory_limit_bytes", "threads"),
+    *("node_attributes", "devices", "fallback", "dependent_rows"),
 )
 """Parameters of the workers: a change of them loads the model anew."""
 
@@ -832,7 +832,7 @@ class NodeJoined(Struct, frozen=True, gc=False):
     Attributes:
         epoch: the number of this membership of the node, from 1.
         address: the URL at which the other nodes reach it.
-        labels: `name=value` each, in the order of their names; loads may require some.
+        attributes: `name=value` each, in the order of their names; loads may require some.
         budget_bytes: memory budget of its workers; None is no limit.
         release: of its software.
         public_key: with which it signs; None without a key.
@@ -850,7 +850,7 @@ class NodeJoined(Struct, frozen=True, gc=False):
     node_id: str
     epoch: int
     address: str
-    labels: tuple[str, ...]
+    attributes: tuple[str, ...]
     budget_bytes: int | None
     release: str
     public_key: str | None

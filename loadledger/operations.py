@@ -90,7 +90,7 @@ class LoadOptions(TypedDict, total=False):
     threads: int | None
     max_batch_size: int
     max_queue_delay_us: int
-    node_labels: Sequence[str] | None
+    node_attributes: Sequence[str] | None
     copies: int
     devices: Sequence[str] | None
     fallback: Literal["refuse", "cpu"]

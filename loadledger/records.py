@@ -489,7 +489,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         phase: joined, draining, left or lost.
         epoch: how many times it has joined.
-        labels: `name=value` each.
+        attributes: `name=value` each.
         models: loaded there.
         jobs: placed there and not ended.
         renewed_at: when it last renewed its lease, if that is known.
@@ -503,7 +503,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     phase: str
     epoch: int = 1
     address: str = ""
-    labels: list[str] = []
+    attributes: list[str] = []
     joined_at: str | None = None
     ended_at: str | None = None
     release: str = ""

@@ -79,7 +79,7 @@ class PlacementRequest:
         model_id: of the load.
         need_bytes: of memory; None if it is unknown.
         files: SHA-256 of its files, as far as they are known.
-        labels: that the node must have.
+        attributes: that the node must have.
         home: the node where the model is or was loaded, or which has the copy to replace.
         occupied: the nodes that a further copy does not go to.
         holders: the nodes that have the version; empty if all have.
@@ -90,7 +90,7 @@ class PlacementRequest:
     model_id: str
     need_bytes: int | None = None
     files: frozenset[str] = frozenset()
-    labels: frozenset[str] = frozenset()
+    attributes: frozenset[str] = frozenset()
     home: str | None = None
     holders: tuple[str, ...] = ()
     policy: str | None = None
@@ -155,12 +155,11 @@ def place(request: PlacementRequest, rooms: Iterable[NodeRoom]) -> ChosenNode | 
 
 
 def can_run(request: PlacementRequest, node: Node) -> bool:
-    """Whether a node takes loads, has version, labels and a device, and may get a copy if it is one."""
+    """Whether a node takes loads, has version, attributes and a device, and may get a copy if it is one."""
     has_version = not request.holders or node.id in request.holders
     is_free = node.takes_loads and node.id not in request.occupied
-    return (
-        is_free and has_version and request.labels <= set(node.labels) and has_device(request.devices, node)
-    )
+    has_attributes = request.attributes <= set(node.attributes)
+    return is_free and has_version and has_attributes and has_device(request.devices, node)
 
 
 def has_device(devices: Sequence[str], node: Node) -> bool:
@@ -168,17 +167,17 @@ def has_device(devices: Sequence[str], node: Node) -> bool:
     return CPU in devices or bool(find_matching(devices, _list_devices(node)))
 
 
-def label_devices(devices: Iterable[str]) -> tuple[str, ...]:
-    """Return the labels by which a node says which devices it has: `device=cuda`, `device.cuda=0`."""
+def list_device_attributes(devices: Iterable[str]) -> tuple[str, ...]:
+    """Return the attributes by which a node says which devices it has: `device=cuda`, `device.cuda=0`."""
     names = sorted(devices)
     providers = sorted({f"device={provider_of(name)}" for name in names})
     return (*providers, *(f"device.{name.replace(':', '=')}" for name in names))
 
 
 def _list_devices(node: Node) -> tuple[str, ...]:
-    """Return the devices that a node has by its labels, and the CPU."""
-    labels = (label.removeprefix("device.") for label in node.labels if label.startswith("device."))
-    return (*(label.replace("=", ":") for label in labels), CPU)
+    """Return the devices that a node has by its attributes, and the CPU."""
+    names = (each.removeprefix("device.") for each in node.attributes if each.startswith("device."))
+    return (*(name.replace("=", ":") for name in names), CPU)
 
 
 @lru_cache(1024)
@@ -336,7 +335,7 @@ def build_request(view: NodeView, job: Job) -> PlacementRequest:
         job.model_id,
         estimate_need(view, job),
         _find_digests(model, held, version),
-        frozenset(parameters.node_labels or ()),
+        frozenset(parameters.node_attributes or ()),
         held.node_id if held is not None else None,
         _find_holders(view.state, job.model_id, version),
         job.policy_digest,
@@ -460,10 +459,10 @@ def _explain_unplaced(view: NodeView, job: Job) -> str:
 
 def _describe_demands(request: PlacementRequest, version: int | None) -> str:
     """Return what a load demands of its node, as the end of a text."""
-    labels, holders = ", ".join(sorted(request.labels)), ", ".join(request.holders)
+    attributes, holders = ", ".join(sorted(request.attributes)), ", ".join(request.holders)
     where = f", of {holders}, where version {version} was added" if holders else ""
     devices = "" if CPU in request.devices else f" and has one of the devices {', '.join(request.devices)}"
-    return (f" and has the labels {labels}" if labels else "") + devices + where
+    return (f" and has the attributes {attributes}" if attributes else "") + devices + where
 
 
 def _request_of(
@@ -475,7 +474,7 @@ def _request_of(
         model.id,
         _estimate_from_footprints(model, serving.version, serving.parameters.instances),
         _find_digests(model, serving, serving.version),
-        frozenset(serving.parameters.node_labels or ()),
+        frozenset(serving.parameters.node_attributes or ()),
         holders=_find_holders(state, model.id, serving.version),
         occupied=occupied,
         devices=serving.parameters.devices or (CPU,),

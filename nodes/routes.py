@@ -72,7 +72,7 @@ class NodeSchema(AnswerSchema):
 
     id = fields.String(**about("Its name."))
     address = fields.String(**about("The URL at which the other nodes reach it."))
-    labels = fields.List(fields.String(), **about("`name=value` each."))
+    attributes = fields.List(fields.String(), **about("`name=value` each."))
     phase = fields.String(
         validate=one_of(NodePhase),
         **about("`draining`: it takes no more loads. `left`: it stopped in order. `lost`: it did not."),
@@ -209,7 +209,7 @@ def _own_members(node: Node) -> dict[str, Any]:
     return {
         "id": node.id,
         "address": node.address,
-        "labels": list(node.labels),
+        "attributes": list(node.attributes),
         "phase": node.phase.value,
         "epoch": node.epoch,
         "joined_at": node.joined_at,

@@ -20,7 +20,7 @@ from nodes.copies import count_copies
 from nodes.decisions import NodePlacement
 from nodes.membership import Membership
 from nodes.peers import Peers
-from nodes.placement import NodeHints, find_usable, has_device, label_devices
+from nodes.placement import NodeHints, find_usable, has_device, list_device_attributes
 from nodes.routes import node_views
 from nodes.spread import CopyFigures, measure_copy
 from runtime.consumer.running import RunningLoad
@@ -96,7 +96,7 @@ class ThisNode:
         command = JoinNode(
             self.id,
             self._address,
-            tuple(sorted({*self._config.labels(), *label_devices(devices)})),
+            tuple(sorted({*self._config.own_attributes(), *list_device_attributes(devices)})),
             policy.budget_bytes,
             version("loadledger"),
             public_key,

@@ -59,10 +59,12 @@ _RATE = re.compile(
     r"([1-9]\d{0,11}) *(?:/|per) *([1-9]\d{0,5})? *(second|minute|hour|day)s?", re.ASCII | re.IGNORECASE
 )
 
-LABEL = re.compile(r"[A-Za-z0-9._-]{1,63}=[A-Za-z0-9._-]{1,63}", re.ASCII)
-"""A label of a node, which loads may require."""
-LABEL_RULE = "Must be like zone=a: letters, digits, '.', '_' and '-', at most 63 before and after '='."
-MAX_LABELS = 16
+NODE_ATTRIBUTE = re.compile(r"[A-Za-z0-9._-]{1,63}=[A-Za-z0-9._-]{1,63}", re.ASCII)
+"""An attribute of a node, which loads may require."""
+NODE_ATTRIBUTE_RULE = (
+    "Must be like zone=a: letters, digits, '.', '_' and '-', at most 63 before and after '='."
+)
+MAX_NODE_ATTRIBUTES = 16
 """That a load may require: its event has them."""
 
 DATABASE_SCHEMES = ("postgresql", "postgres")
@@ -168,16 +170,16 @@ def parse_node_address(text: str) -> str:
     return text
 
 
-def parse_labels(text: str) -> tuple[str, ...]:
-    """Return labels in order, each once.
+def parse_node_attributes(text: str) -> tuple[str, ...]:
+    """Return attributes in order, each once.
 
     Raises:
         ValueError: one is not of the form; the message says what it must be.
     """
-    labels = [label.strip() for label in text.split(",") if label.strip()]
-    if not labels or not all(LABEL.fullmatch(label) for label in labels):
-        raise ValueError(f"{LABEL_RULE} Several are separated by commas.")
-    return tuple(sorted(set(labels)))
+    attributes = [each.strip() for each in text.split(",") if each.strip()]
+    if not attributes or not all(NODE_ATTRIBUTE.fullmatch(each) for each in attributes):
+        raise ValueError(f"{NODE_ATTRIBUTE_RULE} Several are separated by commas.")
+    return tuple(sorted(set(attributes)))
 
 
 def parse_devices(text: str) -> tuple[str, ...]:
@@ -290,10 +292,10 @@ class Config:
         "URL at which the other nodes reach this one; if unset, that of the host's name and --port.",
         _validator_of(parse_node_address),
     )
-    node_labels: str | None = setting(
+    node_attributes: str | None = setting(
         None,
-        "Labels of this node, which loads may require, like zone=a,gpu=none.",
-        _validator_of(parse_labels),
+        "Attributes of this node, which loads may require, like zone=a,gpu=none.",
+        _validator_of(parse_node_attributes),
     )
     lease_s: float = setting(
         10.0,
@@ -511,8 +513,8 @@ class Config:
         """Return how long this node answers inferences without the ledger's database."""
         return MAX_AWAY_S if self.when_away == "serve" else self.lease_s * AWAY_SHARE
 
-    def labels(self) -> tuple[str, ...]:
-        return () if self.node_labels is None else parse_labels(self.node_labels)
+    def own_attributes(self) -> tuple[str, ...]:
+        return () if self.node_attributes is None else parse_node_attributes(self.node_attributes)
 
     @property
     def default_devices(self) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ from events.sqlite.timetravel import fold_page
 from events.state import Changes, KnownRequests, State
 from events.storage import LogHead, Row, StorageError, StoredLedger
 
-FOLDS = 7
+FOLDS = 8
 """The version of the folds: add one with each change after which the same events give other stored bodies."""
 
 _OF_REGISTERS = tuple(table for table, _ in Registers().items())

@@ -259,8 +259,8 @@ def _details(job: Any) -> Iterator[str]:
     yield from output.format_facts(facts)
 
 
-def _split_labels(_: click.Context, __: click.Parameter, value: str | None) -> list[str] | None:
-    return None if value is None else [label.strip() for label in value.split(",") if label.strip()]
+def _split_attributes(_: click.Context, __: click.Parameter, value: str | None) -> list[str] | None:
+    return None if value is None else [each.strip() for each in value.split(",") if each.strip()]
 
 
 @click.command()
@@ -287,10 +287,10 @@ def _split_labels(_: click.Context, __: click.Parameter, value: str | None) -> l
     "--max-queue-delay-us", metavar="MICROSECONDS", least=0, text="Longest wait for a fuller batch."
 )
 @click.option(
-    "--node-labels",
-    metavar="LABELS",
-    callback=_split_labels,
-    help="Labels that the node must have, like zone=a,disk=fast; empty for none.",
+    "--node-attributes",
+    metavar="ATTRIBUTES",
+    callback=_split_attributes,
+    help="Attributes that the node must have, like zone=a,disk=fast; empty for none.",
 )
 @click.option(
     "--device",

@@ -420,7 +420,7 @@ def resources(*, as_json: bool, where: options.ServerChoice) -> None:
     """Show the memory budget, its use, the devices, and waiting jobs.
 
     Of the devices, the memory of cpu is that of all workers. Below them it says which installed providers
-    cannot be used, and why. `loadledger nodes` shows the devices of other nodes as labels.
+    cannot be used, and why. `loadledger nodes` shows the devices of other nodes as attributes.
     """
     with options.open_chosen_client(where) as client:
         found = client.resources()

@@ -13,7 +13,7 @@ import click
 from loadledger.cli import options, output
 from loadledger.cli.completion import nodes_of_server
 
-HEAD = ("NODE", "PHASE", "MODELS", "JOBS", "BUDGET", "RENEWED", "LABELS", "ADDRESS", "RELEASE")
+HEAD = ("NODE", "PHASE", "MODELS", "JOBS", "BUDGET", "RENEWED", "ATTRIBUTES", "ADDRESS", "RELEASE")
 PAUSE_S = 0.5
 """Between two looks at a node that drains; a load takes as long."""
 
@@ -44,7 +44,7 @@ def _row(node: Any) -> tuple[str, ...]:
         str(len(node.jobs)) if node.jobs else output.NOTHING,
         output.format_size(node.budget_bytes),
         f"late, {renewed}" if node.late else renewed,
-        output.format_cell(", ".join(node.labels), most=40),
+        output.format_cell(", ".join(node.attributes), most=40),
         output.format_cell(node.address),
         output.format_cell(node.release),
     )

@@ -45,12 +45,12 @@ from server.auth.access import Access
 from server.auth.gate import PRINCIPAL, Principal, credential_of
 from server.cluster import signer_of
 from server.config import (
-    LABEL,
-    LABEL_RULE,
     MAX_KEEP_ALIVE_S,
-    MAX_LABELS,
+    MAX_NODE_ATTRIBUTES,
     MAX_THREADS,
     MAX_TIMEOUT_S,
+    NODE_ATTRIBUTE,
+    NODE_ATTRIBUTE_RULE,
     ON,
     Config,
 )
@@ -155,12 +155,15 @@ class LoadBodySchema(Schema):
         validate=validate.Range(0, MAX_QUEUE_DELAY_US),
         **about("Microseconds that a request may wait for its batch to fill; needs a `max_batch_size`."),
     )
-    node_labels = fields.List(
-        fields.String(validate=validate.Regexp(rf"(?:{LABEL.pattern})\Z", error=LABEL_RULE)),
-        validate=validate.Length(max=MAX_LABELS),
+    node_attributes = fields.List(
+        fields.String(
+            validate=validate.Regexp(rf"(?:{NODE_ATTRIBUTE.pattern})\Z", error=NODE_ATTRIBUTE_RULE)
+        ),
+        validate=validate.Length(max=MAX_NODE_ATTRIBUTES),
         allow_none=True,
         **about(
-            "Labels that its node must have, `name=value` each; a server alone ignores them. Default: none."
+            "Attributes that its node must have, `name=value` each; a server alone ignores them. "
+            "Default: none."
         ),
     )
 
@@ -463,7 +466,7 @@ def _merge_parameters(
         where, error = ("body", InvalidBody) if wanted.get("copies", 1) > 1 else (file, InvalidDefaults)
         raise error(f"{where}: copies: a server alone has one of each model; use instances for more workers")
     merged["copies"] = merged.get("copies", 1) if config.ledger is not None and "copies" in merged else UNSET
-    merged["node_labels"] = tuple(sorted(set(merged.get("node_labels") or ()))) or UNSET
+    merged["node_attributes"] = tuple(sorted(set(merged.get("node_attributes") or ()))) or UNSET
     devices = tuple(dict.fromkeys(merged.get("devices") or config.devices.split(",")))
     merged["devices"] = UNSET if devices == (CPU,) else devices
     merged["fallback"] = CPU if merged.get("fallback") == CPU else UNSET

@@ -82,10 +82,10 @@ export function TextField({ id, label, value, onText, ...more }) {
     <input id=${id} maxlength="1000" value=${value} onInput=${(event) => onText(event.target.value)} ...${more} />`;
 }
 
-// The devices of all servers: other nodes name theirs in labels. None where there is only the CPU.
+// The devices of all servers: other nodes name theirs in attributes. None where there is only the CPU.
 function deviceChoices() {
-  const labels = nodes.value.filter((node) => node.phase === "joined").flatMap((node) => node.labels).filter((label) => label.startsWith("device."));
-  const elsewhere = labels.map((label) => label.slice("device.".length).replace("=", ":"));
+  const attributes = nodes.value.filter((node) => node.phase === "joined").flatMap((node) => node.attributes).filter((each) => each.startsWith("device."));
+  const elsewhere = attributes.map((each) => each.slice("device.".length).replace("=", ":"));
   const names = [...new Set([...resources.value.devices.map(({ device }) => device), ...elsewhere])];
   return names.length > 1 ? [AS_CONFIGURED, ...names.map((name) => [name, oneLine(name, 80)])] : [];
 }

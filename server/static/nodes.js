@@ -22,7 +22,7 @@ export function NodesPage() {
     const alone = "This server is the only one: it shares its ledger with no other.";
     return html`<${PageHead} title="Nodes" /><section class="panel"><${Hint}>${alone}<//></section>`;
   }
-  const columns = ["Node", "Phase", "Models", "Jobs", "Lease", "Budget", "Address, labels, release"];
+  const columns = ["Node", "Phase", "Models", "Jobs", "Lease", "Budget", "Address, attributes, release"];
   return html`
     <${PageHead} title="Nodes" count="${joined} joined${joined === all ? "" : ` of ${all}`}" />
     <section id="nodes" class="panel nodes" aria-label="Nodes">
@@ -53,7 +53,7 @@ function NodeRow({ node }) {
       <${Cell} label="Budget" kind="number">${bytes(node.budget_bytes)}<//>
       <${Cell} label="Address">
         <${Address} text=${node.address} />
-        <div class="dim">${[...node.labels, node.release].filter(Boolean).map((text) => oneLine(text, 130)).join(", ")}</div>
+        <div class="dim">${[...node.attributes, node.release].filter(Boolean).map((text) => oneLine(text, 130)).join(", ")}</div>
       <//>
       ${session.value.manages && html`
         <${ActionsCell}>${takesLoads(node) && html`

@@ -28,7 +28,7 @@ export const EVENT_TEXTS = {
   TokenRevoked: {"parts": ["id {jti}"], "tone": "plain", "badIf": null},
   SignInLinkIssued: {"parts": ["id {link_id}"], "tone": "plain", "badIf": null},
   SignInLinkUsed: {"parts": ["id {link_id}"], "tone": "plain", "badIf": null},
-  NodeJoined: {"parts": ["{node_id} epoch {epoch}", "at {address}", "{labels:list}", "budget {budget_bytes:MB}", "release {release}", "unclean?its epoch before ended unexpectedly|", "last seen at {last_seen_at}", "no node since {no_node_since}", "workers could {confinement.not_prevented?:acts}"], "tone": "plain", "badIf": "unclean"},
+  NodeJoined: {"parts": ["{node_id} epoch {epoch}", "at {address}", "{attributes:list}", "budget {budget_bytes:MB}", "release {release}", "unclean?its epoch before ended unexpectedly|", "last seen at {last_seen_at}", "no node since {no_node_since}", "workers could {confinement.not_prevented?:acts}"], "tone": "plain", "badIf": "unclean"},
   NodeDraining: {"parts": ["{node_id} epoch {epoch}"], "tone": "plain", "badIf": null},
   NodeLeft: {"parts": ["{node_id} epoch {epoch}"], "tone": "plain", "badIf": null},
   NodeLost: {"parts": ["{node_id} epoch {epoch}", "last seen at {last_renewed_at}"], "tone": "bad", "badIf": null},

@@ -235,8 +235,8 @@ PARAMETERS: list[tuple[str, RequestLoad, str | None, dict[str, Any]]] = [
     ("load_tuned", asking(load(), threads=4), None, TUNED | {"threads": 4}),
     ("load_tuned", asking(load(), threads=None), None, TUNED | {"threads": None}),
     ("load", asking(load(), threads=None, pinned=True), "L", {"pinned": True}),
-    ("load_tuned", asking(load(), node_labels=("gpu=a",)), None, TUNED | {"node_labels": ("gpu=a",)}),
-    ("load_tuned", asking(load(), node_labels=UNSET), None, TUNED | {"node_labels": UNSET}),
+    ("load_tuned", asking(load(), node_attributes=("gpu=a",)), None, TUNED | {"node_attributes": ("gpu=a",)}),
+    ("load_tuned", asking(load(), node_attributes=UNSET), None, TUNED | {"node_attributes": UNSET}),
     ("load_tuned", asking(load(), max_batch_size=16), None, TUNED | {"max_batch_size": 16}),
     ("load_tuned", asking(load(), max_queue_delay_us=5), None, TUNED | {"max_queue_delay_us": 5}),
     (

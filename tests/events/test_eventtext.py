@@ -15,7 +15,7 @@ NODE = {
     "node_id": "a",
     "epoch": 2,
     "address": "https://a",
-    "labels": ["zone=eu_1"],
+    "attributes": ["zone=eu_1"],
     "budget_bytes": None,
     "release": "1",
     "unclean": True,
@@ -102,7 +102,7 @@ CASES: list[tuple[str, dict[str, Any], str, bool]] = [
     ),
     (
         "NodeJoined",
-        NODE | {"labels": [], "budget_bytes": 2_000_000, "unclean": False, "last_seen_at": None},
+        NODE | {"attributes": [], "budget_bytes": 2_000_000, "unclean": False, "last_seen_at": None},
         "a epoch 2, at https://a, budget 2.0 MB, release 1",
         False,
     ),

@@ -9,7 +9,7 @@ from support.history import CONTENTS, MODEL, History, at, given
 from events.accept import accept
 from events.commands import Accepted, Command, Decision, Existing, Refused, RemoveVersion, RequestLoad
 from events.jobs import JobStatus
-from events.labels import MAX_LABELS, RemoveLabel, SetLabel, draft_label
+from events.labels import MAX_VERSION_LABELS, RemoveLabel, SetLabel, draft_label
 from events.state import State
 from events.types import (
     SYSTEM,
@@ -143,7 +143,7 @@ def test_label_of_removed_version_is_refused() -> None:
 
 def test_labels_beyond_limit_are_refused() -> None:
     history = History()
-    for number in range(MAX_LABELS - 1):
+    for number in range(MAX_VERSION_LABELS - 1):
         history.set_label(f"label{number}")
     history.ask_load("L", label="champion")  # it will set the last one
     others = SetLabel(MODEL, "other", 1, "bob"), load(2, label="other")

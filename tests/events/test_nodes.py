@@ -77,9 +77,10 @@ def test_node_goes_through_its_phases() -> None:
     assert phase_of(history, "a") is NodePhase.DRAINING
     history.leave("a")
     assert (phase_of(history, "a"), history.state.registers.nodes["a"].ended_at) == (NodePhase.LEFT, at(3))
-    history.join("a", labels=("zone=eu",))
+    history.join("a", attributes=("zone=eu",))
     node = history.state.registers.nodes["a"]
-    assert (node.epoch, node.phase, node.labels, node.ended_at) == (2, NodePhase.JOINED, ("zone=eu",), None)
+    assert (node.epoch, node.phase, node.ended_at) == (2, NodePhase.JOINED, None)
+    assert node.attributes == ("zone=eu",)
     history.lose("a")
     assert phase_of(history, "a") is NodePhase.LOST
 

@@ -54,7 +54,7 @@ POLICIES = st.builds(
     loads=RULES,
 )
 
-USUAL, KEPT = LoadParameters(), ("instances", "node_labels", "copies")
+USUAL, KEPT = LoadParameters(), ("instances", "node_attributes", "copies")
 LOADS = st.builds(
     lambda name, version, parameters, asked, said: RequestLoad(
         name,
@@ -74,7 +74,7 @@ LOADS = st.builds(
         keep_alive_s=st.sampled_from([None, None, 20]),
         strategy=st.sampled_from(["beside", "in_place", "auto"]),
         instances=st.sampled_from([1, 1, 1, 2]),
-        node_labels=st.sampled_from([UNSET, UNSET, UNSET, ("gpu=a",)]),
+        node_attributes=st.sampled_from([UNSET, UNSET, UNSET, ("gpu=a",)]),
         copies=st.sampled_from([UNSET, UNSET, 2, 2, 3]),
     ),
     st.sets(st.sampled_from(["keep_alive_s", "timeout_s", "strategy"])),
@@ -99,7 +99,7 @@ class ClusterSimulation(RuleBasedStateMachine):
     @initialize(
         policies=st.lists(POLICIES, min_size=2, max_size=3),
         rules=st.none() | RULES,
-        labels=st.lists(st.sampled_from([(), (), ("gpu=a", "zone=x")]), min_size=3, max_size=3),
+        attributes=st.lists(st.sampled_from([(), (), ("gpu=a", "zone=x")]), min_size=3, max_size=3),
         skew_s=st.sampled_from([0.0, 3.0, -70.0]),
         is_fenced=st.booleans(),
         own=st.sets(st.tuples(WHICH, OWN)) | st.just(set()),
@@ -109,7 +109,7 @@ class ClusterSimulation(RuleBasedStateMachine):
         self,
         policies: list[Policy],
         rules: LoadPolicy | None,
-        labels: list[tuple[str, ...]],
+        attributes: list[tuple[str, ...]],
         skew_s: float,
         *,
         is_fenced: bool,
@@ -119,7 +119,7 @@ class ClusterSimulation(RuleBasedStateMachine):
         if rules is not None:  # of all nodes, as mostly
             policies = [replace(policy, loads=rules) for policy in policies]
         skews_s = [number * skew_s for number in range(len(policies))]
-        self.cluster = Cluster(policies, skews_s, labels, is_fenced=is_fenced)
+        self.cluster = Cluster(policies, skews_s, attributes, is_fenced=is_fenced)
         self.own = sorted({version for _, version in own})
         for which, version in sorted(own):
             self.cluster.add_version(self.node(which), *version)
@@ -362,7 +362,7 @@ def small_cluster(without: type[Condition] | None = None) -> Cluster:
     """Return two nodes over a log that does not itself refuse ended epochs; the first may be careless."""
     cluster = Cluster([Policy(2)] * 2, [0.0] * 2, is_fenced=False)
     if without is not None:
-        first = CarelessNode("a", cluster.log, Policy(2), skew_s=0.0, labels=())
+        first = CarelessNode("a", cluster.log, Policy(2), skew_s=0.0, attributes=())
         first.without, cluster.nodes[0] = without, first
         first.join()
     for node in cluster.nodes:

@@ -42,17 +42,17 @@ async def test_server_alone_has_no_nodes(shared: LocalApi) -> None:
 
 
 @pytest.mark.parametrize("present", PRESENT)
-async def test_node_has_labels_for_its_devices(ledger: Database, tmp_path: Path, present: list[str]) -> None:
+async def test_node_has_attributes_of_devices(ledger: Database, tmp_path: Path, present: list[str]) -> None:
     with visible_devices(present, tmp_path) as visible:
-        async with local_node(ledger, tmp_path, "a", node_labels="zone=eu", **visible) as a:
-            labels = (await list_nodes(a))["a"]["labels"]
+        async with local_node(ledger, tmp_path, "a", node_attributes="zone=eu", **visible) as a:
+            attributes = (await list_nodes(a))["a"]["attributes"]
     of_devices = ["device.openvino=cpu", "device=openvino"] if DEVICE in present else []
-    assert labels == [*of_devices, "zone=eu"]
+    assert attributes == [*of_devices, "zone=eu"]
 
 
 async def test_drained_node_gives_its_models_away(ledger: Database, tmp_path: Path) -> None:
     async with (
-        local_node(ledger, tmp_path, "a", node_labels="zone=eu") as a,
+        local_node(ledger, tmp_path, "a", node_attributes="zone=eu") as a,
         local_node(ledger, tmp_path, "b") as b,
     ):
         a.save(add(), "m")
@@ -64,7 +64,7 @@ async def test_drained_node_gives_its_models_away(ledger: Database, tmp_path: Pa
             lambda: list_nodes(b), lambda nodes: all(each["renewed_at"] for each in nodes.values())
         )
         assert found[home]["models"] == [{"id": "m", "version": 1, "state": "loaded"}]
-        assert [found["a"][name] for name in ("labels", "address", "epoch", "phase", "late")] == [
+        assert [found["a"][name] for name in ("attributes", "address", "epoch", "phase", "late")] == [
             ["zone=eu"],
             "http://a",
             1,
@@ -87,21 +87,23 @@ async def test_drained_node_gives_its_models_away(ledger: Database, tmp_path: Pa
         assert (past["node"], past["state"]) == (home, "loaded")
 
 
-async def test_load_runs_at_node_with_its_labels(ledger: Database, tmp_path: Path) -> None:
+async def test_load_runs_at_node_with_its_attributes(ledger: Database, tmp_path: Path) -> None:
     async with local_node(ledger, tmp_path, "a") as a:
         a.save(add(), "m")
-        (tmp_path / "repository" / "m" / "loadledger.toml").write_text('node_labels = ["gpu=a"]')
-        assert (await a.load("m", node_labels=[]))["node"] == "a"
-        job = (await a.post("/api/v1/models/m/load", json={"node_labels": ["gpu=a"]})).json
-        waiting = await a.job_when(job["id"], waiting_for="a node that takes loads and has the labels gpu=a")
-        assert waiting["parameters"]["node_labels"] == ["gpu=a"]
-        async with local_node(ledger, tmp_path, "b", node_labels="gpu=a,zone=eu") as b:
+        (tmp_path / "repository" / "m" / "loadledger.toml").write_text('node_attributes = ["gpu=a"]')
+        assert (await a.load("m", node_attributes=[]))["node"] == "a"
+        job = (await a.post("/api/v1/models/m/load", json={"node_attributes": ["gpu=a"]})).json
+        waiting = await a.job_when(
+            job["id"], waiting_for="a node that takes loads and has the attributes gpu=a"
+        )
+        assert waiting["parameters"]["node_attributes"] == ["gpu=a"]
+        async with local_node(ledger, tmp_path, "b", node_attributes="gpu=a,zone=eu") as b:
             await a.job_when(job["id"], status="completed", node="b")
             await b.unload("m")
             assert (await a.load("m"))["node"] == "b"
             assert (await a.post("/api/v1/nodes/b/drain")).status == 202
         seen = await when(a.jobs, lambda jobs: jobs[0]["cause"] == "restart" and jobs[0]["waiting_for"])
-        assert seen[0]["waiting_for"] == "a node that takes loads and has the labels gpu=a"
+        assert seen[0]["waiting_for"] == "a node that takes loads and has the attributes gpu=a"
 
 
 async def test_load_on_device_goes_to_a_node_that_has_it(ledger: Database, tmp_path: Path) -> None:
@@ -109,8 +111,8 @@ async def test_load_on_device_goes_to_a_node_that_has_it(ledger: Database, tmp_p
         a.save(add(), "m")
         body = {"devices": ["rocm:*"]}
         assert (await a.post("/api/v1/models/m/load", json=body)).refusal == (409, "device_unavailable")
-        async with local_node(ledger, tmp_path, "b", node_labels="device.rocm=0"):  # as if it had one
-            assert "device.rocm=0" in (await list_nodes(a))["b"]["labels"]
+        async with local_node(ledger, tmp_path, "b", node_attributes="device.rocm=0"):  # as if it had one
+            assert "device.rocm=0" in (await list_nodes(a))["b"]["attributes"]
             job = await a.failed_load("m", **body)
             assert (job["node"], job["error"]["code"]) == ("b", "device_unavailable")
         assert (await a.load("m", devices=["rocm:*", "cpu"]))["node"] == "a"

@@ -25,25 +25,25 @@ from nodes.placement import (
     PlacementReason,
     PlacementRequest,
     has_device,
-    label_devices,
+    list_device_attributes,
     place,
 )
 from nodes.spread import CopyFigures
 from runtime.scheduler.actions import Decision, RequestReload, StartLoad, UnloadAutomatically
 from runtime.scheduler.view import LoadView, MemoryEstimate, Observations, Policy, SchedulerView
-from server.config import LABEL
+from server.config import NODE_ATTRIBUTE
 
 F, ONE_FILE = frozenset({"f1", "f2"}), frozenset({"f1"})
 
 
-def node(name: str, *, budget: int = 100, labels: str = "", phase: str = "joined") -> Node:
+def node(name: str, *, budget: int = 100, attributes: str = "", phase: str = "joined") -> Node:
     return Node(
-        name, 1, NodePhase(phase), 1, at(0), f"http://{name}", tuple(labels.split()), budget, "1", None
+        name, 1, NodePhase(phase), 1, at(0), f"http://{name}", tuple(attributes.split()), budget, "1", None
     )
 
 
 def room(name: str, free: int | None = None, models: int = 0, **given: Any) -> NodeRoom:
-    about = {key: given.pop(key) for key in ("budget", "labels", "phase") if key in given}
+    about = {key: given.pop(key) for key in ("budget", "attributes", "phase") if key in given}
     return NodeRoom(node(name, **about), NodeHints(0, free, **given), models)
 
 
@@ -96,33 +96,33 @@ CASES = [
         "a room",
     ),
     (
-        "labels",
-        PlacementRequest("m", labels=frozenset({"gpu=a", "zone=x"})),
-        [room("a", 90, labels="gpu=a"), room("b", 9, labels="gpu=a os=l zone=x")],
+        "attributes",
+        PlacementRequest("m", attributes=frozenset({"gpu=a", "zone=x"})),
+        [room("a", 90, attributes="gpu=a"), room("b", 9, attributes="gpu=a os=l zone=x")],
         "b room",
     ),
     (
         "device",
         PlacementRequest("m", devices=("cuda:1", "rocm:*")),
-        [room("a", 90, labels="device=cuda device.cuda=0"), room("b", 9, labels="device.rocm=0")],
+        [room("a", 90, attributes="device=cuda device.cuda=0"), room("b", 9, attributes="device.rocm=0")],
         "b room",
     ),
     (
         "the device that it names first",
         PlacementRequest("m", devices=("cuda:*", "rocm:0", "cpu")),
-        [room("a", 90), room("b", 80, labels="device.rocm=0"), room("c", 9, labels="device.cuda=1")],
+        [room("a", 90), room("b", 80, attributes="device.rocm=0"), room("c", 9, attributes="device.cuda=1")],
         "c room",
     ),
     (
         "room before the first device",
         PlacementRequest("m", 10, devices=("cuda:0", "cpu")),
-        [room("a", 90), room("b", 5, labels="device.cuda=0")],
+        [room("a", 90), room("b", 5, attributes="device.cuda=0")],
         "a room",
     ),
     (
         "no node has the device",
         PlacementRequest("m", devices=("cuda:0",)),
-        [room("a", 90, labels="device=cuda device.cuda=1 cuda=0")],
+        [room("a", 90, attributes="device=cuda device.cuda=1 cuda=0")],
         "none",
     ),
     (
@@ -144,8 +144,8 @@ CASES = [
         "none",
     ),
     (
-        "no node has the labels",
-        PlacementRequest("m", labels=frozenset({"gpu=a"}), home="a"),
+        "no node has the attributes",
+        PlacementRequest("m", attributes=frozenset({"gpu=a"}), home="a"),
         [room("a", 90)],
         "none",
     ),
@@ -164,8 +164,8 @@ NAMES = st.sampled_from(["a", "b", "c", "d"])
 DIGESTS = st.frozensets(st.sampled_from(["f1", "f2", "f3"]))
 ROOMS = st.lists(
     st.builds(
-        lambda name, phase, labels, budget, free, slots, models, digests: NodeRoom(
-            node(name, budget=budget, labels=labels, phase=phase),
+        lambda name, phase, attributes, budget, free, slots, models, digests: NodeRoom(
+            node(name, budget=budget, attributes=attributes, phase=phase),
             NodeHints(0, free, slots, digests),
             models,
         ),
@@ -193,7 +193,7 @@ REQUESTS = st.builds(
 
 def is_able(request: PlacementRequest, each: NodeRoom) -> bool:
     has_version = not request.holders or each.node.id in request.holders
-    return each.node.takes_loads and has_version and request.labels <= set(each.node.labels)
+    return each.node.takes_loads and has_version and request.attributes <= set(each.node.attributes)
 
 
 @PLAIN
@@ -237,14 +237,14 @@ def test_end_of_another_node_moves_no_placement(
     assert left.node == found.node
 
 
-def test_labels_of_devices_name_providers_and_each_device() -> None:
-    labels = label_devices(["openvino:cpu.1", "cuda:1", "cuda:0"])
-    assert labels == (
+def test_attributes_of_devices_name_providers_and_each_device() -> None:
+    attributes = list_device_attributes(["openvino:cpu.1", "cuda:1", "cuda:0"])
+    assert attributes == (
         *("device=cuda", "device=openvino"),
         *("device.cuda=0", "device.cuda=1", "device.openvino=cpu.1"),
     )
-    assert all(map(LABEL.fullmatch, labels))
-    named = node("a", labels=" ".join(labels))
+    assert all(map(NODE_ATTRIBUTE.fullmatch, attributes))
+    named = node("a", attributes=" ".join(attributes))
     devices = ("openvino:cpu.1", "cuda:*", "openvino:*", "cpu", "openvino:cpu", "rocm:*")
     assert [name for name in devices if has_device((name,), named)] == list(devices[:4])
 
@@ -354,13 +354,13 @@ def test_node_that_has_said_nothing_has_its_budget() -> None:
     assert cluster.next("a") == "place L1 at b: room"
 
 
-def test_load_waits_for_node_with_its_labels() -> None:
+def test_load_waits_for_node_with_its_attributes() -> None:
     cluster = Cluster()
-    cluster.history.ask_load("L", timeout_s=10, node_labels=("gpu=a", "zone=x"))
+    cluster.history.ask_load("L", timeout_s=10, node_attributes=("gpu=a", "zone=x"))
     decision = cluster.decide("a")
-    assert decision.waiting_for == {"L": "a node that takes loads and has the labels gpu=a, zone=x"}
+    assert decision.waiting_for == {"L": "a node that takes loads and has the attributes gpu=a, zone=x"}
     assert decision.wake_at == at(13)
-    cluster.history.join("c", labels=("gpu=a", "os=l", "zone=x"))
+    cluster.history.join("c", attributes=("gpu=a", "os=l", "zone=x"))
     assert cluster.next("a") == "place L at c: room"
     cluster.history.leave("c")
     cluster.history.seconds = 13
@@ -372,7 +372,7 @@ def test_load_waits_for_node_with_its_device() -> None:
     cluster.history.ask_load("L", timeout_s=10, devices=("cuda:*", "rocm:0"))
     reason = "a node that takes loads and has one of the devices cuda:*, rocm:0"
     assert cluster.decide("a").waiting_for == {"L": reason}
-    cluster.history.join("c", labels=label_devices(["cuda:1"]))
+    cluster.history.join("c", attributes=list_device_attributes(["cuda:1"]))
     assert cluster.next("a") == "place L at c: room"
 
 
@@ -426,7 +426,7 @@ def test_reload_by_rules_of_no_node_fails() -> None:
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "labels", "policy"),
+    ("a", "b", "attributes", "policy"),
     [
         (ONE_APPROVAL, LoadPolicy(), (), ONE_APPROVAL),
         (ONE_APPROVAL, TWO_APPROVALS, ("gpu=a",), TWO_APPROVALS),
@@ -435,38 +435,38 @@ def test_reload_by_rules_of_no_node_fails() -> None:
     ],
 )
 def test_reload_is_requested_by_rules_that_node_has(
-    a: LoadPolicy, b: LoadPolicy, labels: tuple[str, ...], policy: LoadPolicy | None
+    a: LoadPolicy, b: LoadPolicy, attributes: tuple[str, ...], policy: LoadPolicy | None
 ) -> None:
     history = History()
     for name, rules, own in (("a", a, ()), ("b", b, ("gpu=a",))):
-        history.join(name, labels=own)
+        history.join(name, attributes=own)
         history.add(PolicyInForce(rules, name), of=None, version=None)
-    history.load_at("b", "L", node_labels=labels)
+    history.load_at("b", "L", node_attributes=attributes)
     reload = RequestLoad(MODEL, 1, None, SYSTEM, cause=Cause.RECOVERY)
     placement = NodePlacement("a", KnownStanding(1), KnownSigning("a"))
     digest = UNSET if policy is None else digest_of_rules(policy)
     assert placement.complete(reload, history.state).policy == digest
 
 
-def test_model_with_labels_moves_to_node_with_them() -> None:
+def test_model_with_attributes_moves_to_node_with_them() -> None:
     cluster = Cluster()
     history = cluster.history
-    history.join("c", labels=("gpu=a",))
-    history.load_at("c", "L", node_labels=("gpu=a",))
+    history.join("c", attributes=("gpu=a",))
+    history.load_at("c", "L", node_attributes=("gpu=a",))
     history.drain("c")
     assert cluster.next("c", "L:serving") == "nothing"
-    history.join("b", labels=("gpu=a",))
+    history.join("b", attributes=("gpu=a",))
     assert cluster.next("c", "L:serving") == f"move {MODEL}"
     history.lose("c")
-    history.ask_load("R", cause=Cause.RESTART, node_labels=("gpu=a",))
+    history.ask_load("R", cause=Cause.RESTART, node_attributes=("gpu=a",))
     assert cluster.next("a") == "place R at b: room"
 
 
-def test_load_with_labels_leaves_node_without_them() -> None:
+def test_load_with_attributes_leaves_node_without_them() -> None:
     cluster = Cluster()
     cluster.history.load_at("b", "L")
-    cluster.history.join("c", labels=("gpu=a",))
-    cluster.history.ask_load("L2", node_labels=("gpu=a",))
+    cluster.history.join("c", attributes=("gpu=a",))
+    cluster.history.ask_load("L2", node_attributes=("gpu=a",))
     assert cluster.next("a") == "place L2 at c: room"
     cluster.history.place("L2", "c")
     cluster.estimates["L2"] = 60
@@ -476,7 +476,7 @@ def test_load_with_labels_leaves_node_without_them() -> None:
 def test_load_waits_for_node_where_version_was_added() -> None:
     cluster = Cluster()
     history = cluster.history
-    history.join("c", labels=("gpu=a",), budget_bytes=50)
+    history.join("c", attributes=("gpu=a",), budget_bytes=50)
     for name in ("c", "b"):
         history.add_version(name)
     cluster.hints = {"b": NodeHints(99, 0), "c": NodeHints(99, 0)}
@@ -487,10 +487,10 @@ def test_load_waits_for_node_where_version_was_added() -> None:
     history.leave("b")
     where = "of b, c, where version 1 was added"
     assert cluster.decide("a").waiting_for == {"L": f"a node that takes loads, {where}"}
-    history.ask_load("L2", of="other", node_labels=("gpu=a",))
+    history.ask_load("L2", of="other", node_attributes=("gpu=a",))
     history.add_version("b", of="other")
-    labels = "and has the labels gpu=a, of b, where version 1 was added"
-    assert cluster.decide("a").waiting_for["L2"] == f"a node that takes loads {labels}"
+    attributes = "and has the attributes gpu=a, of b, where version 1 was added"
+    assert cluster.decide("a").waiting_for["L2"] == f"a node that takes loads {attributes}"
     history.add_version("a")
     assert cluster.next("a") == "estimate L"
 

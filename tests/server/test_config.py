@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 REQUIRED = ("repository", "data")
 VALUES = {
     "ledger": "postgresql://server@db.example,other.example:5433/ledger", "node_name": "a-1",
-    "node_address": "http://a.example:8080", "node_labels": "gpu=none,zone=a",
+    "node_address": "http://a.example:8080", "node_attributes": "gpu=none,zone=a",
     "lease_s": "3.0", "when_away": "stop",
     "repository": "/models", "data": "/data", "host": "::1", "port": "0",
     "tls_cert": "/cert.pem", "tls_key": "/key.pem", "trusted_proxies": "10.0.0.0/8,::1",
@@ -117,7 +117,7 @@ def test_file_is_utf_8_with_any_bom_and_line_ends(file: Path) -> None:
 
 REFUSED = {
     "ledger": "ledger.db postgresql:// mysql://a/b", "node_name": "a/b -a \u00e4", "lease_s": "0 nan",
-    "node_address": "a:8080 http:// http://a/b ftp://a", "node_labels": "zone zone= =a a=b=c",
+    "node_address": "a:8080 http:// http://a/b ftp://a", "node_attributes": "zone zone= =a a=b=c",
     "when_away": "die",
     "port": "65536 -1 http 8080.5 tcp://10.0.0.1:8080", "threads": "-1 1025 auto",
 

@@ -60,10 +60,10 @@ def placed_at(placement: RecordFact) -> str:
     return placement.data.node_id
 
 
-def has_labels(node: Node, parameters: LoadParameters | None) -> bool:
-    """Whether a node has the labels that a load requires."""
+def has_attributes(node: Node, parameters: LoadParameters | None) -> bool:
+    """Whether a node has the attributes that a load requires."""
     assert parameters is not None
-    return set(parameters.node_labels or ()) <= set(node.labels)
+    return set(parameters.node_attributes or ()) <= set(node.attributes)
 
 
 def has_version(state: State, node_id: str, model_id: str | None, version: int | None) -> bool:
@@ -104,7 +104,7 @@ class ClusterLog(Ledger):
                 assert job.status is JobStatus.PENDING
                 node = self.state.registers.nodes[node_id]
                 assert (node.takes_loads, node.epoch) == (True, epoch)
-                assert has_labels(node, job.load)
+                assert has_attributes(node, job.load)
                 assert has_rules(self.state, node_id, job)
                 assert has_version(self.state, node_id, draft.model_id, draft.version)
             case LoadStarted(node_id=node_id) | ModelLoaded(node_id=node_id):
@@ -112,7 +112,7 @@ class ClusterLog(Ledger):
                 assert job is not None
                 assert node_id == by.name == job.node_id
                 assert has_rules(self.state, by.name, job)
-                assert has_labels(self.state.registers.nodes[by.name], job.load)
+                assert has_attributes(self.state.registers.nodes[by.name], job.load)
                 assert has_version(self.state, by.name, draft.model_id, draft.version)
                 if isinstance(draft.data, ModelLoaded):
                     assert draft.data.node_signature
@@ -168,7 +168,7 @@ class ClusterNode(World):
         is_cut: whether it reaches the log.
         is_paused: whether its process stands still.
         renewed_at: when it renewed its lease last, by the clock of the database.
-        labels: with which it joins.
+        attributes: with which it joins.
     """
 
     def __init__(
@@ -178,10 +178,10 @@ class ClusterNode(World):
         policy: Policy,
         *,
         skew_s: float,
-        labels: tuple[str, ...],
+        attributes: tuple[str, ...],
     ) -> None:
         super().__init__(policy, log)
-        self.name, self.labels = name, labels
+        self.name, self.attributes = name, attributes
         self.epoch: int | None = None
         self.peers: Mapping[str, NodeHints] = {}
         self.may_serve = True
@@ -232,7 +232,7 @@ class ClusterNode(World):
         command = JoinNode(
             self.name,
             f"http://{self.name}",
-            self.labels,
+            self.attributes,
             budget_bytes=budget,
             last_seen_at=self.renewed_at,
             no_node_since=no_node_since,
@@ -320,16 +320,16 @@ class Cluster:
         self,
         policies: Sequence[Policy],
         skews_s: Sequence[float],
-        labels: Sequence[tuple[str, ...]] | None = None,
+        attributes: Sequence[tuple[str, ...]] | None = None,
         *,
         is_fenced: bool,
     ) -> None:
         self.log = ClusterLog(is_fenced=is_fenced)
         self.now = at(0)
-        about = zip("abcdef", policies, skews_s, labels or [()] * len(policies), strict=False)
+        about = zip("abcdef", policies, skews_s, attributes or [()] * len(policies), strict=False)
         self.nodes = [
-            ClusterNode(name, self.log, policy, skew_s=skew_s, labels=labels)
-            for name, policy, skew_s, labels in about
+            ClusterNode(name, self.log, policy, skew_s=skew_s, attributes=attributes)
+            for name, policy, skew_s, attributes in about
         ]
         for node in self.nodes:
             node.join()
@@ -440,12 +440,12 @@ class Cluster:
                 self.start(node)
 
     def _can_replace(self, taker: Node, node: ClusterNode) -> bool:
-        """Whether a node has all labels and versions of another."""
+        """Whether a node has all attributes and versions of another."""
         known = self.state.registers.versions.values()
         held = [(versions.id, each) for versions in known for each in versions.holders]
         own = [(model_id, each.version) for model_id, each in held if node.name in each.node_ids]
         has_all = all(has_version(self.state, taker.id, *version) for version in own)
-        return has_all and set(node.labels) <= set(taker.labels)
+        return has_all and set(node.attributes) <= set(taker.attributes)
 
     def calm_down(self) -> None:
         """Be fair for long enough: every job ends; and with memory for all, nothing is left to do."""
@@ -518,7 +518,7 @@ class Cluster:
         able = [
             node
             for node in nodes.values()
-            if node.takes_loads and has_labels(node, first.parameters)
+            if node.takes_loads and has_attributes(node, first.parameters)
             if node.budget_bytes is None or self._need_of(model, first) <= node.budget_bytes
             if has_version(self.state, node.id, model.id, first.version)
         ]
@@ -528,7 +528,7 @@ class Cluster:
         assert not here or not able
 
     def _check_drained(self, model: Model, serving: Serving) -> None:
-        """A drained node has nothing left but models that no other has the budget, labels or files for."""
+        """A drained node has nothing left but models that no other has budget, attributes or files for."""
         if not self.state.registers.nodes[serving.node_id or ""].takes_loads:
             need = self._need_of(model, serving)
             takers = [node for node in self.state.registers.nodes.values() if node.takes_loads]
@@ -538,7 +538,7 @@ class Cluster:
             budgets = [
                 node.budget_bytes
                 for node in able
-                if has_labels(node, serving.parameters)
+                if has_attributes(node, serving.parameters)
                 and (is_known or self.state.registers.find_policy(node.id) == here)
             ]
             assert all(budget is not None and budget < need for budget in budgets)
@@ -555,7 +555,7 @@ class Cluster:
                 serving: Serving | None = model.serving
                 assert serving is not None
                 assert self.state.registers.nodes[serving.node_id or ""].is_present
-                assert has_labels(self.state.registers.nodes[serving.node_id or ""], serving.parameters)
+                assert has_attributes(self.state.registers.nodes[serving.node_id or ""], serving.parameters)
                 assert has_version(self.state, serving.node_id or "", model.id, serving.version)
             at_nodes = [each.node_id for each in model.servings]
             assert len(at_nodes) == len(set(at_nodes)), "two copies at one node"

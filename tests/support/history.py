@@ -307,7 +307,7 @@ class History:
         epoch = epoch or (before.epoch + 1 if before is not None else 1)
         about = {
             "address": f"http://{node}",
-            "labels": (),
+            "attributes": (),
             "budget_bytes": None,
             "release": "1",
             "public_key": None,
@@ -379,7 +379,7 @@ TUNED: dict[str, Any] = {
     "max_batch_size": 8,
     "max_queue_delay_us": 500,
     "threads": 2,
-    "node_labels": ("zone=a",),
+    "node_attributes": ("zone=a",),
 }
 ON_CUDA = DeviceUse("cuda", "0.9.0", "cuda:0", 60, 600_000_000)
 ON_CPU = DeviceUse("cpu", "1.30.0", "cpu", 9)

@@ -42,7 +42,7 @@ NODE = DEPLOY / "systemd" / "node.conf"
 """A drop-in of the unit."""
 NODE_ENVIRONMENT = DEPLOY / "systemd" / "node.env"
 VARIABLES = {setting.variable for setting in settings()} | {"LOADLEDGER_CONFIG"}
-NODE_VARIABLES = {f"LOADLEDGER_{name}" for name in ("LEDGER", "NODE_NAME", "NODE_ADDRESS", "NODE_LABELS")}
+NODE_VARIABLES = {f"LOADLEDGER_{name}" for name in ("LEDGER", "NODE_NAME", "NODE_ADDRESS", "NODE_ATTRIBUTES")}
 """Settings of a node."""
 PAGES = [ROOT / "docs" / name for name in ("deployment.md", "configuration.md", "cluster.md")]
 FILES = [path for pattern in ("*.*", "kubernetes/*", "systemd/*") for path in sorted(DEPLOY.glob(pattern))]

@@ -150,7 +150,7 @@ def test_picture_for_an_input_of_texts_is_sent_as_it_is(alice: Shell, server: Se
 
 def test_each_command_prints_a_models_life(alice: Shell, tmp_path: Path) -> None:
     loaded = alice.prints(
-        "load m --wait --pin --keep-alive-s 60 --threads 2 --node-labels zone=a,disk=fast"
+        "load m --wait --pin --keep-alive-s 60 --threads 2 --node-attributes zone=a,disk=fast"
         " --memory-limit-bytes 2GB"
     )
     assert re.fullmatch(r"m version 2: load completed in \d+(\.\d)?s\n", loaded)
@@ -183,7 +183,7 @@ def test_each_command_prints_a_models_life(alice: Shell, tmp_path: Path) -> None
 
     taken = alice.prints("resources")
     assert re.search(r"^ +threads: +2$", alice.prints("show m"), re.MULTILINE)
-    assert "node_labels disk=fast zone=a, pinned True" in alice.prints("show m")
+    assert "node_attributes disk=fast zone=a, pinned True" in alice.prints("show m")
     assert re.search(r"^threads of each worker: \d+,", taken, re.MULTILINE)
     assert re.search(r"^budget .+: used .+ MB, reserved .+, free .+ GB$", taken, re.MULTILINE)
     for shown in (taken, alice.prints("top")):

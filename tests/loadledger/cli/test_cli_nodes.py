@@ -39,7 +39,7 @@ async def test_nodes_lists_what_runs_where_and_drain_waits(ledger: Database, tmp
             await api.model_when("m", state="loaded")
         listed = await prints(b, "nodes")
         assert listed.splitlines()[0].split() == [
-            *("NODE", "PHASE", "MODELS", "JOBS", "BUDGET", "RENEWED", "LABELS", "ADDRESS", "RELEASE")
+            *("NODE", "PHASE", "MODELS", "JOBS", "BUDGET", "RENEWED", "ATTRIBUTES", "ADDRESS", "RELEASE")
         ]
         assert re.search(rf"^{home}( \*)? +joined +m +-", listed, re.MULTILINE)
         assert re.search(r"^b \* ", listed, re.MULTILINE)

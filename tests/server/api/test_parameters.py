@@ -23,7 +23,7 @@ RECORDED: dict[str, Any] = {
     "strategy": "beside", "pinned": False, "instances": 1, "max_batch_size": 0, "max_queue_delay_us": 0,
     "progress_timeout_s": 120, "threads": None,
 }  # fmt: skip
-USUAL = RECORDED | {"node_labels": UNSET}
+USUAL = RECORDED | {"node_attributes": UNSET}
 NOTHING = "nothing"
 
 
@@ -87,10 +87,10 @@ async def test_file_applies_where_request_says_nothing(tmp_path: Path) -> None:
     assert await changes(app) == {"threads": 3}
     assert await changes(app, threads=1024) == {"threads": 1024}
     assert await changes(app, threads=None) == {}
-    write(tmp_path, 'node_labels = ["zone=a", "gpu=none", "zone=a"]')
-    assert await changes(app) == {"node_labels": ("gpu=none", "zone=a")}
-    assert await changes(app, node_labels=["disk=fast"]) == {"node_labels": ("disk=fast",)}
-    assert await changes(app, node_labels=[]) == await changes(app, node_labels=None) == {}
+    write(tmp_path, 'node_attributes = ["zone=a", "gpu=none", "zone=a"]')
+    assert await changes(app) == {"node_attributes": ("gpu=none", "zone=a")}
+    assert await changes(app, node_attributes=["disk=fast"]) == {"node_attributes": ("disk=fast",)}
+    assert await changes(app, node_attributes=[]) == await changes(app, node_attributes=None) == {}
 
 
 async def test_setting_applies_where_nobody_says(tmp_path: Path) -> None:
@@ -151,9 +151,9 @@ WRONG_FILES: list[tuple[str, tuple[str, ...]]] = [
     ("threads = 0", ("threads: Must be", "1", "1024")),
     ("threads = 1025", ("threads: Must be", "1", "1024")),
     ('threads = "2"', ("threads: Must be an integer",)),
-    ('node_labels = "zone=a"', ("node_labels: Not a valid list",)),
-    ('node_labels = ["zone=a", "gpu"]', ("node_labels", "1", "Must be like zone=a")),
-    (f"node_labels = {[f'a={number}' for number in range(17)]}", ("node_labels: Longer than", "16")),
+    ('node_attributes = "zone=a"', ("node_attributes: Not a valid list",)),
+    ('node_attributes = ["zone=a", "gpu"]', ("node_attributes", "1", "Must be like zone=a")),
+    (f"node_attributes = {[f'a={number}' for number in range(17)]}", ("node_attributes: Longer than", "16")),
     ("instances = true", ("instances: Must be an integer",)),
     ("instances = 2.0", ("instances: Must be an integer",)),
     ("instances = 99999999999999999999", ("instances: Must be an integer",)),
@@ -193,8 +193,9 @@ OUT_OF_RANGE: list[dict[str, Any]] = [
     {"max_batch_size": 1.0}, {"max_batch_size": None}, {"max_batch_size": 1, "max_queue_delay_us": 1_000_001},
     {"max_queue_delay_us": 5}, {"max_batch_size": 0, "max_queue_delay_us": 5}, {"instances": 0},
     {"instances": 65}, {"instances": "2"}, {"threads": 0}, {"threads": 1025}, {"threads": "2"},
-    {"threads": 1.0}, {"threads": True}, {"node_labels": "zone=a"}, {"node_labels": ["zone"]},
-    {"node_labels": [f"{'a' * 64}=b"]}, {"node_labels": ["a=b\n"]}, {"node_labels": [1]}, {"verson": 1},
+    {"threads": 1.0}, {"threads": True}, {"node_attributes": "zone=a"}, {"node_attributes": ["zone"]},
+    {"node_attributes": [f"{'a' * 64}=b"]}, {"node_attributes": ["a=b\n"]}, {"node_attributes": [1]},
+    {"verson": 1},
 ]  # fmt: skip
 
 

@@ -201,7 +201,7 @@ CASES: dict[str, tuple[object, str]] = {
         api.get = () => new Promise(() => {});
         location.hash = "#/models/m";
         state.session.value = { roles: [] };
-        state.nodes.value = [{ id: "a", phase: "joined", models: [], jobs: [], labels: [] }];
+        state.nodes.value = [{ id: "a", phase: "joined", models: [], jobs: [], attributes: [] }];
         state.models.value = new Map([["m", model]]);
         const use = { model_id: "m", job_id: "b", in_flight: 9, memory_bytes: 1, reserved_bytes: 0 };
         state.resources.value = { ...RESOURCES, models: [use] };

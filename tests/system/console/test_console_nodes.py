@@ -44,7 +44,7 @@ async def nodes(
     async with AsyncExitStack() as stack:
         started = {
             name: await stack.enter_async_context(
-                local_node(database, folder, name, node_labels=f"zone={zone}")
+                local_node(database, folder, name, node_attributes=f"zone={zone}")
             )
             for name, zone in (("loadledger-0", "a"), ("loadledger-1", "b"), ("loadledger-2", "a"))
         }

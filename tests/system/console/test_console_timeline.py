@@ -404,7 +404,7 @@ CASES: dict[str, tuple[object, str]] = {
         const { html, render } = await import("/console/ui.js");
         const addresses = ["http://a:8080", "javascript:alert(1)", "http://"];
         const place = document.createElement("div");
-        const none = { phase: "joined", epoch: 1, models: [], jobs: [], labels: [], release: "1" };
+        const none = { phase: "joined", epoch: 1, models: [], jobs: [], attributes: [], release: "1" };
         const before = nodes.value;
         nodes.value = addresses.map((address, id) => ({ ...none, id: String(id), address }));
         render(html`<${NodesPage} />`, place);
