@@ -307,9 +307,9 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
         brought_back: why the system loaded it again since: restart, recovery, swap, drain, copy; or None.
         memory_bytes: now; None with `at`. `memory_at_load_bytes` is what it took when it was loaded.
         devices: first that of its load, then the CPU if nodes of its graph run there; empty if all do.
-        inputs: of the model alone, not in a list: of `signature_version`; None if its file cannot be read.
+        inputs: of the model alone, not in a list: of `inputs_of_version`; None if its file cannot be read.
         outputs: likewise.
-        signature_version: the version that serves, else the highest one.
+        inputs_of_version: the version that serves, else the highest one.
         parameters: of the load that serves, likewise not in a list.
         sources: of its versions where who added them said where from, likewise not in a list.
         signature: of what it serves, and `approval`; None without rules.
@@ -348,7 +348,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     threads: int | None = None
     inputs: list[ModelTensor] | None = None
     outputs: list[ModelTensor] | None = None
-    signature_version: int | None = None
+    inputs_of_version: int | None = None
     parameters: dict[str, Any] | None = None
     sources: list[VersionOrigin] = []
     signature: LoadSignature | None = None

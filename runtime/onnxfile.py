@@ -2,7 +2,7 @@
 
 A model can keep tensors in other files, and a hostile one names `../../etc/shadow`. `check_external_data`
 walks through the fields that lead to tensors (onnx.proto3 of ONNX 1.23; `runtime.onnxfields`). It does not
-validate: it finds a superset of the locations that a runtime can see. `read_signature` reads inputs and
+validate: it finds a superset of the locations that a runtime can see. `read_tensors` reads inputs and
 outputs, within bounds, of a file that nobody has loaded. `describe_foreign_content` names other files.
 """
 
@@ -51,9 +51,9 @@ FOREIGN_HEAD_BYTES = 2**16
 """What `describe_foreign_content` needs of a file: its graph begins there, unless a description is longer."""
 MAX_QUOTED = 60
 """Characters of a text that an error quotes: the first words of a web server's answer."""
-MAX_SIGNATURE_FIELDS = 200_000
+MAX_TENSOR_FIELDS = 200_000
 """Fields that are read for inputs and outputs, in 0.4 s: one for each node and three for each weight."""
-MAX_SIGNATURE_CHARACTERS = 2**16
+MAX_TENSOR_CHARACTERS = 2**16
 """Of all names and types together, since they are kept: 1,000 inputs with names of 40 characters."""
 MAX_DIMENSION_NAME_BYTES = 256
 """Of a dimension's name that is read."""
@@ -193,7 +193,7 @@ def external_locations(path: Path) -> Iterator[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelSignature:
+class ModelTensors:
     """Inputs and outputs as a model's file declares them; inputs with a default come last, as in `Loaded`."""
 
     inputs: tuple[TensorSpec, ...]
@@ -248,7 +248,7 @@ def describe_tensor(name: str, kind: str, shape: Iterable[object]) -> TensorSpec
     )
 
 
-def read_signature(data: FileBytes, size: int) -> ModelSignature:
+def read_tensors(data: FileBytes, size: int) -> ModelTensors:
     """Read the inputs and outputs that an ONNX file declares; nothing of it is run or validated.
 
     Raises:
@@ -256,16 +256,16 @@ def read_signature(data: FileBytes, size: int) -> ModelSignature:
         TooManyFields: it has more to read than any model.
         OSError: it cannot be read.
     """
-    return _SignatureReader(data, size).read()
+    return _TensorReader(data, size).read()
 
 
-class _SignatureReader:
+class _TensorReader:
     def __init__(self, data: FileBytes, size: int) -> None:
         self._data, self._size = data, size
-        self._fields = FieldReader(data, MAX_SIGNATURE_FIELDS, "its inputs and outputs")
-        self._characters_left = MAX_SIGNATURE_CHARACTERS
+        self._fields = FieldReader(data, MAX_TENSOR_FIELDS, "its inputs and outputs")
+        self._characters_left = MAX_TENSOR_CHARACTERS
 
-    def read(self) -> ModelSignature:
+    def read(self) -> ModelTensors:
         ir_version, graphs = 0, list[Field]()
         for field in self._fields.read_all(0, self._size):
             if field.number == _IR_VERSION:
@@ -285,7 +285,7 @@ class _SignatureReader:
         optional = [replace(spec, optional=True) for spec in inputs if spec.name in defaults]
         outputs = tuple(self._read_value(field) for field in found[_OUTPUT])
         required = [spec for spec in inputs if spec.name not in defaults]
-        return ModelSignature((*required, *(optional if ir_version >= OVERRIDABLE_SINCE else ())), outputs)
+        return ModelTensors((*required, *(optional if ir_version >= OVERRIDABLE_SINCE else ())), outputs)
 
     def _find_defaults(self, found: dict[int, list[Field]]) -> frozenset[str]:
         """Return the names of the weights, which may stand among the inputs."""
@@ -299,7 +299,7 @@ class _SignatureReader:
         spec = describe_tensor(name, kind, shape)
         self._characters_left -= len(name) + len(kind) + 8 * len(shape) + sum(map(len, spec.dimensions))
         if self._characters_left < 0:
-            raise TooManyFields(MAX_SIGNATURE_CHARACTERS, "its inputs and outputs")
+            raise TooManyFields(MAX_TENSOR_CHARACTERS, "its inputs and outputs")
         return spec
 
     def _read_type(self, kind: Field | None, depth: int) -> tuple[str, tuple[int | str, ...]]:
@@ -375,7 +375,7 @@ def read_domains(path: Path) -> frozenset[str]:
         windows, size = FileWindows(file.fileno()), os.fstat(file.fileno()).st_size
         found = set[str]()
         with suppress(Unparsable, TooManyFields):
-            reader = FieldReader(windows, MAX_SIGNATURE_FIELDS, "its operator sets")
+            reader = FieldReader(windows, MAX_TENSOR_FIELDS, "its operator sets")
             for field in reader.read_all(0, size):
                 if field.number == _OPERATOR_SET and field.start >= 0:
                     found |= {
@@ -409,7 +409,7 @@ def read_weight_lengths(path: Path) -> dict[int, None]:
     """
     found = dict[int, None]()
     with path.open("rb") as file, suppress(Unparsable, TooManyFields):
-        reader = FieldReader(FileWindows(file.fileno()), MAX_SIGNATURE_FIELDS, "its weights")
+        reader = FieldReader(FileWindows(file.fileno()), MAX_TENSOR_FIELDS, "its weights")
         for graph in reader.read_all(0, os.fstat(file.fileno()).st_size):
             is_graph = graph.number == _GRAPH and graph.start >= 0
             for tensor in reader.read_all(graph.start, graph.next) if is_graph else ():

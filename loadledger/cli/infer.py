@@ -286,11 +286,11 @@ def infer(
 
 
 def _list_inputs(model: str, where: ServerChoice, *, as_json: bool) -> None:
-    from loadledger.cli.models import signature_lines, with_signature
+    from loadledger.cli.models import format_tensors, replace_tensors
 
     with open_chosen_client(where) as client:
         shown, metadata = client.model(model), client.metadata(model)
-    lines = signature_lines(with_signature(shown, metadata), where.words)
+    lines = format_tensors(replace_tensors(shown, metadata), where.words)
     print_result(metadata, list(lines)[1:], as_json=as_json)
 
 

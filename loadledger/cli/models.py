@@ -87,7 +87,7 @@ def show(model: str, *, at: str | None, as_json: bool, where: options.ServerChoi
         shown = client.model(model, at=at)
         if shown.state == "loaded" and at is None:
             with suppress(ClientProblem):  # its node cannot be reached: the file's are shown
-                shown = with_signature(shown, client.metadata(model))
+                shown = replace_tensors(shown, client.metadata(model))
     output.print_result(shown, _details(shown, where.words), as_json=as_json)
 
 
@@ -199,7 +199,7 @@ def _details(model: Any, words: Sequence[str] = ()) -> Iterator[str]:
     yield from map(_origin_line, model.sources)
     for file in model.files:
         yield f"  {format_cell(file.path)}: {file.bytes} bytes, sha256 {format_cell(file.sha256)}"
-    yield from signature_lines(model, words)
+    yield from format_tensors(model, words)
 
 
 def _choice(chosen: Any) -> str:
@@ -227,22 +227,22 @@ def _parameters(parameters: dict[str, Any]) -> str:
     return output.format_parameters(named)
 
 
-def with_signature(model: Any, metadata: Any) -> Any:
+def replace_tensors(model: Any, metadata: Any) -> Any:
     """Return a model with the inputs and outputs of its metadata: those of the node where it is loaded."""
-    version = int(metadata.versions[0]) if metadata.versions else model.signature_version
+    version = int(metadata.versions[0]) if metadata.versions else model.inputs_of_version
     return msgspec.structs.replace(
-        model, inputs=metadata.inputs, outputs=metadata.outputs, signature_version=version
+        model, inputs=metadata.inputs, outputs=metadata.outputs, inputs_of_version=version
     )
 
 
-def signature_lines(model: Any, words: Sequence[str] = ()) -> Iterator[str]:
+def format_tensors(model: Any, words: Sequence[str] = ()) -> Iterator[str]:
     """Yield inputs and outputs as tables, and command lines that the model answers.
 
     Args:
         model: its record.
         words: options of the commands, which name the server.
     """
-    if model.signature_version is None:  # the file cannot be read, or the state is one of the past
+    if model.inputs_of_version is None:  # the file cannot be read, or the state is one of the past
         return
     for head, tensors in (("INPUT", model.inputs), ("OUTPUT", model.outputs)):
         yield ""

@@ -25,7 +25,7 @@ import jwt
 from events.errors import LedgerProblem
 from events.tokens import Token
 from loadledger import AsyncClient, ClientProblem, NotFound, ServerError, ServerUnreachable
-from loadledger.cli.models import signature_lines, with_signature
+from loadledger.cli.models import format_tensors, replace_tensors
 from loadledger.cli.options import name_similar
 from loadledger.cli.output import (
     NEGATIVE_RESULT,
@@ -48,7 +48,7 @@ from loadledger.records import Model
 from loadledger.sources.terminal import display_transfer, print_upload_size
 from loadledger.uploads import LocalVersion, VersionSource, find_version_files, hash_files
 from runtime.onnxfields import TooManyFields, Unparsable
-from runtime.onnxfile import FileWindows, find_model_file, read_signature
+from runtime.onnxfile import FileWindows, find_model_file, read_tensors
 from runtime.repository import MODEL_ID, RepositoryBusy
 from server.appkeys import CONFIG, LOG, VERSIONS
 from server.auth.keys import KeyProblem
@@ -303,9 +303,9 @@ async def bring_up(client: AsyncClient, subject: Subject, token: str, options: S
     """
     name, version = await _add_if_new(client, subject)
     await client.load(name, version, wait=True)
-    model = with_signature(await client.model(name), await client.metadata(name))
+    model = replace_tensors(await client.model(name), await client.metadata(name))
     click.echo(f"{name} version {model.version}: loaded")
-    for line in signature_lines(model, options):
+    for line in format_tensors(model, options):
         click.echo(line)
     command = format_curl(client.url, model, token)
     if command is not None:
@@ -409,7 +409,7 @@ def _have_like_tensors(model: Model, source: VersionSource) -> bool:
     file = find_model_file(each.path for each in source.files)
     [path] = [each.source for each in source.files if each.path == file]
     with path.open("rb") as opened, suppress(Unparsable, TooManyFields):
-        read = read_signature(FileWindows(opened.fileno()), os.fstat(opened.fileno()).st_size)
+        read = read_tensors(FileWindows(opened.fileno()), os.fstat(opened.fileno()).st_size)
         ours, theirs = (
             [*(each for each in one.inputs or () if not each.optional), *(one.outputs or ())]
             for one in (read, model)

@@ -35,10 +35,10 @@ from runtime.onnxfields import TooManyFields, Unparsable
 from runtime.onnxfile import (
     FOREIGN_HEAD_BYTES,
     FileWindows,
-    ModelSignature,
+    ModelTensors,
     describe_foreign_content,
     find_model_file,
-    read_signature,
+    read_tensors,
 )
 from runtime.repository import (
     LOAD_LIMIT_S,
@@ -64,7 +64,7 @@ from runtime.timeouts import TimeoutExpired, timeout
 T = TypeVar("T")
 
 THREAD = "files of a model"
-MAX_SIGNATURES = 256
+MAX_KEPT_TENSORS = 256
 """Kept inputs and outputs of files; each has at most 64 KiB."""
 RETRY_S = 1.0
 """Pause before files are given back once more, where no thread could start."""
@@ -84,7 +84,7 @@ class Versions:
         self.repository = repository
         self.store = store
         self._sources = dict[tuple[str, int], Source]()
-        self._signatures = dict[FoundFile, ModelSignature | str]()
+        self._tensors = dict[FoundFile, ModelTensors | str]()
 
     @property
     def folders(self) -> set[str]:
@@ -92,7 +92,7 @@ class Versions:
         roots = {str(self.repository.root), str(self.repository.find_root())}
         return roots | ({str(self.store.path)} if self.store is not None else set())
 
-    def read_signature(self, model_id: str, version: int | None) -> tuple[int, ModelSignature]:
+    def read_tensors(self, model_id: str, version: int | None) -> tuple[int, ModelTensors]:
         """Return a version, by default the highest, and the inputs and outputs that its file declares.
 
         Raises:
@@ -103,13 +103,13 @@ class Versions:
         with self.repository.open_version(model_id, chosen) as (folder, found):
             name = find_model_file(each.path for each in found)
             file = next(each for each in found if each.path == name)  # without it, it would not open
-            known = self._signatures.get(file)
+            known = self._tensors.get(file)
             if known is None:
                 with folder.open_file(file.path, file) as descriptor:
-                    known = _read_signature(descriptor, file)
-                if len(self._signatures) >= MAX_SIGNATURES:
-                    self._signatures.clear()
-                self._signatures[file] = known
+                    known = _read_tensors(descriptor, file)
+                if len(self._tensors) >= MAX_KEPT_TENSORS:
+                    self._tensors.clear()
+                self._tensors[file] = known
         if isinstance(known, str):
             raise LoadRefused("invalid_model", known)
         return chosen, known
@@ -466,10 +466,10 @@ def _refuse_changed(folder: VersionFolder, files: tuple[FoundFile, ...]) -> None
         raise LoadRefused("model_changed", "the model's files changed while they were loaded")
 
 
-def _read_signature(descriptor: int, file: FoundFile) -> ModelSignature | str:
+def _read_tensors(descriptor: int, file: FoundFile) -> ModelTensors | str:
     """Return a file's inputs and outputs, or why there are none to read."""
     try:
-        return read_signature(FileWindows(descriptor), file.bytes)
+        return read_tensors(FileWindows(descriptor), file.bytes)
     except TooManyFields as problem:
         return f"{file.path}: {problem}"
     except Unparsable:

@@ -24,7 +24,7 @@ from events.sqlite.listing import EventFilter, EventQuery
 from events.sqlite.timetravel import active_at, model_at, models_at
 from events.types import LoadEvidence, VersionAdded, WorkerExited
 from runtime.errors import RepositoryUnreadable, RuntimeProblem, UnknownModel
-from runtime.onnxfile import ModelSignature
+from runtime.onnxfile import ModelTensors
 from runtime.repository import REQUEST_LIMIT_S, RepositoryBusy, refuse_unserved
 from runtime.router import Here, Version
 from runtime.store.versions import Versions
@@ -125,10 +125,10 @@ class VersionSourceSchema(AnswerSchema):
     position = fields.Integer(**about("Of its `VersionAdded`, which has the SHA-256 of each file."))
 
 
-_SIGNATURE = (
+_TENSORS = (
     "In the answer of one model: those of the version that serves, else of the highest one, as its file"
 )
-_SIGNATURE += " declares them; null if the file cannot be read as ONNX."
+_TENSORS += " declares them; null if the file cannot be read as ONNX."
 
 
 class ChoiceSchema(AnswerSchema):
@@ -271,16 +271,16 @@ class ModelSchema(PastSchema):
     instances = fields.Integer(allow_none=True, **about("Running workers; may be fewer than were loaded."))
     threads = fields.Integer(allow_none=True, **about("Threads that each of its workers computes with."))
     inputs = fields.List(
-        fields.Nested(DeclaredTensorSchema), allow_none=True, **about(_SIGNATURE, is_optional=True)
+        fields.Nested(DeclaredTensorSchema), allow_none=True, **about(_TENSORS, is_optional=True)
     )
     outputs = fields.List(
-        fields.Nested(DeclaredTensorSchema), allow_none=True, **about(_SIGNATURE, is_optional=True)
+        fields.Nested(DeclaredTensorSchema), allow_none=True, **about(_TENSORS, is_optional=True)
     )
     parameters = fields.Dict(
         allow_none=True,
         **about("In the answer of one model: of the load that serves; null without one.", is_optional=True),
     )
-    signature_version = fields.Integer(
+    inputs_of_version = fields.Integer(
         allow_none=True, **about("The version that `inputs` and `outputs` are of.", is_optional=True)
     )
     sources = fields.List(
@@ -396,10 +396,10 @@ async def show_model(request: web.Request) -> web.Response:
     )
     serving = state.models[model_id].serving if model_id in state.models else None
     parameters = msgspec.to_builtins(serving.parameters) if serving is not None else None
-    signature = await _describe_signature(request.app, model_id)
+    tensors = await _describe_tensors(request.app, model_id)
     sources = await _list_sources(request.app, model_id, seen.versions)
     more = {"parameters": parameters, "sources": sources}
-    return web.json_response({**_add_present(request.app, view), **signature, **more})
+    return web.json_response({**_add_present(request.app, view), **tensors, **more})
 
 
 async def _list_sources(
@@ -518,9 +518,9 @@ def _memory_now(app: web.Application, model_id: str) -> int | None:
     return load.memory_bytes if load is not None and load.alive_workers else None
 
 
-async def find_signature(
+async def find_tensors(
     app: web.Application, model_id: str, version: Version | None = None
-) -> tuple[int, ModelSignature]:
+) -> tuple[int, ModelTensors]:
     """Return a version, inputs and outputs: the serving one, else the highest and what its file declares.
 
     Args:
@@ -534,25 +534,23 @@ async def find_signature(
     """
     target, number = app[ROUTER].resolve(model_id, version), app[ROUTER].find_version(model_id, version)
     if isinstance(target, Here):
-        return target.version, ModelSignature(target.inputs, target.outputs)
+        return target.version, ModelTensors(target.inputs, target.outputs)
     return await read_declared(app, model_id, number)
 
 
-async def read_declared(
-    app: web.Application, model_id: str, number: int | None
-) -> tuple[int, ModelSignature]:
-    """Return a version, by default the highest, and what its file declares; raises as `find_signature`."""
+async def read_declared(app: web.Application, model_id: str, number: int | None) -> tuple[int, ModelTensors]:
+    """Return a version, by default the highest, and what its file declares; raises as `find_tensors`."""
     versions = app[VERSIONS]
-    look = partial(versions.read_signature, model_id, number)
+    look = partial(versions.read_tensors, model_id, number)
     return await versions.repository.file_system.run(model_id, look, REQUEST_LIMIT_S)
 
 
-async def _describe_signature(app: web.Application, model_id: str) -> dict[str, Any]:
+async def _describe_tensors(app: web.Application, model_id: str) -> dict[str, Any]:
     with suppress(RuntimeProblem):  # the rest is known, and a load says why this is not
-        version, signature = await find_signature(app, model_id)
-        inputs, outputs = msgspec.to_builtins((signature.inputs, signature.outputs))
-        return {"inputs": inputs, "outputs": outputs, "signature_version": version}
-    return {"inputs": None, "outputs": None, "signature_version": None}
+        version, tensors = await find_tensors(app, model_id)
+        inputs, outputs = msgspec.to_builtins((tensors.inputs, tensors.outputs))
+        return {"inputs": inputs, "outputs": outputs, "inputs_of_version": version}
+    return {"inputs": None, "outputs": None, "inputs_of_version": None}
 
 
 async def look_at_model(request: web.Request, model_id: str) -> ListedModel:

@@ -17,7 +17,7 @@ from runtime.requestjson import LONG_JSON_BYTES, SHORT_JSON_BYTES
 from runtime.router import Absent, Answered, Here, InferenceRequest, Target, There, Version
 from runtime.statistics import InferenceTimes
 from runtime.wire import Buffer
-from server.api.models import find_signature
+from server.api.models import find_tensors
 from server.appkeys import BODIES, CONFIG, DEMAND, GATE, POOL, ROUTER
 from server.auth.access import Access
 from server.auth.gate import FORWARDED, PRINCIPAL
@@ -97,7 +97,7 @@ async def infer_model(request: web.Request) -> web.StreamResponse:
 @forwardable
 async def show_metadata(request: web.Request) -> web.Response:
     path = path_parameters(request)
-    found = await find_signature(request.app, path["id"], path.get("version"))
+    found = await find_tensors(request.app, path["id"], path.get("version"))
     return web.json_response(metadata(path["id"], *found))
 
 

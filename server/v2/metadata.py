@@ -15,7 +15,7 @@ from marshmallow import fields
 
 from events.models import ModelState
 from runtime.consumer.running import RunningLoad
-from runtime.onnxfile import ModelSignature
+from runtime.onnxfile import ModelTensors
 from runtime.router import Here
 from runtime.wire import DATATYPES
 from server.api.schemas import (
@@ -168,12 +168,12 @@ INFERENCE_RESPONSE: dict[str, Any] = {
 """The response of infer."""
 
 
-def metadata(model_id: str, version: int, signature: ModelSignature) -> dict[str, Any]:
+def metadata(model_id: str, version: int, tensors: ModelTensors) -> dict[str, Any]:
     return {
         "name": model_id,
         "versions": [str(version)],
         "platform": PLATFORM,
-        **msgspec.to_builtins(signature),
+        **msgspec.to_builtins(tensors),
     }
 
 

@@ -175,8 +175,8 @@ async def load_and_wait(request: web.Request) -> web.Response:
     parameters, config = tritonconfig.read_load(await tritonconfig.read_object(request), model_id)
     command = await make_load_command(request.app, model_id, parameters, person.subject, person=person)
     if config.input or config.output:
-        signature = await read_declared(request.app, model_id, command.version)
-        tritonconfig.check_tensors(config, *signature)
+        tensors = await read_declared(request.app, model_id, command.version)
+        tritonconfig.check_tensors(config, *tensors)
     return _respond_completed(await run_job(request.app, command))
 
 

@@ -19,7 +19,7 @@ from marshmallow import fields
 from events.devices import CPU
 from events.types import LoadParameters
 from runtime import strictjson
-from runtime.onnxfile import MODEL_FILE, ModelSignature
+from runtime.onnxfile import MODEL_FILE, ModelTensors
 from runtime.wire import DATATYPES, TensorSpec
 from server.api.loads import LoadBodySchema
 from server.api.schemas import AnswerSchema, about
@@ -239,15 +239,15 @@ def read_load(body: Mapping[str, Any], model_id: str) -> tuple[dict[str, Any], L
     return loaded, config
 
 
-def check_tensors(config: LoadConfig, version: int, signature: ModelSignature) -> None:
+def check_tensors(config: LoadConfig, version: int, tensors: ModelTensors) -> None:
     """Refuse a configuration whose inputs or outputs are not those that a version's file declares.
 
     Raises:
         NotSupported: `not_supported`.
     """
     for kind, given, specs in (
-        ("input", config.input, signature.inputs),
-        ("output", config.output, signature.outputs),
+        ("input", config.input, tensors.inputs),
+        ("output", config.output, tensors.outputs),
     ):
         for where, asked, found in _find_contradictions(kind, given, {spec.name: spec for spec in specs}):
             text = f"{where}: {asked!r:.{MAX_NAME_CHARACTERS}} contradicts version {version} of the model"

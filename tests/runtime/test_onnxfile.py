@@ -25,11 +25,11 @@ from runtime.onnxfile import (
     ELEMENTS,
     FOREIGN_HEAD_BYTES,
     FileWindows,
-    ModelSignature,
+    ModelTensors,
     check_external_data,
     describe_foreign_content,
     external_locations,
-    read_signature,
+    read_tensors,
 )
 from runtime.wire import DATATYPES, MAX_REQUEST_BYTES
 from runtime.worker.sessions import describe_model, session_options
@@ -383,17 +383,17 @@ OF_TEST_MODELS = (
 )
 
 
-def signature(model: onnx.ModelProto) -> ModelSignature:
+def tensors(model: onnx.ModelProto) -> ModelTensors:
     data = model.SerializeToString()
-    return read_signature(data, len(data))
+    return read_tensors(data, len(data))
 
 
 @pytest.mark.parametrize("made", OF_TEST_MODELS, ids=lambda made: str(made.__name__))
-def test_signature_is_what_onnx_runtime_reports(made: Callable[[], onnx.ModelProto]) -> None:
+def test_tensors_are_what_onnx_runtime_reports(made: Callable[[], onnx.ModelProto]) -> None:
     model = made()
     session = InferenceSession(model.SerializeToString(), session_options(1))
     reported = describe_model(session, 0, MAX_REQUEST_BYTES)
-    assert signature(model) == ModelSignature(reported.inputs, reported.outputs)
+    assert tensors(model) == ModelTensors(reported.inputs, reported.outputs)
 
 
 NAMES = st.text(max_size=20)
@@ -412,7 +412,7 @@ TENSORS = st.tuples(
     picked=st.integers(0, 5),
     ir_version=st.integers(1, 12),
 )
-def test_signature_of_any_graph_is_what_onnx_parses(
+def test_tensors_of_any_graph_are_what_onnx_parses(
     inputs: dict[str, Any], outputs: dict[str, Any], defaults: set[str], picked: int, ir_version: int
 ) -> None:
     defaults |= set(list(inputs)[:picked])
@@ -426,7 +426,7 @@ def test_signature_of_any_graph_is_what_onnx_parses(
     )
     model = onnx.ModelProto(ir_version=ir_version, producer_name="x" * picked * 50, graph=graph)
     parsed = onnx.ModelProto.FromString(model.SerializeToString()).graph
-    found = signature(model)
+    found = tensors(model)
     optional = [each for each in parsed.input if each.name in defaults and ir_version >= 4]
     required = [each for each in parsed.input if each.name not in defaults]
     assert [spec.name for spec in found.inputs] == [each.name for each in (*required, *optional)]
@@ -443,11 +443,11 @@ def test_signature_of_any_graph_is_what_onnx_parses(
 
 @PLAIN
 @given(data=st.binary(max_size=200), cut=st.integers(0, 400), garbage=st.binary(max_size=4))
-def test_signature_of_any_bytes_is_read_or_refused(data: bytes, cut: int, garbage: bytes) -> None:
+def test_tensors_of_any_bytes_are_read_or_refused(data: bytes, cut: int, garbage: bytes) -> None:
     whole = models.counting_loop().SerializeToString()
     for content in (data, whole[:cut] + garbage + whole[cut + len(garbage) :], whole[:cut]):
         with contextlib.suppress(Unparsable, TooManyFields):
-            read_signature(content, len(content))
+            read_tensors(content, len(content))
 
 
 def nested(depth: int) -> onnx.TypeProto:
@@ -467,28 +467,28 @@ def nested(depth: int) -> onnx.TypeProto:
     ],
     ids=["depth", "name", "shape", "names"],
 )
-def test_signature_beyond_bounds_is_refused(model: onnx.ModelProto) -> None:
+def test_tensors_beyond_bounds_are_refused(model: onnx.ModelProto) -> None:
     with pytest.raises((Unparsable, TooManyFields)):
-        signature(model)
+        tensors(model)
 
 
-def test_signature_is_read_within_a_bound_of_fields(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnxfile, "MAX_SIGNATURE_FIELDS", 500)
+def test_tensors_are_read_within_a_bound_of_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxfile, "MAX_TENSOR_FIELDS", 500)
     many = helper.make_node("Identity", ["x"], ["y"])
-    assert signature(models.model([many] * 400, [], [])) == ModelSignature((), ())
+    assert tensors(models.model([many] * 400, [], [])) == ModelTensors((), ())
     with pytest.raises(TooManyFields, match="more than 500 fields to read for its inputs and outputs"):
-        signature(models.model([many] * 600, [], []))
+        tensors(models.model([many] * 600, [], []))
 
 
-def test_signature_of_a_large_file_is_read_in_parts(tmp_path: Path) -> None:
+def test_tensors_of_a_large_file_are_read_in_parts(tmp_path: Path) -> None:
     folder = save(models.weights(16), tmp_path, "m")
     with (folder / "model.onnx").open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         windows = FileWindows(file.fileno())
-        assert read_signature(windows, size) == signature(models.weights(16))
+        assert read_tensors(windows, size) == tensors(models.weights(16))
         (folder / "model.onnx").write_bytes(b"")  # cut short while it is read
         with pytest.raises(Unparsable):
-            read_signature(FileWindows(file.fileno()), size)
+            read_tensors(FileWindows(file.fileno()), size)
 
 
 def test_dimension_name_without_a_length_is_no_name(tmp_path: Path) -> None:
@@ -503,5 +503,5 @@ def test_dimension_name_without_a_length_is_no_name(tmp_path: Path) -> None:
     file = tmp_path / "model.onnx"
     file.write_bytes(bytes([1 << 3, 8]) + field(7, graph))
     with file.open("rb") as opened:
-        read = read_signature(FileWindows(opened.fileno()), file.stat().st_size)
+        read = read_tensors(FileWindows(opened.fileno()), file.stat().st_size)
     assert [(spec.shape, spec.dimensions) for spec in read.inputs] == [((5,), ())]

@@ -84,7 +84,7 @@ async def test_load_is_accepted_and_its_job_completes(shared: LocalApi) -> None:
         "brought_back": None,
         "inputs": [tensor("x", example={"shape": [16], "values": "zeros"})],
         "outputs": [tensor("y")],
-        "signature_version": 1,
+        "inputs_of_version": 1,
         "parameters": job["parameters"],
         "chosen": {
             "version": 1, "parameters": job["parameters"], "by": "Ann", "at": job["finished_at"],

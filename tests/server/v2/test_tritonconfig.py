@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.history import PLAIN
 
 from events.types import LoadParameters
-from runtime.onnxfile import ModelSignature
+from runtime.onnxfile import ModelTensors
 from runtime.wire import DATATYPES, TensorSpec
 from server.http.validation import InvalidBody
 from server.v2 import tritonconfig
@@ -179,7 +179,7 @@ def test_any_configuration_is_read_or_refused(config: dict[str, Any]) -> None:
     assert all(type(number) is int for number in taken.values())
 
 
-SIGNATURE = ModelSignature(
+TENSORS = ModelTensors(
     (
         TensorSpec("x", "FP32", (-1, 3)),
         TensorSpec("n", "INT64", ()),
@@ -205,7 +205,7 @@ Y: dict[str, Any] = {"name": "y", "data_type": "TYPE_FP32", "dims": [-1, 5]}
     ids=str,
 )
 def test_inputs_and_outputs_may_repeat_the_models(config: object) -> None:
-    tritonconfig.check_tensors(read(config)[1], 2, SIGNATURE)
+    tritonconfig.check_tensors(read(config)[1], 2, TENSORS)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_inputs_and_outputs_may_repeat_the_models(config: object) -> None:
 )
 def test_inputs_and_outputs_that_contradict_the_models_are_refused(config: object, reason: str) -> None:
     with pytest.raises(tritonconfig.NotSupported, match=reason):
-        tritonconfig.check_tensors(read(config)[1], 2, SIGNATURE)
+        tritonconfig.check_tensors(read(config)[1], 2, TENSORS)
 
 
 def test_every_datatype_has_a_triton_name() -> None:
