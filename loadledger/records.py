@@ -8,7 +8,7 @@ import msgspec
 
 ENDED = frozenset({"completed", "failed", "cancelled"})
 
-ROLES = ("admin", "predict", "audit", "approve", "emergency")
+ROLES = ("admin", "infer", "audit", "approve", "emergency")
 """The roles of tokens."""
 
 

@@ -30,7 +30,7 @@ CODE_FOLDERS = {str(Path(__file__).parents[1]), sys.prefix, sys.base_prefix}
 def hide_folders(text: str, folders: Iterable[str]) -> str:
     """Return a text without the absolute paths of folders of this server: paths in them become relative.
 
-    Those who may only predict or audit read what is recorded, and learn nothing of the machine from it.
+    Those who may only infer or audit read what is recorded, and learn nothing of the machine from it.
 
     Args:
         text: an error message, or a line that a worker printed.

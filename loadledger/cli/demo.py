@@ -48,7 +48,7 @@ _MB = 2**20
 class _Server:
     process: subprocess.Popen[str]
     admin: Client
-    predict: Client
+    inference: Client
 
     def load(self, version: int) -> float:
         """Load a version of the model; return the milliseconds from request to ready."""
@@ -64,7 +64,7 @@ class _Server:
 
     def accuracy(self, digits: dict[str, Any]) -> float:
         """Classify all held-out digits over HTTP; return the accuracy."""
-        labels = self.predict.infer("digits", {"pixels": digits["inputs"]})["label"]
+        labels = self.inference.infer("digits", {"pixels": digits["inputs"]})["label"]
         return float((labels == digits["labels"]).mean())
 
     def memory_bytes(self) -> int:
@@ -102,7 +102,7 @@ def run_demo() -> int:
 
 def _show(repository: Path, data: Path, digits: dict[str, Any]) -> None:
     with _serve(repository, data) as server:
-        click.echo(f"loadledger serves {server.admin.url}; alice is its admin, bob may predict\n")
+        click.echo(f"loadledger serves {server.admin.url}; alice is its admin, bob may run inferences\n")
         before, nothing_loaded = server.memory_bytes(), server.workers()
         first = _load(server, 1, nothing_loaded)
         with_model = server.memory_bytes()
@@ -124,9 +124,9 @@ def _serve(repository: Path, data: Path) -> Iterator[_Server]:
         url = _await_url(data, process)
         with (
             Client(url, token=_issue_token(data, "alice", "admin")) as admin,
-            Client(url, token=_issue_token(data, "bob", "predict")) as predict,
+            Client(url, token=_issue_token(data, "bob", "infer")) as inference,
         ):
-            yield _Server(process, admin, predict)
+            yield _Server(process, admin, inference)
         _stop(process, STOP_LIMIT_S)
 
 

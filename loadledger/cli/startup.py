@@ -264,7 +264,7 @@ def serve_and_run(subject: Subject) -> NoReturn:
             async with AsyncClient(running.url, token=token) as client:
                 await bring_up(client, subject, word, options)
             if profile is None:
-                issue = ["loadledger", "token", "--data", str(config.data), "--role", "predict", "--subject"]
+                issue = ["loadledger", "token", "--data", str(config.data), "--role", "infer", "--subject"]
                 click.echo(
                     f'\nBoth need a token: export {TOKEN}="$({shlex.join([*issue, local_subject()])})"'
                 )

@@ -9,9 +9,9 @@ class Access(Enum):
     """Roles that may call a route: any of the value; PUBLIC needs no token. Its limit follows from them."""
 
     PUBLIC = frozenset[str]()
-    ANY = frozenset({"admin", "predict", "audit", "approve", "emergency"})
+    ANY = frozenset({"admin", "infer", "audit", "approve", "emergency"})
     ADMIN = frozenset({"admin"})
-    PREDICT = frozenset({"predict", "admin"})
+    INFER = frozenset({"infer", "admin"})
     AUDIT = frozenset({"audit", "admin"})
     APPROVE = frozenset({"approve"})
     VERIFY = frozenset({"admin", "audit", "approve"})

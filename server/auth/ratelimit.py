@@ -116,7 +116,7 @@ class RateLimits:
         self._limits = {
             Access.ANY: reads,
             Access.AUDIT: reads,
-            Access.PREDICT: ("inference", windows(config.limit_inference)),
+            Access.INFER: ("inference", windows(config.limit_inference)),
         }
 
     def count(self, access: Access, subject: str) -> Quota | None:

@@ -58,7 +58,7 @@ def request_middleware(counts: HttpCounts) -> Middleware:
     async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
         nonlocal left_out
         context, route, began_s = begin_context(request), matched_route(request), time.perf_counter()
-        is_inference = route is not None and route.access is Access.PREDICT
+        is_inference = route is not None and route.access is Access.INFER
         response: web.StreamResponse | None = None
         try:
             response = await handler(request)

@@ -141,7 +141,7 @@ function SignIn() {
           aria-describedby="token-help" />
         <p id="token-help" class="hint"><code>loadledger console</code> opens this page signed in. Or create a token on the server:<br />
           <code>loadledger token --data DATA --role admin --subject YOU</code><br />
-          The roles <code>audit</code> and <code>predict</code> see less and may do less.</p>
+          The roles <code>audit</code> and <code>infer</code> see less and may do less.</p>
         <label class="check"><input ref=${keeps} type="checkbox" defaultChecked /> Keep it until this tab is closed</label>
         <button type="submit" class="primary">Sign in</button>
       </form>

@@ -185,8 +185,8 @@ function Calls({ id, model, why }) {
           <${Button} about="the program" onClick=${copy}>Copy<//><span class="hint" role="status">${copied}</span>
         </p>
         <${Hint}>
-          Replace <code>${PLACEHOLDER}</code> by a token with the role predict. To make one, run on the server:
-          ${" "}<code>loadledger token --data DATA --role predict --subject YOU</code>
+          Replace <code>${PLACEHOLDER}</code> by a token with the role infer. To make one, run on the server:
+          ${" "}<code>loadledger token --data DATA --role infer --subject YOU</code>
         <//>
         ${guess && html`<${Hint}>${guess}<//>`}`}
       ${written.length > 0 && model.state !== "loaded" && html`<${Hint}>It has to be loaded first.<//>`}

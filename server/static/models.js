@@ -3,9 +3,9 @@
 import { TrustBadges } from "./approvals.js";
 import { LoadDialog, openDialog, UnloadDialog } from "./dialogs.js";
 import { ago, broughtBack, bytes, clock, copiesText, count, oneLine, placesText, plain, zone } from "./format.js";
+import { InferDialog } from "./infer.js";
 import { CancelButton } from "./jobs.js";
 import { pin } from "./operations.js";
-import { PredictDialog } from "./predict.js";
 import { loadOf, models, nodes, now, session, useOf } from "./state.js";
 import { ActionsCell, Badge, Button, Cell, html, ModelLink, Panel, Pill, Row, useKeptFocus, useSignal } from "./ui.js";
 import { addVersion, mayAdd, useDrops } from "./upload.js";
@@ -50,7 +50,7 @@ function Empty() {
 }
 
 function Table({ shown }) {
-  const acts = session.value.manages || session.value.predicts;
+  const acts = session.value.manages || session.value.infers;
   return html`
     <table class="cards">
       <caption class="unseen">Models, those that need attention first</caption>
@@ -126,13 +126,13 @@ export function ModelBadges({ model }) {
 
 // What may be done with a model now, for those who may.
 export function ModelButtons({ model }) {
-  const { id, state } = model, { manages, predicts } = session.value, { serving } = useOf(model);
+  const { id, state } = model, { manages, infers } = session.value, { serving } = useOf(model);
   const serves = state === "loaded", job = model.next_version != null || state === "loading" ? loadOf(id) : null;
   const load = () => openDialog(LoadDialog, { model }), unload = () => openDialog(UnloadDialog, { model });
   const offer = (may, text, onClick, kind) => may && html`<${Button} about=${id} kind=${kind} onClick=${onClick}>${text}<//>`;
   return html`
     ${job && html`<${CancelButton} job=${job} />`}
-    ${offer(predicts && serves, "Predict…", () => openDialog(PredictDialog, { model }))}
+    ${offer(infers && serves, "Infer…", () => openDialog(InferDialog, { model }))}
     ${offer(manages && ["unloaded", "failed", "lost"].includes(state), "Load…", load)}
     ${offer(manages && serves, "Swap…", load)}
     ${offer(manages && serves && serving, serving?.pinned ? "Unpin" : "Pin", () => pin(model, !serving.pinned))}

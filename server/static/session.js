@@ -53,7 +53,7 @@ export function readSession(token) {
     expiresAt: typeof exp === "number" ? exp * 1000 : null,
     roles,
     manages: has("admin"),
-    predicts: has("admin", "predict"),
+    infers: has("admin", "infer"),
     audits: has("admin", "audit"),
     approves: has("approve"),
     bypasses: has("emergency"),

@@ -74,7 +74,7 @@ _METADATA_ERRORS = (
     "/infer",
     ("Run an inference", "Run an inference on a version"),
     of_version="infer_version",
-    access=Access.PREDICT,
+    access=Access.INFER,
     parameters=INFERENCE_PARAMETERS,
     request_body=INFERENCE_BODY,
     answers={200: INFERENCE_RESPONSE},
@@ -301,7 +301,7 @@ def add_fast_path(server: web.Server, app: web.Application) -> None:
             path = _PATH_OF_VERSION if version else _PATH
             response: web.StreamResponse
             try:
-                await gate.admit(request, Access.PREDICT, f"POST {path}", model_id)
+                await gate.admit(request, Access.INFER, f"POST {path}", model_id)
                 number = int(version) if version and version.isdigit() else version
                 response = await infer(request, app, model_id, number)
             except asyncio.CancelledError:

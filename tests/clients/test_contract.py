@@ -58,7 +58,7 @@ class Inference:
 
     model: str
     arrays: Mapping[str, Any]
-    role: str | None = "predict"
+    role: str | None = "infer"
     datatype: str = "FP32"
     binary: tuple[bool, bool] | None = None
     timeout_us: int | None = None
@@ -169,7 +169,7 @@ class Ours:
     def __init__(self, server: Server, resources: ExitStack, kind: str) -> None:
         self._clients = {
             role: resources.enter_context(connected(kind, server.url, role and server.api.token(role)))
-            for role in (None, "predict", "audit", "admin")
+            for role in (None, "infer", "audit", "admin")
         }
 
     def is_live(self) -> bool:
@@ -299,7 +299,7 @@ def text(array: Any) -> list[Any]:
         (Inference("nothing", {"x": A}), 404, "nothing"),
         (Inference("idle", {"x": A}), 503, "not loaded"),
         (Inference("subtract", {"a": A, "b": B}, role=None), 401, "token"),
-        (Inference("subtract", {"a": A, "b": B}, role="audit"), 403, "predict"),
+        (Inference("subtract", {"a": A, "b": B}, role="audit"), 403, "infer"),
         (Inference("subtract", {"a": A}), 400, "'b'"),
         (Inference("subtract", {"a": A, "b": B, "c": A}), 400, "'c'"),
     ],

@@ -66,7 +66,7 @@ def tensor(values: Any, kind: Any = triton) -> Any:
 async def ask_with_triton(server: Server, values: Any) -> Any:
     def ask() -> Any:
         with triton.InferenceServerClient(address(server)) as client:
-            headers = bearer(server, "predict")
+            headers = bearer(server, "infer")
             assert client.is_model_ready("m", headers=dict(headers))
             assert client.get_model_config("m", headers=dict(headers))["name"] == "m"
             return client.infer("m", [tensor(values)], headers=dict(headers)).as_numpy("y")
@@ -77,21 +77,21 @@ async def ask_with_triton(server: Server, values: Any) -> Any:
 async def ask_with_aio(server: Server, values: Any) -> Any:
     async with aio.InferenceServerClient(address(server)) as client:
         answer = await client.infer(
-            "m", [tensor(values)], headers=bearer(server, "predict"), response_compression_algorithm="gzip"
+            "m", [tensor(values)], headers=bearer(server, "infer"), response_compression_algorithm="gzip"
         )
         return answer.as_numpy("y")
 
 
 async def ask_with_client(server: Server, values: Any) -> Any:
     def ask() -> Any:
-        with Client(server.url, token=server.api.token("predict")) as client:
+        with Client(server.url, token=server.api.token("infer")) as client:
             return [client.infer("m", {"x": values})["y"] for _ in range(2)][-1]
 
     return await asyncio.to_thread(ask)
 
 
 async def ask_with_async_client(server: Server, values: Any) -> Any:
-    async with AsyncClient(server.url, token=server.api.token("predict")) as client:
+    async with AsyncClient(server.url, token=server.api.token("infer")) as client:
         return [(await client.infer("m", {"x": values}))["y"] for _ in range(2)][-1]
 
 
@@ -110,13 +110,13 @@ def ask_wrongly(server: Server) -> None:
     wrong = triton.InferInput("z", [1], "FP32")
     wrong.set_data_from_numpy(np.ones(1, np.float32))
     with triton.InferenceServerClient(address(server)) as client:
-        client.infer("m", [wrong], headers=bearer(server, "predict"))
+        client.infer("m", [wrong], headers=bearer(server, "infer"))
 
 
 async def test_client_asks_the_node_itself_the_second_time(nodes: Nodes) -> None:
     owner, other = nodes
     values = np.ones(1, np.float32)
-    async with AsyncClient(other.url, token=other.api.token("predict")) as client:
+    async with AsyncClient(other.url, token=other.api.token("infer")) as client:
         for _ in range(5):
             await client.infer("m", {"x": values})
     counts = [await inferences(server) for server in nodes]
@@ -134,7 +134,7 @@ async def inferences(server: Server) -> int:
 async def test_clients_survive_a_killed_node(nodes: Nodes) -> None:
     owner, other = nodes
     values, answers, problems = np.ones(1, np.float32), list[Any](), list[ClientProblem]()
-    async with AsyncClient(f"{owner.url},{other.url}", token=owner.api.token("predict")) as client:
+    async with AsyncClient(f"{owner.url},{other.url}", token=owner.api.token("infer")) as client:
 
         async def ask() -> None:
             try:

@@ -55,7 +55,7 @@ def test_perf_analyzer_agrees_with_server_statistics(
 ) -> None:
     assert PROGRAM is not None
     command = [PROGRAM, "-m", model, "-u", address(server), "-i", "http", f"--request-count={REQUESTS}"]
-    command += ["-H", f"Authorization:{bearer(server, 'predict')['Authorization']}", *options.split()]
+    command += ["-H", f"Authorization:{bearer(server, 'infer')['Authorization']}", *options.split()]
     client, _, ours = run(command, server, model).partition("Server:")
     assert number("Request count", client) >= REQUESTS
     assert number("Successful request count", ours) > REQUESTS / 2  # it looks when some are under way
@@ -82,7 +82,7 @@ def run(command: list[str], server: Server, model: str) -> str:
 
 def successes(server: Server, model: str) -> int:
     with InferenceServerClient(address(server)) as client:
-        found = client.get_inference_statistics(model, headers=bearer(server, "predict"))
+        found = client.get_inference_statistics(model, headers=bearer(server, "infer"))
     return int(found["model_stats"][0]["inference_stats"]["success"]["count"])
 
 

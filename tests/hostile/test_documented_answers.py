@@ -52,7 +52,7 @@ async def test_answers_are_as_documented_for_each_role(config: Config) -> None:
         document = yaml.load((await server.api.get("/openapi.yaml", roles=())).body, yaml.CSafeLoader)
         del document["paths"][STREAM]
         schema = schemathesis.openapi.from_dict(document)
-        for roles in (("predict",), ("audit",), ("admin",), ()):
+        for roles in (("infer",), ("audit",), ("admin",), ()):
             counts = await asyncio.to_thread(_send_all, schemathesis, schema, server, roles, dice)
             tell(f"{'no token' if not roles else roles[0]}: {as_text(counts)}")
         assert (await server.api.get("/health/ready")).status == 200

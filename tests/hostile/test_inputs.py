@@ -138,7 +138,7 @@ class Inputs:
     async def _ask(self, model_id: str) -> None:
         """Ask a mutated model with ones."""
         api = self.attack.server.api
-        described = await api.get(f"/v2/models/{model_id}", roles=("predict",))
+        described = await api.get(f"/v2/models/{model_id}", roles=("infer",))
         if described.status == 200:
             asked = [_ones(each) for each in described.json["inputs"]]
             answer = await api.infer(model_id, *asked, parameters={"timeout": 1_000_000})
@@ -151,7 +151,7 @@ class Inputs:
         body = make_body(rng, ASKED[model_id][1])
         answer = await self.attack.server.api.post(
             f"/v2/models/{model_id}/infer",
-            roles=("predict",),
+            roles=("infer",),
             data=body.data,
             headers=CIMultiDict(body.headers),
         )

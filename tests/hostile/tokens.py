@@ -32,7 +32,7 @@ TIMES: tuple[Any, ...] = (
 )  # fmt: skip
 ROLES: tuple[Any, ...] = (
     ["admin"], "admin", ["root"], [], {}, None, 1, [None], [["admin"]], [{"admin": 1}], ["admin"] * 500,
-    {"admin": True}, [1, True, "predict"],
+    {"admin": True}, [1, True, "infer"],
 )  # fmt: skip
 SUBJECTS: tuple[Any, ...] = (
     "mallory", "system", "SYSTEM", "\uff53\uff59\uff53\uff54\uff45\uff4d", "sys\u00adtem",
@@ -96,7 +96,7 @@ class Forger:
         """Sign with nothing, another key, the public key as a secret, or a signature of other claims."""
         header = self._header(alg=rng.choice(ALGORITHMS), kid=rng.choice((self._kid, *KIDS)))
         body = _part(_dump(header)) + b"." + _part(_dump(self._claims()))
-        good = self._signed(self._header(), self._claims(roles=["predict"])).rpartition(b".")[2]
+        good = self._signed(self._header(), self._claims(roles=["infer"])).rpartition(b".")[2]
         signers: tuple[Callable[[], bytes], ...] = (
             lambda: b"",
             lambda: _part(self._other.sign(body)),

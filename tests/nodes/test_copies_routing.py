@@ -61,7 +61,7 @@ async def nodes(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Nodes
 
 
 async def ask(node: ReachableNode, path: str = INFER, body: bytes = BODY) -> Answer:
-    return await node.api.post(path, data=body, roles=("predict",), subject="pia")
+    return await node.api.post(path, data=body, roles=("infer",), subject="pia")
 
 
 def in_flight(node: ReachableNode) -> int:
@@ -164,7 +164,7 @@ async def test_client_spreads_over_the_copies(nodes: Nodes) -> None:
     values = np.ones(1, np.float32)
     await when(lambda: ask(other), lambda answer: COPIES in answer.headers)  # both have been reached
     before = [served(node) for node in owners]
-    async with AsyncClient(other.api.url, token=other.api.token("predict")) as client:
+    async with AsyncClient(other.api.url, token=other.api.token("infer")) as client:
         for _ in range(5):
             answers = await asyncio.gather(*(client.infer("m", {"x": values}) for _ in range(10)))
             assert [answer["y"].item() for answer in answers] == [2.0] * 10

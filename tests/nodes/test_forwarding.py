@@ -43,7 +43,7 @@ from server.http.bodies import iterate_body
 
 BODY = json.dumps({"inputs": [ONE]}).encode()
 LENGTH, ADDRESS = "Inference-Header-Content-Length", "Loadledger-Node-Address"
-PREDICT = ("predict",)
+INFER = ("infer",)
 NOT_COMPARED = {"date", "ratelimit", "x-request-id"}
 """Fields of each answer, in small letters: releases of aiohttp spell them differently."""
 PATHS = ("/v2/models/m/infer", "/v2/models/%6D/infer", "/v2/models/m/versions/1/infer")
@@ -103,7 +103,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 async def ask(node: ReachableNode, path: str = PATHS[0], body: bytes = BODY, **headers: Any) -> Answer:
-    return await node.api.post(path, data=body, headers=headers, roles=PREDICT, subject="pia")
+    return await node.api.post(path, data=body, headers=headers, roles=INFER, subject="pia")
 
 
 @contextmanager
@@ -241,7 +241,7 @@ async def test_forwarded_token_names_the_issuer_of_the_clients(pair: Pair) -> No
     sender, receiver = (node.app[THIS_NODE].peers for node in (other, owner))
     to = other.app[LOG].state.registers.nodes[owner.name]
     for issuer in ("https://issuer", None):
-        client = Principal("pia", frozenset({"predict"}), "jti", time.time() + 3600, issuer)
+        client = Principal("pia", frozenset({"infer"}), "jti", time.time() + 3600, issuer)
         seen = receiver.verify(sender.make_token(to, "m", client), "m")
         assert (seen, seen.jti, seen.issuer) == (client, "jti", issuer)
 
@@ -269,7 +269,7 @@ async def test_only_some_header_fields_are_forwarded(pair: Pair) -> None:
     line, *fields = head.decode().split("\r\n")
     arrived = {name.title(): value for name, _, value in (field.partition(": ") for field in fields)}
     claims = read_claims(arrived)
-    assert arrived.pop("Authorization") != f"Bearer {other.api.token('predict', subject='pia')}"
+    assert arrived.pop("Authorization") != f"Bearer {other.api.token('infer', subject='pia')}"
     assert (claims["iss"], claims["aud"], claims["sub"]) == ("b", "a/1", "pia")
     assert known <= int(arrived.pop("Loadledger-Position")) <= other.app[LOG].state.position
     expected = {
@@ -338,7 +338,7 @@ async def test_slow_client_holds_up_one_node_only(pair: Pair) -> None:
         "POST /v2/models/m/infer HTTP/1.1",
         "Host: a",
         f"Content-Length: {len(body)}",
-        f"Authorization: Bearer {other.api.token('predict')}",
+        f"Authorization: Bearer {other.api.token('infer')}",
         *(f"{name}: {value}" for name, value in fields.items()),
     ]
     assert other.api.client.port is not None
@@ -491,7 +491,7 @@ async def test_body_that_arrives_while_its_model_moves_is_forwarded(ledger: Data
 
         answering = asyncio.create_task(
             owner.api.post(
-                PATHS[0], data=parts(), headers={**fields, "Content-Length": str(len(body))}, roles=PREDICT
+                PATHS[0], data=parts(), headers={**fields, "Content-Length": str(len(body))}, roles=INFER
             )
         )
         await until(lambda: owner.app[BODIES].taken_bytes > 0)

@@ -35,7 +35,7 @@ def models_of(nodes: dict[str, Json]) -> dict[str, list[str]]:
 async def test_server_alone_has_no_nodes(shared: LocalApi) -> None:
     shared.save(add(), "m")
     job = await shared.load("m")
-    assert (await shared.get("/api/v1/nodes", roles=("predict",))).json["nodes"] == []
+    assert (await shared.get("/api/v1/nodes", roles=("infer",))).json["nodes"] == []
     assert (await shared.post("/api/v1/nodes/a/drain")).refusal == (409, "no_nodes")
     past = (await shared.get(f"/api/v1/models/m?at={job['position']}")).json
     assert not any("node" in shown for shown in (job, past, await shared.model("m"), *await shared.jobs()))
@@ -74,7 +74,7 @@ async def test_drained_node_gives_its_models_away(ledger: Database, tmp_path: Pa
         assert [(each["this"], each["placer"]) for each in found.values()] == [(False, True), (True, False)]
 
         drain = f"/api/v1/nodes/{home}/drain"
-        assert (await a.post(drain, roles=("predict",))).refusal == (403, "forbidden")
+        assert (await a.post(drain, roles=("infer",))).refusal == (403, "forbidden")
         asked = await b.post(drain, subject="carol")
         assert (asked.status, asked.json["phase"]) == (202, "draining")
         assert (await b.post(drain)).status == 200

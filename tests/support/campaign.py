@@ -332,7 +332,7 @@ async def _probing(attack: Attack) -> AsyncIterator[None]:
     fields = (
         f"POST /v2/models/{GOOD}/infer HTTP/1.1",
         f"Host: {address(server)}",
-        f"Authorization: Bearer {server.api.token('predict', subject='probe')}",
+        f"Authorization: Bearer {server.api.token('infer', subject='probe')}",
         "Content-Type: application/json",
         f"Content-Length: {len(body)}",
     )

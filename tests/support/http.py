@@ -223,7 +223,7 @@ class Api:
         at = "" if version is None else f"/versions/{version}"
         body = {"inputs": inputs, **request}
         path = f"/v2/models/{model_id}{at}/infer"
-        return await self.post(path, roles=("predict",), subject="pia", json=body)
+        return await self.post(path, roles=("infer",), subject="pia", json=body)
 
     async def model(self, model_id: str) -> Json:
         """Return a model, which must be there."""

@@ -25,6 +25,6 @@ async def local_node(ledger: Database, folder: Path, name: str, **settings: Any)
 
 async def list_nodes(api: LocalApi) -> dict[str, Json]:
     """Return the nodes that a server lists, by name."""
-    answer = await api.get("/api/v1/nodes", roles=("predict",))
+    answer = await api.get("/api/v1/nodes", roles=("infer",))
     assert answer.status == 200
     return {node["id"]: node for node in answer.json["nodes"]}

@@ -120,7 +120,7 @@ def forwarded(
     """Return the header fields with which a node forwards a request about a model to another one."""
     to, client = (
         sender.app[LOG].state.registers.nodes[receiver.name],
-        Principal("pia", frozenset(roles or ("predict",)), "j"),
+        Principal("pia", frozenset(roles or ("infer",)), "j"),
     )
     token = sender.app[THIS_NODE].peers.make_token(
         to, model_id, replace(client, expires_at=time.time() + expires_s)

@@ -130,8 +130,8 @@ def ask_triton(server: Server, is_swapped: threading.Event) -> None:
         row = triton.InferInput("x", [1, COLUMNS], "FP32")
         row.set_data_from_numpy(np.full((1, COLUMNS), 0.5, np.float32))
         while not is_swapped.is_set():
-            client.infer("a", [row], headers=bearer(server, "predict"))
-        client.infer("a", [row], headers=bearer(server, "predict"))
+            client.infer("a", [row], headers=bearer(server, "infer"))
+        client.infer("a", [row], headers=bearer(server, "infer"))
 
 
 async def test_nodes_the_device_lacks_are_refused_or_recorded(

@@ -48,7 +48,7 @@ async def raw(server: Server, *fields: str, path: str = "/x") -> bytes:
 
 async def infer(server: Server, **headers: str) -> str | None:
     answer = await server.api.post(
-        "/v2/models/m/infer", roles=("predict",), json={"inputs": [ONE]}, headers=headers
+        "/v2/models/m/infer", roles=("infer",), json={"inputs": [ONE]}, headers=headers
     )
     assert answer.status == 200
     return answer.headers.get("X-Request-Id")

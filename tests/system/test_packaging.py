@@ -107,7 +107,7 @@ async def test_first_line_of_the_readme_runs_the_demo(installed: Path, tmp_path:
     await until(lambda: not processes_of(installed))
 
 
-async def test_three_commands_lead_to_a_prediction(installed: Path, tmp_path: Path) -> None:
+async def test_three_commands_lead_to_an_inference(installed: Path, tmp_path: Path) -> None:
     """`pip install .`, `loadledger run FILE.onnx`, and the `curl` that it prints; the file is ONNX's own."""
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed here")

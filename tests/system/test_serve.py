@@ -203,7 +203,7 @@ async def test_serve_limits_heads_and_connections_but_not_probes(config: Config)
 def inference(server: Server, count: int) -> bytes:
     """Return an inference that counts so far, as bytes."""
     body = json.dumps({"inputs": [trips(count)]}).encode()
-    token = server.api.token("predict").encode()
+    token = server.api.token("infer").encode()
     head = b"POST /v2/models/m/infer HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer %b\r\n" % token
     return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
 

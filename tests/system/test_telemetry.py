@@ -113,7 +113,7 @@ async def load(server: Server, model: str = "m", **headers: str) -> Json:
 
 async def infer(server: Server, **headers: str) -> int:
     answer = await server.api.post(
-        "/v2/models/m/infer", roles=("predict",), json={"inputs": [ONE]}, headers=headers
+        "/v2/models/m/infer", roles=("infer",), json={"inputs": [ONE]}, headers=headers
     )
     return answer.status
 

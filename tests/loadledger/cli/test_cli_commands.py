@@ -320,7 +320,7 @@ def test_failed_commands_print_reason_and_advice(alice: Shell, server: Server) -
     assert re.search(r"^bad +failed +invalid_model", alice.prints("top"), re.MULTILINE)
     assert [model["id"] for model in alice.json("top")["wrong"]] == ["bad"]
 
-    token = {role: server.api.token(role) for role in ("audit", "predict")}
+    token = {role: server.api.token(role) for role in ("audit", "infer")}
     for command, variables, words in (
         ("ps m", {}, "`loadledger show m`"),
         (f"cancel {job['id']}", {}, "already"),
@@ -329,14 +329,14 @@ def test_failed_commands_print_reason_and_advice(alice: Shell, server: Server) -
         ("events", {"LOADLEDGER_TOKEN": "nonsense"}, "answered 401"),
         ("events --follow", {"LOADLEDGER_TOKEN": "nonsense"}, "answered 401"),
         ("load m", {"LOADLEDGER_TOKEN": token["audit"]}, "403"),
-        ("events", {"LOADLEDGER_TOKEN": token["predict"]}, "403"),
-        ("events -f", {"LOADLEDGER_TOKEN": token["predict"]}, "403"),
+        ("events", {"LOADLEDGER_TOKEN": token["infer"]}, "403"),
+        ("events -f", {"LOADLEDGER_TOKEN": token["infer"]}, "403"),
     ):
         assert words in alice.refused(2, command, **variables), command
 
 
 def test_infer_loads_model_on_demand(server: Server, tmp_path: Path) -> None:
-    bob = Shell(server, "predict")
+    bob = Shell(server, "infer")
     assert "[2.0]" in bob.prints("infer guessed x=[1.0]")
     # The datatype comes from the model's file: of their own, whole numbers would be INT64.
     assert "[2.0]" in bob.prints("infer whole x=[1]")
@@ -435,7 +435,7 @@ async def test_top_and_followed_events_survive_restart(tmp_path: Path) -> None:
 
 
 def test_login_keeps_accepted_token_in_private_profile(alice: Shell, server: Server, tmp_path: Path) -> None:
-    token, kept = server.api.token("predict"), tmp_path / ".config" / "loadledger" / "profile.toml"
+    token, kept = server.api.token("infer"), tmp_path / ".config" / "loadledger" / "profile.toml"
     alice.environment |= {"HOME": str(tmp_path)}
     refused = alice.run("login", typed="nonsense\n")
     assert (refused.exit_code, kept.exists(), "401" in refused.stderr) == (2, False, True)

@@ -57,13 +57,13 @@ def test_token_has_lifetime(data: Path) -> None:
 
 
 def test_token_in_json_repeats_its_claims(data: Path) -> None:
-    roles = ("--role=predict", "--role=audit")
+    roles = ("--role=infer", "--role=audit")
     found = printed_json("token", f"--data={data}", "--subject=alice", *roles, "--expires=1h")
     assert found == {
         "token": found["token"],
         "jti": claims(found["token"])["jti"],
         "subject": "alice",
-        "roles": ["audit", "predict"],
+        "roles": ["audit", "infer"],
         "expires_at": f"{datetime.fromtimestamp(claims(found['token'])['exp'], UTC):%Y-%m-%dT%H:%M:%SZ}",
         "kid": list_keys(data)[-1].kid,
     }
@@ -75,7 +75,7 @@ def test_token_refuses_options(data: Path) -> None:
         ("expires", ["", "0s", "-1h", "1", "h", "1.5h", "1y", "1h30m", " 1h", "\u0661h", "9" * 9 + "d"], ""),
         ("subject", ["", "SYSTEM ", "a\nb", "x" * 129], "subject"),
         ("subject", ["al\u00adice"], "must be printable"),
-        ("role", ["", "root"], "is not one of 'admin', 'predict', 'audit'"),
+        ("role", ["", "root"], "is not one of 'admin', 'infer', 'audit'"),
     ):
         for value in values:
             assert words in refused("token", there, *ALICE, f"--{option}={value}"), value

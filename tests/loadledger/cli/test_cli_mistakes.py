@@ -17,7 +17,7 @@ from support.servers import Server, standing
 
 from server.auth.keys import sign_token
 
-ADMIN, PREDICT, EXPIRED = "admin", "predict", "expired"
+ADMIN, INFER, EXPIRED = "admin", "infer", "expired"
 UNKNOWN = "00000000-0000-0000-0000-000000000000"
 
 
@@ -47,7 +47,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     for name in ("note.txt", "text.onnx"):
         (folder / name).write_text("no model, but a long text\n" * 10)
     with standing(root / "repository") as server, socket.create_server(("127.0.0.1", 0)) as taken:
-        tokens = {role: server.api.token(role) for role in (ADMIN, PREDICT)}
+        tokens = {role: server.api.token(role) for role in (ADMIN, INFER)}
         ago = int(time.time()) - 7200
         tokens[EXPIRED] = sign_token(data, "alice", [ADMIN], expires_s=60, audience="loadledger", now_s=ago)
         variables: dict[str, Any] = {"LOADLEDGER_URL": server.url, "LOADLEDGER_TOKEN": tokens[ADMIN]}
@@ -145,7 +145,7 @@ MISTAKES = [
     ("serve --repository nope --data new", 2, "'nope' is not a directory; create it or name another"),
     # tokens and ledgers
     ("login", 2, "there is no token on standard input"),
-    ("token --data {data} --role root --subject x", 2, "'root' is not one of 'admin', 'predict', 'audit'"),
+    ("token --data {data} --role root --subject x", 2, "'root' is not one of 'admin', 'infer', 'audit'"),
     ("token --data {data}", 2, "Missing option '--role'"),
     ("token --data {data} --role admin --subject x --expires '1 week'", 2, "Must be a duration like 90s"),
     ("token --data nope --role admin --subject x", 2, "start the server first"),
@@ -161,7 +161,7 @@ WITHOUT_RIGHTS = [
     ("nonsense", "get a new one: `loadledger token --role admin --subject NAME` creates one"),
     ("a b", "give it without spaces"),
     (EXPIRED, "the token has expired; get a new one"),
-    (PREDICT, "this needs one of the roles admin; the token has predict"),
+    (INFER, "this needs one of the roles admin; the token has infer"),
 ]
 
 

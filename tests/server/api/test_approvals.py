@@ -173,7 +173,7 @@ async def test_approval_is_refused(shared: LocalApi) -> None:
         assert refused.refusal == (status, code), body
     said = {"digest": digest, "reason": "x"}
     for method, json in (("PUT", said), ("DELETE", None)):
-        for roles in (("admin", "audit", "predict", "emergency"), ("admin",)):
+        for roles in (("admin", "audit", "infer", "emergency"), ("admin",)):
             where = path if json else f"{path}?reason=x"
             refused = await shared.send(method, where, json=json, roles=roles, subject="bob")
             assert refused.refusal == (403, "forbidden")

@@ -72,7 +72,7 @@ REFUSALS: list[tuple[str, dict[str, Any], tuple[int, str]]] = [
     ("a null", {"label": "a%00"}, INVALID),
     ("another script", {"label": "%D0%B0dmin"}, INVALID),
     ("markup", {"label": "a%3Cb%3E"}, INVALID),
-    ("role", {"roles": ("predict", "audit", "approve")}, (403, "forbidden")),
+    ("role", {"roles": ("infer", "audit", "approve")}, (403, "forbidden")),
 ]
 
 

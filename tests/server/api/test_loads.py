@@ -282,7 +282,7 @@ async def test_lost_instance_is_shown_until_it_is_replaced(shared: LocalApi) -> 
 
 
 async def test_no_answer_names_a_folder_of_the_server(shared: LocalApi) -> None:
-    """What ONNX Runtime and a crashing worker say has absolute paths; those who predict or audit see none."""
+    """What ONNX Runtime and a crashing worker say has absolute paths; those who infer or audit see none."""
     config = shared.config
     shared.save(models.unknown_operator(), "unknown")
     shared.save(models.crash_on_load(), "crashing")
@@ -295,14 +295,14 @@ async def test_no_answer_names_a_folder_of_the_server(shared: LocalApi) -> None:
     folders = {*map(str, own), *map(os.path.realpath, own), sys.prefix, sys.base_prefix} - {"/usr"}
     get, post = shared.get, shared.post
     answers = [
-        *[await get(path, roles=("predict",)) for path in (
+        *[await get(path, roles=("infer",)) for path in (
             "/api/v1/models", "/api/v1/models/unknown", "/api/v1/models/crashing", "/api/v1/models/none",
             "/api/v1/jobs?model=unknown", f"/api/v1/jobs/{failed[1]['id']}", "/api/v1/resources",
             "/v2/models/unknown", "/v2/models/crashing/config", "/v2/models/unknown/stats",
             "/v2/models/unfit", "/openapi.yaml",
         )],
-        await post("/v2/repository/index", roles=("predict",)),
-        await post("/v2/models/unknown/infer", json={"inputs": []}, roles=("predict",)),
+        await post("/v2/repository/index", roles=("infer",)),
+        await post("/v2/models/unknown/infer", json={"inputs": []}, roles=("infer",)),
         await post("/v2/repository/models/unknown/load"),
         await post("/api/v1/models/unfit/load"),
         *[await get(f"/api/v1/events?model={name}", roles=("audit",)) for name in ("unknown", "crashing")],

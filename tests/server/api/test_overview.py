@@ -39,7 +39,7 @@ async def test_overview_continues_in_the_list_of_models(shared: LocalApi) -> Non
     assert [model["id"] for page in (seen, rest) for model in page["models"]] == ids
 
 
-@pytest.mark.parametrize(("role", "is_shown"), [("admin", True), ("audit", True), ("predict", False)])
+@pytest.mark.parametrize(("role", "is_shown"), [("admin", True), ("audit", True), ("infer", False)])
 async def test_overview_shows_the_start_to_readers_of_events(
     shared: LocalApi, role: str, *, is_shown: bool
 ) -> None:

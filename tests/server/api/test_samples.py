@@ -18,7 +18,7 @@ async def test_history_has_latencies_and_memory(shared: LocalApi) -> None:
         assert (await shared.infer("m", ONE)).status == 200
     app = shared.app
     app[TIME_SERIES].sample(app[LOG].now(), measure(app[CONSUMER], app[LIMIT]), app[CONSUMER].loads)
-    server = (await shared.get("/api/v1/resources/history", roles=("predict",))).json
+    server = (await shared.get("/api/v1/resources/history", roles=("infer",))).json
     assert (server["range"], server["interval_s"], server["whole"]["requests"]) == ("1h", 10, 3)
     last = server["points"][-1]
     assert 0 < last["p50_s"] <= last["p95_s"] <= last["p99_s"]
@@ -58,5 +58,5 @@ async def test_stderr_shows_running_and_last_exited_worker(shared: LocalApi) -> 
     assert [(each["version"], each["lines"]) for each in seen["workers"]] == [(1, [])]
     assert (seen["last_exited"]["worker_id"], seen["last_exited"]["version"]) == (worker.worker_id, 1)
     assert any("point exception" in line for line in seen["last_exited"]["lines"])
-    denied = await shared.get("/api/v1/models/divide/stderr", roles=("audit", "predict"))
+    denied = await shared.get("/api/v1/models/divide/stderr", roles=("audit", "infer"))
     assert denied.refusal == (403, "forbidden")

@@ -159,11 +159,11 @@ async def test_invalid_moment_is_400(shared: LocalApi) -> None:
 
 async def test_past_is_for_auditors_whatever_else_is_wrong(shared: LocalApi) -> None:
     for path in ("models", "models/digits", "jobs", "jobs/x"):
-        answer = await shared.get(f"/api/v1/{path}?at=nonsense", roles=("predict",))
+        answer = await shared.get(f"/api/v1/{path}?at=nonsense", roles=("infer",))
         assert answer.refusal == (403, "forbidden")
     for query in ("at=0&limit=bad", "at=0&at=1", "at=0&no=1"):
-        answer = await shared.get(f"/api/v1/jobs?{query}", roles=("predict",))
+        answer = await shared.get(f"/api/v1/jobs?{query}", roles=("infer",))
         assert answer.refusal == (403, "forbidden")
         assert (await shared.get(f"/api/v1/jobs?{query}")).refusal == (400, "invalid_parameter")
-    assert (await shared.get("/api/v1/models", roles=("predict",))).status == 200
+    assert (await shared.get("/api/v1/models", roles=("infer",))).status == 200
     assert (await shared.get("/api/v1/models?at=0", roles=("audit",))).status == 200

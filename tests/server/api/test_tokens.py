@@ -26,7 +26,7 @@ from server.auth.subjects import local_actor
 from server.auth.tokens import LINK_S, MAX_LINKS, TOKENS, SignInLinks
 from server.serve import local_url
 
-BOB = {"subject": "bob", "roles": ["predict"], "expires_s": 60}
+BOB = {"subject": "bob", "roles": ["infer"], "expires_s": 60}
 ME = local_actor(os.geteuid())
 
 
@@ -53,7 +53,7 @@ async def test_issued_token_works_until_it_is_revoked(shared: LocalApi) -> None:
     await shared.load("m")
     new = await issued(shared)
     claims = jwt.decode(new["token"], options={"verify_signature": False})
-    assert (claims["jti"], claims["sub"], claims["roles"]) == (new["jti"], "bob", ["predict"])
+    assert (claims["jti"], claims["sub"], claims["roles"]) == (new["jti"], "bob", ["infer"])
     assert claims["exp"] - claims["iat"] == 60
     assert [await infer(shared, new["token"]) for _ in range(2)] == [200, 200]  # afresh, and remembered
     path = f"/api/v1/tokens/{new['jti']}/revoke"

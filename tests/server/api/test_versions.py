@@ -73,7 +73,7 @@ REFUSALS: list[tuple[str, dict[str, Any], tuple[int, str]]] = [
     ("version 0", {"version": 0}, (400, "invalid_parameter")),
     ("tar", {"headers": {"Content-Type": "application/x-tar"}}, (415, "unsupported_media_type")),
     ("coding", {"headers": {"Content-Encoding": "gzip"}}, (415, "unsupported_media_type")),
-    ("role", {"roles": ("predict",)}, (403, "forbidden")),
+    ("role", {"roles": ("infer",)}, (403, "forbidden")),
 ]
 
 

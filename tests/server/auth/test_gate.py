@@ -39,12 +39,12 @@ Start = Callable[..., Awaitable[LocalApi]]
 Roles = tuple[str, ...]
 
 ROLES: tuple[Roles, ...] = (
-    *((), ("predict",), ("audit",), ("admin",), ("audit", "predict"), ("approve",), ("emergency",)),
+    *((), ("infer",), ("audit",), ("admin",), ("audit", "infer"), ("approve",), ("emergency",)),
 )
 EVERYONE: set[Roles] = set(ROLES)
 ANY_ROLE: set[Roles] = EVERYONE - {()}
-PREDICT: set[Roles] = {("predict",), ("admin",), ("audit", "predict")}
-AUDIT: set[Roles] = {("audit",), ("admin",), ("audit", "predict")}
+INFER: set[Roles] = {("infer",), ("admin",), ("audit", "infer")}
+AUDIT: set[Roles] = {("audit",), ("admin",), ("audit", "infer")}
 ADMIN: set[Roles] = {("admin",)}
 APPROVE: set[Roles] = {("approve",)}
 VERIFY: set[Roles] = AUDIT | APPROVE
@@ -123,8 +123,8 @@ TABLE: dict[str, set[Roles]] = {
     "POST /v2/repository/index": ANY_ROLE,
     "POST /v2/repository/models/{id}/load": ADMIN,
     "POST /v2/repository/models/{id}/unload": ADMIN,
-    "POST /v2/models/{id}/infer": PREDICT,
-    "POST /v2/models/{id}/versions/{version}/infer": PREDICT,
+    "POST /v2/models/{id}/infer": INFER,
+    "POST /v2/models/{id}/versions/{version}/infer": INFER,
 }
 
 
@@ -160,7 +160,7 @@ async def test_each_role_is_admitted_or_refused_as_the_table_says(shared: LocalA
 async def test_unknown_path_or_method_needs_a_token(shared: LocalApi) -> None:
     for path in ("/nope", "/v2/repository", "/api/v1/models/m/load/", "/api", "/keys", "/docs/static/x"):
         assert (await shared.get(path, roles=())).refusal == (401, "no_credentials")
-        assert (await shared.get(path, roles=("predict",))).refusal == (404, "not_found")
+        assert (await shared.get(path, roles=("infer",))).refusal == (404, "not_found")
     for each in all_routes():
         path = each.path.format(**NAMES)
         assert (await shared.send("PATCH", path, roles=())).refusal == (401, "no_credentials")
@@ -226,7 +226,7 @@ async def test_limits_are_counted_apart(limited: Limited) -> None:
     client, config = await limited(*(route(f"/{access.name}", access=access) for access in Access), **limits)
     headers = bearer(config)
     for access, statuses in [
-        *(("ANY", [200]), ("AUDIT", [429]), ("ADMIN", [200]), ("VERIFY", [429]), ("PREDICT", [200] * 3)),
+        *(("ANY", [200]), ("AUDIT", [429]), ("ADMIN", [200]), ("VERIFY", [429]), ("INFER", [200] * 3)),
     ]:
         assert [(await client.get(f"/{access}", headers=headers)).status for _ in statuses] == statuses
     answer = await client.get("/PUBLIC", headers=headers)
@@ -239,7 +239,7 @@ async def test_errors_of_limited_routes_show_the_limit(limited: Limited) -> None
         raise web.HTTPNotFound
 
     client, config = await limited(
-        route(access=Access.PREDICT),
+        route(access=Access.INFER),
         route("/y", missing, method="POST"),
         route("/z", access=Access.ADMIN),
         limit_management="1/minute",
@@ -343,12 +343,12 @@ class Ledger:
 
 async def test_denials_of_verified_subjects_are_in_the_ledger(api: LocalApi) -> None:
     load = "/api/v1/models/m/load"
-    bad = {"Authorization": f"Bearer {api.token('predict')}x"}
+    bad = {"Authorization": f"Bearer {api.token('infer')}x"}
     for method, path, roles, subject, headers, status in (
-        *[("POST", load, ("predict",), "pia", {}, 403)] * 3,
-        ("GET", "/api/v1/events/head", ("predict",), "pia", {}, 403),
-        ("GET", "/api/v1/models", ("predict",), "pia", {}, 200),
-        ("GET", "/api/v1/models?at=1", ("predict",), "pia", {}, 403),
+        *[("POST", load, ("infer",), "pia", {}, 403)] * 3,
+        ("GET", "/api/v1/events/head", ("infer",), "pia", {}, 403),
+        ("GET", "/api/v1/models", ("infer",), "pia", {}, 200),
+        ("GET", "/api/v1/models?at=1", ("infer",), "pia", {}, 403),
         ("POST", "/api/v1/models/x/load", ("audit",), "ann", {}, 403),
         ("POST", "/v2/models/m/infer", ("audit",), "ann", {}, 403),  # the fast path
         ("POST", "/v2/models/%6D/infer", ("audit",), "ann", {}, 403),

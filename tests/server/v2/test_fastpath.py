@@ -21,7 +21,7 @@ Start = Callable[..., Awaitable[LocalApi]]
 BODY = json.dumps({"inputs": [ONE]}).encode()
 FAST, SLOW = "/v2/models/m/infer", "/v2/models/%6D/infer"
 NOT_COMPARED = {"Date", "RateLimit", "Content-Length", "Connection"}
-PREDICT = ("predict",)
+INFER = ("infer",)
 LARGEST = parse_size("64MiB")
 BOMB = gzip.compress(BODY + b" " * LARGEST, mtime=0)
 TWO_MEMBERS = gzip.compress(BODY[:9], mtime=0) + gzip.compress(BODY[9:], mtime=0)
@@ -48,7 +48,7 @@ async def send_raw(api: LocalApi, *requests: bytes) -> bytes:
 
 
 def request(api: LocalApi, *fields: str, body: bytes = BODY, version: str = "HTTP/1.1") -> bytes:
-    token = f"Authorization: Bearer {api.token('predict')}"
+    token = f"Authorization: Bearer {api.token('infer')}"
     head = [f"POST {FAST} {version}", "Host: a", f"Content-Length: {len(body)}", token, *fields, "", ""]
     return "\r\n".join(head).encode() + body
 
@@ -56,18 +56,18 @@ def request(api: LocalApi, *fields: str, body: bytes = BODY, version: str = "HTT
 @pytest.mark.parametrize(
     ("headers", "body", "roles", "status"),
     [
-        ({}, BODY, PREDICT, 200),
-        ({"Expect": "100-continue"}, BODY, PREDICT, 200),
+        ({}, BODY, INFER, 200),
+        ({"Expect": "100-continue"}, BODY, INFER, 200),
         ({}, BODY, (), 401),
         ({}, BODY, ("audit",), 403),
-        ({}, b"{", PREDICT, 400),
-        ({LENGTH: "-1"}, BODY, PREDICT, 400),
-        ({}, BODY.replace(b"{", b'{"id": "1", "id": "2", ', 1), PREDICT, 400),
-        ({"Content-Encoding": "gzip"}, BOMB, PREDICT, 413),
-        ({"Content-Encoding": "gzip"}, TWO_MEMBERS, PREDICT, 200),
-        ({LENGTH: str(len(BODY) + 1)}, BODY, PREDICT, 400),
-        ({"Content-Encoding": "br"}, BODY, PREDICT, 415),
-        ({"Content-Encoding": "gzip"}, BODY, PREDICT, 400),
+        ({}, b"{", INFER, 400),
+        ({LENGTH: "-1"}, BODY, INFER, 400),
+        ({}, BODY.replace(b"{", b'{"id": "1", "id": "2", ', 1), INFER, 400),
+        ({"Content-Encoding": "gzip"}, BOMB, INFER, 413),
+        ({"Content-Encoding": "gzip"}, TWO_MEMBERS, INFER, 200),
+        ({LENGTH: str(len(BODY) + 1)}, BODY, INFER, 400),
+        ({"Content-Encoding": "br"}, BODY, INFER, 415),
+        ({"Content-Encoding": "gzip"}, BODY, INFER, 400),
     ],
 )
 async def test_both_paths_answer_alike(
@@ -92,7 +92,7 @@ async def test_both_paths_count_for_one_limit(start: Start, repository: Path) ->
     await api.load("m")
     found = []
     for path in (FAST, SLOW, FAST):
-        answer = await api.post(path, data=BODY, roles=PREDICT)
+        answer = await api.post(path, data=BODY, roles=INFER)
         found.append((answer.status, answer.headers["RateLimit"].partition(";t=")[0]))
     assert found == [(200, '"inference";r=1'), (200, '"inference";r=0'), (429, '"inference";r=0')]
 
@@ -102,7 +102,7 @@ async def test_bytes_of_json_are_no_requests(start: Start, repository: Path) -> 
     api = await start(limit_inference="9/minute")
     await api.load("m")
     long = BODY.replace(b"[1]}", b"[1" + b" " * LONG_JSON_BYTES + b"]}")
-    found = [await api.post(path, data=io.BytesIO(long), roles=PREDICT) for path in (FAST, SLOW)]
+    found = [await api.post(path, data=io.BytesIO(long), roles=INFER) for path in (FAST, SLOW)]
     assert [answer.status for answer in found] == [200, 200]
     left = [answer.headers["RateLimit"].partition(";t=")[0] for answer in found]
     assert left == ['"inference";r=8', '"inference";r=7']

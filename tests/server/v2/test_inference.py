@@ -84,7 +84,7 @@ async def infer_binary(api: LocalApi, model_id: str, tensor: Binary, **members: 
     members = {"parameters": {"binary_data_output": True}, **members}
     head = json.dumps({**json.loads(tensor.head()), **members}).encode()
     path, headers = f"/v2/models/{model_id}/infer", {LENGTH: str(len(head))}
-    return await api.post(path, data=io.BytesIO(head + tensor.data), headers=headers, roles=("predict",))
+    return await api.post(path, data=io.BytesIO(head + tensor.data), headers=headers, roles=("infer",))
 
 
 def outputs_of(answer: Answer) -> list[Binary]:
@@ -198,7 +198,7 @@ async def test_an_unpaired_surrogate_is_named(shared: LocalApi) -> None:
 
 
 async def post_text(api: LocalApi, model_id: str, text: str) -> Answer:
-    return await api.post(f"/v2/models/{model_id}/infer", data=io.BytesIO(text.encode()), roles=("predict",))
+    return await api.post(f"/v2/models/{model_id}/infer", data=io.BytesIO(text.encode()), roles=("infer",))
 
 
 async def test_bytes_need_not_be_utf8(shared: LocalApi) -> None:
@@ -225,7 +225,7 @@ async def test_bytes_need_not_be_utf8(shared: LocalApi) -> None:
         ]  # fmt: skip
         head = json.dumps({"inputs": heads}).encode()
         body, headers = io.BytesIO(b"".join([head, *data])), {LENGTH: str(len(head))}
-        return await shared.post("/v2/models/equal/infer", data=body, headers=headers, roles=("predict",))
+        return await shared.post("/v2/models/equal/infer", data=body, headers=headers, roles=("infer",))
 
     for mine, other in product(sent, repeat=2):
         assert (await compare([mine], [other])).json["outputs"][0]["data"] == [mine == other]
@@ -249,9 +249,9 @@ async def test_each_output_comes_in_the_requested_form(identities: LocalApi) -> 
 async def test_raw_body_is_answered_raw(shared: LocalApi) -> None:
     await load(shared, "raw", models.identity())
     path, body = "/v2/models/raw/infer", struct.pack("<3f", 1, 2, 3)
-    answer = await shared.post(path, data=body, headers={LENGTH: "0"}, roles=("predict",))
+    answer = await shared.post(path, data=body, headers={LENGTH: "0"}, roles=("infer",))
     assert outputs_of(answer) == [Binary("FP32", (3,), body)]
-    odd = await shared.post(path, data=b"12345", headers={LENGTH: "0"}, roles=("predict",))
+    odd = await shared.post(path, data=b"12345", headers={LENGTH: "0"}, roles=("infer",))
     assert odd.refusal == (400, "invalid_input")
 
 
@@ -352,7 +352,7 @@ async def test_too_large_body_is_refused(identities: LocalApi) -> None:
     head = "POST /v2/models/FP32/infer HTTP/1.1\r\nHost: a\r\nContent-Length: 1073741824\r\n"
     url = URL(identities.url)
     reader, writer = await asyncio.open_connection(url.host, url.port)
-    writer.write(f"{head}Authorization: Bearer {identities.token('predict')}\r\n\r\n0123456789".encode())
+    writer.write(f"{head}Authorization: Bearer {identities.token('infer')}\r\n\r\n0123456789".encode())
     assert b" 413 " in await reader.readline()  # before the rest has come
     writer.close()
     await writer.wait_closed()
@@ -411,7 +411,7 @@ async def test_metadata_and_configuration_of_a_loaded_model(shared: LocalApi) ->
             "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1, 4]}],
         }  # fmt: skip
         assert (await shared.get(f"{path}/ready")).json == {"name": "seven", "ready": True}
-        assert (await shared.get(f"{path}/config", roles=("predict",))).json == {
+        assert (await shared.get(f"{path}/config", roles=("infer",))).json == {
             "name": "seven",
             "platform": "onnxruntime_onnx",
             "backend": "onnxruntime",
@@ -441,7 +441,7 @@ async def test_metadata_of_a_model_that_is_not_loaded_is_its_files(shared: Local
         ("half/versions/2", 2, [3]),
     ):
         tensors = [{"name": name, "datatype": "FP32", "shape": shape} for name in ("x", "y")]
-        described = (await shared.get(f"/v2/models/{path}", roles=("predict",))).json
+        described = (await shared.get(f"/v2/models/{path}", roles=("infer",))).json
         assert (described["inputs"][0].pop("example", None) is not None) is (path == "half")
         assert described == {
             "name": path.partition("/")[0], "versions": [str(number)], "platform": "onnxruntime_onnx",

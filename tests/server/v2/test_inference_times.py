@@ -100,7 +100,7 @@ async def test_reading_of_a_large_body_is_transport_time(shared: LocalApi) -> No
         yield data[len(data) // 2 :]
 
     raw = {"Inference-Header-Content-Length": "0"}
-    answer = await shared.post("/v2/models/large/infer", data=pieces(), headers=raw, roles=("predict",))
+    answer = await shared.post("/v2/models/large/infer", data=pieces(), headers=raw, roles=("infer",))
     assert answer.status == 200
     seen = await spent(shared, "large")
     assert receiving_ns < seen.transport < seen.success
@@ -124,7 +124,7 @@ async def test_answer_counts_before_its_client_has_received_it(shared: LocalApi)
     head = (
         "POST /v2/models/unread/infer HTTP/1.1", "Host: a", "Connection: close",
         f"Content-Length: {len(body)}", "Inference-Header-Content-Length: 0",
-        f"Authorization: Bearer {shared.token('predict')}", "", "",
+        f"Authorization: Bearer {shared.token('infer')}", "", "",
     )  # fmt: skip
     writer.write("\r\n".join(head).encode() + body)
     await reader.readexactly(1)

@@ -263,7 +263,7 @@ async def test_malformed_body_loads_and_evicts_nothing(start: Start, path: str) 
         save(models.add(number), api.config.repository, f"m{number}")
     await api.load("m0")
     for body, headers in MALFORMED:
-        answer = await api.post(path, data=body, headers=headers, roles=("predict",))
+        answer = await api.post(path, data=body, headers=headers, roles=("infer",))
         assert answer.refusal == (400, "invalid_input")
     assert await api.types("m1") == []
     assert await api.types("m0") == ["LoadRequested", "LoadStarted", "ModelLoaded"]
@@ -626,7 +626,7 @@ async def test_refusal_of_one_caller_is_not_that_of_another(start: Start) -> Non
 
     async def ask(subject: str) -> int:
         path, body = "/v2/models/m/infer", {"inputs": [ONE]}
-        return (await api.post(path, json=body, roles=("predict",), subject=subject)).status
+        return (await api.post(path, json=body, roles=("infer",), subject=subject)).status
 
     assert [*await asyncio.gather(ask("bob"), ask("bob"))] == [503, 503]  # who approved asks, too
     assert await ask("pia") == 200

@@ -52,7 +52,7 @@ def job_of(answer: Answer) -> str:
 
 async def index(api: LocalApi, *names: str, body: bytes = b"") -> list[Json]:
     """Return the entries of these models."""
-    answer = await send(api, "index", body, roles=("predict",))
+    answer = await send(api, "index", body, roles=("infer",))
     assert answer.status == 200, answer.body
     return [each for each in answer.json if each["name"] in names]
 

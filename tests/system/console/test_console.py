@@ -90,7 +90,7 @@ async def busy_admin(busy_server: Server, browser: BrowserContext) -> AsyncItera
         yield console
 
 
-async def test_load_predict_swap_pin_and_unload(server: Server, admin: Console) -> None:
+async def test_load_infer_swap_pin_and_unload(server: Server, admin: Console) -> None:
     page = admin.page
     await admin.see("digits", "unloaded")
     await admin.press("digits", "Load")
@@ -100,21 +100,21 @@ async def test_load_predict_swap_pin_and_unload(server: Server, admin: Console) 
     await expect(admin.row("digits").get_by_role("link")).to_be_focused()  # the button is gone
     await expect(page.locator("#notices")).to_contain_text("Load of digits completed")
 
-    await admin.press("digits", "Predict")
-    await expect(page.locator("#predict-body")).to_have_value(re.compile(r'"shape": \[16\], "data": \[0,'))
-    await admin.choose("Predict")
-    await expect(page.locator("#predict-answer")).to_contain_text('"data":[1.0,')
+    await admin.press("digits", "Infer")
+    await expect(page.locator("#infer-body")).to_have_value(re.compile(r'"shape": \[16\], "data": \[0,'))
+    await admin.choose("Run inference")
+    await expect(page.locator("#infer-answer")).to_contain_text('"data":[1.0,')
     binary = '{"id": "binary", "inputs": [{"name": "x", "datatype": "FP32", "shape": [1], "data": "zeros"}]}'
-    await page.locator("#predict-body").fill(binary)
-    await admin.choose("Predict")
-    await expect(page.locator("#predict-answer")).to_contain_text('"data":[1.0]')
-    await expect(page.locator("#predict-answer")).to_contain_text('"id":"binary"')
-    await expect(page.locator("#predict-status")).to_contain_text("by digits/1, the ModelLoaded at position")
+    await page.locator("#infer-body").fill(binary)
+    await admin.choose("Run inference")
+    await expect(page.locator("#infer-answer")).to_contain_text('"data":[1.0]')
+    await expect(page.locator("#infer-answer")).to_contain_text('"id":"binary"')
+    await expect(page.locator("#infer-status")).to_contain_text("by digits/1, the ModelLoaded at position")
     special = '{"inputs": [{"name": "x", "datatype": "FP32", "shape": [3], "data": [NaN, -Infinity, 1]}]}'
-    await page.locator("#predict-body").fill(special)
-    await admin.choose("Predict")
-    await expect(page.locator("#predict-answer")).to_contain_text('"data":[NaN,-Infinity,2.0]')
-    await expect(page.locator("#predict-outputs")).to_contain_text("NaN, -Infinity, 2")
+    await page.locator("#infer-body").fill(special)
+    await admin.choose("Run inference")
+    await expect(page.locator("#infer-answer")).to_contain_text('"data":[NaN,-Infinity,2.0]')
+    await expect(page.locator("#infer-outputs")).to_contain_text("NaN, -Infinity, 2")
     await admin.choose("Close")
 
     await admin.press("digits", "Swap")
@@ -238,7 +238,7 @@ async def test_programs_run_as_they_are_shown(
         await page.locator(".its-calls").get_by_role("button", name=kind, exact=True).click()
         shown = await page.locator(".its-calls pre").inner_text()
         assert shown.count("PASTE A TOKEN HERE") == 1
-        printed = await run_program(kind, shown.replace("PASTE A TOKEN HERE", server.api.token("predict")))
+        printed = await run_program(kind, shown.replace("PASTE A TOKEN HERE", server.api.token("infer")))
         assert all(f"{name}_out" in printed for name in TENSORS)
         if kind == "curl":
             answer = {each["name"]: each for each in json.loads(printed)["outputs"]}
@@ -254,16 +254,16 @@ async def test_sizes_that_the_model_refused_are_said_to_be_guesses(server: Serve
     await admin.go("#/models/open")
     guess = "sizes are guesses: batch, dimension 3 of images; "
     await expect(admin.page.locator(".its-calls")).to_contain_text(guess)
-    await admin.page.get_by_role("button", name="Predict…").click()
+    await admin.page.get_by_role("button", name="Infer…").click()
     dialog = admin.page.locator("dialog[open]")
     await expect(dialog).to_contain_text("images: FP32 [batch, 2, -1]")
     await expect(dialog).to_contain_text("Got invalid dimensions")
     await expect(dialog.locator("textarea")).to_have_value(
         re.compile(r'"shape": \[1,2,640\], "data": "ones"')
     )
-    await admin.choose("Predict")
-    await expect(dialog.locator("#predict-outputs")).to_contain_text("images_out: FP32 [1, 2, 640]")
-    await expect(dialog.locator("#predict-outputs")).to_contain_text("values from 1 to 1")
+    await admin.choose("Run inference")
+    await expect(dialog.locator("#infer-outputs")).to_contain_text("images_out: FP32 [1, 2, 640]")
+    await expect(dialog.locator("#infer-outputs")).to_contain_text("values from 1 to 1")
 
 
 NAMED, RESOLVED = "hf://org/repo@main", f"hf://org/repo@{'c0ffee12' * 5}"
@@ -366,9 +366,9 @@ async def test_failed_and_waiting_loads_need_attention(server: Server, admin: Co
 
 
 OFFERED: dict[str, tuple[str, set[str], bool]] = {
-    "admin": ("Live", {"Predict…", "Swap…", "Pin", "Unload…"}, True),
+    "admin": ("Live", {"Infer…", "Swap…", "Pin", "Unload…"}, True),
     "audit": ("Live", set(), True),
-    "predict": ("Every 3 s", {"Predict…"}, False),
+    "infer": ("Every 3 s", {"Infer…"}, False),
 }
 """By role: connection, buttons of a loaded model, and whether timeline and ledger are offered."""
 
@@ -393,7 +393,7 @@ async def test_role_is_offered_only_what_it_may_do(
 
 async def test_refusal_is_shown_in_the_open_dialog(server: Server, admin: Console) -> None:
     async def as_another_role(route: Route) -> None:
-        authorization = f"Bearer {server.api.token('predict')}"
+        authorization = f"Bearer {server.api.token('infer')}"
         await route.continue_(headers={**route.request.headers, "authorization": authorization})
 
     await admin.page.route("**/refused/load", as_another_role)
@@ -560,11 +560,11 @@ async def test_unloaded_model_shows_its_versions_on_disk(busy_admin: Console) ->
 
 async def test_dialogs_are_accessible_and_no_wider_than_a_phone(busy_admin: Console) -> None:
     page, wide = busy_admin.page, "(each) => each.getBoundingClientRect().right > innerWidth"
-    for button, close in (("Swap", "Keep as it is"), ("Unload", "Keep it"), ("Predict", "Close")):
+    for button, close in (("Swap", "Keep as it is"), ("Unload", "Keep it"), ("Infer", "Close")):
         await busy_admin.press("fraud-check", button)
-        if button == "Predict":
-            await busy_admin.choose("Predict")
-            await expect(page.locator("#predict-answer")).to_be_visible()
+        if button == "Infer":
+            await busy_admin.choose("Run inference")
+            await expect(page.locator("#infer-answer")).to_be_visible()
         await check_accessibility(busy_admin, "dialog[open]")
         await page.set_viewport_size(PHONE)
         parts = page.locator("dialog[open] *")
@@ -622,15 +622,15 @@ async def hold_back(
     await page.route(f"**/{path}", answer)
 
 
-async def test_nothing_is_predicted_before_the_inputs_are_known(busy_admin: Console) -> None:
+async def test_no_inference_runs_before_the_inputs_are_known(busy_admin: Console) -> None:
     page, late = busy_admin.page, asyncio.Event()
     await hold_back(page, "v2/models/fraud-check", late)
-    await busy_admin.press("fraud-check", "Predict")
-    predict = page.locator("dialog[open]").get_by_role("button", name="Predict", exact=True)
-    await expect(predict).to_be_disabled()
+    await busy_admin.press("fraud-check", "Infer")
+    run = page.locator("dialog[open]").get_by_role("button", name="Run inference", exact=True)
+    await expect(run).to_be_disabled()
     late.set()
-    await predict.click()
-    await expect(page.locator("#predict-answer")).to_be_visible()
+    await run.click()
+    await expect(page.locator("#infer-answer")).to_be_visible()
     await busy_admin.choose("Close")
 
 
@@ -639,19 +639,19 @@ async def test_closed_dialog_aborts_its_requests(busy_admin: Console) -> None:
     for path in ("v2/models/ranker", "v2/models/fraud-check/infer"):
         await hold_back(page, path, late)
     async with page.expect_request("**/v2/models/ranker"):
-        await busy_admin.press("ranker", "Predict")
+        await busy_admin.press("ranker", "Infer")
     async with page.expect_event("requestfailed", lambda request: request.url.endswith("/ranker")):
         await page.keyboard.press("Escape")
-    await busy_admin.press("fraud-check", "Predict")
-    await expect(page.locator("#predict-body")).not_to_have_value("")
+    await busy_admin.press("fraud-check", "Infer")
+    await expect(page.locator("#infer-body")).not_to_have_value("")
     async with page.expect_request("**/v2/models/fraud-check/infer"):
-        await busy_admin.choose("Predict")
+        await busy_admin.choose("Run inference")
     async with page.expect_event("requestfailed", lambda request: request.url.endswith("/infer")):
         await page.keyboard.press("Escape")
-    await busy_admin.press("embedder", "Predict")
-    await expect(page.locator("#predict-body")).not_to_have_value("")
-    await expect(page.locator("#predict-title")).to_have_text("Predict with embedder")
-    await expect(page.locator("#predict-status")).to_have_text("")
+    await busy_admin.press("embedder", "Infer")
+    await expect(page.locator("#infer-body")).not_to_have_value("")
+    await expect(page.locator("#infer-title")).to_have_text("Inference with embedder")
+    await expect(page.locator("#infer-status")).to_have_text("")
     late.set()
 
 

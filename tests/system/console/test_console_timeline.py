@@ -334,10 +334,10 @@ async def test_failed_job_has_its_reason_at_its_own_address(server: Server, admi
     await expect(admin.page.locator("#job .refusal")).to_contain_text("none")
 
 
-async def test_role_predict_sees_jobs_without_events(server: Server, browser: BrowserContext) -> None:
+async def test_role_infer_sees_jobs_without_events(server: Server, browser: BrowserContext) -> None:
     job = await server.api.load("listed")
     async with Console.opened(browser, server.url) as console:
-        await console.sign_in(server.api.token("predict"), says="Every 3 s")
+        await console.sign_in(server.api.token("infer"), says="Every 3 s")
         await console.go(f"#/jobs/{job['id']}")
         await expect(console.page.locator("#job")).to_contain_text("Load listed 1")
         await expect(console.page.locator("#ledger-list")).to_have_count(0)

@@ -10,7 +10,7 @@ import { Hint, html, useEffect, useMemo, useRef, useRequest, useState } from "./
 const SHOWN = 20_000; // characters of an answer
 const LIMIT_MS = 120_000; // the server has its own limit
 
-export function PredictDialog({ model }) {
+export function InferDialog({ model }) {
   const { answer: described, error } = useRequest((signal) => api.get(`/v2/models/${encodeURIComponent(model.id)}`, { signal }), []);
   const [written, setBody] = useState(null), [problem, setProblem] = useState(""), [said, setSaid] = useState(null);
   const [dropped, setDropped] = useState(null), inputs = described?.inputs ?? [];
@@ -43,20 +43,20 @@ export function PredictDialog({ model }) {
   };
   const drop = (event) => (event.preventDefault(), setDropped(event.dataTransfer.files[0] ?? null));
   const takes = inputs.map((input) => plain(`${input.name}: ${input.datatype} ${shapeText(input)}`, 200)).join(" · "), guess = guessText(inputs);
-  const buttons = (send, isBusy) => html`<button type="submit" class="primary" disabled=${isBusy || !body}>Predict</button>`;
+  const buttons = (send, isBusy) => html`<button type="submit" class="primary" disabled=${isBusy || !body}>Run inference</button>`;
   return html`
-    <${Dialog} name="predict" kind="wide" title="Predict with ${model.id}" ask=${ask} buttons=${buttons} refusal=${error ? errorText(error) : problem}
+    <${Dialog} name="infer" kind="wide" title="Inference with ${model.id}" ask=${ask} buttons=${buttons} refusal=${error ? errorText(error) : problem}
         drops=${{ onDragOver: (event) => event.preventDefault(), onDrop: drop }} hint=${html`<${Answer} said=${said} />`}>
-      <p id="predict-inputs" class="hint">${described ? takes : `Version ${model.version}.`}</p>
-      <div class="predict-files">
+      <p id="infer-inputs" class="hint">${described ? takes : `Version ${model.version}.`}</p>
+      <div class="infer-files">
         ${inputs.map((input, number) => html`
-          <${FileField} key=${input.name} id="predict-file-${number}" input=${input} put=${put} refuse=${setProblem}
+          <${FileField} key=${input.name} id="infer-file-${number}" input=${input} put=${put} refuse=${setProblem}
             dropped=${number === 0 ? dropped : null} />`)}
       </div>
-      <label for="predict-body">Request, as of the Open Inference Protocol</label>
-      <textarea id="predict-body" rows="9" spellcheck=${false} autocomplete="off" aria-describedby="predict-help" value=${body}
+      <label for="infer-body">Request, as of the Open Inference Protocol</label>
+      <textarea id="infer-body" rows="9" spellcheck=${false} autocomplete="off" aria-describedby="infer-help" value=${body}
         onInput=${(event) => setBody(event.target.value)} />
-      <p id="predict-help" class="hint">
+      <p id="infer-help" class="hint">
         "zeros" or "ones" in place of data fill the shape, the name of a file above is what it holds. These are sent in binary.
       </p>
       ${guess && html`<${Hint}>${guess}<//>`}
@@ -87,7 +87,7 @@ function FileField({ id, input, put, refuse, dropped }) {
     });
   }, [file, scale]);
   return html`
-    <div class="predict-file">
+    <div class="infer-file">
       <label for=${id}>${name} from a file</label>
       <input id=${id} type="file" accept=${layoutOf(input.shape) ? ".npy,image/*" : ".npy"}
         onChange=${(event) => event.target.files[0] && setFile(event.target.files[0])} />
@@ -103,9 +103,9 @@ function Answer({ said }) {
   const output = ({ what, values }) => html`
     <p><span class="dim">${oneLine(what, 200)} </span><strong>${oneLine(values, 400)}</strong></p>`;
   return html`
-    <p id="predict-status" role="status">${said?.status}</p>
-    <div id="predict-outputs">${said?.outputs?.map(output)}</div>
-    ${said?.text && html`<pre id="predict-answer" tabindex="0" role="group" aria-label="The answer">${said.text}</pre>`}`;
+    <p id="infer-status" role="status">${said?.status}</p>
+    <div id="infer-outputs">${said?.outputs?.map(output)}</div>
+    ${said?.text && html`<pre id="infer-answer" tabindex="0" role="group" aria-label="The answer">${said.text}</pre>`}`;
 }
 
 async function infer(model, { body, headers }, signal) {
