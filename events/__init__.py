@@ -3,13 +3,14 @@
 The way of a command: `log` queues it, `accept` decides it on `state`, `codec` writes the events as canonical
 JSON and chains their hashes, `sqlite.storage` commits them in one transaction, and `tail` wakes the readers.
 
-- A new event or field: `types`, then the folds in `jobs`, `models`, `tokens` and `nodes`, then `counters`.
+- A new event or field: `types`, then the folds in `jobs`, `models`, `versions`, `tokens` and `nodes`, then
+  `counters` and `eventtext`. Rows of the past: `history` and `presence`.
 - What the state allows, duplicates, idempotency keys: `accept`; what an inference may have loaded: `demand`;
-  the commands: `commands`, and those about tokens and nodes: `registercommands`.
+  the commands: `commands`, `labels`, `approvals`, and those about tokens and nodes: `registercommands`.
 - The live state and its transactions: `state`; tokens and nodes: `registers`; the queue of commands,
   groups of events, group commit and failures of writing: `log`.
-- Times and ids: `clock`; files that appear complete or not at all: `files`; refusals and failures:
-  `errors`; what the writer needs of a storage: `storage`.
+- Signatures and approvals of loads: `policy`; what nodes sign: `statements`; names of devices: `devices`.
+- Times, ids: `clock`; files, complete or absent: `files`; refusals: `errors`; the writer's needs: `storage`.
 
 This package knows no HTTP and no ONNX, and imports neither `runtime` nor `server`.
 """

@@ -1,10 +1,12 @@
-"""The shape of the code: unique class names, and true names in the docs."""
+"""The shape of the code: unique class names, true names in the docs, and maps that leave nothing out."""
 
 import ast
 import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("events", "runtime", "nodes", "server", "loadledger")
@@ -50,3 +52,31 @@ def test_names_in_structure_page_exist() -> None:
     for file, name in references:
         assert (ROOT / file).is_file(), file
         assert not name or name in defined_in(ROOT / file), f"{file}: {name}"
+
+
+@pytest.mark.parametrize(
+    ("page", "heading"),
+    [("README.md", "Where things go in the code"), ("CONTRIBUTING.md", "Where things go")],
+)
+def test_map_of_the_code_names_all_packages(page: str, heading: str) -> None:
+    """Those that are installed: the list `PACKAGES` of setup.py."""
+    installed = re.search(r"^PACKAGES = (.+)$", (ROOT / "setup.py").read_text(encoding="utf-8"), re.MULTILINE)
+    section = (ROOT / page).read_text(encoding="utf-8").partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    assert installed
+    assert [each for each in ast.literal_eval(installed[1]) if f"`{each}`" not in section] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/structure.md"])
+def test_pages_count_the_requests_that_structure_page_follows(page: str) -> None:
+    ways = STRUCTURE.read_text(encoding="utf-8").count("\n## The way of ")
+    count = ("two", "three", "four", "five", "six")[ways - 2]
+    assert f"follows {count} requests" in (ROOT / page).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("package", ["events", "runtime", "server"])
+def test_map_of_a_package_names_all_its_modules(package: str) -> None:
+    folder = ROOT / package
+    named = re.findall(r"`(\w+)[`./]", ast.get_docstring(tree_of(folder / "__init__.py")) or "")
+    parts = {path.stem for path in folder.glob("*.py")}
+    parts |= {path.parent.name for path in folder.glob("*/__init__.py")}
+    assert parts - set(named) == {"__init__"}
