@@ -29,7 +29,7 @@ from loadledger.records import (
     Node,
     NodeList,
     Resources,
-    Stage,
+    Upload,
     VerifiedVersion,
     VersionApprovals,
 )
@@ -98,7 +98,7 @@ class LoadOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True, slots=True)
-class _Upload:
+class _Addition:
     """The files of a version, their SHA-256 by path, and what is said of where they come from."""
 
     files: VersionSource
@@ -273,15 +273,15 @@ class Operations:
             ServerError: the server refused.
         """
         digests = await self._context.transport.call(lambda: hash_files(files))
-        upload = _Upload(files, digests, provenance, on_progress)
+        addition = _Addition(files, digests, provenance, on_progress)
 
         async def add_as(number: int) -> AddedVersion:
             try:
-                return await self._add_version(model_id, number, upload)
+                return await self._add_version(model_id, number, addition)
             except ServerError as problem:
-                if problem.code != "unknown_stage":  # its node or another addition ended it: begin again
+                if problem.code != "unknown_upload":  # its node or another addition ended it: begin again
                     raise
-            return await self._add_version(model_id, number, upload)
+            return await self._add_version(model_id, number, addition)
 
         if version is not None:
             return await add_as(version)
@@ -294,24 +294,24 @@ class Operations:
                     raise
         return await add_as(wanted + MAX_TAKEN)
 
-    async def _add_version(self, model_id: str, version: int, upload: _Upload) -> AddedVersion:
-        """Send the files into a stage, without those that an earlier attempt has sent, and commit it."""
-        stages = f"/api/v1{path('models', model_id, 'versions', str(version), 'stages')}"
-        digests = upload.digests
-        stage = await fetch(self._context, post_request(stages, key=make_key(digests)), Stage)
-        there, target, sent = {file.path: file.sha256 for file in stage.files}, stages + path(stage.id), 0
+    async def _add_version(self, model_id: str, version: int, addition: _Addition) -> AddedVersion:
+        """Send the files into an upload, without those that an earlier attempt has sent, and commit it."""
+        uploads = f"/api/v1{path('models', model_id, 'versions', str(version), 'uploads')}"
+        digests = addition.digests
+        upload = await fetch(self._context, post_request(uploads, key=make_key(digests)), Upload)
+        there, target, sent = {file.path: file.sha256 for file in upload.files}, uploads + path(upload.id), 0
         try:
-            for file in upload.files.files:
+            for file in addition.files.files:
                 if there.get(file.path) != digests[file.path]:
-                    body = FileBody(file, digests[file.path], partial(upload.count, sent))
+                    body = FileBody(file, digests[file.path], partial(addition.count, sent))
                     where = f"{target}/files{path(*file.path.split('/'))}"
                     request = Request("PUT", where, body.headers, upload=body, timeout_s=UPLOAD_ANSWER_S)
                     await fetch_with_retries(self._context, request, File, reached=True)
                 sent += file.bytes
             commit = Request("POST", f"{target}/commit", repeatable=False, timeout_s=UPLOAD_ANSWER_S)
-            if upload.provenance is not None:
+            if addition.provenance is not None:
                 headers = {"Content-Type": "application/json"}
-                commit = replace(commit, headers=headers, body=encode_json(upload.provenance))
+                commit = replace(commit, headers=headers, body=encode_json(addition.provenance))
             return await fetch(self._context, commit, AddedVersion)
         except ServerError as problem:
             if problem.code in _REFUSED_FILES:

@@ -115,7 +115,7 @@ class AddedVersion(msgspec.Struct, frozen=True):
     files: list[File]
 
 
-class Stage(AddedVersion, frozen=True):
+class Upload(AddedVersion, frozen=True):
     """A version whose files are being sent, and those that the server has."""
 
     id: str

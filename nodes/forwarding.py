@@ -5,8 +5,8 @@ to that node's address over HTTP: the same body, unparsed, and a token of this n
 (`nodes.peers`). The answer comes back as it is. A forwarded request names the node that sent it, and
 how far that one knows the ledger: its receiver answers by a state that is no older, and never forwards it
 again. Of a model with copies it goes to one of them (`nodes.spread`), and to another one, once, if that one
-refuses it or is not there. A request about a stage of a version goes to the node that its id names, with its
-body as it arrives. A server alone has no forwarder.
+refuses it or is not there. A request about an upload of a version goes to the node that its id names, with
+its body as it arrives. A server alone has no forwarder.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ _NOT_ADDED = (hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.CONTENT_TYPE, hdrs.USER_AG
 
 
 class NodeUnreachable(ServerProblem):
-    """The node that has the model, or the stage, cannot be reached."""
+    """The node that has the model, or the upload, cannot be reached."""
 
     code = "node_unreachable"
 

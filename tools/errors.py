@@ -59,8 +59,8 @@ ADVICE: Mapping[str, str] = {
     "unknown_label": "Check the label: the model shows its labels. A number is a version.",
     "unknown_version": "Check the version, and that its folder has a model file.",
     "unknown_job": "Check the id.",
-    "unknown_stage": "Begin another stage: this one was committed or discarded, not used for a day, its node"
-    " has ended, or it is another subject's.",
+    "unknown_upload": "Begin another upload: this one was committed or discarded, not used for a day, its"
+    " node has ended, or it is another subject's.",
     "unknown_token": "`loadledger token list` lists the known ones. For a token of an identity provider, say"
     " how long it is valid at most (`expires_s`).",
     "unknown_node": "Check the name of the node.",

@@ -2,9 +2,9 @@
 
 The files of a version arrive in a staging folder inside the repository, one after the other; then the version
 becomes durable as an event, and is visible by one rename. A start of the server finishes what has its event,
-keeps the stages that their callers may go on with, and discards the rest.
+keeps the uploads that their callers may go on with, and discards the rest.
 
 - `receive`: one file on its way to the disk: its path, its limits, its digests; and what is no model
-- `stage`: the staging folder, the files that a stage has so far, the rename, and what may be changed at all
+- `staging`: the folder, the files that an upload has so far, the rename, and what may be changed at all
 - `commit`: the way of one addition or removal, in threads with time limits, and its event
 """

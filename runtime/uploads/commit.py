@@ -1,9 +1,9 @@
 """The way of one addition or removal: staged, then durable as an event, then visible.
 
 Each step may be the last one: a server that ends, a client that leaves, a disk that is full or never answers.
-Before its event is durable, a change leaves nothing but a stage that its caller may go on with; from then on,
-it is finished: by this server, or by the next start. All work on files is done in threads, a piece at a time,
-with a limit on each.
+Before its event is durable, a change leaves nothing but an upload that its caller may go on with; from then
+on, it is finished: by this server, or by the next start. All work on files is done in threads, a piece at a
+time, with a limit on each.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from runtime.uploads.receive import (
     check_room,
     unwritable,
 )
-from runtime.uploads.stage import (
-    Stage,
-    StageOrigin,
+from runtime.uploads.staging import (
     Staging,
     StagingEntry,
+    UploadEntry,
+    UploadOrigin,
     UploadPolicy,
     VersionExists,
     check_writable,
     epoch_folder,
-    read_stage,
+    read_upload,
 )
 
 T = TypeVar("T")
@@ -58,22 +58,22 @@ PIECE_LIMIT_S = 120.0
 """For one piece, the most of it syncing 64 MiB or two thousand small files, or for one step of a removal."""
 START_LIMIT_S = 10.0
 """For each step of what a start has to finish: a repository that hangs must not keep it from starting."""
-STAGE_S = 24 * 3600.0
-"""After its last file, a stage ends: an upload that somebody goes on with the next morning still finds it."""
-MAX_STAGES = 1000
+UNUSED_LIMIT_S = 24 * 3600.0
+"""After its last file, an upload ends: who goes on with it the next morning still finds it."""
+MAX_UPLOADS = 1000
 """Open at once: each change looks at all of them, and a script cannot fill the disk with empty ones."""
-END_STAGES_EVERY_S = 600.0
-"""Often enough for a disk that unused stages have filled."""
+END_UPLOADS_EVERY_S = 600.0
+"""Often enough for a disk that unused uploads have filled."""
 NOT_PLACED = "not_placed"
 """Reason of a removal that nobody asked for: something else took the place of an added version."""
 _ALL = "*"
 """Key of work on the whole staging folder; no model has such a name."""
 
 
-class UnknownStage(RuntimeProblem):
-    """The caller has no such stage of this version: begin another one."""
+class UnknownUpload(RuntimeProblem):
+    """The caller has no such upload of this version: begin another one."""
 
-    code = "unknown_stage"
+    code = "unknown_upload"
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ class Uploads:
         self._now = now
         self._file_system = FileSystemPool(MAX_THREADS)
         self._changing = dict[tuple[str, int], str]()
-        self._stages = dict[str, Stage]()
+        self._uploads = dict[str, UploadEntry]()
         self._recovering = asyncio.Lock()
         self._finishing = dict[asyncio.Task[None], str]()
         """With their models."""
@@ -140,19 +140,19 @@ class Uploads:
     async def open(self) -> None:
         """Finish what has its event, and discard the rest; a repository that hangs is left for later."""
         await self._try_to_recover()
-        await self._end_unused_stages()
+        await self._end_unused_uploads()
         self._following = asyncio.create_task(self._follow(), name="uploads")
 
     async def _follow(self) -> None:
-        """Finish changes whose outcome was unknown, and those of nodes that ended; end unused stages."""
+        """Finish changes whose outcome was unknown, and those of nodes that ended; end unused uploads."""
         nodes = self._log.state.registers.nodes
         with self._log.subscribed() as wakeup:
             while True:
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(END_STAGES_EVERY_S):
+                    async with asyncio.timeout(END_UPLOADS_EVERY_S):
                         await wakeup.wait()
                 wakeup.clear()
-                await self._end_unused_stages()
+                await self._end_unused_uploads()
                 if self._unknown or self._log.state.registers.nodes is not nodes:
                     nodes, self._is_recovered = self._log.state.registers.nodes, False
                     await self._try_to_recover()
@@ -199,27 +199,27 @@ class Uploads:
         """
         try:
             await self._prepare()
-            stage = self._new_stage(StageOrigin(model_id, version, actor), stays=False)
-            self._begin(stage)
+            upload = self._new_upload(UploadOrigin(model_id, version, actor), stays=False)
+            self._begin(upload)
             try:
-                await self._run(stage, stage.begin)
-                await self._receive(stage, MODEL_FILE, body)
-                files = await self._run(stage, stage.complete)
+                await self._run(upload, upload.begin)
+                await self._receive(upload, MODEL_FILE, body)
+                files = await self._run(upload, upload.complete)
             except BaseException:
-                await self._discard(stage)
-                self._end(stage)
+                await self._discard(upload)
+                self._end(upload)
                 raise
-            await self._finish(stage, self._make_visible(stage, files))
+            await self._finish(upload, self._make_visible(upload, files))
         except VersionExists as exists:
             if only_new:
                 raise RuntimeProblem(str(exists), code="precondition_failed") from None
             raise
         return files
 
-    async def begin_stage(
+    async def begin_upload(
         self, model_id: str, version: int, subject: str, key: str | None
-    ) -> tuple[Stage, bool]:
-        """Return a new stage of a version, or the subject's own with the same key; and whether it is new.
+    ) -> tuple[UploadEntry, bool]:
+        """Return a new upload of a version, or the subject's own with the same key; and whether it is new.
 
         Raises:
             RuntimeProblem: `repository_read_only`, `version_exists`, `insufficient_storage`,
@@ -227,81 +227,83 @@ class Uploads:
             EpochOver: `log_unavailable`.
         """
         await self._prepare()
-        origin = StageOrigin(model_id, version, subject, key, self._node_id)
-        for known in self._stages.values():
+        origin = UploadOrigin(model_id, version, subject, key, self._node_id)
+        for known in self._uploads.values():
             if key is not None and known.origin == origin:
                 return known, False
-        if len(self._stages) >= MAX_STAGES:
-            raise InsufficientStorage(f"{MAX_STAGES} stages are open: commit or discard some of them")
-        stage = self._new_stage(origin)
-        stage.used_at = self._now()
-        self._stages[stage.id] = stage
+        if len(self._uploads) >= MAX_UPLOADS:
+            raise InsufficientStorage(f"{MAX_UPLOADS} uploads are open: commit or discard some of them")
+        upload = self._new_upload(origin)
+        upload.used_at = self._now()
+        self._uploads[upload.id] = upload
         try:
-            await self._run(stage, stage.begin)
+            await self._run(upload, upload.begin)
         except BaseException:
-            self._forget_stage(stage)
-            await self._discard(stage)
+            self._forget_upload(upload)
+            await self._discard(upload)
             raise
-        return stage, True
+        return upload, True
 
-    async def find_stage(self, stage_id: str, model_id: str, version: int, subject: str) -> Stage:
-        """Return a stage of its subject.
+    async def find_upload(self, upload_id: str, model_id: str, version: int, subject: str) -> UploadEntry:
+        """Return an upload of its subject.
 
         Raises:
-            UnknownStage: `unknown_stage`.
+            UnknownUpload: `unknown_upload`.
             RuntimeProblem: `repository_read_only`, `repository_unreadable`, `repository_busy`.
         """
         await self._prepare()
-        stage = self._stages.get(stage_id)
+        upload = self._uploads.get(upload_id)
         named = (model_id, version, subject)
-        if stage is None or (stage.model_id, stage.version, stage.origin.subject) != named:
-            raise UnknownStage
-        return stage
+        if upload is None or (upload.model_id, upload.version, upload.origin.subject) != named:
+            raise UnknownUpload
+        return upload
 
-    async def add_file(self, stage: Stage, path: str, body: UploadBody) -> tuple[AddedFile, bool]:
-        """Add a file to a stage, and return it; and whether the stage had none with its path.
+    async def add_file(self, upload: UploadEntry, path: str, body: UploadBody) -> tuple[AddedFile, bool]:
+        """Add a file to an upload, and return it; and whether the upload had none with its path.
 
         Raises:
-            RuntimeProblem: `unknown_stage`, `invalid_parameter`, `version_exists` (it is being committed),
+            RuntimeProblem: `unknown_upload`, `invalid_parameter`, `version_exists` (it is being committed),
                 `body_too_large`, `digest_mismatch`, `insufficient_storage`, `repository_read_only`,
                 `repository_unreadable`, `repository_busy`.
         """
         check_path(path)
-        is_new = path not in stage.files
-        file = await self._receive(stage, path, body)
-        stage.used_at = self._now()
+        is_new = path not in upload.files
+        file = await self._receive(upload, path, body)
+        upload.used_at = self._now()
         return file, is_new
 
-    async def commit(self, stage: Stage, source: Provenance | UnsetType = UNSET) -> tuple[AddedFile, ...]:
-        """Make a version of a stage, and return its files.
+    async def commit(
+        self, upload: UploadEntry, source: Provenance | UnsetType = UNSET
+    ) -> tuple[AddedFile, ...]:
+        """Make a version of an upload, and return its files.
 
         Args:
-            stage: of the version.
+            upload: of the version.
             source: where its subject says that it comes from.
 
         Raises:
-            RuntimeProblem: as `add`; the stage stays.
+            RuntimeProblem: as `add`; the upload stays.
             LogUnavailable: `log_unavailable`; if that is unknown, it may become visible later.
         """
-        self._check_open(stage)
-        self._begin(stage)
+        self._check_open(upload)
+        self._begin(upload)
         try:
-            files = await self._run(stage, stage.complete)
+            files = await self._run(upload, upload.complete)
         except BaseException:
-            self._end(stage)
+            self._end(upload)
             raise
-        await self._finish(stage, self._make_visible(stage, files, source))
+        await self._finish(upload, self._make_visible(upload, files, source))
         return files
 
-    async def discard_stage(self, stage: Stage) -> None:
-        """End a stage, and delete its files.
+    async def discard_upload(self, upload: UploadEntry) -> None:
+        """End an upload, and delete its files.
 
         Raises:
-            RuntimeProblem: `unknown_stage`, `version_exists` (it is being committed).
+            RuntimeProblem: `unknown_upload`, `version_exists` (it is being committed).
         """
-        self._check_open(stage)
-        del self._stages[stage.id]
-        await self._discard(stage)
+        self._check_open(upload)
+        del self._uploads[upload.id]
+        await self._discard(upload)
 
     async def remove(
         self,
@@ -366,11 +368,11 @@ class Uploads:
         conditions = (NodeCurrent(node.id, node.epoch),)
         return Staging(self._repository, self._root, epoch_folder(node), conditions)
 
-    def _new_stage(self, origin: StageOrigin, *, stays: bool = True) -> Stage:
-        return Stage(self._staging(), uuid7(), origin, self._policy.max_bytes, stays=stays)
+    def _new_upload(self, origin: UploadOrigin, *, stays: bool = True) -> UploadEntry:
+        return UploadEntry(self._staging(), uuid7(), origin, self._policy.max_bytes, stays=stays)
 
     async def _prepare(self) -> None:
-        """Check that the repository may be changed, finish what a start could not, and end unused stages.
+        """Check that the repository may be changed, finish what a start could not, and end unused uploads.
 
         Raises:
             RepositoryReadOnly: `repository_read_only`.
@@ -380,62 +382,62 @@ class Uploads:
             self._root, self._is_recovered = root, False
         if not self._is_recovered:
             await self._recover()
-        await self._end_unused_stages()
+        await self._end_unused_uploads()
 
-    async def _receive(self, stage: Stage, path: str, body: UploadBody) -> AddedFile:
-        """Write a body into a stage."""
-        if stage.stays:
-            self._check_open(stage)
-        of_subject = (each for each in self._stages.values() if each.origin.subject == stage.origin.subject)
-        staged_bytes = sum(each.bytes for each in of_subject if each is not stage)
-        room_bytes, max_bytes = stage.room_for(path) - staged_bytes, self._policy.max_bytes
+    async def _receive(self, upload: UploadEntry, path: str, body: UploadBody) -> AddedFile:
+        """Write a body into an upload."""
+        if upload.stays:
+            self._check_open(upload)
+        of_subject = (each for each in self._uploads.values() if each.origin.subject == upload.origin.subject)
+        uploaded_bytes = sum(each.bytes for each in of_subject if each is not upload)
+        room_bytes, max_bytes = upload.room_for(path) - uploaded_bytes, self._policy.max_bytes
         await self._run(
-            stage, partial(check_room, self._repository.root, body.length or 0, room_bytes, max_bytes)
+            upload, partial(check_room, self._repository.root, body.length or 0, room_bytes, max_bytes)
         )
-        receiver = FileReceiver(stage.new_part(), room_bytes, max_bytes, body.expected)
+        receiver = FileReceiver(upload.new_part(), room_bytes, max_bytes, body.expected)
         try:
-            await self._run(stage, receiver.open)
+            await self._run(upload, receiver.open)
             async for piece in body.pieces:
-                await self._run(stage, partial(receiver.write, piece))
-            file = await self._run(stage, partial(receiver.finish, path))
-            if stage.stays:
-                self._check_open(stage)
-            await self._run(stage, partial(stage.keep, receiver.target, file))
+                await self._run(upload, partial(receiver.write, piece))
+            file = await self._run(upload, partial(receiver.finish, path))
+            if upload.stays:
+                self._check_open(upload)
+            await self._run(upload, partial(upload.keep, receiver.target, file))
         finally:
             with suppress(RuntimeProblem):  # the next start deletes it
-                await self._run(stage, receiver.discard, START_LIMIT_S)
+                await self._run(upload, receiver.discard, START_LIMIT_S)
         return file
 
-    def _check_open(self, stage: Stage) -> None:
-        """Refuse what would change a stage that has ended, or is being committed.
+    def _check_open(self, upload: UploadEntry) -> None:
+        """Refuse what would change an upload that has ended, or is being committed.
 
         Raises:
-            UnknownStage: `unknown_stage`.
+            UnknownUpload: `unknown_upload`.
             VersionExists: `version_exists`.
         """
-        if stage.event_id in self._changing.values():
-            raise VersionExists(stage.model_id, stage.version, is_changing=True)
-        if stage.id not in self._stages:
-            raise UnknownStage
+        if upload.event_id in self._changing.values():
+            raise VersionExists(upload.model_id, upload.version, is_changing=True)
+        if upload.id not in self._uploads:
+            raise UnknownUpload
 
-    async def _end_unused_stages(self) -> None:
-        """Discard stages to which no file was added for `STAGE_S`."""
-        for stage in list(self._stages.values()):
-            is_unused = stage.used_at + STAGE_S <= self._now()
-            if is_unused and stage.event_id not in self._changing.values():
-                self._stages.pop(stage.id, None)
-                await self._discard(stage)
+    async def _end_unused_uploads(self) -> None:
+        """Discard uploads to which no file was added for `UNUSED_LIMIT_S`."""
+        for upload in list(self._uploads.values()):
+            is_unused = upload.used_at + UNUSED_LIMIT_S <= self._now()
+            if is_unused and upload.event_id not in self._changing.values():
+                self._uploads.pop(upload.id, None)
+                await self._discard(upload)
 
     async def _make_visible(
-        self, stage: Stage, files: tuple[AddedFile, ...], source: Provenance | UnsetType = UNSET
+        self, upload: UploadEntry, files: tuple[AddedFile, ...], source: Provenance | UnsetType = UNSET
     ) -> None:
-        version = (stage.model_id, stage.version, stage.origin.subject, files)
-        command = AddVersion(*version, stage.event_id, stage.staging.conditions, source, self.holder)
-        await self._record(stage, command)
+        version = (upload.model_id, upload.version, upload.origin.subject, files)
+        command = AddVersion(*version, upload.event_id, upload.staging.conditions, source, self.holder)
+        await self._record(upload, command)
         try:
-            await self._run(stage, stage.place)
+            await self._run(upload, upload.place)
         except VersionExists:
-            await self._give_up(stage)
+            await self._give_up(upload)
             raise
         except BaseException:
             self._is_recovered = False  # the next change, or the next start, finishes this one
@@ -454,7 +456,7 @@ class Uploads:
         await self._run(entry, entry.discard)
 
     async def _record(self, entry: StagingEntry, command: AddVersion | RemoveVersion) -> None:
-        """Submit a command; one that was not recorded leaves nothing but a stage.
+        """Submit a command; one that was not recorded leaves nothing but an upload.
 
         If that is unknown, its entry stays until the log has another event, and so this one or never.
         """
@@ -462,7 +464,7 @@ class Uploads:
             await self._submit(command)
         except (OutcomeUnknown, LogClosed):
             self._unknown[entry.event_id] = self._log.state.position
-            self._forget_stage(entry)
+            self._forget_upload(entry)
             raise
         except BaseException as error:
             if not entry.stays:
@@ -470,11 +472,11 @@ class Uploads:
             if isinstance(error, RequestRefused) and error.code == OUTDATED:
                 raise EpochOver from None
             raise
-        self._forget_stage(entry)
+        self._forget_upload(entry)
 
-    def _forget_stage(self, entry: StagingEntry) -> None:
-        if isinstance(entry, Stage):
-            self._stages.pop(entry.id, None)
+    def _forget_upload(self, entry: StagingEntry) -> None:
+        if isinstance(entry, UploadEntry):
+            self._uploads.pop(entry.id, None)
 
     async def _finish(self, entry: StagingEntry, work: Coroutine[Any, Any, None]) -> None:
         """Await what must not stop half-way, whatever becomes of the request."""
@@ -491,18 +493,20 @@ class Uploads:
         await asyncio.shield(task)
 
     async def _recover(self) -> None:
-        """Finish changes whose event is durable, and keep stages; discard the rest of servers that ended."""
+        """Finish changes whose event is durable, and keep uploads; discard the rest of servers that ended."""
         async with self._recovering:
             if self._is_recovered:
                 return
             staging = self._staging()
             self._is_recovered = True
-            self._stages = {  # those of an epoch that is over, or of another release, are not here any more
-                stage.id: stage for stage in self._stages.values() if stage.folder.parent == staging.folder
+            self._uploads = {  # those of an epoch that is over, or of another release, are not here any more
+                upload.id: upload
+                for upload in self._uploads.values()
+                if upload.folder.parent == staging.folder
             }
             await self._run(None, partial(staging.adopt, self._log.state.registers.nodes), START_LIMIT_S)
             for event_id in await self._run(None, staging.entries, START_LIMIT_S):
-                known = {*self._changing.values(), *(stage.event_id for stage in self._stages.values())}
+                known = {*self._changing.values(), *(upload.event_id for upload in self._uploads.values())}
                 if event_id in known:
                     continue
                 try:
@@ -518,7 +522,7 @@ class Uploads:
             return
         self._unknown.pop(event_id, None)
         if event is None or event.model_id is None or event.version is None:
-            await self._recover_stage(event_id, staging)
+            await self._recover_upload(event_id, staging)
             return
         entry = StagingEntry(staging, event_id, event.model_id, event.version)
         if isinstance(event.data, VersionAdded):
@@ -531,14 +535,14 @@ class Uploads:
             await self._run(entry, entry.discard, START_LIMIT_S)
         _log.info("%s was finished: version %d of %s", event.type, entry.version, entry.model_id)
 
-    async def _recover_stage(self, event_id: str, staging: Staging) -> None:
-        """Keep a stage for its subject; discard what is none, or was another node's."""
-        read = partial(read_stage, staging, event_id, self._policy.max_bytes)
-        stage = await self._run(None, read, START_LIMIT_S)
-        if stage is None or stage.origin.node_id != self._node_id:
+    async def _recover_upload(self, event_id: str, staging: Staging) -> None:
+        """Keep an upload for its subject; discard what is none, or was another node's."""
+        read = partial(read_upload, staging, event_id, self._policy.max_bytes)
+        upload = await self._run(None, read, START_LIMIT_S)
+        if upload is None or upload.origin.node_id != self._node_id:
             await self._run(None, partial(staging.discard, event_id), START_LIMIT_S)
         else:
-            self._stages[stage.id] = stage
+            self._uploads[upload.id] = upload
 
     async def _give_up(self, entry: StagingEntry) -> None:
         """Record that an added version never became visible; its files go first, so that it never will."""

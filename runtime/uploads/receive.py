@@ -52,14 +52,14 @@ class BadPath(RuntimeProblem):
 
 
 class UploadTooLarge(RuntimeProblem):
-    """The files have more bytes than a version, and all stages of a subject, may have."""
+    """The files have more bytes than a version, and all uploads of a subject, may have."""
 
     code = "body_too_large"
 
     def __init__(self, max_bytes: int) -> None:
         super().__init__(
-            f"a version, and all stages of a subject together, may have {max_bytes} bytes, and this is more:"
-            " discard other stages, or put it there yourself"
+            f"a version, and all uploads of a subject together, may have {max_bytes} bytes, and this is more:"
+            " discard other uploads, or put it there yourself"
         )
 
 
@@ -269,7 +269,7 @@ def check_model(folder: Path, paths: Iterable[str]) -> None:
     try:
         check_external_data(folder / model, folder, folder)
     except MissingData as refused:
-        advice = "; send all files that the model names, in a stage"
+        advice = "; send all files that the model names, in an upload"
         raise LoadRefused(refused.code, f"{refused}{advice}") from None
 
 

@@ -1,6 +1,6 @@
 """Versions: add them to the repository, and remove them.
 
-A version of one file is the body of one request. The files of others come one by one into a stage, which a
+A version of one file is the body of one request. The files of others come one by one into an upload, which a
 last request commits, and may say where they come from. A file may have any length: it goes to the disk as it
 arrives.
 """
@@ -23,9 +23,9 @@ from events.accept import MAX_QUEUE, find_end_of_use
 from events.clock import format_timestamp
 from events.errors import RequestRefused
 from events.types import AddedFile, Provenance
-from runtime.uploads.commit import STAGE_S, UploadBody
+from runtime.uploads.commit import UNUSED_LIMIT_S, UploadBody
 from runtime.uploads.receive import Digests, parse_digests
-from runtime.uploads.stage import Stage
+from runtime.uploads.staging import UploadEntry
 from server.api.jobs import IS_KEY, hash_idempotency_key, run_job
 from server.api.schemas import ModelVersionPathSchema, about
 from server.appkeys import LOG, STOPPING, UPLOADS
@@ -53,7 +53,7 @@ MEDIA_TYPES = ("application/octet-stream", "application/x-onnx")
 """Of one file; without one, as `curl -T` sends it, it is one, too."""
 DIGESTS = ("Repr-Digest", "Content-Digest")
 """RFC 9530. Without a content coding or a range, both are of the same bytes."""
-MAX_STAGE_CHARACTERS = 320
+MAX_UPLOAD_ID_CHARACTERS = 320
 """A UUID, and the name of a node."""
 _FILE_BODY: Mapping[str, Any] = {
     "required": True,
@@ -78,8 +78,8 @@ _CHANGE_ERRORS = (
     "log_unavailable",
     "shutting_down",
 )
-_OF_STAGE: Mapping[str, Any] = {"access": Access.ADMIN, "is_forwarded": True, "query": NothingSchema()}
-_STAGE_ERRORS = ("unknown_stage", "node_unreachable", *_CHANGE_ERRORS)
+_OF_UPLOAD: Mapping[str, Any] = {"access": Access.ADMIN, "is_forwarded": True, "query": NothingSchema()}
+_UPLOAD_ERRORS = ("unknown_upload", "node_unreachable", *_CHANGE_ERRORS)
 
 
 class DigestHeadersSchema(Schema):
@@ -135,28 +135,28 @@ class CommitBodySchema(Schema):
             raise ValidationError("Must be given with resolved.", "source")
 
 
-class StageHeadersSchema(Schema):
-    """Header fields of a new stage."""
+class UploadHeadersSchema(Schema):
+    """Header fields of a new upload."""
 
     idempotency_key = fields.String(
         data_key="Idempotency-Key",
         validate=IS_KEY,
         **about(
-            "Any string in double quotes. The same subject's stage of this version that began with the same "
+            "Any string in double quotes. The same subject's upload of this version that began with the same "
             "key is answered with 200, with the files that it has.",
             example='"8e03978e-40d5-43dd-bc93-6894a57f9324"',
         ),
     )
 
 
-class StagePathSchema(ModelVersionPathSchema):
-    """A stage of the version that the path names."""
+class UploadPathSchema(ModelVersionPathSchema):
+    """An upload of the version that the path names."""
 
-    stage = fields.String(required=True, validate=validate.Length(1, MAX_STAGE_CHARACTERS))
+    upload = fields.String(required=True, validate=validate.Length(1, MAX_UPLOAD_ID_CHARACTERS))
 
 
-class StagedFilePathSchema(StagePathSchema):
-    """A file of a stage."""
+class UploadedFilePathSchema(UploadPathSchema):
+    """A file of an upload."""
 
     path = fields.String(
         required=True, **about("Relative to the version's folder; it may have slashes.", example="model.onnx")
@@ -180,21 +180,21 @@ class AddedVersionSchema(Schema):
     files = fields.List(fields.Nested(AddedFileSchema), required=True)
 
 
-class StageSchema(AddedVersionSchema):
-    """A stage, with the files that are complete."""
+class UploadSchema(AddedVersionSchema):
+    """An upload, with the files that are complete."""
 
-    id = fields.String(required=True, **about("Names the node that has the stage, too, if there are nodes."))
+    id = fields.String(required=True, **about("Names the node that has the upload, too, if there are nodes."))
     expires_at = fields.String(
         required=True, metadata={"format": "date-time", "description": "Later, if a file is added before."}
     )
 
 
 def at_its_node(handler: Handler) -> Handler:
-    """Return a handler about a stage that lets the node answer which the stage's id names."""
+    """Return a handler about an upload that lets the node answer which the upload's id names."""
 
     @wraps(handler)
     async def answer(request: web.Request) -> web.StreamResponse:
-        _, _, node_id = path_parameters(request)["stage"].partition(".")
+        _, _, node_id = path_parameters(request)["upload"].partition(".")
         forwarding = request.app.get(FORWARDING)
         there = None if forwarding is None else forwarding.find_other(request, node_id)
         if forwarding is None or there is None:
@@ -213,10 +213,10 @@ def at_its_node(handler: Handler) -> Handler:
     access=Access.ADMIN,
     summary="Add a version of one file",
     description="Puts a version into the repository, and records `VersionAdded`. The body is one ONNX file, "
-    "which becomes the version's `model.onnx`; versions of several files need a stage. The version is "
-    "visible once all of it is on disk and its event is recorded; until then, and if the upload ends early, "
+    "which becomes the version's `model.onnx`; versions of several files need an upload. The version is "
+    "visible once all of it is on disk and its event is recorded; until then, and if the request ends early, "
     "there is nothing. A version is never overwritten. The server fetches nothing: what has a name "
-    "elsewhere, `loadledger add MODEL SOURCE` downloads where it runs, and sends it in a stage.",
+    "elsewhere, `loadledger add MODEL SOURCE` downloads where it runs, and sends it in an upload.",
     path=ModelVersionPathSchema(),
     query=NothingSchema(),
     headers=VersionHeadersSchema(),
@@ -268,107 +268,107 @@ async def _end_uses(app: web.Application, model_id: str, version: int, subject: 
 
 
 @routes.post(
-    "/api/v1/models/{id}/versions/{version}/stages",
+    "/api/v1/models/{id}/versions/{version}/uploads",
     access=Access.ADMIN,
-    summary="Begin a stage of a version",
-    description="A stage takes the files of a version one by one, until it is committed. Only its creator "
+    summary="Begin an upload of a version",
+    description="An upload takes the files of a version one by one, until it is committed. Only its creator "
     "may use it. It ends 24 hours after its last file, or with the node that has it; a restart of a server "
-    "alone leaves it. The files of all stages of a subject may have as many bytes as a version.",
+    "alone leaves it. The files of all uploads of a subject may have as many bytes as a version.",
     path=ModelVersionPathSchema(),
     query=NothingSchema(),
-    headers=StageHeadersSchema(),
+    headers=UploadHeadersSchema(),
     body=NothingSchema(),
     answers={
-        201: (StageSchema(), "It is at `Location`."),
-        200: (StageSchema(), "It began before, with the same `Idempotency-Key`."),
+        201: (UploadSchema(), "It is at `Location`."),
+        200: (UploadSchema(), "It began before, with the same `Idempotency-Key`."),
     },
     errors=_CHANGE_ERRORS,
 )
-async def begin_stage(request: web.Request) -> web.Response:
+async def begin_upload(request: web.Request) -> web.Response:
     given, key = path_parameters(request), hash_idempotency_key(request)
-    stage, is_new = await request.app[UPLOADS].begin_stage(
+    upload, is_new = await request.app[UPLOADS].begin_upload(
         given["id"], given["version"], request[PRINCIPAL].subject, None if key is None else key.key_hash
     )
-    location = f"/api/v1/models/{stage.model_id}/versions/{stage.version}/stages/{stage.id}"
+    location = f"/api/v1/models/{upload.model_id}/versions/{upload.version}/uploads/{upload.id}"
     return web.json_response(
-        _stage_view(stage), status=201 if is_new else 200, headers={hdrs.LOCATION: location}
+        _upload_view(upload), status=201 if is_new else 200, headers={hdrs.LOCATION: location}
     )
 
 
 @routes.get(
-    "/api/v1/models/{id}/versions/{version}/stages/{stage}",
-    **_OF_STAGE,
-    summary="Show a stage",
+    "/api/v1/models/{id}/versions/{version}/uploads/{upload}",
+    **_OF_UPLOAD,
+    summary="Show an upload",
     description="Its files that are complete: they need not be sent again.",
-    path=StagePathSchema(),
-    answers={200: (StageSchema(), "The stage.")},
-    errors=_STAGE_ERRORS,
+    path=UploadPathSchema(),
+    answers={200: (UploadSchema(), "The upload.")},
+    errors=_UPLOAD_ERRORS,
 )
 @at_its_node
-async def get_stage(request: web.Request) -> web.Response:
-    return web.json_response(_stage_view(await _find_stage(request)))
+async def get_upload(request: web.Request) -> web.Response:
+    return web.json_response(_upload_view(await _find_upload(request)))
 
 
 @routes.delete(
-    "/api/v1/models/{id}/versions/{version}/stages/{stage}",
-    **_OF_STAGE,
-    summary="Discard a stage",
+    "/api/v1/models/{id}/versions/{version}/uploads/{upload}",
+    **_OF_UPLOAD,
+    summary="Discard an upload",
     description="Its files are deleted.",
-    path=StagePathSchema(),
+    path=UploadPathSchema(),
     answers={204: {"description": "Discarded."}},
-    errors=_STAGE_ERRORS,
+    errors=_UPLOAD_ERRORS,
 )
 @at_its_node
-async def discard_stage(request: web.Request) -> web.Response:
-    await request.app[UPLOADS].discard_stage(await _find_stage(request))
+async def discard_upload(request: web.Request) -> web.Response:
+    await request.app[UPLOADS].discard_upload(await _find_upload(request))
     return web.Response(status=204)
 
 
 @routes.put(
-    "/api/v1/models/{id}/versions/{version}/stages/{stage}/files/{path}",
-    **_OF_STAGE,
-    summary="Add a file to a stage",
+    "/api/v1/models/{id}/versions/{version}/uploads/{upload}/files/{path}",
+    **_OF_UPLOAD,
+    summary="Add a file to an upload",
     description="The body is the file. One with the same path is replaced. A path that is absolute, leads "
     "upwards, or is no printable UTF-8 is refused.",
-    path=StagedFilePathSchema(),
+    path=UploadedFilePathSchema(),
     headers=DigestHeadersSchema(),
     request_body=_FILE_BODY,
     answers={
         201: (AddedFileSchema(), "Added."),
         200: (AddedFileSchema(), "Added in place of another one."),
     },
-    errors=(*_FILE_ERRORS, *_STAGE_ERRORS),
+    errors=(*_FILE_ERRORS, *_UPLOAD_ERRORS),
 )
 @at_its_node
-async def add_staged_file(request: web.Request) -> web.Response:
+async def add_uploaded_file(request: web.Request) -> web.Response:
     path, body = path_parameters(request)["path"], _read_file(request)
-    file, is_new = await request.app[UPLOADS].add_file(await _find_stage(request), path, body)
+    file, is_new = await request.app[UPLOADS].add_file(await _find_upload(request), path, body)
     return web.json_response(asdict(file), status=201 if is_new else 200)
 
 
 @routes.post(
-    "/api/v1/models/{id}/versions/{version}/stages/{stage}/commit",
-    **_OF_STAGE,
-    summary="Add the version of a stage",
+    "/api/v1/models/{id}/versions/{version}/uploads/{upload}/commit",
+    **_OF_UPLOAD,
+    summary="Add the version of an upload",
     description="Records `VersionAdded`, and makes the version visible, as a `PUT` of the version does. If "
-    "it is refused, the stage stays. The event has what the body says of where the files come from, beside "
+    "it is refused, the upload stays. The event has what the body says of where the files come from, beside "
     "the digests that the server computed.",
-    path=StagePathSchema(),
+    path=UploadPathSchema(),
     request_body={"required": False, "content": {"application/json": {"schema": CommitBodySchema()}}},
     answers={201: (AddedVersionSchema(), "Added; the model is at `Location`.")},
-    errors=("invalid_body", "unsupported_media_type", "body_timeout", *_MODEL_ERRORS, *_STAGE_ERRORS),
+    errors=("invalid_body", "unsupported_media_type", "body_timeout", *_MODEL_ERRORS, *_UPLOAD_ERRORS),
 )
 @at_its_node
-async def commit_stage(request: web.Request) -> web.Response:
+async def commit_upload(request: web.Request) -> web.Response:
     said = await read_json(request, CommitBodySchema())
     source = Provenance(said["source"], said.get("resolved", said["source"])) if said else UNSET
-    files = await request.app[UPLOADS].commit(await _find_stage(request), source)
+    files = await request.app[UPLOADS].commit(await _find_upload(request), source)
     return _answer_with_version(path_parameters(request), files)
 
 
-async def _find_stage(request: web.Request) -> Stage:
+async def _find_upload(request: web.Request) -> UploadEntry:
     given, subject = path_parameters(request), request[PRINCIPAL].subject
-    return await request.app[UPLOADS].find_stage(given["stage"], given["id"], given["version"], subject)
+    return await request.app[UPLOADS].find_upload(given["upload"], given["id"], given["version"], subject)
 
 
 def _answer_with_version(given: Any, files: Iterable[AddedFile]) -> web.Response:
@@ -382,10 +382,10 @@ def _version_view(model_id: str, version: int, files: Iterable[AddedFile]) -> di
     return {"model_id": model_id, "version": version, "bytes": total, "files": shown}
 
 
-def _stage_view(stage: Stage) -> dict[str, Any]:
-    ends = datetime.fromtimestamp(stage.used_at + STAGE_S, UTC)
-    version = _version_view(stage.model_id, stage.version, stage.files.values())
-    return {"id": stage.id, "expires_at": format_timestamp(ends), **version}
+def _upload_view(upload: UploadEntry) -> dict[str, Any]:
+    ends = datetime.fromtimestamp(upload.used_at + UNUSED_LIMIT_S, UTC)
+    version = _version_view(upload.model_id, upload.version, upload.files.values())
+    return {"id": upload.id, "expires_at": format_timestamp(ends), **version}
 
 
 def _read_file(request: web.Request) -> UploadBody:
@@ -401,7 +401,7 @@ def _read_file(request: web.Request) -> UploadBody:
     if media_type not in ("", *MEDIA_TYPES):
         raise UnsupportedMediaType(
             f"the body must be one file, as {' or '.join(MEDIA_TYPES)}: the files of a version of several are"
-            " sent one by one into a stage"
+            " sent one by one into an upload"
         )
     return UploadBody(_read_pieces(request), request.content_length, _read_digests(request))
 

@@ -92,21 +92,21 @@ function UploadDialog({ modelId, dropped }) {
 const nextVersion = (id) => Math.max(0, ...(models.value.get(id.trim())?.versions ?? [])) + 1;
 
 async function send(id, version, files, onSent, signal) {
-  const stages = `/api/v1/models/${encodeURIComponent(id)}/versions/${version}/stages`;
+  const uploads = `/api/v1/models/${encodeURIComponent(id)}/versions/${version}/uploads`;
   const headers = { "Content-Type": "application/octet-stream" };
-  let stage = null, sent = 0;
+  let upload = null, sent = 0;
   onSent(0);
   try {
-    stage = `${stages}/${(await api.post(stages, undefined, { signal })).answer.id}`;
+    upload = `${uploads}/${(await api.post(uploads, undefined, { signal })).answer.id}`;
     for (const file of files) {
-      const path = `${stage}/files/${encodeURIComponent(pathOf(file, files))}`;
+      const path = `${upload}/files/${encodeURIComponent(pathOf(file, files))}`;
       await api.upload(path, file, { headers, onProgress: (ofFile) => onSent(sent + ofFile), signal });
       sent += file.size;
     }
     onSent(sent);
-    await api.post(`${stage}/commit`, undefined, { signal, limitMs: 0 });
+    await api.post(`${upload}/commit`, undefined, { signal, limitMs: 0 });
   } catch (error) {
-    if (stage) api.send(stage, { method: "DELETE" }).catch(() => {}); // which ends by itself otherwise
+    if (upload) api.send(upload, { method: "DELETE" }).catch(() => {}); // which ends by itself otherwise
     throw error;
   }
 }

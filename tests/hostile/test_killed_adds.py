@@ -75,7 +75,7 @@ class Adder:
 
 
 def visible(repository: Path) -> dict[str, bytes]:
-    """Return the contents of all files by path; stages are not looked into, as the server may end one."""
+    """Return the contents of all files by path; uploads are not looked into, as the server may end one."""
     shown = [each for top in repository.glob("[!.]*") for each in (top, *top.rglob("*"))]
     return {each.relative_to(repository).as_posix(): each.read_bytes() for each in shown if each.is_file()}
 

@@ -117,7 +117,7 @@ def test_interrupted_addition_goes_on_with_what_is_missing(server: Server, tmp_p
     assert min(seen) > first
 
 
-def test_addition_without_its_stage_is_the_next_version(server: Server, tmp_path: Path) -> None:
+def test_addition_without_its_upload_is_the_next_version(server: Server, tmp_path: Path) -> None:
     (tmp_path / "net.onnx").write_bytes(models.external("w.bin").SerializeToString())
     (tmp_path / "w.bin").write_bytes(models.external_bytes())
     token, versions = server.api.token("admin"), list[int]()

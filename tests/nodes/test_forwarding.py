@@ -374,49 +374,51 @@ async def endless_body() -> AsyncIterator[bytes]:
     await asyncio.Event().wait()
 
 
-async def test_requests_about_a_stage_go_to_its_node(
+async def test_requests_about_an_upload_go_to_its_node(
     ledger: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with reachable_nodes(ledger.server_url, tmp_path, "a", "b", repository_writable="on") as nodes:
         owner, other = nodes
-        stages = "/api/v1/models/staged/versions/1/stages"
-        begun = await owner.api.post(stages)
-        stage = begun.headers["Location"]
-        assert stage.endswith(".a")
+        uploads = "/api/v1/models/uploaded/versions/1/uploads"
+        begun = await owner.api.post(uploads)
+        upload = begun.headers["Location"]
+        assert upload.endswith(".a")
         for path, data in FILES.items():
             digest = base64.b64encode(hashlib.sha256(data).digest()).decode()
             for of, status in ((b"", 400), (data, 201)):
                 fields = {"Repr-Digest": f"sha-256=:{digest}:"}
-                answer = await other.api.send("PUT", f"{stage}/files/{path}", data=of, headers=fields)
+                answer = await other.api.send("PUT", f"{upload}/files/{path}", data=of, headers=fields)
                 assert answer.status == status
         part = {"Content-Range": "bytes 0-0/2"}
-        answer = await other.api.send("PUT", f"{stage}/files/part", data=b"1", headers=part)
+        answer = await other.api.send("PUT", f"{upload}/files/part", data=b"1", headers=part)
         assert answer.refusal == (400, "invalid_parameter")
         monkeypatch.setattr(iterate_body, "__defaults__", (0.1,))
-        answer = await other.api.send("PUT", f"{stage}/files/part", data=endless_body())
+        answer = await other.api.send("PUT", f"{upload}/files/part", data=endless_body())
         assert answer.refusal == (408, "body_timeout")
-        shown = await other.api.get(stage, roles=("admin",))
+        shown = await other.api.get(upload, roles=("admin",))
         assert {each["path"] for each in shown.json["files"]} == FILES.keys()
-        assert (await other.api.get(stage, roles=("admin",), subject="bob")).refusal == (404, "unknown_stage")
-        own = forwarded(owner, other, "admin", model_id="staged")
-        assert (await other.api.get(stage, roles=(), headers=own)).refusal == (404, "unknown_stage")
+        unknown = (404, "unknown_upload")
+        assert (await other.api.get(upload, roles=("admin",), subject="bob")).refusal == unknown
+        own = forwarded(owner, other, "admin", model_id="uploaded")
+        assert (await other.api.get(upload, roles=(), headers=own)).refusal == unknown
         await owner.proxy.cut()
-        assert (await other.api.post(f"{stage}/commit")).refusal == (503, "node_unreachable")
+        assert (await other.api.post(f"{upload}/commit")).refusal == (503, "node_unreachable")
         owner.proxy.heal()
-        refused = await other.api.post(f"{stage}/commit", json={"source": "https://alice:secret@host/m"})
+        refused = await other.api.post(f"{upload}/commit", json={"source": "https://alice:secret@host/m"})
         assert refused.refusal == (400, "invalid_body")
         coded = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
-        refused = await other.api.post(f"{stage}/commit", data=gzip.compress(b"{}"), headers=coded)
+        refused = await other.api.post(f"{upload}/commit", data=gzip.compress(b"{}"), headers=coded)
         assert refused.refusal == (415, "unsupported_media_type")
         statement = {"source": "hf://org/repo@main", "resolved": "hf://org/repo@c0ffee"}
-        answer = await other.api.post(f"{stage}/commit", json=statement)
-        assert (answer.status, answer.headers["Location"]) == (201, "/api/v1/models/staged")
-        [shown] = (await owner.api.model("staged"))["sources"]
+        answer = await other.api.post(f"{upload}/commit", json=statement)
+        assert (answer.status, answer.headers["Location"]) == (201, "/api/v1/models/uploaded")
+        [shown] = (await owner.api.model("uploaded"))["sources"]
         assert shown.items() >= {**statement, "added_by": "alice"}.items()
-        assert files_in(tmp_path / "repository") == {f"staged/1/{path}": data for path, data in FILES.items()}
-        second = (await other.api.post(stages.replace("/1/", "/2/"))).headers["Location"]
+        added = {f"uploaded/1/{path}": data for path, data in FILES.items()}
+        assert files_in(tmp_path / "repository") == added
+        second = (await other.api.post(uploads.replace("/1/", "/2/"))).headers["Location"]
         assert (await owner.api.send("DELETE", second)).status == 204
-        assert (await owner.api.send("DELETE", f"{second}x")).refusal == (404, "unknown_stage")
+        assert (await owner.api.send("DELETE", f"{second}x")).refusal == unknown
 
 
 async def drain(node: ReachableNode) -> None:

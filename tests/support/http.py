@@ -198,8 +198,8 @@ class Api:
         query = f"?force={force}&until_asked={until_asked}".lower()
         return await self._ended("completed", f"/api/v1/models/{model_id}/unload{query}")
 
-    async def add_by_stage(self, model_id: str, version: int, data: bytes, **said: str) -> None:
-        """Add a version of one file by a stage.
+    async def add_by_upload(self, model_id: str, version: int, data: bytes, **said: str) -> None:
+        """Add a version of one file by an upload.
 
         Args:
             model_id: the model; it may be new.
@@ -207,13 +207,13 @@ class Api:
             data: of its model file.
             said: where it comes from, for the commit: `source`, and `resolved`.
         """
-        stages = f"/api/v1/models/{model_id}/versions/{version}/stages"
-        answer = await self.post(stages)
+        uploads = f"/api/v1/models/{model_id}/versions/{version}/uploads"
+        answer = await self.post(uploads)
         assert answer.status == 201, answer.body
-        stage, binary = f"{stages}/{answer.json['id']}", {"Content-Type": "application/octet-stream"}
-        answer = await self.send("PUT", f"{stage}/files/model.onnx", data=data, headers=binary)
+        upload, binary = f"{uploads}/{answer.json['id']}", {"Content-Type": "application/octet-stream"}
+        answer = await self.send("PUT", f"{upload}/files/model.onnx", data=data, headers=binary)
         assert answer.status == 201, answer.body
-        answer = await self.post(f"{stage}/commit", json=said)
+        answer = await self.post(f"{upload}/commit", json=said)
         assert answer.status == 201, answer.body
 
     async def infer(

@@ -9,7 +9,7 @@ from events.log import Log
 from events.sqlite.listing import open_reader
 from runtime.repository import Repository
 from runtime.uploads.commit import UploadBody, Uploads
-from runtime.uploads.stage import STAGING, Stage, UploadPolicy
+from runtime.uploads.staging import STAGING, UploadEntry, UploadPolicy
 from support import models
 
 NODE = "node"
@@ -57,20 +57,20 @@ def body_of(data: bytes, size: int = 2**20) -> UploadBody:
     return UploadBody(pieces())
 
 
-async def begin_stage(uploads: Uploads, key: str | None = None, subject: str = "alice") -> Stage:
-    """Begin a stage of version 1 of "m", or find that of the key."""
-    stage, _ = await uploads.begin_stage("m", 1, subject, key)
-    return stage
+async def begin_upload(uploads: Uploads, key: str | None = None, subject: str = "alice") -> UploadEntry:
+    """Begin an upload of version 1 of "m", or find that of the key."""
+    upload, _ = await uploads.begin_upload("m", 1, subject, key)
+    return upload
 
 
-async def send_stage(uploads: Uploads) -> list[str]:
-    """Begin a stage with `FILES`, or go on with it, and commit it; return what it had already."""
-    stage = await begin_stage(uploads, "key")
-    there = list(stage.files)
+async def send_upload(uploads: Uploads) -> list[str]:
+    """Begin an upload with `FILES`, or go on with it, and commit it; return what it had already."""
+    upload = await begin_upload(uploads, "key")
+    there = list(upload.files)
     for path, data in FILES.items():
         if path not in there:
-            await uploads.add_file(stage, path, body_of(data, 40))
-    await uploads.commit(stage)
+            await uploads.add_file(upload, path, body_of(data, 40))
+    await uploads.commit(upload)
     return there
 
 

@@ -63,7 +63,7 @@ def test_shim_counts_connections_and_lookups(shim: Shim, by: str) -> None:
 async def test_server_opens_no_connection_for_models(config: Config, shim: Shim) -> None:
     command = (sys.executable, "-P", "-c", COMMAND)
     async with serving(config, command=command, environment=environment_of([shim])) as server:
-        await server.api.add_by_stage("said", 1, MODEL, source=NAMED, resolved=RESOLVED)
+        await server.api.add_by_upload("said", 1, MODEL, source=NAMED, resolved=RESOLVED)
         uploaded = "/api/v1/models/uploaded/versions/1"
         answer = await server.api.send("PUT", uploaded, data=MODEL, headers=BINARY)
         assert answer.status == 201

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from support import ledgers, models
-from support.uploads import FILES, MODEL, begin_stage, body_of, files_in, opened_uploads, send_stage, staged
+from support.uploads import FILES, MODEL, begin_upload, body_of, files_in, opened_uploads, send_upload, staged
 from support.workers import until
 
 from events.errors import LogUnavailable
@@ -21,8 +21,8 @@ from events.types import AddedFile
 from runtime.errors import RuntimeProblem
 from runtime.onnxfile import MODEL_FILE
 from runtime.repository import Repository
-from runtime.uploads import stage as staging
-from runtime.uploads.commit import STAGE_S, UnknownStage, UploadBody
+from runtime.uploads import staging
+from runtime.uploads.commit import UNUSED_LIMIT_S, UnknownUpload, UploadBody
 from runtime.uploads.receive import (
     BadPath,
     FileReceiver,
@@ -33,20 +33,20 @@ from runtime.uploads.receive import (
     parse_digests,
     unwritable,
 )
-from runtime.uploads.stage import UploadPolicy, VersionExists, check_writable
+from runtime.uploads.staging import UploadPolicy, VersionExists, check_writable
 
 M1 = ("m", 1, "alice")
-STAGED = {f"m/1/{path}": data for path, data in FILES.items()}
+UPLOADED = {f"m/1/{path}": data for path, data in FILES.items()}
 PLACED = {f"m/1/{MODEL_FILE}": MODEL}
 SIGNED = {**PLACED, "m/1.sig": b"signature"}
 
 DIE = """
 import asyncio, os, signal, sys
 from pathlib import Path
-from runtime.uploads.stage import StagingEntry, Stage
-from support.uploads import MODEL, body_of, opened_uploads, send_stage
+from runtime.uploads.staging import StagingEntry, UploadEntry
+from support.uploads import MODEL, body_of, opened_uploads, send_upload
 folder, verb, step, when, count = Path(sys.argv[1]), *sys.argv[2:]
-kind, calls = StagingEntry if verb == "remove" else Stage, 0
+kind, calls = StagingEntry if verb == "remove" else UploadEntry, 0
 real = getattr(kind, step)
 def die(self, *arguments):
     global calls
@@ -62,8 +62,8 @@ async def main():
         match verb:
             case "add":
                 await uploads.add("m", 1, "alice", body_of(MODEL, 40))
-            case "stage":
-                await send_stage(uploads)
+            case "upload":
+                await send_upload(uploads)
             case "remove":
                 await uploads.remove("m", 1, "alice")
 asyncio.run(main())
@@ -97,8 +97,8 @@ async def run_until_death(folder: Path, *arguments: str, call: int = 1) -> None:
         (("add", "check_free", "after"), {}, 0),
         (("add", "place", "before"), PLACED, 1),
         (("add", "discard", "before"), PLACED, 1),
-        (("stage", "place", "before"), STAGED, 1),
-        (("stage", "discard", "before"), STAGED, 1),
+        (("upload", "place", "before"), UPLOADED, 1),
+        (("upload", "discard", "before"), UPLOADED, 1),
         (("remove", "begin_removal", "after"), SIGNED, 0),
         (("remove", "take", "before"), {}, 1),
         (("remove", "_delete_bundle", "after"), {}, 1),
@@ -132,80 +132,83 @@ async def test_start_after_kill_9_finishes_or_discards(
         ("complete", "after", 1, [*FILES]),
     ],
 )
-async def test_stage_goes_on_after_kill_9(
+async def test_upload_goes_on_after_kill_9(
     folder: Path, step: str, when: str, call: int, there: list[str]
 ) -> None:
     repository = folder / "repository"
-    await run_until_death(folder, "stage", step, when, call=call)
+    await run_until_death(folder, "upload", step, when, call=call)
     async with opened_uploads(folder) as (uploads, log):
         assert len(files_in(repository)) == 1 + len(there)  # with the record, and no part of a file
-        assert await send_stage(uploads) == there
+        assert await send_upload(uploads) == there
         assert log.head.position == 1
-    assert files_in(repository) == STAGED
+    assert files_in(repository) == UPLOADED
     assert staged(repository) == []
 
 
-async def test_record_of_a_stage_tells_only_what_is_there(folder: Path) -> None:
+async def test_record_of_an_upload_tells_only_what_is_there(folder: Path) -> None:
     async with opened_uploads(folder) as (uploads, _):
-        stage = await begin_stage(uploads)
+        upload = await begin_upload(uploads)
         for path in ("a", "b", "c"):
-            await uploads.add_file(stage, path, body_of(b"1"))
-        assert await uploads.add_file(stage, "b", body_of(b"22")) == (AddedFile("b", 2, sha256(b"22")), False)
+            await uploads.add_file(upload, path, body_of(b"1"))
+        assert await uploads.add_file(upload, "b", body_of(b"22")) == (
+            AddedFile("b", 2, sha256(b"22")),
+            False,
+        )
     [entry] = (folder / "repository" / ".uploads" / "node").iterdir()
     (entry / "new").write_bytes(b"3")
     (entry / "new").rename(entry / "version" / "a")  # as if killed between the record and the rename
     (entry / "version" / "c").unlink()
-    with (entry / "stage").open("ab") as record:
+    with (entry / "upload").open("ab") as record:
         record.write(b'\n{"file": {"pa')
     async with opened_uploads(folder) as (uploads, _):
-        assert (await uploads.find_stage(stage.id, *M1)).files == {"b": AddedFile("b", 2, sha256(b"22"))}
+        assert (await uploads.find_upload(upload.id, *M1)).files == {"b": AddedFile("b", 2, sha256(b"22"))}
         assert [each.name for each in (entry / "version").iterdir()] == ["b"]
-        await uploads.add_file(stage, "a", body_of(b"4"))
+        await uploads.add_file(upload, "a", body_of(b"4"))
     async with opened_uploads(folder) as (uploads, _):
-        assert (await uploads.find_stage(stage.id, *M1)).files.keys() == {"a", "b"}
+        assert (await uploads.find_upload(upload.id, *M1)).files.keys() == {"a", "b"}
 
 
-async def test_stage_is_its_subjects_alone(folder: Path) -> None:
+async def test_upload_is_its_subjects_alone(folder: Path) -> None:
     async with opened_uploads(folder) as (uploads, _):
-        stage = await begin_stage(uploads, "key")
-        assert await begin_stage(uploads, "key") is stage
+        upload = await begin_upload(uploads, "key")
+        assert await begin_upload(uploads, "key") is upload
         for key, subject in (("other", "alice"), (None, "alice"), ("key", "bob")):
-            assert await begin_stage(uploads, key, subject) is not stage
+            assert await begin_upload(uploads, key, subject) is not upload
         for foreign in (("m", 1, "bob"), ("m", 2, "alice"), ("n", 1, "alice")):
-            with pytest.raises(UnknownStage):
-                await uploads.find_stage(stage.id, *foreign)
-        await uploads.discard_stage(stage)
-        with pytest.raises(UnknownStage):
-            await uploads.find_stage(stage.id, *M1)
+            with pytest.raises(UnknownUpload):
+                await uploads.find_upload(upload.id, *foreign)
+        await uploads.discard_upload(upload)
+        with pytest.raises(UnknownUpload):
+            await uploads.find_upload(upload.id, *M1)
 
 
-async def test_stages_of_a_subject_have_room_for_one_version(folder: Path) -> None:
+async def test_uploads_of_a_subject_have_room_for_one_version(folder: Path) -> None:
     async with opened_uploads(folder, policy=UploadPolicy(max_bytes=len(MODEL))) as (uploads, _):
-        first, second = await begin_stage(uploads, "a"), await begin_stage(uploads, "b")
+        first, second = await begin_upload(uploads, "a"), await begin_upload(uploads, "b")
         await uploads.add_file(first, "model.onnx", body_of(MODEL))
-        with pytest.raises(UploadTooLarge, match="discard other stages"):
+        with pytest.raises(UploadTooLarge, match="discard other uploads"):
             await uploads.add_file(second, "model.onnx", body_of(MODEL))
-        of_bob = await begin_stage(uploads, "b", "bob")
+        of_bob = await begin_upload(uploads, "b", "bob")
         await uploads.add_file(of_bob, "model.onnx", body_of(MODEL))
-        await uploads.discard_stage(first)
+        await uploads.discard_upload(first)
         await uploads.add_file(second, "model.onnx", body_of(MODEL))
 
 
-async def test_unused_stage_ends_after_a_day(folder: Path) -> None:
+async def test_unused_upload_ends_after_a_day(folder: Path) -> None:
     now = [time.time()]
     async with opened_uploads(folder, lambda: now[0]) as (uploads, _):
-        stage = await begin_stage(uploads)
-        now[0] += STAGE_S - 1
-        await uploads.add_file(stage, "a", body_of(b"1"))
-        now[0] += STAGE_S - 1
-        await uploads.find_stage(stage.id, *M1)
+        upload = await begin_upload(uploads)
+        now[0] += UNUSED_LIMIT_S - 1
+        await uploads.add_file(upload, "a", body_of(b"1"))
+        now[0] += UNUSED_LIMIT_S - 1
+        await uploads.find_upload(upload.id, *M1)
         now[0] += 1
-        with pytest.raises(UnknownStage):
-            await uploads.find_stage(stage.id, *M1)
+        with pytest.raises(UnknownUpload):
+            await uploads.find_upload(upload.id, *M1)
         assert staged(folder / "repository") == []
         now[0] = time.time()
-        await begin_stage(uploads)
-    async with opened_uploads(folder, lambda: time.time() + STAGE_S) as (uploads, _):
+        await begin_upload(uploads)
+    async with opened_uploads(folder, lambda: time.time() + UNUSED_LIMIT_S) as (uploads, _):
         assert staged(folder / "repository") == []
 
 
@@ -217,30 +220,30 @@ async def test_file_that_arrives_after_the_commit_is_refused(folder: Path) -> No
         await committed.wait()
 
     async with opened_uploads(folder) as (uploads, _):
-        stage = await begin_stage(uploads)
+        upload = await begin_upload(uploads)
         for path, data in FILES.items():
-            await uploads.add_file(stage, path, body_of(data))
-        request = asyncio.create_task(uploads.add_file(stage, "late", UploadBody(late())))
+            await uploads.add_file(upload, path, body_of(data))
+        request = asyncio.create_task(uploads.add_file(upload, "late", UploadBody(late())))
         await until(lambda: any("part-" in path for path in files_in(folder / "repository")))
-        await uploads.commit(stage)
+        await uploads.commit(upload)
         committed.set()
-        with pytest.raises(UnknownStage):
+        with pytest.raises(UnknownUpload):
             await request
-    assert files_in(folder / "repository") == STAGED
+    assert files_in(folder / "repository") == UPLOADED
 
 
-async def test_refused_commit_leaves_the_stage(folder: Path) -> None:
+async def test_refused_commit_leaves_the_upload(folder: Path) -> None:
     async with opened_uploads(folder) as (uploads, log):
-        stage = await begin_stage(uploads)
-        await uploads.add_file(stage, "net.onnx", body_of(FILES["net.onnx"]))
+        upload = await begin_upload(uploads)
+        await uploads.add_file(upload, "net.onnx", body_of(FILES["net.onnx"]))
         with pytest.raises(RuntimeProblem, match="send all files that the model names") as refused:
-            await uploads.commit(stage)
+            await uploads.commit(upload)
         assert refused.value.code == "invalid_model"
-        await uploads.add_file(stage, "data/w.bin", body_of(FILES["data/w.bin"]))
+        await uploads.add_file(upload, "data/w.bin", body_of(FILES["data/w.bin"]))
         with ledgers.unwritable(log.path, "VersionAdded"), pytest.raises(LogUnavailable):
-            await uploads.commit(stage)
-        await uploads.commit(stage)
-    assert files_in(folder / "repository") == STAGED
+            await uploads.commit(upload)
+        await uploads.commit(upload)
+    assert files_in(folder / "repository") == UPLOADED
 
 
 HOSTILE = {
@@ -265,18 +268,18 @@ def test_hostile_path_is_refused_with_its_reason(path: str) -> None:
         check_path(path)
 
 
-async def test_files_of_a_stage_are_limited(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_files_of_an_upload_are_limited(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with opened_uploads(folder) as (uploads, _):
-        stage = await begin_stage(uploads)
+        upload = await begin_upload(uploads)
         for path in ("model.onnx", "a/b", "c/d"):
-            await uploads.add_file(stage, path, body_of(MODEL))
+            await uploads.add_file(upload, path, body_of(MODEL))
         for path in ("a", "a/b/c", "model.onnx/x/y"):
             with pytest.raises(BadPath, match="is a file and a folder"):
-                await uploads.add_file(stage, path, body_of(b"1"))
+                await uploads.add_file(upload, path, body_of(b"1"))
         for limit, what in ((2, "2 files"), (1, "1 folders")):
             monkeypatch.setattr(staging, "MAX_FILES", limit)
             with pytest.raises(BadPath, match=f"may have {what}"):
-                await (uploads.add_file(stage, "e", body_of(b"1")) if limit > 1 else uploads.commit(stage))
+                await (uploads.add_file(upload, "e", body_of(b"1")) if limit > 1 else uploads.commit(upload))
 
 
 async def test_bytes_are_limited_as_they_arrive(folder: Path) -> None:
@@ -297,15 +300,15 @@ async def test_bytes_are_limited_as_they_arrive(folder: Path) -> None:
         with pytest.raises(UploadTooLarge):
             await uploads.add(*M1, UploadBody(long()))
         assert len(left) == 9  # ten pieces fit, and nothing was read after the eleventh
-        stage = await begin_stage(uploads)
-        request = asyncio.create_task(uploads.add_file(stage, "late", UploadBody(late())))
+        upload = await begin_upload(uploads)
+        request = asyncio.create_task(uploads.add_file(upload, "late", UploadBody(late())))
         await until(lambda: any("part-" in path for path in files_in(folder / "repository")))
-        await uploads.add_file(stage, "a", body_of(bytes(60)))
+        await uploads.add_file(upload, "a", body_of(bytes(60)))
         arrived.set()
         with pytest.raises(UploadTooLarge):
             await request
-        assert stage.files.keys() == {"a"}
-        await uploads.discard_stage(stage)
+        assert upload.files.keys() == {"a"}
+        await uploads.discard_upload(upload)
     assert staged(folder / "repository") == []
 
 
@@ -464,10 +467,10 @@ async def test_version_is_not_added_beside_a_stray_signature(folder: Path) -> No
         assert refused.value.code == "version_exists"
         assert log.head.position == 0
         bundle.unlink()
-        stage = await begin_stage(uploads)
-        await uploads.add_file(stage, MODEL_FILE, body_of(MODEL))
-        await uploads.add_file(stage, "model.sig", body_of(b"signature"))
-        await uploads.commit(stage)
+        upload = await begin_upload(uploads)
+        await uploads.add_file(upload, MODEL_FILE, body_of(MODEL))
+        await uploads.add_file(upload, "model.sig", body_of(b"signature"))
+        await uploads.commit(upload)
     assert files_in(folder / "repository") == {**PLACED, "m/1/model.sig": b"signature"}
 
 

@@ -119,7 +119,7 @@ async def test_added_bytes_need_no_hash_and_another_person(shared: LocalApi) -> 
     """The ledger has the hashes of what was added, and who did; a folder has neither."""
     content = models.add(5).SerializeToString()
     digest = digest_of([("model.onnx", hashlib.sha256(content).hexdigest())])
-    await shared.add_by_stage("asked-added", 1, content)
+    await shared.add_by_upload("asked-added", 1, content)
     [wanted] = (await shared.model("asked-added"))["unapproved"]
     assert (wanted["digest"], wanted["added_by"], wanted["is_refused"]) == (digest, "alice", False)
     assert (await put(shared, "asked-added", digest=digest, by="Alice")).refusal == (403, "same_person")

@@ -14,7 +14,7 @@ from server.appkeys import UPLOADS
 
 FILE = {"Content-Type": "application/octet-stream"}
 MODEL = models.add(9).SerializeToString()
-STAGES = "/api/v1/models/m/versions/7/stages"
+UPLOADS_PATH = "/api/v1/models/m/versions/7/uploads"
 UNREADABLE = (503, "repository_unreadable")
 
 
@@ -37,45 +37,49 @@ async def test_repository_that_is_a_link_is_followed_when_it_is_re_pointed(tmp_p
     point(link, old)
     async with local_server(tmp_path) as api:
         await api.load("m")
-        stage = (await api.post(STAGES)).json["id"]
+        upload = (await api.post(UPLOADS_PATH)).json["id"]
         point(link, new)
         assert (await api.model("m"))["repository_changed"] is True
         assert await answer_of(api) == 2
         await api.load("n")
         assert (
-            await api.send("PUT", f"{STAGES}/{stage}/files/model.onnx", data=MODEL, headers=FILE)
+            await api.send("PUT", f"{UPLOADS_PATH}/{upload}/files/model.onnx", data=MODEL, headers=FILE)
         ).refusal == (
             404,
-            "unknown_stage",
+            "unknown_upload",
         )
-        assert (await api.send("PUT", STAGES.removesuffix("/stages"), data=MODEL, headers=FILE)).status == 201
+        assert (
+            await api.send("PUT", UPLOADS_PATH.removesuffix("/uploads"), data=MODEL, headers=FILE)
+        ).status == 201
         assert (new / "m/7/model.onnx").read_bytes() == MODEL
         shutil.rmtree(old)
         await api.load("m", version=1)
         assert await answer_of(api) == 3
         assert (await api.model("m"))["repository_changed"] is False
-        assert (await api.send("DELETE", STAGES.removesuffix("/stages"))).status == 204
+        assert (await api.send("DELETE", UPLOADS_PATH.removesuffix("/uploads"))).status == 204
         assert not (new / "m/7").exists()
 
 
-async def test_commit_of_a_stage_that_the_repository_left_behind_is_refused(tmp_path: Path) -> None:
+async def test_commit_of_an_upload_that_the_repository_left_behind_is_refused(tmp_path: Path) -> None:
     link = tmp_path / "repository"
     for name in ("old", "new release"):
         (tmp_path / name).mkdir()
     point(link, tmp_path / "old")
     async with local_server(tmp_path) as api:
         uploads = api.app[UPLOADS]
-        stage, _ = await uploads.begin_stage("m", 7, "alice", "key")
+        upload, _ = await uploads.begin_upload("m", 7, "alice", "key")
         (tmp_path / "model").write_bytes(MODEL)
-        answer = await api.send("PUT", f"{STAGES}/{stage.id}/files/model.onnx", data=MODEL, headers=FILE)
+        answer = await api.send(
+            "PUT", f"{UPLOADS_PATH}/{upload.id}/files/model.onnx", data=MODEL, headers=FILE
+        )
         assert answer.status == 201
         point(link, tmp_path / "new release")
         with pytest.raises(Exception, match="leads to another folder since this began") as refused:
-            await uploads.commit(stage)
+            await uploads.commit(upload)
         assert getattr(refused.value, "code", None) == "repository_unreadable"
         assert await api.types("m") == []
-        begun, is_new = await uploads.begin_stage("m", 7, "alice", "key")
-        assert (begun.id != stage.id, is_new, begun.files) == (True, True, {})
+        begun, is_new = await uploads.begin_upload("m", 7, "alice", "key")
+        assert (begun.id != upload.id, is_new, begun.files) == (True, True, {})
 
 
 async def test_loaded_models_serve_while_the_repository_is_gone(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`PUT` and `DELETE …/versions/{version}`, and stages: statuses and codes, and what loads make of them."""
+"""`PUT` and `DELETE …/versions/{version}`, and uploads: statuses and codes, and what loads make of them."""
 
 import asyncio
 import base64
@@ -90,68 +90,68 @@ async def test_refused_upload_leaves_nothing(
 
 
 async def begin(api: LocalApi, model_id: str, **options: Any) -> str:
-    """Begin a stage of version 1, and return its path."""
-    answer = await api.post(f"{path(model_id)}/stages", **options)
+    """Begin an upload of version 1, and return its path."""
+    answer = await api.post(f"{path(model_id)}/uploads", **options)
     assert answer.status in {200, 201}
-    assert answer.headers["Location"] == f"{path(model_id)}/stages/{answer.json['id']}"
+    assert answer.headers["Location"] == f"{path(model_id)}/uploads/{answer.json['id']}"
     return answer.headers["Location"]
 
 
-async def send(api: LocalApi, stage: str, name: str, data: bytes = MODEL, **options: Any) -> Any:
-    return await api.send("PUT", f"{stage}/files/{name}", data=data, **options)
+async def send(api: LocalApi, upload: str, name: str, data: bytes = MODEL, **options: Any) -> Any:
+    return await api.send("PUT", f"{upload}/files/{name}", data=data, **options)
 
 
-async def test_files_of_a_stage_become_a_version(shared: LocalApi) -> None:
+async def test_files_of_an_upload_become_a_version(shared: LocalApi) -> None:
     once = {"Idempotency-Key": '"once"'}
-    stage = await begin(shared, "staged", headers=once)
+    upload = await begin(shared, "uploaded", headers=once)
     shown = list[dict[str, Any]]()
     for name, data in FILES.items():
-        answer = await send(shared, stage, name, data, headers={"Content-Digest": digest(data)})
+        answer = await send(shared, upload, name, data, headers={"Content-Digest": digest(data)})
         assert answer.status == 201
         shown.append({"path": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
         assert answer.json == shown[-1]
-    assert (await send(shared, stage, name, data)).status == 200
-    assert await begin(shared, "staged", headers=once) == stage
-    answer = await shared.get(stage, roles=("admin",))
+    assert (await send(shared, upload, name, data)).status == 200
+    assert await begin(shared, "uploaded", headers=once) == upload
+    answer = await shared.get(upload, roles=("admin",))
     assert answer.json["files"] == shown
-    version = {"model_id": "staged", "version": 1, "bytes": sum(each["bytes"] for each in shown)}
+    version = {"model_id": "uploaded", "version": 1, "bytes": sum(each["bytes"] for each in shown)}
     assert answer.json.items() >= version.items()
-    assert (await shared.get("/api/v1/models/staged")).status == 404
-    answer = await shared.post(f"{stage}/commit", subject="bob")
-    assert answer.refusal == (404, "unknown_stage")
-    answer = await shared.post(f"{stage}/commit")
-    assert (answer.status, answer.headers["Location"]) == (201, "/api/v1/models/staged")
+    assert (await shared.get("/api/v1/models/uploaded")).status == 404
+    answer = await shared.post(f"{upload}/commit", subject="bob")
+    assert answer.refusal == (404, "unknown_upload")
+    answer = await shared.post(f"{upload}/commit")
+    assert (answer.status, answer.headers["Location"]) == (201, "/api/v1/models/uploaded")
     assert answer.json == {**version, "files": sorted(shown, key=lambda each: str(each["path"]))}
-    assert (await shared.load("staged"))["version"] == 1
-    assert (await shared.post(f"{stage}/commit")).refusal == (404, "unknown_stage")
-    assert (await shared.post(f"{path('staged')}/stages")).refusal == (409, "version_exists")
+    assert (await shared.load("uploaded"))["version"] == 1
+    assert (await shared.post(f"{upload}/commit")).refusal == (404, "unknown_upload")
+    assert (await shared.post(f"{path('uploaded')}/uploads")).refusal == (409, "version_exists")
 
 
-STAGE_REFUSALS: dict[str, tuple[dict[str, Any], tuple[int, str]]] = {
+UPLOAD_REFUSALS: dict[str, tuple[dict[str, Any], tuple[int, str]]] = {
     "wrong digest": ({"headers": {"Repr-Digest": digest(b"other")}}, (400, "digest_mismatch")),
     "an archive": ({"headers": {"Content-Type": "application/x-tar"}}, (415, "unsupported_media_type")),
     "path upwards": ({"name": "a%2F%2E%2E/..%2Fa"}, (400, "invalid_parameter")),
     "line break": ({"name": "a%0A"}, (400, "invalid_parameter")),
-    "another subject": ({"subject": "bob"}, (404, "unknown_stage")),
+    "another subject": ({"subject": "bob"}, (404, "unknown_upload")),
 }
 
 
-@pytest.mark.parametrize("name", STAGE_REFUSALS)
-async def test_refused_file_is_not_in_the_stage(shared: LocalApi, name: str) -> None:
-    stage = await begin(shared, "refused")
-    options, expected = STAGE_REFUSALS[name]
-    assert (await send(shared, stage, **{"name": "model.onnx", **options})).refusal == expected
-    assert (await shared.get(stage, roles=("admin",))).json["files"] == []
-    assert (await shared.post(f"{stage}/commit")).refusal == (400, "not_onnx")
-    assert (await shared.send("DELETE", stage)).status == 204
+@pytest.mark.parametrize("name", UPLOAD_REFUSALS)
+async def test_refused_file_is_not_in_the_upload(shared: LocalApi, name: str) -> None:
+    upload = await begin(shared, "refused")
+    options, expected = UPLOAD_REFUSALS[name]
+    assert (await send(shared, upload, **{"name": "model.onnx", **options})).refusal == expected
+    assert (await shared.get(upload, roles=("admin",))).json["files"] == []
+    assert (await shared.post(f"{upload}/commit")).refusal == (400, "not_onnx")
+    assert (await shared.send("DELETE", upload)).status == 204
     assert staged(shared.config.repository) == []
 
 
-async def complete_stage(api: LocalApi, model_id: str) -> str:
-    """Begin a stage of version 1, send its model file, and return its path."""
-    stage = await begin(api, model_id)
-    assert (await send(api, stage, "model.onnx")).status == 201
-    return stage
+async def complete_upload(api: LocalApi, model_id: str) -> str:
+    """Begin an upload of version 1, send its model file, and return its path."""
+    upload = await begin(api, model_id)
+    assert (await send(api, upload, "model.onnx")).status == 201
+    return upload
 
 
 NAME, PINNED = "hf://org/repo@main", "https://host/m.onnx#sha256=4481"
@@ -175,8 +175,8 @@ STATEMENTS: dict[str, tuple[dict[str, Any], Provenance | UnsetType]] = {
 async def test_added_version_has_what_its_sender_says_of_its_origin(shared: LocalApi, name: str) -> None:
     request, said = STATEMENTS[name]
     model_id = name.replace(" ", "-")
-    stage = await complete_stage(shared, model_id)
-    assert (await shared.post(f"{stage}/commit", **request)).status == 201
+    upload = await complete_upload(shared, model_id)
+    assert (await shared.post(f"{upload}/commit", **request)).status == 201
     files = (AddedFile("model.onnx", len(MODEL), hashlib.sha256(MODEL).hexdigest()),)
     added = [(each.data, each.actor) for each in await shared.events(model_id) if each.type == "VersionAdded"]
     assert added == [(VersionAdded(files, said), "alice")]
@@ -212,19 +212,19 @@ STATEMENT_REFUSALS: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("name", STATEMENT_REFUSALS)
 async def test_statement_that_the_ledger_must_not_keep_is_refused(shared: LocalApi, name: str) -> None:
     body, words = STATEMENT_REFUSALS[name]
-    stage = await complete_stage(shared, "said")
-    answer = await shared.post(f"{stage}/commit", json=body)
+    upload = await complete_upload(shared, "said")
+    answer = await shared.post(f"{upload}/commit", json=body)
     assert answer.refusal == (400, "invalid_body")
     assert words in answer.json["detail"]
     assert "secret@" not in answer.json["detail"]
-    assert (await shared.send("DELETE", stage)).status == 204
+    assert (await shared.send("DELETE", upload)).status == 204
 
 
 async def test_statement_must_be_declared_as_json(shared: LocalApi) -> None:
-    stage = await complete_stage(shared, "said")
-    answer = await shared.post(f"{stage}/commit", data=b"source=hf://org/repo")
+    upload = await complete_upload(shared, "said")
+    answer = await shared.post(f"{upload}/commit", data=b"source=hf://org/repo")
     assert answer.refusal == (415, "unsupported_media_type")
-    assert (await shared.send("DELETE", stage)).status == 204
+    assert (await shared.send("DELETE", upload)).status == 204
 
 
 async def test_put_of_a_name_is_told_the_command(shared: LocalApi) -> None:
@@ -282,10 +282,10 @@ async def test_load_and_removal_at_once_have_one_winner(shared: LocalApi) -> Non
 async def test_settings_limit_uploads(start: Start) -> None:
     api = await start(max_upload_bytes=100)
     assert (await put(api, "m")).refusal == (413, "body_too_large")
-    stage = await begin(api, "m")
-    assert (await send(api, stage, "a", bytes(60))).status == 201
-    assert (await send(api, stage, "b", bytes(41))).refusal == (413, "body_too_large")
-    assert (await send(api, stage, "b", bytes(40))).status == 201
+    upload = await begin(api, "m")
+    assert (await send(api, upload, "a", bytes(60))).status == 201
+    assert (await send(api, upload, "b", bytes(41))).refusal == (413, "body_too_large")
+    assert (await send(api, upload, "b", bytes(40))).status == 201
 
 
 async def test_server_that_only_reads_refuses_changes(start: Start) -> None:

@@ -308,7 +308,7 @@ async def test_version_shows_where_its_uploader_said_it_came_from(
 ) -> None:
     model_id = f"said-{len(resolved)}"
     said = {"source": NAMED, "resolved": resolved}
-    await server.api.add_by_stage(model_id, 1, models.add().SerializeToString(), **said)
+    await server.api.add_by_upload(model_id, 1, models.add().SerializeToString(), **said)
     await admin.go(f"#/models/{model_id}")
     version = admin.page.locator(".its-versions tbody > tr")
     named = "" if resolved == NAMED else f" (named {NAMED})"

@@ -91,7 +91,7 @@ async def test_added_version_waits_until_another_approves(
 ) -> None:
     listed = carol.page.locator(".approvals")
     await expect(listed).to_have_count(0)  # versions of the folder wait for nobody
-    await server.api.add_by_stage("guarded", 2, models.add(2.0).SerializeToString())
+    await server.api.add_by_upload("guarded", 2, models.add(2.0).SerializeToString())
     await expect(listed.locator(".problem")).to_have_count(1)
     await expect(unapproved(carol, "guarded")).to_contain_text("version 2Added by alice. 0 of 1 approved.")
     await expect(carol.page.get_by_role("link", name="Overview 1 need attention")).to_be_visible()
@@ -148,7 +148,7 @@ async def test_withdrawn_approval_refuses_next_load(server: Server, admin: Conso
 
 
 async def test_refused_approval_says_why(server: Server, browser: BrowserContext, repository: Path) -> None:
-    await server.api.add_by_stage("changed", 2, models.add(2.0).SerializeToString())
+    await server.api.add_by_upload("changed", 2, models.add(2.0).SerializeToString())
     async with Console.opened(browser, server.url) as console:
         await console.sign_in(server.api.token("approve"), says="Every 3 s")
         await expect(unapproved(console, "changed version 2")).to_have_count(0)  # alice has added it

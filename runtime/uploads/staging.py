@@ -6,8 +6,8 @@ is the ledger's own key: servers that share a repository leave each other's uplo
 for each epoch: once that is over, no event of what is there can come any more, and another node takes it. The
 event of a change has its id before it happens, so a start finds the change that an event is of.
 
-A stage that its caller may go on with has a record beside its files: whose it is, and the digest of each file
-that is complete. It is read after a restart only. A line counts if the file with its inode is there, so
+An upload that its caller may go on with has a record beside its files: whose it is, and the digest of each
+file that is complete. It is read after a restart only. A line counts if the file with its inode is there, so
 neither a kill between the two nor a lost line makes a record of what did not arrive.
 """
 
@@ -37,8 +37,8 @@ from runtime.uploads.receive import BadPath, RepositoryReadOnly, UploadTooLarge,
 
 Writable = Literal["auto", "on", "off", "own"]
 STAGING = ".uploads"
-VERSION, NOTE, RECORD = "version", "inode", "stage"
-"""Of an entry: the version's files; before a removal, which folder it is that goes; and a stage's record."""
+VERSION, NOTE, RECORD = "version", "inode", "upload"
+"""Of an entry: the version's files; before a removal, which folder it is that goes; an upload's record."""
 KEY_DIGITS = 32
 """Of the hash of a node's key in a folder's name: no two nodes that share a repository have the same."""
 
@@ -255,7 +255,7 @@ class StagingEntry:
 
         Raises:
             UnknownVersion: `unknown_version`.
-            RepositoryReadOnly: as `Stage.begin`.
+            RepositoryReadOnly: as `UploadEntry.begin`.
             OSError: the entry cannot be made.
         """
         try:
@@ -317,8 +317,8 @@ class StagingEntry:
         self.folder.mkdir(mode=0o700)
 
 
-class StageOrigin(msgspec.Struct, frozen=True):
-    """A stage's version and creator: the first line of its record.
+class UploadOrigin(msgspec.Struct, frozen=True):
+    """An upload's version and creator: the first line of its record.
 
     Attributes:
         subject: who alone may use it, and the actor of its event.
@@ -338,7 +338,7 @@ class _RecordedFile(msgspec.Struct):
     inode: int
 
 
-class Stage(StagingEntry):
+class UploadEntry(StagingEntry):
     """A version on its way: an entry to which files are added one by one.
 
     Args:
@@ -353,7 +353,7 @@ class Stage(StagingEntry):
     """
 
     def __init__(
-        self, staging: Staging, event_id: str, origin: StageOrigin, max_bytes: int, *, stays: bool = True
+        self, staging: Staging, event_id: str, origin: UploadOrigin, max_bytes: int, *, stays: bool = True
     ) -> None:
         super().__init__(staging, event_id, origin.model_id, origin.version)
         self.id = event_id if origin.node_id is None else f"{event_id}.{origin.node_id}"
@@ -437,8 +437,8 @@ class Stage(StagingEntry):
         return tuple(sorted(self.files.values(), key=lambda file: file.path))
 
 
-def read_stage(staging: Staging, event_id: str, max_bytes: int) -> Stage | None:
-    """Return a stage as its record and its files tell; None if it has none.
+def read_upload(staging: Staging, event_id: str, max_bytes: int) -> UploadEntry | None:
+    """Return an upload as its record and its files tell; None if it has none.
 
     What is incomplete is deleted.
 
@@ -448,18 +448,18 @@ def read_stage(staging: Staging, event_id: str, max_bytes: int) -> Stage | None:
     record = staging.folder / event_id / RECORD
     try:
         first, *lines = record.read_bytes().split(b"\n")
-        origin = msgspec.json.decode(first, type=StageOrigin)
+        origin = msgspec.json.decode(first, type=UploadOrigin)
     except (FileNotFoundError, msgspec.MsgspecError):
         return None
-    stage = Stage(staging, event_id, origin, max_bytes)
-    stage.used_at = record.stat().st_mtime
-    version = stage.folder / VERSION
+    upload = UploadEntry(staging, event_id, origin, max_bytes)
+    upload.used_at = record.stat().st_mtime
+    version = upload.folder / VERSION
     for line in lines:
         with suppress(msgspec.MsgspecError, FileNotFoundError, NotADirectoryError):
             recorded = msgspec.json.decode(line, type=_RecordedFile)
             seen = (version / recorded.file.path).lstat()
             if (seen.st_ino, seen.st_size) == (recorded.inode, recorded.file.bytes):
-                stage.files[recorded.file.path] = recorded.file
-    for path in {*walk_files(stage.folder)[0]} - {RECORD, *(f"{VERSION}/{path}" for path in stage.files)}:
-        (stage.folder / path).unlink()
-    return stage
+                upload.files[recorded.file.path] = recorded.file
+    for path in {*walk_files(upload.folder)[0]} - {RECORD, *(f"{VERSION}/{path}" for path in upload.files)}:
+        (upload.folder / path).unlink()
+    return upload
