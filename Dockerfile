@@ -8,6 +8,7 @@ ARG PYTHON=python:3.13-slim-bookworm
 FROM ${PYTHON} AS wheel
 WORKDIR /source
 COPY setup.py pyproject.toml README.md LICENSE ./
+COPY answers answers
 COPY events events
 COPY examples examples
 COPY loadledger loadledger

@@ -1,4 +1,4 @@
-"""The distribution `loadledger`: five import packages, one command, and the files that ship with them."""
+"""The distribution `loadledger`: seven import packages, one command, and the files that ship with them."""
 
 from pathlib import Path
 
@@ -42,6 +42,7 @@ TEST = [
     "moto[s3]>=5.2",  # a server like S3; its extra `server` brings all of AWS, and minutes of pip
     "mypy==2.4.*",
     "onnx>=1.23",
+    "openapi-python-client>=0.29",
     "openapi-spec-validator>=0.7",
     "playwright>=1.65",
     "pytest>=9",
@@ -54,7 +55,7 @@ TEST = [
     "types-tqdm",
 ]
 DOCS = ["furo>=2025.12.19", "myst-parser==5.*", "sphinx==9.*"]  # furo is named by dates
-PACKAGES = ["events", "loadledger", "migrations", "nodes", "runtime", "server"]
+PACKAGES = ["answers", "events", "loadledger", "migrations", "nodes", "runtime", "server"]
 
 setup(
     name="loadledger",
@@ -68,12 +69,13 @@ setup(
     packages=[*find_packages(include=[*PACKAGES, *(f"{name}.*" for name in PACKAGES)]), "server.examples"],
     package_dir={"server.examples": "examples"},
     package_data={
+        "answers": ["py.typed"],
         "events": ["py.typed"],
         "loadledger": ["py.typed", "*.pyi", "cli/examples.txt"],
         "migrations": ["*.sql", "postgres/*.sql"],
         "nodes": ["py.typed"],
         "runtime": ["py.typed"],
-        "server": ["py.typed", "static/*", "static/vendor/*"],
+        "server": ["py.typed", "openapi/*.json", "static/*", "static/vendor/*"],
         "server.examples": ["digits/*/model.onnx", "digits.json"],
     },
     install_requires=[

@@ -335,7 +335,7 @@ def _wait_for_copies(fleet: Fleet) -> list[str]:
     def has_copies() -> bool:
         view = fleet.any.ask("GET", f"/api/v1/models/{MODEL}").json()
         found.clear()
-        found.update(each["node"] for each in view["copies_at"])
+        found.update(each["node"] for each in view.get("copies_at", ()))
         return bool(view["copies_ready"] == len(found & fleet.nodes.keys()) == COPIES)
 
     wait_until(has_copies)

@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import msgspec
-from msgspec import Struct
 from msgspec.structs import replace
 
+from answers.approvals import UnapprovedVersion
 from events.commands import (
     Accepted,
     Condition,
@@ -118,24 +118,6 @@ def find_approval(
     return LoadApproval(rules.approval_digest or "", ApprovalResult.APPROVED, by, positions)
 
 
-class UnapprovedVersion(Struct, frozen=True, gc=False):
-    """A version that somebody waits for: its load was refused, or it was added since the last approval.
-
-    Attributes:
-        version: its number.
-        digest: of the files that were added as it; None if the ledger has none.
-        is_refused: whether the last load of the model was of this version, and was refused.
-        added_by: who added the version last; None if the ledger has nobody.
-        position: of that; None if there is none.
-    """
-
-    version: int
-    digest: str | None
-    is_refused: bool
-    added_by: str | None
-    position: int | None
-
-
 def list_unapproved(
     model: Model | None, versions: ModelVersions, rules: ModelRules | None
 ) -> list[UnapprovedVersion]:
@@ -155,7 +137,12 @@ def list_unapproved(
         digest = added.digest if added is not None else next(iter(named), None)
         if digest is None or len(list_valid_approvals(versions, digest, SYSTEM)) < rules.persons:
             by, position = (None, None) if added is None else (added.by, added.position)
-            found.append(UnapprovedVersion(version, digest, version in refused, by, position))
+            refusal = version in refused
+            found.append(
+                UnapprovedVersion(
+                    version=version, digest=digest, is_refused=refusal, added_by=by, position=position
+                )
+            )
     return found
 
 

@@ -5,7 +5,7 @@ written once as coroutines over one of the transports in transports/. An operati
 
     operations.py    arguments -> request (paging, polling in jobs.py, events in stream.py)
     inference.py     arrays -> request and answer -> arrays, in binary; datatypes in tensors.py
-    requests.py      request -> answer, with retries and back-off; answer -> value of records.py or exception
+    requests.py      request -> answer, with retries and back-off; answer -> struct or exception
     errors.py        the exceptions
     profiles.py      which server: variables and profiles
 
@@ -16,8 +16,8 @@ use, since every run of the command imports this package; type checkers find the
 from typing import Any
 
 _MODULES = {
-    "client": ("AsyncClient", "Client"),
-    "errors": (
+    "loadledger.client": ("AsyncClient", "Client"),
+    "loadledger.errors": (
         "BadAnswer",
         "Busy",
         "ClientProblem",
@@ -29,22 +29,19 @@ _MODULES = {
         "ServerUnreachable",
         "SourceProblem",
     ),
-    "profiles": ("ProfileProblem",),
-    "inference": ("InferenceResult",),
-    "records": (
-        "Event",
-        "Head",
-        "Health",
-        "Job",
-        "Model",
-        "ModelMetadata",
-        "ModelTensor",
-        "Node",
-        "Resources",
-        "VerifiedVersion",
-    ),
+    "loadledger.profiles": ("ProfileProblem",),
+    "loadledger.inference": ("InferenceResult",),
+    "answers.approvals": ("VerifiedVersionInfo",),
+    "answers.events": ("EventInfo", "Head"),
+    "answers.health": ("Health",),
+    "answers.inference": ("ModelMetadata",),
+    "answers.jobs": ("JobInfo",),
+    "answers.models": ("ModelInfo",),
+    "answers.nodes": ("NodeInfo",),
+    "answers.resources": ("Resources",),
+    "answers.tensors": ("ModelTensor",),
 }
-_PLACES = {name: f"loadledger.{module}:{name}" for module, names in _MODULES.items() for name in names}
+_PLACES = {name: f"{module}:{name}" for module, names in _MODULES.items() for name in names}
 __all__ = [*_PLACES]  # noqa: PLE0604 - names are imported on first use
 
 

@@ -1,3 +1,13 @@
+from answers.approvals import VerifiedVersionInfo as VerifiedVersionInfo
+from answers.events import EventInfo as EventInfo
+from answers.events import Head as Head
+from answers.health import Health as Health
+from answers.inference import ModelMetadata as ModelMetadata
+from answers.jobs import JobInfo as JobInfo
+from answers.models import ModelInfo as ModelInfo
+from answers.nodes import NodeInfo as NodeInfo
+from answers.resources import Resources as Resources
+from answers.tensors import ModelTensor as ModelTensor
 from loadledger.client import AsyncClient as AsyncClient
 from loadledger.client import Client as Client
 from loadledger.errors import BadAnswer as BadAnswer
@@ -12,13 +22,3 @@ from loadledger.errors import ServerUnreachable as ServerUnreachable
 from loadledger.errors import SourceProblem as SourceProblem
 from loadledger.inference import InferenceResult as InferenceResult
 from loadledger.profiles import ProfileProblem as ProfileProblem
-from loadledger.records import Event as Event
-from loadledger.records import Head as Head
-from loadledger.records import Health as Health
-from loadledger.records import Job as Job
-from loadledger.records import Model as Model
-from loadledger.records import ModelMetadata as ModelMetadata
-from loadledger.records import ModelTensor as ModelTensor
-from loadledger.records import Node as Node
-from loadledger.records import Resources as Resources
-from loadledger.records import VerifiedVersion as VerifiedVersion

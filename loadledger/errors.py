@@ -12,7 +12,7 @@ import ssl
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from loadledger.records import Job
+from answers.jobs import JobInfo
 
 REASON_CHARACTERS = 4096
 """Longest reason of a failed job: the runtime's message and the worker's last lines."""
@@ -145,7 +145,7 @@ class JobFailed(ClientProblem):
         code: code of its error, or `cancelled`.
     """
 
-    def __init__(self, job: Job, hide: Callable[[str], str] = str) -> None:
+    def __init__(self, job: JobInfo, hide: Callable[[str], str] = str) -> None:
         error = job.error
         self.job = job
         self.code = error.code if error is not None else job.status
@@ -163,7 +163,9 @@ class JobUnfinished(ClientProblem):
         job: its latest known state.
     """
 
-    def __init__(self, job: Job, waited_s: float, reason: str = "", hide: Callable[[str], str] = str) -> None:
+    def __init__(
+        self, job: JobInfo, waited_s: float, reason: str = "", hide: Callable[[str], str] = str
+    ) -> None:
         self.job = job
         why = f" ({reason})" if reason else ""
         what = " is still ".join(printable(hide(text), ID_CHARACTERS) for text in (job.id, job.status))

@@ -13,9 +13,9 @@ from typing import Any
 
 import msgspec
 
+from answers.inference import ModelMetadata
 from loadledger.address import Address
 from loadledger.errors import ServerError
-from loadledger.records import ModelMetadata
 from loadledger.requests import (
     HEADER_LENGTH,
     MAX_LENGTH_DIGITS,

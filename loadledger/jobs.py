@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf
 
+from answers.jobs import JobInfo
 from loadledger.address import path
 from loadledger.errors import ClientProblem, JobFailed, JobUnfinished
-from loadledger.records import Job
 from loadledger.requests import CallContext, Request, back_off_s, fetch, get_request, is_transient
 
 PREFERRED_S = 20
@@ -22,7 +22,7 @@ POLL_FRACTION = 0.125
 SHORTEST_ANSWER_S = 1.0
 """Least time for an answer, however little of the limit is left."""
 
-JobCallback = Callable[[Job], None]
+JobCallback = Callable[[JobInfo], None]
 AwayCallback = Callable[[ClientProblem], None]
 
 
@@ -46,7 +46,7 @@ def job_request(job_id: str, at: int | str | None = None) -> Request:
     return get_request(f"/api/v1{path('jobs', job_id)}", [] if at is None else [("at", str(at))])
 
 
-async def submit_job(context: CallContext, request: Request, options: WaitOptions | None) -> Job:
+async def submit_job(context: CallContext, request: Request, options: WaitOptions | None) -> JobInfo:
     """Send the request for a job and return the job, with `options` once it has completed.
 
     Raises:
@@ -54,23 +54,23 @@ async def submit_job(context: CallContext, request: Request, options: WaitOption
         JobUnfinished: the limit of the wait is over.
     """
     if options is None:
-        return await fetch(context, request, Job)
+        return await fetch(context, request, JobInfo)
     began = context.now()
-    job = await fetch(context, _prefer_wait(context, request, options), Job)
+    job = await fetch(context, _prefer_wait(context, request, options), JobInfo)
     job = await _wait_until_ended(context, job, options, began)
     if job.status != "completed":
         raise JobFailed(job, context.address.hide)
     return job
 
 
-async def wait_for_job(context: CallContext, job_id: str, options: WaitOptions) -> Job:
+async def wait_for_job(context: CallContext, job_id: str, options: WaitOptions) -> JobInfo:
     """Wait until a job has ended, and return it whatever its outcome; of a superseded job, the one after it.
 
     Raises:
         JobUnfinished: the limit of the wait is over.
     """
     began = context.now()
-    job = await fetch(context, job_request(job_id), Job)
+    job = await fetch(context, job_request(job_id), JobInfo)
     return await _wait_until_ended(context, job, options, began)
 
 
@@ -89,7 +89,9 @@ def _prefer_wait(context: CallContext, request: Request, options: WaitOptions) -
     return replace(request, headers=headers, patience_s=float(seconds))
 
 
-async def _wait_until_ended(context: CallContext, job: Job, options: WaitOptions, began: float) -> Job:
+async def _wait_until_ended(
+    context: CallContext, job: JobInfo, options: WaitOptions, began: float
+) -> JobInfo:
     failures, trouble = 0, ""
     _report(options.on_change, job)
     wait_s = poll_interval_s(context.now() - began)
@@ -101,7 +103,7 @@ async def _wait_until_ended(context: CallContext, job: Job, options: WaitOptions
         try:
             timeout_s = min(context.timeout_s, max(left_s, SHORTEST_ANSWER_S))
             poll = replace(job_request(job.superseded_by or job.id), repeatable=False, timeout_s=timeout_s)
-            seen = await fetch(context, poll, Job)
+            seen = await fetch(context, poll, JobInfo)
         except ClientProblem as problem:
             if not is_transient(problem, reached=True):
                 raise
@@ -117,6 +119,6 @@ async def _wait_until_ended(context: CallContext, job: Job, options: WaitOptions
     return job
 
 
-def _report(on_change: JobCallback | None, job: Job) -> None:
+def _report(on_change: JobCallback | None, job: JobInfo) -> None:
     if on_change is not None:
         on_change(job)

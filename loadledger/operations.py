@@ -13,26 +13,19 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 from urllib.parse import urlencode
 
+from answers.approvals import VerifiedVersionInfo, VersionApprovals
+from answers.events import EventInfo, Head
+from answers.health import Health
+from answers.inference import ModelMetadata
+from answers.jobs import JobInfo
+from answers.models import ModelInfo
+from answers.nodes import NodeInfo, NodeList
+from answers.resources import Resources
+from answers.versions import AddedFileInfo, AddedVersionInfo, UploadInfo
 from loadledger.address import path
 from loadledger.errors import ClientProblem, NotFound, ServerError
 from loadledger.inference import InferenceCall, InferenceResult, Inferences, Inputs
 from loadledger.jobs import AwayCallback, JobCallback, WaitOptions, job_request, submit_job, wait_for_job
-from loadledger.records import (
-    AddedVersion,
-    Event,
-    File,
-    Head,
-    Health,
-    Job,
-    Model,
-    ModelMetadata,
-    Node,
-    NodeList,
-    Resources,
-    Upload,
-    VerifiedVersion,
-    VersionApprovals,
-)
 from loadledger.requests import (
     CallContext,
     Request,
@@ -134,7 +127,7 @@ class Operations:
         emergency: str | None = None,
         digest: str | None = None,
         **parameters: Unpack[LoadOptions],
-    ) -> Job:
+    ) -> JobInfo:
         """Load a model and return the job.
 
         Args:
@@ -176,7 +169,7 @@ class Operations:
         on_stage: JobCallback | None = None,
         on_away: AwayCallback | None = None,
         idempotency_key: str | None = None,
-    ) -> Job:
+    ) -> JobInfo:
         """Unload a model, by default the active one, and return the job.
 
         `force` does not wait for running requests or a stuck worker. Where inferences load models, they do
@@ -203,7 +196,7 @@ class Operations:
         digest: str | None = None,
         signature: str | os.PathLike[str] | None = None,
         on_progress: Progress | None = None,
-    ) -> AddedVersion:
+    ) -> AddedVersionInfo:
         """Put a version into the server's repository, and return it.
 
         The files are sent one by one. After a failure, the same call sends those that the server lacks.
@@ -257,7 +250,7 @@ class Operations:
         *,
         provenance: Mapping[str, str] | None = None,
         on_progress: Progress | None = None,
-    ) -> AddedVersion:
+    ) -> AddedVersionInfo:
         """Put files into the server's repository as a version; see `add`.
 
         Args:
@@ -275,7 +268,7 @@ class Operations:
         digests = await self._context.transport.call(lambda: hash_files(files))
         addition = _Addition(files, digests, provenance, on_progress)
 
-        async def add_as(number: int) -> AddedVersion:
+        async def add_as(number: int) -> AddedVersionInfo:
             try:
                 return await self._add_version(model_id, number, addition)
             except ServerError as problem:
@@ -294,11 +287,11 @@ class Operations:
                     raise
         return await add_as(wanted + MAX_TAKEN)
 
-    async def _add_version(self, model_id: str, version: int, addition: _Addition) -> AddedVersion:
+    async def _add_version(self, model_id: str, version: int, addition: _Addition) -> AddedVersionInfo:
         """Send the files into an upload, without those that an earlier attempt has sent, and commit it."""
         uploads = f"/api/v1{path('models', model_id, 'versions', str(version), 'uploads')}"
         digests = addition.digests
-        upload = await fetch(self._context, post_request(uploads, key=make_key(digests)), Upload)
+        upload = await fetch(self._context, post_request(uploads, key=make_key(digests)), UploadInfo)
         there, target, sent = {file.path: file.sha256 for file in upload.files}, uploads + path(upload.id), 0
         try:
             for file in addition.files.files:
@@ -306,13 +299,13 @@ class Operations:
                     body = FileBody(file, digests[file.path], partial(addition.count, sent))
                     where = f"{target}/files{path(*file.path.split('/'))}"
                     request = Request("PUT", where, body.headers, upload=body, timeout_s=UPLOAD_ANSWER_S)
-                    await fetch_with_retries(self._context, request, File, reached=True)
+                    await fetch_with_retries(self._context, request, AddedFileInfo, reached=True)
                 sent += file.bytes
             commit = Request("POST", f"{target}/commit", repeatable=False, timeout_s=UPLOAD_ANSWER_S)
             if addition.provenance is not None:
                 headers = {"Content-Type": "application/json"}
                 commit = replace(commit, headers=headers, body=encode_json(addition.provenance))
-            return await fetch(self._context, commit, AddedVersion)
+            return await fetch(self._context, commit, AddedVersionInfo)
         except ServerError as problem:
             if problem.code in _REFUSED_FILES:
                 with suppress(ClientProblem):  # these files would be refused again
@@ -360,14 +353,16 @@ class Operations:
         if answer.status != HTTPStatus.NO_CONTENT:
             raise decode_refusal(answer, self._context.address)
 
-    async def cancel(self, job_id: str, *, idempotency_key: str | None = None) -> Job:
+    async def cancel(self, job_id: str, *, idempotency_key: str | None = None) -> JobInfo:
         """Request a job's cancellation and return the job; `wait_for` returns its outcome.
 
         Raises:
             ServerError: `unknown_job`, or too late: `already_started`, `already_finished`.
         """
         return await fetch(
-            self._context, post_request(f"/api/v1{path('jobs', job_id, 'cancel')}", key=idempotency_key), Job
+            self._context,
+            post_request(f"/api/v1{path('jobs', job_id, 'cancel')}", key=idempotency_key),
+            JobInfo,
         )
 
     async def approve(self, model_id: str, version: int, digest: str, reason: str) -> VersionApprovals:
@@ -392,7 +387,7 @@ class Operations:
         target = f"{_approval_path(model_id, version)}?{urlencode({'reason': reason})}"
         return await fetch(self._context, Request("DELETE", target, repeatable=False), VersionApprovals)
 
-    async def verify_model(self, model_id: str, version: int | None = None) -> VerifiedVersion:
+    async def verify_model(self, model_id: str, version: int | None = None) -> VerifiedVersionInfo:
         """Hash a version, by default the highest, and check it as a load would; nothing is loaded.
 
         Raises:
@@ -401,11 +396,11 @@ class Operations:
         request = get_request(
             f"/api/v1{path('models', model_id, 'verify')}", present_parameters(version=version)
         )
-        return await fetch(self._context, replace(request, timeout_s=HASH_ANSWER_S), VerifiedVersion)
+        return await fetch(self._context, replace(request, timeout_s=HASH_ANSWER_S), VerifiedVersionInfo)
 
-    async def job(self, job_id: str, *, at: At | None = None) -> Job:
+    async def job(self, job_id: str, *, at: At | None = None) -> JobInfo:
         """Return a job, with `at` as of a position or time."""
-        return await fetch(self._context, job_request(job_id, at), Job)
+        return await fetch(self._context, job_request(job_id, at), JobInfo)
 
     async def wait_for(
         self,
@@ -414,7 +409,7 @@ class Operations:
         timeout_s: float | None = None,
         on_change: JobCallback | None = None,
         on_away: AwayCallback | None = None,
-    ) -> Job:
+    ) -> JobInfo:
         """Wait until a job has ended, across restarts of the server, and return it whatever its outcome.
 
         If a person's load has superseded the job, that load is waited for and returned.
@@ -431,39 +426,41 @@ class Operations:
         status: str | None = None,
         at: At | None = None,
         limit: int | None = None,
-    ) -> AsyncGenerator[Job, None]:
+    ) -> AsyncGenerator[JobInfo, None]:
         """Iterate over jobs, newest first, at most `limit`; pages are fetched on demand."""
         if limit is not None and limit < 1:
             raise ValueError("limit is at least 1")
         pairs = present_parameters(model=model, status=status, at=at)
         return iterate_list(self._context, Listing("/api/v1/jobs", JobPage, pairs, most=limit))
 
-    def models(self, *, at: At | None = None) -> AsyncGenerator[Model, None]:
+    def models(self, *, at: At | None = None) -> AsyncGenerator[ModelInfo, None]:
         """Iterate over the models of the repository and loaded ones by id; pages are fetched on demand."""
         return iterate_list(self._context, Listing("/api/v1/models", ModelPage, present_parameters(at=at)))
 
-    async def model(self, model_id: str, *, at: At | None = None) -> Model:
+    async def model(self, model_id: str, *, at: At | None = None) -> ModelInfo:
         """Return a model, with `at` as of a position or time."""
         return await fetch(
-            self._context, get_request(f"/api/v1{path('models', model_id)}", present_parameters(at=at)), Model
+            self._context,
+            get_request(f"/api/v1{path('models', model_id)}", present_parameters(at=at)),
+            ModelInfo,
         )
 
     async def resources(self) -> Resources:
         """Return the memory budget, its use, and the jobs that wait for it."""
         return await fetch(self._context, get_request("/api/v1/resources"), Resources)
 
-    async def nodes(self) -> list[Node]:
+    async def nodes(self) -> list[NodeInfo]:
         """Return the servers that share the ledger, with what runs where; none if the server is alone."""
         return (await fetch(self._context, get_request("/api/v1/nodes"), NodeList)).nodes
 
-    async def drain(self, node_id: str) -> Node:
+    async def drain(self, node_id: str) -> NodeInfo:
         """Drain a node and return it: it takes no more loads, and its models are loaded at other nodes.
 
         Raises:
             ServerError: the server refused: `unknown_node`, `node_ended`, `no_nodes`.
         """
         return await fetch(
-            self._context, Request("POST", f"/api/v1{path('nodes', node_id, 'drain')}", {}), Node
+            self._context, Request("POST", f"/api/v1{path('nodes', node_id, 'drain')}", {}), NodeInfo
         )
 
     async def head(self) -> Head:
@@ -477,7 +474,7 @@ class Operations:
         except ServerError as problem:
             if problem.code != UNWELL:
                 raise
-            return Health(status=problem.detail)
+            return Health(status=problem.detail, checks={})
 
     async def metadata(self, model_id: str, *, version: int | str | None = None) -> ModelMetadata:
         """Return what a model takes and gives: names, datatypes and shapes of its inputs and outputs.
@@ -528,7 +525,7 @@ class Operations:
         *,
         wait_s: float | None = None,
         **parameters: Unpack[LoadOptions],
-    ) -> AsyncGenerator[Model, None]:
+    ) -> AsyncGenerator[ModelInfo, None]:
         """Keep a model loaded within a `with` block, and unload it afterwards if the block has loaded it.
 
         A model that was loaded before, in whatever version, stays loaded; so does one that somebody has
@@ -575,7 +572,7 @@ class Operations:
         since: At | None = None,
         until: At | None = None,
         on_away: AwayCallback | None = None,
-    ) -> AsyncGenerator[Event, None]:
+    ) -> AsyncGenerator[EventInfo, None]:
         """Iterate over the ledger's events in order: the stored ones, or with `follow` also new ones.
 
         A followed stream resumes after a lost connection or a restart of the server: no event comes twice,

@@ -1,6 +1,6 @@
 """Requests, answers, what a transport has to do, and retries: back-off with jitter, and Retry-After.
 
-Nothing in an answer is trusted: it becomes a value of records.py or an exception with a printable message.
+Nothing in an answer is trusted: it becomes a struct of `answers` or an exception with a printable message.
 """
 
 from __future__ import annotations

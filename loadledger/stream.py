@@ -13,10 +13,12 @@ from typing import Any
 
 import msgspec
 
+from answers.events import EventInfo
+from answers.jobs import JobInfo
+from answers.models import ModelInfo
 from loadledger.address import query
 from loadledger.errors import BadAnswer, ClientProblem
 from loadledger.jobs import AwayCallback
-from loadledger.records import Event, Job, Model
 from loadledger.requests import (
     CallContext,
     Request,
@@ -70,7 +72,7 @@ class LineSplitter:
             raise BadAnswer(f"the server does not send a stream of events: a line has {length} bytes or more")
 
 
-def parse_line(line: bytes) -> Event | int | None:
+def parse_line(line: bytes) -> EventInfo | int | None:
     """Parse a line of a stream: an event, a bookmark's position, or None for other notices.
 
     A bookmark carries the position that a filtered stream has reached without an event.
@@ -89,14 +91,14 @@ def parse_line(line: bytes) -> Event | int | None:
     return notice.position if notice.stream == "bookmark" else None
 
 
-def parse_event(line: bytes) -> Event:
+def parse_event(line: bytes) -> EventInfo:
     """Parse an event.
 
     Raises:
         BadAnswer: the line is no event.
     """
     try:
-        return Event.read(line)
+        return EventInfo.read(line)
     except _NOT_JSON:
         raise _no_event(line) from None
 
@@ -113,7 +115,7 @@ def _no_event(line: bytes) -> BadAnswer:
 class JobPage(msgspec.Struct, rename={"values": "jobs"}):
     """A page of jobs."""
 
-    values: list[Job]
+    values: list[JobInfo]
     as_of: int = 0
     next_cursor: int | None = None
 
@@ -121,7 +123,7 @@ class JobPage(msgspec.Struct, rename={"values": "jobs"}):
 class ModelPage(msgspec.Struct, rename={"values": "models"}):
     """A page of models."""
 
-    values: list[Model]
+    values: list[ModelInfo]
     as_of: int = 0
     next_cursor: str | None = None
 
@@ -134,7 +136,7 @@ class EventPage(msgspec.Struct):
     next_cursor: int | None = None
 
     @property
-    def values(self) -> list[Event]:
+    def values(self) -> list[EventInfo]:
         return [parse_event(bytes(text)) for text in self.events]
 
 
@@ -224,7 +226,7 @@ def event_listing(selection: EventSelection) -> Listing:
     return Listing(EVENTS, EventPage, [*selection.filters, *selection.moments, *after], cursor="after")
 
 
-async def follow_events(context: CallContext, selection: EventSelection) -> AsyncGenerator[Event, None]:
+async def follow_events(context: CallContext, selection: EventSelection) -> AsyncGenerator[EventInfo, None]:
     """Yield events as they are appended, without end: after a position, or from now on."""
     after = selection.after
     if selection.moments:
@@ -268,7 +270,7 @@ class StreamProgress:
     reached: bool = False
     reported: bool = False
 
-    def new_events(self, lines: Sequence[bytes]) -> list[Event]:
+    def new_events(self, lines: Sequence[bytes]) -> list[EventInfo]:
         """Return the new events among lines.
 
         Raises:
@@ -276,13 +278,13 @@ class StreamProgress:
         """
         found = []
         for said in map(parse_line, lines):
-            if isinstance(said, Event) and self._is_new(said):
+            if isinstance(said, EventInfo) and self._is_new(said):
                 found.append(said)
             elif isinstance(said, int) and (self.position is None or not self.whole):
                 self.position = max(said, self.position or 0)  # without a filter only events move it
         return found
 
-    def _is_new(self, event: Event) -> bool:
+    def _is_new(self, event: EventInfo) -> bool:
         if self.position is not None and event.position <= self.position:
             return False
         if self.whole and self.position is not None and event.position != self.position + 1:
@@ -295,7 +297,7 @@ class StreamProgress:
 
 async def _stream(
     context: CallContext, selection: EventSelection, progress: StreamProgress
-) -> AsyncGenerator[Event, None]:
+) -> AsyncGenerator[EventInfo, None]:
     after = [] if progress.position is None else [("after", str(progress.position))]
     request = Request("GET", f"{EVENTS}/stream{query([*selection.filters, *after])}", {"Accept": LINES})
     stream = await context.transport.open(request)

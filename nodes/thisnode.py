@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from itertools import chain
-from typing import Any
 
 from aiohttp import web
 
+from answers.nodes import NodeInfo
 from events.clock import seconds_between
 from events.commands import Receipt
 from events.models import Model
@@ -21,7 +21,7 @@ from nodes.decisions import NodePlacement
 from nodes.membership import Membership
 from nodes.peers import Peers
 from nodes.placement import NodeHints, find_usable, has_device, list_device_attributes
-from nodes.routes import node_views
+from nodes.routes import make_node_infos
 from nodes.spread import CopyFigures, measure_copy
 from runtime.consumer.running import RunningLoad
 from runtime.consumer.usage import list_usage
@@ -134,10 +134,10 @@ class ThisNode:
     def tasks(self) -> Mapping[str, asyncio.Task[None]]:
         return {} if self._renewing is None else {"membership": self._renewing}
 
-    def describe(self) -> Sequence[Mapping[str, Any]]:
+    def describe(self) -> list[NodeInfo]:
         """Return all nodes as this one knows them; without the database it knows that it is late itself."""
         late = {self.id} if self.membership.is_late else frozenset[str]()
-        return node_views(self.log.state, self.membership.leases, self.id, late, self.peers.untrusted())
+        return make_node_infos(self.log.state, self.membership.leases, self.id, late, self.peers.untrusted())
 
     def count_copies(self, model: Model) -> tuple[int, str | None]:
         """Return how many copies of a model are ready, and what the missing ones wait for."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import msgspec
 
+from answers.inference import BatchStatistics, DurationTotal, MemoryUsage, ModelStatistics
 from runtime.wire import Outcome
 
 MAX_SIZES = 1024
@@ -127,34 +127,34 @@ class Statistics:
         self.last_inference_ms = max(self.last_inference_ms, other.last_inference_ms)
         self.took = [mine + more for mine, more in zip(self.took, other.took, strict=True)]
 
-    def as_protocol(self, model_id: str, version: int, memory_bytes: int) -> dict[str, Any]:
+    def as_protocol(self, model_id: str, version: int, memory_bytes: int) -> ModelStatistics:
         """Return the load's entry in `model_stats`.
 
         The counts of queue and compute equal that of success; perf_analyzer treats anything else as an error.
         There is no cache, so its counts are 0. `transport` is ours; Triton's clients read members by name.
         """
         requests = self.requests
-        return {
-            "name": model_id,
-            "version": str(version),
-            "last_inference": self.last_inference_ms,
-            "inference_count": _clamp(self.inferences),
-            "execution_count": self.executions,
-            "inference_stats": {
-                "success": _duration(requests, self.total_ns),
-                "fail": _duration(self.failures, self.failed_ns),
-                "queue": _duration(requests, self.queue_ns),
-                "compute_input": _duration(requests, self.input_ns),
-                "compute_infer": _duration(requests, self.infer_ns),
-                "compute_output": _duration(requests, self.output_ns),
-                "transport": _duration(requests, self.transport_ns),
-                "cache_hit": _duration(0, 0),
-                "cache_miss": _duration(0, 0),
+        return ModelStatistics(
+            name=model_id,
+            version=str(version),
+            last_inference=self.last_inference_ms,
+            inference_count=_clamp(self.inferences),
+            execution_count=self.executions,
+            inference_stats={
+                "success": _sum_up(requests, self.total_ns),
+                "fail": _sum_up(self.failures, self.failed_ns),
+                "queue": _sum_up(requests, self.queue_ns),
+                "compute_input": _sum_up(requests, self.input_ns),
+                "compute_infer": _sum_up(requests, self.infer_ns),
+                "compute_output": _sum_up(requests, self.output_ns),
+                "transport": _sum_up(requests, self.transport_ns),
+                "cache_hit": _sum_up(0, 0),
+                "cache_miss": _sum_up(0, 0),
             },
-            "response_stats": {},
-            "batch_stats": [_batch_members(size, self.by_size[size]) for size in sorted(self.by_size)],
-            "memory_usage": [{"type": "CPU", "id": 0, "byte_size": memory_bytes}],
-        }
+            response_stats={},
+            batch_stats=[_describe_batch(size, self.by_size[size]) for size in sorted(self.by_size)],
+            memory_usage=[MemoryUsage(type="CPU", id=0, byte_size=memory_bytes)],
+        )
 
     def _count_execution(self, size: int, input_ns: int, infer_ns: int, output_ns: int) -> None:
         self.executions += 1
@@ -169,14 +169,14 @@ class Statistics:
         counts[3] += output_ns
 
 
-def _batch_members(size: int, counts: list[int]) -> dict[str, Any]:
+def _describe_batch(size: int, counts: list[int]) -> BatchStatistics:
     executions, input_ns, infer_ns, output_ns = counts
-    return {
-        "batch_size": size,
-        "compute_input": _duration(executions, input_ns),
-        "compute_infer": _duration(executions, infer_ns),
-        "compute_output": _duration(executions, output_ns),
-    }
+    return BatchStatistics(
+        batch_size=size,
+        compute_input=_sum_up(executions, input_ns),
+        compute_infer=_sum_up(executions, infer_ns),
+        compute_output=_sum_up(executions, output_ns),
+    )
 
 
 def _cut_down(parts_ns: Iterable[int], most_ns: int) -> Iterator[int]:
@@ -186,8 +186,8 @@ def _cut_down(parts_ns: Iterable[int], most_ns: int) -> Iterator[int]:
         most_ns -= fitting_ns
 
 
-def _duration(count: int, ns: int) -> dict[str, int]:
-    return {"count": count, "ns": _clamp(ns)}
+def _sum_up(count: int, ns: int) -> DurationTotal:
+    return DurationTotal(count=count, ns=_clamp(ns))
 
 
 def _clamp(number: int) -> int:

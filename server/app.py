@@ -114,24 +114,27 @@ _log = logging.getLogger(__name__)
 
 
 def all_routes(metrics_access: str = "token") -> list[Route]:
-    """Return every route of the server; `metrics_access` is the setting of who may read /metrics."""
+    """Return every route of the server, as a reader of the documentation meets them.
+
+    `metrics_access` is the setting of who may read /metrics.
+    """
     return [
         *models.routes,
         *loads.routes,
-        *labels.routes,
-        *versions.routes,
         *jobs.routes,
-        *approvals.routes,
-        *resources.routes,
-        *node_routes.routes,
-        *overview_routes(node_routes.describe_nodes, node_routes.NodeSchema()),
-        *samples.routes,
-        *tokens.routes,
-        *events.routes,
-        *timeline.routes,
         *inference.routes,
         *metadata.routes,
         *v2_repository.routes,
+        *versions.routes,
+        *labels.routes,
+        *approvals.routes,
+        *events.routes,
+        *timeline.routes,
+        *resources.routes,
+        *samples.routes,
+        *overview_routes(node_routes.list_node_infos),
+        *node_routes.routes,
+        *tokens.routes,
         *health.routes,
         *metrics.metrics_routes(metrics_access),
         *pages.routes,

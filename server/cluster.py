@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import wraps
-from typing import Any, Protocol
+from typing import Protocol
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from answers.nodes import NodeInfo
 from events.models import Model
 from events.types import NodeSignature, Sign
 from runtime.router import Here, There
@@ -86,7 +87,7 @@ class Cluster(Protocol):
     def tasks(self) -> Mapping[str, asyncio.Task[None]]:
         """Return the tasks without which it would do nothing."""
 
-    def describe(self) -> Sequence[Mapping[str, Any]]:
+    def describe(self) -> list[NodeInfo]:
         """Return all servers as this one knows them."""
 
     def count_copies(self, model: Model) -> tuple[int, str | None]:

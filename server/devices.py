@@ -7,13 +7,13 @@ The drivers of devices are asked for their memory, which takes a millisecond or 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 from aiohttp import web
 
+from answers.resources import Device
 from events.devices import ANY, CPU, provider_of
 from runtime.consumer.usage import DeviceUsage
 from runtime.devices import DeviceMemory, Devices, measure_memory, query_memory
@@ -138,7 +138,7 @@ async def read_device_memory(app: web.Application) -> Mapping[str, DeviceMemory]
     return {name: memory for name, memory in read.items() if memory is not None}
 
 
-def list_devices(app: web.Application, memory: Mapping[str, DeviceMemory]) -> list[dict[str, Any]]:
+def list_devices(app: web.Application, memory: Mapping[str, DeviceMemory]) -> list[Device]:
     """Return the CPU and all devices with their use, as the API has them.
 
     Args:
@@ -147,32 +147,35 @@ def list_devices(app: web.Application, memory: Mapping[str, DeviceMemory]) -> li
     """
     consumer, limit = app[CONSUMER], app[LIMIT]
     taken, on_cpu = measure(consumer, limit), {use.model_id for use in consumer.uses() if use.device is None}
-    cpu = {
-        "device": CPU,
-        "provider": CPU,
-        "version": _find_version(),
-        "hardware": "",
-        "total_bytes": limit.bytes,
-        "free_bytes": None,
-        "budget_bytes": taken.budget_bytes,
-        "reserved_bytes": taken.reserved_bytes,
-        "used_bytes": taken.used_bytes,
-        "models": len(on_cpu),
-    }
+    cpu = Device(
+        device=CPU,
+        provider=CPU,
+        version=_find_version(),
+        hardware="",
+        total_bytes=limit.bytes,
+        free_bytes=None,
+        budget_bytes=taken.budget_bytes,
+        reserved_bytes=taken.reserved_bytes,
+        used_bytes=taken.used_bytes,
+        models=len(on_cpu),
+    )
     return [cpu, *(_describe_device(app, use, memory.get(use.device)) for use in consumer.device_uses())]
 
 
-def _describe_device(app: web.Application, use: DeviceUsage, own: DeviceMemory | None) -> dict[str, Any]:
+def _describe_device(app: web.Application, use: DeviceUsage, own: DeviceMemory | None) -> Device:
     device = app[POOL].devices.found[use.device]
-    return {
-        **asdict(use),
-        "provider": provider_of(use.device),
-        "version": device.version,
-        "hardware": device.hardware,
-        "total_bytes": None if own is None else own.total_bytes,
-        "free_bytes": None if own is None else own.free_bytes,
-        "budget_bytes": app[POLICY].devices[use.device].budget_bytes,
-    }
+    return Device(
+        device=use.device,
+        provider=provider_of(use.device),
+        version=device.version,
+        hardware=device.hardware,
+        total_bytes=None if own is None else own.total_bytes,
+        free_bytes=None if own is None else own.free_bytes,
+        budget_bytes=app[POLICY].devices[use.device].budget_bytes,
+        reserved_bytes=use.reserved_bytes,
+        used_bytes=use.used_bytes,
+        models=use.models,
+    )
 
 
 @cache

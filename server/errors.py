@@ -5,15 +5,17 @@ may also have `retry_after_s` (a number), `http_headers` and `problem_members` (
 """
 
 import errno
-import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from uuid import uuid4
 
+import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler
+
+from answers.errors import Problem
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +175,7 @@ class ServerProblem(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class ErrorAnswer:
     """An error answer before it is serialised."""
 
     code: str
@@ -184,7 +186,7 @@ class Problem:
     members: Mapping[str, object] = field(default_factory=dict)
 
 
-def problem_of(error: Exception) -> Problem:
+def problem_of(error: Exception) -> ErrorAnswer:
     """Return the problem for an exception; one that is not in the table is logged and answered 500.
 
     An `OSError` for lack of file descriptors is `too_many_files`.
@@ -192,7 +194,7 @@ def problem_of(error: Exception) -> Problem:
     if isinstance(error, web.HTTPException):
         return _framework_problem(error)
     if isinstance(error, web.RequestPayloadError):
-        return Problem("invalid_request", 400, f"the request body could not be read: {error}")
+        return ErrorAnswer("invalid_request", 400, f"the request body could not be read: {error}")
     code, detail = getattr(error, "code", None), str(error)
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         code, detail = "too_many_files", "no file descriptor is left: the limit of open files is reached"
@@ -200,26 +202,25 @@ def problem_of(error: Exception) -> Problem:
         return _unexpected_problem(error)
     members = getattr(error, "problem_members", {})
     headers = dict(_headers_of(error, code))
-    return Problem(code, ERRORS[code].status, detail, headers=headers, members=members)
+    return ErrorAnswer(code, ERRORS[code].status, detail, headers=headers, members=members)
 
 
-def problem_response(problem: Problem, path: str) -> web.Response:
+def problem_response(problem: ErrorAnswer, path: str) -> web.Response:
     """Return a problem as an RFC 9457 body, in the media type that clients of `path` read."""
     kind = ERRORS[problem.code]
     detail = _clean_detail(problem.detail)
-    body: dict[str, object] = {
-        "type": kind.registered_type or f"urn:loadledger:error:{problem.code}",
-        "title": kind.title,
-        "status": problem.status,
-        "detail": detail,
-        **({"instance": problem.instance} if problem.instance else {}),
-        "code": problem.code,
-        "error": detail,  # the only member that clients of the Open Inference Protocol read
-        **problem.members,
-    }
+    body = Problem(
+        type=kind.registered_type or f"urn:loadledger:error:{problem.code}",
+        title=kind.title,
+        status=problem.status,
+        detail=detail,
+        instance=problem.instance,
+        code=problem.code,
+        error=detail,
+    )
     return web.Response(
         status=problem.status,
-        body=json.dumps(body).encode(),
+        body=msgspec.json.encode({**msgspec.to_builtins(body), **problem.members}),
         content_type=media_type_of(path),
         headers=dict(problem.headers),
     )
@@ -258,7 +259,7 @@ def error_response(request: web.BaseRequest, error: Exception) -> web.Response:
     return response
 
 
-def _framework_problem(error: web.HTTPException) -> Problem:
+def _framework_problem(error: web.HTTPException) -> ErrorAnswer:
     if error.status >= 500:  # noqa: PLR2004 -- not a client's mistake
         return _unexpected_problem(error)
     code = _FRAMEWORK_CODES.get(error.status, "invalid_request")
@@ -266,7 +267,7 @@ def _framework_problem(error: web.HTTPException) -> Problem:
     detail = _FRAMEWORK_DETAILS.get(code) or error.text or error.reason
     if isinstance(error, web.HTTPMethodNotAllowed):
         detail = f"{error.method} is not a method of this route: {headers.get('Allow', '')}"
-    return Problem(code, error.status, detail, headers=headers)
+    return ErrorAnswer(code, error.status, detail, headers=headers)
 
 
 _FRAMEWORK_DETAILS = {
@@ -275,11 +276,11 @@ _FRAMEWORK_DETAILS = {
 }
 
 
-def _unexpected_problem(error: Exception) -> Problem:
+def _unexpected_problem(error: Exception) -> ErrorAnswer:
     reference = uuid4()
     log.error("request failed, reference %s", reference, exc_info=error)
     detail = f"the server failed; its log has the reason under {reference}"
-    return Problem("internal", 500, detail, instance=f"urn:uuid:{reference}")
+    return ErrorAnswer("internal", 500, detail, instance=f"urn:uuid:{reference}")
 
 
 def _headers_of(error: Exception, code: str) -> Iterator[tuple[str, str]]:

@@ -15,6 +15,7 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 from marshmallow import Schema
 
+from answers.answer import AnswerBody
 from server.auth.access import Access
 from server.errors import ERRORS
 
@@ -43,8 +44,11 @@ class Route:
         return f"{self.method} {self.path}"
 
 
-Answer = tuple[Schema, str] | Mapping[str, Any]
-"""A schema and a description, or OpenAPI's own response object."""
+AnswerType = type[AnswerBody] | type[list[Any]]
+"""A struct, or a list of structs."""
+
+DocumentedAnswer = tuple[AnswerType, str] | Mapping[str, Any]
+"""An answer and its description; or OpenAPI's own response object, which may have a member `answer`."""
 
 
 class Operation(TypedDict, total=False):
@@ -59,7 +63,7 @@ class Operation(TypedDict, total=False):
     query: Schema
     headers: Schema
     body: Schema
-    answers: Required[Mapping[int, Answer]]
+    answers: Required[Mapping[int, DocumentedAnswer]]
     errors: Sequence[str]
     """Codes of the handler; those of its schemas and its access are implied."""
     produces: Sequence[str]
@@ -120,7 +124,7 @@ def _describe(handler: Callable[..., Any], operation: Operation) -> None:
     answers: dict[str, Mapping[str, Any]] = {}  # aiohttp-apispec's own are texts, too
     for status, answer in operation["answers"].items():
         if isinstance(answer, tuple):
-            apispec.response_schema(answer[0], status, description=answer[1])(handler)
+            answers[str(status)] = {"answer": answer[0], "description": answer[1]}
         else:
             answers[str(status)] = answer
     declared: Mapping[str, Any] = operation

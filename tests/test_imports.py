@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("events", "loadledger", "migrations", "nodes", "runtime", "server")
+PACKAGES = ("answers", "events", "loadledger", "migrations", "nodes", "runtime", "server")
 WORKER = "runtime.worker.main"
 # A text such as `loadledger.cli.main:main`, by which something is imported later.
 ENTRY_POINT = re.compile(r"(\w+\.)+\w+:\w+")
@@ -114,6 +114,7 @@ def only_the_worker_uses() -> set[str]:
 @pytest.mark.parametrize(
     ("package", "above"),
     [
+        ("answers", {"events", "loadledger", "migrations", "nodes", "runtime", "server"}),
         ("migrations", {"events", "loadledger", "nodes", "runtime", "server"}),
         ("events", {"loadledger", "nodes", "runtime", "server"}),
         ("runtime", {"loadledger", "nodes", "server"}),

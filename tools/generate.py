@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from server.app import all_routes
-from server.openapi import openapi_yaml
+from server.openapi.document import openapi_yaml
 from tools.commands import command_page
 from tools.consoletables import console_tables
 from tools.errors import error_page

@@ -28,7 +28,9 @@ from server.auth.keys import ensure_data_dir, sign_token
 from server.config import Config
 
 ROOT = Path(__file__).parent.parent
-PRODUCT = tuple(f"{ROOT}/{package}/" for package in ("events", "loadledger", "nodes", "runtime", "server"))
+PRODUCT = tuple(
+    f"{ROOT}/{package}/" for package in ("answers", "events", "loadledger", "nodes", "runtime", "server")
+)
 MODEL = "digits"
 """Of `examples`."""
 BESIDE = "beside it"

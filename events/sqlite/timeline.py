@@ -9,11 +9,20 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 
-from msgspec import Struct
 from msgspec.structs import replace
 
+from answers.timeline import (
+    CopyLane,
+    Lane,
+    Mark,
+    MarkKind,
+    NodeLane,
+    NodeSegment,
+    Segment,
+    ServerSegment,
+    Timeline,
+)
 from events.clock import Timestamp, add_seconds
 from events.codec import decode_event
 from events.errors import LogUnavailable
@@ -34,9 +43,6 @@ from events.types import (
     WorkerExited,
 )
 
-_RENAMED = {"begin": "from", "end": "to", "is_waiting": "waiting"}
-"""As the API has them."""
-
 MAX_ROWS = 2_500
 """Rows of one answer, which the console draws at once: 100 for each of its 25 lanes, 0.05 s to read.
 
@@ -45,107 +51,6 @@ A lane of 1,000 pixels does not show more of them apart.
 
 SERVER_ENDED = "server_ended"
 """The code of the loss of a model whose server ended."""
-
-
-class Segment(Struct, frozen=True, gc=False, rename=_RENAMED):
-    """A time in which a model's state stayed the same.
-
-    Attributes:
-        begin: included.
-        end: not included.
-        position: of the event that began it; None if that was before the range.
-        next_version: the version that is loading beside the one that serves, or waits to be loaded.
-        load_job_id: of the load that serves, served, or is under way.
-        by: who asked for what began it: the actor of its job, else of its event; None if that was not read.
-        cause: of its job.
-        is_waiting: whether the model is not loaded, and a load of it waits to start.
-        degraded: whether some of the load's workers are gone.
-        error: the code of the failure, in the state `failed` or `lost`.
-    """
-
-    state: ModelState
-    begin: Timestamp
-    end: Timestamp
-    version: int | None = None
-    next_version: int | None = None
-    load_job_id: str | None = None
-    position: int | None = None
-    by: str | None = None
-    cause: Cause | None = None
-    is_waiting: bool = False
-    degraded: bool = False
-    error: str | None = None
-
-    @property
-    def drawn(self) -> tuple[object, ...]:
-        """Return what the drawing shows: segments that differ in nothing of it are one."""
-        what = self.state, self.version, self.next_version, self.load_job_id
-        return *what, self.is_waiting, self.degraded
-
-
-class MarkKind(StrEnum):
-    """The kind of a mark."""
-
-    SWAPPED = "swapped"
-    FAILED = "failed"
-    LOST = "lost"
-    EXITED = "exited"
-
-
-class Mark(Struct, frozen=True, gc=False):
-    """A moment that stands out: another version serves, a load failed, the model was lost, a worker ended.
-
-    Attributes:
-        code: of the failure, or how the worker ended.
-    """
-
-    kind: MarkKind
-    at: Timestamp
-    position: int
-    version: int | None = None
-    job_id: str | None = None
-    by: str | None = None
-    code: str | None = None
-
-
-class ServerSegment(Struct, frozen=True, gc=False, rename=_RENAMED):
-    """A time in which the server or a node ran, had ended, or may have been either.
-
-    Attributes:
-        position: of the event that began it, or, of an unknown end, of the event that found it.
-    """
-
-    state: ServerState | NodeState
-    begin: Timestamp
-    end: Timestamp
-    position: int | None = None
-
-
-class NodeLane(Struct, frozen=True, gc=False):
-    """One node over a range of time; its first segment begins where it joined, if that was not earlier."""
-
-    node_id: str
-    segments: tuple[ServerSegment, ...]
-
-
-class CopyLane(Struct, frozen=True, gc=False):
-    """A model at one node over a range of time: `unloaded` while it has no copy there."""
-
-    node_id: str
-    segments: tuple[Segment, ...]
-
-
-class Lane(Struct, frozen=True, gc=False, omit_defaults=True):
-    """One model over a range of time.
-
-    Attributes:
-        copies: the nodes where it served, by name; left out if it had no copies.
-    """
-
-    model_id: str
-    segments: tuple[Segment, ...]
-    marks: tuple[Mark, ...]
-    copies: tuple[CopyLane, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,34 +72,6 @@ class TimelineQuery:
     find: str = ""
     cursor: str = ""
     limit: int = 50
-
-
-class Timeline(Struct, frozen=True, omit_defaults=True, rename={"begin": "from", "end": "to"}):
-    """A page of lanes, by model id.
-
-    Attributes:
-        begin: of the range.
-        end: of the range.
-        as_of: the position that the answer reflects.
-        known_from: when the first event was recorded; None if there is none.
-        rows: of the history of these models, of the server and of nodes in the range.
-        max_rows: if there are more, the answer has no lanes and segments.
-        lanes: of the models that changed in the range, or were loaded or to be loaded where it begins.
-        server: the states of the server in the range; with nodes, it runs while any is there.
-        next_cursor: the `cursor` of the next page; None on the last one.
-        nodes: that were there in the range, by name; left out without any.
-    """
-
-    begin: Timestamp
-    end: Timestamp
-    as_of: int
-    known_from: Timestamp | None
-    rows: int
-    max_rows: int
-    lanes: list[Lane]
-    server: tuple[ServerSegment, ...]
-    next_cursor: str | None
-    nodes: tuple[NodeLane, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,8 +197,12 @@ def _read_presence(
         own = (each for each in transitions if each.node_id == node_id)
         return server_segments(own, state, shown.begin, shown.end)
 
-    nodes = tuple([NodeLane(node_id, segments(node_id, known.get(node_id))) for node_id in sorted(ids)])
-    return segments(SERVER, before.state), nodes
+    nodes = []
+    for node_id in sorted(ids):
+        own = segments(node_id, known.get(node_id))
+        lane = tuple([NodeSegment(each.state, each.begin, each.end, each.position) for each in own])
+        nodes.append(NodeLane(node_id, lane))
+    return segments(SERVER, before.state), tuple(nodes)
 
 
 def server_segments(

@@ -97,7 +97,7 @@ def describe_signature(signature: Any) -> str:
     problem = f" ({signature.problem})" if signature.problem else ""
     if signature.method is None:
         return f"not verified{problem}"
-    mode = "" if signature.enforced else ", not enforced"
+    mode = "" if signature.is_enforced else ", not enforced"
     before = "; today's rules refuse it, and it was verified before" if signature.was_verified else ""
     return f"verified, by {signature.method} {signature.signer}{mode}{problem}{before}"
 

@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from answers.inference import ModelMetadata
+from answers.tensors import ModelTensor
 from events.files import write_file
 from loadledger.cli.infer import MAX_FILE_BYTES, GivenInput, InputFile, InputFill
 from loadledger.cli.output import format_cell, format_table
 from loadledger.cli.snippets import example_of
 from loadledger.inference import InferenceResult
-from loadledger.records import ModelMetadata, ModelTensor
 from loadledger.tensors import FORMS, Array, convert, guess_datatype, to_array
 
 Note = Callable[[str], None]

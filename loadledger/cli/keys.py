@@ -11,10 +11,10 @@ from typing import Any
 
 import click
 
+from answers.tokens import ROLES
 from loadledger.cli import options, output
 from loadledger.cli.ledger import ledger_key
 from loadledger.profiles import DEFAULT_URL, ServerTarget, local_server, profile_path, write_profile
-from loadledger.records import ROLES
 
 PAGE = 1000
 """Tokens of one request."""

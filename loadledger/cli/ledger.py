@@ -132,30 +132,33 @@ def replay(
 
 def _replay_state(path: Path, until: str | None, model_id: str | None) -> dict[str, Any]:
     """Return the state at a moment, in the form of the management API."""
+    import msgspec
+
+    from answers.past import PastAnswer
     from events.audit.replay import replay
     from events.history import describe_model
     from events.sqlite.readonly import open_read_only
-    from server.api.jobs import job_view
-    from server.api.models import model_view
-    from server.api.timetravel import as_of
+    from server.api.jobs import make_job_info
+    from server.api.models import make_model_info
+    from server.api.timetravel import at_moment
 
     with open_read_only(path) as ledger:
         moment, state = replay(ledger, until)
     active = state.active()
     known = {*state.models, *state.registers.versions}
     ids = [each for each in sorted(known) if model_id in (None, each)]
-    return {
-        **as_of(moment),
-        "models": [
-            model_view(describe_model(state, each), is_active=active is not None and active.id == each)
-            for each in ids
-        ],
-        "jobs": [job_view(job, None) for job in state.unended(model_id)],
-    }
+    models = [
+        make_model_info(describe_model(state, each), is_active=active is not None and active.id == each)
+        for each in ids
+    ]
+    jobs = [make_job_info(job) for job in state.unended(model_id)]
+    shown: dict[str, Any] = msgspec.to_builtins(at_moment(PastAnswer(), moment))
+    shown.update(msgspec.to_builtins({"models": models, "jobs": jobs}))
+    return shown
 
 
 def _state_lines(state: dict[str, Any]) -> Iterator[str]:
-    recorded = f", recorded {state['as_of_time']}" if state["as_of_time"] else ""
+    recorded = f", recorded {state['as_of_time']}" if "as_of_time" in state else ""
     yield f"as of position {state['as_of']}{recorded}"
     since = f" since {state['server']['since']}" if state["server"]["since"] else ""
     yield f"server: {state['server']['state']}{since}"

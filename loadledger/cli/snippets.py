@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from math import prod
 from typing import Any
 
-from loadledger.records import ModelTensor, TensorExample
+from answers.tensors import ModelTensor, TensorExample
 
 DATATYPES: dict[str, tuple[Any, int]] = {
     "BOOL": (False, 1),
@@ -47,7 +47,7 @@ def example_of(tensor: ModelTensor) -> TensorExample:
     if tensor.example is not None:
         return tensor.example
     guess = [1 if length < 0 else length for length in tensor.shape]
-    return TensorExample(shape=guess, refusal="the server has not tried the model")
+    return TensorExample(shape=guess, values="zeros", refusal="the server has not tried the model")
 
 
 def describe_guess(model: Any) -> str | None:

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import click
 import jwt
 
+from answers.models import ModelInfo
 from events.errors import LedgerProblem
 from events.tokens import Token
 from loadledger import AsyncClient, ClientProblem, NotFound, ServerError, ServerUnreachable
@@ -44,7 +45,6 @@ from loadledger.profiles import (
     read_profile,
     write_profile,
 )
-from loadledger.records import Model
 from loadledger.sources.terminal import display_transfer, print_upload_size
 from loadledger.uploads import LocalVersion, VersionSource, find_version_files, hash_files
 from runtime.onnxfields import TooManyFields, Unparsable
@@ -341,7 +341,7 @@ async def _add_if_new(client: AsyncClient, subject: Subject) -> tuple[str, int |
     return subject.name, added.version
 
 
-async def _find_model(client: AsyncClient, name: str) -> Model | None:
+async def _find_model(client: AsyncClient, name: str) -> ModelInfo | None:
     """Return a model that has versions."""
     with suppress(NotFound):
         model = await client.model(name)
@@ -373,7 +373,7 @@ async def _find_same(
     return None
 
 
-async def _ask_for_name(subject: Subject, model: Model, why: str) -> None:
+async def _ask_for_name(subject: Subject, model: ModelInfo, why: str) -> None:
     """Ask before a version is added to a model that may be another one; without a terminal, refuse.
 
     Raises:
@@ -401,7 +401,7 @@ async def _confirm(question: str) -> bool:
     return sys.stdin.readline().strip().lower() in {"y", "yes"}
 
 
-def _have_like_tensors(model: Model, source: VersionSource) -> bool:
+def _have_like_tensors(model: ModelInfo, source: VersionSource) -> bool:
     """Whether a model and a file have the same inputs and outputs; True of a file that the server refuses.
 
     A weight that may be given is no input, and lengths differ if both are fixed.

@@ -10,8 +10,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from answers.versions import AddedFileInfo, AddedVersionInfo
 from events.files import sync
-from loadledger.records import AddedVersion, File
 from loadledger.uploads import VersionSource, hash_files
 from runtime.errors import RuntimeProblem
 from runtime.repository import MODEL_ID
@@ -23,7 +23,7 @@ FILE_MODE, FOLDER_MODE = 0o644, 0o755
 
 def write_version(
     source: VersionSource, repository: Path, model_id: str, version: int | None = None
-) -> AddedVersion:
+) -> AddedVersionInfo:
     """Write a version into a repository; return it.
 
     Args:
@@ -58,8 +58,10 @@ def write_version(
         shutil.rmtree(hidden, ignore_errors=True)
     for each in (folder, repository):
         sync(each)
-    files = [File(path=file.path, bytes=file.bytes, sha256=digests[file.path]) for file in source.files]
-    return AddedVersion(model_id=model_id, version=number, bytes=source.bytes, files=files)
+    files = [
+        AddedFileInfo(path=file.path, bytes=file.bytes, sha256=digests[file.path]) for file in source.files
+    ]
+    return AddedVersionInfo(model_id=model_id, version=number, bytes=source.bytes, files=files)
 
 
 def _write_files(source: VersionSource, folder: Path) -> None:

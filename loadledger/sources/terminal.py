@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from answers.versions import AddedFileInfo, AddedVersionInfo
 from loadledger.cli import output
 from loadledger.cli.output import format_cell, format_size, to_printable
-from loadledger.records import AddedVersion, File
 from loadledger.sources.downloads import Downloads
 from loadledger.sources.fetch import NamedVersion, fetch_version, resolve_source
 from loadledger.uploads import LocalVersion, find_version_files
@@ -47,11 +47,11 @@ def download_version(model: str, named: NamedVersion, downloads: Downloads) -> L
         return fetch_version(named, downloads, show or (lambda *_: None))
 
 
-def send_version(client: Any, local: LocalVersion, model: str, version: int | None) -> AddedVersion:
+def send_version(client: Any, local: LocalVersion, model: str, version: int | None) -> AddedVersionInfo:
     """Send files to the server, and return the version that it added."""
     print_upload_size(client.url, local.files.bytes)
     with display_transfer(f"{to_printable(model)}: sending") as show:
-        added: AddedVersion = client.add_files(
+        added: AddedVersionInfo = client.add_files(
             model, local.files, version, provenance=local.provenance, on_progress=show
         )
     local.discard()
@@ -74,7 +74,7 @@ def _is_local(url: str) -> bool:
 
 def write_version_into(
     repository: Path, local: LocalVersion, model: str, version: int | None
-) -> AddedVersion:
+) -> AddedVersionInfo:
     """Write files into a repository's folder; return the version."""
     from loadledger.sources.folder import write_version
 
@@ -83,9 +83,11 @@ def write_version_into(
     return added
 
 
-def added_lines(added: AddedVersion, local: LocalVersion, repository: Path | None = None) -> Iterator[str]:
+def added_lines(
+    added: AddedVersionInfo, local: LocalVersion, repository: Path | None = None
+) -> Iterator[str]:
     """Yield lines about a version that was added to a server, or to a repository's folder."""
-    files: Sequence[File] = added.files
+    files: Sequence[AddedFileInfo] = added.files
     what = f"{output.count_of(len(files), 'file')}, {sum(file.bytes for file in files)} bytes"
     yield f"{to_printable(added.model_id)} version {added.version}: added, {what}"
     if local.provenance is not None:

@@ -17,6 +17,7 @@ from functools import partial
 
 from msgspec import UNSET, structs
 
+from answers.resources import LoadUsage, WaitingJob
 from events.clock import seconds_between, uuid7
 from events.commands import OUTDATED, Condition, RequestLoad, RequestUnload
 from events.errors import LedgerProblem, LogUnavailable, RequestRefused
@@ -40,8 +41,6 @@ from runtime.consumer.running import RunningLoad
 from runtime.consumer.usage import (
     DeviceUsage,
     InferenceTotals,
-    JobWait,
-    MemoryUse,
     list_device_usage,
     list_usage,
 )
@@ -180,7 +179,7 @@ class Consumer:
         """Return what a pending job waits for, as of the last decision."""
         return self._decision.waiting_for.get(job.id)
 
-    def uses(self) -> list[MemoryUse]:
+    def uses(self) -> list[LoadUsage]:
         return list_usage(self.loads.values(), self._log.state, self._log.now())
 
     def device_uses(self) -> list[DeviceUsage]:
@@ -190,14 +189,21 @@ class Consumer:
         """Check a version's present files against the rules in force here; for errors see `Loader`."""
         return await self._loader.check_version(model_id, version)
 
-    def waits(self) -> list[JobWait]:
+    def waits(self) -> list[WaitingJob]:
         """Return the waiting jobs, oldest first, as of the last decision."""
-        found = list[JobWait]()
+        found = list[WaitingJob]()
         for job in self._own().unended():
             if (waiting_for := self.waiting_for(job)) is not None:
                 task = self._loader.tasks.get(job.id)
                 needs_bytes = None if task is None else task.known_bytes
-                found.append(JobWait(job.id, job.model_id, needs_bytes, waiting_for))
+                found.append(
+                    WaitingJob(
+                        job_id=job.id,
+                        model_id=job.model_id,
+                        needs_bytes=needs_bytes,
+                        waiting_for=waiting_for,
+                    )
+                )
         return found
 
     async def _step(self) -> None:

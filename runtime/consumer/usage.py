@@ -9,35 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from answers.resources import LoadUsage
 from events.counters import ModelLabels
 from events.state import State
 from runtime.consumer.running import RunningLoad
 from runtime.scheduler.view import DeviceLimits
 from runtime.statistics import Statistics
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryUse:
-    """Memory of one load: `reserved_bytes` until it is loaded, then `memory_bytes`, measured now and then.
-
-    `device` is where it runs, None for the CPU, and `device_bytes` what it has reserved or takes there.
-    A model can have two for a moment: the version that serves, and the next one, or the one that drains.
-    """
-
-    model_id: str
-    version: int
-    job_id: str
-    phase: str
-    workers: int
-    reserved_bytes: int
-    memory_bytes: int
-    memory_at_load_bytes: int | None
-    in_flight: int
-    last_used_at: str | None
-    pinned: bool
-    keep_alive_s: int | None
-    device: str | None = None
-    device_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,30 +31,20 @@ class DeviceUsage:
     models: int
 
 
-@dataclass(frozen=True, slots=True)
-class JobWait:
-    """A waiting job, the bytes that it will need if they are known, and what it waits for."""
-
-    job_id: str
-    model_id: str
-    needs_bytes: int | None
-    waiting_for: str
-
-
-def list_usage(live: Iterable[RunningLoad], state: State, now: str) -> list[MemoryUse]:
+def list_usage(live: Iterable[RunningLoad], state: State, now: str) -> list[LoadUsage]:
     there = [load for load in live if not load.run.is_gone]
     found = (_describe_use(load, state, now) for load in there)
     return sorted(found, key=lambda use: (use.model_id, use.job_id))
 
 
-def _describe_use(load: RunningLoad, state: State, now: str) -> MemoryUse:
+def _describe_use(load: RunningLoad, state: State, now: str) -> LoadUsage:
     run = load.to_view(state.unended_job(load.job_id), now)
     is_reserved = load.report is None
     model = state.models.get(load.model_id)
     serving = model.find_serving(load.job_id) if model is not None else None
     first = model.serving if model is not None and serving is not None else None
     settings = load.parameters if first is None else first.parameters  # a copy has those of the first
-    return MemoryUse(
+    return LoadUsage(
         model_id=load.model_id,
         version=load.version,
         job_id=load.job_id,

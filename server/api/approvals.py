@@ -7,36 +7,30 @@ writer decides whether it counts (`events.approvals`).
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any
 
-import msgspec
 from aiohttp import web
 from marshmallow import Schema, fields, validate
 
-from events.approvals import ApproveVersion, WithdrawApproval, list_unapproved, list_valid_approvals
-from events.models import Model
-from events.policy.rules import ModelRules
-from events.types import SYSTEM, ApprovalResult, Contents, VersionAdded, contents_of, digest_of
-from events.versions import Approval, ModelVersions
+from answers.approvals import (
+    ApprovalInfo,
+    FileDigest,
+    LoadSignatureInfo,
+    VerifiedVersionInfo,
+    VersionApprovals,
+)
+from answers.errors import ErrorInfo
+from events.approvals import ApproveVersion, WithdrawApproval, list_valid_approvals
+from events.types import SYSTEM, Contents, VersionAdded, contents_of, digest_of
 from runtime.errors import LoadRefused, RepositoryUnreadable, UnknownModel, UnknownVersion
 from runtime.repository import MAX_VERSION, REQUEST_LIMIT_S
 from server.api.jobs import JOB_REQUESTS
-from server.api.schemas import (
-    IS_DIGEST,
-    IS_REASON,
-    AnswerSchema,
-    FailureSchema,
-    LoadSignatureSchema,
-    ModelPathSchema,
-    about,
-    one_of,
-    signature_view,
-)
+from server.api.schemas import IS_DIGEST, IS_REASON, ModelPathSchema, about
 from server.appkeys import CONFIG, CONSUMER, LOG, READER, VERSIONS
 from server.auth.access import Access
 from server.auth.gate import PRINCIPAL, credential_of
 from server.cluster import signer_of
 from server.errors import ServerProblem
+from server.http.answers import respond, show, show_optional
 from server.http.validation import (
     NothingSchema,
     ParameterInteger,
@@ -57,13 +51,6 @@ class ApprovalPathSchema(ModelPathSchema):
     version = ParameterInteger(required=True, validate=validate.Range(1, MAX_VERSION))
 
 
-class FileHashSchema(AnswerSchema):
-    """A file of a version."""
-
-    path = fields.String()
-    sha256 = fields.String()
-
-
 class ApprovalBodySchema(Schema):
     """An approval of bytes."""
 
@@ -81,98 +68,12 @@ class WithdrawalQuerySchema(Schema):
     reason = fields.String(required=True, validate=IS_REASON, **about("Why; the ledger records it."))
 
 
-class ApprovalSchema(AnswerSchema):
-    """One person's approval of the bytes with a digest."""
-
-    digest = fields.String()
-    version = fields.Integer(**about("How they were named."))
-    by = fields.String()
-    reason = fields.String()
-    at = fields.String()
-    position = fields.Integer(**about("Of its `VersionApproved`, which has the SHA-256 of each file."))
-
-
-class UnapprovedSchema(AnswerSchema):
-    """A version that waits for a person to approve it."""
-
-    version = fields.Integer()
-    digest = fields.String(allow_none=True, **about("Of the files that were added as it; null if none were."))
-    is_refused = fields.Boolean(
-        **about("Whether the last load was of it, and was refused with `not_approved`.")
-    )
-    added_by = fields.String(allow_none=True, **about("Null if the ledger has nobody."))
-    position = fields.Integer(allow_none=True, **about("Of its `VersionAdded`."))
-
-
-class LoadApprovalSchema(AnswerSchema):
-    """Why a load could go on whose model's rules ask for approval."""
-
-    rule = fields.String(**about("Digest of the model's rules of approval then."))
-    result = fields.String(validate=one_of(ApprovalResult))
-    by = fields.List(fields.String(), **about("Who approved its bytes, or loaded them without."))
-    positions = fields.List(
-        fields.Integer(), **about("Of the `VersionApproved` that it rests on; empty without any.")
-    )
-
-
-class VersionApprovalsSchema(AnswerSchema):
-    """The approvals of a version's bytes."""
-
-    model_id = fields.String()
-    version = fields.Integer()
-    approvals = fields.List(
-        fields.Nested(ApprovalSchema), **about("Those of its bytes that stand, the oldest first.")
-    )
-    missing = fields.Integer(
-        **about("How many other persons the rules for the model still ask for, beside who asks for the load.")
-    )
-
-
 class VerifyQuerySchema(Schema):
     """Which version to verify."""
 
     version = ParameterInteger(
         load_default=None, validate=validate.Range(1, MAX_VERSION), **about("Default: the highest.")
     )
-
-
-class VersionVerificationSchema(AnswerSchema):
-    """The checks that a load of a version would pass now."""
-
-    model_id = fields.String()
-    version = fields.Integer()
-    digest = fields.String(**about("Of all files: SHA-256 over a line `<sha256> <path>` for each, by path."))
-    files = fields.List(fields.Nested(FileHashSchema))
-    signature = fields.Nested(
-        LoadSignatureSchema,
-        allow_none=True,
-        **about("Null without rules for signatures, and if a load would be refused."),
-    )
-    problem = fields.Nested(
-        FailureSchema,
-        allow_none=True,
-        **about("Why a load would be refused, whoever asks for it; null if it would not."),
-    )
-    added_by = fields.List(
-        fields.String(), allow_none=True, **about("All who added these files; null if the ledger has nobody.")
-    )
-
-
-def approvals_members(versions: ModelVersions) -> dict[str, Any]:
-    """Return the member of a model with its approvals; without any there is none."""
-    return {"approvals": [_approval_view(each) for each in versions.approvals]} if versions.approvals else {}
-
-
-def unapproved_members(
-    model: Model | None, versions: ModelVersions, rules: ModelRules | None
-) -> dict[str, Any]:
-    """Return the member of a model with the versions that wait for approval; without any there is none."""
-    found = list_unapproved(model, versions, rules)
-    return {"unapproved": msgspec.to_builtins(found)} if found else {}
-
-
-def _approval_view(approval: Approval) -> dict[str, Any]:
-    return {name: getattr(approval, name) for name in ("digest", "version", "by", "reason", "at", "position")}
 
 
 @routes.put(
@@ -185,7 +86,7 @@ def _approval_view(approval: Approval) -> dict[str, Any]:
     path=ApprovalPathSchema(),
     query=NothingSchema(),
     body=ApprovalBodySchema(),
-    answers={200: (VersionApprovalsSchema(), "The approvals; also if you have approved it before.")},
+    answers={200: (VersionApprovals, "The approvals; also if you have approved it before.")},
     errors=(
         *("unknown_model", "unknown_version", "digest_differs", "same_person", "repository_busy"),
         *("repository_unreadable", "log_unavailable", "shutting_down"),
@@ -209,7 +110,7 @@ async def approve_version(request: web.Request) -> web.Response:
     "and comes back after a restart; the next load by a person or an inference is refused.",
     path=ApprovalPathSchema(),
     query=WithdrawalQuerySchema(),
-    answers={200: (VersionApprovalsSchema(), "What is left: no approval.")},
+    answers={200: (VersionApprovals, "What is left: no approval.")},
     errors=("unknown_approval", "log_unavailable", "shutting_down"),
 )
 async def withdraw_approval(request: web.Request) -> web.Response:
@@ -224,11 +125,10 @@ def _respond(app: web.Application, model_id: str, version: int, digest: str | No
     """Return the approvals of bytes; None has none."""
     versions = app[LOG].state.registers.find_versions(model_id)
     persons = app[CONFIG].policy.count_persons(model_id)
-    given = [_approval_view(each) for each in versions.approvals if each.digest == digest]
+    given = [each for each in versions.approvals if each.digest == digest]
     missing = max(0, persons - len(list_valid_approvals(versions, digest or "", SYSTEM)))
-    return web.json_response(
-        {"model_id": model_id, "version": version, "approvals": given, "missing": missing}
-    )
+    approvals = show(given, list[ApprovalInfo])
+    return respond(VersionApprovals(model_id=model_id, version=version, approvals=approvals, missing=missing))
 
 
 async def _find_contents(app: web.Application, model_id: str, version: int, digest: str) -> Contents:
@@ -281,11 +181,24 @@ CHECK_ERRORS = (
     description="As a load would do it now, here. Nothing is loaded, and nothing is recorded.",
     path=ModelPathSchema(),
     query=VerifyQuerySchema(),
-    answers={200: (VersionVerificationSchema(), "The version's files, and what they pass.")},
+    answers={200: (VerifiedVersionInfo, "The version's files, and what they pass.")},
     errors=("unknown_model", "unknown_version", *CHECK_ERRORS),
 )
 async def verify_version(request: web.Request) -> web.Response:
     model_id, version = path_parameters(request)["id"], query_parameters(request)["version"]
     checked = await request.app[CONSUMER].check_version(model_id, version)
-    shown = {**msgspec.to_builtins(checked), "signature": signature_view(checked.signature)}
-    return web.json_response({"model_id": model_id, **shown})
+    files, signature = (
+        show(checked.files, list[FileDigest]),
+        show_optional(checked.signature, LoadSignatureInfo),
+    )
+    return respond(
+        VerifiedVersionInfo(
+            model_id=model_id,
+            version=checked.version,
+            digest=checked.digest,
+            files=files,
+            signature=signature,
+            problem=show_optional(checked.problem, ErrorInfo),
+            added_by=None if checked.added_by is None else list(checked.added_by),
+        )
+    )

@@ -11,45 +11,26 @@ from collections.abc import Iterable
 from functools import cache
 
 from aiohttp import hdrs, web
-from marshmallow import fields
 
+from answers.health import Health, ServerLive, ServerReady
 from events.models import Model
 from events.types import Cause
-from server.api.schemas import AnswerSchema
 from server.appkeys import CONSUMER_TASK, LOG, POOL, STOPPING, STREAMS
 from server.auth.access import Access
 from server.cluster import CLUSTER
 from server.errors import ServerProblem
-from server.openapi import openapi_yaml
+from server.http.answers import respond
+from server.openapi.document import openapi_yaml
 from server.routing import ROUTES, Route, Routes
 
 routes = Routes(tag="health")
-
-
-class HealthSchema(AnswerSchema):
-    """The checks, all passed."""
-
-    status = fields.String()
-    checks = fields.Dict(keys=fields.String(), values=fields.Boolean())
-
-
-class LiveSchema(AnswerSchema):
-    """The server is alive."""
-
-    live = fields.Boolean()
-
-
-class ServerReadySchema(AnswerSchema):
-    """The server is ready."""
-
-    ready = fields.Boolean()
 
 
 @routes.get(
     "/health/live",
     access=Access.PUBLIC,
     summary="Liveness: whether to keep the process",
-    answers={200: (HealthSchema(), "The process is alive.")},
+    answers={200: (Health, "The process is alive.")},
     errors=("unhealthy",),
 )
 async def live(request: web.Request) -> web.Response:
@@ -61,7 +42,7 @@ async def live(request: web.Request) -> web.Response:
     "/health/ready",
     access=Access.PUBLIC,
     summary="Readiness: whether to send requests",
-    answers={200: (HealthSchema(), "The server is ready.")},
+    answers={200: (Health, "The server is ready.")},
     errors=("unhealthy",),
 )
 async def ready(request: web.Request) -> web.Response:
@@ -73,22 +54,20 @@ async def ready(request: web.Request) -> web.Response:
     "/v2/health/live",
     access=Access.PUBLIC,
     summary="Liveness, in the form of the protocol",
-    answers={200: (LiveSchema(), "The process is alive.")},
+    answers={200: (ServerLive, "The process is alive.")},
     errors=("unhealthy",),
 )
 async def v2_live(request: web.Request) -> web.Response:
     """Answer as `live` does; KServe's client looks for the member `live`, Triton's only at the status."""
     _refuse_failed(live_checks(request.app))
-    return web.json_response({"live": True})
+    return respond(ServerLive(live=True))
 
 
 @routes.get(
     "/v2/health/ready",
     access=Access.PUBLIC,
     summary="Readiness, in the form of the protocol, with Triton's strict meaning",
-    answers={
-        200: (ServerReadySchema(), "The server is ready, and the models are back from before its start.")
-    },
+    answers={200: (ServerReady, "The server is ready, and the models are back from before its start.")},
     errors=("unhealthy",),
 )
 async def v2_ready(request: web.Request) -> web.Response:
@@ -101,7 +80,7 @@ async def v2_ready(request: web.Request) -> web.Response:
     missing = 0 if CLUSTER in app else _count_missing(app[LOG].state.models.values())
     reason = f"; models from before the start that are not back yet: {missing}" if missing else _reason(app)
     _refuse_failed({**ready_checks(app), "models": not missing}, reason)
-    return web.json_response({"ready": True})
+    return respond(ServerReady(ready=True))
 
 
 @routes.get(
@@ -176,7 +155,7 @@ def _reason(app: web.Application) -> str:
 
 def _answer(checks: dict[str, bool], reason: str = "") -> web.Response:
     _refuse_failed(checks, reason)
-    return web.json_response({"status": "ok", "checks": checks})
+    return respond(Health(status="ok", checks=checks))
 
 
 def _refuse_failed(checks: dict[str, bool], reason: str = "") -> None:

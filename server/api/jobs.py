@@ -20,27 +20,22 @@ from aiohttp import hdrs, web
 from marshmallow import Schema, fields, validate
 from msgspec import UNSET
 
+from answers.errors import ErrorInfo
+from answers.jobs import JobInfo, JobList
 from events.commands import Command, Receipt, RequestCancel, RequestLoad
-from events.jobs import Job, JobKind, JobStatus
+from events.jobs import Job, JobStatus
 from events.log import Log
 from events.sqlite.queries import JobQuery
 from events.sqlite.timetravel import job_at, jobs_at
-from events.types import Cause, Idempotency
-from runtime.consumer.consumer import Consumer
-from server.api.livejobs import NOT_LIVE, describe_live
-from server.api.schemas import (
-    NO_NODE,
-    FailureSchema,
-    PageQuerySchema,
-    about,
-    node_member,
-    one_of,
-)
-from server.api.timetravel import PAST_ERRORS, AtQuerySchema, PastSchema, as_of, read_past
+from events.types import Idempotency
+from server.api.livejobs import NOT_LIVE, LiveMembers, describe_live
+from server.api.schemas import PageQuerySchema, about, one_of
+from server.api.timetravel import PAST_ERRORS, AtQuerySchema, at_moment, read_past
 from server.appkeys import CONSUMER, LOG, READER, STOPPING
 from server.auth.access import Access
 from server.auth.gate import PRINCIPAL
 from server.errors import ServerProblem
+from server.http.answers import respond, show_optional
 from server.http.validation import (
     NothingSchema,
     ParameterInteger,
@@ -102,67 +97,6 @@ class JobsQuerySchema(AtQuerySchema, PageQuerySchema):
     )
     model = fields.String(load_default=None, **about("Only jobs of this model."))
     status = fields.String(load_default=None, validate=one_of(JobStatus))
-
-
-class JobSchema(PastSchema):
-    """A job: one accepted load or unload."""
-
-    id = fields.String()
-    kind = fields.String(validate=one_of(JobKind))
-    model_id = fields.String()
-    version = fields.Integer(allow_none=True)
-    status = fields.String(validate=one_of(JobStatus))
-    stage = fields.String(
-        allow_none=True,
-        **about("Live: copying, starting, loading, warming_up, measuring; draining, stopping."),
-    )
-    waiting_for = fields.String(allow_none=True)
-    created_at = fields.String()
-    started_at = fields.String(allow_none=True)
-    finished_at = fields.String(allow_none=True)
-    requested_by = fields.String()
-    cause = fields.String(validate=one_of(Cause))
-    cancel_requested = fields.Boolean(
-        **about("Whether a cancel was requested; see `status` for its outcome.")
-    )
-    superseded_by = fields.String(
-        allow_none=True, **about("The job of a person's load that took the place of this one by the system.")
-    )
-    attempt = fields.Integer()
-    node = fields.String(**about(f"Name of the node where it is placed; {NO_NODE}", is_optional=True))
-    position = fields.Integer(**about("Position of its latest event."))
-    parameters = fields.Dict(**about("Parameters of its request."))
-    label = fields.String(
-        **about(
-            "Of a load: names the version from when that is loaded; missing without one.", is_optional=True
-        )
-    )
-    passed_over = fields.String(
-        **about(
-            "Of a load whose request named no version: why the highest one could not be served; "
-            "missing if it could.",
-            is_optional=True,
-        )
-    )
-    reason = fields.String(allow_none=True, **about("Of a load: why, as who asked says."))
-    emergency = fields.String(
-        allow_none=True, **about("Of a load: why it must not wait for others, as who asked says.")
-    )
-    unreturned_bytes = fields.Integer(
-        **about(
-            "Of an unload: memory that its device had not returned when it completed; missing if all was.",
-            is_optional=True,
-        )
-    )
-    error = fields.Nested(FailureSchema, allow_none=True)
-
-
-class JobListSchema(PastSchema):
-    """One page of the jobs, newest first."""
-
-    jobs = fields.List(fields.Nested(JobSchema))
-    as_of = fields.Integer(**about("The position that the answer reflects."))
-    next_cursor = fields.Integer(allow_none=True)
 
 
 IS_KEY = validate.Regexp(rf"(?:{_QUOTED}|{_BARE})\Z", error=_RULE)
@@ -255,8 +189,8 @@ AS_JOB: Mapping[str, Any] = {
     "parameters": [PREFER],
     "headers": IdempotencySchema(),
     "answers": {
-        202: (JobSchema(), "Accepted; follow the job at `Location`."),
-        200: (JobSchema(), "Nothing to do, or the job has ended within `Prefer: wait=N`, with any outcome."),
+        202: (JobInfo, "Accepted; follow the job at `Location`."),
+        200: (JobInfo, "Nothing to do, or the job has ended within `Prefer: wait=N`, with any outcome."),
     },
 }
 """Parts of the declaration that all routes with `answer_with_job` share, beside the codes in `JOB_ERRORS`."""
@@ -269,7 +203,7 @@ JOB_ERRORS = ("idempotency_mismatch", "log_unavailable", "shutting_down")
     access=Access.ANY,
     summary="List the jobs, newest first",
     query=JobsQuerySchema(),
-    answers={200: (JobListSchema(), "One page.")},
+    answers={200: (JobList, "One page.")},
     errors=PAST_ERRORS,
 )
 async def list_jobs(request: web.Request) -> web.Response:
@@ -277,20 +211,21 @@ async def list_jobs(request: web.Request) -> web.Response:
     status = JobStatus(query["status"]) if query["status"] is not None else None
     wanted = JobQuery(before=query["cursor"], model_id=query["model"], status=status, limit=query["limit"])
     if query["at"] is not None:
-        return web.json_response(await _list_past_jobs(request, query["at"], wanted))
+        return respond(await _list_past_jobs(request, query["at"], wanted))
     page = await request.app[READER].jobs(wanted)
     jobs = [present_job(request.app, job) for job in page.items]
-    return web.json_response({"jobs": jobs, "as_of": page.as_of, "next_cursor": page.next_cursor})
+    return respond(JobList(jobs=jobs, as_of=page.as_of, next_cursor=page.next_cursor))
 
 
-async def _list_past_jobs(request: web.Request, at: str, wanted: JobQuery) -> dict[str, Any]:
+async def _list_past_jobs(request: web.Request, at: str, wanted: JobQuery) -> JobList:
     limit, more = wanted.limit, replace(wanted, limit=wanted.limit + 1)
     moment, found = await read_past(request, at, partial(jobs_at, query=more))
-    return {
-        "jobs": [job_view(job, None) for job in found[:limit]],
-        "next_cursor": found[limit - 1].created_position if len(found) > limit else None,
-        **as_of(moment),
-    }
+    page = JobList(
+        jobs=[make_job_info(job) for job in found[:limit]],
+        as_of=moment.position,
+        next_cursor=found[limit - 1].created_position if len(found) > limit else None,
+    )
+    return at_moment(page, moment)
 
 
 @routes.get(
@@ -299,7 +234,7 @@ async def _list_past_jobs(request: web.Request, at: str, wanted: JobQuery) -> di
     summary="Show a job",
     path=JobPathSchema(),
     query=AtQuerySchema(),
-    answers={200: (JobSchema(), "The job.")},
+    answers={200: (JobInfo, "The job.")},
     errors=("unknown_job", *PAST_ERRORS),
 )
 async def show_job(request: web.Request) -> web.Response:
@@ -309,8 +244,8 @@ async def show_job(request: web.Request) -> web.Response:
         moment, past = await read_past(request, at, partial(job_at, job_id=job_id))
         if past is None:
             raise ServerProblem(f"there was no job {job_id!r} at that time", code="unknown_job")
-        return web.json_response({**job_view(past, None), **as_of(moment)})
-    return web.json_response(present_job(request.app, await find_job(request.app, job_id)))
+        return respond(at_moment(make_job_info(past), moment))
+    return respond(present_job(request.app, await find_job(request.app, job_id)))
 
 
 @routes.post(
@@ -332,52 +267,52 @@ async def cancel_job(request: web.Request) -> web.Response:
     )
 
 
-def present_job(app: web.Application, job: Job) -> dict[str, Any]:
+def present_job(app: web.Application, job: Job) -> JobInfo:
     """Return a job with its live values."""
-    return job_view(job, app[CONSUMER])
+    return make_job_info(job, describe_live(app[CONSUMER], job))
 
 
-def job_view(job: Job, consumer: Consumer | None) -> dict[str, Any]:
-    """Return a job; a past one has no live values."""
-    parameters = job.load if job.load is not None else job.unload
+def make_job_info(job: Job, live: LiveMembers = NOT_LIVE) -> JobInfo:
+    """Return a job as the API shows it."""
     said = None if job.policy is UNSET else job.policy.justification
-    return {
-        "id": job.id,
-        "kind": job.kind.value,
-        "model_id": job.model_id,
-        "version": job.version,
-        "status": job.status.value,
-        **(NOT_LIVE if consumer is None else describe_live(consumer, job)),
-        "created_at": job.created_at,
-        "started_at": job.started_at,
-        "finished_at": job.finished_at,
-        "requested_by": job.requested_by,
-        "cause": job.cause.value,
-        "cancel_requested": job.cancel_requested,
-        "superseded_by": job.superseded_by,
-        "attempt": job.attempt,
-        **node_member(job.node_id),
-        "position": job.position,
-        "parameters": msgspec.to_builtins(parameters),
-        **({} if job.label is UNSET else {"label": job.label}),
-        **({} if job.passed_over is UNSET else {"passed_over": job.passed_over}),
-        "reason": None if said is None else said.reason,
-        "emergency": None if said is None else said.emergency,
-        **({} if job.unreturned_bytes is UNSET else {"unreturned_bytes": job.unreturned_bytes}),
-        "error": msgspec.to_builtins(job.error),
-    }
+    return JobInfo(
+        id=job.id,
+        kind=job.kind,
+        model_id=job.model_id,
+        version=job.version,
+        status=job.status,
+        created_at=job.created_at,
+        started_at=job.started_at,
+        finished_at=job.finished_at,
+        requested_by=job.requested_by,
+        cause=job.cause,
+        cancel_requested=job.cancel_requested,
+        superseded_by=job.superseded_by,
+        attempt=job.attempt,
+        node=job.node_id,
+        position=job.position,
+        parameters=msgspec.to_builtins(job.load if job.load is not None else job.unload),
+        label=job.label or None,
+        passed_over=job.passed_over or None,
+        reason=None if said is None else said.reason,
+        emergency=None if said is None else said.emergency,
+        unreturned_bytes=None if job.unreturned_bytes is UNSET else job.unreturned_bytes,
+        error=show_optional(job.error, ErrorInfo),
+        **live,
+    )
 
 
 async def answer_with_job(request: web.Request, command: Command) -> web.Response:
     """Submit a command and answer with its job: 200 if it has ended, else 202 with its `Location`."""
     job = await _submit(request.app, command, wait_s(request.headers.getall("Prefer", [])))
-    headers = {hdrs.LOCATION: job_path(job.id), hdrs.VARY: "Prefer"}
+    headers: dict[str, str] = {hdrs.LOCATION: job_path(job.id), hdrs.VARY: "Prefer"}
     if not job.ended:
         headers[hdrs.RETRY_AFTER] = str(POLL_AFTER_S)
-    view = present_job(request.app, job)
+    shown = present_job(request.app, job)
     if isinstance(command, RequestLoad) and command.passed_over is not UNSET:
-        view["passed_over"] = command.passed_over  # also of a job that was there before
-    return web.json_response(view, status=200 if job.ended else 202, headers=headers)
+        # Also of a job that was there before.
+        shown = msgspec.structs.replace(shown, passed_over=command.passed_over)
+    return respond(shown, status=200 if job.ended else 202, headers=headers)
 
 
 async def run_job(app: web.Application, command: Command) -> Job:

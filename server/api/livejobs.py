@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 from events.jobs import Job, JobStatus
 from runtime.consumer.consumer import Consumer
 
-NOT_LIVE: dict[str, str | None] = {"stage": None, "waiting_for": None}
+
+class LiveMembers(TypedDict):
+    """Live members of `JobInfo`."""
+
+    stage: str | None
+    waiting_for: str | None
+
+
+NOT_LIVE: LiveMembers = {"stage": None, "waiting_for": None}
 """Of a job of the past."""
 
 
-def describe_live(consumer: Consumer, job: Job) -> dict[str, str | None]:
+def describe_live(consumer: Consumer, job: Job) -> LiveMembers:
     """Return `stage` of a job in progress, and `waiting_for` of a pending one."""
     runs, waits = job.status is JobStatus.IN_PROGRESS, job.status is JobStatus.PENDING
     return {

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from dataclasses import asdict
 from functools import partial
 from typing import Any, TypeVar
 
+import msgspec
 from aiohttp import web
 from marshmallow import Schema, fields
 
-from events.presence import NodeState, ServerState
+from answers.past import NodePresence, PastAnswer, ServerPresence
 from events.sqlite.readonly import ReaderThread, open_reader_thread
 from events.sqlite.timetravel import Moment, read_moment
-from server.api.schemas import AnswerSchema, about, one_of
+from server.api.schemas import about
 from server.appkeys import LOG
+from server.http.answers import show, show_optional
 
 T = TypeVar("T")
+P = TypeVar("P", bound=PastAnswer)
 
 TIME_TRAVEL = web.AppKey("time_travel", ReaderThread)
 """Reads the past, one query at a time, so that readers of the present do not wait."""
@@ -40,55 +42,6 @@ class AtQuerySchema(Schema):
     )
 
 
-class ServerSchema(AnswerSchema):
-    """The state of the server at a moment of the past."""
-
-    state = fields.String(
-        validate=one_of(ServerState),
-        **about("`unknown`: after it was last seen, and before its unclean end was discovered."),
-    )
-    since = fields.String(allow_none=True, **about("Null if the log does not say."))
-
-
-class NodePresenceSchema(AnswerSchema):
-    """The state of a node at a moment of the past."""
-
-    id = fields.String()
-    state = fields.String(
-        validate=one_of(NodeState),
-        **about("`unknown`: after it renewed its lease last, and before it was declared lost."),
-    )
-    since = fields.String(allow_none=True, **about("Null if the log does not say."))
-
-
-class PastSchema(AnswerSchema):
-    """The members about the moment itself of an answer about the past, see `as_of`."""
-
-    as_of = fields.Integer(**about("With `at`: the position that the answer reflects.", is_optional=True))
-    as_of_time = fields.String(
-        allow_none=True,
-        **about(
-            "With `at`: when the event at `as_of` was recorded; null if the log does not have it.",
-            is_optional=True,
-        ),
-    )
-    server = fields.Nested(
-        ServerSchema,
-        **about(
-            "With `at`: the state of the server then. While it is not `running`, nothing is loaded. With "
-            "nodes, it runs while any is there.",
-            is_optional=True,
-        ),
-    )
-    nodes = fields.List(
-        fields.Nested(NodePresenceSchema),
-        **about(
-            "With `at`: the nodes that had joined by then, by name; missing if there were none.",
-            is_optional=True,
-        ),
-    )
-
-
 async def open_time_travel(app: web.Application) -> AsyncIterator[None]:
     async with open_reader_thread(app[LOG].path, "ledger-past") as thread:
         app[TIME_TRAVEL] = thread
@@ -106,12 +59,13 @@ async def read_past(request: web.Request, at: str, query: Callable[[Any, int], T
     return await request.app[TIME_TRAVEL].run(partial(read_moment, at=at, query=query))
 
 
-def as_of(moment: Moment) -> dict[str, Any]:
+def at_moment(answer: P, moment: Moment) -> P:
+    """Return an answer about the past with its members about the moment."""
     server = moment.server
-    nodes = [asdict(node) for node in server.nodes] if server is not None else []
-    return {
-        "as_of": moment.position,
-        "as_of_time": moment.recorded_at,
-        "server": {"state": server.state.value, "since": server.since} if server is not None else None,
-        **({"nodes": nodes} if nodes else {}),
-    }
+    return msgspec.structs.replace(
+        answer,
+        as_of=moment.position,
+        as_of_time=moment.recorded_at,
+        server=show_optional(server, ServerPresence),
+        nodes=show(server.nodes, list[NodePresence]) if server is not None else [],
+    )

@@ -5,19 +5,21 @@ The socket in the data directory (`server.auth.control`) has the same routes, bu
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from typing import Any
 
 from aiohttp import web
 from marshmallow import Schema, ValidationError, fields, validate
 
+from answers.tokens import IssuedTokenInfo, RevokedTokenInfo, SignInLinkInfo, TokenInfo, TokenList
 from events.tokens import Token, find_issued
-from server.api.schemas import AnswerSchema, PageQuerySchema, about
+from server.api.schemas import PageQuerySchema, about
 from server.appkeys import GATE, LOG
 from server.auth.access import ROLES, Access
 from server.auth.gate import PRINCIPAL
 from server.auth.keys import MAX_EXPIRES_S
 from server.auth.subjects import subject_refusal
 from server.auth.tokens import TOKENS, is_local
+from server.http.answers import respond, show
 from server.http.validation import (
     InvalidBody,
     NothingSchema,
@@ -102,62 +104,6 @@ class CodeBodySchema(Schema):
     code = fields.String(required=True, validate=validate.Length(1, MAX_CODE_CHARACTERS))
 
 
-class TokenSchema(AnswerSchema):
-    """A token, as the ledger knows it; never the token itself."""
-
-    jti = fields.String()
-    subject = fields.String(allow_none=True, **about("Null if an identity provider issued the token."))
-    roles = fields.List(fields.String())
-    expires_at = fields.String()
-    issued_at = fields.String(allow_none=True)
-    issued_by = fields.String(allow_none=True)
-    via = fields.String(allow_none=True, **about("How it was issued: api, socket, link or serve."))
-    issued_with = fields.String(
-        allow_none=True, **about("The token that issued it; null on the server's machine.")
-    )
-    revoked_at = fields.String(allow_none=True)
-    revoked_by = fields.String(allow_none=True)
-
-
-class RevokedTokenSchema(TokenSchema):
-    """A revoked token."""
-
-    issued = fields.List(
-        fields.String(), **about("The tokens that it issued, and that these issued, which are not revoked.")
-    )
-
-
-class TokenListSchema(AnswerSchema):
-    """One page of the tokens, newest first."""
-
-    tokens = fields.List(fields.Nested(TokenSchema))
-    as_of = fields.Integer(**about("The position that the answer reflects."))
-    next_cursor = fields.Integer(allow_none=True)
-
-
-class IssuedTokenSchema(AnswerSchema):
-    """A new token."""
-
-    token = fields.String(**about("The token itself: only this answer has it."))
-    jti = fields.String()
-    subject = fields.String()
-    roles = fields.List(fields.String())
-    expires_at = fields.String()
-
-
-class SignInLinkSchema(AnswerSchema):
-    """A new sign-in link."""
-
-    link_id = fields.String()
-    path = fields.String(
-        **about("Path and fragment of the console, to add to the server's URL; a fragment is never sent.")
-    )
-    server_url = fields.String(
-        **about("Where the server listens, for browsers on its machine; may be empty.")
-    )
-    expires_at = fields.String()
-
-
 @routes.get(
     "/api/v1/tokens",
     access=Access.ADMIN,
@@ -165,7 +111,7 @@ class SignInLinkSchema(AnswerSchema):
     description="Tokens of identity providers are not known to the ledger. An expired one stays while "
     "one that came from it has not expired.",
     query=TokensQuerySchema(),
-    answers={200: (TokenListSchema(), "One page.")},
+    answers={200: (TokenList, "One page.")},
 )
 async def list_tokens(request: web.Request) -> web.Response:
     """Answer with a page of tokens; revoked ones stay until a day after they would have expired."""
@@ -175,11 +121,11 @@ async def list_tokens(request: web.Request) -> web.Response:
     found.sort(key=lambda token: token.position, reverse=True)
     page = found[:limit]
     next_cursor = page[-1].position if len(found) > limit else None
-    listed = [_token_view(token) for token in page]
-    return web.json_response({"tokens": listed, "as_of": state.position, "next_cursor": next_cursor})
+    listed = [TokenInfo(**_members_of(token)) for token in page]
+    return respond(TokenList(tokens=listed, as_of=state.position, next_cursor=next_cursor))
 
 
-def _token_view(token: Token) -> dict[str, object]:
+def _members_of(token: Token) -> dict[str, Any]:
     return {
         "jti": token.id,
         "subject": token.subject,
@@ -199,7 +145,7 @@ def _token_view(token: Token) -> dict[str, object]:
     access=Access.ADMIN,
     summary="Issue a token",
     body=TokenBodySchema(),
-    answers={201: (IssuedTokenSchema(), "The token, which is recorded without itself.")},
+    answers={201: (IssuedTokenInfo, "The token, which is recorded without itself.")},
     errors=("not_supported", "too_many_tokens", "log_unavailable"),
 )
 async def issue(request: web.Request) -> web.Response:
@@ -211,7 +157,7 @@ async def issue(request: web.Request) -> web.Response:
             " machine, `loadledger token issue` has no such limit"
         )
     issued = await app[TOKENS].issue(**body, actor=principal.subject, via=via, issued_with=principal.jti)
-    return web.json_response(asdict(issued), status=201)
+    return respond(show(issued, IssuedTokenInfo), status=201)
 
 
 @routes.post(
@@ -221,7 +167,7 @@ async def issue(request: web.Request) -> web.Response:
     description="It is refused from then on, on this server and after each restart. Repeat it at will.",
     path=TokenPathSchema(),
     body=RevocationBodySchema(),
-    answers={200: (RevokedTokenSchema(), "The revoked token.")},
+    answers={200: (RevokedTokenInfo, "The revoked token.")},
     errors=("unknown_token", "log_unavailable"),
 )
 async def revoke_token(request: web.Request) -> web.Response:
@@ -229,7 +175,7 @@ async def revoke_token(request: web.Request) -> web.Response:
     jti, app = path_parameters(request)["jti"], request.app
     await app[TOKENS].revoke(jti, actor=request[PRINCIPAL].subject, **json_body(request))
     known = app[LOG].state.registers.tokens
-    return web.json_response({**_token_view(known[jti]), "issued": find_issued(known, jti)})
+    return respond(RevokedTokenInfo(**_members_of(known[jti]), issued=find_issued(known, jti)))
 
 
 @routes.post(
@@ -238,13 +184,19 @@ async def revoke_token(request: web.Request) -> web.Response:
     summary="Make a link that signs a browser in",
     description="It works once, within a minute, and signs in with your subject and roles for 12 hours.",
     body=NothingSchema(),
-    answers={201: (SignInLinkSchema(), "The link.")},
+    answers={201: (SignInLinkInfo, "The link.")},
     errors=("not_supported", "log_unavailable"),
 )
 async def issue_sign_in_link(request: web.Request) -> web.Response:
     issuer = request.app[TOKENS]
     link = await issuer.issue_link(request[PRINCIPAL])
-    return web.json_response({**asdict(link), "server_url": issuer.server_url}, status=201)
+    shown = SignInLinkInfo(
+        link_id=link.link_id,
+        path=link.path,
+        server_url=issuer.server_url,
+        expires_at=link.expires_at,
+    )
+    return respond(shown, status=201)
 
 
 @routes.post(
@@ -253,11 +205,11 @@ async def issue_sign_in_link(request: web.Request) -> web.Response:
     summary="Use a sign-in link",
     description="The console does this. Wrong codes count as failed authentications of the address.",
     body=CodeBodySchema(),
-    answers={201: (IssuedTokenSchema(), "A token for the console.")},
+    answers={201: (IssuedTokenInfo, "A token for the console.")},
     errors=("invalid_token", "too_many_failures", "not_supported", "too_many_tokens", "log_unavailable"),
 )
 async def use_sign_in_link(request: web.Request) -> web.Response:
     app, code = request.app, json_body(request)["code"]
     link = app[GATE].try_credentials(request, lambda: app[TOKENS].take_link(code))
     issued = await app[TOKENS].use_link(link)
-    return web.json_response(asdict(issued), status=201)
+    return respond(show(issued, IssuedTokenInfo), status=201)

@@ -17,8 +17,8 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 from marshmallow import Schema, ValidationError, fields, validate, validates_schema
 from msgspec import UNSET
-from msgspec.structs import asdict
 
+from answers.versions import AddedFileInfo, AddedVersionInfo, UploadInfo
 from events.accept import MAX_QUEUE, find_end_of_use
 from events.clock import format_timestamp
 from events.errors import RequestRefused
@@ -33,6 +33,7 @@ from server.auth.access import Access
 from server.auth.gate import PRINCIPAL
 from server.cluster import FORWARDING
 from server.errors import ServerProblem
+from server.http.answers import respond, show
 from server.http.bodies import iterate_body
 from server.http.validation import (
     InvalidParameter,
@@ -163,32 +164,6 @@ class UploadedFilePathSchema(UploadPathSchema):
     )
 
 
-class AddedFileSchema(Schema):
-    """One file of an added version."""
-
-    path = fields.String(required=True, **about("Relative to the version's folder."))
-    bytes = fields.Integer(required=True)
-    sha256 = fields.String(required=True, **about("Of its contents, in 64 hexadecimal digits."))
-
-
-class AddedVersionSchema(Schema):
-    """A version that was added."""
-
-    model_id = fields.String(required=True)
-    version = fields.Integer(required=True)
-    bytes = fields.Integer(required=True, **about("Of all files together."))
-    files = fields.List(fields.Nested(AddedFileSchema), required=True)
-
-
-class UploadSchema(AddedVersionSchema):
-    """An upload, with the files that are complete."""
-
-    id = fields.String(required=True, **about("Names the node that has the upload, too, if there are nodes."))
-    expires_at = fields.String(
-        required=True, metadata={"format": "date-time", "description": "Later, if a file is added before."}
-    )
-
-
 def at_its_node(handler: Handler) -> Handler:
     """Return a handler about an upload that lets the node answer which the upload's id names."""
 
@@ -221,7 +196,7 @@ def at_its_node(handler: Handler) -> Handler:
     query=NothingSchema(),
     headers=VersionHeadersSchema(),
     request_body=_FILE_BODY,
-    answers={201: (AddedVersionSchema(), "Added; the model is at `Location`.")},
+    answers={201: (AddedVersionInfo, "Added; the model is at `Location`.")},
     errors=("precondition_failed", *_FILE_ERRORS, *_MODEL_ERRORS, *_CHANGE_ERRORS),
 )
 async def add_version(request: web.Request) -> web.Response:
@@ -279,8 +254,8 @@ async def _end_uses(app: web.Application, model_id: str, version: int, subject: 
     headers=UploadHeadersSchema(),
     body=NothingSchema(),
     answers={
-        201: (UploadSchema(), "It is at `Location`."),
-        200: (UploadSchema(), "It began before, with the same `Idempotency-Key`."),
+        201: (UploadInfo, "It is at `Location`."),
+        200: (UploadInfo, "It began before, with the same `Idempotency-Key`."),
     },
     errors=_CHANGE_ERRORS,
 )
@@ -290,9 +265,7 @@ async def begin_upload(request: web.Request) -> web.Response:
         given["id"], given["version"], request[PRINCIPAL].subject, None if key is None else key.key_hash
     )
     location = f"/api/v1/models/{upload.model_id}/versions/{upload.version}/uploads/{upload.id}"
-    return web.json_response(
-        _upload_view(upload), status=201 if is_new else 200, headers={hdrs.LOCATION: location}
-    )
+    return respond(_show_upload(upload), status=201 if is_new else 200, headers={"Location": location})
 
 
 @routes.get(
@@ -301,12 +274,12 @@ async def begin_upload(request: web.Request) -> web.Response:
     summary="Show an upload",
     description="Its files that are complete: they need not be sent again.",
     path=UploadPathSchema(),
-    answers={200: (UploadSchema(), "The upload.")},
+    answers={200: (UploadInfo, "The upload.")},
     errors=_UPLOAD_ERRORS,
 )
 @at_its_node
 async def get_upload(request: web.Request) -> web.Response:
-    return web.json_response(_upload_view(await _find_upload(request)))
+    return respond(_show_upload(await _find_upload(request)))
 
 
 @routes.delete(
@@ -334,8 +307,8 @@ async def discard_upload(request: web.Request) -> web.Response:
     headers=DigestHeadersSchema(),
     request_body=_FILE_BODY,
     answers={
-        201: (AddedFileSchema(), "Added."),
-        200: (AddedFileSchema(), "Added in place of another one."),
+        201: (AddedFileInfo, "Added."),
+        200: (AddedFileInfo, "Added in place of another one."),
     },
     errors=(*_FILE_ERRORS, *_UPLOAD_ERRORS),
 )
@@ -343,7 +316,7 @@ async def discard_upload(request: web.Request) -> web.Response:
 async def add_uploaded_file(request: web.Request) -> web.Response:
     path, body = path_parameters(request)["path"], _read_file(request)
     file, is_new = await request.app[UPLOADS].add_file(await _find_upload(request), path, body)
-    return web.json_response(asdict(file), status=201 if is_new else 200)
+    return respond(show(file, AddedFileInfo), status=201 if is_new else 200)
 
 
 @routes.post(
@@ -355,7 +328,7 @@ async def add_uploaded_file(request: web.Request) -> web.Response:
     "the digests that the server computed.",
     path=UploadPathSchema(),
     request_body={"required": False, "content": {"application/json": {"schema": CommitBodySchema()}}},
-    answers={201: (AddedVersionSchema(), "Added; the model is at `Location`.")},
+    answers={201: (AddedVersionInfo, "Added; the model is at `Location`.")},
     errors=("invalid_body", "unsupported_media_type", "body_timeout", *_MODEL_ERRORS, *_UPLOAD_ERRORS),
 )
 @at_its_node
@@ -372,20 +345,20 @@ async def _find_upload(request: web.Request) -> UploadEntry:
 
 
 def _answer_with_version(given: Any, files: Iterable[AddedFile]) -> web.Response:
-    body = _version_view(given["id"], given["version"], files)
-    return web.json_response(body, status=201, headers={hdrs.LOCATION: f"/api/v1/models/{given['id']}"})
+    shown = AddedVersionInfo(**_members_of(given["id"], given["version"], files))
+    return respond(shown, status=201, headers={"Location": f"/api/v1/models/{given['id']}"})
 
 
-def _version_view(model_id: str, version: int, files: Iterable[AddedFile]) -> dict[str, Any]:
-    shown = [asdict(file) for file in files]
-    total = sum(file["bytes"] for file in shown)
+def _members_of(model_id: str, version: int, files: Iterable[AddedFile]) -> dict[str, Any]:
+    shown = show(list(files), list[AddedFileInfo])
+    total = sum(file.bytes for file in shown)
     return {"model_id": model_id, "version": version, "bytes": total, "files": shown}
 
 
-def _upload_view(upload: UploadEntry) -> dict[str, Any]:
+def _show_upload(upload: UploadEntry) -> UploadInfo:
     ends = datetime.fromtimestamp(upload.used_at + UNUSED_LIMIT_S, UTC)
-    version = _version_view(upload.model_id, upload.version, upload.files.values())
-    return {"id": upload.id, "expires_at": format_timestamp(ends), **version}
+    members = _members_of(upload.model_id, upload.version, upload.files.values())
+    return UploadInfo(id=upload.id, expires_at=format_timestamp(ends), **members)
 
 
 def _read_file(request: web.Request) -> UploadBody:

@@ -24,6 +24,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
+from answers.resources import Device
 from events.accept import MAX_QUEUE
 from events.clock import seconds_between
 from events.counters import ENDS, EVICTIONS, OTHERS, HistogramSnapshot
@@ -82,7 +83,7 @@ class ServerCollector(Collector):
         self._now = log.now()
         self._jobs = log.state.unended()
         self._nodes = app[CLUSTER].describe() if CLUSTER in app else ()
-        own = next((node["id"] for node in self._nodes if node["this"]), None)
+        own = next((node.id for node in self._nodes if node.this), None)
         models = list(log.state.models.values())
         self._models = [model.view_at(own) for model in models]
         self._copies = _count_copies(log.state, name_of)
@@ -346,7 +347,7 @@ class ServerCollector(Collector):
         yield _gauge(
             "device_models",
             "Models that have a process on a device but the CPU.",
-            {each["device"]: each["models"] for each in self._devices},
+            {each.device: each.models for each in self._devices},
             "device",
         )
         found = read_pressure()
@@ -395,9 +396,9 @@ class ServerCollector(Collector):
         )
 
     def _node_families(self) -> Iterator[Metric]:
-        own = [(node["id"], node["release"]) for node in self._nodes if node["this"]]
-        phases = Counter(node["phase"] for node in self._nodes)
-        late = {node["id"]: float(node["late"]) for node in self._nodes if node["late"] is not None}
+        own = [(node.id, node.release) for node in self._nodes if node.this]
+        phases = Counter(node.phase for node in self._nodes)
+        late = {node.id: float(node.late) for node in self._nodes if node.late is not None}
         yield _gauge(
             "node_info",
             "1 for this node; none if the server is alone.",
@@ -468,10 +469,10 @@ def _with_zeros(known: Iterable[K], counts: Mapping[K, float]) -> dict[K, float]
     return {**dict.fromkeys(known, 0.0), **counts}
 
 
-def _list_memory(devices: Iterable[Mapping[str, Any]]) -> Iterator[tuple[tuple[str, str], int]]:
+def _list_memory(devices: Iterable[Device]) -> Iterator[tuple[tuple[str, str], int]]:
     for each, kind in product(devices, ("total", "free", "budget", "reserved", "used")):
-        if each[f"{kind}_bytes"] is not None:
-            yield (each["device"], kind), each[f"{kind}_bytes"]
+        if (size := getattr(each, f"{kind}_bytes")) is not None:
+            yield (each.device, kind), size
 
 
 def _should_serve(model: Model) -> bool:

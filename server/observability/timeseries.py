@@ -19,6 +19,7 @@ from types import MappingProxyType
 
 import msgspec
 
+from answers.history import Latencies
 from events.log import Log
 from runtime import memory
 from runtime.consumer.consumer import Consumer
@@ -77,21 +78,12 @@ def quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> fl
     return low + (bounds[at] - low) * (rank - below[at] + counts[at]) / counts[at]
 
 
-class Latencies(msgspec.Struct, frozen=True, gc=False):
-    """The requests of an interval, and quantiles of the durations of those that were answered, in seconds."""
-
-    requests: int
-    failures: int
-    p50_s: float | None
-    p95_s: float | None
-    p99_s: float | None
-
-    @classmethod
-    def of(cls, counts: Counts) -> Latencies:
-        failures, *took = counts
-        found = (quantile(TOOK_S, took, share) for share in (0.5, 0.95, 0.99))
-        p50, p95, p99 = (None if value is None else round(value, 6) for value in found)
-        return cls(sum(took), failures, p50, p95, p99)
+def estimate_latencies(counts: Counts) -> Latencies:
+    """Return the requests of an interval, and quantiles of the durations of those that were answered."""
+    failures, *took = counts
+    found = (quantile(TOOK_S, took, share) for share in (0.5, 0.95, 0.99))
+    p50, p95, p99 = (None if value is None else round(value, 6) for value in found)
+    return Latencies(requests=sum(took), failures=failures, p50_s=p50, p95_s=p95, p99_s=p99)
 
 
 class Memory(msgspec.Struct, frozen=True, gc=False):

@@ -28,7 +28,7 @@ export function ModelPage() {
   return html`
     <${Head} id=${id} model=${model} refusal=${error ? why : ""} />
     <${Panel} kind="traffic" title="Requests and memory"><${Charts} modelId=${id} /><//>
-    ${model?.copies_at && html`<${Copies} copies=${model.copies_at} />`}
+    ${model?.copies != null && html`<${Copies} copies=${model.copies_at ?? []} />`}
     <div class="halves"><${Tensors} model=${answer} why=${why} /><${Calls} id=${id} model=${answer} why=${why} /></div>
     ${model && html`<${Versions} model=${model} sources=${answer?.sources ?? []} changes=${changes} />`}
     ${model && html`<${Approvals} model=${model} />`}

@@ -10,6 +10,7 @@ from functools import partial
 
 from aiohttp import hdrs, web
 
+from answers.inference import ModelMetadata, ModelReady
 from events.versions import LABEL_NAME
 from runtime.process.pool import reading_bytes
 from runtime.process.sharedmemory import SHARED_FROM_BYTES
@@ -24,6 +25,7 @@ from server.auth.gate import FORWARDED, PRINCIPAL
 from server.auth.ratelimit import QUOTA
 from server.cluster import FORWARDING, Forwarding, forwardable
 from server.errors import ANSWERING_NODE, NODE, ServerProblem, error_response
+from server.http.answers import respond
 from server.http.bodies import BodyTooLarge, Share, read_body
 from server.http.compression import COMPRESSED_FROM_BYTES, chosen_encoding, compress, decompress
 from server.http.connection import ARRIVED_NS, read_body_into
@@ -44,8 +46,6 @@ from server.v2.metadata import (
     INFERENCE_BODY,
     INFERENCE_PARAMETERS,
     INFERENCE_RESPONSE,
-    MetadataSchema,
-    ReadySchema,
     metadata,
     model_routes,
 )
@@ -91,14 +91,14 @@ async def infer_model(request: web.Request) -> web.StreamResponse:
     ("Inputs and outputs of a model", "Inputs and outputs of a version"),
     of_version="show_version_metadata",
     access=Access.ANY,
-    answers={200: (MetadataSchema(), "The metadata, of a model that is not loaded as its file declares it.")},
+    answers={200: (ModelMetadata, "The metadata, of a model that is not loaded as its file declares it.")},
     errors=_METADATA_ERRORS,
 )
 @forwardable
 async def show_metadata(request: web.Request) -> web.Response:
     path = path_parameters(request)
     found = await find_tensors(request.app, path["id"], path.get("version"))
-    return web.json_response(metadata(path["id"], *found))
+    return respond(metadata(path["id"], *found))
 
 
 @model_routes(
@@ -107,7 +107,7 @@ async def show_metadata(request: web.Request) -> web.Response:
     ("Whether a model is ready", "Whether a version is ready"),
     of_version="show_version_ready",
     access=Access.ANY,
-    answers={200: (ReadySchema(), "It is ready.")},
+    answers={200: (ModelReady, "It is ready.")},
     errors=("not_ready", "model_not_loaded", "node_unreachable", "inference_timeout", "unknown_label"),
 )
 @forwardable
@@ -116,7 +116,7 @@ async def show_ready(request: web.Request) -> web.Response:
     path = path_parameters(request)
     if not request.app[ROUTER].is_ready(path["id"], path.get("version")):
         raise ServerProblem(f"model '{path['id']}' is not ready", code="not_ready")
-    return web.json_response({"name": path["id"], "ready": True})
+    return respond(ModelReady(name=path["id"], ready=True))
 
 
 async def infer(

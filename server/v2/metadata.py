@@ -8,73 +8,35 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any, TypeVar
 
-import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler
-from marshmallow import fields
 
+from answers.inference import (
+    InferenceAnswer,
+    ModelConfig,
+    ModelMetadata,
+    ModelStatistics,
+    ServerMetadata,
+    StatisticsList,
+)
+from answers.tensors import ModelTensor
 from events.models import ModelState
 from runtime.consumer.running import RunningLoad
 from runtime.onnxfile import ModelTensors
 from runtime.router import Here
 from runtime.wire import DATATYPES
-from server.api.schemas import (
-    AnswerSchema,
-    DeclaredTensorSchema,
-    ModelPathSchema,
-    ModelServedPathSchema,
-    TensorSchema,
-    about,
-)
+from server.api.schemas import ModelPathSchema, ModelServedPathSchema
 from server.appkeys import CONSUMER, LOG, ROUTER
 from server.auth.access import Access
 from server.cluster import COPIES, NODE_ADDRESS, forwardable
 from server.errors import NODE
+from server.http.answers import respond, show
 from server.http.validation import path_parameters
 from server.routing import Routes
 from server.v2.codec import HEADER_LENGTH
-from server.v2.tritonconfig import PLATFORM, ModelConfigSchema, model_config
+from server.v2.tritonconfig import PLATFORM, model_config
 
 routes = Routes(tag="inference")
-
-
-class MetadataSchema(AnswerSchema):
-    """Inputs and outputs of a model; -1 in a shape is any length."""
-
-    name = fields.String()
-    versions = fields.List(fields.String())
-    platform = fields.String()
-    inputs = fields.List(fields.Nested(DeclaredTensorSchema))
-    outputs = fields.List(fields.Nested(DeclaredTensorSchema))
-
-
-class ReadySchema(AnswerSchema):
-    """The readiness of a model."""
-
-    name = fields.String()
-    ready = fields.Boolean()
-
-
-class BinarySizeSchema(AnswerSchema):
-    """The parameters of a binary tensor."""
-
-    binary_data_size = fields.Integer(**about("In bytes."))
-
-
-class OutputSchema(TensorSchema):
-    """An output of the model."""
-
-    data = fields.List(fields.Raw(), **about("Flat, row-major; of a JSON output.", is_optional=True))
-    parameters = fields.Nested(BinarySizeSchema, **about("Of a binary output.", is_optional=True))
-
-
-class InferenceAnswerSchema(AnswerSchema):
-    """The model's answer."""
-
-    model_name = fields.String()
-    model_version = fields.String()
-    id = fields.String(**about("The request's id, if it has one.", is_optional=True))
-    outputs = fields.List(fields.Nested(OutputSchema))
 
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -163,18 +125,20 @@ INFERENCE_RESPONSE: dict[str, Any] = {
             "description": "How many bytes of the body, after decompression, are JSON; missing if all are.",
         },
     },
-    "content": {"application/json": {"schema": InferenceAnswerSchema}, "application/octet-stream": _BINARY},
+    "answer": InferenceAnswer,
+    "content": {"application/octet-stream": _BINARY},
 }
 """The response of infer."""
 
 
-def metadata(model_id: str, version: int, tensors: ModelTensors) -> dict[str, Any]:
-    return {
-        "name": model_id,
-        "versions": [str(version)],
-        "platform": PLATFORM,
-        **msgspec.to_builtins(tensors),
-    }
+def metadata(model_id: str, version: int, tensors: ModelTensors) -> ModelMetadata:
+    return ModelMetadata(
+        name=model_id,
+        versions=[str(version)],
+        platform=PLATFORM,
+        inputs=show(tensors.inputs, list[ModelTensor]),
+        outputs=show(tensors.outputs, list[ModelTensor]),
+    )
 
 
 NAME = "loadledger"
@@ -226,76 +190,16 @@ def model_routes(
     return decorate
 
 
-class ServerMetadataSchema(AnswerSchema):
-    """Name, version and extensions of the server."""
-
-    name = fields.String()
-    version = fields.String()
-    extensions = fields.List(fields.String())
-
-
-class DurationSchema(AnswerSchema):
-    """A count, and the total time."""
-
-    count = fields.Integer()
-    ns = fields.Integer()
-
-
-class BatchStatisticsSchema(AnswerSchema):
-    """The executions of one size."""
-
-    batch_size = fields.Integer()
-    compute_input = fields.Nested(DurationSchema)
-    compute_infer = fields.Nested(DurationSchema)
-    compute_output = fields.Nested(DurationSchema)
-
-
-class MemoryUsageSchema(AnswerSchema):
-    """The memory of a load, as measured after it."""
-
-    type = fields.String()
-    id = fields.Integer()
-    byte_size = fields.Integer()
-
-
-class ModelStatisticsSchema(AnswerSchema):
-    """The inferences of a loaded version since it was loaded."""
-
-    name = fields.String()
-    version = fields.String()
-    last_inference = fields.Integer(**about("Milliseconds since 1970."))
-    inference_count = fields.Integer(**about("Batch sizes added up."))
-    execution_count = fields.Integer()
-    inference_stats = fields.Dict(
-        keys=fields.String(),
-        values=fields.Nested(DurationSchema),
-        metadata={
-            "description": "Of success, fail, queue, compute_input, compute_infer, compute_output, "
-            "transport, cache_hit and cache_miss. The times of queue, compute and transport add up to "
-            "that of success."
-        },
-    )
-    response_stats = fields.Dict()
-    batch_stats = fields.List(fields.Nested(BatchStatisticsSchema))
-    memory_usage = fields.List(fields.Nested(MemoryUsageSchema))
-
-
-class StatisticsSchema(AnswerSchema):
-    """The statistics of loaded models."""
-
-    model_stats = fields.List(fields.Nested(ModelStatisticsSchema))
-
-
 @routes.get(
     "/v2",
     "/v2/",
     access=Access.ANY,
     tag="server",
     summary="Name, version and extensions of the server",
-    answers={200: (ServerMetadataSchema(), "The metadata.")},
+    answers={200: (ServerMetadata, "The metadata.")},
 )
 async def server_metadata(request: web.Request) -> web.Response:  # noqa: ARG001 -- a handler
-    return web.json_response({"name": NAME, "version": _version(), "extensions": EXTENSIONS})
+    return respond(ServerMetadata(name=NAME, version=_version(), extensions=list(EXTENSIONS)))
 
 
 @routes.get(
@@ -303,17 +207,17 @@ async def server_metadata(request: web.Request) -> web.Response:  # noqa: ARG001
     access=Access.ANY,
     tag="server",
     summary="Statistics of all serving models",
-    answers={200: (StatisticsSchema(), "By name.")},
+    answers={200: (StatisticsList, "By name.")},
 )
 async def all_statistics(request: web.Request) -> web.Response:
     """Return the statistics of loaded models; this route hides the metadata of a model called `stats`."""
     loads = list(request.app[CONSUMER].loads.values())  # each has processes, which bounds their number
-    stats: list[dict[str, Any]] = []
+    stats = list[ModelStatistics]()
     for start in range(0, len(loads), AT_ONCE):
         entries = [_statistics(request.app, load) for load in loads[start : start + AT_ONCE]]
         stats += [entry for entry in entries if entry is not None]
         await asyncio.sleep(0)
-    return _json({"model_stats": sorted(stats, key=lambda entry: str(entry["name"]))})
+    return respond(StatisticsList(model_stats=sorted(stats, key=lambda entry: entry.name)))
 
 
 @model_routes(
@@ -322,14 +226,14 @@ async def all_statistics(request: web.Request) -> web.Response:
     ("Statistics of a loaded model", "Statistics of a loaded version"),
     of_version="version_statistics",
     access=Access.ANY,
-    answers={200: (StatisticsSchema(), "Of the version that serves.")},
+    answers={200: (StatisticsList, "Of the version that serves.")},
     errors=MODEL_ERRORS,
 )
 @forwardable
 async def model_statistics(request: web.Request) -> web.Response:
     here = await find_here(request)
     entry = _statistics(request.app, here.load)
-    return _json({"model_stats": [] if entry is None else [entry]})
+    return respond(StatisticsList(model_stats=[] if entry is None else [entry]))
 
 
 @model_routes(
@@ -338,14 +242,14 @@ async def model_statistics(request: web.Request) -> web.Response:
     ("Configuration of a loaded model", "Configuration of a loaded version"),
     of_version="show_version_config",
     access=Access.ANY,
-    answers={200: (ModelConfigSchema(), "In Triton's form.")},
+    answers={200: (ModelConfig, "In Triton's form.")},
     errors=MODEL_ERRORS,
 )
 @forwardable
 async def show_config(request: web.Request) -> web.Response:
     here = await find_here(request)
     parameters = here.load.parameters
-    return _json(model_config(here.model_id, here.version, here.inputs, here.outputs, parameters))
+    return respond(model_config(here.model_id, here.version, here.inputs, here.outputs, parameters))
 
 
 async def find_here(request: web.Request) -> Here:
@@ -353,18 +257,13 @@ async def find_here(request: web.Request) -> Here:
     return await request.app[ROUTER].find(path["id"], path.get("version"))
 
 
-def _statistics(app: web.Application, load: RunningLoad) -> dict[str, Any] | None:
+def _statistics(app: web.Application, load: RunningLoad) -> ModelStatistics | None:
     model = app[LOG].state.models.get(load.model_id)
     is_loaded = model is not None and model.phase is ModelState.LOADED
     serving = model.find_serving(load.job_id) if model is not None and is_loaded else None
     if serving is None or not app[ROUTER].is_ready(load.model_id):
         return None
     return load.statistics.as_protocol(load.model_id, load.version, serving.memory_bytes)
-
-
-def _json(value: object) -> web.Response:
-    """Encode with msgspec, ten times faster than the standard library: there may be thousands of entries."""
-    return web.Response(body=msgspec.json.encode(value), content_type="application/json")
 
 
 @cache

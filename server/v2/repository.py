@@ -12,8 +12,8 @@ from typing import Literal
 
 import msgspec
 from aiohttp import hdrs, web
-from marshmallow import fields
 
+from answers.inference import IndexEntry
 from events.commands import RequestUnload
 from events.errors import RequestRefused
 from events.jobs import Job, JobStatus
@@ -22,19 +22,19 @@ from events.policy.rules import POLICY_CODES
 from server.api.jobs import job_path, run_job
 from server.api.loads import make_load_command
 from server.api.models import ListedModel, list_versions, read_declared
-from server.api.schemas import AnswerSchema, ModelPathSchema, about
+from server.api.schemas import ModelPathSchema
 from server.appkeys import CONFIG, LOG, VERSIONS
 from server.auth.access import Access
 from server.auth.gate import PRINCIPAL
 from server.config import ON
 from server.errors import ERRORS, ServerProblem
+from server.http.answers import respond_encoded
 from server.http.validation import path_parameters
 from server.routing import Routes
 from server.v2 import tritonconfig
 
 routes = Routes(tag="repository")
 
-Entry = dict[str, str]
 ReadyState = Literal["READY", "LOADING", "UNLOADING", "UNAVAILABLE"]
 """Triton's states, without UNKNOWN, which does not occur."""
 
@@ -42,27 +42,26 @@ UNLOADED = "unloaded"
 """Triton's own reason, by which its clients distinguish an unload from a failed load."""
 
 
-def index(models: Mapping[str, Model], found: Iterable[str], *, only_ready: bool = False) -> list[Entry]:
+def index(models: Mapping[str, Model], found: Iterable[str], *, only_ready: bool = False) -> list[IndexEntry]:
     """Return an entry per version, by name and version; a model that was never loaded has only a name.
 
     A model has no entry if it is neither loaded nor among `found`, the ids of the repository's models.
     """
     in_repository = set(found)
-    entries: list[Entry] = []
+    entries: list[IndexEntry] = []
     for name in sorted(in_repository | models.keys()):
         model = models.get(name) or Model(name)
         if name in in_repository or model.serving is not None or model.loads:
-            versions = [entry for _, entry in sorted(_versions(model).items())] or [{"name": name}]
-            entries += [each for each in versions if not only_ready or each.get("state") == "READY"]
+            versions = [entry for _, entry in sorted(_versions(model).items())] or [IndexEntry(name=name)]
+            entries += [each for each in versions if not only_ready or each.state == "READY"]
     return entries
 
 
-def _versions(model: Model) -> dict[int, Entry]:
-    entries: dict[int, Entry] = {}
+def _versions(model: Model) -> dict[int, IndexEntry]:
+    entries: dict[int, IndexEntry] = {}
 
     def add(number: int, state: ReadyState, reason: str = "") -> None:
-        entry: Entry = {"name": model.id, "version": str(number), "state": state}
-        entries[number] = {**entry, "reason": reason} if reason else entry
+        entries[number] = IndexEntry(name=model.id, version=str(number), state=state, reason=reason or None)
 
     error = model.error
     if model.last_version is not None:
@@ -119,15 +118,6 @@ class JobDidNotComplete(ServerProblem):
         )
 
 
-class IndexEntrySchema(AnswerSchema):
-    """One version of a model; only the name of a model that was never loaded."""
-
-    name = fields.String()
-    version = fields.String(metadata={"is_optional": True})
-    state = fields.String(**about("READY, LOADING, UNLOADING or UNAVAILABLE.", is_optional=True))
-    reason = fields.String(**about("Why the version is UNAVAILABLE.", is_optional=True))
-
-
 _ENDED = {
     200: {
         "description": "Done; the body is empty.",
@@ -146,7 +136,7 @@ _ENDED = {
     access=Access.ANY,
     summary="List the versions of all models with their states",
     request_body=tritonconfig.INDEX_BODY,
-    answers={200: (IndexEntrySchema(many=True), "By name and version.")},
+    answers={200: (list[IndexEntry], "By name and version.")},
     errors=(
         *("invalid_body", "body_timeout", "body_too_large", "unsupported_media_type", "repository_busy"),
         "repository_unreadable",
@@ -157,7 +147,7 @@ async def show_index(request: web.Request) -> web.Response:
     recorded = dict(request.app[LOG].state.models)  # a copy, which does not change under the thread
     found = [] if only_ready else await list_versions(request.app[VERSIONS], {}, recorded)
     entries = await asyncio.to_thread(_encoded_index, recorded, found, only_ready=only_ready)
-    return web.Response(body=entries, content_type="application/json")
+    return respond_encoded(entries)
 
 
 @routes.post(

@@ -14,15 +14,14 @@ from typing import Annotated, Any
 
 import msgspec
 from aiohttp import web
-from marshmallow import fields
 
+from answers.inference import ConfiguredTensorInfo, ModelConfig
 from events.devices import CPU
 from events.types import LoadParameters
 from runtime import strictjson
 from runtime.onnxfile import MODEL_FILE, ModelTensors
 from runtime.wire import DATATYPES, TensorSpec
 from server.api.loads import LoadBodySchema
-from server.api.schemas import AnswerSchema, about
 from server.errors import ServerProblem
 from server.http.validation import MAX_JSON_BYTES, InvalidBody, load_with, read_plain_body
 
@@ -36,56 +35,28 @@ BACKEND = "onnxruntime"
 """What Triton calls the runtime of ONNX models."""
 
 
-class ConfiguredTensorSchema(AnswerSchema):
-    """An input or output; `dims` are without the batch dimension where `max_batch_size` is not 0."""
-
-    name = fields.String()
-    data_type = fields.String()
-    dims = fields.List(fields.Integer())
-    reshape = fields.Dict(**about("The model's own shape, if it is a scalar.", is_optional=True))
-    optional = fields.Boolean(**about("An input that may be left out.", is_optional=True))
-
-
-class ModelConfigSchema(AnswerSchema):
-    """The configuration."""
-
-    name = fields.String()
-    platform = fields.String()
-    backend = fields.String()
-    version_policy = fields.Dict(**about("The one version that is loaded."))
-    max_batch_size = fields.Integer()
-    input = fields.List(fields.Nested(ConfiguredTensorSchema))
-    output = fields.List(fields.Nested(ConfiguredTensorSchema))
-    instance_group = fields.List(fields.Dict())
-    dynamic_batching = fields.Dict(**about("Present if requests run in batches.", is_optional=True))
-    default_model_filename = fields.String()
-    model_transaction_policy = fields.Dict()
-
-
 def model_config(
     model_id: str,
     version: int,
     inputs: Iterable[TensorSpec],
     outputs: Iterable[TensorSpec],
     parameters: LoadParameters,
-) -> dict[str, Any]:
+) -> ModelConfig:
     batched = parameters.max_batch_size > 0
     kind = "KIND_CPU" if parameters.devices is msgspec.UNSET else "KIND_MODEL"
-    config = {
-        "name": model_id,
-        "platform": PLATFORM,
-        "backend": BACKEND,
-        "version_policy": {"specific": {"versions": [version]}},
-        "max_batch_size": parameters.max_batch_size,
-        "input": [{**_tensor(spec, batched=batched), "optional": spec.optional} for spec in inputs],
-        "output": [_tensor(spec, batched=batched) for spec in outputs],
-        "instance_group": [{"name": f"{model_id}_0", "kind": kind, "count": parameters.instances}],
-        "default_model_filename": MODEL_FILE,
-        "model_transaction_policy": {"decoupled": False},
-    }
-    if batched:
-        config["dynamic_batching"] = {"max_queue_delay_microseconds": parameters.max_queue_delay_us}
-    return config
+    return ModelConfig(
+        name=model_id,
+        platform=PLATFORM,
+        backend=BACKEND,
+        version_policy={"specific": {"versions": [version]}},
+        max_batch_size=parameters.max_batch_size,
+        input=[_describe_tensor(spec, batched=batched, optional=spec.optional) for spec in inputs],
+        output=[_describe_tensor(spec, batched=batched) for spec in outputs],
+        instance_group=[{"name": f"{model_id}_0", "kind": kind, "count": parameters.instances}],
+        dynamic_batching={"max_queue_delay_microseconds": parameters.max_queue_delay_us} if batched else {},
+        default_model_filename=MODEL_FILE,
+        model_transaction_policy={"decoupled": False},
+    )
 
 
 def data_type(datatype: str) -> str:
@@ -95,14 +66,17 @@ def data_type(datatype: str) -> str:
     return "TYPE_STRING" if datatype == "BYTES" else f"TYPE_{datatype}"
 
 
-def _tensor(spec: TensorSpec, *, batched: bool) -> dict[str, Any]:
-    return {"name": spec.name, "data_type": data_type(spec.datatype), **_dims(spec.shape, batched=batched)}
-
-
-def _dims(shape: Sequence[int], *, batched: bool) -> dict[str, Any]:
-    """`dims` must not be empty in Triton's format, so a scalar is a vector of one that is reshaped."""
-    dims = list(shape[1:] if batched else shape)
-    return {"dims": dims} if dims else {"dims": [1], "reshape": {"shape": []}}
+def _describe_tensor(
+    spec: TensorSpec, *, batched: bool, optional: bool | None = None
+) -> ConfiguredTensorInfo:
+    dims = list(spec.shape[1:] if batched else spec.shape)
+    return ConfiguredTensorInfo(
+        name=spec.name,
+        data_type=data_type(spec.datatype),
+        dims=dims or [1],  # never empty in Triton's format: a scalar is a vector of one that is reshaped
+        reshape={} if dims else {"shape": []},
+        optional=optional,
+    )
 
 
 HONOURED = ("max_batch_size", "dynamic_batching", "instance_group", "version_policy")

@@ -21,7 +21,7 @@ from support.http import LIMIT_S, when
 from support.models import save
 from support.servers import APART, Server, serving, standing
 
-from loadledger import AsyncClient, Client, Event, Job, NotFound, ProfileProblem, ServerError
+from loadledger import AsyncClient, Client, EventInfo, JobInfo, NotFound, ProfileProblem, ServerError
 from loadledger.profiles import ServerTarget, write_profile
 from server.config import Config
 
@@ -267,7 +267,7 @@ async def cancel_once(condition: Awaitable[T], call: Coroutine[Any, Any, Any]) -
     return met
 
 
-async def unended_load(client: AsyncClient, model_id: str) -> Job | None:
+async def unended_load(client: AsyncClient, model_id: str) -> JobInfo | None:
     """Return the model's newest job, unless there is none or it has ended."""
     async with aclosing(client.jobs(model=model_id, limit=1)) as jobs:
         newest = await anext(jobs, None)
@@ -283,7 +283,7 @@ async def test_wait_and_follow_survive_killed_server(tmp_path: Path) -> None:
         save(models.slow_model(700, 12), repository, model_id)
     config = Config(repository=repository, data=tmp_path / "data")
     away: list[Exception] = []
-    seen: dict[str, list[Event]] = {kind: [] for kind in KINDS}
+    seen: dict[str, list[EventInfo]] = {kind: [] for kind in KINDS}
     following, loading = ({kind: threading.Event() for kind in KINDS} for _ in range(2))
 
     def follow(kind: str) -> None:
@@ -294,7 +294,7 @@ async def test_wait_and_follow_survive_killed_server(tmp_path: Path) -> None:
                 following[kind].set()
             events.close()
 
-    def load(kind: str) -> Job:
+    def load(kind: str) -> JobInfo:
         with connected(kind, url, token) as client:
             return client.load(kind, wait=True, wait_s=LIMIT_S, on_stage=lambda _: loading[kind].set())
 

@@ -10,9 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.answers import fill, fill_json
 from support.clients import NDJSON, OutOfAnswers, Played, answer, bookmark, event_lines, job, problem
 from support.history import FEWER
 
+from answers.approvals import ApprovalInfo, VerifiedVersionInfo, VersionApprovals
+from answers.events import EventInfo
+from answers.inference import ModelMetadata
+from answers.models import ModelInfo
 from loadledger import Client, errors
 from loadledger.errors import (
     BadAnswer,
@@ -119,12 +124,8 @@ def test_load_sends_reasons_that_are_given() -> None:
 
 
 def test_approval_names_the_bytes_and_withdrawal_the_version() -> None:
-    members = {
-        "model_id": "m",
-        "version": 2,
-        "missing": 1,
-        "approvals": [{"digest": "d", "version": 2, "by": "b"}],
-    }
+    given = fill(ApprovalInfo, digest="d", version=2, by="b")
+    members = fill_json(VersionApprovals, model_id="m", version=2, missing=1, approvals=[given])
     play = Played([answer(members), answer(members | {"approvals": []})])
     assert [each.by for each in play.client.approve("m", 2, "d", "reviewed").approvals] == ["b"]
     assert play.client.withdraw_approval("m", 2, "it drifts").approvals == []
@@ -135,7 +136,7 @@ def test_approval_names_the_bytes_and_withdrawal_the_version() -> None:
 
 
 def test_verification_of_a_model_names_version_that_is_given() -> None:
-    members = {"model_id": "m", "version": 2, "digest": "d", "later": 1}
+    members = fill_json(VerifiedVersionInfo, model_id="m", version=2, digest="d", later=1)
     refused = {**members, "problem": {"code": "signature_missing", "message": "no"}}
     play = Played([answer(members), answer(refused)])
     assert play.client.verify_model("m").problem is None
@@ -242,7 +243,7 @@ def test_list_is_paged_up_to_limit() -> None:
 
 
 def test_pages_of_a_time_keep_its_position() -> None:
-    model = {"id": "m", "state": "loaded"}
+    model = fill_json(ModelInfo, id="m", state="loaded")
     play = Played(answer({"models": [model], "as_of": 17, "next_cursor": cursor}) for cursor in ("m", None))
     assert len(list(play.client.models(at="2026-01-31T14:02:00Z"))) == 2
     assert play.requests[1].target == "/api/v1/models?at=17&cursor=m&limit=500"
@@ -250,7 +251,7 @@ def test_pages_of_a_time_keep_its_position() -> None:
 
 def test_list_is_resumed_and_respects_retry_after() -> None:
     slower = answer({"code": "rate_limited", "detail": "slower"}, 429, retry_after="17")
-    play = Played([slower, LOST, GONE, answer({"jobs": [], "next_cursor": None})])
+    play = Played([slower, LOST, GONE, answer({"jobs": [], "as_of": 9, "next_cursor": None})])
     assert list(play.client.jobs()) == []
     assert play.pauses[0] == 17.0
 
@@ -273,12 +274,12 @@ def test_list_is_not_resent(problem: Any, took_s: float, kind: type[Exception]) 
 
 def test_repeated_page_is_refused() -> None:
     with pytest.raises(BadAnswer, match="repeats the same page"):
-        list(Played([answer({"jobs": [], "next_cursor": 5})] * 10).client.jobs())
+        list(Played([answer({"jobs": [], "as_of": 9, "next_cursor": 5})] * 10).client.jobs())
 
 
 def test_empty_page_of_events_is_passed_over() -> None:
     def page(cursor: int | None, *found: int) -> Answer:
-        events = [{"position": position, "type": "A"} for position in found]
+        events = [fill_json(EventInfo, position=position, type="A") for position in found]
         return answer({"events": events, "as_of": 9, "next_cursor": cursor})
 
     play = Played([page(3, 2, 3), page(6), page(None, 7)])
@@ -337,7 +338,8 @@ def test_filtered_stream_may_have_gaps_and_moves_by_bookmark() -> None:
 def test_follow_begins_at_bookmark_or_after_list() -> None:
     answers = (NDJSON, bookmark(41) + b"\n", LOST, NDJSON, event_lines(42))
     assert followed(*answers, after=None)[:2] == ([42], ["", "41"])
-    page = answer({"events": [{"position": 3, "type": "A"}], "as_of": 7, "next_cursor": None})
+    event = fill_json(EventInfo, position=3, type="A")
+    page = answer({"events": [event], "as_of": 7, "next_cursor": None})
     assert followed(page, NDJSON, event_lines(8), after=None, since=2)[:2] == ([3, 8], ["", "7"])
 
 
@@ -418,8 +420,10 @@ def test_health_of_unhealthy_server() -> None:
 
 NOT_LOADED = problem(503, "model_not_loaded", "m is not loaded")
 MISTAKEN = problem(400, "invalid_input", "x is FP32")
-METADATA = answer({"inputs": [{"name": "x", "datatype": "FP32", "shape": [-1]}]})
-OTHER = answer({"inputs": [{"name": "x", "datatype": "INT64", "shape": [-1]}]})
+METADATA, OTHER = (
+    answer(fill_json(ModelMetadata, inputs=[{"name": "x", "datatype": datatype, "shape": [-1]}]))
+    for datatype in ("FP32", "INT64")
+)
 DONE = answer({"outputs": []})
 
 
@@ -529,9 +533,9 @@ def test_failed_inference_ends_with_reason(value: Any, answers: list[Answer], co
 
 # Blocks
 
-LOADED = answer({"id": "m", "state": "loaded", "version": 1, "job_id": "j1"})
-UNLOADED = answer({"id": "m", "state": "unloaded"})
-TAKEN_OVER = answer({"id": "m", "state": "loaded", "version": 2, "job_id": "j2"})
+LOADED = answer(fill_json(ModelInfo, id="m", state="loaded", version=1, job_id="j1"))
+UNLOADED = answer(fill_json(ModelInfo, id="m", state="unloaded"))
+TAKEN_OVER = answer(fill_json(ModelInfo, id="m", state="loaded", version=2, job_id="j2"))
 UNTIL_ASKED = "m/unload?until_asked=true"
 
 

@@ -15,24 +15,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from ml_dtypes import bfloat16
+from support.answers import fill, fill_json
 from support.clients import ADDRESS, answer, bookmark, event_line, problem
 from support.history import PLAIN
 
 import loadledger
+from answers.errors import ErrorInfo
 from loadledger import (
     BadAnswer,
     Busy,
     ClientProblem,
-    Event,
-    Job,
+    EventInfo,
     JobFailed,
+    JobInfo,
     JobUnfinished,
     NotAllowed,
     NotFound,
     ServerError,
     ServerUnreachable,
     errors,
-    records,
     requests,
 )
 from loadledger.address import Address, path, query
@@ -161,13 +162,14 @@ HOSTILE = [
 def test_hostile_body_is_one_line_without_token(status: int) -> None:
     for body in HOSTILE:
         with pytest.raises(ClientProblem) as caught:
-            requests.decode_value(Answer(status, {"content-type": f"x\x1b{TOKEN}"}, body), Job, ADDRESS)
+            requests.decode_value(Answer(status, {"content-type": f"x\x1b{TOKEN}"}, body), JobInfo, ADDRESS)
         check_line(str(caught.value))
 
 
 def test_hostile_job_is_one_line_without_token() -> None:
     evil = f"\x1b[2J{TOKEN}\n" + "x" * 10_000
-    job = Job(id=evil, kind=evil, model_id=evil, status=evil, error=records.ErrorInfo(evil, evil))
+    why = ErrorInfo(code=evil, message=evil)
+    job = fill(JobInfo, id=evil, kind=evil, model_id=evil, status=evil, error=why)
     for error in (JobFailed(job, ADDRESS.hide), JobUnfinished(job, 1.0, hide=ADDRESS.hide)):
         check_line(str(error))
 
@@ -183,8 +185,8 @@ def check_line(text: str) -> None:
     [
         ServerUnreachable("http://a", "connection refused", sent=True),
         Busy(503, "log_unavailable", "no", retry_after_s=3.0),
-        JobFailed(Job(id="j", kind="load", model_id="m", status="failed")),
-        JobUnfinished(Job(id="j", kind="load", model_id="m", status="pending"), 1.0),
+        JobFailed(fill(JobInfo, id="j", kind="load", model_id="m", status="failed")),
+        JobUnfinished(fill(JobInfo, id="j", kind="load", model_id="m", status="pending"), 1.0),
         BadAnswer("no"),
     ],
     ids=lambda problem: type(problem).__name__,
@@ -195,10 +197,10 @@ def test_problem_is_pickled_whole(problem: ClientProblem) -> None:
 
 
 def test_event_keeps_line_when_copied_or_pickled() -> None:
-    event = Event.read(event_line(7))
+    event = EventInfo.read(event_line(7))
     for there in (pickle.loads(pickle.dumps(event)), copy.copy(event)):
         assert (there, there.line) == (event, event_line(7))
-    made = Event(position=1, type="T")
+    made = fill(EventInfo, position=1, type="T")
     assert pickle.loads(pickle.dumps(made)) == copy.copy(made) == made
 
 
@@ -216,7 +218,7 @@ MEMBERS = st.dictionaries(
 @given(st.integers(200, 599), st.binary(max_size=300) | st.text(max_size=300).map(str.encode) | MEMBERS)
 def test_any_body_is_value_or_printable_problem(status: int, body: bytes) -> None:
     try:
-        requests.decode_value(Answer(status, {}, body), Job, ADDRESS)
+        requests.decode_value(Answer(status, {}, body), JobInfo, ADDRESS)
     except ClientProblem as error:
         assert str(error).isprintable()  # noqa: PT017 - a value is right as well
         if status >= 300:
@@ -225,9 +227,9 @@ def test_any_body_is_value_or_printable_problem(status: int, body: bytes) -> Non
 
 
 def test_unknown_members_are_ignored_and_missing_ones_default() -> None:
-    body = answer({"id": "j", "kind": "load", "model_id": "m", "status": "pending", "later": {"x": 1}})
-    job = requests.decode_value(body, Job, ADDRESS)
-    assert (job.id, job.stage, job.ended, job.error) == ("j", None, False, None)
+    body = answer(fill_json(JobInfo, id="j", kind="load", model_id="m", status="pending", later={"x": 1}))
+    job = requests.decode_value(body, JobInfo, ADDRESS)
+    assert (job.id, job.node, job.ended, job.error) == ("j", None, False, None)
 
 
 # Retries
@@ -267,10 +269,10 @@ def test_endless_line_is_refused(parts: list[bytes]) -> None:
 def test_line_is_event_bookmark_or_ignored() -> None:
     line = event_line(7, model_id="m", data={"attempt": 2}, later=[1], line="x")
     event = parse_line(line)
-    assert isinstance(event, Event)
+    assert isinstance(event, EventInfo)
     assert (event.position, event.type, event.model_id, event.data) == (7, "LoadStarted", "m", {"attempt": 2})
     assert event.line == line
-    assert msgspec.json.decode(msgspec.json.encode(event)).keys() == set(Event.__struct_fields__)
+    assert msgspec.json.decode(msgspec.json.encode(event)).keys() == set(EventInfo.__struct_fields__)
     assert parse_line(bookmark(9)) == 9
     for ignored in (b"", b" ", b'{"stream":"live","position":3}', b'{"stream":"later"}'):
         assert parse_line(ignored) is None

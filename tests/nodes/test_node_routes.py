@@ -16,12 +16,13 @@ from support.postgres import Database
 from support.reachable import reachable_node
 from support.workers import until
 
+from answers.nodes import NodeModel
 from events.errors import LogUnavailable
 from events.nodes import Lease
 from events.types import NodeDraining
 from loadledger import Client
 from nodes.membership import NameInUse
-from nodes.routes import node_views
+from nodes.routes import make_node_infos
 from nodes.thisnode import THIS_NODE
 from server.app import create_app
 from server.auth.keys import create_key, keys_folder
@@ -204,16 +205,16 @@ def test_view_of_node_has_its_lease_of_this_epoch(
 ) -> None:
     history = History()
     history.join("a")
-    [view] = node_views(history.state, given, "a", late)
-    assert (view["renewed_at"], view["late"]) == shown
+    [view] = make_node_infos(history.state, given, "a", late)
+    assert (view.renewed_at, view.late) == shown
 
 
 def test_view_of_lost_node_is_not_late() -> None:
     history = History()
     history.join("a")
     history.lose("a")
-    [view] = node_views(history.state, [lease(is_late=True)])
-    assert (view["phase"], view["renewed_at"], view["late"], view["placer"]) == ("lost", at(9), None, False)
+    [view] = make_node_infos(history.state, [lease(is_late=True)])
+    assert (view.phase, view.renewed_at, view.late, view.placer) == ("lost", at(9), None, False)
 
 
 def test_view_of_node_has_its_models_and_unended_jobs() -> None:
@@ -223,8 +224,8 @@ def test_view_of_node_has_its_models_and_unended_jobs() -> None:
     history.load_at("b", "L", of="m")
     history.ask_load("waits", of="other")
     history.place("waits", "b", of="other")
-    first, second = node_views(history.state)
-    assert (first["models"], first["jobs"]) == ([], [])
-    assert second["models"] == [{"id": "m", "version": 1, "state": "loaded"}]
-    [job] = second["jobs"]
-    assert (job["id"], job["kind"], job["model_id"], job["status"]) == ("waits", "load", "other", "pending")
+    first, second = make_node_infos(history.state)
+    assert (first.models, first.jobs) == ([], [])
+    assert second.models == [NodeModel(id="m", version=1, state="loaded")]
+    [job] = second.jobs
+    assert (job.id, job.kind, job.model_id, job.status) == ("waits", "load", "other", "pending")

@@ -3,6 +3,7 @@
 from contextlib import suppress
 from typing import Any
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 from support.history import PLAIN
@@ -45,7 +46,8 @@ def count(statistics: Statistics, outcome: Outcome, total_ns: int, now_ms: int =
 
 
 def protocol(statistics: Statistics) -> dict[str, Any]:
-    return statistics.as_protocol("m", 3, 1000)
+    shown: dict[str, Any] = msgspec.to_builtins(statistics.as_protocol("m", 3, 1000))
+    return shown
 
 
 def test_statistics_of_idle_load_are_zero() -> None:

@@ -17,6 +17,8 @@ import numpy as np
 from click.testing import CliRunner, Result
 from tritonclient.utils import deserialize_bytes_tensor, triton_to_np_dtype
 
+from answers.events import EventInfo
+from answers.jobs import JobInfo
 from loadledger import AsyncClient, Client
 from loadledger.address import Address
 from loadledger.cli.main import main
@@ -24,6 +26,7 @@ from loadledger.errors import ClientProblem
 from loadledger.operations import Operations
 from loadledger.requests import Answer, CallContext, Request, T
 from server.config import settings
+from support.answers import fill_json
 
 LIMIT_S = 60.0
 """Nothing takes this long; a bug fails a test instead of hanging it."""
@@ -229,12 +232,13 @@ def problem(status: int, code: str, detail: str = "no", **members: Any) -> Answe
 
 def job(status: str = "pending", **members: Any) -> dict[str, Any]:
     """Return a job's members."""
-    return {"id": "j1", "kind": "load", "model_id": "m", "version": 1, "status": status, **members}
+    named = {"id": "j1", "kind": "load", "model_id": "m", "version": 1, "status": status, **members}
+    return fill_json(JobInfo, **named)
 
 
 def event_line(position: int, **members: Any) -> bytes:
     """Return an event as a line of a stream, without its end."""
-    return msgspec.json.encode({"position": position, "type": "LoadStarted", **members})
+    return msgspec.json.encode(fill_json(EventInfo, position=position, type="LoadStarted") | members)
 
 
 def event_lines(*positions: int) -> bytes:

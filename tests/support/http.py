@@ -33,7 +33,7 @@ from server.config import Config
 from server.errors import errors_middleware
 from server.http.responses import response_completer
 from server.http.validation import validation_middleware
-from server.openapi import openapi_document
+from server.openapi.document import openapi_document
 from server.routing import Route, add_routes
 from server.v2.inference import add_fast_path
 from support.models import save_bytes

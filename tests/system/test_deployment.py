@@ -89,7 +89,8 @@ def test_image_copies_every_package() -> None:
     sources = {source for *names, _ in copied for source in names}
     assert all((ROOT / source).exists() for source in sources)
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
-    packages = set(re.findall(r'"(\w+)"', re.search(r"packages=\[(.*?)\]", setup, re.DOTALL)[1]))  # type: ignore[index]
+    [installed] = re.findall(r"^PACKAGES = (.+)$", setup, re.MULTILINE)
+    packages = set(json.loads(installed))
     assert packages | {"examples", "setup.py", "pyproject.toml", "README.md", "LICENSE"} <= sources
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     assert "*" in ignored

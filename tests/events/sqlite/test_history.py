@@ -3,7 +3,6 @@
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +11,7 @@ from support.history import FEWER, History, fold, with_own_ids
 from support.ledgers import ledger_of
 from support.strategies import copied_histories, drafts, histories
 
+from answers.models import ModelInfo
 from events.history import ShownModel, describe_model, find_landmark, landmarks_around
 from events.jobs import Job, JobStatus
 from events.sqlite import storage
@@ -19,15 +19,15 @@ from events.sqlite.history import transitions_between
 from events.sqlite.timetravel import active_at, liveness_at, model_at, models_at
 from events.state import State
 from events.types import Event, VersionRemoved
-from server.api.models import model_view
+from server.api.models import make_model_info
 
 FORGED = st.lists(drafts(), max_size=30).map(lambda events: fold(events).facts)
 FACTS = (histories() | copied_histories()).map(lambda history: list(with_own_ids(history.facts)))
 
 
-def answers(models: Iterable[ShownModel]) -> list[dict[str, Any]]:
+def answers(models: Iterable[ShownModel]) -> list[ModelInfo]:
     """Return models as the API has them, by id."""
-    return [model_view(model, is_active=False) for model in models]
+    return [make_model_info(model, is_active=False) for model in models]
 
 
 def check(connection: sqlite3.Connection, events: Sequence[Event]) -> None:

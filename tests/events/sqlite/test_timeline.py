@@ -9,12 +9,13 @@ from support.history import FEWER, History, at, with_own_ids
 from support.ledgers import ledger_of
 from support.strategies import copied_histories, histories
 
+from answers.timeline import MarkKind, Timeline
 from events.clock import add_seconds
 from events.errors import LogUnavailable
 from events.models import ModelState
 from events.presence import ServerState
 from events.sqlite import timeline
-from events.sqlite.timeline import MarkKind, Timeline, TimelineQuery, read_timeline
+from events.sqlite.timeline import TimelineQuery, read_timeline
 from events.sqlite.timetravel import InvalidMoment
 from events.state import State
 from events.types import Cause, Event, NodeLost, ServerStopped
@@ -116,7 +117,7 @@ def test_node_lane_is_what_the_fold_gives(steps: list[tuple[str, str]], begin: i
         }
         for node_id, phase in shown.items():
             expected = state.registers.nodes[node_id].phase.value
-            assert phase.value == expected or (phase.value == "unknown" and node_id in present)
+            assert phase == expected or (phase == "unknown" and node_id in present)
         assert lanes.keys() & state.registers.nodes.keys() == shown.keys()
         for segment in found.server:
             if segment.begin <= at(second) < segment.end:
@@ -132,8 +133,7 @@ def test_lost_node_is_unknown_from_its_last_renewal() -> None:
     history.leave("n1")
     found = read_of(history.facts, TimelineQuery(now=at(30), begin=at(2)))
     shown = {
-        lane.node_id: [(each.state.value, each.begin, each.end) for each in lane.segments]
-        for lane in found.nodes
+        lane.node_id: [(each.state, each.begin, each.end) for each in lane.segments] for lane in found.nodes
     }
     assert shown == {
         "n1": [("joined", at(2), at(21)), ("draining", at(21), at(22)), ("left", at(22), at(30))],
@@ -147,7 +147,7 @@ def test_lost_node_is_unknown_from_its_last_renewal() -> None:
     assert later.nodes == ()
     between = read_of(history.facts, TimelineQuery(now=at(60), begin=at(2), end=at(15)))
     [_, of_n2] = between.nodes  # its end was recorded after the range
-    assert [(each.state.value, each.begin, each.end) for each in of_n2.segments] == [
+    assert [(each.state, each.begin, each.end) for each in of_n2.segments] == [
         ("joined", at(2), at(10)),
         ("unknown", at(10), at(15)),
     ]
@@ -172,7 +172,7 @@ def test_swap_failure_and_loss_are_marked() -> None:
         (MarkKind.EXITED, 1, "signal 9"),
         (MarkKind.FAILED, 1, "invalid_model"),
     ]
-    assert [each.state.value for each in other.segments] == [
+    assert [each.state for each in other.segments] == [
         "unloaded", "loading", "loaded", "unloading", "unloaded"
     ]  # fmt: skip
     assert [each.by for each in other.segments] == ["alice"] * 5
@@ -225,7 +225,7 @@ def test_range_with_too_many_rows_has_their_number_alone(monkeypatch: pytest.Mon
     for query in (TimelineQuery(now=at(60), begin=at(4)), TimelineQuery(now=at(60), find="a")):
         found = read_of(history.facts, query)
         assert found.rows == 4
-        assert [lane.segments[-1].state.value for lane in found.lanes] == ["loaded"] * len(found.lanes)
+        assert [lane.segments[-1].state for lane in found.lanes] == ["loaded"] * len(found.lanes)
         assert [each.state for each in found.server] == [ServerState.RUNNING]
 
 
@@ -251,7 +251,7 @@ def test_marks_at_the_beginning_of_the_range_are_shown() -> None:
     shown = []
     for begin in (at(6), at(7)):  # of the swap, and of the loss
         [lane] = read_of(history.facts, TimelineQuery(now=at(60), begin=begin)).lanes
-        shown.append([(mark.kind.value, mark.at) for mark in lane.marks])
+        shown.append([(mark.kind, mark.at) for mark in lane.marks])
     assert shown == [
         [("swapped", at(6)), ("lost", at(7)), ("exited", at(7))],
         [("lost", at(7)), ("exited", at(7))],
@@ -272,7 +272,7 @@ def test_first_segment_is_by_who_began_its_state() -> None:
     for fact in history.facts[:-1]:  # after the last one the model is not active
         query = TimelineQuery(now=at(60), begin=add_seconds(fact.recorded_at, 0.5))
         segment = read_of(history.facts, query).lanes[0].segments[0]
-        shown.append((segment.state.value, segment.by))
+        shown.append((segment.state, segment.by))
     assert shown == [
         ("unloaded", "alice"), ("loading", "alice"), ("loaded", "alice"), ("lost", "system"),
         ("lost", "system"), ("loading", "system"), ("loaded", "system"), ("loaded", "system"),

@@ -15,13 +15,15 @@ from click.testing import Result
 from msgspec.structs import replace
 from PIL import Image
 from support import models
+from support.answers import fill
 from support.clients import run_command
 from support.models import save
 from support.servers import APART, CTRL_C, Server, at_terminal, serving, standing
 
+from answers.models import ModelInfo
+from answers.tensors import ModelTensor, TensorExample
 from loadledger.cli.infer import GivenInput, parse_input
 from loadledger.cli.snippets import describe_guess, format_infer
-from loadledger.records import Model, ModelTensor, TensorExample
 from server.config import Config
 
 JOB = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -261,7 +263,7 @@ PICTURE = tensor("in/x", "FP32", 1, 3, -1, -1, open_to=224)
 def test_command_for_an_inference_runs_without_files(tensors: list[ModelTensor], values: str) -> None:
     optional = ModelTensor(name="o", datatype="FP32", shape=[1], optional=True)
     first, *_ = format_infer(
-        Model(id="m", state="loaded", inputs=[*tensors, optional]), ["--url", "http://h"]
+        fill(ModelInfo, id="m", state="loaded", inputs=[*tensors, optional]), ["--url", "http://h"]
     )
     assert first == f"loadledger infer --url http://h m {values}"
 
@@ -269,7 +271,7 @@ def test_command_for_an_inference_runs_without_files(tensors: list[ModelTensor],
 @pytest.mark.parametrize("name", ["a=b", "@x", "\x1b", "-o", "[", '"', 'it\'s "a"=\\', '"a"=', "\xe8=\xe8"])
 def test_input_whose_name_cannot_be_typed_is_quoted(name: str) -> None:
     inputs = [tensor(name, "FP32", 1), tensor("many", "FP32", 99)]
-    first, _ = format_infer(Model(id="m", state="loaded", inputs=inputs))
+    first, _ = format_infer(fill(ModelInfo, id="m", state="loaded", inputs=inputs))
     quoted, plain = shlex.split(first)[-2:]
     assert parse_input(quoted) == GivenInput(name, [0.0])
     assert plain == "many=random"
@@ -277,7 +279,7 @@ def test_input_whose_name_cannot_be_typed_is_quoted(name: str) -> None:
 
 def test_input_that_cannot_be_sent_has_no_command() -> None:
     refused = tensor("s", "seq(tensor(float))")
-    assert list(format_infer(Model(id="m", state="loaded", inputs=[refused]))) == []
+    assert list(format_infer(fill(ModelInfo, id="m", state="loaded", inputs=[refused]))) == []
 
 
 @pytest.mark.parametrize(("has_pillow", "file"), [(True, "@image.jpg"), (False, "@FILE.npy")])
@@ -286,16 +288,16 @@ def test_picture_is_proposed_where_pillow_is_installed(
 ) -> None:
     if not has_pillow:
         monkeypatch.setitem(sys.modules, "PIL", None)
-    *_, second = format_infer(Model(id="m", state="loaded", inputs=[PICTURE]))
+    *_, second = format_infer(fill(ModelInfo, id="m", state="loaded", inputs=[PICTURE]))
     assert second == f"loadledger infer m in/x={file}"
 
 
 def test_guessed_sizes_are_named_with_the_reason() -> None:
-    guess = TensorExample(shape=[1, 16], refusal="it wants 7")
+    guess = TensorExample(shape=[1, 16], values="zeros", refusal="it wants 7")
     guessed = ModelTensor(name="x", datatype="FP32", shape=[-1, -1], dimensions=["batch", ""], example=guess)
-    said = describe_guess(Model(id="m", state="loaded", inputs=[guessed, PICTURE]))
+    said = describe_guess(fill(ModelInfo, id="m", state="loaded", inputs=[guessed, PICTURE]))
     assert said == "the answer may be a refusal (sizes are guesses: x [batch, -1]): it wants 7"
-    assert describe_guess(Model(id="m", state="loaded", inputs=[PICTURE])) is None
+    assert describe_guess(fill(ModelInfo, id="m", state="loaded", inputs=[PICTURE])) is None
 
 
 def test_load_that_changes_settings_says_so(alice: Shell) -> None:

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 from support import models
+from support.answers import fill
 from support.clients import run_command
 from support.models import save
 from support.openvino import DEVICE, PRESENT, openvino_environment, visible_devices
 from support.servers import Server, standing
 
+from answers.jobs import JobInfo
 from loadledger.cli.jobs import report_job
-from loadledger.records import Job
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +60,9 @@ def test_devices_are_listed_and_loaded_on(server: Server) -> None:
 
 
 def test_report_says_what_a_device_has_not_returned(capsys: pytest.CaptureFixture[str]) -> None:
-    job = Job(id="u", kind="unload", model_id="m", version=1, status="completed", unreturned_bytes=2_000_000)
     times = {"created_at": "2026-01-31T14:02:00Z", "finished_at": "2026-01-31T14:02:05Z"}
-    report_job(replace(job, **times), as_json=False)
+    job = fill(JobInfo, kind="unload", model_id="m", version=1, status="completed", **times)
+    report_job(replace(job, unreturned_bytes=2_000_000), as_json=False)
     told = "m version 1: unload completed in 5.0s; its device has not returned 2.0 MB\n"
     assert capsys.readouterr().out == told
 

@@ -10,11 +10,13 @@ import click
 import numpy as np
 import pytest
 from PIL import Image
+from support.answers import fill
 
+from answers.inference import ModelMetadata
+from answers.tensors import ModelTensor
 from loadledger.cli.arrays import ImageOptions, build_inputs, describe_data, result_json, write_arrays
 from loadledger.cli.infer import GivenInput, InputFile, parse_input, read_value
 from loadledger.inference import InferenceHead, InferenceResult
-from loadledger.records import ModelMetadata, ModelTensor
 
 AS_DECLARED = ImageOptions()
 
@@ -45,7 +47,7 @@ def picture(
 def built(value: Any, datatype: str, *shape: int, **options: Any) -> tuple[Any, list[str]]:
     """Return what a value becomes for a model's only input, and what is said."""
     notes: list[str] = []
-    metadata = ModelMetadata(inputs=[tensor("x", datatype, *shape)])
+    metadata = fill(ModelMetadata, inputs=[tensor("x", datatype, *shape)])
     given = [GivenInput(None, value)]
     return build_inputs(given, metadata, ImageOptions(**options), notes.append)["x"], notes
 
@@ -123,7 +125,7 @@ def test_array_of_another_shape_is_refused(declared: tuple[int, ...]) -> None:
 
 
 def test_archive_and_object_name_inputs() -> None:
-    metadata = ModelMetadata(inputs=[tensor(name, "INT64", -1) for name in "ab"])
+    metadata = fill(ModelMetadata, inputs=[tensor(name, "INT64", -1) for name in "ab"])
     for value in (file_of(0, a=np.array([1]), b=np.array([2])), {"a": [1], "b": [2]}):
         found = build_inputs([GivenInput(None, value)], metadata, AS_DECLARED, print)
         assert {name: array.tolist() for name, array in found.items()} == {"a": [1], "b": [2]}
@@ -154,7 +156,7 @@ def test_archive_that_unpacks_to_too_much_is_refused(monkeypatch: pytest.MonkeyP
 
 
 def test_omitted_name_needs_a_single_known_input() -> None:
-    several = ModelMetadata(inputs=[tensor("a", "FP32"), tensor("b", "FP32")])
+    several = fill(ModelMetadata, inputs=[tensor("a", "FP32"), tensor("b", "FP32")])
     for metadata, words in ((several, "the inputs a, b"), (None, "not loaded")):
         with pytest.raises(ValueError, match=words):
             build_inputs([GivenInput(None, [1])], metadata, AS_DECLARED, print)

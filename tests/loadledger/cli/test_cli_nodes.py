@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from support.answers import fill
 from support.clients import run_command
 from support.http import LocalApi
 from support.models import add
 from support.nodes import list_nodes, local_node
 from support.postgres import Database
 
+from answers.nodes import NodeInfo, NodeJob, NodeModel
 from loadledger.cli.nodes import _wait_until_drained
-from loadledger.records import Node, NodeJob, NodeModel
 
 
 async def run(api: LocalApi, command: str, **environment: Any) -> Result:
@@ -95,38 +96,39 @@ async def test_server_alone_has_no_node_to_drain(api: LocalApi) -> None:
 
 # What ends a wait
 
-HERE = Node(
+HERE = fill(
+    NodeInfo,
     id="a",
     phase="draining",
-    models=[NodeModel("m", 1, "loaded")],
-    jobs=[NodeJob(id="j", kind="load", model_id="m", status="pending")],
+    models=[NodeModel(id="m", version=1, state="loaded")],
+    jobs=[fill(NodeJob, id="j", kind="load", model_id="m", status="pending")],
 )
-OTHER = Node(id="b", phase="joined")
+OTHER = fill(NodeInfo, id="b", phase="joined")
 
 
 class Scripted:
     """Nodes as they are seen one look after the other; the last look stays."""
 
-    def __init__(self, *looks: list[Node]) -> None:
+    def __init__(self, *looks: list[NodeInfo]) -> None:
         self._looks = list(looks)
 
-    def nodes(self) -> list[Node]:
+    def nodes(self) -> list[NodeInfo]:
         return self._looks.pop(0) if len(self._looks) > 1 else self._looks[0]
 
-    def drain(self, node_id: str) -> Node:
+    def drain(self, node_id: str) -> NodeInfo:
         return next(node for node in self.nodes() if node.id == node_id)
 
 
 def test_wait_goes_on_until_nothing_is_left(capsys: pytest.CaptureFixture[str]) -> None:
-    fewer = Node(id="a", phase="draining", models=HERE.models)
-    empty = Node(id="a", phase="draining")
+    fewer = fill(NodeInfo, id="a", phase="draining", models=HERE.models)
+    empty = fill(NodeInfo, id="a", phase="draining")
     nodes = Scripted([HERE, OTHER], [fewer, OTHER], [empty, OTHER])
     assert _wait_until_drained(nodes, HERE, None) is empty
     assert re.findall(r"a: (.+) \(", capsys.readouterr().err) == ["1 model and 1 job left", "1 model left"]
 
 
 def test_wait_ends_when_the_node_has_left() -> None:
-    left = Node(id="a", phase="left")
+    left = fill(NodeInfo, id="a", phase="left")
     assert _wait_until_drained(Scripted([left]), HERE, None) is left
 
 
@@ -134,14 +136,14 @@ def test_wait_ends_when_the_node_has_left() -> None:
     ("nodes", "timeout_s", "reason"),
     [
         ([HERE], None, "no other node takes loads any more"),
-        ([HERE, Node(id="b", phase="draining")], None, "no other node takes loads any more"),
-        ([Node(id="a", phase="lost"), OTHER], None, "it was lost meanwhile"),
-        ([Node(id="a", phase="joined", epoch=2), OTHER], None, "it has joined again"),
+        ([HERE, fill(NodeInfo, id="b", phase="draining")], None, "no other node takes loads any more"),
+        ([fill(NodeInfo, id="a", phase="lost"), OTHER], None, "it was lost meanwhile"),
+        ([fill(NodeInfo, id="a", phase="joined", epoch=2), OTHER], None, "it has joined again"),
         ([HERE, OTHER], 0, "the 0 s of --timeout-s are over"),
     ],
 )
 def test_wait_fails_when_nothing_can_move(
-    nodes: list[Node], timeout_s: int | None, reason: str, capsys: pytest.CaptureFixture[str]
+    nodes: list[NodeInfo], timeout_s: int | None, reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         _wait_until_drained(Scripted(nodes), HERE, timeout_s)

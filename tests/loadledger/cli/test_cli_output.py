@@ -6,15 +6,29 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pkgutil import resolve_name
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import click
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.answers import fill
 from support.history import PLAIN, History
 
+from answers.approvals import (
+    ApprovalInfo,
+    FileDigest,
+    LoadApprovalInfo,
+    LoadSignatureInfo,
+    UnapprovedVersion,
+    VerifiedVersionInfo,
+    VersionApprovals,
+)
+from answers.errors import ErrorInfo
+from answers.jobs import JobInfo
+from answers.models import LoadedFileInfo, ModelCopy, ModelInfo, ModelRulesInfo, VersionOrigin
+from answers.resources import Device, LoadUsage, Resources, WaitingJob
 from events.codec import encode_event
 from events.types import TYPES, LoadFailed, Unknown, WorkerExited
 from loadledger.cli import approvals, jobs, models, top
@@ -33,26 +47,6 @@ from loadledger.cli.output import (
     format_timestamp,
     pad,
     print_json,
-)
-from loadledger.records import (
-    Approval,
-    Device,
-    ErrorInfo,
-    File,
-    FileDigest,
-    Job,
-    LoadApproval,
-    LoadSignature,
-    LoadUsage,
-    Model,
-    ModelCopy,
-    ModelRules,
-    Resources,
-    UnapprovedVersion,
-    VerifiedVersion,
-    VersionApprovals,
-    VersionOrigin,
-    WaitingJob,
 )
 
 JSON: st.SearchStrategy[Any] = st.recursive(
@@ -119,9 +113,9 @@ def test_value_has_unit_or_dash() -> None:
     ],
 )
 def test_job_progress_in_steps_and_words(status: str, stage: str | None, done: int, told: str) -> None:
-    job = Job(id="j", kind="load", model_id="m", status=status, stage=stage)
+    job = fill(JobInfo, id="j", kind="load", model_id="m", status=status, stage=stage)
     assert (count_steps(job), describe_progress(job)) == ((done, 6), told)
-    job = Job(id="j", kind="load", model_id="m", status="pending", waiting_for="20 MB of memory")
+    job = fill(JobInfo, id="j", kind="load", model_id="m", status="pending", waiting_for="20 MB of memory")
     assert describe_progress(job) == "waits: 20 MB of memory"
 
 
@@ -133,7 +127,7 @@ def test_versions_from_sources_have_a_line_each() -> None:
         )
         for number, source, resolved in ((1, pinned, pinned), (3, "hf://o/m@main", "hf://o/m@c0ffee"))
     ]
-    shown = list(models._details(Model(id="m", state="unloaded", sources=origins)))
+    shown = list(models._details(fill(ModelInfo, id="m", state="unloaded", sources=origins)))
     assert shown[-2:] == [
         f"  version 1: from {pinned}, added by alice, 2d ago",
         "  version 3: from hf://o/m@c0ffee (asked as hf://o/m@main), added by alice, 2d ago",
@@ -153,7 +147,8 @@ def test_copies_of_a_model_have_a_line_each() -> None:
         )
         for node, version in (("a", 2), ("b", 1))
     ]
-    model = Model(
+    model = fill(
+        ModelInfo,
         id="m",
         state="loaded",
         node="a",
@@ -172,24 +167,24 @@ def test_copies_of_a_model_have_a_line_each() -> None:
         "  copy at b: version 1, 2 workers, 5.0 MB",
     ]
     assert models._nodes_of(model) == "1 of 3 copies ready: a, b"
-    assert models._nodes_of(Model(id="m", state="loaded", node="a")) == "a"
-    assert models._nodes_of(Model(id="m", state="unloaded")) is None
+    assert models._nodes_of(fill(ModelInfo, id="m", state="loaded", node="a")) == "a"
+    assert models._nodes_of(fill(ModelInfo, id="m", state="unloaded")) is None
 
 
 @pytest.mark.parametrize(
     ("members", "told"),
     [
-        ({"method": "key", "signer": "ab", "enforced": True}, "verified, by key ab"),
+        ({"method": "key", "signer": "ab", "is_enforced": True}, "verified, by key ab"),
         ({"method": "certificate", "signer": "CN=a"}, "verified, by certificate CN=a, not enforced"),
         ({"problem": "signature_missing"}, "not verified (signature_missing)"),
         (
-            {"method": "key", "signer": "ab", "enforced": True, "was_verified": True},
+            {"method": "key", "signer": "ab", "is_enforced": True, "was_verified": True},
             "verified, by key ab; today's rules refuse it, and it was verified before",
         ),
     ],
 )
 def test_signature_is_described_with_its_check(members: dict[str, Any], told: str) -> None:
-    assert describe_signature(LoadSignature(policy="p", **members)) == told
+    assert describe_signature(fill(LoadSignatureInfo, policy="p", **members)) == told
 
 
 # A hostile server
@@ -202,19 +197,20 @@ def evil(kind: type[Any]) -> Any:
     """Return a record in which every text moves the cursor, and every number is too large to be one."""
     values = {str: EVIL, int: HUGE, bool: True}
     members = {
-        field.name: values[kinds[0]]
-        for field in msgspec.structs.fields(kind)
-        if (kinds := [each for each in values if each in (field.type, *get_args(field.type))])
+        name: values[kinds[0]]
+        for name, described in get_type_hints(kind).items()
+        if (kinds := [each for each in values if each in (described, *get_args(described))])
     }
-    more = {"error": ErrorInfo(EVIL, EVIL)} if "error" in kind.__struct_fields__ else {}
+    more = {"error": ErrorInfo(code=EVIL, message=EVIL)} if "error" in kind.__struct_fields__ else {}
     lists = {
         "versions": [HUGE],
-        "sources": [evil(VersionOrigin)] if kind is Model else [],
-        "files": [File(path=EVIL, bytes=HUGE, mtime_ns=1, sha256=EVIL)],
+        "sources": [evil(VersionOrigin)] if kind is ModelInfo else [],
+        "files": [LoadedFileInfo(path=EVIL, bytes=HUGE, mtime_ns=1, sha256=EVIL)],
         "parameters": {EVIL: EVIL},
         "labels": {EVIL: HUGE},
     }
-    return kind(**{**members, **more, **{k: v for k, v in lists.items() if k in kind.__struct_fields__}})
+    lists = {name: value for name, value in lists.items() if name in kind.__struct_fields__}
+    return fill(kind, **{**members, **more, **lists})
 
 
 def printed(capsys: pytest.CaptureFixture[str], *calls: Callable[[], None]) -> list[str]:
@@ -227,19 +223,22 @@ def printed(capsys: pytest.CaptureFixture[str], *calls: Callable[[], None]) -> l
 def test_hostile_answer_prints_no_control_characters(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    job, model, use = evil(Job), evil(Model), evil(LoadUsage)
-    signature, who = evil(LoadSignature), [EVIL]
+    job, model, use = evil(JobInfo), evil(ModelInfo), evil(LoadUsage)
+    signature, who = evil(LoadSignatureInfo), [EVIL]
     model = msgspec.structs.replace(
         model,
         signature=signature,
-        approval=evil(LoadApproval),
-        policy=evil(ModelRules),
+        approval=evil(LoadApprovalInfo),
+        policy=evil(ModelRulesInfo),
         added_by=who,
-        approvals=[evil(Approval)],
+        approvals=[evil(ApprovalInfo)],
         unapproved=[evil(UnapprovedVersion)],
     )
     version = msgspec.structs.replace(
-        evil(VerifiedVersion), signature=signature, files=[FileDigest(EVIL, EVIL)], added_by=who
+        evil(VerifiedVersionInfo),
+        signature=signature,
+        files=[FileDigest(path=EVIL, sha256=EVIL)],
+        added_by=who,
     )
     job = msgspec.structs.replace(
         job,

@@ -1,18 +1,18 @@
 """The copies of a model in the API: ready ones, where they are, and what other views say of them."""
 
-from typing import Any
-
+import msgspec
 from support.history import MODEL, History
-from support.http import Json
 
+from answers.models import ModelCopy, ModelInfo
+from answers.nodes import NodeModel
 from events.history import describe_model
 from events.types import Cause, ModelSettingsChanged
-from nodes.routes import node_views
-from server.api.models import model_view
+from nodes.routes import make_node_infos
+from server.api.models import make_model_info
 from server.observability.metrics import _count_copies
 from server.v2 import repository
 
-MEMBERS = ("copies", "copies_ready", "copies_at")
+MEMBERS = {"copies", "copies_ready", "copies_at"}
 
 
 def copied(*, version: int = 1) -> History:
@@ -25,17 +25,17 @@ def copied(*, version: int = 1) -> History:
     return history
 
 
-def view(history: History) -> Json:
-    return model_view(describe_model(history.state, MODEL), is_active=False)
+def view(history: History) -> ModelInfo:
+    return make_model_info(describe_model(history.state, MODEL), is_active=False)
 
 
 def places(history: History) -> list[tuple[str, int, int]]:
-    return [(each["node"], each["version"], each["workers"]) for each in view(history)["copies_at"]]
+    return [(each.node or "", each.version, each.workers) for each in view(history).copies_at]
 
 
-def summary(history: History) -> tuple[int, int, list[str]]:
-    wanted, ready, copies = (view(history)[name] for name in MEMBERS)
-    return wanted, ready, [each["node"] for each in copies]
+def summary(history: History) -> tuple[int | None, int | None, list[str | None]]:
+    shown = view(history)
+    return shown.copies, shown.copies_ready, [each.node for each in shown.copies_at]
 
 
 def test_view_of_model_has_its_copies() -> None:
@@ -43,23 +43,23 @@ def test_view_of_model_has_its_copies() -> None:
     shown = view(history)
     assert summary(history) == (3, 2, ["a", "b"])
     first, second = history.model().servings
-    assert shown["copies_at"][1] == {
-        "node": "b",
-        "version": 1,
-        "position": second.position,
-        "job_id": "B",
-        "loaded_at": second.loaded_at,
-        "workers": 2,
-        "memory_bytes": second.memory_bytes,
-    }
-    assert (shown["node"], shown["job_id"], shown["position"]) == ("a", "A", first.position)
+    assert shown.copies_at[1] == ModelCopy(
+        node="b",
+        version=1,
+        position=second.position,
+        job_id="B",
+        loaded_at=second.loaded_at,
+        workers=2,
+        memory_bytes=second.memory_bytes,
+    )
+    assert (shown.node, shown.job_id, shown.position) == ("a", "A", first.position)
 
 
 def test_view_of_model_with_one_load_has_no_member_of_copies() -> None:
     history = History()
     history.join("a")
     history.load_at("a", "A")
-    assert not set(MEMBERS) & view(history).keys()
+    assert not MEMBERS & msgspec.to_builtins(view(history)).keys()
 
 
 def test_copy_that_lost_a_worker_or_has_another_version_is_not_ready() -> None:
@@ -78,10 +78,10 @@ def test_copy_is_shown_in_place_of_a_lost_load() -> None:
     history.lose("a")
     shown = view(history)
     assert summary(history) == (3, 1, ["b"])
-    assert (shown["state"], shown["node"], shown["brought_back"]) == ("loaded", "b", "copy")
-    assert shown["loaded_by"] == "alice"
+    assert (shown.state, shown.node, shown.brought_back) == ("loaded", "b", "copy")
+    assert shown.loaded_by == "alice"
     history.lose("b")
-    assert (view(history)["state"], *summary(history)) == ("lost", 3, 0, [])
+    assert (view(history).state, *summary(history)) == ("lost", 3, 0, [])
 
 
 def test_ended_copy_is_not_shown_while_it_drains() -> None:
@@ -90,15 +90,15 @@ def test_ended_copy_is_not_shown_while_it_drains() -> None:
     assert summary(history) == (3, 1, ["a"])
     history.ask_load("S", copies=1)
     history.add(ModelSettingsChanged("A", None, pinned=False, copies=1), "S")
-    assert not set(MEMBERS) & view(history).keys()
+    assert not MEMBERS & msgspec.to_builtins(view(history)).keys()
 
 
 def test_each_node_with_a_copy_has_the_model() -> None:
     history = copied()
     history.load_at("c", "C", version=2, instances=2, copies=3)
-    found = {node["id"]: node["models"] for node in node_views(history.state)}
+    found = {node.id: node.models for node in make_node_infos(history.state)}
     assert found == {
-        name: [{"id": MODEL, "version": version, "state": "loaded"}]
+        name: [NodeModel(id=MODEL, version=version, state="loaded")]
         for name, version in (("a", 1), ("b", 1), ("c", 2))
     }
 
@@ -106,8 +106,8 @@ def test_each_node_with_a_copy_has_the_model() -> None:
 def test_index_has_both_versions_ready_during_a_swap() -> None:
     history = copied()
     history.load_at("c", "C", version=2, instances=2, copies=3)
-    entries: list[Any] = repository.index(history.state.models, [])
-    assert [(entry["version"], entry["state"]) for entry in entries] == [("1", "READY"), ("2", "READY")]
+    entries = repository.index(history.state.models, [])
+    assert [(entry.version, entry.state) for entry in entries] == [("1", "READY"), ("2", "READY")]
 
 
 def test_metric_counts_copies_of_models_that_want_several() -> None:

@@ -18,7 +18,7 @@ from support.shims import Shim
 from runtime.devices import DeviceMemory
 from runtime.worker.landlock import find_abi
 from server.api import resources
-from server.api.jobs import job_view
+from server.api.jobs import make_job_info
 from server.appkeys import POLICY, POOL, READER
 from server.config import ConfigError
 from server.devices import list_devices
@@ -71,8 +71,8 @@ async def test_load_on_device_says_so_everywhere(served: LocalApi) -> None:
 
 async def test_memory_of_a_device_is_what_its_driver_says(served: LocalApi) -> None:
     cpu, device = list_devices(served.app, {DEVICE: DeviceMemory(8_000, 5_000)})
-    assert (device["device"], device["total_bytes"], device["free_bytes"]) == (DEVICE, 8_000, 5_000)
-    assert cpu["free_bytes"] is None
+    assert (device.device, device.total_bytes, device.free_bytes) == (DEVICE, 8_000, 5_000)
+    assert cpu.free_bytes is None
     collected = {
         each.name: each for each in ServerCollector(served.app, {DEVICE: DeviceMemory(8, 5)}).collect()
     }
@@ -112,7 +112,7 @@ async def test_job_says_what_its_device_has_not_returned(served: LocalApi) -> No
     job = await served.unload("late")
     ended = await served.app[READER].job(job["id"])
     assert ended is not None
-    assert job_view(replace(ended, unreturned_bytes=7), None)["unreturned_bytes"] == 7
+    assert make_job_info(replace(ended, unreturned_bytes=7)).unreturned_bytes == 7
 
 
 async def test_model_on_the_cpu_names_no_device(served: LocalApi) -> None:

@@ -162,11 +162,10 @@ async def test_models_and_jobs_are_listed_in_pages_with_filters(api: LocalApi) -
     assert [model["id"] for model in seen] == names
     assert seen[-1] == {
         "id": "c", "versions": [1, 2, 10], "state": "unloaded", "version": None, "next_version": None,
-        "chosen": None,
         "active": False, "loaded_at": None, "loaded_by": None, "job_id": None, "position": None, "files": [],
         "memory_bytes": None, "error": None, "instances": None, "threads": None,
         "memory_at_load_bytes": None, "brought_back": None,
-        "repository_changed": None, "not_served": None, "policy": None, "signature": None, "approval": None,
+        "repository_changed": None, "not_served": None, "signature": None, "approval": None,
         "added_by": None,
     }  # fmt: skip
     assert (await api.get("/api/v1/models?limit=5")).json["next_cursor"] is None

@@ -93,8 +93,8 @@ async def test_load_is_accepted_and_its_job_completes(shared: LocalApi) -> None:
         "id": "m", "versions": [1], "state": "loaded", "version": 1, "next_version": None, "active": True,
         "loaded_at": job["finished_at"], "loaded_by": "Ann", "job_id": job["id"],
         "position": job["position"], "error": None, "instances": 1,
-        "repository_changed": False, "not_served": None, "threads": count_usable_cpus(), "sources": [],
-        "signature": None, "approval": None, "policy": None, "added_by": None,
+        "repository_changed": False, "not_served": None, "threads": count_usable_cpus(),
+        "signature": None, "approval": None, "added_by": None,
     }  # fmt: skip
     events = await shared.events("m")
     assert [event.type for event in events] == ["LoadRequested", "LoadStarted", "ModelLoaded"]

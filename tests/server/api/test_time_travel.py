@@ -63,7 +63,7 @@ async def test_load_of_an_inference_and_key_are_found_after_restart(start: Start
 async def test_before_the_first_event_there_is_nothing(past: LocalApi) -> None:
     listed = await found(past, "models?at=0")
     assert listed == {
-        "models": [], "next_cursor": None, "as_of": 0, "as_of_time": None,
+        "models": [], "next_cursor": None, "as_of": 0,
         "server": {"state": "stopped", "since": None},
     }  # fmt: skip
     assert (await found(past, "jobs?at=0"))["jobs"] == []

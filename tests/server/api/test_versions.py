@@ -180,7 +180,7 @@ async def test_added_version_has_what_its_sender_says_of_its_origin(shared: Loca
     files = (AddedFile("model.onnx", len(MODEL), hashlib.sha256(MODEL).hexdigest()),)
     added = [(each.data, each.actor) for each in await shared.events(model_id) if each.type == "VersionAdded"]
     assert added == [(VersionAdded(files, said), "alice")]
-    sources = (await shared.model(model_id))["sources"]
+    sources = (await shared.model(model_id)).get("sources", [])
     assert [(each["source"], each["resolved"], each["added_by"]) for each in sources] == (
         [] if said is UNSET else [(said.uri, said.resolved, "alice")]
     )

@@ -2,10 +2,11 @@
 
 import pytest
 
+from answers.history import Latencies
 from events.types import LoadParameters
 from runtime.consumer.running import RunningLoad
 from runtime.statistics import Statistics
-from server.observability.timeseries import MERGED, RANGES, Latencies, Memory, TimeSeries, quantile
+from server.observability.timeseries import MERGED, RANGES, Memory, TimeSeries, estimate_latencies, quantile
 
 BOUNDS = (0.1, 0.2, 0.4)
 NOW = Memory(10, 20, 0, 100)
@@ -51,7 +52,9 @@ def test_samples_count_what_lies_between() -> None:
     requests = [sum(sample.counts[1:]) for _, sample in seen.of_model("m", SHORT) if sample]
     assert requests == [3, 1, 0]
     assert [sum(sample.counts[1:]) for sample in seen.of_server(SHORT)] == [3, 1, 0]
-    assert Latencies.of(seen.of_server(SHORT)[0].counts) == Latencies(3, 0, 0.00875, 0.02275, 0.02455)
+    assert estimate_latencies(seen.of_server(SHORT)[0].counts) == Latencies(
+        requests=3, failures=0, p50_s=0.00875, p95_s=0.02275, p99_s=0.02455
+    )
 
 
 def test_requests_of_a_load_that_ended_are_counted() -> None:

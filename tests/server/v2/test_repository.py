@@ -16,6 +16,7 @@ from support.http import LIMIT_S, Answer, Json, LocalApi, when
 from support.models import FLOAT, TEXT, save, save_bytes
 from support.running import gone
 
+from answers.inference import IndexEntry
 from events.jobs import Failure, PendingLoad
 from events.models import Model, ModelState, Serving
 from events.policy.rules import ApprovalRule, LoadPolicy
@@ -334,17 +335,17 @@ def test_index_shows_the_state_of_each_version(
     model: Model, expected: list[tuple[int, str, str | None]]
 ) -> None:
     entries = extension.index({"m": model}, ["m"])
-    versions = [each for each in entries if each != {"name": "m"}]
-    found = [(int(each["version"]), each["state"], each.get("reason")) for each in versions]
+    versions = [each for each in entries if each != IndexEntry(name="m")]
+    found = [(int(each.version or 0), each.state, each.reason) for each in versions]
     assert found == expected
     ready = extension.index({"m": model}, ["m"], only_ready=True)
-    assert ready == [each for each in entries if each.get("state") == "READY"]
+    assert ready == [each for each in entries if each.state == "READY"]
 
 
 def test_index_is_sorted_and_leaves_out_models_that_are_gone() -> None:
     loads = tuple(PendingLoad("j", number) for number in (10, 9))
     entries = extension.index({"b": Model("b", loads=loads)}, ["c", "b", "a"])
-    found = [(each["name"], each.get("version")) for each in entries]
+    found = [(each.name, each.version) for each in entries]
     assert found == [("a", None), ("b", "9"), ("b", "10"), ("c", None)]
     assert extension.index({"m": Model("m", last_version=1)}, []) == []
     assert extension.index({"m": READY}, []) == extension.index({"m": READY}, [], only_ready=True)

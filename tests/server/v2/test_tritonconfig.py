@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -248,5 +249,7 @@ def test_reported_dimensions_are_never_empty() -> None:
     ):  # fmt: skip
         specs = [TensorSpec("x", "INT64", shape, optional=True)]
         config = tritonconfig.model_config("m", 1, specs, [], LoadParameters(max_batch_size=size))
-        assert config["input"] == [{"name": "x", "data_type": "TYPE_INT64", **expected, "optional": True}]
-        assert ("dynamic_batching" in config) == (size > 0)
+        assert msgspec.to_builtins(config.input) == [
+            {"name": "x", "data_type": "TYPE_INT64", **expected, "optional": True}
+        ]
+        assert bool(config.dynamic_batching) == (size > 0)

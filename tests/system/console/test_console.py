@@ -18,10 +18,12 @@ import pytest_asyncio
 from onnx import ModelProto, TensorProto, helper
 from playwright.async_api import BrowserContext, Page, Route, ViewportSize, expect
 from support import models
+from support.answers import fill_json
 from support.browser import DESKTOP, PHONE, TABLET, Console, needs_browser, tokens_in
 from support.http import ONE, when
 from support.servers import Server, serving
 
+from answers.models import ModelInfo
 from server.config import Config
 
 pytestmark = [needs_browser, pytest.mark.asyncio(loop_scope="module")]
@@ -168,6 +170,14 @@ async def test_model_page_shows_bytes_charts_and_programs(server: Server, admin:
     await admin.see("paged", "loaded")
 
 
+async def test_model_says_that_none_of_its_copies_is_loaded(admin: Console) -> None:
+    waiting = fill_json(ModelInfo, id="copied", versions=[1], state="lost", copies=3, copies_ready=0)
+    await admin.page.route(re.compile(r"/models/copied$"), lambda route: route.fulfill(json=waiting))
+    await admin.go("#/models/copied")
+    await expect(admin.page.locator(".its-copies")).to_contain_text("None is loaded.")
+    await expect(admin.page.locator(".facts")).to_contain_text("0 of 3 copies ready")
+
+
 TENSORS = {
     "images": ("FP32", TensorProto.FLOAT),
     "half": ("FP16", TensorProto.FLOAT16),
@@ -204,7 +214,7 @@ def answer_inputs() -> ModelProto:
 
 async def add_examples(page: Page, fill: str, length: int, refusal: str | None) -> None:
     """Have the server's answers say that it found this when it tried the model."""
-    example = {"shape": [1, 2, length], "values": fill, "refusal": refusal}
+    example = {"shape": [1, 2, length], "values": fill, **({"refusal": refusal} if refusal else {})}
 
     async def answer(route: Route) -> None:
         response = await route.fetch()

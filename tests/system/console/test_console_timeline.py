@@ -220,7 +220,7 @@ async def test_time_travel_lists_loaded_models_of_all_pages_first(admin: Console
     async def answer(route: Route) -> None:
         asked.append(route.request.url)
         page = last if "cursor=m599" in route.request.url else first
-        await route.fulfill(json={**page, "as_of": 5, "as_of_time": None})
+        await route.fulfill(json={**page, "as_of": 5})
 
     await admin.page.route("**/api/v1/models?*at=*", answer)
     await admin.page.evaluate("location.hash = '#/at/5'")

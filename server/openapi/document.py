@@ -1,23 +1,28 @@
-"""Generate the OpenAPI 3.0.3 document from the routes.
+"""Generate the OpenAPI document from the routes.
 
 `server.routing` keeps the documentation of each route at `handler.__apispec__`; this module only reads it, so
 the same routes give the same bytes. It adds what follows from access and schemas: token, limits and errors.
 """
 
+from __future__ import annotations
+
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from importlib import metadata
+from functools import cache
+from importlib import metadata, resources
 from typing import Any
 
-import yaml
 from apispec import APISpec
 from apispec.ext.marshmallow import MarshmallowPlugin
 from marshmallow import fields, validate
 
-from server.api.schemas import AnswerSchema, about
+from answers.errors import Problem
 from server.auth.access import Access
 from server.errors import ERRORS, media_type_of
-from server.routing import Route
+from server.openapi.components import add_answers, share_components
+from server.openapi.text import to_yaml
+from server.routing import AnswerType, Route
 
 OPENAPI_VERSION = "3.0.3"
 """The bundled Swagger UI 4.1 cannot show 3.1."""
@@ -39,25 +44,6 @@ _HEADERS_BY_STATUS = {
 _LOCATIONS = {"match_info": "path", "querystring": "query", "headers": "header"}
 
 
-class ProblemSchema(AnswerSchema):
-    """The one body of all errors (RFC 9457); clients ignore unknown members (section 3.2)."""
-
-    type = fields.String(**about("Identifies the problem.", format="uri"))
-    title = fields.String(**about("Title of the code; always the same."))
-    status = fields.Integer(**about("The HTTP status."))
-    detail = fields.String(**about("What happened, for people."))
-    instance = fields.String(**about("Reference to the server's log.", format="uri", is_optional=True))
-    code = fields.String(**about("Stable; for programs."))
-    error = fields.String(**about("Same as detail, for Open Inference clients."))
-
-
-class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
-    """YAML in the given order, without anchors. libyaml gives the same text in a fifth of the time."""
-
-    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 -- the base class asks per value
-        return True
-
-
 def _pattern(_: object, field: fields.Field[Any], **__: object) -> dict[str, str]:
     r"""Return the pattern of a field as JSON Schema has it: searched for, not matched, and without `\Z`."""
     patterns = [str(each.regex.pattern) for each in field.validators if isinstance(each, validate.Regexp)]
@@ -68,22 +54,59 @@ _END = r"\Z"
 """Ends our patterns: in Python, `$` matches before a line break, too. To ECMA 262 this is the letter Z."""
 
 
+References = Mapping[AnswerType, Mapping[str, Any]]
+
+
 def openapi_yaml(routes: Iterable[Route]) -> str:
     """Return the document as YAML; the same routes give the same text."""
-    document = openapi_document(routes)
-    text: str = yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
-    return text
+    return to_yaml(share_components(openapi_document(routes)))
 
 
 def openapi_document(routes: Iterable[Route]) -> dict[str, Any]:
-    spec = _empty_spec()
+    """Return the document; each operation has its own parameters, body and responses."""
+    spec, routes, schemas = _empty_spec(), list(routes), dict[str, Any]()
+    references = add_answers(schemas, [Problem, *_answer_types(routes)])
     taken: set[str] = set()
     for route in routes:
-        operation = _operation(route)
+        operation = _operation(route, references)
         operation["operationId"] = _unique(operation["operationId"], taken)
         spec.path(path=route.path, operations={route.method.lower(): operation})
     document: dict[str, Any] = spec.to_dict()
-    return document
+    document["components"]["schemas"] |= schemas
+    for operation in (each for item in document["paths"].values() for each in item.values()):
+        _complete(operation)
+    first = ("openapi", "info", "security", "paths")
+    return {name: document[name] for name in dict.fromkeys((*first, *document))}
+
+
+def _complete(operation: dict[str, Any]) -> None:
+    """Add an operation's example, and leave out that a parameter may be missing, which is the default."""
+    for parameter in operation["parameters"]:
+        if not parameter.get("required"):
+            parameter.pop("required", None)
+    example = _read_examples().get(operation["operationId"])
+    if example is not None:
+        operation["responses"][str(example["status"])]["content"][_JSON]["example"] = example["answer"]
+        if "request" in example:
+            operation["requestBody"]["content"][_JSON]["example"] = example["request"]
+
+
+_JSON = "application/json"
+
+
+@cache
+def _read_examples() -> Mapping[str, Any]:
+    """Return examples of the operations that people try first: recorded requests and answers, by name."""
+    text = resources.files(__package__).joinpath("examples.json").read_text(encoding="utf-8")
+    examples: Mapping[str, Any] = json.loads(text)
+    return examples
+
+
+def _answer_types(routes: Iterable[Route]) -> Iterator[AnswerType]:
+    for route in routes:
+        for response in _apispec_of(route).get("responses", {}).values():
+            if (answer := response.get("answer")) is not None:
+                yield answer
 
 
 def error_codes(route: Route) -> list[str]:
@@ -100,16 +123,16 @@ def _empty_spec() -> APISpec:
         openapi_version=OPENAPI_VERSION,
         plugins=[plugin],
         info={"description": _DESCRIPTION, "license": {"name": "Apache-2.0"}},
+        security=[{TOKEN: []}],
     )
     assert plugin.converter is not None
     plugin.converter.add_attribute_function(_pattern)  # type: ignore[no-untyped-call]
     bearer = {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
     spec.components.security_scheme(TOKEN, bearer)
-    spec.components.schema("Problem", schema=ProblemSchema)
     return spec
 
 
-def _operation(route: Route) -> dict[str, Any]:
+def _operation(route: Route, references: References) -> dict[str, Any]:
     described = _apispec_of(route)
     operation = {name: described[name] for name in ("tags", "summary", "description") if name in described}
     operation["operationId"] = getattr(route.handler, "__name__", "operation")
@@ -118,8 +141,9 @@ def _operation(route: Route) -> dict[str, Any]:
     body = _request_body(described)
     if body is not None:
         operation["requestBody"] = body
-    operation["responses"] = {**_responses(described), **_error_responses(route)}
-    operation["security"] = [] if route.access is Access.PUBLIC else [{TOKEN: []}]
+    operation["responses"] = {**_responses(described, references), **_error_responses(route)}
+    if route.access is Access.PUBLIC:
+        operation["security"] = []
     return operation
 
 
@@ -134,7 +158,7 @@ def _with_access(description: str, access: Access) -> str:
         who = "Needs a token of any role."
     else:
         who = f"Needs the role {' or '.join(sorted(access.value))}."
-    return f"{description.strip()}\n\n{who}".strip()
+    return f"{description} {who}".strip()
 
 
 def _parameters(described: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -155,17 +179,22 @@ def _request_body(described: Mapping[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def _responses(described: Mapping[str, Any]) -> dict[str, Any]:
+def _responses(described: Mapping[str, Any], references: References) -> dict[str, Any]:
     responses = described.get("responses", {})
     media_types = described.get("produces", ["application/json"])
-    return {status: _response(responses[status], media_types) for status in sorted(responses)}
+    return {status: _response(responses[status], media_types, references) for status in sorted(responses)}
 
 
-def _response(declared: Mapping[str, Any], media_types: Iterable[str]) -> dict[str, Any]:
-    response = {name: declared[name] for name in ("headers", "content") if name in declared}
-    response["description"] = declared["description"]
-    if declared.get("schema") is not None:
-        response["content"] = {media_type: {"schema": declared["schema"]} for media_type in media_types}
+def _response(
+    declared: Mapping[str, Any], media_types: Iterable[str], references: References
+) -> dict[str, Any]:
+    """Return a response: the struct of its answer, if it has one, in each media type; and its own content."""
+    response = {"description": declared["description"]}
+    response |= {name: declared[name] for name in ("headers", "content") if name in declared}
+    if "answer" in declared:
+        schema = references[declared["answer"]]
+        found = {media_type: {"schema": schema} for media_type in media_types}
+        response["content"] = {**found, **declared.get("content", {})}
     return response
 
 
@@ -177,7 +206,7 @@ def _error_responses(route: Route) -> dict[str, Any]:
 
 
 def _error_response(route: Route, codes: list[str]) -> dict[str, Any]:
-    allowed = {"type": "object", "properties": {"code": {"type": "string", "enum": codes}}}
+    allowed = {"properties": {"code": {"enum": codes}}}
     schema = {"allOf": [{"$ref": "#/components/schemas/Problem"}, allowed]}
     description = "; ".join(f"`{code}`: {ERRORS[code].title}" for code in codes)
     response: dict[str, Any] = {"description": description}

@@ -1,0 +1,96 @@
+"""The memory budget, devices, and their use."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from answers.answer import AS_OF, AnswerBody, about, one_of
+
+
+class LoadUsage(AnswerBody, frozen=True, kw_only=True):
+    """Resources of one load until its processes have exited."""
+
+    model_id: str
+    version: int
+    job_id: Annotated[str, about("Job of the load.")]
+    phase: Annotated[str, one_of("loading", "failed", "serving", "draining")]
+    workers: int
+    reserved_bytes: Annotated[int, about("Memory reserved while it loads; 0 afterwards.")]
+    memory_bytes: Annotated[int, about("Private bytes of its workers, measured every few seconds.")]
+    memory_at_load_bytes: Annotated[int | None, about("What they took when the model was loaded.")]
+    device: Annotated[str | None, about("On which its workers run; null is the CPU.")]
+    device_bytes: Annotated[int, about("Memory of the device's own, reserved or measured; 0 if it has none.")]
+    in_flight: Annotated[int, about("Inferences queued or running.")]
+    last_used_at: Annotated[str | None, about("The end of its last inference.")]
+    pinned: bool
+    keep_alive_s: int | None
+
+
+class WaitingJob(AnswerBody, frozen=True, kw_only=True):
+    """A job that waits."""
+
+    job_id: str
+    model_id: str
+    needs_bytes: int | None
+    waiting_for: str
+
+
+class PressureInfo(AnswerBody, frozen=True, kw_only=True):
+    """Percent of the last ten seconds in which a task waited for the resource (PSI)."""
+
+    memory_some_percent: float | None
+    cpu_some_percent: float | None
+
+
+class ConfinementInfo(AnswerBody, frozen=True, kw_only=True):
+    """Confinement of the workers, as tested when the server started."""
+
+    mode: Annotated[str, one_of("auto", "require", "require-cpu", "off")]
+    landlock_abi: Annotated[int, about("Version of Landlock that restricts files; 0 if nothing does.")]
+    seccomp: Annotated[bool, about("Whether system calls are filtered.")]
+    not_prevented: Annotated[list[str], about("Forbidden acts that a worker could do.")]
+
+
+class Device(AnswerBody, frozen=True, kw_only=True):
+    """A device on which models are loaded, and its use."""
+
+    device: Annotated[str, about("As a load names it, such as `cuda:0`.")]
+    provider: Annotated[str, about("Its execution provider; `cpu` is ONNX Runtime's own.")]
+    version: Annotated[str, about("Of the provider.")]
+    hardware: Annotated[str, about("What the provider calls it; empty if it has no name.")]
+    total_bytes: Annotated[
+        int | None, about("Of its own memory, of `cpu` the machine's; null if it has none.")
+    ]
+    free_bytes: Annotated[int | None, about("Of its own memory, as its driver says; null if it has none.")]
+    budget_bytes: Annotated[int | None, about("For all workers there; null is no limit.")]
+    reserved_bytes: Annotated[
+        int, about("Of its own memory; if it has none, of the machine's. That of `cpu` is of all workers.")
+    ]
+    used_bytes: Annotated[int, about("Likewise.")]
+    models: Annotated[int, about("That have a process there.")]
+
+
+class Resources(AnswerBody, frozen=True, kw_only=True):
+    """The memory budget of workers and its use."""
+
+    limit_bytes: Annotated[int, about("Of this container or machine.")]
+    limit_source: Annotated[str, about("cgroup v2, cgroup v1 or machine.")]
+    budget_bytes: int
+    reserved_bytes: int
+    used_bytes: int
+    free_bytes: Annotated[int, about("Negative if models have grown beyond the budget.")]
+    max_loaded: int | None
+    threads: Annotated[int, about("Threads of each worker of a load that does not say otherwise.")]
+    models: list[LoadUsage]
+    waiting: list[WaitingJob]
+    pressure: Annotated[PressureInfo | None, about("Null without PSI.")]
+    confinement: ConfinementInfo
+    devices: Annotated[list[Device], about("First the CPU.")]
+    device_problems: Annotated[list[str], about("Why others cannot be used.")]
+    confinement_of_devices: Annotated[
+        ConfinementInfo | None, about("Of workers on devices but the CPU; null without any.")
+    ]
+    repository_writable: Annotated[
+        bool, about("Whether the settings let admins add and remove versions; the folder may still not.")
+    ]
+    as_of: Annotated[int, AS_OF]
