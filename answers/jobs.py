@@ -77,3 +77,7 @@ class JobList(PastAnswer, frozen=True, kw_only=True):
     as_of: Annotated[int, AS_OF]
     jobs: list[JobInfo]
     next_cursor: int | None
+
+    @property
+    def values(self) -> list[JobInfo]:
+        return self.jobs

@@ -220,8 +220,12 @@ class ModelList(PastAnswer, frozen=True, kw_only=True):
     models: list[ModelInfo]
     next_cursor: str | None
 
+    @property
+    def values(self) -> list[ModelInfo]:
+        return self.models
 
-class WorkerOutput(AnswerBody, frozen=True, kw_only=True):
+
+class WorkerStderr(AnswerBody, frozen=True, kw_only=True):
     """The last lines of one worker on its stderr."""
 
     worker_id: str | None
@@ -232,7 +236,7 @@ class WorkerOutput(AnswerBody, frozen=True, kw_only=True):
     ]
 
 
-class ExitedWorkerOutput(WorkerOutput, frozen=True, kw_only=True):
+class ExitedWorkerStderr(WorkerStderr, frozen=True, kw_only=True):
     """The last lines of a worker that ended unexpectedly, as the ledger has them."""
 
     exited_at: str
@@ -241,11 +245,11 @@ class ExitedWorkerOutput(WorkerOutput, frozen=True, kw_only=True):
     signal: int | None
 
 
-class ModelOutput(AnswerBody, frozen=True, kw_only=True):
+class ModelStderr(AnswerBody, frozen=True, kw_only=True):
     """The last lines that a model's workers printed."""
 
     recorded: Annotated[
         bool, about("False with `--ledger-stderr off`: the ledger keeps only why the server killed a worker.")
     ]
-    workers: Annotated[list[WorkerOutput], about("Those that run.")]
-    last_exited: ExitedWorkerOutput | None
+    workers: Annotated[list[WorkerStderr], about("Those that run.")]
+    last_exited: ExitedWorkerStderr | None

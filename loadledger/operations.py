@@ -17,8 +17,8 @@ from answers.approvals import VerifiedVersionInfo, VersionApprovals
 from answers.events import EventInfo, Head
 from answers.health import Health
 from answers.inference import ModelMetadata
-from answers.jobs import JobInfo
-from answers.models import ModelInfo
+from answers.jobs import JobInfo, JobList
+from answers.models import ModelInfo, ModelList
 from answers.nodes import NodeInfo, NodeList
 from answers.resources import Resources
 from answers.versions import AddedFileInfo, AddedVersionInfo, UploadInfo
@@ -39,9 +39,7 @@ from loadledger.requests import (
 )
 from loadledger.stream import (
     EventSelection,
-    JobPage,
     Listing,
-    ModelPage,
     event_listing,
     follow_events,
     iterate_list,
@@ -431,11 +429,11 @@ class Operations:
         if limit is not None and limit < 1:
             raise ValueError("limit is at least 1")
         pairs = present_parameters(model=model, status=status, at=at)
-        return iterate_list(self._context, Listing("/api/v1/jobs", JobPage, pairs, most=limit))
+        return iterate_list(self._context, Listing("/api/v1/jobs", JobList, pairs, most=limit))
 
     def models(self, *, at: At | None = None) -> AsyncGenerator[ModelInfo, None]:
         """Iterate over the models of the repository and loaded ones by id; pages are fetched on demand."""
-        return iterate_list(self._context, Listing("/api/v1/models", ModelPage, present_parameters(at=at)))
+        return iterate_list(self._context, Listing("/api/v1/models", ModelList, present_parameters(at=at)))
 
     async def model(self, model_id: str, *, at: At | None = None) -> ModelInfo:
         """Return a model, with `at` as of a position or time."""

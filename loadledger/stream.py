@@ -14,8 +14,8 @@ from typing import Any
 import msgspec
 
 from answers.events import EventInfo
-from answers.jobs import JobInfo
-from answers.models import ModelInfo
+from answers.jobs import JobList
+from answers.models import ModelList
 from loadledger.address import query
 from loadledger.errors import BadAnswer, ClientProblem
 from loadledger.jobs import AwayCallback
@@ -112,22 +112,6 @@ def _no_event(line: bytes) -> BadAnswer:
     return BadAnswer(f"the server sent a line of {len(line)} bytes that is no event: is this its URL?")
 
 
-class JobPage(msgspec.Struct, rename={"values": "jobs"}):
-    """A page of jobs."""
-
-    values: list[JobInfo]
-    as_of: int = 0
-    next_cursor: int | None = None
-
-
-class ModelPage(msgspec.Struct, rename={"values": "models"}):
-    """A page of models."""
-
-    values: list[ModelInfo]
-    as_of: int = 0
-    next_cursor: str | None = None
-
-
 class EventPage(msgspec.Struct):
     """A page of events; each keeps its exact text."""
 
@@ -152,7 +136,7 @@ class Listing:
     """
 
     target: str
-    page: type[JobPage | ModelPage | EventPage]
+    page: type[JobList | ModelList | EventPage]
     pairs: Pairs
     cursor: str = "cursor"
     most: int | None = None

@@ -24,7 +24,7 @@ from events.types import SYSTEM, Contents, VersionAdded, contents_of, digest_of
 from runtime.errors import LoadRefused, RepositoryUnreadable, UnknownModel, UnknownVersion
 from runtime.repository import MAX_VERSION, REQUEST_LIMIT_S
 from server.api.jobs import JOB_REQUESTS
-from server.api.schemas import IS_DIGEST, IS_REASON, ModelPathSchema, about
+from server.api.schemas import IS_DIGEST, IS_REASON, ModelPathSchema, ModelVersionPathSchema, about
 from server.appkeys import CONFIG, CONSUMER, LOG, READER, VERSIONS
 from server.auth.access import Access
 from server.auth.gate import PRINCIPAL, credential_of
@@ -43,12 +43,6 @@ from server.routing import Routes
 routes = Routes(tag="models")
 
 _APPROVAL = "/api/v1/models/{id}/versions/{version}/approval"
-
-
-class ApprovalPathSchema(ModelPathSchema):
-    """The model and the version named by the path."""
-
-    version = ParameterInteger(required=True, validate=validate.Range(1, MAX_VERSION))
 
 
 class ApprovalBodySchema(Schema):
@@ -83,7 +77,7 @@ class VerifyQuerySchema(Schema):
     description="For all loads of the model, under any rules, until it is withdrawn. Nothing is hashed: the "
     "server has to have hashed the files (`GET .../verify` does), or the ledger has them as they were added. "
     "Who added these bytes cannot approve them.",
-    path=ApprovalPathSchema(),
+    path=ModelVersionPathSchema(),
     query=NothingSchema(),
     body=ApprovalBodySchema(),
     answers={200: (VersionApprovals, "The approvals; also if you have approved it before.")},
@@ -108,7 +102,7 @@ async def approve_version(request: web.Request) -> web.Response:
     summary="Withdraw the approval of a version",
     description="Of all persons, for the bytes that were approved as this version. What is loaded serves on, "
     "and comes back after a restart; the next load by a person or an inference is refused.",
-    path=ApprovalPathSchema(),
+    path=ModelVersionPathSchema(),
     query=WithdrawalQuerySchema(),
     answers={200: (VersionApprovals, "What is left: no approval.")},
     errors=("unknown_approval", "log_unavailable", "shutting_down"),

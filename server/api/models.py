@@ -22,16 +22,16 @@ from answers.errors import ErrorInfo
 from answers.events import EventInfo
 from answers.models import (
     DeviceUseInfo,
-    ExitedWorkerOutput,
+    ExitedWorkerStderr,
     LoadedFileInfo,
     ModelChoice,
     ModelCopy,
     ModelInfo,
     ModelList,
-    ModelOutput,
     ModelRulesInfo,
+    ModelStderr,
     VersionOrigin,
-    WorkerOutput,
+    WorkerStderr,
 )
 from answers.tensors import ModelTensor
 from events.approvals import list_unapproved
@@ -440,13 +440,13 @@ def _first_models(
     description="They may hold inputs of clients: ONNX Runtime quotes them in messages.",
     path=ModelPathSchema(),
     query=NothingSchema(),
-    answers={200: (ModelOutput, "Of the running workers, and of the last one that ended unexpectedly.")},
+    answers={200: (ModelStderr, "Of the running workers, and of the last one that ended unexpectedly.")},
     errors=("unknown_model", "repository_busy", "repository_unreadable", "log_unavailable"),
 )
 async def show_stderr(request: web.Request) -> web.Response:
     model_id = path_parameters(request)["id"]
     running = [
-        WorkerOutput(
+        WorkerStderr(
             worker_id=worker.worker_id,
             version=load.version,
             job_id=load.job_id,
@@ -460,15 +460,15 @@ async def show_stderr(request: web.Request) -> web.Response:
     if not running and exited is None:
         await look_at_model(request, model_id)
     recorded = request.app[POOL].records_stderr
-    return respond(ModelOutput(recorded=recorded, workers=running, last_exited=exited))
+    return respond(ModelStderr(recorded=recorded, workers=running, last_exited=exited))
 
 
-async def _last_exited(app: web.Application, model_id: str) -> ExitedWorkerOutput | None:
+async def _last_exited(app: web.Application, model_id: str) -> ExitedWorkerStderr | None:
     wanted = EventFilter(types=(WorkerExited.TYPE,), models=(model_id,))
     page = await app[READER].event_page(EventQuery(wanted, newest_first=True, limit=1))
     for stored in page.items:
         event = EventInfo.read(stored.line)
-        return ExitedWorkerOutput(
+        return ExitedWorkerStderr(
             worker_id=event.worker_id,
             version=event.version,
             job_id=event.job_id,
