@@ -6,7 +6,7 @@ class; `server.openapi` describes it. This package imports nothing of the projec
     answer.py        the base: what is always there, what may be missing; descriptions of members
     errors.py        why a job, a model or a request failed
     models.py  versions.py  approvals.py  tensors.py  jobs.py  past.py      models and what happens to them
-    events.py  timeline.py  history.py                                      the ledger, and times
+    events.py  timeline.py  samples.py                                      the ledger, and times
     resources.py  nodes.py  tokens.py  health.py  overview.py               the server
     inference.py                                                            the Open Inference Protocol
 

@@ -50,7 +50,7 @@ class EventInfo(AnswerBody, frozen=True, kw_only=True, dict=True):
 
     @property
     def line(self) -> bytes:
-        """The event's exact line, to be stored and hashed again."""
+        """The exact line of an event that was `read`, to be stored and hashed again."""
         line: bytes = self.__dict__["line"]
         return line
 

@@ -9,15 +9,16 @@ from answers.tensors import ModelTensor, NamedTensor
 
 
 class ModelMetadata(AnswerBody, frozen=True, kw_only=True, omit_defaults=False):
-    """Inputs and outputs of a model; -1 in a shape is any length."""
+    """Inputs and outputs of a model; -1 in a shape is any length.
 
-    name: str
-    versions: Annotated[
-        list[str], about("Those that are loaded; other servers of the protocol may not say it.")
-    ] = []
-    platform: str
-    inputs: list[ModelTensor]
-    outputs: list[ModelTensor]
+    Defaults are for clients of other servers, which may leave members out.
+    """
+
+    name: str = ""
+    versions: Annotated[list[str], about("Those that are loaded.")] = []
+    platform: str = ""
+    inputs: list[ModelTensor] = []
+    outputs: list[ModelTensor] = []
 
 
 class ModelReady(AnswerBody, frozen=True, kw_only=True):

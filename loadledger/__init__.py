@@ -31,7 +31,7 @@ _MODULES = {
     ),
     "loadledger.profiles": ("ProfileProblem",),
     "loadledger.inference": ("InferenceResult",),
-    "answers.approvals": ("VerifiedVersionInfo",),
+    "answers.approvals": ("VerifiedVersionInfo", "VersionApprovals"),
     "answers.events": ("EventInfo", "Head"),
     "answers.health": ("Health",),
     "answers.inference": ("ModelMetadata",),
@@ -40,6 +40,7 @@ _MODULES = {
     "answers.nodes": ("NodeInfo",),
     "answers.resources": ("Resources",),
     "answers.tensors": ("ModelTensor",),
+    "answers.versions": ("AddedVersionInfo",),
 }
 _PLACES = {name: f"{module}:{name}" for module, names in _MODULES.items() for name in names}
 __all__ = [*_PLACES]  # noqa: PLE0604 - names are imported on first use

@@ -1,4 +1,5 @@
 from answers.approvals import VerifiedVersionInfo as VerifiedVersionInfo
+from answers.approvals import VersionApprovals as VersionApprovals
 from answers.events import EventInfo as EventInfo
 from answers.events import Head as Head
 from answers.health import Health as Health
@@ -8,6 +9,7 @@ from answers.models import ModelInfo as ModelInfo
 from answers.nodes import NodeInfo as NodeInfo
 from answers.resources import Resources as Resources
 from answers.tensors import ModelTensor as ModelTensor
+from answers.versions import AddedVersionInfo as AddedVersionInfo
 from loadledger.client import AsyncClient as AsyncClient
 from loadledger.client import Client as Client
 from loadledger.errors import BadAnswer as BadAnswer

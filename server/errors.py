@@ -1,7 +1,7 @@
 """The table of error codes, and the middleware that turns every error into an RFC 9457 body.
 
 A domain error is any exception with an attribute `code` that is in the table; its text is the `detail`. It
-may also have `retry_after_s` (a number), `http_headers` and `problem_members` (mappings).
+may also have `retry_after_s` (a number), `http_headers` and `problem_members` (mappings; no lone surrogates).
 """
 
 import errno
@@ -176,7 +176,7 @@ class ServerProblem(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ErrorAnswer:
-    """An error answer before it is serialised."""
+    """An error answer before it is serialised: what its body, a `Problem`, and its header are made of."""
 
     code: str
     status: int

@@ -465,7 +465,7 @@ def pressure_line(found: Any) -> str | None:
 
 
 def confinement_line(confinement: Any, whose: str = "workers") -> str | None:
-    """Return what confines the workers; None from a server that does not say."""
+    """Return what confines workers; None of workers on devices, if there are none."""
     if confinement is None:
         return None
     applied = [f"Landlock {confinement.landlock_abi}"] if confinement.landlock_abi else []
@@ -504,8 +504,7 @@ def _resource_lines(found: Any) -> Iterator[str]:
     now = datetime.now(UTC)
     yield budget_line(found)
     yield f"limit {format_size(found.limit_bytes)} ({format_cell(found.limit_source)})"
-    if found.threads is not None:
-        yield f"threads of each worker: {found.threads}, unless its load says otherwise"
+    yield f"threads of each worker: {found.threads}, unless its load says otherwise"
     yield from filter(None, [pressure_line(found), confinement_line(found.confinement)])
     yield from _device_lines(found)
     if found.models:

@@ -181,17 +181,13 @@ CHECK_ERRORS = (
 async def verify_version(request: web.Request) -> web.Response:
     model_id, version = path_parameters(request)["id"], query_parameters(request)["version"]
     checked = await request.app[CONSUMER].check_version(model_id, version)
-    files, signature = (
-        show(checked.files, list[FileDigest]),
-        show_optional(checked.signature, LoadSignatureInfo),
-    )
     return respond(
         VerifiedVersionInfo(
             model_id=model_id,
             version=checked.version,
             digest=checked.digest,
-            files=files,
-            signature=signature,
+            files=show(checked.files, list[FileDigest]),
+            signature=show_optional(checked.signature, LoadSignatureInfo),
             problem=show_optional(checked.problem, ErrorInfo),
             added_by=None if checked.added_by is None else list(checked.added_by),
         )

@@ -305,7 +305,7 @@ def make_job_info(job: Job, live: LiveMembers = NOT_LIVE) -> JobInfo:
 async def answer_with_job(request: web.Request, command: Command) -> web.Response:
     """Submit a command and answer with its job: 200 if it has ended, else 202 with its `Location`."""
     job = await _submit(request.app, command, wait_s(request.headers.getall("Prefer", [])))
-    headers: dict[str, str] = {hdrs.LOCATION: job_path(job.id), hdrs.VARY: "Prefer"}
+    headers = {hdrs.LOCATION: job_path(job.id), hdrs.VARY: "Prefer"}
     if not job.ended:
         headers[hdrs.RETRY_AFTER] = str(POLL_AFTER_S)
     shown = present_job(request.app, job)

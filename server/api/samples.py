@@ -12,7 +12,7 @@ from aiohttp import web
 from marshmallow import Schema, fields, validate
 from msgspec.structs import asdict
 
-from answers.history import Latencies, ModelInterval, ModelSamples, ServerInterval, ServerSamples
+from answers.samples import Latencies, ModelInterval, ModelSamples, ServerInterval, ServerSamples
 from server.api.models import look_at_model
 from server.api.schemas import ModelPathSchema, about
 from server.appkeys import TIME_SERIES

@@ -265,7 +265,7 @@ async def begin_upload(request: web.Request) -> web.Response:
         given["id"], given["version"], request[PRINCIPAL].subject, None if key is None else key.key_hash
     )
     location = f"/api/v1/models/{upload.model_id}/versions/{upload.version}/uploads/{upload.id}"
-    return respond(_show_upload(upload), status=201 if is_new else 200, headers={"Location": location})
+    return respond(_show_upload(upload), status=201 if is_new else 200, headers={hdrs.LOCATION: location})
 
 
 @routes.get(
@@ -346,7 +346,7 @@ async def _find_upload(request: web.Request) -> UploadEntry:
 
 def _answer_with_version(given: Any, files: Iterable[AddedFile]) -> web.Response:
     shown = AddedVersionInfo(**_members_of(given["id"], given["version"], files))
-    return respond(shown, status=201, headers={"Location": f"/api/v1/models/{given['id']}"})
+    return respond(shown, status=201, headers={hdrs.LOCATION: f"/api/v1/models/{given['id']}"})
 
 
 def _members_of(model_id: str, version: int, files: Iterable[AddedFile]) -> dict[str, Any]:

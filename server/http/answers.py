@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import web
+from aiohttp.typedefs import LooseHeaders
 
 from answers.answer import AnswerBody
 
@@ -14,15 +15,13 @@ T = TypeVar("T")
 
 
 def respond(
-    answer: AnswerBody | Sequence[AnswerBody], *, status: int = 200, headers: Mapping[str, str] | None = None
+    answer: AnswerBody | Sequence[AnswerBody], *, status: int = 200, headers: LooseHeaders | None = None
 ) -> web.Response:
     """Return a response with an answer."""
     return respond_encoded(msgspec.json.encode(answer), status=status, headers=headers)
 
 
-def respond_encoded(
-    body: bytes, *, status: int = 200, headers: Mapping[str, str] | None = None
-) -> web.Response:
+def respond_encoded(body: bytes, *, status: int = 200, headers: LooseHeaders | None = None) -> web.Response:
     """Return a response with an answer that is encoded already."""
     return web.Response(status=status, body=body, headers=headers, content_type="application/json")
 

@@ -19,7 +19,7 @@ from types import MappingProxyType
 
 import msgspec
 
-from answers.history import Latencies
+from answers.samples import Latencies
 from events.log import Log
 from runtime import memory
 from runtime.consumer.consumer import Consumer

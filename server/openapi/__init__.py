@@ -2,6 +2,6 @@
 
 document.py      routes -> document: parameters, bodies, responses, errors, access
 components.py    schemas of answers; what several operations have, as components
-examples.py      requests and answers of the operations that people try first
+examples.json    requests and answers of the operations that people try first, as a server gave them
 text.py          document -> YAML
 """

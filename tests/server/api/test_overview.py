@@ -43,9 +43,13 @@ async def test_overview_continues_in_the_list_of_models(shared: LocalApi) -> Non
 async def test_overview_shows_the_start_to_readers_of_events(
     shared: LocalApi, role: str, *, is_shown: bool
 ) -> None:
-    seen = (await shared.get(OVERVIEW, roles=(role,))).json
+    overview = await shared.get(OVERVIEW, roles=(role,))
+    seen = overview.json
     [started] = (await shared.get("/api/v1/events?type=ServerStarted&before=9007199254740991&limit=1")).json[
         "events"
     ]
     assert seen["server_started"] == (started if is_shown else None)
+    page = await shared.get("/api/v1/events?type=ServerStarted&limit=1")
+    line = page.body.removeprefix(b'{"events":[').partition(b"],")[0]
+    assert (line in overview.body) is is_shown, "the event's exact text, which has its hash"
     assert seen["resources"]["budget_bytes"] > 0

@@ -2,7 +2,7 @@
 
 import pytest
 
-from answers.history import Latencies
+from answers.samples import Latencies
 from events.types import LoadParameters
 from runtime.consumer.running import RunningLoad
 from runtime.statistics import Statistics
