@@ -9,10 +9,9 @@ from answers.tensors import ModelTensor, NamedTensor
 
 
 class ModelMetadata(AnswerBody, frozen=True, kw_only=True, omit_defaults=False):
-    """Inputs and outputs of a model; -1 in a shape is any length.
+    """Inputs and outputs of a model; -1 in a shape is any length."""
 
-    Defaults are for clients of other servers, which may leave members out.
-    """
+    # The client reads it from other servers of the protocol, too, which may leave members out.
 
     name: str = ""
     versions: Annotated[list[str], about("Those that are loaded.")] = []

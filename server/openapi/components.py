@@ -92,7 +92,8 @@ def _describe_struct(schema: Mapping[str, Any], struct: type[AnswerBody]) -> dic
     members = sorted(schema["properties"].items(), key=lambda member: member[0] in inherited)
     properties = {name: _describe_member(each, is_optional=name in optional) for name, each in members}
     required = [name for name in properties if name not in optional]
-    described = {"type": "object", "description": schema["description"], "required": required}
+    text = " ".join(schema["description"].split())  # Python 3.13 takes the indentation away itself
+    described = {"type": "object", "description": text, "required": required}
     return {name: value for name, value in {**described, "properties": properties}.items() if value}
 
 
