@@ -1,4 +1,4 @@
-"""What the API answers: one struct for each answer, which server, client and openapi.yaml share.
+"""Answers of the API: one struct for each, which server, client and openapi.yaml share.
 
 A handler of the server builds an answer and hands it to `server.http.answers`; the client decodes the same
 class; `server.openapi` describes it. This package imports nothing of the project.

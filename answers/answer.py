@@ -2,8 +2,8 @@
 
 A member without a default is in every answer, and null where there is no value. A member with a default is
 missing where it has that value, and never null; but in a struct with `omit_defaults=False` all members are
-always there. So a member that a later release adds has a default, and a
-client of that release reads the answers of an earlier one. Clients ignore members that they do not know.
+always there. So a member that a later release adds has a default, and a client of that release reads the
+answers of an earlier one. Clients ignore members that they do not know.
 """
 
 from __future__ import annotations

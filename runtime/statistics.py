@@ -141,15 +141,15 @@ class Statistics:
             inference_count=_clamp(self.inferences),
             execution_count=self.executions,
             inference_stats={
-                "success": _sum_up(requests, self.total_ns),
-                "fail": _sum_up(self.failures, self.failed_ns),
-                "queue": _sum_up(requests, self.queue_ns),
-                "compute_input": _sum_up(requests, self.input_ns),
-                "compute_infer": _sum_up(requests, self.infer_ns),
-                "compute_output": _sum_up(requests, self.output_ns),
-                "transport": _sum_up(requests, self.transport_ns),
-                "cache_hit": _sum_up(0, 0),
-                "cache_miss": _sum_up(0, 0),
+                "success": _make_total(requests, self.total_ns),
+                "fail": _make_total(self.failures, self.failed_ns),
+                "queue": _make_total(requests, self.queue_ns),
+                "compute_input": _make_total(requests, self.input_ns),
+                "compute_infer": _make_total(requests, self.infer_ns),
+                "compute_output": _make_total(requests, self.output_ns),
+                "transport": _make_total(requests, self.transport_ns),
+                "cache_hit": _make_total(0, 0),
+                "cache_miss": _make_total(0, 0),
             },
             response_stats={},
             batch_stats=[_describe_batch(size, self.by_size[size]) for size in sorted(self.by_size)],
@@ -173,9 +173,9 @@ def _describe_batch(size: int, counts: list[int]) -> BatchStatistics:
     executions, input_ns, infer_ns, output_ns = counts
     return BatchStatistics(
         batch_size=size,
-        compute_input=_sum_up(executions, input_ns),
-        compute_infer=_sum_up(executions, infer_ns),
-        compute_output=_sum_up(executions, output_ns),
+        compute_input=_make_total(executions, input_ns),
+        compute_infer=_make_total(executions, infer_ns),
+        compute_output=_make_total(executions, output_ns),
     )
 
 
@@ -186,7 +186,7 @@ def _cut_down(parts_ns: Iterable[int], most_ns: int) -> Iterator[int]:
         most_ns -= fitting_ns
 
 
-def _sum_up(count: int, ns: int) -> DurationTotal:
+def _make_total(count: int, ns: int) -> DurationTotal:
     return DurationTotal(count=count, ns=_clamp(ns))
 
 

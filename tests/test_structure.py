@@ -59,7 +59,7 @@ def test_names_in_structure_page_exist() -> None:
     [("README.md", "Where things go in the code"), ("CONTRIBUTING.md", "Where things go")],
 )
 def test_map_of_the_code_names_all_packages(page: str, heading: str) -> None:
-    """Those that are installed: the list `PACKAGES` of setup.py."""
+    """The packages are the list `PACKAGES` of setup.py."""
     installed = re.search(r"^PACKAGES = (.+)$", (ROOT / "setup.py").read_text(encoding="utf-8"), re.MULTILINE)
     section = (ROOT / page).read_text(encoding="utf-8").partition(f"## {heading}\n")[2].partition("\n## ")[0]
     assert installed

@@ -41,6 +41,7 @@ _HEADERS_BY_STATUS = {
     429: ["Retry-After", "RateLimit", "RateLimit-Policy"],
     503: ["Retry-After"],
 }
+_JSON = "application/json"
 _LOCATIONS = {"match_info": "path", "querystring": "query", "headers": "header"}
 
 
@@ -89,9 +90,6 @@ def _complete(operation: dict[str, Any]) -> None:
         operation["responses"][str(example["status"])]["content"][_JSON]["example"] = example["answer"]
         if "request" in example:
             operation["requestBody"]["content"][_JSON]["example"] = example["request"]
-
-
-_JSON = "application/json"
 
 
 @cache
@@ -174,14 +172,14 @@ def _request_body(described: Mapping[str, Any]) -> dict[str, Any] | None:
         return dict(described["requestBody"])
     for entry in described.get("schemas", ()):
         if entry["location"] == "json":
-            content = {"application/json": {"schema": entry["schema"]}}
+            content = {_JSON: {"schema": entry["schema"]}}
             return {"required": entry["options"]["required"], "content": content}
     return None
 
 
 def _responses(described: Mapping[str, Any], references: References) -> dict[str, Any]:
     responses = described.get("responses", {})
-    media_types = described.get("produces", ["application/json"])
+    media_types = described.get("produces", [_JSON])
     return {status: _response(responses[status], media_types, references) for status in sorted(responses)}
 
 

@@ -282,7 +282,7 @@ async def test_lost_instance_is_shown_until_it_is_replaced(shared: LocalApi) -> 
 
 
 async def test_no_answer_names_a_folder_of_the_server(shared: LocalApi) -> None:
-    """What ONNX Runtime and a crashing worker say has absolute paths; those who infer or audit see none."""
+    """Messages of ONNX Runtime and crashing workers have absolute paths; roles infer and audit see none."""
     config = shared.config
     shared.save(models.unknown_operator(), "unknown")
     shared.save(models.crash_on_load(), "crashing")

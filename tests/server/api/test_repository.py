@@ -60,7 +60,7 @@ async def test_repository_that_is_a_link_is_followed_when_it_is_re_pointed(tmp_p
         assert not (new / "m/7").exists()
 
 
-async def test_commit_of_an_upload_that_the_repository_left_behind_is_refused(tmp_path: Path) -> None:
+async def test_commit_of_upload_of_an_earlier_repository_is_refused(tmp_path: Path) -> None:
     link = tmp_path / "repository"
     for name in ("old", "new release"):
         (tmp_path / name).mkdir()
