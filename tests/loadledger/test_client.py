@@ -186,11 +186,11 @@ def test_client_of_profile_has_its_url_and_token(
 def test_lists_page_and_filter_now_and_in_the_past(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     client.load("b", wait=True)
     client.unload("b", wait=True)
-    jobs, events, found = list(client.jobs()), list(client.events()), list(client.models())
+    jobs, events, found = list(client.jobs()), list(client.events()), [model.id for model in client.models()]
     monkeypatch.setattr("loadledger.stream.PAGE", 2)
     assert list(client.jobs()) == jobs
     assert list(client.events()) == events
-    assert list(client.models()) == found
+    assert [model.id for model in client.models()] == found
     assert [event.position for event in events] == list(range(1, len(events) + 1))
     assert {job.model_id for job in client.jobs(model="b", status="completed")} == {"b"}
     last, types = events[-1], ["ModelLoaded", "ModelUnloaded"]
