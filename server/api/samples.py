@@ -44,13 +44,13 @@ class RangeQuerySchema(Schema):
 
 
 @routes.get(
-    "/api/v1/resources/history",
+    "/api/v1/resources/samples",
     access=Access.ANY,
     summary="Memory, requests and latencies of the last hour or day",
     query=RangeQuerySchema(),
     answers={200: (ServerSamples, "The samples of the server.")},
 )
-async def show_server_history(request: web.Request) -> web.Response:
+async def show_server_samples(request: web.Request) -> web.Response:
     name = query_parameters(request)["range"]
     samples = request.app[TIME_SERIES].of_server(RANGES[name])
     return respond(
@@ -64,7 +64,7 @@ async def show_server_history(request: web.Request) -> web.Response:
 
 
 @routes.get(
-    "/api/v1/models/{id}/history",
+    "/api/v1/models/{id}/samples",
     access=Access.ANY,
     summary="Memory, requests and latencies of a model in the last hour or day",
     path=ModelPathSchema(),
@@ -72,7 +72,7 @@ async def show_server_history(request: web.Request) -> web.Response:
     answers={200: (ModelSamples, "The samples of the model.")},
     errors=("unknown_model", "repository_busy", "repository_unreadable"),
 )
-async def show_model_history(request: web.Request) -> web.Response:
+async def show_model_samples(request: web.Request) -> web.Response:
     """Answer with the samples of a model that is in the repository, or was loaded within the range."""
     model_id, name = path_parameters(request)["id"], query_parameters(request)["range"]
     samples = request.app[TIME_SERIES].of_model(model_id, RANGES[name])

@@ -22,7 +22,7 @@ const range = signal("1h"); // of all charts
 
 // The charts of the server, or of a model, with the buttons for their range.
 export function Charts({ modelId = null }) {
-  const path = modelId === null ? "/api/v1/resources/history" : `/api/v1/models/${encodeURIComponent(modelId)}/history`;
+  const path = modelId === null ? "/api/v1/resources/samples" : `/api/v1/models/${encodeURIComponent(modelId)}/samples`;
   const { answer: series, again } = useRequest((signal) => api.get(`${path}?range=${range.value}`, { signal }), [path, range.value]);
   useEffect(() => {
     const refresh = () => document.hidden || again();

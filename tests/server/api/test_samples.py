@@ -18,21 +18,21 @@ async def test_history_has_latencies_and_memory(shared: LocalApi) -> None:
         assert (await shared.infer("m", ONE)).status == 200
     app = shared.app
     app[TIME_SERIES].sample(app[LOG].now(), measure(app[CONSUMER], app[LIMIT]), app[CONSUMER].loads)
-    server = (await shared.get("/api/v1/resources/history", roles=("infer",))).json
+    server = (await shared.get("/api/v1/resources/samples", roles=("infer",))).json
     assert (server["range"], server["interval_s"], server["whole"]["requests"]) == ("1h", 10, 3)
     last = server["points"][-1]
     assert 0 < last["p50_s"] <= last["p95_s"] <= last["p99_s"]
     assert last["server_bytes"] > 10_000_000
     assert last["budget_bytes"] > last["used_bytes"] > 0
-    model = (await shared.get("/api/v1/models/m/history?range=24h", roles=("audit",))).json
+    model = (await shared.get("/api/v1/models/m/samples?range=24h", roles=("audit",))).json
     assert (model["interval_s"], model["whole"], len(model["points"])) == (300, server["whole"], 1)
     assert model["points"][0]["memory_bytes"] == last["used_bytes"]
-    assert (await shared.get("/api/v1/models/idle/history")).json["points"] == []
+    assert (await shared.get("/api/v1/models/idle/samples")).json["points"] == []
 
 
 REFUSED = {
-    "/api/v1/resources/history?range=7d": (400, "invalid_parameter"),
-    "/api/v1/models/none/history": (404, "unknown_model"),
+    "/api/v1/resources/samples?range=7d": (400, "invalid_parameter"),
+    "/api/v1/models/none/samples": (404, "unknown_model"),
     "/api/v1/models/none/stderr": (404, "unknown_model"),
 }
 
