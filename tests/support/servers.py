@@ -92,8 +92,13 @@ class Server:
         return [line for line in lines if " event=" not in line and not CONFINED_LESS.search(line)]
 
     def worker(self) -> int:
-        """Return the process id of the newest worker."""
-        return max(self.children()[1:], key=started)
+        """Return the process id of the newest worker that has a name of its own.
+
+        Until then it is not tied to the fork server: stopped in that moment, it would outlive the server.
+        """
+        fork_server, *workers = self.children()
+        named = [pid for pid in workers if _command_line(pid) != _command_line(fork_server)]
+        return max(named, key=started)
 
     def send(self, number: signal.Signals, *, to_group: bool = False) -> None:
         """Send a signal to the server, or to its whole process group as a terminal does."""
@@ -195,6 +200,10 @@ async def refused_start(config: Config, *arguments: str, command: Sequence[str] 
 def started(pid: int) -> int:
     """Return when a process started, in clock ticks since boot."""
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])  # proc_pid_stat(5)
+
+
+def _command_line(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 NO_DEVICES = {"LOADLEDGER_VISIBLE_DEVICES": "none"}
