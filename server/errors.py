@@ -1,7 +1,8 @@
 """The table of error codes, and the middleware that turns every error into an RFC 9457 body.
 
 A domain error is any exception with an attribute `code` that is in the table; its text is the `detail`. It
-may also have `retry_after_s` (a number), `http_headers` and `problem_members` (mappings; no lone surrogates).
+may also have `retry_after_s` (a number), `http_headers` and `problem_members` (mappings without lone
+surrogates).
 """
 
 import errno
@@ -176,7 +177,7 @@ class ServerProblem(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ErrorAnswer:
-    """An error answer before it is serialised: what its body, a `Problem`, and its header are made of."""
+    """The members of an error answer's body, a `Problem`, and of its header, before they are serialised."""
 
     code: str
     status: int

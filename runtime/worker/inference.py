@@ -204,14 +204,14 @@ def _check_size(name: str, size: int) -> None:
 def _check_memory(text: bytes) -> None:
     """Check that there is memory for the strings of a JSON text.
 
-    Without it msgspec 0.22 crashes the process. A new mapping would not do: after a long text a heap may keep
-    all that the limit allows, for malloc alone.
+    Without it msgspec 0.22 crashes the process. malloc is asked, not mmap: after a long text a heap may keep
+    all memory that the limit allows, and there is none for a new mapping.
 
     Raises:
         MemoryError: there is not.
     """
     needed = ROOM_BYTES + (text.count(b",") + 1) * STRING_BYTES + len(text) * (1 if text.isascii() else 4)
-    np.empty(needed, np.uint8)  # which takes no page of it
+    np.empty(needed, np.uint8)  # pages that nobody touches take no memory
 
 
 @cache

@@ -26,7 +26,7 @@ CACHED_S = 0.1
 
 
 class ResourcesCache:
-    """Cache of the last answer until the next event, at most for CACHED_S: it takes 18 ms with 1,000 loads.
+    """Cache of the last answer until the next event, at most for CACHED_S: one takes 18 ms with 1,000 loads.
 
     Requests that come while drivers are asked share the answer, which is of the moment after that.
     """

@@ -94,7 +94,8 @@ class Server:
     def worker(self) -> int:
         """Return the process id of the newest worker that has a name of its own.
 
-        Until then it is not tied to the fork server: stopped in that moment, it would outlive the server.
+        A process that was forked just now has the fork server's name. If it is stopped before it has its own,
+        it outlives the server: the kernel does not know yet that it is to end with the fork server.
         """
         fork_server, *workers = self.children()
         named = [pid for pid in workers if _command_line(pid) != _command_line(fork_server)]

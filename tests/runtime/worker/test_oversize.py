@@ -90,7 +90,8 @@ async def test_input_without_memory_for_it_fails_alone(
 
 async def test_json_strings_without_memory_for_them_fail_alone(serve: Serve) -> None:
     worker = await serve(models.strings(), memory_limit_bytes=8_000_000)
-    # Steps shorter than the top of a heap: one text fits a heap alone, which then keeps all memory.
+    # The steps are shorter than a heap's free end, so one text fits the heap, though there is no room for a
+    # new mapping; the heap then keeps its memory.
     for count in range(800_000, 2_100_000, 25_000):
         with pytest.raises(InferenceFailed, match=NO_MEMORY):
             await ask(worker, [json(b"[" + b'"a",' * (count - 1) + b'"a"]', "BYTES", length=count)])

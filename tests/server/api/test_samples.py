@@ -10,7 +10,7 @@ from server.observability.timeseries import measure
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-async def test_history_has_latencies_and_memory(shared: LocalApi) -> None:
+async def test_samples_have_latencies_and_memory(shared: LocalApi) -> None:
     shared.save(models.add(), "m")
     shared.save(models.add(), "idle")
     await shared.load("m")
