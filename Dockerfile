@@ -11,6 +11,7 @@ COPY setup.py pyproject.toml README.md LICENSE ./
 COPY answers answers
 COPY events events
 COPY examples examples
+COPY features features
 COPY loadledger loadledger
 COPY migrations migrations
 COPY nodes nodes

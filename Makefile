@@ -52,7 +52,7 @@ lint: $(BIN)/.tools
 	$(BIN)/ruff format --check .
 
 type: $(BIN)/.tools
-	$(BIN)/mypy answers bench events examples loadledger migrations nodes runtime server tests tools
+	$(BIN)/mypy answers bench events examples features loadledger migrations nodes runtime server tests tools
 
 fmt: $(BIN)/.tools
 	$(BIN)/ruff format .

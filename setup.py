@@ -55,7 +55,7 @@ TEST = [
     "types-tqdm",
 ]
 DOCS = ["furo>=2025.12.19", "myst-parser==5.*", "sphinx==9.*"]  # furo is named by dates
-PACKAGES = ["answers", "events", "loadledger", "migrations", "nodes", "runtime", "server"]
+PACKAGES = ["answers", "events", "features", "loadledger", "migrations", "nodes", "runtime", "server"]
 
 setup(
     name="loadledger",
@@ -71,6 +71,7 @@ setup(
     package_data={
         "answers": ["py.typed"],
         "events": ["py.typed"],
+        "features": ["py.typed"],
         "loadledger": ["py.typed", "*.pyi", "cli/examples.txt"],
         "migrations": ["*.sql", "postgres/*.sql"],
         "nodes": ["py.typed"],

@@ -31,10 +31,10 @@ from events.types import (
     LoadStarted,
     ModelLoaded,
     ModelUnloaded,
-    NodeSignature,
     UnloadStarted,
     record_draft,
 )
+from events.values import NodeSignature
 from nodes.decisions import NodePlacement
 from nodes.placement import NodeHints
 from runtime.scheduler import actions

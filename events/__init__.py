@@ -3,8 +3,8 @@
 The way of a command: `log` queues it, `accept` decides it on `state`, `codec` writes the events as canonical
 JSON and chains their hashes, `sqlite.storage` commits them in one transaction, and `tail` wakes the readers.
 
-- A new event or field: `types`, then the folds in `jobs`, `models`, `versions`, `tokens` and `nodes`, then
-  `counters` and `eventtext`. Rows of the past: `history` and `presence`.
+- A new event or field: `types`, with `values` that several have, then the folds in `jobs`, `models`,
+  `versions`, `tokens` and `nodes`, then `counters` and `eventtext`. Rows of the past: `history`, `presence`.
 - What the state allows, duplicates, idempotency keys: `accept`; what an inference may have loaded: `demand`;
   the commands: `commands`, `labels`, `approvals`, and those about tokens and nodes: `registercommands`.
 - The live state and its transactions: `state`; tokens and nodes: `registers`; the queue of commands,

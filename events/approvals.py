@@ -34,14 +34,13 @@ from events.types import (
     ApprovalResult,
     ApprovalWithdrawn,
     Contents,
-    Credential,
     Draft,
     LoadApproval,
-    Sign,
     VersionApproved,
     hashes_of,
     record_draft,
 )
+from events.values import Credential, Sign
 from events.versions import Approval, ModelVersions, make_approval
 
 # Who may approve, and what counts.

@@ -27,18 +27,8 @@ from msgspec import UnsetType
 from msgspec.structs import astuple
 
 from events.errors import NotEncodable
-from events.types import (
-    SCHEMA,
-    TYPES,
-    Cause,
-    Data,
-    Durations,
-    Event,
-    FileHash,
-    Idempotency,
-    LoadedFile,
-    Unknown,
-)
+from events.types import SCHEMA, TYPES, Cause, Data, Durations, Event, Idempotency, LoadedFile, Unknown
+from events.values import FileHash
 
 GENESIS = bytes(32)
 """The hash before the first event."""

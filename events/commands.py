@@ -25,8 +25,8 @@ from events.types import (
     Justification,
     LoadParameters,
     Provenance,
-    Sign,
 )
+from events.values import Sign
 
 OUTDATED = "outdated"
 """Code of a refused command of the system: what it rests on has changed, so the caller decides anew."""

@@ -46,7 +46,6 @@ from events.storage import LogHead, Row, Storage, StorageError
 from events.types import (
     SYSTEM,
     ClockStepped,
-    Confinement,
     Draft,
     Event,
     RollbackAccepted,
@@ -54,6 +53,7 @@ from events.types import (
     ServerStopped,
     record_draft,
 )
+from events.values import Confinement
 
 _log = logging.getLogger(__name__)
 

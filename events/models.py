@@ -50,7 +50,6 @@ from events.types import (
     ModelLoaded,
     ModelSettingsChanged,
     ModelUnloaded,
-    NodeSignature,
     Unknown,
     UnloadRequested,
     UnloadStarted,
@@ -58,6 +57,7 @@ from events.types import (
     contents_of,
     digest_of,
 )
+from events.values import NodeSignature
 
 RELOADS = (Cause.RECOVERY, Cause.RESTART, Cause.SWAP, Cause.DRAIN, Cause.COPY)
 """Causes of reloads: loads by the system that bring a model or an instance back, or to another node."""

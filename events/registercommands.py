@@ -23,7 +23,6 @@ from events.state import State
 from events.tokens import MAX_TOKENS, count_valid, find_issued, is_refused
 from events.types import (
     SYSTEM,
-    Confinement,
     Draft,
     NodeDraining,
     NodeJoined,
@@ -33,6 +32,7 @@ from events.types import (
     TokenIssued,
     TokenRevoked,
 )
+from events.values import Confinement
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ from msgspec import UNSET, UnsetType
 from msgspec.structs import astuple
 
 from events.models import AdmittedBytes
-from events.types import Justification, NodeSignature
+from events.types import Justification
+from events.values import NodeSignature
 
 IsSigned = Callable[[bytes, NodeSignature | UnsetType], bool]
 """Whether a trusted node has signed a statement; of a ledger of one server it has."""

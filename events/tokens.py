@@ -14,7 +14,8 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from events.clock import Timestamp, add_seconds
-from events.types import Credential, TokenData, TokenIssued, TokenRevoked
+from events.types import TokenData, TokenIssued, TokenRevoked
+from events.values import Credential
 
 MAX_TOKENS = 10_000
 """Valid tokens from which on none is issued: some 5 MB, and they are looked through in 2 ms."""

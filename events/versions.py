@@ -20,7 +20,6 @@ from events.types import (
     Event,
     LabelRemoved,
     LabelSet,
-    NodeSignature,
     Unknown,
     VersionAdded,
     VersionApproved,
@@ -28,6 +27,7 @@ from events.types import (
     contents_of,
     digest_of,
 )
+from events.values import NodeSignature
 
 
 class AddedVersion(Struct, frozen=True, gc=False):

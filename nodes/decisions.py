@@ -27,12 +27,12 @@ from events.types import (
     Cause,
     Draft,
     ModelLoaded,
-    NodeSignature,
     UnloadRequested,
     UnloadStarted,
     contents_of,
     digest_of,
 )
+from events.values import NodeSignature
 from nodes.copies import find_steps
 from nodes.placement import (
     NodeHints,

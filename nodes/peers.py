@@ -32,7 +32,7 @@ from events.errors import LogUnavailable
 from events.log import Log
 from events.nodes import Node
 from events.state import State
-from events.types import NodeSignature
+from events.values import NodeSignature
 from server.auth.access import ROLES
 from server.auth.gate import POSITION, Challenge, InvalidToken, Principal, Verifier, bearer_token
 from server.auth.keys import (

@@ -32,7 +32,8 @@ from events.nodes import Node, find_placer
 from events.policy.rules import LoadPolicy
 from events.registercommands import NodeUnchanged
 from events.state import State, has_turn
-from events.types import Cause, FileHash, LoadPlaced
+from events.types import Cause, LoadPlaced
+from events.values import FileHash
 from nodes.spread import CopyFigures
 from runtime.scheduler.actions import RecordFact
 from runtime.scheduler.view import LoadView, SchedulerView, WorkShare

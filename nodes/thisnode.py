@@ -15,7 +15,7 @@ from events.clock import seconds_between
 from events.commands import Receipt
 from events.models import Model
 from events.registercommands import JoinNode
-from events.types import Confinement, NodeSignature
+from events.values import Confinement, NodeSignature
 from nodes.copies import count_copies
 from nodes.decisions import NodePlacement
 from nodes.membership import Membership

@@ -15,7 +15,7 @@ from aiohttp.typedefs import Handler
 
 from answers.nodes import NodeInfo
 from events.models import Model
-from events.types import NodeSignature, Sign
+from events.values import NodeSignature, Sign
 from runtime.router import Here, There
 from runtime.wire import Buffer
 from server.appkeys import BODIES, ROUTER

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("answers", "events", "runtime", "nodes", "server", "loadledger")
+PACKAGES = ("answers", "events", "features", "runtime", "nodes", "server", "loadledger")
 MODULES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 MIRRORS = {ROOT / "loadledger" / "errors.py"}
 """The client's exceptions have the names of what they show."""

@@ -17,19 +17,16 @@ from events.types import (
     TYPES,
     AddedFile,
     Cause,
-    Confinement,
-    Credential,
     DeviceUse,
     Durations,
-    FileHash,
     Idempotency,
     Justification,
     LoadApproval,
     LoadedFile,
     LoadSignature,
-    NodeSignature,
     Provenance,
 )
+from events.values import Confinement, Credential, FileHash, NodeSignature
 from tools.markdown import cell, slug, table
 
 BY: Mapping[str, str] = {

@@ -29,7 +29,8 @@ from server.config import Config
 
 ROOT = Path(__file__).parent.parent
 PRODUCT = tuple(
-    f"{ROOT}/{package}/" for package in ("answers", "events", "loadledger", "nodes", "runtime", "server")
+    f"{ROOT}/{package}/"
+    for package in ("answers", "events", "features", "loadledger", "nodes", "runtime", "server")
 )
 MODEL = "digits"
 """Of `examples`."""

@@ -38,12 +38,12 @@ from events.types import (
     LoadStarted,
     ModelLoaded,
     ModelSettingsChanged,
-    NodeSignature,
     PolicyInForce,
     VersionApproved,
     contents_of,
     digest_of,
 )
+from events.values import NodeSignature
 from events.versions import ModelVersions, make_approval
 
 MAX_REMARKS = 1_000

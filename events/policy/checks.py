@@ -27,7 +27,6 @@ from events.types import (
     SYSTEM,
     ApprovalResult,
     Contents,
-    FileHash,
     Justification,
     LoadApproval,
     LoadEvidence,
@@ -35,6 +34,7 @@ from events.types import (
     digest_of,
     hashes_of,
 )
+from events.values import FileHash
 from events.versions import ModelVersions
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from events.types import Confinement
+from events.values import Confinement
 from runtime.errors import RuntimeProblem, WorkerDied
 from runtime.process.worker import Worker
 from runtime.timeouts import DEVICES_LIMIT_S, FORK_LIMIT_S, timeout

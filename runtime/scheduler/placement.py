@@ -11,7 +11,7 @@ from msgspec import UnsetType
 
 from events.commands import Record, RequestLoad, RequestUnload
 from events.state import State
-from events.types import NodeSignature
+from events.values import NodeSignature
 from runtime.scheduler.actions import Decision
 from runtime.scheduler.scheduler import decide
 from runtime.scheduler.view import SchedulerView

@@ -26,7 +26,8 @@ from multidict import CIMultiDictProxy, istr
 
 from events.clock import uuid7
 from events.commands import Command, Record
-from events.types import SYSTEM, AccessDenied, Credential, Draft
+from events.types import SYSTEM, AccessDenied, Draft
+from events.values import Credential
 from server.auth.access import ROLES, Access
 from server.auth.keys import KeyRing, VerificationKey
 from server.auth.proxies import Proxies

@@ -32,7 +32,6 @@ from events.types import (
     ApprovalResult,
     ApprovalWithdrawn,
     Cause,
-    Credential,
     Data,
     Draft,
     Justification,
@@ -40,13 +39,13 @@ from events.types import (
     LoadParameters,
     LoadRequested,
     ModelSettingsChanged,
-    NodeSignature,
     PolicyInForce,
     TokenIssued,
     VersionAdded,
     VersionApproved,
     VersionRemoved,
 )
+from events.values import Credential, NodeSignature
 from events.versions import MAX_APPROVED
 
 OTHER = "ef" * 32

@@ -33,18 +33,17 @@ from events.state import Entities, State, Transaction
 from events.types import (
     SYSTEM,
     Cause,
-    Credential,
     Draft,
     LoadStarted,
     NodeDraining,
     NodeJoined,
     NodeLeft,
     NodeLost,
-    NodeSignature,
     ServerStarted,
     UnloadRequested,
     VersionApproved,
 )
+from events.values import Credential, NodeSignature
 from nodes.placement import find_share
 from runtime.scheduler.placement import ALONE
 

@@ -65,7 +65,6 @@ from events.types import (
     AccessDenied,
     AddedFile,
     Cause,
-    Credential,
     DeviceUse,
     Draft,
     Idempotency,
@@ -79,6 +78,7 @@ from events.types import (
     TokenIssued,
     digest_of,
 )
+from events.values import Credential
 from runtime.scheduler.view import Policy
 
 HERE = Path(__file__).parent

@@ -39,17 +39,15 @@ from events.policy.rules import ApprovalRule, LoadPolicy
 from events.types import (
     SYSTEM,
     ApprovalWithdrawn,
-    Credential,
     Draft,
     Event,
     EventsDiscarded,
-    FileHash,
     LoadRequested,
     NodeJoined,
-    NodeSignature,
     VersionApproved,
     record_draft,
 )
+from events.values import Credential, FileHash, NodeSignature
 from events.versions import make_approval
 from server.appkeys import LOG
 

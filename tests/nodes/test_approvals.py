@@ -22,7 +22,6 @@ from events.types import (
     SYSTEM,
     ApprovalResult,
     Cause,
-    Credential,
     Draft,
     Justification,
     LoadedFile,
@@ -34,6 +33,7 @@ from events.types import (
     VersionApproved,
     digest_of,
 )
+from events.values import Credential
 from server.appkeys import CONSUMER, LOG
 from server.cluster import CLUSTER
 

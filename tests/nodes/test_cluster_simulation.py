@@ -20,7 +20,6 @@ from events.policy.rules import ApprovalRule, LoadPolicy
 from events.registercommands import DrainNode, NodeCurrent, NodeUnchanged
 from events.types import (
     Cause,
-    Credential,
     Justification,
     LoadParameters,
     LoadPlaced,
@@ -28,6 +27,7 @@ from events.types import (
     UnloadRequested,
     WorkerExited,
 )
+from events.values import Credential
 from nodes.placement import NodeHints
 from runtime.scheduler.actions import Action, RecordFact, StartLoad
 from runtime.scheduler.placement import SystemCommand

@@ -12,7 +12,7 @@ from msgspec.structs import replace as replace_struct
 from support.nvml import PCI_BUS_IDS, build_nvml, hanging
 from support.shims import Shim, environment_of
 
-from events.types import Confinement
+from events.values import Confinement
 from runtime.devices import Devices
 from runtime.errors import DeviceUnavailable
 from runtime.process.confinement import UNCONFINED

@@ -23,13 +23,11 @@ from events.state import State
 from events.types import (
     SYSTEM,
     Cause,
-    Credential,
     Draft,
     LoadParameters,
     LoadPlaced,
     LoadStarted,
     ModelLoaded,
-    NodeSignature,
     PolicyInForce,
     UnloadRequested,
     VersionApproved,
@@ -37,6 +35,7 @@ from events.types import (
     contents_of,
     digest_of,
 )
+from events.values import Credential, NodeSignature
 from nodes.decisions import NodePlacement
 from nodes.placement import NodeHints, find_digest, find_share
 from runtime.scheduler import actions

@@ -29,13 +29,11 @@ from events.types import (
     ApprovalWithdrawn,
     CancelRequested,
     Cause,
-    Credential,
     Data,
     DeviceUse,
     Draft,
     Durations,
     Event,
-    FileHash,
     JobCancelled,
     LabelRemoved,
     LabelSet,
@@ -67,6 +65,7 @@ from events.types import (
     digest_of,
     record_draft,
 )
+from events.values import Credential, FileHash
 from events.versions import ModelVersions
 from support.fleet import SOAK, of_both
 

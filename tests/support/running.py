@@ -23,7 +23,8 @@ from events.jobs import Failure, Job
 from events.log import Log
 from events.models import Model, ModelState
 from events.sqlite.listing import Reader, open_reader
-from events.types import Credential, Data, Event, LoadParameters
+from events.types import Data, Event, LoadParameters
+from events.values import Credential
 from runtime import memory
 from runtime.consumer.consumer import Consumer
 from runtime.consumer.running import RunningLoad

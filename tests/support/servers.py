@@ -272,7 +272,7 @@ def address(server: Server) -> str:
 
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("answers", "events", "loadledger", "migrations", "nodes", "runtime", "server")
+PACKAGES = ("answers", "events", "features", "loadledger", "migrations", "nodes", "runtime", "server")
 
 
 def copy_examples(here: Path) -> None:

@@ -37,7 +37,6 @@ from events.types import (
     AddedFile,
     ApprovalResult,
     Cause,
-    Credential,
     Draft,
     Event,
     JobCancelled,
@@ -52,7 +51,6 @@ from events.types import (
     ModelUnloaded,
     ServerStarted,
     ServerStopped,
-    Sign,
     UnloadRequested,
     UnloadStarted,
     VersionApproved,
@@ -61,6 +59,7 @@ from events.types import (
     digest_of,
     record_draft,
 )
+from events.values import Credential, Sign
 from events.versions import ModelVersions
 from runtime.consumer.loads import find_expected
 from runtime.consumer.running import LoadRun

@@ -14,7 +14,8 @@ from support.models import save
 from support.servers import MODULE, events, refused_start, serving
 
 from events.sqlite.datalock import LEDGER
-from events.types import Confinement, ModelLoaded, ServerStarted
+from events.types import ModelLoaded, ServerStarted
+from events.values import Confinement
 from runtime.process.confinement import ALL_ACTS
 from runtime.worker.landlock import find_abi
 from server.config import Config

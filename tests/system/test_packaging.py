@@ -19,7 +19,7 @@ from support.servers import CONFINED_LESS, CTRL_C, at_terminal, copy_examples
 from support.workers import until
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("answers", "events", "loadledger", "migrations", "nodes", "runtime", "server")
+PACKAGES = ("answers", "events", "features", "loadledger", "migrations", "nodes", "runtime", "server")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TRY_IT = README.partition("## Try it\n")[2].partition("\n## ")[0]
 EXAMPLES = ("*.py", "digits.json", "digits/*/model.onnx")

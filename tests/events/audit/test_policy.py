@@ -52,10 +52,8 @@ from events.types import (
     ApprovalResult,
     Cause,
     Contents,
-    Credential,
     Draft,
     Event,
-    FileHash,
     Justification,
     LoadApproval,
     LoadedFile,
@@ -66,7 +64,6 @@ from events.types import (
     LoadStarted,
     ModelLoaded,
     ModelSettingsChanged,
-    NodeSignature,
     PolicyInForce,
     Unknown,
     VersionAdded,
@@ -76,6 +73,7 @@ from events.types import (
     digest_of,
     record_draft,
 )
+from events.values import Credential, FileHash, NodeSignature
 from events.versions import make_approval
 from runtime.scheduler.admission import find_same_workers
 

@@ -22,7 +22,7 @@ from support.signing import make_key, public_pem, sign_version
 
 from events.approvals import ApproveVersion
 from events.policy.rules import ApprovalRule, LoadPolicy, TrustMode, TrustRule
-from events.types import Credential
+from events.values import Credential
 from loadledger.cli.main import main
 from server.appkeys import CONSUMER, LOG
 from server.check import CheckResult, check_policy, read_ledger

@@ -23,7 +23,6 @@ from events.policy.signatures import key_digest
 from events.types import (
     SYSTEM,
     ApprovalResult,
-    Credential,
     Draft,
     Justification,
     LoadApproval,
@@ -35,6 +34,7 @@ from events.types import (
     UnloadRequested,
     digest_of,
 )
+from events.values import Credential
 from runtime.scheduler.view import Policy
 
 KEY, OTHER = make_key(), make_key()

@@ -37,7 +37,6 @@ from events.models import RELOADS, LoadedModel, Model, ModelState
 from events.policy.rules import AddedMode, ApprovalRule, LoadPolicy
 from events.types import (
     Cause,
-    Credential,
     Justification,
     LoadFailed,
     LoadParameters,
@@ -47,6 +46,7 @@ from events.types import (
     UnloadRequested,
     WorkerExited,
 )
+from events.values import Credential
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action, Decision
 from runtime.scheduler.scheduler import MAX_INCIDENTS

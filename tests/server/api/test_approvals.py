@@ -12,13 +12,8 @@ from support.http import ONE, Answer, Json, LocalApi, local_server
 from support.signing import make_key, public_pem, sign_version
 
 from events.policy.rules import ApprovalRule, LoadPolicy, TrustMode, TrustRule
-from events.types import (
-    AccessDenied,
-    Credential,
-    Justification,
-    LoadRequested,
-    digest_of,
-)
+from events.types import AccessDenied, Justification, LoadRequested, digest_of
+from events.values import Credential
 from server.appkeys import GATE
 from server.config import ConfigError
 

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from pytest_aiohttp import AiohttpClient
 from support.http import route, small_app, small_config
 
-from events.types import Credential
+from events.values import Credential
 from server.auth.access import Access
 from server.auth.gate import InvalidToken, Principal, Verifier, create_verifier, credential_of
 from server.auth.keys import (
