@@ -45,7 +45,7 @@ from events.types import (
 )
 from events.values import Credential, NodeSignature
 from nodes.placement import find_share
-from runtime.scheduler.placement import ALONE
+from runtime.elsewhere import ALONE
 
 
 def cluster(*nodes: str) -> History:

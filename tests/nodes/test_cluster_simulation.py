@@ -29,8 +29,8 @@ from events.types import (
 )
 from events.values import Credential
 from nodes.placement import NodeHints
+from runtime.elsewhere import SystemCommand
 from runtime.scheduler.actions import Action, RecordFact, StartLoad
-from runtime.scheduler.placement import SystemCommand
 from runtime.scheduler.view import Policy
 
 RULES = st.sampled_from(
