@@ -21,7 +21,7 @@ from support.reachable import node_of
 from support.replicas import make_ledger
 from support.workers import until
 
-from events.types import NodeJoined
+from features.nodes.facts import NodeJoined
 
 pytestmark = [needs_browser, pytest.mark.asyncio(loop_scope="module")]
 
