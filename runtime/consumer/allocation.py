@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from msgspec.structs import asdict, replace
+from msgspec.structs import replace
 
 from events.devices import CPU
 from events.types import DeviceUse
@@ -189,5 +189,5 @@ def describe_uses(
 ) -> tuple[DeviceUse, ...]:
     """Return what runs on the device of a load, then what falls back to the CPU, as its worker reports it."""
     taken = allocation.taken_bytes if allocation is not None and allocation.is_measured else None
-    first, *others = (DeviceUse(device=CPU, **asdict(each)) for each in report.placed)
+    first, *others = (DeviceUse(each.provider, each.version, CPU, each.operators) for each in report.placed)
     return replace(first, device=need.device, memory_bytes=taken), *others
