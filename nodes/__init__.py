@@ -4,7 +4,7 @@
 node. Other packages see it as `runtime.scheduler.placement.Placement`, `runtime.router.Elsewhere`,
 `server.cluster` and `server.auth.gate.NodeTokens`.
 
-The events of nodes and their fold are in `events.nodes`, since `verify` folds them wherever a ledger is.
+The events of nodes and their fold are in `features.nodes`, since `verify` folds them wherever a ledger is.
 
 - `thisnode`: this server as a node: its log, its membership, and what it says of itself
 - `membership`: joining, leases, nodes that are late, leaving

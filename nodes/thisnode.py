@@ -14,8 +14,8 @@ from answers.nodes import NodeInfo
 from events.clock import seconds_between
 from events.commands import Receipt
 from events.models import Model
-from events.registercommands import JoinNode
 from events.values import Confinement, NodeSignature
+from features.nodes.commands import JoinNode
 from nodes.copies import count_copies
 from nodes.decisions import NodePlacement
 from nodes.membership import Membership

@@ -1,4 +1,4 @@
-"""Time travel: models, jobs, the server and nodes at any position or time of the log.
+"""Time travel: models, jobs and servers at any position or time of the log.
 
 `?at=` reads rows that the writer keeps with the events (`docs/decisions/0062`); a job's past is a fold of its
 own few events. `events.audit.replay` folds the log itself.
@@ -230,7 +230,7 @@ def _job_then(connection: sqlite3.Connection, job: Job, position: int) -> Job | 
 
 
 def _events_of(connection: sqlite3.Connection, job: Job, position: int) -> Iterator[Event]:
-    """Yield the events that changed a job up to a position: its own, and those of servers and nodes."""
+    """Yield the events that changed a job up to a position: its own, and those of servers."""
     kinds = ", ".join(f"'{kind.TYPE}'" for kind in ENDS_OF_PROCESSES)
     rows = connection.execute(
         "SELECT position, body FROM events WHERE job_id = :job AND position BETWEEN :first AND :last"  # noqa: S608 - literals
