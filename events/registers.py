@@ -70,7 +70,7 @@ class Registers(FeatureRegisters):
         return ((name, getattr(self, name)) for name in ENTRIES)
 
     def share(self) -> Registers:
-        """Return registers that change without these: what each changes first, it copies."""
+        """Return registers that change without these: a map becomes their own with its first change."""
         return replace(self, shared=frozenset({"tokens", "versions"}))
 
     def find_versions(self, model_id: str) -> ModelVersions:

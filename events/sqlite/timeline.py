@@ -263,8 +263,7 @@ class _LaneReader:
             if event.model_id == self.model_id:
                 marks += _mark_failure(event)
         segments = _close([segment for segment, _ in steps], self.shown.end)
-        copies = self._read_copies(steps)
-        return Lane(self.model_id, segments, tuple(marks), copies)
+        return Lane(self.model_id, segments, tuple(marks), self._read_copies(steps))
 
     def _begun_segment(self, row: ModelRow, event: Event) -> Segment:
         """Return the segment that an event begins."""
@@ -322,21 +321,21 @@ class _LaneReader:
             yield _make_mark(MarkKind.SWAPPED, event, segment.version, segment.by, None)
 
     def _read_copies(self, steps: Sequence[tuple[Segment, ModelRow]]) -> tuple[CopyLane, ...]:
-        """Return the lanes of the nodes at which a model served; none if it had no copies."""
-        if not any(row.copies for _, row in steps):
+        """Return the lanes of the servers at which a model served; none if it was never at several."""
+        if not any(len(row.servings) > 1 for _, row in steps):
             return ()
-        ids = sorted({each.node for _, row in steps for each in row.servings if each.node is not None})
-        return tuple([CopyLane(node_id, self._copy_segments(node_id, steps)) for node_id in ids])
+        names = sorted({each.server for _, row in steps for each in row.servings if each.server is not None})
+        return tuple([CopyLane(name, self._copy_segments(name, steps)) for name in names])
 
-    def _copy_segments(self, node_id: str, steps: Sequence[tuple[Segment, ModelRow]]) -> tuple[Segment, ...]:
+    def _copy_segments(self, server: str, steps: Sequence[tuple[Segment, ModelRow]]) -> tuple[Segment, ...]:
         starts = list[Segment]()
         for step, row in steps:
-            own = next((each for each in row.servings if each.node == node_id), None)
+            own = next((each for each in row.servings if each.server == server), None)
             starts.append(self._copy_segment(own, step, row.state))
         return _close(starts, self.shown.end)
 
     def _copy_segment(self, own: CopyRow | None, step: Segment, state: ModelState) -> Segment:
-        """Return the segment of a node that begins with one of the model; None is a node without a copy."""
+        """Return the segment of a server that begins with one of the model; None is one without a copy."""
         begun = Segment(ModelState.UNLOADED, step.begin, step.begin, position=step.position)
         if step.position is not None:
             begun = replace(begun, by=step.by, cause=step.cause)

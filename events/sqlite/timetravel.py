@@ -142,11 +142,8 @@ def _show(connection: sqlite3.Connection, position: int, model_id: str, body: st
             f"the stored history of {model_id!r} is damaged: {error}; "
             "`loadledger replay --rebuild` rebuilds it"
         ) from error
-    if row.serving_load is None:
-        return ShownModel(model_id, row, None, versions)
-    load = read_load(connection, model_id, row.serving_load)
-    copies = [read_load(connection, model_id, each.load) for each in row.copies]
-    return ShownModel(model_id, row, load, versions, tuple(copies))
+    loads = [read_load(connection, model_id, each.load) for each in row.servings]
+    return ShownModel(model_id, row, versions, tuple(loads))
 
 
 def read_load(connection: sqlite3.Connection, model_id: str, position: int) -> Serving:
