@@ -26,7 +26,6 @@ from events.types import (
     Durations,
     LoadedFile,
     LoadParameters,
-    LoadPlaced,
     LoadRequested,
     LoadStarted,
     ModelLoaded,
@@ -35,6 +34,7 @@ from events.types import (
     record_draft,
 )
 from events.values import NodeSignature
+from features.nodes.facts import LoadPlaced
 from nodes.decisions import NodePlacement
 from nodes.placement import NodeHints
 from runtime.rooms import MACHINE, Alternative
@@ -120,7 +120,7 @@ class Simulation:
     def held(self, names: Collection[str]) -> Counter[str]:
         """Return how many copies of each model nodes have."""
         servings = ((model.id, each) for model in self.state.models.values() for each in model.servings)
-        return Counter(model_id for model_id, each in servings if each.node_id in names)
+        return Counter(model_id for model_id, each in servings if each.server in names)
 
     def settle(self) -> None:
         """Let nodes decide until none has anything to do."""
@@ -151,7 +151,7 @@ class Simulation:
 
     def _has_work(self, name: str) -> bool:
         jobs = self.state.unended()
-        return not self.state.registers.nodes[name].takes_loads or any(job.node_id == name for job in jobs)
+        return not self.state.registers.nodes[name].takes_loads or any(job.server == name for job in jobs)
 
     def _new_id(self) -> str:
         return f"j{next(self._ids)}"
@@ -170,7 +170,7 @@ class Simulation:
             request = LoadRequested.of(LoadParameters(copies=len(names)), cause)
             placed = LoadPlaced(name, node.epoch or 0, "room")
             self._fold(Draft(job_id, request, SYSTEM, job_id, model_id, 1))
-            for data in (placed, LoadStarted(1, node_id=name), _describe_loaded(model_id, name)):
+            for data in (placed, LoadStarted(1, server=name), _describe_loaded(model_id, name)):
                 self._fold(Draft(self._new_id(), data, SYSTEM, job_id, model_id, 1))
             node.running[job_id] = LoadView(job_id, model_id, Phase.SERVING, taken=NEEDS)
 
@@ -225,7 +225,7 @@ class Simulation:
 def _describe_loaded(model_id: str, node_id: str) -> ModelLoaded:
     files = (LoadedFile("model.onnx", 9, 1, model_id.encode().hex().rjust(64, "0")),)
     durations = Durations(1, 2, 3, 4, None, 5, 15)
-    return ModelLoaded(files, ("w",), MODEL_BYTES, MODEL_BYTES, durations, node_id=node_id)
+    return ModelLoaded(files, ("w",), MODEL_BYTES, MODEL_BYTES, durations, server=node_id)
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,15 +113,15 @@ def accept(
 def _decide_version(state: State, command: VersionCommand) -> Accepted | Refused:
     """Accept what changes a repository; a version that a load uses cannot be removed.
 
-    In the own repositories of several nodes, a version has the same files.
+    In the own repositories of several servers, a version has the same files.
     """
     if isinstance(command, RemoveVersion):
         use = find_use(state, command.model_id, command.version)
         if use is not None:
             return Refused("version_in_use", use)
-        return Accepted((_draft_version(command, VersionRemoved(node_id=command.holder)),))
+        return Accepted((_draft_version(command, VersionRemoved(server=command.holder)),))
     held = state.registers.find_versions(command.model_id).find_holders(command.version)
-    others = [node_id for node_id in held.node_ids if node_id != command.holder]
+    others = [each for each in held.servers if each != command.holder]
     if command.holder is not UNSET and others and held.digest != digest_of(contents_of(command.files)):
         what = f"version {command.version} of {command.model_id!r} has other files at {', '.join(others)}"
         return Refused("version_exists", f"{what}: add the same files here, or choose another number")
@@ -215,8 +215,8 @@ def _decide_load(state: State, command: RequestLoad, new_id: Callable[[], str]) 
 
 
 def _needs_persons(state: State, model_id: str, serving: Serving) -> bool:
-    """Whether the rules of the node that serves a load ask for other persons, whatever they are elsewhere."""
-    return state.registers.find_policy(serving.node_id).count_persons(model_id) > 0
+    """Whether the rules where a load is served ask for other persons, whatever they are elsewhere."""
+    return state.registers.find_policy(serving.server).count_persons(model_id) > 0
 
 
 def _find_version_refusal(
@@ -390,14 +390,14 @@ def _decide_unload(state: State, command: RequestUnload, new_id: Callable[[], st
         return Refused("not_loaded", f"model '{model_id}' {why}")
     if load_job_id is None and model.chosen and model.chosen.version is None:
         return Existing(model.chosen.job_id)
-    version, node_id = _locate_load(model, queue, load_job_id)
+    version, server = _locate_load(model, queue, load_job_id)
     data = UnloadRequested(
         command.force,
         load_job_id,
         command.cause,
         command.cause_event_id,
         command.idempotency,
-        node_id=UNSET if node_id is None else node_id,
+        server=UNSET if server is None else server,
         until_asked=command.until_asked or UNSET,
     )
     event_id = new_id()
@@ -444,11 +444,11 @@ def _load_to_end(model: Model | None, queue: list[Job], command: RequestUnload) 
 def _locate_load(
     model: Model | None, queue: list[Job], load_job_id: str | None
 ) -> tuple[int | None, str | None]:
-    """Return the version of a load that is to end, and its node."""
+    """Return the version of a load that is to end, and its server."""
     serving = None if model is None else model.find_serving(load_job_id)
     if serving is not None:
-        return serving.version, serving.node_id
-    return next(((job.version, job.node_id) for job in queue if job.id == load_job_id), (None, None))
+        return serving.version, serving.server
+    return next(((job.version, job.server) for job in queue if job.id == load_job_id), (None, None))
 
 
 def _decide_cancel(state: State, command: RequestCancel, new_id: Callable[[], str]) -> Decision:

@@ -136,7 +136,7 @@ def make_row(model: Model) -> ModelRow:
         serving.position,
         len(serving.worker_ids),
         serving.degraded_at is not None and model.degraded,
-        serving.node_id,
+        serving.server,
         serving.asked_by,
         serving.brought_back,
         model.error,
@@ -147,7 +147,7 @@ def make_row(model: Model) -> ModelRow:
 
 def _make_copy_row(copy: Serving) -> CopyRow:
     workers, is_degraded = len(copy.worker_ids), copy.degraded_at is not None
-    return CopyRow(copy.position, copy.version, copy.node_id, workers, is_degraded)
+    return CopyRow(copy.position, copy.version, copy.server, workers, is_degraded)
 
 
 def describe_model(state: State, model_id: str) -> ShownModel:

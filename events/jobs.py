@@ -11,11 +11,10 @@ from collections.abc import Callable, Mapping
 from enum import Enum, StrEnum, auto
 from typing import Any
 
-from msgspec import UNSET, Struct, UnsetType, field
+from msgspec import UNSET, Struct, UnsetType
 from msgspec.structs import replace
 
 from events.clock import Timestamp, add_seconds, seconds_between
-from events.nodes import ends_processes
 from events.policy.rules import POLICY_CODES
 from events.types import (
     ENDS_OF_PROCESSES,
@@ -29,22 +28,19 @@ from events.types import (
     LoadedFile,
     LoadFailed,
     LoadParameters,
-    LoadPlaced,
     LoadRequested,
     LoadStarted,
     ModelLoaded,
     ModelSettingsChanged,
     ModelUnloaded,
-    NodeJoined,
-    NodeLeft,
-    NodeLost,
     ServerStarted,
-    ServerStopped,
     Unknown,
     UnloadRequested,
     UnloadStarted,
     WorkerExited,
 )
+from events.values import STORED_NAMES, ProcessEnd
+from features.facts import PLACEMENTS
 
 
 class JobKind(StrEnum):
@@ -196,10 +192,10 @@ class UnloadParameters(Struct, frozen=True, gc=False):
     until_asked: bool | UnsetType = UNSET
 
 
-class JobPlacement(Struct, frozen=True, gc=False):
-    """The node of a job, and how often the job was placed since a node that had it ended."""
+class JobPlacement(Struct, frozen=True, gc=False, rename=STORED_NAMES):
+    """The server of a job, and how often the job was placed since a server that had it ended."""
 
-    node_id: str
+    server: str
     times: int = 0
 
 
@@ -226,8 +222,7 @@ class Job(Struct, frozen=True, gc=False):
         server_deaths: unclean ends of the server while the job was in progress.
         cancel_requested: whether a client asked to cancel it; `cancelling` says whether that was in time.
         superseded_by: the person's load that took the place of this one by the system.
-        placement: the node of a load, or of the load that an unload ends; without nodes it is not
-            stored.
+        placement: the server of a load, or of the load that an unload ends; not stored at a server alone.
         policy: of a load; it is not stored without rules and reasons.
         label: that is set to the version of a load when that is loaded; not stored without.
         passed_over: of a load: why it does not have the highest version; not stored without.
@@ -266,8 +261,9 @@ class Job(Struct, frozen=True, gc=False):
         return None if self.policy is UNSET else self.policy.digest
 
     @property
-    def node_id(self) -> str | None:
-        return None if self.placement is UNSET else self.placement.node_id
+    def server(self) -> str | None:
+        """The server where it runs; None at a server alone."""
+        return None if self.placement is UNSET else self.placement.server
 
     @property
     def load_order(self) -> tuple[int, LoadParameters]:
@@ -297,7 +293,7 @@ class Job(Struct, frozen=True, gc=False):
 
     @property
     def is_move_or_copy(self) -> bool:
-        """Whether this brings a loaded model to another node: it moves off a drained one, or gets a copy."""
+        """Whether this brings a loaded model to another server: off a drained one, or as a copy."""
         return self.kind is JobKind.LOAD and self.cause in (Cause.DRAIN, Cause.COPY)
 
     @property
@@ -317,18 +313,18 @@ class Job(Struct, frozen=True, gc=False):
         return self.cancel_requested and self.cancellable
 
 
-class PendingLoad(Struct, frozen=True, gc=False):
-    """A load of a model that has not ended; `node` is where it started."""
+class PendingLoad(Struct, frozen=True, gc=False, rename=STORED_NAMES):
+    """A load of a model that has not ended; `at` is the server where it started."""
 
     job_id: str
     version: int
     started: bool = False
-    node: str | UnsetType = field(default=UNSET, name="node_id")
+    at: str | UnsetType = UNSET
 
-    def interrupted(self, event: Event) -> PendingLoad:
-        """Return the load after the start or end of a server or node."""
-        is_ended = self.started and ends_processes(event.data, None if self.node is UNSET else self.node)
-        return replace(self, started=False, node=UNSET) if is_ended else self
+    def interrupted(self, end: ProcessEnd) -> PendingLoad:
+        """Return the load after an end of processes."""
+        is_ended = self.started and end.is_at(self.at or None)
+        return replace(self, started=False, at=UNSET) if is_ended else self
 
 
 def evolve_job(job: Job | None, event: Event) -> Job | None:
@@ -367,7 +363,7 @@ def _create_job(event: Event, model_id: str, data: LoadRequested | UnloadRequest
         load=load.parameters if load else None,
         unload=UnloadParameters(unload.force, unload.load_job_id, unload.until_asked) if unload else None,
         deadline_at=add_seconds(event.recorded_at, load.timeout_s) if load else None,
-        placement=UNSET if unload is None or unload.node_id is UNSET else JobPlacement(unload.node_id),
+        placement=UNSET if unload is None or unload.server is UNSET else JobPlacement(unload.server),
         policy=UNSET if load is None else _find_policy(load),
         label=UNSET if load is None else load.label,
         passed_over=UNSET if load is None else load.passed_over,
@@ -381,42 +377,21 @@ def _find_policy(load: LoadRequested) -> JobPolicy | UnsetType:
 
 
 def _end_processes(job: Job, event: Event, data: Any) -> Job:
-    """A server or a node started or ended: its jobs wait for their next attempt, at any node."""
-    match data:
-        case ServerStarted(unclean=unclean):
-            return _interrupt_job(job, event, since=data.last_seen_at, is_death=unclean)
-        case ServerStopped():
-            is_interrupted = job.status is JobStatus.IN_PROGRESS
-            return replace(job, status=JobStatus.PENDING, position=event.position) if is_interrupted else job
-        case NodeJoined(unclean=unclean, no_node_since=since):
-            if _is_at_ended_node(job, data):
-                return _interrupt_job(job, event, since=since, is_death=unclean)
-            if since is not None:
-                return replace(job, deadline_at=_extend(job, since, event), position=event.position)
-        case NodeLeft() | NodeLost() if _is_at_ended_node(job, data):
-            return _interrupt_job(job, event, since=None, is_death=isinstance(data, NodeLost))
-    return job
-
-
-def _is_at_ended_node(job: Job, data: NodeJoined | NodeLeft | NodeLost) -> bool:
-    """Whether the job is placed at the node, or in progress at none, as before there were nodes."""
-    is_somewhere = job.placement is not UNSET or job.status is JobStatus.IN_PROGRESS
-    return is_somewhere and ends_processes(data, job.node_id)
-
-
-def _interrupt_job(job: Job, event: Event, *, since: Timestamp | None, is_death: bool) -> Job:
-    """Return the job pending for its next attempt.
+    """A server started or ended: its jobs wait for their next attempt, at any server.
 
     After an orderly stop no job is in progress, so a start interrupts one only after an unclean end.
     """
-    return replace(
-        job,
-        status=JobStatus.PENDING,
-        deadline_at=_extend(job, since, event),
-        server_deaths=job.server_deaths + (is_death and job.status is JobStatus.IN_PROGRESS),
-        position=event.position,
-        placement=UNSET,
-    )
+    end: ProcessEnd = data.end
+    is_running = job.status is JobStatus.IN_PROGRESS
+    is_there = (is_running or job.placement is not UNSET) and end.is_at(job.server)
+    is_interrupted = is_there or isinstance(data, ServerStarted)
+    if not is_interrupted and end.since is None:
+        return job
+    job = replace(job, deadline_at=_extend(job, end.since, event), position=event.position)
+    if not is_interrupted:
+        return job
+    deaths = job.server_deaths + (end.is_death and is_running)
+    return replace(job, status=JobStatus.PENDING, server_deaths=deaths, placement=UNSET)
 
 
 def _extend(job: Job, since: Timestamp | None, event: Event) -> Timestamp | None:
@@ -426,11 +401,11 @@ def _extend(job: Job, since: Timestamp | None, event: Event) -> Timestamp | None
     return add_seconds(job.deadline_at, max(0.0, seconds_between(since, event.recorded_at)))
 
 
-def _place_job(job: Job, event: Event, data: LoadPlaced) -> Job:
+def _place_job(job: Job, event: Event, data: Any) -> Job:
     if job.kind is not JobKind.LOAD or job.status is not JobStatus.PENDING:
         return job
     times = 0 if job.placement is UNSET else job.placement.times
-    return replace(job, placement=JobPlacement(data.node_id, times + 1), position=event.position)
+    return replace(job, placement=JobPlacement(data.server, times + 1), position=event.position)
 
 
 def _start_job(job: Job, event: Event, data: LoadStarted | UnloadStarted) -> Job:
@@ -442,9 +417,9 @@ def _start_job(job: Job, event: Event, data: LoadStarted | UnloadStarted) -> Job
         started_at=event.recorded_at,
         position=event.position,
     )
-    if isinstance(data, UnloadStarted) or data.node_id is UNSET or data.node_id == job.node_id:
+    if isinstance(data, UnloadStarted) or data.server is UNSET or data.server == job.server:
         return started
-    return replace(started, placement=JobPlacement(data.node_id))
+    return replace(started, placement=JobPlacement(data.server))
 
 
 def _complete_job(job: Job, event: Event, data: ModelLoaded | ModelSettingsChanged | ModelUnloaded) -> Job:
@@ -486,7 +461,7 @@ STEPS: Mapping[type[Data | Unknown], Callable[[Job, Event, Any], Job]] = {
     JobCancelled: _cancel_job,
     CancelRequested: _cancel_requested,
     WorkerExited: _worker_exited,
-    LoadPlaced: _place_job,
+    **dict.fromkeys(PLACEMENTS, _place_job),
 }
 """The step of each event type that concerns one unended job; ends of processes concern all.
 

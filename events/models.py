@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from enum import StrEnum
 from typing import Any
 
-from msgspec import UNSET, Struct, UnsetType, field
+from msgspec import UNSET, Struct, UnsetType
 from msgspec.structs import replace
 
 from events.clock import Timestamp, seconds_between
@@ -31,7 +31,6 @@ from events.jobs import (
     footprint_of,
     recent_incidents,
 )
-from events.nodes import ends_processes
 from events.types import (
     ENDS_OF_PROCESSES,
     REPLACEMENTS,
@@ -57,10 +56,10 @@ from events.types import (
     contents_of,
     digest_of,
 )
-from events.values import NodeSignature
+from events.values import STORED_NAMES, NodeSignature, ProcessEnd
 
 RELOADS = (Cause.RECOVERY, Cause.RESTART, Cause.SWAP, Cause.DRAIN, Cause.COPY)
-"""Causes of reloads: loads by the system that bring a model or an instance back, or to another node."""
+"""Causes of reloads: loads by the system that bring a model or an instance back, or to another server."""
 
 _BY_CLIENTS = (Cause.REQUEST, Cause.DEMAND)
 
@@ -80,7 +79,7 @@ _LOADED, _UNLOADING = ModelState.LOADED, ModelState.UNLOADING
 """Looked up in the class, they take as long as the rest of `Model.state` (measured)."""
 
 
-class Serving(Struct, frozen=True, gc=False):
+class Serving(Struct, frozen=True, gc=False, rename=STORED_NAMES):
     """The load that a model serves from, is being unloaded from, or lost.
 
     Attributes:
@@ -112,7 +111,7 @@ class Serving(Struct, frozen=True, gc=False):
     threads: int | None = None
     asked_by: str | None = None
     brought_back: Cause | None = None
-    node: str | UnsetType = field(default=UNSET, name="node_id")
+    at: str | UnsetType = UNSET
     evidence: LoadEvidence | UnsetType = UNSET
     node_signature: NodeSignature | UnsetType = UNSET
     devices: tuple[DeviceUse, ...] | UnsetType = UNSET
@@ -124,14 +123,14 @@ class Serving(Struct, frozen=True, gc=False):
 
     @property
     def passed(self) -> AdmittedBytes:
-        """The checks that its bytes passed, as its node has signed them."""
+        """The checks that its bytes passed, as its server has signed them."""
         evidence = self.evidence or LoadEvidence()
         return AdmittedBytes(self.digest, self.load_job_id, self.version, evidence, self.node_signature)
 
     @property
-    def node_id(self) -> str | None:
-        """The node of its workers, or of those that died; None if its epoch ended, and without nodes."""
-        return None if self.node is UNSET else self.node
+    def server(self) -> str | None:
+        """The server of its workers, or of those that died; None if that has ended, and at a server alone."""
+        return None if self.at is UNSET else self.at
 
     def is_copy_of(self, first: Serving) -> bool:
         """Whether it has the bytes and the parameters of another load."""
@@ -253,14 +252,14 @@ class Model(Struct, frozen=True, gc=False):
         """Return the load of this job, if the model serves from it."""
         return next((each for each in self.servings if each.load_job_id == load_job_id), None)
 
-    def view_at(self, node_id: str | None) -> Model:
+    def view_at(self, server: str | None) -> Model:
         """Return the model as the node of a copy sees it: serving from that, beside the others.
 
         That node neither repairs it, since a degraded copy is replaced, nor unloads it for being idle, which
         is decided for all copies at the node of `serving`.
         """
         for own in self.copies or ():  # each decision looks at each model
-            if own.node == node_id:
+            if own.at == server:
                 break
         else:
             return self
@@ -272,7 +271,7 @@ class Model(Struct, frozen=True, gc=False):
 
     def view_as(self, seen: Model) -> Model:
         """Return the model as the node has seen it that has seen `seen`."""
-        return self if not self.copies or seen.serving is None else self.view_at(seen.serving.node_id)
+        return self if not self.copies or seen.serving is None else self.view_at(seen.serving.server)
 
     def has_chosen(self, serving: Serving) -> bool:
         """Whether the last choice of a person is the version and the parameters of a load."""
@@ -345,7 +344,7 @@ def evolve_model(model: Model | None, event: Event, job: Job | None) -> Model | 
         job: the event's job as it was before the event.
     """
     if type(event.data) in ENDS_OF_PROCESSES:
-        return None if model is None else _end_processes(model, event)
+        return None if model is None else _end_processes(model, event, event.data)
     if event.model_id is None or (model is not None and event.model_id != model.id):
         return model
     evolve = STEPS.get(type(event.data))
@@ -356,22 +355,23 @@ def evolve_model(model: Model | None, event: Event, job: Job | None) -> Model | 
     return model if after is before else after
 
 
-def _end_processes(model: Model, event: Event) -> Model:
-    """A server or node ended, in order or not: a model loaded there is lost, and a load will start again."""
-    loads = tuple([load.interrupted(event) for load in model.loads])
-    ended = [each.load_job_id for each in model.servings if ends_processes(event.data, each.node_id)]
+def _end_processes(model: Model, event: Event, data: Any) -> Model:
+    """A server ended, in order or not: a model loaded there is lost, and a load will start again."""
+    end: ProcessEnd = data.end
+    loads = tuple([load.interrupted(end) for load in model.loads])
+    ended = [each.load_job_id for each in model.servings if end.is_at(each.server)]
     if model.copies and (left := _without_servings(model, ended)).serving is not None:
         return model if left == model and loads == model.loads else replace(left, loads=loads)
     held = model.serving or model.previous
-    if held is not None and not ends_processes(event.data, held.node_id):
+    if held is not None and not end.is_at(held.server):
         return model if loads == model.loads else replace(model, loads=loads)
     lost = model.phase in (ModelState.LOADED, ModelState.UNLOADING)
     lost = lost or (model.previous is not None and model.lost_at is None)
     after = replace(
         model,
         phase=ModelState.LOST if lost and model.previous is None else model.phase,
-        serving=_without_node(model.serving),
-        previous=_without_node(model.previous),
+        serving=_without_server(model.serving),
+        previous=_without_server(model.previous),
         copies=UNSET,
         lost_by=Cause.RESTART if lost or model.phase is ModelState.LOST else model.lost_by,
         lost_at=event.recorded_at if lost else model.lost_at,
@@ -399,8 +399,8 @@ def _without_servings(model: Model, load_job_ids: Collection[str | None]) -> Mod
     return replace(model, serving=first, copies=left or UNSET, target=target)
 
 
-def _without_node(serving: Serving | None) -> Serving | None:
-    return serving if serving is None or serving.node is UNSET else replace(serving, node=UNSET)
+def _without_server(serving: Serving | None) -> Serving | None:
+    return serving if serving is None or serving.at is UNSET else replace(serving, at=UNSET)
 
 
 def _load_requested(model: Model, event: Event, _: LoadRequested, job: Job | None) -> Model:
@@ -413,7 +413,7 @@ def _load_started(model: Model, event: Event, data: LoadStarted, _: Job | None) 
     if not _waits_for(model, event):
         return model
     started = [
-        replace(load, started=True, node=data.node_id) if load.job_id == event.job_id else load
+        replace(load, started=True, at=data.server) if load.job_id == event.job_id else load
         for load in model.loads
     ]
     return replace(model, loads=tuple(started), last_version=event.version)
@@ -424,7 +424,7 @@ def _model_loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None
     if job is None or loaded is None:
         return model
     if job.cause is Cause.COPY and model.phase is ModelState.UNLOADING:
-        return _without_job(model, job.id)  # its node ends it
+        return _without_job(model, job.id)  # its server ends it
     by_system = job.cause not in _BY_CLIENTS
     before = (model.serving or model.previous) if job.cause in RELOADS else None
     serving = loaded
@@ -473,18 +473,18 @@ def _arrange_copies(
 ) -> tuple[Serving, tuple[Serving, ...] | UnsetType]:
     """Return what a model serves from once a load of it is loaded, and its copies.
 
-    What was loaded before at the same node, or at all where one copy is wanted, is being unloaded.
+    What was loaded before at the same server, or at all where one copy is wanted, is being unloaded.
     """
     before = model.servings if model.phase is ModelState.LOADED else ()
     is_copy, target = job.cause is Cause.COPY, model.target
     is_first = target and loaded.is_copy_of(target)
-    if is_copy and before and before[0].node_id != loaded.node_id and not is_first:
-        others = tuple(each for each in before[1:] if each.node_id != loaded.node_id)
+    if is_copy and before and before[0].server != loaded.server and not is_first:
+        others = tuple(each for each in before[1:] if each.server != loaded.server)
         return before[0], (*others, loaded)
     if before and is_first:
         loaded = replace(loaded, parameters=before[0].parameters.give_settings(loaded.parameters))
     is_kept = is_copy or loaded.parameters.wanted_copies > 1
-    kept = tuple(each for each in before if is_kept and each.node_id != loaded.node_id)
+    kept = tuple(each for each in before if is_kept and each.server != loaded.server)
     return loaded, kept or UNSET
 
 
@@ -517,7 +517,7 @@ def make_serving(event: Event, data: ModelLoaded, job: Job) -> Serving | None:
         peak_memory_bytes=data.peak_memory_bytes,
         parameters=job.load,
         threads=data.threads,
-        node=data.node_id,
+        at=data.server,
         evidence=data.evidence or UNSET,
         node_signature=data.node_signature,
         devices=data.devices,

@@ -13,7 +13,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from events.clock import Timestamp, add_seconds
-from events.types import NodeData, NodeDraining, NodeJoined, NodeLeft, NodeLost, join_statement
+from features.nodes.facts import NodeData, NodeDraining, NodeJoined, NodeLeft, NodeLost, join_statement
 
 KEPT_S = 30 * 86_400
 """A node is remembered for a month after its end, so that an operator who misses it finds it."""

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from events.clock import Timestamp
 from events.nodes import Node
-from events.types import OF_NODES, Event, NodeJoined, NodeLost, ServerStarted, ServerStopped
+from events.types import Event, ServerStarted, ServerStopped
+from features.nodes.facts import OF_NODES, NodeJoined, NodeLost
 
 SERVER = ""
 """Stands for the server, or all nodes together, where others have the name of a node."""

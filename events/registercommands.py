@@ -21,18 +21,9 @@ from events.commands import (
 from events.nodes import Node, NodePhase
 from events.state import State
 from events.tokens import MAX_TOKENS, count_valid, find_issued, is_refused
-from events.types import (
-    SYSTEM,
-    Draft,
-    NodeDraining,
-    NodeJoined,
-    NodeLeft,
-    NodeLost,
-    SignInLinkUsed,
-    TokenIssued,
-    TokenRevoked,
-)
+from events.types import SYSTEM, Draft, SignInLinkUsed, TokenIssued, TokenRevoked
 from events.values import Confinement
+from features.nodes.facts import NodeDraining, NodeJoined, NodeLeft, NodeLost
 
 
 @dataclass(frozen=True, slots=True)

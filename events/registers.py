@@ -20,8 +20,9 @@ from events.nodes import Node, evolve_nodes
 from events.policy.rules import LoadPolicy
 from events.presence import Transition, list_transitions
 from events.tokens import Token, evolve_tokens
-from events.types import OF_NODES, OF_TOKENS, Event, PolicyInForce
+from events.types import OF_TOKENS, Event, PolicyInForce
 from events.versions import OF_VERSIONS, ModelVersions, evolve_versions
+from features.nodes.facts import OF_NODES
 
 
 class RecordedPolicy(Struct, frozen=True, gc=False):
@@ -94,7 +95,7 @@ class Registers:
         if isinstance(data, OF_VERSIONS):
             return self._apply_to_versions(event), ()
         if isinstance(data, PolicyInForce):
-            recorded = RecordedPolicy(data.node_id or "", data.policy)
+            recorded = RecordedPolicy(data.server or "", data.policy)
             self.policies = self.policies | {recorded.id: recorded}
             return {"policies": {recorded.id: recorded}}, ()
         if not isinstance(data, OF_NODES):
@@ -124,6 +125,6 @@ def _list_owners(
     versions: Mapping[str, ModelVersions],
 ) -> set[str]:
     """Return the nodes that own a model or a job, or have signed what a person said that still counts."""
-    owners = {each.node_id for model in models.values() for each in model.servings}
+    owners = {each.server for model in models.values() for each in model.servings}
     signers = chain.from_iterable(each.list_signers() for each in versions.values())
-    return {each for each in (*owners, *(job.node_id for job in unended()), *signers) if each is not None}
+    return {each for each in (*owners, *(job.server for job in unended()), *signers) if each is not None}

@@ -12,13 +12,13 @@ from enum import StrEnum
 from operator import attrgetter
 from typing import Any, ClassVar
 
-import msgspec
 from msgspec import UNSET, Struct, UnsetType
 from msgspec.structs import asdict, replace
 
 from events.clock import Timestamp
 from events.policy.rules import LoadPolicy
-from events.values import Confinement, Credential, FileHash, NodeSignature
+from events.values import STORED_NAMES, Confinement, Credential, FileHash, NodeSignature, ProcessEnd
+from features.facts import ENDS_OF_SERVERS, FeatureData
 
 
 class Cause(StrEnum):
@@ -356,7 +356,7 @@ class LoadJoined(Struct, frozen=True, gc=False):
     idempotency: Idempotency | None = None
 
 
-class LoadStarted(Struct, frozen=True, gc=False):
+class LoadStarted(Struct, frozen=True, gc=False, rename=STORED_NAMES):
     """The load started; `attempt` counts from 1 and grows when the server restarts during the load.
 
     It also grows if a start was recorded though its commit raised: no worker belongs to that start. It comes
@@ -368,27 +368,10 @@ class LoadStarted(Struct, frozen=True, gc=False):
 
     TYPE: ClassVar[str] = "LoadStarted"
     attempt: int
-    node_id: str | UnsetType = UNSET
+    server: str | UnsetType = UNSET
 
 
-class LoadPlaced(Struct, frozen=True, gc=False):
-    """The load runs at this node, unless it is placed anew before it has started.
-
-    Attributes:
-        node_epoch: of the node.
-        reason: `serves` if the model is or was loaded there, `files` if the node has the files, `room` if it
-            has the memory, `queue` if the load has to wait there, as at any other node.
-        files: that a reload needs; empty for a load of what the repository has.
-    """
-
-    TYPE: ClassVar[str] = "LoadPlaced"
-    node_id: str
-    node_epoch: int
-    reason: str
-    files: tuple[FileHash, ...] = ()
-
-
-class ModelLoaded(Struct, frozen=True, gc=False):
+class ModelLoaded(Struct, frozen=True, gc=False, rename=STORED_NAMES):
     """The version serves from here on. Memory is the sum of all workers.
 
     `verified` says that the workers loaded a private copy, which the server hashed; without it, they loaded
@@ -415,7 +398,7 @@ class ModelLoaded(Struct, frozen=True, gc=False):
     verified: bool = False
     confinement: Confinement | None = None
     threads: int | None = None
-    node_id: str | UnsetType = UNSET
+    server: str | UnsetType = UNSET
     signature: LoadSignature | UnsetType = UNSET
     approval: LoadApproval | UnsetType = UNSET
     bundle: str | UnsetType = UNSET
@@ -454,7 +437,7 @@ class LoadFailed(Struct, frozen=True, gc=False):
     message: str
 
 
-class UnloadRequested(Struct, frozen=True, gc=False):
+class UnloadRequested(Struct, frozen=True, gc=False, rename=STORED_NAMES):
     """A person or the system requested the end of the load `load_job_id`. The event's id is the job's.
 
     A person's unload of a model that is not loaded has null there. On-demand loads do not undo a person's
@@ -467,7 +450,7 @@ class UnloadRequested(Struct, frozen=True, gc=False):
     cause: Cause
     cause_event_id: str | None = None
     idempotency: Idempotency | None = None
-    node_id: str | UnsetType = UNSET
+    server: str | UnsetType = UNSET
     until_asked: bool | UnsetType = UNSET
 
 
@@ -528,7 +511,7 @@ class AccessDenied(Struct, frozen=True, gc=False):
     count: int
 
 
-class WorkerExited(Struct, frozen=True, gc=False):
+class WorkerExited(Struct, frozen=True, gc=False, rename=STORED_NAMES):
     """A worker ended unexpectedly; code and signal are None if it ended with the fork server.
 
     Attributes:
@@ -540,7 +523,7 @@ class WorkerExited(Struct, frozen=True, gc=False):
     exit_code: int | None
     signal: int | None
     stderr: tuple[str, ...]
-    node_id: str | UnsetType = UNSET
+    server: str | UnsetType = UNSET
 
 
 class ServerStarted(Struct, frozen=True, gc=False):
@@ -560,11 +543,19 @@ class ServerStarted(Struct, frozen=True, gc=False):
     last_seen_at: Timestamp | None = None
     confinement: Confinement | None = None
 
+    @property
+    def end(self) -> ProcessEnd:
+        return ProcessEnd(since=self.last_seen_at, is_death=self.unclean)
+
 
 class ServerStopped(Struct, frozen=True, gc=False):
     """The server stopped in order. No event per model follows: this ends all loads and workers."""
 
     TYPE: ClassVar[str] = "ServerStopped"
+
+    @property
+    def end(self) -> ProcessEnd:
+        return ProcessEnd()
 
 
 class ClockStepped(Struct, frozen=True, gc=False, rename={"begin": "from", "end": "to"}):
@@ -583,7 +574,7 @@ class ClockStepped(Struct, frozen=True, gc=False, rename={"begin": "from", "end"
     taken: bool
 
 
-class PolicyInForce(Struct, frozen=True, gc=False):
+class PolicyInForce(Struct, frozen=True, gc=False, rename=STORED_NAMES):
     """The server started with another policy for loads than before; it has all its rules and their keys.
 
     `node_id` is the node where it is in force; it is missing in a ledger of one server.
@@ -591,7 +582,7 @@ class PolicyInForce(Struct, frozen=True, gc=False):
 
     TYPE: ClassVar[str] = "PolicyInForce"
     policy: LoadPolicy
-    node_id: str | UnsetType = UNSET
+    server: str | UnsetType = UNSET
 
 
 class RollbackAccepted(Struct, frozen=True, gc=False):
@@ -644,7 +635,7 @@ class Provenance(Struct, frozen=True, gc=False):
     resolved: str
 
 
-class VersionAdded(Struct, frozen=True, gc=False):
+class VersionAdded(Struct, frozen=True, gc=False, rename=STORED_NAMES):
     """A caller put a version into the repository, where it is visible from the moment after this event.
 
     `files` have the digests that the server computed. `source` is what the actor says of where they came
@@ -655,10 +646,10 @@ class VersionAdded(Struct, frozen=True, gc=False):
     TYPE: ClassVar[str] = "VersionAdded"
     files: tuple[AddedFile, ...]
     source: Provenance | UnsetType = UNSET
-    node_id: str | UnsetType = UNSET
+    server: str | UnsetType = UNSET
 
 
-class VersionRemoved(Struct, frozen=True, gc=False):
+class VersionRemoved(Struct, frozen=True, gc=False, rename=STORED_NAMES):
     """A version leaves the repository: no load finds it from here on.
 
     `reason` is `not_placed` if an added version never became visible: another one had taken its place.
@@ -667,7 +658,7 @@ class VersionRemoved(Struct, frozen=True, gc=False):
 
     TYPE: ClassVar[str] = "VersionRemoved"
     reason: str | None = None
-    node_id: str | UnsetType = UNSET
+    server: str | UnsetType = UNSET
 
 
 class VersionApproved(Struct, frozen=True, gc=False):
@@ -769,89 +760,6 @@ class SignInLinkUsed(Struct, frozen=True, gc=False):
     link_id: str
 
 
-# Nodes.
-
-
-class NodeJoined(Struct, frozen=True, gc=False):
-    """A node joined: it takes loads from here on. This ends its epoch before, if nothing else did.
-
-    Attributes:
-        epoch: the number of this membership of the node, from 1.
-        address: the URL at which the other nodes reach it.
-        attributes: `name=value` each, in the order of their names; loads may require some.
-        budget_bytes: memory budget of its workers; None is no limit.
-        release: of its software.
-        public_key: with which it signs; None without a key.
-        unclean: whether its epoch before did not end with `NodeLeft`.
-        last_seen_at: when it renewed its lease last in the epoch before; None in its first.
-        no_node_since: since when no node was there; None if another one was. Jobs are not charged for the
-            time since.
-        confinement: of its workers.
-        instance: id of the process that joined, random, so that two servers with one name are told apart.
-        after: hash of the event before this one, in hexadecimal; None without a signature.
-        signature: of `join_statement`, in base64, by a key that the nodes share.
-    """
-
-    TYPE: ClassVar[str] = "NodeJoined"
-    node_id: str
-    epoch: int
-    address: str
-    attributes: tuple[str, ...]
-    budget_bytes: int | None
-    release: str
-    public_key: str | None
-    unclean: bool
-    last_seen_at: Timestamp | None = None
-    no_node_since: Timestamp | None = None
-    confinement: Confinement | None = None
-    instance: str = ""
-    after: str | None = None
-    signature: str | None = None
-
-    @property
-    def statement(self) -> bytes:
-        return join_statement(self.node_id, self.epoch, self.address, self.public_key, self.after)
-
-
-def join_statement(
-    node_id: str, epoch: int, address: str, public_key: str | None, after: str | None
-) -> bytes:
-    """Return the bytes that a node signs when it joins: a JSON array of text and one number, in UTF-8.
-
-    The hash before stands for the ledger with all its events, and the database appends a join after no other
-    event: who reads a signature in the log cannot use it again.
-    """
-    return msgspec.json.encode(("loadledger-join-v1", node_id, epoch, address, public_key, after))
-
-
-class NodeDraining(Struct, frozen=True, gc=False):
-    """The actor drains a node: it takes no more loads, and its models are loaded at other nodes."""
-
-    TYPE: ClassVar[str] = "NodeDraining"
-    node_id: str
-    epoch: int
-
-
-class NodeLeft(Struct, frozen=True, gc=False):
-    """A node stopped in order. No event per model follows: this ends its loads and workers."""
-
-    TYPE: ClassVar[str] = "NodeLeft"
-    node_id: str
-    epoch: int
-
-
-class NodeLost(Struct, frozen=True, gc=False):
-    """A node did not renew its lease: its epoch is over, and its models are loaded at other nodes.
-
-    `last_renewed_at` is when it renewed the lease last.
-    """
-
-    TYPE: ClassVar[str] = "NodeLost"
-    node_id: str
-    epoch: int
-    last_renewed_at: Timestamp
-
-
 # All types, and events as they are recorded.
 
 
@@ -869,7 +777,7 @@ Data = (
     | UnloadRequested | UnloadJoined | UnloadStarted | ModelUnloaded | CancelRequested
     | JobCancelled | AccessDenied | WorkerExited | ServerStarted | ServerStopped | ClockStepped
     | RollbackAccepted | EventsDiscarded | VersionAdded | VersionRemoved | TokenIssued | TokenRevoked
-    | SignInLinkIssued | SignInLinkUsed | NodeJoined | NodeDraining | NodeLeft | NodeLost | LoadPlaced
+    | SignInLinkIssued | SignInLinkUsed | FeatureData
     | LabelSet | LabelRemoved | VersionApproved | ApprovalWithdrawn | PolicyInForce
 )  # fmt: skip
 """The types that this release writes."""
@@ -879,19 +787,11 @@ TokenData = TokenIssued | TokenRevoked
 
 OF_TOKENS = (TokenIssued, TokenRevoked)
 
-NodeData = NodeJoined | NodeDraining | NodeLeft | NodeLost
-"""Data of the events that change a node."""
-
-OF_NODES = (NodeJoined, NodeDraining, NodeLeft, NodeLost)
-
-ENDS_OF_NODES = (NodeJoined, NodeLeft, NodeLost)
-"""The events that end the processes of a node, and so concern all of its models and jobs."""
-
 OF_SERVER = (ServerStarted, ServerStopped)
 """The starts and stops of a server."""
 
-ENDS_OF_PROCESSES: frozenset[type[Data]] = frozenset({*OF_SERVER, *ENDS_OF_NODES})
-"""The events that end processes: they may concern all models and jobs (`events.nodes.ends_processes`)."""
+ENDS_OF_PROCESSES: frozenset[type[Data]] = frozenset({*OF_SERVER, *ENDS_OF_SERVERS})
+"""The events that end processes: they may concern all models and jobs, as their `end` says."""
 
 TYPES: Mapping[str, type[Data]] = {kind.TYPE: kind for kind in Data.__args__}
 SCHEMA = 1

@@ -6,6 +6,12 @@ from collections.abc import Callable
 
 from msgspec import Struct
 
+from events.clock import Timestamp
+
+STORED_NAMES = {"at": "node_id", "server": "node_id", "servers": "node_ids"}
+"""What JSON calls the name of a server that shares a ledger: where a load, a job or a version is. It is not
+there at a server alone."""
+
 
 class FileHash(Struct, frozen=True, gc=False):
     """A file of a version and its SHA-256 in hexadecimal; `path` is relative to the version's folder."""
@@ -46,7 +52,7 @@ class Credential(Struct, frozen=True, gc=False):
     issued_by: tuple[str, ...] = ()
 
 
-class NodeSignature(Struct, frozen=True, gc=False):
+class NodeSignature(Struct, frozen=True, gc=False, rename=STORED_NAMES):
     """The signature of a fact by the key of a node, which its join names.
 
     Attributes:
@@ -54,9 +60,26 @@ class NodeSignature(Struct, frozen=True, gc=False):
         signature: of the fact's statement (`events.approvals`), in base64.
     """
 
-    node_id: str
+    server: str
     signature: str
 
 
 Sign = Callable[[bytes], NodeSignature]
 """Signs a statement with the key of this node."""
+
+
+class ProcessEnd(Struct, frozen=True, gc=False):
+    """What the start or end of a server says of the processes that it ends.
+
+    Attributes:
+        servers: whose processes end, a server alone being None; None if all do.
+        since: since when no server was there; jobs are not charged for the time.
+        is_death: whether they died.
+    """
+
+    servers: tuple[str | None, ...] | None = None
+    since: Timestamp | None = None
+    is_death: bool = False
+
+    def is_at(self, server: str | None) -> bool:
+        return self.servers is None or server in self.servers

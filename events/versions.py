@@ -1,4 +1,4 @@
-"""The versions of a model: added, removed, held by nodes, named by labels, approved. A pure fold.
+"""The versions of a model: added, removed, held by servers, named by labels, approved. A pure fold.
 
 `events.models` folds what is loaded of a model; `events.accept` asks both. Without events of its versions a
 model has an empty `ModelVersions`. Its past is folded from its own few events (`events.sqlite.timetravel`).
@@ -27,7 +27,7 @@ from events.types import (
     contents_of,
     digest_of,
 )
-from events.values import NodeSignature
+from events.values import STORED_NAMES, NodeSignature
 
 
 class AddedVersion(Struct, frozen=True, gc=False):
@@ -46,12 +46,12 @@ class AddedVersion(Struct, frozen=True, gc=False):
     position: int
 
 
-class VersionHolders(Struct, frozen=True, gc=False):
-    """The nodes in whose own repositories a version is, if it is in any, and the digest of its files."""
+class VersionHolders(Struct, frozen=True, gc=False, rename=STORED_NAMES):
+    """The servers in whose own repositories a version is, if it is in any, and the digest of its files."""
 
     version: int
     digest: str = ""
-    node_ids: tuple[str, ...] = ()
+    servers: tuple[str, ...] = ()
 
 
 class Label(Struct, frozen=True, gc=False):
@@ -71,7 +71,7 @@ class Approval(Struct, frozen=True, gc=False, omit_defaults=True):
         by: the person.
         reason: as it was given.
         at: when it was recorded, and `position` where.
-        event_id: of the `VersionApproved`: its node has signed it, so that no other event can repeat it.
+        event_id: of the `VersionApproved`: its server has signed it, so that no other event can repeat it.
         jti, issuer, issued_by: of the person's token, as in `Credential`.
         node_signature: UNSET at a server alone.
     """
@@ -110,7 +110,7 @@ class ModelVersions(Struct, frozen=True, gc=False, omit_defaults=True):
         id: of the model.
         added: the bytes that callers added, the latest at the end; a removal forgets none.
         removed: versions that load nowhere until they are added again, whatever files there are.
-        holders: of the versions that were added to nodes' own repositories.
+        holders: of the versions that were added to servers' own repositories.
         labels: in order of their names.
         approvals: that were not withdrawn, the latest at the end, of at most `MAX_APPROVED` digests.
     """
@@ -136,7 +136,7 @@ class ModelVersions(Struct, frozen=True, gc=False, omit_defaults=True):
         return {label.name: label.version for label in self.labels}
 
     def find_holders(self, version: int) -> VersionHolders:
-        """Return the holders of a version; without nodes, any node may have it."""
+        """Return the holders of a version; without any, each server may have it."""
         found = (each for each in self.holders if each.version == version)
         return next(found, VersionHolders(version))
 
@@ -149,9 +149,9 @@ class ModelVersions(Struct, frozen=True, gc=False, omit_defaults=True):
         return sorted({each.by for each in self.added if each.digest == digest})
 
     def list_signers(self) -> list[str]:
-        """Return the nodes that have signed approvals."""
+        """Return the servers that have signed approvals."""
         signatures = (each.node_signature for each in self.approvals)
-        return [each.node_id for each in signatures if each is not UNSET]
+        return [each.server for each in signatures if each is not UNSET]
 
     def list_labels_of(self, version: int) -> list[str]:
         """Return the labels that name a version."""
@@ -174,7 +174,7 @@ def evolve_versions(before: ModelVersions | None, event: Event) -> ModelVersions
 
 
 def _version_added(versions: ModelVersions, event: Event, data: VersionAdded) -> ModelVersions:
-    """A version has holders if it was added to nodes' own repositories, and not to a shared one since."""
+    """A version has holders if it was added to servers' own repositories, and not to a shared one since."""
     if event.version is None:
         return versions
     digest = digest_of(contents_of(data.files))
@@ -185,24 +185,24 @@ def _version_added(versions: ModelVersions, event: Event, data: VersionAdded) ->
         added=(*others, AddedVersion(*same, event.position)),
         removed=tuple(version for version in versions.removed if version != event.version),
     )
-    if data.node_id is UNSET:
+    if data.server is UNSET:
         return _set_holders(versions, VersionHolders(event.version))
-    node_ids = {data.node_id, *versions.find_holders(event.version).node_ids}
-    return _set_holders(versions, VersionHolders(event.version, digest, tuple(sorted(node_ids))))
+    servers = {data.server, *versions.find_holders(event.version).servers}
+    return _set_holders(versions, VersionHolders(event.version, digest, tuple(sorted(servers))))
 
 
 def _version_removed(versions: ModelVersions, event: Event, data: VersionRemoved) -> ModelVersions:
-    """A version that leaves a node's own repository is removed if that was the last holder.
+    """A version that leaves a server's own repository is removed if that was the last holder.
 
     A removal with a reason is of an added version that never became visible: no files of others go.
     """
     if event.version is None:
         return versions
-    if data.node_id is not UNSET:
+    if data.server is not UNSET:
         held = versions.find_holders(event.version)
-        left = tuple(node_id for node_id in held.node_ids if node_id != data.node_id)
-        versions = _set_holders(versions, replace(held, node_ids=left))
-        if left or not held.node_ids:
+        left = tuple(each for each in held.servers if each != data.server)
+        versions = _set_holders(versions, replace(held, servers=left))
+        if left or not held.servers:
             return versions
     if data.reason is not None or event.version in versions.removed:
         return versions
@@ -211,7 +211,7 @@ def _version_removed(versions: ModelVersions, event: Event, data: VersionRemoved
 
 def _set_holders(versions: ModelVersions, held: VersionHolders) -> ModelVersions:
     others = tuple(each for each in versions.holders if each.version != held.version)
-    holders = (*others, held) if held.node_ids else others
+    holders = (*others, held) if held.servers else others
     return versions if holders == versions.holders else replace(versions, holders=holders)
 
 

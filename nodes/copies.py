@@ -50,7 +50,7 @@ def _find_step(view: NodeView, loaded: LoadedModel) -> tuple[str, Action] | None
     model, wanted, ready = loaded.model, _count_wanted(loaded.model), list_ready(view.usable, loaded)
     if len(ready) == wanted == len(model.servings):
         return None  # as of most models at each decision
-    drained = [each for each in model.servings if each.node not in view.usable]
+    drained = [each for each in model.servings if each.at not in view.usable]
     older = [each for each in model.servings if each not in ready and each not in drained]
     if len(ready) >= wanted:
         surplus = [*ready[wanted:], *older, *drained]
@@ -68,7 +68,7 @@ def _find_step(view: NodeView, loaded: LoadedModel) -> tuple[str, Action] | None
 
 
 def _end(model: Model, copy: Serving) -> UnloadAutomatically:
-    return UnloadAutomatically(LoadedModel(model.view_at(copy.node_id), copy), Cause.COPY)
+    return UnloadAutomatically(LoadedModel(model.view_at(copy.server), copy), Cause.COPY)
 
 
 def count_copies(state: State, untrusted: AbstractSet[str], model: Model) -> tuple[int, str | None]:

@@ -184,14 +184,14 @@ class NodePlacement(Placement, Elsewhere):
             return
         match draft.data:
             case ModelLoaded() if job.cause is not Cause.COPY and job.load and job.load.wanted_copies == 1:
-                others = [each for each in model.servings if each.node_id not in (None, self._node_id)]
+                others = [each for each in model.servings if each.server not in (None, self._node_id)]
                 cause = Cause.DRAIN if job.cause is Cause.DRAIN else Cause.SWAP
             case UnloadStarted() if job.id in model.unloads:
                 others, cause = list(model.copies or ()), Cause.COPY
             case _:
                 return
         for each in others:
-            data = UnloadRequested(job.forced, each.load_job_id, cause, draft.id, node_id=each.node)
+            data = UnloadRequested(job.forced, each.load_job_id, cause, draft.id, server=each.at)
             worker_id = each.worker_ids[0] if len(each.worker_ids) == 1 else None
             unload_id = uuid7()
             yield Draft(unload_id, data, SYSTEM, unload_id, model.id, each.version, worker_id)
@@ -255,7 +255,7 @@ class NodePlacement(Placement, Elsewhere):
 def list_copies(model: Model, state: State, untrusted: Collection[str]) -> list[tuple[Node, Serving]]:
     """Return the loads that a model serves from, each with its present, trusted node."""
     servings = model.servings if model.phase is ModelState.LOADED else ()
-    nodes = ((state.registers.nodes.get(each.node_id or ""), each) for each in servings)
+    nodes = ((state.registers.nodes.get(each.server or ""), each) for each in servings)
     return [
         (node, each)
         for node, each in nodes
@@ -277,9 +277,9 @@ def draft_statement(draft: Draft, state: State) -> bytes | None:
 
 def name_node(draft: Draft, node_id: str) -> Draft:
     """Return a draft with this node, if its type has one and it names none: its processes are here."""
-    if getattr(draft.data, "node_id", None) is not UNSET:
+    if getattr(draft.data, "server", None) is not UNSET:
         return draft
-    return structs.replace(draft, data=structs.replace(draft.data, node_id=node_id))
+    return structs.replace(draft, data=structs.replace(draft.data, server=node_id))
 
 
 def _avoid_here(view: NodeView, action: actions.Action | None) -> actions.Action | None:

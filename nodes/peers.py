@@ -147,7 +147,7 @@ class Peers:
 
         The nodes' keys are those with which `untrusted` judged last: at each decision.
         """
-        node = state.registers.nodes.get(signature.node_id)
+        node = state.registers.nodes.get(signature.server)
         if node is None or not _is_signed(node, self._keys):
             return False
         return is_signed_by(statement, signature.signature, node.public_key or "")

@@ -32,8 +32,9 @@ from events.nodes import Node, find_placer
 from events.policy.rules import LoadPolicy
 from events.registercommands import NodeUnchanged
 from events.state import State, has_turn
-from events.types import Cause, LoadPlaced
+from events.types import Cause
 from events.values import FileHash
+from features.nodes.facts import LoadPlaced
 from nodes.spread import CopyFigures
 from runtime.scheduler.actions import RecordFact
 from runtime.scheduler.view import LoadView, SchedulerView, WorkShare
@@ -252,7 +253,7 @@ class NodeView(SchedulerView):
         """Yield the loads here of models with copies, as used when any copy was."""
         for model in copied:
             run = None if model.serving is None else running.get(model.serving.load_job_id)
-            hints = (self.hints.get(each.node_id or "") for each in model.copies or ())
+            hints = (self.hints.get(each.server or "") for each in model.copies or ())
             uses = [hint.loads[model.id].idle_s for hint in hints if hint and model.id in hint.loads]
             if run is not None and uses:
                 used_at = max(run.last_used_at or "", add_seconds(now, -min(uses)))
@@ -269,11 +270,11 @@ class NodeView(SchedulerView):
         loads = defaultdict[str | None, list[Job]](list)
         for job in self.state.unended():
             if job.kind is JobKind.LOAD:
-                loads[job.node_id].append(job)
+                loads[job.server].append(job)
         servings = defaultdict[str | None, dict[str, Serving]](dict)
         for model in self.state.models.values():
             for serving in model.servings:
-                servings[serving.node_id][model.id] = serving
+                servings[serving.server][model.id] = serving
         nodes = (node for node in self.state.registers.nodes.values() if node.id in self.usable)
         return [_measure(self, node, loads[node.id], servings[node.id]) for node in nodes]
 
@@ -283,7 +284,7 @@ class NodeView(SchedulerView):
         found = defaultdict[str | None, set[str]](set)
         for job in self.state.unended():
             if job.kind is JobKind.LOAD and job.status is JobStatus.PENDING:
-                found[job.node_id].add(job.model_id)
+                found[job.server].add(job.model_id)
         return found
 
     def hold(self, held: Mapping[str, str]) -> NodeView:
@@ -337,7 +338,7 @@ def build_request(view: NodeView, job: Job) -> PlacementRequest:
         estimate_need(view, job),
         _find_digests(model, held, version),
         frozenset(parameters.node_attributes or ()),
-        held.node_id if held is not None else None,
+        held.server if held is not None else None,
         _find_holders(view.state, job.model_id, version),
         job.policy_digest,
         devices=parameters.devices or (CPU,),
@@ -357,9 +358,9 @@ def _beside_copies(
     """
     waits = view.waiting.items() if at_once else ()
     waiting = (node_id for node_id, models in waits if models != {loaded.id})
-    node_ids = chain((each.node_id for each in list_ready(view.usable, loaded)), waiting)
+    node_ids = chain((each.server for each in list_ready(view.usable, loaded)), waiting)
     occupied = frozenset(node_id for node_id in node_ids if node_id is not None)
-    usable = (each.node_id for each in loaded.model.servings if each.node_id in view.usable)
+    usable = (each.server for each in loaded.model.servings if each.server in view.usable)
     older = (node_id for node_id in usable if node_id not in occupied)
     return replace(request, home=next(older, None), occupied=occupied)
 
@@ -367,7 +368,7 @@ def _beside_copies(
 def list_ready(usable: AbstractSet[str], loaded: LoadedModel) -> list[Serving]:
     """Return the copies that count, the first one first: as a load is, with all workers, at usable nodes."""
     first = loaded.serving
-    found = [each for each in loaded.model.servings if each.node in usable]
+    found = [each for each in loaded.model.servings if each.at in usable]
     return [each for each in found if each is first or (each.degraded_at is None and each.is_copy_of(first))]
 
 
@@ -377,7 +378,7 @@ def find_usable(state: State, untrusted: AbstractSet[str]) -> frozenset[str]:
 
 
 def _find_holders(state: State, model_id: str, version: int) -> tuple[str, ...]:
-    return state.registers.find_versions(model_id).find_holders(version).node_ids
+    return state.registers.find_versions(model_id).find_holders(version).servers
 
 
 def _find_digests(model: Model | None, held: Serving | None, version: int) -> frozenset[str]:
@@ -414,7 +415,7 @@ def draft_placement(view: NodeView, job: Job, chosen: ChosenNode) -> RecordFact:
 
 
 def _has_no_node(job: Job, own: Node) -> bool:
-    return job.kind is JobKind.LOAD and job.status is JobStatus.PENDING and job.node_id != own.id
+    return job.kind is JobKind.LOAD and job.status is JobStatus.PENDING and job.server != own.id
 
 
 def _may_move(job: Job) -> bool:
@@ -432,7 +433,7 @@ def _leaves(view: NodeView, job: Job) -> bool:
 
 def _lacks_rules(view: NodeView, job: Job) -> bool:
     """Whether a load was placed at this node before that started with other rules."""
-    if job.kind is not JobKind.LOAD or job.status is not JobStatus.PENDING or job.node_id != view.node.id:
+    if job.kind is not JobKind.LOAD or job.status is not JobStatus.PENDING or job.server != view.node.id:
         return False
     return find_digest(view.state.registers.find_policy(view.node.id), job.model_id) != job.policy_digest
 
@@ -489,7 +490,7 @@ def _list_able(state: State, untrusted: AbstractSet[str], request: PlacementRequ
 
 def explain_lack(state: State, untrusted: AbstractSet[str], loaded: LoadedModel, ready: list[Serving]) -> str:
     """Return what one more copy of a model waits for: a node, or room at those that there are."""
-    request = _request_of(state, loaded, frozenset(each.node_id or "" for each in ready))
+    request = _request_of(state, loaded, frozenset(each.server or "" for each in ready))
     if able := _list_able(state, untrusted, request):
         return f"room at {' or '.join(able)}"
     return f"a further node that takes loads{_describe_demands(request, loaded.serving.version)}"
@@ -589,13 +590,13 @@ def _node_of_job(job: Job, state: State, present: AbstractSet[str]) -> str | Non
     model = state.models.get(job.model_id)
     if job.unload is not None and has_turn(job) and model is not None:
         target = state.unended_job(job.unload.load_job_id) if model.serving is None else None
-        if target is not None and target.node_id in present:
-            return target.node_id
+        if target is not None and target.server in present:
+            return target.server
         if (node_id := _node_of_model(model, present)) is not None:
             return node_id
-    return job.node_id if job.node_id in present else None
+    return job.server if job.server in present else None
 
 
 def _node_of_model(model: Model, present: AbstractSet[str]) -> str | None:
-    node_id = model.serving.node_id if model.serving is not None else None
+    node_id = model.serving.server if model.serving is not None else None
     return node_id if node_id in present else None

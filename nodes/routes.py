@@ -141,14 +141,14 @@ def _models_by_node(state: State) -> defaultdict[str | None, list[tuple[Model, S
     found = defaultdict[str | None, list[tuple[Model, Serving]]](list)
     for model in sorted(state.models.values(), key=lambda model: model.id):
         for serving in model.servings:
-            found[serving.node_id].append((model, serving))
+            found[serving.server].append((model, serving))
     return found
 
 
 def _jobs_by_node(state: State) -> defaultdict[str | None, list[Job]]:
     found = defaultdict[str | None, list[Job]](list)
     for job in state.unended():
-        found[job.node_id].append(job)
+        found[job.server].append(job)
     return found
 
 

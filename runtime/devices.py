@@ -89,7 +89,7 @@ class Devices:
 
         Args:
             device: its name.
-            falls_back: whether nodes that it does not support run on the CPU.
+            falls_back: whether operators that it does not support run on the CPU.
             memory_bytes: bound of what its provider may keep of the device's own memory.
         """
         library = self.libraries[provider_of(device)]

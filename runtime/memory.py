@@ -25,7 +25,7 @@ _PAGE_BYTES = 4096
 """The most that one read of /proc gives."""
 RESERVE_BYTES = 2**30
 RESERVE_SHARE = 20
-"""Disk space that copies of versions leave free: `RESERVE_BYTES`, or a twentieth of a small file system. A
+"""Disk space that stored versions leave free: `RESERVE_BYTES`, or a twentieth of a small file system. A
 ledger grows by some hundred bytes per event, so there is time to notice."""
 
 THREAD_HEAP_BYTES = 256 * 2**10

@@ -2,7 +2,7 @@
 
 Everything else is skipped by its length, so weights are never read. A message without the bytes `location`,
 the key of such a reference, leads to none and is not walked, and a regular expression skips runs of short
-fields. The attributes of a tree ensemble with 1,000,000 nodes have 13 million fields: one by one they take
+fields. The attributes of a tree ensemble with 1,000,000 branches have 13 million fields: one by one they take
 27 s, so skipped 0.4 s (measured). What is read of one file is bounded.
 """
 
@@ -19,11 +19,11 @@ MAX_VARINT_BYTES = 10
 MAX_TAG = 2**32 - 1
 """C++ parsers truncate a longer tag, and would then read another field."""
 MAX_FIELDS = 1_000_000
-"""Fields that are read of one file, one by one, in 2 s. A graph of 100,000 nodes has 100,000, and 4 more for
-each tensor in another file. Of the graphs of the `onnx` package, Inception v2 has most: 190."""
+"""Fields that are read of one file, one by one, in 2 s. A graph of 100,000 operators has 100,000, and 4 more
+for each tensor in another file. Of the graphs of the `onnx` package, Inception v2 has most: 190."""
 MAX_SHORT_BYTES = 2**30
 """Bytes of short fields that are skipped by runs, in 15 s; those beyond them are read one by one. It is half
-of what protobuf parses, and a tree ensemble of 25 million nodes."""
+of what protobuf parses, and a tree ensemble of 25 million branches."""
 MARK = b"location"
 """The key of an entry of external data that names a file."""
 WINDOW_BYTES = 2**12

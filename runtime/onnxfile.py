@@ -52,7 +52,7 @@ FOREIGN_HEAD_BYTES = 2**16
 MAX_QUOTED = 60
 """Characters of a text that an error quotes: the first words of a web server's answer."""
 MAX_TENSOR_FIELDS = 200_000
-"""Fields that are read for inputs and outputs, in 0.4 s: one for each node and three for each weight."""
+"""Fields that are read for inputs and outputs, in 0.4 s: one for each operator and three for each weight."""
 MAX_TENSOR_CHARACTERS = 2**16
 """Of all names and types together, since they are kept: 1,000 inputs with names of 40 characters."""
 MAX_DIMENSION_NAME_BYTES = 256
@@ -64,7 +64,7 @@ MAX_TYPE_DEPTH = 8
 WINDOW_BYTES = 2**12
 """Of a file read at once: the name of a weight is one page away from that of the next."""
 _OPERATOR_TAG = 4 << 3 | LENGTH
-"""Tag of a node's operator."""
+"""Tag of an operator's type."""
 _IR_VERSION, _GRAPH, _OPERATOR_SET = 1, 7, 8
 """Fields of a model."""
 _DOMAIN = 1
@@ -388,7 +388,7 @@ def read_domains(path: Path) -> frozenset[str]:
 
 
 def find_operator(path: Path, names: Iterable[str]) -> str | None:
-    """Return the first of these operators that a node of a model names, in functions and subgraphs, too.
+    """Return the first of these operators that a model's graph has, in functions and subgraphs, too.
 
     Its bytes are searched for the field, so that a weight could have it as well.
 

@@ -198,12 +198,12 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     example: Example | None = None
 
 
-class ProviderNodes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How many nodes of a model's graph run on a provider, whose version it is."""
+class ProviderOperators(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How many operators of a model's graph run on a provider, whose version it is."""
 
     provider: Name
     version: Name
-    nodes: Count
+    operators: Count
 
 
 class ProviderLibrary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -243,7 +243,7 @@ class TargetDevice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         name: as loads name it (`events.devices`).
         library: of its provider.
         options: for the provider.
-        falls_back: whether nodes that it does not support run on the CPU; else the load is refused.
+        falls_back: whether operators that it does not support run on the CPU; else the load is refused.
     """
 
     name: Name
@@ -405,7 +405,7 @@ class Loaded(Message, frozen=True):
     outputs: Annotated[tuple[TensorSpec, ...], msgspec.Meta(max_length=MAX_OUTPUTS)]
     loading_us: Count
     warming_up_us: Count | None = None
-    placed: tuple[ProviderNodes, ...] = ()
+    placed: tuple[ProviderOperators, ...] = ()
     dependence: Text | None = None
 
 
@@ -574,7 +574,7 @@ def _elements(data: Buffer) -> Iterator[memoryview]:
 def decode(
     body: memoryview, header_bytes: int, decoder: msgspec.msgpack.Decoder[M], locate: Locate | None = None
 ) -> Frame[M]:
-    """Decode what follows a frame's prefix; the tensors refer to `body` or shared memory, they are no copies.
+    """Decode what follows a frame's prefix; the tensors refer to `body` or shared memory.
 
     Raises:
         MalformedFrame: it is no frame of this contract.

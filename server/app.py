@@ -396,11 +396,11 @@ def _needed_digests(app: web.Application, store: Store) -> frozenset[str]:
     """Return the versions that must not be swept: of loads here that serve, were lost, or are pending."""
     state, here = app[LOG].state, {None, _node_id(app)}
     held = [each for model in list(state.models.values()) for each in model.held]
-    own = (each for each in held if each.node_id in here)
+    own = (each for each in held if each.server in here)
     needed = {digest_of(contents_of(each.files)) for each in own}
     for job in [job for queue in list(state.queues.values()) for job in queue]:
         source = None if job.version is None else store.read_source(job.model_id, job.version)
-        if source is not None and job.node_id in here:
+        if source is not None and job.server in here:
             needed.add(digest_of(source.contents))
     return frozenset(needed)
 

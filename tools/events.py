@@ -178,7 +178,7 @@ def _missing(member: FieldInfo) -> str:
         return ""
     if member.default is UNSET:
         is_list = _type(member.type).startswith("list")
-        is_of_nodes = member.name.startswith("node")
+        is_of_nodes = member.encode_name.startswith("node")
         others = "missing in a ledger without nodes" if is_of_nodes else "may be missing"
         return "missing if empty" if is_list else others
     return f"if missing: {msgspec.json.encode(member.default).decode()}"

@@ -99,7 +99,7 @@ class PolicyAudit:
             self.remarks.append(Remark(event.position, kind, text))
 
     def _compare_policies(self, event: Event, data: PolicyInForce) -> None:
-        before = self._entities.registers.find_policy(data.node_id or None)
+        before = self._entities.registers.find_policy(data.server or None)
         for sentence in list_weakenings(before, data.policy):
             self._remark(event, RemarkKind.WEAKENED, sentence)
 
@@ -137,16 +137,16 @@ class PolicyAudit:
         """Return why a node has not signed a statement; None if it has."""
         if signature is UNSET:
             return "the signature of a node is missing"
-        node = self._entities.registers.nodes.get(signature.node_id)
+        node = self._entities.registers.nodes.get(signature.server)
         if node is None or not is_signed_by(statement, signature.signature, node.public_key or ""):
-            return f"its signature is not by the key with which the node {signature.node_id!r} joined"
+            return f"its signature is not by the key with which the node {signature.server!r} joined"
         return None
 
     # Loads.
 
     def _check_load(self, event: Event, data: ModelLoaded) -> str | None:
         model_id, job = event.model_id or "", self._entities.jobs.get(event.job_id or "")
-        rules = self._entities.registers.find_policy(data.node_id or None).of(model_id)
+        rules = self._entities.registers.find_policy(data.server or None).of(model_id)
         digest = None if job is None else job.policy_digest
         if rules is None and digest is None and (data.signature, data.approval) == (UNSET, UNSET):
             return None
@@ -158,7 +158,7 @@ class PolicyAudit:
             return f"the rules {digest}, which the request names, are not those in force"
         started = self._started.get(model_id, ("", None))
         model, contents = self._entities.models.get(model_id) or Model(model_id), contents_of(data.files)
-        given = self._make_input(event, rules, model, contents, data.node_id)
+        given = self._make_input(event, rules, model, contents, data.server)
         given = change(given, read=partial(self._read_bundle, model_id, dict(contents), data.bundle))
         if started[0] == job.id and started[1] is not None:
             given = change(given, versions=started[1])
@@ -189,10 +189,10 @@ class PolicyAudit:
         )
 
     def _check_node(self, data: ModelLoaded, job: Job, given: CheckInput) -> str | None:
-        if data.node_id is UNSET or job.version is None:
+        if data.server is UNSET or job.version is None:
             return None
-        if data.node_signature is not UNSET and data.node_signature.node_id != data.node_id:
-            return f"the node {data.node_id!r} has not signed it, where it was loaded"
+        if data.node_signature is not UNSET and data.node_signature.server != data.server:
+            return f"the node {data.server!r} has not signed it, where it was loaded"
         passed = AdmittedBytes(given.digest, job.id, job.version, data.evidence)
         return self._find_unsigned(load_statement(job.model_id, passed), data.node_signature)
 
@@ -257,12 +257,12 @@ class PolicyAudit:
         serving = None if model is None else model.find_serving(data.load_job_id)
         if job is None or model is None or serving is None:
             return None
-        rules = self._entities.registers.find_policy(serving.node_id).of(job.model_id)
+        rules = self._entities.registers.find_policy(serving.server).of(job.model_id)
         if rules is None or not rules.persons:
             return None
         if job.policy_digest != rules.digest:
             return f"the rules {rules.digest} are in force, and its request does not name them"
-        given = self._make_input(event, rules, model, contents_of(serving.files), serving.node)
+        given = self._make_input(event, rules, model, contents_of(serving.files), serving.at)
         try:
             found = check_approval(given, job)
         except NotLoadable as refused:

@@ -18,7 +18,8 @@ from events.sqlite.schema import Connection, begin_reading
 from events.sqlite.timetravel import Moment, cannot_fold, moment_at, unknown_if_overdue
 from events.state import Entities, State
 from events.storage import Row
-from events.types import OF_NODES, OF_SERVER
+from events.types import OF_SERVER
+from features.nodes.facts import OF_NODES
 
 _OF_PRESENCE = frozenset({*OF_SERVER, *OF_NODES})
 

@@ -21,8 +21,9 @@ from events.sqlite import history
 from events.state import Changes, Join, KnownKey, State, read_key
 from events.storage import LogHead, Row, StorageError
 from events.tokens import Token
-from events.types import OF_NODES, OF_SERVER
+from events.types import OF_SERVER
 from events.versions import ModelVersions
+from features.nodes.facts import OF_NODES
 
 PAGE = 500
 """Events read at once: what is held in memory beside a fold."""

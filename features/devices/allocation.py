@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from msgspec import UNSET
-from msgspec.structs import asdict, replace
+from msgspec.structs import replace
 
 from events.devices import CPU
 from events.types import DeviceUse, LoadParameters, ModelLoaded, ModelUnloaded
@@ -58,7 +58,9 @@ class DeviceAllocation(Allocation):
 
     def complete_loaded(self, fact: ModelLoaded, report: Loaded) -> ModelLoaded:
         """Add what runs on the device, then what falls back to the CPU, as a worker reports it."""
-        first, *others = (DeviceUse(device=CPU, **asdict(each)) for each in report.placed)
+        first, *others = (
+            DeviceUse(each.provider, each.version, CPU, each.operators) for each in report.placed
+        )
         use = replace(first, device=self.device.name, memory_bytes=self._measured_bytes())
         confinement = self.pool.applied_to_devices.confinement
         return replace(fact, confinement=confinement, devices=(use, *others))

@@ -130,7 +130,7 @@ def _show_typed(text: str, parameter: click.Parameter, typed: str) -> str:
 
 @contextmanager
 def open_managing_client(data: Path | None, where: ServerChoice) -> Iterator[Any]:
-    """Give a client that may manage tokens and nodes: over the socket in a data directory, or of a server."""
+    """Give a client with the routes that the control socket has: over it, or of a server."""
     is_server_named = where.url is not None or where.profile is not None
     is_data_given = click.get_current_context().get_parameter_source("data") is ParameterSource.COMMANDLINE
     if is_server_named and is_data_given:

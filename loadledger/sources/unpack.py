@@ -28,7 +28,7 @@ MAX_HEADERS_BYTES = 256 * 2**20
 MAX_MEMBERS = 100_000
 """Ten times the files of a version: an image's layer may have others beside the model."""
 MAX_GLOBAL_HEADERS = 100
-"""Of pax, for all members, each of which copies them; `git archive` writes one."""
+"""Of pax, for all members, into each of which they are read; `git archive` writes one."""
 MODELS = PurePosixPath("models")
 """KServe's images of models ("modelcars") have the model in this folder."""
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"

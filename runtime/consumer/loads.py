@@ -475,7 +475,7 @@ async def _make_durable(files: HeldVersion, held: AsyncExitStack) -> None:
     async with held:
         try:
             await files.make_durable()
-        except RuntimeProblem as problem:  # the next start copies it again
+        except RuntimeProblem as problem:  # the next start stores it again
             _log.warning("version %d of %s is not kept: %s", files.version, files.model_id, problem)
 
 

@@ -31,7 +31,7 @@ from runtime.wire import (
     Outcome,
     Probe,
     Probed,
-    ProviderNodes,
+    ProviderOperators,
     ReadJson,
     StageReached,
     TargetDevice,
@@ -68,7 +68,7 @@ class PendingOrder:
         """
         match self._order, report:
             case Load(device=device), Loaded(placed=placed) if not _is_plausible(device, placed):
-                raise MalformedFrame("where nodes run is not what was asked for")
+                raise MalformedFrame("where operators run is not what was asked for")
             case _, StageReached(stage):
                 if stage not in self._stages_left:  # an iterator, which does not go back
                     raise MalformedFrame(f"stage '{stage}' twice, or out of order")
@@ -93,8 +93,8 @@ class PendingOrder:
             self._answer.set_result(result)
 
 
-def _is_plausible(device: TargetDevice | None, placed: Sequence[ProviderNodes]) -> bool:
-    """Whether the nodes of a load run on its device, and the others on the CPU if they may; or all there."""
+def _is_plausible(device: TargetDevice | None, placed: Sequence[ProviderOperators]) -> bool:
+    """Whether operators run on the load's device, and the others on the CPU if they may; or all there."""
     named = [each.provider for each in placed]
     if device is None:
         return not named

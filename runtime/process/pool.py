@@ -47,7 +47,7 @@ RETRY_S = (0.1, 5.0)
 BUFFER_BYTES = 2**20
 """Socket buffer of a channel, as far as the kernel allows: fewer turns for a tensor of some 100 KB."""
 READING_BYTES = 32 * 2**20
-"""For reading the JSON of a request, beside the text and its copies: names, shapes and parameters."""
+"""For reading the JSON of a request, beside the text and its duplicates: names, shapes and parameters."""
 
 
 async def complete(work: Coroutine[Any, Any, T]) -> T:
@@ -73,7 +73,7 @@ def start_task(work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
 
 
 def reading_bytes(json_bytes: int) -> int:
-    """Return the memory that may be taken to read a JSON of this length: the text, and two copies."""
+    """Return the memory that may be taken to read a JSON of this length: the text, and two more of it."""
     return 3 * json_bytes + READING_BYTES
 
 

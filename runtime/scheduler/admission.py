@@ -87,7 +87,7 @@ class Waiting:
 class Reservations:
     """Room that is reserved for waiting loads: first what is being released, then what is free.
 
-    All loads of a decision share one object, which grows from load to load: copies would make it slow.
+    All loads of a decision share one object, which grows from load to load: one for each would be slow.
     """
 
     rooms: dict[LoadRoom, Amount] = field(default_factory=dict)

@@ -18,7 +18,7 @@ from runtime.scheduler.view import FileSizes, MemoryEstimate
 WORKER_BYTES = 8 * 2**20
 """Memory of a worker beside its model, at most."""
 BYTES_PER_MODEL_BYTE = 2.5
-"""ONNX Runtime parses, copies and packs weights while it loads them (measured: 2.1)."""
+"""ONNX Runtime parses, duplicates and packs weights while it loads them (measured: 2.1)."""
 BYTES_PER_DATA_BYTE = 1
 """External data is mapped, which takes no memory, but copied where it is packed."""
 

@@ -1,6 +1,6 @@
 """Finds an example of a model's inputs: zeros, or ones, of lengths that the model runs on.
 
-A file may leave lengths open that the model's nodes do not: a picture's sides have to be multiples of 32, a
+A file may leave lengths open that its operators do not: a picture's sides have to be multiples of 32, a
 sequence needs 512 samples. The search tries usual lengths, the numbers that the runtime names when it refuses
 one, and those of the model's weights.
 """

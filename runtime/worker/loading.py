@@ -18,7 +18,7 @@ from runtime.wire import (
     Load,
     Loaded,
     LoadStage,
-    ProviderNodes,
+    ProviderOperators,
     Tensor,
 )
 from runtime.worker import privileges, providers, sessions
@@ -92,10 +92,10 @@ def _find_file(order: Load) -> Path | None:
     return None if name is None else folder / name
 
 
-def _create_session(order: Load) -> tuple[ort.InferenceSession, tuple[ProviderNodes, ...]]:
-    """Return the session of a load, and where its nodes run, unless that is the CPU."""
+def _create_session(order: Load) -> tuple[ort.InferenceSession, tuple[ProviderOperators, ...]]:
+    """Return the session of a load, and where its operators run, unless that is the CPU."""
     chosen = sessions.session_options(order.threads)
     device = None if order.device is None else providers.add_device(order.device, order.threads, chosen)
     folder, root = Path(order.folder), Path(os.path.realpath(order.root))
     session = sessions.create_checked(folder, root, chosen, order.limit_text)
-    return session, () if order.device is None else providers.count_nodes(session, order.device, device)
+    return session, () if order.device is None else providers.count_operators(session, order.device, device)

@@ -1,4 +1,4 @@
-"""Execution providers in a worker: it registers a provider's library, names its devices and counts nodes.
+"""Execution providers in a worker: it registers a provider's library, names its devices and counts operators.
 
 ONNX Runtime's "plugin execution providers". A library is registered after the confinement, in the process
 that uses it, and only for a load on a device.
@@ -12,12 +12,12 @@ from collections.abc import Iterable, Sequence
 import onnxruntime as ort
 
 from runtime.errors import LoadRefused
-from runtime.wire import FoundDevice, ProviderLibrary, ProviderNodes, TargetDevice, TensorSpec
+from runtime.wire import FoundDevice, ProviderLibrary, ProviderOperators, TargetDevice, TensorSpec
 from runtime.worker.refusals import strip_noise
 
 CPU, CUDA, OPENVINO = "cpu", "cuda", "openvino"
 RECORD_NODES = ("session.record_ep_graph_assignment_info", "1")
-"""onnxruntime_session_options_config_keys.h: without it, nobody can tell where nodes run."""
+"""onnxruntime_session_options_config_keys.h: without it, nobody can tell where operators run."""
 HARDWARE_NAMES = ("FULL_DEVICE_NAME", "cuda_device_name")
 """Keys of the metadata in which providers have a name for people: OpenVINO's, CUDA's."""
 MOST_OPERATORS = 8
@@ -79,10 +79,10 @@ def add_device(target: TargetDevice, threads: int, chosen: ort.SessionOptions) -
     return device
 
 
-def count_nodes(
+def count_operators(
     session: ort.InferenceSession, target: TargetDevice, device: ort.OrtEpDevice
-) -> tuple[ProviderNodes, ...]:
-    """Return how many nodes of a session's graph run on its device, and then how many on the CPU, if any.
+) -> tuple[ProviderOperators, ...]:
+    """Return how many operators of a session's graph run on its device, and then how many on the CPU, if any.
 
     Raises:
         LoadRefused: `fallback_refused`, some do not run on the device, and may not run elsewhere.
@@ -95,14 +95,14 @@ def count_nodes(
         reason = f"{others} of the {ours + others} nodes of its graph do not run on {target.name}"
         advice = f'load it with fallback "{CPU}" to run them on the CPU'
         raise LoadRefused("fallback_refused", f"{reason}: {_list_operators(placed[False])}; {advice}")
-    count = ProviderNodes(target.library.provider, _version_of(device), ours)
-    return (count, ProviderNodes(CPU, ort.__version__, others)) if others else (count,)
+    count = ProviderOperators(target.library.provider, _version_of(device), ours)
+    return (count, ProviderOperators(CPU, ort.__version__, others)) if others else (count,)
 
 
 def check_tensors(target: TargetDevice, specs: Iterable[TensorSpec]) -> None:
     """Refuse a model with tensors that the device's provider spoils.
 
-    OpenVINO's plugin (1.8.1) takes nodes of strings, and then frees memory that is not its own (measured).
+    OpenVINO's plugin (1.8.1) takes operators on strings, and then frees memory of others (measured).
 
     Raises:
         LoadRefused: `invalid_model`.

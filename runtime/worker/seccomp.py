@@ -138,8 +138,8 @@ NUMBERS: Mapping[str, tuple[int, int | None]] = _PLAIN | _CHECKED | _DRIVING | _
 """Numbers of system calls, by `Machine.column`; None where the architecture has no such call.
 
 Only for drivers: `mremap`, which makes memory of any size of a page of the stack, and no limit but that of
-addresses counts it (malloc then copies instead). Not among them: `sendmsg` and `recvmsg`, whose descriptors
-and flags lie in memory, where a filter cannot read them.
+addresses counts it (malloc then moves the data itself). Not among them: `sendmsg` and `recvmsg`, whose
+descriptors and flags lie in memory, where a filter cannot read them.
 """
 
 _PROT_EXEC = 0x4

@@ -42,7 +42,7 @@ NO_THREAD = "Resource temporarily unavailable"
 """The error text of OpenVINO if there is no memory for a thread: EAGAIN of pthread_create(3)."""
 SMALLEST_MODEL = bytes.fromhex(
     "0808 3a2f"  # ir_version 8; a graph of 47 bytes:
-    "0a10 0a0178 120179 22084964656e74697479"  # a node, Identity of x to y
+    "0a10 0a0178 120179 22084964656e74697479"  # an operator, Identity of x to y
     "120167"  # its name, g
     "5a0b 0a0178 12060a0408011200"  # the input x: a float without dimensions
     "620b 0a0179 12060a0408011200"  # the output y
@@ -87,14 +87,14 @@ def describe_model(
         LoadRefused: `invalid_model`, inputs or outputs are too many, one has too long a name or no batch
             dimension, or no request can ask the model.
     """
-    inputs, outputs = _inputs(session), tuple(_spec(node) for node in session.get_outputs())
+    inputs, outputs = _inputs(session), tuple(_spec(each) for each in session.get_outputs())
     _check_size(inputs, outputs)
     problem = explain_uselessness(inputs, outputs, max_request_bytes)
     if problem is not None:
         raise LoadRefused("invalid_model", problem)
     dimension = None
     if max_batch_size:
-        names = [node.name for node in session.get_inputs()]
+        names = [each.name for each in session.get_inputs()]
         _check_batch_dimension([*inputs[: len(names)], *outputs])
         dimension = BatchDimension(max_batch_size, names)
     return ServingSession(Runner(session, inputs, outputs), inputs, outputs, dimension)
@@ -102,18 +102,18 @@ def describe_model(
 
 def _inputs(session: ort.InferenceSession) -> tuple[TensorSpec, ...]:
     """Return the inputs; inputs with a default are optional and come last."""
-    defaults = (_spec(node) for node in session.get_overridable_initializers())
+    defaults = (_spec(each) for each in session.get_overridable_initializers())
     return (
-        *(_spec(node) for node in session.get_inputs()),
+        *(_spec(each) for each in session.get_inputs()),
         *(msgspec.structs.replace(spec, optional=True) for spec in defaults),
     )
 
 
-def _spec(node: ort.NodeArg) -> TensorSpec:
-    if max(len(node.name), len(node.type)) > MAX_NAME_CHARACTERS:
+def _spec(argument: ort.NodeArg) -> TensorSpec:
+    if max(len(argument.name), len(argument.type)) > MAX_NAME_CHARACTERS:
         reason = f"an input or output has a name or type of more than {MAX_NAME_CHARACTERS} characters"
         raise LoadRefused("invalid_model", reason)
-    return describe_tensor(node.name, node.type, node.shape)
+    return describe_tensor(argument.name, argument.type, argument.shape)
 
 
 def _check_size(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:

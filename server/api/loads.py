@@ -416,7 +416,7 @@ def _name_holders(app: web.Application, model_id: str, version: int | None) -> s
     if not held:
         return ""
     latest = max(held, key=lambda each: each.version)
-    nodes = ", ".join(latest.node_ids)
+    nodes = ", ".join(latest.servers)
     return f"; version {latest.version} was added at {nodes}: ask there, or add it here, too"
 
 

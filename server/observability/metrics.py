@@ -492,7 +492,7 @@ def _count_copies(state: State, name_of: Callable[[str], str]) -> Counter[tuple[
 
 def _is_elsewhere(model: Model, own: str | None) -> bool:
     """Whether a model is at another node, which has its metrics."""
-    return own is not None and model.serving is not None and model.serving.node_id not in (None, own)
+    return own is not None and model.serving is not None and model.serving.server not in (None, own)
 
 
 def _size(*paths: Path) -> int:

@@ -542,13 +542,13 @@ def test_version_has_same_files_at_all_nodes(where: str, here: str, sha256: str,
         assert (decision.code, "other files at a:" in decision.message) == ("version_exists", True)
     else:
         assert isinstance(decision, Accepted)
-        assert decision.drafts[0].data == VersionAdded(files, node_id=here or UNSET)
+        assert decision.drafts[0].data == VersionAdded(files, server=here or UNSET)
 
 
 def test_removal_says_whose_repository_it_is() -> None:
     decision = decide(State(), RemoveVersion(MODEL, 1, "bob", "e", holder="a"))
     assert isinstance(decision, Accepted)
-    assert decision.drafts[0].data == VersionRemoved(node_id="a")
+    assert decision.drafts[0].data == VersionRemoved(server="a")
 
 
 def test_change_of_an_epoch_that_is_over_is_outdated() -> None:

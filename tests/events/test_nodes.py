@@ -30,20 +30,9 @@ from events.registers import Registers
 from events.sqlite import queries, storage
 from events.sqlite.schema import connect
 from events.state import Entities, State, Transaction
-from events.types import (
-    SYSTEM,
-    Cause,
-    Draft,
-    LoadStarted,
-    NodeDraining,
-    NodeJoined,
-    NodeLeft,
-    NodeLost,
-    ServerStarted,
-    UnloadRequested,
-    VersionApproved,
-)
+from events.types import SYSTEM, Cause, Draft, LoadStarted, ServerStarted, UnloadRequested, VersionApproved
 from events.values import Credential, NodeSignature
+from features.nodes.facts import NodeDraining, NodeJoined, NodeLeft, NodeLost
 from nodes.placement import find_share
 from runtime.scheduler.placement import ALONE
 
@@ -179,7 +168,7 @@ def test_end_of_node_loses_its_models_alone(end: str) -> None:
     assert history.model("at_a") is before
     assert (lost.phase, lost.lost_by, lost.lost_at) == (ModelState.LOST, Cause.RESTART, at(history.seconds))
     assert lost.serving is not None
-    assert lost.serving.node_id is None
+    assert lost.serving.server is None
 
 
 @pytest.mark.parametrize(("end", "deaths"), [("leaves", 0), ("is lost", 1), ("joins again", 1)])
@@ -187,13 +176,13 @@ def test_end_of_node_leaves_its_load_to_another(end: str, deaths: int) -> None:
     history = cluster("a", "b")
     history.ask_load("L")
     history.start_at("b", "L")
-    assert (history.job("L").node_id, history.model().state) == ("b", ModelState.LOADING)
+    assert (history.job("L").server, history.model().state) == ("b", ModelState.LOADING)
     ENDS[end](history)
     job = history.job("L")
-    assert (job.status, job.node_id, job.attempt, job.server_deaths) == (JobStatus.PENDING, None, 1, deaths)
+    assert (job.status, job.server, job.attempt, job.server_deaths) == (JobStatus.PENDING, None, 1, deaths)
     assert history.model().state is ModelState.UNLOADED
     history.start_at("a", "L")
-    assert (history.job("L").attempt, history.job("L").node_id) == (2, "a")
+    assert (history.job("L").attempt, history.job("L").server) == (2, "a")
 
 
 @pytest.mark.parametrize("end", ENDS)
@@ -203,7 +192,7 @@ def test_end_of_node_unplaces_waiting_loads(end: str) -> None:
     history.place("L", "b")
     ENDS[end](history)
     job = history.job("L")
-    assert (job.node_id, job.server_deaths, job.position) == (None, 0, history.state.position)
+    assert (job.server, job.server_deaths, job.position) == (None, 0, history.state.position)
 
 
 def test_end_of_node_keeps_load_at_another() -> None:
@@ -214,10 +203,10 @@ def test_end_of_node_keeps_load_at_another() -> None:
     history.lose("b")
     assert (history.model().phase, history.job("L").status) == (ModelState.LOST, JobStatus.IN_PROGRESS)
     assert [load.started for load in history.model().loads] == [True]
-    history.add(replace(model_loaded("w"), node_id="a"), "L")
+    history.add(replace(model_loaded("w"), server="a"), "L")
     serving = history.model().serving
     assert serving is not None
-    assert (serving.node_id, history.model().phase) == ("a", ModelState.LOADED)
+    assert (serving.server, history.model().phase) == ("a", ModelState.LOADED)
 
 
 def test_dead_worker_keeps_model_at_its_node() -> None:
@@ -234,14 +223,14 @@ def test_drained_and_replaced_load_is_unloaded_apart() -> None:
     history = cluster("a", "b")
     history.load_at("a", "A")
     history.load_at("b", "M", cause=Cause.DRAIN)
-    unload = UnloadRequested(False, "A", Cause.DRAIN, node_id="a")
+    unload = UnloadRequested(False, "A", Cause.DRAIN, server="a")
     history.add(unload, "U")
     assert (works_on(history, "a"), works_on(history, "b")) == (({"U"}, set()), (set(), {MODEL}))
     assert history.state.queue(MODEL) == []
     assert not history.job("U").cancellable
     serving = history.model().serving
     assert serving is not None
-    assert (serving.node_id, serving.asked_by, serving.brought_back) == ("b", "alice", Cause.DRAIN)
+    assert (serving.server, serving.asked_by, serving.brought_back) == ("b", "alice", Cause.DRAIN)
     history.start_unload("U")
     history.lose("a")
     assert (history.job("U").status, works_on(history, "b")[0]) == (JobStatus.PENDING, {"U"})
@@ -271,7 +260,7 @@ def test_failed_move_ends_no_repair() -> None:
     history = cluster("a", "b")
     history.ask_load("A", instances=2)
     history.start_at("a", "A")
-    history.add(replace(model_loaded("w1", "w2"), node_id="a"), "A")
+    history.add(replace(model_loaded("w1", "w2"), server="a"), "A")
     history.kill_worker("w1")
     history.ask_load("M", cause=Cause.DRAIN)
     history.start_at("b", "M")
@@ -291,7 +280,7 @@ def test_placement_is_counted_until_a_node_ends() -> None:
         history.place("L", node)
     placed = history.job("L").placement
     assert placed
-    assert (placed.node_id, placed.times, history.job("L").position) == ("b", 3, history.state.position)
+    assert (placed.server, placed.times, history.job("L").position) == ("b", 3, history.state.position)
     history.lose("b")
     history.place("L", "a")
     assert history.job("L").placement != placed
@@ -306,7 +295,7 @@ def test_deadline_moves_by_time_without_any_node() -> None:
     assert deadlines == [at(13), at(14)]
     history.join("a", unclean=True, no_node_since=at(history.seconds - 2))
     assert [history.job(job).deadline_at for job in ("L", "M")] == [at(16), at(17)]
-    assert (history.job("M").status, history.job("M").node_id) == (JobStatus.IN_PROGRESS, "b")
+    assert (history.job("M").status, history.job("M").server) == (JobStatus.IN_PROGRESS, "b")
     history.join("a", unclean=True)
     assert history.job("L").deadline_at == at(16)
 
@@ -327,8 +316,8 @@ def test_server_without_nodes_takes_over_what_they_had() -> None:
     history.add(ServerStarted(True, last_seen_at=at(history.seconds)), None, of=None, version=None)
     serving = history.model().serving
     assert serving is not None
-    assert (serving.node_id, history.model().phase) == (None, ModelState.LOST)
-    assert history.job("L").node_id is None
+    assert (serving.server, history.model().phase) == (None, ModelState.LOST)
+    assert history.job("L").server is None
 
 
 # Which node works on what
@@ -459,7 +448,7 @@ def test_unload_names_the_node_of_its_load() -> None:
     history.load_at("b", "B")
     (request,) = facts(decide(history.state, RequestUnload(MODEL, "alice")))
     assert isinstance(request, UnloadRequested)
-    assert (request.load_job_id, request.node_id) == ("B", "b")
+    assert (request.load_job_id, request.server) == ("B", "b")
 
 
 # How they are stored

@@ -50,9 +50,9 @@ def test_version_has_holders_from_adds_to_own_repositories(
             case _:
                 STEPS[word](history)
     versions = history.versions()
-    assert " ".join(versions.find_holders(1).node_ids) == holders
+    assert " ".join(versions.find_holders(1).servers) == holders
     assert (1 in versions.removed) == is_removed
-    assert versions.find_holders(2).node_ids == ("c",)
+    assert versions.find_holders(2).servers == ("c",)
 
 
 def added(*versions: tuple[int, str, str]) -> History:

@@ -43,12 +43,12 @@ from events.types import (
     Event,
     EventsDiscarded,
     LoadRequested,
-    NodeJoined,
     VersionApproved,
     record_draft,
 )
 from events.values import Credential, FileHash, NodeSignature
 from events.versions import make_approval
+from features.nodes.facts import NodeJoined
 from server.appkeys import LOG
 
 INFER = "/v2/models/m/infer"

@@ -105,7 +105,7 @@ async def test_approval_at_one_node_counts_at_another(ledger: Database, tmp_path
         assert (await a.post("/api/v1/nodes/a/drain")).status == 202
         assert await load(b) is None
         assert await list_results(b) == [ApprovalResult.APPROVED]
-        assert {each.node_id for each in await b.data_of(ModelLoaded)} == {"b"}
+        assert {each.server for each in await b.data_of(ModelLoaded)} == {"b"}
 
 
 @pytest.mark.parametrize("is_replayed", [True, False])
@@ -157,7 +157,7 @@ async def test_reload_at_another_node_needs_no_approval(ledger: Database, tmp_pa
 async def test_reload_of_load_that_no_node_signed_is_refused(ledger: Database, tmp_path: Path) -> None:
     async with local_node(ledger, tmp_path, "a", policy=POLICY) as a:
         (path, sha256), job_id = FILES[0], uuid7()
-        loaded = structs.replace(model_loaded(), files=(LoadedFile(path, 9, 1, sha256),), node_id="a")
+        loaded = structs.replace(model_loaded(), files=(LoadedFile(path, 9, 1, sha256),), server="a")
         request = LoadRequested.of(LoadParameters(), Cause.REQUEST)
         about = SYSTEM, job_id, "m", 1
         facts = Draft(job_id, request, *about), Draft(uuid7(), LoadStarted(1, "a"), *about)

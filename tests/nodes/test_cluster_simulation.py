@@ -18,16 +18,9 @@ from events.commands import Command, Condition, RequestCancel, RequestLoad, Requ
 from events.models import ModelState
 from events.policy.rules import ApprovalRule, LoadPolicy
 from events.registercommands import DrainNode, NodeCurrent, NodeUnchanged
-from events.types import (
-    Cause,
-    Justification,
-    LoadParameters,
-    LoadPlaced,
-    LoadStarted,
-    UnloadRequested,
-    WorkerExited,
-)
+from events.types import Cause, Justification, LoadParameters, LoadStarted, UnloadRequested, WorkerExited
 from events.values import Credential
+from features.nodes.facts import LoadPlaced
 from nodes.placement import NodeHints
 from runtime.scheduler.actions import Action, RecordFact, StartLoad
 from runtime.scheduler.placement import SystemCommand
@@ -411,7 +404,7 @@ def target_of(node: ClusterNode) -> str:
     placement = action.before if isinstance(action, StartLoad) else action
     assert isinstance(placement, RecordFact)
     assert isinstance(placement.data, LoadPlaced)
-    return placement.data.node_id
+    return placement.data.server
 
 
 @pytest.mark.parametrize(
@@ -448,7 +441,7 @@ def test_lost_node_ends_its_workers_and_joins_anew() -> None:
     cluster.settle()
     cluster.progress("loaded")
     cluster.settle()
-    served = {model.serving.node_id for model in cluster.state.models.values() if model.serving is not None}
+    served = {model.serving.server for model in cluster.state.models.values() if model.serving is not None}
     assert served == {node.name for node in cluster.nodes if node is not lost}
     lost.is_cut = False
     cluster.work(lost, 1)

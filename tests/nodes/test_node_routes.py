@@ -19,7 +19,7 @@ from support.workers import until
 from answers.nodes import NodeModel
 from events.errors import LogUnavailable
 from events.nodes import Lease
-from events.types import NodeDraining
+from features.nodes.facts import NodeDraining
 from loadledger import Client
 from nodes.membership import NameInUse
 from nodes.routes import make_node_infos

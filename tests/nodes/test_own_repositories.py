@@ -48,5 +48,5 @@ async def test_version_loads_where_it_was_added(ledger: Database, tmp_path: Path
         gone = await a.send("DELETE", "/api/v1/models/second/versions/1")
         assert gone.status == 204
         assert (await b.load("second"))["node"] == "b"
-        assert [each.node_id for each in await b.data_of(VersionAdded)] == ["a", "a", "b"]
-        assert await b.data_of(VersionRemoved) == [VersionRemoved(node_id="a")]
+        assert [each.server for each in await b.data_of(VersionAdded)] == ["a", "a", "b"]
+        assert await b.data_of(VersionRemoved) == [VersionRemoved(server="a")]

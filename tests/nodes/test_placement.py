@@ -16,7 +16,8 @@ from support.history import CONTENTS, MODEL, PLAIN, History, at
 from events.commands import RequestLoad
 from events.nodes import Node, NodePhase, find_placer
 from events.policy.rules import ApprovalRule, LoadPolicy
-from events.types import SYSTEM, Cause, LoadPlaced, PolicyInForce
+from events.types import SYSTEM, Cause, PolicyInForce
+from features.nodes.facts import LoadPlaced
 from nodes.decisions import NodePlacement
 from nodes.placement import (
     MAX_PLACEMENTS,

@@ -205,7 +205,7 @@ def test_choice_has_the_requested_version() -> None:
     history.ask_load("L2", version=2, copies=2)
     history.place("L2", "a", version=2)
     history.add(LoadStarted(1, "a"), "L2", version=2)
-    history.add(replace(model_loaded("w2"), node_id="a"), "L2", version=2)
+    history.add(replace(model_loaded("w2"), server="a"), "L2", version=2)
     assert {each.version for each in history.model().servings} == {1, 2}
     placement = placement_of("d")
     found = {version: placement.choose(history.model(), history.state, version) for version in (1, 2, 3)}

@@ -441,7 +441,7 @@ def list_places(state: State) -> Iterator[Place]:
     """Yield where models are loaded, each copy of them, as recorded."""
     for model in state.models.values():
         for copy in model.servings if model.state == "loaded" else ():
-            yield copy.node_id or "", model.id, copy.load_job_id
+            yield copy.server or "", model.id, copy.load_job_id
 
 
 def find_places(state: State, name: str) -> list[str]:
@@ -484,7 +484,7 @@ def are_elsewhere(model_ids: list[str], name: str) -> Callable[[State], bool]:
 def _list_unsettled(state: State) -> Iterator[str]:
     """Yield the jobs and models that are under way."""
     for job in state.unended():
-        yield f"job {job.id} {job.kind} {job.model_id} {job.status} at {job.node_id} ({job.cause})"
+        yield f"job {job.id} {job.kind} {job.model_id} {job.status} at {job.server} ({job.cause})"
     for model in state.models.values():
         if model.state in ("loading", "unloading", "lost"):
             yield f"model {model.id} {model.state}"
@@ -498,7 +498,7 @@ def _list_uneven_copies(model: Model, takers: int) -> Iterator[str]:
     first = model.serving
     if model.state != "loaded" or first is None or is_crash_loop(model):
         return
-    found = [f"{each.node_id}: {each.version}" for each in model.servings]
+    found = [f"{each.server}: {each.version}" for each in model.servings]
     if not all(each.is_copy_of(first) for each in model.servings):
         yield f"model {model.id} has different copies: {found}"
     wanted = min(first.parameters.wanted_copies, max(1, takers))

@@ -13,17 +13,13 @@ from events.types import (
     Cause,
     Event,
     LoadFailed,
-    LoadPlaced,
     LoadRequested,
     LoadStarted,
     ModelLoaded,
-    NodeDraining,
-    NodeJoined,
-    NodeLeft,
-    NodeLost,
     UnloadRequested,
     WorkerExited,
 )
+from features.nodes.facts import LoadPlaced, NodeDraining, NodeJoined, NodeLeft, NodeLost
 from loadledger.cli.database import verify_address
 from server.observability.eventlog import ENDS
 from support.cluster import Cluster
@@ -82,7 +78,7 @@ class EpochAudit:
     def _check_copies(self, model: Model, event: Event) -> None:
         """Note the loads that a model serves from: one at each node, and of two versions during a swap."""
         held = model.servings if model.phase is ModelState.LOADED else ()
-        assert len({each.node_id for each in held}) == len(held), f"two copies at one node: {event}"
+        assert len({each.server for each in held}) == len(held), f"two copies at one node: {event}"
         before = self._serving.get(model.id, set())
         now = {Source(model.id, each.version, each.position) for each in held}
         self.ended.update(dict.fromkeys(before - now, event.position))
@@ -111,7 +107,7 @@ class EpochAudit:
             model = self._state.models.get(event.model_id or "")
             held = model.servings if model is not None and model.phase is ModelState.LOADED else ()
             is_alone = self._wanted.get(event.job_id or "") == 1
-            others = (each for each in held if each.node_id not in (None, data.node_id))
+            others = (each for each in held if each.server not in (None, data.server))
             self._replaced |= {each.load_job_id for each in others if is_alone}
 
     def _check_node(self, event: Event) -> None:
@@ -123,16 +119,16 @@ class EpochAudit:
                 assert self.present.pop(node_id, None) == epoch, event
                 if isinstance(event.data, NodeLost):
                     self.lost.append(node_id)
-            case NodeDraining(node_id=node_id, epoch=epoch) | LoadPlaced(node_id=node_id, node_epoch=epoch):
+            case NodeDraining(node_id=node_id, epoch=epoch) | LoadPlaced(server=node_id, node_epoch=epoch):
                 assert self.present.get(node_id) == epoch, event
-            case LoadStarted(node_id=node_id) | ModelLoaded(node_id=node_id) | WorkerExited(node_id=node_id):
+            case LoadStarted(server=node_id) | ModelLoaded(server=node_id) | WorkerExited(server=node_id):
                 assert node_id in self.present, event
 
     def _check_job(self, event: Event) -> None:
         data = event.data
         if isinstance(data, ModelLoaded):
             source = Source(event.model_id or "", event.version or 0, event.position)
-            self.loaded[source] = data.node_id or "", frozenset(file.sha256 for file in data.files)
+            self.loaded[source] = data.server or "", frozenset(file.sha256 for file in data.files)
         if isinstance(data, LoadFailed):
             self.failures.append(f"{data.code}: {data.message}")
         if isinstance(data, LoadRequested | UnloadRequested):

@@ -25,7 +25,6 @@ from events.types import (
     Cause,
     Draft,
     LoadParameters,
-    LoadPlaced,
     LoadStarted,
     ModelLoaded,
     PolicyInForce,
@@ -36,6 +35,7 @@ from events.types import (
     digest_of,
 )
 from events.values import Credential, NodeSignature
+from features.nodes.facts import LoadPlaced
 from nodes.decisions import NodePlacement
 from nodes.placement import NodeHints, find_digest, find_share
 from runtime.scheduler import actions
@@ -56,7 +56,7 @@ EPOCH_OVER = Refused("epoch_over", "the node was declared lost")
 def placed_at(placement: RecordFact) -> str:
     """Return the node of a placement."""
     assert isinstance(placement.data, LoadPlaced)
-    return placement.data.node_id
+    return placement.data.server
 
 
 def has_attributes(node: Node, parameters: LoadParameters | None) -> bool:
@@ -67,7 +67,7 @@ def has_attributes(node: Node, parameters: LoadParameters | None) -> bool:
 
 def has_version(state: State, node_id: str, model_id: str | None, version: int | None) -> bool:
     """Whether a node has a version: all have one that was added to no node's own repository."""
-    holders = state.registers.find_versions(model_id or "").find_holders(version or 0).node_ids
+    holders = state.registers.find_versions(model_id or "").find_holders(version or 0).servers
     return not holders or node_id in holders
 
 
@@ -106,17 +106,17 @@ class ClusterLog(Ledger):
                 assert has_attributes(node, job.load)
                 assert has_rules(self.state, node_id, job)
                 assert has_version(self.state, node_id, draft.model_id, draft.version)
-            case LoadStarted(node_id=node_id) | ModelLoaded(node_id=node_id):
+            case LoadStarted(server=node_id) | ModelLoaded(server=node_id):
                 assert by is not None
                 assert job is not None
-                assert node_id == by.name == job.node_id
+                assert node_id == by.name == job.server
                 assert has_rules(self.state, by.name, job)
                 assert has_attributes(self.state.registers.nodes[by.name], job.load)
                 assert has_version(self.state, by.name, draft.model_id, draft.version)
                 if isinstance(draft.data, ModelLoaded):
                     assert draft.data.node_signature
                     self._check_replaced(draft, following, job, by.name)
-            case WorkerExited(node_id=node_id):
+            case WorkerExited(server=node_id):
                 assert by is not None
                 assert node_id == by.name
 
@@ -127,11 +127,11 @@ class ClusterLog(Ledger):
             return
         assert job.load is not None
         adds = job.cause is Cause.COPY or job.load.wanted_copies > 1
-        replaced = {each.load_job_id: each.node_id for each in model.servings}
+        replaced = {each.load_job_id: each.server for each in model.servings}
         if adds:
             replaced = {load: at_node for load, at_node in replaced.items() if at_node == node_id}
         requests = [draft.data for draft in following if isinstance(draft.data, UnloadRequested)]
-        assert {each.load_job_id: each.node_id for each in requests} == replaced
+        assert {each.load_job_id: each.server for each in requests} == replaced
 
 
 @dataclass
@@ -154,8 +154,8 @@ class KnownSigning:
         return NodeSignature(self.name, hashlib.sha256(self.name.encode() + statement).hexdigest())
 
     def is_signed(self, statement: bytes, signature: NodeSignature, state: State) -> bool:
-        is_known = signature.node_id in state.registers.nodes
-        return is_known and signature == KnownSigning(signature.node_id).sign(statement)
+        is_known = signature.server in state.registers.nodes
+        return is_known and signature == KnownSigning(signature.server).sign(statement)
 
 
 class ClusterNode(World):
@@ -285,7 +285,7 @@ class ClusterNode(World):
             case actions.StartLoad(job, _, placement):
                 if placement is not None:
                     self._check(placement)
-                assert self.name == (job.node_id if placement is None else placed_at(placement))
+                assert self.name == (job.server if placement is None else placed_at(placement))
                 assert self.state.queue(job.model_id)[0].id == job.id
                 assert len(self.loading()) <= self.policy.loads_at_once
                 budget = self.policy.budget_bytes
@@ -294,10 +294,10 @@ class ClusterNode(World):
                 needed = self.used_bytes() + estimate.bytes
                 assert budget is None or needed <= budget
             case actions.RecordFact(job, LoadPlaced()):
-                assert job.node_id != placed_at(action)
-                assert job.node_id == self.name or find_placer(self.state.registers.nodes) == self.name
+                assert job.server != placed_at(action)
+                assert job.server == self.name or find_placer(self.state.registers.nodes) == self.name
             case actions.RequestReload(model, Cause.DRAIN):
-                assert model.serving.node_id == self.name
+                assert model.serving.server == self.name
             case _:
                 pass
 
@@ -442,7 +442,7 @@ class Cluster:
         """Whether a node has all attributes and versions of another."""
         known = self.state.registers.versions.values()
         held = [(versions.id, each) for versions in known for each in versions.holders]
-        own = [(model_id, each.version) for model_id, each in held if node.name in each.node_ids]
+        own = [(model_id, each.version) for model_id, each in held if node.name in each.servers]
         has_all = all(has_version(self.state, taker.id, *version) for version in own)
         return has_all and set(node.attributes) <= set(taker.attributes)
 
@@ -491,7 +491,7 @@ class Cluster:
             assert model.phase is not ModelState.LOST
             assert model.previous is None
             for serving in model.servings if model.phase is ModelState.LOADED else ():
-                at_nodes[serving.node_id].add(serving.load_job_id)
+                at_nodes[serving.server].add(serving.load_job_id)
         assert {node.name: set(node.live) for node in self.nodes} == at_nodes
         for model in self.state.models.values():
             if model.phase is ModelState.LOADED and model.serving is not None:
@@ -509,7 +509,7 @@ class Cluster:
         if not model.copies and first.parameters.wanted_copies == 1:
             return
         assert all(each.version == first.version for each in model.servings)
-        usable = [nodes[each.node_id or ""].takes_loads for each in model.servings]
+        usable = [nodes[each.server or ""].takes_loads for each in model.servings]
         assert all(usable) or not any(usable)
         rules = {find_digest(self.state.registers.find_policy(name), model.id) for name in nodes}
         if len(rules) > 1 or is_crash_loop(model):
@@ -522,18 +522,18 @@ class Cluster:
             if has_version(self.state, node.id, model.id, first.version)
         ]
         assert not (model.target and able), "a swap was not completed"
-        here = {each.node_id for each in model.servings} - {node.id for node in able}
+        here = {each.server for each in model.servings} - {node.id for node in able}
         assert len(model.servings) - len(here) == min(first.parameters.wanted_copies, len(able))
         assert not here or not able
 
     def _check_drained(self, model: Model, serving: Serving) -> None:
         """A drained node has nothing left but models that no other has budget, attributes or files for."""
-        if not self.state.registers.nodes[serving.node_id or ""].takes_loads:
+        if not self.state.registers.nodes[serving.server or ""].takes_loads:
             need = self._need_of(model, serving)
             takers = [node for node in self.state.registers.nodes.values() if node.takes_loads]
             able = [node for node in takers if has_version(self.state, node.id, model.id, serving.version)]
             is_known = bool(serving.earlier or serving.evidence)
-            here = self.state.registers.find_policy(serving.node_id)
+            here = self.state.registers.find_policy(serving.server)
             budgets = [
                 node.budget_bytes
                 for node in able
@@ -544,23 +544,23 @@ class Cluster:
 
     def check_now(self) -> None:
         """What holds at any time."""
-        placed = [job for job in self.state.unended() if job.node_id is not None]
+        placed = [job for job in self.state.unended() if job.server is not None]
         for job in placed:
-            assert job.kind is JobKind.UNLOAD or self.state.registers.nodes[job.node_id or ""].is_present
+            assert job.kind is JobKind.UNLOAD or self.state.registers.nodes[job.server or ""].is_present
         for model in self.state.models.values():
             started = [load for load in model.loads if load.started]
             assert len(started) <= 1
             if model.phase in (ModelState.LOADED, ModelState.UNLOADING):
                 serving: Serving | None = model.serving
                 assert serving is not None
-                assert self.state.registers.nodes[serving.node_id or ""].is_present
-                assert has_attributes(self.state.registers.nodes[serving.node_id or ""], serving.parameters)
-                assert has_version(self.state, serving.node_id or "", model.id, serving.version)
-            at_nodes = [each.node_id for each in model.servings]
+                assert self.state.registers.nodes[serving.server or ""].is_present
+                assert has_attributes(self.state.registers.nodes[serving.server or ""], serving.parameters)
+                assert has_version(self.state, serving.server or "", model.id, serving.version)
+            at_nodes = [each.server for each in model.servings]
             assert len(at_nodes) == len(set(at_nodes)), "two copies at one node"
             assert not model.copies or (model.phase is ModelState.LOADED and model.previous is None)
             assert all(
-                self.state.registers.nodes[each.node_id or ""].is_present for each in model.copies or ()
+                self.state.registers.nodes[each.server or ""].is_present for each in model.copies or ()
             )
         owners = [
             {job.id for job in find_share(self.state, name, None, frozenset()).unended()}

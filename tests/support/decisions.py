@@ -93,7 +93,7 @@ def decide_on(
 
 WORDS = {
     actions.StartLoad: "start {0.job.id}",
-    actions.RecordFact: "place {0.job.id} at {0.data.node_id}: {0.data.reason}",
+    actions.RecordFact: "place {0.job.id} at {0.data.server}: {0.data.reason}",
     actions.FailLoad: "fail {0.job.id}: {0.code}",
     actions.CancelJob: "cancel {0.job.id}",
     actions.StartUnload: "start {0.job.id} of {0.load_job_id}",

@@ -41,17 +41,11 @@ from events.types import (
     LoadFailed,
     LoadJoined,
     LoadParameters,
-    LoadPlaced,
     LoadRequested,
     LoadStarted,
     ModelLoaded,
     ModelSettingsChanged,
     ModelUnloaded,
-    NodeData,
-    NodeDraining,
-    NodeJoined,
-    NodeLeft,
-    NodeLost,
     ServerStarted,
     ServerStopped,
     Unknown,
@@ -67,6 +61,7 @@ from events.types import (
 )
 from events.values import Credential, FileHash
 from events.versions import ModelVersions
+from features.nodes.facts import LoadPlaced, NodeData, NodeDraining, NodeJoined, NodeLeft, NodeLost
 from support.fleet import SOAK, of_both
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -244,7 +239,7 @@ class History:
         **about: Any,
     ) -> None:
         by = "alice" if cause is Cause.REQUEST else SYSTEM
-        data = UnloadRequested(force, load, cause, node_id=node_id, until_asked=until_asked)
+        data = UnloadRequested(force, load, cause, server=node_id, until_asked=until_asked)
         self.add(data, job, by=by, **about)
 
     def start_unload(self, job: str, **about: Any) -> None:
@@ -340,7 +335,7 @@ class History:
         self.ask_load(job, of=of, version=version, cause=cause, instances=instances, **given)
         self.start_at(node, job, of=of, version=version)
         workers = (f"w-{job}", *(f"w-{job}-{number}" for number in range(2, instances + 1)))
-        self.add(replace(model_loaded(*workers), node_id=node), job, of=of, version=version)
+        self.add(replace(model_loaded(*workers), server=node), job, of=of, version=version)
 
     def start_at(self, node: str, job: str, *, of: str = MODEL, version: int = 1) -> None:
         self.place(job, node, of=of, version=version)
@@ -350,7 +345,7 @@ class History:
         self, node: str | UnsetType = UNSET, *, sha256: str = "ab" * 32, of: str = MODEL, version: int = 1
     ) -> None:
         """A version is added to a node's own repository, or to the one that all share."""
-        added = VersionAdded((AddedFile("model.onnx", 4_096, sha256),), node_id=node)
+        added = VersionAdded((AddedFile("model.onnx", 4_096, sha256),), server=node)
         self.add(added, of=of, version=version, by="alice")
 
     def remove_version(

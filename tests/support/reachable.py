@@ -44,14 +44,12 @@ class ReachableNode:
         """Return the node at which a model is loaded, as this one knows it."""
         model = self.app[LOG].state.models.get(model_id)
         serving = model.serving if model is not None and model.state == "loaded" else None
-        return None if serving is None else serving.node_id
+        return None if serving is None else serving.server
 
     def nodes_of(self, model_id: str) -> set[str | None]:
         """Return the nodes that have copies of a model, as this one knows them."""
         model = self.app[LOG].state.models.get(model_id)
-        return (
-            set() if model is None or model.state != "loaded" else {each.node_id for each in model.servings}
-        )
+        return set() if model is None or model.state != "loaded" else {each.server for each in model.servings}
 
     async def knows(self, model_id: str, node_id: str | None) -> None:
         """Wait until this node knows that a model is loaded at a node, or at none."""

@@ -144,13 +144,13 @@ def _load_copies(history: History, node: str, cause: Cause, version: int) -> Non
 
 def _add_copy(history: History, node: str) -> None:
     first, version = history.model().serving, history.model().version
-    if version is not None and (first is None or first.node_id != node):
+    if version is not None and (first is None or first.server != node):
         _load_copies(history, node, Cause.COPY, version)
 
 
 def _end_copy(history: History, node: str, cause: Cause = Cause.COPY) -> None:
     """A copy is taken from the model, and drained at its node; a person's unload ends the first like this."""
-    own = next((each for each in history.model().servings if each.node_id == node), None)
+    own = next((each for each in history.model().servings if each.server == node), None)
     if own is not None:
         job = f"U{len(history.facts)}"
         history.ask_unload(job, own.load_job_id, version=own.version, cause=cause, node_id=node)
@@ -162,14 +162,14 @@ def _unload_all(history: History, _: str) -> None:
     job = f"U{len(history.facts)}"
     history.ask_unload(job, first.load_job_id, version=first.version)
     for copy in history.model().copies or ():
-        _end_copy(history, copy.node_id or "")
+        _end_copy(history, copy.server or "")
     history.start_unload(job, version=first.version)
     history.end_unload(job, version=first.version)
 
 
 def _kill_worker(history: History, node: str) -> None:
     for each in history.model().servings:
-        if each.node_id == node:
+        if each.server == node:
             history.kill_worker(each.worker_ids[-1], version=each.version)
 
 

@@ -33,7 +33,8 @@ from support.servers import events
 
 from events.clock import format_timestamp, utc_now
 from events.state import State
-from events.types import Event, NodeDraining, NodeJoined, NodeLeft, NodeLost
+from events.types import Event
+from features.nodes.facts import NodeDraining, NodeJoined, NodeLeft, NodeLost
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -249,7 +250,7 @@ async def test_model_with_copies_answers_without_one_of_its_nodes(
     copied, state = kept(cluster)[-1], cluster.answering[0].read_state()
     first = state.models[copied].serving
     assert first is not None
-    node, epoch = cluster.nodes[first.node_id or ""], state.registers.nodes[first.node_id or ""].epoch
+    node, epoch = cluster.nodes[first.server or ""], state.registers.nodes[first.server or ""].epoch
     others = [(name, copied) for name in cluster.nodes if name != node.name]
     async with cluster.traffic(dice, changing(cluster)), cluster.inferring(others, dice):
         await fault(node, dice)

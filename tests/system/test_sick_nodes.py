@@ -218,7 +218,7 @@ async def test_stopping_node_hands_models_over_while_one_computes(
     async with clustered(tmp_path, server) as cluster:
         models.save(models.counting_loop(), tmp_path / "repository", "slow", 1)
         state = await cluster.load(*cluster.fleet.ids[:KEPT], "slow")
-        node = cluster.nodes[state.models["slow"].serving.node_id]  # type: ignore[union-attr,index]
+        node = cluster.nodes[state.models["slow"].serving.server]  # type: ignore[union-attr,index]
         other = next(each for each in cluster.nodes.values() if each is not node)
         own = [model_id for model_id in find_places(state, node.name) if model_id != "slow"]
         trips = {"name": "trips", "shape": [], "datatype": "INT64", "data": [2**40]}

@@ -188,7 +188,7 @@ class Story:
         """Load files, which say how they were approved; `given` are other fields of the event."""
         positions = map(self.find_approval, by.split("+")) if result == "approved" else ()
         approval = self.name_approvals(by, *positions, result=result) if result else UNSET
-        data = replace(model_loaded(), files=files_of(sha256), approval=approval, node_id=self.node)
+        data = replace(model_loaded(), files=files_of(sha256), approval=approval, server=self.node)
         data = replace(data, **given)
         passed = AdmittedBytes(digest_of(contents_of(data.files)), job, 1, data.evidence)
         if self.node is not UNSET and "node_signature" not in given:

@@ -15,7 +15,8 @@ from events.presence import Liveness, NodeLiveness, NodeState, ServerState
 from events.sqlite import queries
 from events.sqlite.schema import connect
 from events.sqlite.timetravel import NOTE_EVERY_S, liveness_at, models_at, read_moment
-from events.types import NodeLost, ServerStarted, TokenRevoked
+from events.types import ServerStarted, TokenRevoked
+from features.nodes.facts import NodeLost
 
 RUNNING, STOPPED, UNKNOWN = ServerState.RUNNING, ServerState.STOPPED, ServerState.UNKNOWN
 

@@ -18,7 +18,8 @@ from events.sqlite import timeline
 from events.sqlite.timeline import TimelineQuery, read_timeline
 from events.sqlite.timetravel import InvalidMoment
 from events.state import State
-from events.types import Cause, Event, NodeLost, ServerStopped
+from events.types import Cause, Event, ServerStopped
+from features.nodes.facts import NodeLost
 
 
 def read_of(events: list[Event], query: TimelineQuery) -> Timeline:
@@ -51,7 +52,7 @@ def test_lane_is_what_the_fold_gives(history: History, begin: int, last: int) ->
             for segment in copies.segments:
                 for time in {segment.begin, *(each for each in times if segment.begin <= each < segment.end)}:
                     model = states[bisect_right(times, time)].models[lane.model_id]
-                    own = [each for each in model.servings if each.node_id == copies.node_id]
+                    own = [each for each in model.servings if each.server == copies.node_id]
                     shown = [] if segment.load_job_id is None else [(segment.load_job_id, segment.version)]
                     assert [(each.load_job_id, each.version) for each in own] == shown
 

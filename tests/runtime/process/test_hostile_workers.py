@@ -51,7 +51,7 @@ from runtime.wire import (
     Loaded,
     Outcome,
     ProviderLibrary,
-    ProviderNodes,
+    ProviderOperators,
     StageReached,
     TargetDevice,
     Tensor,
@@ -66,7 +66,7 @@ PAUSE_S = 2.0
 
 Y, OTHER = floats("y", 1.0), floats("other", 1.0)
 LOADED = Loaded((), (TensorSpec("y", "FP32", (1,)), TensorSpec("z", "FP32", (1,))), 1, 2)
-ON_DEVICE = msgspec.structs.replace(LOADED, placed=(ProviderNodes("openvino", "1", 1),))
+ON_DEVICE = msgspec.structs.replace(LOADED, placed=(ProviderOperators("openvino", "1", 1),))
 LOADING, WARMING_UP = encoded(StageReached("loading")), encoded(StageReached("warming_up"))
 SERVES = LOADING + encoded(LOADED)
 
@@ -96,7 +96,7 @@ WHILE_LOADING = {
     "a long header": (PREFIX.pack(2**20 + 1, 0), bytes(2**16), "a frame of 1048577 + 0 bytes"),
     "answers": (encoded(Outcome(0)), answered(Y), "Invalid value 'Outcome'"),
     "probed": (encoded(wire.Probed(0, (), ())), LOADING, "Probed in answer to Load"),
-    "on a device": (encoded(ON_DEVICE), LOADING, "where nodes run is not what was asked for"),
+    "on a device": (encoded(ON_DEVICE), LOADING, "where operators run is not what was asked for"),
     "no messages": (b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n", "a frame of 1347703880 + "),
     "no msgpack": (PREFIX.pack(1, 0) + b"\xc1", b"\xc1", "MessagePack data is malformed"),
 }
@@ -137,7 +137,7 @@ WHEN_ASKED = {
 def test_report_of_a_device_names_it_and_the_cpu(
     placed: tuple[str, ...], *, refuses: bool, falls_back: bool
 ) -> None:
-    nodes = [ProviderNodes(provider, "1", 1) for provider in placed]
+    nodes = [ProviderOperators(provider, "1", 1) for provider in placed]
     for expected, may in ((refuses, False), (falls_back, True)):
         device = TargetDevice("tpu:0", ProviderLibrary("tpu", "/tpu.so", "TPU"), falls_back=may)
         assert _is_plausible(device, nodes) == expected

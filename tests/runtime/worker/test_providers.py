@@ -75,7 +75,7 @@ def on_device(pool: WorkerPool, order: Load, *, falls_back: bool = False) -> Loa
 
 def placed(report: Any) -> dict[str, int]:
     """Return how many nodes of a load run where."""
-    return {each.provider: each.nodes for each in report.placed}
+    return {each.provider: each.operators for each in report.placed}
 
 
 async def test_throw_away_worker_finds_the_device(pool: WorkerPool) -> None:

@@ -20,7 +20,7 @@ from support.postgres import Database, join_shared_server
 from support.replicas import make_ledger
 from support.workers import until
 
-from events.types import NodeJoined
+from features.nodes.facts import NodeJoined
 from nodes.thisnode import THIS_NODE
 
 pytestmark = [needs_browser, pytest.mark.asyncio(loop_scope="module")]
