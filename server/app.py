@@ -229,7 +229,7 @@ async def _workers(app: web.Application) -> AsyncIterator[None]:
         _log.info("threads of each model: %d, unless its load says otherwise", pool.threads)
         withhold_devices(pool)
         app[POLICY] = await _policy(app[CONFIG], app[LIMIT].bytes, pool)
-        for said in describe_setup(pool, app[POLICY].devices):
+        for said in describe_setup(pool, app[POLICY].rooms):
             _log.info("%s", said)
         yield
     finally:
@@ -347,7 +347,7 @@ async def _policy(config: Config, limit_bytes: int, pool: WorkerPool) -> Policy:
         min_residency_s=config.min_residency_s,
         restores=config.restore == "all",
         loads=config.policy,
-        devices=await limit_devices(config, pool, limit_bytes),
+        rooms=await limit_devices(config, pool, limit_bytes),
     )
 
 
