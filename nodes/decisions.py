@@ -47,10 +47,10 @@ from nodes.placement import (
 )
 from nodes.spread import Spread, measure_copy
 from runtime.consumer.running import RunningLoad
-from runtime.router import Elsewhere, ModelNotLoaded
+from runtime.elsewhere import Elsewhere, SystemCommand
+from runtime.errors import ModelNotLoaded
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Decision, RecordFact
-from runtime.scheduler.placement import Placement, SystemCommand
 from runtime.scheduler.scheduler import back_off_s, decide
 from runtime.scheduler.view import SchedulerView
 
@@ -102,7 +102,7 @@ class Signing(Protocol):
         """Whether a trusted node, which may have left since, has signed a statement; called in a thread."""
 
 
-class NodePlacement(Placement, Elsewhere):
+class NodePlacement(Elsewhere):
     """The placement of a node, for the consumer and the router of its server.
 
     Args:

@@ -249,7 +249,7 @@ def _list_copies(model: ShownModel) -> Iterator[ModelCopy]:
 
 def _show_present(app: web.Application, seen: ListedModel, active: Model | None) -> ModelInfo:
     """Return a model with what is not known of the past."""
-    state, cluster, rules = app[LOG].state, app.get(CLUSTER), app[CONFIG].policy.of(seen.id)
+    state, rules = app[LOG].state, app[CONFIG].policy.of(seen.id)
     model, versions = state.models.get(seen.id), state.registers.find_versions(seen.id)
     shown = make_model_info(
         describe_model(state, seen.id),
@@ -263,9 +263,9 @@ def _show_present(app: web.Application, seen: ListedModel, active: Model | None)
         chosen=None if model is None else _show_choice(model),
         unapproved=list_unapproved(model, versions, rules),
     )
-    if cluster is None or model is None or shown.copies is None:
+    if model is None or shown.copies is None:
         return shown
-    ready, waiting_for = cluster.count_copies(model)
+    ready, waiting_for = app[CLUSTER].count_copies(model)
     return msgspec.structs.replace(shown, copies_ready=ready, copies_waiting_for=waiting_for)
 
 

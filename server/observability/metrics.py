@@ -82,7 +82,7 @@ class ServerCollector(Collector):
         self._statistics = consumer.totals.with_live(loads)
         self._now = log.now()
         self._jobs = log.state.unended()
-        self._nodes = app[CLUSTER].describe() if CLUSTER in app else ()
+        self._nodes = app[CLUSTER].describe()
         own = next((node.id for node in self._nodes if node.this), None)
         models = list(log.state.models.values())
         self._models = [model.view_at(own) for model in models]

@@ -43,7 +43,7 @@ from features.nodes.commands import DrainNode, EndNode, JoinNode, NodeCurrent, N
 from features.nodes.facts import NodeDraining, NodeJoined, NodeLeft, NodeLost
 from features.nodes.register import KEPT_S, Node, NodePhase, evolve_nodes, find_placer
 from nodes.placement import find_share
-from runtime.scheduler.placement import ALONE
+from runtime.elsewhere import ALONE
 
 
 def cluster(*nodes: str) -> History:

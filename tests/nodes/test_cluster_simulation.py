@@ -22,8 +22,8 @@ from events.values import Credential
 from features.nodes.commands import DrainNode, NodeCurrent, NodeUnchanged
 from features.nodes.facts import LoadPlaced
 from nodes.placement import NodeHints
+from runtime.elsewhere import SystemCommand
 from runtime.scheduler.actions import Action, RecordFact, StartLoad
-from runtime.scheduler.placement import SystemCommand
 from runtime.scheduler.view import Policy
 
 RULES = st.sampled_from(

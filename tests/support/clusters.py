@@ -282,7 +282,7 @@ class ClusterNode(World):
     def _check(self, action: Action) -> None:
         """A load starts here if it was placed here, in its turn, and within the limits of the node."""
         match action:
-            case actions.StartLoad(job, placement):
+            case actions.StartLoad(job, _, placement):
                 if placement is not None:
                     self._check(placement)
                 assert self.name == (job.server if placement is None else placed_at(placement))
