@@ -1,7 +1,7 @@
 """Other servers that share the ledger, as runtime asks about them: their part of the work, and their models.
 
-A server alone has `ALONE`: all work is its own, and no model is elsewhere. The package `nodes` overrides
-this. `docs/decisions/0064` has the reasons.
+A server alone has `ALONE`: all work is its own, and no model is elsewhere. One of several overrides it;
+`docs/decisions/0064` has the reasons.
 """
 
 # ruff: noqa: ARG002 - a server alone looks at no argument

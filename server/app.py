@@ -327,7 +327,7 @@ async def _uploads(app: web.Application) -> AsyncIterator[None]:
     app[UPLOADS] = uploads = Uploads(
         repository,
         app[CONFIG].upload_policy(),
-        app[PROVER].node,
+        app[PROVER].ledger_name,
         log=log,
         submit=log.submit,
         find_event=app[READER].version_event,
