@@ -18,8 +18,6 @@ from events.clock import add_seconds, uuid7
 from events.commands import Record, RequestLoad
 from events.jobs import INSUFFICIENT_MEMORY, POLICY_DIFFERS, Job
 from events.models import RELOADS, AdmittedBytes, LoadedModel, Model, ModelState, Serving
-from events.nodes import Node, find_placer
-from events.registercommands import NodeCurrent
 from events.state import State
 from events.statements import load_statement
 from events.types import (
@@ -33,6 +31,8 @@ from events.types import (
     digest_of,
 )
 from events.values import NodeSignature
+from features.nodes.commands import NodeCurrent
+from features.nodes.register import Node, find_placer
 from nodes.copies import find_steps
 from nodes.placement import (
     NodeHints,

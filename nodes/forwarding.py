@@ -26,7 +26,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from events.log import Log
-from events.nodes import Node
+from features.nodes.register import Node
 from nodes.decisions import NodePlacement, Standing
 from nodes.peers import CATCH_UP_S, Peers, read_position
 from nodes.spread import measure_copy

@@ -21,9 +21,9 @@ from events.clock import boottime
 from events.commands import Receipt
 from events.errors import LedgerProblem, LogUnavailable, NameInUse
 from events.log import Log
-from events.nodes import Lease
-from events.registercommands import JoinNode, LeaveNode, LoseNode
 from events.storage import StorageError
+from features.nodes.commands import JoinNode, LeaveNode, LoseNode
+from features.nodes.register import Lease
 from nodes.placement import NodeHints
 
 _log = logging.getLogger(__name__)

@@ -30,9 +30,9 @@ from multidict import CIMultiDictProxy
 from events.audit.signing import is_signed_by
 from events.errors import LogUnavailable
 from events.log import Log
-from events.nodes import Node
 from events.state import State
 from events.values import NodeSignature
+from features.nodes.register import Node
 from server.auth.access import ROLES
 from server.auth.gate import POSITION, InvalidToken, Principal, Verifier, bearer_token
 from server.auth.keys import (

@@ -15,9 +15,9 @@ from marshmallow import Schema, fields, validate
 from answers.nodes import NodeInfo, NodeJob, NodeList, NodeModel
 from events.jobs import Job
 from events.models import Model, Serving
-from events.nodes import Lease, find_placer
-from events.registercommands import DrainNode
 from events.state import State
+from features.nodes.commands import DrainNode
+from features.nodes.register import Lease, find_placer
 from server.api.schemas import about
 from server.appkeys import LOG
 from server.auth.access import Access

@@ -17,7 +17,7 @@ from events.clock import seconds_between
 from events.commands import Receipt
 from events.errors import LedgerProblem
 from events.models import Model
-from events.registercommands import JoinNode
+from features.nodes.commands import JoinNode
 from nodes.copies import count_copies
 from nodes.forwarding import Forwarder
 from nodes.membership import Membership

@@ -41,7 +41,9 @@ from runtime.scheduler.view import Policy
 from runtime.store.folder import STORE
 from runtime.store.store import Store
 from runtime.store.versions import Versions
-from runtime.uploads.commit import Uploads
+from runtime.uploads.changes import VersionChanges
+from runtime.uploads.recovery import Recovery
+from runtime.uploads.uploads import Uploads
 from server.api import (
     approvals,
     events,
@@ -229,7 +231,7 @@ async def _workers(app: web.Application) -> AsyncIterator[None]:
         _log.info("threads of each model: %d, unless its load says otherwise", pool.threads)
         withhold_devices(pool)
         app[POLICY] = await _policy(app[CONFIG], app[LIMIT].bytes, pool)
-        for said in describe_setup(pool, app[POLICY].devices):
+        for said in describe_setup(pool, app[POLICY].rooms):
             _log.info("%s", said)
         yield
     finally:
@@ -323,19 +325,13 @@ async def _reader(app: web.Application) -> AsyncIterator[None]:
 
 async def _uploads(app: web.Application) -> AsyncIterator[None]:
     """Finish what callers added or removed before the server ended, before any model is loaded."""
-    log, repository = app[LOG], app[VERSIONS].repository
-    app[UPLOADS] = uploads = Uploads(
-        repository,
-        app[CONFIG].upload_policy(),
-        app[PROVER].ledger_name,
-        log=log,
-        submit=log.submit,
-        find_event=app[READER].version_event,
-        node_id=app[CLUSTER].name,
-    )
-    await uploads.open()
+    repository, policy, owner = app[VERSIONS].repository, app[CONFIG].upload_policy(), app[PROVER].ledger_name
+    changes = VersionChanges(repository, policy, owner, app[LOG], node_id=app[CLUSTER].name)
+    recovery = Recovery(changes, app[READER].version_event)
+    app[UPLOADS] = Uploads(changes, recovery)
+    await recovery.open()
     yield
-    await uploads.close()
+    await recovery.close()
 
 
 async def _policy(config: Config, limit_bytes: int, pool: WorkerPool) -> Policy:
@@ -347,7 +343,7 @@ async def _policy(config: Config, limit_bytes: int, pool: WorkerPool) -> Policy:
         min_residency_s=config.min_residency_s,
         restores=config.restore == "all",
         loads=config.policy,
-        devices=await limit_devices(config, pool, limit_bytes),
+        rooms=await limit_devices(config, pool, limit_bytes),
     )
 
 

@@ -213,7 +213,7 @@ def make_model_info(
         loaded_by=(row.asked_by or load.loaded_by) if load else None,
         brought_back=row.brought_back,
         job_id=load.load_job_id if load else None,
-        node=row.node,
+        node=row.server,
         copies=row.copies_wanted if has_copies else None,
         copies_ready=model.count_ready() if has_copies else None,
         copies_at=list(_list_copies(model)) if has_copies else [],
@@ -233,18 +233,18 @@ def make_model_info(
 
 
 def _list_copies(model: ShownModel) -> Iterator[ModelCopy]:
-    row, loads = model.row, (model.load, *model.copies) if model.row.state in _HAS_WORKERS else ()
-    for place, load in zip(row.servings, loads, strict=False):
-        if load is not None:
-            yield ModelCopy(
-                node=place.node,
-                version=place.version,
-                position=place.load,
-                job_id=load.load_job_id,
-                loaded_at=load.loaded_at,
-                workers=place.workers,
-                memory_bytes=load.memory_bytes,
-            )
+    if model.row.state not in _HAS_WORKERS:
+        return
+    for place, load in zip(model.row.servings, model.loads, strict=True):
+        yield ModelCopy(
+            node=place.server,
+            version=place.version,
+            position=place.load,
+            job_id=load.load_job_id,
+            loaded_at=load.loaded_at,
+            workers=place.workers,
+            memory_bytes=load.memory_bytes,
+        )
 
 
 def _show_present(app: web.Application, seen: ListedModel, active: Model | None) -> ModelInfo:

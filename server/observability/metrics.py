@@ -31,9 +31,9 @@ from events.counters import ENDS, EVICTIONS, OTHERS, HistogramSnapshot
 from events.history import describe_model
 from events.jobs import JobKind, JobStatus
 from events.models import Model, ModelState
-from events.nodes import NodePhase
 from events.state import State
 from events.types import TYPES, Cause
+from features.nodes.register import NodePhase
 from runtime.devices import DeviceMemory
 from runtime.memory import read_pressure
 from runtime.process.confinement import ALL_ACTS

@@ -26,7 +26,7 @@ from support.reachable import (
 from support.replicas import make_ledger
 from support.workers import until
 
-from events.registercommands import LeaveNode
+from features.nodes.commands import LeaveNode
 from loadledger import AsyncClient
 from server.appkeys import CONSUMER, LOG
 

@@ -33,7 +33,8 @@ from support.replicas import make_ledger
 from support.uploads import FILES, files_in
 from support.workers import computing, until
 
-from events.registercommands import DrainNode, RevokeToken
+from events.registercommands import RevokeToken
+from features.nodes.commands import DrainNode
 from nodes import forwarding
 from server.appkeys import BODIES, LOG
 from server.auth.gate import Principal

@@ -8,8 +8,8 @@ from support.postgres import Database
 from support.replicas import opened_replica, storage_of
 
 from events.log import Log
-from events.nodes import Lease, NodePhase
-from events.registercommands import JoinNode
+from features.nodes.commands import JoinNode
+from features.nodes.register import Lease, NodePhase
 from nodes.membership import Membership
 from nodes.placement import NodeHints
 from nodes.postgres.leases import LeaseStore

@@ -18,8 +18,8 @@ from support.workers import until
 
 from answers.nodes import NodeModel
 from events.errors import LogUnavailable, NameInUse
-from events.nodes import Lease
 from features.nodes.facts import NodeDraining
+from features.nodes.register import Lease
 from loadledger import Client
 from nodes.routes import make_node_infos
 from server.app import create_app
