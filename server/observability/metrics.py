@@ -69,7 +69,7 @@ _PROCESS = ProcessCollector(registry=None)
 class ServerCollector(Collector):
     """The metrics of one scrape.
 
-    The constructor copies, on the event loop, all values that must be consistent. `collect` may run in a
+    The constructor takes, on the event loop, all values that must be consistent. `collect` may run in a
     thread: it reads only single numbers and dictionaries of counts.
     """
 
