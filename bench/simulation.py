@@ -16,8 +16,6 @@ from bench.table import Row
 from events.accept import accept
 from events.clock import add_seconds
 from events.commands import Accepted, Command, Record
-from events.nodes import find_placer
-from events.registercommands import DrainNode, JoinNode, LoseNode
 from events.state import State
 from events.types import (
     SYSTEM,
@@ -34,7 +32,9 @@ from events.types import (
     record_draft,
 )
 from events.values import NodeSignature
+from features.nodes.commands import DrainNode, JoinNode, LoseNode
 from features.nodes.facts import LoadPlaced
+from features.nodes.register import find_placer
 from nodes.decisions import NodePlacement
 from nodes.placement import NodeHints
 from runtime.rooms import MACHINE, Alternative

@@ -2,7 +2,7 @@
 
 The way of a load: `repository` resolves a version; the `consumer` asks the `scheduler` for the next action
 and executes it; `process` starts and supervises workers; `worker` is what runs inside one, and speaks
-`wire`. `router` finds the worker of an inference.
+`wire`. `router` finds the worker of an inference; `elsewhere` knows what other servers do.
 
 To change: which load starts, evictions, reloads, and the memory that a load will need: `scheduler`. What a
 load takes beside the machine's memory, as features have it: `rooms`. The life

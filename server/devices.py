@@ -125,8 +125,7 @@ def check_devices(app: web.Application, devices: Sequence[str]) -> None:
     try:
         app[POOL].devices.find_candidates(devices)
     except DeviceUnavailable:
-        cluster = app.get(CLUSTER)
-        if cluster is None or not cluster.has_device(devices):
+        if not app[CLUSTER].has_device(devices):
             raise
 
 

@@ -37,6 +37,7 @@ from runtime.consumer.loads import (
 )
 from runtime.consumer.running import RunningLoad
 from runtime.consumer.usage import InferenceTotals, list_usage
+from runtime.elsewhere import ALONE, Elsewhere
 from runtime.errors import CODE_FOLDERS, WorkerDied
 from runtime.memory import MAX_BYTES
 from runtime.process.pool import WorkerPool
@@ -55,7 +56,6 @@ from runtime.scheduler.actions import (
     draft_settings_change,
     list_conditions,
 )
-from runtime.scheduler.placement import ALONE, Placement
 from runtime.scheduler.scheduler import is_load_current
 from runtime.scheduler.view import (
     Observations,
@@ -94,7 +94,7 @@ class Consumer:
         under_pressure: whether the machine is under pressure; called while a load of low
             priority waits.
         loads: where the running loads are kept, by job id; None is a dictionary of its own.
-        placement: says which of the work is this server's.
+        elsewhere: says which of the work is this server's.
 
     Attributes:
         demand: the inferences that wait for models.
@@ -113,7 +113,7 @@ class Consumer:
         progress_timeout_s: int = PROGRESS_TIMEOUT_S,
         under_pressure: Callable[[], bool] = lambda: False,
         loads: dict[str, RunningLoad] | None = None,
-        placement: Placement = ALONE,
+        elsewhere: Elsewhere = ALONE,
     ) -> None:
         self.policy = policy
         self._log = log
@@ -121,14 +121,14 @@ class Consumer:
         self._drain_timeout_s = drain_timeout_s
         self._progress_timeout_s = progress_timeout_s
         self._under_pressure = under_pressure
-        self._placement = placement
+        self._elsewhere = elsewhere
         self._wakeup = asyncio.Event()
         self._stopping = False
         self._decision = Decision()
         wake = self._wakeup.set
         self.demand = PendingDemand(wake)
         self.totals = InferenceTotals(log.tally.names)
-        self._recorder = Recorder(log, versions.folders | CODE_FOLDERS, placement)
+        self._recorder = Recorder(log, versions.folders | CODE_FOLDERS, elsewhere)
         self.loads = {} if loads is None else loads
         self._loader = Loader(
             log,
@@ -137,7 +137,7 @@ class Consumer:
             versions,
             running=self.loads,
             wake=wake,
-            placement=placement,
+            elsewhere=elsewhere,
             policy=policy,
             progress_timeout_s=progress_timeout_s,
         )
@@ -207,7 +207,7 @@ class Consumer:
             for key, load in self.loads.items()
         }
         view = SchedulerView(state, running, self.policy, now, self._observe(state))
-        self._decision = self._placement.decide(view)
+        self._decision = self._elsewhere.decide(view)
         for job in self._decision.unestimated:
             self._loader.begin(job)
         action = self._decision.action
@@ -395,7 +395,7 @@ class Consumer:
 
     def _own(self) -> State:
         """Return the part of the state that this server works on."""
-        return self._placement.share(self._log.state)
+        return self._elsewhere.share(self._log.state)
 
     def _observe(self, state: State) -> Observations:
         active = self._loader.active

@@ -45,6 +45,7 @@ from features.rooms import TARGETS
 from runtime.cgroups import count_usable_cpus
 from runtime.consumer.checks import MakeInput, check_files, check_version
 from runtime.consumer.running import OUT_OF_MEMORY, LoadEnded, RunningLoad
+from runtime.elsewhere import Elsewhere
 from runtime.errors import (
     Exit,
     ForkServerUnavailable,
@@ -79,7 +80,6 @@ from runtime.scheduler.actions import (
 )
 from runtime.scheduler.admission import find_same_workers
 from runtime.scheduler.estimates import estimate_memory
-from runtime.scheduler.placement import Placement
 from runtime.scheduler.view import (
     MemoryEstimate,
     Policy,
@@ -116,7 +116,7 @@ class Loader:
         versions: has the files of versions.
         running: the loads that were granted, by job id, until their workers have exited.
         wake: called when the consumer has something new to decide.
-        placement: of this server.
+        elsewhere: says which of the work is this server's.
         policy: the operator's settings.
         progress_timeout_s: how long a load may make no progress, unless its request says otherwise.
 
@@ -134,7 +134,7 @@ class Loader:
         *,
         running: dict[str, RunningLoad],
         wake: Callable[[], None],
-        placement: Placement,
+        elsewhere: Elsewhere,
         policy: Policy,
         progress_timeout_s: int,
     ) -> None:
@@ -144,7 +144,7 @@ class Loader:
         self._pool = pool
         self._versions = versions
         self._wake = wake
-        self._placement = placement
+        self._elsewhere = elsewhere
         self._policy = policy
         self._checking = asyncio.Semaphore(policy.loads_at_once)
         self.active: dict[str, RunningLoad] = {}
@@ -269,7 +269,7 @@ class Loader:
     def _input_maker(self, model_id: str, *, is_reload: bool) -> MakeInput:
         state, now = self._log.state, self._log.now()
         rules = self._policy.loads.of(model_id) or ModelRules()
-        is_signed = partial(self._placement.is_signed, state=state)
+        is_signed = partial(self._elsewhere.is_signed, state=state)
 
         def make_input(contents: Contents, read: Callable[[str], bytes]) -> CheckInput:
             model, versions = state.models.get(model_id), state.registers.find_versions(model_id)
@@ -414,7 +414,7 @@ class Loader:
 
     def _is_serving(self, load: RunningLoad) -> bool:
         """Whether the ledger says that its model serves from this load."""
-        model = self._placement.share(self._log.state).models.get(load.model_id)
+        model = self._elsewhere.share(self._log.state).models.get(load.model_id)
         return model is not None and model.serving is not None and model.serving.load_job_id == load.job_id
 
     async def _record_outcome(self, load: RunningLoad, describe: Callable[[Job], Sequence[Draft]]) -> None:
@@ -425,7 +425,7 @@ class Loader:
         """
         tried = None
         while True:
-            job = find_started_job(self._placement.share(self._log.state), load.job_id)
+            job = find_started_job(self._elsewhere.share(self._log.state), load.job_id)
             if job is None or not may_end(self._log.state, job):
                 return
             if job is tried:
@@ -610,18 +610,18 @@ def hide_paths(draft: Draft, folders: Collection[str]) -> Draft:
 
 
 class Recorder:
-    """Appends facts to the log, without folders of the server, and completed by the placement.
+    """Appends facts to the log, without folders of the server, and completed for the other servers.
 
     Args:
         log: the log.
         folders: of the server, which texts of others, such as ONNX Runtime, must not name.
-        placement: of this server.
+        elsewhere: says which of the work is this server's.
     """
 
-    def __init__(self, log: Log, folders: Collection[str], placement: Placement) -> None:
+    def __init__(self, log: Log, folders: Collection[str], elsewhere: Elsewhere) -> None:
         self._log = log
         self._folders = folders
-        self._placement = placement
+        self._elsewhere = elsewhere
 
     async def record(self, *drafts: Draft, conditions: tuple[Condition, ...]) -> None:
         """Append facts if the conditions hold.
@@ -632,8 +632,8 @@ class Recorder:
             NotEncodable: a fact cannot be recorded.
         """
         shown = tuple(hide_paths(draft, self._folders) for draft in drafts)
-        await self._log.submit(self._placement.complete(Record(shown, conditions), self._log.state))
+        await self._log.submit(self._elsewhere.complete(Record(shown, conditions), self._log.state))
 
     async def request(self, command: RequestLoad | RequestUnload) -> None:
         """Append a request of the system if its conditions hold; for errors see `record`."""
-        await self._log.submit(self._placement.complete(command, self._log.state))
+        await self._log.submit(self._elsewhere.complete(command, self._log.state))

@@ -24,8 +24,8 @@ from events.clock import uuid7
 from events.commands import OUTDATED, AddVersion, Command, Receipt, Record, RemoveVersion
 from events.errors import EpochOver, LedgerProblem, LogClosed, OutcomeUnknown, RequestRefused
 from events.log import Log
-from events.registercommands import NodeCurrent
 from events.types import SYSTEM, AddedFile, Draft, Event, Provenance, VersionAdded, VersionRemoved
+from features.nodes.commands import NodeCurrent
 from runtime.errors import RuntimeProblem
 from runtime.onnxfile import MODEL_FILE
 from runtime.repository import FileSystemPool, Repository

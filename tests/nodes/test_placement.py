@@ -14,10 +14,10 @@ from support.decisions import describe, describe_next, estimate, processes
 from support.history import CONTENTS, MODEL, PLAIN, History, at
 
 from events.commands import RequestLoad
-from events.nodes import Node, NodePhase, find_placer
 from events.policy.rules import ApprovalRule, LoadPolicy
 from events.types import SYSTEM, Cause, PolicyInForce
 from features.nodes.facts import LoadPlaced
+from features.nodes.register import Node, NodePhase, find_placer
 from nodes.decisions import NodePlacement
 from nodes.placement import (
     MAX_PLACEMENTS,

@@ -16,9 +16,7 @@ from events.clock import add_seconds, seconds_between
 from events.commands import AddVersion, Command, Decision, Record, Refused, RemoveVersion
 from events.jobs import Job, JobKind, JobStatus
 from events.models import Model, ModelState, Serving
-from events.nodes import Node, find_placer
 from events.policy.rules import LoadPolicy
-from events.registercommands import JoinNode, LeaveNode, LoseNode
 from events.state import State
 from events.types import (
     SYSTEM,
@@ -35,7 +33,9 @@ from events.types import (
     digest_of,
 )
 from events.values import Credential, NodeSignature
+from features.nodes.commands import JoinNode, LeaveNode, LoseNode
 from features.nodes.facts import LoadPlaced
+from features.nodes.register import Node, find_placer
 from nodes.decisions import NodePlacement
 from nodes.placement import NodeHints, find_digest, find_share
 from runtime.scheduler import actions
@@ -185,7 +185,7 @@ class ClusterNode(World):
         self.peers: Mapping[str, NodeHints] = {}
         self.may_serve = True
         self.late: Collection[str] = ()
-        self.placement = NodePlacement(name, self, KnownSigning(name))
+        self.elsewhere = NodePlacement(name, self, KnownSigning(name))
         self.sign = KnownSigning(name).sign
         self.is_paused = False
         self.renewed_at = self.clock = at(0)

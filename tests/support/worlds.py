@@ -63,6 +63,7 @@ from events.values import Credential, Sign
 from events.versions import ModelVersions
 from runtime.consumer.loads import find_expected
 from runtime.consumer.running import RunningLoad
+from runtime.elsewhere import ALONE, Elsewhere, SystemCommand
 from runtime.rooms import Allocation, Alternative
 from runtime.scheduler import actions
 from runtime.scheduler.actions import (
@@ -76,7 +77,6 @@ from runtime.scheduler.actions import (
 )
 from runtime.scheduler.actions import Decision as Next
 from runtime.scheduler.admission import find_same_workers
-from runtime.scheduler.placement import ALONE, Placement, SystemCommand
 from runtime.scheduler.scheduler import is_load_current
 from runtime.scheduler.view import (
     LoadView,
@@ -482,7 +482,7 @@ class World:
     not folded by the consumer until the log is read again; `twice`, appended again, which must be refused.
     """
 
-    placement: Placement = ALONE
+    elsewhere: Elsewhere = ALONE
 
     def __init__(self, policy: Policy | None = None, log: Ledger | None = None) -> None:
         self.log = log or Ledger()
@@ -515,7 +515,7 @@ class World:
     @property
     def own(self) -> State:
         """The part of the state that this server works on."""
-        return self.placement.share(self.state)
+        return self.elsewhere.share(self.state)
 
     def submit(self, command: Command) -> Decision:
         """Decide a command of a client."""
@@ -579,7 +579,7 @@ class World:
             },
             pending_demand=self.demanded,
         )
-        return self.placement.decide(
+        return self.elsewhere.decide(
             SchedulerView(self.state, self.running(), self.policy, now or self.now, observations)
         )
 
@@ -656,7 +656,7 @@ class World:
 
     def _conclude(self, job: Job, facts: Sequence[Draft]) -> None:
         command = Record(tuple(facts), (unchanged(job),))
-        self._send(self.placement.complete(command, self.state), actions.CancelJob(job))
+        self._send(self.elsewhere.complete(command, self.state), actions.CancelJob(job))
 
     def check_pause(self, decision: Next) -> None:
         """Nothing is late, and nothing will be to do before the scheduler wants to be asked again."""
@@ -726,7 +726,7 @@ class World:
         model = self.state.models.get(job.model_id) or Model(job.model_id)
         versions, expected = self.state.registers.find_versions(job.model_id), find_expected(job, model)
         files = expected or self.files_in_repository(job.model_id, job.version or 0)
-        is_signed = partial(self.placement.is_signed, state=self.state)
+        is_signed = partial(self.elsewhere.is_signed, state=self.state)
         about = rules, model, versions, contents_of(files), lambda _: b"", self.now
         return files, check_load(CheckInput(*about, expected is not None, is_signed), job)
 
@@ -822,9 +822,9 @@ class World:
             case actions.RequestReload() | actions.UnloadAutomatically():
                 request = self.with_rules(build_request(action, conditions))
                 assert isinstance(request, RequestLoad | RequestUnload)
-                return self.placement.complete(request, self.state)
+                return self.elsewhere.complete(request, self.state)
             case _:
-                return self.placement.complete(Record(tuple(self._facts(action)), conditions), self.state)
+                return self.elsewhere.complete(Record(tuple(self._facts(action)), conditions), self.state)
 
     def _facts(self, action: Action) -> Iterable[Draft]:
         match action:
