@@ -21,7 +21,7 @@ from typing import Any
 
 from nodes.postgres import connection as databases
 from nodes.postgres.schema import migrate
-from runtime.process.forkserver import die_with
+from runtime.process.prctl import die_with
 
 MISSING = "PostgreSQL is not installed: install its server, or name the folder of initdb in POSTGRES"
 OWNER, ROLE = "ledger_owner", "ledger_server"

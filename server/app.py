@@ -41,7 +41,9 @@ from runtime.scheduler.view import Policy
 from runtime.store.folder import STORE
 from runtime.store.store import Store
 from runtime.store.versions import Versions
-from runtime.uploads.commit import Uploads
+from runtime.uploads.changes import VersionChanges
+from runtime.uploads.recovery import Recovery
+from runtime.uploads.uploads import Uploads
 from server.api import (
     approvals,
     events,
@@ -323,19 +325,13 @@ async def _reader(app: web.Application) -> AsyncIterator[None]:
 
 async def _uploads(app: web.Application) -> AsyncIterator[None]:
     """Finish what callers added or removed before the server ended, before any model is loaded."""
-    log, repository = app[LOG], app[VERSIONS].repository
-    app[UPLOADS] = uploads = Uploads(
-        repository,
-        app[CONFIG].upload_policy(),
-        app[PROVER].node,
-        log=log,
-        submit=log.submit,
-        find_event=app[READER].version_event,
-        node_id=app[CLUSTER].name,
-    )
-    await uploads.open()
+    repository, policy, owner = app[VERSIONS].repository, app[CONFIG].upload_policy(), app[PROVER].node
+    changes = VersionChanges(repository, policy, owner, app[LOG], node_id=app[CLUSTER].name)
+    recovery = Recovery(changes, app[READER].version_event)
+    app[UPLOADS] = Uploads(changes, recovery)
+    await recovery.open()
     yield
-    await uploads.close()
+    await recovery.close()
 
 
 async def _policy(config: Config, limit_bytes: int, pool: WorkerPool) -> Policy:

@@ -12,7 +12,7 @@ from runtime.process.pool import WorkerPool
 from runtime.router import Router
 from runtime.scheduler.view import Policy
 from runtime.store.versions import Versions
-from runtime.uploads.commit import Uploads
+from runtime.uploads.uploads import Uploads
 from server.api.stream import Streams
 from server.auth.gate import Gate
 from server.config import Config

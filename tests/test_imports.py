@@ -100,6 +100,11 @@ def reachable(module: str) -> set[str]:
     return found
 
 
+def without_its_package(names: set[str]) -> set[str]:
+    """Leave out `a` of names that have `a.b`."""
+    return {name for name in names if not any(other.startswith(f"{name}.") for other in names)}
+
+
 def only_the_worker_uses() -> set[str]:
     """The worker's module, and those that nothing but these imports."""
     imported = {user: own(names) for user, names in all_imports().items()}
@@ -133,6 +138,16 @@ def test_imports_point_from_the_command_to_server_to_runtime_to_events(package: 
         if top(name) in above
     }
     assert not back
+
+
+def test_no_modules_import_each_other() -> None:
+    """Nor do more of them in a circle: what imports none of those that are left goes, until none is left."""
+    left = {
+        module: without_its_package(names & all_imports().keys()) for module, names in all_imports().items()
+    }
+    while free := {module for module, names in left.items() if not names & left.keys()}:
+        left = {module: names for module, names in left.items() if module not in free}
+    assert not left
 
 
 def test_what_ships_imports_nothing_that_does_not() -> None:

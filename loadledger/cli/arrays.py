@@ -21,7 +21,7 @@ import numpy as np
 from answers.inference import ModelMetadata
 from answers.tensors import ModelTensor
 from events.files import write_file
-from loadledger.cli.infer import MAX_FILE_BYTES, GivenInput, InputFile, InputFill
+from loadledger.cli.inputs import MAX_FILE_BYTES, GivenInput, InputFile, InputFill
 from loadledger.cli.output import format_cell, format_table
 from loadledger.cli.snippets import example_of
 from loadledger.inference import InferenceResult

@@ -32,7 +32,7 @@ from loadledger.cli.events import event_line
 from loadledger.client import Client
 from loadledger.errors import ClientProblem
 from runtime.memory import list_descendants, tree_bytes
-from runtime.process.forkserver import die_with
+from runtime.process.prctl import die_with
 from server.auth.keys import ensure_data_dir
 
 MAX_KEPT_BYTES = 8 * 2**20

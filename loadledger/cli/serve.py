@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
-from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
-from urllib.parse import unquote
 
 import click
 
+from loadledger.cli.chosenmodel import ChosenModel, choose_model
 from loadledger.cli.options import (
     ServerChoice,
     find_chosen_target,
@@ -30,21 +28,6 @@ from loadledger.cli.output import (
     to_printable,
 )
 from loadledger.profiles import PROFILE, URL, ServerTarget
-from loadledger.uploads import LocalVersion
-
-_GENERIC = """
-    model models onnx best last final weights checkpoint checkpoints export exported saved snapshots runs
-    train detect quantized quant int8 uint8 fp16 fp32 bf16 q4 q8 q4f16 bnb4 static dynamic simplified sim opt
-    optimized downloads desktop documents files data home root tmp decoder encoder merged with past
-"""
-GENERIC_NAMES = frozenset(_GENERIC.split())
-"""Words in names of files and folders in common layouts, which name no model: the folder around them does."""
-COMMIT = re.compile(r"[0-9a-f]{12,64}")
-HUB_CACHE = "models--"
-"""Beginning of a folder's name in Hugging Face's cache: models--ORGANISATION--REPOSITORY."""
-
-MAX_NAME = 128
-"""Characters of a model's name."""
 
 LISTS_ALL = "loadledger.lists_all"
 
@@ -96,30 +79,6 @@ def _settings_options() -> list[click.Option]:
     return options
 
 
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """The model that `run` serves: its name, and where its files are if they may have to be added first.
-
-    Attributes:
-        path: of a file or folder here.
-        source: the name of a source, which has `://`, from which they are downloaded.
-        digest: that the source must have.
-        local: the files of the source, once they are downloaded.
-        version: of the model, if it is known.
-        is_named: whether a person chose the name.
-        is_guessed: whether it is that of a folder around the file or folder, or only a part of it.
-    """
-
-    name: str
-    path: Path | None = None
-    source: str | None = None
-    digest: str | None = None
-    local: LocalVersion | None = None
-    version: int | None = None
-    is_named: bool = False
-    is_guessed: bool = False
-
-
 @click.command()
 @click.argument("model", metavar="FILE|FOLDER|SOURCE|MODEL")
 @click.option(
@@ -144,37 +103,39 @@ def run(model: str, *, name: str | None, digest: str | None, where: ServerChoice
 
     from loadledger.cli.startup import run_on_server, serve_and_run
 
-    subject = choose_subject(model, name, digest)
+    chosen = choose_model(model, name, digest)
     target = find_chosen_target(where)
     is_chosen = where.url or where.profile or any(os.environ.get(each) for each in (URL, PROFILE))
-    with _download_source(subject, target, may_be_absent=not is_chosen) as subject:
-        if asyncio.run(run_on_server(target, subject, where.words)):
+    with _download_source(chosen, target, may_be_absent=not is_chosen) as chosen:
+        if asyncio.run(run_on_server(target, chosen, where.words)):
             return
         if is_chosen:
             exit_with_error(f"{to_printable(target.url)} cannot be reached; is the server running there?")
-        serve_and_run(subject)
+        serve_and_run(chosen)
 
 
 @contextmanager
-def _download_source(subject: Subject, target: ServerTarget, *, may_be_absent: bool) -> Iterator[Subject]:
-    """Give a subject whose source is downloaded, unless the server has a version of what its name means.
+def _download_source(
+    chosen: ChosenModel, target: ServerTarget, *, may_be_absent: bool
+) -> Iterator[ChosenModel]:
+    """Give a model whose source is downloaded, unless the server has a version of what its name means.
 
     Here, and not once a server runs in this process: Ctrl-C ends it at once.
     """
-    if subject.source is None:
-        yield subject
+    if chosen.source is None:
+        yield chosen
         return
     from loadledger.sources.downloads import Downloads
     from loadledger.sources.fetch import resolve_source
     from loadledger.sources.terminal import download_version
 
-    named = resolve_source(subject.source, subject.digest)
-    version = _find_version(subject.name, named.resolved, target, may_be_absent=may_be_absent)
+    named = resolve_source(chosen.source, chosen.digest)
+    version = _find_version(chosen.name, named.resolved, target, may_be_absent=may_be_absent)
     if version is not None:
-        yield replace(subject, version=version)
+        yield replace(chosen, version=version)
         return
     with Downloads() as downloads:
-        yield replace(subject, local=download_version(subject.name, named, downloads))
+        yield replace(chosen, local=download_version(chosen.name, named, downloads))
 
 
 def _find_version(
@@ -193,68 +154,6 @@ def _find_version(
             raise
         return None
     return next((each.version for each in reversed(model.sources) if each.resolved == resolved), None)
-
-
-def choose_subject(given: str, name: str | None, digest: str | None = None) -> Subject:
-    """Return what an argument names: a source, a file or folder if it exists, else a model."""
-    if "://" in given:
-        return Subject(name or name_source(given), source=given, digest=digest)
-    if digest is not None:
-        raise click.UsageError("--digest is for a SOURCE, which has ://")
-    path = Path(given)
-    if path.exists():
-        guess = name_model(Path(os.path.abspath(path)))  # noqa: PTH100 - as typed: `resolve` follows links
-        is_guessed = guess != _own_name(path)
-        return Subject(name or guess, path, is_named=name is not None, is_guessed=is_guessed)
-    if name is not None or "/" in given or path.suffix:
-        exit_with_error(f"there is no file or folder {to_printable(given)}")
-    return Subject(given)
-
-
-def name_source(source: str) -> str:
-    """Return the name of a source's model: of the repository, or of the file.
-
-    Raises:
-        SourceProblem: the text names no source.
-    """
-    from loadledger.sources.names import parse_source
-
-    parsed = parse_source(source)
-    ends = {"hf": "[@/]", "oci": "[:@]"}.get(parsed.scheme, "$")  # of a repository
-    path = PurePosixPath(re.split(ends, unquote(parsed.path))[0])
-    return _choose_name(path, path.stem if path.suffix == ".onnx" else path.name)
-
-
-def place_of(path: Path) -> tuple[str, str]:
-    """Return the names of the model and the version to which a path belongs if it lies in a repository."""
-    folder = path.absolute() if path.is_dir() else path.absolute().parent
-    return folder.parent.name, folder.name
-
-
-def _own_name(path: Path) -> str:
-    """Return the name of a file or folder itself, or of the model's folder in the layout MODEL/VERSION."""
-    model, version = place_of(path)
-    if version.isdecimal():
-        return _to_name(model)
-    name = path.stem if path.is_file() else path.name
-    return _to_name(name) if name.isascii() else ""
-
-
-def name_model(path: Path) -> str:
-    return _choose_name(path, path.stem if path.is_file() else path.name)
-
-
-def _choose_name(path: PurePath, last: str) -> str:
-    for part in (last, *(parent.name for parent in path.parents)):
-        name = _to_name(part.rpartition("--")[2] if part.startswith(HUB_CACHE) else part)
-        words = [word for word in re.split(r"[._-]", name.lower()) if word and not word.isdecimal()]
-        if not GENERIC_NAMES.issuperset(words) and not COMMIT.fullmatch(name):
-            return name
-    raise click.UsageError(f"{to_printable(str(path))} has no name for a model: give one with --name")
-
-
-def _to_name(part: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", part).strip("._-")[:MAX_NAME]
 
 
 @click.command(cls=SettingsCommand)

@@ -26,6 +26,7 @@ from answers.models import ModelInfo
 from events.errors import LedgerProblem
 from events.tokens import Token
 from loadledger import AsyncClient, ClientProblem, NotFound, ServerError, ServerUnreachable
+from loadledger.cli.chosenmodel import ChosenModel, place_of
 from loadledger.cli.models import format_tensors, replace_tensors
 from loadledger.cli.options import name_similar
 from loadledger.cli.output import (
@@ -34,7 +35,6 @@ from loadledger.cli.output import (
     print_note,
     to_printable,
 )
-from loadledger.cli.serve import Subject, place_of
 from loadledger.cli.snippets import format_curl
 from loadledger.profiles import (
     DEFAULT_PROFILE,
@@ -223,12 +223,12 @@ def _find_known(server: RunningServer, token: str | None) -> Token | None:
     return server.app[LOG].state.registers.tokens.get(str(claims.get("jti")))
 
 
-async def run_on_server(target: ServerTarget, subject: Subject, options: Sequence[str]) -> bool:
+async def run_on_server(target: ServerTarget, chosen: ChosenModel, options: Sequence[str]) -> bool:
     """Run a model on a server, and return True; False if there is none.
 
     Args:
         target: the server.
-        subject: the model.
+        chosen: the model.
         options: those that name the server.
     """
     show = shlex.join(["loadledger", "token", "show", *options])
@@ -239,17 +239,17 @@ async def run_on_server(target: ServerTarget, subject: Subject, options: Sequenc
         except ServerUnreachable:
             return False
         try:
-            await bring_up(client, subject, word, options)
+            await bring_up(client, chosen, word, options)
         except (ClientProblem, ValueError, OSError) as problem:
             text = str(problem)
             if isinstance(problem, NotFound):
-                text = name_similar(problem, subject.name, [each.id async for each in client.models()])
+                text = name_similar(problem, chosen.name, [each.id async for each in client.models()])
             print_note(text)
             sys.exit(NEGATIVE_RESULT)
     return True
 
 
-def serve_and_run(subject: Subject) -> NoReturn:
+def serve_and_run(chosen: ChosenModel) -> NoReturn:
     """Serve until Ctrl-C, and run a model meanwhile; if it cannot run, the server stops."""
     problems: list[str] = []
 
@@ -262,7 +262,7 @@ def serve_and_run(subject: Subject) -> NoReturn:
             else:
                 token, word = await _issue_token(running, TOKEN_LIFE_S), f"${TOKEN}"
             async with AsyncClient(running.url, token=token) as client:
-                await bring_up(client, subject, word, options)
+                await bring_up(client, chosen, word, options)
             if profile is None:
                 issue = ["loadledger", "token", "--data", str(config.data), "--role", "infer", "--subject"]
                 click.echo(
@@ -287,21 +287,21 @@ async def _issue_token(running: RunningServer, life_s: int) -> str:
     return (await tokens.issue(subject, ["admin"], expires_s=life_s, actor=subject, via="serve")).token
 
 
-async def bring_up(client: AsyncClient, subject: Subject, token: str, options: Sequence[str]) -> None:
+async def bring_up(client: AsyncClient, chosen: ChosenModel, token: str, options: Sequence[str]) -> None:
     """Add a model if it is new, load it, and print what it takes and a command that asks it.
 
     Args:
         client: of the server, with the token of an admin.
-        subject: the model.
+        chosen: the model.
         token: a word of the shell that expands to a token.
         options: those of further commands, which name the server.
 
     Raises:
         ClientProblem: the server refused, or the load failed.
-        ValueError: there is no model at the subject's path.
+        ValueError: there is no model at the chosen path.
         OSError: a file cannot be read.
     """
-    name, version = await _add_if_new(client, subject)
+    name, version = await _add_if_new(client, chosen)
     await client.load(name, version, wait=True)
     model = replace_tensors(await client.model(name), await client.metadata(name))
     click.echo(f"{name} version {model.version}: loaded")
@@ -312,33 +312,33 @@ async def bring_up(client: AsyncClient, subject: Subject, token: str, options: S
         click.echo(f"\n{command}")
 
 
-async def _add_if_new(client: AsyncClient, subject: Subject) -> tuple[str, int | None]:
+async def _add_if_new(client: AsyncClient, chosen: ChosenModel) -> tuple[str, int | None]:
     """Return the model and the version to load, which is added if the server has none with the files."""
-    local = subject.local
+    local = chosen.local
     if local is None:
-        if subject.path is None:
-            return subject.name, subject.version
-        local = LocalVersion(await asyncio.to_thread(find_version_files, subject.path))
+        if chosen.path is None:
+            return chosen.name, chosen.version
+        local = LocalVersion(await asyncio.to_thread(find_version_files, chosen.path))
     source = local.files
     digests = set((await asyncio.to_thread(hash_files, source)).values())
-    same = await _find_same(client, subject, digests)
+    same = await _find_same(client, chosen, digests)
     if same is not None:
         return same
-    model = await _find_model(client, subject.name)
-    if model is not None and not subject.is_named:
+    model = await _find_model(client, chosen.name)
+    if model is not None and not chosen.is_named:
         if not await asyncio.to_thread(_have_like_tensors, model, source):
-            await _ask_for_name(subject, model, "with other inputs or outputs")
-        elif subject.is_guessed:
+            await _ask_for_name(chosen, model, "with other inputs or outputs")
+        elif chosen.is_guessed:
             await _ask_for_name(
-                subject, model, "and this name is only that of a folder, or a part of the file's"
+                chosen, model, "and this name is only that of a folder, or a part of the file's"
             )
     print_upload_size(client.url, source.bytes)
     is_long = source.bytes >= LONG_BYTES
-    with display_transfer(f"{subject.name}: sending") if is_long else nullcontext() as show:
-        added = await client.add_files(subject.name, source, provenance=local.provenance, on_progress=show)
+    with display_transfer(f"{chosen.name}: sending") if is_long else nullcontext() as show:
+        added = await client.add_files(chosen.name, source, provenance=local.provenance, on_progress=show)
     local.discard()
-    click.echo(f"{subject.name} version {added.version}: added")
-    return subject.name, added.version
+    click.echo(f"{chosen.name} version {added.version}: added")
+    return chosen.name, added.version
 
 
 async def _find_model(client: AsyncClient, name: str) -> ModelInfo | None:
@@ -350,15 +350,15 @@ async def _find_model(client: AsyncClient, name: str) -> ModelInfo | None:
 
 
 async def _find_same(
-    client: AsyncClient, subject: Subject, digests: Collection[str]
+    client: AsyncClient, chosen: ChosenModel, digests: Collection[str]
 ) -> tuple[str, int] | None:
     """Return the model and the version that have the files, in whose folder they may lie.
 
     Of versions that somebody has laid into the repository, the server hashes that one, and the highest.
     """
-    laid, number = place_of(subject.path) if subject.path else ("", "")
-    is_laid = number.isdecimal() and not subject.is_named and MODEL_ID.fullmatch(laid)
-    for name in dict.fromkeys([laid, subject.name] if is_laid else [subject.name]):
+    laid, number = place_of(chosen.path) if chosen.path else ("", "")
+    is_laid = number.isdecimal() and not chosen.is_named and MODEL_ID.fullmatch(laid)
+    for name in dict.fromkeys([laid, chosen.name] if is_laid else [chosen.name]):
         model, found = await _find_model(client, name), dict[int | None, set[str]]()
         versions = [] if model is None else model.versions or []
         async for event in client.events(types=["VersionAdded"], models=[name]):
@@ -373,19 +373,19 @@ async def _find_same(
     return None
 
 
-async def _ask_for_name(subject: Subject, model: ModelInfo, why: str) -> None:
+async def _ask_for_name(chosen: ChosenModel, model: ModelInfo, why: str) -> None:
     """Ask before a version is added to a model that may be another one; without a terminal, refuse.
 
     Raises:
         ValueError: there is no terminal, or the person says no; the message says what to do.
     """
     number = (model.versions or [0])[-1] + 1
-    taken = f"there is a model {subject.name} already, {why}"
+    taken = f"there is a model {chosen.name} already, {why}"
     if sys.stdin.isatty() and await _confirm(f"{taken}: add this as its version {number}?"):
         return
     raise ValueError(
         f"{taken}: give this one a name with --name,"
-        f" or --name {subject.name} to add it as version {number} of that"
+        f" or --name {chosen.name} to add it as version {number} of that"
     )
 
 

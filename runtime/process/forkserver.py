@@ -14,7 +14,6 @@ kernel ends its children.
 
 import array
 import contextlib
-import ctypes
 import faulthandler
 import fcntl
 import gc
@@ -26,19 +25,16 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, NoReturn
 
 import msgspec
+
+from runtime.process.prctl import die_with, name_process
 
 WORKER_FDS = 5
 DATA, CONTROL, REQUESTS, ANSWERS = 3, 4, 5, 6
 """A worker's descriptors: channels, and memory that it maps; 0 is /dev/null, 1 and 2 are its stderr pipe."""
 MESSAGE_BYTES = 4096
-PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
-"""linux/prctl.h"""
-NAME_BYTES = 15
-"""Of a process's short name (`ps -o comm`): prctl(2) cuts a longer one."""
 EX_SOFTWARE = 70
 """sysexits.h: the exit code of a worker that an unexpected exception ended."""
 
@@ -121,32 +117,6 @@ def main() -> NoReturn:
         sys.excepthook(*sys.exc_info())
     finally:
         os._exit(EX_SOFTWARE)
-
-
-def die_with(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
-    """Have the kernel send this process a signal when the thread that started it ends.
-
-    SIGKILL ends even a stopped process. If this process has another parent by now, that one has ended
-    already, and so does this process.
-    """
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(0)
-
-
-def name_process(name: str) -> None:
-    """Show what this process is for in lists of processes, in its short name and in its command line.
-
-    The kernel reads the command line from where the process was given its arguments (proc_pid_stat(5),
-    `arg_start` and `arg_end`), so that is written over.
-    """
-    short = name if len(name) <= NAME_BYTES else name[: NAME_BYTES - 7] + ".." + name[-5:]
-    ctypes.CDLL(None).prctl(PR_SET_NAME, short.encode(), 0, 0, 0)
-    fields = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    start, size = int(fields[45]), int(fields[46]) - int(fields[45])
-    if start and size > 0:  # else the kernel does not tell
-        shown = "\0".join((sys.executable, "loadledger", name, "of", "server", *sys.argv[2:3])).encode()
-        ctypes.memmove(start, shown[: size - 1].ljust(size, b"\0"), size)
 
 
 class _Server:

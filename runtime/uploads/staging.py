@@ -146,11 +146,14 @@ class Staging:
         self.folder = root / STAGING / owner
         self.conditions = conditions
 
-    def adopt(self, nodes: Mapping[str, Node]) -> None:
-        """Take the entries of epochs that are over: who was slower finds nothing to act on any more."""
-        if not nodes or not self.folder.parent.is_dir():
-            return
-        for folder in sorted(self.folder.parent.iterdir()):
+    def adopt(self, nodes: Mapping[str, Node]) -> list[str]:
+        """Take the entries of epochs that are over, and return the event ids of changes that have not ended.
+
+        Whoever was slower finds nothing to act on any more.
+        """
+        if not self.folder.parent.is_dir():
+            return []
+        for folder in sorted(self.folder.parent.iterdir()) if nodes else ():
             if folder != self.folder and is_left(folder.name, nodes):
                 self.make_folder()
                 for entry in filter(_ENTRY.fullmatch, os.listdir(folder)):  # noqa: PTH208
@@ -158,11 +161,8 @@ class Staging:
                         (folder / entry).rename(self.folder / entry)
                 with suppress(OSError):
                     folder.rmdir()
-
-    def entries(self) -> list[str]:
-        """Return the event ids of changes that have not ended."""
         try:
-            return sorted(name for name in os.listdir(self.folder) if _ENTRY.fullmatch(name))  # noqa: PTH208
+            return sorted(filter(_ENTRY.fullmatch, os.listdir(self.folder)))  # noqa: PTH208
         except FileNotFoundError:
             return []
 
@@ -270,7 +270,7 @@ class StagingEntry:
         self.sync()
 
     def take(self) -> None:
-        """Move a version that is being removed out of sight, unless that was done before.
+        """Move a version that is being removed out of sight, unless that was done before, and delete it.
 
         A folder that has taken its place since is another version's, and stays with its bundle.
 
@@ -287,6 +287,7 @@ class StagingEntry:
                 sync(self.folder)
         with suppress(OSError):  # other versions, or a loadledger.toml
             self._target.parent.rmdir()
+        self.discard()
 
     def _delete_bundle(self) -> None:
         with suppress(FileNotFoundError, IsADirectoryError):  # a folder is no bundle

@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 
 from runtime.errors import InferenceCancelled, LoadRefused
-from runtime.process.forkserver import name_process
+from runtime.process.prctl import name_process
 from runtime.requestjson import describe
 from runtime.wire import (
     CONTROL,

@@ -405,7 +405,7 @@ async def look_in_repository(
     file_system = app[VERSIONS].repository.file_system
     with suppress(UnknownModel, UnknownVersion):
         return await file_system.run(model_id, look, REQUEST_LIMIT_S)
-    await app[UPLOADS].settle(model_id)
+    await app[UPLOADS].changes.settle(model_id)
     try:
         return await file_system.run(model_id, look, REQUEST_LIMIT_S)
     except (UnknownModel, UnknownVersion) as unknown:

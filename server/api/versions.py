@@ -23,9 +23,10 @@ from events.accept import MAX_QUEUE, find_end_of_use
 from events.clock import format_timestamp
 from events.errors import RequestRefused
 from events.types import AddedFile, Provenance
-from runtime.uploads.commit import UNUSED_LIMIT_S, UploadBody
 from runtime.uploads.receive import Digests, parse_digests
+from runtime.uploads.recovery import UNUSED_LIMIT_S
 from runtime.uploads.staging import UploadEntry
+from runtime.uploads.uploads import UploadBody
 from server.api.jobs import IS_KEY, hash_idempotency_key, run_job
 from server.api.schemas import ModelVersionPathSchema, about
 from server.appkeys import LOG, STOPPING, UPLOADS

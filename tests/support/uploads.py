@@ -8,8 +8,10 @@ from pathlib import Path
 from events.log import Log
 from events.sqlite.listing import open_reader
 from runtime.repository import Repository
-from runtime.uploads.commit import UploadBody, Uploads
+from runtime.uploads.changes import VersionChanges
+from runtime.uploads.recovery import Recovery
 from runtime.uploads.staging import STAGING, UploadEntry, UploadPolicy
+from runtime.uploads.uploads import UploadBody, Uploads
 from support import models
 
 NODE = "node"
@@ -30,19 +32,13 @@ async def opened_uploads(
     await log.open()
     try:
         async with open_reader(log.path) as reader:
-            uploads = Uploads(
-                Repository(folder / "repository"),
-                policy or UploadPolicy(),
-                NODE,
-                log=log,
-                submit=log.submit,
-                find_event=reader.version_event,
-                node_id=node_id,
-                now=now,
-            )
-            await uploads.open()
-            yield uploads, log
-            await uploads.close()
+            repository = Repository(folder / "repository")
+            policy = policy or UploadPolicy()
+            changes = VersionChanges(repository, policy, NODE, log, node_id=node_id, now=now)
+            recovery = Recovery(changes, reader.version_event)
+            await recovery.open()
+            yield Uploads(changes, recovery), log
+            await recovery.close()
     finally:
         await log.close()
 

@@ -22,7 +22,7 @@ from support.servers import APART, CTRL_C, Server, at_terminal, serving, standin
 
 from answers.models import ModelInfo
 from answers.tensors import ModelTensor, TensorExample
-from loadledger.cli.infer import GivenInput, parse_input
+from loadledger.cli.inputs import GivenInput, parse_input
 from loadledger.cli.snippets import describe_guess, format_infer
 from server.config import Config
 

@@ -15,7 +15,7 @@ from support.answers import fill
 from answers.inference import ModelMetadata
 from answers.tensors import ModelTensor
 from loadledger.cli.arrays import ImageOptions, build_inputs, describe_data, result_json, write_arrays
-from loadledger.cli.infer import GivenInput, InputFile, parse_input, read_value
+from loadledger.cli.inputs import GivenInput, InputFile, parse_input, read_value
 from loadledger.inference import InferenceHead, InferenceResult
 
 AS_DECLARED = ImageOptions()

@@ -7,7 +7,7 @@ from support.http import LocalApi
 
 from events.types import TokenIssued
 from loadledger import AsyncClient
-from loadledger.cli.serve import GENERIC_NAMES, name_model, name_source
+from loadledger.cli.chosenmodel import GENERIC_NAMES, name_model, name_source
 from loadledger.cli.startup import SignedIn, sign_in_user
 from loadledger.profiles import ServerTarget, read_profile, write_profile
 from server.auth.tokens import TOKENS

@@ -22,7 +22,6 @@ from runtime.errors import RuntimeProblem
 from runtime.onnxfile import MODEL_FILE
 from runtime.repository import Repository
 from runtime.uploads import staging
-from runtime.uploads.commit import UNUSED_LIMIT_S, UnknownUpload, UploadBody
 from runtime.uploads.receive import (
     BadPath,
     FileReceiver,
@@ -33,7 +32,9 @@ from runtime.uploads.receive import (
     parse_digests,
     unwritable,
 )
+from runtime.uploads.recovery import UNUSED_LIMIT_S
 from runtime.uploads.staging import UploadPolicy, VersionExists, check_writable
+from runtime.uploads.uploads import UnknownUpload, UploadBody
 
 M1 = ("m", 1, "alice")
 UPLOADED = {f"m/1/{path}": data for path, data in FILES.items()}
@@ -296,7 +297,7 @@ async def test_bytes_are_limited_as_they_arrive(folder: Path) -> None:
         await arrived.wait()
 
     async with opened_uploads(folder) as (uploads, _):
-        uploads._policy = UploadPolicy(max_bytes=100)
+        uploads.changes.policy = UploadPolicy(max_bytes=100)
         with pytest.raises(UploadTooLarge):
             await uploads.add(*M1, UploadBody(long()))
         assert len(left) == 9  # ten pieces fit, and nothing was read after the eleventh
@@ -397,17 +398,19 @@ async def test_upload_without_its_event_leaves_nothing(folder: Path) -> None:
         assert Repository(folder / "repository").versions("m") == [1]
 
 
-async def test_version_whose_place_is_taken_is_recorded_as_removed(folder: Path) -> None:
+async def test_version_whose_place_is_taken_is_recorded_as_removed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Somebody copies a folder there by hand, just when the event is durable."""
     async with opened_uploads(folder) as (uploads, log):
-        submit = uploads._submit
+        submit = log.submit
 
         async def copy_meanwhile(command: object) -> object:
             receipt = await submit(command)  # type: ignore[arg-type]
             models.save_bytes(b"by hand", folder / "repository", "m")
             return receipt
 
-        uploads._submit = copy_meanwhile  # type: ignore[assignment]
+        monkeypatch.setattr(log, "submit", copy_meanwhile)
         with pytest.raises(VersionExists):
             await uploads.add(*M1, body_of(MODEL))
         assert files_in(folder / "repository") == {f"m/1/{MODEL_FILE}": b"by hand"}

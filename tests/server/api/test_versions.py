@@ -260,7 +260,7 @@ async def test_client_that_leaves_leaves_nothing(shared: LocalApi) -> None:
     assert (await shared.get("/api/v1/models/left")).status == 404
     request.cancel()
     await until(lambda: staged(shared.config.repository) == [])
-    await until(lambda: not shared.app[UPLOADS]._changing)  # which ends a moment after its folder
+    await until(lambda: not shared.app[UPLOADS].changes._changing)  # which ends a moment after its folder
     assert (await put(shared, "left")).status == 201
 
 
