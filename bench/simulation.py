@@ -16,8 +16,6 @@ from bench.table import Row
 from events.accept import accept
 from events.clock import add_seconds
 from events.commands import Accepted, Command, Record
-from events.nodes import find_placer
-from events.registercommands import DrainNode, JoinNode, LoseNode
 from events.state import State
 from events.types import (
     SYSTEM,
@@ -34,9 +32,12 @@ from events.types import (
     record_draft,
 )
 from events.values import NodeSignature
+from features.nodes.commands import DrainNode, JoinNode, LoseNode
 from features.nodes.facts import LoadPlaced
+from features.nodes.register import find_placer
 from nodes.decisions import NodePlacement
 from nodes.placement import NodeHints
+from runtime.rooms import MACHINE, Alternative
 from runtime.scheduler import actions
 from runtime.scheduler.actions import build_request, draft_fact, draft_load_start, list_conditions
 from runtime.scheduler.view import LoadView, MemoryEstimate, Observations, Phase, Policy, SchedulerView
@@ -45,6 +46,7 @@ DECISION_GOAL_MS = 5.0
 """For the median decision of the placer: each event costs it one."""
 NODES, MODELS, MOST_COPIES = 100, 1000, 5
 MODEL_BYTES = 2**30
+NEEDS = {MACHINE: MODEL_BYTES}
 BUDGET_BYTES = 64 * MODEL_BYTES
 """Of a node: with 1,000 models of 3 copies on the average at 100 nodes, half of it is taken."""
 BEGIN = "2026-01-01T00:00:00.000000Z"
@@ -170,7 +172,7 @@ class Simulation:
             self._fold(Draft(job_id, request, SYSTEM, job_id, model_id, 1))
             for data in (placed, LoadStarted(1, server=name), _describe_loaded(model_id, name)):
                 self._fold(Draft(self._new_id(), data, SYSTEM, job_id, model_id, 1))
-            node.running[job_id] = LoadView(job_id, model_id, Phase.SERVING, memory_bytes=MODEL_BYTES)
+            node.running[job_id] = LoadView(job_id, model_id, Phase.SERVING, taken=NEEDS)
 
     def _step(self, node: SimulatedNode) -> bool:
         """Let a node decide once and do that; return whether there was anything."""
@@ -180,7 +182,7 @@ class Simulation:
         decision = node.placement.decide(view)
         self.took_s[node.name == self.placer].append(time.thread_time() - begin)
         for job in decision.unestimated:
-            node.estimates[job.id] = MemoryEstimate(MODEL_BYTES, is_proven=True)
+            node.estimates[job.id] = MemoryEstimate((Alternative(NEEDS),), is_proven=True)
         if decision.action is not None:
             self._act(node, decision.action)
         return decision.action is not None or bool(decision.unestimated)
@@ -194,7 +196,7 @@ class Simulation:
         match action:
             case actions.RecordFact(job, data):
                 drafts = [draft_fact(job, data)]
-            case actions.StartLoad(job, before):
+            case actions.StartLoad(job, _, before):
                 first = [draft_fact(job, before.data)] if before is not None else []
                 drafts = [*first, draft_load_start(job, is_restarted=False)]
             case actions.StartUnload(job):
@@ -212,7 +214,7 @@ class Simulation:
             case actions.StartLoad(job):
                 node.estimates.pop(job.id, None)
                 node.running[job.id] = LoadView(
-                    job.id, job.model_id, Phase.SERVING, memory_bytes=MODEL_BYTES, has_outcome=True
+                    job.id, job.model_id, Phase.SERVING, taken=NEEDS, has_outcome=True
                 )
                 loaded = draft_fact(job, _describe_loaded(job.model_id, node.name))
                 self.append(node.placement.complete(Record((loaded,)), self.state))

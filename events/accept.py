@@ -467,8 +467,6 @@ def _decide_cancel(state: State, command: RequestCancel, new_id: Callable[[], st
 
 
 def _why_not_cancelled(job: Job) -> str:
-    if job.cause is Cause.COPY:
-        return f"job {job.id} ends a copy; to have more, load the model with more copies"
     if job.cause in REPLACEMENTS:
-        return f"job {job.id} is part of a swap; to go back, load version {job.version}"
+        return f"job {job.id} {REPLACEMENTS[job.cause].format(version=job.version)}"
     return f"unload {job.id} has started and cannot be cancelled; load model '{job.model_id}' again"

@@ -1,4 +1,4 @@
-"""Approval of bytes: who may give it, which approvals a load rests on, and what nodes sign. Pure.
+"""Approval of bytes: who may give it, which approvals a load rests on, and what servers sign. Pure.
 
 An approval is a fact about a model and the digest of all files (`events.versions`); a load asks for it before
 it starts, and never waits. Two subjects are one person if they differ only in case or in forms of the same
@@ -156,7 +156,7 @@ class ApproveVersion(RegisterCommand):
         files: path and SHA-256 of each, as the server has hashed them.
         digest: of the files.
         credential: of the person; who issued its token is added.
-        sign: signs for this node; None for a server alone.
+        sign: signs for this server, one of several; None for a server alone.
     """
 
     model_id: str
@@ -234,6 +234,6 @@ class WithdrawApproval(RegisterCommand):
 
 
 def approval_statement(model_id: str, said: Approval) -> bytes:
-    """Return the bytes that the node signs which takes an approval, like `events.statements`."""
+    """Return the bytes that the server signs which takes an approval, like `events.statements`."""
     what = "loadledger-approval-v1", said.event_id, model_id, said.version, said.digest
     return msgspec.json.encode((*what, said.by, said.reason, said.jti, said.issuer, said.issued_by))

@@ -118,7 +118,7 @@ class RequestLoad:
 
 @dataclass(frozen=True, slots=True)
 class RequestUnload:
-    """Unload a model, with all its copies; None is the active model.
+    """Unload a model from wherever it serves; None is the active model.
 
     Attributes:
         conditions: of an automatic unload.

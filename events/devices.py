@@ -18,7 +18,7 @@ DEVICE_RULE = "Must be cpu, or a provider and its device, like cuda:0, cuda:* (a
 MAX_DEVICES = 16
 """That a load may name: its event has them."""
 FALLBACKS = ("refuse", CPU)
-"""Treatments of nodes that a device does not support: the load is refused, or they run on the CPU."""
+"""Treatments of operators that a device does not support: the load is refused, or they run on the CPU."""
 
 
 def provider_of(device: str) -> str:

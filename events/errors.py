@@ -109,11 +109,11 @@ class LedgerForked(ForeignHead):
 
 
 class EpochOver(LogUnavailable):
-    """The other nodes have given this one up: nothing was accepted, and it joins again; try again shortly."""
+    """The other servers gave this one up: nothing was accepted, and it joins again; try again shortly."""
 
 
 class NodeAlive(LedgerProblem):
-    """A node cannot be declared lost: it has renewed its lease, or the one that judges is late itself."""
+    """A server cannot be declared lost: it has renewed its lease, or the one that judges is late itself."""
 
     code = "node_alive"
 

@@ -18,20 +18,23 @@ from events.state import State
 from events.types import Cause, Event, UnloadRequested
 from events.versions import ModelVersions
 
+_NAMES = {"server": "node"}
+"""What rows call the server; see `events.values.STORED_NAMES`."""
+
 NOT_LOADED = _UNLOADED, _FAILED = ModelState.UNLOADED, ModelState.FAILED
 
 
-class CopyRow(Struct, frozen=True, gc=False, omit_defaults=True):
-    """A load that a model serves from at a node; the members are those of `ModelRow`."""
+class CopyRow(Struct, frozen=True, gc=False, omit_defaults=True, rename=_NAMES):
+    """A load that a model serves from at a server; the members are those of `ModelRow`."""
 
     load: int
     version: int
-    node: str | None = None
+    server: str | None = None
     workers: int = 0
     degraded: bool = False
 
 
-class ModelRow(Struct, frozen=True, gc=False, omit_defaults=True):
+class ModelRow(Struct, frozen=True, gc=False, omit_defaults=True, rename=_NAMES):
     """A model after an event, as it is stored and shown, but for what its load's event says.
 
     Attributes:
@@ -42,7 +45,7 @@ class ModelRow(Struct, frozen=True, gc=False, omit_defaults=True):
         load: position of the `ModelLoaded` of the load that serves, or that was unloaded for replacement.
         workers: how many are left of the load that serves; None while no load does.
         degraded: as `Model.degraded`.
-        node: as `Serving.node_id`; `asked_by` and `brought_back` are there, too.
+        server: as `Serving.server`; `asked_by` and `brought_back` are there, too.
         error: of the last failure.
         copies_wanted: as `LoadParameters.wanted_copies` of the load that serves.
         copies: the further loads that serve, in the order of `Model.copies`.
@@ -56,7 +59,7 @@ class ModelRow(Struct, frozen=True, gc=False, omit_defaults=True):
     load: int | None = None
     workers: int | None = None
     degraded: bool = False
-    node: str | None = None
+    server: str | None = None
     asked_by: str | None = None
     brought_back: Cause | None = None
     error: Failure | None = None
@@ -68,7 +71,7 @@ class ModelRow(Struct, frozen=True, gc=False, omit_defaults=True):
         """The load that serves or was lost, and its copies; as `Model.servings`."""
         if self.load is None or self.version is None or self.workers is None:
             return ()
-        return CopyRow(self.load, self.version, self.node, self.workers, self.degraded), *self.copies
+        return CopyRow(self.load, self.version, self.server, self.workers, self.degraded), *self.copies
 
     @property
     def is_waiting(self) -> bool:
@@ -89,24 +92,26 @@ class ModelRow(Struct, frozen=True, gc=False, omit_defaults=True):
 class ShownModel(NamedTuple):
     """A model as the API shows it, now or at a moment of the past.
 
-    `load` is the one that serves: of what can change later (workers, node, who asked), the row counts.
-    `copies` are the loads of the row's copies, in the same order. `versions` are as of the same moment.
+    `loads` are those of the row's `servings`: of what can change later (workers, server, who asked), the row
+    counts. `versions` are as of the same moment.
     """
 
     id: str
     row: ModelRow
-    load: Serving | None
     versions: ModelVersions
-    copies: tuple[Serving, ...] = ()
+    loads: tuple[Serving, ...] = ()
+
+    @property
+    def load(self) -> Serving | None:
+        """The load that serves; None while none does."""
+        return self.loads[0] if self.loads else None
 
     def count_ready(self) -> int:
         """Return how many of its loads serve as `load` does, with all their workers."""
-        first = self.load
-        if first is None or self.row.state is not ModelState.LOADED:
+        if self.row.state is not ModelState.LOADED:
             return 0
-        copies = zip(self.row.copies, self.copies, strict=True)
-        ready = (not row.degraded and load.is_copy_of(first) for row, load in copies)
-        return int(not self.row.degraded) + sum(ready)
+        pairs = zip(self.row.servings, self.loads, strict=True)
+        return sum(not row.degraded and load.is_copy_of(self.loads[0]) for row, load in pairs)
 
 
 def has_row(event: Event, model: Model) -> bool:
@@ -153,8 +158,7 @@ def _make_copy_row(copy: Serving) -> CopyRow:
 def describe_model(state: State, model_id: str) -> ShownModel:
     """Return a model of the folds as the API shows it; it may have no event yet."""
     model, versions = state.models.get(model_id) or Model(model_id), state.registers.find_versions(model_id)
-    copies = () if model.serving is None else model.copies or ()
-    return ShownModel(model_id, make_row(model), model.serving, versions, copies)
+    return ShownModel(model_id, make_row(model), versions, model.servings)
 
 
 def find_landmark(job: Job) -> int | None:

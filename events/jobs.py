@@ -489,6 +489,11 @@ class Footprint(Struct, frozen=True, gc=False):
     device_bytes: int | UnsetType = UNSET
 
     @property
+    def target(self) -> str:
+        """The device; empty is the CPU."""
+        return self.device or ""
+
+    @property
     def conditions(self) -> tuple[object, ...]:
         """The conditions of the load, beside its files, on which the peak depends."""
         return self.threads, self.device

@@ -1,6 +1,6 @@
 """Registers: what is folded beside models and jobs, by id.
 
-Issued tokens, nodes, policies, and the versions of models.
+Issued tokens, policies, the versions of models, and those of the features (`features.registers`).
 """
 
 from __future__ import annotations
@@ -16,68 +16,70 @@ from msgspec import Struct
 
 from events.jobs import Job
 from events.models import Model
-from events.nodes import Node, evolve_nodes
 from events.policy.rules import LoadPolicy
 from events.presence import Transition, list_transitions
 from events.tokens import Token, evolve_tokens
 from events.types import OF_TOKENS, Event, PolicyInForce
 from events.versions import OF_VERSIONS, ModelVersions, evolve_versions
-from features.nodes.facts import OF_NODES
+from features.facts import OF_SERVERS
+from features.registers import ENTRIES_OF_FEATURES, FeatureEntry, FeatureRegisters
 
 
 class RecordedPolicy(Struct, frozen=True, gc=False):
-    """The policy for loads that is in force at a node; of a server alone the id is empty."""
+    """The policy for loads that is in force at a server; of a server alone the id is empty."""
 
     id: str
     policy: LoadPolicy
 
 
-RegisterEntry = Token | Node | RecordedPolicy | ModelVersions
-RegisterMap = (
-    Mapping[str, Token] | Mapping[str, Node] | Mapping[str, RecordedPolicy] | Mapping[str, ModelVersions]
-)
+RegisterEntry = Token | FeatureEntry | RecordedPolicy | ModelVersions
 RegisterChanges = Mapping[str, Mapping[str, RegisterEntry | None]]
 """The entries that changed, by the register's name and their ids; None for those that went."""
 
 NOTHING: Mapping[str, Never] = MappingProxyType({})
 
-OF_REGISTERS = frozenset({*OF_TOKENS, *OF_NODES, PolicyInForce, *OF_VERSIONS})
+ENTRIES: Mapping[str, type[RegisterEntry]] = {
+    "tokens": Token,
+    **ENTRIES_OF_FEATURES,
+    "policies": RecordedPolicy,
+    "versions": ModelVersions,
+}
+"""The entries of each register; its name is that of its table."""
+
+OF_REGISTERS = frozenset({*OF_TOKENS, *OF_SERVERS, PolicyInForce, *OF_VERSIONS})
 """The events that change a register."""
 
 
 @dataclass(slots=True)
-class Registers:
+class Registers(FeatureRegisters):
     """The registers of a state.
 
     Attributes:
         tokens: issued and revoked ones, by their ids; a map is changed in place, unless it is shared.
-        nodes: the servers that share the ledger, by their names; a map is never changed.
-        policies: in force at the nodes, by their names; a map is never changed.
+        policies: in force at the servers, by their names; a map is never changed.
         versions: of the models, by their ids; a map is changed in place, unless it is shared.
         shared: the names of the maps that are those of other registers, too.
     """
 
     tokens: dict[str, Token] = field(default_factory=dict)
-    nodes: dict[str, Node] = field(default_factory=dict)
     policies: dict[str, RecordedPolicy] = field(default_factory=dict)
     versions: dict[str, ModelVersions] = field(default_factory=dict)
     shared: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
-    def items(self) -> Iterable[tuple[str, RegisterMap]]:
-        yield from (("tokens", self.tokens), ("nodes", self.nodes))
-        yield from (("policies", self.policies), ("versions", self.versions))
+    def items(self) -> Iterable[tuple[str, Mapping[str, RegisterEntry]]]:
+        return ((name, getattr(self, name)) for name in ENTRIES)
 
     def share(self) -> Registers:
-        """Return registers that change without these: what each changes first, it copies."""
+        """Return registers that change without these: a map becomes their own with its first change."""
         return replace(self, shared=frozenset({"tokens", "versions"}))
 
     def find_versions(self, model_id: str) -> ModelVersions:
         """Return what is known of a model's versions; nothing of a model that is not known."""
         return self.versions.get(model_id) or ModelVersions(model_id)
 
-    def find_policy(self, node_id: str | None) -> LoadPolicy:
-        """Return the policy in force at a node, or of a server alone; an empty one without any."""
-        found = self.policies.get(node_id or "")
+    def find_policy(self, server: str | None) -> LoadPolicy:
+        """Return the policy in force at a server, or of one alone; an empty one without any."""
+        found = self.policies.get(server or "")
         return LoadPolicy() if found is None else found.policy
 
     def apply(
@@ -98,15 +100,13 @@ class Registers:
             recorded = RecordedPolicy(data.server or "", data.policy)
             self.policies = self.policies | {recorded.id: recorded}
             return {"policies": {recorded.id: recorded}}, ()
-        if not isinstance(data, OF_NODES):
-            return NOTHING, list_transitions(event, self.nodes, NOTHING)
-        before, self.nodes = self.nodes, dict(self.nodes)
         owners = partial(_list_owners, models, unended, self.versions)
-        nodes = evolve_nodes(self.nodes, data, position=position, recorded_at=recorded_at, read_owners=owners)
-        gone = [key for key in self.policies if nodes.get(key, before) is None]
-        self.policies = {key: each for key, each in self.policies.items() if key not in gone}
-        changes: RegisterChanges = {"nodes": nodes, **({"policies": dict.fromkeys(gone)} if gone else {})}
-        return changes, list_transitions(event, before, nodes)
+        changes, transitions = self.evolve_features(event, owners)
+        gone = {key for entries in changes.values() for key, entry in entries.items() if entry is None}
+        if gone := gone & self.policies.keys():
+            self.policies = {key: each for key, each in self.policies.items() if key not in gone}
+            changes = {**changes, "policies": dict.fromkeys(gone)}
+        return changes, transitions or list_transitions(event)
 
     def _apply_to_versions(self, event: Event) -> RegisterChanges:
         before = self.versions.get(event.model_id or "")
@@ -124,7 +124,7 @@ def _list_owners(
     unended: Callable[[], Iterable[Job]],
     versions: Mapping[str, ModelVersions],
 ) -> set[str]:
-    """Return the nodes that own a model or a job, or have signed what a person said that still counts."""
+    """Return the servers that own a model or a job, or have signed what a person said that still counts."""
     owners = {each.server for model in models.values() for each in model.servings}
     signers = chain.from_iterable(each.list_signers() for each in versions.values())
     return {each for each in (*owners, *(job.server for job in unended()), *signers) if each is not None}

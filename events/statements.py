@@ -1,4 +1,4 @@
-"""Statements that nodes sign: JSON arrays of text, in UTF-8. Pure.
+"""Statements that servers sign: JSON arrays of text, in UTF-8. Pure.
 
 Each has an id that is used once, so a signature in the log is good for nothing else.
 """
@@ -16,19 +16,19 @@ from events.types import Justification
 from events.values import NodeSignature
 
 IsSigned = Callable[[bytes, NodeSignature | UnsetType], bool]
-"""Whether a trusted node has signed a statement; of a ledger of one server it has."""
+"""Whether a trusted server has signed a statement; of a ledger of one server it has."""
 
 
 def emergency_statement(
     job_id: str, model_id: str, version: int | None, actor: str, said: Justification
 ) -> bytes:
-    """Return the bytes that a node signs which has seen the role `emergency` of who asks for a load."""
+    """Return the bytes that a server signs which has seen the role `emergency` of who asks for a load."""
     what = "loadledger-emergency-v1", job_id, model_id, version, actor
     return msgspec.json.encode((*what, said.emergency or "", said.digest or None))
 
 
 def load_statement(model_id: str, passed: AdmittedBytes) -> bytes:
-    """Return the bytes that a node signs for a load, with what it passed."""
+    """Return the bytes that a server signs for a load, with what it passed."""
     what = "loadledger-load-v1", passed.job_id, model_id, passed.version, passed.digest
     parts = (None if part is UNSET else part for part in astuple(passed.evidence))
     return msgspec.json.encode((*what, *parts))

@@ -35,8 +35,15 @@ class Cause(StrEnum):
     COPY = "copy"
 
 
-REPLACEMENTS = (Cause.SWAP, Cause.DRAIN, Cause.COPY)
-"""Causes of unloads of loads that another load of the model replaces, or is a copy of."""
+_IN_SWAP = "is part of a swap; to go back, load version {version}"
+
+REPLACEMENTS = {
+    Cause.SWAP: _IN_SWAP,
+    Cause.DRAIN: _IN_SWAP,
+    Cause.COPY: "ends a copy; to have more, load the model with more copies",
+}
+"""Causes of unloads of loads that another load of the model replaces, or is a copy of: what such an unload
+does, and what to do instead of cancelling it."""
 
 
 SYSTEM = "system"

@@ -1,10 +1,9 @@
 """Several servers, called nodes, share one ledger and divide its loads.
 
 `server.app` opens it when `--ledger` names a database; a server alone has only its routes, which list no
-node. Other packages see it as `runtime.scheduler.placement.Placement`, `runtime.router.Elsewhere`,
-`server.cluster` and `server.auth.gate.NodeTokens`.
+node. Other packages see it as `runtime.elsewhere.Elsewhere` and, with it, `server.cluster.Cluster`.
 
-The events of nodes and their fold are in `events.nodes`, since `verify` folds them wherever a ledger is.
+The events of nodes and their fold are in `features.nodes`, since `verify` folds them wherever a ledger is.
 
 - `thisnode`: this server as a node: its log, its membership, and what it says of itself
 - `membership`: joining, leases, nodes that are late, leaving

@@ -18,8 +18,6 @@ from events.clock import add_seconds, uuid7
 from events.commands import Record, RequestLoad
 from events.jobs import INSUFFICIENT_MEMORY, POLICY_DIFFERS, Job
 from events.models import RELOADS, AdmittedBytes, LoadedModel, Model, ModelState, Serving
-from events.nodes import Node, find_placer
-from events.registercommands import NodeCurrent
 from events.state import State
 from events.statements import load_statement
 from events.types import (
@@ -33,6 +31,8 @@ from events.types import (
     digest_of,
 )
 from events.values import NodeSignature
+from features.nodes.commands import NodeCurrent
+from features.nodes.register import Node, find_placer
 from nodes.copies import find_steps
 from nodes.placement import (
     NodeHints,
@@ -47,10 +47,10 @@ from nodes.placement import (
 )
 from nodes.spread import Spread, measure_copy
 from runtime.consumer.running import RunningLoad
-from runtime.router import Elsewhere, ModelNotLoaded
+from runtime.elsewhere import Elsewhere, SystemCommand
+from runtime.errors import ModelNotLoaded
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Decision, RecordFact
-from runtime.scheduler.placement import Placement, SystemCommand
 from runtime.scheduler.scheduler import back_off_s, decide
 from runtime.scheduler.view import SchedulerView
 
@@ -102,7 +102,7 @@ class Signing(Protocol):
         """Whether a trusted node, which may have left since, has signed a statement; called in a thread."""
 
 
-class NodePlacement(Placement, Elsewhere):
+class NodePlacement(Elsewhere):
     """The placement of a node, for the consumer and the router of its server.
 
     Args:

@@ -15,6 +15,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -25,20 +26,19 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from events.log import Log
-from events.nodes import Node
-from nodes.decisions import NodePlacement
+from features.nodes.register import Node
+from nodes.decisions import NodePlacement, Standing
 from nodes.peers import CATCH_UP_S, Peers, read_position
 from nodes.spread import measure_copy
-from nodes.thisnode import THIS_NODE
 from runtime.errors import InferenceTimeout, WorkerDied
 from runtime.router import Here, Router, There
 from runtime.timeouts import TimeoutExpired, timeout
 from runtime.wire import Buffer
-from server.appkeys import CONFIG, LOG, ROUTER
+from server.appkeys import ROUTER
 from server.auth.gate import FORWARDED, POSITION, PRINCIPAL
 from server.auth.ratelimit import AUTH_FAILURES, QUOTA
-from server.cluster import COPIES, FORWARDING, NODE_ADDRESS
-from server.errors import ANSWERING_NODE, NODE, ServerProblem
+from server.cluster import COPIES, NODE, NODE_ADDRESS, Cluster
+from server.errors import ANSWER_FIELDS, ServerProblem
 from server.http.bodies import Share, read_body
 from server.http.connection import read_body_into
 from server.http.responses import DirectResponse
@@ -142,42 +142,51 @@ class _Reply:
     parts: list[bytes]
 
 
-class Forwarder:
-    """Sends requests about models to the node that has them.
+class Forwarder(NodePlacement, Cluster):
+    """A node that sends requests about models to the nodes that have them.
 
     Args:
-        session: with which it reaches the other nodes.
-        placement: chooses among the copies of a model.
+        node_id: its name.
+        log: of the ledger.
+        standing: of this node.
+        peers: what this node knows of the others by their keys.
         timeout_s: of a forwarded request.
     """
 
-    def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        router: Router,
-        log: Log,
-        peers: Peers,
-        placement: NodePlacement,
-        *,
-        node_id: str,
-        timeout_s: float,
-    ) -> None:
-        self._placement = placement
-        self._spread = placement.spread
+    name: str
+    _session: aiohttp.ClientSession
+    _router: Router
+
+    def __init__(self, node_id: str, log: Log, standing: Standing, peers: Peers, *, timeout_s: float) -> None:
+        NodePlacement.__init__(self, node_id, standing, peers, peers.untrusted)
+        Cluster.__init__(self, log)
+        self.name, self.peers = node_id, peers
         self._waits: dict[asyncio.Timeout, tuple[_Forwarded, Node]] = {}
-        self._session = session
-        self._router = router
-        self._log = log
-        self._peers = peers
-        self._node_id = node_id
         self._timeout_s = timeout_s
+
+    @asynccontextmanager
+    async def forwarding(self, app: web.Application) -> AsyncIterator[None]:
+        connector = aiohttp.TCPConnector(limit=0, limit_per_host=MAX_CONNECTIONS, keepalive_timeout=KEPT_S)
+        async with aiohttp.ClientSession(
+            connector=connector,
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            read_bufsize=READ_BYTES,
+        ) as self._session:
+            self._router = app[ROUTER]
+            ending = asyncio.create_task(self._end_waits(), name="waits for lost nodes")
+            try:
+                yield
+            finally:
+                ending.cancel()
 
     async def catch_up(self, request: web.BaseRequest, model_id: str) -> None:
         """Begin to answer a request here, by a state no older than that of a node that forwarded it."""
-        request[ANSWERING_NODE] = self._node_id
+        request[ANSWER_FIELDS] = {NODE: self.name}
         if FORWARDED in request.headers:
             limit_s = CATCH_UP_S if self._router.is_ready(model_id) else CATCH_UP_OR_REFUSE_S
-            await self._log.wait_for(read_position(request.headers), limit_s)
+            await self.log.wait_for(read_position(request.headers), limit_s)
 
     async def forward(
         self,
@@ -197,10 +206,10 @@ class Forwarder:
             InferenceTimeout: `inference_timeout`.
             ServerProblem: what reading the body raises.
         """
-        request.pop(ANSWERING_NODE, None)
-        node, sender = self._log.state.registers.nodes[there.server], request.headers.get(FORWARDED)
+        request.pop(ANSWER_FIELDS, None)
+        node, sender = self.log.state.registers.nodes[there.server], request.headers.get(FORWARDED)
         if sender is not None:
-            raise ModelMoved(model_id, node.id, sender, self._log.state.position)
+            raise ModelMoved(model_id, node.id, sender, self.log.state.position)
         headers = self._headers_of(request)
         if body is not None:
             headers.popall(hdrs.CONTENT_ENCODING, None)
@@ -223,7 +232,7 @@ class Forwarder:
             [(name, value) for name, value in request.headers.items() if name.lower() in _SENT]
         )
         context = begin_context(request)
-        headers.update({FORWARDED: self._node_id, REQUEST_ID: context.request_id, **context.carrier})
+        headers.update({FORWARDED: self.name, REQUEST_ID: context.request_id, **context.carrier})
         return headers
 
     async def _ask(self, forwarded: _Forwarded, node: Node) -> _Reply:
@@ -239,29 +248,29 @@ class Forwarder:
             return reply
         other, position = self._find_another(forwarded, node), read_position(reply.headers)
         if other is None and position:
-            await self._log.wait_for(position, CATCH_UP_OR_REFUSE_S)
+            await self.log.wait_for(position, CATCH_UP_OR_REFUSE_S)
             other = self._find_another(forwarded, node)
         return reply if other is None else await self._send(forwarded, other)
 
     def _find_another(self, forwarded: _Forwarded, tried: Node) -> Node | None:
         """Return another node at which the model is loaded by now, which may be this one."""
-        state = self._log.state
+        state = self.log.state
         model = state.models.get(forwarded.model_id)
         if model is None:
             return None
-        name = self._placement.choose(model, state, forwarded.version, tried=tried)
+        name = self.choose(model, state, forwarded.version, tried=tried)
         return None if name is None else state.registers.nodes[name]
 
-    async def end_waits(self) -> None:
+    async def _end_waits(self) -> None:
         """End the waits for answers of nodes that are lost, if others have the models; until cancelled."""
-        nodes = self._log.state.registers.nodes
-        with self._log.subscribed() as wakeup:
+        nodes = self.log.state.registers.nodes
+        with self.log.subscribed() as wakeup:
             while True:
                 await wakeup.wait()
                 wakeup.clear()
-                if self._log.state.registers.nodes is nodes:
+                if self.log.state.registers.nodes is nodes:
                     continue
-                nodes = self._log.state.registers.nodes
+                nodes = self.log.state.registers.nodes
                 for limit, (forwarded, node) in self._waits.items():
                     known = nodes.get(node.id)
                     is_there = known is not None and known.is_present and known.epoch == node.epoch
@@ -275,22 +284,22 @@ class Forwarder:
         return self._name_copies(here.model_id)
 
     def _name_copies(self, model_id: str) -> Mapping[str, str]:
-        model = self._log.state.models.get(model_id)
+        model = self.log.state.models.get(model_id)
         if model is None or not model.copies:
             return {}
-        addresses = self._placement.list_addresses(model, self._log.state)
+        addresses = self.list_addresses(model, self.log.state)
         return {COPIES: " ".join(addresses)} if len(addresses) > 1 else {}
 
     async def _send(self, forwarded: _Forwarded, node: Node) -> _Reply:
         """Send a request to a node that has the model, and note what the choice among copies needs."""
         model_id = forwarded.model_id
         try:
-            with self._spread.sending(node.id, model_id):
+            with self.spread.sending(node.id, model_id):
                 reply = await self._exchange(forwarded, node)
         except NodeUnreachable:
-            self._spread.avoid(node.id, time.monotonic())
+            self.spread.avoid(node.id, time.monotonic())
             raise
-        self._spread.hear(node.id, model_id, reply.headers.get(LOAD, ""), time.monotonic())
+        self.spread.hear(node.id, model_id, reply.headers.get(LOAD, ""), time.monotonic())
         return reply
 
     async def _exchange(self, forwarded: _Forwarded, node: Node) -> _Reply:
@@ -301,9 +310,9 @@ class Forwarder:
             InferenceTimeout: `inference_timeout`.
         """
         received = forwarded.received
-        token = self._peers.make_token(node, forwarded.model_id, received[PRINCIPAL])
+        token = self.peers.make_token(node, forwarded.model_id, received[PRINCIPAL])
         path = received.rel_url.raw_path  # without the host that a request to a proxy names
-        own = ((hdrs.AUTHORIZATION, f"Bearer {token}"), (POSITION, str(self._log.state.position)))
+        own = ((hdrs.AUTHORIZATION, f"Bearer {token}"), (POSITION, str(self.log.state.position)))
         reply, limit = None, asyncio.timeout_at(forwarded.ends_at_s)
         try:
             async with limit:
@@ -340,10 +349,10 @@ class Forwarder:
 
     def find_other(self, request: web.BaseRequest, name: str) -> There | None:
         """Return a present node that a request names; None if it is this one, or another one forwarded it."""
-        node = self._log.state.registers.nodes.get(name)
-        if FORWARDED in request.headers or node is None or name == self._node_id:
+        node = self.log.state.registers.nodes.get(name)
+        if FORWARDED in request.headers or node is None or name == self.name:
             return None
-        return There(name) if node.is_present and name not in self._peers.untrusted() else None
+        return There(name) if node.is_present and name not in self.peers.untrusted() else None
 
     async def pass_on(
         self, request: web.BaseRequest, there: There, model_id: str, body: AsyncIterator[bytes] | None
@@ -354,7 +363,7 @@ class Forwarder:
             NodeUnreachable: `node_unreachable`.
             ServerProblem: what reading the body raises.
         """
-        node, headers = self._log.state.registers.nodes[there.server], self._headers_of(request)
+        node, headers = self.log.state.registers.nodes[there.server], self._headers_of(request)
         passed_bytes, broken = 0, list[Exception]()
 
         async def read(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -382,36 +391,6 @@ class Forwarder:
             raise
         fields = _returned_fields(request, reply)
         return web.Response(status=reply.status, body=b"".join(reply.parts), headers=fields)
-
-
-async def open_forwarder(app: web.Application) -> AsyncIterator[None]:
-    """Let a node forward requests to the others; for `app.cleanup_ctx`."""
-    node = app.get(THIS_NODE)
-    if node is None:
-        yield
-        return
-    connector = aiohttp.TCPConnector(limit=0, limit_per_host=MAX_CONNECTIONS, keepalive_timeout=KEPT_S)
-    async with aiohttp.ClientSession(
-        connector=connector,
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
-        auto_decompress=False,
-        cookie_jar=aiohttp.DummyCookieJar(),
-        read_bufsize=READ_BYTES,
-    ) as session:
-        app[FORWARDING] = forwarder = Forwarder(
-            session,
-            app[ROUTER],
-            app[LOG],
-            node.peers,
-            node.placement,
-            node_id=node.id,
-            timeout_s=app[CONFIG].inference_timeout_s,
-        )
-        ending = asyncio.create_task(forwarder.end_waits(), name="waits for lost nodes")
-        try:
-            yield
-        finally:
-            ending.cancel()
 
 
 async def _receive(request: web.BaseRequest, share: Share) -> Buffer:

@@ -21,9 +21,9 @@ from events.clock import boottime
 from events.commands import Receipt
 from events.errors import LedgerProblem, LogUnavailable
 from events.log import Log
-from events.nodes import Lease
-from events.registercommands import JoinNode, LeaveNode, LoseNode
 from events.storage import StorageError
+from features.nodes.commands import JoinNode, LeaveNode, LoseNode
+from features.nodes.register import Lease
 from nodes.placement import NodeHints
 
 _log = logging.getLogger(__name__)
@@ -78,12 +78,11 @@ class Membership:
     Args:
         log: open.
         table: the leases.
-        command: with which it joins.
+        node_id: the name with which it joins.
         lease_s: seconds without a renewal after which it may be declared lost.
         away_limit_s: seconds for which it serves without a renewal.
         serves_sick: whether a node that cannot renew, but reads in its lease that its epoch goes on, serves.
         set_epoch: tells the log's storage as whom it appends: node, epoch (None before it joins), and lease.
-        describe: returns the hints of this node.
         end_workers: called when this node may not serve any longer.
         open_signer: reads the key, which may have changed, and returns what signs a join; None signs none.
 
@@ -100,25 +99,22 @@ class Membership:
         self,
         log: Log,
         table: LeaseTable,
-        command: JoinNode,
+        node_id: str,
         *,
         lease_s: float,
         away_limit_s: float,
         serves_sick: bool = False,
         set_epoch: Callable[[str, int | None, float], None],
-        describe: Callable[[], Awaitable[NodeHints]],
         end_workers: Callable[[], None],
         open_signer: Callable[[], Callable[[bytes], str]] | None = None,
     ) -> None:
         self._log = log
         self._table = table
         self._instance = secrets.token_hex(8)
-        self._command = replace(command, instance=self._instance)
         self._lease_s = lease_s
         self._away_limit_s = away_limit_s
         self._serves_sick = serves_sick
         self._set_epoch = set_epoch
-        self._describe_node = describe
         self._end_workers = end_workers
         self._open_signer = open_signer
         self._limit_s = lease_s / RENEWALS_PER_LEASE
@@ -127,7 +123,7 @@ class Membership:
         self._described = ""
         self._describing: asyncio.Task[NodeHints] | None = None
         self._judging: asyncio.Task[None] | None = None
-        self.node_id = command.node_id
+        self.node_id = node_id
         self.epoch: int | None = None
         self.leases: Sequence[Lease] = ()
         self.problem: str | None = None
@@ -155,13 +151,18 @@ class Membership:
         is_over = self.epoch is None or self._confirmed_s > self._renewed_s
         return is_over and self.is_late and self.problem is not None
 
-    async def start(self) -> Receipt:
+    async def start(self, command: JoinNode, describe: Callable[[], Awaitable[NodeHints]]) -> Receipt:
         """Join, before anything else is appended.
+
+        Args:
+            command: what this node says of itself when it joins, now or again.
+            describe: returns the hints of this node.
 
         Raises:
             NameInUse: `node_name_in_use`.
             LogUnavailable: `log_unavailable`, the database or the replica cannot be written.
         """
+        self._command, self._describe_node = replace(command, instance=self._instance), describe
         return await self._join(self._log.begin, START_LIMIT_S)
 
     async def run(self) -> None:

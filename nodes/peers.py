@@ -30,11 +30,11 @@ from multidict import CIMultiDictProxy
 from events.audit.signing import is_signed_by
 from events.errors import LogUnavailable
 from events.log import Log
-from events.nodes import Node
 from events.state import State
 from events.values import NodeSignature
+from features.nodes.register import Node
 from server.auth.access import ROLES
-from server.auth.gate import POSITION, Challenge, InvalidToken, Principal, Verifier, bearer_token
+from server.auth.gate import POSITION, InvalidToken, Principal, Verifier, bearer_token
 from server.auth.keys import (
     ALGORITHM,
     LEDGER_KEY,
@@ -176,12 +176,13 @@ class Peers:
         _remember(self._made, what, (token, until_s))
         return token
 
-    async def await_sender(self, headers: CIMultiDictProxy[str]) -> None:
-        """Wait a moment for the join of the node that forwards a request: it may have just joined."""
-        with suppress(jwt.PyJWTError, ValueError, RecursionError, Challenge):
-            token = bearer_token(headers.getall(hdrs.AUTHORIZATION, []))
+    async def verify_forwarded(self, headers: CIMultiDictProxy[str], model_id: str | None) -> Principal:
+        """Return for whom a request was forwarded, by a node that may have joined a moment ago."""
+        token = bearer_token(headers.getall(hdrs.AUTHORIZATION, []))
+        with suppress(jwt.PyJWTError, ValueError, RecursionError):
             if token not in self._read and self._find_sender(_peek(token)) is None:
                 await self._log.wait_for(read_position(headers), CATCH_UP_S)
+        return self.verify(token, model_id)
 
     def verify(self, token: str, model_id: str | None) -> Principal:
         """Return for whom a request about a model was forwarded to this node.

@@ -28,13 +28,13 @@ from events.clock import add_seconds
 from events.devices import CPU, find_matching, provider_of
 from events.jobs import POLICY_DIFFERS, Job, JobKind, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState, Serving
-from events.nodes import Node, find_placer
 from events.policy.rules import LoadPolicy
-from events.registercommands import NodeUnchanged
 from events.state import State, has_turn
 from events.types import Cause
 from events.values import FileHash
+from features.nodes.commands import NodeUnchanged
 from features.nodes.facts import LoadPlaced
+from features.nodes.register import Node, find_placer
 from nodes.spread import CopyFigures
 from runtime.scheduler.actions import RecordFact
 from runtime.scheduler.view import LoadView, SchedulerView, WorkShare

@@ -15,9 +15,9 @@ from marshmallow import Schema, fields, validate
 from answers.nodes import NodeInfo, NodeJob, NodeList, NodeModel
 from events.jobs import Job
 from events.models import Model, Serving
-from events.nodes import Lease, find_placer
-from events.registercommands import DrainNode
 from events.state import State
+from features.nodes.commands import DrainNode
+from features.nodes.register import Lease, find_placer
 from server.api.schemas import about
 from server.appkeys import LOG
 from server.auth.access import Access
@@ -59,7 +59,7 @@ class NodePathSchema(Schema):
     answers={200: (NodeList, "All nodes.")},
 )
 async def list_nodes(request: web.Request) -> web.Response:
-    return respond(NodeList(nodes=list_node_infos(request.app), as_of=request.app[LOG].state.position))
+    return respond(NodeList(nodes=request.app[CLUSTER].describe(), as_of=request.app[LOG].state.position))
 
 
 @routes.post(
@@ -79,16 +79,11 @@ async def list_nodes(request: web.Request) -> web.Response:
 )
 async def drain_node(request: web.Request) -> web.Response:
     app, node_id = request.app, path_parameters(request)["id"]
-    if CLUSTER not in app:
+    if app[CLUSTER].name is None:
         raise NoNodes
     receipt = await app[LOG].submit(DrainNode(node_id, request[PRINCIPAL].subject))
-    [node] = [node for node in list_node_infos(app) if node.id == node_id]
+    [node] = [node for node in app[CLUSTER].describe() if node.id == node_id]
     return respond(node, status=200 if receipt.existing else 202)
-
-
-def list_node_infos(app: web.Application) -> list[NodeInfo]:
-    """Return all nodes as this server knows them."""
-    return app[CLUSTER].describe() if CLUSTER in app else make_node_infos(app[LOG].state)
 
 
 def make_node_infos(

@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from itertools import chain
+from pathlib import Path
+from typing import TypeVar
 
 from aiohttp import web
 
 from answers.nodes import NodeInfo
 from events.clock import seconds_between
 from events.commands import Receipt
+from events.errors import LedgerProblem
 from events.models import Model
-from events.registercommands import JoinNode
-from events.values import Confinement, NodeSignature
+from features.nodes.commands import JoinNode
 from nodes.copies import count_copies
-from nodes.decisions import NodePlacement
+from nodes.forwarding import Forwarder
 from nodes.membership import Membership
 from nodes.peers import Peers
 from nodes.placement import NodeHints, find_usable, has_device, list_device_attributes
 from nodes.routes import make_node_infos
 from nodes.spread import CopyFigures, measure_copy
-from runtime.consumer.running import RunningLoad
 from runtime.consumer.usage import list_usage
 from runtime.scheduler.view import Policy
 from runtime.store.store import Store
+from server.api.events import PROVER
+from server.appkeys import POLICY, POOL, VERSIONS
 from server.auth.gate import Verifier
+from server.auth.keys import keys_folder, list_keys, public_pem
 from server.config import Config, ConfigError
 
 MAX_DIGESTS = 2_000
@@ -35,8 +39,10 @@ MAX_DIGESTS = 2_000
 
 INSTALL = "pip install 'loadledger[postgres]'"
 
+T = TypeVar("T")
 
-class ThisNode:
+
+class ThisNode(Forwarder):
     """This server among the nodes of a ledger in a database, of which the data directory has a replica.
 
     Raises:
@@ -44,123 +50,131 @@ class ThisNode:
         KeyProblem: `ledger.key` cannot be read.
 
     Attributes:
-        log: not open yet.
-        peers: what this node knows of the others by their keys.
-        loads: the running loads, by job id, as the consumer keeps them.
-        membership: as which it joined.
-        placement: its share of the work.
+        membership: as which it joins.
     """
 
-    membership: Membership
-    placement: NodePlacement
     _renewing: asyncio.Task[None] | None = None
 
-    def __init__(self, config: Config, address: str, verifier: Verifier) -> None:
+    def __init__(self, config: Config, verifier: Verifier) -> None:
         try:
             from nodes.postgres.connection import DatabaseClock  # noqa: PLC0415 - of an extra
             from nodes.postgres.leases import LeaseStore  # noqa: PLC0415
             from nodes.postgres.log import SharedLog  # noqa: PLC0415
         except ImportError as error:
             raise ConfigError(f"--ledger: {error.name} is not installed: {INSTALL}") from None
-        clock = DatabaseClock()
+        address, clock = config.ledger or "", DatabaseClock()
         self._config = config
         self._address = config.own_address()
         self._leases = LeaseStore(address)
-        self.id = config.node_id()
-        self.loads: dict[str, RunningLoad] = {}
-        self.log = SharedLog(address, config.data, clock)
-        self.peers = Peers(config.data, self.id, self.log, verifier, lambda: clock().timestamp())
+        log, node_id = SharedLog(address, config.data, clock), config.node_id()
+        peers = Peers(config.data, node_id, log, verifier, lambda: clock().timestamp())
+        self.sign, self.verify_forwarded = peers.sign, peers.verify_forwarded
+        self.membership = Membership(
+            log,
+            self._leases,
+            node_id,
+            lease_s=config.lease_s,
+            away_limit_s=config.away_limit_s(),
+            serves_sick=config.when_away == "serve",
+            set_epoch=log.set_epoch,
+            end_workers=self._end_workers,
+            open_signer=peers.open_signer,
+        )
+        super().__init__(node_id, log, self.membership, peers, timeout_s=config.inference_timeout_s)
 
-    async def join(
-        self,
-        policy: Policy,
-        store: Store | None,
-        *,
-        public_key: str,
-        confinement: Confinement,
-        devices: Iterable[str] = (),
-    ) -> Receipt:
+    @staticmethod
+    def check_keys(data: Path) -> None:
+        """Check that a data directory has keys, by which nodes know each other.
+
+        Raises:
+            ConfigError: it has none.
+        """
+        if not list_keys(data):
+            raise ConfigError(
+                f"--ledger: {keys_folder(data)} has no key, and nodes know each other by keys that they"
+                " share: copy the folder from another node;"
+                f" `loadledger key rotate --data {data}` makes the first one"
+            )
+
+    async def open(self, check: Callable[[], Awaitable[T]]) -> T:
+        await self.log.open()
+        return await check()  # only now the replica has what the database has
+
+    async def begin(self, app: web.Application) -> Receipt:
         """Join, and renew the lease from now on.
-
-        Args:
-            policy: has the memory budget, and the most models.
-            store: the versions that are here.
-            public_key: with which the others verify what this node forwards.
-            confinement: of its workers.
-            devices: names of those that it has beside the CPU.
 
         Raises:
             NameInUse: `node_name_in_use`.
             LogUnavailable: `log_unavailable`.
         """
+        pool, policy, store = app[POOL], app[POLICY], app[VERSIONS].store
+        attributes = {*self._config.own_attributes(), *list_device_attributes(pool.devices.found)}
         command = JoinNode(
-            self.id,
+            self.name,
             self._address,
-            tuple(sorted({*self._config.own_attributes(), *list_device_attributes(devices)})),
+            tuple(sorted(attributes)),
             policy.budget_bytes,
             version("loadledger"),
-            public_key,
-            confinement=confinement,
+            public_pem(app[PROVER].signer),
+            confinement=pool.applied.confinement,
         )
-        self.membership = Membership(
-            self.log,
-            self._leases,
-            command,
-            lease_s=self._config.lease_s,
-            away_limit_s=self._config.away_limit_s(),
-            serves_sick=self._config.when_away == "serve",
-            set_epoch=self.log.set_epoch,
-            describe=partial(self._measure, policy, store),
-            end_workers=self._end_workers,
-            open_signer=self.peers.open_signer,
-        )
-        self.placement = NodePlacement(self.id, self.membership, self.peers, self.peers.untrusted)
-        receipt = await self.membership.start()
+        receipt = await self.membership.start(command, lambda: self._measure(policy, store))
         self._renewing = asyncio.create_task(self.membership.run(), name="membership")
         return receipt
 
-    @property
-    def may_serve(self) -> bool:
-        return self.membership.may_serve
+    async def leave(self, end_work: Callable[[], Awaitable[None]]) -> None:
+        await end_work()
+        with suppress(LedgerProblem):  # the other nodes find this one late
+            await self.membership.leave()
 
-    @property
-    def is_sick(self) -> bool:
-        return self.membership.is_sick
-
-    @property
-    def problem(self) -> str | None:
-        return self.membership.problem
-
-    def tasks(self) -> Mapping[str, asyncio.Task[None]]:
-        return {} if self._renewing is None else {"membership": self._renewing}
-
-    def describe(self) -> list[NodeInfo]:
-        """Return all nodes as this one knows them; without the database it knows that it is late itself."""
-        late = {self.id} if self.membership.is_late else frozenset[str]()
-        return make_node_infos(self.log.state, self.membership.leases, self.id, late, self.peers.untrusted())
-
-    def count_copies(self, model: Model) -> tuple[int, str | None]:
-        """Return how many copies of a model are ready, and what the missing ones wait for."""
-        return count_copies(self.log.state, self.peers.untrusted(), model)
-
-    def has_device(self, devices: Sequence[str]) -> bool:
-        """Whether any node that takes loads has one of these devices."""
-        nodes = self.log.state.registers.nodes
-        usable = find_usable(self.log.state, self.peers.untrusted())
-        return any(has_device(devices, nodes[node_id]) for node_id in usable)
-
-    def sign(self, statement: bytes) -> NodeSignature:
-        """Sign what a person said to this node, so that the others believe it."""
-        return self.peers.sign(statement)
+    async def record_stop(self) -> None:
+        """Record nothing: it has left."""
 
     async def close(self) -> None:
         if self._renewing is not None:
             self._renewing.cancel()
             await asyncio.wait([self._renewing])
         await self._leases.close()
+        await self.log.close()
+
+    @property
+    def serves_without_log(self) -> bool:
+        return self.membership.may_serve
+
+    def tasks(self) -> Mapping[str, asyncio.Task[None]]:
+        return {} if self._renewing is None else {"membership": self._renewing}
+
+    def checks(self) -> Mapping[str, bool]:
+        """Return whether it runs and can do its work, so that the others need not load its models."""
+        return {"lease": not self.membership.is_sick}
+
+    def reason(self) -> str:
+        problem = self.membership.problem
+        return f"; the lease is not renewed: {problem}" if problem else ""
+
+    def count_missing(self, models: Iterable[Model]) -> int:  # noqa: ARG002 - others have them
+        return 0
+
+    def describe(self) -> list[NodeInfo]:
+        """Return all nodes as this one knows them; without the database it knows that it is late itself."""
+        late = {self.name} if self.membership.is_late else frozenset[str]()
+        return make_node_infos(self.log.state, self.membership.leases, self.name, late, self._untrusted())
+
+    def count_copies(self, model: Model) -> tuple[int, str | None]:
+        return count_copies(self.log.state, self._untrusted(), model)
+
+    def has_device(self, devices: Sequence[str]) -> bool:
+        nodes = self.log.state.registers.nodes
+        usable = find_usable(self.log.state, self._untrusted())
+        return any(has_device(devices, nodes[node_id]) for node_id in usable)
 
     async def _measure(self, policy: Policy, store: Store | None) -> NodeHints:
-        """Return what helps to place loads here."""
+        """Return what helps to place loads here.
+
+        Args:
+            policy: has the memory budget, and the most models.
+            store: the versions that are here.
+        """
         position = self.log.head.position
         uses = list_usage(self.loads.values(), self.log.state, self.log.now())
         taken = sum(max(use.reserved_bytes, use.memory_bytes) for use in uses)
@@ -188,7 +202,3 @@ class ThisNode:
         """Kill all workers; exits are recorded once the log can be written, and loads begin again."""
         for load in self.loads.values():
             load.kill()
-
-
-THIS_NODE = web.AppKey("node", ThisNode)
-"""This server as a node, once it has joined."""

@@ -2,9 +2,10 @@
 
 The way of a load: `repository` resolves a version; the `consumer` asks the `scheduler` for the next action
 and executes it; `process` starts and supervises workers; `worker` is what runs inside one, and speaks
-`wire`. `router` finds the worker of an inference.
+`wire`. `router` finds the worker of an inference; `elsewhere` knows what other servers do.
 
-To change: which load starts, evictions, reloads, and the memory that a load will need: `scheduler`. The life
+To change: which load starts, evictions, reloads, and the memory that a load will need: `scheduler`. What a
+load takes beside the machine's memory, as features have it: `rooms`. The life
 of a load, and what is recorded of it: `consumer`. Private copies of versions: `store`; versions that callers
 add or remove: `uploads`. Memory limits and measurements: `memory`; CPUs that may be used: `cgroups`;
 execution providers and their devices: `devices`. Models and versions, unsafe files, file systems that hang, a

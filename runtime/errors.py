@@ -209,6 +209,12 @@ class InferenceTimeout(RuntimeProblem):
     code = "inference_timeout"
 
 
+class ModelNotLoaded(RuntimeProblem):
+    """The model is not loaded."""
+
+    code = "model_not_loaded"
+
+
 class QueueFull(RuntimeProblem):
     """As many inferences as may be are queued or running for this model."""
 

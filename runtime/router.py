@@ -12,21 +12,15 @@ import msgspec
 
 from events.log import Log
 from events.models import Model, ModelState
-from events.state import State
 from runtime.consumer.running import RunningLoad
-from runtime.errors import QueueFull, RuntimeProblem, WorkerDied
+from runtime.elsewhere import ALONE, Elsewhere
+from runtime.errors import ModelNotLoaded, QueueFull, RuntimeProblem, WorkerDied
 from runtime.process.inflight import Answer
 from runtime.process.sharedmemory import Region
 from runtime.process.worker import Worker
 from runtime.repository import REQUEST_LIMIT_S, Repository, RepositoryBusy
 from runtime.statistics import InferenceTimes
 from runtime.wire import Outcome, Tensor, TensorSpec, WantedOutput
-
-
-class ModelNotLoaded(RuntimeProblem):
-    """The model is not loaded."""
-
-    code = "model_not_loaded"
 
 
 class ModelUnloading(RuntimeProblem):
@@ -144,38 +138,6 @@ class Answered(msgspec.Struct, frozen=True, gc=False):
     outputs: Sequence[Tensor]
 
 
-class Elsewhere:
-    """Where models are that are not here: nowhere. Servers that divide the models override this."""
-
-    def locate(self, model: Model, state: State) -> str | None:  # noqa: ARG002 - for others
-        """Return the name of the other server at which a model is loaded."""
-        return None
-
-    def view(self, model: Model) -> Model:
-        """Return a model as this server sees it: serving from its own copy, if it has one."""
-        return model
-
-    def choose(
-        self,
-        model: Model,  # noqa: ARG002 - for others
-        state: State,  # noqa: ARG002
-        version: int | None,  # noqa: ARG002
-        own: RunningLoad | None = None,  # noqa: ARG002
-    ) -> str | None:
-        """Return the name of the server of another copy that is to answer; None if there is none.
-
-        With `own`, the copy here, it is None unless that is clearly busier.
-        """
-        return None
-
-    def refusal(self) -> ModelNotLoaded | None:
-        """Return why this server may not answer inferences now; None if it may."""
-        return None
-
-
-NOWHERE = Elsewhere()
-
-
 class Router:
     """Resolves models to the running loads; the repository only says why there is none.
 
@@ -189,7 +151,7 @@ class Router:
         repository: Repository,
         *,
         max_queue: int,
-        elsewhere: Elsewhere = NOWHERE,
+        elsewhere: Elsewhere = ALONE,
     ) -> None:
         self._elsewhere = elsewhere
         self._log = log

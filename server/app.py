@@ -20,7 +20,7 @@ from msgspec import UNSET
 
 from events.audit.kepthead import HeadKeeper, find_rollback
 from events.clock import uuid7
-from events.commands import Receipt, Record, RequestLoad
+from events.commands import Record, RequestLoad
 from events.errors import LedgerProblem, RolledBack
 from events.log import Log
 from events.policy.rules import LoadPolicy
@@ -29,16 +29,14 @@ from events.sqlite.listing import open_reader
 from events.sqlite.timetravel import NOTE_EVERY_S
 from events.types import SYSTEM, Cause, Draft, PolicyInForce, RollbackAccepted, contents_of, digest_of
 from nodes import routes as node_routes
-from nodes.forwarding import open_forwarder
-from nodes.thisnode import THIS_NODE, ThisNode
+from nodes.thisnode import ThisNode
 from runtime.cgroups import count_usable_cpus
 from runtime.consumer.consumer import Consumer
 from runtime.memory import find_memory_limit, is_under_pressure, read_pressure
 from runtime.process.confinement import describe
 from runtime.process.pool import WorkerPool
 from runtime.repository import Repository
-from runtime.router import NOWHERE, Router
-from runtime.scheduler.placement import ALONE
+from runtime.router import Router
 from runtime.scheduler.view import Policy
 from runtime.store.folder import STORE
 from runtime.store.store import Store
@@ -54,6 +52,7 @@ from server.api import (
     labels,
     loads,
     models,
+    overview,
     pages,
     resources,
     samples,
@@ -65,7 +64,6 @@ from server.api.events import HEAD_KEEPER, PROVER, Prover, open_streams
 from server.api.health import failed_tasks
 from server.api.jobs import JOB_REQUESTS, JobRequests
 from server.api.loads import make_load_command
-from server.api.overview import overview_routes
 from server.api.resources import RESOURCES_CACHE, ResourcesCache
 from server.api.timetravel import open_time_travel
 from server.appkeys import (
@@ -89,10 +87,10 @@ from server.appkeys import (
 )
 from server.auth.control import open_control
 from server.auth.gate import Gate, auth_middleware, create_verifier
-from server.auth.keys import ensure_data_dir, keys_folder, list_keys, open_signer, public_pem
+from server.auth.keys import ensure_data_dir, open_signer
 from server.auth.ratelimit import RateLimits
 from server.auth.tokens import TOKENS, TokenIssuer
-from server.cluster import CLUSTER
+from server.cluster import CLUSTER, Cluster
 from server.config import ON, Config, ConfigError, parse_budget
 from server.devices import describe_setup, limit_devices, withhold_devices
 from server.errors import errors_middleware
@@ -134,7 +132,7 @@ def all_routes(metrics_access: str = "token") -> list[Route]:
         *timeline.routes,
         *resources.routes,
         *samples.routes,
-        *overview_routes(node_routes.list_node_infos),
+        *overview.routes,
         *node_routes.routes,
         *tokens.routes,
         *health.routes,
@@ -179,7 +177,7 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
             _uploads,
             open_time_travel,
             _consumer,
-            open_forwarder,
+            _forwarding,
             _time_series,
             open_streams,
             partial(open_control, others=node_routes.routes),
@@ -189,27 +187,23 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
 
 
 async def _begin_stop(app: web.Application) -> None:
-    """End long waits and streams, since clean-up waits for their handlers.
-
-    A node leaves before that: the other nodes load its models at once, while its running inferences end.
-    """
+    """End long waits and streams, since clean-up waits for their handlers."""
     app[STOPPING].set()
     app[STREAMS].tails.close()
     app[LOG].notify()
-    if THIS_NODE in app and not failed_tasks(app):
-        await app[CONSUMER].stop()
-        await asyncio.wait([app[CONSUMER_TASK]])
-        with suppress(LedgerProblem):  # the other nodes find this one late
-            await app[THIS_NODE].membership.leave()
+    if not failed_tasks(app):
+        await app[CLUSTER].leave(partial(_stop_consumer, app))
+
+
+async def _stop_consumer(app: web.Application) -> None:
+    await app[CONSUMER].stop()
+    await asyncio.wait([app[CONSUMER_TASK]])
 
 
 async def _data_directory(app: web.Application) -> AsyncIterator[None]:
     data, address = app[CONFIG].data, app[CONFIG].ledger
-    if address is not None and not list_keys(data):
-        raise ConfigError(
-            f"--ledger: {keys_folder(data)} has no key, and nodes know each other by keys that they share: "
-            f"copy the folder from another node; `loadledger key rotate --data {data}` makes the first one"
-        )
+    if address is not None:
+        ThisNode.check_keys(data)
     if app[CONFIG].policy != LoadPolicy() and not app[CONFIG].has_store:
         raise ConfigError(
             "--store-size: a policy checks the private copies that models load from, and off makes none:"
@@ -237,7 +231,7 @@ async def _workers(app: web.Application) -> AsyncIterator[None]:
         _log.info("threads of each model: %d, unless its load says otherwise", pool.threads)
         withhold_devices(pool)
         app[POLICY] = await _policy(app[CONFIG], app[LIMIT].bytes, pool)
-        for said in describe_setup(pool, app[POLICY].devices):
+        for said in describe_setup(pool, app[POLICY].rooms):
             _log.info("%s", said)
         yield
     finally:
@@ -255,64 +249,45 @@ async def _confine(pool: WorkerPool, config: Config) -> None:
 
 
 async def _ledger(app: web.Application, *, accepts_rollback: bool) -> AsyncIterator[None]:
-    config, data = app[CONFIG], app[CONFIG].data
-    node = None if config.ledger is None else ThisNode(config, config.ledger, app[GATE].verifier)
-    rollback = None if node else await _check_rollback(data, accepts_rollback=accepts_rollback)
-    app[LOG] = log = node.log if node else Log(data / LEDGER)
+    config, gate, data = app[CONFIG], app[GATE], app[CONFIG].data
+    alone = config.ledger is None
+    cluster = Cluster(Log(data / LEDGER)) if alone else ThisNode(config, gate.verifier)
+    app[CLUSTER], app[LOG] = cluster, cluster.log
+    log, gate.verify_forwarded = cluster.log, cluster.verify_forwarded
     await asyncio.to_thread(_open_files, app)
     try:
-        await log.open()
-        if node:  # only now the replica has what the database has
-            rollback = await _check_rollback(data, accepts_rollback=accepts_rollback)
+        rollback = await cluster.open(lambda: _check_rollback(data, accepts_rollback=accepts_rollback))
         app[PROVER] = prover = Prover(await asyncio.to_thread(open_signer, data))
         app[HEAD_KEEPER] = keeper = HeadKeeper(data)
-        started = await _begin(app, node)
+        started = await cluster.begin(app)
         await _record_policy(app)
         if rollback is not None:
             await log.rollback_accepted(rollback[0])
         await keeper.keep(prover.head(log))
         app[JOB_REQUESTS] = JobRequests(log, started.position)
         app[TOKENS] = TokenIssuer(config, log)
-        app[GATE].verifier.is_revoked = app[TOKENS].is_revoked
+        gate.verifier.is_revoked = app[TOKENS].is_revoked
         noting = asyncio.create_task(_note_presence(log, prover, keeper), name="presence")
-        denials = app[GATE].denials
+        denials = gate.denials
         counting = asyncio.create_task(denials.run(log.submit), name="denials")
         yield
         noting.cancel()
         denials.close()
         await counting
         await asyncio.wait([noting])
-        if not node and not failed_tasks(app):  # after a failure the next start must see an unclean stop
+        if not failed_tasks(app):  # after a failure the next start must see an unclean stop
             with suppress(LedgerProblem):  # the stop counts as unclean then
-                await log.server_stopped()
+                await cluster.record_stop()
         await keeper.keep(prover.head(log))
     finally:
-        if node:
-            await node.close()
-        await log.close()
-
-
-async def _begin(app: web.Application, node: ThisNode | None) -> Receipt:
-    confinement = app[POOL].applied.confinement
-    if node is None:
-        return await app[LOG].server_started(confinement)
-    app[GATE].nodes = node.peers
-    receipt = await node.join(
-        app[POLICY],
-        app[VERSIONS].store,
-        public_key=public_pem(app[PROVER].signer),
-        confinement=confinement,
-        devices=app[POOL].devices.found,
-    )
-    app[THIS_NODE] = app[CLUSTER] = node
-    return receipt
+        await cluster.close()
 
 
 async def _record_policy(app: web.Application) -> None:
     """Record the policy for loads if it is another one than at the last start."""
-    log, policy, node_id = app[LOG], app[CONFIG].policy, _node_id(app)
-    if log.state.registers.find_policy(node_id) != policy:
-        data = PolicyInForce(policy, UNSET if node_id is None else node_id)
+    log, policy, name = app[LOG], app[CONFIG].policy, app[CLUSTER].name
+    if log.state.registers.find_policy(name) != policy:
+        data = PolicyInForce(policy, UNSET if name is None else name)
         await log.submit(Record((Draft(uuid7(), data, SYSTEM),)))
 
 
@@ -351,7 +326,7 @@ async def _reader(app: web.Application) -> AsyncIterator[None]:
 async def _uploads(app: web.Application) -> AsyncIterator[None]:
     """Finish what callers added or removed before the server ended, before any model is loaded."""
     repository, policy, owner = app[VERSIONS].repository, app[CONFIG].upload_policy(), app[PROVER].node
-    changes = VersionChanges(repository, policy, owner, app[LOG], node_id=_node_id(app))
+    changes = VersionChanges(repository, policy, owner, app[LOG], node_id=app[CLUSTER].name)
     recovery = Recovery(changes, app[READER].version_event)
     app[UPLOADS] = Uploads(changes, recovery)
     await recovery.open()
@@ -368,7 +343,7 @@ async def _policy(config: Config, limit_bytes: int, pool: WorkerPool) -> Policy:
         min_residency_s=config.min_residency_s,
         restores=config.restore == "all",
         loads=config.policy,
-        devices=await limit_devices(config, pool, limit_bytes),
+        rooms=await limit_devices(config, pool, limit_bytes),
     )
 
 
@@ -390,7 +365,7 @@ def _open_store(app: web.Application) -> Store | None:
 
 def _needed_digests(app: web.Application, store: Store) -> frozenset[str]:
     """Return the versions that must not be swept: of loads here that serve, were lost, or are pending."""
-    state, here = app[LOG].state, {None, _node_id(app)}
+    state, here = app[LOG].state, {None, app[CLUSTER].name}
     held = [each for model in list(state.models.values()) for each in model.held]
     own = (each for each in held if each.server in here)
     needed = {digest_of(contents_of(each.files)) for each in own}
@@ -402,7 +377,7 @@ def _needed_digests(app: web.Application, store: Store) -> frozenset[str]:
 
 
 async def _consumer(app: web.Application) -> AsyncIterator[None]:
-    config, node = app[CONFIG], app.get(THIS_NODE)
+    config, cluster = app[CONFIG], app[CLUSTER]
     app[CONSUMER] = consumer = Consumer(
         app[LOG],
         app[POOL],
@@ -411,15 +386,15 @@ async def _consumer(app: web.Application) -> AsyncIterator[None]:
         drain_timeout_s=config.drain_timeout_s,
         progress_timeout_s=config.progress_timeout_s,
         under_pressure=lambda: is_under_pressure(read_pressure()),
-        loads=None if node is None else node.loads,
-        placement=ALONE if node is None else node.placement,
+        loads=cluster.loads,
+        elsewhere=cluster,
     )
     app[ROUTER] = Router(
         app[LOG],
         consumer.loads,
         app[VERSIONS].repository,
         max_queue=config.inference_queue,
-        elsewhere=NOWHERE if node is None else node.placement,
+        elsewhere=cluster,
     )
     app[DEMAND] = demand = _on_demand(app)
     app[CONSUMER_TASK] = task = asyncio.create_task(consumer.run(), name="consumer")
@@ -432,16 +407,17 @@ async def _consumer(app: web.Application) -> AsyncIterator[None]:
         await app[POOL].close()  # ServerStopped, which follows, says that no worker is left
 
 
+async def _forwarding(app: web.Application) -> AsyncIterator[None]:
+    async with app[CLUSTER].forwarding(app):
+        yield
+
+
 async def _time_series(app: web.Application) -> AsyncIterator[None]:
     app[TIME_SERIES] = series = TimeSeries()
     sampling = asyncio.create_task(record(series, app[LOG], app[CONSUMER], app[LIMIT]), name="time series")
     yield
     sampling.cancel()
     await asyncio.wait([sampling])
-
-
-def _node_id(app: web.Application) -> str | None:
-    return app[THIS_NODE].id if THIS_NODE in app else None
 
 
 def _on_demand(app: web.Application) -> OnDemand:

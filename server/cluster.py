@@ -1,37 +1,139 @@
-"""The seam to other servers that share the ledger, as handlers and checks use it. A server alone has none.
+"""The servers that share a ledger, as this server's application and handlers ask about them.
 
-The package `nodes` implements it. The keys of the application are set with it only.
+A server is alone with its ledger, and a cluster of one. The package `nodes` overrides `Cluster` for several.
 """
+
+# ruff: noqa: ARG002 - a server alone looks at no argument
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from functools import wraps
-from typing import Protocol
+from typing import Any, TypeVar
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from answers.nodes import NodeInfo
+from events.commands import Receipt
+from events.log import Log
 from events.models import Model
-from events.values import NodeSignature, Sign
+from events.types import Cause
+from events.values import Sign
+from runtime.consumer.running import RunningLoad
+from runtime.elsewhere import Elsewhere
 from runtime.router import Here, There
 from runtime.wire import Buffer
-from server.appkeys import BODIES, ROUTER
-from server.auth.gate import PRINCIPAL
-from server.errors import ANSWERING_NODE, NODE
+from server.appkeys import BODIES, POOL, ROUTER
+from server.auth.gate import PRINCIPAL, ForwardedVerifier
+from server.errors import ANSWER_FIELDS
 from server.http.bodies import Share
 from server.http.validation import path_parameters
 
+T = TypeVar("T")
+
+NODE = "Loadledger-Node"
 NODE_ADDRESS = "Loadledger-Node-Address"
-"""The address of the node that has answered a forwarded request: clients may go there themselves."""
 COPIES = "Loadledger-Copies"
-"""The addresses of all nodes that have a model with copies, separated by spaces: clients may ask any."""
+ANSWER_HEADERS: Mapping[str, Any] = {
+    NODE: {"schema": {"type": "string"}, "description": "Of several nodes, the one that answered."},
+    NODE_ADDRESS: {
+        "schema": {"type": "string", "format": "uri"},
+        "description": "Its address, if another node has forwarded the request there.",
+    },
+    COPIES: {
+        "schema": {"type": "string"},
+        "description": "Of a model with copies: the addresses of all, separated by spaces.",
+    },
+}
+"""Header fields of an answer, by which clients find the server to ask next time."""
 
 
-class Forwarding(Protocol):
-    """Requests that another server has to answer."""
+class Cluster(Elsewhere):
+    """The servers that share the ledger: this one alone.
+
+    Attributes:
+        name: of this server among them; None if it is alone.
+        sign: signs what a person says to this server, so that the others believe it; None if it is alone.
+        verify_forwarded: verifies the tokens of requests that others have forwarded; None if it is alone.
+        log: not open yet.
+        loads: the running loads, by job id, as the consumer keeps them.
+    """
+
+    name: str | None = None
+    sign: Sign | None = None
+    verify_forwarded: ForwardedVerifier | None = None
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+        self.loads: dict[str, RunningLoad] = {}
+
+    async def open(self, check: Callable[[], Awaitable[T]]) -> T:
+        """Open the log, and check what is in the data directory: before that, unless it is a replica."""
+        found = await check()
+        await self.log.open()
+        return found
+
+    async def begin(self, app: web.Application) -> Receipt:
+        """Record that this server is there; its workers can be started, and its files are open."""
+        return await self.log.server_started(app[POOL].applied.confinement)
+
+    @asynccontextmanager
+    async def forwarding(self, app: web.Application) -> AsyncIterator[None]:
+        """Forward requests meanwhile, to where the router says that a model is."""
+        yield
+
+    async def leave(self, end_work: Callable[[], Awaitable[None]]) -> None:
+        """End the work of this server before its running inferences, so that another one takes it over."""
+
+    async def record_stop(self) -> None:
+        """Record that this server stops in order; nothing is appended after it.
+
+        Raises:
+            LedgerProblem: it could not be recorded.
+        """
+        await self.log.server_stopped()
+
+    async def close(self) -> None:
+        await self.log.close()
+
+    def tasks(self) -> Mapping[str, asyncio.Task[None]]:
+        """Return further tasks without which this server would do nothing."""
+        return {}
+
+    @property
+    def serves_without_log(self) -> bool:
+        """Whether it answers inferences although the log cannot be written."""
+        return False
+
+    def checks(self) -> Mapping[str, bool]:
+        """Return further checks of whether this server is ready."""
+        return {}
+
+    def reason(self) -> str:
+        """Return why these checks fail, as the end of a message."""
+        return ""
+
+    def count_missing(self, models: Iterable[Model]) -> int:
+        """Count the models without which it is not ready: those to be reloaded since its start.
+
+        Only Triton's strict meaning of ready waits for them. A failed one is none of them.
+        """
+        return sum(model.lost_by is Cause.RESTART for model in models)
+
+    def describe(self) -> list[NodeInfo]:
+        """Return all servers as this one knows them; none if it is alone."""
+        return []
+
+    def count_copies(self, model: Model) -> tuple[int, str | None]:
+        """Return how many copies of a model are ready, and what the missing ones wait for."""
+        return len(model.servings), None
+
+    def has_device(self, devices: Sequence[str]) -> bool:
+        """Whether another server that takes loads has one of these devices."""
+        return False
 
     async def catch_up(self, request: web.BaseRequest, model_id: str) -> None:
         """Begin to answer a request here, by a state no older than that of a server that forwarded it."""
@@ -56,54 +158,24 @@ class Forwarding(Protocol):
             body: the body as it was received here, decompressed.
             ends_at_s: when the answer must be there, on the loop's clock; None is the usual limit.
         """
+        raise NotImplementedError
 
     def describe_copy(self, request: web.BaseRequest, here: Here) -> Mapping[str, str]:
         """Return the header fields by which an answer of one of several copies says more of them."""
+        return {}
 
     def find_other(self, request: web.BaseRequest, name: str) -> There | None:
         """Return another server that a request names; None if that is this one, or is not to be asked."""
+        return None
 
     async def pass_on(
         self, request: web.BaseRequest, there: There, model_id: str, body: AsyncIterator[bytes] | None
     ) -> web.Response:
         """Answer a request about a model through another server, to which its body goes as it arrives."""
+        raise NotImplementedError
 
 
-class Cluster(Protocol):
-    """This server among others that share the ledger."""
-
-    @property
-    def may_serve(self) -> bool:
-        """Whether it answers inferences, with the database or without."""
-
-    @property
-    def is_sick(self) -> bool:
-        """Whether it runs and cannot do its work, so that the others may load its models."""
-
-    @property
-    def problem(self) -> str | None:
-        """Why its lease was not renewed; None if it was."""
-
-    def tasks(self) -> Mapping[str, asyncio.Task[None]]:
-        """Return the tasks without which it would do nothing."""
-
-    def describe(self) -> list[NodeInfo]:
-        """Return all servers as this one knows them."""
-
-    def count_copies(self, model: Model) -> tuple[int, str | None]:
-        """Return how many copies of a model are ready, and what the missing ones wait for."""
-
-    def has_device(self, devices: Sequence[str]) -> bool:
-        """Whether any server that takes loads has one of these devices."""
-
-    def sign(self, statement: bytes) -> NodeSignature:
-        """Sign what a person said to this server, so that the others believe it."""
-
-
-CLUSTER: web.AppKey[Cluster] = web.AppKey("cluster")
-"""This server as one of several, once it has joined; a server alone is none."""
-FORWARDING: web.AppKey[Forwarding] = web.AppKey("forwarding")
-"""Of a server with others; one alone has none."""
+CLUSTER = web.AppKey("cluster", Cluster)
 
 
 def forwardable(handler: Handler) -> Handler:
@@ -113,21 +185,13 @@ def forwardable(handler: Handler) -> Handler:
     async def answer(request: web.Request) -> web.StreamResponse:
         app, path = request.app, path_parameters(request)
         model_id = path["id"]
-        forwarding = app.get(FORWARDING)
-        if forwarding is None:
-            return await handler(request)
-        await forwarding.catch_up(request, model_id)
+        await app[CLUSTER].catch_up(request, model_id)
         target = app[ROUTER].resolve(model_id, path.get("version"))
         if isinstance(target, There):
             share = app[BODIES].share(request[PRINCIPAL].subject)
-            return await forwarding.forward(request, target, model_id, share)
+            return await app[CLUSTER].forward(request, target, model_id, share)
         response = await handler(request)
-        response.headers[NODE] = request[ANSWERING_NODE]
+        response.headers.update(request.get(ANSWER_FIELDS, {}))
         return response
 
     return answer
-
-
-def signer_of(app: web.Application) -> Sign | None:
-    """Return what signs for this server what a person says; None if it is alone with its ledger."""
-    return None if (cluster := app.get(CLUSTER)) is None else cluster.sign

@@ -15,12 +15,12 @@ from aiohttp import web
 
 from answers.resources import Device
 from events.devices import ANY, CPU, provider_of
-from runtime.consumer.usage import DeviceUsage
+from features.devices.room import DeviceUsage, limit_device, list_device_usage
 from runtime.devices import DeviceMemory, Devices, measure_memory, query_memory
 from runtime.errors import DeviceUnavailable
 from runtime.process.confinement import REQUIRE, describe
 from runtime.process.pool import WorkerPool
-from runtime.scheduler.view import DeviceLimits
+from runtime.rooms import RoomLimits
 from runtime.timeouts import DEVICES_LIMIT_S
 from runtime.wire import FoundDevice
 from server.appkeys import CONSUMER, LIMIT, POLICY, POOL
@@ -56,7 +56,7 @@ def _withhold_same_hardware(pool: WorkerPool) -> None:
     pool.devices = replace(pool.devices, found=found, problems=(*pool.devices.problems, *problems))
 
 
-async def limit_devices(config: Config, pool: WorkerPool, machine_bytes: int) -> Mapping[str, DeviceLimits]:
+async def limit_devices(config: Config, pool: WorkerPool, machine_bytes: int) -> Mapping[str, RoomLimits]:
     """Return the limits of each device, whose driver says how much memory there is.
 
     One that does not answer is a problem of the pool's devices, and its device has no memory of its own.
@@ -65,13 +65,13 @@ async def limit_devices(config: Config, pool: WorkerPool, machine_bytes: int) ->
         ConfigError: a setting names a device that is not here.
     """
     _check_settings(config, pool.devices)
-    limits, budgets = dict[str, DeviceLimits](), config.device_budgets
+    limits, budgets = dict[str, RoomLimits](), config.device_budgets
     for name, device in pool.devices.found.items():
         memory, text = await _query_memory(pool, device), budgets.get(name)
         text = text or (None if memory is None else DEFAULT_BUDGET)
         own_bytes = machine_bytes if memory is None else memory.total_bytes
         budget_bytes = None if text is None else parse_budget(text, own_bytes)
-        limits[name] = DeviceLimits(budget_bytes, has_memory=memory is not None)
+        limits[name] = limit_device(name, budget_bytes, has_memory=memory is not None)
     return limits
 
 
@@ -102,7 +102,7 @@ def _check_settings(config: Config, devices: Devices) -> None:
             raise ConfigError(f"--devices: {problem}") from None
 
 
-def describe_setup(pool: WorkerPool, limits: Mapping[str, DeviceLimits]) -> Iterator[str]:
+def describe_setup(pool: WorkerPool, limits: Mapping[str, RoomLimits]) -> Iterator[str]:
     """Yield a sentence about each device, about what confines their workers, and about each problem."""
     for problem in pool.devices.problems:
         is_used = problem.partition(": ")[0] in pool.devices.found
@@ -125,14 +125,13 @@ def check_devices(app: web.Application, devices: Sequence[str]) -> None:
     try:
         app[POOL].devices.find_candidates(devices)
     except DeviceUnavailable:
-        cluster = app.get(CLUSTER)
-        if cluster is None or not cluster.has_device(devices):
+        if not app[CLUSTER].has_device(devices):
             raise
 
 
 async def read_device_memory(app: web.Application) -> Mapping[str, DeviceMemory]:
     """Return the memory of the devices that have their own, now, and whose driver says it."""
-    has_memory = [name for name, limits in app[POLICY].devices.items() if limits.has_memory]
+    has_memory = [name for name, limits in app[POLICY].rooms.items() if limits.is_measured]
     found = app[POOL].devices.found
     read = {name: await measure_memory(found[name]) for name in has_memory}
     return {name: memory for name, memory in read.items() if memory is not None}
@@ -159,7 +158,8 @@ def list_devices(app: web.Application, memory: Mapping[str, DeviceMemory]) -> li
         used_bytes=taken.used_bytes,
         models=len(on_cpu),
     )
-    return [cpu, *(_describe_device(app, use, memory.get(use.device)) for use in consumer.device_uses())]
+    uses = list_device_usage(consumer.loads.values(), consumer.policy.rooms)
+    return [cpu, *(_describe_device(app, use, memory.get(use.device)) for use in uses)]
 
 
 def _describe_device(app: web.Application, use: DeviceUsage, own: DeviceMemory | None) -> Device:
@@ -171,7 +171,7 @@ def _describe_device(app: web.Application, use: DeviceUsage, own: DeviceMemory |
         hardware=device.hardware,
         total_bytes=None if own is None else own.total_bytes,
         free_bytes=None if own is None else own.free_bytes,
-        budget_bytes=app[POLICY].devices[use.device].budget_bytes,
+        budget_bytes=app[POLICY].rooms[use.device].budget_bytes,
         reserved_bytes=use.reserved_bytes,
         used_bytes=use.used_bytes,
         models=use.models,

@@ -23,10 +23,8 @@ log = logging.getLogger(__name__)
 CODE: web.ResponseKey[str] = web.ResponseKey("code", str)
 """The error code of an answer."""
 
-NODE = "Loadledger-Node"
-"""The header field that names the node that has answered."""
-ANSWERING_NODE: web.RequestKey[str] = web.RequestKey("answering_node", str)
-"""The node that answers a request about a model; a server alone has none."""
+ANSWER_FIELDS: web.RequestKey[Mapping[str, str]] = web.RequestKey("answer_fields", Mapping)
+"""Header fields that the answer to a request gets, be it an error."""
 
 QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded"
 # Long enough for any message of ours; a hostile field name must not be echoed by the megabyte.
@@ -253,8 +251,7 @@ def error_response(request: web.BaseRequest, error: Exception) -> web.Response:
         raise error
     response = problem_response(problem, request.path)
     response[CODE] = problem.code
-    if ANSWERING_NODE in request:
-        response.headers[NODE] = request[ANSWERING_NODE]
+    response.headers.update(request.get(ANSWER_FIELDS, {}))
     if isinstance(error, web.RequestPayloadError):
         response.force_close()  # the framework ends such a connection
     return response

@@ -19,9 +19,9 @@ from events.sqlite.timetravel import Moment, cannot_fold, moment_at, unknown_if_
 from events.state import Entities, State
 from events.storage import Row
 from events.types import OF_SERVER
-from features.nodes.facts import OF_NODES
+from features.facts import OF_SERVERS
 
-_OF_PRESENCE = frozenset({*OF_SERVER, *OF_NODES})
+_OF_PRESENCE = frozenset({*OF_SERVER, *OF_SERVERS})
 
 
 def replay(ledger: Connection, until: str | None) -> tuple[Moment, State]:
@@ -43,8 +43,8 @@ def replay(ledger: Connection, until: str | None) -> tuple[Moment, State]:
     position = moment.position
     rows = chain(read_rows(ledger, 0, position), read_starts_and_ends(ledger, position))
     state, transitions = _fold(rows, position)
-    last = {each.node_id: each for each in transitions if each.position <= position}
-    following = {each.node_id: each for each in reversed(transitions) if each.position > position}
+    last = {each.server: each for each in transitions if each.position <= position}
+    following = {each.server: each for each in reversed(transitions) if each.position > position}
     time = now if until is None else moment.time and min(moment.time, now)
     server = find_liveness(last, following, time, is_first=position == 0)
     if not following:
@@ -53,10 +53,10 @@ def replay(ledger: Connection, until: str | None) -> tuple[Moment, State]:
 
 
 def _fold(rows: Iterable[Row], position: int) -> tuple[State, list[Transition]]:
-    """Fold events up to a position, and go on to their end with servers and nodes alone.
+    """Fold events up to a position, and go on to their end with servers alone.
 
     Returns:
-        The state, and the transitions of servers and nodes in all rows.
+        The state, and the transitions of servers in all rows.
 
     Raises:
         LogUnavailable: an event cannot be folded.

@@ -1,4 +1,4 @@
-"""The history of models, the server and nodes, in rows: written with their events, read at any position.
+"""The history of models and servers, in rows: written with their events, read at any position.
 
 The latest row of a model is the one at its latest event that changed it, which the log's index of models
 finds; or one at an event that concerns all models, which a small index of those rows finds.
@@ -58,7 +58,7 @@ _COMMON_POSITIONS = (
 
 
 def count_rows(connection: sqlite3.Connection, model_ids: Iterable[str], after: int, until: int) -> int:
-    """Return how many rows models, the server and nodes have in a range of positions, at most.
+    """Return how many rows models and servers have in a range of positions, at most.
 
     Each event of a model counts, as its index has it, though not each has a row.
     """
@@ -100,9 +100,11 @@ def row_at(connection: sqlite3.Connection, model_id: str, position: int) -> Mode
     return None if found is None else decode_row(found[0])
 
 
-# The server and nodes.
+# Servers.
 
-_NODE_IDS = """WITH RECURSIVE ids (id) AS (SELECT min(node_id) FROM presence UNION ALL
+SELECT_TRANSITIONS = "SELECT position, node_id AS server, state, at, seen_at FROM presence"
+
+_SERVERS = """WITH RECURSIVE ids (id) AS (SELECT min(node_id) FROM presence UNION ALL
   SELECT (SELECT min(node_id) FROM presence WHERE node_id > ids.id) FROM ids WHERE ids.id IS NOT NULL)
 SELECT id FROM ids WHERE id IS NOT NULL"""
 """All ids of the table, with one look-up for each instead of a walk over all its rows."""
@@ -111,33 +113,31 @@ SELECT id FROM ids WHERE id IS NOT NULL"""
 def presence_around(
     connection: sqlite3.Connection, position: int
 ) -> tuple[dict[str, Transition], dict[str, Transition]]:
-    """Return the last transition of the server and of each node up to a position, and the next one."""
+    """Return the last transition of each server up to a position, and the next one."""
     last, following = dict[str, Transition](), dict[str, Transition]()
-    for (node_id,) in connection.execute(_NODE_IDS).fetchall():
+    for (server,) in connection.execute(_SERVERS).fetchall():
         for found, where, order in (
             (last, "position <= ?", "DESC"),
             (following, "position > ?", "ASC"),
         ):
             row = connection.execute(
-                "SELECT position, node_id, state, at, seen_at FROM presence"  # noqa: S608 - literals
-                f" WHERE node_id = ? AND {where} ORDER BY position {order} LIMIT 1",
-                (node_id, position),
+                f"{SELECT_TRANSITIONS} WHERE server = ? AND {where} ORDER BY position {order} LIMIT 1",
+                (server, position),
             ).fetchone()
             if row is not None:
-                found[node_id] = _transition(row)
+                found[server] = _transition(row)
     return last, following
 
 
 def transitions_between(connection: sqlite3.Connection, after: int, until: int) -> list[Transition]:
     found = connection.execute(
-        "SELECT position, node_id, state, at, seen_at FROM presence WHERE position > ? AND position <= ?"
-        " ORDER BY position",
+        f"{SELECT_TRANSITIONS} WHERE position > ? AND position <= ? ORDER BY position",
         (after, until),
     ).fetchall()
     return [_transition(row) for row in found]
 
 
 def _transition(row: Sequence[object]) -> Transition:
-    position, node_id, state, at, seen_at = row
-    kind = ServerState if node_id == SERVER else NodeState
-    return Transition(position, node_id, None if state is None else kind(state), at, seen_at)  # type: ignore[arg-type]
+    position, server, state, at, seen_at = row
+    kind = ServerState if server == SERVER else NodeState
+    return Transition(position, server, None if state is None else kind(state), at, seen_at)  # type: ignore[arg-type]

@@ -13,10 +13,12 @@ from events.history import encode_row, find_landmark, has_row, make_row
 from events.jobs import Job
 from events.models import Model
 from events.presence import Transition
-from events.registers import RegisterMap
+from events.registers import RegisterEntry
+from events.sqlite.history import SELECT_TRANSITIONS
 from events.sqlite.queries import as_bytes
 from events.state import Entities
 from events.types import Event
+from features.registers import describe_server
 
 _Row = tuple[object, object, object, object, int]
 """A stored job: the position at which it was created, its id, body and landmark, and whether id and body are
@@ -40,7 +42,7 @@ class StoredProjections:
             problem = problem or self._compare_table(table, entries)
         return (position, problem) if problem else self.history.find_surplus(position)
 
-    def _compare_table(self, table: str, folded: Mapping[str, Model] | RegisterMap) -> str | None:
+    def _compare_table(self, table: str, folded: Mapping[str, Model | RegisterEntry]) -> str | None:
         expected = {key.encode(): entity for key, entity in folded.items()}
         for key, body, is_text in self._connection.execute(
             f"SELECT id, body, typeof(id) = 'text' AND typeof(body) = 'text' FROM {table}"  # noqa: S608 - literals above
@@ -121,9 +123,7 @@ class StoredHistory:
         self._rows = connection.execute(
             "SELECT position, model_id, is_common, body FROM model_history ORDER BY position, model_id"
         )
-        self._transitions = connection.execute(
-            "SELECT position, node_id, state, at, seen_at FROM presence ORDER BY position, node_id"
-        )
+        self._transitions = connection.execute(f"{SELECT_TRANSITIONS} ORDER BY position, server")
         self.difference: tuple[int, str] | None = None
 
     def compare(self, event: Event, models: Collection[Model], transitions: Iterable[Transition]) -> None:
@@ -147,11 +147,11 @@ class StoredHistory:
             self.difference = position, f"the stored history of the model {model.id!r} differs from the log's"
 
     def _compare_transitions(self, position: int, transitions: Iterable[Transition]) -> None:
-        for each in sorted(transitions, key=lambda each: each.node_id.encode()) if transitions else ():
+        for each in sorted(transitions, key=lambda each: each.server.encode()) if transitions else ():
             _, *texts = each
             expected = position, *(None if text is None else text.encode() for text in texts)
             if next(self._transitions, None) != expected and self.difference is None:
-                whom = f"the node {each.node_id!r}" if each.node_id else "the server"
+                whom = describe_server(each.server) if each.server else "the server"
                 self.difference = position, f"the stored presence of {whom} differs from the log's"
 
 

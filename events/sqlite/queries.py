@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain, starmap
+from typing import Any
 
 import msgspec
 
@@ -15,15 +16,12 @@ from events.errors import ForeignHead
 from events.history import find_landmark
 from events.jobs import Job, JobStatus
 from events.models import Model
-from events.nodes import Node
-from events.registers import RecordedPolicy, RegisterChanges, RegisterEntry, Registers
+from events.registers import ENTRIES, RegisterChanges, RegisterEntry, Registers
 from events.sqlite import history
 from events.state import Changes, Join, KnownKey, State, read_key
 from events.storage import LogHead, Row, StorageError
-from events.tokens import Token
 from events.types import OF_SERVER
-from events.versions import ModelVersions
-from features.nodes.facts import OF_NODES
+from features.facts import OF_SERVERS
 
 PAGE = 500
 """Events read at once: what is held in memory beside a fold."""
@@ -72,8 +70,8 @@ def read_rows(connection: sqlite3.Connection, after: int, until: int) -> Iterato
 
 
 def read_starts_and_ends(connection: sqlite3.Connection, after: int) -> list[Row]:
-    """Return the events after a position that are about the server or a node."""
-    kinds = ", ".join(f"'{kind.TYPE}'" for kind in (*OF_SERVER, *OF_NODES))
+    """Return the events after a position that are about a server."""
+    kinds = ", ".join(f"'{kind.TYPE}'" for kind in (*OF_SERVER, *OF_SERVERS))
     found = connection.execute(
         f"SELECT position, body, hash FROM events WHERE type IN ({kinds}) AND position > ? ORDER BY position",  # noqa: S608 - literals
         (after,),
@@ -81,8 +79,11 @@ def read_starts_and_ends(connection: sqlite3.Connection, after: int) -> list[Row
     return list(starmap(Row, found))
 
 
-def read_nodes(connection: sqlite3.Connection) -> list[Node]:
-    return [as_node(body) for (body,) in connection.execute("SELECT body FROM nodes")]
+def read_register(connection: sqlite3.Connection, name: str) -> dict[str, Any]:
+    """Return the stored entries of a register by their ids. Raises ValueError if one is damaged."""
+    decode = msgspec.json.Decoder(ENTRIES[name]).decode
+    entries = (decode(body) for (body,) in connection.execute(f"SELECT body FROM {name}"))  # noqa: S608 - a register's name
+    return {entry.id: entry for entry in entries}
 
 
 def read_pages(
@@ -116,20 +117,13 @@ def read_state(connection: sqlite3.Connection) -> State:
     )
     stored_models = [as_model(body) for (body,) in connection.execute("SELECT body FROM models")]
     stored_jobs = [as_job(body) for (body,) in jobs]
-    tokens = [as_token(body) for (body,) in connection.execute("SELECT body FROM tokens")]
-    policies = [as_policy(body) for (body,) in connection.execute("SELECT body FROM policies")]
-    versions = [as_versions(body) for (body,) in connection.execute("SELECT body FROM versions")]
+    registers: dict[str, Any] = {name: read_register(connection, name) for name in ENTRIES}
     return State(
         position,
         read_head(connection).recorded_at,
         {model.id: model for model in stored_models},
         {job.id: job for job in stored_jobs},
-        registers=Registers(
-            {token.id: token for token in tokens},
-            {node.id: node for node in read_nodes(connection)},
-            {policy.id: policy for policy in policies},
-            {each.id: each for each in versions},
-        ),
+        registers=Registers(**registers),
     )
 
 
@@ -375,9 +369,5 @@ def as_bytes(entity: Job | Model | RegisterEntry) -> bytes:
 # These read what `as_text` wrote; they raise ValueError if it is damaged.
 as_job = msgspec.json.Decoder(Job).decode
 as_model = msgspec.json.Decoder(Model).decode
-as_token = msgspec.json.Decoder(Token).decode
-as_node = msgspec.json.Decoder(Node).decode
-as_policy = msgspec.json.Decoder(RecordedPolicy).decode
-as_versions = msgspec.json.Decoder(ModelVersions).decode
 
 _ENCODER = msgspec.json.Encoder(order="sorted")

@@ -25,7 +25,7 @@ BUSY_TIMEOUT = "PRAGMA busy_timeout = 5000"
 server from starting."""
 
 CHECKPOINT = "PRAGMA wal_autocheckpoint = 4000"
-"""Pages (4 KiB) of the write-ahead log before a checkpoint copies them into the database. Each group writes
+"""Pages (4 KiB) of the write-ahead log before a checkpoint writes them into the database. Each group writes
 the same pages of stored projections: SQLite's default of 1,000 would copy them four times as often."""
 
 WAL_LIMIT_BYTES = 32 * 2**20

@@ -131,9 +131,9 @@ def _read_timeline(connection: sqlite3.Connection, query: TimelineQuery) -> Time
     )
     if rows > MAX_ROWS:
         return page
-    server, nodes = _read_presence(connection, shown)
+    server, servers = _read_presence(connection, shown)
     lanes = [_LaneReader(connection, shown, model_id).read() for model_id in ids]
-    return replace(page, lanes=lanes, server=server, nodes=nodes)
+    return replace(page, lanes=lanes, server=server, nodes=servers)
 
 
 def _time_of(connection: sqlite3.Connection, moment: int | str | None) -> Timestamp | None:
@@ -179,9 +179,9 @@ _IS_ACTIVE = (
 def _read_presence(
     connection: sqlite3.Connection, shown: _Range
 ) -> tuple[tuple[ServerSegment, ...], tuple[NodeLane, ...]]:
-    """Return the states of the server and of the nodes in the range; an end may be discovered after it.
+    """Return the states of the server and of several in the range; an end may be discovered after it.
 
-    A node is listed if it was there, or may have been, at any time of the range.
+    One of several is listed if it was there, or may have been, at any time of the range.
     """
     before = liveness_at(connection, shown.first, shown.begin)
     _, following = history.presence_around(connection, shown.last)
@@ -189,20 +189,20 @@ def _read_presence(
         *history.transitions_between(connection, shown.first, shown.last),
         *(each for each in following.values() if each.seen_at is not None and each.seen_at < shown.end),
     ]
-    known = {node.id: node.state for node in before.nodes}
-    ids = {each.node_id for each in transitions if each.node_id != SERVER and each.state is not None}
-    ids |= {node_id for node_id, state in known.items() if state not in (NodeState.LEFT, NodeState.LOST)}
+    known = {each.id: each.state for each in before.servers}
+    ids = {each.server for each in transitions if each.server != SERVER and each.state is not None}
+    ids |= {name for name, state in known.items() if state not in (NodeState.LEFT, NodeState.LOST)}
 
-    def segments(node_id: str, state: ServerState | NodeState | None) -> tuple[ServerSegment, ...]:
-        own = (each for each in transitions if each.node_id == node_id)
+    def segments(name: str, state: ServerState | NodeState | None) -> tuple[ServerSegment, ...]:
+        own = (each for each in transitions if each.server == name)
         return server_segments(own, state, shown.begin, shown.end)
 
-    nodes = []
-    for node_id in sorted(ids):
-        own = segments(node_id, known.get(node_id))
+    lanes = []
+    for name in sorted(ids):
+        own = segments(name, known.get(name))
         lane = tuple([NodeSegment(each.state, each.begin, each.end, each.position) for each in own])
-        nodes.append(NodeLane(node_id, lane))
-    return segments(SERVER, before.state), tuple(nodes)
+        lanes.append(NodeLane(name, lane))
+    return segments(SERVER, before.state), tuple(lanes)
 
 
 def server_segments(
@@ -211,11 +211,11 @@ def server_segments(
     begin: Timestamp,
     end: Timestamp,
 ) -> tuple[ServerSegment, ...]:
-    """Return the states of the server, or of a node, from `begin` to `end`.
+    """Return the states of a server from `begin` to `end`.
 
     Args:
         transitions: its own after `begin`, in order, and the next one, which may say that nobody was seen.
-        before: the state at `begin`; None of a node that had not joined yet.
+        before: the state at `begin`; None of one that had not joined yet.
         begin: of the range of time.
         end: of the range of time.
     """
@@ -263,8 +263,7 @@ class _LaneReader:
             if event.model_id == self.model_id:
                 marks += _mark_failure(event)
         segments = _close([segment for segment, _ in steps], self.shown.end)
-        copies = self._read_copies(steps)
-        return Lane(self.model_id, segments, tuple(marks), copies)
+        return Lane(self.model_id, segments, tuple(marks), self._read_copies(steps))
 
     def _begun_segment(self, row: ModelRow, event: Event) -> Segment:
         """Return the segment that an event begins."""
@@ -322,21 +321,21 @@ class _LaneReader:
             yield _make_mark(MarkKind.SWAPPED, event, segment.version, segment.by, None)
 
     def _read_copies(self, steps: Sequence[tuple[Segment, ModelRow]]) -> tuple[CopyLane, ...]:
-        """Return the lanes of the nodes at which a model served; none if it had no copies."""
-        if not any(row.copies for _, row in steps):
+        """Return the lanes of the servers at which a model served; none if it was never at several."""
+        if not any(len(row.servings) > 1 for _, row in steps):
             return ()
-        ids = sorted({each.node for _, row in steps for each in row.servings if each.node is not None})
-        return tuple([CopyLane(node_id, self._copy_segments(node_id, steps)) for node_id in ids])
+        names = sorted({each.server for _, row in steps for each in row.servings if each.server is not None})
+        return tuple([CopyLane(name, self._copy_segments(name, steps)) for name in names])
 
-    def _copy_segments(self, node_id: str, steps: Sequence[tuple[Segment, ModelRow]]) -> tuple[Segment, ...]:
+    def _copy_segments(self, server: str, steps: Sequence[tuple[Segment, ModelRow]]) -> tuple[Segment, ...]:
         starts = list[Segment]()
         for step, row in steps:
-            own = next((each for each in row.servings if each.node == node_id), None)
+            own = next((each for each in row.servings if each.server == server), None)
             starts.append(self._copy_segment(own, step, row.state))
         return _close(starts, self.shown.end)
 
     def _copy_segment(self, own: CopyRow | None, step: Segment, state: ModelState) -> Segment:
-        """Return the segment of a node that begins with one of the model; None is a node without a copy."""
+        """Return the segment of a server that begins with one of the model; None is one without a copy."""
         begun = Segment(ModelState.UNLOADED, step.begin, step.begin, position=step.position)
         if step.position is not None:
             begun = replace(begun, by=step.by, cause=step.cause)

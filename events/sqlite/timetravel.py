@@ -1,4 +1,4 @@
-"""Time travel: models, jobs, the server and nodes at any position or time of the log.
+"""Time travel: models, jobs and servers at any position or time of the log.
 
 `?at=` reads rows that the writer keeps with the events (`docs/decisions/0062`); a job's past is a fold of its
 own few events. `events.audit.replay` folds the log itself.
@@ -142,11 +142,8 @@ def _show(connection: sqlite3.Connection, position: int, model_id: str, body: st
             f"the stored history of {model_id!r} is damaged: {error}; "
             "`loadledger replay --rebuild` rebuilds it"
         ) from error
-    if row.serving_load is None:
-        return ShownModel(model_id, row, None, versions)
-    load = read_load(connection, model_id, row.serving_load)
-    copies = [read_load(connection, model_id, each.load) for each in row.copies]
-    return ShownModel(model_id, row, load, versions, tuple(copies))
+    loads = [read_load(connection, model_id, each.load) for each in row.servings]
+    return ShownModel(model_id, row, versions, tuple(loads))
 
 
 def read_load(connection: sqlite3.Connection, model_id: str, position: int) -> Serving:
@@ -230,7 +227,7 @@ def _job_then(connection: sqlite3.Connection, job: Job, position: int) -> Job | 
 
 
 def _events_of(connection: sqlite3.Connection, job: Job, position: int) -> Iterator[Event]:
-    """Yield the events that changed a job up to a position: its own, and those of servers and nodes."""
+    """Yield the events that changed a job up to a position: its own, and those of servers."""
     kinds = ", ".join(f"'{kind.TYPE}'" for kind in ENDS_OF_PROCESSES)
     rows = connection.execute(
         "SELECT position, body FROM events WHERE job_id = :job AND position BETWEEN :first AND :last"  # noqa: S608 - literals

@@ -21,7 +21,7 @@ from events.sqlite.datalock import (
     mark_replica,
     refuse_replica,
 )
-from events.sqlite.queries import read_head, read_nodes, read_rows
+from events.sqlite.queries import read_head, read_register, read_rows
 from events.sqlite.readonly import open_read_only
 from events.sqlite.schema import begin_reading
 from events.state import Entities
@@ -85,7 +85,7 @@ def _copy(database: DatabaseLedger, data: Path, shown: str) -> LogHead:
     with open_read_only(path) as source:
         begin_reading(source)
         head = read_head(source)
-        rows, nodes = read_rows(source, 0, head.position), read_nodes(source)
+        rows, nodes = read_rows(source, 0, head.position), read_register(source, "nodes").values()
         mark = partial(mark_replica, data, shown)
         try:
             database.run(copy_ledger_in(database.connection, rows, head, nodes, before_commit=mark))

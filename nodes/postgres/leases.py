@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from events.clock import format_timestamp
-from events.nodes import Lease
+from features.nodes.register import Lease
 from nodes.postgres.connection import Connection, close, connect, translated_errors
 
 

@@ -11,9 +11,9 @@ from events.clock import format_timestamp, uuid7
 from events.codec import GENESIS, decode_event
 from events.errors import LedgerProblem, LogUnavailable
 from events.log import encode_drafts
-from events.nodes import Node
 from events.storage import LogHead, RawRow, Row, StorageError
 from events.types import Draft, EventsDiscarded
+from features.nodes.register import Node
 from nodes.postgres.connection import Connection, close, connect, translated_errors
 from nodes.postgres.schema import check_owner, check_schema
 

@@ -6,7 +6,7 @@ waits for the consumer's grant and records how the load ends.
 
 To change: what an action does, periodic measuring, and pending demand of inferences: `consumer`. The life of
 a load, of its workers and files, and of an unload: `loads`; its state meanwhile, phases and memory:
-`running`; what it takes of its device's own memory: `allocation`. What resources and metrics show: `usage`.
+`running`. What resources and metrics show: `usage`.
 
 Only this package appends outcomes. They rest on the job being unchanged, so each job ends once.
 """

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 
-from msgspec import UNSET, structs
+from msgspec import structs
 
 from answers.resources import LoadUsage, WaitingJob
 from events.clock import seconds_between, uuid7
@@ -27,7 +27,6 @@ from events.models import RELOADS
 from events.policy.checks import CheckedVersion
 from events.state import State
 from events.types import Draft, JobCancelled, LoadFailed, ModelUnloaded, UnloadStarted
-from runtime.consumer.allocation import DeviceAllocation
 from runtime.consumer.loads import (
     LOG_RETRY_S,
     Loader,
@@ -38,16 +37,13 @@ from runtime.consumer.loads import (
     run_unload,
 )
 from runtime.consumer.running import RunningLoad
-from runtime.consumer.usage import (
-    DeviceUsage,
-    InferenceTotals,
-    list_device_usage,
-    list_usage,
-)
+from runtime.consumer.usage import InferenceTotals, list_usage
+from runtime.elsewhere import ALONE, Elsewhere
 from runtime.errors import CODE_FOLDERS, WorkerDied
 from runtime.memory import MAX_BYTES
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import Worker
+from runtime.rooms import Allocation, Alternative
 from runtime.scheduler import actions
 from runtime.scheduler.actions import (
     Action,
@@ -61,10 +57,8 @@ from runtime.scheduler.actions import (
     draft_settings_change,
     list_conditions,
 )
-from runtime.scheduler.placement import ALONE, Placement
 from runtime.scheduler.scheduler import is_load_current
 from runtime.scheduler.view import (
-    DeviceNeed,
     Observations,
     Policy,
     SchedulerView,
@@ -101,7 +95,7 @@ class Consumer:
         under_pressure: whether the machine is under pressure; called while a load of low
             priority waits.
         loads: where the running loads are kept, by job id; None is a dictionary of its own.
-        placement: says which of the work is this server's.
+        elsewhere: says which of the work is this server's.
 
     Attributes:
         demand: the inferences that wait for models.
@@ -120,7 +114,7 @@ class Consumer:
         progress_timeout_s: int = PROGRESS_TIMEOUT_S,
         under_pressure: Callable[[], bool] = lambda: False,
         loads: dict[str, RunningLoad] | None = None,
-        placement: Placement = ALONE,
+        elsewhere: Elsewhere = ALONE,
     ) -> None:
         self.policy = policy
         self._log = log
@@ -128,14 +122,14 @@ class Consumer:
         self._drain_timeout_s = drain_timeout_s
         self._progress_timeout_s = progress_timeout_s
         self._under_pressure = under_pressure
-        self._placement = placement
+        self._elsewhere = elsewhere
         self._wakeup = asyncio.Event()
         self._stopping = False
         self._decision = Decision()
         wake = self._wakeup.set
         self.demand = PendingDemand(wake)
         self.totals = InferenceTotals(log.tally.names)
-        self._recorder = Recorder(log, versions.folders | CODE_FOLDERS, placement)
+        self._recorder = Recorder(log, versions.folders | CODE_FOLDERS, elsewhere)
         self.loads = {} if loads is None else loads
         self._loader = Loader(
             log,
@@ -144,7 +138,7 @@ class Consumer:
             versions,
             running=self.loads,
             wake=wake,
-            placement=placement,
+            elsewhere=elsewhere,
             policy=policy,
         )
         self._monitor = WorkerMonitor(log, self.loads, wake)
@@ -182,9 +176,6 @@ class Consumer:
     def uses(self) -> list[LoadUsage]:
         return list_usage(self.loads.values(), self._log.state, self._log.now())
 
-    def device_uses(self) -> list[DeviceUsage]:
-        return list_device_usage(self.loads.values(), self.policy.devices)
-
     async def check_version(self, model_id: str, version: int | None) -> CheckedVersion:
         """Check a version's present files against the rules in force here; for errors see `Loader`."""
         return await self._loader.check_version(model_id, version)
@@ -216,7 +207,7 @@ class Consumer:
             for key, load in self.loads.items()
         }
         view = SchedulerView(state, running, self.policy, now, self._observe(state))
-        self._decision = self._placement.decide(view)
+        self._decision = self._elsewhere.decide(view)
         for job in self._decision.unestimated:
             self._loader.begin(job)
         action = self._decision.action
@@ -252,8 +243,8 @@ class Consumer:
     async def _execute(self, action: Action, conditions: Conditions) -> None:
         record = self._recorder.record
         match action:
-            case actions.StartLoad(job, before, device):
-                await self._start_load(job, before, device, conditions)
+            case actions.StartLoad(job, chosen, before):
+                await self._start_load(job, chosen, before, conditions)
             case actions.RecordFact(job, data):
                 await record(draft_fact(job, data), conditions=conditions)
             case actions.ChangeSettings(job, load_job_id):
@@ -290,11 +281,12 @@ class Consumer:
         return replace(command, policy=rules.digest)
 
     async def _start_load(
-        self, job: Job, before: RecordFact | None, device: DeviceNeed | None, conditions: Conditions
+        self, job: Job, chosen: Alternative, before: RecordFact | None, conditions: Conditions
     ) -> None:
         """Record `LoadStarted`, and grant the load what it will need."""
         task = self._loader.tasks[job.id]
         version, parameters = job.load_order
+        limits = self.policy.rooms.get(chosen.target.name)
         load = RunningLoad(
             job.id,
             job.model_id,
@@ -304,10 +296,12 @@ class Consumer:
             wake=self._wakeup.set,
             progress_timeout_s=parameters.progress_timeout_s or self._progress_timeout_s,
             is_reload=job.cause in RELOADS,
-            estimate=task.granted_estimate(device),
+            files=task.estimated_files,
+            reserved_bytes=chosen.bytes,
             budget_bytes=self.policy.budget_bytes,
-            device=device,
-            allocation=self._allocate(device),
+            allocation=chosen.target.allocate(
+                chosen.needs, parameters, limits, self._pool, self._allocations
+            ),
         )
         load.allowance = partial(self._allowance, load)
         started = structs.replace(
@@ -319,23 +313,15 @@ class Consumer:
         load.track(task.task)
         task.grant.set_result(load)
 
-    def _allocate(self, need: DeviceNeed | None) -> DeviceAllocation | None:
-        """Return the allocation of a load on a device with memory of its own; None of any other."""
-        limits = None if need is None else self.policy.devices.get(need.device)
-        if need is None or limits is None or not limits.has_memory:
-            return None
-        found, budget_bytes = self._pool.devices.found[need.device], limits.budget_bytes
-        return DeviceAllocation(found, need.device_bytes, budget_bytes, self._allocations)
-
-    def _allocations(self) -> list[DeviceAllocation]:
-        return [each.allocation for each in self.loads.values() if each.allocation is not None]
+    def _allocations(self) -> list[Allocation]:
+        return [each.allocation for each in self.loads.values()]
 
     def _allowance(self, load: RunningLoad) -> int | None:
         """Return how many bytes the workers of a load may take now; None without a budget."""
         if self.policy.budget_bytes is None:
             return None
         others = sum(each.memory_bytes for each in self.loads.values() if each is not load)
-        return load_allowance(self.policy.budget_bytes, others, load.estimate.bytes)
+        return load_allowance(self.policy.budget_bytes, others, load.reserved_bytes)
 
     async def _start_unload(self, job: Job, load_job_id: str, conditions: Conditions) -> None:
         load = self.loads.get(load_job_id)
@@ -358,12 +344,9 @@ class Consumer:
         load = self.loads.get(load_job_id)
         unloaded = ModelUnloaded(0, 0, 0)
         if load is not None:
-            unloaded = ModelUnloaded(
-                min(load.freed_bytes, MAX_BYTES),
-                load.drained_requests,
-                load.aborted_requests,
-                UNSET if load.allocation is None else load.allocation.unreturned_bytes or UNSET,
-            )
+            freed_bytes = min(load.freed_bytes, MAX_BYTES)
+            unloaded = ModelUnloaded(freed_bytes, load.drained_requests, load.aborted_requests)
+            unloaded = load.allocation.complete_unloaded(unloaded)
         worker_id = self._only_worker_of(load_job_id)
         ends = [draft_fact(job, unloaded, worker_id) for job in jobs]
         await self._record_end(load_job_id, ends, conditions)
@@ -427,7 +410,7 @@ class Consumer:
 
     def _own(self) -> State:
         """Return the part of the state that this server works on."""
-        return self._placement.share(self._log.state)
+        return self._elsewhere.share(self._log.state)
 
     def _observe(self, state: State) -> Observations:
         tasks = self._loader.tasks

@@ -14,13 +14,13 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterable, Seque
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace as change
 from functools import partial
+from itertools import chain
 
 from msgspec import UNSET
 from msgspec.structs import asdict, replace
 
 from events.clock import seconds_between, uuid7
 from events.commands import OUTDATED, Condition, Record, RequestLoad, RequestUnload
-from events.devices import CPU
 from events.errors import LogUnavailable, NotEncodable, RequestRefused
 from events.jobs import Failure, Job
 from events.log import Log
@@ -41,10 +41,11 @@ from events.types import (
     WorkerExited,
     contents_of,
 )
+from features.rooms import TARGETS
 from runtime.cgroups import count_usable_cpus
-from runtime.consumer.allocation import describe_uses
 from runtime.consumer.checks import MakeInput, check_files, check_version
 from runtime.consumer.running import OUT_OF_MEMORY, LoadEnded, LoadTask, RunningLoad
+from runtime.elsewhere import Elsewhere
 from runtime.errors import (
     Exit,
     ForkServerUnavailable,
@@ -66,6 +67,7 @@ from runtime.repository import (
     read_reload_warm_up,
     read_warm_up,
 )
+from runtime.rooms import CPU_TARGET, Target
 from runtime.scheduler.actions import (
     Action,
     ChangeSettings,
@@ -78,7 +80,6 @@ from runtime.scheduler.actions import (
 )
 from runtime.scheduler.admission import find_same_workers
 from runtime.scheduler.estimates import estimate_memory
-from runtime.scheduler.placement import Placement
 from runtime.scheduler.view import (
     MemoryEstimate,
     Policy,
@@ -87,7 +88,7 @@ from runtime.scheduler.view import (
 )
 from runtime.store.versions import HeldVersion, Versions
 from runtime.timeouts import MEASURE_LIMIT_S, STOP_GRACE_S, TimeoutExpired, timeout
-from runtime.wire import Load, Loaded, TargetDevice, plain_text
+from runtime.wire import Load, Loaded, plain_text
 
 _log = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ class Loader:
         versions: has the files of versions.
         running: the loads that were granted, by job id, until their workers have exited.
         wake: called when the consumer has something new to decide.
-        placement: of this server.
+        elsewhere: says which of the work is this server's.
         policy: the operator's settings.
 
     Attributes:
@@ -132,7 +133,7 @@ class Loader:
         *,
         running: dict[str, RunningLoad],
         wake: Callable[[], None],
-        placement: Placement,
+        elsewhere: Elsewhere,
         policy: Policy,
     ) -> None:
         self._log = log
@@ -140,7 +141,7 @@ class Loader:
         self._pool = pool
         self._versions = versions
         self._wake = wake
-        self._placement = placement
+        self._elsewhere = elsewhere
         self._policy = policy
         self._checking = asyncio.Semaphore(policy.loads_at_once)
         self.tasks: dict[str, LoadTask] = {}
@@ -227,8 +228,8 @@ class Loader:
         footprints = model.footprints if model is not None else ()
         files: Sequence[SizedFile] | None = task.files or find_expected(job, model)
         files = files or await self._versions.stat(job.model_id, version)
-        devices, threads = self._find_devices(parameters), self._pool.threads_of(parameters)
-        found = estimate_memory(files, version, parameters, footprints, threads=threads, devices=devices)
+        targets, threads = self._find_targets(parameters), self._pool.threads_of(parameters)
+        found = estimate_memory(files, version, parameters, footprints, threads=threads, targets=targets)
         if serving is None or not await self._is_same(job, serving, task.files):
             return found
         return change(found, same_as=serving.load_job_id)
@@ -240,16 +241,10 @@ class Loader:
         version, _ = job.load_order
         return await self._versions.has_bytes_of(job.model_id, version, serving.files)
 
-    def _find_devices(self, parameters: LoadParameters) -> Sequence[tuple[str, bool]]:
-        """Return the devices that a load may run on, and whether each has memory of its own; none is the CPU.
-
-        Raises:
-            DeviceUnavailable: `device_unavailable`, there is none of them.
-        """
-        if parameters.devices is UNSET:
-            return ()
-        names, limits = self._pool.devices.find_candidates(parameters.devices), self._policy.devices
-        return [(name, name in limits and limits[name].has_memory) for name in names]
+    def _find_targets(self, parameters: LoadParameters) -> Sequence[Target]:
+        """Return the targets on which a load may run; for errors see `features.rooms.FindTargets`."""
+        found = (find(parameters, self._pool, self._policy.rooms) for find in TARGETS)
+        return list(chain.from_iterable(found)) or [CPU_TARGET]
 
     async def check_version(self, model_id: str, version: int | None) -> CheckedVersion:
         """Check a version that is not to be loaded, as `checks.check_version`.
@@ -263,7 +258,7 @@ class Loader:
     def _input_maker(self, model_id: str, *, is_reload: bool) -> MakeInput:
         state, now = self._log.state, self._log.now()
         rules = self._policy.loads.of(model_id) or ModelRules()
-        is_signed = partial(self._placement.is_signed, state=state)
+        is_signed = partial(self._elsewhere.is_signed, state=state)
 
         def make_input(contents: Contents, read: Callable[[str], bytes]) -> CheckInput:
             model, versions = state.models.get(model_id), state.registers.find_versions(model_id)
@@ -303,7 +298,7 @@ class Loader:
                 )
                 order = await self._build_order(load, files)
                 load.reach_stage("starting")
-                async with load.measuring_device():
+                async with load.measure_rooms():
                     worker = await self._start_instance(load, load.worker_id)
                     hashing = start_task(files.hash(), "hashing a model")  # it would slow the fork down
                     first = await self._load_instance(load, worker, order)
@@ -336,17 +331,7 @@ class Loader:
                 raise
             warm_up = NO_WARM_UP  # the store has all that a reload needs
         load.warm_up_inputs = warm_up.inputs
-        return self._pool.build_load(files, load.parameters, warm_up, self._find_target(load))
-
-    def _find_target(self, load: RunningLoad) -> TargetDevice | None:
-        """Return the device of a load, with a bound of what one of its workers may take there."""
-        if load.device is None or load.device.device == CPU:
-            return None
-        most_bytes, instances = None, load.parameters.instances
-        if load.allocation is not None and (allowance := load.allocation.allowance_bytes) is not None:
-            most_bytes = allowance - (instances - 1) * (load.device.device_bytes // instances)
-        falls_back = load.parameters.fallback == CPU
-        return self._pool.devices.target(load.device.device, falls_back=falls_back, memory_bytes=most_bytes)
+        return self._pool.build_load(files, load.parameters, warm_up, load.allocation.order())
 
     async def _load_others(self, load: RunningLoad, order: Load) -> None:
         """Load the other instances, some at once; the first failure cancels the rest.
@@ -412,7 +397,7 @@ class Loader:
 
     def _is_serving(self, load: RunningLoad) -> bool:
         """Whether the ledger says that its model serves from this load."""
-        model = self._placement.share(self._log.state).models.get(load.model_id)
+        model = self._elsewhere.share(self._log.state).models.get(load.model_id)
         return model is not None and model.serving is not None and model.serving.load_job_id == load.job_id
 
     async def _record_outcome(self, load: RunningLoad, describe: Callable[[Job], Sequence[Draft]]) -> None:
@@ -423,7 +408,7 @@ class Loader:
         """
         tried = None
         while True:
-            job = find_started_job(self._placement.share(self._log.state), load.job_id)
+            job = find_started_job(self._elsewhere.share(self._log.state), load.job_id)
             if job is None or not may_end(self._log.state, job):
                 return
             if job is tried:
@@ -500,7 +485,7 @@ def describe_loaded(
     if job.started_at is None:
         raise RuntimeError(f"job {job.id} has not started")
     reports = [load.reports[worker.worker_id] for worker in load.workers]
-    return ModelLoaded(
+    loaded = ModelLoaded(
         files=files.loaded_files,
         worker_ids=tuple(worker.worker_id for worker in load.workers),
         memory_bytes=total_bytes(each.memory_bytes for each in load.loaded_memory),
@@ -516,11 +501,11 @@ def describe_loaded(
             copying_us=files.copying_us,
         ),
         verified=files.is_stored,
-        confinement=(pool.applied if load.device is None else pool.applied_to_devices).confinement,
+        confinement=pool.applied.confinement,
         threads=pool.threads_of(load.parameters),
-        devices=UNSET if load.device is None else describe_uses(reports[0], load.device, load.allocation),
         rows_depend=reports[0].dependence or UNSET,
     )
+    return load.allocation.complete_loaded(loaded, reports[0])
 
 
 def _microseconds(seconds: float) -> int:
@@ -608,18 +593,18 @@ def hide_paths(draft: Draft, folders: Collection[str]) -> Draft:
 
 
 class Recorder:
-    """Appends facts to the log, without folders of the server, and completed by the placement.
+    """Appends facts to the log, without folders of the server, and completed for the other servers.
 
     Args:
         log: the log.
         folders: of the server, which texts of others, such as ONNX Runtime, must not name.
-        placement: of this server.
+        elsewhere: says which of the work is this server's.
     """
 
-    def __init__(self, log: Log, folders: Collection[str], placement: Placement) -> None:
+    def __init__(self, log: Log, folders: Collection[str], elsewhere: Elsewhere) -> None:
         self._log = log
         self._folders = folders
-        self._placement = placement
+        self._elsewhere = elsewhere
 
     async def record(self, *drafts: Draft, conditions: tuple[Condition, ...]) -> None:
         """Append facts if the conditions hold.
@@ -630,8 +615,8 @@ class Recorder:
             NotEncodable: a fact cannot be recorded.
         """
         shown = tuple(hide_paths(draft, self._folders) for draft in drafts)
-        await self._log.submit(self._placement.complete(Record(shown, conditions), self._log.state))
+        await self._log.submit(self._elsewhere.complete(Record(shown, conditions), self._log.state))
 
     async def request(self, command: RequestLoad | RequestUnload) -> None:
         """Append a request of the system if its conditions hold; for errors see `record`."""
-        await self._log.submit(self._placement.complete(command, self._log.state))
+        await self._log.submit(self._elsewhere.complete(command, self._log.state))

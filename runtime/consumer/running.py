@@ -5,20 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext, suppress
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, field
-from dataclasses import replace as change
 from typing import Final, NamedTuple
 
 from msgspec.structs import replace
 
 from events.clock import add_seconds
-from events.devices import CPU
 from events.jobs import FORK_SERVER_DIED, Failure, Job
 from events.policy.checks import CheckedLoad
 from events.types import LoadedFile, LoadParameters
-from runtime.consumer.allocation import DeviceAllocation
 from runtime.errors import (
     LoadRefused,
     RuntimeProblem,
@@ -27,14 +24,10 @@ from runtime.errors import (
 from runtime.memory import thread_bytes
 from runtime.process.worker import Worker, WorkerMemory
 from runtime.repository import SizedFile
+from runtime.rooms import Allocation
 from runtime.scheduler.admission import format_megabytes
 from runtime.scheduler.estimates import file_sizes
-from runtime.scheduler.view import (
-    DeviceNeed,
-    LoadView,
-    MemoryEstimate,
-    Phase,
-)
+from runtime.scheduler.view import FileSizes, LoadView, MemoryEstimate, Phase
 from runtime.statistics import Statistics
 from runtime.timeouts import PROGRESS_TIMEOUT_S
 from runtime.wire import Load, Loaded, Tensor
@@ -55,7 +48,7 @@ class LoadRun(NamedTuple):
         has_tasks: whether a task loads or unloads it.
         has_outcome: whether it is known how its loading ended.
         measured_bytes: private bytes of the workers that have not exited.
-        holds_device: whether a device's own memory is not known to be back.
+        is_held: whether workers may have taken something that is not known to be back.
     """
 
     started: Sequence[str]
@@ -68,7 +61,7 @@ class LoadRun(NamedTuple):
     killed: bool = False
     reserved_bytes: int = 0
     measured_bytes: int = 0
-    holds_device: bool = False
+    is_held: bool = False
 
     @property
     def alive(self) -> list[str]:
@@ -80,7 +73,7 @@ class LoadRun(NamedTuple):
 
     @property
     def is_gone(self) -> bool:
-        return self.has_exited and not self.holds_device
+        return self.has_exited and not self.is_held
 
     @property
     def unexpected_exits(self) -> tuple[str, ...]:
@@ -89,7 +82,7 @@ class LoadRun(NamedTuple):
 
     @property
     def is_finished(self) -> bool:
-        """Whether neither a worker nor a task is left, nor what workers took of a device."""
+        """Whether neither a worker nor a task is left, nor anything that workers took."""
         return not self.has_tasks and (self.is_gone or not self.started)
 
     @property
@@ -145,16 +138,16 @@ class LoadTask:
     def known_bytes(self) -> int | None:
         return self.estimate.bytes if isinstance(self.estimate, MemoryEstimate) else None
 
-    def granted_estimate(self, device: DeviceNeed | None) -> MemoryEstimate:
-        """Return the estimate of a load that is granted a device; None is the CPU.
+    @property
+    def estimated_files(self) -> FileSizes:
+        """The files that the estimate of a load is for which is granted.
 
         Raises:
             RuntimeError: it is not known.
         """
         if not isinstance(self.estimate, MemoryEstimate):
             raise RuntimeError("the load has no estimate")  # noqa: TRY004 - not of an argument
-        need = device or next((each for each in self.estimate.devices if each.device == CPU), None)
-        return self.estimate if need is None else change(self.estimate, bytes=need.bytes)
+        return self.estimate.files
 
     def begin_again(self) -> None:
         """Begin again, with an estimate for other files."""
@@ -189,12 +182,12 @@ class RunningLoad:
         expected_exits: ids of workers that the server stopped, or that refused to load.
         killed: whether its workers were killed.
         recorded_exits: ids of workers whose unexpected exit was recorded.
-        estimate: what it reserves until `report` is set.
+        files: which it is granted for.
+        reserved_bytes: of the machine's memory, until `report` is set.
         file_bytes: the size of the files that it loads.
         allowance: tells how many bytes its workers may take until they have loaded; None is no limit.
         budget_bytes: the memory budget; None is no limit.
-        device: where it runs, and what it reserves there; None is the CPU.
-        allocation: of that device's own memory; None if it has none.
+        allocation: what it takes of rooms where it runs.
         last_used_ns: when the last request ended (CLOCK_MONOTONIC); 0 is never.
     """
 
@@ -225,12 +218,12 @@ class RunningLoad:
     requests_at_drain: int = 0
     aborted_requests: int = 0
     freed_bytes: int = 0
-    estimate: MemoryEstimate = field(default_factory=lambda: MemoryEstimate(0))
+    files: FileSizes = frozenset()
+    reserved_bytes: int = 0
     file_bytes: int = 0
     allowance: Callable[[], int | None] = lambda: None
     budget_bytes: int | None = None
-    device: DeviceNeed | None = None
-    allocation: DeviceAllocation | None = None
+    allocation: Allocation = field(default_factory=Allocation)
     last_used_ns: int = 0
     statistics: Statistics = field(default_factory=Statistics)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -255,9 +248,9 @@ class RunningLoad:
             has_outcome=self.report is not None or self.failure is not None,
             unloading=self.unloading,
             killed=self.killed,
-            reserved_bytes=self.estimate.bytes,
+            reserved_bytes=self.reserved_bytes,
             measured_bytes=self.measured_bytes,
-            holds_device=self.allocation is not None and self.allocation.is_held,
+            is_held=self.allocation.is_held,
         )
 
     @property
@@ -295,12 +288,8 @@ class RunningLoad:
         return sum(worker.memory_bytes for worker in self.alive_workers)
 
     @property
-    def device_bytes(self) -> int:
-        """Bytes of its device's own memory that count against the device's budget."""
-        if self.allocation is None:
-            return 0
-        run = self.run
-        return 0 if run.is_gone or (run.killed and run.is_finished) else self.allocation.bytes
+    def is_gone(self) -> bool:
+        return self.run.is_gone
 
     @property
     def loaded_memory(self) -> list[WorkerMemory]:
@@ -326,13 +315,17 @@ class RunningLoad:
             run.find_phase(is_job_unended=job is not None),
             self.killed,
             run.unexpected_exits,
-            run.memory_bytes,
+            self.list_taken(),
             has_outcome=run.has_outcome and run.has_tasks,
             busy=is_demanded or self.in_flight > 0,
             last_used_at=self.last_used_at(now),
-            device=None if self.device is None else self.device.device,
-            device_bytes=self.device_bytes,
         )
+
+    def list_taken(self) -> Mapping[str, int]:
+        """Return the bytes that count against the budget of each room."""
+        run = self.run
+        taken = self.allocation.list_taken(run.memory_bytes)
+        return dict.fromkeys(taken, 0) if run.is_gone or (run.killed and run.is_finished) else taken
 
     def reach_stage(self, stage: str, worker_id: str = "") -> None:
         """Note a stage of the load, or of one of its workers; it is progress once for each."""
@@ -394,10 +387,8 @@ class RunningLoad:
             with suppress(LoadEnded):
                 self.check()
             self.kill_workers()
-        if self.allocation is not None and not self.alive_workers:
-            self.allocation.begin_return(self.wake)
-        elif self.allocation is not None and worker.worker_id not in self.expected_exits:
-            self.allocation.release_share(len(self.alive_workers) + 1)
+        is_expected = worker.worker_id in self.expected_exits
+        self.allocation.on_exit(len(self.alive_workers), is_expected=is_expected, wake=self.wake)
         self.wake()
 
     def check_estimate(self, files: Sequence[SizedFile]) -> None:
@@ -407,7 +398,7 @@ class RunningLoad:
             LoadEnded: they are others.
         """
         self.file_bytes = sum(file.bytes for file in files)
-        if self.estimate.files != file_sizes(files):
+        if self.files != file_sizes(files):
             self.has_other_files = True
             raise LoadEnded
 
@@ -417,7 +408,7 @@ class RunningLoad:
         if allowance is None or self.budget_bytes is None:
             return order
         mapped = self.file_bytes + (order.threads + 1) * thread_bytes()
-        others = (instances - 1) * (self.estimate.bytes // instances)
+        others = (instances - 1) * (self.reserved_bytes // instances)
         limit = allowance - others + mapped
         return replace(order, load_limit_bytes=limit, ceiling_bytes=self.budget_bytes + mapped)
 
@@ -428,13 +419,13 @@ class RunningLoad:
             took = f"the load took {format_megabytes(taken)} of memory"
             self._end_attempt(LoadRefused(OUT_OF_MEMORY, f"{took}; {self.describe_allowance()}"), worker)
 
-    def measuring_device(self) -> AbstractAsyncContextManager[None]:
-        """Measure what its workers take of a device's own memory; for errors see `DeviceAllocation`."""
-        return nullcontext() if self.allocation is None else self.allocation.measuring(self._end_attempt)
+    def measure_rooms(self) -> AbstractAsyncContextManager[None]:
+        """Measure what its workers take beside the machine's memory; for errors see `Allocation`."""
+        return self.allocation.measure(self._end_attempt)
 
     async def expect_return(self) -> None:
-        """Measure, right before its workers' end, what its device is to have free after it."""
-        if self.allocation is not None and not self.expected_exits:  # else some of it may be back
+        """Measure, right before its workers' end, what is to be free after it."""
+        if not self.expected_exits:  # else some of it may be back
             await self.allocation.expect_return()
 
     def _end_attempt(self, problem: LoadRefused, worker: Worker | None = None) -> None:
@@ -444,7 +435,7 @@ class RunningLoad:
     def describe_allowance(self) -> str:
         """Return how much memory the load may take, for the message of one that took more."""
         may_take = format_megabytes(self.allowance() or 0)
-        reserved = format_megabytes(self.estimate.bytes)
+        reserved = format_megabytes(self.reserved_bytes)
         return f"it may take {may_take}: what it reserved, {reserved}, and what is free of the memory budget"
 
     def expect_exit(self, worker: Worker) -> None:

@@ -6,33 +6,19 @@ that no metric goes back when a model is unloaded or swapped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from typing import Any
 
 from answers.resources import LoadUsage
 from events.counters import ModelLabels
 from events.state import State
+from features.rooms import MEMBERS_OF_USE
 from runtime.consumer.running import RunningLoad
-from runtime.scheduler.view import DeviceLimits
 from runtime.statistics import Statistics
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceUsage:
-    """Memory of the loads on one device: of its own memory, or of the machine's if it has none.
-
-    `reserved_bytes` is of those that load, and `used_bytes` of the others; `models` is how many models there
-    are.
-    """
-
-    device: str
-    reserved_bytes: int
-    used_bytes: int
-    models: int
-
-
 def list_usage(live: Iterable[RunningLoad], state: State, now: str) -> list[LoadUsage]:
-    there = [load for load in live if not load.run.is_gone]
+    there = [load for load in live if not load.is_gone]
     found = (_describe_use(load, state, now) for load in there)
     return sorted(found, key=lambda use: (use.model_id, use.job_id))
 
@@ -44,6 +30,9 @@ def _describe_use(load: RunningLoad, state: State, now: str) -> LoadUsage:
     serving = model.find_serving(load.job_id) if model is not None else None
     first = model.serving if model is not None and serving is not None else None
     settings = load.parameters if first is None else first.parameters  # a copy has those of the first
+    members = dict[str, Any]()
+    for list_members in MEMBERS_OF_USE:
+        members |= list_members(load.allocation, run.taken)
     return LoadUsage(
         model_id=load.model_id,
         version=load.version,
@@ -57,25 +46,8 @@ def _describe_use(load: RunningLoad, state: State, now: str) -> LoadUsage:
         last_used_at=run.last_used_at,
         pinned=settings.pinned,
         keep_alive_s=settings.keep_alive_s,
-        device=run.device,
-        device_bytes=run.device_bytes,
+        **members,
     )
-
-
-def list_device_usage(live: Iterable[RunningLoad], devices: Mapping[str, DeviceLimits]) -> list[DeviceUsage]:
-    """Return the use of each of these devices."""
-    there = [(load, load.device.device) for load in live if load.device and not load.run.is_gone]
-    return [
-        _describe_device(device, limits, [load for load, on in there if on == device])
-        for device, limits in devices.items()
-    ]
-
-
-def _describe_device(device: str, limits: DeviceLimits, loads: Sequence[RunningLoad]) -> DeviceUsage:
-    taken = {True: 0, False: 0}
-    for load in loads:
-        taken[load.report is None] += load.device_bytes if limits.has_memory else load.memory_bytes
-    return DeviceUsage(device, taken[True], taken[False], len({load.model_id for load in loads}))
 
 
 class InferenceTotals:

@@ -7,8 +7,8 @@ all of them, and the facts that they record. The inner life of one load is its c
 (`runtime.consumer.loads`).
 
 To change: the order of concerns, back-off, crash loops: `scheduler`. Priorities, reserved room, the memory
-budget, swap strategies: `admission`. What a load needs: `estimates`. Which work is this server's:
-`placement`. Victims, idle timeouts: `eviction`. What a decision can see: `view`.
+budget, swap strategies: `admission`. What a load needs: `estimates`. Victims,
+idle timeouts: `eviction`. What a decision can see: `view`.
 
 Nothing here reads a clock, does I/O or logs. The consumer carries actions out and calls `decide` again.
 """

@@ -30,7 +30,7 @@ from events.types import (
     LoadStarted,
     ModelSettingsChanged,
 )
-from runtime.scheduler.view import DeviceNeed
+from runtime.rooms import Alternative
 from runtime.timeouts import PROGRESS_TIMEOUT_S
 from runtime.wire import plain_text
 
@@ -54,11 +54,11 @@ class RecordFact(JobAction):
 class StartLoad(JobAction):
     """Record `LoadStarted`, and start the workers; `before`, such as its placement, is in the same append.
 
-    `device` is where they run, and what is reserved there; None is the CPU.
+    `chosen` is where they run, and what is reserved there.
     """
 
+    chosen: Alternative
     before: RecordFact | None = None
-    device: DeviceNeed | None = None
 
 
 class CancelJob(JobAction):
@@ -192,7 +192,7 @@ def list_conditions(action: Action, state: State) -> tuple[Condition, ...]:
     match action:
         case RecordFact(job, _, conditions):
             return (unchanged(job), *_unchanged_model(job.model_id, state), *conditions)
-        case StartLoad(_, RecordFact() as before):
+        case StartLoad(_, _, RecordFact() as before):
             return list_conditions(before, state)
         case StartLoad(job) | ChangeSettings(job) | UnloadForReplacement(job) | StartUnload(job):
             return (unchanged(job), *_unchanged_model(job.model_id, state))

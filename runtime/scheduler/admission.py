@@ -7,10 +7,9 @@ room is reserved for it. Before all others come reloads, and loads whose old ver
 A load slot is kept for files that loaded before: when all slots are taken, and by loads of other files only,
 one more may start. So loads that never end delay only models that never loaded.
 
-A load that may run on several devices starts on the first that has room; if none has, room is made on the
-first on which that is possible. What runs on a device needs room there, and of the machine. While another
-load is being measured on that device, the load waits for it, unless another device of the same provider has
-room, too: such devices are equal, since `cuda:*` names them all.
+A load that has several alternatives takes the first that has room in each of its rooms; if none has, room is
+made for the first for which that is possible. While another load is being measured in one of the rooms, the
+load waits for it, unless an alternative of the same group has room, too: such alternatives are equal.
 
 What a load will need is estimated before (`runtime.scheduler.estimates`).
 """
@@ -22,15 +21,15 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 from events.clock import add_seconds
-from events.devices import CPU, provider_of
 from events.jobs import CRASH_LOOP, INSUFFICIENT_MEMORY, TOO_MANY_LOADED, Failure, Job, JobKind
 from events.models import RELOADS, ModelState, Serving
 from events.state import State
 from events.types import Cause
+from runtime.rooms import Alternative
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action
 from runtime.scheduler.eviction import Eviction
-from runtime.scheduler.view import Amount, DeviceNeed, LoadRoom, LoadView, SchedulerView
+from runtime.scheduler.view import Amount, LoadRoom, LoadView, SchedulerView
 
 MAX_SERVER_DEATHS = 3
 """Unclean ends of the server during the same load after which that load counts as their cause."""
@@ -68,7 +67,7 @@ class Waiting:
     """The reason why a load does not start now, when to look again, and whether room is reserved for it.
 
     Attributes:
-        reason: or a function that returns it, since only that on the device which is chosen is read.
+        reason: or a function that returns it, since only that of the alternative which is chosen is read.
         lacks_room: whether no room is being released that is enough.
         follows: the action on it when the measurement of another load ends, if it waits for nothing else.
     """
@@ -97,13 +96,15 @@ class Reservations:
 
 @dataclass(slots=True)
 class _Shortage:
-    """The shortage of a load on a device: room there and of the machine, and the end of the load there.
+    """The shortage of an alternative of a load.
 
-    `rooms` has only those that are too small.
+    Attributes:
+        rooms: those that are too small, and what is missing there.
+        measured: a room in which another load is being measured, and that load.
     """
 
     rooms: Mapping[LoadRoom, Amount]
-    measured: LoadView | None
+    measured: tuple[LoadRoom, LoadView] | None
 
     @property
     def is_none(self) -> bool:
@@ -201,7 +202,7 @@ class _PendingLoad:
         self._eviction = eviction
         self._model = view.state.models.get(job.model_id)
         _, self._parameters = job.load_order
-        self._waits_for: DeviceNeed | None = None
+        self._waits_for: Alternative | None = None
         self.rank = self._rank()
 
     def _rank(self) -> int:
@@ -226,11 +227,11 @@ class _PendingLoad:
         return _STRATEGIES.get(self.job.cause, self._parameters.strategy)
 
     @cached_property
-    def _needs(self) -> Sequence[DeviceNeed]:
-        """The needs of the load on each device on which it can run, the preferred one first."""
+    def _alternatives(self) -> Sequence[Alternative]:
+        """Those that fit at all, the preferred one first."""
         estimate = self._view.find_estimate(self.job)
-        needs = () if estimate is None else estimate.needs
-        return [need for need in needs if self._explain_misfit(need) is None]
+        alternatives = () if estimate is None else estimate.alternatives
+        return [each for each in alternatives if self._explain_misfit(each) is None]
 
     @property
     def _may_evict(self) -> bool:
@@ -244,14 +245,14 @@ class _PendingLoad:
         return job.cause in _URGENT or (view.is_proven(job) and not view.proven_load_runs)
 
     def reserve(self) -> None:
-        """Reserve room for it on each device, so that it is overtaken on none of them.
+        """Reserve room for each of its alternatives, so that it is overtaken in none of them.
 
-        What is being released on one is enough.
+        For one of them that is being released is enough.
         """
         needed = dict[LoadRoom, int]()
-        for need in self._needs if self._waits_for is None else [self._waits_for]:
-            for room in self._view.rooms_on(need.device):
-                needed[room] = max(room.bytes_for(need), needed.get(room, 0))
+        for alternative in self._alternatives if self._waits_for is None else [self._waits_for]:
+            for room, needed_bytes in self._list_needs(alternative):
+                needed[room] = max(needed_bytes, needed.get(room, 0))
         reserved = self._reservations.rooms
         for room, needed_bytes in needed.items():
             before, is_another = reserved.get(room, _NOTHING), not room.has_slot(self.job.model_id)
@@ -277,7 +278,7 @@ class _PendingLoad:
             aging_at = add_seconds(view.queued_at(job), PRIORITY_AGING_S)
             wake_at = min(aging_at, add_seconds(view.now, PRESSURE_POLL_S))
             return Waiting("the machine, which is under pressure", wake_at)
-        return self._choose_device()
+        return self._choose_alternative()
 
     def _change_settings(self) -> Action | None:
         """Change only settings if the model is loaded from the same bytes into such workers meanwhile."""
@@ -300,26 +301,27 @@ class _PendingLoad:
             return actions.FailLoad(job, estimate.code, estimate.message)
         if estimate is None:
             return Waiting("the estimate of its memory")
-        if self._needs:
+        if self._alternatives:
             return None
-        misfits = filter(None, map(self._explain_misfit, estimate.needs))
+        misfits = filter(None, map(self._explain_misfit, estimate.alternatives))
         return actions.FailLoad(job, INSUFFICIENT_MEMORY, "; ".join(misfits))
 
-    def _explain_misfit(self, need: DeviceNeed) -> str | None:
-        """Return why a load can never run on a device; None if it can."""
-        for room in self._view.rooms_on(need.device):
-            if misfit := self._explain_misfit_in(room, need):
-                return misfit
-        return None
+    def _list_needs(self, alternative: Alternative) -> list[tuple[LoadRoom, int]]:
+        return [(self._view.find_room(name), needed) for name, needed in alternative.needs.items()]
 
-    def _explain_misfit_in(self, room: LoadRoom, need: DeviceNeed) -> str | None:
-        budget, needed_bytes = room.limits.budget_bytes, room.bytes_for(need)
+    def _explain_misfit(self, alternative: Alternative) -> str | None:
+        """Return why a load can never run in this way; None if it can."""
+        explained = (self._explain_misfit_in(room, alternative) for room, _ in self._list_needs(alternative))
+        return next(filter(None, explained), None)
+
+    def _explain_misfit_in(self, room: LoadRoom, alternative: Alternative) -> str | None:
+        budget, needed_bytes = room.limits.budget_bytes, alternative.needs[room.name]
         beside_bytes = room.bytes_of(self._serving) if self._strategy == "beside" else 0
         if budget is None or needed_bytes + beside_bytes <= budget:
             return None
-        is_limitable = need.is_guess and not room.limits.has_memory
+        is_limitable = alternative.is_guess and not room.limits.is_measured
         limit = "; set memory_limit_bytes if it takes less" if is_limitable else ""
-        needs = f"it needs {_describe_need(room, need)}"
+        needs = f"it needs {_describe_need(room, alternative)}"
         in_all = f"{room.budget_name} is {format_megabytes(budget)} in all"
         if needed_bytes > budget:
             return f"{needs}, and {in_all}{limit}"
@@ -328,70 +330,72 @@ class _PendingLoad:
         beside = f"beside the {format_megabytes(beside_bytes)} of what it replaces"
         return f"{needs} {beside}, and {in_all}{in_place}{limit}"
 
-    def _choose_device(self) -> Action | Waiting:
-        """Start the load on the first device with room; else make room on one, or wait.
+    def _choose_alternative(self) -> Action | Waiting:
+        """Start the load in the first way for which there is room; else make room for one, or wait.
 
-        Devices of one provider are equal: the first on which no load is being measured is taken.
+        Alternatives of one group are equal: the first for which no load is being measured is taken.
         """
-        decisions = [(self._start_or_make_room(need), need) for need in self._needs]
-        decision, need = min(decisions, key=lambda each: _effort_of(each[0]))
+        decisions = [(self._start_or_make_room(each), each) for each in self._alternatives]
+        decision, chosen = min(decisions, key=lambda each: _effort_of(each[0]))
         if isinstance(decision, Waiting) and decision.follows is not None:
-            effort, provider = _effort_of(decision), provider_of(need.device)
-            alike = (each for each in decisions if provider_of(each[1].device) == provider)
+            effort, group = _effort_of(decision), chosen.target.group
+            alike = (each for each in decisions if each[1].target.group == group)
             equal = [each for each in alike if _effort_of(each[0]) == effort]
-            decision, need = min(equal, key=lambda each: isinstance(each[0], Waiting))
+            decision, chosen = min(equal, key=lambda each: isinstance(each[0], Waiting))
         if isinstance(decision, Waiting) and not decision.lacks_room:
-            self._waits_for = need
+            self._waits_for = chosen
         return decision
 
-    def _start_or_make_room(self, need: DeviceNeed) -> Action | Waiting:
-        """Start a load on a device, where only room can delay it, make room for it, or wait."""
-        replaced, missing = self._serving, self._shortage_now(need)
+    def _start_or_make_room(self, alternative: Alternative) -> Action | Waiting:
+        """Start a load, which only room can delay, make room for it, or wait."""
+        replaced, missing = self._serving, self._shortage_now(alternative)
         if replaced is None or not self._replaces_in_place(missing):
             replaced = None
         else:
-            missing = self._shortage_now(need, replaced)
+            missing = self._shortage_now(alternative, replaced)
         if missing.lacks_room:
-            return self._make_room(need, missing, replaced)
-        action = self._start_on(need, replaced)
-        return action if missing.is_none else self._make_room(need, missing, replaced, follows=action)
+            return self._make_room(alternative, missing, replaced)
+        action = self._start_on(alternative, replaced)
+        return action if missing.is_none else self._make_room(alternative, missing, replaced, follows=action)
 
     def _replaces_in_place(self, missing: _Shortage) -> bool:
         """Whether the old version is unloaded before the load starts, which lacks that much beside it."""
         return self._strategy == "in_place" or (self._strategy == "auto" and missing.lacks_room)
 
-    def _start_on(self, need: DeviceNeed, replaced: LoadView | None) -> Action:
+    def _start_on(self, alternative: Alternative, replaced: LoadView | None) -> Action:
         if replaced is not None:
             return actions.UnloadForReplacement(self.job, replaced.load_job_id)
-        return actions.StartLoad(self.job, device=None if need.device == CPU else need)
+        return actions.StartLoad(self.job, alternative)
 
-    def _shortage_now(self, need: DeviceNeed, replaced: LoadView | None = None) -> _Shortage:
+    def _shortage_now(self, alternative: Alternative, replaced: LoadView | None = None) -> _Shortage:
         """Return what the load lacks now, beside the reservations."""
-        return self._shortage(LoadRoom.shortage_now, need, replaced, self._reservations.rooms)
+        return self._shortage(LoadRoom.shortage_now, alternative, replaced, self._reservations.rooms)
 
-    def _shortage_after_exits(self, need: DeviceNeed, replaced: LoadView | None = None) -> _Shortage:
+    def _shortage_after_exits(self, alternative: Alternative, replaced: LoadView | None = None) -> _Shortage:
         """Return what the load will lack when exiting processes have exited."""
-        return self._shortage(LoadRoom.shortage_after_exits, need, replaced, self._reservations.rooms)
+        return self._shortage(LoadRoom.shortage_after_exits, alternative, replaced, self._reservations.rooms)
 
     def _shortage(
         self,
         shortage_in: ShortageIn,
-        need: DeviceNeed,
+        alternative: Alternative,
         replaced: LoadView | None,
         reserved: Mapping[LoadRoom, Amount],
     ) -> _Shortage:
-        lacking, rooms = {}, self._view.rooms_on(need.device)
-        for room in rooms:
-            more_bytes = room.bytes_for(need) - room.bytes_of(replaced)
+        lacking, measured = {}, None
+        for room, needed_bytes in self._list_needs(alternative):
+            more_bytes = needed_bytes - room.bytes_of(replaced)
             before = reserved.get(room, _NOTHING)
             missing = shortage_in(room, self.job.model_id, more_bytes, before)
             if not missing.is_none:
                 lacking[room] = missing
-        return _Shortage(lacking, rooms[0].measured_load)
+            if measured is None and (load := room.measured_load) is not None:
+                measured = room, load
+        return _Shortage(lacking, measured)
 
     def _make_room(
         self,
-        need: DeviceNeed,
+        alternative: Alternative,
         missing_now: _Shortage,
         replaced: LoadView | None,
         follows: Action | None = None,
@@ -401,21 +405,21 @@ class _PendingLoad:
         Room that becomes free while it waits is reserved for it if it goes before all, or has waited; what
         exiting processes release is reserved in any case if it is enough.
         """
-        view, job, missing = self._view, self.job, self._shortage_after_exits(need, replaced)
+        view, job, missing = self._view, self.job, self._shortage_after_exits(alternative, replaced)
         if missing.is_none:
-            return Waiting(partial(self._describe_release, need, missing_now), reserves_room=True)
+            return Waiting(partial(self._describe_release, alternative, missing_now), reserves_room=True)
         may_evict = self._may_evict and missing.measured is None
         if may_evict and (chosen := self._eviction.choose(missing.rooms)):
             return actions.UnloadAutomatically(chosen[0].model, Cause.EVICTION, job.id)
         # A reload after the server's start evicts nothing, so it would wait for ever, if only here is room.
         if job.cause is Cause.RESTART and not view.will_free_more and view.share.is_whole:
             code = INSUFFICIENT_MEMORY if missing.lacks_bytes else TOO_MANY_LOADED
-            reason = f"not reloaded after the server's start: it needs {self._describe(need, missing_now)}"
-            return actions.FailLoad(job, code, reason)
+            lack = self._describe(alternative, missing_now)
+            return actions.FailLoad(job, code, f"not reloaded after the server's start: it needs {lack}")
         has_priority = self.rank == _BEFORE_ALL or view.queued_at(job) <= view.earlier_by(OVERTAKING_LIMIT_S)
         may_reserve = job.cause not in _RESERVES_NOTHING
         return Waiting(
-            partial(self._describe_wait, need, missing_now, replaced),
+            partial(self._describe_wait, alternative, missing_now, replaced),
             self._eviction.next_at if may_evict else None,
             reserves_room=may_reserve and has_priority,
             reserves_later=may_reserve and not has_priority,
@@ -423,30 +427,31 @@ class _PendingLoad:
             follows=follows,
         )
 
-    def _describe_release(self, need: DeviceNeed, missing: _Shortage) -> str:
-        return f"{self._describe(need, missing)}; it is being released"
+    def _describe_release(self, alternative: Alternative, missing: _Shortage) -> str:
+        return f"{self._describe(alternative, missing)}; it is being released"
 
-    def _describe_wait(self, need: DeviceNeed, missing: _Shortage, replaced: LoadView | None) -> str:
+    def _describe_wait(self, alternative: Alternative, missing: _Shortage, replaced: LoadView | None) -> str:
         first = self._reservations.first
-        if first is not None and self._shortage(LoadRoom.shortage_now, need, replaced, {}).is_none:
+        if first is not None and self._shortage(LoadRoom.shortage_now, alternative, replaced, {}).is_none:
             return f"room, which is reserved for job {first.id}, before it"
-        shortage_text = self._describe(need, missing)
+        shortage_text = self._describe(alternative, missing)
         return f"{shortage_text}; {self._advise()}" if missing.measured is None else shortage_text
 
-    def _describe(self, need: DeviceNeed, shortage: _Shortage) -> str:
-        """Return what a load lacks on a device now."""
-        first, measured = self._reservations.first, shortage.measured
-        if measured is not None:
+    def _describe(self, alternative: Alternative, shortage: _Shortage) -> str:
+        """Return what an alternative lacks now."""
+        first = self._reservations.first
+        if shortage.measured is not None:
+            room, measured = shortage.measured
             is_gone = "whose memory is being released"
             is_loading = f"on which job {measured.load_job_id} is loading"
-            return f"the device {need.device}, {is_gone if measured.killed else is_loading}"
+            return f"{room.limits.title}, {is_gone if measured.killed else is_loading}"
         kept = f", some reserved for job {first.id}, before it" if first is not None else ""
         room, missing = next(iter(shortage.rooms.items()))
         budget, free = room.limits.budget_bytes, room.free_bytes
         if budget is None or free is None or missing.bytes <= 0:
             return f"a place among the {room.max_loaded} models that may be loaded{kept}"
         return (
-            f"{_describe_need(room, need)}, and of {room.budget_name} of {format_megabytes(budget)}"
+            f"{_describe_need(room, alternative)}, and of {room.budget_name} of {format_megabytes(budget)}"
             f" {format_megabytes(max(0, free))} are free{kept}"
         )
 
@@ -459,7 +464,7 @@ class _PendingLoad:
 
 
 def _effort_of(decision: Action | Waiting) -> int:
-    """Return a lower number for the better of two decisions on devices that a load may run on.
+    """Return a lower number for the better of two decisions on alternatives of a load.
 
     To wait only for the end of a measurement is as good as the action that follows.
     """
@@ -479,10 +484,10 @@ def _effort_of(decision: Action | Waiting) -> int:
     return 5
 
 
-def _describe_need(room: LoadRoom, need: DeviceNeed) -> str:
-    """Return what a load needs, and whether that rests on file sizes only."""
-    guess = " (estimated from its files)" if need.is_guess else ""
-    return f"{format_megabytes(room.bytes_for(need))}{guess} of memory{room.where}"
+def _describe_need(room: LoadRoom, alternative: Alternative) -> str:
+    """Return what a load needs of a room, and whether that rests on file sizes only."""
+    guess = " (estimated from its files)" if alternative.is_guess else ""
+    return f"{format_megabytes(alternative.needs[room.name])}{guess} of memory{room.where}"
 
 
 def find_same_workers(state: State, job: Job) -> Serving | None:

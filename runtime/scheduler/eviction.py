@@ -15,6 +15,7 @@ from itertools import accumulate
 from events.clock import add_seconds
 from events.models import LoadedModel, Model, ModelState
 from events.types import Cause
+from runtime.rooms import MACHINE
 from runtime.scheduler.actions import Decision, UnloadAutomatically
 from runtime.scheduler.view import Amount, LoadRoom, LoadView, SchedulerView
 
@@ -41,7 +42,7 @@ class Eviction:
         self._resident_since = view.earlier_by(view.policy.min_residency_s)
 
     def victims_in(self, room: LoadRoom) -> list[Victim]:
-        """Return the models that may be evicted now from the machine, or a device, least recently used first.
+        """Return the models that may be evicted now from a room, least recently used first.
 
         Not those that are busy, pinned, or loaded less than the minimum residency ago: so two models that do
         not fit together take turns instead of evicting each other all the time.
@@ -50,7 +51,7 @@ class Eviction:
             found = [
                 Victim(model, room.bytes_of(run), self._view.used_at(model, run))
                 for model, run in self._candidates
-                if room.device in (None, run.device)
+                if room.name in run.taken
                 and not run.busy
                 and self._view.loaded_at(model) <= self._resident_since
             ]
@@ -183,11 +184,11 @@ def _idle_timeout_s(view: SchedulerView, model: LoadedModel, run: LoadView) -> f
 
 
 def _rooms_over_budget(view: SchedulerView) -> Iterator[tuple[LoadRoom, Amount]]:
-    """Yield the machine and the devices whose workers outgrew the budget, and by how much, if eviction is on.
+    """Yield the rooms whose workers outgrew the budget, and by how much, if eviction is on.
 
-    Not while a load measures the memory of a device: nothing is to be released there meanwhile.
+    Not while a load is measured in a room: nothing is to be released there meanwhile.
     """
-    for room in (view.machine, *map(view.room_on, view.policy.devices)) if view.policy.evicts else ():
+    for room in map(view.find_room, (MACHINE, *view.policy.rooms)) if view.policy.evicts else ():
         if room.free_bytes is not None and room.measured_load is None:
             missing = Amount(-room.free_bytes - room.exiting_bytes)
             if not missing.is_none:

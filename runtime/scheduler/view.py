@@ -9,30 +9,16 @@ from functools import cached_property
 from typing import NamedTuple
 
 from events.clock import LedgerClock, add_seconds
-from events.devices import CPU
 from events.jobs import NO_PROGRESS, Failure, Job, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState
 from events.policy.rules import LoadPolicy
 from events.state import State, has_turn
 from events.types import REPLACEMENTS, SYSTEM, Cause
+from runtime.rooms import MACHINE, Alternative, RoomLimits
 
 MIN_RESIDENCY_S = 10.0
 """Minimum residency of a loaded model before the server unloads it: two models that do not fit together take
 turns of this length, instead of evicting each other for each request."""
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceLimits:
-    """The limits of loads on one device, beside those of the machine.
-
-    Attributes:
-        budget_bytes: its memory for all workers; None is no limit.
-        has_memory: whether it has memory of its own. That is measured as what is free before and after a
-            load, so one load runs there at a time. Else the machine's memory of its workers counts.
-    """
-
-    budget_bytes: int | None = None
-    has_memory: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +33,7 @@ class Policy:
         min_residency_s: seconds that a loaded model stays at least before it is evicted.
         restores: whether models that were loaded when the server ended are reloaded.
         loads: the rules for loads.
-        devices: the limits of each device of this server but the CPU, by its name.
+        rooms: the limits of each room beside the machine's, by its name.
     """
 
     loads_at_once: int
@@ -57,7 +43,7 @@ class Policy:
     min_residency_s: float = MIN_RESIDENCY_S
     restores: bool = True
     loads: LoadPolicy = field(default_factory=LoadPolicy)
-    devices: Mapping[str, DeviceLimits] = field(default_factory=dict)
+    rooms: Mapping[str, RoomLimits] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +81,10 @@ class LoadView:
         killed: whether its workers were killed.
         exited: ids of the workers that exited unexpectedly, recorded or not.
         has_outcome: whether it is known how its loading ended, which is being recorded.
-        memory_bytes: its reservation, once loaded what its workers take, until they have exited.
+        taken: the bytes that it reserves of each room, or once loaded that its workers take, until they have
+            exited.
         busy: whether inferences run or wait for it.
         last_used_at: when its last inference ended; None without one.
-        device: where its workers run; None is the CPU.
-        device_bytes: as `memory_bytes`, of the device's own memory; 0 if it has none.
     """
 
     load_job_id: str
@@ -107,12 +92,15 @@ class LoadView:
     phase: Phase
     killed: bool = False
     exited: tuple[str, ...] = ()
-    memory_bytes: int = 0
+    taken: Mapping[str, int] = field(default_factory=lambda: {MACHINE: 0})
     has_outcome: bool = False
     busy: bool = False
     last_used_at: str | None = None
-    device: str | None = None
-    device_bytes: int = 0
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the machine's memory."""
+        return self.taken[MACHINE]
 
     @property
     def alive(self) -> bool:
@@ -125,47 +113,25 @@ FileSizes = frozenset[tuple[str, int]]
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceNeed:
-    """A device that a load may run on, and what it will need of the device's memory, and of the machine's.
-
-    Attributes:
-        device: its name.
-        device_bytes: of its own memory, for all workers; 0 if it has none.
-        bytes: of the machine's memory, for all workers.
-        is_guess: whether these rest on file sizes, not on an earlier load there.
-    """
-
-    device: str
-    device_bytes: int
-    bytes: int
-    is_guess: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class MemoryEstimate:
     """The memory that a load will need.
 
     Attributes:
-        bytes: that all its workers take at most.
-        is_guess: whether that rests on file sizes, not on an earlier load.
+        alternatives: what it needs on each target on which it may run, the preferred one first.
         is_proven: whether these files loaded before.
         files: the files that it is for.
         same_as: the load from which the model serves, if the files have the bytes that it loaded.
-        devices: those that it may run on, the preferred one first; none is the CPU. Each has its own `bytes`
-            then, and `bytes` here are those of the first.
     """
 
-    bytes: int
-    is_guess: bool = False
+    alternatives: tuple[Alternative, ...]
     is_proven: bool = False
     files: FileSizes = frozenset()
     same_as: str | None = None
-    devices: tuple[DeviceNeed, ...] = ()
 
     @property
-    def needs(self) -> tuple[DeviceNeed, ...]:
-        """The needs of the load on each device that it may run on, among which may be the CPU."""
-        return self.devices or (DeviceNeed(CPU, 0, self.bytes, self.is_guess),)
+    def bytes(self) -> int:
+        """Bytes of the machine's memory on the preferred target."""
+        return self.alternatives[0].bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +200,7 @@ def load_allowance(budget_bytes: int, others_bytes: int, reserved_bytes: int) ->
 
 
 class Amount(NamedTuple):
-    """Bytes and model slots, of the machine or of a device: reserved for loads, or missing to one."""
+    """Bytes and model slots of a room: reserved for loads, or missing to one."""
 
     bytes: int = 0
     models: int = 0
@@ -245,43 +211,35 @@ class Amount(NamedTuple):
 
 
 class LoadRoom:
-    """The memory and the model slots of the machine, or the memory of a device; derived values are cached.
-
-    What runs on a device takes room of both.
+    """A room in one decision: the machine's memory and model slots, or another; derived values are cached.
 
     Attributes:
-        device: its name; None is the machine.
-        limits: of its memory.
-        max_loaded: models that may have a process; None is no limit, as of each device.
+        name: of the room.
+        limits: of its bytes.
+        max_loaded: models that may have a process; None is no limit, as in each room but the machine's.
     """
 
-    def __init__(self, view: SchedulerView, device: str | None) -> None:
-        self._view, self.device = view, device
-        policy, self._running = view.policy, view.running
-        if device is None:
-            self.limits, self.max_loaded = DeviceLimits(policy.budget_bytes), policy.max_loaded
+    def __init__(self, view: SchedulerView, name: str) -> None:
+        self._view, self.name = view, name
+        policy = view.policy
+        if name == MACHINE:
+            self.limits, self.max_loaded = RoomLimits(name, policy.budget_bytes), policy.max_loaded
         else:
-            self.limits, self.max_loaded = policy.devices.get(device, DeviceLimits()), None
-            self._running = {key: run for key, run in view.running.items() if run.device == device}
+            self.limits, self.max_loaded = policy.rooms.get(name, RoomLimits(name)), None
+        self._running = {key: run for key, run in view.running.items() if name in run.taken}
 
     @property
     def where(self) -> str:
-        """Where this is, as a suffix of what is there; empty for the machine."""
-        return "" if self.device is None else f" on {self.device}"
+        """The room as a suffix of a text on its memory; empty for the machine's."""
+        return "" if self.name == MACHINE else f" on {self.name}"
 
     @property
     def budget_name(self) -> str:
-        return "the budget" if self.device is None else "its budget"
+        return "the budget" if self.name == MACHINE else "its budget"
 
     def bytes_of(self, run: LoadView | None) -> int:
         """Return the bytes that a load takes here."""
-        if run is None or self.device not in (None, run.device):
-            return 0
-        return run.device_bytes if self.limits.has_memory else run.memory_bytes
-
-    def bytes_for(self, need: DeviceNeed) -> int:
-        """Return the bytes that a load needs here if it runs on that device."""
-        return need.device_bytes if self.limits.has_memory else need.bytes
+        return 0 if run is None else run.taken.get(self.name, 0)
 
     @cached_property
     def free_bytes(self) -> int | None:
@@ -307,11 +265,11 @@ class LoadRoom:
 
     @cached_property
     def measured_load(self) -> LoadView | None:
-        """The load for which no other can start here: the device's own memory is being measured for it.
+        """The load for which no other can start here: what it takes is being measured.
 
-        That of a killed one is not back before its workers have exited.
+        What a killed one took is not back before its workers have exited.
         """
-        runs = self._running.values() if self.limits.has_memory else ()
+        runs = self._running.values() if self.limits.is_measured else ()
         return next((run for run in runs if run.phase is Phase.LOADING or (run.killed and run.alive)), None)
 
     def has_slot(self, model_id: str) -> bool:
@@ -370,7 +328,7 @@ class SchedulerView:
         self.share = share or WorkShare(state)
         self.own = self.share.state
         self._earlier: dict[float, str] = {}
-        self._rooms: dict[str, tuple[LoadRoom, ...]] = {}
+        self._rooms: dict[str, LoadRoom] = {}
 
     @cached_property
     def unended(self) -> list[Job]:
@@ -439,22 +397,10 @@ class SchedulerView:
         runs = self.running.items()
         return [load_id for load_id, run in runs if run.phase is Phase.LOADING and not run.killed]
 
-    @cached_property
-    def machine(self) -> LoadRoom:
-        return LoadRoom(self, None)
-
-    def rooms_on(self, device: str) -> tuple[LoadRoom, ...]:
-        """Return the room on a device, and that of the machine, which a load takes there, too.
-
-        The CPU has all of the machine's.
-        """
-        if device not in self._rooms:
-            machine = self.machine
-            self._rooms[device] = (machine,) if device == CPU else (LoadRoom(self, device), machine)
-        return self._rooms[device]
-
-    def room_on(self, device: str) -> LoadRoom:
-        return self.rooms_on(device)[0]
+    def find_room(self, name: str) -> LoadRoom:
+        if name not in self._rooms:
+            self._rooms[name] = LoadRoom(self, name)
+        return self._rooms[name]
 
     @cached_property
     def exiting(self) -> frozenset[str]:

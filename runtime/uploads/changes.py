@@ -18,8 +18,8 @@ from events.clock import uuid7
 from events.commands import OUTDATED, AddVersion, Record, RemoveVersion
 from events.errors import EpochOver, LogClosed, OutcomeUnknown, RequestRefused
 from events.log import Log
-from events.registercommands import NodeCurrent
 from events.types import SYSTEM, Draft, VersionRemoved
+from features.nodes.commands import NodeCurrent
 from runtime.errors import RuntimeProblem
 from runtime.repository import FileSystemPool, Repository
 from runtime.uploads.receive import unwritable

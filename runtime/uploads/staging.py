@@ -27,9 +27,9 @@ from uuid import uuid4
 import msgspec
 
 from events.files import sync
-from events.nodes import Node
-from events.registercommands import NodeCurrent
 from events.types import AddedFile
+from features.nodes.commands import NodeCurrent
+from features.nodes.register import Node
 from runtime.errors import RepositoryUnreadable, RuntimeProblem, UnknownVersion
 from runtime.repository import IS_REMOVED, MAX_FILES, MAX_PATHS_BYTES, Repository, bundle_beside
 from runtime.store.folder import walk_files

@@ -28,7 +28,7 @@ from server.api.schemas import IS_DIGEST, IS_REASON, ModelPathSchema, ModelVersi
 from server.appkeys import CONFIG, CONSUMER, LOG, READER, VERSIONS
 from server.auth.access import Access
 from server.auth.gate import PRINCIPAL, credential_of
-from server.cluster import signer_of
+from server.cluster import CLUSTER
 from server.errors import ServerProblem
 from server.http.answers import respond, show, show_optional
 from server.http.validation import (
@@ -90,7 +90,7 @@ async def approve_version(request: web.Request) -> web.Response:
     app, person, said = request.app, request[PRINCIPAL], json_body(request)
     model_id, version = (path_parameters(request)[name] for name in ("id", "version"))
     contents = await _find_contents(app, model_id, version, said["digest"])
-    about_person = person.subject, said["reason"], credential_of(person), signer_of(app)
+    about_person = person.subject, said["reason"], credential_of(person), app[CLUSTER].sign
     command = ApproveVersion(model_id, version, said["digest"], contents, *about_person)
     await app[JOB_REQUESTS].submit(command)
     return _respond(app, model_id, version, said["digest"])

@@ -7,14 +7,11 @@ the models that are reloaded after a start.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
 from functools import cache
 
 from aiohttp import hdrs, web
 
 from answers.health import Health, ServerLive, ServerReady
-from events.models import Model
-from events.types import Cause
 from server.appkeys import CONSUMER_TASK, LOG, POOL, STOPPING, STREAMS
 from server.auth.access import Access
 from server.cluster import CLUSTER
@@ -47,7 +44,7 @@ async def live(request: web.Request) -> web.Response:
 )
 async def ready(request: web.Request) -> web.Response:
     """Answer 200 when the log can be written, the consumer works and workers can be started."""
-    return _answer(ready_checks(request.app), _reason(request.app))
+    return _answer(ready_checks(request.app), request.app[CLUSTER].reason())
 
 
 @routes.get(
@@ -73,12 +70,15 @@ async def v2_live(request: web.Request) -> web.Response:
 async def v2_ready(request: web.Request) -> web.Response:
     """Answer as `ready` does, and not before the models are back that were loaded before the server started.
 
-    A cluster does not wait: any node answers for any model, wherever it is reloaded, and without its other
-    nodes it would answer for none. KServe's client looks for the member `ready`, Triton's only at the status.
+    One of several servers does not wait for them: any answers for any model, wherever it is reloaded, and
+    without the others it would answer for none. KServe's client looks for the member `ready`, Triton's only
+    at the status.
     """
-    app = request.app
-    missing = 0 if CLUSTER in app else _count_missing(app[LOG].state.models.values())
-    reason = f"; models from before the start that are not back yet: {missing}" if missing else _reason(app)
+    app, cluster = request.app, request.app[CLUSTER]
+    missing = cluster.count_missing(app[LOG].state.models.values())
+    reason = (
+        f"; models from before the start that are not back yet: {missing}" if missing else cluster.reason()
+    )
     _refuse_failed({**ready_checks(app), "models": not missing}, reason)
     return respond(ServerReady(ready=True))
 
@@ -118,7 +118,7 @@ def vital_tasks(app: web.Application) -> dict[str, asyncio.Task[None]]:
         "writer": app[LOG].writer,
         "keeper": app[POOL].keeper,
         **app[STREAMS].tasks,
-        **(app[CLUSTER].tasks() if CLUSTER in app else {}),
+        **app[CLUSTER].tasks(),
     }
 
 
@@ -132,25 +132,13 @@ def live_checks(app: web.Application) -> dict[str, bool]:
 
 
 def ready_checks(app: web.Application) -> dict[str, bool]:
-    cluster = app.get(CLUSTER)
     return {
         **live_checks(app),
-        "log": app[LOG].healthy or (cluster is not None and cluster.may_serve),
+        "log": app[LOG].healthy or app[CLUSTER].serves_without_log,
         "fork_server": app[POOL].healthy,
         "serving": not app[STOPPING].is_set(),
-        **({"lease": not cluster.is_sick} if cluster is not None else {}),
+        **app[CLUSTER].checks(),
     }
-
-
-def _count_missing(models: Iterable[Model]) -> int:
-    """Count the models that are to be reloaded after a start; a failed one is not."""
-    return sum(model.lost_by is Cause.RESTART for model in models)
-
-
-def _reason(app: web.Application) -> str:
-    """Return why this server has no lease; nothing of a server alone."""
-    problem = app[CLUSTER].problem if CLUSTER in app else None
-    return f"; the lease is not renewed: {problem}" if problem else ""
 
 
 def _answer(checks: dict[str, bool], reason: str = "") -> web.Response:

@@ -43,7 +43,7 @@ from server.api.schemas import IS_DIGEST, IS_LABEL, IS_REASON, ModelPathSchema, 
 from server.appkeys import CONFIG, GATE, LOG, UPLOADS, VERSIONS
 from server.auth.access import Access
 from server.auth.gate import PRINCIPAL, Principal, credential_of
-from server.cluster import signer_of
+from server.cluster import CLUSTER
 from server.config import (
     MAX_KEEP_ALIVE_S,
     MAX_NODE_ATTRIBUTES,
@@ -345,7 +345,7 @@ async def make_load_command(
         policy=UNSET if rules is None else rules.digest,
         is_checked=app[CONFIG].policy.count_persons(model_id) > 0,
         justification=UNSET if person is None else _justify(rules, asked, person),
-        sign=signer_of(app) if asked.get("emergency") else None,
+        sign=app[CLUSTER].sign if asked.get("emergency") else None,
         label=asked.get("label", UNSET),
         passed_over=UNSET if refusal is None else str(refusal),
     )

@@ -213,7 +213,7 @@ def make_model_info(
         loaded_by=(row.asked_by or load.loaded_by) if load else None,
         brought_back=row.brought_back,
         job_id=load.load_job_id if load else None,
-        node=row.node,
+        node=row.server,
         copies=row.copies_wanted if has_copies else None,
         copies_ready=model.count_ready() if has_copies else None,
         copies_at=list(_list_copies(model)) if has_copies else [],
@@ -233,23 +233,23 @@ def make_model_info(
 
 
 def _list_copies(model: ShownModel) -> Iterator[ModelCopy]:
-    row, loads = model.row, (model.load, *model.copies) if model.row.state in _HAS_WORKERS else ()
-    for place, load in zip(row.servings, loads, strict=False):
-        if load is not None:
-            yield ModelCopy(
-                node=place.node,
-                version=place.version,
-                position=place.load,
-                job_id=load.load_job_id,
-                loaded_at=load.loaded_at,
-                workers=place.workers,
-                memory_bytes=load.memory_bytes,
-            )
+    if model.row.state not in _HAS_WORKERS:
+        return
+    for place, load in zip(model.row.servings, model.loads, strict=True):
+        yield ModelCopy(
+            node=place.server,
+            version=place.version,
+            position=place.load,
+            job_id=load.load_job_id,
+            loaded_at=load.loaded_at,
+            workers=place.workers,
+            memory_bytes=load.memory_bytes,
+        )
 
 
 def _show_present(app: web.Application, seen: ListedModel, active: Model | None) -> ModelInfo:
     """Return a model with what is not known of the past."""
-    state, cluster, rules = app[LOG].state, app.get(CLUSTER), app[CONFIG].policy.of(seen.id)
+    state, rules = app[LOG].state, app[CONFIG].policy.of(seen.id)
     model, versions = state.models.get(seen.id), state.registers.find_versions(seen.id)
     shown = make_model_info(
         describe_model(state, seen.id),
@@ -263,9 +263,9 @@ def _show_present(app: web.Application, seen: ListedModel, active: Model | None)
         chosen=None if model is None else _show_choice(model),
         unapproved=list_unapproved(model, versions, rules),
     )
-    if cluster is None or model is None or shown.copies is None:
+    if model is None or shown.copies is None:
         return shown
-    ready, waiting_for = cluster.count_copies(model)
+    ready, waiting_for = app[CLUSTER].count_copies(model)
     return msgspec.structs.replace(shown, copies_ready=ready, copies_waiting_for=waiting_for)
 
 

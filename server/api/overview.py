@@ -6,15 +6,12 @@ what comes after is at least as new, so that a client that follows the stream fr
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import msgspec
 from aiohttp import web
 from msgspec.structs import asdict
 
 from answers.jobs import JobInfo
 from answers.models import ModelInfo
-from answers.nodes import NodeInfo
 from answers.overview import Overview
 from events.jobs import Job, JobStatus
 from events.sqlite.listing import EventFilter, EventQuery
@@ -27,6 +24,7 @@ from server.api.schemas import MAX_PAGE, PageQuerySchema
 from server.appkeys import LOG, READER
 from server.auth.access import Access
 from server.auth.gate import PRINCIPAL
+from server.cluster import CLUSTER
 from server.http.answers import respond_encoded
 from server.http.validation import query_parameters
 from server.routing import Routes
@@ -34,41 +32,35 @@ from server.routing import Routes
 NEWEST = 40
 """Jobs beside those that have not ended: what a person reads."""
 
-NodesView = Callable[[web.Application], list[NodeInfo]]
-"""Returns the nodes as `GET /api/v1/nodes` lists them; none of a server alone."""
+
+routes = Routes(tag="resources")
 
 
-def overview_routes(list_nodes: NodesView) -> Routes:
-    """Return the route of the overview, which lists these nodes."""
-    routes = Routes(tag="resources")
-
-    @routes.get(
-        "/api/v1/overview",
-        access=Access.ANY,
-        summary="Show models, jobs, memory and nodes in one answer",
-        description="What the console shows first; each part is as its own resource has it.",
-        query=PageQuerySchema(),
-        answers={200: (Overview, "The present state.")},
-        errors=("log_unavailable", "repository_busy", "repository_unreadable"),
+@routes.get(
+    "/api/v1/overview",
+    access=Access.ANY,
+    summary="Show models, jobs, memory and nodes in one answer",
+    description="What the console shows first; each part is as its own resource has it.",
+    query=PageQuerySchema(),
+    answers={200: (Overview, "The present state.")},
+    errors=("log_unavailable", "repository_busy", "repository_unreadable"),
+)
+async def show_overview(request: web.Request) -> web.Response:
+    app = request.app
+    models = await read_model_page(app, "", query_parameters(request)["limit"])
+    may_audit = not request[PRINCIPAL].roles.isdisjoint(Access.AUDIT.value)
+    overview = Overview(
+        models=models.models,
+        next_cursor=models.next_cursor,
+        jobs=await _list_jobs(app),
+        failed_jobs=await _list_failed_jobs(app, models.models),
+        resources=await app[RESOURCES_CACHE].read(app),
+        nodes=app[CLUSTER].describe(),
+        server_started=None,
+        as_of=models.as_of,
     )
-    async def show_overview(request: web.Request) -> web.Response:
-        app = request.app
-        models = await read_model_page(app, "", query_parameters(request)["limit"])
-        may_audit = not request[PRINCIPAL].roles.isdisjoint(Access.AUDIT.value)
-        overview = Overview(
-            models=models.models,
-            next_cursor=models.next_cursor,
-            jobs=await _list_jobs(app),
-            failed_jobs=await _list_failed_jobs(app, models.models),
-            resources=await app[RESOURCES_CACHE].read(app),
-            nodes=list_nodes(app),
-            server_started=None,
-            as_of=models.as_of,
-        )
-        start = await _read_start(app) if may_audit else None  # byte for byte, so that it can be hashed
-        return respond_encoded(msgspec.json.encode({**asdict(overview), "server_started": start}))
-
-    return routes
+    start = await _read_start(app) if may_audit else None  # byte for byte, so that it can be hashed
+    return respond_encoded(msgspec.json.encode({**asdict(overview), "server_started": start}))
 
 
 async def _list_jobs(app: web.Application) -> list[JobInfo]:

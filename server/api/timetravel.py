@@ -67,5 +67,5 @@ def at_moment(answer: P, moment: Moment) -> P:
         as_of=moment.position,
         as_of_time=moment.recorded_at,
         server=show_optional(server, ServerPresence),
-        nodes=show(server.nodes, list[NodePresence]) if server is not None else [],
+        nodes=show(server.servers, list[NodePresence]) if server is not None else [],
     )

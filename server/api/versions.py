@@ -32,7 +32,7 @@ from server.api.schemas import ModelVersionPathSchema, about
 from server.appkeys import LOG, STOPPING, UPLOADS
 from server.auth.access import Access
 from server.auth.gate import PRINCIPAL
-from server.cluster import FORWARDING
+from server.cluster import CLUSTER
 from server.errors import ServerProblem
 from server.http.answers import respond, show
 from server.http.bodies import iterate_body
@@ -166,20 +166,19 @@ class UploadedFilePathSchema(UploadPathSchema):
 
 
 def at_its_node(handler: Handler) -> Handler:
-    """Return a handler about an upload that lets the node answer which the upload's id names."""
+    """Return a handler about an upload that lets the server answer that the upload's id names."""
 
     @wraps(handler)
     async def answer(request: web.Request) -> web.StreamResponse:
-        _, _, node_id = path_parameters(request)["upload"].partition(".")
-        forwarding = request.app.get(FORWARDING)
-        there = None if forwarding is None else forwarding.find_other(request, node_id)
-        if forwarding is None or there is None:
+        cluster, (_, _, name) = request.app[CLUSTER], path_parameters(request)["upload"].partition(".")
+        there = cluster.find_other(request, name)
+        if there is None:
             return await handler(request)
         if request.method == hdrs.METH_PUT:
             body: AsyncIterator[bytes] | None = _read_file(request).pieces
         else:
             body = _read_pieces(request) if request.can_read_body else None
-        return await forwarding.pass_on(request, there, path_parameters(request)["id"], body)
+        return await cluster.pass_on(request, there, path_parameters(request)["id"], body)
 
     return answer
 

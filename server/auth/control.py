@@ -92,8 +92,7 @@ def _create_control(app: web.Application, others: Sequence[Route], key: str) -> 
     offered = [*tokens.routes, *others]
     add_routes(control, [route for route in offered if route.access is not Access.PUBLIC])
     control[CONFIG], control[LOG], control[TOKENS] = app[CONFIG], app[LOG], app[TOKENS]
-    if CLUSTER in app:
-        control[CLUSTER] = app[CLUSTER]
+    control[CLUSTER] = app[CLUSTER]
     return control
 
 

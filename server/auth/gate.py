@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import jwt
 from aiohttp import hdrs, web
@@ -44,9 +44,9 @@ T = TypeVar("T")
 REALM = "loadledger"
 
 FORWARDED = istr("Loadledger-Forwarded")
-"""Names the node that has forwarded a request, whose token the request has."""
+"""Names the server that has forwarded a request, whose token the request has."""
 POSITION = istr("Loadledger-Position")
-"""How far the node knows the ledger that forwards a request, or refuses a forwarded one."""
+"""How far the server knows the ledger that forwards a request, or refuses a forwarded one."""
 
 MINUTE_S = 60.0
 
@@ -316,14 +316,11 @@ def create_verifier(config: Config) -> Verifier:
     return Verifier(keys, config.jwt_audience, config.jwt_issuer, config.jwt_roles_claim)
 
 
-class NodeTokens(Protocol):
-    """The tokens of requests that another node has forwarded to this one (`nodes.peers`)."""
+ForwardedVerifier = Callable[[CIMultiDictProxy[str], str | None], Awaitable[Principal]]
+"""Returns for whom another server has forwarded a request, by its header fields and the model in its path.
 
-    async def await_sender(self, headers: CIMultiDictProxy[str]) -> None:
-        """Wait a moment for the join of the node that forwards a request."""
-
-    def verify(self, token: str, model_id: str | None) -> Principal:
-        """Return for whom the request is; raise `InvalidToken` if the token is not good for the model."""
+It raises `InvalidToken` if the token is not good for that; None is a path to which nothing is forwarded.
+"""
 
 
 @dataclass(eq=False)
@@ -334,7 +331,7 @@ class Gate:
     no other token is looked at: it bounds the guesses, and the signatures that are checked.
 
     Attributes:
-        nodes: verifies the tokens of forwarded requests; None for a server alone, to which nobody forwards.
+        verify_forwarded: verifies the tokens of forwarded requests; None if nobody forwards any.
     """
 
     verifier: Verifier
@@ -342,7 +339,7 @@ class Gate:
     clock: Callable[[], float] = time.time
     proxies: Proxies = field(default_factory=Proxies)
     denials: Denials = field(default_factory=Denials, init=False)
-    nodes: NodeTokens | None = field(default=None, init=False)
+    verify_forwarded: ForwardedVerifier | None = field(default=None, init=False)
 
     async def admit(
         self,
@@ -354,8 +351,8 @@ class Gate:
         """Authenticate a request, count it against its subject's limit, and check the subject's roles.
 
         From then on the request has `PRINCIPAL`, and `QUOTA` if the limit is set. Only its header fields are
-        read; the ledger names a denial by `action`. `model_id` is the model that the path names, if nodes
-        forward requests to it.
+        read; the ledger names a denial by `action`. `model_id` is the model that the path names, if requests
+        to it are forwarded.
 
         Raises:
             TooManyFailures: `too_many_failures`.
@@ -365,11 +362,11 @@ class Gate:
             RateLimited: `rate_limited`.
             Forbidden: `forbidden`; the denial is counted.
         """
-        if self.nodes is not None and FORWARDED in request.headers:
-            await self.nodes.await_sender(request.headers)
-            request[PRINCIPAL] = principal = self._authenticate_forwarded(request, self.nodes, model_id)
+        if self.verify_forwarded is not None and FORWARDED in request.headers:
+            principal = await self._authenticate_forwarded(request, self.verify_forwarded, model_id)
         else:
-            request[PRINCIPAL] = principal = self._authenticate(request)
+            principal = self._authenticate(request)
+        request[PRINCIPAL] = principal
         quota = self.limits.count(access, principal.subject)
         if quota is not None:
             request[QUOTA] = quota
@@ -412,12 +409,12 @@ class Gate:
                 return known
         return self.try_credentials(request, lambda: self.verifier.verify(bearer_token(fields), now))
 
-    def _authenticate_forwarded(
-        self, request: web.BaseRequest, nodes: NodeTokens, model_id: str | None
+    async def _authenticate_forwarded(
+        self, request: web.BaseRequest, verify: ForwardedVerifier, model_id: str | None
     ) -> Principal:
-        """Authenticate a request of another node, whatever clients at its address have tried."""
+        """Authenticate a request of another server, whatever clients at its address have tried."""
         try:
-            return nodes.verify(bearer_token(request.headers.getall(hdrs.AUTHORIZATION, [])), model_id)
+            return await verify(request.headers, model_id)
         except (InvalidToken, MalformedAuthorization):
             peer = self.proxies.peer(request)
             self.limits.check_peer(peer)

@@ -31,9 +31,9 @@ from events.counters import ENDS, EVICTIONS, OTHERS, HistogramSnapshot
 from events.history import describe_model
 from events.jobs import JobKind, JobStatus
 from events.models import Model, ModelState
-from events.nodes import NodePhase
 from events.state import State
 from events.types import TYPES, Cause
+from features.nodes.register import NodePhase
 from runtime.devices import DeviceMemory
 from runtime.memory import read_pressure
 from runtime.process.confinement import ALL_ACTS
@@ -82,7 +82,7 @@ class ServerCollector(Collector):
         self._statistics = consumer.totals.with_live(loads)
         self._now = log.now()
         self._jobs = log.state.unended()
-        self._nodes = app[CLUSTER].describe() if CLUSTER in app else ()
+        self._nodes = app[CLUSTER].describe()
         own = next((node.id for node in self._nodes if node.this), None)
         models = list(log.state.models.values())
         self._models = [model.view_at(own) for model in models]

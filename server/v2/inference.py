@@ -23,8 +23,8 @@ from server.appkeys import BODIES, CONFIG, DEMAND, GATE, POOL, ROUTER
 from server.auth.access import Access
 from server.auth.gate import FORWARDED, PRINCIPAL
 from server.auth.ratelimit import QUOTA
-from server.cluster import FORWARDING, Forwarding, forwardable
-from server.errors import ANSWERING_NODE, NODE, ServerProblem, error_response
+from server.cluster import CLUSTER, Cluster, forwardable
+from server.errors import ANSWER_FIELDS, ServerProblem, error_response
 from server.http.answers import respond
 from server.http.bodies import BodyTooLarge, Share, read_body
 from server.http.compression import COMPRESSED_FROM_BYTES, chosen_encoding, compress, decompress
@@ -124,7 +124,7 @@ async def infer(
 ) -> web.StreamResponse:
     """Resolve the target, read and decode the body for it, run, encode.
 
-    The gate has admitted the request. A model at another node is left to that node, and of several copies the
+    The gate has admitted the request. A model at another server is left to that, and of several copies the
     less busy one answers, or another one if it fails before it has begun. A model that is not loaded,
     in this version if there is one, is loaded on demand once the body is decoded, if that is configured, and
     within the inference's own time. The `Loadledger-Model` header names the load behind the answer.
@@ -133,13 +133,11 @@ async def infer(
     subject = request[PRINCIPAL].subject
     router, share, loop = app[ROUTER], app[BODIES].share(subject), asyncio.get_running_loop()
     try:
-        forwarding = app.get(FORWARDING)  # None in a server alone, whose models are never elsewhere
-        spreads = forwarding is not None and FORWARDED not in request.headers
-        if forwarding is not None:
-            await forwarding.catch_up(request, model_id)
+        cluster, spreads = app[CLUSTER], FORWARDED not in request.headers
+        await cluster.catch_up(request, model_id)
         target = router.resolve(model_id, version, spreads=spreads)
         if isinstance(target, There):
-            return await app[FORWARDING].forward(request, target, model_id, share)
+            return await cluster.forward(request, target, model_id, share)
         body = await _receive(request, share, target)
         began_s = loop.time()
         decoded = await _decode(app, subject, share, body)
@@ -155,7 +153,7 @@ async def infer(
                         here, question, timeout_s, times, version=version, worker=body.worker, spreads=spreads
                     )
                 case There():
-                    return await app[FORWARDING].forward(
+                    return await cluster.forward(
                         request, result, model_id, share, body=body.join(), ends_at_s=began_s + timeout_s
                     )
                 case Absent():
@@ -168,7 +166,7 @@ async def infer(
                             result = await router.infer(
                                 found, question, left_s, times, version=version, worker=body.worker
                             )
-        return await _respond(request, result, decoded, times, share, forwarding=forwarding)
+        return await _respond(request, result, decoded, times, share, cluster=cluster)
     except BaseException:
         share.give_back()
         raise
@@ -242,7 +240,7 @@ async def _respond(
     times: InferenceTimes,
     share: Share,
     *,
-    forwarding: Forwarding | None,
+    cluster: Cluster,
 ) -> DirectResponse:
     """Encode an answer, which is counted when its response is written."""
     here, request_id, quota = answered.here, None if decoded is None else decoded.id, request.get(QUOTA)
@@ -253,10 +251,9 @@ async def _respond(
         if header_bytes is not None:
             fields = {"Content-Type": "application/octet-stream", HEADER_LENGTH: header_bytes}
         fields["Loadledger-Model"] = here.source
-        if ANSWERING_NODE in request:
-            fields[NODE] = request[ANSWERING_NODE]
-        if here.has_copies and forwarding is not None:
-            fields |= forwarding.describe_copy(request, here)
+        fields |= request.get(ANSWER_FIELDS, {})
+        if here.has_copies:
+            fields |= cluster.describe_copy(request, here)
         if quota is not None:
             fields |= quota.headers()
         encoding = _encoding(request, body)

@@ -28,8 +28,7 @@ from runtime.wire import DATATYPES
 from server.api.schemas import ModelPathSchema, ModelServedPathSchema
 from server.appkeys import CONSUMER, LOG, ROUTER
 from server.auth.access import Access
-from server.cluster import COPIES, NODE_ADDRESS, forwardable
-from server.errors import NODE
+from server.cluster import ANSWER_HEADERS, forwardable
 from server.http.answers import respond, show
 from server.http.validation import path_parameters
 from server.routing import Routes
@@ -111,15 +110,7 @@ INFERENCE_RESPONSE: dict[str, Any] = {
     "description": "JSON, or with a binary output JSON and after it the data of the binary outputs.",
     "headers": {
         "Loadledger-Model": {"schema": {"type": "string"}, "description": "Names the load that answered."},
-        NODE: {"schema": {"type": "string"}, "description": "Of several nodes, the one that answered."},
-        NODE_ADDRESS: {
-            "schema": {"type": "string", "format": "uri"},
-            "description": "Its address, if another node has forwarded the request there.",
-        },
-        COPIES: {
-            "schema": {"type": "string"},
-            "description": "Of a model with copies: the addresses of all, separated by spaces.",
-        },
+        **ANSWER_HEADERS,
         HEADER_LENGTH: {
             "schema": {"type": "integer"},
             "description": "How many bytes of the body, after decompression, are JSON; missing if all are.",

@@ -32,7 +32,6 @@ from events.commands import (
     RequestUnload,
     WorkerServes,
 )
-from events.registercommands import NodeCurrent
 from events.state import State
 from events.types import (
     AddedFile,
@@ -53,6 +52,7 @@ from events.types import (
     VersionRemoved,
     record_draft,
 )
+from features.nodes.commands import NodeCurrent
 
 NEW = "new"
 KEY = Idempotency("5f" * 32, "c0" * 32)

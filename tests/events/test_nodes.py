@@ -24,17 +24,26 @@ from events.commands import (
 )
 from events.jobs import JobStatus
 from events.models import ModelState
-from events.nodes import KEPT_S, Node, NodePhase, evolve_nodes, find_placer
-from events.registercommands import DrainNode, JoinNode, LeaveNode, LoseNode, NodeCurrent, NodeUnchanged
 from events.registers import Registers
 from events.sqlite import queries, storage
 from events.sqlite.schema import connect
 from events.state import Entities, State, Transaction
-from events.types import SYSTEM, Cause, Draft, LoadStarted, ServerStarted, UnloadRequested, VersionApproved
+from events.types import (
+    SYSTEM,
+    Cause,
+    Draft,
+    Event,
+    LoadStarted,
+    ServerStarted,
+    UnloadRequested,
+    VersionApproved,
+)
 from events.values import Credential, NodeSignature
+from features.nodes.commands import DrainNode, JoinNode, LeaveNode, LoseNode, NodeCurrent, NodeUnchanged
 from features.nodes.facts import NodeDraining, NodeJoined, NodeLeft, NodeLost
+from features.nodes.register import KEPT_S, Node, NodePhase, evolve_nodes, find_placer
 from nodes.placement import find_share
-from runtime.scheduler.placement import ALONE
+from runtime.elsewhere import ALONE
 
 
 def cluster(*nodes: str) -> History:
@@ -141,10 +150,8 @@ def test_node_that_owns_something_or_joins_again_is_remembered() -> None:
     for node in "abc":
         history.leave(node)
     joined = NodeJoined("a", 2, "http://a", (), None, "1", None, unclean=False)
-    later = at(history.seconds + KEPT_S + 9)
-    changed = evolve_nodes(
-        history.state.registers.nodes, joined, position=9, recorded_at=later, read_owners=lambda: {"b"}
-    )
+    event = Event(9, "e", joined, SYSTEM, at(history.seconds + KEPT_S + 9))
+    changed = evolve_nodes(history.state.registers.nodes, event, joined, lambda: {"b"})
     assert {key: node is None for key, node in changed.items()} == {"a": False, "c": True}
 
 

@@ -1,5 +1,6 @@
 """The fold of a model's versions. `support.history.STEPS` explains the words."""
 
+import msgspec
 import pytest
 from hypothesis import given as given_any
 from msgspec import UNSET
@@ -7,9 +8,9 @@ from support.history import DIGEST, FEWER, MODEL, STEPS, History
 from support.strategies import histories
 
 from events.models import Model
-from events.sqlite.queries import as_text, as_versions
+from events.sqlite.queries import as_text
 from events.types import AddedFile, VersionAdded, VersionRemoved
-from events.versions import AddedVersion
+from events.versions import AddedVersion, ModelVersions
 
 HOLDERS = [
     # what happens to a version: it is added (+) to or removed (-) from a node's repository or the shared one,
@@ -81,7 +82,7 @@ def test_each_adder_of_bytes_is_remembered_after_a_removal() -> None:
 @given_any(histories())
 def test_stored_versions_are_the_folded_ones(history: History) -> None:
     for versions in history.state.registers.versions.values():
-        assert as_versions(as_text(versions)) == versions
+        assert msgspec.json.decode(as_text(versions), type=ModelVersions) == versions
 
 
 def test_versions_change_no_model() -> None:

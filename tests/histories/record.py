@@ -54,7 +54,6 @@ from events.commands import (
     RequestUnload,
 )
 from events.models import ModelState
-from events.nodes import NodePhase
 from events.policy.rules import ApprovalRule, LoadPolicy, TrustMode, TrustRule
 from events.registercommands import IssueToken, RevokeToken
 from events.sqlite.datalock import LEDGER
@@ -79,6 +78,7 @@ from events.types import (
     digest_of,
 )
 from events.values import Credential
+from features.nodes.register import NodePhase
 from runtime.scheduler.view import Policy
 
 HERE = Path(__file__).parent

@@ -17,13 +17,13 @@ from events.approvals import ApprovedBytes
 from events.commands import Command, Condition, RequestCancel, RequestLoad, RequestUnload
 from events.models import ModelState
 from events.policy.rules import ApprovalRule, LoadPolicy
-from events.registercommands import DrainNode, NodeCurrent, NodeUnchanged
 from events.types import Cause, Justification, LoadParameters, LoadStarted, UnloadRequested, WorkerExited
 from events.values import Credential
+from features.nodes.commands import DrainNode, NodeCurrent, NodeUnchanged
 from features.nodes.facts import LoadPlaced
 from nodes.placement import NodeHints
+from runtime.elsewhere import SystemCommand
 from runtime.scheduler.actions import Action, RecordFact, StartLoad
-from runtime.scheduler.placement import SystemCommand
 from runtime.scheduler.view import Policy
 
 RULES = st.sampled_from(

@@ -26,9 +26,8 @@ from support.reachable import (
 from support.replicas import make_ledger
 from support.workers import until
 
-from events.registercommands import LeaveNode
+from features.nodes.commands import LeaveNode
 from loadledger import AsyncClient
-from nodes.thisnode import THIS_NODE
 from server.appkeys import CONSUMER, LOG
 
 INFER, MAX_QUEUE = "/v2/models/m/infer", 2
@@ -70,7 +69,7 @@ def in_flight(node: ReachableNode) -> int:
 
 def position_at(node: ReachableNode, model_id: str = "m") -> str:
     [load] = [each for each in node.app[CONSUMER].loads.values() if each.model_id == model_id]
-    model = node.app[THIS_NODE].log.state.models[model_id]
+    model = node.node.log.state.models[model_id]
     serving = model.find_serving(load.job_id)
     assert serving is not None
     return f"{model_id}/1;position={serving.position}"
@@ -124,7 +123,7 @@ async def test_busy_copy_leaves_requests_to_the_other(nodes: Nodes) -> None:
         answer = await busy.api.infer("loop", {**ENDLESS, "data": [5]})
         assert (answer.status, answer.headers[NODE]) == (200, idle.name)
         assert answer.headers[ADDRESS] == idle.address
-    assert busy.app[THIS_NODE].placement.spread._sent == {}
+    assert busy.node.spread._sent == {}
 
 
 async def test_busy_copy_answers_if_the_other_is_not_reached(nodes: Nodes) -> None:
@@ -213,7 +212,7 @@ async def test_queued_inference_of_dead_worker_moves_to_another_copy(
         [node] = [each for each in nodes if each.name == asked]
         begun = asyncio.create_task(send_loop(dying, other))
         await until(lambda: in_flight(dying) == 1)
-        other.app[THIS_NODE].placement.spread.avoid(left.name, time.monotonic() + 60)
+        other.node.spread.avoid(left.name, time.monotonic() + 60)
         queued = asyncio.create_task(node.api.infer("loop", {**ENDLESS, "data": [5]}))
         await until(lambda: in_flight(dying) == 2)
         dying.api.worker("loop").kill()
@@ -238,7 +237,7 @@ async def test_full_queue_of_a_copy_leaves_requests_to_the_other(ledger: Databas
 async def test_wait_for_a_lost_node_ends_at_another_copy(ledger: Database, tmp_path: Path) -> None:
     async with two_copies(ledger, tmp_path, "loop", models.counting_loop()) as nodes:
         gone, left, other = nodes
-        log, sent = other.app[LOG], other.app[THIS_NODE].placement.spread._sent
+        log, sent = other.app[LOG], other.node.spread._sent
         gone.proxy.swallow()
         running = list[asyncio.Task[Answer]]()
         while (gone.name, "loop") not in sent:

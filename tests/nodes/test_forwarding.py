@@ -33,9 +33,9 @@ from support.replicas import make_ledger
 from support.uploads import FILES, files_in
 from support.workers import computing, until
 
-from events.registercommands import DrainNode, RevokeToken
+from events.registercommands import RevokeToken
+from features.nodes.commands import DrainNode
 from nodes import forwarding
-from nodes.thisnode import THIS_NODE
 from server.appkeys import BODIES, LOG
 from server.auth.gate import Principal
 from server.auth.tokens import timestamp_in
@@ -238,7 +238,7 @@ async def test_forwarded_token_ends_with_the_clients(pair: Pair) -> None:
 
 async def test_forwarded_token_names_the_issuer_of_the_clients(pair: Pair) -> None:
     owner, other = pair
-    sender, receiver = (node.app[THIS_NODE].peers for node in (other, owner))
+    sender, receiver = (node.node.peers for node in (other, owner))
     to = other.app[LOG].state.registers.nodes[owner.name]
     for issuer in ("https://issuer", None):
         client = Principal("pia", frozenset({"infer"}), "jti", time.time() + 3600, issuer)
@@ -547,8 +547,8 @@ async def test_nodes_answer_while_the_database_is_away(ledger: Database, tmp_pat
             save(models.add(1), tmp_path / "repository", "m")
             owner, other = await loaded_beside(nodes, "m")
             await proxy.cut()
-            await until(lambda: all(node.app[THIS_NODE].membership.is_late for node in nodes))
+            await until(lambda: all(node.node.membership.is_late for node in nodes))
             assert [(await ask(node)).headers["Loadledger-Node"] for node in nodes] == [owner.name] * 2
             proxy.heal()
-            await until(lambda: all(not node.app[THIS_NODE].membership.is_late for node in nodes))
+            await until(lambda: all(not node.node.membership.is_late for node in nodes))
             assert (await ask(other)).status == 200

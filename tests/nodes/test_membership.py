@@ -8,8 +8,8 @@ from support.postgres import Database
 from support.replicas import opened_replica, storage_of
 
 from events.log import Log
-from events.nodes import Lease, NodePhase
-from events.registercommands import JoinNode
+from features.nodes.commands import JoinNode
+from features.nodes.register import Lease, NodePhase
 from nodes.membership import Membership
 from nodes.placement import NodeHints
 from nodes.postgres.leases import LeaseStore
@@ -35,19 +35,22 @@ def membership_of(log: Log, leases: LeaseStore) -> Membership:
     def set_epoch(node_id: str, epoch: int | None, lease_s: float) -> None:
         storage_of(log).authority = Authority(node_id, epoch, lease_s)
 
-    async def describe() -> NodeHints:
-        return NodeHints(0)
-
     return Membership(
         log,
         leases,
-        JoinNode("a", "http://a"),
+        "a",
         lease_s=3,
         away_limit_s=3,
         set_epoch=set_epoch,
-        describe=describe,
         end_workers=lambda: None,
     )
+
+
+async def start(membership: Membership) -> None:
+    async def describe() -> NodeHints:
+        return NodeHints(0)
+
+    await membership.start(JoinNode("a", "http://a"), describe)
 
 
 async def test_epoch_goes_on_where_the_lease_ended_though_the_log_forgot_it(
@@ -62,7 +65,7 @@ async def test_epoch_goes_on_where_the_lease_ended_though_the_log_forgot_it(
     leases = LeaseStore(ledger.server_url)
     async with opened_replica(ledger.server_url, tmp_path / "a") as log:
         membership = membership_of(log, leases)
-        await membership.start()
+        await start(membership)
         assert (membership.epoch, log.state.registers.nodes["a"].epoch) == (8, 8)
         await membership.leave()
         await leases.close()
@@ -72,7 +75,7 @@ async def test_node_that_has_left_during_a_renewal_joins_no_more(ledger: Databas
     leases = SlowLeases(ledger.server_url)
     async with opened_replica(ledger.server_url, tmp_path / "a") as log:
         membership = membership_of(log, leases)
-        await membership.start()
+        await start(membership)
         running = asyncio.create_task(membership.run())
         async with asyncio.timeout(60):
             await leases.began.wait()
@@ -87,7 +90,7 @@ async def test_node_that_has_joined_anew_is_not_late(ledger: Database, tmp_path:
     leases = LeaseStore(ledger.server_url)
     async with opened_replica(ledger.server_url, tmp_path / "a") as log:
         membership = membership_of(log, leases)
-        await membership.start()
+        await start(membership)
         for epoch, late in ((1, ["a"]), (0, [])):  # 0: of before it has joined, and not read since
             membership.leases = [Lease("a", epoch, ended=False, is_late=True, renewed_at="", hints="")]
             assert membership.late == late

@@ -18,12 +18,11 @@ from support.workers import until
 
 from answers.nodes import NodeModel
 from events.errors import LogUnavailable
-from events.nodes import Lease
 from features.nodes.facts import NodeDraining
+from features.nodes.register import Lease
 from loadledger import Client
 from nodes.membership import NameInUse
 from nodes.routes import make_node_infos
-from nodes.thisnode import THIS_NODE
 from server.app import create_app
 from server.auth.keys import create_key, keys_folder
 from server.config import Config, ConfigError
@@ -131,7 +130,7 @@ async def test_node_without_keys_does_not_start(ledger: Database, tmp_path: Path
 
 async def test_node_goes_on_while_its_keys_are_replaced(ledger: Database, tmp_path: Path) -> None:
     async with reachable_node(ledger.server_url, tmp_path, "a") as a:
-        peers, folder = a.app[THIS_NODE].peers, keys_folder(a.api.config.data)
+        peers, folder = a.node.peers, keys_folder(a.api.config.data)
         assert peers.untrusted() == set()
         folder.rename(folder.with_name("away"))
         await until(lambda: not peers._ring.list_keys(time.time()))

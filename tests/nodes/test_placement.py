@@ -10,14 +10,14 @@ from hypothesis import given as given_any
 from hypothesis import strategies as st
 from msgspec import UNSET
 from support.clusters import KnownSigning, KnownStanding
-from support.decisions import describe, describe_next, processes
+from support.decisions import describe, describe_next, estimate, processes
 from support.history import CONTENTS, MODEL, PLAIN, History, at
 
 from events.commands import RequestLoad
-from events.nodes import Node, NodePhase, find_placer
 from events.policy.rules import ApprovalRule, LoadPolicy
 from events.types import SYSTEM, Cause, PolicyInForce
 from features.nodes.facts import LoadPlaced
+from features.nodes.register import Node, NodePhase, find_placer
 from nodes.decisions import NodePlacement
 from nodes.placement import (
     MAX_PLACEMENTS,
@@ -30,8 +30,9 @@ from nodes.placement import (
     place,
 )
 from nodes.spread import CopyFigures
+from runtime.rooms import MACHINE
 from runtime.scheduler.actions import Decision, RequestReload, StartLoad, UnloadAutomatically
-from runtime.scheduler.view import LoadView, MemoryEstimate, Observations, Policy, SchedulerView
+from runtime.scheduler.view import LoadView, Observations, Policy, SchedulerView
 from server.config import NODE_ATTRIBUTE
 
 F, ONE_FILE = frozenset({"f1", "f2"}), frozenset({"f1"})
@@ -279,7 +280,7 @@ class Cluster:
         standing = KnownStanding(epoch or self.history.state.registers.nodes[name].epoch, self.hints)
         estimates = self.estimates.items()
         seen = Observations(
-            estimates={load: None if needs is None else MemoryEstimate(needs) for load, needs in estimates},
+            estimates={load: None if needs is None else estimate(needs) for load, needs in estimates},
             estimating=self.estimating,
         )
         now = at(self.history.seconds)
@@ -811,7 +812,7 @@ def test_eviction_ends_one_copy() -> None:
     cluster = copied("copy a", "wait a", "fill b", "fill c")
     cluster.estimates["Oa"] = 90
     (run,) = processes("Ca:serving").values()
-    decision = cluster.decide("a", {"Ca": replace(run, memory_bytes=40)}, evicts=True)
+    decision = cluster.decide("a", {"Ca": replace(run, taken={MACHINE: 40})}, evicts=True)
     assert isinstance(decision.action, UnloadAutomatically)
     assert (decision.action.cause, decision.action.cause_event_id) == (Cause.COPY, "Oa")
     assert decision.action.model.serving.load_job_id == "Ca"

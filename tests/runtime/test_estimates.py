@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace as replace_footprint
 from support import models
+from support.decisions import estimate
 from support.history import PLAIN
 from support.running import Engine, error_of, job_of, running
 from support.workers import LIMIT_S, until
@@ -22,24 +23,19 @@ from support.workers import LIMIT_S, until
 from events.commands import RequestLoad
 from events.jobs import Footprint, JobStatus
 from events.types import LoadedFile, LoadParameters, LoadStarted, ModelLoaded
+from features.devices.room import CONTEXT_BYTES, DEVICE_BYTES_PER_FILE_BYTE, PROVIDER_BYTES, target_device
 from runtime.consumer import loads
 from runtime.consumer.loads import describe_failure
 from runtime.process.pool import WorkerPool
 from runtime.repository import FoundFile
+from runtime.rooms import MACHINE, Alternative
 from runtime.scheduler.estimates import (
     BYTES_PER_MODEL_BYTE,
-    CONTEXT_BYTES,
-    DEVICE_BYTES_PER_FILE_BYTE,
-    PROVIDER_BYTES,
     WORKER_BYTES,
     estimate_memory,
     file_sizes,
 )
-from runtime.scheduler.view import (
-    DeviceNeed,
-    MemoryEstimate,
-    Policy,
-)
+from runtime.scheduler.view import MemoryEstimate, Policy
 
 
 def seen(path: str, size: int, mtime_ns: int) -> LoadedFile:
@@ -79,11 +75,11 @@ def need(
 def sizes(model_bytes: int, other_bytes: int, *, proven: bool = False) -> MemoryEstimate:
     """Return the estimate from sizes alone."""
     bytes_ = WORKER_BYTES + math.ceil(2.5 * model_bytes) + other_bytes
-    return MemoryEstimate(bytes_, is_guess=True, is_proven=proven)
+    return estimate(bytes_, guess=True, is_proven=proven)
 
 
 def known(peak: int, *, proven: bool = True) -> MemoryEstimate:
-    return MemoryEstimate(peak, is_guess=False, is_proven=proven)
+    return estimate(peak, is_proven=proven)
 
 
 KNOWN, OTHER_VERSION = footprint(*BOTH), footprint(*BOTH, version=2, peak=5)
@@ -136,52 +132,61 @@ UNMEASURED = replace_footprint(KNOWN, peak_memory_bytes=400, device="cuda:0")
 ON_NPU = replace_footprint(KNOWN, peak_memory_bytes=500, device="npu:0")
 SIZES = sizes(1000, 5000).bytes
 GUESS = CONTEXT_BYTES + DEVICE_BYTES_PER_FILE_BYTE * 6000
-CUDA_GUESS = DeviceNeed("cuda:0", GUESS, SIZES + PROVIDER_BYTES, is_guess=True)
+
+
+def on_cuda(there: int, bytes_: int, *, guess: bool = False, name: str = "cuda:0") -> Alternative:
+    return Alternative({name: there, MACHINE: bytes_}, target_device(name, has_memory=True), guess)
+
+
+def on_npu(bytes_: int, *, guess: bool = False) -> Alternative:
+    target = target_device("npu:0", has_memory=False)
+    return Alternative({"npu:0": bytes_, MACHINE: bytes_}, target, guess)
+
+
+CUDA_GUESS = on_cuda(GUESS, SIZES + PROVIDER_BYTES, guess=True)
 OWN_LIMIT = WORKER_BYTES + 2000
 
 
 def need_on(
     *footprints: Footprint, on: str, limit: int | None = None, instances: int = 1
-) -> tuple[DeviceNeed, ...]:
+) -> tuple[Alternative, ...]:
     """Return what a load needs on devices, of which those of CUDA have memory of their own."""
     parameters = LoadParameters(memory_limit_bytes=limit, instances=instances)
-    devices = [(name, name.startswith("cuda")) for name in on.split()]
-    found = estimate_memory(BOTH, 1, parameters, footprints, devices=devices)
-    assert (found.bytes, found.is_guess) == (found.needs[0].bytes, found.needs[0].is_guess)
-    return found.devices
+    targets = [target_device(name, has_memory=name.startswith("cuda")) for name in on.split()]
+    return estimate_memory(BOTH, 1, parameters, footprints, targets=targets).alternatives
 
 
 @pytest.mark.parametrize(
     ("found", "expected"),
     [
         (need_on(on="cuda:0"), [CUDA_GUESS]),
-        (need_on(on="npu:0"), [DeviceNeed("npu:0", 0, SIZES + PROVIDER_BYTES, is_guess=True)]),
+        (need_on(on="npu:0"), [on_npu(SIZES + PROVIDER_BYTES, guess=True)]),
         (
             need_on(on="cuda:0", instances=2),
-            [DeviceNeed("cuda:0", 2 * GUESS, 2 * CUDA_GUESS.bytes, is_guess=True)],
+            [on_cuda(2 * GUESS, 2 * CUDA_GUESS.bytes, guess=True)],
         ),
-        (need_on(ON_CUDA, on="cuda:0"), [DeviceNeed("cuda:0", MEASURED, 300)]),
-        (need_on(ON_CUDA, on="cuda:0", instances=3), [DeviceNeed("cuda:0", 3 * MEASURED, 900)]),
+        (need_on(ON_CUDA, on="cuda:0"), [on_cuda(MEASURED, 300)]),
+        (need_on(ON_CUDA, on="cuda:0", instances=3), [on_cuda(3 * MEASURED, 900)]),
         # No worker takes less than its context; what others returned meanwhile was not taken into account.
-        (need_on(TOO_LITTLE, on="cuda:0", instances=2), [DeviceNeed("cuda:0", 2 * CONTEXT_BYTES, 600)]),
-        (need_on(ON_NPU, on="npu:0"), [DeviceNeed("npu:0", 0, 500)]),
+        (need_on(TOO_LITTLE, on="cuda:0", instances=2), [on_cuda(2 * CONTEXT_BYTES, 600)]),
+        (need_on(ON_NPU, on="npu:0"), [on_npu(500)]),
         # A memory that was not measured is a guess, and a memory limit does not bound it.
-        (need_on(UNMEASURED, on="cuda:0"), [DeviceNeed("cuda:0", GUESS, 400, is_guess=True)]),
-        (need_on(on="cuda:0", limit=2000), [DeviceNeed("cuda:0", GUESS, OWN_LIMIT, is_guess=True)]),
-        (need_on(on="npu:0", limit=2000), [DeviceNeed("npu:0", 0, OWN_LIMIT)]),
+        (need_on(UNMEASURED, on="cuda:0"), [on_cuda(GUESS, 400, guess=True)]),
+        (need_on(on="cuda:0", limit=2000), [on_cuda(GUESS, OWN_LIMIT, guess=True)]),
+        (need_on(on="npu:0", limit=2000), [on_npu(OWN_LIMIT)]),
         # What files took on one device says nothing of another, or of the CPU.
         (need_on(KNOWN, ON_NPU, on="cuda:0"), [CUDA_GUESS]),
-        (need_on(ON_CUDA, on="cuda:1"), [replace(CUDA_GUESS, device="cuda:1")]),
+        (need_on(ON_CUDA, on="cuda:1"), [on_cuda(GUESS, CUDA_GUESS.bytes, guess=True, name="cuda:1")]),
         (
             need_on(ON_CUDA, KNOWN, on="cuda:0 cpu"),
-            [DeviceNeed("cuda:0", MEASURED, 300), DeviceNeed("cpu", 0, PEAK)],
+            [on_cuda(MEASURED, 300), *known(PEAK).alternatives],
         ),
         (
             need_on(ON_CUDA, on="cpu cuda:0"),
-            [DeviceNeed("cpu", 0, SIZES, is_guess=True), DeviceNeed("cuda:0", MEASURED, 300)],
+            [*sizes(1000, 5000).alternatives, on_cuda(MEASURED, 300)],
         ),
         # A load on the CPU alone is as ever.
-        (need_on(KNOWN, ON_CUDA, on="cpu"), []),
+        (need_on(KNOWN, ON_CUDA, on="cpu"), list(known(PEAK).alternatives)),
         (need(KNOWN, ON_CUDA), known(PEAK)),
         (need(ON_CUDA), sizes(1000, 5000)),
     ],
@@ -202,8 +207,8 @@ def test_need_on_a_device_rests_on_loads_there(found: object, expected: object) 
 def test_files_are_proven_by_a_load_on_one_of_the_devices(
     seen_there: Footprint, on: str, *, proven: bool
 ) -> None:
-    devices = [(name, False) for name in on.split()]
-    assert estimate_memory(BOTH, 1, LoadParameters(), [seen_there], devices=devices).is_proven == proven
+    targets = [target_device(name, has_memory=False) for name in on.split()]
+    assert estimate_memory(BOTH, 1, LoadParameters(), [seen_there], targets=targets).is_proven == proven
 
 
 @PLAIN
@@ -297,7 +302,7 @@ async def reserved(engine: Engine, parameters: LoadParameters | None = None) -> 
     """Load `m`, and return what was reserved meanwhile."""
     job_id = await engine.ask_load("m", parameters=parameters)
     await engine.recorded(lambda: job_id in engine.consumer.loads)
-    found = engine.live("m").estimate.bytes
+    found = engine.live("m").reserved_bytes
     assert (await engine.ended(job_id)).status is JobStatus.COMPLETED
     return found
 
@@ -333,7 +338,7 @@ async def test_files_that_grew_after_their_estimate_are_estimated_anew(
             return
         assert (job.status, job.attempt) == (JobStatus.COMPLETED, 1)
         assert story == ["LoadRequested", "LoadStarted", "LoadStarted", "ModelLoaded"]
-        assert engine.live("m").estimate.bytes > 100_000_000
+        assert engine.live("m").reserved_bytes > 100_000_000
 
 
 async def test_files_that_change_with_each_attempt_fail_the_load(

@@ -13,11 +13,11 @@ from support.nvml import PCI_BUS_IDS, build_nvml, hanging
 from support.shims import Shim, environment_of
 
 from events.values import Confinement
+from features.devices.room import limit_device
 from runtime.devices import Devices
 from runtime.errors import DeviceUnavailable
 from runtime.process.confinement import UNCONFINED
 from runtime.process.pool import WorkerPool
-from runtime.scheduler.view import DeviceLimits
 from runtime.wire import FoundDevice
 from server import devices as devices_module
 from server.config import Config, ConfigError
@@ -51,17 +51,17 @@ def config(**settings: Any) -> Config:
 @pytest.mark.parametrize(
     ("settings", "first", "second"),
     [
-        ({}, DeviceLimits(), DeviceLimits()),
-        ({"device_memory": "npu:1=25%"}, DeviceLimits(), DeviceLimits(250)),
-        ({"device_memory": "npu:0=2GB,npu:1=7"}, DeviceLimits(2 * 10**9), DeviceLimits(7)),
-        ({"devices": "npu:*,cpu"}, DeviceLimits(), DeviceLimits()),
+        ({}, None, None),
+        ({"device_memory": "npu:1=25%"}, None, 250),
+        ({"device_memory": "npu:0=2GB,npu:1=7"}, 2 * 10**9, 7),
+        ({"devices": "npu:*,cpu"}, None, None),
     ],
 )
 async def test_settings_limit_devices(
-    settings: dict[str, str], first: DeviceLimits, second: DeviceLimits
+    settings: dict[str, str], first: int | None, second: int | None
 ) -> None:
     found = await limit_devices(config(**settings), pool_of(DEVICES), MACHINE_BYTES)
-    assert found == {"npu:0": first, "npu:1": second}
+    assert found == {name: limit_device(name, limit) for name, limit in (("npu:0", first), ("npu:1", second))}
 
 
 OWN_MEMORY = """
@@ -79,7 +79,7 @@ config = Config(repository=Path("/r"), data=Path("/d"), device_memory="cuda:1=50
 pool = WorkerPool()
 pool.devices = Devices(found)
 for limits in asyncio.run(limit_devices(config, pool, 1000)).values():
-    print(limits.budget_bytes, limits.has_memory)
+    print(limits.budget_bytes, limits.is_measured)
 """
 
 
@@ -138,7 +138,7 @@ def test_require_withholds_devices(mode: str, could: Any, is_withheld: bool) -> 
 
 
 def test_each_device_is_described_in_a_sentence() -> None:
-    limits = {"npu:0": DeviceLimits(250), "npu:1": DeviceLimits()}
+    limits = {"npu:0": limit_device("npu:0", 250), "npu:1": limit_device("npu:1")}
     pool = pool_of(DEVICES)
     pool.applied_to_devices = replace(UNCONFINED, confinement=Confinement("auto", 6, True, ()))
     assert list(describe_setup(pool, limits)) == [
@@ -156,7 +156,7 @@ async def test_driver_that_does_not_answer_is_a_problem(
     pool = pool_of(Devices(GPUS))
     async with hanging(driver):
         limits = await limit_devices(config(), pool, MACHINE_BYTES)
-    assert limits == dict.fromkeys(GPUS, DeviceLimits())
+    assert limits == {name: limit_device(name) for name in GPUS}
     assert pool.devices.found == GPUS
     said = [f"{name}: its driver does not answer" for name in GPUS]
     assert list(pool.devices.problems) == said

@@ -16,10 +16,10 @@ from support.http import LocalApi
 from answers.tokens import ROLES
 from events.jobs import JobKind, JobStatus
 from events.models import RELOADS, ModelState
-from events.nodes import NodePhase
 from events.policy.rules import TrustMode
 from events.presence import NodeState, ServerState
 from events.types import ApprovalResult, Cause
+from features.nodes.register import NodePhase
 from server.app import all_routes, create_app
 from server.auth.access import Access
 from server.config import Config

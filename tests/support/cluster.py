@@ -26,11 +26,11 @@ from pathlib import Path
 import aiohttp
 
 from events.models import Model
-from events.nodes import NodePhase
 from events.sqlite.datalock import LEDGER
 from events.sqlite.queries import read_head, read_state
 from events.state import State
 from events.storage import LogHead
+from features.nodes.register import NodePhase
 from runtime.scheduler.scheduler import is_crash_loop
 from server.auth.keys import ensure_data_dir, keys_folder
 from server.config import Config

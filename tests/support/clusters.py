@@ -16,9 +16,7 @@ from events.clock import add_seconds, seconds_between
 from events.commands import AddVersion, Command, Decision, Record, Refused, RemoveVersion
 from events.jobs import Job, JobKind, JobStatus
 from events.models import Model, ModelState, Serving
-from events.nodes import Node, find_placer
 from events.policy.rules import LoadPolicy
-from events.registercommands import JoinNode, LeaveNode, LoseNode
 from events.state import State
 from events.types import (
     SYSTEM,
@@ -35,7 +33,9 @@ from events.types import (
     digest_of,
 )
 from events.values import Credential, NodeSignature
+from features.nodes.commands import JoinNode, LeaveNode, LoseNode
 from features.nodes.facts import LoadPlaced
+from features.nodes.register import Node, find_placer
 from nodes.decisions import NodePlacement
 from nodes.placement import NodeHints, find_digest, find_share
 from runtime.scheduler import actions
@@ -282,7 +282,7 @@ class ClusterNode(World):
     def _check(self, action: Action) -> None:
         """A load starts here if it was placed here, in its turn, and within the limits of the node."""
         match action:
-            case actions.StartLoad(job, placement):
+            case actions.StartLoad(job, _, placement):
                 if placement is not None:
                     self._check(placement)
                 assert self.name == (job.server if placement is None else placed_at(placement))

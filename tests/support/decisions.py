@@ -12,15 +12,14 @@ from typing import Any
 import pytest
 
 from events.clock import seconds_between
-from events.devices import CPU
+from events.devices import CPU, provider_of
 from events.jobs import Failure
 from events.types import Cause
+from runtime.rooms import MACHINE, Alternative, RoomLimits, Target
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action, Decision
 from runtime.scheduler.scheduler import decide
 from runtime.scheduler.view import (
-    DeviceLimits,
-    DeviceNeed,
     LoadView,
     MemoryEstimate,
     Observations,
@@ -46,6 +45,19 @@ def read_table(text: str) -> list[Any]:
 
 def _read_column(text: str) -> str:
     return "" if text.strip() == "-" else text.strip()
+
+
+def need(bytes_: int, on: str = CPU, *, there: int | None = None, guess: bool = False) -> Alternative:
+    """Return what a load needs of the machine, and `there` of a device; None is as much as of the machine."""
+    if on == CPU:
+        return Alternative({MACHINE: bytes_}, is_guess=guess)
+    needs = {on: bytes_ if there is None else there, MACHINE: bytes_}
+    return Alternative(needs, Target(on, provider_of(on)), is_guess=guess)
+
+
+def estimate(bytes_: int, *, guess: bool = False, **more: Any) -> MemoryEstimate:
+    """Return the estimate of a load that runs on the CPU."""
+    return MemoryEstimate((need(bytes_, guess=guess),), **more)
 
 
 def processes(words: str) -> dict[str, LoadView]:
@@ -74,7 +86,7 @@ def decide_on(
     history = given(facts) if isinstance(facts, str) else facts
     now = at(history.seconds + after_s)
     seen = observations or Observations()
-    nothing = {job.id: MemoryEstimate(0) for job in history.state.unended()}
+    nothing = {job.id: estimate(0) for job in history.state.unended()}
     seen = replace(seen, estimates={**nothing, **seen.estimates})
     return decide(SchedulerView(history.state, processes(running), policy, now, seen))
 
@@ -101,10 +113,10 @@ def describe(action: Action | None) -> str:
             return "nothing"
         case actions.RequestReload(model, Cause.DRAIN):
             return f"move {model.id}"
-        case actions.StartLoad(_, actions.RecordFact() as placement):
+        case actions.StartLoad(_, _, actions.RecordFact() as placement):
             return f"{describe(placement)}, and start it"
-        case actions.StartLoad(job, None, DeviceNeed(device)):
-            return f"start {job.id} on {device}"
+        case actions.StartLoad(job, Alternative(target=Target(name))) if name:
+            return f"start {job.id} on {name}"
         case actions.FinishUnload(jobs, load):
             return f"finish {' and '.join(job.id for job in jobs)} of {load}"
         case actions.RecordExits(load, _, workers):
@@ -162,8 +174,8 @@ class Scene:
 
     def device(self, name: str, budget_bytes: int | None = None, *, own: bool = True) -> None:
         """There is a device, with memory of its own or that of the machine."""
-        limits = DeviceLimits(budget_bytes, has_memory=own)
-        self.set(devices={**self.policy.devices, name: limits})
+        limits = RoomLimits(f"the device {name}", budget_bytes, is_measured=own)
+        self.set(rooms={**self.policy.rooms, name: limits})
 
     def load(
         self,
@@ -181,8 +193,7 @@ class Scene:
         load = f"{model}{version}"
         self.history.load(load, of=model, version=version, **given)
         used_at = None if used_s_ago is None else at(self.history.seconds - used_s_ago)
-        self.run(load, model, memory_bytes=memory_bytes, busy=busy, last_used_at=used_at)
-        self.running[load] = replace(self.running[load], device=on, device_bytes=there)
+        self.run(load, model, memory_bytes=memory_bytes, on=on, there=there, busy=busy, last_used_at=used_at)
 
     def request(
         self,
@@ -217,10 +228,16 @@ class Scene:
         if needs is None:
             self._estimate(load, None)
             return
-        devices = tuple(
-            DeviceNeed(name, 0 if name == CPU else there, needs, guess) for name in on.split(",") if name
+        names = on.split(",") if on else [CPU]
+        found = (
+            need(needs, name, there=self._bytes_there(name, needs, there), guess=guess) for name in names
         )
-        self._estimate(load, MemoryEstimate(needs, guess, proven, devices=devices))
+        self._estimate(load, MemoryEstimate(tuple(found), proven))
+
+    def _bytes_there(self, name: str, memory_bytes: int, there: int) -> int:
+        """Return the bytes on a device of what takes so many of the machine: as many if it has no memory."""
+        is_own = name in self.policy.rooms and self.policy.rooms[name].is_measured
+        return there if is_own else memory_bytes
 
     def fail_estimate(self, load: str, code: str) -> None:
         """The files of a load cannot be looked at."""
@@ -237,7 +254,7 @@ class Scene:
         self.history.start_load(load, of=model, version=version)
         estimate = self.observations.estimates.get(load)
         memory_bytes = estimate.bytes if isinstance(estimate, MemoryEstimate) else 0
-        self.run(load, model, Phase.LOADING, memory_bytes=memory_bytes, device=on, device_bytes=there)
+        self.run(load, model, Phase.LOADING, memory_bytes=memory_bytes, on=on, there=there)
 
     def start(self, model: str, needs: int = 0, *, version: int = 1, **given: Any) -> None:
         self.request(model, needs, version=version, **given)
@@ -247,7 +264,9 @@ class Scene:
         """A load ends well; its worker keeps these bytes, and what it took of its device."""
         load = f"{model}{version}"
         self.history.end_load(load, of=model, version=version)
-        self.running[load] = replace(self.running[load], phase=Phase.SERVING, memory_bytes=memory_bytes)
+        before = self.running[load]
+        taken = {name: self._bytes_there(name, memory_bytes, each) for name, each in before.taken.items()}
+        self.running[load] = replace(before, phase=Phase.SERVING, taken=taken)
 
     def fail(self, model: str, code: str = "broken", *, version: int = 1) -> None:
         """A load ends badly, and no process is left of it."""
@@ -272,8 +291,21 @@ class Scene:
         """A process of no recorded load was killed, and has not exited yet."""
         self.run(load, model, Phase.DRAINING, killed=True, memory_bytes=memory_bytes)
 
-    def run(self, load: str, model: str, phase: str = Phase.SERVING, **given: Any) -> None:
-        self.running[load] = LoadView(load, model, Phase(phase), **given)
+    def run(
+        self,
+        load: str,
+        model: str,
+        phase: str = Phase.SERVING,
+        *,
+        memory_bytes: int = 0,
+        on: str | None = None,
+        there: int = 0,
+        **given: Any,
+    ) -> None:
+        taken = {MACHINE: memory_bytes}
+        if on is not None:
+            taken[on] = self._bytes_there(on, memory_bytes, there)
+        self.running[load] = LoadView(load, model, Phase(phase), taken=taken, **given)
 
     def forget(self, load: str) -> None:
         del self.running[load]

@@ -12,14 +12,22 @@ import jwt
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from nodes.thisnode import THIS_NODE
+from nodes.thisnode import ThisNode
 from server.appkeys import LOG
 from server.auth.gate import Principal
 from server.auth.keys import ensure_data_dir, keys_folder
+from server.cluster import CLUSTER
 from server.config import Config
 from support.cutting import CuttingProxy, cutting_proxy
 from support.http import ONE, Answer, LocalApi, application
 from support.workers import until
+
+
+def node_of(app: web.Application) -> ThisNode:
+    """Return the server of an application as a node."""
+    node = app[CLUSTER]
+    assert isinstance(node, ThisNode)
+    return node
 
 
 @dataclass(slots=True)
@@ -34,6 +42,11 @@ class ReachableNode:
     def app(self) -> web.Application:
         """The application."""
         return self.api.app
+
+    @property
+    def node(self) -> ThisNode:
+        """This server as a node."""
+        return node_of(self.app)
 
     @property
     def address(self) -> str:
@@ -120,9 +133,7 @@ def forwarded(
         sender.app[LOG].state.registers.nodes[receiver.name],
         Principal("pia", frozenset(roles or ("infer",)), "j"),
     )
-    token = sender.app[THIS_NODE].peers.make_token(
-        to, model_id, replace(client, expires_at=time.time() + expires_s)
-    )
+    token = sender.node.peers.make_token(to, model_id, replace(client, expires_at=time.time() + expires_s))
     return {"Loadledger-Forwarded": sender.name, "Authorization": f"Bearer {token}"}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import asyncpg
 
 from events.log import Log
-from events.sqlite.queries import read_head, read_nodes, read_rows
+from events.sqlite.queries import read_head, read_register, read_rows
 from events.sqlite.readonly import open_read_only
 from nodes.postgres.connection import Connection, DatabaseClock, close, connect
 from nodes.postgres.log import SharedLog
@@ -67,7 +67,7 @@ async def copy_ledger(database: Database, path: Path) -> None:
         head = read_head(source)
         rows = read_rows(source, 0, head.position)
         async with owned(database) as connection:
-            await copy_ledger_in(connection, rows, head, read_nodes(source))
+            await copy_ledger_in(connection, rows, head, read_register(source, "nodes").values())
 
 
 async def change(database: Database, *statements: str) -> None:

@@ -85,8 +85,9 @@ def instances(kind: type[T], *, without: str = "") -> st.SearchStrategy[T]:
     known: dict[str, st.SearchStrategy[Any]] = dict.fromkeys(
         ("last_event_at", "last_seen_at", "no_node_since"), timestamps
     )
-    is_optional = typing.get_origin(hints.get("node_id")) is types.UnionType
-    known |= {"node_id": NODES | st.just(UNSET) if is_optional else NODES, "epoch": st.integers(1, 2)}
+    is_optional = typing.get_origin(hints.get("server")) is types.UnionType
+    known |= {"server": NODES | st.just(UNSET) if is_optional else NODES}
+    known |= {"node_id": NODES, "epoch": st.integers(1, 2)}
     names = (name for name in kind.__struct_fields__ if name != without)
     return st.builds(kind, **{name: known.get(name, values(hints[name])) for name in names})
 

@@ -63,6 +63,8 @@ from events.values import Credential, Sign
 from events.versions import ModelVersions
 from runtime.consumer.loads import find_expected
 from runtime.consumer.running import LoadRun
+from runtime.elsewhere import ALONE, Elsewhere, SystemCommand
+from runtime.rooms import Alternative
 from runtime.scheduler import actions
 from runtime.scheduler.actions import (
     Action,
@@ -75,10 +77,8 @@ from runtime.scheduler.actions import (
 )
 from runtime.scheduler.actions import Decision as Next
 from runtime.scheduler.admission import find_same_workers
-from runtime.scheduler.placement import ALONE, Placement, SystemCommand
 from runtime.scheduler.scheduler import is_load_current
 from runtime.scheduler.view import (
-    DeviceNeed,
     LoadView,
     MemoryEstimate,
     Observations,
@@ -89,6 +89,7 @@ from runtime.scheduler.view import (
     may_end,
 )
 from runtime.timeouts import PROGRESS_TIMEOUT_S
+from support.decisions import need
 from support.history import at, model_loaded
 
 MODEL_BYTES = {
@@ -118,23 +119,26 @@ def estimate_of(job: Job, *, changed: bool = False) -> int:
 
 def estimate_devices(
     job: Job, policy: Policy, default: tuple[str, ...], needed_bytes: int
-) -> tuple[DeviceNeed, ...]:
+) -> tuple[Alternative, ...]:
     """Return what a load needs on each device that it names, or else of the default, of those there are.
 
     Raises:
         LookupError: there is none of them.
     """
     _, parameters = job.load_order
-    names = find_matching(parameters.devices or default, (CPU, *policy.devices))
+    names = find_matching(parameters.devices or default, (CPU, *policy.rooms))
     if not names:
         raise LookupError
-    own = {name for name, limits in policy.devices.items() if limits.has_memory}
+    host_bytes = HOST_BYTES * parameters.instances
     return tuple(
-        DeviceNeed(name, needed_bytes, HOST_BYTES * parameters.instances)
-        if name in own
-        else DeviceNeed(name, 0, needed_bytes)
+        need(host_bytes if has_memory(policy, name) else needed_bytes, name, there=needed_bytes)
         for name in names
     )
+
+
+def has_memory(policy: Policy, name: str) -> bool:
+    """Whether a target is a device with memory of its own."""
+    return name in policy.rooms and policy.rooms[name].is_measured
 
 
 def is_unchanged(job: Job) -> bool:
@@ -193,15 +197,18 @@ class Process:
     killed: bool = False
     busy: bool = False
     last_used_at: str | None = None
-    device: DeviceNeed | None = None
+    chosen: Alternative = field(default_factory=lambda: need(0))
+    has_own_memory: bool = False
     keeps_percent: int = 100
 
-    @property
-    def device_bytes(self) -> int:
-        """What it reserved, or takes, of its device's own memory."""
-        if self.device is None or not self.run.memory_bytes:
-            return 0
-        return self.device.device_bytes * self.keeps_percent // 100
+    def list_taken(self) -> dict[str, int]:
+        """Return what it reserved, or takes, of the machine, and of its device."""
+        memory_bytes = self.run.memory_bytes
+        taken = dict.fromkeys(self.chosen.needs, memory_bytes)
+        if self.has_own_memory:
+            name = self.chosen.target.name
+            taken[name] = self.chosen.needs[name] * self.keeps_percent // 100 if memory_bytes else 0
+        return taken
 
     @property
     def run(self) -> LoadRun:
@@ -236,12 +243,10 @@ class Process:
             run.find_phase(is_job_unended=job is not None),
             self.killed,
             run.unexpected_exits,
-            run.memory_bytes,
+            self.list_taken(),
             has_outcome=run.has_outcome,
             busy=self.busy or demanded,
             last_used_at=self.last_used_at,
-            device=None if self.device is None else self.device.device,
-            device_bytes=self.device_bytes,
         )
 
     @property
@@ -480,7 +485,7 @@ class World:
     not folded by the consumer until the log is read again; `twice`, appended again, which must be refused.
     """
 
-    placement: Placement = ALONE
+    elsewhere: Elsewhere = ALONE
 
     def __init__(self, policy: Policy | None = None, log: Ledger | None = None) -> None:
         self.log = log or Ledger()
@@ -513,7 +518,7 @@ class World:
     @property
     def own(self) -> State:
         """The part of the state that this server works on."""
-        return self.placement.share(self.state)
+        return self.elsewhere.share(self.state)
 
     def submit(self, command: Command) -> Decision:
         """Decide a command of a client."""
@@ -577,7 +582,7 @@ class World:
             },
             pending_demand=self.demanded,
         )
-        return self.placement.decide(
+        return self.elsewhere.decide(
             SchedulerView(self.state, self.running(), self.policy, now or self.now, observations)
         )
 
@@ -654,7 +659,7 @@ class World:
 
     def _conclude(self, job: Job, facts: Sequence[Draft]) -> None:
         command = Record(tuple(facts), (unchanged(job),))
-        self._send(self.placement.complete(command, self.state), actions.CancelJob(job))
+        self._send(self.elsewhere.complete(command, self.state), actions.CancelJob(job))
 
     def check_pause(self, decision: Next) -> None:
         """Nothing is late, and nothing will be to do before the scheduler wants to be asked again."""
@@ -724,7 +729,7 @@ class World:
         model = self.state.models.get(job.model_id) or Model(job.model_id)
         versions, expected = self.state.registers.find_versions(job.model_id), find_expected(job, model)
         files = expected or self.files_in_repository(job.model_id, job.version or 0)
-        is_signed = partial(self.placement.is_signed, state=self.state)
+        is_signed = partial(self.elsewhere.is_signed, state=self.state)
         about = rules, model, versions, contents_of(files), lambda _: b"", self.now
         return files, check_load(CheckInput(*about, expected is not None, is_signed), job)
 
@@ -740,8 +745,7 @@ class World:
             needs = estimate_devices(job, self.policy, self.default_devices, needed_bytes)
         except LookupError:
             return Failure("device_unavailable", "it is not there")
-        devices = needs if [need.device for need in needs] != [CPU] else ()
-        return MemoryEstimate(needs[0].bytes, same_as=same_as, devices=devices)
+        return MemoryEstimate(needs, same_as=same_as)
 
     def _send(self, command: SystemCommand, action: Action) -> bool:
         """Append what was decided; whether it is folded, which what comes first may prevent."""
@@ -770,12 +774,14 @@ class World:
     def _follow_up(self, action: Action) -> None:
         """Begin the effect of what is recorded, and remember whose death is."""
         match action:
-            case actions.StartLoad(job, _, device):
+            case actions.StartLoad(job, chosen):
                 version, parameters = job.load_order
                 workers = tuple(self.name_worker(job, number) for number in range(parameters.instances))
-                is_as_estimated, need = job.id not in self.outdated, self.find_need(job, device)
                 self.live[job.id] = Process(
-                    job.model_id, version, workers, need.bytes, is_as_estimated=is_as_estimated, device=device
+                    *(job.model_id, version, workers, chosen.bytes),
+                    is_as_estimated=job.id not in self.outdated,
+                    chosen=chosen,
+                    has_own_memory=has_memory(self.policy, chosen.target.name),
                 )
             case actions.StartUnload(job, load) if load in self.live and not job.forced:
                 self.live[load].unloading = True
@@ -790,15 +796,6 @@ class World:
                 self.live[load].recorded.update(workers)
             case _:
                 pass
-
-    def find_need(self, job: Job, device: DeviceNeed | None) -> DeviceNeed:
-        """Return what a load needs on the device that it is started on, one of its own; None is the CPU."""
-        estimate = self.estimates[job.id]
-        assert isinstance(estimate, MemoryEstimate)
-        name = CPU if device is None else device.device
-        (need,) = (each for each in estimate.needs if each.device == name)
-        assert device in (None, need)
-        return need
 
     def name_worker(self, job: Job, number: int) -> str:
         """Return the id of a worker of a load."""
@@ -828,15 +825,15 @@ class World:
             case actions.RequestReload() | actions.UnloadAutomatically():
                 request = self.with_rules(build_request(action, conditions))
                 assert isinstance(request, RequestLoad | RequestUnload)
-                return self.placement.complete(request, self.state)
+                return self.elsewhere.complete(request, self.state)
             case _:
-                return self.placement.complete(Record(tuple(self._facts(action)), conditions), self.state)
+                return self.elsewhere.complete(Record(tuple(self._facts(action)), conditions), self.state)
 
     def _facts(self, action: Action) -> Iterable[Draft]:
         match action:
             case actions.RecordFact(job, data):
                 return [draft_fact(job, data)]
-            case actions.StartLoad(job, before):
+            case actions.StartLoad(job, _, before):
                 first = [draft_fact(job, before.data)] if before is not None else []
                 return [*first, draft_load_start(job, is_restarted=job.id in self.outdated)]
             case actions.ChangeSettings(job, load):
@@ -907,9 +904,9 @@ class World:
 
     def finish_estimates(self) -> None:
         """What is being found out of pending loads is known."""
-        for job_id, need in list(self.estimates.items()):
+        for job_id, known in list(self.estimates.items()):
             job = self.state.unended_job(job_id)
-            if need is None and job is not None:
+            if known is None and job is not None:
                 self.look_at_files(job)
 
     def end_all(self) -> None:
@@ -966,9 +963,9 @@ class World:
             process.answer(self.now)
         jobs = {job.id for job in self.state.unended()}
         self._go_on(outcome, lambda: all(self.state.unended_job(job) is None for job in jobs))
-        given, devices = self.policy, self.policy.devices.items()
-        unlimited = {name: replace(limits, budget_bytes=None) for name, limits in devices}
-        self.policy = replace(given, budget_bytes=None, max_loaded=None, devices=unlimited)
+        given, rooms = self.policy, self.policy.rooms.items()
+        unlimited = {name: replace(limits, budget_bytes=None) for name, limits in rooms}
+        self.policy = replace(given, budget_bytes=None, max_loaded=None, rooms=unlimited)
         self._go_on(outcome, lambda: False)
         self.policy = given
 

@@ -25,8 +25,8 @@ from support.servers import events, refused_start, serving
 from support.uploads import files_in, staged
 from support.workers import until
 
-from events.nodes import NodePhase
 from events.types import WorkerExited
+from features.nodes.register import NodePhase
 from server.auth.keys import ensure_data_dir, keys_folder
 from server.config import Config
 

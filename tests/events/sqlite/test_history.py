@@ -44,7 +44,7 @@ def check(connection: sqlite3.Connection, events: Sequence[Event]) -> None:
         assert [model_at(connection, state.position, model.id) for model in found] == found
         active = state.active()
         assert active_at(connection, state.position) == (active and active.id)
-        nodes = liveness_at(connection, state.position).nodes if state.position else ()
+        nodes = liveness_at(connection, state.position).servers if state.position else ()
         assert {node.id: node.state.value for node in nodes} == {
             node.id: node.phase.value for node in state.registers.nodes.values()
         }

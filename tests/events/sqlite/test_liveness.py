@@ -10,13 +10,13 @@ from support import ledgers
 from support.history import History, at
 
 from events.audit.replay import replay
-from events.nodes import KEPT_S
 from events.presence import Liveness, NodeLiveness, NodeState, ServerState
 from events.sqlite import queries
 from events.sqlite.schema import connect
 from events.sqlite.timetravel import NOTE_EVERY_S, liveness_at, models_at, read_moment
 from events.types import ServerStarted, TokenRevoked
 from features.nodes.facts import NodeLost
+from features.nodes.register import KEPT_S
 
 RUNNING, STOPPED, UNKNOWN = ServerState.RUNNING, ServerState.STOPPED, ServerState.UNKNOWN
 
@@ -138,7 +138,7 @@ def test_node_that_ended_long_before_another_joined_is_not_shown(tmp_path: Path)
     history.join("n3", unclean=True)
     with closing(connect(tmp_path / "ledger.db")) as connection:
         ledgers.store_events(connection, history.facts)
-        shown = [[node.id for node in liveness_at(connection, position).nodes] for position in (5, 6)]
+        shown = [[node.id for node in liveness_at(connection, position).servers] for position in (5, 6)]
     assert shown == [["n1", "n2", "n3"], ["n2", "n3"]]
 
 

@@ -19,11 +19,13 @@ from support.workers import LIMIT_S, running_pool, until
 from events.jobs import Job, JobStatus
 from events.models import ModelState
 from events.types import DeviceUse, LoadParameters, LoadStarted, ModelLoaded, ModelUnloaded
+from features.devices import allocation
+from features.devices.allocation import MeasuredAllocation
+from features.devices.room import DeviceUsage, limit_device, list_device_usage
 from runtime import devices
-from runtime.consumer import allocation
 from runtime.consumer.running import RunningLoad
 from runtime.process.pool import WorkerPool
-from runtime.scheduler.view import DeviceLimits, Policy
+from runtime.scheduler.view import Policy
 from runtime.wire import FoundDevice
 
 ON_DEVICE = LoadParameters(devices=(DEVICE,))
@@ -42,8 +44,13 @@ async def shared_pool(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator
 
 
 def on_device(budget_bytes: int | None = None, *, has_memory: bool = False) -> Policy:
-    limits = DeviceLimits(budget_bytes, has_memory=has_memory)
-    return Policy(2, evicts=True, min_residency_s=0, devices={DEVICE: limits})
+    limits = limit_device(DEVICE, budget_bytes, has_memory=has_memory)
+    return Policy(2, evicts=True, min_residency_s=0, rooms={DEVICE: limits})
+
+
+def usage_of(engine: Engine) -> DeviceUsage:
+    [usage] = list_device_usage(engine.consumer.loads.values(), engine.consumer.policy.rooms)
+    return usage
 
 
 async def loaded(engine: Engine, model_id: str = "adder") -> ModelLoaded:
@@ -64,7 +71,7 @@ async def test_load_on_device_records_what_runs_there(engine: Engine) -> None:
     assert (footprint.device, footprint.device_bytes) == (DEVICE, UNSET)
     [use] = engine.consumer.uses()
     assert (use.device, use.device_bytes) == (DEVICE, 0)
-    [usage] = engine.consumer.device_uses()
+    usage = usage_of(engine)
     assert (usage.device, usage.reserved_bytes, usage.models) == (DEVICE, 0, 1)
     assert usage.used_bytes == use.memory_bytes > 0
     await engine.unload("adder")
@@ -162,8 +169,8 @@ def take(driver: Shim, bytes_: int) -> None:
     driver.set(total, free - bytes_)
 
 
-def allocation_of(load: RunningLoad) -> allocation.DeviceAllocation:
-    assert load.allocation is not None
+def allocation_of(load: RunningLoad) -> MeasuredAllocation:
+    assert isinstance(load.allocation, MeasuredAllocation)
     return load.allocation
 
 
@@ -178,7 +185,7 @@ async def test_memory_of_device_is_what_a_load_leaves_less(device: Engine, drive
     assert use.memory_bytes == 600 * MB
     [footprint] = device.model("adder").footprints
     assert footprint.device_bytes == 600 * MB
-    [usage] = device.consumer.device_uses()
+    usage = usage_of(device)
     assert (usage.reserved_bytes, usage.used_bytes) == (0, 600 * MB)
     [use_of_model] = device.consumer.uses()
     assert use_of_model.device_bytes == 600 * MB
@@ -198,11 +205,11 @@ async def test_unload_ends_when_the_device_has_its_memory_back(
     await exited(load)
     assert device.worker_pids() == []
     assert device.log.state.unended_job(job_id) is not None
-    assert device.consumer.device_uses()[0].used_bytes == 600 * MB
+    assert usage_of(device).used_bytes == 600 * MB
     take(driver, -595 * MB)
     assert (await device.ended(job_id)).status is JobStatus.COMPLETED
     assert (await device.facts(ModelUnloaded))[-1].unreturned_bytes is UNSET
-    assert device.consumer.device_uses()[0].used_bytes == 0
+    assert usage_of(device).used_bytes == 0
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -224,7 +231,7 @@ async def test_lost_instance_is_not_waited_for_again(device: Engine, driver: Shi
     device.kill("adder")
     await device.recorded(lambda: device.model("adder").degraded)
     take(driver, -300 * MB)
-    assert load.device_bytes == 300 * MB
+    assert load.list_taken()[DEVICE] == 300 * MB
     job_id = await device.ask_unload("adder")
     await exited(load)
     take(driver, -300 * MB)
@@ -311,12 +318,13 @@ async def test_load_while_the_driver_hangs_has_no_measurement(device: Engine, dr
         assert (await device.ended(job_id)).status is JobStatus.COMPLETED
     [use] = (await loaded(device)).devices or ()
     assert use.memory_bytes is None
-    assert device.live("adder").device_bytes == allocation_of(device.live("adder")).reserved_bytes
+    assert device.live("adder").list_taken()[DEVICE] == allocation_of(device.live("adder")).reserved_bytes
 
 
 def test_devices_on_one_hardware_share_its_memory() -> None:
-    every = list[allocation.DeviceAllocation]()
+    every, pool = list[MeasuredAllocation](), WorkerPool()
     for name, bus in (("cuda:0", 0), ("nv_tensorrt:0", 0), ("cuda:1", 1)):
         found = FoundDevice(name, "1", pci_bus_id=PCI_BUS_IDS[bus])
-        every.append(allocation.DeviceAllocation(found, 300 * MB, 1000 * MB, lambda: every))
+        about = found, LoadParameters(), pool
+        every.append(MeasuredAllocation(*about, 300 * MB, 1000 * MB, lambda: every))
     assert [each.allowance_bytes for each in every] == [700 * MB, 700 * MB, 1000 * MB]

@@ -20,7 +20,7 @@ ENDED = [
     ("killed", run(is_loaded=True, killed=True), Phase.DRAINING),
     ("killed before a worker started", run((), killed=True), Phase.DRAINING),
     ("gone", run(exited=BOTH, is_loaded=True, killed=True), Phase.GONE),
-    ("died, and its device's memory is not back", run(exited=BOTH, holds_device=True), Phase.DRAINING),
+    ("died, and its device's memory is not back", run(exited=BOTH, is_held=True), Phase.DRAINING),
 ]
 
 
@@ -54,6 +54,6 @@ def test_exits_that_the_server_expects_are_no_deaths() -> None:
 
 
 def test_load_is_finished_when_its_device_has_the_memory_back() -> None:
-    assert not run(exited=BOTH, holds_device=True).is_finished
+    assert not run(exited=BOTH, is_held=True).is_finished
     assert run(exited=BOTH).is_finished
-    assert run((), holds_device=True).is_finished  # no worker took anything
+    assert run((), is_held=True).is_finished  # no worker took anything

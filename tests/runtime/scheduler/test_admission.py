@@ -8,7 +8,7 @@ from collections import Counter
 from types import FrameType
 
 import pytest
-from support.decisions import Scene, read_table
+from support.decisions import Scene, need, read_table
 
 from runtime.scheduler.actions import FailLoad, StartLoad
 from runtime.scheduler.admission import (
@@ -17,7 +17,7 @@ from runtime.scheduler.admission import (
     PRIORITY_AGING_S,
     format_megabytes,
 )
-from runtime.scheduler.view import DeviceNeed, MemoryEstimate
+from runtime.scheduler.view import MemoryEstimate
 
 SCENES = """
 # Memory is estimated before a load begins. `estimate a1 none`: it is being found out.
@@ -168,15 +168,15 @@ start z 10; begin z on=cuda:0 there=10; request a 10 on=npu:0,cuda:0 there=10 ->
 start z 10; begin z on=cuda:0 there=10; request a 10 on=cpu,cuda:0 there=10 -> start a1
 start z 10; begin z on=cuda:0 there=10; request a 10 -> start a1
 start z 10; begin z on=npu:0; request a 10 on=npu:0 -> start a1 on npu:0
-run z1 z draining killed=true device=cuda:0 device_bytes=10; request a 10 on=cuda:0 there=10
+run z1 z draining killed=true on=cuda:0 there=10; request a 10 on=cuda:0 there=10
   -> a1 waits for the device cuda:0, whose memory is being released; forget z1 -> start a1 on cuda:0
-run z1 z loading killed=true device=cuda:0 device_bytes=10; request a 10 on=cuda:0,cpu there=10
+run z1 z loading killed=true on=cuda:0 there=10; request a 10 on=cuda:0,cpu there=10
   -> a1 waits for the device cuda:0, whose memory is being released; forget z1 -> start a1 on cuda:0
 load z 10 on=cuda:0 there=10; unload z; request a 10 on=cuda:0 there=10 -> start a1 on cuda:0
 
 # A load that lacks only the end of that one waits for it: it starts on no device that it names later, but on
 # another of the same provider. If it lacks room there, too, it starts on the next device.
-run z1 z draining killed=true device=cuda:0 device_bytes=60; request a 10 on=cuda:0,cpu there=50 -> start a1
+run z1 z draining killed=true on=cuda:0 there=60; request a 10 on=cuda:0,cpu there=50 -> start a1
 start z 10; begin z on=cuda:0 there=10; request a 10 on=cuda:0,cpu there=90
   -> a1 waits for the device cuda:0, on which job z1 is loading; complete z 10 -> start a1 on cuda:0
 start z 10; begin z on=cuda:0 there=10; request a 10 on=cuda:0,npu:0 there=10
@@ -298,11 +298,11 @@ def test_megabytes_are_rounded_for_people() -> None:
 
 
 def test_load_needs_of_the_machine_what_its_device_takes_there() -> None:
-    needs = (DeviceNeed("cuda:0", 10, 30), DeviceNeed("cpu", 0, 60))
+    needs = need(30, "cuda:0", there=10), need(60)
     scene = Scene("device cuda:0 100; load z 50; request a unknown", evicts=False)
-    scene.observe(estimates={"a1": MemoryEstimate(30, devices=needs)})
-    assert scene.decision().action == StartLoad(scene.history.job("a1"), device=needs[0])
-    scene.observe(estimates={"a1": MemoryEstimate(60, devices=needs[::-1])})
+    scene.observe(estimates={"a1": MemoryEstimate(needs)})
+    assert scene.decision().action == StartLoad(scene.history.job("a1"), needs[0])
+    scene.observe(estimates={"a1": MemoryEstimate(needs[::-1])})
     assert scene.next_action() == "start a1 on cuda:0"
     scene.play("set budget_bytes=110 -> start a1")
 

@@ -31,7 +31,7 @@ from events.commands import (
     RequestUnload,
     WorkerServes,
 )
-from events.devices import CPU, provider_of
+from events.devices import CPU
 from events.jobs import NO_PROGRESS, Job, JobKind, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState
 from events.policy.rules import AddedMode, ApprovalRule, LoadPolicy
@@ -47,13 +47,12 @@ from events.types import (
     WorkerExited,
 )
 from events.values import Credential
+from runtime.rooms import MACHINE, Alternative, RoomLimits
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action, Decision
 from runtime.scheduler.scheduler import MAX_INCIDENTS
 from runtime.scheduler.view import (
     MIN_RESIDENCY_S,
-    DeviceLimits,
-    DeviceNeed,
     LoadView,
     MemoryEstimate,
     Phase,
@@ -85,36 +84,24 @@ PRESSURE_LIMIT_S = 60
 class WatchedWorld(World):
     """A world whose every action is checked before it is done."""
 
-    def needs(self, job: Job) -> tuple[DeviceNeed, ...]:
+    def needs(self, job: Job) -> tuple[Alternative, ...]:
         """Return what a load needs on each of its devices; nothing before it is known."""
         estimate = self.estimates.get(job.id)
-        return estimate.needs if isinstance(estimate, MemoryEstimate) else (DeviceNeed(CPU, 0, 0),)
+        return estimate.alternatives if isinstance(estimate, MemoryEstimate) else (Alternative({MACHINE: 0}),)
 
-    def rooms_of(self, need: DeviceNeed) -> list[tuple[str | None, int]]:
-        """Return the machine, and the device of a load if that is not the CPU, and what it needs of each."""
-        if need.device == CPU:
-            return [(None, need.bytes)]
-        has_memory = self.policy.devices[need.device].has_memory
-        return [(None, need.bytes), (need.device, need.device_bytes if has_memory else need.bytes)]
-
-    def limits_of(self, device: str | None) -> tuple[float, float]:
-        """Return the budget of the machine, or of a device, and the most models there."""
-        if device is not None:
-            return self.policy.devices[device].budget_bytes or inf, inf
+    def limits_of(self, room: str) -> tuple[float, float]:
+        """Return the budget of a room, and the most models there."""
+        if room != MACHINE:
+            return self.policy.rooms[room].budget_bytes or inf, inf
         return self.policy.budget_bytes or inf, self.policy.max_loaded or inf
 
-    def bytes_of(self, processes: Iterable[Process], device: str | None) -> int:
-        """Return what processes reserve or take of the machine's memory, or of a device's."""
-        runs = [process.view(None, "") for process in processes]
-        if device is None:
-            return sum(run.memory_bytes for run in runs)
-        has_memory = self.policy.devices[device].has_memory
-        own = (run for run in runs if run.device == device)
-        return sum(run.device_bytes if has_memory else run.memory_bytes for run in own)
+    def bytes_of(self, processes: Iterable[Process], room: str) -> int:
+        """Return what processes reserve or take in a room."""
+        return sum(process.list_taken().get(room, 0) for process in processes)
 
-    def taken_bytes(self, device: str | None) -> int:
-        """Return what is reserved or taken in all of the machine's memory, or of a device's."""
-        return self.bytes_of(self.live.values(), device)
+    def taken_bytes(self, room: str) -> int:
+        """Return what is reserved or taken in a room in all."""
+        return self.bytes_of(self.live.values(), room)
 
     def is_proven(self, job: Job) -> bool:
         """Whether the files of a load loaded before, and made progress the last time."""
@@ -141,8 +128,9 @@ class WatchedWorld(World):
     def act(self, action: Action) -> None:
         self._check_force(action)
         match action:
-            case actions.StartLoad(job, _, device):
-                self._check_start(job, self.find_need(job, device))
+            case actions.StartLoad(job, chosen):
+                assert chosen in self.needs(job)
+                self._check_start(job, chosen)
             case actions.UnloadForReplacement(job, load):
                 self._check_way(job, load)
             case actions.ChangeSettings(job, load):
@@ -184,14 +172,14 @@ class WatchedWorld(World):
                 return job.created_position
         return 0
 
-    def _check_start(self, job: Job, need: DeviceNeed) -> None:
+    def _check_start(self, job: Job, need: Alternative) -> None:
         assert job.load is not None
         assert self.state.queue(job.model_id)[0].id == job.id
         assert not job.cancelling
         may_exceed = job.cause in URGENT or (self.is_proven(job) and not self.loads_proven())
         assert len(self.loading()) < self.policy.loads_at_once + may_exceed
         assert self._has_room(job, need)
-        assert not self.measured_on(need.device)
+        assert not self.measured_in(need)
         self._check_first_device(job, need)
         if job.load.strategy == "in_place" and job.cause is not Cause.RECOVERY:
             assert job.model_id not in {process.model_id for process in self.serving()}
@@ -200,17 +188,15 @@ class WatchedWorld(World):
             assert self._waited_s(job) >= PRESSURE_LIMIT_S
         self._check_turn(job, [need])
 
-    def _has_room(self, job: Job, need: DeviceNeed) -> bool:
+    def _has_room(self, job: Job, need: Alternative) -> bool:
         """Whether there is memory and a place for a load now."""
         return all(
-            self.taken_bytes(device) + needed_bytes <= self.limits_of(device)[0]
-            and (
-                job.model_id in self.present(device) or len(self.present(device)) < self.limits_of(device)[1]
-            )
-            for device, needed_bytes in self.rooms_of(need)
+            self.taken_bytes(room) + needed_bytes <= self.limits_of(room)[0]
+            and (job.model_id in self.present(room) or len(self.present(room)) < self.limits_of(room)[1])
+            for room, needed_bytes in need.needs.items()
         )
 
-    def _check_first_device(self, job: Job, need: DeviceNeed) -> None:
+    def _check_first_device(self, job: Job, need: Alternative) -> None:
         """No load passes over a device of another provider that has room, or only measures a load."""
         pending = [
             each for each in self.state.unended() if each.load is not None and each.id not in self.live
@@ -219,13 +205,13 @@ class WatchedWorld(World):
             return
         needs = self.needs(job)
         for before in needs[: needs.index(need)]:
-            assert provider_of(before.device) == provider_of(need.device) or not self._has_room(job, before)
+            assert before.target.group == need.target.group or not self._has_room(job, before)
 
-    def measured_on(self, device: str) -> list[LoadView]:
+    def measured_in(self, need: Alternative) -> list[LoadView]:
         """Return the loads whose share of a device's own memory is not known yet, or not back."""
-        if device == CPU or not self.policy.devices[device].has_memory:
-            return []
-        runs = [run for run in self.running().values() if run.device == device]
+        rooms = [name for name, limits in self.policy.rooms.items() if limits.is_measured]
+        own = need.needs.keys() & rooms
+        runs = [run for run in self.running().values() if own & run.taken.keys()]
         return [run for run in runs if run.phase is Phase.LOADING or (run.killed and run.alive)]
 
     def _check_way(self, job: Job, load: str) -> None:
@@ -241,16 +227,14 @@ class WatchedWorld(World):
         assert can_start
         self._check_turn(job, can_start)
 
-    def _fits_without(self, need: DeviceNeed, replaced: Process) -> bool:
+    def _fits_without(self, need: Alternative, replaced: Process) -> bool:
         """Whether there is memory for a load when what it replaces has gone."""
-        rooms = [] if self.measured_on(need.device) else self.rooms_of(need)
-        return bool(rooms) and all(
-            self.taken_bytes(device) - self.bytes_of([replaced], device) + needed_bytes
-            <= self.limits_of(device)[0]
-            for device, needed_bytes in rooms
+        return not self.measured_in(need) and all(
+            self.taken_bytes(room) - self.bytes_of([replaced], room) + needed_bytes <= self.limits_of(room)[0]
+            for room, needed_bytes in need.needs.items()
         )
 
-    def _check_turn(self, job: Job, needs: Sequence[DeviceNeed]) -> None:
+    def _check_turn(self, job: Job, needs: Sequence[Alternative]) -> None:
         """No load takes room from one that came first and waits too long, also not by an eviction."""
         if self._made_way(job) or job.cause in RELOADS:
             return
@@ -260,7 +244,7 @@ class WatchedWorld(World):
             if waits and came_first and self._is_ready(other) and not self._has_room_for(job, needs, other):
                 assert self._waited_s(other) < NEVER_OVERTAKING_LIMIT_S
 
-    def _has_room_for(self, job: Job, needs: Sequence[DeviceNeed], other: Job) -> bool:
+    def _has_room_for(self, job: Job, needs: Sequence[Alternative], other: Job) -> bool:
         """Whether both fit, on some of their devices, when what is leaving has gone.
 
         A model that stays takes nobody's place.
@@ -270,18 +254,17 @@ class WatchedWorld(World):
         return any(self._fit_both(job, need, other, theirs, leaving) for need, theirs in pairs)
 
     def _fit_both(
-        self, job: Job, need: DeviceNeed, other: Job, theirs: DeviceNeed, leaving: Collection[Process]
+        self, job: Job, need: Alternative, other: Job, theirs: Alternative, leaving: Collection[Process]
     ) -> bool:
         """Whether a load takes nothing of what another one needs."""
-        needed_by_other = dict(self.rooms_of(theirs))
-        for device, needed_bytes in self.rooms_of(need):
-            if device not in needed_by_other:
+        for room, needed_bytes in need.needs.items():
+            if room not in theirs.needs:
                 continue
-            budget_bytes, max_loaded = self.limits_of(device)
+            budget_bytes, max_loaded = self.limits_of(room)
             others = [process for process in self.live.values() if process not in leaving]
-            staying = self.present(device, without=leaving)
+            staying = self.present(room, without=leaving)
             models = staying | {job.model_id, other.model_id}
-            if self.bytes_of(others, device) + needed_bytes + needed_by_other[device] > budget_bytes:
+            if self.bytes_of(others, room) + needed_bytes + theirs.needs[room] > budget_bytes:
                 return False
             if job.model_id not in staying and len(models) > max_loaded:
                 return False
@@ -329,39 +312,39 @@ class WatchedWorld(World):
             self._check_need_to_evict(for_job)
 
     def _check_need_to_evict(self, job: Job | None) -> None:
-        places: list[str | None] = [None, *self.policy.devices]
+        rooms = [MACHINE, *self.policy.rooms]
         if job is None:
-            assert any(self.taken_bytes(device) > self.limits_of(device)[0] for device in places)
+            assert any(self.taken_bytes(room) > self.limits_of(room)[0] for room in rooms)
             return
         assert job.cause is not Cause.RESTART
         # It lacks room for itself, or beside those for which room is reserved.
         waiting = [
             each for each in self.state.unended() if each.load is not None and each.id not in self.live
         ]
-        own = {device for need in self.needs(job) for device, _ in self.rooms_of(need)}
-        assert any(self._is_short(device, waiting) for device in own)
+        own = {room for need in self.needs(job) for room in need.needs}
+        assert any(self._is_short(room, waiting) for room in own)
         self._check_turn(job, self.needs(job))
 
-    def _is_short(self, device: str | None, waiting: Sequence[Job]) -> bool:
+    def _is_short(self, room: str, waiting: Sequence[Job]) -> bool:
         """Whether there is not room for all these loads, wherever they may run."""
-        budget_bytes, max_loaded = self.limits_of(device)
-        needed = {job.model_id: 0 for job in waiting} if device is None else {}
+        budget_bytes, max_loaded = self.limits_of(room)
+        needed = {job.model_id: 0 for job in waiting} if room == MACHINE else {}
         total_bytes = 0
         for job in waiting:
-            found = [bytes_ for need in self.needs(job) for at, bytes_ in self.rooms_of(need) if at == device]
+            found = [need.needs[room] for need in self.needs(job) if room in need.needs]
             if found:
                 needed[job.model_id] = max(found)
                 total_bytes += max(found)
-        models = self.present(device) | needed.keys()
-        return len(models) > max_loaded or self.taken_bytes(device) + total_bytes > budget_bytes
+        models = self.present(room) | needed.keys()
+        return len(models) > max_loaded or self.taken_bytes(room) + total_bytes > budget_bytes
 
-    def present(self, device: str | None = None, *, without: Collection[Process] = ()) -> set[str]:
-        """Return the models with a process, or with one on a device."""
+    def present(self, room: str = MACHINE, *, without: Collection[Process] = ()) -> set[str]:
+        """Return the models with a process in a room."""
         running = self.running()
         return {
             process.model_id
             for load, process in self.live.items()
-            if running[load].alive and device in (None, running[load].device) and process not in without
+            if running[load].alive and room in running[load].taken and process not in without
         }
 
     def check_memory(self) -> None:
@@ -384,9 +367,9 @@ class WatchedWorld(World):
         assert len(loading) <= most + 1
         if len(loading) > most:  # the proof of a reload's files is gone once one of them made no progress
             assert any(job is not None and (job.cause in RELOADS or self.is_proven(job)) for job in loading)
-        for device, limits in self.policy.devices.items():
-            there = [run for _, run in running if run.device == device and run.phase is Phase.LOADING]
-            assert len(there) <= 1 or not limits.has_memory
+        for room, limits in self.policy.rooms.items():
+            there = [run for _, run in running if room in run.taken and run.phase is Phase.LOADING]
+            assert len(there) <= 1 or not limits.is_measured
         for name, model in self.state.models.items():
             unended = self.state.unended(name)
             own = [job for job in unended if job.kind is JobKind.LOAD or job.id in model.unloads]
@@ -449,9 +432,10 @@ RULES = st.sampled_from(
 EMERGENCY = Justification(Credential(), "fire", "fire")
 
 LIMITS = st.builds(
-    DeviceLimits,
+    RoomLimits,
+    title=st.just("the device"),
     budget_bytes=st.sampled_from([100, 100, None]),
-    has_memory=st.sampled_from([True, True, False]),
+    is_measured=st.sampled_from([True, True, False]),
 )
 
 POLICIES = st.builds(
@@ -463,7 +447,7 @@ POLICIES = st.builds(
     min_residency_s=st.sampled_from([0.0, 10.0]),
     restores=st.sampled_from([True, True, False]),
     loads=RULES,
-    devices=st.fixed_dictionaries({"cuda:0": LIMITS, "cuda:1": LIMITS}),
+    rooms=st.fixed_dictionaries({"cuda:0": LIMITS, "cuda:1": LIMITS}),
 )
 
 DEVICES = st.sampled_from(

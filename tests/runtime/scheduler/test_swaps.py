@@ -1,12 +1,12 @@
 """How a version replaces another `in_place` and with `auto`; `beside` is in `test_scheduler.py`."""
 
 import pytest
-from support.decisions import Scene, decide_on, describe, read_table
+from support.decisions import Scene, decide_on, describe, estimate, read_table
 from support.history import MODEL, at, given
 
 from events.types import Cause
 from runtime.scheduler.actions import Decision
-from runtime.scheduler.view import MemoryEstimate, Observations
+from runtime.scheduler.view import Observations
 
 IN_PLACE = """
 # facts                                     | processes    | next action
@@ -102,7 +102,7 @@ def test_load_of_what_is_loaded_changes_settings_only(
     facts: str, running: str, same_as: str | None, action: str
 ) -> None:
     history = given(facts)
-    estimates = {job.id: MemoryEstimate(0, same_as=same_as) for job in history.state.unended()}
+    estimates = {job.id: estimate(0, same_as=same_as) for job in history.state.unended()}
     decision = decide_on(history, running, observations=Observations(estimates=estimates))
     assert describe(decision.action) == action
 

@@ -89,10 +89,10 @@ async def test_memory_of_a_device_is_what_its_driver_says(served: LocalApi) -> N
 async def test_driver_that_hangs_holds_up_no_answer(
     served: LocalApi, driver: Shim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool, limits = served.app[POOL], served.app[POLICY].devices
+    pool, limits = served.app[POOL], served.app[POLICY].rooms
     found = {DEVICE: replace(pool.devices.found[DEVICE], pci_bus_id=PCI_BUS_IDS[0])}
     monkeypatch.setattr(pool, "devices", dataclasses.replace(pool.devices, found=found))
-    monkeypatch.setitem(limits, DEVICE, dataclasses.replace(limits[DEVICE], has_memory=True))
+    monkeypatch.setitem(limits, DEVICE, dataclasses.replace(limits[DEVICE], is_measured=True))
     monkeypatch.setattr(resources, "CACHED_S", -1.0)
     async with hanging(driver):
         calls = count_calls(driver)

@@ -17,11 +17,11 @@ from support.browser import DESKTOP, PHONE, Console, needs_browser
 from support.http import LocalApi
 from support.nodes import list_nodes, local_node
 from support.postgres import Database, join_shared_server
+from support.reachable import node_of
 from support.replicas import make_ledger
 from support.workers import until
 
 from features.nodes.facts import NodeJoined
-from nodes.thisnode import THIS_NODE
 
 pytestmark = [needs_browser, pytest.mark.asyncio(loop_scope="module")]
 
@@ -49,7 +49,7 @@ async def nodes(
             for name, zone in (("loadledger-0", "a"), ("loadledger-1", "b"), ("loadledger-2", "a"))
         }
         first = started["loadledger-0"]
-        peers = first.app[THIS_NODE].membership
+        peers = node_of(first.app).membership
         await until(lambda: len(peers.peers) == 3 and all(each.position for each in peers.peers.values()))
         for number in range(6):  # of other bytes each: a node that has the files goes first
             first.save(models.add(float(number)), f"m{number}")

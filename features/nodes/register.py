@@ -6,13 +6,15 @@ is over are refused. `find_placer` names the node that does the work that belong
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from enum import StrEnum
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from events.clock import Timestamp, add_seconds
+from events.presence import SERVER, NodeState, ServerState, Transition
+from events.types import Event
 from features.nodes.facts import NodeData, NodeDraining, NodeJoined, NodeLeft, NodeLost, join_statement
 
 KEPT_S = 30 * 86_400
@@ -105,54 +107,67 @@ def evolve_node(node: Node | None, data: NodeData, *, position: int, recorded_at
 
 
 def evolve_nodes(
-    nodes: dict[str, Node],
-    data: NodeData,
-    *,
-    position: int,
-    recorded_at: Timestamp,
-    read_owners: Callable[[], Collection[str]],
+    nodes: Mapping[str, Node], event: Event, data: NodeData, read_owners: Callable[[], Collection[str]]
 ) -> Mapping[str, Node | None]:
-    """Fold an event into `nodes`, and return those that changed; None for those that are forgotten at a join.
+    """Return the nodes that an event changed; None for those that are forgotten at a join.
 
     Args:
         nodes: those before.
+        event: about a node.
         data: of the event.
-        position: of the event.
-        recorded_at: of the event.
         read_owners: returns the nodes that own a model or a job.
     """
-    before = nodes.get(data.node_id)
-    after = evolve_node(before, data, position=position, recorded_at=recorded_at)
+    before, now = nodes.get(data.node_id), event.recorded_at
+    after = evolve_node(before, data, position=event.position, recorded_at=now)
     if after is None or after is before:
         return {}
     changed: dict[str, Node | None] = {after.id: after}
     if isinstance(data, NodeJoined):
-        long_ended = {each.id for each in nodes.values() if is_forgotten(each.ended_at, recorded_at)}
+        long_ended = {each.id for each in nodes.values() if is_forgotten(each.ended_at, now)}
         changed |= dict.fromkeys((long_ended - {after.id}).difference(read_owners() if long_ended else ()))
-    for key, node in changed.items():
-        if node is None:
-            del nodes[key]
-        else:
-            nodes[key] = node
     return changed
+
+
+def describe_node(name: str) -> str:
+    return f"the node {name!r}"
 
 
 def is_forgotten(ended_at: Timestamp | None, now: Timestamp) -> bool:
     return ended_at is not None and ended_at < add_seconds(now, -KEPT_S)
 
 
-def ends_processes(data: object, node_id: str | None) -> bool:
-    """Whether an event of a server or node ends the processes at a node; None is no node.
+def list_node_transitions(
+    event: Event, data: NodeData, before: Mapping[str, Node], changed: Mapping[str, Node | None]
+) -> tuple[Transition, ...]:
+    """Return the transitions of nodes at an event about one, and those of the server: any node is it.
 
-    A node ends its own alone. What is recorded as running at no node is of an embedded server that was there
-    before: the first node that joins ends it.
+    Args:
+        event: about a node.
+        data: of the event.
+        before: the nodes before it.
+        changed: the nodes that it changed; None for those that are forgotten.
     """
-    match data:
-        case NodeLeft(node_id=ended) | NodeLost(node_id=ended):
-            return node_id == ended
-        case NodeJoined(node_id=joined):
-            return node_id is None or node_id == joined
-    return True
+    position, at, after = event.position, event.recorded_at, changed.get(data.node_id)
+    if after is None:
+        return ()
+    forgotten = [Transition(position, node_id, None, at) for node_id, node in changed.items() if node is None]
+    old, was_there = before.get(after.id), any_present(before.values())
+    is_there = any_present(node for node in {**before, **changed}.values() if node is not None)
+    seen_at = none_since = None
+    if isinstance(data, NodeLost):
+        seen_at = data.last_renewed_at
+    elif isinstance(data, NodeJoined):
+        seen_at = data.last_seen_at if old is not None and old.is_present else None
+        none_since = data.no_node_since if was_there else None
+    of_node = Transition(position, after.id, NodeState(after.phase), at, seen_at)
+    if is_there == was_there and none_since is None:
+        return (*forgotten, of_node)
+    state = ServerState.RUNNING if is_there else ServerState.STOPPED
+    return (*forgotten, of_node, Transition(position, SERVER, state, at, none_since))
+
+
+def any_present(nodes: Iterable[Node]) -> bool:
+    return any(node.is_present for node in nodes)
 
 
 def find_placer(nodes: Mapping[str, Node], untrusted: Collection[str] = ()) -> str | None:

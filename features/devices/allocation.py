@@ -1,4 +1,4 @@
-"""A load's allocation of its device's own memory: reserved, then measured, until the device has it back.
+"""A load's allocation on a device: of the device's own memory, reserved, then measured, until it is back.
 
 One load at a time runs on such a device, so what is free there before and after says what the load took. What
 the server's other loads return meanwhile is taken into account. What other processes of the machine take or
@@ -8,21 +8,23 @@ return is noise, as is growth of other models: no figure of the driver would say
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from msgspec import UNSET
 from msgspec.structs import replace
 
 from events.devices import CPU
-from events.types import DeviceUse
+from events.types import DeviceUse, LoadParameters, ModelLoaded, ModelUnloaded
 from runtime.devices import measure_memory
 from runtime.errors import LoadRefused
-from runtime.process.pool import start_task
+from runtime.process.pool import WorkerPool, start_task
+from runtime.rooms import MACHINE, Allocation
 from runtime.scheduler.admission import format_megabytes
-from runtime.scheduler.view import DeviceNeed, load_allowance
+from runtime.scheduler.view import load_allowance
 from runtime.timeouts import DEVICE_RETURN_S, timeout
-from runtime.wire import FoundDevice, Loaded
+from runtime.wire import FoundDevice, Loaded, TargetDevice
 
 SAMPLE_S = 0.5
 """How often to check that a load takes no more than it may. A reading takes a millisecond."""
@@ -33,11 +35,48 @@ UNRETURNED_SHARE = 50
 
 
 @dataclass(slots=True, eq=False)
-class DeviceAllocation:
-    """The own memory of a device that one load takes.
+class DeviceAllocation(Allocation):
+    """What a load takes on a device without memory of its own: as much as of the machine's.
 
     Attributes:
         device: where it loads.
+        parameters: of the load.
+        pool: has its workers.
+    """
+
+    device: FoundDevice
+    parameters: LoadParameters
+    pool: WorkerPool
+
+    def order(self) -> TargetDevice:
+        """Return the device, with a bound of what one worker may take there."""
+        falls_back, bound = self.parameters.fallback == CPU, self._bound_bytes()
+        return self.pool.devices.target(self.device.name, falls_back=falls_back, memory_bytes=bound)
+
+    def list_taken(self, memory_bytes: int) -> Mapping[str, int]:
+        return {self.device.name: memory_bytes, MACHINE: memory_bytes}
+
+    def complete_loaded(self, fact: ModelLoaded, report: Loaded) -> ModelLoaded:
+        """Add what runs on the device, then what falls back to the CPU, as a worker reports it."""
+        first, *others = (
+            DeviceUse(each.provider, each.version, CPU, each.operators) for each in report.placed
+        )
+        use = replace(first, device=self.device.name, memory_bytes=self._measured_bytes())
+        confinement = self.pool.applied_to_devices.confinement
+        return replace(fact, confinement=confinement, devices=(use, *others))
+
+    def _bound_bytes(self) -> int | None:
+        return None
+
+    def _measured_bytes(self) -> int | None:
+        return None
+
+
+@dataclass(slots=True, eq=False)
+class MeasuredAllocation(DeviceAllocation):
+    """What a load takes of a device's own memory.
+
+    Attributes:
         reserved_bytes: what it is expected to take at most.
         budget_bytes: of the device; None is no limit.
         all: returns the allocations of all running loads.
@@ -49,10 +88,9 @@ class DeviceAllocation:
         unreturned_bytes: what was not back then.
     """
 
-    device: FoundDevice
     reserved_bytes: int
     budget_bytes: int | None
-    all: Callable[[], Iterable[DeviceAllocation]]
+    all: Callable[[], Iterable[Allocation]]
     taken_bytes: int = 0
     available_bytes: int | None = None
     is_measured: bool = False
@@ -78,19 +116,14 @@ class DeviceAllocation:
 
     @property
     def is_held(self) -> bool:
-        """Whether its workers may have taken something that is not known to be back."""
         return self.available_bytes is not None and not self.is_returned
 
+    def list_taken(self, memory_bytes: int) -> Mapping[str, int]:
+        return {self.device.name: self.bytes, MACHINE: memory_bytes}
+
     @asynccontextmanager
-    async def measuring(self, on_excess: Callable[[LoadRefused], None]) -> AsyncIterator[None]:
-        """Measure what all its workers take, which load meanwhile; memory that others return comes first.
-
-        Args:
-            on_excess: called once they have taken more than they may, with `out_of_memory`.
-
-        Raises:
-            LoadRefused: `out_of_memory`, they have done so in the end.
-        """
+    async def measure(self, on_excess: Callable[[LoadRefused], None]) -> AsyncIterator[None]:
+        """Measure what all its workers take, which load meanwhile; memory that others return comes first."""
         await self._settle_others()
         self.available_bytes = await self._read_available()
         watching = start_task(self._watch(on_excess), f"watching {self.device.name}")
@@ -102,25 +135,33 @@ class DeviceAllocation:
         self.is_measured = await self._sample()
 
     async def expect_return(self) -> None:
-        """Read, right before its workers' end, what is to be available after it: others may have grown."""
+        """Read what is to be available after the end of its workers: others may have grown."""
         available = await self._read_available() if self.is_measured else None
         if available is not None:
             self.available_bytes = available + self.taken_bytes
 
-    def release_share(self, workers: int) -> None:
-        """Count what one of so many workers took no longer, which has exited while the others serve on."""
-        self.taken_bytes -= self.taken_bytes // workers
-
-    def begin_return(self, on_end: Callable[[], None]) -> None:
-        """Begin to wait for the memory of the workers, which have exited."""
-        if self.is_held and self.returning is None:
+    def on_exit(self, others: int, *, is_expected: bool, wake: Callable[[], None]) -> None:
+        """Count the share of a worker no longer; begin to wait for the memory once all have exited."""
+        if others:
+            self.taken_bytes -= 0 if is_expected else self.taken_bytes // (others + 1)
+        elif self.is_held and self.returning is None:
             self.returning = start_task(self._await_return(), f"memory of {self.device.name}")
-            self.returning.add_done_callback(lambda _: on_end())
+            self.returning.add_done_callback(lambda _: wake())
+
+    def complete_unloaded(self, fact: ModelUnloaded) -> ModelUnloaded:
+        return replace(fact, unreturned_bytes=self.unreturned_bytes or UNSET)
 
     async def wait_returned(self) -> None:
         """Wait until its memory is back, or late, if its workers have exited."""
         if self.returning is not None:
             await asyncio.wait({self.returning})
+
+    def _bound_bytes(self) -> int | None:
+        allowance, instances = self.allowance_bytes, self.parameters.instances
+        return None if allowance is None else allowance - (instances - 1) * (self.reserved_bytes // instances)
+
+    def _measured_bytes(self) -> int | None:
+        return self.taken_bytes if self.is_measured else None
 
     async def _watch(self, on_excess: Callable[[LoadRefused], None]) -> None:
         while True:
@@ -178,16 +219,7 @@ class DeviceAllocation:
         for each in self._others():
             await each.wait_returned()
 
-    def _others(self) -> list[DeviceAllocation]:
+    def _others(self) -> list[MeasuredAllocation]:
         """Return those of the same memory; several providers may have devices on one hardware."""
-        here = self.device.pci_bus_id
-        return [each for each in self.all() if each is not self and each.device.pci_bus_id == here]
-
-
-def describe_uses(
-    report: Loaded, need: DeviceNeed, allocation: DeviceAllocation | None
-) -> tuple[DeviceUse, ...]:
-    """Return what runs on the device of a load, then what falls back to the CPU, as its worker reports it."""
-    taken = allocation.taken_bytes if allocation is not None and allocation.is_measured else None
-    first, *others = (DeviceUse(each.provider, each.version, CPU, each.operators) for each in report.placed)
-    return replace(first, device=need.device, memory_bytes=taken), *others
+        others = (each for each in self.all() if isinstance(each, MeasuredAllocation) and each is not self)
+        return [each for each in others if each.device.pci_bus_id == self.device.pci_bus_id]
