@@ -9,7 +9,7 @@ JSON and chains their hashes, `sqlite.storage` commits them in one transaction, 
   the commands: `commands`, `labels`, `approvals`, and those about tokens: `registercommands`.
 - The live state and its transactions: `state`; what concerns no model: `registers`; the queue of commands,
   groups of events, group commit and failures of writing: `log`.
-- Signatures and approvals of loads: `policy`; what servers sign: `statements`; names of devices: `devices`.
+- Signatures and approvals of loads: `policy`; what servers sign: `statements`.
 - Times, ids: `clock`; files, complete or absent: `files`; refusals: `errors`; the writer's needs: `storage`.
 
 This package knows no HTTP and no ONNX, and imports neither `runtime` nor `server`.

@@ -130,7 +130,7 @@ def publish(draft: Path, target: Path, *, replace: bool) -> None:
 
 
 def refuse_irregular(target: Path) -> None:
-    """Refuse to replace a device, a pipe, a folder or a link.
+    """Refuse to replace a special file, a pipe, a folder or a link.
 
     Raises:
         WrongTarget: `wrong_target`, the target exists and is no regular file.
@@ -146,7 +146,7 @@ def printable_name(path: Path) -> str:
 
 
 def is_stream(target: Path) -> bool:
-    """Whether the target is written to and never replaced: a pipe, or a device like a terminal."""
+    """Whether the target is written to and never replaced: a pipe, or a terminal."""
     try:
         mode = target.stat().st_mode
     except FileNotFoundError:

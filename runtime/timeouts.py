@@ -1,8 +1,8 @@
 """Timeouts of waiting for an answer: of a process, a file system or a client; and how long they are.
 
 An unload without force takes at most the drain timeout, a measurement, the stop grace, a kill and the wait
-for its exit; with force, only a kill and the wait for its exit. On a device with memory of its own, another
-measurement comes before these without force, and the wait for that memory after them.
+for its exit; with force, only a kill and the wait for its exit. Where a load takes memory beside the
+machine's, another measurement comes before these without force, and the wait for that memory after them.
 
 Time in which the event loop was stalled counts towards none of them (`Timeout`, `timeout`): a server that was
 stopped itself accuses nobody of being late. Leases, deadlines of jobs and the expiry of tokens have no
@@ -26,7 +26,7 @@ STOP_GRACE_S = 1.0
 INFERENCE_GRACE_S = 5.0
 """Default of `inference_grace_s`: a cancelled inference stops within it, or its worker is killed."""
 MEASURE_LIMIT_S = 1.0
-"""For a measurement of a worker, or of a device by its driver. The kernel waits for the process's mappings,
+"""For a measurement of a worker, or by a driver. The kernel waits for the process's mappings,
 which a worker can hold; the measurement is then given up, so that an unload does not wait for it."""
 FORK_SERVER_LIMIT_S = 10.0
 """For a new fork server to import everything, which takes 0.2 s; then it is killed and launched again."""
@@ -34,13 +34,6 @@ FORK_LIMIT_S = 5.0
 """For a fork, which takes 4 ms; then the fork server is replaced. `FORK_WAITS` times as long if there are
 workers, since they end with it."""
 FORK_WAITS = 12
-DEVICES_LIMIT_S = 10.0
-"""At the start, for a provider's package to say where its library is, for a throw-away worker to register it,
-and for the first answer of a driver: OpenVINO takes 0.05 s, a driver that starts its devices seconds. One
-that hangs takes this long, beside the others; the server then starts without it."""
-DEVICE_RETURN_S = 5.0
-"""For a device to have the memory back of workers that have exited: a driver may free it after the exit. What
-is missing then is recorded, and no longer waited for."""
 EXIT_WAIT_S = 1.0
 """For the exit status and the last output of a worker that has exited; then they are unknown."""
 

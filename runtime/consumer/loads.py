@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterable, Seque
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace as change
 from functools import partial
-from itertools import chain
 
 from msgspec import UNSET
 from msgspec.structs import asdict, replace
@@ -35,13 +34,12 @@ from events.types import (
     Durations,
     LoadedFile,
     LoadFailed,
-    LoadParameters,
     ModelLoaded,
     UnloadRequested,
     WorkerExited,
     contents_of,
 )
-from features.rooms import TARGETS
+from features.rooms import find_targets
 from runtime.cgroups import count_usable_cpus
 from runtime.consumer.checks import MakeInput, check_files, check_version
 from runtime.consumer.running import OUT_OF_MEMORY, LoadEnded, RunningLoad
@@ -67,7 +65,6 @@ from runtime.repository import (
     read_reload_warm_up,
     read_warm_up,
 )
-from runtime.rooms import CPU_TARGET, Target
 from runtime.scheduler.actions import (
     Action,
     ChangeSettings,
@@ -239,7 +236,8 @@ class Loader:
         footprints = model.footprints if model is not None else ()
         files: Sequence[SizedFile] | None = load.files or find_expected(job, model)
         files = files or await self._versions.stat(job.model_id, version)
-        targets, threads = self._find_targets(parameters), self._pool.threads_of(parameters)
+        targets = find_targets(parameters, self._pool, self._policy.rooms)
+        threads = self._pool.threads_of(parameters)
         found = estimate_memory(files, version, parameters, footprints, threads=threads, targets=targets)
         if serving is None or not await self._is_same(job, serving, load.files):
             return found
@@ -251,11 +249,6 @@ class Loader:
             return contents_of(checked) == contents_of(serving.files)
         version, _ = job.load_order
         return await self._versions.has_bytes_of(job.model_id, version, serving.files)
-
-    def _find_targets(self, parameters: LoadParameters) -> Sequence[Target]:
-        """Return the targets on which a load may run; for errors see `features.rooms.FindTargets`."""
-        found = (find(parameters, self._pool, self._policy.rooms) for find in TARGETS)
-        return list(chain.from_iterable(found)) or [CPU_TARGET]
 
     async def check_version(self, model_id: str, version: int | None) -> CheckedVersion:
         """Check a version that is not to be loaded, as `checks.check_version`.

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from aiohttp import web
 
 from answers.resources import ConfinementInfo, PressureInfo, Resources
-from runtime.devices import DeviceMemory
+from features.devices.found import DeviceMemory
+from features.devices.setup import list_devices, read_device_memory
 from runtime.memory import read_pressure
 from server.appkeys import CONFIG, CONSUMER, LIMIT, LOG, POOL
 from server.auth.access import Access
 from server.config import OFF
-from server.devices import list_devices, read_device_memory
 from server.http.answers import respond, show, show_optional
 from server.http.validation import NothingSchema
 from server.observability.timeseries import measure
@@ -63,9 +63,9 @@ RESOURCES_CACHE = web.AppKey("resources_cache", ResourcesCache)
 
 
 def _resources(app: web.Application, memory: Mapping[str, DeviceMemory]) -> Resources:
-    consumer, limit, config, devices = app[CONSUMER], app[LIMIT], app[CONFIG], app[POOL].devices
+    consumer, limit, config, devices = app[CONSUMER], app[LIMIT], app[CONFIG], app[POOL].targets
     taken = measure(consumer, limit)
-    applied, on_devices = app[POOL].applied, app[POOL].applied_to_devices
+    applied, on_devices = app[POOL].applied, app[POOL].targets.applied
     return Resources(
         limit_bytes=limit.bytes,
         limit_source=limit.source,

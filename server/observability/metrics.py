@@ -33,8 +33,9 @@ from events.jobs import JobKind, JobStatus
 from events.models import Model, ModelState
 from events.state import State
 from events.types import TYPES, Cause
+from features.devices.found import DeviceMemory
+from features.devices.setup import list_devices, read_device_memory
 from features.nodes.register import NodePhase
-from runtime.devices import DeviceMemory
 from runtime.memory import read_pressure
 from runtime.process.confinement import ALL_ACTS
 from runtime.statistics import TOOK_S
@@ -42,7 +43,6 @@ from server.api.health import ready_checks
 from server.appkeys import CONFIG, CONSUMER, LIMIT, LOG, POOL, STREAMS
 from server.auth.access import Access
 from server.cluster import CLUSTER
-from server.devices import list_devices, read_device_memory
 from server.errors import ERRORS
 from server.http.compression import COMPRESSED_FROM_BYTES, chosen_encoding, compress
 from server.observability.requestlog import HTTP_COUNTS

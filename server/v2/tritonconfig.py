@@ -16,8 +16,8 @@ import msgspec
 from aiohttp import web
 
 from answers.inference import ConfiguredTensorInfo, ModelConfig
-from events.devices import CPU
 from events.types import LoadParameters
+from features.devices.names import CPU
 from runtime import strictjson
 from runtime.onnxfile import MODEL_FILE, ModelTensors
 from runtime.wire import DATATYPES, TensorSpec

@@ -26,7 +26,6 @@ from events.commands import (
     RequestLoad,
     RequestUnload,
 )
-from events.devices import CPU, find_matching
 from events.jobs import FORK_SERVER_DIED, NO_PROGRESS, Failure, Job, JobStatus
 from events.models import RELOADS, Model, ModelState
 from events.policy.checks import CheckedLoad, CheckInput, NotLoadable, check_load
@@ -61,6 +60,7 @@ from events.types import (
 )
 from events.values import Credential, Sign
 from events.versions import ModelVersions
+from features.devices.names import CPU, find_matching
 from runtime.consumer.loads import find_expected
 from runtime.consumer.running import RunningLoad
 from runtime.elsewhere import ALONE, Elsewhere, SystemCommand

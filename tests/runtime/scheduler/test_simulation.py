@@ -31,7 +31,6 @@ from events.commands import (
     RequestUnload,
     WorkerServes,
 )
-from events.devices import CPU
 from events.jobs import NO_PROGRESS, Job, JobKind, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState
 from events.policy.rules import AddedMode, ApprovalRule, LoadPolicy
@@ -47,6 +46,7 @@ from events.types import (
     WorkerExited,
 )
 from events.values import Credential
+from features.devices.names import CPU
 from runtime.rooms import MACHINE, Alternative, RoomLimits
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action, Decision

@@ -15,13 +15,13 @@ from support.nvml import PCI_BUS_IDS, count_calls, hanging
 from support.openvino import DEVICE, visible_devices
 from support.shims import Shim
 
-from runtime.devices import DeviceMemory
+from features.devices.found import DeviceMemory
+from features.devices.setup import list_devices
 from runtime.worker.landlock import find_abi
 from server.api import resources
 from server.api.jobs import make_job_info
 from server.appkeys import POLICY, POOL, READER
 from server.config import ConfigError
-from server.devices import list_devices
 from server.observability.metrics import ServerCollector
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -90,8 +90,8 @@ async def test_driver_that_hangs_holds_up_no_answer(
     served: LocalApi, driver: Shim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool, limits = served.app[POOL], served.app[POLICY].rooms
-    found = {DEVICE: replace(pool.devices.found[DEVICE], pci_bus_id=PCI_BUS_IDS[0])}
-    monkeypatch.setattr(pool, "devices", dataclasses.replace(pool.devices, found=found))
+    found = {DEVICE: replace(pool.targets.found[DEVICE], pci_bus_id=PCI_BUS_IDS[0])}
+    monkeypatch.setattr(pool, "targets", dataclasses.replace(pool.targets, found=found))
     monkeypatch.setitem(limits, DEVICE, dataclasses.replace(limits[DEVICE], is_measured=True))
     monkeypatch.setattr(resources, "CACHED_S", -1.0)
     async with hanging(driver):
@@ -187,7 +187,7 @@ async def test_default_device_of_the_server_is_taken(tmp_path: Path) -> None:
             assert (await api.load("m", devices=["cpu"]))["status"] == "completed"
             shown = await when(lambda: api.model("m"), lambda model: model["state"] == "loaded")
             assert "devices" not in shown
-            assert DEVICE in api.app[POOL].devices.found
+            assert DEVICE in api.app[POOL].targets.found
 
 
 async def test_server_with_limit_of_missing_device_does_not_start(tmp_path: Path) -> None:

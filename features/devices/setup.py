@@ -1,7 +1,7 @@
 """The devices of this server as its operator and callers see them: limits, refusals, and what is used.
 
 The drivers of devices are asked for their memory, which takes a millisecond or two, or for ever: see
-`runtime.devices`.
+`features.devices.found`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,20 @@ from importlib.metadata import PackageNotFoundError, version
 from aiohttp import web
 
 from answers.resources import Device
-from events.devices import ANY, CPU, provider_of
+from features.devices.found import (
+    DEVICES_LIMIT_S,
+    DeviceMemory,
+    Devices,
+    DeviceUnavailable,
+    measure_memory,
+    query_memory,
+)
+from features.devices.names import ANY, CPU, provider_of
 from features.devices.room import DeviceUsage, limit_device, list_device_usage
-from runtime.devices import DeviceMemory, Devices, measure_memory, query_memory
-from runtime.errors import DeviceUnavailable
+from features.devices.wire import FoundDevice
 from runtime.process.confinement import REQUIRE, describe
 from runtime.process.pool import WorkerPool
 from runtime.rooms import RoomLimits
-from runtime.timeouts import DEVICES_LIMIT_S
-from runtime.wire import FoundDevice
 from server.appkeys import CONSUMER, LIMIT, POLICY, POOL
 from server.config import Config, ConfigError, parse_budget
 from server.observability.timeseries import measure
@@ -35,37 +40,43 @@ DEFAULT_BUDGET = "90%"
 def withhold_devices(pool: WorkerPool) -> None:
     """Leave out devices on hardware that another has, and all if --confine=require demands better workers."""
     _withhold_same_hardware(pool)
-    confinement, found = pool.applied_to_devices.confinement, pool.devices.found
+    confinement, found = pool.targets.applied.confinement, pool.targets.found
     if confinement.mode != REQUIRE or not confinement.not_prevented:
         return
     how = f"{describe(confinement, ON_DEVICES)}; --confine=require-cpu allows it"
     problems = (f"{name}: --confine=require: {how}" for name in sorted(set(map(provider_of, found))))
-    pool.devices = replace(pool.devices, found={}, problems=(*pool.devices.problems, *problems))
+    pool.targets = replace(pool.targets, found={}, problems=(*pool.targets.problems, *problems))
 
 
 def _withhold_same_hardware(pool: WorkerPool) -> None:
     """Leave out all devices on one hardware but the first: their loads would share its memory."""
     used, found, problems = dict[str, str](), dict[str, FoundDevice](), list[str]()
-    for name, device in pool.devices.found.items():
+    for name, device in pool.targets.found.items():
         first = used.setdefault(device.pci_bus_id or name, name)
         if first == name:
             found[name] = device
         else:
             problems.append(f"{name}: is the same hardware as {first}, which is used")
-    pool.devices = replace(pool.devices, found=found, problems=(*pool.devices.problems, *problems))
+    pool.targets = replace(pool.targets, found=found, problems=(*pool.targets.problems, *problems))
+
+
+def choose_targets(config: Config) -> Devices:
+    """Return the devices that a server may use, before they are found."""
+    return Devices(visible=config.visible_device_names)
 
 
 async def limit_devices(config: Config, pool: WorkerPool, machine_bytes: int) -> Mapping[str, RoomLimits]:
-    """Return the limits of each device, whose driver says how much memory there is.
+    """Return the limits of each device that is not withheld, whose driver says how much memory there is.
 
     One that does not answer is a problem of the pool's devices, and its device has no memory of its own.
 
     Raises:
         ConfigError: a setting names a device that is not here.
     """
-    _check_settings(config, pool.devices)
+    withhold_devices(pool)
+    _check_settings(config, pool.targets)
     limits, budgets = dict[str, RoomLimits](), config.device_budgets
-    for name, device in pool.devices.found.items():
+    for name, device in pool.targets.found.items():
         memory, text = await _query_memory(pool, device), budgets.get(name)
         text = text or (None if memory is None else DEFAULT_BUDGET)
         own_bytes = machine_bytes if memory is None else memory.total_bytes
@@ -79,7 +90,7 @@ async def _query_memory(pool: WorkerPool, device: FoundDevice) -> DeviceMemory |
         return await query_memory(device, DEVICES_LIMIT_S)
     except TimeoutError:
         problem = f"{device.name}: its driver does not answer"
-        pool.devices = replace(pool.devices, problems=(*pool.devices.problems, problem))
+        pool.targets = replace(pool.targets, problems=(*pool.targets.problems, problem))
         return None
 
 
@@ -103,12 +114,12 @@ def _check_settings(config: Config, devices: Devices) -> None:
 
 def describe_setup(pool: WorkerPool, limits: Mapping[str, RoomLimits]) -> Iterator[str]:
     """Yield a sentence about each device, about what confines their workers, and about each problem."""
-    for problem in pool.devices.problems:
-        is_used = problem.partition(": ")[0] in pool.devices.found
+    for problem in pool.targets.problems:
+        is_used = problem.partition(": ")[0] in pool.targets.found
         yield f"{'device' if is_used else 'no device of'} {problem}"
-    if pool.devices.found:
-        yield describe(pool.applied_to_devices.confinement, ON_DEVICES)
-    for name, device in pool.devices.found.items():
+    if pool.targets.found:
+        yield describe(pool.targets.applied.confinement, ON_DEVICES)
+    for name, device in pool.targets.found.items():
         budget = limits[name].budget_bytes
         memory = "no memory budget" if budget is None else f"budget {budget} bytes"
         provider = f"{device.hardware or 'no name'}, provider {provider_of(name)} {device.version}"
@@ -118,7 +129,7 @@ def describe_setup(pool: WorkerPool, limits: Mapping[str, RoomLimits]) -> Iterat
 async def read_device_memory(app: web.Application) -> Mapping[str, DeviceMemory]:
     """Return the memory of the devices that have their own, now, and whose driver says it."""
     has_memory = [name for name, limits in app[POLICY].rooms.items() if limits.is_measured]
-    found = app[POOL].devices.found
+    found = app[POOL].targets.found
     read = {name: await measure_memory(found[name]) for name in has_memory}
     return {name: memory for name, memory in read.items() if memory is not None}
 
@@ -149,7 +160,7 @@ def list_devices(app: web.Application, memory: Mapping[str, DeviceMemory]) -> li
 
 
 def _describe_device(app: web.Application, use: DeviceUsage, own: DeviceMemory | None) -> Device:
-    device = app[POOL].devices.found[use.device]
+    device = app[POOL].targets.found[use.device]
     return Device(
         device=use.device,
         provider=provider_of(use.device),
