@@ -6,14 +6,18 @@ The drivers of devices are asked for their memory, which takes a millisecond or 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
+from typing import Any
 
 from aiohttp import web
 
-from answers.resources import Device
+from answers.models import DeviceUseInfo
+from answers.resources import ConfinementInfo, Device
+from events.models import Serving
 from features.devices.found import (
     DEVICES_LIMIT_S,
     DeviceMemory,
@@ -30,8 +34,11 @@ from runtime.process.pool import WorkerPool
 from runtime.rooms import RoomLimits
 from server.appkeys import CONSUMER, LIMIT, POLICY, POOL
 from server.config import Config, ConfigError, parse_budget
+from server.http.answers import show, show_optional
 from server.observability.timeseries import measure
 
+Gauge = tuple[str, str, Mapping[Any, float], str]
+"""Name, text, values, and labels of a metric."""
 ON_DEVICES = "workers of loads on devices"
 DEFAULT_BUDGET = "90%"
 """Of a device's own memory: the rest is for fragments of it, and for other processes of the machine."""
@@ -173,6 +180,46 @@ def _describe_device(app: web.Application, use: DeviceUsage, own: DeviceMemory |
         used_bytes=use.used_bytes,
         models=use.models,
     )
+
+
+async def read_resources(app: web.Application) -> Mapping[str, Any]:
+    """Return the members of `Resources` about devices."""
+    memory, targets = await read_device_memory(app), app[POOL].targets
+    confinement = targets.applied.confinement if targets.found else None
+    return {
+        "devices": list_devices(app, memory),
+        "device_problems": list(targets.problems),
+        "confinement_of_devices": show_optional(confinement, ConfinementInfo),
+    }
+
+
+async def read_gauges(app: web.Application) -> Sequence[Gauge]:
+    """Return the metrics of devices but the CPU."""
+    return list_gauges(list_devices(app, await read_device_memory(app))[1:])
+
+
+def list_gauges(devices: Sequence[Device]) -> Sequence[Gauge]:
+    kinds = ("total", "free", "budget", "reserved", "used")
+    memory = {(each.device, kind): getattr(each, f"{kind}_bytes") for each, kind in product(devices, kinds)}
+    return (
+        (
+            "device_memory_bytes",
+            "Memory of a device but the CPU: total and free, as its driver says, budget, reserved and used.",
+            {labels: size for labels, size in memory.items() if size is not None},
+            "device kind",
+        ),
+        (
+            "device_models",
+            "Models that have a process on a device but the CPU.",
+            {each.device: each.models for each in devices},
+            "device",
+        ),
+    )
+
+
+def show_load(load: Serving | None) -> Mapping[str, Any]:
+    """Return the members of `ModelInfo` about the devices of a load."""
+    return {"devices": show(load.devices or (), list[DeviceUseInfo]) if load else []}
 
 
 @cache

@@ -21,7 +21,6 @@ from answers.approvals import ApprovalInfo, LoadApprovalInfo, LoadSignatureInfo
 from answers.errors import ErrorInfo
 from answers.events import EventInfo
 from answers.models import (
-    DeviceUseInfo,
     ExitedWorkerStderr,
     LoadedFileInfo,
     ModelChoice,
@@ -41,6 +40,7 @@ from events.policy.rules import ModelRules, TrustMode
 from events.sqlite.listing import EventFilter, EventQuery
 from events.sqlite.timetravel import active_at, model_at, models_at
 from events.types import LoadEvidence, VersionAdded, WorkerExited
+from features.server import show_load
 from runtime.errors import RepositoryUnreadable, RuntimeProblem, UnknownModel
 from runtime.onnxfile import ModelTensors
 from runtime.repository import REQUEST_LIMIT_S, RepositoryBusy, refuse_unserved
@@ -222,7 +222,7 @@ def make_model_info(
         repository_changed=seen.has_changed if seen and load else None,
         memory_bytes=memory_bytes,
         memory_at_load_bytes=load.memory_bytes if load else None,
-        devices=show(load.devices or (), list[DeviceUseInfo]) if load else [],
+        **show_load(load),
         signature=show_optional(evidence.signature, LoadSignatureInfo),
         approval=show_optional(evidence.approval, LoadApprovalInfo),
         added_by=list((load and model.versions.list_adders(load.digest)) or ()) or None,

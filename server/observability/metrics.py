@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate, chain, product
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +24,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
-from answers.resources import Device
 from events.accept import MAX_QUEUE
 from events.clock import seconds_between
 from events.counters import ENDS, EVICTIONS, OTHERS, HistogramSnapshot
@@ -33,9 +32,8 @@ from events.jobs import JobKind, JobStatus
 from events.models import Model, ModelState
 from events.state import State
 from events.types import TYPES, Cause
-from features.devices.found import DeviceMemory
-from features.devices.setup import list_devices, read_device_memory
 from features.nodes.register import NodePhase
+from features.server import Gauge, read_gauges
 from runtime.memory import read_pressure
 from runtime.process.confinement import ALL_ACTS
 from runtime.statistics import TOOK_S
@@ -73,9 +71,9 @@ class ServerCollector(Collector):
     thread: it reads only single numbers and dictionaries of counts.
     """
 
-    def __init__(self, app: web.Application, memory: Mapping[str, DeviceMemory]) -> None:
+    def __init__(self, app: web.Application, gauges: Sequence[Gauge]) -> None:
         self._app = app
-        self._devices = list_devices(app, memory)[1:]
+        self._gauges = gauges
         log, consumer = app[LOG], app[CONSUMER]
         loads = list({id(load): load for load in consumer.loads.values()}.values())
         name_of = log.tally.names.of
@@ -338,18 +336,7 @@ class ServerCollector(Collector):
             {act: int(act in confinement.not_prevented) for act in ALL_ACTS},
             "act",
         )
-        yield _gauge(
-            "device_memory_bytes",
-            "Memory of a device but the CPU: total and free, as its driver says, budget, reserved and used.",
-            dict(_list_memory(self._devices)),
-            "device kind",
-        )
-        yield _gauge(
-            "device_models",
-            "Models that have a process on a device but the CPU.",
-            {each.device: each.models for each in self._devices},
-            "device",
-        )
+        yield from (_gauge(*each) for each in self._gauges)
         found = read_pressure()
         percents = {"memory": found.memory_some_percent, "cpu": found.cpu_some_percent} if found else {}
         yield _gauge(
@@ -469,12 +456,6 @@ def _with_zeros(known: Iterable[K], counts: Mapping[K, float]) -> dict[K, float]
     return {**dict.fromkeys(known, 0.0), **counts}
 
 
-def _list_memory(devices: Iterable[Device]) -> Iterator[tuple[tuple[str, str], int]]:
-    for each, kind in product(devices, ("total", "free", "budget", "reserved", "used")):
-        if (size := getattr(each, f"{kind}_bytes")) is not None:
-            yield (each.device, kind), size
-
-
 def _should_serve(model: Model) -> bool:
     """Return whether a model should serve: it is loaded, or was and is to be again."""
     return model.phase in _SHOULD_SERVE or model.previous is not None
@@ -537,7 +518,7 @@ class Scrapes:
 
     async def _generate(self, app: web.Application, media_type: str) -> bytes:
         began_s = time.monotonic()
-        collector = ServerCollector(app, await read_device_memory(app))
+        collector = ServerCollector(app, await read_gauges(app))
         body = await asyncio.to_thread(_FORMATS[media_type][1], collector)
         now_s = time.monotonic()
         self._kept_until_s[media_type] = now_s + max(KEPT_RESPONSE_S, KEPT_TIMES * (now_s - began_s))

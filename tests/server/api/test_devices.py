@@ -16,7 +16,7 @@ from support.openvino import DEVICE, visible_devices
 from support.shims import Shim
 
 from features.devices.found import DeviceMemory
-from features.devices.setup import list_devices
+from features.devices.setup import list_devices, list_gauges
 from runtime.worker.landlock import find_abi
 from server.api import resources
 from server.api.jobs import make_job_info
@@ -70,12 +70,10 @@ async def test_load_on_device_says_so_everywhere(served: LocalApi) -> None:
 
 
 async def test_memory_of_a_device_is_what_its_driver_says(served: LocalApi) -> None:
-    cpu, device = list_devices(served.app, {DEVICE: DeviceMemory(8_000, 5_000)})
-    assert (device.device, device.total_bytes, device.free_bytes) == (DEVICE, 8_000, 5_000)
+    cpu, device = list_devices(served.app, {DEVICE: DeviceMemory(8, 5)})
+    assert (device.device, device.total_bytes, device.free_bytes) == (DEVICE, 8, 5)
     assert cpu.free_bytes is None
-    collected = {
-        each.name: each for each in ServerCollector(served.app, {DEVICE: DeviceMemory(8, 5)}).collect()
-    }
+    collected = {each.name: each for each in ServerCollector(served.app, list_gauges([device])).collect()}
     samples = collected["loadledger_device_memory_bytes"].samples
     assert {each.labels["kind"]: each.value for each in samples} == {
         "total": 8,
