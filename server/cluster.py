@@ -8,7 +8,7 @@ A server is alone with its ledger, and a cluster of one. The package `nodes` ove
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from functools import wraps
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from answers.nodes import NodeInfo
 from events.commands import Receipt
 from events.log import Log
 from events.models import Model
-from events.types import Cause
+from events.types import Cause, LoadParameters
 from events.values import Sign
 from runtime.consumer.running import RunningLoad
 from runtime.elsewhere import Elsewhere
@@ -130,8 +130,8 @@ class Cluster(Elsewhere):
         """Return a model's answer with what only its present state says of further servers."""
         return shown
 
-    def has_device(self, devices: Sequence[str]) -> bool:
-        """Whether another server that takes loads has one of these devices."""
+    def can_run(self, parameters: LoadParameters) -> bool:
+        """Whether another server that takes loads has all that a load with these parameters needs there."""
         return False
 
     async def catch_up(self, request: web.BaseRequest, model_id: str) -> None:

@@ -27,7 +27,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     help="Directory of a ledger to check. [LOADLEDGER_DATA, without FILE]",
 )
 @click.option("--key", metavar="FILE|KEY_ID", help="Expected signing key, as `key ledger` prints it.")
-@click.option("--expect", "expected", type=options.HEAD, help="Expected event: a head that you kept.")
+@click.option("--expect", "expected", type=options.KEPT_HEAD, help="Expected event: a head that you kept.")
 @click.option(
     "--store",
     is_flag=True,

@@ -21,7 +21,7 @@ from loadledger.cli.output import format_cell, format_size, format_table, to_pri
 from loadledger.cli.snippets import DATATYPES, describe_guess, format_infer
 from loadledger.errors import ClientProblem
 
-HEAD = ("MODEL", "STATE", "VERSION", "VERSIONS", "MEMORY", "LOADED", "BY", "ERROR")
+COLUMNS = ("MODEL", "STATE", "VERSION", "VERSIONS", "MEMORY", "LOADED", "BY", "ERROR")
 HAVE_PROCESS = ("loading", "loaded", "unloading")
 MAX_VERSIONS = 4
 """Number of versions in a cell: the highest ones."""
@@ -67,7 +67,7 @@ def models(
         server = client.model(rows[0].id, at=at).server if at is not None and rows else None
     if server is not None and server.state != "running":
         output.print_note(f"the server then: {format_presence(server)}")
-    shown = output.with_nodes(HEAD, [_row(each) for each in rows], [_nodes_of(each) for each in rows])
+    shown = output.with_nodes(COLUMNS, [_row(each) for each in rows], [_nodes_of(each) for each in rows])
     table = format_table(*shown, right={"MEMORY"})
     none = "no model is loaded" if loaded else "the repository has no models"
     output.print_result({"models": rows}, table if rows else [none], as_json=as_json)
@@ -428,7 +428,7 @@ def resources(*, as_json: bool, where: options.ServerChoice) -> None:
 
 
 def use_row(use: Any, now: datetime) -> tuple[str, ...]:
-    """Return the resources of one load, as cells of `HEAD`."""
+    """Return the resources of one load, as cells of `COLUMNS`."""
     return (
         format_cell(use.model_id),
         str(use.version),
