@@ -17,7 +17,8 @@ from msgspec import UNSET, UnsetType, structs
 from events.clock import add_seconds, uuid7
 from events.commands import Record, RequestLoad
 from events.jobs import INSUFFICIENT_MEMORY, POLICY_DIFFERS, Job
-from events.models import RELOADS, AdmittedBytes, LoadedModel, Model, ModelState, Serving
+from events.models import RELOADS, LoadedModel, Model, ModelState
+from events.serving import AdmittedBytes, Serving
 from events.state import State
 from events.statements import load_statement
 from events.types import (
