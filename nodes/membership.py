@@ -19,7 +19,7 @@ import msgspec
 
 from events.clock import boottime
 from events.commands import Receipt
-from events.errors import LedgerProblem, LogUnavailable
+from events.errors import LedgerProblem, LogUnavailable, NameInUse
 from events.log import Log
 from events.storage import StorageError
 from features.nodes.commands import EndNode, JoinNode
@@ -65,12 +65,6 @@ def _decode_hints(text: str) -> NodeHints:
         return _DECODER.decode(text)
     except ValueError:
         return NodeHints(0)
-
-
-class NameInUse(LedgerProblem):
-    """Another server has this node's name, and renews its lease."""
-
-    code = "node_name_in_use"
 
 
 class Membership:

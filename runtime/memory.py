@@ -48,7 +48,7 @@ CPU_PRESSURE_PERCENT = 80.0
 
 _RESIDENT = re.compile(rb"^VmHWM:\s+(\d+) kB\nVmRSS:\s+(\d+) kB\nRssAnon:\s+(\d+) kB$", re.MULTILINE)
 _REST = re.compile(rb"^Vm(?:PTE|Swap):\s+(\d+) kB$", re.MULTILINE)
-MAX_BYTES = 2**63 - 1
+MAX_LEDGER_BYTES = 2**63 - 1
 """The most that the ledger, whose integers have 64 bits, can hold."""
 
 _COUNT = re.compile(r"[1-9]\d{0,18}", re.ASCII)
@@ -89,8 +89,8 @@ def private_bytes(pid: int | str = "self") -> int:
 
 
 def total_bytes(sizes: Iterable[int]) -> int:
-    """Add sizes up, to at most `MAX_BYTES`."""
-    return min(sum(sizes), MAX_BYTES)
+    """Add sizes up, to at most `MAX_LEDGER_BYTES`."""
+    return min(sum(sizes), MAX_LEDGER_BYTES)
 
 
 def list_descendants(pid: int) -> list[int]:

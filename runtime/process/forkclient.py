@@ -30,7 +30,7 @@ from runtime.process.forkserver import (
 )
 
 MAX_LINES = 64
-MAX_BYTES = 16 * 2**10
+STDERR_BYTES = 16 * 2**10
 READ_BYTES = 2**20
 """The largest capacity that a process without privileges can give its pipe: one read empties it."""
 BYTES_PER_S = 4 * 2**20
@@ -61,7 +61,7 @@ class StderrTail:
         """Return the last lines, oldest first, and the note; bytes that are not UTF-8 are replaced."""
         note = self.note_lines()
         text = self._kept.decode("utf-8", "replace").encode()  # a replaced byte takes three
-        printed = text[-MAX_BYTES + len("".join(note).encode()) :].decode("utf-8", "ignore").splitlines()
+        printed = text[-STDERR_BYTES + len("".join(note).encode()) :].decode("utf-8", "ignore").splitlines()
         return [*printed[-MAX_LINES + len(note) :], *note]
 
     def note_lines(self) -> list[str]:
@@ -82,8 +82,8 @@ class StderrTail:
             return
         with contextlib.suppress(BlockingIOError):
             data = os.read(self._descriptor, READ_BYTES)
-            self._kept += data[-MAX_BYTES:]
-            del self._kept[:-MAX_BYTES]
+            self._kept += data[-STDERR_BYTES:]
+            del self._kept[:-STDERR_BYTES]
             if data:
                 self._count(len(data))
             else:

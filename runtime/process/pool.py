@@ -42,7 +42,7 @@ from runtime.wire import (
 T = TypeVar("T")
 
 
-RETRY_S = (0.1, 5.0)
+LAUNCH_BACK_OFF_S = (0.1, 5.0)
 """Back-off between launches of a fork server that does not come up: first pause, doubling to the last."""
 BUFFER_BYTES = 2**20
 """Socket buffer of a channel, as far as the kernel allows: fewer turns for a tensor of some 100 KB."""
@@ -317,7 +317,7 @@ class WorkerPool:
                 fork_server = await self._launch()
                 pause_s = 0.0
             except ForkServerUnavailable:
-                pause_s = min(max(RETRY_S[0], 2 * pause_s), RETRY_S[1])
+                pause_s = min(max(LAUNCH_BACK_OFF_S[0], 2 * pause_s), LAUNCH_BACK_OFF_S[1])
 
     async def _available(self) -> ForkServer:
         if self._fork_server is None or self._closed:

@@ -26,7 +26,7 @@ from runtime.wire import SHARED_ALIGNMENT, MalformedFrame, Tensor
 
 SHARED_BYTES = 32 * 2**20
 """Of each memory: 13 tensors of 2.4 MB. What finds no room takes the socket."""
-KEPT_S = 5.0
+TRIM_S = 5.0
 """So long after its last use a memory keeps its pages: to get new ones takes longer than copying."""
 SHARED_FROM_BYTES = 64 * 2**10
 """Shorter tensors take the socket, which costs them less than a region."""
@@ -113,7 +113,7 @@ class SharedMemory:
         insort(self._taken, extent)
         self._is_used = True
         if self._trimming is None:
-            self._trimming = asyncio.get_running_loop().call_later(KEPT_S, self._trim)
+            self._trimming = asyncio.get_running_loop().call_later(TRIM_S, self._trim)
         return Region(self, start, memoryview(owner).cast("B")[:count])
 
     def close(self) -> None:
@@ -147,7 +147,7 @@ class SharedMemory:
             return
         if self.regions or self._is_used:
             self._is_used = False
-            self._trimming = asyncio.get_running_loop().call_later(KEPT_S, self._trim)
+            self._trimming = asyncio.get_running_loop().call_later(TRIM_S, self._trim)
         else:
             self._mapped.madvise(mmap.MADV_REMOVE)
 

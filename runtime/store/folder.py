@@ -335,7 +335,7 @@ def hash_descriptor(descriptor: int, on_piece: OnPiece) -> str:
 R = TypeVar("R", bound=msgspec.Struct)
 
 MANIFEST = "manifest.json"
-MAX_BYTES = 64 * 2**20
+MAX_LIST_BYTES = 64 * 2**20
 """The longest allowed list of files with the longest paths fits."""
 
 
@@ -391,7 +391,7 @@ def read_record(path: Path, kind: type[R]) -> R | None:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as file:
             seen = os.fstat(descriptor)
-            if not stat.S_ISREG(seen.st_mode) or seen.st_size > MAX_BYTES:
+            if not stat.S_ISREG(seen.st_mode) or seen.st_size > MAX_LIST_BYTES:
                 return None
             return msgspec.json.decode(file.read(), type=kind)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):

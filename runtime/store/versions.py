@@ -66,7 +66,7 @@ T = TypeVar("T")
 THREAD = "files of a model"
 MAX_KEPT_TENSORS = 256
 """Kept inputs and outputs of files; each has at most 64 KiB."""
-RETRY_S = 1.0
+GIVE_BACK_RETRY_S = 1.0
 """Pause before files are given back once more, where no thread could start."""
 
 
@@ -441,7 +441,7 @@ class HeldVersion:
         try:
             threading.Thread(target=give_back, name=THREAD).start()
         except RuntimeError:  # no new thread; a long copy would take its time on the loop
-            asyncio.get_running_loop().call_later(RETRY_S, self._release)
+            asyncio.get_running_loop().call_later(GIVE_BACK_RETRY_S, self._release)
 
     def _gone(self, reason: str) -> RuntimeProblem:
         return RuntimeProblem(

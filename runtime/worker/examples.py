@@ -31,7 +31,7 @@ SIDES = (32, 48, 64, 96, 112, 128, 160, 224, 256, 299, 320, 384, 416, 512, 640, 
 takes, ONNX Runtime's arena keeps."""
 USUAL_SIDE = 224
 """Length of a side that most models of pictures were trained with."""
-STEPS = (16, 512, 256, 128, 64, 32, 1, 8, 1024, 1600, 2048, 4096, 8000, 16000, 48000, 80)
+SEQUENCE_LENGTHS = (16, 512, 256, 128, 64, 32, 1, 8, 1024, 1600, 2048, 4096, 8000, 16000, 48000, 80)
 """Lengths of a sequence: words, frames, samples."""
 PICTURE_DIMENSIONS = 4
 MAX_HINTS = 32
@@ -180,7 +180,7 @@ def _lengths_to_try(
         for index, dimension in dimensions:
             name = dimension if isinstance(dimension, str) else ""
             is_side = len(spec.shape) >= PICTURE_DIMENSIONS and index > 0
-            kinds.setdefault(dimension, SIDES if is_side else STEPS)
+            kinds.setdefault(dimension, SIDES if is_side else SEQUENCE_LENGTHS)
             if "past" in name:  # keys and values of earlier tokens, of which there are none
                 batch[dimension] = 0
             elif "batch" in name.lower() or _is_batch(spec, index, is_batched=is_batched):

@@ -186,7 +186,7 @@ class ClusterNode(World):
         self.peers: Mapping[str, NodeHints] = {}
         self.may_serve = True
         self.late: Collection[str] = ()
-        self.placement = NodePlacement(name, self, KnownSigning(name))
+        self.elsewhere = NodePlacement(name, self, KnownSigning(name))
         self.sign = KnownSigning(name).sign
         self.is_paused = False
         self.renewed_at = self.clock = at(0)
