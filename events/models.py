@@ -183,14 +183,10 @@ class Model(Servings, frozen=True, gc=False):
         """The loads that it serves from, or may return to."""
         return tuple(each for each in (*self.servings, self.target, self.previous) if each)
 
-    @property
-    def reloadable(self) -> tuple[Serving, ...]:
-        """The loads that the system may bring back, or make copies of."""
-        return tuple(each for each in (self.target, self.serving, self.previous) if each)
-
     def find_reloadable(self, version: int | None) -> Serving | None:
         """Return the load that a reload of a version brings back, or makes a copy of."""
-        return next((each for each in self.reloadable if each.version == version), None)
+        reloadable = (self.target, self.serving, self.previous)
+        return next((each for each in reloadable if each and each.version == version), None)
 
     def has_chosen(self, serving: Serving) -> bool:
         """Whether the last choice of a person is the version and the parameters of a load."""
