@@ -75,6 +75,11 @@ class ModelRow(Struct, frozen=True, gc=False, omit_defaults=True, rename=_NAMES)
         return CopyRow(self.load, self.version, self.server, self.workers, self.degraded), *self.copies
 
     @property
+    def has_workers(self) -> bool:
+        """Whether workers of the model answer inferences, or did until it began to be unloaded."""
+        return self.state in (ModelState.LOADED, ModelState.UNLOADING)
+
+    @property
     def is_waiting(self) -> bool:
         """Whether the model is not loaded, and a load of it waits to start."""
         return self.job is not None and self.state in NOT_LOADED
