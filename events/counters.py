@@ -33,7 +33,7 @@ MAX_CODES = 100
 
 OTHER_CODE = "other"
 
-STAGES = ("waiting", "copying", "starting", "loading", "hashing", "warming_up", "measuring")
+LOAD_STAGES = ("waiting", "copying", "starting", "loading", "hashing", "warming_up", "measuring")
 """The stages of a load that `ModelLoaded` has durations of."""
 
 ENDS = (JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED)
@@ -119,7 +119,7 @@ class Tally:
         self.unloads = Counter[tuple[str, str]]()
         self.load_s = {status.value: Histogram(JOB_S) for status in ENDS}
         self.unload_s = {status.value: Histogram(JOB_S) for status in ENDS}
-        self.stage_s = dict.fromkeys(STAGES, 0.0)
+        self.stage_s = dict.fromkeys(LOAD_STAGES, 0.0)
         self.failures = Counter[str]()
         self.exits = Counter[str]()
         self.restarts = Counter[str]()
@@ -157,7 +157,7 @@ class Tally:
     def _count_event(self, event: Event) -> None:
         match event.data:
             case ModelLoaded(durations=durations) as loaded:
-                for stage in STAGES:
+                for stage in LOAD_STAGES:
                     self.stage_s[stage] += (getattr(durations, f"{stage}_us") or 0) / 1e6
                 self.bypasses += loaded.evidence.is_bypassed
             case LoadFailed(code=code):

@@ -23,10 +23,10 @@ _log = logging.getLogger(__name__)
 MAX_EVENTS = 4096
 """Events in the ring: some seconds of a busy log, enough for a client that pauses."""
 
-MAX_BYTES = 8 * 2**20
+RING_BYTES = 8 * 2**20
 """Bytes of the events' lines in the ring."""
 
-PAGE = 100
+EVENTS_PER_TURN = 100
 """Events that a tail takes at a time: read at once, written at once."""
 
 MAX_BATCH_BYTES = 64 * 2**10
@@ -41,14 +41,14 @@ REACHED_S = 5.0
 PACE_S = 0.1
 """How often tails are woken at most: ten events in one write cost a tenth of ten writes (measured)."""
 
-RETRY_S = 1.0
+READ_RETRY_S = 1.0
 """How long to wait after the log could not be read."""
 
 
 class Ring:
     """The latest events without a gap: those above `base`, up to `head`; the oldest are dropped."""
 
-    def __init__(self, max_events: int = MAX_EVENTS, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, max_events: int = MAX_EVENTS, max_bytes: int = RING_BYTES) -> None:
         self._max_events = max_events
         self._max_bytes = max_bytes
         self._events = deque[StoredEvent]()
@@ -244,7 +244,7 @@ class Tails:
         known = self._shared.get((after, event_filter))
         if known is not None:
             return known
-        events = self._ring.after(after, PAGE)
+        events = self._ring.after(after, EVENTS_PER_TURN)
         if events is None:
             return None
         upto = events[-1].position if events else max(after, self._ring.head)
@@ -263,7 +263,7 @@ class Tails:
         """
         reader = await self._readers.get()
         try:
-            page = await reader.event_page(EventQuery(event_filter, after=after, limit=PAGE))
+            page = await reader.event_page(EventQuery(event_filter, after=after, limit=EVENTS_PER_TURN))
         finally:
             self._readers.put_nowait(reader)
         return _batch(page.items, after, page.seen, live=False)
@@ -273,10 +273,10 @@ class Tails:
         while self._tails:
             after = self._ring.head
             try:
-                page = await self._follower.event_page(EventQuery(after=after, limit=PAGE))
+                page = await self._follower.event_page(EventQuery(after=after, limit=EVENTS_PER_TURN))
             except LedgerProblem as error:
                 _log.warning("clients that follow the ledger wait: %s", error)
-                await asyncio.sleep(RETRY_S)
+                await asyncio.sleep(READ_RETRY_S)
                 continue
             if after != self._ring.head:  # all tails were closed meanwhile, and others opened
                 continue

@@ -20,7 +20,7 @@ from events.values import Credential
 MAX_TOKENS = 10_000
 """Valid tokens from which on none is issued: some 5 MB, and they are looked through in 2 ms."""
 
-KEPT_S = 24 * 3_600
+KEPT_AFTER_EXPIRY_S = 24 * 3_600
 """How long a token stays after its expiry: a clock that is set back by less revives no revoked one."""
 
 SWEEP_EVERY = 128
@@ -159,7 +159,7 @@ def _ancestry(tokens: Mapping[str, Token], jti: str | None) -> Iterator[Token]:
 
 def _find_forgotten(tokens: Mapping[str, Token], now: Timestamp) -> list[str]:
     """Return the ids of the tokens that expired some time ago, as did all that came from them."""
-    until, kept = add_seconds(now, -KEPT_S), set[str]()
+    until, kept = add_seconds(now, -KEPT_AFTER_EXPIRY_S), set[str]()
     for jti, token in tokens.items():
         if token.expires_at > until:
             new = takewhile(lambda each: each.id not in kept, _ancestry(tokens, jti))

@@ -32,7 +32,7 @@ from loadledger.requests import (
 MAX_LINE_BYTES = 16 * 2**20
 """Longest line of an event; it bounds memory."""
 _NOT_JSON = (msgspec.MsgspecError, ValueError, RecursionError)
-PAGE = 500
+EVENTS_PER_REQUEST = 500
 Pairs = list[tuple[str, str]]
 EVENTS = "/api/v1/events"
 LINES = "application/x-ndjson"
@@ -154,7 +154,7 @@ async def fetch_pages(
     """Yield the items of each page, and the position that the page reflects."""
     pairs, cursor, left, reached = listing.pairs, None, listing.most, False
     while True:
-        size = PAGE if left is None else min(PAGE, left)
+        size = EVENTS_PER_REQUEST if left is None else min(EVENTS_PER_REQUEST, left)
         place: Pairs = [] if cursor is None else [(listing.cursor, str(cursor))]
         others = [pair for pair in pairs if not place or pair[0] != listing.cursor]
         request = get_request(listing.target, [*others, *place, ("limit", str(size))])

@@ -55,14 +55,12 @@ class Cluster(Elsewhere):
     """The servers that share the ledger: this one alone.
 
     Attributes:
-        name: of this server among them; None if it is alone.
         sign: signs what a person says to this server, so that the others believe it; None if it is alone.
         verify_forwarded: verifies the tokens of requests that others have forwarded; None if it is alone.
         log: not open yet.
         loads: the running loads, by job id, as the consumer keeps them.
     """
 
-    name: str | None = None
     sign: Sign | None = None
     verify_forwarded: ForwardedVerifier | None = None
 

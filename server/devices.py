@@ -94,7 +94,7 @@ def _check_settings(config: Config, devices: Devices) -> None:
             raise ConfigError(
                 f"{flag}: {', '.join(missing)} is not a device of this server, which has {there}"
             )
-    if config.ledger is None and config.default_devices != (CPU,):  # with a ledger, other nodes may have them
+    if config.ledger is None and config.default_devices != (CPU,):  # with a ledger, others may have them
         try:
             devices.find_candidates(config.default_devices)
         except DeviceUnavailable as problem:

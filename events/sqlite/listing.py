@@ -22,7 +22,7 @@ import msgspec
 from events.codec import decode_event
 from events.errors import LogUnavailable
 from events.jobs import Job
-from events.sqlite.queries import PAGE, JobQuery, read_job, select_jobs
+from events.sqlite.queries import EVENTS_PER_READ, JobQuery, read_job, select_jobs
 from events.sqlite.readonly import ReaderThread, open_reader_thread
 from events.sqlite.timetravel import BeyondHead
 from events.types import Event, VersionAdded, VersionRemoved
@@ -304,7 +304,7 @@ class Reader:
     def __init__(self, thread: ReaderThread) -> None:
         self._thread = thread
 
-    async def events(self, after: int, limit: int = PAGE) -> list[Event]:
+    async def events(self, after: int, limit: int = EVENTS_PER_READ) -> list[Event]:
         def read(connection: sqlite3.Connection) -> list[Event]:
             sql = "SELECT body FROM events WHERE position > ? ORDER BY position LIMIT ?"
             return [decode_event(body) for (body,) in connection.execute(sql, (after, limit)).fetchall()]

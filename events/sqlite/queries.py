@@ -23,7 +23,7 @@ from events.storage import LogHead, Row, StorageError
 from events.types import OF_SERVER
 from features.facts import OF_SERVERS
 
-PAGE = 500
+EVENTS_PER_READ = 500
 """Events read at once: what is held in memory beside a fold."""
 
 LAST = 2**63 - 1
@@ -96,7 +96,7 @@ def read_pages(
     while page := connection.execute(
         "SELECT position, body, hash FROM events WHERE position > ? AND position <= ?"
         " ORDER BY position LIMIT ?",
-        (after, until, PAGE),
+        (after, until, EVENTS_PER_READ),
     ).fetchall():
         yield page
         after = page[-1][0]

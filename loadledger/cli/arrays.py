@@ -29,7 +29,7 @@ from loadledger.tensors import FORMS, Array, convert, guess_datatype, to_array
 
 Note = Callable[[str], None]
 _BROKEN = (ValueError, OSError, EOFError, MemoryError, OverflowError, zipfile.BadZipFile, KeyError)
-HEAD = ("OUTPUT", "DATATYPE", "SHAPE", "DATA")
+COLUMNS = ("OUTPUT", "DATATYPE", "SHAPE", "DATA")
 NAMES = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 """As in the JSON of Protocol Buffers."""
 MAX_DATA_CHARACTERS = 400
@@ -247,7 +247,7 @@ def result_lines(result: InferenceResult) -> Iterator[str]:
         )
         for name, array in result.items()
     ]
-    yield from format_table(HEAD, rows)
+    yield from format_table(COLUMNS, rows)
 
 
 def describe_data(array: Array) -> str:

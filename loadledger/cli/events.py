@@ -20,8 +20,8 @@ MAX_CHARACTERS = 200
 """Longest description of an event in a line: messages may have 4 KiB."""
 
 DATA = "LOADLEDGER_DATA"
-PAGE = 500
-POLL_S = 0.2
+EVENTS_PER_READ = 500
+FILE_POLL_S = 0.2
 """Polling interval of a followed file."""
 FILTERS = ("types", "models", "jobs", "actors")
 Show = Callable[[Sequence[bytes]], None]
@@ -174,7 +174,9 @@ async def show_events(
     from events.sqlite.listing import EventQuery, open_reader
     from events.sqlite.timetravel import parse_moment
 
-    query = EventQuery(wanted, after=after, since=parse_moment(since), until=parse_moment(until), limit=PAGE)
+    query = EventQuery(
+        wanted, after=after, since=parse_moment(since), until=parse_moment(until), limit=EVENTS_PER_READ
+    )
     if follow and after is None and since is None and tail is None:
         tail = 0
     async with open_reader(path) as reader:
@@ -188,6 +190,6 @@ async def show_events(
                 query = replace(query, after=page.next_cursor)
             elif follow:
                 query = replace(query, after=page.as_of, since=None)
-                await asyncio.sleep(0 if page.items else POLL_S)
+                await asyncio.sleep(0 if page.items else FILE_POLL_S)
             else:
                 return

@@ -14,12 +14,12 @@ import click
 from loadledger.cli import options, output
 from loadledger.cli.completion import latest_jobs, loaded_models, models_of_server
 
-STEPS = {
+STAGES_OF_KIND = {
     "load": ("copying", "starting", "loading", "warming_up", "measuring"),
     "unload": ("draining", "stopping"),
 }
 """The stages of a job, in order; a pending job has none yet."""
-HEAD = ("JOB", "KIND", "MODEL", "STATUS", "CAUSE", "BY", "AGE", "TOOK", "DETAIL")
+COLUMNS = ("JOB", "KIND", "MODEL", "STATUS", "CAUSE", "BY", "AGE", "TOOK", "DETAIL")
 STATUSES = ("pending", "in_progress", "completed", "failed", "cancelled")
 SHOWN = 20
 _wait_option = click.option(
@@ -103,7 +103,7 @@ def model_of(job: Any) -> str:
 
 def count_steps(job: Any) -> tuple[int, int]:
     """Return the completed steps of a job and their total."""
-    stages = STEPS.get(job.kind, ())
+    stages = STAGES_OF_KIND.get(job.kind, ())
     if job.status == "completed":
         return len(stages) + 1, len(stages) + 1
     return (stages.index(job.stage) + 1 if job.stage in stages else 0), len(stages) + 1
@@ -180,7 +180,7 @@ def jobs(*, limit: int, as_json: bool, where: options.ServerChoice, **filters: s
     """List the jobs, newest first."""
     with options.open_chosen_client(where) as client:
         found = list(client.jobs(limit=limit, **filters))
-    rows = output.with_nodes(HEAD, [_row(job) for job in found], [job.node for job in found])
+    rows = output.with_nodes(COLUMNS, [_row(job) for job in found], [job.node for job in found])
     table = output.format_table(*rows, right={"AGE", "TOOK"})
     output.print_result({"jobs": found}, table if found else ["no jobs"], as_json=as_json)
 

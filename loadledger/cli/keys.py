@@ -16,8 +16,7 @@ from loadledger.cli import options, output
 from loadledger.cli.ledger import ledger_key
 from loadledger.profiles import DEFAULT_URL, ServerTarget, local_server, profile_path, write_profile
 
-PAGE = 1000
-"""Tokens of one request."""
+TOKENS_PER_REQUEST = 1000
 TOKEN_HEAD = ("ID", "SUBJECT", "ROLES", "EXPIRES", "ISSUED BY", "VIA", "STATE")
 
 
@@ -226,7 +225,7 @@ def _opens_browser(environment: Mapping[str, str]) -> bool:
 
 
 def _pages(client: Any) -> Iterable[dict[str, Any]]:
-    query = {"limit": str(PAGE)}
+    query = {"limit": str(TOKENS_PER_REQUEST)}
     while True:
         page = client.get("/api/v1/tokens", query)
         yield from page["tokens"]

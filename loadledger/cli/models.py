@@ -21,7 +21,7 @@ from loadledger.cli.output import format_cell, format_size, format_table, to_pri
 from loadledger.cli.snippets import DATATYPES, describe_guess, format_infer
 from loadledger.errors import ClientProblem
 
-HEAD = ("MODEL", "STATE", "VERSION", "VERSIONS", "MEMORY", "LOADED", "BY", "ERROR")
+COLUMNS = ("MODEL", "STATE", "VERSION", "VERSIONS", "MEMORY", "LOADED", "BY", "ERROR")
 HAVE_PROCESS = ("loading", "loaded", "unloading")
 MAX_VERSIONS = 4
 """Number of versions in a cell: the highest ones."""
@@ -67,7 +67,7 @@ def models(
         server = client.model(rows[0].id, at=at).server if at is not None and rows else None
     if server is not None and server.state != "running":
         output.print_note(f"the server then: {format_presence(server)}")
-    shown = output.with_nodes(HEAD, [_row(each) for each in rows], [_nodes_of(each) for each in rows])
+    shown = output.with_nodes(COLUMNS, [_row(each) for each in rows], [_nodes_of(each) for each in rows])
     table = format_table(*shown, right={"MEMORY"})
     none = "no model is loaded" if loaded else "the repository has no models"
     output.print_result({"models": rows}, table if rows else [none], as_json=as_json)
@@ -86,7 +86,7 @@ def show(model: str, *, at: str | None, as_json: bool, where: options.ServerChoi
     with options.open_chosen_client(where) as client:
         shown = client.model(model, at=at)
         if shown.state == "loaded" and at is None:
-            with suppress(ClientProblem):  # its node cannot be reached: the file's are shown
+            with suppress(ClientProblem):  # its server cannot be reached: the file's are shown
                 shown = replace_tensors(shown, client.metadata(model))
     output.print_result(shown, _details(shown, where.words), as_json=as_json)
 
@@ -228,7 +228,7 @@ def _parameters(parameters: dict[str, Any]) -> str:
 
 
 def replace_tensors(model: Any, metadata: Any) -> Any:
-    """Return a model with the inputs and outputs of its metadata: those of the node where it is loaded."""
+    """Return a model with the inputs and outputs of its metadata: those of the server where it is loaded."""
     version = int(metadata.versions[0]) if metadata.versions else model.inputs_of_version
     return msgspec.structs.replace(
         model, inputs=metadata.inputs, outputs=metadata.outputs, inputs_of_version=version
@@ -428,7 +428,7 @@ def resources(*, as_json: bool, where: options.ServerChoice) -> None:
 
 
 def use_row(use: Any, now: datetime) -> tuple[str, ...]:
-    """Return the resources of one load, as cells of `HEAD`."""
+    """Return the resources of one load, as cells of `COLUMNS`."""
     return (
         format_cell(use.model_id),
         str(use.version),

@@ -13,7 +13,7 @@ import click
 from loadledger.cli import options, output
 from loadledger.cli.completion import nodes_of_server
 
-HEAD = ("NODE", "PHASE", "MODELS", "JOBS", "BUDGET", "RENEWED", "ATTRIBUTES", "ADDRESS", "RELEASE")
+COLUMNS = ("NODE", "PHASE", "MODELS", "JOBS", "BUDGET", "RENEWED", "ATTRIBUTES", "ADDRESS", "RELEASE")
 PAUSE_S = 0.5
 """Between two looks at a node that drains; a load takes as long."""
 
@@ -30,7 +30,7 @@ def nodes(*, data: Path | None, as_json: bool, where: options.ServerChoice) -> N
     """
     with options.open_managing_client(data, where) as client:
         found = client.nodes()
-    table = output.format_table(HEAD, [_row(node) for node in found], right={"JOBS", "BUDGET", "RENEWED"})
+    table = output.format_table(COLUMNS, [_row(node) for node in found], right={"JOBS", "BUDGET", "RENEWED"})
     none = "this server is alone: servers with --ledger are nodes"
     output.print_result({"nodes": found}, table if found else [none], as_json=as_json)
 

@@ -172,7 +172,7 @@ class Parsed(click.ParamType[Any]):
 
 MOMENT = Parsed("position|time", "loadledger.cli.times:read_moment")
 DURATION = Parsed("duration", "loadledger.cli.times:parse_duration")
-HEAD = Parsed("position:hash", "events.audit.verify:parse_expected")
+KEPT_HEAD = Parsed("position:hash", "events.audit.verify:parse_expected")
 SIZE = Parsed("size", "server.config:parse_size")
 
 

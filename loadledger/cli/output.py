@@ -37,7 +37,7 @@ MAX_CELL_CHARACTERS = 100
 """Longest text in a cell; `--json` has all of it."""
 MAX_FACT_CHARACTERS = 4096
 """Longest fact about one model or job, such as an error message, which the server bounds to this."""
-MAX_BYTES = 2**63
+MAX_SIZE_BYTES = 2**63
 """Larger sizes are invalid; huge integers cannot even be divided as floats."""
 _MB, _GB = 10**6, 10**9
 _AGES = (("d", 86400), ("h", 3600), ("m", 60))
@@ -136,7 +136,7 @@ def format_size(size_bytes: int | None) -> str:
     """Return a number of bytes in MB or GB."""
     if size_bytes is None:
         return NOTHING
-    if abs(size_bytes) > MAX_BYTES:
+    if abs(size_bytes) > MAX_SIZE_BYTES:
         return "?"
     return f"{size_bytes / _GB:,.2f} GB" if abs(size_bytes) >= _GB else f"{size_bytes / _MB:,.1f} MB"
 

@@ -67,7 +67,7 @@ OWN_PROFILE = "local"
 PROFILE_LIFE_S = 30 * 86400
 """Of the token in it: a month, and each start of the server issues a new one."""
 
-KEPT_S = 86400
+KEPT_TOKEN_S = 86400
 """A token in the profile that is valid for longer is kept."""
 
 CHECK_LIMIT_S = 60.0
@@ -211,7 +211,7 @@ def _is_ours(server: RunningServer, kept: ServerTarget | None) -> bool:
 def _works(server: RunningServer, token: str) -> bool:
     """Whether a token is one of this ledger, for at least a day."""
     known = _find_known(server, token)
-    return known is not None and not known.is_revoked and known.expires_at > timestamp_in(KEPT_S)
+    return known is not None and not known.is_revoked and known.expires_at > timestamp_in(KEPT_TOKEN_S)
 
 
 def _find_known(server: RunningServer, token: str | None) -> Token | None:

@@ -19,7 +19,7 @@ from loadledger.errors import SourceProblem, printable
 from runtime.onnxfile import list_model_folders
 from runtime.repository import MAX_FILES
 
-MAX_BYTES = 20 * 10**9
+MAX_UNPACKED_BYTES = 20 * 10**9
 """Of an archive, unpacked: as many as a server takes of a version."""
 MAX_HEADER_BYTES = 2**20
 """Of one member, with its long name and its extended attributes."""
@@ -138,8 +138,8 @@ class _BoundedFile:
         return self._file.read(size)
 
     def seek(self, position: int) -> int:
-        if position > MAX_BYTES:
-            raise _refusal(f"it unpacks to more than {MAX_BYTES} bytes")
+        if position > MAX_UNPACKED_BYTES:
+            raise _refusal(f"it unpacks to more than {MAX_UNPACKED_BYTES} bytes")
         return self._file.seek(position)
 
 

@@ -39,7 +39,7 @@ from runtime.consumer.running import RunningLoad
 from runtime.consumer.usage import InferenceTotals, list_usage
 from runtime.elsewhere import ALONE, Elsewhere
 from runtime.errors import CODE_FOLDERS, WorkerDied
-from runtime.memory import MAX_BYTES
+from runtime.memory import MAX_LEDGER_BYTES
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import Worker
 from runtime.rooms import Allocation, Alternative
@@ -329,7 +329,7 @@ class Consumer:
         load = self.loads.get(load_job_id)
         unloaded = ModelUnloaded(0, 0, 0)
         if load is not None:
-            freed_bytes = min(load.freed_bytes, MAX_BYTES)
+            freed_bytes = min(load.freed_bytes, MAX_LEDGER_BYTES)
             unloaded = ModelUnloaded(freed_bytes, load.drained_requests, load.aborted_requests)
             unloaded = load.allocation.complete_unloaded(unloaded)
         worker_id = self._only_worker_of(load_job_id)

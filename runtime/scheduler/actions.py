@@ -134,7 +134,7 @@ class RequestReload:
 class UnloadAutomatically:
     """Request, as the system, the unload of a model; `cause_event_id` is the load that it makes room for.
 
-    With `Cause.COPY` only the load that `model` serves from is unloaded, and its other loads stay.
+    With `Cause.COPY` only the load that `model` serves from is unloaded, and the others stay.
     """
 
     model: LoadedModel

@@ -160,7 +160,7 @@ def _advance_unloads(view: SchedulerView) -> Iterator[Action]:
 
 
 def _cancel_reloads_before(view: SchedulerView, unload: Job) -> Iterator[Action]:
-    """Cancel more loads of a model that is to be unloaded, and its reloads if it is lost or degraded."""
+    """Cancel further loads of a model that is to be unloaded, and its reloads if it is lost or degraded."""
     model = view.state.models.get(unload.model_id)
     has_reloads = model is not None and (model.phase is ModelState.LOST or model.degraded)
     causes = RELOADS if has_reloads else (Cause.COPY,)
@@ -222,7 +222,7 @@ def _needs_reload(view: SchedulerView, model: Model) -> bool:
 
 
 def needs_repair(model: Model) -> bool:
-    """Whether a model is to be reloaded before it is loaded once more: it is lost, or instances are."""
+    """Whether a model is to be reloaded before any further load: it is lost, or instances of it are."""
     if model.phase is ModelState.LOST:
         return True
     is_kept = model.serving is None or model.serving.kept_as_is

@@ -42,7 +42,7 @@ JOINED_BYTES = 4 * 2**20
 BURST_BYTES = 16 * 2**20
 """Of bodies at once. Of more, which come and go in pieces, malloc keeps a part that it does not bound."""
 
-KEPT_S = 2.0
+TRIM_S = 2.0
 """So long after a burst its memory is kept: to get new pages takes longer than to fill them."""
 
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # another C library has none
@@ -91,7 +91,7 @@ class Bodies:
         self.taken_bytes += count
         if self.taken_bytes >= BURST_BYTES:
             self._had_burst = True
-            self._trimming = self._trimming or asyncio.get_running_loop().call_later(KEPT_S, self._trim)
+            self._trimming = self._trimming or asyncio.get_running_loop().call_later(TRIM_S, self._trim)
         self._by_subject[subject] += count
         if not self._by_subject[subject]:
             del self._by_subject[subject]
@@ -99,7 +99,7 @@ class Bodies:
     def _trim(self) -> None:
         """Return freed memory to the kernel, in a thread, unless there was a burst since the last time."""
         loop = asyncio.get_running_loop()
-        self._trimming = loop.call_later(KEPT_S, self._trim) if self._had_burst else None
+        self._trimming = loop.call_later(TRIM_S, self._trim) if self._had_burst else None
         self._had_burst = self.taken_bytes >= BURST_BYTES
         if self._trimming is None and _malloc_trim is not None:
             loop.run_in_executor(None, _malloc_trim, 0)

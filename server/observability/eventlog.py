@@ -21,7 +21,7 @@ from events.eventtext import is_bad, log_fields
 from events.jobs import Job
 from events.log import Log
 from events.sqlite.listing import Reader
-from events.sqlite.queries import PAGE
+from events.sqlite.queries import EVENTS_PER_READ
 from events.types import (
     Event,
     JobCancelled,
@@ -45,7 +45,7 @@ OnJobEnd = Callable[[Job, Event, Mapping[str, str]], None]
 PACE_S = 0.1
 """Between two reads of the log, so that a burst of events is one read."""
 
-RETRY_S = 1.0
+READ_RETRY_S = 1.0
 """Between a failed read of the log and the next."""
 
 JOINS = (LoadJoined, UnloadJoined)
@@ -87,13 +87,15 @@ class EventLogger:
         """Log new events up to the head as of now: the requests behind later ones are not known yet."""
         while self._position < (head := self._log.head.position):
             try:
-                events = await self._reader.events(self._position, min(PAGE, head - self._position))
+                events = await self._reader.events(
+                    self._position, min(EVENTS_PER_READ, head - self._position)
+                )
                 for event in events:
                     await self._log_event(event)
                     self._position = event.position
             except LedgerProblem as error:
                 _log.warning("events are logged later, the ledger cannot be read: %s", error)
-                await asyncio.sleep(RETRY_S)
+                await asyncio.sleep(READ_RETRY_S)
                 return
 
     async def _log_event(self, event: Event) -> None:

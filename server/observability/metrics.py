@@ -58,7 +58,7 @@ SERIES_AT_ONCE = 64
 PAUSE_S = 0.0001
 """Hands the interpreter to the event loop, which would otherwise wait 5 ms for it."""
 
-STAGES = ("queue", "input", "infer", "output", "transport")
+INFERENCE_STAGES = ("queue", "input", "infer", "output", "transport")
 
 _UNITS = ("seconds", "bytes", "ratio")
 _UNENDED = (JobStatus.PENDING, JobStatus.IN_PROGRESS)
@@ -69,7 +69,7 @@ _PROCESS = ProcessCollector(registry=None)
 class ServerCollector(Collector):
     """The metrics of one scrape.
 
-    The constructor copies, on the event loop, all values that must be consistent. `collect` may run in a
+    The constructor takes, on the event loop, all values that must be consistent. `collect` may run in a
     thread: it reads only single numbers and dictionaries of counts.
     """
 
@@ -173,7 +173,7 @@ class ServerCollector(Collector):
             {
                 (name, stage): getattr(each, f"{stage}_ns") / 1e9
                 for name, each in sums.items()
-                for stage in STAGES
+                for stage in INFERENCE_STAGES
             },
             "model stage",
         )
@@ -508,7 +508,7 @@ routes = Routes(tag="health")
 OPEN = "open"
 """The value of --metrics that requires no token."""
 
-KEPT_S = 0.1
+KEPT_RESPONSE_S = 0.1
 """How long a response is kept at least, so that simultaneous scrapes share it."""
 
 KEPT_TIMES = 10
@@ -540,7 +540,7 @@ class Scrapes:
         collector = ServerCollector(app, await read_device_memory(app))
         body = await asyncio.to_thread(_FORMATS[media_type][1], collector)
         now_s = time.monotonic()
-        self._kept_until_s[media_type] = now_s + max(KEPT_S, KEPT_TIMES * (now_s - began_s))
+        self._kept_until_s[media_type] = now_s + max(KEPT_RESPONSE_S, KEPT_TIMES * (now_s - began_s))
         return body
 
 

@@ -31,7 +31,7 @@ from server.routing import RequestHandler, matched_route, wrap_handler
 
 PROPAGATOR = TraceContextTextMapPropagator()
 
-STAGES = ("copying", "starting", "loading", "warming_up", "measuring")
+TRACED_STAGES = ("copying", "starting", "loading", "warming_up", "measuring")
 """The stages of a load that have spans; files are hashed beside them."""
 
 CLOSE_S = 3.0
@@ -163,7 +163,7 @@ def _stages(job: Job, end: Event, ended_ns: int) -> Iterator[tuple[str, int, int
     if not isinstance(end.data, ModelLoaded):
         yield ("draining" if job.unload is not None else "loading"), started_ns, ended_ns
         return
-    for name in STAGES:
+    for name in TRACED_STAGES:
         duration_us: int | None = getattr(end.data.durations, f"{name}_us")
         if duration_us is not None:
             first_ns, started_ns = started_ns, min(started_ns + duration_us * 1000, ended_ns)

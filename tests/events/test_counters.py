@@ -11,10 +11,10 @@ from support.ledgers import database_of
 from support.strategies import drafts
 
 from events.counters import (
+    LOAD_STAGES,
     MAX_CODES,
     OTHER_CODE,
     OTHERS,
-    STAGES,
     Histogram,
     HistogramSnapshot,
     ModelLabels,
@@ -76,7 +76,7 @@ def test_load_is_counted_by_stage() -> None:
     history.ask_load("b", of="n")
     history.add(data, "b", of="n")
     tally = counted(history)
-    assert {stage: round(tally.stage_s[stage] * 1e6) for stage in STAGES} == {
+    assert {stage: round(tally.stage_s[stage] * 1e6) for stage in LOAD_STAGES} == {
         "waiting": 1_000_001,
         "copying": 8,
         "starting": 4,

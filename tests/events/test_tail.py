@@ -52,7 +52,7 @@ async def read_until(tail: Tail, last: int) -> list[int]:
 
 
 async def test_tail_catches_up_in_pages_then_follows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PAGE", 3)
+    monkeypatch.setattr(module, "EVENTS_PER_TURN", 3)
     async with opened(path) as log, tailing(log) as tails:
         await write(log, 7)
         with tails.open(1) as tail, tails.open() as at_head:

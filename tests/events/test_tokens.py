@@ -16,7 +16,7 @@ from events.registers import Registers
 from events.sqlite import storage
 from events.state import State, Transaction
 from events.tokens import (
-    KEPT_S,
+    KEPT_AFTER_EXPIRY_S,
     MAX_TOKENS,
     SWEEP_EVERY,
     Token,
@@ -82,7 +82,7 @@ def test_forged_ring_of_tokens_is_read_to_its_end() -> None:
 def test_expired_tokens_leave_the_fold() -> None:
     tokens: dict[str, Token] = {}
     for position in range(1, 10 * SWEEP_EVERY):
-        data = TokenIssued(f"t{position}", "bob", (), add_seconds(at(position * 3600), -KEPT_S))
+        data = TokenIssued(f"t{position}", "bob", (), add_seconds(at(position * 3600), -KEPT_AFTER_EXPIRY_S))
         changed = evolve_tokens(tokens, data, position=position, recorded_at=at(position * 3600), actor="a")
         assert all((changed[key] is None) == (key not in tokens) for key in changed)
         assert len(tokens) < SWEEP_EVERY

@@ -202,7 +202,7 @@ def test_lists_page_and_filter_now_and_in_the_past(client: Client, monkeypatch: 
     client.load("b", wait=True)
     client.unload("b", wait=True)
     jobs, events, found = list(client.jobs()), list(client.events()), list_unmeasured(client)
-    monkeypatch.setattr("loadledger.stream.PAGE", 2)
+    monkeypatch.setattr("loadledger.stream.EVENTS_PER_REQUEST", 2)
     assert list(client.jobs()) == jobs
     assert list(client.events()) == events
     assert list_unmeasured(client) == found

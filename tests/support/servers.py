@@ -20,7 +20,7 @@ import aiohttp
 from events.audit.verify import Verification, verify
 from events.sqlite.datalock import LEDGER
 from events.sqlite.listing import open_reader
-from events.sqlite.queries import PAGE
+from events.sqlite.queries import EVENTS_PER_READ
 from events.types import Event
 from runtime.memory import list_descendants
 from server.config import Config
@@ -221,7 +221,7 @@ async def events(config: Config) -> list[Event]:
     """Read the whole ledger."""
     found: list[Event] = []
     async with open_reader(config.data / LEDGER) as reader:
-        while page := await reader.events(len(found), PAGE):
+        while page := await reader.events(len(found), EVENTS_PER_READ):
             found += page
     return found
 

@@ -14,7 +14,7 @@ from events.audit.export import HEAD_TYPE, JSONL, cloudevents, export
 from events.audit.exportreader import ExportReader
 from events.audit.signing import as_signed_head
 from events.errors import LedgerDamaged, NothingThere
-from events.sqlite.queries import PAGE
+from events.sqlite.queries import EVENTS_PER_READ
 from events.storage import RawRow
 
 LEDGER = sound_ledger()
@@ -48,12 +48,12 @@ def test_export_has_each_event_and_the_signed_head() -> None:
 async def test_export_beside_a_running_log_ends_at_its_head(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
     async with opened(path) as log:
-        await asyncio.gather(*(write(log, 1, first=number) for number in range(1, PAGE + 100)))
+        await asyncio.gather(*(write(log, 1, first=number) for number in range(1, EVENTS_PER_READ + 100)))
         lines = export(path, JSONL, SIGN)
         some = [next(lines) for _ in range(10)]
         await write(log, 5, first=10_000)
         rows, _ = read([*some, *lines])
-        assert len(rows) == PAGE + 99
+        assert len(rows) == EVENTS_PER_READ + 99
 
 
 @pytest.mark.parametrize("bounds", [{"after": 99}, {"until": 99}, {"after": 5, "until": 4}])

@@ -11,7 +11,7 @@ from support.ledgers import change_ledger, sample_history, store_events, stored
 from events.audit.verify import verify
 from events.errors import LogUnavailable
 from events.sqlite import storage
-from events.sqlite.queries import PAGE
+from events.sqlite.queries import EVENTS_PER_READ
 from events.sqlite.schema import connect
 from events.sqlite.storage import FOLDS, is_current
 from events.state import State
@@ -101,7 +101,7 @@ async def test_projections_are_rebuilt_for_other_folds_only(path: Path) -> None:
 
 async def test_log_longer_than_a_page_is_folded_to_its_end(path: Path) -> None:
     history = History()
-    for number in range(PAGE):
+    for number in range(EVENTS_PER_READ):
         history.ask_load(f"L{number}", of=f"m{number % 7}")
         history.start_load(f"L{number}", of=f"m{number % 7}")
         if number % 3:

@@ -53,7 +53,7 @@ def test_file_is_listed_for_people_and_exactly(tmp_path: Path) -> None:
 
 
 def test_filters_apply_across_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loadledger.cli.events.PAGE", 3)
+    monkeypatch.setattr("loadledger.cli.events.EVENTS_PER_READ", 3)
     fill(tmp_path, 10)
     every = list(range(1, 11))
     for arguments, positions in (

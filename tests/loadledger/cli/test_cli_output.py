@@ -257,12 +257,12 @@ def test_hostile_answer_prints_no_control_characters(
     failed = msgspec.structs.replace(job, status="failed")
     shown = [
         *models._details(model),
-        *format_table(models.HEAD, [models._row(model)]),
+        *format_table(models.COLUMNS, [models._row(model)]),
         *jobs._details(job),
         *approvals._describe(version, model),
         approvals._describe_answer(evil(VersionApprovals), withdraw=False),
         *models._verified_lines(version),
-        *format_table(jobs.HEAD, [jobs._row(job)]),
+        *format_table(jobs.COLUMNS, [jobs._row(job)]),
         *models._resource_lines(found),
         *top.lines(top.ServerSnapshot("http://here", found, [job], [model], NOW, 0.1, EVIL)),
     ]

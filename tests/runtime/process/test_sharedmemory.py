@@ -102,7 +102,7 @@ async def test_full_memory_gives_no_region() -> None:
 
 
 async def test_unused_memory_gives_its_pages_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharedmemory, "KEPT_S", 0.01)
+    monkeypatch.setattr(sharedmemory, "TRIM_S", 0.01)
     memory, descriptor = SharedMemory.create(writable=False)
     region: Region | None = await reserve(memory)
     assert region is not None

@@ -24,7 +24,7 @@ from events.types import Cause
 from server.app import all_routes
 from server.appkeys import LOG
 from server.errors import ERRORS
-from server.observability.metrics import SCRAPES, STAGES, ServerCollector, negotiate
+from server.observability.metrics import INFERENCE_STAGES, SCRAPES, ServerCollector, negotiate
 from server.observability.requestlog import ABORTED, METHODS, NO_ROUTE, OTHER_METHOD
 
 OF_EACH_MODEL = ("worker_exits", "worker_restarts", "inference_failures")
@@ -92,7 +92,9 @@ async def test_server_counts_and_measures_its_work(start: Start, repository: Pat
     seen = await metrics(api)
     assert {name: seen[series(name, model="m")] for name in OF_M} == OF_M
     assert seen[series("inference_duration_seconds_bucket", model="m", le="+Inf")] == 3
-    stages = [seen[series("inference_stage_seconds_total", model="m", stage=stage)] for stage in STAGES]
+    stages = [
+        seen[series("inference_stage_seconds_total", model="m", stage=stage)] for stage in INFERENCE_STAGES
+    ]
     assert min(stages) > 0
     assert sum(stages) == pytest.approx(seen[series("inference_duration_seconds_sum", model="m")])
     assert seen[series("model_info", model="m", version="1")] == 1
