@@ -32,8 +32,8 @@ from events.types import (
     record_draft,
 )
 from events.values import NodeSignature
-from features.nodes.commands import DrainNode, JoinNode, LoseNode
-from features.nodes.facts import LoadPlaced
+from features.nodes.commands import DrainNode, EndNode, JoinNode
+from features.nodes.facts import LoadPlaced, NodeLost
 from features.nodes.register import find_placer
 from nodes.decisions import NodePlacement
 from nodes.placement import NodeHints
@@ -266,7 +266,7 @@ def _replace(simulation: Simulation, names: Sequence[str], kind: Kind) -> tuple[
     simulation.loaded.clear()
     for name in names:
         epoch = simulation.nodes[name].epoch or 0
-        end = LoseNode(name, epoch, simulation.now)
+        end = EndNode(NodeLost(name, epoch, simulation.now))
         simulation.append(DrainNode(name, "bench") if kind.drains else end)
         if not kind.drains:
             del simulation.nodes[name]

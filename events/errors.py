@@ -118,6 +118,12 @@ class NodeAlive(LedgerProblem):
     code = "node_alive"
 
 
+class NameInUse(LedgerProblem):
+    """Another server that shares the ledger has this one's name, and renews its lease."""
+
+    code = "node_name_in_use"
+
+
 class LedgerDamaged(LedgerProblem):
     """The ledger, or a file written from it, does not verify."""
 

@@ -1,6 +1,7 @@
 """The `Models` projection: what is loaded, by whom, from which bytes. A pure fold, one model at a time.
 
-`evolve_model` finds the step of an event's type in `STEPS`; one that changes nothing returns the same object.
+`TRANSITIONS` is the life of a model. `evolve_model` finds the step of an event's type in `STEPS`, which
+fires a trigger of that table; a step that changes nothing returns the same object.
 """
 
 from __future__ import annotations
@@ -75,8 +76,45 @@ class ModelState(StrEnum):
     LOST = "lost"
 
 
-_LOADED, _UNLOADING = ModelState.LOADED, ModelState.UNLOADING
+_UNLOADED, _LOADING, _LOADED = ModelState.UNLOADED, ModelState.LOADING, ModelState.LOADED
+_UNLOADING, _FAILED, _LOST = ModelState.UNLOADING, ModelState.FAILED, ModelState.LOST
 """Looked up in the class, they take as long as the rest of `Model.state` (measured)."""
+
+
+class Trigger(StrEnum):
+    """What moves a model from one state to another."""
+
+    LOAD_STARTED = "LoadStarted"
+    LOADED = "ModelLoaded"
+    FAILED = "LoadFailed"
+    UNLOAD_STARTED = "UnloadStarted"
+    UNLOADED = "ModelUnloaded"
+    UNLOAD_CANCELLED = "the started unload is cancelled"
+    ENDED = "the last worker or the server ends"
+    TO_RELOAD = "the reload failed, and is tried again"
+    RELOADS_CANCELLED = "a client cancels the reload"
+    REPLACED = "unloaded for replacement"
+    NOT_REPLACED = "what was to replace it is not loaded"
+
+
+TRANSITIONS: Mapping[Trigger, Mapping[ModelState, ModelState]] = {
+    Trigger.LOAD_STARTED: {_UNLOADED: _LOADING, _FAILED: _LOADING, _LOST: _LOADING},
+    Trigger.LOADED: dict.fromkeys(ModelState, _LOADED),
+    Trigger.FAILED: {_UNLOADED: _FAILED, _LOADING: _FAILED, _FAILED: _FAILED, _LOST: _FAILED},
+    Trigger.UNLOAD_STARTED: {_LOADED: _UNLOADING},
+    Trigger.UNLOADED: dict.fromkeys(ModelState, _UNLOADED),
+    Trigger.UNLOAD_CANCELLED: {_UNLOADING: _LOADED},
+    Trigger.ENDED: {_LOADED: _LOST, _UNLOADING: _LOST},
+    Trigger.TO_RELOAD: {_LOADING: _LOST, _LOST: _LOST},
+    Trigger.RELOADS_CANCELLED: {_LOST: _UNLOADED},
+    Trigger.REPLACED: {_LOADED: _UNLOADED, _UNLOADING: _UNLOADED, _LOST: _UNLOADED},
+    Trigger.NOT_REPLACED: {_UNLOADED: _LOST},
+}
+"""The life of a model: by trigger, the state before and after. `docs/images/states.svg` draws it.
+
+A model is `loading` while a load of it runs that began in another state, its phase: there the model is again
+if that load ends without effect. In the other phases, `loaded` and `unloading`, a load runs beside.
+"""
 
 
 class Serving(Struct, frozen=True, gc=False, rename=STORED_NAMES):
@@ -290,10 +328,9 @@ class Model(Struct, frozen=True, gc=False):
         if self.previous is not None:  # lost from an end of the server to the load's next attempt
             is_lost = self.lost_at is not None and self.started_load is None
             return ModelState.LOST if is_lost else ModelState.LOADING
-        phase = self.phase
-        if not self.loads or phase is _LOADED or phase is _UNLOADING or self.started_load is None:
-            return phase
-        return ModelState.LOADING
+        if not self.loads or self.started_load is None:
+            return self.phase
+        return TRANSITIONS[Trigger.LOAD_STARTED].get(self.phase, self.phase)
 
     @property
     def loaded(self) -> LoadedModel | None:
@@ -365,11 +402,11 @@ def _end_processes(model: Model, event: Event, data: Any) -> Model:
     held = model.serving or model.previous
     if held is not None and not end.is_at(held.server):
         return model if loads == model.loads else replace(model, loads=loads)
-    lost = model.phase in (ModelState.LOADED, ModelState.UNLOADING)
-    lost = lost or (model.previous is not None and model.lost_at is None)
+    ends = TRANSITIONS[Trigger.ENDED]
+    lost = model.phase in ends or (model.previous is not None and model.lost_at is None)
     after = replace(
         model,
-        phase=ModelState.LOST if lost and model.previous is None else model.phase,
+        phase=ends.get(model.phase, model.phase),
         serving=_without_server(model.serving),
         previous=_without_server(model.previous),
         copies=UNSET,
@@ -435,7 +472,7 @@ def _model_loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None
     return _without_job(
         model,
         job.id,
-        phase=ModelState.LOADED,
+        phase=_next(model, Trigger.LOADED),
         serving=first,
         copies=copies,
         target=model.target if by_system and first.load_job_id != job.id else UNSET,
@@ -557,20 +594,21 @@ def _load_failed(model: Model, event: Event, data: LoadFailed, job: Job | None) 
     if model.degraded and is_reload:
         is_over = consequence is Consequence.END
         return _end_reloads(model) if is_over else _count_failure(model, event, consequence)
-    if model.phase in (ModelState.LOADED, ModelState.UNLOADING):
+    if model.phase not in TRANSITIONS[Trigger.FAILED]:
         return model
     if model.phase is ModelState.LOST:
         if job is not None and is_reload and consequence is not Consequence.END:
             is_restored = job.cause is Cause.RESTART and consequence is Consequence.RETRY
-            lost = _lose_model(model, event, by=Cause.RESTART if is_restored else Cause.RECOVERY)
+            lost = _lose_model(
+                model, event, Trigger.TO_RELOAD, Cause.RESTART if is_restored else Cause.RECOVERY
+            )
             return _count_failure(lost, event, consequence)
         if model.serving is not None and model.serving.version != event.version:
             return model
         if not is_reload and (consequence is Consequence.RETRY or error.code == INSUFFICIENT_MEMORY):
             return model
-    return replace(
-        model, phase=ModelState.FAILED, serving=None, rank=None, lost_by=None, lost_at=None, retries=None
-    )
+    phase = _next(model, Trigger.FAILED)
+    return replace(model, phase=phase, serving=None, rank=None, lost_by=None, lost_at=None, retries=None)
 
 
 def _count_failure(model: Model, event: Event, consequence: Consequence) -> Model:
@@ -599,8 +637,8 @@ def _unload_requested(model: Model, event: Event, data: UnloadRequested, job: Jo
 
 
 def _unload_started(model: Model, event: Event, _: UnloadStarted, __: Job | None) -> Model:
-    is_own = event.job_id in model.unloads and model.phase is ModelState.LOADED
-    return replace(model, phase=ModelState.UNLOADING) if is_own else model
+    is_own = event.job_id in model.unloads and model.phase in TRANSITIONS[Trigger.UNLOAD_STARTED]
+    return replace(model, phase=_next(model, Trigger.UNLOAD_STARTED)) if is_own else model
 
 
 def _model_unloaded(model: Model, event: Event, _: ModelUnloaded, job: Job | None) -> Model:
@@ -608,16 +646,17 @@ def _model_unloaded(model: Model, event: Event, _: ModelUnloaded, job: Job | Non
         return model
     if job is not None and job.cause is Cause.SWAP:
         return _replaced_model_unloaded(_without_job(model, event.job_id), event, job)
-    after = _reset(_without_job(model, event.job_id))
+    after = _reset(_without_job(model, event.job_id), Trigger.UNLOADED)
     if job is None or not job.takes_out_of_service:
         return after
     return replace(after, chosen=Choice(job.id, job.requested_by, event.recorded_at))
 
 
-def _reset(model: Model) -> Model:
+def _reset(model: Model, trigger: Trigger) -> Model:
     """Return the model as unloaded, with its pending jobs."""
     return Model(
         model.id,
+        _next(model, trigger),
         loads=model.loads,
         unloads=model.unloads,
         last_version=model.last_version,
@@ -632,9 +671,8 @@ def _replaced_model_unloaded(model: Model, event: Event, job: Job) -> Model:
     serving = model.serving
     if serving is None or job.unload is None or job.unload.load_job_id != serving.load_job_id:
         return model
-    gone = replace(
-        model, phase=ModelState.UNLOADED, serving=None, previous=serving, lost_by=None, lost_at=None
-    )
+    phase = _next(model, Trigger.REPLACED)
+    gone = replace(model, phase=phase, serving=None, previous=serving, lost_by=None, lost_at=None)
     return _lose_previous(gone, event)
 
 
@@ -644,7 +682,7 @@ def _lose_previous(model: Model, event: Event) -> Model:
         return model
     return replace(
         model,
-        phase=ModelState.LOST,
+        phase=_next(model, Trigger.NOT_REPLACED),
         serving=model.previous,
         previous=None,
         lost_by=Cause.SWAP,
@@ -662,14 +700,13 @@ def _ended_without_effect(model: Model, event: Event, _: JobCancelled, job: Job 
     if job is not None and job.kind is JobKind.LOAD and job.cancelling and job.cause in RELOADS:
         return _end_reloads(_without_job(model, job.id))
     begun = job is not None and job.status is JobStatus.IN_PROGRESS and event.job_id in model.unloads
-    is_back = begun and model.phase is ModelState.UNLOADING
-    phase = ModelState.LOADED if is_back else model.phase
+    phase = TRANSITIONS[Trigger.UNLOAD_CANCELLED].get(model.phase, model.phase) if begun else model.phase
     return _lose_previous(_without_job(model, event.job_id, phase=phase), event)
 
 
 def _end_reloads(model: Model) -> Model:
     if model.phase is ModelState.LOST:
-        return _reset(model)
+        return _reset(model, Trigger.RELOADS_CANCELLED)
     if model.serving is None or not model.degraded:
         return model
     return replace(model, serving=replace(model.serving, kept_as_is=True))
@@ -693,7 +730,7 @@ def _worker_exited(model: Model, event: Event, data: WorkerExited, _: Job | None
     )
     if not left:
         with_copy = _without_servings(after, [serving.load_job_id])
-        return _lose_model(after, event) if with_copy.serving is None else with_copy
+        return _lose_model(after, event, Trigger.ENDED) if with_copy.serving is None else with_copy
     degraded_at = event.recorded_at if is_new else serving.degraded_at
     degraded = replace(serving, worker_ids=left, degraded_at=degraded_at)
     if serving is model.serving:
@@ -707,9 +744,14 @@ def _is_new_incident(serving: Serving, event: Event) -> bool:
     return began is None or seconds_between(began, event.recorded_at) > INCIDENT_WINDOW_S
 
 
-def _lose_model(model: Model, event: Event, *, by: Cause = Cause.RECOVERY) -> Model:
-    lost = replace(model, phase=ModelState.LOST, lost_by=by, lost_at=event.recorded_at)
-    return replace(lost, back_off_position=event.position)
+def _lose_model(model: Model, event: Event, trigger: Trigger, by: Cause = Cause.RECOVERY) -> Model:
+    phase, position = _next(model, trigger), event.position
+    return replace(model, phase=phase, lost_by=by, lost_at=event.recorded_at, back_off_position=position)
+
+
+def _next(model: Model, trigger: Trigger) -> ModelState:
+    """Return the phase to which a trigger moves a model; each step asks here, so none makes another move."""
+    return TRANSITIONS[trigger][model.phase]
 
 
 def _waits_for(model: Model, event: Event) -> bool:

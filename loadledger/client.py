@@ -14,7 +14,7 @@ from loadledger.operations import Operations
 from loadledger.profiles import find_target
 from loadledger.requests import CallContext, T
 from loadledger.transports.blocking import BlockingTransport, iterate, read_control_key, run
-from loadledger.transports.failover import FailoverTransport
+from loadledger.transports.nodes import FailoverTransport
 
 P = ParamSpec("P")
 

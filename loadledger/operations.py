@@ -270,7 +270,7 @@ class Operations:
             try:
                 return await self._add_version(model_id, number, addition)
             except ServerError as problem:
-                if problem.code != "unknown_upload":  # its node or another addition ended it: begin again
+                if problem.code != "unknown_upload":  # its server or another addition ended it: begin again
                     raise
             return await self._add_version(model_id, number, addition)
 

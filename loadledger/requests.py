@@ -75,7 +75,7 @@ class Request:
         repeatable: sending it twice has no further effect.
         patience_s: extra time for an answer that the server was asked to hold back.
         timeout_s: instead of the client's.
-        model: the path of the loaded model that it is about: the node that has it may be asked.
+        model: the path of the loaded model that it is about: the server that has it may be asked.
     """
 
     method: str

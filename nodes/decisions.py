@@ -5,6 +5,7 @@ Pure but for new ids.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
@@ -15,7 +16,8 @@ from typing import Protocol
 from msgspec import UNSET, UnsetType, structs
 
 from events.clock import add_seconds, uuid7
-from events.commands import Record, RequestLoad
+from events.commands import Condition, Record, RequestLoad
+from events.errors import EpochOver
 from events.jobs import INSUFFICIENT_MEMORY, POLICY_DIFFERS, Job
 from events.models import RELOADS, AdmittedBytes, LoadedModel, Model, ModelState, Serving
 from events.state import State
@@ -56,6 +58,8 @@ from runtime.scheduler.view import SchedulerView
 
 NO_EPOCH = 0
 """Epoch of a node between two: nothing is its own, since real ones begin at 1."""
+KEY_DIGITS = 32
+"""Of the hash of a node's key in the name of an epoch: no two nodes that share a repository have the same."""
 
 
 class NodeAway(ModelNotLoaded):
@@ -115,6 +119,8 @@ class NodePlacement(Elsewhere):
         spread: what this node knows of copies at the others.
     """
 
+    name: str
+
     def __init__(
         self,
         node_id: str,
@@ -122,7 +128,7 @@ class NodePlacement(Elsewhere):
         signing: Signing,
         untrusted: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
-        self._node_id = node_id
+        self.name = node_id
         self._standing = standing
         self._signing = signing
         self._untrusted = untrusted
@@ -132,8 +138,24 @@ class NodePlacement(Elsewhere):
     def _epoch(self) -> int:
         return self._standing.epoch or NO_EPOCH
 
+    def servers(self, state: State) -> object:
+        return state.registers.nodes
+
+    def find_epoch(self, state: State) -> tuple[str, tuple[Condition, ...]]:
+        node = state.registers.nodes.get(self.name)
+        if node is None or not node.is_present:
+            raise EpochOver
+        return f"{_key_of(node)}-{node.epoch}", (NodeCurrent(node.id, node.epoch),)
+
+    def is_over(self, epoch: str, state: State) -> bool:
+        key, _, number = epoch.rpartition("-")
+        node = next((each for each in state.registers.nodes.values() if _key_of(each) == key), None)
+        if node is None or not number.isdecimal():
+            return False
+        return int(number) < node.epoch or (int(number) == node.epoch and not node.is_present)
+
     def share(self, state: State) -> State:
-        return find_share(state, self._node_id, self._epoch, self._untrusted())
+        return find_share(state, self.name, self._epoch, self._untrusted())
 
     def decide(self, view: SchedulerView) -> Decision:
         """Return the next action of this node; none in an epoch that is over, which only ends its workers.
@@ -141,7 +163,7 @@ class NodePlacement(Elsewhere):
         Outcomes and reloads go first, then placements, then what starts here. What has no room here goes
         elsewhere before a model is evicted for it.
         """
-        node = view.state.registers.nodes.get(self._node_id)
+        node = view.state.registers.nodes.get(self.name)
         if node is None or not node.is_present or node.epoch != self._epoch:
             return Decision()
         everything = NodeView(view, node, self._standing.peers, self._untrusted())
@@ -159,19 +181,19 @@ class NodePlacement(Elsewhere):
 
         A reload is requested by rules that a node has, and loads are signed.
         """
-        conditions = (*command.conditions, NodeCurrent(self._node_id, self._epoch))
+        conditions = (*command.conditions, NodeCurrent(self.name, self._epoch))
         if isinstance(command, RequestLoad):
             model, untrusted = state.models.get(command.model_id), self._untrusted()
             before = None if model is None else model.find_reloadable(command.version)
             rules = None
             if model is not None and before is not None:
-                rules = find_reload_rules(state, self._node_id, untrusted, LoadedModel(model, before))
+                rules = find_reload_rules(state, self.name, untrusted, LoadedModel(model, before))
             return replace(command, policy=rules or UNSET, conditions=conditions)
         if not isinstance(command, Record):
             return replace(command, conditions=conditions)
         unloads = chain.from_iterable(self._draft_unloads(draft, state) for draft in command.drafts)
         drafts = [*command.drafts, *unloads]
-        named = tuple(self._sign(name_node(draft, self._node_id), state) for draft in drafts)
+        named = tuple(self._sign(name_node(draft, self.name), state) for draft in drafts)
         return replace(command, drafts=named, conditions=conditions)
 
     def _draft_unloads(self, draft: Draft, state: State) -> Iterator[Draft]:
@@ -184,7 +206,7 @@ class NodePlacement(Elsewhere):
             return
         match draft.data:
             case ModelLoaded() if job.cause is not Cause.COPY and job.load and job.load.wanted_copies == 1:
-                others = [each for each in model.servings if each.server not in (None, self._node_id)]
+                others = [each for each in model.servings if each.server not in (None, self.name)]
                 cause = Cause.DRAIN if job.cause is Cause.DRAIN else Cause.SWAP
             case UnloadStarted() if job.id in model.unloads:
                 others, cause = list(model.copies or ()), Cause.COPY
@@ -212,11 +234,11 @@ class NodePlacement(Elsewhere):
         """Return the name of the other node at which a model is loaded, if that is present and trusted."""
         nodes = list_copies(model, state, self._untrusted())
         names = (node.id for node, serving in nodes if serving is model.serving)
-        return next((name for name in names if name != self._node_id), None)
+        return next((name for name in names if name != self.name), None)
 
     def view(self, model: Model) -> Model:
         """Return a model as this node sees it: serving from its own copy, if it has one."""
-        return model.view_at(self._node_id)
+        return model.view_at(self.name)
 
     def choose(
         self,
@@ -231,7 +253,7 @@ class NodePlacement(Elsewhere):
 
         It is not the one that was tried, as it was then: without one, this one.
         """
-        hints, without = self._standing.peers, tried or state.registers.nodes.get(self._node_id)
+        hints, without = self._standing.peers, tried or state.registers.nodes.get(self.name)
         others = {
             node.id: hints[node.id].loads.get(model.id) if node.id in hints else None
             for node, serving in list_copies(model, state, self._untrusted())
@@ -250,6 +272,10 @@ class NodePlacement(Elsewhere):
     def refusal(self) -> NodeAway | None:
         """Return why this node may not answer inferences; None if it may."""
         return None if self._standing.may_serve else NodeAway()
+
+
+def _key_of(node: Node) -> str:
+    return hashlib.sha256((node.public_key or "").encode()).hexdigest()[:KEY_DIGITS]
 
 
 def list_copies(model: Model, state: State, untrusted: Collection[str]) -> list[tuple[Node, Serving]]:

@@ -153,14 +153,13 @@ class Forwarder(NodePlacement, Cluster):
         timeout_s: of a forwarded request.
     """
 
-    name: str
     _session: aiohttp.ClientSession
     _router: Router
 
     def __init__(self, node_id: str, log: Log, standing: Standing, peers: Peers, *, timeout_s: float) -> None:
         NodePlacement.__init__(self, node_id, standing, peers, peers.untrusted)
         Cluster.__init__(self, log)
-        self.name, self.peers = node_id, peers
+        self.peers = peers
         self._waits: dict[asyncio.Timeout, tuple[_Forwarded, Node]] = {}
         self._timeout_s = timeout_s
 

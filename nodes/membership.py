@@ -19,10 +19,11 @@ import msgspec
 
 from events.clock import boottime
 from events.commands import Receipt
-from events.errors import LedgerProblem, LogUnavailable
+from events.errors import LedgerProblem, LogUnavailable, NameInUse
 from events.log import Log
 from events.storage import StorageError
-from features.nodes.commands import JoinNode, LeaveNode, LoseNode
+from features.nodes.commands import EndNode, JoinNode
+from features.nodes.facts import NodeLeft, NodeLost
 from features.nodes.register import Lease
 from nodes.placement import NodeHints
 
@@ -64,12 +65,6 @@ def _decode_hints(text: str) -> NodeHints:
         return _DECODER.decode(text)
     except ValueError:
         return NodeHints(0)
-
-
-class NameInUse(LedgerProblem):
-    """Another server has this node's name, and renews its lease."""
-
-    code = "node_name_in_use"
 
 
 class Membership:
@@ -189,7 +184,7 @@ class Membership:
         """
         self._leaves = True
         if self.epoch is not None:
-            await self._log.submit(LeaveNode(self.node_id, self.epoch))
+            await self._log.submit(EndNode(NodeLeft(self.node_id, self.epoch)))
 
     async def _watch(self) -> None:
         """End the epoch when the time to serve without a renewal is over, whatever the renewal waits for."""
@@ -355,7 +350,7 @@ class Membership:
         for lease in late:
             if self._is_present(lease):
                 with suppress(LedgerProblem):  # the next renewal sees whether it is still late
-                    await self._log.submit(LoseNode(lease.node_id, lease.epoch, lease.renewed_at))
+                    await self._log.submit(EndNode(NodeLost(lease.node_id, lease.epoch, lease.renewed_at)))
                     _log.warning(
                         "node %s is lost: it renewed its lease last at %s", lease.node_id, lease.renewed_at
                     )

@@ -1,10 +1,10 @@
 """Which node runs a load, and each node's share of the work: the pure choice among the nodes that are there.
 
 `place` prefers, in this order: the node where the model is loaded, nodes where the load fits without an
-eviction, those with the device that it names first, those with its files, those with the most free memory.
+eviction, those that meet its demands best, those with its files, those with the most free memory.
 Equal nodes are ordered by a rendezvous hash, so that a model tends to the same node. What is known of memory
 and files is a hint: a load that finds no room at its node is placed anew by that node, a few times. Nothing
-is known here of the memory of devices.
+is known here of rooms beside the machine's memory.
 
 A load goes only where the rules are in force with which it was accepted. While nodes have different policies,
 as in a rolling change, each takes what was requested by the rules that it has: a person's load whose rules no
@@ -21,17 +21,17 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property, lru_cache
-from itertools import chain, takewhile
+from itertools import chain
 from math import inf
 
 from events.clock import add_seconds
-from events.devices import CPU, find_matching, provider_of
 from events.jobs import POLICY_DIFFERS, Job, JobKind, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState, Serving
 from events.policy.rules import LoadPolicy
 from events.state import State, has_turn
 from events.types import Cause
 from events.values import FileHash
+from features.demands import Demand, list_demands
 from features.nodes.commands import NodeUnchanged
 from features.nodes.facts import LoadPlaced
 from features.nodes.register import Node, find_placer
@@ -86,7 +86,7 @@ class PlacementRequest:
         occupied: the nodes that a further copy does not go to.
         holders: the nodes that have the version; empty if all have.
         policy: digest of the rules with which it was accepted; None without any.
-        devices: one of which the node must have, the preferred one first.
+        demands: of features.
     """
 
     model_id: str
@@ -97,7 +97,7 @@ class PlacementRequest:
     holders: tuple[str, ...] = ()
     policy: str | None = None
     occupied: frozenset[str] = frozenset()
-    devices: tuple[str, ...] = (CPU,)
+    demands: tuple[Demand, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,29 +157,15 @@ def place(request: PlacementRequest, rooms: Iterable[NodeRoom]) -> ChosenNode | 
 
 
 def can_run(request: PlacementRequest, node: Node) -> bool:
-    """Whether a node takes loads, has version, attributes and a device, and may get a copy if it is one."""
+    """Whether a node takes loads, has the version, meets the demands, and may get a copy if it is one."""
     has_version = not request.holders or node.id in request.holders
     is_free = node.takes_loads and node.id not in request.occupied
     has_attributes = request.attributes <= set(node.attributes)
-    return is_free and has_version and has_attributes and has_device(request.devices, node)
+    return is_free and has_version and has_attributes and meets(request.demands, node)
 
 
-def has_device(devices: Sequence[str], node: Node) -> bool:
-    """Whether a node has one of these devices."""
-    return CPU in devices or bool(find_matching(devices, _list_devices(node)))
-
-
-def list_device_attributes(devices: Iterable[str]) -> tuple[str, ...]:
-    """Return the attributes by which a node says which devices it has: `device=cuda`, `device.cuda=0`."""
-    names = sorted(devices)
-    providers = sorted({f"device={provider_of(name)}" for name in names})
-    return (*providers, *(f"device.{name.replace(':', '=')}" for name in names))
-
-
-def _list_devices(node: Node) -> tuple[str, ...]:
-    """Return the devices that a node has by its attributes, and the CPU."""
-    names = (each.removeprefix("device.") for each in node.attributes if each.startswith("device."))
-    return (*(name.replace("=", ":") for name in names), CPU)
+def meets(demands: Iterable[Demand], node: Node) -> bool:
+    return all(each.is_met(node.attributes) for each in demands)
 
 
 @lru_cache(1024)
@@ -191,18 +177,10 @@ def find_digest(policy: LoadPolicy, model_id: str) -> str | None:
 
 def _rank(request: PlacementRequest, room: NodeRoom) -> tuple[bool, int, bool, float, int, bytes]:
     """Return the key by which nodes are ordered: the lowest is the best."""
-    devices = request.devices
-    preference = 0 if len(devices) == 1 else _find_preference(devices, room.node)
+    preference = sum(each.rank(room.node.attributes) for each in request.demands)
     fits = room.fits(request.need_bytes)
     order = (-room.free_percent, room.models, _hash(request.model_id, room.node.id))
     return (not fits, preference, not _has_files(request, room), *order)
-
-
-def _find_preference(devices: Sequence[str], node: Node) -> int:
-    """Return how many devices a load names before the first one that a node has."""
-    there = _list_devices(node)
-    missing = takewhile(lambda name: not find_matching((name,), there), devices)
-    return len(list(missing))
 
 
 def _has_files(request: PlacementRequest, room: NodeRoom) -> bool:
@@ -341,7 +319,7 @@ def build_request(view: NodeView, job: Job) -> PlacementRequest:
         held.server if held is not None else None,
         _find_holders(view.state, job.model_id, version),
         job.policy_digest,
-        devices=parameters.devices or (CPU,),
+        demands=list_demands(parameters),
     )
     template = None if model is None or model.phase is not ModelState.LOADED else model.template
     if model is None or template is None or job.cause is not Cause.COPY:
@@ -463,8 +441,8 @@ def _describe_demands(request: PlacementRequest, version: int | None) -> str:
     """Return what a load demands of its node, as the end of a text."""
     attributes, holders = ", ".join(sorted(request.attributes)), ", ".join(request.holders)
     where = f", of {holders}, where version {version} was added" if holders else ""
-    devices = "" if CPU in request.devices else f" and has one of the devices {', '.join(request.devices)}"
-    return (f" and has the attributes {attributes}" if attributes else "") + devices + where
+    others = "".join(each.describe() for each in request.demands)
+    return (f" and has the attributes {attributes}" if attributes else "") + others + where
 
 
 def _request_of(
@@ -479,7 +457,7 @@ def _request_of(
         frozenset(serving.parameters.node_attributes or ()),
         holders=_find_holders(state, model.id, serving.version),
         occupied=occupied,
-        devices=serving.parameters.devices or (CPU,),
+        demands=list_demands(serving.parameters),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from itertools import chain
@@ -17,12 +17,14 @@ from events.clock import seconds_between
 from events.commands import Receipt
 from events.errors import LedgerProblem
 from events.models import Model
+from events.types import LoadParameters
+from features.demands import ATTRIBUTES, list_demands
 from features.nodes.commands import JoinNode
 from nodes.copies import count_copies
 from nodes.forwarding import Forwarder
 from nodes.membership import Membership
 from nodes.peers import Peers
-from nodes.placement import NodeHints, find_usable, has_device, list_device_attributes
+from nodes.placement import NodeHints, find_usable, meets
 from nodes.routes import make_node_infos
 from nodes.spread import CopyFigures, measure_copy
 from runtime.consumer.usage import list_usage
@@ -108,7 +110,7 @@ class ThisNode(Forwarder):
             LogUnavailable: `log_unavailable`.
         """
         pool, policy, store = app[POOL], app[POLICY], app[VERSIONS].store
-        attributes = {*self._config.own_attributes(), *list_device_attributes(pool.devices.found)}
+        attributes = {*self._config.own_attributes(), *chain.from_iterable(each(pool) for each in ATTRIBUTES)}
         command = JoinNode(
             self.name,
             self._address,
@@ -163,10 +165,10 @@ class ThisNode(Forwarder):
     def count_copies(self, model: Model) -> tuple[int, str | None]:
         return count_copies(self.log.state, self._untrusted(), model)
 
-    def has_device(self, devices: Sequence[str]) -> bool:
+    def can_run(self, parameters: LoadParameters) -> bool:
         nodes = self.log.state.registers.nodes
         usable = find_usable(self.log.state, self._untrusted())
-        return any(has_device(devices, nodes[node_id]) for node_id in usable)
+        return any(meets(list_demands(parameters), nodes[node_id]) for node_id in usable)
 
     async def _measure(self, policy: Policy, store: Store | None) -> NodeHints:
         """Return what helps to place loads here.

@@ -1,7 +1,7 @@
 """Other servers that share the ledger, as runtime asks about them: their part of the work, and their models.
 
-A server alone has `ALONE`: all work is its own, and no model is elsewhere. The package `nodes` overrides
-this. `docs/decisions/0064` has the reasons.
+A server alone has `ALONE`: all work is its own, and no model is elsewhere. One of several overrides it;
+`docs/decisions/0064` has the reasons.
 """
 
 # ruff: noqa: ARG002 - a server alone looks at no argument
@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from msgspec import UnsetType
 
-from events.commands import Record, RequestLoad, RequestUnload
+from events.commands import Condition, Record, RequestLoad, RequestUnload
 from events.models import Model
 from events.state import State
 from events.values import NodeSignature
@@ -27,6 +27,25 @@ SystemCommand = TypeVar("SystemCommand", bound=Record | RequestLoad | RequestUnl
 
 class Elsewhere:
     """Which of the recorded work is this server's, all; and where models are that are not here, nowhere."""
+
+    name: str | None = None
+    """Of this server among those that share the ledger; None if it is alone."""
+
+    def servers(self, state: State) -> object:
+        """Return a value that is another one once a server has come or gone."""
+        return None
+
+    def find_epoch(self, state: State) -> tuple[str | None, tuple[Condition, ...]]:
+        """Return a name of this server's present epoch, and what holds while it goes on; None if it is alone.
+
+        Raises:
+            EpochOver: `log_unavailable`.
+        """
+        return None, ()
+
+    def is_over(self, epoch: str, state: State) -> bool:
+        """Whether this names an epoch of a server that is over: no event of it can come any more."""
+        return False
 
     def share(self, state: State) -> State:
         """Return the part of the state that this server works on."""

@@ -188,10 +188,11 @@ class Router:
         known = self._known.get(model_id)
         here = known[1] if known is not None and known[0] is model else self._find(model_id, model)
         target = self._check(here, version, number) if isinstance(here, Here) else here
-        if model is None or not model.copies or (isinstance(target, Here) and not spreads):
-            return target
-        own = target.load if isinstance(target, Here) else None
-        return self._find_copy(model_id, number, own) or target
+        if isinstance(target, Here):
+            is_left = spreads and target.has_copies and self._find_copy(model_id, number, target.load)
+            return is_left or target
+        has_copies = model is not None and len(model.servings) > 1
+        return (self._find_copy(model_id, number) if has_copies else None) or target
 
     def _find_copy(self, model_id: str, version: int | None, own: RunningLoad | None = None) -> There | None:
         """Return another server that is to answer for a model; None if there is none, or `own` is to."""
@@ -338,7 +339,7 @@ class Router:
         if load is None or load.report is None:
             return _just_died(model_id)
         inputs, outputs = load.report.inputs, load.report.outputs
-        has_copies = bool(model.copies)
+        has_copies = len(model.servings) > 1
         here = Here(model_id, serving.version, serving.position, inputs, outputs, load, has_copies)
         self._known[model_id] = model, here
         return here

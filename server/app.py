@@ -325,8 +325,8 @@ async def _reader(app: web.Application) -> AsyncIterator[None]:
 
 async def _uploads(app: web.Application) -> AsyncIterator[None]:
     """Finish what callers added or removed before the server ended, before any model is loaded."""
-    repository, policy, owner = app[VERSIONS].repository, app[CONFIG].upload_policy(), app[PROVER].node
-    changes = VersionChanges(repository, policy, owner, app[LOG], node_id=app[CLUSTER].name)
+    repository, policy, owner = app[VERSIONS].repository, app[CONFIG].upload_policy(), app[PROVER].ledger_name
+    changes = VersionChanges(repository, policy, owner, app[LOG], elsewhere=app[CLUSTER])
     recovery = Recovery(changes, app[READER].version_event)
     app[UPLOADS] = Uploads(changes, recovery)
     await recovery.open()

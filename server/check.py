@@ -366,7 +366,7 @@ def check_policy(config: Config, result: CheckResult, state: State) -> None:
     """Check each model against its rules: a load of its highest version today, and a reload after a restart.
 
     The ledger in the data directory says what was verified and loaded, and what persons said; signatures of
-    nodes in it are taken as good.
+    servers in it are taken as good.
     """
     if config.policy == LoadPolicy():
         return

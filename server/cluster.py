@@ -8,7 +8,7 @@ A server is alone with its ledger, and a cluster of one. The package `nodes` ove
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from functools import wraps
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from answers.nodes import NodeInfo
 from events.commands import Receipt
 from events.log import Log
 from events.models import Model
-from events.types import Cause
+from events.types import Cause, LoadParameters
 from events.values import Sign
 from runtime.consumer.running import RunningLoad
 from runtime.elsewhere import Elsewhere
@@ -55,14 +55,12 @@ class Cluster(Elsewhere):
     """The servers that share the ledger: this one alone.
 
     Attributes:
-        name: of this server among them; None if it is alone.
         sign: signs what a person says to this server, so that the others believe it; None if it is alone.
         verify_forwarded: verifies the tokens of requests that others have forwarded; None if it is alone.
         log: not open yet.
         loads: the running loads, by job id, as the consumer keeps them.
     """
 
-    name: str | None = None
     sign: Sign | None = None
     verify_forwarded: ForwardedVerifier | None = None
 
@@ -131,8 +129,8 @@ class Cluster(Elsewhere):
         """Return how many copies of a model are ready, and what the missing ones wait for."""
         return len(model.servings), None
 
-    def has_device(self, devices: Sequence[str]) -> bool:
-        """Whether another server that takes loads has one of these devices."""
+    def can_run(self, parameters: LoadParameters) -> bool:
+        """Whether another server that takes loads has all that a load with these parameters needs there."""
         return False
 
     async def catch_up(self, request: web.BaseRequest, model_id: str) -> None:

@@ -67,6 +67,11 @@ NODE_ATTRIBUTE_RULE = (
 MAX_NODE_ATTRIBUTES = 16
 """That a load may require: its event has them."""
 
+NOT_SHARED = (
+    "nodes have to know which of them have a version: start all with --repository-writable=on if the"
+    " repository is one folder that they share, with --repository-writable=own if each has its own"
+)
+
 DATABASE_SCHEMES = ("postgresql", "postgres")
 """The schemes of a database's address."""
 
@@ -550,7 +555,7 @@ class Config:
         return UploadPolicy(
             cast("Writable", self.repository_writable),
             is_immutable=not self.has_store,
-            is_of_node=self.ledger is not None,
+            unshared=NOT_SHARED if self.ledger is not None and self.repository_writable == AUTO else "",
             max_bytes=self.max_upload_bytes,
         )
 

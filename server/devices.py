@@ -6,7 +6,7 @@ The drivers of devices are asked for their memory, which takes a millisecond or 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -24,7 +24,6 @@ from runtime.rooms import RoomLimits
 from runtime.timeouts import DEVICES_LIMIT_S
 from runtime.wire import FoundDevice
 from server.appkeys import CONSUMER, LIMIT, POLICY, POOL
-from server.cluster import CLUSTER
 from server.config import Config, ConfigError, parse_budget
 from server.observability.timeseries import measure
 
@@ -95,7 +94,7 @@ def _check_settings(config: Config, devices: Devices) -> None:
             raise ConfigError(
                 f"{flag}: {', '.join(missing)} is not a device of this server, which has {there}"
             )
-    if config.ledger is None and config.default_devices != (CPU,):  # with a ledger, other nodes may have them
+    if config.ledger is None and config.default_devices != (CPU,):  # with a ledger, others may have them
         try:
             devices.find_candidates(config.default_devices)
         except DeviceUnavailable as problem:
@@ -114,19 +113,6 @@ def describe_setup(pool: WorkerPool, limits: Mapping[str, RoomLimits]) -> Iterat
         memory = "no memory budget" if budget is None else f"budget {budget} bytes"
         provider = f"{device.hardware or 'no name'}, provider {provider_of(name)} {device.version}"
         yield f"device {name}: {provider}, {memory}"
-
-
-def check_devices(app: web.Application, devices: Sequence[str]) -> None:
-    """Refuse a load whose devices no server has.
-
-    Raises:
-        DeviceUnavailable: `device_unavailable`.
-    """
-    try:
-        app[POOL].devices.find_candidates(devices)
-    except DeviceUnavailable:
-        if not app[CLUSTER].has_device(devices):
-            raise
 
 
 async def read_device_memory(app: web.Application) -> Mapping[str, DeviceMemory]:

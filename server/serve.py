@@ -22,8 +22,7 @@ from typing import Any
 import uvloop
 from aiohttp import web
 
-from events.errors import LedgerForked
-from nodes.membership import NameInUse
+from events.errors import LedgerForked, NameInUse
 from server.api.health import failed_tasks, vital_tasks
 from server.app import create_app
 from server.auth.tokens import TOKENS
@@ -261,7 +260,7 @@ async def _wait_for_end(app: web.Application, stop: asyncio.Event) -> int:
 
     Raises:
         LedgerForked: `ledger_forked`, the writer has found another history.
-        NameInUse: `node_name_in_use`, another server has joined with this node's name.
+        NameInUse: `node_name_in_use`, another server has joined with this one's name.
     """
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({stopping, *vital_tasks(app).values()}, return_when=asyncio.FIRST_COMPLETED)

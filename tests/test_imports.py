@@ -15,10 +15,9 @@ WORKER = "runtime.worker.main"
 ENTRY_POINT = re.compile(r"(\w+\.)+\w+:\w+")
 # The assembly, and commands about a ledger in a database; nothing else knows of several servers.
 USERS_OF_NODES = {
-    "loadledger.cli.database",
+    "loadledger.cli.ledger",
     "loadledger.cli.serve",
     "server.app",
-    "server.serve",
 }
 # What a reader of a server alone reads, and words that are of several servers.
 SINGLE_MACHINE = (

@@ -1,8 +1,10 @@
 """The documentation's pictures, each a function that returns an SVG file's text."""
 
+from collections.abc import Sequence
 from hashlib import sha256
 
-from tools.drawing import Picture, Point
+from events.models import TRANSITIONS, ModelState, Trigger
+from tools.drawing import Picture, Point, Rectangle
 
 
 def pictures() -> dict[str, str]:
@@ -99,6 +101,39 @@ def _strategy(picture: Picture, top: float, name: str) -> None:
         picture.words(20, top + 46 + index * 36, row, "quiet")
 
 
+STATES: dict[ModelState, tuple[Rectangle, str]] = {
+    ModelState.UNLOADING: ((300, 30, 140, 44), "wait"),
+    ModelState.UNLOADED: ((30, 130, 140, 44), "box"),
+    ModelState.LOADING: ((300, 130, 140, 44), "wait"),
+    ModelState.LOADED: ((560, 130, 140, 44), "good"),
+    ModelState.FAILED: ((300, 240, 140, 44), "bad"),
+    ModelState.LOST: ((560, 240, 140, 44), "bad"),
+}
+
+MOVES: tuple[tuple[ModelState, Trigger, tuple[Point, ...], Point, str, tuple[str, ...]], ...] = (
+    (ModelState.UNLOADED, Trigger.LOAD_STARTED, ((170, 152), (299, 152)), (235, 140), "middle", ()),
+    (ModelState.LOADING, Trigger.LOADED, ((440, 152), (559, 152)), (500, 140), "middle", ()),
+    (ModelState.LOADED, Trigger.UNLOAD_STARTED, ((630, 130), (630, 52), (441, 52)), (535, 40), "middle", ()),
+    (ModelState.UNLOADING, Trigger.UNLOADED, ((300, 52), (100, 52), (100, 129)), (200, 40), "middle", ()),
+    (ModelState.LOADING, Trigger.FAILED, ((335, 174), (335, 239)), (325, 207), "end", ()),
+    (
+        *(ModelState.FAILED, Trigger.LOAD_STARTED, ((405, 240), (405, 175))),
+        *((415, 207), "start", ("you load", "it again")),
+    ),
+    (
+        *(ModelState.LOADED, Trigger.ENDED, ((630, 174), (630, 239))),
+        *((640, 199), "start", ("its last worker", "or the server", "ends")),
+    ),
+    (
+        *(ModelState.LOST, Trigger.LOAD_STARTED, ((560, 252), (500, 252), (500, 165), (441, 165))),
+        *((510, 209), "start", ("the server", "loads it again")),
+    ),
+    (ModelState.LOST, Trigger.FAILED, ((560, 273), (441, 273)), (500, 286), "middle", ("it gives up",)),
+)
+"""The moves of the life of a model that the picture has: the state before, what moves it, the arrow, and its
+words with their place and anchor; without words, those of the trigger."""
+
+
 def model_states() -> Picture:
     """Return the states of a model and the events between them."""
     picture = Picture(
@@ -110,38 +145,25 @@ def model_states() -> Picture:
         760,
         340,
     )
-    picture.box((300, 30, 140, 44), ("unloading",), "wait")
-    picture.box((30, 130, 140, 44), ("unloaded",))
-    picture.box((300, 130, 140, 44), ("loading",), "wait")
-    picture.box((560, 130, 140, 44), ("loaded",), "good")
-    picture.box((300, 240, 140, 44), ("failed",), "bad")
-    picture.box((560, 240, 140, 44), ("lost",), "bad")
-    picture.arrow((170, 152), (299, 152))
-    picture.words(235, 140, "LoadStarted", "quiet", anchor="middle")
-    picture.arrow((440, 152), (559, 152))
-    picture.words(500, 140, "ModelLoaded", "quiet", anchor="middle")
-    picture.arrow((630, 130), (630, 52), (441, 52))
-    picture.words(535, 40, "UnloadStarted", "quiet", anchor="middle")
-    picture.arrow((300, 52), (100, 52), (100, 129))
-    picture.words(200, 40, "ModelUnloaded", "quiet", anchor="middle")
-    picture.arrow((335, 174), (335, 239))
-    picture.words(325, 207, "LoadFailed", "quiet", anchor="end")
-    picture.arrow((405, 240), (405, 175))
-    picture.words(415, 207, "you load", "quiet")
-    picture.words(415, 223, "it again", "quiet")
-    picture.arrow((630, 174), (630, 239))
-    picture.words(640, 199, "its last worker", "quiet")
-    picture.words(640, 215, "or the server", "quiet")
-    picture.words(640, 231, "ends", "quiet")
-    picture.arrow((560, 252), (500, 252), (500, 165), (441, 165))
-    picture.words(510, 209, "the server", "quiet")
-    picture.words(510, 225, "loads it again", "quiet")
-    picture.arrow((560, 273), (441, 273))
-    picture.words(500, 286, "it gives up", "quiet", anchor="middle")
+    for state, (place, looks) in STATES.items():
+        picture.box(place, (state,), looks)
+    for before, trigger, points, (x, y), anchor, lines in MOVES:
+        _check_ends(before, TRANSITIONS[trigger][before], points)
+        picture.arrow(*points)
+        for index, line in enumerate(lines or (trigger,)):
+            picture.words(x, y + index * 16, line, "quiet", anchor=anchor)
     picture.words(
         30, 312, "A model stays loaded while another version of it loads beside the one that serves.", "quiet"
     )
     return picture
+
+
+def _check_ends(before: ModelState, after: ModelState, points: Sequence[Point]) -> None:
+    """Refuse an arrow that does not go from one state to the other, as the table says."""
+    for state, (x, y) in ((before, points[0]), (after, points[-1])):
+        left, top, width, height = STATES[state][0]
+        if not (left - 1 <= x <= left + width + 1 and top - 1 <= y <= top + height + 1):
+            raise ValueError(f"the arrow at {x}, {y} does not touch the state {state}")
 
 
 EVENTS = (

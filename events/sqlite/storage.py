@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from events.errors import LogUnavailable
-from events.registers import Registers
+from events.registers import ENTRIES
 from events.sqlite import history, queries
 from events.sqlite.queries import transaction
 from events.sqlite.readonly import lacks_wal, may_lack_events, open_read_only
@@ -33,8 +33,6 @@ from events.storage import LogHead, Row, StorageError, StoredLedger
 
 FOLDS = 8
 """The version of the folds: add one with each change after which the same events give other stored bodies."""
-
-_OF_REGISTERS = tuple(table for table, _ in Registers().items())
 
 MAX_NAMED = 100
 """Differences that a rebuild names at most."""
@@ -66,7 +64,7 @@ def rebuild(connection: sqlite3.Connection) -> None:
     """
     with transaction(connection):
         state = State()
-        for table in ("jobs", "models", *_OF_REGISTERS, "model_history", "presence"):
+        for table in ("jobs", "models", *ENTRIES, "model_history", "presence"):
             connection.execute(f"DELETE FROM {table}")  # noqa: S608 - literals above
         connection.execute(
             "INSERT OR REPLACE INTO projected (one, position, folds) VALUES (1, 0, ?)", (FOLDS,)
@@ -129,7 +127,7 @@ def _differences(before: sqlite3.Connection, after: sqlite3.Connection) -> Itera
     for table, columns in (
         ("models", "id, body"),
         ("jobs", "id, body, landmark"),
-        *((table, "id, body") for table in _OF_REGISTERS),
+        *((table, "id, body") for table in ENTRIES),
     ):
         walk = f"SELECT {columns} FROM {table} ORDER BY 1"  # noqa: S608 - literals above
         old, new = before.execute(walk), after.execute(walk)

@@ -26,7 +26,7 @@ from answers.timeline import (
 from events.clock import Timestamp, add_seconds
 from events.codec import decode_event
 from events.errors import LogUnavailable
-from events.history import CopyRow, ModelRow, decode_row
+from events.history import ModelRow, decode_row
 from events.jobs import Job
 from events.models import ModelState, Serving
 from events.presence import PRESENT, SERVER, NodeState, ServerState, Transition
@@ -325,24 +325,20 @@ class _LaneReader:
         if not any(len(row.servings) > 1 for _, row in steps):
             return ()
         names = sorted({each.server for _, row in steps for each in row.servings if each.server is not None})
-        return tuple([CopyLane(name, self._copy_segments(name, steps)) for name in names])
+        parts = ([self._copy_segment(name, *step) for step in steps] for name in names)
+        lanes = zip(names, parts, strict=True)
+        return tuple([CopyLane(name, _close(segments, self.shown.end)) for name, segments in lanes])
 
-    def _copy_segments(self, server: str, steps: Sequence[tuple[Segment, ModelRow]]) -> tuple[Segment, ...]:
-        starts = list[Segment]()
-        for step, row in steps:
-            own = next((each for each in row.servings if each.server == server), None)
-            starts.append(self._copy_segment(own, step, row.state))
-        return _close(starts, self.shown.end)
-
-    def _copy_segment(self, own: CopyRow | None, step: Segment, state: ModelState) -> Segment:
-        """Return the segment of a server that begins with one of the model; None is one without a copy."""
+    def _copy_segment(self, server: str, step: Segment, row: ModelRow) -> Segment:
+        """Return the segment of a server that begins with one of the model."""
+        own = next((each for each in row.servings if each.server == server), None)
         begun = Segment(ModelState.UNLOADED, step.begin, step.begin, position=step.position)
         if step.position is not None:
             begun = replace(begun, by=step.by, cause=step.cause)
         if own is None:
             return begun
         job_id = self._find_load(own.load).load_job_id
-        return replace(begun, state=state, version=own.version, load_job_id=job_id, degraded=own.degraded)
+        return replace(begun, state=row.state, version=own.version, load_job_id=job_id, degraded=own.degraded)
 
     def _find_load(self, position: int) -> Serving:
         if position not in self._loads:

@@ -109,32 +109,15 @@ class DrainNode(RegisterCommand):
 
 
 @dataclass(frozen=True, slots=True)
-class LeaveNode(RegisterCommand):
-    """End an epoch of a node in order, when its workers have ended."""
+class EndNode(RegisterCommand):
+    """End an epoch of a node: in order, when its workers have ended, or since it did not renew its lease."""
 
-    node_id: str
-    epoch: int
-
-    def decide(self, at: DecisionInput) -> Decision:
-        if not _is_present(at.state, self.node_id, self.epoch):
-            return REFUSED_AS_OUTDATED
-        return Accepted((Draft(at.new_id(), NodeLeft(self.node_id, self.epoch), SYSTEM),))
-
-
-@dataclass(frozen=True, slots=True)
-class LoseNode(RegisterCommand):
-    """End an epoch of a node that did not renew its lease, last at `last_renewed_at`."""
-
-    node_id: str
-    epoch: int
-    last_renewed_at: Timestamp
+    ended: NodeLeft | NodeLost
 
     def decide(self, at: DecisionInput) -> Decision:
-        if not _is_present(at.state, self.node_id, self.epoch):
+        if not _is_present(at.state, self.ended.node_id, self.ended.epoch):
             return REFUSED_AS_OUTDATED
-        return Accepted(
-            (Draft(at.new_id(), NodeLost(self.node_id, self.epoch, self.last_renewed_at), SYSTEM),)
-        )
+        return Accepted((Draft(at.new_id(), self.ended, SYSTEM),))
 
 
 def _is_present(state: State, node_id: str, epoch: int) -> bool:

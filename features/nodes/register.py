@@ -71,41 +71,6 @@ class Node(Struct, frozen=True, gc=False):
         return self.phase is NodePhase.JOINED
 
 
-def evolve_node(node: Node | None, data: NodeData, *, position: int, recorded_at: Timestamp) -> Node | None:
-    """Return a node after an event about it; what concerns another epoch changes nothing.
-
-    Args:
-        node: as it was before; None if there was no event about it.
-        data: of the event.
-        position: of the event.
-        recorded_at: of the event.
-    """
-    if isinstance(data, NodeJoined):
-        return Node(
-            data.node_id,
-            data.epoch,
-            NodePhase.JOINED,
-            position,
-            recorded_at,
-            data.address,
-            data.attributes,
-            data.budget_bytes,
-            data.release,
-            data.public_key,
-            after=data.after,
-            signature=data.signature,
-        )
-    if node is None or not node.is_present or node.epoch != data.epoch:
-        return node
-    match data:
-        case NodeDraining():
-            return replace(node, phase=NodePhase.DRAINING, position=position)
-        case NodeLeft():
-            return replace(node, phase=NodePhase.LEFT, position=position, ended_at=recorded_at)
-        case NodeLost():
-            return replace(node, phase=NodePhase.LOST, position=position, ended_at=recorded_at)
-
-
 def evolve_nodes(
     nodes: Mapping[str, Node], event: Event, data: NodeData, read_owners: Callable[[], Collection[str]]
 ) -> Mapping[str, Node | None]:
@@ -118,7 +83,7 @@ def evolve_nodes(
         read_owners: returns the nodes that own a model or a job.
     """
     before, now = nodes.get(data.node_id), event.recorded_at
-    after = evolve_node(before, data, position=event.position, recorded_at=now)
+    after = _evolve_node(before, event, data)
     if after is None or after is before:
         return {}
     changed: dict[str, Node | None] = {after.id: after}
@@ -126,6 +91,31 @@ def evolve_nodes(
         long_ended = {each.id for each in nodes.values() if is_forgotten(each.ended_at, now)}
         changed |= dict.fromkeys((long_ended - {after.id}).difference(read_owners() if long_ended else ()))
     return changed
+
+
+def _evolve_node(node: Node | None, event: Event, data: NodeData) -> Node | None:
+    """Return a node after an event about it; what concerns another epoch changes nothing."""
+    if isinstance(data, NodeJoined):
+        return Node(
+            data.node_id,
+            data.epoch,
+            NodePhase.JOINED,
+            event.position,
+            event.recorded_at,
+            data.address,
+            data.attributes,
+            data.budget_bytes,
+            data.release,
+            data.public_key,
+            after=data.after,
+            signature=data.signature,
+        )
+    if node is None or not node.is_present or node.epoch != data.epoch:
+        return node
+    if isinstance(data, NodeDraining):
+        return replace(node, phase=NodePhase.DRAINING, position=event.position)
+    phase = NodePhase.LEFT if isinstance(data, NodeLeft) else NodePhase.LOST
+    return replace(node, phase=phase, position=event.position, ended_at=event.recorded_at)
 
 
 def describe_node(name: str) -> str:

@@ -84,7 +84,7 @@ def verify(
     if data is not None and store:
         checked = verify_local_store(data)
     elif address is not None:
-        checked = VerifyResult(_import_database().verify_address(address, expected), (), None)
+        checked = VerifyResult(_import_admin().verify_address(address, expected), (), None)
     else:
         ledger = None if data is None else _ledger_in(data)
         checked = verify_ledger_and_files(ledger, files, key, expected)
@@ -302,7 +302,7 @@ def migrate(address: str, server_role: str | None, data: Path | None, *, as_json
     release that changes the schema, and to let a role in. With --data, the ledger of a stopped server is
     verified, copied into the empty database with its positions and hashes, and verified there.
     """
-    done = _import_database().migrate_database(address, server_role, data)
+    done = _import_admin().migrate_database(address, server_role, data)
     lines = [f"schema: {done['migrations']} migrations applied"]
     if server_role is not None:
         lines.append(f"role {server_role}: may read and append")
@@ -323,21 +323,21 @@ def discard(address: str, file: Path, *, as_json: bool) -> None:
     password. All events from that one on, which no node has, go to FILE, and `EventsDiscarded` takes their
     place.
     """
-    done = _import_database().discard_unreadable(address, file)
+    done = _import_admin().discard_unreadable(address, file)
     members = {"first_position": done.first_position, "last_position": done.last_position, "hash": done.hash}
     line = f"discarded: positions {done.first_position} to {done.last_position}, kept in {file}"
     output.print_result(members, [line], as_json=as_json)
 
 
-def _import_database() -> Any:
+def _import_admin() -> Any:
     """Return the module for ledgers in PostgreSQL, which needs the driver."""
     from importlib.util import find_spec
 
     if find_spec("asyncpg") is None:
         output.exit_with_error(f"asyncpg is not installed: {INSTALL}")
-    from loadledger.cli import database
+    from nodes.postgres import admin
 
-    return database
+    return admin
 
 
 def _ledger_in(data: Path) -> Path:

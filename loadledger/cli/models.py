@@ -86,7 +86,7 @@ def show(model: str, *, at: str | None, as_json: bool, where: options.ServerChoi
     with options.open_chosen_client(where) as client:
         shown = client.model(model, at=at)
         if shown.state == "loaded" and at is None:
-            with suppress(ClientProblem):  # its node cannot be reached: the file's are shown
+            with suppress(ClientProblem):  # its server cannot be reached: the file's are shown
                 shown = replace_tensors(shown, client.metadata(model))
     output.print_result(shown, _details(shown, where.words), as_json=as_json)
 
@@ -228,7 +228,7 @@ def _parameters(parameters: dict[str, Any]) -> str:
 
 
 def replace_tensors(model: Any, metadata: Any) -> Any:
-    """Return a model with the inputs and outputs of its metadata: those of the node where it is loaded."""
+    """Return a model with the inputs and outputs of its metadata: those of the server where it is loaded."""
     version = int(metadata.versions[0]) if metadata.versions else model.inputs_of_version
     return msgspec.structs.replace(
         model, inputs=metadata.inputs, outputs=metadata.outputs, inputs_of_version=version

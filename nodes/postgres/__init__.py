@@ -11,5 +11,6 @@ unless a docstring says otherwise.
 - `schema`: migrations by the owner, and what a server checks before it uses a database
 - `log`: the writer's log: catching up with other servers, deciding anew what they changed
 - `storage`: `Storage` for the writer: append in the database, then store in the replica
+- `admin`: what commands do with it: migrate, copy a stopped server's ledger into it, verify, discard
 - `transfer`: a ledger into an empty database, and out of one
 """

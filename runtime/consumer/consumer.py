@@ -23,7 +23,6 @@ from events.commands import OUTDATED, Condition, RequestLoad, RequestUnload
 from events.errors import LedgerProblem, LogUnavailable, RequestRefused
 from events.jobs import TIMEOUT, Job, JobStatus
 from events.log import Log
-from events.models import RELOADS
 from events.policy.checks import CheckedVersion
 from events.state import State
 from events.types import Draft, JobCancelled, LoadFailed, ModelUnloaded, UnloadStarted
@@ -140,6 +139,7 @@ class Consumer:
             wake=wake,
             elsewhere=elsewhere,
             policy=policy,
+            progress_timeout_s=progress_timeout_s,
         )
         self._monitor = WorkerMonitor(log, self.loads, wake)
 
@@ -185,8 +185,8 @@ class Consumer:
         found = list[WaitingJob]()
         for job in self._own().unended():
             if (waiting_for := self.waiting_for(job)) is not None:
-                task = self._loader.tasks.get(job.id)
-                needs_bytes = None if task is None else task.known_bytes
+                load = self._loader.active.get(job.id)
+                needs_bytes = None if load is None else load.known_bytes
                 found.append(
                     WaitingJob(
                         job_id=job.id,
@@ -284,34 +284,19 @@ class Consumer:
         self, job: Job, chosen: Alternative, before: RecordFact | None, conditions: Conditions
     ) -> None:
         """Record `LoadStarted`, and grant the load what it will need."""
-        task = self._loader.tasks[job.id]
-        version, parameters = job.load_order
-        limits = self.policy.rooms.get(chosen.target.name)
-        load = RunningLoad(
-            job.id,
-            job.model_id,
-            version,
-            parameters,
-            worker_id=uuid7(),
-            wake=self._wakeup.set,
-            progress_timeout_s=parameters.progress_timeout_s or self._progress_timeout_s,
-            is_reload=job.cause in RELOADS,
-            files=task.estimated_files,
-            reserved_bytes=chosen.bytes,
-            budget_bytes=self.policy.budget_bytes,
-            allocation=chosen.target.allocate(
-                chosen.needs, parameters, limits, self._pool, self._allocations
-            ),
-        )
-        load.allowance = partial(self._allowance, load)
-        started = structs.replace(
-            draft_load_start(job, is_restarted=task.is_restarted), worker_id=load.worker_id
-        )
+        load, limits = self._loader.active[job.id], self.policy.rooms.get(chosen.target.name)
+        about = chosen.needs, load.parameters, limits, self._pool, self._allocations
+        load.worker_id, load.reserved_bytes = uuid7(), chosen.bytes
+        load.budget_bytes, load.allowance = self.policy.budget_bytes, partial(self._allowance, load)
+        load.allocation = chosen.target.allocate(*about)
+        started = draft_load_start(job, is_restarted=load.outdated > 0)
         first = [draft_fact(job, before.data)] if before is not None else []
-        await self._recorder.record(*first, started, conditions=conditions)
+        await self._recorder.record(
+            *first, structs.replace(started, worker_id=load.worker_id), conditions=conditions
+        )
         self.loads[job.id] = load
-        load.track(task.task)
-        task.grant.set_result(load)
+        load.track(load.task)
+        load.granted.set()
 
     def _allocations(self) -> list[Allocation]:
         return [each.allocation for each in self.loads.values()]
@@ -391,20 +376,20 @@ class Consumer:
         A load whose coroutine has ended without an outcome, since it was killed, is forgotten, too: it
         begins again, or fails if that was a defect.
         """
-        tasks = self._loader.tasks
-        for job_id, each in list(tasks.items()):
+        active = self._loader.active
+        for job_id, each in list(active.items()):
             if own.unended_job(job_id) is None:
                 if each.task.done():
-                    del tasks[job_id]
-                elif each.is_waiting:
+                    del active[job_id]
+                elif not each.granted.is_set():
                     each.task.cancel()
         for key, load in list(self.loads.items()):
             is_current = is_load_current(own, key, load.model_id)
             if not is_current and (not load.killed or load.tasks):
                 load.kill()
-            job, is_running = find_started_job(own, key), key in tasks and not tasks[key].task.done()
+            job, is_running = find_started_job(own, key), key in active and not load.task.done()
             is_without_outcome = job is not None and not is_running and may_end(self._log.state, job)
-            if load.run.is_finished and (is_without_outcome or not is_current):
+            if load.is_finished and (is_without_outcome or not is_current):
                 self.totals.end(load)
                 del self.loads[key]
 
@@ -413,13 +398,13 @@ class Consumer:
         return self._elsewhere.share(self._log.state)
 
     def _observe(self, state: State) -> Observations:
-        tasks = self._loader.tasks
+        active = self._loader.active
         may_yield = any(job.load and job.load.priority == "low" for job in state.unended())
         return Observations(
             fork_server_up=self._pool.healthy,
             under_pressure=may_yield and self._under_pressure(),
-            estimates={job_id: each.estimate for job_id, each in tasks.items()},
-            estimating=[job_id for job_id, each in tasks.items() if each.is_new],
+            estimates={job_id: each.estimate for job_id, each in active.items()},
+            estimating=[job_id for job_id, each in active.items() if each.is_new],
             pending_demand=self.demand.models,
             last_used=self._log.last_used,
             clock=self._log.clock,
@@ -428,7 +413,7 @@ class Consumer:
     async def _cancel_effects(self) -> None:
         effects = (load.tasks for load in self.loads.values())
         returns = [each.returning for each in self._allocations() if each.returning]
-        tasks = {each.task for each in self._loader.tasks.values()}.union(returns, *effects)
+        tasks = {each.task for each in self._loader.active.values()}.union(returns, *effects)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, *self._loader.syncs, return_exceptions=True)

@@ -44,7 +44,7 @@ from events.types import (
 from features.rooms import TARGETS
 from runtime.cgroups import count_usable_cpus
 from runtime.consumer.checks import MakeInput, check_files, check_version
-from runtime.consumer.running import OUT_OF_MEMORY, LoadEnded, LoadTask, RunningLoad
+from runtime.consumer.running import OUT_OF_MEMORY, LoadEnded, RunningLoad
 from runtime.elsewhere import Elsewhere
 from runtime.errors import (
     Exit,
@@ -88,7 +88,7 @@ from runtime.scheduler.view import (
 )
 from runtime.store.versions import HeldVersion, Versions
 from runtime.timeouts import MEASURE_LIMIT_S, STOP_GRACE_S, TimeoutExpired, timeout
-from runtime.wire import Load, Loaded, plain_text
+from runtime.wire import Load, Loaded, Tensor, plain_text
 
 _log = logging.getLogger(__name__)
 
@@ -118,9 +118,10 @@ class Loader:
         wake: called when the consumer has something new to decide.
         elsewhere: says which of the work is this server's.
         policy: the operator's settings.
+        progress_timeout_s: how long a load may make no progress, unless its request says otherwise.
 
     Attributes:
-        tasks: the loads whose coroutine runs, or has raised by a defect, by job id.
+        active: the loads whose coroutine runs, or has raised by a defect, by job id.
         syncs: versions that were loaded and are being synced to the disk.
     """
 
@@ -135,8 +136,10 @@ class Loader:
         wake: Callable[[], None],
         elsewhere: Elsewhere,
         policy: Policy,
+        progress_timeout_s: int,
     ) -> None:
         self._log = log
+        self._progress_timeout_s = progress_timeout_s
         self._recorder = recorder
         self._pool = pool
         self._versions = versions
@@ -144,15 +147,25 @@ class Loader:
         self._elsewhere = elsewhere
         self._policy = policy
         self._checking = asyncio.Semaphore(policy.loads_at_once)
-        self.tasks: dict[str, LoadTask] = {}
+        self.active: dict[str, RunningLoad] = {}
         self.running = running
         self.syncs: set[asyncio.Task[None]] = set()
 
     def begin(self, job: Job) -> None:
         """Start the coroutine of a load, which estimates its memory and then waits for the grant."""
-        task = asyncio.create_task(self.run_load(job), name=f"loading {job.model_id}")
-        self.tasks[job.id] = LoadTask(task)
-        task.add_done_callback(partial(self._end, job.id))
+        version, parameters = job.load_order
+        load = RunningLoad(
+            job.id,
+            job.model_id,
+            version,
+            parameters,
+            self._wake,
+            is_reload=job.cause in RELOADS,
+            progress_timeout_s=parameters.progress_timeout_s or self._progress_timeout_s,
+        )
+        load.task = asyncio.create_task(self.run_load(job, load), name=f"loading {job.model_id}")
+        self.active[job.id] = load
+        load.task.add_done_callback(partial(self._end, load))
 
     def confirm(self, action: Action) -> tuple[Condition, ...] | None:
         """Return what the checks of a load rest on that goes on with an action, or gets room by it.
@@ -166,71 +179,69 @@ class Loader:
                 pass
             case _:
                 return ()
-        task, waiting = self.tasks.get(job_id or ""), self._log.state.unended_job(job_id)
-        conditions = () if task is None or task.checked is None else task.checked.conditions
-        if task is None or waiting is None or all(each.holds(self._log.state) for each in conditions):
+        load, waiting = self.active.get(job_id or ""), self._log.state.unended_job(job_id)
+        conditions = () if load is None or load.checked is None else load.checked.conditions
+        if load is None or waiting is None or all(each.holds(self._log.state) for each in conditions):
             return conditions
-        task.task.cancel()
+        load.task.cancel()
         self.begin(waiting)
         return None
 
-    def _end(self, job_id: str, task: asyncio.Task[None]) -> None:
-        """Forget a coroutine that has ended; of a defect the consumer then lets the load fail."""
-        ended = self.tasks.get(job_id)
-        if ended is None or ended.task is not task:  # the consumer was faster
+    def _end(self, load: RunningLoad, task: asyncio.Task[None]) -> None:
+        """Forget a load whose coroutine has ended; of a defect the consumer then lets the load fail."""
+        if self.active.get(load.job_id) is not load:  # it began anew, or the consumer has forgotten it
             return
-        del self.tasks[job_id]
-        if not task.cancelled() and task.exception() is not None:
-            ended.estimate = Failure("internal", DEFECT)
-            self.tasks[job_id] = ended
+        if task.cancelled() or task.exception() is None:
+            del self.active[load.job_id]
+        else:
+            load.estimate = Failure("internal", DEFECT)
         self._wake()
 
-    async def run_load(self, job: Job) -> None:
+    async def run_load(self, job: Job, load: RunningLoad) -> None:
         """Load a model, from the estimate of its memory to `ModelLoaded` or `LoadFailed`.
 
         If its files are not those that were estimated, it gives its grant back and waits for another one.
         """
-        task = self.tasks[job.id]
         while True:
-            await self._estimate(job, task)
-            load = await task.grant
+            await self._estimate(job, load)
+            await load.granted.wait()
             await self._attempt(job, load)
             if not load.has_other_files:
                 break
             del self.running[job.id]  # no worker was started
-            task.begin_again()
+            load.begin_again()
         if load.failure is not None:
             await self._record_failure(load, load.failure)
 
-    async def _estimate(self, job: Job, task: LoadTask) -> None:
+    async def _estimate(self, job: Job, load: RunningLoad) -> None:
         """Estimate the memory of a load; if the model serves from the same bytes, that is found, too."""
-        patience = asyncio.get_running_loop().call_later(ESTIMATE_WAIT_S, self._stop_waiting, task)
+        patience = asyncio.get_running_loop().call_later(ESTIMATE_WAIT_S, self._stop_waiting, load)
         try:
-            task.estimate = await self._look_at_files(job, task)
+            load.estimate = await self._look_at_files(job, load)
         except Exception as error:  # noqa: BLE001 - whatever it is, this load alone has no estimate
-            task.estimate = describe_failure(error)
+            load.estimate = describe_failure(error)
         finally:
             patience.cancel()
-            self._stop_waiting(task)
-        if task.outdated > MAX_OUTDATED:
-            task.estimate = Failure("model_changed", CHANGING)
+            self._stop_waiting(load)
+        if load.outdated > MAX_OUTDATED:
+            load.estimate = Failure("model_changed", CHANGING)
 
-    async def _look_at_files(self, job: Job, task: LoadTask) -> MemoryEstimate:
+    async def _look_at_files(self, job: Job, load: RunningLoad) -> MemoryEstimate:
         """Check the files against the rules, and estimate the memory."""
         state, (version, parameters) = self._log.state, job.load_order
         model, serving = state.models.get(job.model_id), find_same_workers(state, job)
         rules = self._policy.loads.of(job.model_id)
-        if task.checked is None and (rules is not None or job.policy_digest is not None):
+        if load.checked is None and (rules is not None or job.policy_digest is not None):
             expected = find_expected(job, model)
             make_input = self._input_maker(job.model_id, is_reload=expected is not None)
             async with self._checking:
-                task.files, task.checked = await check_files(self._versions, job, expected, make_input)
+                load.files, load.checked = await check_files(self._versions, job, expected, make_input)
         footprints = model.footprints if model is not None else ()
-        files: Sequence[SizedFile] | None = task.files or find_expected(job, model)
+        files: Sequence[SizedFile] | None = load.files or find_expected(job, model)
         files = files or await self._versions.stat(job.model_id, version)
         targets, threads = self._find_targets(parameters), self._pool.threads_of(parameters)
         found = estimate_memory(files, version, parameters, footprints, threads=threads, targets=targets)
-        if serving is None or not await self._is_same(job, serving, task.files):
+        if serving is None or not await self._is_same(job, serving, load.files):
             return found
         return change(found, same_as=serving.load_job_id)
 
@@ -267,14 +278,15 @@ class Loader:
 
         return make_input
 
-    def _stop_waiting(self, task: LoadTask) -> None:
-        task.is_new = False
+    def _stop_waiting(self, load: RunningLoad) -> None:
+        load.is_new = False
         self._wake()
 
     async def _attempt(self, job: Job, load: RunningLoad) -> None:
         """Load a model with one grant; its workers are killed unless `ModelLoaded` is recorded."""
+        is_recorded = False
         try:
-            await self._load(job, load)
+            is_recorded = await self._load(job, load)
         except LoadEnded:
             pass
         except RuntimeProblem as problem:
@@ -285,37 +297,39 @@ class Loader:
             _log.exception("the load of %s failed", load.model_id)
             load.failure = load.failure or Failure("internal", DEFECT)
         finally:
-            if not load.is_recorded:
+            if not is_recorded:
                 load.kill_workers()
 
-    async def _load(self, job: Job, load: RunningLoad) -> None:
-        expected = self.tasks[job.id].files or find_expected(job, self._log.state.models.get(load.model_id))
+    async def _load(self, job: Job, load: RunningLoad) -> bool:
+        """Load a model; returns whether the ledger says that it is loaded."""
+        expected = load.files or find_expected(job, self._log.state.models.get(load.model_id))
         async with AsyncExitStack() as stack:
             async with _in_time(load):
                 load.reach_stage("copying")
                 files = await stack.enter_async_context(
                     self._versions.version(load.model_id, load.version, expected, load.count_piece)
                 )
-                order = await self._build_order(load, files)
+                order, inputs = await self._build_order(load, files)
                 load.reach_stage("starting")
                 async with load.measure_rooms():
                     worker = await self._start_instance(load, load.worker_id)
                     hashing = start_task(files.hash(), "hashing a model")  # it would slow the fork down
-                    first = await self._load_instance(load, worker, order)
+                    first = await self._load_instance(load, worker, order, inputs)
                     await hashing
                     await files.settle()
                     settled = replace(order, root=str(files.root), folder=str(files.folder))
-                    await self._load_others(load, settled)
+                    await self._load_others(load, settled, inputs)
             load.report = first
             await self._record_outcome(load, partial(self._draft_loaded, load, files))
-            load.is_recorded = self._is_serving(load)
-            if load.is_recorded:
+            is_recorded = self._is_serving(load)
+            if is_recorded:
                 sync = start_task(_make_durable(files, stack.pop_all()), "syncing a model")
                 self.syncs.add(sync)
                 sync.add_done_callback(self.syncs.discard)
+            return is_recorded
 
-    async def _build_order(self, load: RunningLoad, files: HeldVersion) -> Load:
-        """Build the message that loads a version.
+    async def _build_order(self, load: RunningLoad, files: HeldVersion) -> tuple[Load, tuple[Tensor, ...]]:
+        """Build the message that loads a version, and the inputs of its warm-up run; none are zeros.
 
         Raises:
             LoadEnded: the load was granted for other files.
@@ -330,10 +344,10 @@ class Loader:
             if not load.is_reload:
                 raise
             warm_up = NO_WARM_UP  # the store has all that a reload needs
-        load.warm_up_inputs = warm_up.inputs
-        return self._pool.build_load(files, load.parameters, warm_up, load.allocation.order())
+        order = self._pool.build_load(files, load.parameters, warm_up, load.allocation.order())
+        return order, warm_up.inputs
 
-    async def _load_others(self, load: RunningLoad, order: Load) -> None:
+    async def _load_others(self, load: RunningLoad, order: Load, inputs: Sequence[Tensor]) -> None:
         """Load the other instances, some at once; the first failure cancels the rest.
 
         Each takes a CPU and its peak of memory while it loads.
@@ -344,7 +358,8 @@ class Loader:
 
         async def load_one() -> None:
             async with places:
-                await self._load_instance(load, await self._start_instance(load, uuid7()), order)
+                worker = await self._start_instance(load, uuid7())
+                await self._load_instance(load, worker, order, inputs)
 
         others = [asyncio.create_task(load_one()) for _ in range(load.parameters.instances - 1)]
         try:
@@ -367,14 +382,16 @@ class Loader:
         worker.ended.add_done_callback(lambda _: load.on_exit(worker))
         return worker
 
-    async def _load_instance(self, load: RunningLoad, worker: Worker, order: Load) -> Loaded:
+    async def _load_instance(
+        self, load: RunningLoad, worker: Worker, order: Load, inputs: Sequence[Tensor]
+    ) -> Loaded:
         """Load the model in a started worker; return the worker's report."""
         worker_id, limited = worker.worker_id, load.limit_memory(order)
         try:
             report = await worker.load(
                 limited,
                 lambda stage: load.reach_stage(stage, worker_id),
-                load.warm_up_inputs,
+                inputs,
                 on_sample=lambda: load.check_allowance(worker),
             )
         except RuntimeProblem as problem:
@@ -437,7 +454,7 @@ class Loader:
     def _draft_loaded(self, load: RunningLoad, files: HeldVersion, job: Job) -> list[Draft]:
         """Return `ModelLoaded`, its label, and the unload request of the load that this one replaces."""
         load.check()
-        checked = self.tasks[job.id].checked
+        checked = load.checked
         data = describe_loaded(job, load, files, self._log.now(), self._pool)
         if checked is not None:
             evidence = asdict(checked.evidence)

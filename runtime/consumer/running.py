@@ -1,14 +1,14 @@
-"""A load as it runs: its workers, progress and memory, and why its attempt ends."""
+"""A load as it waits and runs: its estimate, workers, progress and memory, and why its attempt ends."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Final
 
 from msgspec.structs import replace
 
@@ -27,132 +27,14 @@ from runtime.repository import SizedFile
 from runtime.rooms import Allocation
 from runtime.scheduler.admission import format_megabytes
 from runtime.scheduler.estimates import file_sizes
-from runtime.scheduler.view import FileSizes, LoadView, MemoryEstimate, Phase
+from runtime.scheduler.view import LoadView, MemoryEstimate, Phase
 from runtime.statistics import Statistics
 from runtime.timeouts import PROGRESS_TIMEOUT_S
-from runtime.wire import Load, Loaded, Tensor
+from runtime.wire import Load, Loaded
 
 _log = logging.getLogger(__name__)
 
 OUT_OF_MEMORY: Final = "out_of_memory"
-
-
-class LoadRun(NamedTuple):
-    """A snapshot of a load's workers and tasks, and its phase and memory, which follow from that.
-
-    Attributes:
-        started: ids of the workers that were started, exited or not.
-        exited: those of them that have exited.
-        expected_exits: ids of workers that the server stopped, or that refused to load.
-        is_loaded: whether all of them have loaded.
-        has_tasks: whether a task loads or unloads it.
-        has_outcome: whether it is known how its loading ended.
-        measured_bytes: private bytes of the workers that have not exited.
-        is_held: whether workers may have taken something that is not known to be back.
-    """
-
-    started: Sequence[str]
-    exited: Collection[str]
-    expected_exits: Collection[str] = ()
-    is_loaded: bool = False
-    has_tasks: bool = False
-    has_outcome: bool = False
-    unloading: bool = False
-    killed: bool = False
-    reserved_bytes: int = 0
-    measured_bytes: int = 0
-    is_held: bool = False
-
-    @property
-    def alive(self) -> list[str]:
-        return [worker_id for worker_id in self.started if worker_id not in self.exited]
-
-    @property
-    def has_exited(self) -> bool:
-        return bool(self.started) and not self.alive
-
-    @property
-    def is_gone(self) -> bool:
-        return self.has_exited and not self.is_held
-
-    @property
-    def unexpected_exits(self) -> tuple[str, ...]:
-        exited = (worker_id for worker_id in self.started if worker_id in self.exited)
-        return tuple(worker_id for worker_id in exited if worker_id not in self.expected_exits)
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether neither a worker nor a task is left, nor anything that workers took."""
-        return not self.has_tasks and (self.is_gone or not self.started)
-
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes that count against the budget, until the workers have exited."""
-        if self.is_loaded:
-            return self.measured_bytes
-        is_over = self.has_exited or (self.killed and self.is_finished)
-        return 0 if is_over else max(self.reserved_bytes, self.measured_bytes)
-
-    def find_phase(self, *, is_job_unended: bool) -> Phase:
-        """Return how far the load is, whose job has ended or not."""
-        if is_job_unended:
-            return Phase.LOADING
-        if self.is_gone:
-            return Phase.GONE
-        is_ending = self.unloading or self.killed or self.has_exited
-        return Phase.DRAINING if is_ending else Phase.SERVING
-
-
-@dataclass(slots=True, eq=False)
-class LoadTask:
-    """A load until its coroutine ends: what it will need, and the grant that it waits for.
-
-    Attributes:
-        task: its coroutine.
-        estimate: None while its files are being read; a `Failure` if they cannot be.
-        is_new: whether they have been read for less than `ESTIMATE_WAIT_S`.
-        outdated: how often it was estimated for other files than it then found.
-        grant: set by the consumer when `LoadStarted` is recorded.
-        files: that it must have, since they were checked; None without rules.
-        checked: what they passed.
-    """
-
-    task: asyncio.Task[None]
-    estimate: MemoryEstimate | Failure | None = None
-    is_new: bool = True
-    outdated: int = 0
-    grant: asyncio.Future[RunningLoad] = field(default_factory=asyncio.Future)
-    files: tuple[LoadedFile, ...] | None = None
-    checked: CheckedLoad | None = None
-
-    @property
-    def is_restarted(self) -> bool:
-        """Whether it was estimated anew, so that its next start is in the same attempt."""
-        return self.outdated > 0
-
-    @property
-    def is_waiting(self) -> bool:
-        return not self.grant.done()
-
-    @property
-    def known_bytes(self) -> int | None:
-        return self.estimate.bytes if isinstance(self.estimate, MemoryEstimate) else None
-
-    @property
-    def estimated_files(self) -> FileSizes:
-        """The files that the estimate of a load is for which is granted.
-
-        Raises:
-            RuntimeError: it is not known.
-        """
-        if not isinstance(self.estimate, MemoryEstimate):
-            raise RuntimeError("the load has no estimate")  # noqa: TRY004 - not of an argument
-        return self.estimate.files
-
-    def begin_again(self) -> None:
-        """Begin again, with an estimate for other files."""
-        self.outdated += 1
-        self.estimate, self.is_new, self.grant = None, True, asyncio.Future()
 
 
 class LoadEnded(Exception):
@@ -161,33 +43,38 @@ class LoadEnded(Exception):
 
 @dataclass(slots=True, eq=False)
 class RunningLoad:
-    """The live side of a load that was granted. Only the consumer and its tasks change it, on the event loop.
+    """The live side of a load, until its workers have exited; `LoadView` is what the scheduler sees of it.
+
+    Only the consumer and the load's tasks change it, on the event loop.
 
     Attributes:
-        worker_id: the first worker's id; that worker may not have started yet.
+        is_reload: whether the system brings back what was loaded.
         progress_timeout_s: how long its loading may make no progress.
+        task: its coroutine.
+        estimate: None while its files are being read; a `Failure` if they cannot be.
+        is_new: whether they have been read for less than `loads.ESTIMATE_WAIT_S`.
+        outdated: how often it was estimated for other files than it then found.
+        files: that it must have, since they were checked; None without rules.
+        checked: what they passed.
+        granted: set by the consumer when `LoadStarted` is recorded.
+        worker_id: the first worker's id, since it was granted; that worker may not have started yet.
+        reserved_bytes: of the machine's memory, until `report` is set.
+        budget_bytes: the memory budget; None is no limit.
+        allowance: tells how many bytes its workers may take until they have loaded; None is no limit.
+        allocation: what it takes of rooms where it runs.
         workers: all workers that were started, exited or not.
         report: the first worker's, once all have loaded; inputs and outputs are the same in all workers.
-        is_recorded: whether the ledger has it as loaded.
         reports: those of the workers that have loaded, by worker id.
         stage: the latest stage that it has reached.
         steps: the stages that it and each of its workers have reached.
         pieces: how many pieces of files were copied or hashed.
-        is_reload: whether the system brings back what was loaded.
         failure: why the load fails.
         has_other_files: than it was granted for, so that this attempt ends, and it is estimated anew.
-        warm_up_inputs: inputs of the warm-up run; none are zeros.
         draining: whether routing to it has stopped.
         unloading: whether `run_unload` has begun.
         expected_exits: ids of workers that the server stopped, or that refused to load.
         killed: whether its workers were killed.
         recorded_exits: ids of workers whose unexpected exit was recorded.
-        files: which it is granted for.
-        reserved_bytes: of the machine's memory, until `report` is set.
-        file_bytes: the size of the files that it loads.
-        allowance: tells how many bytes its workers may take until they have loaded; None is no limit.
-        budget_bytes: the memory budget; None is no limit.
-        allocation: what it takes of rooms where it runs.
         last_used_ns: when the last request ended (CLOCK_MONOTONIC); 0 is never.
     """
 
@@ -195,20 +82,29 @@ class RunningLoad:
     model_id: str
     version: int
     parameters: LoadParameters
-    worker_id: str
     wake: Callable[[], None]
-    workers: list[Worker] = field(default_factory=list)
-    progress_timeout_s: float = PROGRESS_TIMEOUT_S
-    report: Loaded | None = None
-    is_recorded: bool = False
-    reports: dict[str, Loaded] = field(default_factory=dict)
     is_reload: bool = False
+    progress_timeout_s: float = PROGRESS_TIMEOUT_S
+    task: asyncio.Task[None] = field(init=False)
+    estimate: MemoryEstimate | Failure | None = None
+    is_new: bool = True
+    outdated: int = 0
+    files: tuple[LoadedFile, ...] | None = None
+    checked: CheckedLoad | None = None
+    granted: asyncio.Event = field(default_factory=asyncio.Event)
+    worker_id: str = ""
+    reserved_bytes: int = 0
+    budget_bytes: int | None = None
+    allowance: Callable[[], int | None] = lambda: None
+    allocation: Allocation = field(default_factory=Allocation)
+    workers: list[Worker] = field(default_factory=list)
+    report: Loaded | None = None
+    reports: dict[str, Loaded] = field(default_factory=dict)
     failure: Failure | None = None
     has_other_files: bool = False
     stage: str | None = None
     steps: set[tuple[str, str]] = field(default_factory=set)
     pieces: int = 0
-    warm_up_inputs: tuple[Tensor, ...] = ()
     starting_us: int = 0
     draining: bool = False
     unloading: bool = False
@@ -218,15 +114,13 @@ class RunningLoad:
     requests_at_drain: int = 0
     aborted_requests: int = 0
     freed_bytes: int = 0
-    files: FileSizes = frozenset()
-    reserved_bytes: int = 0
-    file_bytes: int = 0
-    allowance: Callable[[], int | None] = lambda: None
-    budget_bytes: int | None = None
-    allocation: Allocation = field(default_factory=Allocation)
     last_used_ns: int = 0
     statistics: Statistics = field(default_factory=Statistics)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @property
+    def known_bytes(self) -> int | None:
+        return self.estimate.bytes if isinstance(self.estimate, MemoryEstimate) else None
 
     @property
     def only_worker_id(self) -> str | None:
@@ -238,20 +132,18 @@ class RunningLoad:
         return [worker for worker in self.workers if not worker.ended.done()]
 
     @property
-    def run(self) -> LoadRun:
-        return LoadRun(
-            started=[worker.worker_id for worker in self.workers],
-            exited={worker.worker_id for worker in self.workers if worker.ended.done()},
-            expected_exits=self.expected_exits,
-            is_loaded=self.report is not None,
-            has_tasks=bool(self.tasks),
-            has_outcome=self.report is not None or self.failure is not None,
-            unloading=self.unloading,
-            killed=self.killed,
-            reserved_bytes=self.reserved_bytes,
-            measured_bytes=self.measured_bytes,
-            is_held=self.allocation.is_held,
-        )
+    def has_exited(self) -> bool:
+        return bool(self.workers) and not self.alive_workers
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether its workers have exited, and what they took is back."""
+        return self.has_exited and not self.allocation.is_held
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether neither a worker nor a task is left, nor anything that workers took."""
+        return not self.tasks and (self.is_gone or not self.workers)
 
     @property
     def serving(self) -> tuple[Worker, ...]:
@@ -262,15 +154,16 @@ class RunningLoad:
 
     @property
     def memory_bytes(self) -> int:
-        """As `LoadRun.memory_bytes`; quickly once it is loaded, since samples of loading workers sum all."""
-        return self.run.memory_bytes if self.report is None else self.measured_bytes
+        """Bytes that count against the budget, until its workers have exited."""
+        if self.report is not None:
+            return self.measured_bytes
+        is_over = self.has_exited or (self.killed and self.is_finished)
+        return 0 if is_over else max(self.reserved_bytes, self.measured_bytes)
 
     @property
     def unexpected_exits(self) -> list[Worker]:
-        if len(self.alive_workers) == len(self.workers):
-            return []
-        exited = self.run.unexpected_exits
-        return [worker for worker in self.workers if worker.worker_id in exited]
+        exited = (worker for worker in self.workers if worker.ended.done())
+        return [worker for worker in exited if worker.worker_id not in self.expected_exits]
 
     @property
     def drained_requests(self) -> int:
@@ -286,10 +179,6 @@ class RunningLoad:
     def measured_bytes(self) -> int:
         """Private bytes of its workers at the last measurement, or sample of those that load."""
         return sum(worker.memory_bytes for worker in self.alive_workers)
-
-    @property
-    def is_gone(self) -> bool:
-        return self.run.is_gone
 
     @property
     def loaded_memory(self) -> list[WorkerMemory]:
@@ -308,24 +197,38 @@ class RunningLoad:
 
     def to_view(self, job: Job | None, now: str = "", *, is_demanded: bool = False) -> LoadView:
         """Return what the scheduler sees; `job` is the load's job until it has ended."""
-        run = self.run
+        has_outcome = self.report is not None or self.failure is not None
         return LoadView(
             self.job_id,
             self.model_id,
-            run.find_phase(is_job_unended=job is not None),
+            Phase.LOADING if job is not None else self._find_ended_phase(),
             self.killed,
-            run.unexpected_exits,
+            tuple(worker.worker_id for worker in self.unexpected_exits),
             self.list_taken(),
-            has_outcome=run.has_outcome and run.has_tasks,
+            has_outcome=has_outcome and bool(self.tasks),
             busy=is_demanded or self.in_flight > 0,
             last_used_at=self.last_used_at(now),
         )
 
     def list_taken(self) -> Mapping[str, int]:
         """Return the bytes that count against the budget of each room."""
-        run = self.run
-        taken = self.allocation.list_taken(run.memory_bytes)
-        return dict.fromkeys(taken, 0) if run.is_gone or (run.killed and run.is_finished) else taken
+        taken = self.allocation.list_taken(self.memory_bytes)
+        is_over = self.is_gone or (self.killed and self.is_finished)
+        return dict.fromkeys(taken, 0) if is_over else taken
+
+    def _find_ended_phase(self) -> Phase:
+        """Return how far it is since its job has ended."""
+        if self.is_gone:
+            return Phase.GONE
+        is_ending = self.unloading or self.killed or self.has_exited
+        return Phase.DRAINING if is_ending else Phase.SERVING
+
+    def begin_again(self) -> None:
+        """Begin again, with an estimate for other files."""
+        self.outdated += 1
+        self.estimate, self.is_new = None, True
+        self.has_other_files = self.killed = False
+        self.granted.clear()
 
     def reach_stage(self, stage: str, worker_id: str = "") -> None:
         """Note a stage of the load, or of one of its workers; it is progress once for each."""
@@ -392,13 +295,12 @@ class RunningLoad:
         self.wake()
 
     def check_estimate(self, files: Sequence[SizedFile]) -> None:
-        """Note the files to load, and check, before a worker is started, that the reservation is for them.
+        """Check, before a worker is started, that the reservation is for these files.
 
         Raises:
             LoadEnded: they are others.
         """
-        self.file_bytes = sum(file.bytes for file in files)
-        if self.files != file_sizes(files):
+        if not isinstance(self.estimate, MemoryEstimate) or self.estimate.files != file_sizes(files):
             self.has_other_files = True
             raise LoadEnded
 
@@ -407,7 +309,7 @@ class RunningLoad:
         allowance, instances = self.allowance(), self.parameters.instances
         if allowance is None or self.budget_bytes is None:
             return order
-        mapped = self.file_bytes + (order.threads + 1) * thread_bytes()
+        mapped = order.bytes + (order.threads + 1) * thread_bytes()
         others = (instances - 1) * (self.reserved_bytes // instances)
         limit = allowance - others + mapped
         return replace(order, load_limit_bytes=limit, ceiling_bytes=self.budget_bytes + mapped)

@@ -1,6 +1,6 @@
-"""Confinement of workers as the server sees it: which layers they apply, and what that does not prevent.
+"""Confinement of workers as the server sees it: the layers that they apply, and what these do not prevent.
 
-A throw-away worker applies the layers that this kernel has, and then tries forbidden things
+A throw-away worker applies the layers that this kernel has, and then tries forbidden acts
 (`runtime.worker.confine`). Workers of later loads apply the same layers, or end.
 """
 
@@ -41,13 +41,13 @@ class NotConfined(RuntimeProblem):
 
 @dataclass(frozen=True, slots=True)
 class AppliedLayers:
-    """The layers that every worker applies, and what is recorded about them.
+    """The layers that every worker applies, and their record for the ledger.
 
     Attributes:
-        layers: which.
+        layers: their names.
         confinement: how far they go.
         problems: why a layer was not applied, or a provider could not be used.
-        devices: that the providers have found in a worker with these layers.
+        devices: the devices that the providers have found in a worker with these layers.
     """
 
     layers: tuple[Layer, ...]
@@ -59,7 +59,7 @@ class AppliedLayers:
         """Refuse what `require` and `require-cpu` do not allow.
 
         Raises:
-            NotConfined: `not_confined`, something forbidden was not prevented.
+            NotConfined: `not_confined`, a forbidden act was not prevented.
         """
         mode = self.confinement.mode
         if mode in (REQUIRE, REQUIRE_CPU) and self.confinement.not_prevented:
@@ -81,8 +81,8 @@ def describe(confinement: Confinement, who: str = "workers") -> str:
     """Return in a sentence what confines the workers, and what it does not prevent.
 
     Args:
-        confinement: of these workers.
-        who: what the sentence calls them, for those of loads on devices.
+        confinement: that of these workers.
+        who: the sentence's word for the workers, for those of loads on devices.
     """
     applied = [f"Landlock {confinement.landlock_abi}"] if confinement.landlock_abi else []
     applied += ["seccomp"] if confinement.seccomp else []
@@ -94,13 +94,13 @@ def describe(confinement: Confinement, who: str = "workers") -> str:
 async def probe(
     worker: Worker, mode: str, outside: Path, provider: ProviderLibrary | None = None
 ) -> AppliedLayers:
-    """Have a throw-away worker find out what can be applied, and what that does not prevent.
+    """Have a throw-away worker find out which layers can be applied, and which acts they do not prevent.
 
     Args:
         worker: it ends by itself.
         mode: `auto`, `require`, `require-cpu` or `off`.
         outside: a folder that no worker needs; nothing is left there.
-        provider: of devices; with it, the worker is confined as that of a load there, and finds them.
+        provider: a provider of devices: the worker is confined like a load there, and finds its devices.
     """
     order = Probe(str(outside), () if mode == OFF else ALL_LAYERS, () if provider is None else (provider,))
     try:
@@ -115,7 +115,7 @@ async def probe(
 
 
 def weakest(probed: Sequence[AppliedLayers]) -> AppliedLayers:
-    """Return the layers that all have in common, and what any of them does not prevent."""
+    """Return the layers that all have in common, and the acts that any of them does not prevent."""
     confinements = [each.confinement for each in probed]
     return AppliedLayers(
         tuple(layer for layer in ALL_LAYERS if all(layer in each.layers for each in probed)),

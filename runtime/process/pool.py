@@ -43,15 +43,15 @@ T = TypeVar("T")
 
 
 LAUNCH_BACK_OFF_S = (0.1, 5.0)
-"""Back-off between launches of a fork server that does not come up: first pause, doubling to the last."""
+"""Back-off between failed launches of a fork server: the first pause, doubling to the last."""
 BUFFER_BYTES = 2**20
 """Socket buffer of a channel, as far as the kernel allows: fewer turns for a tensor of some 100 KB."""
 READING_BYTES = 32 * 2**20
-"""For reading the JSON of a request, beside the text and its duplicates: names, shapes and parameters."""
+"""Memory for names, shapes and parameters of a request's JSON, beside the text and its duplicates."""
 
 
 async def complete(work: Coroutine[Any, Any, T]) -> T:
-    """Await this work to its end even if the task is cancelled; the cancellation is raised after it."""
+    """Await the work to its end even if the task is cancelled; the cancellation is raised afterwards."""
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
@@ -73,7 +73,7 @@ def start_task(work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
 
 
 def reading_bytes(json_bytes: int) -> int:
-    """Return the memory that may be taken to read a JSON of this length: the text, and two more of it."""
+    """Return the memory limit for reading a JSON of this length: the text, and two more of it."""
     return 3 * json_bytes + READING_BYTES
 
 
@@ -87,15 +87,15 @@ class WorkerPool:
     """The workers of one server, all forked from one fork server, which is replaced when it ends.
 
     Args:
-        threads: how many threads each worker computes with, unless its load says otherwise.
+        threads: compute threads of each worker, unless its load says otherwise.
         patience_s: how long a cancelled inference may go on before its worker is killed.
-        visible_devices: names of the devices that are used, of those that there are, like `cuda:1`, `cuda:*`.
-        max_request_bytes: limit of an inference request, of which a model must be able to take some.
+        visible_devices: names of the machine's devices that loads may use, like `cuda:1`, `cuda:*`.
+        max_request_bytes: limit of an inference request; a model must be able to take shorter ones.
 
     Attributes:
-        applied: what confines the workers; nothing before `confine`.
-        applied_to_devices: what confines those of loads on devices, which `require` does not demand.
-        devices: of this machine; none before `confine`.
+        applied: the confinement of workers; nothing before `confine`.
+        applied_to_devices: the confinement of workers of loads on devices, which `require` does not demand.
+        devices: the devices of this machine; none before `confine`.
     """
 
     def __init__(
@@ -136,7 +136,8 @@ class WorkerPool:
     async def open(self) -> None:
         """Start the fork server and wait until it has imported everything.
 
-        The calling thread must live as long as the pool: the kernel kills the fork server when it ends.
+        The calling thread must live as long as the pool: the kernel kills the fork server when the thread
+        ends.
 
         Raises:
             ForkServerUnavailable: `fork_server_unavailable`.
@@ -148,10 +149,11 @@ class WorkerPool:
         """Confine the workers of later loads; for the arguments see `runtime.process.confinement.probe`.
 
         Find the visible devices of installed providers, and confine their workers as far as all allow. Each
-        provider is tried in a worker of its own: one that crashes or hangs takes no other away.
+        provider is tried in a worker of its own, so that a crash or hang affects no other provider.
 
         Raises:
-            NotConfined: `not_confined`, `require` is not possible here; workers are confined as far as it is.
+            NotConfined: `not_confined`, `require` is not possible here; workers are confined as far as
+                possible.
             ForkServerUnavailable: `fork_server_unavailable`.
         """
         self.applied = await self._probe(mode, outside)
@@ -169,7 +171,7 @@ class WorkerPool:
         self.applied.check()
 
     def threads_of(self, parameters: LoadParameters) -> int:
-        """Return how many threads each worker of a load computes with."""
+        """Return the number of compute threads of each worker of a load."""
         return parameters.threads or self.threads
 
     def build_load(
@@ -181,7 +183,7 @@ class WorkerPool:
     ) -> Load:
         """Return the message by which a worker of this pool loads a version, on a device or the CPU.
 
-        On a device it is warmed up, whatever its loadledger.toml says.
+        On a device the model is warmed up, whatever its loadledger.toml says.
         """
         applied = self.applied if device is None else self.applied_to_devices
         return Load(
@@ -225,7 +227,7 @@ class WorkerPool:
         """Read the JSON of an inference request in a confined process of its own.
 
         Raises:
-            InvalidInput: `invalid_input`, it is malformed, or takes more than `reading_bytes` to read.
+            InvalidInput: `invalid_input`, the JSON is malformed, or takes more than `reading_bytes` to read.
             InferenceTimeout: `inference_timeout`.
             ForkServerUnavailable: as `start`, or the fork server ended meanwhile.
         """
@@ -272,7 +274,7 @@ class WorkerPool:
     async def _fork(
         self, fork_server: ForkServer, worker_id: str
     ) -> tuple[Worker, socket.socket, socket.socket]:
-        """Fork a worker; returns it with this side's ends of its data and control channels."""
+        """Fork a worker; returns it with the server's ends of its data and control channels."""
         with contextlib.ExitStack() as ours:
             with contextlib.ExitStack() as theirs:
                 data, data_end = _socketpair(ours, theirs)
@@ -330,7 +332,7 @@ class WorkerPool:
         return self._fork_server
 
     async def _answer(self, fork_server: ForkServer, forked: asyncio.Future[Process]) -> Process:
-        """Wait for the fork server's answer; a process that nobody takes ends with its channels."""
+        """Wait for the fork server's answer; a process without an owner ends with its channels."""
         try:
             async with timeout(FORK_LIMIT_S * (FORK_WAITS if self._workers else 1)):
                 process = await asyncio.shield(forked)
@@ -347,7 +349,7 @@ class WorkerPool:
 
 
 def _discard(forked: asyncio.Future[Process]) -> None:
-    if forked.exception() is None:  # this side's channels are closed, so the process ends by itself
+    if forked.exception() is None:  # the server's ends are closed, so the process ends by itself
         forked.result().close()
 
 

@@ -134,7 +134,7 @@ class RequestReload:
 class UnloadAutomatically:
     """Request, as the system, the unload of a model; `cause_event_id` is the load that it makes room for.
 
-    With `Cause.COPY` only the load that `model` serves from is unloaded, and its other copies stay.
+    With `Cause.COPY` only the load that `model` serves from is unloaded, and the others stay.
     """
 
     model: LoadedModel
@@ -273,17 +273,6 @@ def build_reload(
     return RequestLoad(model.id, serving.version, None, SYSTEM, parameters, cause, conditions=conditions)
 
 
-def build_unload(action: UnloadAutomatically, conditions: tuple[Condition, ...]) -> RequestUnload:
-    return RequestUnload(
-        action.model.id,
-        SYSTEM,
-        cause=action.cause,
-        cause_event_id=action.cause_event_id,
-        conditions=conditions,
-        copy=action.model.serving.load_job_id if action.cause is Cause.COPY else None,
-    )
-
-
 def build_request(
     action: RequestReload | UnloadAutomatically,
     conditions: tuple[Condition, ...],
@@ -292,5 +281,8 @@ def build_request(
     match action:
         case RequestReload(model, cause):
             return build_reload(model, cause, conditions, progress_timeout_s)
-        case UnloadAutomatically():
-            return build_unload(action, conditions)
+        case UnloadAutomatically(model, cause, cause_event_id):
+            copy = model.serving.load_job_id if cause is Cause.COPY else None
+            return RequestUnload(
+                model.id, SYSTEM, cause=cause, cause_event_id=cause_event_id, conditions=conditions, copy=copy
+            )

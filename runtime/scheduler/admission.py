@@ -27,7 +27,7 @@ from events.state import State
 from events.types import Cause
 from runtime.rooms import Alternative
 from runtime.scheduler import actions
-from runtime.scheduler.actions import Action
+from runtime.scheduler.actions import Action, Decision
 from runtime.scheduler.eviction import Eviction
 from runtime.scheduler.view import Amount, LoadRoom, LoadView, SchedulerView
 
@@ -119,28 +119,15 @@ class _Shortage:
         return any(missing.bytes > 0 for missing in self.rooms.values())
 
 
-@dataclass(slots=True)
-class Admission:
-    """The next action of the pending loads; without one, what each waits for, and when to look again.
-
-    `unestimated` are those whose memory is to be estimated first, `without_room` those that lack room.
-    """
-
-    action: Action | None = None
-    waiting_for: dict[str, str] = field(default_factory=dict)
-    wake_at: list[str] = field(default_factory=list)
-    unestimated: list[Job] = field(default_factory=list)
-    without_room: list[Job] = field(default_factory=list)
-
-
-def admit(view: SchedulerView, eviction: Eviction) -> Admission:
+def admit(view: SchedulerView, eviction: Eviction) -> Decision:
     """Decide the pending loads in their order, until one of them leads to an action.
 
     Args:
         view: of the decision.
         eviction: of the same view.
     """
-    admission = Admission()
+    waiting_for, wake_at = dict[str, str](), list[str]()
+    unestimated, without_room = list[Job](), list[Job]()
     reservations = Reservations()
     pending = (
         _PendingLoad(view, job, eviction, reservations)
@@ -156,26 +143,26 @@ def admit(view: SchedulerView, eviction: Eviction) -> Admission:
     for load in queue:
         decision = load.decide(estimating)
         if not isinstance(decision, Waiting):
-            admission.action = decision
-            return admission
-        admission.waiting_for[load.job.id] = decision.describe()
-        admission.wake_at += filter(None, [decision.wake_at])
+            return Decision(decision, None, waiting_for, tuple(unestimated))
+        waiting_for[load.job.id] = decision.describe()
+        wake_at += filter(None, [decision.wake_at])
         if decision.lacks_room:
-            admission.without_room.append(load.job)
+            without_room.append(load.job)
         if decision.reserves_later and load is not queue[-1]:  # a load behind it may have to act then
             overtaken_since.append(view.queued_at(load.job))
         if decision.reserves_room:
             load.reserve()
         is_new = load.job.id not in view.observations.estimates
         if is_new:
-            admission.unestimated.append(load.job)
+            unestimated.append(load.job)
         if estimating is None and (is_new or load.job.id in view.observations.estimating):
             estimating = load.job
     if overtaken_since:
-        admission.wake_at.append(add_seconds(min(overtaken_since), OVERTAKING_LIMIT_S))
+        wake_at.append(add_seconds(min(overtaken_since), OVERTAKING_LIMIT_S))
     if reservations.first is not None:
-        admission.wake_at += _next_agings(view, queue)
-    return admission
+        wake_at += _next_agings(view, queue)
+    next_at = min(wake_at, default=None)
+    return Decision(None, next_at, waiting_for, tuple(unestimated), tuple(without_room))
 
 
 def _next_agings(view: SchedulerView, queue: Sequence[_PendingLoad]) -> Iterator[str]:

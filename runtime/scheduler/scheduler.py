@@ -10,6 +10,7 @@ What is decided is this server's share of the work (`view.WorkShare`): all of it
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from events.clock import add_seconds
@@ -19,7 +20,7 @@ from events.state import State, has_turn
 from events.types import REPLACEMENTS, Cause
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action, Decision
-from runtime.scheduler.admission import Admission, admit
+from runtime.scheduler.admission import admit
 from runtime.scheduler.eviction import Eviction, find_automatic_unload
 from runtime.scheduler.view import (
     LoadView,
@@ -58,13 +59,12 @@ def decide(view: SchedulerView) -> Decision:
     late = next(_fail_late_loads(view, waiting_for), None)
     reloads = _find_reloads(view)
     action = late or next(_request_reloads(view, reloads), None) or admission.action
-    unestimated, without_room = tuple(admission.unestimated), tuple(admission.without_room)
     if action is not None:
-        return Decision(action, unestimated=unestimated)
+        return Decision(action, unestimated=admission.unestimated)
     # No pending job can proceed now: automatic unloads.
     automatic = find_automatic_unload(view, eviction)
     wake_at = _wake_at(view, admission, automatic, [*map(partial(reload_at, view), reloads)])
-    return Decision(automatic.action, wake_at, waiting_for, unestimated, without_room)
+    return replace(admission, action=automatic.action, wake_at=wake_at, waiting_for=waiting_for)
 
 
 def is_load_current(state: State, load_job_id: str, model_id: str) -> bool:
@@ -160,7 +160,7 @@ def _advance_unloads(view: SchedulerView) -> Iterator[Action]:
 
 
 def _cancel_reloads_before(view: SchedulerView, unload: Job) -> Iterator[Action]:
-    """Cancel the copies of a model that is to be unloaded, and its reloads if it is lost or degraded."""
+    """Cancel further loads of a model that is to be unloaded, and its reloads if it is lost or degraded."""
     model = view.state.models.get(unload.model_id)
     has_reloads = model is not None and (model.phase is ModelState.LOST or model.degraded)
     causes = RELOADS if has_reloads else (Cause.COPY,)
@@ -222,7 +222,7 @@ def _needs_reload(view: SchedulerView, model: Model) -> bool:
 
 
 def needs_repair(model: Model) -> bool:
-    """Whether a model is to be reloaded before it gets copies: it is lost, or instances of it are."""
+    """Whether a model is to be reloaded before any further load: it is lost, or instances of it are."""
     if model.phase is ModelState.LOST:
         return True
     is_kept = model.serving is None or model.serving.kept_as_is
@@ -249,16 +249,16 @@ def reload_at(view: SchedulerView, loaded: LoadedModel) -> str:
 
 
 def _wake_at(
-    view: SchedulerView, admission: Admission, automatic: Decision, retries: Sequence[str]
+    view: SchedulerView, admission: Decision, automatic: Decision, retries: Sequence[str]
 ) -> str | None:
     times = [at for job in view.unended if (at := view.deadline_at(job)) is not None]
     times += retries
     if times and not view.observations.fork_server_up:
         times.append(add_seconds(view.now, FORK_SERVER_POLL_S))
-    return min(filter(None, [*times, *admission.wake_at, automatic.wake_at]), default=None)
+    return min(filter(None, [*times, admission.wake_at, automatic.wake_at]), default=None)
 
 
-def _waiting_for(view: SchedulerView, admission: Admission) -> dict[str, str]:
+def _waiting_for(view: SchedulerView, admission: Decision) -> dict[str, str]:
     waiting = dict(admission.waiting_for)
     for job in view.unended:
         if job.status is JobStatus.PENDING and not view.is_first_in_queue(job):

@@ -19,7 +19,7 @@ from events.commands import OUTDATED, AddVersion, Record, RemoveVersion
 from events.errors import EpochOver, LogClosed, OutcomeUnknown, RequestRefused
 from events.log import Log
 from events.types import SYSTEM, Draft, VersionRemoved
-from features.nodes.commands import NodeCurrent
+from runtime.elsewhere import ALONE, Elsewhere
 from runtime.errors import RuntimeProblem
 from runtime.repository import FileSystemPool, Repository
 from runtime.uploads.receive import unwritable
@@ -29,7 +29,6 @@ from runtime.uploads.staging import (
     UploadEntry,
     UploadPolicy,
     VersionExists,
-    epoch_folder,
 )
 
 T = TypeVar("T")
@@ -53,9 +52,9 @@ class VersionChanges:
     Args:
         repository: the models.
         policy: what is taken.
-        owner: names the part of the staging folder of a server without nodes.
+        owner: names the part of the staging folder of a server alone.
         log: the ledger.
-        node_id: of this node; None without nodes.
+        elsewhere: knows the epochs of other servers.
         now: seconds since 1970.
 
     Attributes:
@@ -72,11 +71,11 @@ class VersionChanges:
         owner: str,
         log: Log,
         *,
-        node_id: str | None = None,
+        elsewhere: Elsewhere = ALONE,
         now: Callable[[], float] = time.time,
     ) -> None:
         self.repository, self.root = repository, repository.find_root()
-        self.policy, self.log, self.node_id, self.now = policy, log, node_id, now
+        self.policy, self.log, self.elsewhere, self.now = policy, log, elsewhere, now
         self.uploads = dict[str, UploadEntry]()
         self.unknown = dict[str, int]()
         self.is_recovered = False
@@ -88,8 +87,8 @@ class VersionChanges:
 
     @property
     def holder(self) -> str | UnsetType:
-        """This node, if its repository is its own; UNSET if all share one, or there are none."""
-        return UNSET if self.node_id is None or self.policy.writable != "own" else self.node_id
+        """This server, if its repository is its own; UNSET if all share one, or it is alone."""
+        return UNSET if self.elsewhere.name is None or self.policy.writable != "own" else self.elsewhere.name
 
     def staging(self) -> Staging:
         """Return this server's part of the staging folder.
@@ -97,13 +96,8 @@ class VersionChanges:
         Raises:
             EpochOver: `log_unavailable`.
         """
-        if self.node_id is None:
-            return Staging(self.repository, self.root, self._owner)
-        node = self.log.state.registers.nodes.get(self.node_id)
-        if node is None or not node.is_present:
-            raise EpochOver
-        conditions = (NodeCurrent(node.id, node.epoch),)
-        return Staging(self.repository, self.root, epoch_folder(node), conditions)
+        epoch, conditions = self.elsewhere.find_epoch(self.log.state)
+        return Staging(self.repository, self.root, epoch or self._owner, conditions)
 
     async def close(self) -> None:
         """Wait for changes whose event is on its way."""

@@ -62,9 +62,9 @@ class Recovery:
         await self._end_unused_uploads()
 
     async def _follow(self) -> None:
-        """Finish changes whose outcome was unknown, and those of nodes that ended; end unused uploads."""
-        log = self._changes.log
-        nodes = log.state.registers.nodes
+        """Finish changes whose outcome was unknown, and those of servers that ended; end unused uploads."""
+        log, servers = self._changes.log, self._changes.elsewhere.servers
+        there = servers(log.state)
         with log.subscribed() as wakeup:
             while True:
                 with suppress(TimeoutError):
@@ -72,8 +72,8 @@ class Recovery:
                         await wakeup.wait()
                 wakeup.clear()
                 await self._end_unused_uploads()
-                if self._changes.unknown or log.state.registers.nodes is not nodes:
-                    nodes, self._changes.is_recovered = log.state.registers.nodes, False
+                if self._changes.unknown or servers(log.state) is not there:
+                    there, self._changes.is_recovered = servers(log.state), False
                     await self._try_to_recover()
 
     async def _try_to_recover(self) -> None:
@@ -95,8 +95,8 @@ class Recovery:
                 for event_id, upload in changes.uploads.items()
                 if upload.folder.parent == staging.folder
             }
-            nodes = changes.log.state.registers.nodes
-            for event_id in await changes.run(None, partial(staging.adopt, nodes), START_LIMIT_S):
+            is_over = partial(changes.elsewhere.is_over, state=changes.log.state)
+            for event_id in await changes.run(None, partial(staging.adopt, is_over), START_LIMIT_S):
                 if changes.is_changing(event_id) or event_id in changes.uploads:
                     continue
                 try:
@@ -126,11 +126,11 @@ class Recovery:
         _log.info("%s was finished: version %d of %s", event.type, entry.version, entry.model_id)
 
     async def _recover_upload(self, event_id: str, staging: Staging) -> None:
-        """Keep an upload for its subject; discard what is none, or was another node's."""
+        """Keep an upload for its subject; discard what is none, or was another server's."""
         changes = self._changes
         read = partial(read_upload, staging, event_id, changes.policy.max_bytes)
         upload = await changes.run(None, read, START_LIMIT_S)
-        if upload is None or upload.origin.node_id != changes.node_id:
+        if upload is None or upload.origin.server != changes.elsewhere.name:
             await changes.run(None, partial(staging.discard, event_id), START_LIMIT_S)
         else:
             changes.uploads[event_id] = upload

@@ -2,9 +2,9 @@
 
 `.uploads/<owner>/<event id>/version` holds the files of one version. No model has a name with a dot first, so
 nothing lists or serves it, and a rename from here to a version's folder stays on one file system. `<owner>`
-is the ledger's own key: servers that share a repository leave each other's uploads alone. A node has a part
-for each epoch: once that is over, no event of what is there can come any more, and another node takes it. The
-event of a change has its id before it happens, so a start finds the change that an event is of.
+is the ledger's own key: servers that share a repository leave each other's uploads alone. One of several that
+share a ledger has a part for each epoch: once that is over, another server takes what is there. The event of
+a change has its id before it happens, so a start finds the change that an event is of.
 
 An upload that its caller may go on with has a record beside its files: whose it is, and the digest of each
 file that is complete. It is read after a restart only. A line counts if the file with its inode is there, so
@@ -12,12 +12,11 @@ neither a kill between the two nor a lost line makes a record of what did not ar
 """
 
 import errno
-import hashlib
 import os
 import re
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +25,9 @@ from uuid import uuid4
 
 import msgspec
 
+from events.commands import Condition
 from events.files import sync
 from events.types import AddedFile
-from features.nodes.commands import NodeCurrent
-from features.nodes.register import Node
 from runtime.errors import RepositoryUnreadable, RuntimeProblem, UnknownVersion
 from runtime.repository import IS_REMOVED, MAX_FILES, MAX_PATHS_BYTES, Repository, bundle_beside
 from runtime.store.folder import walk_files
@@ -39,8 +37,6 @@ Writable = Literal["auto", "on", "off", "own"]
 STAGING = ".uploads"
 VERSION, NOTE, RECORD = "version", "inode", "upload"
 """Of an entry: the version's files; before a removal, which folder it is that goes; an upload's record."""
-KEY_DIGITS = 32
-"""Of the hash of a node's key in a folder's name: no two nodes that share a repository have the same."""
 
 _ENTRY = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _TAKEN = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR})
@@ -66,13 +62,13 @@ class UploadPolicy:
     Attributes:
         writable: whether it changes the repository; `auto` does if the folder belongs to the server's user.
         is_immutable: whether nobody may ever change a file there (`--store-size=off`).
-        is_of_node: whether there are nodes: then `on` says that all share it, `own` that each has another.
+        unshared: why it changes nothing, one of several that do not know whether they share it; "" if not so.
         max_bytes: of one version.
     """
 
     writable: Writable = "auto"
     is_immutable: bool = False
-    is_of_node: bool = False
+    unshared: str = ""
     max_bytes: int = 2**63
 
 
@@ -92,12 +88,8 @@ def check_writable(root: Path, policy: UploadPolicy) -> None:
         raise RepositoryReadOnly(
             f"nobody may change a file of this repository (--store-size=off): {advice}, under a new number"
         )
-    if policy.is_of_node and policy.writable == "auto":
-        raise RuntimeProblem(
-            "nodes have to know which of them have a version: start all with --repository-writable=on if the"
-            " repository is one folder that they share, with --repository-writable=own if each has its own",
-            code="repository_not_shared",
-        )
+    if policy.unshared:
+        raise RuntimeProblem(policy.unshared, code="repository_not_shared")
     try:
         seen = root.stat()
     except OSError as error:
@@ -111,24 +103,6 @@ def check_writable(root: Path, policy: UploadPolicy) -> None:
         )
 
 
-def epoch_folder(node: Node) -> str:
-    """Return the name of a node's part of the staging folder in its present epoch, or its last one."""
-    return f"{_key_of(node)}-{node.epoch}"
-
-
-def is_left(name: str, nodes: Mapping[str, Node]) -> bool:
-    """Whether a part of the staging folder is of an epoch that is over."""
-    key, _, epoch = name.rpartition("-")
-    node = next((each for each in nodes.values() if _key_of(each) == key), None)
-    if node is None or not epoch.isdecimal():
-        return False
-    return int(epoch) < node.epoch or (int(epoch) == node.epoch and not node.is_present)
-
-
-def _key_of(node: Node) -> str:
-    return hashlib.sha256((node.public_key or "").encode()).hexdigest()[:KEY_DIGITS]
-
-
 class Staging:
     """The staging folder of one server. Its methods block, for ever if a file system hangs.
 
@@ -140,21 +114,21 @@ class Staging:
     """
 
     def __init__(
-        self, repository: Repository, root: Path, owner: str, conditions: tuple[NodeCurrent, ...] = ()
+        self, repository: Repository, root: Path, owner: str, conditions: tuple[Condition, ...] = ()
     ) -> None:
         self.repository, self.root = repository, root
         self.folder = root / STAGING / owner
         self.conditions = conditions
 
-    def adopt(self, nodes: Mapping[str, Node]) -> list[str]:
+    def adopt(self, is_over: Callable[[str], bool]) -> list[str]:
         """Take the entries of epochs that are over, and return the event ids of changes that have not ended.
 
         Whoever was slower finds nothing to act on any more.
         """
         if not self.folder.parent.is_dir():
             return []
-        for folder in sorted(self.folder.parent.iterdir()) if nodes else ():
-            if folder != self.folder and is_left(folder.name, nodes):
+        for folder in sorted(self.folder.parent.iterdir()):
+            if folder != self.folder and is_over(folder.name):
                 self.make_folder()
                 for entry in filter(_ENTRY.fullmatch, os.listdir(folder)):  # noqa: PTH208
                     with suppress(FileNotFoundError):
@@ -324,14 +298,14 @@ class UploadOrigin(msgspec.Struct, frozen=True):
     Attributes:
         subject: who alone may use it, and the actor of its event.
         key: hash of the Idempotency-Key with which it began; None without one.
-        node_id: of the node that it is at; None without nodes.
+        server: the one of several that it is at; None if it is alone.
     """
 
     model_id: str
     version: int
     subject: str
     key: str | None = None
-    node_id: str | None = None
+    server: str | None = msgspec.field(default=None, name="node_id")
 
 
 class _RecordedFile(msgspec.Struct):
@@ -348,7 +322,7 @@ class UploadEntry(StagingEntry):
         stays: whether its subject can go on with it; else it has no record, and ends with its request.
 
     Attributes:
-        id: the event's, with the name of the node, if there is one.
+        id: the event's, with the name of the server, if that is not alone.
         files: what is complete, by path.
         used_at: when the last file was added, in seconds since 1970.
     """
@@ -357,7 +331,7 @@ class UploadEntry(StagingEntry):
         self, staging: Staging, event_id: str, origin: UploadOrigin, max_bytes: int, *, stays: bool = True
     ) -> None:
         super().__init__(staging, event_id, origin.model_id, origin.version)
-        self.id = event_id if origin.node_id is None else f"{event_id}.{origin.node_id}"
+        self.id = event_id if origin.server is None else f"{event_id}.{origin.server}"
         self.origin, self.max_bytes, self.stays = origin, max_bytes, stays
         self.files = dict[str, AddedFile]()
         self.used_at = 0.0

@@ -99,7 +99,7 @@ class Uploads:
         """
         await self._recovery.prepare()
         changes = self.changes
-        origin = UploadOrigin(model_id, version, subject, key, changes.node_id)
+        origin = UploadOrigin(model_id, version, subject, key, changes.elsewhere.name)
         for known in changes.uploads.values():
             if key is not None and known.origin == origin:
                 return known, False
@@ -193,7 +193,7 @@ class Uploads:
             await changes.run(entry, entry.begin_removal)
             if end_uses is not None:
                 await end_uses()
-            await changes.log.catch_up()  # with what other nodes have appended
+            await changes.log.catch_up()  # with what other servers have appended
             if use := find_use(changes.log.state, model_id, version):
                 raise RuntimeProblem(use, code="version_in_use")
 

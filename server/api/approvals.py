@@ -144,7 +144,7 @@ async def _find_contents(app: web.Application, model_id: str, version: int, dige
     try:
         found = await versions.repository.file_system.run(model_id, look, REQUEST_LIMIT_S)
     except (UnknownModel, UnknownVersion) as problem:
-        unknown = problem  # another node may have it
+        unknown = problem  # another server may have it
     for event in await app[READER].latest_changes(model_id) if found is None else ():
         if event.version == version and isinstance(event.data, VersionAdded):
             found = contents_of(event.data.files)

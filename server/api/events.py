@@ -243,7 +243,7 @@ class Prover:
     signer: HeadSigner
 
     @property
-    def node(self) -> str:
+    def ledger_name(self) -> str:
         """The name of this ledger among servers that share a repository: its key's."""
         return key_id(self.signer.public_key)
 

@@ -349,7 +349,7 @@ async def _await_end(app: web.Application, job_id: str, seconds: float | None) -
 
 
 async def find_job(app: web.Application, job_id: str) -> Job:
-    """Return a job; another node may have accepted it a moment ago."""
+    """Return a job; another server may have accepted it a moment ago."""
     log, reader = app[LOG], app[READER]
     job = log.state.jobs.get(job_id) or await reader.job(job_id)
     if job is None:

@@ -20,6 +20,7 @@ from events.commands import RequestLoad, RequestUnload
 from events.devices import CPU, DEVICE, DEVICE_RULE, FALLBACKS, MAX_DEVICES
 from events.policy.rules import ModelRules
 from events.types import ALLOW, DEPENDENT_ROWS, Contents, Idempotency, Justification, LoadParameters
+from features.rooms import TARGETS
 from runtime.errors import (
     LoadRefused,
     RepositoryUnreadable,
@@ -40,7 +41,7 @@ from runtime.timeouts import PROGRESS_TIMEOUT_S
 from server.api.jobs import AS_JOB, JOB_ERRORS, answer_with_job, hash_idempotency_key
 from server.api.models import is_listed, look_at_model
 from server.api.schemas import IS_DIGEST, IS_LABEL, IS_REASON, ModelPathSchema, about
-from server.appkeys import CONFIG, GATE, LOG, UPLOADS, VERSIONS
+from server.appkeys import CONFIG, GATE, LOG, POLICY, POOL, UPLOADS, VERSIONS
 from server.auth.access import Access
 from server.auth.gate import PRINCIPAL, Principal, credential_of
 from server.cluster import CLUSTER
@@ -54,7 +55,6 @@ from server.config import (
     ON,
     Config,
 )
-from server.devices import check_devices
 from server.errors import ServerProblem
 from server.http.validation import (
     InvalidBody,
@@ -331,8 +331,12 @@ async def make_load_command(
     chosen, refusal, known, written = await look_in_repository(app, model_id, version, look)
     defaults = load_with(_AS_DEFAULTS, written, defaults_name(model_id), InvalidDefaults)
     parameters = _merge_parameters(wanted, defaults, defaults_name(model_id), app[CONFIG])
-    if parameters.devices is not UNSET:
-        check_devices(app, parameters.devices)
+    try:
+        for find_targets in TARGETS:
+            find_targets(parameters, app[POOL], app[POLICY].rooms)
+    except RuntimeProblem:
+        if not app[CLUSTER].can_run(parameters):
+            raise
     rules = app[CONFIG].policy.of(model_id)
     return RequestLoad(
         model_id,

@@ -56,7 +56,7 @@ MEDIA_TYPES = ("application/octet-stream", "application/x-onnx")
 DIGESTS = ("Repr-Digest", "Content-Digest")
 """RFC 9530. Without a content coding or a range, both are of the same bytes."""
 MAX_UPLOAD_ID_CHARACTERS = 320
-"""A UUID, and the name of a node."""
+"""A UUID, and the name of a server."""
 _FILE_BODY: Mapping[str, Any] = {
     "required": True,
     "content": {name: {"schema": {"type": "string", "format": "binary"}} for name in MEDIA_TYPES},

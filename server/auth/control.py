@@ -1,9 +1,9 @@
-"""The control socket, over which the server's user and root manage tokens and nodes without a token.
+"""The control socket, over which the server's user and root manage tokens, and servers, without one.
 
 Who may read the keys may sign any token, so whoever proves that is an administrator: `control.key`, which is
 new at each start, is as readable as the keys are. To be the server's user is no proof: confined processes of
 ours are, and Landlock keeps none from connecting to a socket's path. It speaks HTTP, with the routes of
-tokens and of nodes, and the limits of any connection:
+tokens and of servers, and the limits of any connection:
 
     curl --unix-socket control.sock -H "Authorization: Bearer $(cat control.key)" http://local/api/v1/tokens
 """

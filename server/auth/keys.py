@@ -1,8 +1,8 @@
 """The keys: private ones that sign tokens and the ledger's heads, and the public ones that verify tokens.
 
-`<data>/keys/<kid>.pem` are our Ed25519 keys: the newest signs tokens, all verify them; nodes sign their
-joins with them, too. `<data>/ledger.key` signs the ledger's head, and what this node forwards
-(`nodes.peers`). A key is revoked by removing its file, with all its tokens; a single token is revoked
+`<data>/keys/<kid>.pem` are our Ed25519 keys: the newest signs tokens, all verify them, and servers
+that share a ledger know each other by them. `<data>/ledger.key` signs the ledger's head, and what this server
+forwards. A key is revoked by removing its file, with all its tokens; a single token is revoked
 in the ledger (`server.auth.tokens`).
 
 An identity provider's file of public keys replaces our own. Each key is bound to exactly one algorithm when

@@ -69,7 +69,7 @@ _PROCESS = ProcessCollector(registry=None)
 class ServerCollector(Collector):
     """The metrics of one scrape.
 
-    The constructor copies, on the event loop, all values that must be consistent. `collect` may run in a
+    The constructor takes, on the event loop, all values that must be consistent. `collect` may run in a
     thread: it reads only single numbers and dictionaries of counts.
     """
 
@@ -94,7 +94,7 @@ class ServerCollector(Collector):
         self._workers, self._memory, self._in_flight = Counter[str](), Counter[str](), Counter[str]()
         self._last_used_ns: dict[str, int | None] = {}
         for load in loads:
-            if load.run.has_exited:
+            if load.has_exited:
                 continue
             name, in_flight = name_of(load.model_id), load.in_flight
             self._workers[name] += len(load.alive_workers)

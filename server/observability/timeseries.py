@@ -236,17 +236,17 @@ class TimeSeries:
 def _memory_of(loads: Iterable[RunningLoad]) -> dict[str, int]:
     found: dict[str, int] = {}
     for load in loads:
-        if not load.run.has_exited:
+        if not load.has_exited:
             found[load.model_id] = found.get(load.model_id, 0) + load.measured_bytes
     return found
 
 
 def measure(consumer: Consumer, limit: MemoryLimit) -> Memory:
-    runs = [run for load in consumer.loads.values() if not (run := load.run).has_exited]
+    loads = [load for load in consumer.loads.values() if not load.has_exited]
     return Memory(
         memory.resident_bytes(),
-        memory.total_bytes(run.memory_bytes for run in runs if run.is_loaded),
-        memory.total_bytes(run.memory_bytes for run in runs if not run.is_loaded),
+        memory.total_bytes(load.memory_bytes for load in loads if load.report is not None),
+        memory.total_bytes(load.memory_bytes for load in loads if load.report is None),
         consumer.policy.budget_bytes or limit.bytes,
     )
 

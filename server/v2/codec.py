@@ -135,7 +135,7 @@ class ReceivedBody(msgspec.Struct, frozen=True, gc=False):
         return memoryview(self.content)[: self.json_bytes]
 
     def join(self) -> bytes:
-        """Return all of it, as another node gets it."""
+        """Return all of it, as another server gets it."""
         return bytes(self.content) if self.region is None else b"".join((self.content, self.region.buffer))
 
 

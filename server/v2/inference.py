@@ -124,9 +124,9 @@ async def infer(
 ) -> web.StreamResponse:
     """Resolve the target, read and decode the body for it, run, encode.
 
-    The gate has admitted the request. A model at another server is left to that, and of several copies the
-    less busy one answers, or another one if it fails before it has begun. A model that is not loaded,
-    in this version if there is one, is loaded on demand once the body is decoded, if that is configured, and
+    The gate has admitted the request. A model at another server is left to that, and of several that have it
+    the less busy one answers, or another one if it fails before it has begun. A model that is not loaded, in
+    this version if there is one, is loaded on demand once the body is decoded, if that is configured, and
     within the inference's own time. The `Loadledger-Model` header names the load behind the answer.
     """
     times = InferenceTimes(request.get(ARRIVED_NS) or time.monotonic_ns())

@@ -173,8 +173,8 @@ class OnDemand:
     ) -> AsyncIterator[Here | There]:
         """Load a model, and protect it from eviction until the context ends.
 
-        On entry the model is ready, for a request that is sent at once: here, or at another node, which the
-        scheduler has chosen. The first waiter's subject becomes the actor of the load; `ends_at_s` is the
+        On entry the model is ready, for a request that is sent at once: here, or at another server, which
+        the scheduler has chosen. The first waiter's subject becomes the actor of the load; `ends_at_s` is the
         inference's deadline, on the loop's clock.
 
         Raises:

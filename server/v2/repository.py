@@ -70,8 +70,8 @@ def _versions(model: Model) -> dict[int, IndexEntry]:
         add(model.previous.version, "UNAVAILABLE", "it was replaced by another version")
     for load in model.loads:
         add(load.version, "LOADING")
-    for copy in model.copies or ():
-        add(copy.version, "READY")
+    for further in model.servings[1:]:
+        add(further.version, "READY")
     if model.serving is not None:  # last: a serving version stays ready during its reload
         version = model.serving.version
         if model.phase is ModelState.LOADED:

@@ -11,6 +11,7 @@ from support.history import opened
 from events.audit.replay import replay
 from events.audit.verify import verify
 from events.codec import GENESIS, decode_event, encode_event, hash_body
+from events.models import TRANSITIONS, ModelState
 from events.sqlite import queries, storage
 from events.sqlite.schema import connect
 from events.sqlite.storage import FOLDS
@@ -51,6 +52,19 @@ def test_recorded_history_folds_to_its_recorded_states(name: str) -> None:
     assert last == recorded["last"], changed
     for position, (digest, expected) in enumerate(zip(steps, recorded["steps"], strict=True), 1):
         assert digest == expected, f"{changed}, which differ first at {position}"
+
+
+def test_models_of_recorded_histories_move_as_the_table_says() -> None:
+    moves, known = set(), {(before, after) for row in TRANSITIONS.values() for before, after in row.items()}
+    for name in NAMES:
+        state, phases = State(), dict[str, ModelState]()
+        for body in bodies(name):
+            for model_id, model in state.apply(decode_event(body)).models.items():
+                moves.add((phases.get(model_id, ModelState.UNLOADED), model.phase))
+                phases[model_id] = model.phase
+    moves = {(before, after) for before, after in moves if before is not after}
+    assert moves <= known
+    assert {after for _, after in moves} == {*ModelState} - {ModelState.LOADING}
 
 
 @pytest.mark.parametrize("name", NAMES)

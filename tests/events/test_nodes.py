@@ -39,7 +39,7 @@ from events.types import (
     VersionApproved,
 )
 from events.values import Credential, NodeSignature
-from features.nodes.commands import DrainNode, JoinNode, LeaveNode, LoseNode, NodeCurrent, NodeUnchanged
+from features.nodes.commands import DrainNode, EndNode, JoinNode, NodeCurrent, NodeUnchanged
 from features.nodes.facts import NodeDraining, NodeJoined, NodeLeft, NodeLost
 from features.nodes.register import KEPT_S, Node, NodePhase, evolve_nodes, find_placer
 from nodes.placement import find_share
@@ -407,12 +407,12 @@ JOIN = JoinNode("a", "http://a", ("zone=eu",), 5, "1.2", "key", last_seen_at=at(
             [node_joined(3, since=at(2))],
         ),  # that of the last event
         # The present epoch ends once.
-        ("join join", LeaveNode("a", 2), [NodeLeft("a", 2)]),
-        ("join join", LoseNode("a", 2, at(1)), [NodeLost("a", 2, at(1))]),
-        ("join join", LeaveNode("a", 1), "outdated"),
-        ("join join", LoseNode("a", 1, at(1)), "outdated"),
-        ("join", LoseNode("b", 1, at(1)), "outdated"),
-        ("join leave", LoseNode("a", 1, at(1)), "outdated"),
+        ("join join", EndNode(NodeLeft("a", 2)), [NodeLeft("a", 2)]),
+        ("join join", EndNode(NodeLost("a", 2, at(1))), [NodeLost("a", 2, at(1))]),
+        ("join join", EndNode(NodeLeft("a", 1)), "outdated"),
+        ("join join", EndNode(NodeLost("a", 1, at(1))), "outdated"),
+        ("join", EndNode(NodeLost("b", 1, at(1))), "outdated"),
+        ("join leave", EndNode(NodeLost("a", 1, at(1))), "outdated"),
         # A present node is drained once.
         ("join", DrainNode("a", "alice"), [NodeDraining("a", 1)]),
         ("join drain", DrainNode("a", "alice"), Existing(None)),

@@ -16,8 +16,8 @@ from support.workers import until
 from loadledger import Busy, ServerError, ServerUnreachable
 from loadledger.address import Address, ConnectionOptions
 from loadledger.requests import Answer, Request, ResponseStream
-from loadledger.transports import failover
-from loadledger.transports.failover import FailoverTransport
+from loadledger.transports import nodes
+from loadledger.transports.nodes import FailoverTransport
 
 TOKEN = "s3cr3t-token"
 JOB = said(json.dumps(job("completed")).encode())
@@ -286,7 +286,7 @@ class Silent:
 
     def __init__(self, options: ConnectionOptions) -> None:
         self.options = options
-        self.named, self.header = "", failover.NODE_ADDRESS
+        self.named, self.header = "", nodes.NODE_ADDRESS
 
     async def send(self, request: Request) -> Answer:
         """Return an answer from another node."""
@@ -327,15 +327,13 @@ async def test_token_goes_to_addresses_that_the_server_names_unless_odd(
 ) -> None:
     made = [
         *(await connections_to_named(configured, named)),
-        *(await connections_to_named(configured, named, failover.COPIES)),
+        *(await connections_to_named(configured, named, nodes.COPIES)),
     ]
     assert [each.options.address for each in made] == ([Address.of(named, TOKEN)] * 2 if goes else [])
-    assert all(each.options.connect_s == failover.NODE_CONNECT_S for each in made)
+    assert all(each.options.connect_s == nodes.NODE_CONNECT_S for each in made)
 
 
-async def connections_to_named(
-    configured: str, named: str, header: str = failover.NODE_ADDRESS
-) -> list[Silent]:
+async def connections_to_named(configured: str, named: str, header: str = nodes.NODE_ADDRESS) -> list[Silent]:
     """Return the transports that a client makes to an address which a configured server names."""
     transport = FailoverTransport([ConnectionOptions(Address.of(configured, TOKEN), 30.0)], Silent)
     transport.servers[0].named, transport.servers[0].header = named, header
@@ -356,7 +354,7 @@ class Copy(Silent):
         assert request.model
         self.asked += 1
         await self.may_answer.wait()
-        fields = {"loadledger-node": "n", failover.COPIES: "http://a http://b"}
+        fields = {"loadledger-node": "n", nodes.COPIES: "http://a http://b"}
         body = json.dumps({"code": self.code}).encode()
         return Answer(503, fields, body) if self.code else Answer(200, fields, b"")
 
@@ -407,7 +405,7 @@ async def test_copy_that_was_not_there_is_used_again(code: str) -> None:
     gone.code = ""
     assert await copies.ask(times=20) == [0, 20]
     assert await copies.ask("other", times=20) == [10, 10]
-    copies.now_s = failover.AVOID_S
+    copies.now_s = nodes.AVOID_S
     assert await copies.ask(times=20) == [10, 10]
     assert copies.transport.servers[0].asked == 2
 
@@ -423,8 +421,8 @@ async def test_copy_with_fewer_requests_in_flight_is_asked() -> None:
 
 async def test_remembered_nodes_and_models_are_bounded() -> None:
     transport = FailoverTransport([ConnectionOptions(Address.of("http://a"), 30.0)], Silent)
-    for index in range(max(failover.MAX_NODES, failover.MAX_MODELS) + 1):
+    for index in range(max(nodes.MAX_NODES, nodes.MAX_MODELS) + 1):
         transport.servers[0].named = f"http://n{index}"
         await transport.send(Request("POST", "/x", model=f"m{index}"))
-    assert len(transport._known) <= failover.MAX_MODELS
-    assert len(transport.close_all()) == failover.MAX_NODES + 1
+    assert len(transport._known) <= nodes.MAX_MODELS
+    assert len(transport.close_all()) == nodes.MAX_NODES + 1

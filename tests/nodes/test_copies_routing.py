@@ -26,7 +26,8 @@ from support.reachable import (
 from support.replicas import make_ledger
 from support.workers import until
 
-from features.nodes.commands import LeaveNode
+from features.nodes.commands import EndNode
+from features.nodes.facts import NodeLeft
 from loadledger import AsyncClient
 from server.appkeys import CONSUMER, LOG
 
@@ -243,7 +244,7 @@ async def test_wait_for_a_lost_node_ends_at_another_copy(ledger: Database, tmp_p
         while (gone.name, "loop") not in sent:
             running.append(asyncio.create_task(other.api.infer("loop", {**ENDLESS, "data": [5]})))
             await until(lambda: (gone.name, "loop") in sent or running[-1].done())
-        await log.submit(LeaveNode(gone.name, log.state.registers.nodes[gone.name].epoch))
+        await log.submit(EndNode(NodeLeft(gone.name, log.state.registers.nodes[gone.name].epoch)))
         answers = await asyncio.gather(*running)
         assert {(answer.status, answer.headers[NODE]) for answer in answers} == {(200, left.name)}
         gone.proxy.heal()

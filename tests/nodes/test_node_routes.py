@@ -17,11 +17,10 @@ from support.reachable import reachable_node
 from support.workers import until
 
 from answers.nodes import NodeModel
-from events.errors import LogUnavailable
+from events.errors import LogUnavailable, NameInUse
 from features.nodes.facts import NodeDraining
 from features.nodes.register import Lease
 from loadledger import Client
-from nodes.membership import NameInUse
 from nodes.routes import make_node_infos
 from server.app import create_app
 from server.auth.keys import create_key, keys_folder

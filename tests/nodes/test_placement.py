@@ -1,6 +1,6 @@
 """Which node runs a load: the choice among nodes, and the decisions of the placer and of a full node."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from support.history import CONTENTS, MODEL, PLAIN, History, at
 from events.commands import RequestLoad
 from events.policy.rules import ApprovalRule, LoadPolicy
 from events.types import SYSTEM, Cause, PolicyInForce
+from features.devices.placement import DeviceDemand, list_attributes
 from features.nodes.facts import LoadPlaced
 from features.nodes.register import Node, NodePhase, find_placer
 from nodes.decisions import NodePlacement
@@ -25,14 +26,15 @@ from nodes.placement import (
     NodeRoom,
     PlacementReason,
     PlacementRequest,
-    has_device,
-    list_device_attributes,
     place,
 )
 from nodes.spread import CopyFigures
+from runtime.devices import Devices
+from runtime.process.pool import WorkerPool
 from runtime.rooms import MACHINE
 from runtime.scheduler.actions import Decision, RequestReload, StartLoad, UnloadAutomatically
 from runtime.scheduler.view import LoadView, Observations, Policy, SchedulerView
+from runtime.wire import FoundDevice
 from server.config import NODE_ATTRIBUTE
 
 F, ONE_FILE = frozenset({"f1", "f2"}), frozenset({"f1"})
@@ -105,25 +107,25 @@ CASES = [
     ),
     (
         "device",
-        PlacementRequest("m", devices=("cuda:1", "rocm:*")),
+        PlacementRequest("m", demands=(DeviceDemand(("cuda:1", "rocm:*")),)),
         [room("a", 90, attributes="device=cuda device.cuda=0"), room("b", 9, attributes="device.rocm=0")],
         "b room",
     ),
     (
         "the device that it names first",
-        PlacementRequest("m", devices=("cuda:*", "rocm:0", "cpu")),
+        PlacementRequest("m", demands=(DeviceDemand(("cuda:*", "rocm:0", "cpu")),)),
         [room("a", 90), room("b", 80, attributes="device.rocm=0"), room("c", 9, attributes="device.cuda=1")],
         "c room",
     ),
     (
         "room before the first device",
-        PlacementRequest("m", 10, devices=("cuda:0", "cpu")),
+        PlacementRequest("m", 10, demands=(DeviceDemand(("cuda:0", "cpu")),)),
         [room("a", 90), room("b", 5, attributes="device.cuda=0")],
         "a room",
     ),
     (
         "no node has the device",
-        PlacementRequest("m", devices=("cuda:0",)),
+        PlacementRequest("m", demands=(DeviceDemand(("cuda:0",)),)),
         [room("a", 90, attributes="device=cuda device.cuda=1 cuda=0")],
         "none",
     ),
@@ -239,16 +241,22 @@ def test_end_of_another_node_moves_no_placement(
     assert left.node == found.node
 
 
+def attributes_of(*devices: str) -> Iterable[str]:
+    """Return the attributes of a node with these devices."""
+    pool = WorkerPool()
+    pool.devices = Devices({name: FoundDevice(name, "1") for name in devices})
+    return list_attributes(pool)
+
+
 def test_attributes_of_devices_name_providers_and_each_device() -> None:
-    attributes = list_device_attributes(["openvino:cpu.1", "cuda:1", "cuda:0"])
+    attributes = tuple(sorted(attributes_of("openvino:cpu.1", "cuda:1", "cuda:0")))
     assert attributes == (
-        *("device=cuda", "device=openvino"),
         *("device.cuda=0", "device.cuda=1", "device.openvino=cpu.1"),
+        *("device=cuda", "device=openvino"),
     )
     assert all(map(NODE_ATTRIBUTE.fullmatch, attributes))
-    named = node("a", attributes=" ".join(attributes))
     devices = ("openvino:cpu.1", "cuda:*", "openvino:*", "cpu", "openvino:cpu", "rocm:*")
-    assert [name for name in devices if has_device((name,), named)] == list(devices[:4])
+    assert [name for name in devices if DeviceDemand((name,)).is_met(attributes)] == list(devices[:4])
 
 
 def test_equal_nodes_share_models() -> None:
@@ -374,7 +382,7 @@ def test_load_waits_for_node_with_its_device() -> None:
     cluster.history.ask_load("L", timeout_s=10, devices=("cuda:*", "rocm:0"))
     reason = "a node that takes loads and has one of the devices cuda:*, rocm:0"
     assert cluster.decide("a").waiting_for == {"L": reason}
-    cluster.history.join("c", attributes=list_device_attributes(["cuda:1"]))
+    cluster.history.join("c", attributes=sorted(attributes_of("cuda:1")))
     assert cluster.next("a") == "place L at c: room"
 
 

@@ -310,7 +310,7 @@ async def reserved(engine: Engine, parameters: LoadParameters | None = None) -> 
 async def estimated(engine: Engine) -> str:
     """Request a load of `m` that is estimated and waits for a slot; returns the job."""
     job_id = await engine.ask_load("m")
-    pending = engine.consumer._loader.tasks
+    pending = engine.consumer._loader.active
     await until(lambda: job_id in pending and pending[job_id].known_bytes is not None)
     return job_id
 

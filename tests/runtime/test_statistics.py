@@ -136,7 +136,7 @@ def test_durations_fall_into_the_first_bucket_that_holds_them() -> None:
 
 
 def load(model_id: str) -> RunningLoad:
-    return RunningLoad("job", model_id, 1, LoadParameters(), "w", lambda: None)
+    return RunningLoad("job", model_id, 1, LoadParameters(), lambda: None)
 
 
 def figures(counts: Statistics) -> tuple[int, ...]:

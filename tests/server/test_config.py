@@ -395,3 +395,12 @@ def test_percentage_is_exact_and_within_the_limit(limit: int, thousandths: int) 
     budget = parse_budget(f"{thousandths // 1000}.{thousandths % 1000:03}%", limit)
     assert budget == max(1, limit * thousandths // 100_000)
     assert budget <= limit
+
+
+@pytest.mark.parametrize(("writable", "is_refused"), [("auto", True), ("on", False), ("own", False)])
+def test_one_of_several_servers_has_to_say_whose_repository_it_is(writable: str, *, is_refused: bool) -> None:
+    config = Config(
+        repository=Path(), data=Path(), ledger="postgresql://user@host/ledger", repository_writable=writable
+    )
+    refusal = config.upload_policy().unshared
+    assert ("on if the" in refusal and "--repository-writable=own if" in refusal) is is_refused

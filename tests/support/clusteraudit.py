@@ -20,7 +20,7 @@ from events.types import (
     WorkerExited,
 )
 from features.nodes.facts import LoadPlaced, NodeDraining, NodeJoined, NodeLeft, NodeLost
-from loadledger.cli.database import verify_address
+from nodes.postgres.admin import verify_address
 from server.observability.eventlog import ENDS
 from support.cluster import Cluster
 from support.fleet import Source

@@ -33,8 +33,8 @@ from events.types import (
     digest_of,
 )
 from events.values import Credential, NodeSignature
-from features.nodes.commands import JoinNode, LeaveNode, LoseNode
-from features.nodes.facts import LoadPlaced
+from features.nodes.commands import EndNode, JoinNode
+from features.nodes.facts import LoadPlaced, NodeLeft, NodeLost
 from features.nodes.register import Node, find_placer
 from nodes.decisions import NodePlacement
 from nodes.placement import NodeHints, find_digest, find_share
@@ -185,7 +185,7 @@ class ClusterNode(World):
         self.peers: Mapping[str, NodeHints] = {}
         self.may_serve = True
         self.late: Collection[str] = ()
-        self.placement = NodePlacement(name, self, KnownSigning(name))
+        self.elsewhere = NodePlacement(name, self, KnownSigning(name))
         self.sign = KnownSigning(name).sign
         self.is_paused = False
         self.renewed_at = self.clock = at(0)
@@ -386,7 +386,7 @@ class Cluster:
         """Stop a node in order: its workers end, and it says so."""
         if node.renews:
             node.catch_up()
-            self.log.submit(LeaveNode(node.name, node.epoch or 0), node.now)
+            self.log.submit(EndNode(NodeLeft(node.name, node.epoch or 0)), node.now)
             node.die()
 
     def declare_lost(self, name: str) -> None:
@@ -396,7 +396,7 @@ class Cluster:
         node = self.state.registers.nodes[name]
         is_late = not late.renews and seconds_between(late.renewed_at, self.now) > LEASE_S
         if judges and is_late and node.is_present:
-            self.log.submit(LoseNode(name, node.epoch, late.renewed_at), judges[0].now)
+            self.log.submit(EndNode(NodeLost(name, node.epoch, late.renewed_at)), judges[0].now)
 
     def work(self, node: ClusterNode, turns: int, *, is_late: bool = False) -> None:
         """Let a node take turns; a late one begins on the state that it had."""

@@ -4,17 +4,20 @@ Facts are words of `support.history.STEPS`. A process is `<load>:<phase>`, with 
 `/<worker>` for each worker that died.
 """
 
+import asyncio
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import inf
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from events.clock import seconds_between
 from events.devices import CPU, provider_of
 from events.jobs import Failure
-from events.types import Cause
+from events.types import Cause, LoadParameters
+from runtime.consumer.running import RunningLoad
+from runtime.process.worker import Worker
 from runtime.rooms import MACHINE, Alternative, RoomLimits, Target
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action, Decision
@@ -27,6 +30,7 @@ from runtime.scheduler.view import (
     Policy,
     SchedulerView,
 )
+from runtime.wire import Loaded
 from support.history import MODEL, History, at, given
 
 OTHER = "other"
@@ -129,6 +133,41 @@ def describe_next(decision: Decision) -> str:
     if decision.action is None and decision.unestimated:
         return "estimate " + " ".join(job.id for job in decision.unestimated)
     return describe(decision.action)
+
+
+@dataclass(frozen=True)
+class SimulatedWorker:
+    """A worker of a load that runs nothing."""
+
+    worker_id: str
+    has_exited: bool = False
+    memory_bytes: int = 0
+    in_flight: int = 0
+
+    @property
+    def ended(self) -> "SimulatedWorker":
+        return self
+
+    def done(self) -> bool:
+        return self.has_exited
+
+
+def live_load(
+    *workers: SimulatedWorker,
+    loaded: bool = False,
+    failed: bool = False,
+    tasks: bool = False,
+    load: str = "",
+    model: str = MODEL,
+    **given: Any,
+) -> RunningLoad:
+    """Return a load with these workers: all have loaded, or it has failed, or a task works on it."""
+    live = RunningLoad(load, model, 1, LoadParameters(), lambda: None, **given)
+    live.workers = cast("list[Worker]", list(workers))
+    live.report = Loaded((), (), 0) if loaded else None
+    live.failure = Failure("broken", "it says why") if failed else None
+    live.tasks = cast("set[asyncio.Task[None]]", {tasks} - {False})
+    return live
 
 
 class Scene:

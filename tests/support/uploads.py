@@ -25,7 +25,6 @@ async def opened_uploads(
     folder: Path,
     now: Callable[[], float] = time.time,
     policy: UploadPolicy | None = None,
-    node_id: str | None = None,
 ) -> AsyncIterator[tuple[Uploads, Log]]:
     """Open the uploads of `repository` over the ledger beside it, as a start of the server does."""
     log = Log(folder / "ledger.db")
@@ -34,7 +33,7 @@ async def opened_uploads(
         async with open_reader(log.path) as reader:
             repository = Repository(folder / "repository")
             policy = policy or UploadPolicy()
-            changes = VersionChanges(repository, policy, NODE, log, node_id=node_id, now=now)
+            changes = VersionChanges(repository, policy, NODE, log, now=now)
             recovery = Recovery(changes, reader.version_event)
             await recovery.open()
             yield Uploads(changes, recovery), log

@@ -62,9 +62,9 @@ from events.types import (
 from events.values import Credential, Sign
 from events.versions import ModelVersions
 from runtime.consumer.loads import find_expected
-from runtime.consumer.running import LoadRun
+from runtime.consumer.running import RunningLoad
 from runtime.elsewhere import ALONE, Elsewhere, SystemCommand
-from runtime.rooms import Alternative
+from runtime.rooms import Allocation, Alternative
 from runtime.scheduler import actions
 from runtime.scheduler.actions import (
     Action,
@@ -89,7 +89,7 @@ from runtime.scheduler.view import (
     may_end,
 )
 from runtime.timeouts import PROGRESS_TIMEOUT_S
-from support.decisions import need
+from support.decisions import SimulatedWorker, live_load, need
 from support.history import at, model_loaded
 
 MODEL_BYTES = {
@@ -176,7 +176,7 @@ def request_of(kind: str, model_id: str, state: State, load: RequestLoad) -> Com
 
 
 @dataclass
-class Process:
+class Process(Allocation):
     """The workers of one load: `dead` exited unexpectedly, and if `ended` is set, so have all others."""
 
     model_id: str
@@ -201,32 +201,31 @@ class Process:
     has_own_memory: bool = False
     keeps_percent: int = 100
 
-    def list_taken(self) -> dict[str, int]:
+    @property
+    def run(self) -> RunningLoad:
+        """Its workers now, to the product's own rules."""
+        workers = self.workers if self.started else ()
+        left = self.left
+        sizes = dict.fromkeys(left[:1], self.measured_bytes)
+        run = live_load(
+            *(SimulatedWorker(each, each not in left, sizes.get(each, 0)) for each in workers),
+            loaded=self.loaded,
+            failed=self.failure is not None or bool(self.dead),
+            tasks=not self.is_over,
+            model=self.model_id,
+            allocation=self,
+        )
+        run.expected_exits = set(workers).difference(self.dead)
+        run.unloading, run.killed, run.reserved_bytes = self.unloading, self.killed, self.reserved_bytes
+        return run
+
+    def list_taken(self, memory_bytes: int) -> dict[str, int]:
         """Return what it reserved, or takes, of the machine, and of its device."""
-        memory_bytes = self.run.memory_bytes
         taken = dict.fromkeys(self.chosen.needs, memory_bytes)
         if self.has_own_memory:
             name = self.chosen.target.name
             taken[name] = self.chosen.needs[name] * self.keeps_percent // 100 if memory_bytes else 0
         return taken
-
-    @property
-    def run(self) -> LoadRun:
-        """Its workers now, to the product's own rules."""
-        workers = self.workers if self.started else ()
-        left = [] if self.ended else [worker for worker in workers if worker not in self.dead]
-        return LoadRun(
-            started=workers,
-            exited=set(workers).difference(left),
-            expected_exits=set(workers).difference(self.dead),
-            is_loaded=self.loaded,
-            has_tasks=not self.is_over,
-            has_outcome=self.loaded or self.failure is not None or bool(self.dead),
-            unloading=self.unloading,
-            killed=self.killed,
-            reserved_bytes=self.reserved_bytes,
-            measured_bytes=self.measured_bytes if left else 0,
-        )
 
     @property
     def is_over(self) -> bool:
@@ -237,21 +236,19 @@ class Process:
 
     def view(self, job: Job | None, load: str, *, demanded: bool = False) -> LoadView:
         run = self.run
-        return LoadView(
-            load,
-            self.model_id,
-            run.find_phase(is_job_unended=job is not None),
-            self.killed,
-            run.unexpected_exits,
-            self.list_taken(),
-            has_outcome=run.has_outcome,
+        return replace(
+            run.to_view(job),
+            load_job_id=load,
+            has_outcome=self.loaded or self.failure is not None or bool(self.dead),
             busy=self.busy or demanded,
             last_used_at=self.last_used_at,
         )
 
     @property
     def left(self) -> list[str]:
-        return self.run.alive
+        """The workers that have started, and not exited."""
+        workers = self.workers if self.started and not self.ended else ()
+        return [worker for worker in workers if worker not in self.dead]
 
     def die(self, end: WorkerExited, *workers: str) -> None:
         self.dead.update({worker: end for worker in workers if worker in self.left})

@@ -88,14 +88,14 @@ async def test_measured_growth_counts_against_the_budget(engine: Engine) -> None
     await engine.load("grows")
     await engine.load("old", parameters=LoadParameters(instances=2))
     load, pair = engine.live("grows"), engine.live("old")
-    loaded = load.run.memory_bytes
+    loaded = load.memory_bytes
     await use(engine, "grows")
-    assert load.run.memory_bytes == loaded
+    assert load.memory_bytes == loaded
     await measure(engine)
-    assert load.run.memory_bytes >= loaded + 0.9 * GROWTH_BYTES
-    assert pair.run.memory_bytes == sum(worker.memory_bytes for worker in pair.workers) > 0
+    assert load.memory_bytes >= loaded + 0.9 * GROWTH_BYTES
+    assert pair.memory_bytes == sum(worker.memory_bytes for worker in pair.workers) > 0
     uses = {use.model_id: use.memory_bytes for use in engine.consumer.uses()}
-    assert uses == {"grows": load.run.memory_bytes, "old": pair.run.memory_bytes}
+    assert uses == {"grows": load.memory_bytes, "old": pair.memory_bytes}
 
 
 async def test_growth_beyond_the_budget_evicts(folder: Path, shared_pool: WorkerPool) -> None:
@@ -148,7 +148,7 @@ async def test_stuck_measurement_delays_no_other_worker(
     with await asyncio.to_thread(fifo.open, "w") as file:
         file.write("Private_Dirty: 5 kB\n")
     await until(lambda: not upkeep(engine)._measuring)
-    assert engine.live("old").run.memory_bytes == 5 * 1024
+    assert engine.live("old").memory_bytes == 5 * 1024
 
 
 # Last uses

@@ -135,7 +135,7 @@ async def test_cancelled_load_of_dead_worker_records_both(engine: Engine) -> Non
     assert (await engine.ended(job_id)).status is JobStatus.CANCELLED
     story = ["LoadRequested", "LoadStarted", "CancelRequested", "WorkerExited", "JobCancelled"]
     assert await engine.story(of="slow") == story
-    assert load.run.is_finished
+    assert load.is_finished
 
 
 async def test_load_whose_workers_were_ended_begins_again(engine: Engine) -> None:
@@ -143,7 +143,7 @@ async def test_load_whose_workers_were_ended_begins_again(engine: Engine) -> Non
     load = await engine.loading("slow")
     load.kill()
     await until(lambda: engine.consumer.loads.get(job_id) not in (None, load))
-    assert load.run.is_finished
+    assert load.is_finished
     await engine.unload("slow", force=True)
     assert await engine.story(of="slow") == [
         *("LoadRequested", "LoadStarted", "LoadStarted"),

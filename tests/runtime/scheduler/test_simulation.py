@@ -97,7 +97,7 @@ class WatchedWorld(World):
 
     def bytes_of(self, processes: Iterable[Process], room: str) -> int:
         """Return what processes reserve or take in a room."""
-        return sum(process.list_taken().get(room, 0) for process in processes)
+        return sum(process.run.list_taken().get(room, 0) for process in processes)
 
     def taken_bytes(self, room: str) -> int:
         """Return what is reserved or taken in a room in all."""

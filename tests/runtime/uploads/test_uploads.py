@@ -531,8 +531,6 @@ def test_digests_of_rfc_9530_are_read(fields: list[str], found: set[str] | None)
     [
         (UploadPolicy(), 0o700, None),
         (UploadPolicy("on"), 0o700, None),
-        (UploadPolicy("on", is_of_node=True), 0o700, None),
-        (UploadPolicy("own", is_of_node=True), 0o700, None),
         (UploadPolicy("own"), 0o700, None),
         (UploadPolicy("off"), 0o700, "--repository-writable"),
         (UploadPolicy(is_immutable=True), 0o700, "--store-size=off"),
@@ -552,9 +550,9 @@ def test_repository_is_changed_only_where_it_may_be(
         check_writable(root, policy)
 
 
-def test_node_has_to_say_whose_repository_it_is(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeProblem, match=r"on if .* share, with --repository-writable=own if") as refused:
-        check_writable(tmp_path, UploadPolicy(is_of_node=True))
+def test_one_of_several_servers_has_to_say_whose_repository_it_is(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeProblem, match="say it") as refused:
+        check_writable(tmp_path, UploadPolicy(unshared="say it"))
     assert refused.value.code == "repository_not_shared"
 
 

@@ -33,7 +33,7 @@ def test_quantile_interpolates_within_a_bucket(
 
 
 def running(job_id: str, model_id: str = "m") -> RunningLoad:
-    return RunningLoad(job_id, model_id, 1, LoadParameters(), "w", lambda: None)
+    return RunningLoad(job_id, model_id, 1, LoadParameters(), lambda: None)
 
 
 def answer(load: RunningLoad, *buckets: int, failures: int = 0) -> None:
