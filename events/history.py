@@ -13,7 +13,8 @@ import msgspec
 from msgspec import Struct
 
 from events.jobs import Failure, Job
-from events.models import Model, ModelState, Serving
+from events.models import Model, ModelState
+from events.serving import Serving
 from events.state import State
 from events.types import Cause, Event, UnloadRequested
 from events.versions import ModelVersions
