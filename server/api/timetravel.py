@@ -49,10 +49,10 @@ async def open_time_travel(app: web.Application) -> AsyncIterator[None]:
 
 
 async def read_past(request: web.Request, at: str, query: Callable[[Any, int], T]) -> tuple[Moment, T]:
-    """Answer a query of the past when this server knows the log up to `at`.
+    """Answer a query about the past once this server knows the log up to `at`.
 
     Raises:
-        BeyondHead: `beyond_head`; and what the reader raises.
+        BeyondHead: `beyond_head`; also errors of the reader.
     """
     if at.isdecimal() and len(at) < 20:  # noqa: PLR2004 - a position is a 64-bit integer
         await request.app[LOG].reach(int(at))
