@@ -23,9 +23,10 @@ from events.commands import OUTDATED, Condition, Record, RequestLoad, RequestUnl
 from events.errors import LogUnavailable, NotEncodable, RequestRefused
 from events.jobs import Failure, Job
 from events.log import Log
-from events.models import RELOADS, Model, ModelState, Serving
+from events.models import RELOADS, Model, ModelState
 from events.policy.checks import CheckedVersion, CheckInput, NotLoadable
 from events.policy.rules import ModelRules
+from events.serving import Serving
 from events.types import (
     SYSTEM,
     Cause,
