@@ -41,7 +41,6 @@ from events.types import (
     Event,
     JobCancelled,
     LoadedFile,
-    LoadEvidence,
     LoadFailed,
     LoadJoined,
     LoadParameters,
@@ -58,6 +57,7 @@ from events.types import (
     digest_of,
 )
 from events.values import STORED_NAMES, NodeSignature, ProcessEnd
+from features.evidence import STORED_NAMES_OF_EVIDENCE, LoadEvidence, remember_evidence
 
 RELOADS = (Cause.RECOVERY, Cause.RESTART, Cause.SWAP, Cause.DRAIN, Cause.COPY)
 """Causes of reloads: loads by the system that bring a model or an instance back, or to another server."""
@@ -177,10 +177,6 @@ class Serving(Struct, frozen=True, gc=False, rename=STORED_NAMES):
         return is_same and self.parameters.has_same_workers(first.parameters)
 
 
-MAX_BUNDLES = 16
-"""Bundles of a model that are remembered: more than one goes back to. Older ones are recorded once more."""
-
-
 class AdmittedBytes(Struct, frozen=True, gc=False):
     """Bytes that a model was loaded from, and what they passed; as `ModelLoaded` has it.
 
@@ -212,7 +208,7 @@ class Choice(Struct, frozen=True, gc=False):
     parameters: LoadParameters | None = None
 
 
-class Model(Struct, frozen=True, gc=False):
+class Model(Struct, frozen=True, gc=False, rename=STORED_NAMES_OF_EVIDENCE):
     """One model.
 
     Attributes:
@@ -232,8 +228,7 @@ class Model(Struct, frozen=True, gc=False):
         previous: the load that was unloaded for replacement, until the new version is loaded. If that fails,
             the model is `lost` with this load.
         footprints: of the versions loaded last, the latest at the end.
-        bundles: names of the signature bundles that the ledger has of its loads, the latest at the end; not
-            stored without any.
+        known_evidence: names of what its loads passed by which the ledger has; not stored without any.
         copies: further loads of a model that is `loaded`, each at another node, the oldest first. During a
             swap some are of the version before. If `serving` ends, one of them takes its place; not stored
             without any.
@@ -257,7 +252,7 @@ class Model(Struct, frozen=True, gc=False):
     previous: Serving | None = None
     footprints: tuple[Footprint, ...] = ()
     retries: Retries | None = None
-    bundles: tuple[str, ...] | UnsetType = UNSET
+    known_evidence: tuple[str, ...] | UnsetType = UNSET
     copies: tuple[Serving, ...] | UnsetType = UNSET
     target: Serving | UnsetType = UNSET
     chosen: Choice | UnsetType = UNSET
@@ -486,7 +481,7 @@ def _model_loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None
         retries=None,
         previous=None,
         footprints=add_footprint(model.footprints, footprint_of(serving.version, data)),
-        bundles=add_bundle(model, name) if (name := data.evidence.bundle) else model.bundles,
+        known_evidence=remember_evidence(model.known_evidence, data),
         chosen=model.chosen
         if job.cause is not Cause.REQUEST
         else _choose(event, job.id, job.requested_by, loaded),
@@ -523,11 +518,6 @@ def _arrange_copies(
     is_kept = is_copy or loaded.parameters.wanted_copies > 1
     kept = tuple(each for each in before if is_kept and each.server != loaded.server)
     return loaded, kept or UNSET
-
-
-def add_bundle(model: Model, name: str) -> tuple[str, ...]:
-    """Return the bundles of a model with the one of its latest load."""
-    return (*(each for each in model.bundles or () if each != name), name)[-MAX_BUNDLES:]
 
 
 def _find_earlier(model: Model, reload: Serving) -> AdmittedBytes | UnsetType:
@@ -661,7 +651,7 @@ def _reset(model: Model, trigger: Trigger) -> Model:
         unloads=model.unloads,
         last_version=model.last_version,
         footprints=model.footprints,
-        bundles=model.bundles,
+        known_evidence=model.known_evidence,
         chosen=model.chosen,
     )
 
