@@ -16,13 +16,13 @@ from msgspec import Struct
 
 from events.jobs import Job
 from events.models import Model
-from events.policy.rules import LoadPolicy
 from events.presence import Transition, list_transitions
 from events.tokens import Token, evolve_tokens
 from events.types import OF_TOKENS, Event, PolicyInForce
 from events.versions import OF_VERSIONS, ModelVersions, evolve_versions
 from features.facts import OF_SERVERS
 from features.registers import ENTRIES_OF_FEATURES, FeatureEntry, FeatureRegisters
+from features.rules import LoadPolicy
 
 
 class RecordedPolicy(Struct, frozen=True, gc=False):
@@ -86,14 +86,11 @@ class Registers(FeatureRegisters):
         self, event: Event, models: Mapping[str, Model], unended: Callable[[], Iterable[Job]]
     ) -> tuple[RegisterChanges, Sequence[Transition]]:
         """Return what an event changes; `models` and `unended` say which entries have to stay."""
-        data, position, recorded_at = event.data, event.position, event.recorded_at
+        data = event.data
         if isinstance(data, OF_TOKENS):
             if "tokens" in self.shared:
                 self.tokens, self.shared = dict(self.tokens), self.shared - {"tokens"}
-            tokens = evolve_tokens(
-                self.tokens, data, position=position, recorded_at=recorded_at, actor=event.actor
-            )
-            return {"tokens": tokens}, ()
+            return {"tokens": evolve_tokens(self.tokens, event, data)}, ()
         if isinstance(data, OF_VERSIONS):
             return self._apply_to_versions(event), ()
         if isinstance(data, PolicyInForce):

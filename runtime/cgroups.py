@@ -1,7 +1,7 @@
 """The control groups of this process, v1 and v2: where their files are, and the CPUs that it may use.
 
-A CPU quota limits the processor time of all threads together. With more threads than it has CPUs' worth of
-time, all of them stand still from its end until the next period; so it counts as CPUs, rounded down.
+A CPU quota limits the processor time of all threads together. With more threads than the quota has CPUs'
+worth of time, all threads stand still until the next period; so the quota counts as CPUs, rounded down.
 
 Control groups differ between machines and containers (cgroups(7), cgroup_namespaces(7); "Control Group v2"
 and "CFS Bandwidth Control" in the kernel's documentation), so unreadable files are empty.
@@ -17,7 +17,7 @@ PROC = Path("/proc")
 CGROUPS = Path("/sys/fs/cgroup")
 
 MAX_FILE_CHARACTERS = 64 * 1024
-"""More than these files have: a few kilobytes."""
+"""More than the length of these files, a few kilobytes."""
 
 _MICROSECONDS = re.compile(r"[1-9]\d{0,18}", re.ASCII)
 
@@ -27,8 +27,8 @@ class CgroupFolders:
     """The folders of a process's cgroup and of its parents, up to the mount, nearest first.
 
     Attributes:
-        unified: in the hierarchy of cgroup v2.
-        v1: in the v1 hierarchy of one controller.
+        unified: folders in the hierarchy of cgroup v2.
+        v1: folders in the v1 hierarchy of one controller.
     """
 
     unified: Sequence[Path]
@@ -45,7 +45,7 @@ def count_usable_cpus() -> int:
 
 
 def find_cpu_quota(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
-    """Return the least CPU quota of this process's cgroups and their parents, in CPUs; None without one."""
+    """Return the least CPU quota of this process's cgroups and their parents, in CPUs, or None."""
     folders = find_folders("cpu", proc, cgroups)
     texts = [read_text(folder / "cpu.max").partition(" ")[::2] for folder in folders.unified]
     texts += [
@@ -56,7 +56,7 @@ def find_cpu_quota(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
 
 
 def parse_quota(quota: str, period: str) -> int | None:
-    """Return the CPUs of a quota, rounded down and at least 1; None is no quota, or an invalid one.
+    """Return the CPUs of a quota, rounded down and at least 1, or None without a valid quota.
 
     Args:
         quota: microseconds of processor time in each period; `max` (v2) and -1 (v1) are no limit.
@@ -71,7 +71,7 @@ def find_folders(controller: str, proc: Path, cgroups: Path) -> CgroupFolders:
     """Return the folders of this process's cgroups; files in them may be missing.
 
     Args:
-        controller: of the v1 hierarchy, which is mounted under its name: `memory` or `cpu`.
+        controller: the v1 hierarchy, which is mounted under its name: `memory` or `cpu`.
         proc: the mount of the proc file system.
         cgroups: the mount of cgroup v2, or the parent of the v1 hierarchies.
     """
@@ -113,5 +113,5 @@ def _list_parents(mount: Path, own: str) -> Sequence[Path]:
 
 
 def _unified_mount(cgroups: Path) -> Path:
-    """Return the mount of cgroup v2: this one, or one beside the v1 hierarchies (systemd's hybrid mode)."""
+    """Return the mount of cgroup v2: `cgroups`, or a folder in it (systemd's hybrid mode)."""
     return cgroups if read_text(cgroups / "cgroup.controllers") else cgroups / "unified"

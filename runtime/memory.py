@@ -1,7 +1,7 @@
 """Memory of processes, limits and pressure of the container or machine, and free disk space; all in bytes.
 
-A worker's own memory is its private dirty pages: the machine gets them back when the process ends. Pages
-that it shares with the fork server are not its own, nor unchanged pages of a file, such as mapped weights,
+A worker's own memory is its private dirty pages: the machine gets them back when the process ends. Pages that
+the worker shares with the fork server are not its own, nor unchanged pages of a file, such as mapped weights,
 which the kernel can drop at any time.
 
 Limits and pressure come from /proc and the cgroup file systems (`runtime.cgroups`; "PSI" in the kernel's
@@ -22,14 +22,14 @@ from runtime.errors import RuntimeProblem
 
 PROC = Path("/proc")
 _PAGE_BYTES = 4096
-"""The most that one read of /proc gives."""
+"""The length of one read of /proc."""
 RESERVE_BYTES = 2**30
 RESERVE_SHARE = 20
 """Disk space that stored versions leave free: `RESERVE_BYTES`, or a twentieth of a small file system. A
 ledger grows by some hundred bytes per event, so there is time to notice."""
 
 THREAD_HEAP_BYTES = 256 * 2**10
-"""At least what malloc maps for a thread at first (132 KiB), and what the libraries keep of it."""
+"""At least malloc's first mapping for a thread (132 KiB), and what libraries keep per thread."""
 UNLIMITED_STACK_BYTES = 8 * 2**20
 """At least the stack of a thread if stacks have no limit: 2 MiB, on some machines 4 (pthread_create(3))."""
 
@@ -40,8 +40,8 @@ V1_UNLIMITED_BYTES = 2**63 - 2**20
 no page is larger than a megabyte."""
 
 MEMORY_PRESSURE_PERCENT = 10.0
-"""Share of the last 10 s in which a task waited for memory. With free memory it is 0; at a tenth the
-kernel reads back pages that it has just dropped, and another model makes that worse."""
+"""Share of the last 10 s in which a task waited for memory. With free memory it is 0; at a tenth the kernel
+reads back pages that it has just dropped, and another model increases that."""
 CPU_PRESSURE_PERCENT = 80.0
 """Share of the last 10 s in which a task waited for a core. One runnable thread too many all the time is
 100, and bursts stay well below; from 80 on, a load takes its computing time from inferences."""
@@ -49,7 +49,7 @@ CPU_PRESSURE_PERCENT = 80.0
 _RESIDENT = re.compile(rb"^VmHWM:\s+(\d+) kB\nVmRSS:\s+(\d+) kB\nRssAnon:\s+(\d+) kB$", re.MULTILINE)
 _REST = re.compile(rb"^Vm(?:PTE|Swap):\s+(\d+) kB$", re.MULTILINE)
 MAX_LEDGER_BYTES = 2**63 - 1
-"""The most that the ledger, whose integers have 64 bits, can hold."""
+"""The largest integer of the ledger, which has 64 bits."""
 
 _COUNT = re.compile(r"[1-9]\d{0,18}", re.ASCII)
 _AVERAGE = re.compile(r"^some avg10=(\d{1,3}(?:\.\d{1,9})?)\b", re.ASCII | re.MULTILINE)
@@ -58,9 +58,9 @@ _AVERAGE = re.compile(r"^some avg10=(\d{1,3}(?:\.\d{1,9})?)\b", re.ASCII | re.MU
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """Memory of a process: resident anonymous pages, all resident pages, their peak; and the rest.
+    """Memory of a process: resident anonymous pages, all resident pages, their peak, and other memory.
 
-    The rest is what no resident page shows: swapped pages, and page tables, which reading alone makes.
+    The other memory is in no resident page: swapped pages, and page tables, which reading alone makes.
     """
 
     anonymous_bytes: int
@@ -75,7 +75,7 @@ class Resident:
 
     @property
     def taken_bytes(self) -> int:
-        """All that the kernel keeps for the process alone, but for what it shares with its parent."""
+        """All memory that the kernel keeps for the process alone, without pages shared with its parent."""
         return self.anonymous_bytes + self.rest_bytes
 
 
@@ -89,14 +89,14 @@ def private_bytes(pid: int | str = "self") -> int:
 
 
 def total_bytes(sizes: Iterable[int]) -> int:
-    """Add sizes up, to at most `MAX_LEDGER_BYTES`."""
+    """Return the sum of sizes, at most `MAX_LEDGER_BYTES`."""
     return min(sum(sizes), MAX_LEDGER_BYTES)
 
 
 def list_descendants(pid: int) -> list[int]:
     """Return the process ids of all descendants of a process, parents before children."""
     children: list[int] = []
-    with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+    with suppress(FileNotFoundError, ProcessLookupError):  # the process has ended
         for thread in os.listdir(f"{PROC}/{pid}/task"):  # noqa: PTH208 - names
             children += map(int, _read(f"{pid}/task/{thread}/children").split())
     return [*children, *(each for child in children for each in list_descendants(child))]
@@ -105,8 +105,8 @@ def list_descendants(pid: int) -> list[int]:
 def tree_bytes(pid: int) -> int:
     """Measure the anonymous memory of a process and its descendants; pages that they share count once.
 
-    A process's share of a mapped file changes with each other process that maps it: one that imports ONNX
-    Runtime changed the sum by 9 MB (measured).
+    The sum has no mapped files, because a process's share of a file changes with each other process that maps
+    it: a process that imports ONNX Runtime changed the sum by 9 MB (measured).
     """
     return sum(map(_anonymous_bytes, (pid, *list_descendants(pid))))
 
@@ -114,12 +114,12 @@ def tree_bytes(pid: int) -> int:
 def _anonymous_bytes(pid: int) -> int:
     try:
         return parse_field(_read(f"{pid}/smaps_rollup"), "Pss_Anon")
-    except (FileNotFoundError, ProcessLookupError):  # it has ended
+    except (FileNotFoundError, ProcessLookupError):  # the process has ended
         return 0
 
 
 def taken_bytes(pid: int) -> int:
-    """Read all memory of a process, as `Resident.taken_bytes`; 0 if it has ended. Takes 0.02 ms."""
+    """Read `Resident.taken_bytes` of a process, in 0.02 ms; 0 if the process has ended."""
     resident = parse_resident(_read(f"{pid}/status").encode())
     return 0 if resident is None else resident.taken_bytes
 
@@ -141,7 +141,7 @@ def size_bytes() -> int:
 
 
 def thread_bytes() -> int:
-    """Return what `RLIMIT_DATA` counts of a thread that a library starts: mostly its stack, touched or not.
+    """Return what `RLIMIT_DATA` counts for a library's thread: mostly its stack, touched or not.
 
     A session of ONNX Runtime (1.32) that cannot start one of its threads is never created (measured).
     """
@@ -155,7 +155,7 @@ def parse_private(smaps_rollup: str) -> int:
 
 
 def parse_resident(status: bytes) -> Resident | None:
-    """Parse the resident memory in the text of a status file; None without it (a zombie has none)."""
+    """Parse the resident memory in the text of a status file; a zombie has none, so it gives None."""
     found = _RESIDENT.search(status)
     if found is None:
         return None
@@ -164,7 +164,7 @@ def parse_resident(status: bytes) -> Resident | None:
 
 
 def parse_field(text: str, name: str) -> int:
-    """Read one field that /proc gives in kB, in bytes; 0 when it is not there (a zombie has none)."""
+    """Read one field that /proc gives in kB, in bytes; a missing field, as of a zombie, is 0."""
     for line in text.splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
@@ -176,7 +176,7 @@ def _read(path: str) -> str:
         descriptor = os.open(f"{PROC}/{path}", os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         raise ProcessLookupError(f"/proc/{path}") from None
-    try:  # without a file object: a load waits for this
+    try:  # without a file object, which costs time of a load
         parts = []
         while part := os.read(descriptor, _PAGE_BYTES):
             parts.append(part)
@@ -193,7 +193,7 @@ class MemoryUnknown(RuntimeProblem):
 
 @dataclass(frozen=True, slots=True)
 class MemoryLimit:
-    """The memory that this container or machine may use, more than 0, and where the limit comes from."""
+    """The memory that this container or machine may use, more than 0, and the source of the limit."""
 
     bytes: int
     source: Source
@@ -211,7 +211,7 @@ def find_memory_limit(proc: Path = PROC, cgroups: Path = CGROUPS) -> MemoryLimit
     """Return the lowest memory limit of this process's cgroups, their parents and the machine.
 
     Raises:
-        MemoryUnknown: `memory_unknown`, none of these can be read.
+        MemoryUnknown: `memory_unknown`, no limit can be read.
     """
     folders = find_folders("memory", proc, cgroups)
     found = [
@@ -236,7 +236,7 @@ def read_pressure(proc: Path = PROC, cgroups: Path = CGROUPS) -> Pressure | None
         None if the kernel does not provide PSI.
     """
     above = find_folders("memory", proc, cgroups).unified
-    # In a container the path may be the host's, and the container's cgroup is what is mounted.
+    # In a container the path may be the host's, while the container's cgroup is the one mounted.
     folders = dict.fromkeys((above[0], above[-1]))
     memory, cpu = (
         _some_percent([*(folder / f"{name}.pressure" for folder in folders), proc / "pressure" / name])
@@ -254,14 +254,14 @@ def is_under_pressure(found: Pressure | None) -> bool:
 
 
 def parse_limit(text: str) -> int | None:
-    """Parse a cgroup limit in bytes; None is no limit, or an invalid one."""
+    """Parse a cgroup limit in bytes; None without a valid limit."""
     found = _COUNT.fullmatch(text.strip())
     limit = None if found is None else int(found[0])
     return limit if limit is not None and limit < V1_UNLIMITED_BYTES else None
 
 
 def parse_some_percent(text: str) -> float | None:
-    """Read the 10 s average of `some` in the text of a PSI file; None when it is not there."""
+    """Read the 10 s average of `some` in the text of a PSI file; None if missing."""
     found = _AVERAGE.search(text)
     return None if found is None else float(found[1])
 
@@ -286,7 +286,7 @@ def _some_percent(files: list[Path]) -> float | None:
 
 
 def free_disk_bytes(folder: Path) -> int:
-    """Return the disk space beyond the reserve in this folder's file system; negative if it is too full.
+    """Return the disk space beyond the reserve in this folder's file system; negative below the reserve.
 
     Raises:
         OSError: the file system cannot be queried.

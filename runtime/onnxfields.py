@@ -1,9 +1,9 @@
 """The fields of an ONNX file that lead to external data, found in the protobuf wire format.
 
-Everything else is skipped by its length, so weights are never read. A message without the bytes `location`,
-the key of such a reference, leads to none and is not walked, and a regular expression skips runs of short
-fields. The attributes of a tree ensemble with 1,000,000 branches have 13 million fields: one by one they take
-27 s, so skipped 0.4 s (measured). What is read of one file is bounded.
+All other fields are skipped by their length, so weights are never read. A message without the bytes
+`location`, the key of such a reference, leads to no reference and is not walked, and a regular expression
+skips runs of short fields. The attributes of a tree ensemble with 1,000,000 branches have 13 million fields:
+one by one they take 27 s, so skipped 0.4 s (measured). The number of fields read of one file is bounded.
 """
 
 import mmap
@@ -27,9 +27,9 @@ of what protobuf parses, and a tree ensemble of 25 million branches."""
 MARK = b"location"
 """The key of an entry of external data that names a file."""
 WINDOW_BYTES = 2**12
-"""Bytes that are searched for it at a time."""
+"""Bytes that are searched for the mark at a time."""
 SEARCHED_BYTES = 2**16
-"""Longest message that is searched before it is walked: a longer one has weights, or much else to skip."""
+"""Longest message that is searched before it is walked: longer ones have weights, or other long fields."""
 MAX_SHORT_LENGTH = 2**8
 """More bytes than a short field has."""
 VARINT, FIXED64, LENGTH, START_GROUP, END_GROUP, FIXED32 = 0, 1, 2, 3, 4, 5
@@ -47,7 +47,7 @@ class TooManyFields(ValueError):
 
 
 class FileBytes(Protocol):
-    """The bytes of a file: a mapping of it, or what reads it in parts."""
+    """The bytes of a file: a mapping, or a reader of its parts."""
 
     @overload
     def __getitem__(self, at: int, /) -> int: ...
@@ -86,8 +86,8 @@ def _tags(wire: int) -> bytes:
 def _short_fields() -> re.Pattern[bytes]:
     """Return the pattern of a run of short fields: numbers, and at most 127 bytes with their length.
 
-    Their tags have one byte, those of varints at most two. No quantifier is possessive: Python before 3.11.5
-    matches wrongly with them (python/cpython#106052). A greedy one keeps a state for each run, but
+    Tags have one byte, those of varints at most two. No quantifier is possessive: Python before 3.11.5
+    matches wrongly with them (python/cpython#106052). A greedy quantifier keeps a state for each run, but
     `ReferenceReader` matches some KiB at a time, which is as fast.
     """
     lengths = b"|".join(re.escape(bytes([length])) + b".{%d}" % length for length in range(128))
@@ -112,7 +112,7 @@ SHORT_FIELDS = _short_fields()
 class Field(NamedTuple):
     """A field's number, where its content starts, and the next field.
 
-    `start` is -1 without a length, and `value` without a number of its own.
+    `start` is -1 for a field without a length, and `value` for a field without a number.
     """
 
     number: int
@@ -127,7 +127,7 @@ class FieldReader:
     Args:
         data: the whole file.
         max_fields: the bound.
-        purpose: for the error text: what the fields are read for.
+        purpose: for the error text: the reader's purpose.
     """
 
     def __init__(self, data: FileBytes, max_fields: int, purpose: str) -> None:
@@ -139,8 +139,8 @@ class FieldReader:
         """Yield all fields of a message, in their order.
 
         Raises:
-            Unparsable: there is no field of protobuf, or it does not end before `end`.
-            TooManyFields: so many fields of this file were read.
+            Unparsable: a field is malformed, or does not end before `end`.
+            TooManyFields: the bound is reached.
         """
         while position < end:
             field = self._read_field(position, end)
@@ -175,7 +175,7 @@ class FieldReader:
     def _skip_group(self, number: int, position: int, end: int) -> int:
         """Skip a group and the groups in it; return the position of the next field.
 
-        ONNX has none, so protobuf treats each as an unknown field.
+        ONNX has no groups, so protobuf treats each as an unknown field.
         """
         open_groups = [number]
         while open_groups:
@@ -209,11 +209,11 @@ class ReferenceReader(FieldReader):
         self._is_marked = False
 
     def find(self, numbers: Container[int], position: int, end: int) -> Iterator[Field]:
-        """Yield the fields of a message with these numbers that have a length and may lead to external data.
+        """Yield a message's fields with a length and one of these numbers that may lead to external data.
 
         Raises:
-            Unparsable: there is no field of protobuf, or it does not end before `end`.
-            TooManyFields: so many fields of this file were read.
+            Unparsable: a field is malformed, or does not end before `end`.
+            TooManyFields: the bound is reached.
         """
         while position < end:
             stop = min(end, self._find_clean_end(position), position + self._short_bytes_left)
@@ -236,12 +236,12 @@ class ReferenceReader(FieldReader):
         return entry
 
     def _may_have_mark(self, start: int, end: int) -> bool:
-        """Whether there may be a mark in these bytes; long ones are not searched."""
+        """Whether the bytes may have a mark; long messages are not searched."""
         length = end - start
         return length > SEARCHED_BYTES or self._find_clean_end(start, length) < end
 
     def _find_clean_end(self, position: int, wanted: int = MAX_SHORT_LENGTH) -> int:
-        """Return where the bytes without a mark end, or those searched: so many from here on, or more."""
+        """Return the end of a stretch without a mark: at least `wanted` bytes are searched."""
         if not self._clean_from <= position < self._clean_to:
             self._clean_from = self._clean_to = position
             self._is_marked = False
@@ -257,7 +257,7 @@ def read_tag_and_length(data: bytes, begin: int) -> tuple[int, int, int]:
     """Return the tag of a field, where its content starts, and where it ends, perhaps outside of the data.
 
     Raises:
-        Unparsable: this is no field of ONNX, or its tag or length is not within the data.
+        Unparsable: the bytes are no field of ONNX, or its tag or length is not within the data.
     """
     tag, start = _varint(data, begin, len(data))
     if tag & 7 == LENGTH:

@@ -1,9 +1,10 @@
 """Metadata of an ONNX file, read without ONNX Runtime: other files, inputs and outputs, its kind.
 
-A model can keep tensors in other files, and a hostile one names `../../etc/shadow`. `check_external_data`
+A model can keep tensors in other files, and a hostile model names `../../etc/shadow`. `check_external_data`
 walks through the fields that lead to tensors (onnx.proto3 of ONNX 1.23; `runtime.onnxfields`). It does not
 validate: it finds a superset of the locations that a runtime can see. `read_tensors` reads inputs and
-outputs, within bounds, of a file that nobody has loaded. `describe_foreign_content` names other files.
+    outputs,
+within bounds, of a file that was never loaded. `describe_foreign_content` recognises other formats.
 """
 
 import mmap
@@ -42,27 +43,27 @@ SUFFIX = ".onnx"
 MODEL_FILE = "model.onnx"
 """The usual name of the file of a version's folder that sessions are created from; it names the others."""
 SIGNATURE_SUFFIX = ".sig"
-"""Of a file that signs a version: a bundle of OpenSSF model signing."""
+"""Suffix of a file that signs a version: a bundle of OpenSSF model signing."""
 MAX_LOCATION_BYTES = 4096
 """PATH_MAX: no file has a longer path."""
 MAX_SHOWN = 100
-"""Characters that an error has of such a path."""
+"""Characters of such a path in an error."""
 FOREIGN_HEAD_BYTES = 2**16
-"""What `describe_foreign_content` needs of a file: its graph begins there, unless a description is longer."""
+"""Bytes that `describe_foreign_content` needs: the graph begins in them, unless a description is longer."""
 MAX_QUOTED = 60
 """Characters of a text that an error quotes: the first words of a web server's answer."""
 MAX_TENSOR_FIELDS = 200_000
 """Fields that are read for inputs and outputs, in 0.4 s: one for each operator and three for each weight."""
 MAX_TENSOR_CHARACTERS = 2**16
-"""Of all names and types together, since they are kept: 1,000 inputs with names of 40 characters."""
+"""Limit of all names and types together, since they are kept: 1,000 inputs with names of 40 characters."""
 MAX_DIMENSION_NAME_BYTES = 256
-"""Of a dimension's name that is read."""
+"""Longest name of a dimension that is read."""
 DIMENSION_NAME = re.compile(r"(?!unk__|None$)[A-Za-z_]\w{0,63}")
-"""A dimension's name for people. Formulas, and the names that a converter numbers, are left out."""
+"""A dimension's name for people, without formulas and without names that a converter numbers."""
 MAX_TYPE_DEPTH = 8
-"""Of sequences, maps and optional values in each other; ONNX Runtime itself takes three."""
+"""Nesting of sequences, maps and optional values; ONNX Runtime itself accepts three levels."""
 WINDOW_BYTES = 2**12
-"""Of a file read at once: the name of a weight is one page away from that of the next."""
+"""Bytes of a file read at once: the names of two weights are a page apart."""
 _OPERATOR_TAG = 4 << 3 | LENGTH
 """Tag of an operator's type."""
 _IR_VERSION, _GRAPH, _OPERATOR_SET = 1, 7, 8
@@ -87,11 +88,11 @@ _ELEMENT_NAMES = (
 ELEMENTS = dict(enumerate(_ELEMENT_NAMES.split(), start=1))
 """ONNX Runtime's names of the element types of onnx.proto3."""
 UNKNOWN = "unknown"
-"""Of a type that the file does not declare, or that is newer than this list."""
+"""A type that the file does not declare, or that is newer than this list."""
 OPTIONAL = re.compile(r"optional\((.*)\)")
 """ONNX Runtime's type of an optional input or output; an input may be given with a value or left out."""
 _FIRST_TAG = b"\x08"
-"""Of an ONNX file's IR version, and of a SavedModel's; other formats do not begin so."""
+"""Tag of an ONNX file's IR version, and of a SavedModel's; files of other formats begin differently."""
 _MAGIC = (
     (
         0,
@@ -106,7 +107,7 @@ _MAGIC = (
     (0, b"\x1f\x8b", "compressed with gzip: unpack it first"),
     (257, b"ustar", "a tar archive: unpack it first"),
 )
-"""Where the mark of a file's format stands, the mark, and what the file is, with what to do."""
+"""Position of the mark of a file's format, the mark, the name of the format, and what to do."""
 _PICKLE = re.compile(rb"\x80[\x02-\x05](?:\x95|[}\])(cq]|\x8a\x0al\xfc\x9cF)")
 """A protocol of pickle and the first operation, or the magic number of old PyTorch files."""
 _MARKUP = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype html|html|head|body|\?xml)", re.IGNORECASE)
@@ -114,13 +115,13 @@ _HTML = re.compile(rb"<(?:!doctype html|html)", re.IGNORECASE)
 _SAFETENSORS = re.compile(rb'\s*\{\s*(?:"|\})')
 _META_GRAPH_TAG = 2 << 3 | LENGTH
 _MIN_META_GRAPH_BYTES = 1024
-"""Field 2 of an ONNX file is the name of its producer, which is shorter; TensorFlow has a graph there."""
+"""Field 2 of an ONNX file is the name of its producer, which is shorter; in TensorFlow's it is a graph."""
 
 
 def find_model_file(names: Iterable[str]) -> str | None:
-    """Return which file of a version is the model, given the paths of all; None if none or several could be.
+    """Return the model file of a version, given the paths of all files; None if none or several could be.
 
-    It is `model.onnx`, or else the only one in the version's own folder whose name ends in `.onnx`.
+    The model file is `model.onnx`, or else the only `.onnx` file in the version's own folder.
     """
     found = list_model_files(names)
     if MODEL_FILE in found:
@@ -129,19 +130,19 @@ def find_model_file(names: Iterable[str]) -> str | None:
 
 
 def list_model_files(names: Iterable[str]) -> list[str]:
-    """Return the files of a version that look like models by their names, sorted; hidden ones are none."""
+    """Return the files of a version that look like models by their names, sorted, without hidden files."""
     return sorted(
         name for name in names if name.endswith(SUFFIX) and "/" not in name and not name.startswith(".")
     )
 
 
 def is_signature_beside(path: str) -> bool:
-    """Whether a path, relative to the model's folder, is that of a signature beside the model."""
+    """Whether a path, relative to the model's folder, names a signature beside the model."""
     return "/" not in path and path.endswith(SIGNATURE_SUFFIX)
 
 
 def list_model_folders(paths: Iterable[PurePosixPath]) -> list[PurePosixPath]:
-    """Return the folders of the ONNX files nearest to the top of a tree, sorted; hidden files are none."""
+    """Return the folders of the ONNX files nearest to the top of a tree, sorted, without hidden files."""
     models = [path for path in paths if path.suffix == SUFFIX and not path.name.startswith(".")]
     depth = min((len(path.parts) for path in models), default=0)
     return sorted({path.parent for path in models if len(path.parts) == depth})
@@ -156,13 +157,13 @@ def check_external_data(path: Path, folder: Path, root: Path) -> bool:
         root: the repository's root, without links.
 
     Returns:
-        Whether the file was parsed as far as it may have locations. If not, there may be more of them: the
-        file must not be given to anything that follows them.
+        Whether the file was parsed as far as it may have locations. If not, it may have more of them, and
+        must not be given to a reader that follows them.
 
     Raises:
         LoadRefused: `unsafe_file`, for a location that is absolute, leaves the folder, or is not a regular
-            file inside the repository; `invalid_model`, for a missing file (`MissingData`), or more fields
-            than are read.
+            file inside the repository; `invalid_model`, for a missing file (`MissingData`), or for too many
+            fields.
     """
     checked = set[PurePosixPath]()
     try:
@@ -182,7 +183,7 @@ def external_locations(path: Path) -> Iterator[str]:
     """Yield each external-data location in an ONNX file, used or not, in the order of the file.
 
     Raises:
-        Unparsable: the locations up to then may be incomplete.
+        Unparsable: the locations yielded before may be incomplete.
         TooManyFields: likewise.
     """
     with path.open("rb") as file:
@@ -217,7 +218,7 @@ class FileWindows:
     def __getitem__(self, at: slice, /) -> bytes: ...
 
     def __getitem__(self, at: int | slice) -> int | bytes:
-        """Return bytes of the file; those beyond its end are missing, or an error for a single one."""
+        """Return bytes of the file; a slice ends at the file's end, and an index beyond it is an error."""
         if isinstance(at, slice):
             return os.pread(self._descriptor, at.stop - at.start, at.start)
         offset = at - self._begin
@@ -234,7 +235,7 @@ def describe_tensor(name: str, kind: str, shape: Iterable[object]) -> TensorSpec
     Args:
         name: its name.
         kind: ONNX Runtime's name of its type.
-        shape: for each dimension its length, or a name; what is neither is any length.
+        shape: for each dimension its length or name; any other value stands for any length.
     """
     inner, shape = OPTIONAL.fullmatch(kind), tuple(shape)
     names = tuple(str(each) if DIMENSION_NAME.fullmatch(str(each)) else "" for each in shape)
@@ -249,12 +250,12 @@ def describe_tensor(name: str, kind: str, shape: Iterable[object]) -> TensorSpec
 
 
 def read_tensors(data: FileBytes, size: int) -> ModelTensors:
-    """Read the inputs and outputs that an ONNX file declares; nothing of it is run or validated.
+    """Read the inputs and outputs that an ONNX file declares, without running or validating the model.
 
     Raises:
-        Unparsable: it is no ONNX file, or has no graph.
-        TooManyFields: it has more to read than any model.
-        OSError: it cannot be read.
+        Unparsable: the file is no ONNX file, or has no graph.
+        TooManyFields: the file has more fields than any model.
+        OSError: the file cannot be read.
     """
     return _TensorReader(data, size).read()
 
@@ -288,7 +289,7 @@ class _TensorReader:
         return ModelTensors((*required, *(optional if ir_version >= OVERRIDABLE_SINCE else ())), outputs)
 
     def _find_defaults(self, found: dict[int, list[Field]]) -> frozenset[str]:
-        """Return the names of the weights, which may stand among the inputs."""
+        """Return the names of the weights, which may be declared as inputs."""
         sparse = (self._find(field, _SPARSE_VALUES) for field in found[_SPARSE_INITIALIZER])
         tensors = chain(found[_INITIALIZER], filter(None, sparse))
         return frozenset(self._read_text(self._find(tensor, _TENSOR_NAME)) for tensor in tensors)
@@ -339,7 +340,7 @@ class _TensorReader:
         given = [each for each in fields if each.number in {_LENGTH, _LENGTH_NAME}]
         if not given:
             return -1
-        last = given[-1]  # which counts
+        last = given[-1]  # the last of repeated fields counts
         if (
             last.number == _LENGTH_NAME
             and last.start >= 0
@@ -366,10 +367,10 @@ class _TensorReader:
 
 
 def read_domains(path: Path) -> frozenset[str]:
-    """Return the operator sets that a model names; none of a file that is not parsed so far.
+    """Return the operator sets that a model names; empty if the file cannot be parsed up to them.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         windows, size = FileWindows(file.fileno()), os.fstat(file.fileno()).st_size
@@ -390,7 +391,7 @@ def read_domains(path: Path) -> frozenset[str]:
 def find_operator(path: Path, names: Iterable[str]) -> str | None:
     """Return the first of these operators that a model's graph has, in functions and subgraphs, too.
 
-    Its bytes are searched for the field, so that a weight could have it as well.
+    The file's bytes are searched for the field, so a weight could match, too.
 
     Raises:
         OSError: the file cannot be read.
@@ -405,7 +406,7 @@ def read_weight_lengths(path: Path) -> dict[int, None]:
     """Return the lengths of the weights' dimensions, in the file's order; fewer if it cannot be parsed.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     found = dict[int, None]()
     with path.open("rb") as file, suppress(Unparsable, TooManyFields):
@@ -420,13 +421,13 @@ def read_weight_lengths(path: Path) -> dict[int, None]:
 
 
 def describe_foreign_content(head: bytes, size: int) -> str | None:
-    """Return what a file is instead of a complete ONNX file, and what to do; None if it may be one.
+    """Return the format of a file that is no complete ONNX file, and what to do; None if it may be one.
 
-    The text goes on after the file's name: "is empty: copy it again".
+    The text follows the file's name: "is empty: copy it again".
 
     Args:
-        head: the first `FOREIGN_HEAD_BYTES` of the file, or all of a shorter one.
-        size: of the file, in bytes.
+        head: the first `FOREIGN_HEAD_BYTES` of the file, or the whole file if shorter.
+        size: the file's size in bytes.
     """
     if size == 0:
         return "is empty: copy it again"
@@ -459,13 +460,13 @@ def _describe_zip(head: bytes) -> str:
 
 
 def _is_safetensors(head: bytes, size: int) -> bool:
-    """Whether this is the length of a JSON object, and its beginning."""
+    """Whether a file begins with the length of a JSON object and the object."""
     length = int.from_bytes(head[:8], "little")
     return 0 < length <= size - 8 and _SAFETENSORS.match(head, 8) is not None
 
 
 def _describe_text(head: bytes) -> str | None:
-    """Recognise a text: a sentence of a web server, JSON; protobuf has control characters."""
+    """Recognise a text, such as a web server's sentence or JSON; protobuf has control characters."""
     text = head.removesuffix(b"\n").decode("ascii", "replace") if head.isascii() else ""
     if not text or any(not (letter.isprintable() or letter in "\t\r\n") for letter in text):
         return None
@@ -491,22 +492,22 @@ def _describe_fields(head: bytes, size: int) -> str | None:
 
 
 def read_head(path: Path) -> tuple[bytes, int]:
-    """Return what `describe_foreign_content` needs of a file.
+    """Return the bytes and size of a file for `describe_foreign_content`.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         return file.read(FOREIGN_HEAD_BYTES), os.fstat(file.fileno()).st_size
 
 
 def describe_foreign_file(path: Path) -> str | None:
-    """Return what a file is instead of an ONNX file, as `describe_foreign_content`; None if it has a graph.
+    """Return `describe_foreign_content` of a file; None if the file has a graph.
 
-    The outline of the whole file is read; weights are not.
+    The outline of the whole file is read, without weights.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     foreign = describe_foreign_content(*read_head(path))
     if foreign is not None:
@@ -520,7 +521,7 @@ def describe_foreign_file(path: Path) -> str | None:
 
 
 def _place_of(location: str) -> PurePosixPath:
-    """Return the path of a location, which many spellings name."""
+    """Return the normalised path of a location, which has many spellings."""
     beginning = location[:MAX_SHOWN]
     if len(os.fsencode(location)) > MAX_LOCATION_BYTES:
         raise LoadRefused("unsafe_file", f"external data at {beginning!r}… has a path that is too long")
@@ -532,7 +533,7 @@ def _place_of(location: str) -> PurePosixPath:
 
 
 def _check_place(place: PurePosixPath, folder: Path, root: Path) -> None:
-    """Refuse what is no regular file in the repository; one that is missing ends the walk at once."""
+    """Refuse a place that is no regular file in the repository; a missing file ends the walk at once."""
     try:
         is_regular = stat.S_ISREG((folder / place).stat().st_mode)
     except FileNotFoundError:

@@ -3,19 +3,19 @@
 The only `.onnx` file of a version is its model, whatever its name; with several, one is `model.onnx`.
 
 Each call reads the file system and nothing is cached, so a version exists as soon as it is complete. The root
-may be a link that is re-pointed (git-sync, atomic releases): each call follows it anew, once, so all that it
-finds is of one release. Symbolic links are followed within the root. A model, version or model file behind a
-link that leaves the root does not exist; a version with any other such file is refused with `unsafe_file`.
+may be a link that is re-pointed (git-sync, atomic releases): each call follows the link once, so that all its
+results are of one release. Symbolic links are followed within the root. A model, version or model file behind
+a link that leaves the root does not exist; a version with any other such file is refused with `unsafe_file`.
 
-The files of a version may lie in a folder `model.onnx`, as Triton has it: then that is the version's folder.
+The files of a version may lie in a folder `model.onnx`, as Triton has it: that folder is then the version's.
 
 The signature bundle of a version (OpenSSF model signing) is a `*.sig` in its folder, or `<version>.sig`
-beside the folder. That one is a file of the version like those in the folder, with its name as path.
+beside the folder. The latter is a file of the version like those in the folder, with its name as path.
 
 The files of a version are read through one descriptor of its folder (`VersionFolder`). A path may lead
-elsewhere by the time it is opened, so a file is opened first (`O_PATH`, which reads nothing and waits for
-no FIFO), and then the open descriptor is asked what and where it is. A folder that is exchanged meanwhile
-does no harm: the descriptor stays with the one that was opened.
+elsewhere by the time it is opened, so a file is opened first (`O_PATH`, which reads nothing and waits for no
+FIFO); then type and location are read from the descriptor. If the folder is exchanged meanwhile, the
+descriptor stays with the folder that was opened.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from runtime.wire import DATATYPES, MAX_DIMENSIONS, Count, FileNumber, Name, Ten
 T = TypeVar("T")
 
 MAX_THREADS = 32
-"""Calls at once. One takes a millisecond, so only calls that hang fill this."""
+"""Calls at once. A call takes a millisecond, so only hanging calls reach this limit."""
 REQUEST_LIMIT_S = 3.0
 """Time that a request waits for a call: many files on a slow network mount take a second."""
 LOAD_LIMIT_S = 30.0
@@ -72,14 +72,14 @@ class RepositoryBusy(RuntimeProblem):
 def start_call(key: str, work: Callable[[], T], *, name: str = "file system") -> asyncio.Future[T]:
     """Call a function in a daemon thread, so that no stop of the process waits for it.
 
-    Await the future through `asyncio.shield`: then its callbacks are called when the call has ended.
+    Await the future through `asyncio.shield`: its callbacks are then called when the call has ended.
 
     Raises:
-        RepositoryBusy: `repository_busy` of the model `key`, there is no new thread.
+        RepositoryBusy: `repository_busy` for the model `key`, no thread could start.
     """
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[T] = loop.create_future()
-    answer.add_done_callback(lambda late: late.cancelled() or late.exception())  # nobody may await it
+    answer.add_done_callback(lambda late: late.cancelled() or late.exception())  # there may be no caller
 
     def call() -> None:
         try:
@@ -99,12 +99,12 @@ def start_call(key: str, work: Callable[[], T], *, name: str = "file system") ->
 class FileSystemPool:
     """Calls blocking functions in threads: one at a time for each model, and at most `max_threads`.
 
-    A call on a dead network mount never returns, and its thread cannot be stopped. So it keeps one thread
-    and the turn of its model; a caller gets `repository_busy` after its limit, and those after it at once,
-    until the call returns. The threads are daemons, so that no stop of the process waits for them.
+    A call on a dead network mount never returns, and its thread cannot be stopped. So the call keeps one
+    thread and the turn of its model; its caller gets `repository_busy` after a limit, and later callers at
+    once, until the call returns. The threads are daemons, so that no stop of the process waits for them.
 
     Args:
-        max_threads: calls at once; those that hang count until they return.
+        max_threads: calls at once; hanging calls count until they return.
     """
 
     def __init__(self, max_threads: int = MAX_THREADS) -> None:
@@ -113,7 +113,7 @@ class FileSystemPool:
         self._late = set[str]()
 
     async def run(self, key: str, work: Callable[[], T], limit_s: float) -> T:
-        """Return what a function returns; if this is cancelled or late, its thread goes on without effect.
+        """Return a function's result; if the caller is cancelled or late, the thread goes on without effect.
 
         Args:
             key: the model; calls of the same key run one after the other.
@@ -121,7 +121,7 @@ class FileSystemPool:
             limit_s: how long to wait for the turn and the end of the call.
 
         Raises:
-            RepositoryBusy: `repository_busy`, it did not begin or end in time.
+            RepositoryBusy: `repository_busy`, the call did not begin or end in time.
         """
         if key in self._late:
             raise busy(key, "has not answered an earlier call yet")
@@ -157,15 +157,15 @@ class FileSystemPool:
 
 
 def busy(key: str, reason: str) -> RepositoryBusy:
-    """Return the error of a model's folder, for a reason that goes on after its name."""
+    """Return the error of a model's folder; the message is the folder's name and the reason."""
     return RepositoryBusy(f"the repository's folder of {key!r} {reason}; is its file system reachable?")
 
 
 UNKNOWN = frozenset({errno.EMFILE, errno.ENFILE, errno.EIO})
-"""Numbers of errors that leave open what a folder has: a model that cannot be looked at may be there."""
+"""Numbers of errors that do not tell a folder's content: a model that cannot be read may be there."""
 _GONE = frozenset({errno.ENOENT, errno.ENOTDIR})
 _NOT_THERE = _GONE | {errno.ELOOP, errno.ENAMETOOLONG}
-"""Numbers of errors of a path that leads nowhere, whoever asks and whenever."""
+"""Numbers of errors of a path that leads nowhere, for any caller at any time."""
 MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 VERSION = re.compile(r"[1-9][0-9]{0,18}")
 MAX_VERSION = 2**63 - 1
@@ -175,22 +175,22 @@ MAX_FILES = 10_000
 HUB_FOLDER = "onnx"
 """Where repositories of Hugging Face have their ONNX files."""
 MAX_NAMED = 4
-"""Of several files, in a message."""
+"""Of several files, the number that a message names."""
 IS_REMOVED = (
     "was removed, and its folder has files all the same, which are not served until it is added again: give"
     " the folder another number, or delete it with `loadledger rm` and add the version with `loadledger add`"
 )
 """Of a version whose files somebody put back by hand."""
 TICK_S = 0.012
-"""At least the clock of a file system's times: a file that is written to within it after its status was read
-can have the same times."""
+"""At least the clock step of a file system's times: a file that is written to within this time after its
+status was read can have the same times."""
 MAX_PATHS_BYTES = 2**20
 """Bytes of the paths of all files of one version: 100 for each of `MAX_FILES`. Escaped twice, a path takes up
-to seven times as much in a line of an export, which its reader takes up to 16 MiB of."""
+to seven times as much in a line of an export, whose reader accepts up to 16 MiB."""
 
 
 class FoundFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The identity of a repository's file, which changes if its content changes or the file is replaced.
+    """The identity of a file in the repository, which changes with its content and when it is replaced.
 
     `path` is relative to the version's folder, with slashes. The store records it as JSON.
     """
@@ -231,8 +231,9 @@ class FoundVersions(NamedTuple):
     """The versions of a model in the repository.
 
     Attributes:
-        served: the complete ones, lowest first.
-        refusal: why the folder with the highest number is none of them; None if it is one, or there is none.
+        served: the complete versions, lowest first.
+        refusal: why the folder with the highest number is not served; None if it is, or if there is no
+            folder.
     """
 
     served: list[int]
@@ -240,7 +241,7 @@ class FoundVersions(NamedTuple):
 
 
 def refuse_unserved(model_id: str, refusal: RuntimeProblem | None) -> RuntimeProblem:
-    """Return the error of a model without a version to serve; `refusal` is that of its highest one."""
+    """Return the error of a model without a version to serve; `refusal` is that of its highest folder."""
     if isinstance(refusal, RepositoryUnreadable):
         return refusal
     return UnknownModel(model_id, None if refusal is None else str(refusal))
@@ -249,14 +250,14 @@ def refuse_unserved(model_id: str, refusal: RuntimeProblem | None) -> RuntimePro
 class Repository:
     """The models beneath one folder.
 
-    Its methods block, for ever if a file system hangs: a coroutine calls them through `file_system`.
+    Its methods block, for ever if a file system hangs: coroutines call them through `file_system`.
 
     Args:
         root: the folder, or a link to it; it may be empty, or be created later.
-        is_removed: whether the ledger has a version as removed: then it is not there any more.
+        is_removed: whether the ledger has a version as removed, so that it no longer exists.
 
     Attributes:
-        root: its path, with the link that it may be.
+        root: its path, which may be a link.
         file_system: runs calls about one model in a thread.
     """
 
@@ -268,14 +269,14 @@ class Repository:
             str(path).encode()  # ONNX Runtime opens paths as UTF-8: fail now, not at the first load
 
     def find_root(self) -> Path:
-        """Return the folder that the root is now, without links."""
+        """Return the root's present folder, without links."""
         return Path(os.path.realpath(self.root))
 
     def folders(self) -> list[str]:
-        """Return the names that can be models, sorted, without looking into them.
+        """Return the names that can be models, sorted, without reading the folders.
 
         Raises:
-            RepositoryUnreadable: `repository_unreadable`, the root is not there, or cannot be read.
+            RepositoryUnreadable: `repository_unreadable`, the root is missing, or cannot be read.
         """
         return sorted(name for name in _list_root(self.find_root()) if MODEL_ID.fullmatch(name))
 
@@ -283,7 +284,7 @@ class Repository:
         """Return the ids of models with a complete version, sorted; for errors see `folders`."""
         found = list[str]()
         for name in self.folders():
-            with suppress(RepositoryUnreadable):  # of this model: `find_unserved` says so
+            with suppress(RepositoryUnreadable):  # for this model: `find_unserved` reports it
                 found += [name] if self.find_versions(name).served else []
         return found
 
@@ -293,7 +294,7 @@ class Repository:
         Raises:
             InvalidModelId: `invalid_model_id`.
             RepositoryUnreadable: `repository_unreadable`, the root or the model's folder cannot be read.
-            RepositoryBusy: `repository_busy`, that cannot be known now.
+            RepositoryBusy: `repository_busy`, the folders cannot be read now.
         """
         root = self.find_root()
         names = _list_model(root, check_model_id(model_id))
@@ -303,11 +304,11 @@ class Repository:
         return FoundVersions(served, refusals.get(newest))
 
     def find_served(self, model_id: str) -> FoundVersions:
-        """Return the versions of a model, of which at least one is complete.
+        """Return the versions of a model that has a complete version.
 
         Raises:
-            UnknownModel: `unknown_model`, no such folder, or no complete version in it.
-            RuntimeProblem: as `find_versions`; `repository_unreadable`, its newest version cannot be read.
+            UnknownModel: `unknown_model`, there is no such folder, or no complete version in it.
+            RuntimeProblem: as `find_versions`; `repository_unreadable`, the newest version cannot be read.
         """
         found = self.find_versions(model_id)
         if not found.served:
@@ -322,7 +323,7 @@ class Repository:
         """Return the number of a model's version, by default the highest.
 
         Raises:
-            UnknownVersion: `unknown_version`, it is not there, or is not complete.
+            UnknownVersion: `unknown_version`, the version is missing, or is not complete.
             RuntimeProblem: as `find_served`; `repository_unreadable`, the version cannot be read.
         """
         if version is None:
@@ -333,11 +334,11 @@ class Repository:
             return version
         if name in _list_model(root, model_id):
             raise refusal
-        self.versions(model_id)  # says if the model is unknown
+        self.versions(model_id)  # raises if the model is unknown
         raise UnknownVersion(model_id, version)
 
     def folder_of(self, model_id: str, version: int, root: Path | None = None) -> Path:
-        """Return the folder of a version, whether or not it is there; `root` is that of one release.
+        """Return the path of a version, which need not exist; `root` is the root of one release.
 
         Raises:
             InvalidModelId: `invalid_model_id`.
@@ -345,7 +346,7 @@ class Repository:
         return (root or self.root) / check_model_id(model_id) / str(version)
 
     def find_file(self, model_id: str, version: int) -> Path | None:
-        """Return a version's model file; None if it has none that can be told.
+        """Return a version's model file, or None without an unambiguous one.
 
         Raises:
             InvalidModelId: `invalid_model_id`.
@@ -360,11 +361,11 @@ class Repository:
         return folder / name if name is not None and os.access(folder / name, os.R_OK) else None
 
     def read_beside(self, model_id: str, name: str, max_bytes: int) -> bytes:
-        """Read a file beside a model's versions; empty if there is none.
+        """Read a file beside a model's versions; a missing file is empty.
 
         Raises:
             InvalidModelId: `invalid_model_id`.
-            LoadRefused: `unsafe_file`, too long, or not a regular file within the repository.
+            LoadRefused: `unsafe_file`, the file is too long, or not a regular file within the repository.
             RepositoryUnreadable: `repository_unreadable`.
         """
         root = self.find_root()
@@ -411,7 +412,7 @@ class Repository:
     ) -> Iterator[tuple[VersionFolder, tuple[FoundFile, ...]]]:
         """Open the folder of a version, and return it with the identities of its files.
 
-        Whatever is written to a file from then on gives it another identity.
+        Any later write to a file changes its identity.
 
         Raises:
             UnknownModel: `unknown_model`.
@@ -420,12 +421,12 @@ class Repository:
             RepositoryUnreadable: `repository_unreadable`.
         """
         if self.is_removed(model_id, version):
-            self.find_version(model_id, version)  # says so
+            self.find_version(model_id, version)  # raises
         with ExitStack() as stack:
             try:
                 folder = stack.enter_context(open_folder(self.root, self.folder_of(model_id, version)))
                 files = _stat_after_tick(folder)
-            except LoadRefused:  # what is not there is unknown, and neither changed nor unsafe
+            except LoadRefused:  # a missing version is unknown, and neither changed nor unsafe
                 self.find_version(model_id, version)
                 raise
             yield folder, files
@@ -436,21 +437,21 @@ class Repository:
             return folder.stat_files()
 
     def _refuse(self, root: Path, model_id: str, name: str) -> RuntimeProblem | None:
-        """Return why a version is not served, as the error of a request for it; None if it is."""
+        """Return why a version is not served, as the error of a request for it, or None if it is served."""
         try:
             reason = self._refuse_version(root, model_id, name)
         except RepositoryUnreadable as unreadable:
             return RepositoryUnreadable(f"{_title(model_id, name)}{unreadable}")
         if reason is None:
             return None
-        shown = reason.encode(errors="replace").decode()  # it is recorded, and has names of files
+        shown = reason.encode(errors="replace").decode()  # the ledger records it, and it names files
         return UnknownVersion(model_id, int(name), f"{_title(model_id, name)}{shown}")
 
     def _refuse_version(self, root: Path, model_id: str, name: str) -> str | None:
-        """Return why a folder is no complete version; None if it is one.
+        """Return why a folder is no complete version, or None if it is one.
 
         Raises:
-            RepositoryUnreadable: `repository_unreadable`, that cannot be seen.
+            RepositoryUnreadable: `repository_unreadable`, the folder cannot be read.
         """
         if not VERSION.fullmatch(name) or int(name) > MAX_VERSION:
             return f"is no version, which is a number from 1 to {MAX_VERSION} without zeros before it"
@@ -477,12 +478,12 @@ class Repository:
 class VersionFolder:
     """An open folder of the repository; `open_folder` opens and closes it.
 
-    `top`, the root, and `beside` are open, too: the folder that has the `bundle`, which is not `..` if the
+    `top`, the root, and `beside` are open, too: the parent folder with the `bundle`, which is not `..` if the
     version is a link.
 
     Attributes:
-        root: of the repository, without links: what no file may leave.
-        path: of this folder, beneath that.
+        root: the repository's root without links, which no file may leave.
+        path: the folder's path in the root.
     """
 
     def __init__(self, top: int, anchor: int, beside: int, bundle: str, *, root: Path, path: Path) -> None:
@@ -490,11 +491,11 @@ class VersionFolder:
         self._top, self._anchor, self._beside, self._bundle = top, anchor, beside, bundle
 
     def stat_files(self) -> tuple[FoundFile, ...]:
-        """Return the identity of each file, in order of their paths, without reading any.
+        """Return the identity of each file, in order of their paths, without reading the files.
 
         Raises:
-            LoadRefused: `unsafe_file`, something that is no regular file or leads out of the repository, or
-                too many files; `model_changed`, when the model file or another file is gone.
+            LoadRefused: `unsafe_file`, a path that is no regular file or leads out of the repository, or too
+                many files; `model_changed`, the model file or another file is gone.
             RepositoryUnreadable: `repository_unreadable`.
         """
         found = list[FoundFile]()
@@ -512,12 +513,12 @@ class VersionFolder:
         return tuple(sorted(found, key=lambda file: file.path))
 
     def find_hard_links(self) -> list[str]:
-        """Return the paths of files that have other names, anywhere on their file system."""
+        """Return the paths of files that have other hard links anywhere on their file system."""
         return sorted(path for path, seen in self._walk() if seen.st_nlink > 1)
 
     @contextmanager
     def open_file(self, path: str, expected: FoundFile | None = None) -> Iterator[int]:
-        """Open a file for reading, if it still has this identity.
+        """Open a file for reading, if it still has the expected identity.
 
         Raises:
             LoadRefused: `model_changed`, `unsafe_file`.
@@ -527,7 +528,7 @@ class VersionFolder:
         try:
             if expected is not None and identity_of(path, os.fstat(place)) != expected:
                 raise LoadRefused("model_changed", f"{path!r} changed before it was copied")
-            # Of the descriptor and not of the path again, so that it is the same file.
+            # The status is the descriptor's and not the path's, so it is of the same file.
             opened = os.open(
                 f"/proc/self/fd/{place}", os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
             )
@@ -574,7 +575,7 @@ class VersionFolder:
             os.close(descriptor)
 
     def _list(self, within: str, visited: set[tuple[int, int]]) -> list[str]:
-        """Return the names in a folder, sorted; none if it was visited before."""
+        """Return the names in a folder, sorted; empty if the folder was visited before."""
         try:
             listed = os.open(within or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._anchor)
         except OSError as error:
@@ -592,7 +593,7 @@ class VersionFolder:
             os.close(listed)
 
     def _open_path(self, path: str) -> int:
-        """Open a file or folder without reading it, and check what it is and where it lies."""
+        """Open a file or folder without reading it, and check its type and location."""
         within = self._beside if path == self._bundle and self._has_bundle() else self._anchor
         try:
             path.encode()
@@ -613,19 +614,19 @@ class VersionFolder:
 
     def _check_place(self, path: str, descriptor: int) -> None:
         place = _place_of(descriptor)
-        # The root may have been renamed since, and all in it with it.
+        # The root may have been renamed in the meantime, and every path in it.
         if not place.is_relative_to(self.root) and not place.is_relative_to(_place_of(self._top)):
             raise LoadRefused("unsafe_file", f"{path!r} leads out of the repository")
 
 
 @contextmanager
 def open_folder(root: Path, folder: Path, *, of_version: bool = True) -> Iterator[VersionFolder]:
-    """Open the folder of a version once; all of it is then read through this descriptor.
+    """Open the folder of a version once, to read all files through this descriptor.
 
-    The root is opened once, too: if it is a link, all is of the release to which that leads now.
+    The root is opened once, too: if it is a link, all files are of the release to which the link leads now.
 
     Args:
-        root: the repository's root, which nothing may leave.
+        root: the repository's root, which no path may leave.
         folder: the version's folder beneath it.
         of_version: whether a folder `model.onnx` in it has the files.
 
@@ -648,7 +649,7 @@ def open_folder(root: Path, folder: Path, *, of_version: bool = True) -> Iterato
             path = place / folder.relative_to(root)
         except OSError as error:
             _refuse("the version's folder", error)
-        with suppress(OSError):  # what lies there instead is looked at as a file
+        with suppress(OSError):  # any other type is checked as a file
             if of_version:
                 anchor, path = enter(MODEL_FILE, anchor), path / MODEL_FILE
         yield VersionFolder(top, anchor, beside, bundle_beside(folder).name, root=place, path=path)

@@ -1,10 +1,10 @@
-"""The JSON of inference requests, read strictly, and so that a hostile text blocks nothing for long.
+"""The JSON of inference requests, read strictly, without blocking the event loop for long.
 
 Only the data of an input may have NaN, Infinity and -Infinity, which JSON has no form for, as in Triton.
 
-Short texts are decoded at once. A long one is read once into raw members, since each value of a hostile text
-would become an object; then what is left of it without the tensors' data is decoded. A key that appears twice
-in one object is refused. The longest are read in a process of their own, which says where the data is.
+Short texts are decoded at once. A long text is read once into raw members, since each value of a hostile text
+would become an object; then the rest without the tensors' data is decoded. A key that appears twice in one
+object is refused. The longest texts are read in a process of their own, which says where the data is.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ Parameters = dict[str, bool | int | float | str]
 """Values are strings, numbers or booleans, as the protocol says."""
 
 MAX_HEAD_BYTES = 256 * 2**10
-"""Of a request without its tensors' data: a thousand inputs take a third of it. Names, shapes and parameters
-become objects; reading 4 MiB of them would block the event loop for a quarter of a second (measured)."""
+"""Limit of a request's JSON without its tensors' data: a thousand inputs take a third of it. Names, shapes
+and parameters become objects; reading 4 MiB of them would block the event loop for a quarter of a second
+(measured)."""
 
 MAX_CUSTOM_BYTES = 32 * 2**10
-"""Of the same, if it has unknown members, which are decoded as well: the worst takes 5 ms (measured)."""
+"""The same limit with unknown members, which are decoded as well: the worst takes 5 ms (measured)."""
 
 MAX_INPUTS = MAX_HEAD_BYTES // 32
-"""An input takes more bytes than that without its data, so requests with more inputs are refused anyway."""
+"""An input takes at least 32 bytes without its data, so requests with more inputs are refused anyway."""
 
 SHORT_JSON_BYTES = 16 * 2**10
 """The worst JSON of this length blocks the event loop for a millisecond or two (measured)."""
 
 LONG_JSON_BYTES = 4 * 2**20
-"""The worst of this length blocks it for 31 ms (measured), longer ones are read in a process of their own."""
+"""The worst of this length blocks it for 31 ms (measured); longer ones are read in a separate process."""
 
 MAX_DIMENSION = 2**31 - 1
 """Accepted by numpy everywhere, and more than the elements of any body."""
@@ -45,11 +46,11 @@ Dimension = Annotated[int, msgspec.Meta(ge=0, le=MAX_DIMENSION)]
 Shape = Annotated[tuple[Dimension, ...], msgspec.Meta(max_length=MAX_DIMENSIONS)]
 
 NO_DATA = msgspec.Raw()
-"""The data of an input that has none."""
+"""The data of an input without data."""
 
 
 class JsonInput(msgspec.Struct, gc=False):
-    """An input; `data` is its text."""
+    """An input; `data` is the JSON text."""
 
     name: Name
     shape: Shape
@@ -66,7 +67,7 @@ class JsonOutput(msgspec.Struct, gc=False):
 
 
 class JsonRequest(msgspec.Struct, gc=False):
-    """A request; a member that was left out is UNSET."""
+    """A request; a missing member is UNSET."""
 
     inputs: list[JsonInput]
     outputs: list[JsonOutput] | msgspec.UnsetType | None = msgspec.UNSET
@@ -113,20 +114,20 @@ _NESTED = frozenset({dict, list})
 _ANYTHING = msgspec.json.Decoder()
 _DATA_KEY = re.compile(rb'"data"[ \t\r\n]*:[ \t\r\n]*')
 _NOT_FINITE = {b"NaN": b"111", b"Infinity": b"11111111", b"Inf": b"111"}
-"""Words for numbers that are not finite, as Triton reads them, and a number of the same length for each."""
+"""Words for numbers that are not finite, as Triton reads them, each with a number of the same length."""
 _UNPAIRED = re.compile(
     rb"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F]|\xed[\xa0-\xbf]", re.DOTALL
 )
-"""Half of a character beyond U+FFFF, escaped or in the form that UTF-8 does not allow."""
+"""A surrogate, escaped or in the form that UTF-8 does not allow."""
 _POSITION = re.compile(r"\(byte (\d+)\)")
 _NEAR_BYTES = 16
 
 
 def decode_json(text: Buffer) -> JsonRequest:
-    """Decode the JSON of a request; the data of its tensors are views of the text, or of a copy.
+    """Decode the JSON of a request; the data of its tensors are views of the text, or of a duplicate.
 
     Raises:
-        InvalidInput: `invalid_input`, it is malformed, or a key appears twice in one object.
+        InvalidInput: `invalid_input`, the JSON is malformed, or a key appears twice in one object.
     """
     return _decode(text)[0]
 
@@ -134,8 +135,8 @@ def decode_json(text: Buffer) -> JsonRequest:
 def _decode(text: Buffer) -> tuple[JsonRequest, Buffer]:
     """Decode the JSON of a request; returns it with the text that its data are views of.
 
-    Where NaN and infinities stand, numbers of their length are read. Then the text comes back, under the raw
-    members, so they are refused anywhere but in data.
+    Numbers of the same length replace NaN and infinities. Afterwards the raw members get the original text,
+    so that these words are refused outside of data.
     """
     where = ""
     try:
@@ -157,15 +158,15 @@ def _decode(text: Buffer) -> tuple[JsonRequest, Buffer]:
 
 
 def explain_malformed(text: Buffer, error: Exception) -> str:
-    """Return what is wrong with a text that was refused; the decoder's words for half a character vary.
+    """Return the defect of a refused text; the decoder's words for a lone surrogate vary.
 
-    Only the text around it is searched, since all of it may take a tenth of a second (measured with 4 MiB).
+    Only the text around the error is searched: the whole text may take a tenth of a second (4 MiB, measured).
     """
     if isinstance(error, UnicodeDecodeError):
         near = error.object[error.start : error.end + 1]
     else:
         found = _POSITION.search(str(error))
-        at = int(found[1]) if found else len(text)  # at the end of a text that was cut off
+        at = int(found[1]) if found else len(text)  # a text that was cut off has no position
         near = bytes(text[max(0, at - _NEAR_BYTES) : at + _NEAR_BYTES])
     if "surrogate" in str(error) or _UNPAIRED.search(near.replace(rb"\\", b"")):
         return "a string has an unpaired surrogate, \\ud800 to \\udfff, which is half a character"
@@ -173,7 +174,7 @@ def explain_malformed(text: Buffer, error: Exception) -> str:
 
 
 def _decode_long(text: Buffer, later: Buffer = b"") -> JsonRequest:
-    """Decode a long text: read it once into raw members, and then what is left without the tensors' data.
+    """Decode a long text: read it once into raw members, then decode the rest without the tensors' data.
 
     `later` replaces the text once the members are known.
     """
@@ -197,7 +198,7 @@ def describe(text: Buffer, address: Callable[[Buffer | msgspec.Raw], int]) -> Js
 
     Args:
         text: the JSON.
-        address: returns where in memory a text or a view of it begins.
+        address: returns the memory address of a text or of a view of it.
     """
     try:
         request, source = _decode(text)
@@ -212,11 +213,11 @@ def describe(text: Buffer, address: Callable[[Buffer | msgspec.Raw], int]) -> Js
 
 
 def assemble(text: Buffer, read: JsonRead) -> JsonRequest:
-    """Return the request that another process has read; the data of its tensors are views of the text.
+    """Return a request that another process has read; the data of its tensors are views of the text.
 
     Raises:
-        InvalidInput: `invalid_input`, as it said.
-        MalformedFrame: it said what cannot be.
+        InvalidInput: `invalid_input`, as the process reported.
+        MalformedFrame: the report is impossible.
     """
     if read.problem:
         raise InvalidInput(read.problem)
@@ -242,15 +243,15 @@ def _check_head(head_bytes: int, most: int = MAX_HEAD_BYTES, when: str = "") -> 
 
 
 def _check_keys(text: Buffer, request: JsonRequest) -> None:
-    """Refuse a key that appears twice in one object (RFC 8259 section 4): readers differ in what it means.
+    """Refuse a key that appears twice in one object (RFC 8259 section 4): readers interpret it differently.
 
-    The decoder takes the last one. So a text has as many colons as its decoded members, and those in strings,
-    only if each key appears once. Where the known members do not account for all colons, there are unknown
-    ones, and all that the text holds beside its tensors' data is decoded.
+    The decoder takes the last value. So the colons of a text equal its decoded members and the colons in
+    strings only if each key appears once. Where the known members do not account for all colons, there are
+    unknown members, and the text without its tensors' data is decoded.
 
     Raises:
         InvalidJson: a key appears twice.
-        InvalidInput: what is left without the data is too long to be decoded.
+        InvalidInput: the text without the data is too long to be decoded.
     """
     whole = text if isinstance(text, bytearray) else bytes(text)
     more = _count_colons(whole) - _count_members(request)
@@ -260,7 +261,7 @@ def _check_keys(text: Buffer, request: JsonRequest) -> None:
     rest = _without_escaped_colons(_without_data(whole, request))
     if _count_colons(rest) != _count_all(_ANYTHING.decode(rest)):
         if len(rest) <= _COUNTED_BYTES:
-            loads(rest)  # which names the key
+            loads(rest)  # raises, naming the key
         raise InvalidJson("a key appears twice in one object")
 
 
@@ -318,7 +319,7 @@ def _count_all(value: object) -> int:
 
 
 def _may_escape_colons(text: bytes | bytearray) -> bool:
-    """Whether a text holds the beginning of an escaped colon.
+    """Whether a text has the beginning of an escaped colon.
 
     Most texts have no backslash, and one byte is found in a twentieth of the time (measured with 3 MB).
     """
@@ -337,7 +338,7 @@ def _without_data(text: bytes | bytearray, request: JsonRequest) -> bytes:
     """Return a text with 0 for the data of its inputs.
 
     Raises:
-        InvalidInput: what is left is too long; the data appears twice, or its key is escaped.
+        InvalidInput: the rest is too long, the data appears twice, or its key is escaped.
     """
     pieces, start, position = list[Buffer](), 0, 0
     for item in request.inputs:

@@ -26,12 +26,12 @@ _NOTHING_TOOK = [0] * (len(TOOK_S) + 1)
 
 
 class InferenceTimes(msgspec.Struct, gc=False):
-    """The server's readings of CLOCK_MONOTONIC during one inference, in the order of the attributes.
+    """The server's readings of CLOCK_MONOTONIC during one inference, in order.
 
     Attributes:
         arrived_ns: when the first byte of the request was read.
-        waited_ns: how long it waited for its model to be loaded, on demand or again.
-        asked_ns: when it went to the worker that answered it.
+        waited_ns: the duration of its wait for its model to be loaded, on demand or again.
+        asked_ns: when it was sent to the worker that answered it.
         answered_ns: when the worker's answer was read.
     """
 
@@ -77,8 +77,8 @@ class Statistics:
     def count_success(self, outcome: Outcome, times: InferenceTimes, ended_ns: int, now_ms: int) -> None:
         """Count an answered request, and divide its time.
 
-        The worker's durations count as far as they fit into the time that the server saw it take: what a
-        worker says is not to be trusted.
+        The worker's durations count as far as they fit into the time that the server measured: a worker's
+        report is not to be trusted.
 
         Args:
             outcome: the worker's answer.
@@ -180,7 +180,7 @@ def _describe_batch(size: int, counts: list[int]) -> BatchStatistics:
 
 
 def _cut_down(parts_ns: Iterable[int], most_ns: int) -> Iterator[int]:
-    """Yield each part as far as it fits behind those before it."""
+    """Yield each part, cut to the time that the earlier parts leave."""
     for part_ns in parts_ns:
         yield (fitting_ns := min(part_ns, most_ns))
         most_ns -= fitting_ns

@@ -10,16 +10,16 @@ from collections import Counter
 from typing import Any, NoReturn
 
 MAX_DEPTH = 32
-"""Of nested JSON; no valid body is deeper than 3."""
+"""Limit of nesting; no valid body is deeper than 3."""
 MAX_SHOWN_CHARACTERS = 64
-"""Of a client's text in a refusal."""
+"""Length of a client's text in a refusal."""
 
 _NESTED = frozenset({dict, list})
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class InvalidJson(ValueError):
-    """The text is no strict JSON; the message says what is wrong, and where if the parser says so."""
+    """The text is no strict JSON; the message names the defect, and its position if the parser does."""
 
 
 def loads(body: bytes) -> Any:
@@ -69,7 +69,7 @@ def _float(literal: str) -> float:
 
 
 def _check_depth(text: str, value: Any) -> None:
-    """Refuse nesting that is too deep, one level after the other: a call for each value would take longer."""
+    """Refuse nesting that is too deep, level by level: a call for each value would take longer."""
     if text.count("[") + text.count("{") <= MAX_DEPTH:
         return
     level = [value]
@@ -81,7 +81,7 @@ def _check_depth(text: str, value: Any) -> None:
 
 
 def _check_surrogates(text: str, value: Any) -> None:
-    """Refuse strings that UTF-8 cannot encode, which only escapes can write."""
+    """Refuse strings that UTF-8 cannot encode: only escapes can write them."""
     if _SURROGATE.search(text):
         json.dumps(value, ensure_ascii=False).encode()
 

@@ -1,12 +1,12 @@
-"""Timeouts of waiting for an answer: of a process, a file system or a client; and how long they are.
+"""Timeouts of waiting for an answer of a process, a file system or a client, and their durations.
 
 An unload without force takes at most the drain timeout, a measurement, the stop grace, a kill and the wait
 for its exit; with force, only a kill and the wait for its exit. Where a load takes memory beside the
 machine's, another measurement comes before these without force, and the wait for that memory after them.
 
-Time in which the event loop was stalled counts towards none of them (`Timeout`, `timeout`): a server that was
-stopped itself accuses nobody of being late. Leases, deadlines of jobs and the expiry of tokens have no
-`Timeout`: they run whether the server does or not.
+No timeout counts the time in which the event loop was stalled (`Timeout`, `timeout`): a server that was
+itself stopped blames no other process. Leases, deadlines of jobs and the expiry of tokens have no `Timeout`:
+they run whether the server does or not.
 """
 
 import asyncio
@@ -20,34 +20,34 @@ PROGRESS_TIMEOUT_S = 120
 """Default of `progress_timeout_s`: a load that makes no progress for so long fails. A session of 105 MB is
 created in 0.16 s (measured), so one of 50 GB in 80 s, if its files are in the page cache."""
 DRAIN_TIMEOUT_S = 30.0
-"""Default of `drain_timeout_s`: running inferences of an unload end within it, or their worker is stopped."""
+"""Default of `drain_timeout_s`: an unload's running inferences end within it, or their worker is stopped."""
 STOP_GRACE_S = 1.0
-"""For a drained worker to exit by itself; then it is killed."""
+"""Time for a drained worker to exit by itself before it is killed."""
 INFERENCE_GRACE_S = 5.0
 """Default of `inference_grace_s`: a cancelled inference stops within it, or its worker is killed."""
 MEASURE_LIMIT_S = 1.0
-"""For a measurement of a worker, or by a driver. The kernel waits for the process's mappings,
-which a worker can hold; the measurement is then given up, so that an unload does not wait for it."""
+"""Time for a measurement of a worker, or by a driver. The kernel waits for the process's mappings, which a
+worker can hold; the measurement is then given up, so that an unload does not wait for it."""
 FORK_SERVER_LIMIT_S = 10.0
-"""For a new fork server to import everything, which takes 0.2 s; then it is killed and launched again."""
+"""Time for a new fork server to import everything, usually 0.2 s, before it is killed and launched again."""
 FORK_LIMIT_S = 5.0
-"""For a fork, which takes 4 ms; then the fork server is replaced. `FORK_WAITS` times as long if there are
-workers, since they end with it."""
+"""Time for a fork, usually 4 ms, before the fork server is replaced. `FORK_WAITS` times as long if there are
+workers, since they end with the fork server."""
 FORK_WAITS = 12
 EXIT_WAIT_S = 1.0
-"""For the exit status and the last output of a worker that has exited; then they are unknown."""
+"""Time for the exit status and the last output of a worker that has exited; then they are unknown."""
 
 BEAT_S = 0.25
 """How often the event loop shows that it has its turns."""
 STALL_S = 1.0
-"""Without a beat for so long, the loop was stalled. What the server computes at once takes 0.1 s at most."""
+"""Without a beat for so long, the loop was stalled. The server's longest computation takes 0.1 s."""
 PROGRESS_CHECKS = 16
-"""How often progress is looked at within a timeout, which so passes late by a sixteenth, or `LAST_READ_S`."""
+"""Checks for progress within a timeout, which so passes late by a sixteenth, or `LAST_READ_S`."""
 LAST_READ_S = 0.1
-"""After a stall, for sending what is queued and reading what has arrived: uvloop runs due timers before it
+"""Time after a stall for sending queued data and reading received data: uvloop runs due timers before it
 reads sockets."""
 LATE_S = 0.05
-"""A timer that is later than this was held up by a stall, if one too short to be counted."""
+"""A timer that is later than this was delayed by a stall, perhaps by one too short to be counted."""
 RESOLUTION_S = 0.002
 """uvloop's timers count whole milliseconds, and so may end one too early."""
 
@@ -71,7 +71,7 @@ class StallDetector:
         return now_s - self._stalled_s
 
     def has_just_resumed(self) -> bool:
-        """Whether a stall has only just ended, so that what has arrived may be unread."""
+        """Whether a stall has only just ended, so that received data may be unread."""
         self.active_s()
         return time.monotonic() - self._resumed_s < LAST_READ_S
 
@@ -94,12 +94,12 @@ def stall_detector() -> StallDetector:
 
 
 class Timeout:
-    """Calls back once, when so much time has passed in which the event loop was not stalled.
+    """Calls back once the given time has passed without stalls.
 
     Args:
         timeout_s: in seconds.
         on_passed: called with `args`, unless the timeout is cancelled before.
-        progress: returns what changes while there is progress, with which the timeout begins anew.
+        progress: returns a value that changes with progress; each change restarts the timeout.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Timeout:
         self._wait(self._check_s)
 
     def cancel(self) -> None:
-        """Do not call back; a timeout that has passed may be cancelled, too."""
+        """Do not call back; works after the timeout, too."""
         self._timer.cancel()
 
     def _wait(self, seconds: float) -> None:
@@ -131,7 +131,7 @@ class Timeout:
         left_s = self._due_s - active_s
         if left_s > 0:
             self._wait(max(min(left_s, self._check_s), LAST_READ_S))
-        elif not self._is_due:  # the loop reads once more, since the timer may be late by less than a stall
+        elif not self._is_due:  # the loop reads once more, since a short stall may have delayed the timer
             self._is_due = True
             self._wait(LAST_READ_S if left_s < -LATE_S else 0)
         else:
@@ -144,10 +144,10 @@ class TimeoutExpired(TimeoutError):
 
 @asynccontextmanager
 async def timeout(timeout_s: float, progress: Callable[[], Hashable] | None = None) -> AsyncIterator[None]:
-    """Limit what runs within it, as `asyncio.timeout` does, by a `Timeout`.
+    """Limit the time of a block, as `asyncio.timeout` does, by a `Timeout`.
 
     Raises:
-        TimeoutExpired: the timeout has passed. A TimeoutError of what runs within it is raised as it is.
+        TimeoutExpired: the timeout has passed. A TimeoutError of the block itself is raised unchanged.
     """
     loop, scope = asyncio.get_running_loop(), asyncio.timeout(None)
     expiring = Timeout(timeout_s, lambda: scope.reschedule(loop.time()), progress=progress)

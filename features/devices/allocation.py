@@ -32,8 +32,8 @@ SAMPLE_S = 0.5
 POLL_S = 0.05
 """How often to check whether the memory is back."""
 DEVICE_RETURN_S = 5.0
-"""For a device to have the memory back of workers that have exited: a driver may free it after the exit. What
-is missing then is recorded, and no longer waited for."""
+"""Time for a device to return the memory of workers that have exited: a driver may free it after the exit.
+Memory that is missing then is recorded, and no longer waited for."""
 UNRETURNED_SHARE = 50
 """A fiftieth of it may be missing when it counts as returned: drivers round, and others use the device."""
 

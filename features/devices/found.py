@@ -30,9 +30,9 @@ from runtime.timeouts import MEASURE_LIMIT_S, timeout
 T = TypeVar("T")
 
 DEVICES_LIMIT_S = 10.0
-"""At the start, for a provider's package to say where its library is, for a throw-away worker to register it,
-and for the first answer of a driver: OpenVINO takes 0.05 s, a driver that starts its devices seconds. One
-that hangs takes this long, beside the others; the server then starts without it."""
+"""Time at the start for a provider's package to name its library, for a throw-away worker to register it, and
+for the first answer of a driver: OpenVINO takes 0.05 s, a driver that starts its devices seconds. A hanging
+provider takes this long, beside the others; the server then starts without it."""
 PACKAGE_PREFIX = "onnxruntime_ep_"
 INSTALL = "the documentation says on its page of devices how providers are installed"
 """No name of a package is made of what a caller has typed: anybody may have published that."""

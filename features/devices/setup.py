@@ -17,7 +17,7 @@ from aiohttp import web
 
 from answers.models import DeviceUseInfo
 from answers.resources import ConfinementInfo, Device
-from events.models import Serving
+from events.serving import Serving
 from features.devices.found import (
     DEVICES_LIMIT_S,
     DeviceMemory,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace as change
 from functools import partial
@@ -23,9 +23,8 @@ from events.commands import OUTDATED, Condition, Record, RequestLoad, RequestUnl
 from events.errors import LogUnavailable, NotEncodable, RequestRefused
 from events.jobs import Failure, Job
 from events.log import Log
-from events.models import RELOADS, Model, ModelState, Serving
-from events.policy.checks import CheckedVersion, CheckInput, NotLoadable
-from events.policy.rules import ModelRules
+from events.models import RELOADS, Model, ModelState
+from events.serving import Serving
 from events.types import (
     SYSTEM,
     Cause,
@@ -34,12 +33,15 @@ from events.types import (
     Durations,
     LoadedFile,
     LoadFailed,
+    LoadParameters,
     ModelLoaded,
     UnloadRequested,
     WorkerExited,
     contents_of,
 )
-from features.rooms import find_targets
+from features.checks import CheckedVersion, CheckInput, NotLoadable
+from features.rooms import TARGETS
+from features.rules import ModelRules
 from runtime.cgroups import count_usable_cpus
 from runtime.consumer.checks import MakeInput, check_files, check_version
 from runtime.consumer.running import OUT_OF_MEMORY, LoadEnded, RunningLoad
@@ -65,6 +67,7 @@ from runtime.repository import (
     read_reload_warm_up,
     read_warm_up,
 )
+from runtime.rooms import CPU_TARGET, RoomLimits, Target
 from runtime.scheduler.actions import (
     Action,
     ChangeSettings,
@@ -161,8 +164,9 @@ class Loader:
             progress_timeout_s=parameters.progress_timeout_s or self._progress_timeout_s,
         )
         load.task = asyncio.create_task(self.run_load(job, load), name=f"loading {job.model_id}")
-        self.active[job.id] = load
         load.task.add_done_callback(partial(self._end, load))
+        load.track(load.task)
+        self.active[job.id] = load
 
     def confirm(self, action: Action) -> tuple[Condition, ...] | None:
         """Return what the checks of a load rest on that goes on with an action, or gets room by it.
@@ -192,7 +196,6 @@ class Loader:
             del self.active[load.job_id]
         else:
             load.estimate = Failure("internal", DEFECT)
-        self._wake()
 
     async def run_load(self, job: Job, load: RunningLoad) -> None:
         """Load a model, from the estimate of its memory to `ModelLoaded` or `LoadFailed`.
@@ -569,6 +572,18 @@ async def _stop(load: RunningLoad, worker: Worker) -> None:
         pass
     load.expect_exit(worker)
     await worker.stop(STOP_GRACE_S)
+
+
+def find_targets(
+    parameters: LoadParameters, pool: WorkerPool, limits: Mapping[str, RoomLimits]
+) -> Sequence[Target]:
+    """Return the targets on which a load may run: the CPU, unless it asks for others.
+
+    Raises:
+        RuntimeProblem: it asks for targets of which there is none.
+    """
+    asked = (find for name, find in TARGETS.items() if getattr(parameters, name))
+    return [target for find in asked for target in find(parameters, pool, limits)] or [CPU_TARGET]
 
 
 def find_expected(job: Job, model: Model | None) -> tuple[LoadedFile, ...] | None:

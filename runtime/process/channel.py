@@ -25,23 +25,23 @@ BUSY_POLL_NS = 300_000
 """After an answer within this time the loop busy-polls for the next one: to sleep and wake takes as long as a
 small model. At one client this answers 1.3 times as many requests, at eight 1.1 times."""
 FRAMES_PER_TURN = 64
-"""Of one channel. Each wakes a client's task; with more at once, everybody would wait for all of them."""
+"""Frames of one channel. Each wakes a client's task; with more at once, all clients would wait for them."""
 BYTES_PER_TURN = 4 * 2**20
-"""Of one channel: a millisecond of copying. uvloop reads up to 32 times in a turn, a buffer each."""
+"""Bytes of one channel: a millisecond of copying. uvloop reads up to 32 times in a turn, a buffer each."""
 
 
 class Channel(asyncio.BufferedProtocol):
     """One connected socket; its callbacks run on the loop.
 
-    What arrives is hostile input: beyond a budget of frames and bytes the rest waits for the next turn of the
-    loop, and after a malformed frame nothing more is read.
+    A worker's frames are hostile input: beyond a budget of frames and bytes the rest waits for the next turn
+    of the loop, and after a malformed frame nothing more is read.
 
     Args:
-        rules: which frames may come at first.
-        on_frame: called with each frame; it raises `MalformedFrame` for one that must not come now.
-        on_malformed: called once with what is wrong, before the channel closes for it.
+        rules: the frames that may come at first.
+        on_frame: called with each frame; raises `MalformedFrame` for a frame that must not come now.
+        on_malformed: called once with the defect, before the channel closes for it.
         on_lost: called once, when the channel is closed at either end.
-        locate: finds the tensors of a frame that lie in shared memory.
+        locate: finds the tensors of a frame in shared memory.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Channel(asyncio.BufferedProtocol):
         self.lost = False
 
     async def connect(self, end: socket.socket) -> None:
-        """Adopt a connected stream socket, which the channel closes, also if this fails."""
+        """Adopt a connected stream socket, which the channel closes, even if `connect` fails."""
         try:
             await self._loop.create_unix_connection(lambda: self, sock=end)
         except BaseException:
@@ -77,7 +77,7 @@ class Channel(asyncio.BufferedProtocol):
             raise
 
     def send(self, message: Message, tensors: Sequence[Tensor] = ()) -> None:
-        """Queue a frame; on a lost channel nothing happens, since `on_lost` reports that.
+        """Queue a frame; a lost channel drops it, since `on_lost` has reported the loss.
 
         All frames of one turn of the loop are sent at its end in one system call: with several clients, that
         call and waking the worker cost more than everything else that an inference takes here.
@@ -107,14 +107,14 @@ class Channel(asyncio.BufferedProtocol):
 
     @property
     def unsent_bytes(self) -> int:
-        """Bytes of earlier turns of the loop that the other side has not read yet."""
+        """Bytes of earlier turns of the loop that the worker has not read yet."""
         return 0 if self._transport is None else self._transport.get_write_buffer_size()
 
     def expect(self, rules: FrameRules[FromWorker]) -> None:
         self._reader.rules = rules
 
     def abort(self) -> None:
-        """Close the channel without sending what is queued."""
+        """Close the channel without sending the queued frames."""
         if self._transport is not None:
             self._transport.abort()
 
@@ -153,7 +153,7 @@ class Channel(asyncio.BufferedProtocol):
         return True
 
     def _yield_turn(self) -> None:
-        """Read and pass on nothing more until everybody else has had a turn."""
+        """Pause reading until all other callbacks of the loop have had a turn."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.pause_reading()
             self._loop.call_soon(self._take_turn)
@@ -172,7 +172,7 @@ class Channel(asyncio.BufferedProtocol):
         self.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - why does not matter
-        """Report the end, and drop what was not sent."""
+        """Report the end, and drop the unsent frames."""
         self.lost = True
         self._reader.close()
         self._unsent.clear()

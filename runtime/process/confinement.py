@@ -1,6 +1,6 @@
-"""Confinement of workers as the server sees it: which layers they apply, and what that does not prevent.
+"""Confinement of workers as the server sees it: the layers that they apply, and what these do not prevent.
 
-A throw-away worker applies the layers that this kernel has, and then tries forbidden things
+A throw-away worker applies the layers that this kernel has, and then tries forbidden acts
 (`runtime.worker.confine`). Workers of later loads apply the same layers, or end.
 """
 
@@ -42,13 +42,13 @@ class NotConfined(RuntimeProblem):
 
 @dataclass(frozen=True, slots=True)
 class AppliedLayers:
-    """The layers that every worker applies, and what is recorded about them.
+    """The layers that every worker applies, and their record for the ledger.
 
     Attributes:
-        layers: which.
+        layers: their names.
         confinement: how far they go.
         problems: why a layer was not applied, or a provider could not be used.
-        targets: that a provider has found in a worker with these layers.
+        targets: the targets that a provider has found in a worker with these layers.
     """
 
     layers: tuple[Layer, ...]
@@ -60,7 +60,7 @@ class AppliedLayers:
         """Refuse what `require` and `require-cpu` do not allow.
 
         Raises:
-            NotConfined: `not_confined`, something forbidden was not prevented.
+            NotConfined: `not_confined`, a forbidden act was not prevented.
         """
         mode = self.confinement.mode
         if mode in (REQUIRE, REQUIRE_CPU) and self.confinement.not_prevented:
@@ -82,8 +82,8 @@ def describe(confinement: Confinement, who: str = "workers") -> str:
     """Return in a sentence what confines the workers, and what it does not prevent.
 
     Args:
-        confinement: of these workers.
-        who: what the sentence calls them, if they are not all.
+        confinement: that of these workers.
+        who: the sentence's word for the workers, if they are not all.
     """
     applied = [f"Landlock {confinement.landlock_abi}"] if confinement.landlock_abi else []
     applied += ["seccomp"] if confinement.seccomp else []
@@ -95,14 +95,14 @@ def describe(confinement: Confinement, who: str = "workers") -> str:
 async def probe(
     worker: Worker, mode: str, outside: Path, provider: Library | None, limit_s: float
 ) -> AppliedLayers:
-    """Have a throw-away worker find out what can be applied, and what that does not prevent.
+    """Have a throw-away worker find out which layers can be applied, and which acts they do not prevent.
 
     Args:
         worker: it ends by itself.
         mode: `auto`, `require`, `require-cpu` or `off`.
         outside: a folder that no worker needs; nothing is left there.
-        provider: of targets; with it, the worker is confined as that of a load there, and finds them.
-        limit_s: for the answer.
+        provider: a provider of targets: the worker is confined like a load there, and finds them.
+        limit_s: the time for the answer.
     """
     order = Probe(str(outside), () if mode == OFF else ALL_LAYERS, () if provider is None else (provider,))
     try:
@@ -117,7 +117,7 @@ async def probe(
 
 
 def weakest(probed: Sequence[AppliedLayers]) -> AppliedLayers:
-    """Return the layers that all have in common, and what any of them does not prevent."""
+    """Return the layers that all have in common, and the acts that any of them does not prevent."""
     confinements = [each.confinement for each in probed]
     return AppliedLayers(
         tuple(layer for layer in ALL_LAYERS if all(layer in each.layers for each in probed)),

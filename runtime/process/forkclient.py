@@ -34,7 +34,7 @@ STDERR_BYTES = 16 * 2**10
 READ_BYTES = 2**20
 """The largest capacity that a process without privileges can give its pipe: one read empties it."""
 BYTES_PER_S = 4 * 2**20
-"""Of one pipe: reading as much takes the loop about a millisecond. ONNX Runtime's lines about ten thousand
+"""Bytes of one pipe: reading them takes the loop about a millisecond. ONNX Runtime's lines about ten thousand
 failed inferences are less. A process that writes more waits."""
 
 FORK = msgspec.msgpack.encode(Fork())
@@ -43,7 +43,7 @@ FORK = msgspec.msgpack.encode(Fork())
 class StderrTail:
     """Reads a pipe on the running loop and closes it at its end; keeps the last 64 lines, at most 16 KiB.
 
-    Of a flood, no more is read than `BYTES_PER_S`.
+    Of a flood, at most `BYTES_PER_S` is read.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -60,7 +60,7 @@ class StderrTail:
     def lines(self) -> list[str]:
         """Return the last lines, oldest first, and the note; bytes that are not UTF-8 are replaced."""
         note = self.note_lines()
-        text = self._kept.decode("utf-8", "replace").encode()  # a replaced byte takes three
+        text = self._kept.decode("utf-8", "replace").encode()  # a replacement character takes three bytes
         printed = text[-STDERR_BYTES + len("".join(note).encode()) :].decode("utf-8", "ignore").splitlines()
         return [*printed[-MAX_LINES + len(note) :], *note]
 
@@ -68,7 +68,7 @@ class StderrTail:
         return [self._note] if self._note else []
 
     def note(self, line: str) -> None:
-        """Note why the server ends the process; the first reason counts."""
+        """Note why the server ends the process; only the first reason is kept."""
         self._note = self._note or " ".join(line.split())
 
     def close(self) -> list[str]:
@@ -90,7 +90,7 @@ class StderrTail:
                 self._close()
 
     def _count(self, bytes_: int) -> None:
-        """Count what was read; beyond the limit of a second, stop reading until it is over."""
+        """Count bytes that were read; beyond the limit of a second, stop reading until the second is over."""
         now = self._loop.time()
         if now >= self._second_ends_at:
             self._second_bytes, self._second_ends_at = 0, now + 1.0
@@ -115,13 +115,13 @@ class StderrTail:
 class Process:
     """A forked process, held by its pidfd, so that no signal can reach another process with its pid.
 
-    The process is no child of this one. Whoever gets it calls `close`.
+    The process is no child of the server. The owner of the object calls `close`.
 
     Attributes:
-        end: set when the fork server has reaped the process, or to None twice when the fork server itself has
+        end: set when the fork server has reaped the process; None twice when the fork server itself has
             ended. It must not be cancelled.
-        orphaned: whether it ended with the fork server; known when closed. A missing exit report alone does
-            not prove that: a process could stop the fork server and then end.
+        orphaned: whether the process ended with the fork server; known when closed. A missing exit report
+            does not prove that: a process could stop the fork server and then end.
     """
 
     def __init__(self, pid: int, pidfd: int, end: asyncio.Future[Exit]) -> None:
@@ -132,7 +132,7 @@ class Process:
         self._closed = False
 
     def watch(self, on_gone: Callable[[], None]) -> None:
-        """Call back once, on the loop, when the process has ended, whatever the fork server does."""
+        """Call `on_gone` once, on the loop, when the process has ended, whatever the fork server does."""
         loop = asyncio.get_running_loop()
 
         def note_gone() -> None:
@@ -149,7 +149,7 @@ class Process:
         return bool(poll.poll(0))
 
     def send_signal(self, number: signal.Signals) -> None:
-        """Send a signal; SIGKILL ends even a stopped process. Nothing happens if it has ended."""
+        """Send a signal; SIGKILL ends even a stopped process. An ended process gets none."""
         if not self._closed:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, number)
@@ -166,7 +166,7 @@ class Process:
 
 
 class ForkServer:
-    """A running fork server, which `launch` starts; once ended it is never started again.
+    """A running fork server, which `launch` starts; once ended, it is never started again.
 
     Attributes:
         ready: set when everything is imported; ForkServerUnavailable if the process ended before.
@@ -189,7 +189,7 @@ class ForkServer:
         self._loop.add_reader(self._pidfd, self._on_end)
         self._loop.add_reader(
             self._connection.fileno(), self._on_readable
-        )  # last: closing the socket undoes it
+        )  # at the end: closing the socket undoes add_reader
 
     @classmethod
     def launch(cls, environment: Mapping[str, str]) -> Self:
@@ -218,7 +218,7 @@ class ForkServer:
     def fork(self, descriptors: Sequence[int]) -> asyncio.Future[Process]:
         """Request a worker with these descriptors, which the caller may close at once.
 
-        The returned future must not be cancelled: somebody must own the child that it brings.
+        The returned future must not be cancelled: the child that it brings needs an owner.
 
         Raises:
             ForkServerUnavailable: `fork_server_unavailable`, by the future.
@@ -246,7 +246,7 @@ class ForkServer:
             self.kill()
 
     def _take(self) -> bool:
-        """Take one message; returns whether there may be more."""
+        """Read one message; returns whether there may be more."""
         try:
             message, descriptors, _, _ = socket.recv_fds(self._connection, MESSAGE_BYTES, 1)
         except (BlockingIOError, InterruptedError):
@@ -257,9 +257,9 @@ class ForkServer:
         return not self._at_end
 
     def _on_message(self, message: bytes, descriptors: list[int]) -> bool:
-        """Take a message; returns False for an unexpected one, which is a violation of the protocol.
+        """Handle a message; returns False for an unexpected one, which violates the protocol.
 
-        Each message settles something that is pending, so there are no more of them than that.
+        Each message settles a pending request, so their number is bounded.
         """
         try:
             match FROM_FORK_SERVER.decode(message):
@@ -285,7 +285,7 @@ class ForkServer:
         end = self._children[pid] = self._loop.create_future()
         if descriptors:
             answer.set_result(Process(pid, descriptors.pop(), end))
-        else:  # the kernel drops what there is no number for; the child ends when its channels are closed
+        else:  # the kernel drops descriptors that no number is free for; the child ends with its channels
             answer.set_exception(ForkServerUnavailable("no pidfd arrived: too many open files"))
 
     def _on_end(self) -> None:
@@ -305,7 +305,7 @@ class ForkServer:
             answer.set_exception(ForkServerUnavailable(text))
         if not self.ready.done():
             self.ready.set_exception(ForkServerUnavailable(text))
-            self.ready.exception()  # retrieved, even if nobody awaits it
+            self.ready.exception()  # mark it as retrieved: there may be no caller
         self._children.clear()
         self._requests.clear()
         self.ended.set_result(None)
@@ -314,8 +314,8 @@ class ForkServer:
 def _reap(pidfd: int) -> Exit:
     """Reap an orphaned worker and return how it ended.
 
-    When the fork server dies first, the next reaper above it adopts its children. In a container that may be
-    this very process, and then nobody else reaps them.
+    When the fork server dies first, the next reaper above it adopts its children. In a container that reaper
+    may be this very process, and then nobody else reaps them.
     """
     try:
         info = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)

@@ -2,8 +2,8 @@
 
 A forked worker is ready in a few milliseconds and shares the memory of everything imported. The fork server
 must therefore stay as clean as at its start: one thread, no descriptors but its own, no secrets. It is a
-program of its own (`launch_command`), not the standard library's: that one imports the server's main module
-again in each child, needs a named socket and a resource tracker, and takes its environment from the server's.
+program of its own (`launch_command`), because the standard library's fork server imports the server's main
+module again in each child, needs a named socket and a resource tracker, and takes the server's environment.
 
 It serves one SOCK_SEQPACKET socket that it inherits. `Fork` comes with five descriptors (the worker's end
 of its data channel, of its control channel, and of its stderr pipe, and two of shared memory) and is
@@ -85,10 +85,10 @@ FROM_FORK_SERVER = msgspec.msgpack.Decoder(FromForkServer)
 
 
 def launch_command(module: str, *arguments: str) -> list[str]:
-    """Return the command line of a process of ours that calls `main` of a module.
+    """Return the command line of a Python process that calls `main` of a module of the product.
 
-    Isolated mode keeps PYTHON* variables and the working directory out. The import path is the first
-    argument, so it can import what this process can; others follow: the id of this process, and a descriptor.
+    Isolated mode keeps PYTHON* variables and the working directory out. The import path of this process is
+    the first argument; then come the id of this process, and a descriptor.
     """
     path = json.dumps([os.path.abspath(entry) for entry in sys.path])  # noqa: PTH100 - "" is the working directory
     code = f"import json, sys; sys.path[:] = json.loads(sys.argv[1])\nfrom {module} import main; main()"
@@ -96,7 +96,7 @@ def launch_command(module: str, *arguments: str) -> list[str]:
 
 
 def launch_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the fork server's environment: the allowed variables of this one, and `ADDED`."""
+    """Return the fork server's environment: this process's allowed variables, and `ADDED`."""
     passed = {k: v for k, v in environment.items() if k in PASSED_ON or k.startswith("LC_")}
     return passed | ADDED
 
@@ -142,7 +142,7 @@ class _Server:
         if not message:  # the server has closed its end, or is gone
             os._exit(0)
         answer, pidfds = self._fork(descriptors)
-        for descriptor in descriptors:  # at once: their other ends see no EOF while they are open here
+        for descriptor in descriptors:  # at once: the other ends see no EOF while these are open here
             os.close(descriptor)
         self._send(answer, *pidfds)
 
@@ -156,7 +156,7 @@ class _Server:
         except OSError as error:
             return ForkFailed(f"fork: {error.strerror}"), ()
         if pid == 0:
-            self._connection.detach()  # its number will soon be another's
+            self._connection.detach()  # the number will soon be that of another descriptor
             _become_worker(parent, descriptors)
         try:
             pidfd = os.pidfd_open(pid)
@@ -184,13 +184,13 @@ class _Server:
 
 
 def _become_worker(parent: int, descriptors: Sequence[int]) -> NoReturn:
-    """Turn a fresh child into a worker; it never returns into the fork server's frames."""
+    """Turn a fresh child into a worker, which never returns into the fork server's frames."""
     try:
         os.setsid()
         die_with(parent)
         name_process("starting")
         _arrange(descriptors)
-        faulthandler.enable(all_threads=False)  # walking the others, it may itself crash
+        faulthandler.enable(all_threads=False)  # a dump of all threads may itself crash
         gc.enable()
         importlib.import_module("runtime.worker.main").main(DATA, CONTROL, REQUESTS, ANSWERS)
     except BaseException:  # noqa: BLE001 - printed, then the process ends
@@ -201,10 +201,10 @@ def _become_worker(parent: int, descriptors: Sequence[int]) -> NoReturn:
 
 
 def _arrange(descriptors: Sequence[int]) -> None:
-    """Leave /dev/null, the stderr pipe twice, the channels and the shared memory, and nothing else, open."""
+    """Leave only /dev/null, the stderr pipe twice, the channels and the shared memory open."""
     data, control, stderr, requests, answers = descriptors
     null = os.open(os.devnull, os.O_RDONLY)
-    # First to high numbers: a descriptor may have arrived with the number of another one's target.
+    # First to high numbers: a descriptor may have arrived with the number that another one gets.
     sources = (null, stderr, stderr, data, control, requests, answers)
     moved = [fcntl.fcntl(fd, fcntl.F_DUPFD, 2 * ANSWERS) for fd in sources]
     for number, descriptor in enumerate(moved):

@@ -1,8 +1,8 @@
 """Requests in flight of a worker, and the rules of its messages.
 
-A model that takes over its worker speaks in its place. So a worker says nothing that the server has not asked
-for: reports of one order, each stage at most once and in order, then answers to requests in flight, with
-outputs that the request asked for. Anything else is a `MalformedFrame`, which ends the worker.
+A model that takes over its worker speaks in its place. So a worker may send only expected messages: reports
+of one order, each stage at most once and in order, then answers to requests in flight, with the requested
+outputs. Any other message is a `MalformedFrame`, which ends the worker.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from runtime.wire import (
 )
 
 SILENCE: FrameRules[FromWorker] = FrameRules(FROM_SERVING, header_bytes=0, payload_bytes=0)
-"""Without an order that is pending or a request in flight."""
+"""The rules without a pending order or a request in flight."""
 REPORTS: FrameRules[FromWorker] = FrameRules(FROM_LOADING, MAX_REPORT_BYTES, payload_bytes=0)
-"""While an order is pending."""
+"""The rules while an order is pending."""
 SHA256_BYTES = 32
 
 
@@ -61,16 +61,16 @@ class PendingOrder:
         self._stages_left = iter(get_args(LoadStage) if isinstance(order, Load) else ())
 
     def take(self, report: FromWorker) -> bool:
-        """Take a report of the worker; returns whether it was the last one.
+        """Handle a report of the worker; returns whether it was the last one.
 
         Raises:
-            MalformedFrame: a stage out of order or twice, or a report that is not the order's.
+            MalformedFrame: a stage out of order or twice, or a report of another order.
         """
         match self._order, report:
             case Load(target=target), Loaded(placed=placed) if not _is_plausible(target, placed):
                 raise MalformedFrame("where operators run is not what was asked for")
             case _, StageReached(stage):
-                if stage not in self._stages_left:  # an iterator, which does not go back
+                if stage not in self._stages_left:  # an iterator: each search goes on after the last find
                     raise MalformedFrame(f"stage '{stage}' twice, or out of order")
                 self._on_stage(stage)
                 return False
@@ -84,7 +84,7 @@ class PendingOrder:
         return True
 
     def settle(self, result: object) -> None:
-        """Set the caller's result or exception; the caller may have gone, or have its result."""
+        """Set the caller's result or exception, unless the caller has left or has its result."""
         if self._answer.done():
             return
         if isinstance(result, Exception):
@@ -106,7 +106,7 @@ class AnswerRules:
         loaded: the worker's own report.
 
     Attributes:
-        frames: while requests are in flight.
+        frames: the rules while requests are in flight.
     """
 
     def __init__(self, loaded: Loaded) -> None:
@@ -119,7 +119,8 @@ class AnswerRules:
         """Check the outputs of an answer.
 
         Raises:
-            MalformedFrame: an output twice, one that was not asked for, or not in the form that was.
+            MalformedFrame: an output twice, one that was not requested, or one in another form than
+                requested.
         """
         wanted = {output.name: output.text for output in request.outputs} if request.outputs else None
         for tensor in tensors:
@@ -127,7 +128,7 @@ class AnswerRules:
             if datatype is None or (wanted is not None and name not in wanted):
                 raise MalformedFrame(f"output {name[:64]!r}, which was not asked for")
             if request.digest:
-                is_right = _is_digest(tensor)
+                is_right = (tensor.datatype, tensor.shape, tensor.text) == ("UINT8", (SHA256_BYTES,), False)
             else:
                 is_text = request.text if wanted is None else wanted[name]
                 is_right = tensor.datatype == datatype and tensor.text == is_text
@@ -135,10 +136,6 @@ class AnswerRules:
                 raise MalformedFrame(f"output {name[:64]!r} in another form than was asked for")
         if len(tensors) > 1 and len({tensor.name for tensor in tensors}) < len(tensors):
             raise MalformedFrame("an output twice")
-
-
-def _is_digest(tensor: Tensor) -> bool:
-    return tensor.datatype == "UINT8" and tensor.shape == (SHA256_BYTES,) and not tensor.text
 
 
 Answer = tuple[Outcome, tuple[Tensor, ...]]
@@ -153,7 +150,8 @@ class InFlight:
     Args:
         patience_s: how long a cancelled inference may go on running.
         cancel: sends the cancellation to the worker.
-        on_stuck: called when the worker does not stop it: requests behind it would wait for ever.
+        on_stuck: called when the worker does not stop a cancelled inference: later requests would wait for
+            ever.
     """
 
     def __init__(
@@ -199,10 +197,10 @@ class InFlight:
             raise
         finally:
             deadline.cancel()
-            del answer  # a failure's traceback holds this frame, and so would keep the tensors
+            del answer  # the traceback of a failure holds this frame, which would keep the tensors
 
     def settle(self, number: int, result: Answer | RuntimeProblem) -> None:
-        """Hand the worker's answer to the caller, who may have gone."""
+        """Hand the worker's answer to the caller, who may have left."""
         _, answer = self._pending.pop(number)
         if self._cancelled:
             self._cancelled.discard(number)
@@ -244,10 +242,10 @@ class InFlight:
                 self._watching = Timeout(self.patience_s, self._on_stuck, progress=progress)
 
     def _find_cancelled_run(self) -> object:
-        """Return the running inference if it is cancelled: they run in order, so it is the first.
+        """Return the running inference if it is cancelled: inferences run in order, so it is the first.
 
-        A cancelled inference behind it is not read yet, and proves nothing: the worker answers those that
-        wait, or leave a batch that goes on for others, at once.
+        A cancelled inference behind the first is not read yet, and proves nothing: the worker answers waiting
+        requests, and those that leave a batch that goes on, at once.
         """
         first = next(iter(self._pending))
         return first if first in self._cancelled else object()

@@ -42,15 +42,15 @@ T = TypeVar("T")
 
 NO_TARGETS = Targets()
 LAUNCH_BACK_OFF_S = (0.1, 5.0)
-"""Back-off between launches of a fork server that does not come up: first pause, doubling to the last."""
+"""Back-off between failed launches of a fork server: the first pause, doubling to the last."""
 BUFFER_BYTES = 2**20
 """Socket buffer of a channel, as far as the kernel allows: fewer turns for a tensor of some 100 KB."""
 READING_BYTES = 32 * 2**20
-"""For reading the JSON of a request, beside the text and its duplicates: names, shapes and parameters."""
+"""Memory for names, shapes and parameters of a request's JSON, beside the text and its duplicates."""
 
 
 async def complete(work: Coroutine[Any, Any, T]) -> T:
-    """Await this work to its end even if the task is cancelled; the cancellation is raised after it."""
+    """Await the work to its end even if the task is cancelled; the cancellation is raised afterwards."""
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
@@ -72,7 +72,7 @@ def start_task(work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
 
 
 def reading_bytes(json_bytes: int) -> int:
-    """Return the memory that may be taken to read a JSON of this length: the text, and two more of it."""
+    """Return the memory limit for reading a JSON of this length: the text, and two more of it."""
     return 3 * json_bytes + READING_BYTES
 
 
@@ -86,14 +86,14 @@ class WorkerPool:
     """The workers of one server, all forked from one fork server, which is replaced when it ends.
 
     Args:
-        threads: how many threads each worker computes with, unless its load says otherwise.
+        threads: compute threads of each worker, unless its load says otherwise.
         patience_s: how long a cancelled inference may go on before its worker is killed.
-        targets: of loads beside the CPU, which `confine` finds.
-        max_request_bytes: limit of an inference request, of which a model must be able to take some.
+        targets: the targets of loads beside the CPU, which `confine` finds.
+        max_request_bytes: limit of an inference request; a model must be able to take shorter ones.
 
     Attributes:
-        applied: what confines the workers; nothing before `confine`.
-        targets: of loads beside the CPU, with what confines their workers; none before `confine`.
+        applied: the confinement of workers; nothing before `confine`.
+        targets: the targets of loads beside the CPU, with their workers' confinement; none before `confine`.
     """
 
     def __init__(
@@ -132,7 +132,8 @@ class WorkerPool:
     async def open(self) -> None:
         """Start the fork server and wait until it has imported everything.
 
-        The calling thread must live as long as the pool: the kernel kills the fork server when it ends.
+        The calling thread must live as long as the pool: the kernel kills the fork server when the thread
+        ends.
 
         Raises:
             ForkServerUnavailable: `fork_server_unavailable`.
@@ -146,7 +147,8 @@ class WorkerPool:
         Find the targets beside the CPU, whose workers are confined as far as their providers allow.
 
         Raises:
-            NotConfined: `not_confined`, `require` is not possible here; workers are confined as far as it is.
+            NotConfined: `not_confined`, `require` is not possible here; workers are confined as far as
+                possible.
             ForkServerUnavailable: `fork_server_unavailable`.
         """
         self.applied = await self._probe(mode, outside)
@@ -154,7 +156,7 @@ class WorkerPool:
         self.applied.check()
 
     def threads_of(self, parameters: LoadParameters) -> int:
-        """Return how many threads each worker of a load computes with."""
+        """Return the number of compute threads of each worker of a load."""
         return parameters.threads or self.threads
 
     def build_load(
@@ -166,7 +168,7 @@ class WorkerPool:
     ) -> Load:
         """Return the message by which a worker of this pool loads a version, on a target or the CPU.
 
-        On a target it is warmed up, whatever its loadledger.toml says.
+        On a target the model is warmed up, whatever its loadledger.toml says.
         """
         applied = self.applied if target is None else self.targets.applied
         return Load(
@@ -210,7 +212,7 @@ class WorkerPool:
         """Read the JSON of an inference request in a confined process of its own.
 
         Raises:
-            InvalidInput: `invalid_input`, it is malformed, or takes more than `reading_bytes` to read.
+            InvalidInput: `invalid_input`, the JSON is malformed, or takes more than `reading_bytes` to read.
             InferenceTimeout: `inference_timeout`.
             ForkServerUnavailable: as `start`, or the fork server ended meanwhile.
         """
@@ -257,7 +259,7 @@ class WorkerPool:
     async def _fork(
         self, fork_server: ForkServer, worker_id: str
     ) -> tuple[Worker, socket.socket, socket.socket]:
-        """Fork a worker; returns it with this side's ends of its data and control channels."""
+        """Fork a worker; returns it with the server's ends of its data and control channels."""
         with contextlib.ExitStack() as ours:
             with contextlib.ExitStack() as theirs:
                 data, data_end = _socketpair(ours, theirs)
@@ -315,7 +317,7 @@ class WorkerPool:
         return self._fork_server
 
     async def _answer(self, fork_server: ForkServer, forked: asyncio.Future[Process]) -> Process:
-        """Wait for the fork server's answer; a process that nobody takes ends with its channels."""
+        """Wait for the fork server's answer; a process without an owner ends with its channels."""
         try:
             async with timeout(FORK_LIMIT_S * (FORK_WAITS if self._workers else 1)):
                 process = await asyncio.shield(forked)
@@ -332,7 +334,7 @@ class WorkerPool:
 
 
 def _discard(forked: asyncio.Future[Process]) -> None:
-    if forked.exception() is None:  # this side's channels are closed, so the process ends by itself
+    if forked.exception() is None:  # the server's ends are closed, so the process ends by itself
         forked.result().close()
 
 

@@ -1,9 +1,9 @@
 """Memory that the server and one worker map: long tensors lie in it, instead of passing through a socket.
 
-A worker has two: one for requests, which it can only read, and one for answers. The server alone reserves
-regions of both, and the worker uses those that a request names. A region is free again when nothing refers
-to it: those of a request are kept until the worker has answered or is gone, and an answer's until the client
-has it, too.
+A worker has two such memories: one for requests, which it can only read, and one for answers. The server
+alone reserves regions of both, and the worker uses those that a request names. A region is free again without
+references: a request's regions are kept until the worker has answered or is gone, and an answer's until the
+client has the answer, too.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from weakref import ref
 from runtime.wire import SHARED_ALIGNMENT, MalformedFrame, Tensor
 
 SHARED_BYTES = 32 * 2**20
-"""Of each memory: 13 tensors of 2.4 MB. What finds no room takes the socket."""
+"""Size of each memory: 13 tensors of 2.4 MB. Tensors that find no room take the socket."""
 TRIM_S = 5.0
-"""So long after its last use a memory keeps its pages: to get new ones takes longer than copying."""
+"""After this time without use a memory gives its pages back: new pages take longer than copying."""
 SHARED_FROM_BYTES = 64 * 2**10
-"""Shorter tensors take the socket, which costs them less than a region."""
+"""Shorter tensors take the socket, which costs less than a region."""
 STEP_BYTES = 64 * 2**10
-"""Regions begin and end at a multiple of it: no two share a page, of any architecture."""
+"""Regions begin and end at multiples of this: no two share a page, of any architecture."""
 MAX_STEPS = 16
-"""Of a region, then steps are twice as long: each size is a type of ctypes, which is kept for good."""
+"""Steps in a region, then steps are twice as long: each size is a type of ctypes, which is kept for good."""
 MFD_NOEXEC_SEAL = 0x8
 """linux/memfd.h; since Linux 6.3."""
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -41,11 +41,11 @@ SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 class Region:
-    """A part of a `SharedMemory`, reserved until nothing refers to its `buffer` or to a view of that.
+    """A part of a `SharedMemory`, reserved while its `buffer` or a view of the buffer is referenced.
 
     Attributes:
-        memory: what it is a part of.
-        start: where it begins.
+        memory: the shared memory of the region.
+        start: its offset.
         buffer: its bytes.
     """
 
@@ -61,9 +61,9 @@ class Region:
 
 
 class SharedMemory:
-    """One memory of a worker; `create` makes it.
+    """One memory of a worker, made by `create`.
 
-    Its pages are taken when they are first written, and go back with the worker.
+    Its pages are taken when they are first written, and returned when the worker ends.
     """
 
     def __init__(self, mapped: mmap.mmap) -> None:
@@ -76,10 +76,10 @@ class SharedMemory:
 
     @classmethod
     def create(cls, *, writable: bool) -> tuple[SharedMemory, int]:
-        """Return a memory, and the descriptor by which the worker maps it: to write, or only to read.
+        """Return a memory, and the descriptor by which the worker maps it, to write or only to read.
 
         Raises:
-            OSError: there is no descriptor for it.
+            OSError: there is no descriptor for the memory.
         """
         descriptor = _create_file()
         try:
@@ -101,7 +101,7 @@ class SharedMemory:
         return len(self._taken)
 
     def reserve(self, count: int) -> Region | None:
-        """Return a region for so many bytes, as near to the beginning as possible; None if there is none."""
+        """Return a region of `count` bytes, as near to the beginning as possible, or None without space."""
         self._collect_released()
         size = _round_up(count)
         start = self._find_gap(size)
@@ -117,11 +117,11 @@ class SharedMemory:
         return Region(self, start, memoryview(owner).cast("B")[:count])
 
     def close(self) -> None:
-        """Reserve no more; the memory goes back when the last region is released."""
+        """Reserve no more; the memory is returned when the last region is released."""
         mapped, self._mapped = self._mapped, None
         self._owners.clear()
         if mapped is not None:
-            with suppress(BufferError):  # a region is in use, and keeps it
+            with suppress(BufferError):  # a region in use keeps the mapping
                 mapped.close()
         if self._trimming is not None:
             self._trimming.cancel()
@@ -141,7 +141,7 @@ class SharedMemory:
             del self._owners[extent[0]]
 
     def _trim(self) -> None:
-        """Give all pages back if no region was in use since the last time."""
+        """Give all pages back if no region was in use since the last call."""
         self._trimming = None
         if self._mapped is None:
             return
@@ -153,7 +153,7 @@ class SharedMemory:
 
 
 def _note_release(released: deque[tuple[int, int]], extent: tuple[int, int], _: ref[Any]) -> None:
-    """Note that nothing refers to a region any more: in any thread, and at any moment."""
+    """Note that a region has no references any more; called in any thread, at any moment."""
     released.append(extent)
 
 
@@ -161,8 +161,8 @@ class TensorMemory:
     """The memory that a worker shares with the server, and the regions that its requests hold.
 
     Attributes:
-        requests: which the worker can only read: what it was sent cannot change afterwards.
-        answers: which it writes.
+        requests: the memory that the worker can only read, so that inputs cannot change afterwards.
+        answers: the memory that the worker writes.
     """
 
     def __init__(self, requests: SharedMemory, answers: SharedMemory) -> None:
@@ -176,7 +176,7 @@ class TensorMemory:
         """Return the memory, and the descriptors by which a worker maps it.
 
         Raises:
-            OSError: there are no descriptors for it.
+            OSError: there are no descriptors for the memory.
         """
         requests, reading = SharedMemory.create(writable=False)
         try:
@@ -187,9 +187,9 @@ class TensorMemory:
         return cls(requests, answers), (reading, writing)
 
     def hold(self, number: int, region: Region | None) -> tuple[int, int] | None:
-        """Keep a request's region until `release`; return where its answer may go, and how many bytes.
+        """Keep a request's region until `release`; returns offset and size of its answer's room.
 
-        The answer is expected to be as long as the latest one.
+        The answer is expected to be as long as the latest answer.
         """
         room = self.answers.reserve(self._answer_bytes) if self._answer_bytes >= SHARED_FROM_BYTES else None
         if region is None and room is None:
@@ -201,7 +201,7 @@ class TensorMemory:
         """Return the part of an answer's room that a worker names.
 
         Raises:
-            MalformedFrame: it is no part of it.
+            MalformedFrame: the part is outside the room.
         """
         _, room = self._held.get(number, (None, None))
         if room is None or at < room.start or at + size > room.start + len(room.buffer):
@@ -209,23 +209,23 @@ class TensorMemory:
         return room.buffer[at - room.start : at - room.start + size]
 
     def release(self, number: int, outputs: Sequence[Tensor] = ()) -> None:
-        """Let go of a request that the worker has answered."""
+        """Release the region of a request that the worker has answered."""
         if outputs:
             self._answer_bytes = sum([len(each.data) + SHARED_ALIGNMENT for each in outputs if not each.text])
         if self._held:
             self._held.pop(number, None)
 
     def close(self) -> None:
-        """Let go of all requests: the worker is gone."""
+        """Release all requests: the worker is gone."""
         self._held.clear()
         self.requests.close()
         self.answers.close()
 
 
 def find_offsets(tensors: Sequence[Tensor], region: Region) -> Iterator[int | None]:
-    """Yield where in the shared memory each tensor of a request begins, None for one that is not there.
+    """Yield the offset of each tensor of a request in shared memory, None for a tensor outside.
 
-    Those in the region lie in it one after the other, in their order.
+    Tensors in the region lie in it one after the other, in their order.
     """
     position = region.start
     for tensor in tensors:
@@ -237,7 +237,7 @@ def find_offsets(tensors: Sequence[Tensor], region: Region) -> Iterator[int | No
 
 
 def _create_file() -> int:
-    """Return a descriptor of a file without a name; sealed against being executed where the kernel can."""
+    """Return a descriptor of a file without a name, sealed against execution where the kernel can do that."""
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     try:
         return os.memfd_create("tensors", flags | MFD_NOEXEC_SEAL)

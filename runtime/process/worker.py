@@ -51,7 +51,7 @@ from runtime.wire import (
 )
 
 SAMPLE_INTERVAL_S = 0.005
-"""Between samples. One costs 0.015 ms; between two the kernel's own peak tells most."""
+"""Pause between samples. A sample costs 0.015 ms; the kernel's own peak covers most of the pause."""
 MAX_SHARE = 20
 """Sampling takes at most this fraction of the event loop's time, however many workers load at once."""
 _STATUS_BYTES = 64 * 2**10
@@ -70,14 +70,14 @@ class WorkerMemory:
 class LoadSamples:
     """The samples of one loading worker.
 
-    The descriptor names the process and not its pid: when it has exited, no other is sampled in its place.
+    The descriptor names the process and not its pid: after an exit, no other process is sampled in its place.
 
     Attributes:
         anonymous_bytes: memory without files, at the last sample; shared with the fork server or not.
         empty_bytes: all memory before the load, also swapped pages and page tables.
-        added_bytes: how much the load has added to that so far.
-        peak_anonymous_bytes: the largest memory without files, as sampled or as the kernel's peak between two
-            samples proves. File pages read meanwhile may hide as much of that peak.
+        added_bytes: the memory that the load has added to `empty_bytes` so far.
+        peak_anonymous_bytes: the largest memory without files, as sampled or as proved by the kernel's peak
+            between two samples. File pages read meanwhile may hide as much of that peak.
     """
 
     def __init__(self, status: int) -> None:
@@ -108,7 +108,7 @@ class LoadSamples:
             return
         before, self._seen = self._seen, seen
         peak = seen.anonymous_bytes
-        if seen.peak_bytes > before.peak_bytes:  # at some moment since then
+        if seen.peak_bytes > before.peak_bytes:  # the peak was at some moment since the sample before
             peak = max(peak, seen.peak_bytes - max(before.file_bytes, seen.file_bytes))
         self.peak_anonymous_bytes = max(self.peak_anonymous_bytes, peak)
 
@@ -116,8 +116,8 @@ class LoadSamples:
         """Return the memory of the loaded worker, as of a sample just now.
 
         Args:
-            private_bytes: its measured private bytes; None if they are unknown: then all of its memory
-                without files counts, which is more.
+            private_bytes: its measured private bytes; if None, all of its memory without files counts, which
+                is more.
             measuring_us: the duration of that measurement.
         """
         if private_bytes is None:
@@ -142,19 +142,19 @@ class MemorySampler:
 
     @contextmanager
     def watch(self, pid: int, on_sample: Callable[[int], None]) -> Iterator[LoadSamples]:
-        """Sample a worker meanwhile.
+        """Sample a worker within the context.
 
         Args:
-            pid: its process id; the worker must be one that has not been reaped, or whose end is noticed by
+            pid: its process id; the worker must not have been reaped, or the caller must notice its end by
                 other means.
             on_sample: called with the bytes that the load has added, after each sample.
 
         Raises:
-            ForkServerUnavailable: `fork_server_unavailable`, there is no descriptor to watch it with.
+            ForkServerUnavailable: `fork_server_unavailable`, there is no descriptor for watching the process.
         """
         try:
             status = os.open(f"{memory.PROC}/{pid}/status", os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:  # it has exited, and whoever waits for its report hears of that
+        except FileNotFoundError:  # the process has exited; the load's caller hears of that
             status = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise ForkServerUnavailable(f"a worker's memory cannot be watched: {error.strerror}") from None
@@ -182,12 +182,12 @@ class MemorySampler:
 
 MB = 1_000_000
 UNSENT_REQUESTS = 4
-"""Of the largest size: so many bytes of inferences may a worker not have read. Beyond it the next is refused,
-however few they are: cancelled and timed-out requests stay in memory until they are read, too."""
+"""Limit of unread inferences, in requests of the largest size. Beyond it the next one is refused, however few
+they are: cancelled and timed-out requests stay in memory until they are read, too."""
 MAX_UNSENT_CANCELS_BYTES = 2**20
-"""Some 50,000. A worker reads cancellations at once, even while it computes; one that does not is killed."""
+"""Some 50,000. A worker reads cancellations at once, even while it computes; else it is killed."""
 SURPLUS_NAMES = 64
-"""Names beyond the model's own that a request may have: the worker refuses them, in better words."""
+"""Names that a request may have beyond the model's own: the worker's refusal of them has better words."""
 PROBLEMS: dict[str, type[RuntimeProblem]] = {
     problem.code: problem
     for problem in (InvalidInput, NotRepresentable, InferenceFailed, InferenceCancelled, InferenceTimeout)
@@ -200,12 +200,12 @@ class Worker:
     Attributes:
         worker_id: its id in the ledger.
         pid: its process id, for people and /proc only: after `ended` another process may have it.
-        memory_bytes: its private bytes, as last measured; while it loads, those that the load has added.
+        memory_bytes: its private bytes, as last measured; during the load, the bytes that the load has added.
         loaded_memory: its memory once it has loaded a model.
-        records_stderr: whether the ledger may have what it prints.
-        tensor_memory: what it shares with the server.
+        records_stderr: whether the ledger may have its output.
+        tensor_memory: the memory that it shares with the server.
         ended: set once, when the process is gone. Wait for it with `asyncio.wait` or through
-            `asyncio.shield`: a task that is cancelled while it awaits a future cancels that too.
+            `asyncio.shield`: a task that is cancelled while it awaits a future cancels the future, too.
     """
 
     def __init__(
@@ -244,17 +244,17 @@ class Worker:
         self._most_bytes: int | None = None
 
     async def connect(self, data: socket.socket, control: socket.socket) -> None:
-        """Adopt this side's ends of the channels; the pool kills the worker if this fails."""
+        """Adopt the server's ends of the channels; the pool kills the worker if that fails."""
 
         async def both() -> None:
             try:
                 await self._data.connect(data)
-            except BaseException:  # as all tasks are cancelled
+            except BaseException:  # such as the cancellation of all tasks
                 control.close()
                 raise
             await self._control.connect(control)
 
-        await asyncio.shield(both())  # half of it would leave a socket that nobody closes
+        await asyncio.shield(both())  # half of the work would leave a socket that nobody closes
 
     @property
     def orphaned(self) -> bool:
@@ -267,7 +267,7 @@ class Worker:
 
     @property
     def in_flight(self) -> int:
-        """How many inferences are queued or running, including those whose caller has gone."""
+        """How many inferences are queued or running, including those whose caller has left."""
         return len(self._in_flight)
 
     async def wait_until_drained(self) -> None:

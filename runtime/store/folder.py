@@ -1,13 +1,12 @@
-"""The store's folder: its names, who may write to it, and what is recorded there of versions and their files.
+"""The store's folder: its names, its access rights, and its records of versions and their files.
 
 `blobs/<2 hex>/<sha256>` are files, `versions/<digest>` folders of hard links to them, `incoming/<16 hex>`
-what is being taken or removed, `sources/<model>/<version>.json` what was taken from where. A name that is
-none of these is left alone.
+additions and removals in progress, `sources/<model>/<version>.json` the source record of a version of the
+repository. Other names are left alone.
 
-Records are JSON files; one that cannot be read, or does not agree with its own name, counts as none. Stored
-files are still the ones that were hashed if they have their recorded identities: only the server writes to
-the store, and never to a file that is there. A data directory that was copied, restored or mounted anew is
-hashed once.
+Records are JSON files; a record that cannot be read, or does not agree with its own name, is ignored. A
+stored file with its recorded identity is still the file that was hashed: only the server writes to the store,
+and never to an existing file. A data directory that was copied, restored or mounted anew is hashed once.
 """
 
 import errno
@@ -67,26 +66,26 @@ class StoreFolder:
         return self.path / _SOURCES / model_id / f"{version}.json"
 
     def versions(self) -> list[Path]:
-        return [path for path in self._list(_VERSIONS) if _HASH.fullmatch(path.name)]
+        return [path for path in _names(self.path / _VERSIONS) if _HASH.fullmatch(path.name)]
 
     def blobs(self) -> Iterator[Path]:
-        for folder in self._list(_BLOBS):
+        for folder in _names(self.path / _BLOBS):
             if _PREFIX.fullmatch(folder.name):
                 yield from (path for path in _names(folder) if _HASH.fullmatch(path.name))
 
     def incoming(self) -> list[Path]:
-        return [path for path in self._list(_INCOMING) if _RANDOM.fullmatch(path.name)]
+        return [path for path in _names(self.path / _INCOMING) if _RANDOM.fullmatch(path.name)]
 
     def sources(self) -> Iterator[Path]:
-        for folder in self._list(_SOURCES):
+        for folder in _names(self.path / _SOURCES):
             yield from (path for path in _names(folder) if path.suffix == ".json")
 
     def make(self) -> bool:
         """Create the folders, or make sure that only this user can write to them (0700).
 
         Returns:
-            Whether only this user could write to what is there. If its group could, which some systems grant
-            on all that is mounted, identities prove nothing.
+            Whether only this user could write to the folders. If the group could, which some systems grant on
+            all mounted folders, identities prove nothing.
 
         Raises:
             StoreUnavailable: `store_unavailable`, the path is no folder, a link, another user's, writable by
@@ -99,7 +98,7 @@ class StoreFolder:
         return own
 
     def check(self) -> None:
-        """Refuse a store that is a link or no folder; one that is missing is empty.
+        """Refuse a store that is a link or no folder; a missing store is empty.
 
         Raises:
             StoreUnavailable: `store_unavailable`.
@@ -118,7 +117,7 @@ class StoreFolder:
         return path
 
     def write(self, path: Path, content: bytes, *, durably: bool) -> None:
-        """Write a file that gets its name in one step, in place of an older one."""
+        """Write a file that gets its name in one step, replacing an older file."""
         draft = self._new_name()
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
@@ -144,7 +143,7 @@ class StoreFolder:
             draft.unlink(missing_ok=True)  # it stays if both were the same file already
 
     def take_out(self, path: Path) -> None:
-        """Take its name from a folder in one step, and remove it; another process may have been faster."""
+        """Rename a file or folder in one step to a name for removal, and remove it, if it still exists."""
         away = self._new_name()
         with suppress(FileNotFoundError):
             path.rename(away)
@@ -153,13 +152,10 @@ class StoreFolder:
     def _new_name(self) -> Path:
         return self.path / _INCOMING / secrets.token_hex(8)
 
-    def _list(self, part: str) -> list[Path]:
-        return _names(self.path / part)
-
 
 @contextmanager
 def explain_os_errors(folder: Path, needed_bytes: int = 0) -> Iterator[None]:
-    """Turn every refusal of the file system into `StoreUnavailable`, or `DiskFull` with what is missing."""
+    """Turn an error of the file system into `StoreUnavailable`, or `DiskFull` with the missing bytes."""
     try:
         yield
     except OSError as error:
@@ -169,7 +165,7 @@ def explain_os_errors(folder: Path, needed_bytes: int = 0) -> Iterator[None]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder, following no link; what cannot be removed is logged."""
+    """Remove a file or folder, following no link; a failure is logged."""
     if path.is_symlink() or not path.is_dir():
         with suppress(OSError):
             path.unlink()
@@ -180,10 +176,9 @@ def remove(path: Path) -> None:
 
 
 def walk_files(folder: Path) -> tuple[list[str], list[Path]]:
-    """Return the paths of all that lies beneath a folder and is no folder, sorted, and all folders.
+    """Return the paths of all files and links beneath a folder, sorted, and all folders.
 
-    For folders that only the server writes to: a link is no folder and is not followed. `VersionFolder`
-    walks those of others.
+    For folders that only the server writes to; links are not followed. `VersionFolder` walks those of others.
     """
     files, folders = list[str](), [folder]
     for within in folders:
@@ -235,10 +230,10 @@ def _make_ours(path: Path, seen: os.stat_result) -> bool:
 FICLONE = 0x40049409
 """linux/fs.h: the new file shares the old one's blocks until one of them is written to (btrfs, XFS)."""
 PIECE_BYTES = 2**23
-"""Between two checks for a cancellation: some milliseconds, and on a slow disk a tenth of a second."""
+"""Bytes between two checks for a cancellation: some milliseconds, on a slow disk a tenth of a second."""
 HASH_BLOCK_BYTES = 2**19
-"""Fits into a core's own cache: the session beside it needs the shared one. hashlib releases the interpreter
-for each."""
+"""Fits into a core's own cache: the session beside it needs the shared cache. hashlib releases the
+interpreter for each block."""
 
 _CANNOT_CLONE = frozenset(
     {errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.ETXTBSY}
@@ -258,7 +253,7 @@ def copy_file(
 ) -> int:
     """Copy the first `size` bytes of an open file into an empty one, in the fastest way that works.
 
-    Returns how many bytes there were. `before_copying` is called before they take disk space of their own.
+    Returns the number of bytes. `before_copying` is called before the copy takes disk space of its own.
 
     Raises:
         CopyCancelled: `copy_cancelled`.
@@ -286,7 +281,7 @@ def clone(source: int, target: int) -> bool:
 
 
 def copy_ranges(source: int, target: int, size: int, on_piece: OnPiece) -> int:
-    """Copy within the kernel, as far as the file systems allow; returns how many bytes."""
+    """Copy within the kernel, as far as the file systems allow; returns the number of bytes."""
     copied = 0
     while copied < size:
         try:
@@ -295,7 +290,7 @@ def copy_ranges(source: int, target: int, size: int, on_piece: OnPiece) -> int:
             if copied or error.errno not in _CANNOT_COPY_RANGE:
                 raise
             return 0
-        if not count:  # the end; or a file system that cannot say so, which reading shows
+        if not count:  # the end, or a file system that reports 0 instead of an error: reading finds out
             break
         copied += count
         on_piece()
@@ -303,7 +298,7 @@ def copy_ranges(source: int, target: int, size: int, on_piece: OnPiece) -> int:
 
 
 def read_and_write(source: int, target: int, size: int, on_piece: OnPiece) -> int:
-    """Copy from where both descriptors are; returns how many bytes."""
+    """Copy from the descriptors' present positions; returns the number of bytes."""
     copied = 0
     while copied < size and (block := os.read(source, min(HASH_BLOCK_BYTES, size - copied))):
         written = 0
@@ -319,7 +314,7 @@ def hash_descriptor(descriptor: int, on_piece: OnPiece) -> str:
 
     Raises:
         CopyCancelled: `copy_cancelled`.
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     digest, position = hashlib.sha256(), 0
     # Mapped, since memory that a thread frees stays with its arena, and each load has threads of its own.
@@ -342,7 +337,7 @@ MAX_LIST_BYTES = 64 * 2**20
 class StoredFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A file of a stored version: its content, and the identity of our copy.
 
-    The identity has no ctime: linking a shared blob changes that.
+    The identity has no ctime: linking a shared blob changes the ctime.
     """
 
     path: Name
@@ -356,7 +351,7 @@ class StoredFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class StoredVersion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A version in the store, with its files in order of their paths.
 
-    It is written as the version's manifest when everything else is on the disk.
+    Written as the version's manifest when all its files are on the disk.
     """
 
     digest: Sha256
@@ -369,14 +364,14 @@ class StoredVersion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SourceRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The digest that a version of the repository had, and the files that it was taken from."""
+    """The digest that a version of the repository had, and the files that were taken."""
 
     digest: Sha256
     files: tuple[FoundFile, ...]
 
 
 def read_version(folder: Path) -> StoredVersion | None:
-    """Read the manifest of a version's folder, but none of its files; None if there is no valid one."""
+    """Return the manifest of a version's folder, or None without a valid one; the files are not read."""
     version = read_record(folder / MANIFEST, StoredVersion)
     return version if version is not None and _is_sound(version, folder.name) else None
 
@@ -386,7 +381,7 @@ def encode_record(record: msgspec.Struct) -> bytes:
 
 
 def read_record(path: Path, kind: type[R]) -> R | None:
-    """Read a record from its file; None if there is no valid one."""
+    """Return the record in a file, or None if the file has no valid record."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as file:
@@ -399,7 +394,7 @@ def read_record(path: Path, kind: type[R]) -> R | None:
 
 
 def _is_sound(version: StoredVersion, name: str) -> bool:
-    """Whether a manifest is of the folder of this name, and all its paths lie within."""
+    """Whether a manifest belongs to the folder of this name, and all its paths lie within."""
     paths = [file.path for file in version.files]
     return (
         bool(paths)
@@ -419,7 +414,7 @@ def hash_file(folder: Path, path: str, on_piece: OnPiece = on_no_piece) -> Store
 
     Raises:
         CopyCancelled: `copy_cancelled`.
-        OSError: it cannot be read, or is no regular file.
+        OSError: the file cannot be read, or is no regular file.
     """
     descriptor = os.open(folder / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -445,7 +440,7 @@ def hash_files(folder: Path, on_piece: OnPiece = on_no_piece) -> tuple[StoredFil
 def rehash_files(
     folder: Path, files: Sequence[StoredFile], on_piece: OnPiece = on_no_piece
 ) -> tuple[StoredFile, ...] | None:
-    """Return the files with their present identities; None if the folder has others, or other contents.
+    """Return the files with their present identities, or None if the folder's files or contents differ.
 
     Raises:
         CopyCancelled: `copy_cancelled`.
@@ -467,6 +462,6 @@ def have_identities(folder: Path, files: Sequence[StoredFile]) -> bool:
 
 
 def has_identity(seen: os.stat_result, file: StoredFile) -> bool:
-    """Return whether this is a regular file with the recorded identity."""
+    """Return whether a status is that of a regular file with the recorded identity."""
     identity = (seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns)
     return stat.S_ISREG(seen.st_mode) and identity == (file.dev, file.inode, file.bytes, file.mtime_ns)

@@ -1,11 +1,11 @@
 """The store of model versions: take, settle, find, sweep.
 
-One process writes: the server that holds the data directory. A version gets its name only when its contents
-are known, and its manifest when all of it is on the disk; a process that dies leaves incoming folders and
-versions without a manifest, which the next `open` removes. Files of the store are never written to, so a
-worker keeps what it has mapped, even when it is removed.
+One process writes: the server that holds the data directory. A version gets its name when its contents are
+known, and its manifest when all files are on the disk. If the process dies, the next `open` removes incoming
+folders and versions without a manifest. Files of the store are never written to, so a worker keeps the files
+that it has mapped, even after their removal.
 
-All methods block, so call them in threads, as many as you like.
+All methods block: call them in threads, as many as you like.
 """
 
 import errno
@@ -52,7 +52,7 @@ from runtime.store.folder import (
 )
 
 FREE_SHARE = 10
-"""Without a limit, the store sweeps what nothing needs to leave a tenth of the file system free."""
+"""Without a limit, the store sweeps unneeded versions to leave a tenth of the file system free."""
 _NO_LINKS = frozenset({errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES})
 
 FindNeeded = Callable[["Store"], Collection[str]]
@@ -70,13 +70,12 @@ class Source(NamedTuple):
 class Store:
     """The store in one folder.
 
-    `find` and `settle` hold a version until `release`, so that it is not swept while it is being used.
+    `find` and `settle` hold a version until `release`; a held version is not swept.
 
     Args:
         folder: the folder, which `open` creates; it must not be a link.
-        limit_bytes: of all blobs together; None is what leaves a tenth of the file system free.
-        find_needed: returns digests of this store that are not swept, beside those held; called if one must
-            be.
+        limit_bytes: of all blobs together; None leaves a tenth of the file system free.
+        find_needed: returns digests of this store that are not swept, beside the held ones.
     """
 
     def __init__(
@@ -100,11 +99,11 @@ class Store:
         return _blob_bytes(list(self._versions.values()))
 
     def folder_of(self, digest: str) -> Path:
-        """Return the folder of a version's files, whether or not it is there."""
+        """Return the path of a version's files, which need not exist."""
         return self._folder.version(digest) / FILES
 
     def open(self) -> None:
-        """Create the folder, read the manifests, and remove what a process that died has left.
+        """Create the folder, read the manifests, and remove the remains of a process that died.
 
         Raises:
             StoreUnavailable: `store_unavailable`.
@@ -135,7 +134,7 @@ class Store:
         Raises:
             LoadRefused: `unsafe_file`; `model_changed`, a file vanished or was written to while it was
                 copied.
-            DiskFull: `disk_full`, with what is missing.
+            DiskFull: `disk_full`, with the missing bytes.
             RuntimeProblem: `store_full`, with both figures.
             RepositoryUnreadable: `repository_unreadable`.
             StoreUnavailable: `store_unavailable`.
@@ -162,7 +161,7 @@ class Store:
     def settle(self, copy: Path, files: tuple[StoredFile, ...]) -> StoredVersion:
         """Give a hashed copy its name, the digest, and hold it; files that are stored already are shared.
 
-        The copy's folder is gone afterwards. What has it open keeps it.
+        The copy's folder is gone afterwards; open files stay open.
 
         Raises:
             StoreUnavailable: `store_unavailable`; the copy is then discarded.
@@ -179,14 +178,14 @@ class Store:
             self.discard(copy)
 
     def discard(self, copy: Path) -> None:
-        """Remove a copy, if it is there."""
+        """Remove a copy, if it exists."""
         if os.path.lexists(copy.parent):
             remove(copy.parent)
         with self._lock:
             self._incoming_bytes.pop(copy, None)
 
     def make_durable(self, digest: str) -> None:
-        """Sync a settled version to the disk, and write its manifest; it may serve meanwhile.
+        """Sync a settled version to the disk, and write its manifest; loads may use the version meanwhile.
 
         Raises:
             StoreUnavailable: `store_unavailable`; the next start does not find the version.
@@ -205,10 +204,10 @@ class Store:
             self._folder.write(folder / MANIFEST, encode_record(version), durably=True)
 
     def find(self, digest: str, on_piece: OnPiece = on_no_piece) -> StoredVersion | None:
-        """Return a stored version, and hold it; None if it is not there.
+        """Hold and return a stored version, or return None if the store has no such version.
 
-        Files whose identity has changed, as after a restored backup, are hashed before. With another content
-        the version is removed.
+        Files whose identity has changed, as after a restored backup, are hashed first. A version with other
+        contents is removed.
 
         Raises:
             CopyCancelled: `copy_cancelled`.
@@ -227,14 +226,14 @@ class Store:
         return usable
 
     def release(self, digest: str) -> None:
-        """End the hold of one `find` or `settle`."""
+        """End one hold by `find` or `settle`."""
         with self._lock:
             self._held[digest] -= 1
             if self._held[digest] <= 0:
                 del self._held[digest]
 
     def record_source(self, model_id: str, version: int, source: Source) -> None:
-        """Record which bytes a version of the repository has, if they are stored; a failure costs a copy."""
+        """Record the stored bytes of a version of the repository; a failure costs a later copy."""
         record = SourceRecord(digest_of(source.contents), source.files)
         path = self._folder.source(model_id, version)
         if record.digest not in self._versions:
@@ -246,7 +245,7 @@ class Store:
             _log.warning("%s could not be written: %s", path, error)
 
     def read_source(self, model_id: str, version: int) -> Source | None:
-        """Return what was recorded last of a version of the repository, if it is still stored."""
+        """Return the latest record of a version of the repository, if its bytes are still stored."""
         record = read_record(self._folder.source(model_id, version), SourceRecord)
         stored = None if record is None else self._versions.get(record.digest)
         return None if record is None or stored is None else Source(stored.contents, record.files)
@@ -263,13 +262,13 @@ class Store:
         if version is None:
             remove(path)
             return
-        if not only_ours:  # identities prove nothing then: all is hashed before its next use
+        if not only_ours:  # identities prove nothing then: each version is hashed before its next use
             version = replace(version, files=tuple(replace(file, inode=0) for file in version.files))
         self._versions[version.digest] = version
         self._used_ns[version.digest] = _last_use(path)
 
     def _make_room(self) -> None:
-        """Sweep versions for all that is being taken, within the limit.
+        """Sweep versions to make room for the incoming files, within the limit.
 
         Raises:
             RuntimeProblem: `store_full`; nothing was swept.
@@ -298,7 +297,7 @@ class Store:
         Without a limit, versions are swept until a tenth of the disk stays free.
 
         Raises:
-            DiskFull: `disk_full`, with what is missing.
+            DiskFull: `disk_full`, with the missing bytes.
         """
         with self._lock, explain_os_errors(self.path):
             if self._has_disk_room(size):
@@ -335,7 +334,7 @@ class Store:
         return settled
 
     def _share(self, path: Path, file: StoredFile, known: dict[str, StoredFile]) -> StoredFile:
-        """Make a file and its blob one; a blob that is not as it was recorded is replaced."""
+        """Make a file and its blob one; a blob that differs from its record is replaced."""
         blob = self._folder.blob(file.sha256)
         try:
             blob.parent.mkdir(mode=0o700, exist_ok=True)
@@ -350,7 +349,7 @@ class Store:
                     return replace(stored, path=file.path)
         except OSError as error:
             if error.errno not in _NO_LINKS:
-                raise  # where there are no more links, or none at all, the version keeps a file of its own
+                raise  # on a file system without more links, the version keeps a file of its own
         return file
 
     def _verify_for_use(self, version: StoredVersion, on_piece: OnPiece) -> StoredVersion | None:
@@ -371,7 +370,7 @@ class Store:
             renewed = replace(version, files=files)
             self._versions[version.digest] = renewed
             if (folder.parent / MANIFEST).exists():
-                with suppress(OSError):  # then the next start hashes it again
+                with suppress(OSError):  # after a failure the next start hashes the file again
                     self._folder.write(folder.parent / MANIFEST, encode_record(renewed), durably=True)
         return renewed
 
@@ -379,7 +378,7 @@ class Store:
         return have_identities(self.folder_of(version.digest), version.files)
 
     def _remove_version(self, digest: str) -> None:
-        """Remove a version and the blobs that no other has; the caller holds the lock."""
+        """Remove a version and the blobs that no other version has; the caller holds the lock."""
         version = self._versions.pop(digest, None)
         self._used_ns.pop(digest, None)
         self._folder.take_out(self._folder.version(digest))
@@ -387,16 +386,16 @@ class Store:
             _remove_unreferenced(self._folder.blob(file.sha256))
 
     def _use(self, digest: str) -> None:
-        """Count a use and a hold; the caller has the lock."""
+        """Count a use and a hold; the caller holds the lock."""
         self._held[digest] += 1
         self._used_ns[digest] = used_ns = max(time.time_ns(), self._used_ns.get(digest, 0))
-        with suppress(OSError):  # no manifest yet: then the time that it is written counts
+        with suppress(OSError):  # no manifest yet: its later time of writing counts
             os.utime(self._folder.version(digest) / MANIFEST, ns=(used_ns, used_ns), follow_symlinks=False)
 
 
 @dataclass(frozen=True, slots=True)
 class VerifiedVersion:
-    """A version whose files were hashed; `findings` say what is wrong with it, one line each."""
+    """A version whose files were hashed; `findings` has a line for each defect."""
 
     digest: str
     bytes: int
@@ -404,10 +403,10 @@ class VerifiedVersion:
 
 
 def verify_store(folder: Path) -> Iterator[VerifiedVersion]:
-    """Hash all versions of a store, whatever their recorded identities say, and yield each.
+    """Hash all versions of a store, even those with their recorded identities, and yield each.
 
-    It only reads, so it may run beside the server. A version that is swept meanwhile, or whose manifest is
-    still to be written, is left out.
+    Reads only, so it may run beside the server. A version that is swept meanwhile, or whose manifest is still
+    to be written, is left out.
 
     Raises:
         StoreUnavailable: `store_unavailable`, the folder cannot be listed.
@@ -470,7 +469,7 @@ def _copy_file(
 
 
 def _refuse_changed(before: Iterable[FoundFile], now: Iterable[FoundFile]) -> None:
-    """Refuse what may be of two versions: a file was replaced or written to while others were copied.
+    """Refuse a mix of two versions: a file was replaced or written to while others were copied.
 
     Links and access rights may change meanwhile, and so the ctime.
 
@@ -485,7 +484,7 @@ def _refuse_changed(before: Iterable[FoundFile], now: Iterable[FoundFile]) -> No
 
 
 def _last_use(folder: Path) -> int:
-    """Return when a version or form was last used, in nanoseconds; one without a manifest never was."""
+    """Return when a version or form was last used, in nanoseconds, or 0 without a manifest."""
     try:
         return (folder / MANIFEST).lstat().st_mtime_ns
     except OSError:

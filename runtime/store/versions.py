@@ -1,12 +1,12 @@
-"""The versions of models: a load holds the files of one, from the store or else from the repository.
+"""The versions of models: a load holds the files of a version, from the store or else from the repository.
 
-`Versions.version` finds stored files, or takes a private copy; their hashes are known if the repository still
-has the files that were stored, or if the load must have certain bytes. Else `HeldVersion.hash` finds them
-beside the creation of the session, and `settle` keeps the copy under its name. Without a store, workers load
-from the repository itself.
+`Versions.version` finds stored files, or takes a private copy; the hashes are known if the repository still
+has the stored files, or if the load must have certain bytes. Else `HeldVersion.hash` computes the hashes
+while the session is created, and `settle` keeps the copy under its name. Without a store, workers load from
+the repository itself.
 
-What blocks runs in daemon threads, so that a file system that hangs delays only its model. A thread cannot be
-stopped: between two pieces it sees that its caller has left, and what it still finds is given back.
+Blocking calls run in daemon threads, so that a file system that hangs delays only its model. A thread cannot
+be stopped: between two pieces it sees that its caller has left, and then gives its files back.
 """
 
 from __future__ import annotations
@@ -67,17 +67,17 @@ THREAD = "files of a model"
 MAX_KEPT_TENSORS = 256
 """Kept inputs and outputs of files; each has at most 64 KiB."""
 GIVE_BACK_RETRY_S = 1.0
-"""Pause before files are given back once more, where no thread could start."""
+"""Pause before files are given back again, after no thread could start."""
 
 
 class Versions:
     """The versions of a repository, and what the store has of them.
 
-    Methods that are no coroutines block.
+    Methods that are not coroutines block.
 
     Args:
         repository: the source of versions.
-        store: what workers load from; None lets them load from the repository, which then must not change.
+        store: workers load from it; without a store the repository must not change.
     """
 
     def __init__(self, repository: Repository, store: Store | None) -> None:
@@ -88,7 +88,7 @@ class Versions:
 
     @property
     def folders(self) -> set[str]:
-        """The folders of the server that messages about a model may name."""
+        """The server's folders that messages about a model may name."""
         roots = {str(self.repository.root), str(self.repository.find_root())}
         return roots | ({str(self.store.path)} if self.store is not None else set())
 
@@ -96,13 +96,13 @@ class Versions:
         """Return a version, by default the highest, and the inputs and outputs that its file declares.
 
         Raises:
-            LoadRefused: `invalid_model`, it declares none that can be read; `unsafe_file`, `model_changed`.
+            LoadRefused: `invalid_model`, the file declares no readable ones; `unsafe_file`, `model_changed`.
             RuntimeProblem: `unknown_model`, `unknown_version`, `repository_unreadable`.
         """
         chosen = self.repository.versions(model_id)[-1] if version is None else version
         with self.repository.open_version(model_id, chosen) as (folder, found):
             name = find_model_file(each.path for each in found)
-            file = next(each for each in found if each.path == name)  # without it, it would not open
+            file = next(each for each in found if each.path == name)  # a version without it would not open
             known = self._tensors.get(file)
             if known is None:
                 with folder.open_file(file.path, file) as descriptor:
@@ -127,10 +127,9 @@ class Versions:
         return source.contents
 
     def has_changed(self, model_id: str, version: int, loaded: Iterable[LoadedFile]) -> bool:
-        """Whether the repository has other files than those that were loaded, as far as their identities say.
+        """Whether the repository's files differ from those that were loaded, judged by their identities.
 
-        A version that is not there, or cannot be looked at, is no newer one; nor is one of which nothing was
-        recorded.
+        A version that cannot be read, or has no source record, counts as unchanged.
         """
         try:
             source = self.read_source(model_id, version)
@@ -139,13 +138,13 @@ class Versions:
             return False
 
     def read_source(self, model_id: str, version: int) -> Source | None:
-        """Return of which bytes a version was when it was loaded last, and its files then."""
+        """Return the bytes and files that a version had when it was loaded last."""
         if self.store is None:
             return self._sources.get((model_id, version))
         return self.store.read_source(model_id, version)
 
     def record_source(self, model_id: str, version: int, source: Source) -> None:
-        """Record of which bytes a version is, so that later loads and requests know it by its files."""
+        """Record the bytes of a version, so that later loads and requests know them by the files."""
         if self.store is None:
             self._sources[model_id, version] = source
         else:
@@ -155,7 +154,7 @@ class Versions:
         """Return the identities of a version's files; for errors see `Repository.open_version`.
 
         Raises:
-            RepositoryBusy: `repository_busy`, they are not known within `LOAD_LIMIT_S`.
+            RepositoryBusy: `repository_busy`, the identities are not known within `LOAD_LIMIT_S`.
         """
 
         def find_files() -> tuple[FoundFile, ...]:
@@ -165,10 +164,9 @@ class Versions:
         return await self.repository.file_system.run(model_id, find_files, LOAD_LIMIT_S)
 
     async def has_bytes_of(self, model_id: str, version: int, loaded: Sequence[LoadedFile]) -> bool:
-        """Whether the repository's files have the bytes that were loaded; False if that cannot be known now.
+        """Whether the repository's files have the bytes that were loaded; False if unknown for now.
 
-        Files that are not known are hashed where they lie, and nothing is copied. If they are the same, they
-        are known from then on.
+        Unknown files are hashed where they lie, without a copy. Equal files are recorded as known.
         """
         held = HeldVersion(self, model_id, version)
         try:
@@ -190,20 +188,20 @@ class Versions:
     ) -> AsyncIterator[HeldVersion]:
         """Hold the files of a version: those of the repository, or those of a load before.
 
-        At the end of the context they are given back, without waiting for a thread.
+        The files are given back at the end of the context, without waiting for a thread.
 
         Args:
             model_id: the model.
             version: its version.
             expected: the files that the version must have, as the ledger has them: from the store, whatever
-                the repository is like, or else from the repository; None takes the present ones.
-            on_piece: called whenever a piece of a file was copied or hashed, in any thread.
-            may_copy: whether `expected` files that the store has no more may be copied again.
+                the repository has, or else from the repository; None takes the present files.
+            on_piece: called after each piece of a file that was copied or hashed, in any thread.
+            may_copy: whether `expected` files that are no longer in the store may be copied again.
 
         Raises:
             RepositoryBusy: `repository_busy`, nothing of the files could be read for `LOAD_LIMIT_S`.
             RuntimeProblem: `bytes_gone`, `expected` are nowhere.
-            RuntimeProblem: `unknown_model`, `unknown_version`, or of the copy: see `Store.take`.
+            RuntimeProblem: `unknown_model`, `unknown_version`, or an error of the copy: see `Store.take`.
         """
         held = HeldVersion(self, model_id, version, on_piece)
         try:
@@ -219,13 +217,13 @@ class HeldVersion:
     They are found in the repository, taken into a private copy, and settled in the store, or found there.
 
     Attributes:
-        root: what no file may leave.
-        folder: where workers find the files; another one once a private copy is settled.
+        root: the folder that no file may leave.
+        folder: the folder that workers load from; it changes when a private copy is settled.
         files: as the repository has them, or had them when they were loaded, in order of their paths.
         sha256s: their hashes, in the same order; None until they are known.
-        digest: of the stored version that is held; None until there is one.
-        copying_us: how long taking them into the store took; None if they were there.
-        hashing_us: how long hashing took; 0 if the hashes were known.
+        digest: the digest of the held version of the store, or None.
+        copying_us: the duration of the copy into the store; None if the files were there.
+        hashing_us: the duration of hashing; 0 if the hashes were known.
     """
 
     def __init__(
@@ -261,7 +259,7 @@ class HeldVersion:
         """The files as the ledger records them.
 
         Raises:
-            RuntimeError: they have not been hashed.
+            RuntimeError: the files have not been hashed.
         """
         if self.sha256s is None:
             raise RuntimeError(f"the files in {self.folder} have not been hashed")
@@ -272,12 +270,12 @@ class HeldVersion:
 
     @property
     def contents(self) -> Contents | None:
-        """Path and hash of each file; None until they are known."""
+        """The path and hash of each file; None until the hashes are known."""
         return None if self.sha256s is None else contents_of(self.loaded_files)
 
     async def obtain(self, expected: Sequence[LoadedFile] | None, *, may_copy: bool = True) -> None:
         """Find or take the files, once; for arguments and errors see `Versions.version`."""
-        if expected is not None:  # whatever the repository is like: it may not be there any more
+        if expected is not None:  # the repository may not exist any more
             await self._run(partial(self._find, contents_of(expected), expected))
         if not self.files:
             if self._store is not None and not may_copy:
@@ -320,7 +318,7 @@ class HeldVersion:
             await self._run(partial(self._store.make_durable, self.digest))
 
     def leave(self) -> None:
-        """Give the files back, as soon as no thread works on them; a copy that is not settled is removed."""
+        """Give the files back once no thread works on them, and remove a copy that is not settled."""
         self._has_left = True
         if self._running is None or self._running.done():
             self._release()
@@ -332,13 +330,12 @@ class HeldVersion:
         return await asyncio.shield(running)
 
     async def _read_repository(self, work: Callable[[], T]) -> T:
-        """Return the result of what reads files of the repository in a thread.
+        """Return the result of work that reads files of the repository in a thread.
 
-        The version's folder is listed first, in the pool, of which a file system that hangs takes one thread
-        only.
+        The version's folder is listed first, in the pool, so that a file system that hangs takes one thread.
 
         Raises:
-            RepositoryBusy: `repository_busy`, it did not go on for `LOAD_LIMIT_S`.
+            RepositoryBusy: `repository_busy`, no progress for `LOAD_LIMIT_S`.
         """
         find_file = partial(self._repository.find_file, self.model_id, self.version)
         await self._repository.file_system.run(self.model_id, find_file, LOAD_LIMIT_S)
@@ -366,7 +363,7 @@ class HeldVersion:
         return True
 
     def _take(self, *, is_reload: bool) -> None:
-        """Find or take the files that the repository has; a reload cannot go on without them."""
+        """Find or take the files of the repository; a reload cannot go on without them."""
         try:
             with self._repository.open_version(self.model_id, self.version) as (folder, found):
                 self._take_from(folder, found)
@@ -440,7 +437,7 @@ class HeldVersion:
             return
         try:
             threading.Thread(target=give_back, name=THREAD).start()
-        except RuntimeError:  # no new thread; a long copy would take its time on the loop
+        except RuntimeError:  # no new thread; a long copy would block the loop
             asyncio.get_running_loop().call_later(GIVE_BACK_RETRY_S, self._release)
 
     def _gone(self, reason: str) -> RuntimeProblem:
@@ -467,7 +464,7 @@ def _refuse_changed(folder: VersionFolder, files: tuple[FoundFile, ...]) -> None
 
 
 def _read_tensors(descriptor: int, file: FoundFile) -> ModelTensors | str:
-    """Return a file's inputs and outputs, or why there are none to read."""
+    """Return a file's inputs and outputs, or why they cannot be read."""
     try:
         return read_tensors(FileWindows(descriptor), file.bytes)
     except TooManyFields as problem:

@@ -1,7 +1,7 @@
 """Dynamic batching: the queue of requests, what may run together, joined inputs and split outputs.
 
-Requests go together that bring the same inputs, of equal shapes but for the first dimension, and ask for the
-same outputs. The oldest request is always in the next batch: the server relies on that when it looks for the
+Requests go together that have the same inputs, of equal shapes but for the first dimension, and want the same
+outputs. The oldest request is always in the next batch: the server relies on that when it looks for the
 inference that a worker is stuck in.
 """
 
@@ -20,7 +20,7 @@ from runtime.worker.sharedtensors import Room
 MAX_WAITING_BYTES = 64 * 2**20
 MAX_WAITING = 1024
 """Beyond either limit the worker reads no more until a batch has run. The rest waits at the server, which
-limits it."""
+has a limit, too."""
 
 
 class BatchRequest(msgspec.Struct, frozen=True, eq=False):
@@ -34,10 +34,10 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
         alone: whether it must run alone.
         sent_ns: when the server sent it, or 0.
         came_ns: when the worker received it.
-        input_ns: how long its decoding took.
-        queue_ns: how long it waited to be received while the worker was busy with other requests.
-        room: where in shared memory its outputs may go.
-        deadline_ns: when nothing wants its answer any more, or 0.
+        input_ns: the duration of its decoding.
+        queue_ns: its wait to be received while the worker was busy with other requests.
+        room: the part of shared memory for its outputs.
+        deadline_ns: the end of its time limit, or 0.
     """
 
     number: int
@@ -60,7 +60,7 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
         )
 
     def waiting_since_ns(self) -> int:
-        """Return when its wait began: at the server or, without its time, here."""
+        """Return when its wait began: when the server sent it or, if unknown, when the worker received it."""
         return min(self.sent_ns, self.came_ns) or self.came_ns
 
     def bytes(self) -> int:
@@ -83,7 +83,7 @@ class BatchDimension:
         """Return a request's size, and whether it must run alone.
 
         Raises:
-            InvalidInput: `invalid_input`, it exceeds the limit, or its inputs differ in size.
+            InvalidInput: `invalid_input`, the request exceeds the limit, or its inputs differ in size.
         """
         batched = (array for name, array in feed.items() if name in self._inputs)
         sizes = {array.shape[0] if array.ndim else None for array in batched}
@@ -132,10 +132,10 @@ class Queue:
     def drop(self, is_over: Callable[[BatchRequest, int], bool]) -> bool:
         """Remove the requests of the next batch that are over; returns whether there were any.
 
-        Others, which may not have been read yet, take their places.
+        Other requests, which may not have been read yet, take their places in the batch.
 
         Args:
-            is_over: says whether a request is not to be run in a batch of such a size.
+            is_over: says whether a request is not to be run in a batch of this size.
         """
         group, size = self._next(), 0
         waiting_size, over = group.size, list[BatchRequest]()
@@ -153,7 +153,7 @@ class Queue:
         return bool(over)
 
     def take(self) -> list[BatchRequest]:
-        """Remove and return the next batch: the oldest request, and those that may run with it."""
+        """Remove and return the next batch: the oldest request, and others that may run with it."""
         group = self._next()
         batch: list[BatchRequest] = []
         size = 0

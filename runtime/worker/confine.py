@@ -1,7 +1,7 @@
 """How a worker is confined before it reads a byte of a model, and how a throw-away worker tests that.
 
-ONNX Runtime parses a model's bytes in C++, so a model file may take over its worker. What the worker may do
-is therefore reduced to what serving one model takes: Landlock restricts files, seccomp the system calls. Both
+ONNX Runtime parses a model's bytes in C++, so a model file may take over its worker. The worker's rights are
+therefore reduced to those for serving one model: Landlock restricts files, seccomp the system calls. Both
 bind the calling thread and those that it starts, so they come before all threads of ours.
 """
 
@@ -41,9 +41,9 @@ from runtime.worker.seccomp import Grants
 MAX_DESCRIPTORS = 256
 """A worker has five, and opens a model's files one after the other."""
 NO_UNNAMED_FILES = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}
-"""Of a file system that has only files with names."""
+"""Errors of a file system that has only files with names."""
 CONTROL_SOCKET = "control.sock"
-"""As `server.auth.control` names it, in the data directory."""
+"""The name of `server.auth.control`'s socket in the data directory."""
 LIBRARY_FOLDERS = {"site-packages", "dist-packages"}
 SYSTEM_PATHS = ("/proc/self/status", "/proc/self/maps", "/proc/meminfo", "/sys/devices/system/cpu")
 """The C library and ONNX Runtime read these to find out how much memory and how many cores there are; our own
@@ -53,12 +53,12 @@ DRIVER_PATHS = (
     *("/etc/ld.so.cache", "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/cuda", "/usr/local/nvidia"),
     *("/proc/driver/nvidia", "/proc/devices", "/proc/self", "/sys"),
 )
-"""Files that NVIDIA's driver reads, and folders of its libraries and of CUDA's. It is from what is said about
-the driver, and not tried."""
+"""Files that NVIDIA's driver reads, and folders of its libraries and of CUDA's. The list follows the driver's
+documentation and was not tried."""
 
 
 def _find_code() -> tuple[str, ...]:
-    """Return where the code of a worker lies: Python's library, and the packages that a worker imports."""
+    """Return the folders of a worker's code: Python's library, and the packages that a worker imports."""
     folders = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib")}
     for module in (np, ort, msgspec, runtime):
         package = Path(module.__path__[0])
@@ -104,7 +104,7 @@ def _find_libraries(order: Load | Probe | ReadJson) -> tuple[Library, ...]:
 
 
 def _find_grants(order: Load | Probe | ReadJson) -> Grants:
-    """Return the profile of an order. A probe gets what any worker gets, with the providers that it has."""
+    """Return an order's profile. A probe has that of any worker with the same providers."""
     grants = Grants.NOTHING
     for library in _find_libraries(order):
         grants |= Grants.CODE | (Grants.DRIVERS if library.has_driver else Grants.NOTHING)
@@ -121,9 +121,9 @@ def _find_accesses(order: Load | Probe | ReadJson) -> dict[str, int]:
 
 
 def probe(order: Probe) -> Probed:
-    """Apply the layers of an order one by one, as far as this kernel allows, then try forbidden things.
+    """Apply the layers of an order one by one, as far as this kernel allows, then try forbidden acts.
 
-    In between it registers the providers of the order, and lists their targets.
+    In between it registers the order's providers, and lists their targets.
     """
     abi, applied, problems = landlock.find_abi(), list[Layer](), list[str]()
     target = _Target(order.outside, os.getppid())
@@ -146,7 +146,7 @@ def probe(order: Probe) -> Probed:
 
 
 class _Target(NamedTuple):
-    """A folder outside of everything that a worker may read, and the fork server's process id."""
+    """A folder that no worker may read, and the fork server's process id."""
 
     outside: str
     fork_server: int
@@ -187,7 +187,7 @@ def _start_process(_: _Target) -> None:
 
 
 def _read_memory(target: _Target) -> None:
-    """Read the fork server's memory: None has the same address there."""
+    """Read the fork server's memory, where None has the same address as here."""
     descriptor = os.open(f"/proc/{target.fork_server}/mem", os.O_RDONLY)
     try:
         os.pread(descriptor, 8, id(None))
@@ -196,13 +196,13 @@ def _read_memory(target: _Target) -> None:
 
 
 def _run_code(_: _Target) -> None:
-    """Map memory that could be written and then executed."""
+    """Map memory that can be written and then executed."""
     code = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
     mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, code).close()
 
 
 def _call_driver(_: _Target) -> None:
-    """Ask the driver of stdin, /dev/null, for the size of a window, which it does not know."""
+    """Ask the driver of stdin, /dev/null, for the size of a window, a call that this driver does not know."""
     try:
         fcntl.ioctl(0, termios.TIOCGWINSZ, bytes(8))
     except OSError as error:
@@ -211,7 +211,7 @@ def _call_driver(_: _Target) -> None:
 
 
 def _manage_server(target: _Target) -> None:
-    """Read where the control socket's key is, and connect to the socket; no server need listen yet."""
+    """Read the control socket's key, and connect to the socket; no server need listen yet."""
     folder = os.open(target.outside, os.O_RDONLY)
     try:
         with socket.socket(socket.AF_UNIX) as control, suppress(FileNotFoundError, ConnectionRefusedError):
@@ -230,4 +230,4 @@ FORBIDDEN_ACTS: Mapping[ForbiddenAct, Callable[[_Target], None]] = {
     "call_drivers": _call_driver,
     "manage_server": _manage_server,
 }
-"""Eight forbidden things; one that the kernel refuses raises OSError."""
+"""Eight forbidden acts; each raises OSError if the kernel refuses it."""

@@ -1,7 +1,7 @@
-"""Declared inputs and outputs of a model, held against the limits of requests and answers.
+"""Declared inputs and outputs of a model, compared with the limits of requests and answers.
 
-A model that no request can ask is refused at its load, and an answer of fixed shapes that is too long before
-it is computed. Names of dimensions say too little for that: of a model that halves the sides of a picture,
+A model that no request can ask is refused at its load; an answer of fixed shapes that is too long is refused
+before it is computed. Names of dimensions prove little: for a model that halves the sides of a picture,
 converters give the output's sides the names of the input's, and ONNX Runtime only warns.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from runtime.wire import DATATYPES, LENGTH, MAX_DIMENSIONS, MAX_PAYLOAD_BYTES, MAX_REQUEST_BYTES, TensorSpec
 
 HEAD_BYTES = 64 * 2**10
-"""Of the JSON of a request before its tensors."""
+"""Part of a request's JSON before its tensors."""
 OUTPUT_ADVICE = {
     "map(": "convert the model with zipmap=False (of skl2onnx: options={'zipmap': False})",
     "seq(": "end the graph with SequenceAt or ConcatFromSequence, which make a tensor of a sequence",
@@ -27,9 +27,9 @@ INPUT_ADVICE = {
 def explain_uselessness(
     inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], max_request_bytes: int
 ) -> str | None:
-    """Return why each inference of a model would be refused, and what to change; None if some would not.
+    """Return why every inference of a model would be refused, and what to change, or None.
 
-    Open lengths are taken to be 1, and those of an output 0.
+    Open lengths count as 1, and those of an output as 0.
     """
     required = [spec for spec in inputs if not spec.optional]
     for spec in required:
@@ -71,6 +71,6 @@ def _enlarge(needed: int) -> str:
 
 
 def least_bytes(spec: TensorSpec, open_length: int) -> int:
-    """Return the bytes of a tensor of the protocol with this for each length that the model leaves open."""
+    """Return the bytes of a tensor of the protocol, with `open_length` for each open length."""
     lengths = (length if length >= 0 else open_length for length in spec.shape)
     return math.prod(lengths) * (DATATYPES[spec.datatype].size or LENGTH.size)

@@ -1,8 +1,8 @@
 """Finds an example of a model's inputs: zeros, or ones, of lengths that the model runs on.
 
-A file may leave lengths open that its operators do not: a picture's sides have to be multiples of 32, a
-sequence needs 512 samples. The search tries usual lengths, the numbers that the runtime names when it refuses
-one, and those of the model's weights.
+A file may leave lengths open although its operators do not: a picture's sides must be multiples of 32, a
+sequence needs 512 samples. The search tries usual lengths, the numbers in the runtime's refusals, and the
+lengths of the model's weights.
 """
 
 import math
@@ -21,27 +21,27 @@ from runtime.wire import DATATYPES, Example, Fill, TensorSpec, plain_text
 from runtime.worker.sessions import is_out_of_memory
 
 MAX_EXAMPLE_BYTES = 64 * 2**20
-"""Limit of an example: the size of a request. A model that declares more is hardly run with that much."""
+"""Limit of an example: the size of a request. A larger declared model is unlikely to be run at that size."""
 TEXT_BYTES = 40
 """Size of an empty element of BYTES: numpy's reference to it, and ONNX Runtime's string."""
 MAX_INPUTS = 64
 """Inputs of a model that has examples: a decoder with the keys and values of thirty layers has so many."""
 SIDES = (32, 48, 64, 96, 112, 128, 160, 224, 256, 299, 320, 384, 416, 512, 640, 1024)
-"""Lengths of the open sides of a picture or volume, the smallest first: what the first run of a session
-takes, ONNX Runtime's arena keeps."""
+"""Lengths of the open sides of a picture or volume, the smallest first, since ONNX Runtime's arena keeps the
+memory of a session's first run."""
 USUAL_SIDE = 224
 """Length of a side that most models of pictures were trained with."""
 SEQUENCE_LENGTHS = (16, 512, 256, 128, 64, 32, 1, 8, 1024, 1600, 2048, 4096, 8000, 16000, 48000, 80)
 """Lengths of a sequence: words, frames, samples."""
 PICTURE_DIMENSIONS = 4
 MAX_HINTS = 32
-"""Numbers of refusals and weights that are tried."""
+"""Numbers from refusals and weights that are tried."""
 MAX_REFUSAL_BYTES = 256
-"""Of a refusal that is kept, with each input."""
+"""Length of a refusal that is kept, with each input."""
 _NUMBER = re.compile(r"\b\d{1,5}\b")
 
 Dimension = tuple[str, int] | str
-"""An open dimension: its name, which is the same length in all inputs, or an input's name and an index."""
+"""An open dimension: its name, which has one length in all inputs, or an input's name and an index."""
 Lengths = Mapping[Dimension, int]
 
 
@@ -50,9 +50,9 @@ class SearchResult:
     """The result of a search.
 
     Attributes:
-        examples: by input; of the first try if the model refused all of them.
+        examples: by input; those of the first try if the model refused all tries.
         run_us: the duration of the run; None if the model refused all tries.
-        problem: of the first try, likewise.
+        problem: the refusal of the first try, likewise.
         is_finite: whether the model answered without NaN and infinities.
     """
 
@@ -75,10 +75,10 @@ def find_example(
     *,
     is_batched: bool,
 ) -> SearchResult | None:
-    """Return an example of the inputs that a model requires; None if none may be made or sent.
+    """Return an example of the inputs that a model requires, or None if none may be made or sent.
 
     Args:
-        required: these inputs.
+        required: the required inputs.
         run: runs the model on arrays by name and returns its answers; raises RuntimeProblem.
         on_begin: called before the first run, and only if there is one.
         read_weight_lengths: reads the lengths of the model's weights.
@@ -111,13 +111,13 @@ def find_example(
 
 
 def is_fixed(spec: TensorSpec, *, is_batched: bool) -> bool:
-    """Whether an input leaves no length open but that of the batch."""
+    """Whether an input leaves no length open but the batch's."""
     opened = (index for index, length in enumerate(spec.shape) if length < 0)
     return all(_is_batch(spec, index, is_batched=is_batched) for index in opened)
 
 
 def _is_batch(spec: TensorSpec, index: int, *, is_batched: bool) -> bool:
-    """Whether a dimension is the batch's: usually the first one, but not of a lone sequence of floats."""
+    """Whether a dimension is the batch's: usually the first one, except for a single sequence of floats."""
     return index == 0 and (is_batched or len(spec.shape) > 1 or _is_whole(spec))
 
 
@@ -169,9 +169,9 @@ def _lengths_to_try(
 
     Args:
         required: the inputs.
-        found: what was found with the lengths that were yielded so far.
+        found: the result with the lengths yielded so far.
         read_weight_lengths: see `find_example`.
-        is_batched: likewise.
+        is_batched: see `find_example`.
     """
     kinds: dict[Dimension, Sequence[int]] = {}
     batch, first = dict[Dimension, int](), dict[Dimension, int]()
@@ -181,7 +181,7 @@ def _lengths_to_try(
             name = dimension if isinstance(dimension, str) else ""
             is_side = len(spec.shape) >= PICTURE_DIMENSIONS and index > 0
             kinds.setdefault(dimension, SIDES if is_side else SEQUENCE_LENGTHS)
-            if "past" in name:  # keys and values of earlier tokens, of which there are none
+            if "past" in name:  # keys and values of earlier tokens: there are none
                 batch[dimension] = 0
             elif "batch" in name.lower() or _is_batch(spec, index, is_batched=is_batched):
                 batch[dimension] = 1
@@ -215,7 +215,7 @@ def _shape(spec: TensorSpec, lengths: Lengths) -> tuple[int, ...]:
 
 
 def _total_bytes(required: Iterable[TensorSpec], shapes: Iterable[tuple[int, ...]]) -> int:
-    # A length of 0 does not make the others any that numpy takes.
+    # A length of 0 does not allow the others to exceed numpy's limit.
     return sum(
         math.prod(max(length, 1) for length in shape) * (DATATYPES[spec.datatype].size or TEXT_BYTES)
         for spec, shape in zip(required, shapes, strict=True)

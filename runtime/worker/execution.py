@@ -45,9 +45,9 @@ MAX_BUFFERS = 512
 KEPT_RUNS = 16
 """Latest runs of a size of inputs whose durations are kept."""
 KNOWN_NS = 10**9
-"""After so long without a run the next request is tried, whatever the runs before it took."""
+"""After so long without a run the next request is tried, whatever the duration of earlier runs."""
 UNUSUAL = 2
-"""A run that takes so many times as long as the longest of the latest is unusually long."""
+"""A run is unusually long if it takes this many times the longest of the latest runs."""
 
 _ENCODER = msgspec.msgpack.Encoder()
 _ROOM = bytes(PREFIX.size)
@@ -55,7 +55,7 @@ _ROOM = bytes(PREFIX.size)
 
 NO_MEMORY = "the worker has not enough memory for this inference"
 _NO_MEMORY = InferenceFailed(NO_MEMORY)
-"""Made now: there may be no memory for it when it is needed."""
+"""Made in advance: there may be no memory for it when it is needed."""
 SHRINK_ARENA = ("memory.enable_memory_arena_shrinkage", "cpu:0")
 """onnxruntime_run_options_config_keys.h: at the end of a run, free what no tensor uses."""
 
@@ -64,8 +64,8 @@ class Outbox:
     """Sends answers, and delays small ones while more are about to follow.
 
     Sending many answers at once saves both sides a system call each, and the server a turn of its loop. The
-    price is that an answer waits for the runs after it: for `HELD_NS`, and if a run turns out to be longer
-    than the one before, for twice `WATCH_S`, after which a thread sends it.
+    price is that an answer waits for the runs after it: for `HELD_NS`, and if a run is longer than the one
+    before, for twice `WATCH_S`, after which a thread sends it.
 
     When the server has closed the channel, the process ends.
     """
@@ -79,10 +79,10 @@ class Outbox:
         self._watcher: threading.Thread | None = None
 
     def put(self, message: Message, parts: Sequence[Buffer] = ()) -> None:
-        """Queue a frame with its tensors' data, which is sent now or at the latest with the next `flush`.
+        """Queue a frame with its tensors' data; it is sent now or at the latest with the next `flush`.
 
         Raises:
-            MemoryError: there is no memory for it; nothing is queued.
+            MemoryError: there is no memory for the frame; nothing is queued.
         """
         payload = sum(map(len, parts))
         with self._lock:
@@ -121,12 +121,12 @@ class Outbox:
             self.flush()
 
     def _watch(self) -> bool:
-        """Wake the thread; returns False if it cannot start, and nothing may be delayed."""
+        """Wake the thread; returns False if the thread cannot start, so that nothing may be delayed."""
         if self._watcher is None:
             watcher = threading.Thread(target=self._run_watcher, name="outbox", daemon=True)
             try:
                 watcher.start()
-            except RuntimeError:  # no memory for it
+            except RuntimeError:  # no memory for a thread
                 return False
             self._watcher = watcher
         self._watched.set()
@@ -142,7 +142,7 @@ class Outbox:
                     self._send_some()
 
     def _send_some(self) -> None:
-        """Send what the socket takes at once: to block here would block the other thread."""
+        """Send as much as the socket takes at once: blocking here would block the other thread."""
         try:
             del self._held[: self._channel.send(self._held, socket.MSG_DONTWAIT)]
         except BlockingIOError:
@@ -159,7 +159,7 @@ class Outbox:
                     sent -= len(buffers.pop(0))
                 if buffers:
                     buffers[0] = buffers[0][sent:]
-        except (OSError, MemoryError):  # the channel is closed; or half a frame is sent
+        except (OSError, MemoryError):  # the channel is closed, or half a frame is sent
             os._exit(0)
 
     def fail(self, number: int, problem: RuntimeProblem) -> None:
@@ -180,9 +180,9 @@ def _append(held: bytearray, message: Message, payload: int, parts: Sequence[Buf
 
 
 class LatestRuns:
-    """Durations of a model's latest runs: what a request is likely to need, by the size of its inputs.
+    """Durations of a model's latest runs, to predict that of a request by the size of its inputs.
 
-    Inputs are alike whose bytes have the same power of two.
+    Sizes with the same power of two count as equal.
 
     Attributes:
         slowest_ns: the longest of all runs.
@@ -205,10 +205,10 @@ class LatestRuns:
         return max(self._durations_ns.get(input_bytes.bit_length(), ()), default=0)
 
     def needed_ns(self, input_bytes: int, waited_ns: int, now_ns: int) -> int:
-        """Return the time that a request needs at least; 0 if no run has shown that for `KNOWN_NS`.
+        """Return the least time that a request needs; 0 if no run was recorded within `KNOWN_NS`.
 
-        A request that has waited for a run is one of many, of which another could be in time instead: it
-        needs as long as seven of eight runs took. Any other is tried if a single run was short enough.
+        A request that has waited for a run is one of many, and another could be in time instead: it needs as
+        long as seven of eight runs took. Any other request is tried if a single run was short enough.
         """
         magnitude = input_bytes.bit_length()
         if now_ns - self._ended_ns.get(magnitude, -KNOWN_NS) > KNOWN_NS:
@@ -219,10 +219,10 @@ class LatestRuns:
 
 
 class Cancellation:
-    """Assigns each cancellation to its inference, which may be still to come, waiting or running.
+    """Assigns each cancellation to its inference, which may be running, waiting or still to come.
 
-    The worker's two threads share it. One execution runs at a time, of one inference or of a batch. A member
-    that is given up leaves its batch, which goes on for the others unless it takes unusually long.
+    The worker's two threads share the object. One execution runs at a time, of one inference or of a batch. A
+    member that is given up leaves its batch, which goes on for the others unless it takes unusually long.
     """
 
     def __init__(self) -> None:
@@ -232,7 +232,7 @@ class Cancellation:
         self._latest = -1
         self._waiting: set[int] = set()
         self._usual_until_ns = 0
-        self._cancelled: dict[int, bool] = {}  # and whether it is answered
+        self._cancelled: dict[int, bool] = {}  # whether the inference is answered
 
     def wait(self, number: int) -> None:
         """Note that an inference waits, and that later ones may start before it."""
@@ -243,15 +243,15 @@ class Cancellation:
         """Take a waiting or new inference out if it is cancelled.
 
         Returns:
-            Whether it is answered; None if it is not cancelled.
+            Whether the inference is answered; None if it is not cancelled.
         """
-        if not self._cancelled:  # as nearly always; `begin` finds later cancellations
+        if not self._cancelled:  # the usual case; `begin` finds later cancellations
             return None
         with self._lock:
             return self._forget(number) if number in self._cancelled else None
 
     def skip(self, number: int) -> bool:
-        """Take a waiting or new inference out; returns whether it is answered, as cancelled."""
+        """Remove a waiting or new inference; returns whether it is answered, as cancelled."""
         with self._lock:
             return self._forget(number)
 
@@ -263,7 +263,7 @@ class Cancellation:
     def begin(self, numbers: Sequence[int], usual_ns: int = 0) -> ort.RunOptions | None:
         """Start these inferences; returns None and starts none if one of them is cancelled.
 
-        After `usual_ns` a member that is given up ends the run: it may be what takes so long.
+        After `usual_ns` a member that is given up ends the run, as its inputs may be the reason of the delay.
         """
         options = ort.RunOptions()  # of its own for each execution: `terminate` must not outlive it
         with self._lock:
@@ -277,7 +277,7 @@ class Cancellation:
         return options
 
     def end(self) -> Collection[int]:
-        """End the running inferences; returns those that have left, which are answered."""
+        """End the running inferences; returns those that have left the batch, which are answered."""
         with self._lock:
             left: Collection[int] = ()
             if self._cancelled:
@@ -286,7 +286,7 @@ class Cancellation:
         return left
 
     def end_for_rerun(self) -> None:
-        """Let the running inferences wait again; their cancellations stay."""
+        """Move the running inferences back to the waiting ones; their cancellations stay."""
         with self._lock:
             self._waiting.update(each for each in self._running if each not in self._cancelled)
             self._running, self._options = (), None
@@ -295,7 +295,7 @@ class Cancellation:
         """Cancel an inference that runs, waits or is still to come; one that is over is ignored.
 
         Returns:
-            Whether the caller must answer it: nothing else will, as it waits, or leaves a batch that goes on.
+            Whether the caller must answer it, because it waits or leaves a batch that goes on.
         """
         with self._lock:
             if number in self._cancelled:
@@ -315,7 +315,7 @@ class Cancellation:
             return must_answer
 
     def _is_wanted_without(self, number: int) -> bool:
-        """Whether the run is to go on when this member leaves."""
+        """Whether the run goes on when this member leaves."""
         is_usual = time.monotonic_ns() < self._usual_until_ns
         return is_usual and any(each != number and each not in self._cancelled for each in self._running)
 
@@ -326,9 +326,9 @@ class InferenceExecutor:
     Args:
         runner: runs the model.
         outbox: takes the answers.
-        cancellation: what the other thread cancels.
-        dimension: that of batches; None runs each request alone.
-        shared: where long outputs go.
+        cancellation: receives the cancellations of the other thread.
+        dimension: the batch dimension; None runs each request alone.
+        shared: the memory for long outputs.
     """
 
     def __init__(
@@ -346,18 +346,18 @@ class InferenceExecutor:
         self._shared = shared
         self._last_run_ns = 0
         self._latest_runs = LatestRuns()
-        self._free_ns = 0  # when the latest request was over
+        self._free_ns = 0  # when the latest request ended
         self._must_shrink = False
 
     def prepare(self, infer: Infer, tensors: Sequence[Tensor]) -> BatchRequest | None:
-        """Decode a request; None if it is refused or cancelled, which is answered.
+        """Decode a request, or answer it and return None if it is refused or cancelled.
 
-        A cancelled request is not decoded: a long text would take longer than the client waits.
+        A cancelled request is not decoded: decoding a long text may exceed the client's patience.
         """
         if self._drop_cancelled(infer.id):
             return None
         came_ns = time.monotonic_ns()
-        if self._must_shrink:  # of an earlier request, whose objects are gone by now
+        if self._must_shrink:  # for an earlier request, whose objects are freed by now
             return_free_memory()
         try:
             outputs = self._runner.select_outputs(infer.outputs, infer.text, infer.digest)
@@ -365,7 +365,7 @@ class InferenceExecutor:
             size, alone = (1, True) if self._dimension is None else self._dimension.measure(feed)
         except MemoryError:
             self.refuse(infer.id)
-        except RuntimeProblem as problem:  # keep no other reference: its traceback holds the tensors
+        except RuntimeProblem as problem:  # keep no other reference: the traceback holds the tensors
             self.refuse(infer.id, problem)
         else:
             queue_ns = max(0, self._free_ns - infer.sent_ns) if infer.sent_ns else 0
@@ -377,7 +377,7 @@ class InferenceExecutor:
         return None
 
     def is_over(self, request: BatchRequest, batch_size: int) -> bool:
-        """Return whether a request is not to be run in a batch of this size: cancelled, or too late.
+        """Return whether a request is cancelled, or too late for a run in a batch of this size.
 
         Such a request is answered.
         """
@@ -408,7 +408,7 @@ class InferenceExecutor:
         self._free_ns = time.monotonic_ns()
 
     def _begin(self, numbers: Sequence[int], input_bytes: int) -> ort.RunOptions | None:
-        """Start these inferences as `Cancellation.begin` does; after a lack of memory, shrink the arena."""
+        """Start inferences as `Cancellation.begin` does; after a lack of memory, shrink the arena."""
         usual_ns = UNUSUAL * self._latest_runs.longest_ns(input_bytes) if len(numbers) > 1 else 0
         options = self._cancellation.begin(numbers, usual_ns)
         if options is not None and self._must_shrink:
@@ -417,20 +417,20 @@ class InferenceExecutor:
         return options
 
     def _run_at_once(self, batch: Sequence[BatchRequest]) -> Sequence[Sequence[BatchRequest]]:
-        """Run and answer these requests; of several none is answered if the run fails or is ended.
+        """Run and answer these requests; if the run of several fails or is ended, none is answered.
 
         So no request fails because of another.
 
         Returns:
-            The batches that are to be run instead, the last one first: each request alone after a failure,
-            and all together if one of them was given up.
+            The batches to be run instead, the last one first: each request alone after a failure, and all
+            together if one of them was given up.
         """
         is_one = len(batch) == 1
         input_bytes = sum([request.bytes() for request in batch])
         try:
             self._outbox.before_run(self._last_run_ns)
             begun_ns = time.monotonic_ns()
-            # Joined before, as the server may use the memory of a member's inputs again once it has left.
+            # Joined first, as the server may reuse the memory of a member's inputs once the member has left.
             feed = batch[0].feed if is_one else join_inputs(batch)
             options = self._begin([request.number for request in batch], input_bytes)
             if options is None:
@@ -460,7 +460,7 @@ class InferenceExecutor:
             if problem is None:
                 execution_size = 0
             else:
-                part.clear()  # else there may be no memory for the message
+                part.clear()  # else memory for the message may be missing
                 self._fail(request.number, problem)
         return ()
 
@@ -472,21 +472,21 @@ class InferenceExecutor:
         ran_ns: int,
         execution_size: int,
     ) -> RuntimeProblem | None:
-        """Answer a request that was run; returns why its outputs could not be sent, and None if they were.
+        """Answer a request that was run; returns why its outputs could not be sent, or None.
 
-        The encoding of its outputs includes that of the requests before it in a batch.
+        The duration of encoding includes that of the earlier requests of the batch.
         """
         try:
             heads, parts = self._runner.encode_outputs(request.outputs, arrays, request.room)
             output_ns = time.monotonic_ns() - ran_ns
             outcome = Outcome(request.number, heads, *times, output_ns, request.size, execution_size)
             self._outbox.put(outcome, parts)
-            if request.room is not None and request.room.is_used:  # so long an answer waits for no other
+            if request.room is not None and request.room.is_used:  # a long answer waits for no other
                 self._outbox.flush()
         except MemoryError:
             return _NO_MEMORY
         except RuntimeProblem as problem:
-            return problem.with_traceback(None)  # it holds what was encoded
+            return problem.with_traceback(None)  # the traceback holds the encoded outputs
         return None
 
     def _drop_cancelled(self, number: int) -> bool:
@@ -504,10 +504,10 @@ class InferenceExecutor:
     def _fail(self, number: int, problem: RuntimeProblem) -> None:
         text = str(problem)
         if problem is _NO_MEMORY or is_out_of_memory(text):
-            self._must_shrink = True  # ONNX Runtime keeps what it took, and later requests would lack it
+            self._must_shrink = True  # ONNX Runtime's arena keeps its memory, which later requests would lack
         self._outbox.fail(number, problem)
 
 
 def _queue_ns(request: BatchRequest, begun_ns: int) -> int:
-    """Return how long a request waited for others, and to be run; copying and decoding it are no part."""
+    """Return a request's wait for other requests, and to be run, without its copying and decoding."""
     return request.queue_ns + begun_ns - request.came_ns - request.input_ns

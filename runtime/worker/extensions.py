@@ -1,7 +1,7 @@
 """ONNX Runtime Extensions: operators for text, images and tokenisers, with `loadledger[extensions]`.
 
-A worker may not map code once it is confined, so the fork server maps the library for all of them. Only a
-session of a model that names one of its operator sets registers it.
+A worker may not map code once it is confined, so the fork server maps the library for all workers. Only the
+session of a model that names one of its operator sets registers the library.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ INSTALL = "pip install 'loadledger[extensions]'"
 
 
 def find_library() -> str | None:
-    """Return the path of the library; None if it is not installed. Its Python package is not imported."""
+    """Return the path of the library, or None if it is not installed. Its Python package is not imported."""
     found = importlib.util.find_spec("onnxruntime_extensions")
     folders = [] if found is None else found.submodule_search_locations or []
     paths = (
@@ -32,7 +32,7 @@ LIBRARY = find_library()
 
 
 def map_library() -> None:
-    """Map the library into this process, in the fork server; one that cannot be mapped fails the loads."""
+    """Map the library into this process, in the fork server; if that fails, the loads fail."""
     if LIBRARY is not None:
         try:
             ctypes.CDLL(LIBRARY)
@@ -48,7 +48,7 @@ def register(path: Path, chosen: ort.SessionOptions) -> bool:
     """Register the operators for the session of a model that names them.
 
     Returns:
-        Whether the model names them and the library is not installed.
+        Whether the model names operators and the library is not installed.
     """
     if not are_named(path):
         return False

@@ -1,7 +1,7 @@
 """Inputs and outputs of an inference: tensors of the wire, binary or JSON, to numpy's arrays and back.
 
-Source of the rules for JSON: "Tensor Data" of the Open Inference Protocol v2: flat or nested, row-major, as
-many elements as the shape has; FP16 and BF16 have no JSON form.
+Source of the rules for JSON: "Tensor Data" of the Open Inference Protocol v2: flat or nested, row-major, with
+as many elements as the shape; FP16 and BF16 have no JSON form.
 """
 
 import ctypes
@@ -50,14 +50,14 @@ _FLOAT_OR_QUOTED = float | Literal["NaN", "-NaN", "Inf", "-Inf"]
 _ELEMENT: dict[str, type] = {"BOOL": bool, "BYTES": str, "FP32": float, "FP64": float}
 _TYPES = {datatype.name: np.dtype(datatype.numpy) for datatype in DATATYPES.values()}
 _COUNTED_BYTES = 4096
-"""In a longer text numpy counts a byte in a sixth of the time (measured)."""
+"""From this length on, numpy counts a byte in a sixth of the time (measured)."""
 PART_ELEMENTS = 2**14
-"""Of an array that becomes JSON text: Python's numbers of all at once would take eight times its memory, and
-one long text twice its own while it grows."""
+"""Elements of an array that become JSON text at once: Python's numbers for a whole array would take eight
+times its memory, and one long text twice its own while it grows."""
 STRING_BYTES = 96
-"""Of Python's object for a string, and of its place in a list that grows."""
+"""Python's object for a string, and its entry in a growing list."""
 ROOM_BYTES = 2 * 2**20
-"""In such pieces, or smaller ones, Python takes memory."""
+"""Python takes memory in pieces of at most this size."""
 _BRACKET, _COMMA = ord("["), ord(",")
 _FIRST_OF_AN_ELEMENT = frozenset(b'-0123456789tf"')
 _BRACKETS = re.compile(rb"[\[ \t\r\n]*")
@@ -81,7 +81,7 @@ KNOWN_CHOICES = 64
 
 
 def check_json(name: str, datatype: str) -> None:
-    """Refuse to answer with an output that JSON has no form for.
+    """Refuse an output whose datatype has no JSON form.
 
     Raises:
         NotRepresentable: `not_representable`, naming the output.
@@ -95,7 +95,7 @@ def decode_text(tensor: Tensor) -> Any:
     """Return a tensor's JSON text as an array of its datatype and shape.
 
     Raises:
-        InvalidInput: `invalid_input`, naming the input and what is wrong with it.
+        InvalidInput: `invalid_input`, naming the input and its defect.
     """
     name, datatype, shape = tensor.name, tensor.datatype, tensor.shape
     if datatype in _BINARY_ONLY:
@@ -128,10 +128,10 @@ def decode_text(tensor: Tensor) -> Any:
 def _decode_not_finite(
     datatype: str, depth: int, text: bytes, error: msgspec.DecodeError
 ) -> tuple[list[Any], int]:
-    """Return the elements of a text with NaN or infinities, which are strings, and how many those are.
+    """Return the elements of a text with NaN or infinities as strings, and the number of these.
 
     Raises:
-        DecodeError: `error` if there are none, or what is wrong beside them.
+        DecodeError: `error` without NaN or infinities; otherwise the first other defect.
     """
     if b'"' in text:
         raise error
@@ -145,7 +145,7 @@ def _decode_not_finite(
 
 
 def _check_count(name: str, shape: tuple[int, ...], text: Buffer) -> None:
-    """Refuse a text of numbers that has other than the shape's elements before each becomes an object."""
+    """Refuse a text whose number of elements differs from the shape's, before each becomes an object."""
     if len(text) <= _COUNTED_BYTES:
         count = bytes(text).count(b",") + 1
     else:
@@ -158,7 +158,7 @@ def encode_text(name: str, datatype: str, array: Any) -> list[Buffer]:
     """Return an array's elements, flat and row-major, as JSON text, in parts.
 
     Raises:
-        NotRepresentable: `not_representable`, JSON has no form for them, or they are too many.
+        NotRepresentable: `not_representable`, the elements have no JSON form, or are too many.
     """
     check_json(name, datatype)
     if datatype != "BYTES":
@@ -180,7 +180,7 @@ def _encode_part(elements: Any, start: int, total: int) -> bytearray:
     """Return some elements of a list as JSON text, with its brackets and commas where they belong.
 
     Without memory `encode` crashes the process (msgspec 0.22), and `encode_into` raises MemoryError. NaN and
-    infinities are as in JavaScript, which JSON has no form for and Triton's clients read.
+    infinities are written as in JavaScript: JSON has no form for them, and Triton's clients read this one.
     """
     text = bytearray()
     _ENCODER.encode_into(elements.tolist(), text)
@@ -205,13 +205,13 @@ def _check_memory(text: bytes) -> None:
     """Check that there is memory for the strings of a JSON text.
 
     Without it msgspec 0.22 crashes the process. malloc is asked, not mmap: after a long text a heap may keep
-    all memory that the limit allows, and there is none for a new mapping.
+    all memory within the limit, so that a new mapping fails.
 
     Raises:
-        MemoryError: there is not.
+        MemoryError: there is too little.
     """
     needed = ROOM_BYTES + (text.count(b",") + 1) * STRING_BYTES + len(text) * (1 if text.isascii() else 4)
-    np.empty(needed, np.uint8)  # pages that nobody touches take no memory
+    np.empty(needed, np.uint8)  # untouched pages take no memory
 
 
 @cache
@@ -231,13 +231,13 @@ def _depth(data: Buffer) -> int:
 
 
 def _nesting(shape: tuple[int, ...]) -> int:
-    """Return how deeply nested data is: nothing can be nested in a dimension of length 0."""
+    """Return the depth of nested data: nothing can be nested in a dimension of length 0."""
     return shape.index(0) + 1 if 0 in shape else max(1, len(shape))
 
 
 def _array(name: str, datatype: str, values: list[Any], not_finite: int) -> Any:
     try:
-        with np.errstate(over="ignore"):  # the decoder reads FP64; what rounds to infinity is refused
+        with np.errstate(over="ignore"):  # the decoder reads FP64; numbers that round to infinity are refused
             array = np.array(values, _TYPES[datatype])
     except (OverflowError, ValueError) as error:
         raise InvalidInput(f"input '{name}': data is not {datatype} of one shape: {error}") from None
@@ -255,7 +255,7 @@ def _reshape(name: str, array: Any, shape: tuple[int, ...]) -> Any:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SelectedOutputs:
-    """The outputs that a request asks for: their names, and the name, datatype and JSON flag of each.
+    """The requested outputs: their names, and the name, datatype and JSON flag of each.
 
     With `digest`, only their hashes are returned.
     """
@@ -287,12 +287,12 @@ class Runner:
         text: bool,  # noqa: FBT001 - as in `Infer`
         digest: bool = False,  # noqa: FBT001, FBT002
     ) -> SelectedOutputs:
-        """Return the outputs that a request asks for; the same object for the same request, if cached.
+        """Return the outputs that a request asks for, cached by request.
 
         Raises:
             InvalidInput: `invalid_input`, or as NotRepresentable `not_representable`.
         """
-        if len(outputs) > len(self._outputs):  # with repetitions, up to 80,000: not to be cached
+        if len(outputs) > len(self._outputs):  # names repeat, up to 80,000 times: not to be cached
             return self._select(outputs, text, digest)
         return self._known(outputs, text, digest)
 
@@ -337,7 +337,7 @@ class Runner:
         return arrays
 
     def run(self, selected: SelectedOutputs, feed: Mapping[str, Any], options: ort.RunOptions) -> list[Any]:
-        """Run the model once; returns an array for each output, None for an optional one without a value.
+        """Run the model once; returns an array for each output, None for an optional output without a value.
 
         Raises:
             InvalidInput: `invalid_input`.
@@ -364,13 +364,13 @@ class Runner:
     def encode_outputs(
         self, selected: SelectedOutputs, arrays: Sequence[Any], room: Room | None = None
     ) -> tuple[tuple[TensorHead, ...], list[Buffer]]:
-        """Return the heads and data of the outputs; optional ones without a value are left out.
+        """Return the heads and data of the outputs, except optional ones without a value.
 
-        Long ones are copied to `room`, as far as it goes, and are no part of the data.
+        Long outputs are copied to `room`, as far as it has space, and are no part of the data.
 
         Raises:
             NotRepresentable: `not_representable`.
-            InferenceFailed: `inference_failed`, for more than a frame may hold.
+            InferenceFailed: `inference_failed`, the outputs exceed a frame.
         """
         if selected.digest:
             return _digests(selected, arrays)
@@ -449,10 +449,10 @@ def to_array(tensor: Tensor) -> Any:
 
 
 def _to_strings(name: str, elements: list[str] | list[bytes]) -> Any:
-    """Return strings as ONNX Runtime takes them; what is not UTF-8 as bytes.
+    """Return strings as ONNX Runtime takes them; strings that are not UTF-8 as bytes.
 
-    It reads an element of numpy's `S` up to a byte of 0, even beyond its end (1.32), so there is one at each
-    end. Of `V` it takes all bytes, which are as many in each element.
+    ONNX Runtime reads an element of numpy's `S` up to a byte of 0, even beyond its end (1.32), so there is a
+    0 at each end. Of `V` it takes all bytes, the same number in each element.
     """
     if not elements or isinstance(elements[0], str):
         flat: Any = np.empty(len(elements), object)
@@ -472,7 +472,7 @@ def _align(flat: Any) -> Any:
 
     ONNX Runtime's sums differ in their last bits if an input does not begin at a multiple of 16.
     """
-    # Copying a short one costs less than asking for its address.
+    # Copying a short array costs less than asking for its address.
     if flat.nbytes < ALIGNED_COPY_BYTES or flat.ctypes.data % ALIGNMENT:
         return flat.copy()
     return flat
@@ -508,7 +508,7 @@ def _array_of(value: Any, datatype: str) -> Any:
         return None
     if datatype != "BF16":
         return value.numpy()
-    # numpy has no such type, so ONNX Runtime gives no array of it; on the CPU its memory can be read.
+    # numpy has no BF16, so ONNX Runtime gives no array of it; on the CPU its memory can be read.
     shape = value.shape()
     size = int(np.prod(shape, dtype=np.int64)) * DATATYPES[datatype].size
     data = ctypes.string_at(value.data_ptr(), size) if size else b""

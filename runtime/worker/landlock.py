@@ -1,7 +1,7 @@
 """Landlock: the files that a worker may open, and no network, no signals to others.
 
-landlock(7); linux/landlock.h. What the kernel knows to restrict has grown: a version ("ABI") says how far it
-goes, and everything that it knows is restricted.
+landlock(7); linux/landlock.h. The kernel's version of Landlock ("ABI") says which accesses it can restrict,
+and all of these are restricted.
 """
 
 import ctypes
@@ -17,14 +17,14 @@ CREATE_RULESET_VERSION, RULE_PATH_BENEATH = 1, 1
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = (1 << bit for bit in range(4))
 TRUNCATE, IOCTL_DEV = 1 << 14, 1 << 15
 ACCESS_FS_BITS = {1: 13, 2: 14, 3: 15, 4: 15}
-"""How many kinds of access to files an ABI knows; from 5 on 16."""
+"""The number of kinds of access to files that an ABI knows; from ABI 5 on 16."""
 NET_FROM, NET_ALL = 4, 0b11
 """The ABI that restricts bind and connect of TCP."""
 SCOPE_FROM, SCOPE_ALL = 6, 0b11
 """The ABI that restricts connections to abstract sockets, and signals, to processes of the same domain."""
 READS = READ_FILE | READ_DIR
 DRIVES = READS | WRITE_FILE | TRUNCATE | IOCTL_DEV
-"""Of a driver's files in /dev, whose calls (ioctl) an ABI from 5 on restricts."""
+"""Accesses to a driver's files in /dev, whose calls (ioctl) an ABI from 5 on restricts."""
 OF_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
 """Accesses that can be allowed on a path that is no folder."""
 
@@ -32,7 +32,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def find_abi() -> int:
-    """Return the version of the kernel's Landlock; 0 if there is none or it is switched off."""
+    """Return the version of the kernel's Landlock; 0 if it is missing or switched off."""
     try:
         return _call(CREATE_RULESET, 0, 0, CREATE_RULESET_VERSION)
     except OSError:
@@ -40,7 +40,7 @@ def find_abi() -> int:
 
 
 def restrict(accesses: Mapping[str, int]) -> None:
-    """Restrict this thread, and those that it starts, to these paths and what lies beneath them, for good.
+    """Restrict this thread, and threads that it starts, to these paths and all beneath them, for good.
 
     The process needs `no_new_privs` first.
 
@@ -48,7 +48,7 @@ def restrict(accesses: Mapping[str, int]) -> None:
         accesses: `READS` or `DRIVES` by path; paths that do not exist are left out.
 
     Raises:
-        OSError: the kernel has no Landlock, or its reason.
+        OSError: the kernel has no Landlock, or refuses.
     """
     abi = find_abi()
     handled = (1 << ACCESS_FS_BITS.get(abi, 16)) - 1

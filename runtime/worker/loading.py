@@ -1,6 +1,6 @@
 """How a worker loads a model: the session, from the version's files, and the warm-up.
 
-It hashes nothing: the server has taken the files into its store, and hashes them there.
+The worker hashes nothing: the server has taken the files into its store, and hashes them there.
 """
 
 import os
@@ -29,20 +29,20 @@ from runtime.worker.warmup import NO_EXAMPLES, ModelWarmUp, SearchLimit
 PR_SET_THP_DISABLE = 41
 """linux/prctl.h"""
 ENOUGH_BYTES = 2_000_000
-"""Least size of a version's files for huge pages. With less a session is created no faster and can take 2 MB
+"""Least size of a version's files for huge pages. Below it a session is created no faster and can take 2 MB
 more; with 5 MB it takes two thirds of the time, with 50 MB half (measured, decision 22)."""
 OnStage = Callable[[LoadStage], None]
 
 
 def disable_huge_pages() -> None:
-    """Disable huge pages in this process, whatever malloc requests; a kernel that refuses changes nothing."""
+    """Disable huge pages in this process, whatever malloc requests; a refusal by the kernel is ignored."""
     privileges.LIBC.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
 
 
 def load(
     order: Load, given: Sequence[Tensor], limit: SearchLimit, on_stage: OnStage
 ) -> tuple[ServingSession, Loaded]:
-    """Load the model of an order and warm it up on the given inputs; returns it and the server's report.
+    """Load an order's model and warm it up on the given inputs; returns the model and the server's report.
 
     Raises:
         LoadRefused: `invalid_model`, `model_changed`, `unsafe_file`, `out_of_memory`, `warm_up_failed`; with
@@ -53,7 +53,7 @@ def load(
             return _load(order, given, limit, on_stage)
     except UnicodeDecodeError:
         raise LoadRefused("invalid_model", "an input or output has a name that is not UTF-8") from None
-    except OSError as error:  # only without a store: nobody else writes to that
+    except OSError as error:  # only without a store: nobody else writes to the store
         raise LoadRefused("model_changed", f"a file of the model cannot be read any more: {error}") from None
 
 
@@ -78,10 +78,10 @@ def _load(
     if order.target is not None:
         providers.check_tensors(order.target, (*model.inputs, *model.outputs))
     warm_up = ModelWarmUp(order, model, given, _find_file(order), limit)
-    if order.warm_up:  # before it is measured: memory of an inference belongs to the model
+    if order.warm_up:  # before measuring: memory of an inference belongs to the model
         warming_up_us, examples = warm_up.run(loading_ns, lambda: on_stage("warming_up"))
     dependence = warm_up.check_rows(examples, warming_up_us or 0)
-    sessions.return_free_memory()  # of loading: as much as the model keeps
+    sessions.return_free_memory()  # freed by loading: as much as the model keeps
     sessions.lift_load_limit()
     inputs = tuple(msgspec.structs.replace(spec, example=examples.get(spec.name)) for spec in model.inputs)
     return model, Loaded(inputs, model.outputs, loading_ns // 1000, warming_up_us, placed, dependence)
@@ -94,7 +94,7 @@ def _find_file(order: Load) -> Path | None:
 
 
 def _create_session(order: Load) -> tuple[ort.InferenceSession, tuple[ProviderOperators, ...]]:
-    """Return the session of a load, and where its operators run, unless that is the CPU."""
+    """Return the session of a load, and, unless that is the CPU, where its operators run."""
     chosen = sessions.session_options(order.threads)
     added = None if order.target is None else providers.add_target(order.target, order.threads, chosen)
     folder, root = Path(order.folder), Path(os.path.realpath(order.root))

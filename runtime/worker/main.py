@@ -1,9 +1,9 @@
 """The worker process: it holds one session of one model version and serves its two channels.
 
 Its main thread serves the data channel: reads, runs, answers, with no hand-over between. The first message
-says what to load; the worker confines itself to that, and then starts a second thread, which sleeps on the
-control channel, so that a cancellation reaches a running inference. The worker ends when either
-channel ends, on a malformed frame, and after a failed load.
+says what to load; the worker confines itself to that, and then starts a second thread, which waits on the
+control channel, so that a cancellation reaches a running inference. The worker ends when either channel ends,
+on a malformed frame, and after a failed load.
 """
 
 import _thread
@@ -57,16 +57,16 @@ EX_PROTOCOL = 76
 LIMIT_CHECK_S = 0.1
 """Interval in which a load's run is checked for its limit."""
 MAX_WAIT_S = 3600.0
-"""Limit of a wait for more requests of a batch: select takes no endless time."""
+"""Limit of a wait for more requests of a batch: select needs a limit."""
 BUSY_POLL_NS = 400_000
-"""A worker whose last request came within this time busy-polls for this time: at one client of a small model
-requests come every 300 µs (measured), and it answers 1.4 times as many. With fewer requests it sleeps."""
+"""A worker busy-polls for this time after a request that came within this time: one client of a small model
+sends a request every 300 µs (measured), and gets 1.4 times as many answers. With fewer requests it sleeps."""
 STACK_BYTES = 512 * 2**10
 """Stack of our own threads, which do little. The usual 8 MiB would count against a memory limit."""
 
 
 def prepare() -> None:
-    """Do once, in the fork server, what every worker would do first."""
+    """Do the first work of every worker once, in the fork server."""
     run_smallest_model()
     extensions.map_library()
 
@@ -98,7 +98,7 @@ class _Worker:
         self._busy_polls = False
 
     def serve(self) -> None:
-        """Answer requests until the channel ends; those read at once are answered at once."""
+        """Answer requests until the channel ends; requests that are read together are answered together."""
         while self._read():
             if self._queue is not None and self._executor is not None:
                 self._serve_batches(self._queue, self._executor)
@@ -132,7 +132,7 @@ class _Worker:
         return count > 0
 
     def _busy_poll(self, until_ns: int) -> None:
-        """Poll for the next request before sleeping: to be woken costs as much as many runs.
+        """Poll for the next request before sleeping: waking up takes as long as many runs.
 
         Other processes may have the core meanwhile.
         """
@@ -151,7 +151,7 @@ class _Worker:
                 self._cancellation.wait(request.number)
                 self._queue.add(request)
             return
-        if self._executor is not None:  # an order is given once
+        if self._executor is not None:  # a second order
             os._exit(EX_PROTOCOL)
         match message:
             case Load():
@@ -161,11 +161,11 @@ class _Worker:
             case Probe():
                 self._send(probe(message))
                 os._exit(0)
-            case Infer():  # without a model
+            case Infer():  # before a model is loaded
                 os._exit(EX_PROTOCOL)
 
     def _refuse(self, message: Message) -> None:
-        """Refuse a request whose tensors there is no memory for."""
+        """Refuse a request because there is no memory for its tensors."""
         if not isinstance(message, Infer) or self._executor is None:
             raise MemoryError
         self._executor.refuse(message.id)
@@ -174,7 +174,7 @@ class _Worker:
         """Confine this worker before it has another thread, or reads a byte of a model; then load."""
         name_process(order.name)
         confine(order)
-        # Not `threading`: that waits for the thread to start, and so would the load.
+        # Not `threading`: its `start` waits for the new thread, and so would the load.
         _thread.start_new_thread(_listen, (self._control, self._cancellation, self._outbox, self._limit))
         try:
             model, report = load(order, given, self._limit, lambda stage: self._send(StageReached(stage)))

@@ -12,7 +12,7 @@ PR_SET_NO_NEW_PRIVS = 38
 CAPABILITY_HEADER = struct.pack("=Ii", 0x20080522, 0)
 """linux/capability.h: `_LINUX_CAPABILITY_VERSION_3`, of this thread."""
 NO_CAPABILITIES = bytes(24)
-"""No effective, permitted and inheritable ones, in two words each."""
+"""No effective, permitted and inheritable capabilities, in two words each."""
 SYS_MSEAL = 462
 """The number of mseal(2), on all architectures; since Linux 6.10."""
 M_ARENA_MAX = -8
@@ -23,12 +23,12 @@ NO_MEMORY = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000 | 0x100000
 FIRST_ADDRESS = 2**20
 """More than `vm.mmap_min_addr`, below which nothing may be mapped."""
 ADDRESS_BITS = (56, 52, 48, 47, 42, 39)
-"""Of a process: x86_64 has 56 or 47, aarch64 one of the others, as its kernel was built."""
+"""Widths of a process's addresses: 56 or 47 on x86_64; the others on aarch64, depending on the kernel."""
 STACK_ROOM_BYTES = 2**26
-"""Below the first stack: as much as it may grow, 8 MiB as a rule, and the kernel's gap of 1 MiB."""
+"""Space below the first stack: its possible growth, usually 8 MiB, and the kernel's gap of 1 MiB."""
 
 LIBC = ctypes.CDLL(None)
-"""Made once: each makes a class, which on top of the heap keeps malloc from returning what is freed below."""
+"""Made once: each object makes a class, whose place on the heap keeps malloc from returning freed memory."""
 _map = ctypes.CFUNCTYPE(
     ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, *3 * [ctypes.c_int], ctypes.c_ssize_t
 )(("mmap", LIBC))
@@ -50,9 +50,9 @@ def limit_heaps(count: int) -> None:
 def seal_addresses(room_bytes: int) -> None:
     """Make free addresses unusable for good, except `room_bytes` for the heap and as many for mappings.
 
-    RLIMIT_AS counts mapped pages, but a page that is alone in its GiB has 8 KiB of page tables. Nothing else
-    can be mapped at sealed addresses, so page tables take at most 1/512 of those that are left. Sealed
-    addresses count as mapped. Without mseal(2), before Linux 6.10, nothing is sealed.
+    RLIMIT_AS counts mapped pages, but a page that is alone in its GiB has 8 KiB of page tables. Sealed
+    addresses cannot be mapped, so page tables take at most 1/512 of the free ones. Sealed addresses count as
+    mapped. Without mseal(2), before Linux 6.10, nothing is sealed.
     """
     if _seal(SYS_MSEAL, 0, 0, 0) == 0:
         for first, end in list(_find_unneeded(room_bytes)):
@@ -63,8 +63,8 @@ def seal_addresses(room_bytes: int) -> None:
 def _find_unneeded(room_bytes: int) -> Iterator[tuple[int, int]]:
     """Yield the free addresses before, between and after all mappings, except the room (proc_pid_maps(5)).
 
-    Each range is its first address and the one after its last; where there is less than the room, the end
-    comes before the beginning. The heap grows up, and mappings grow down from the lowest library above it.
+    Each range is its first address and the one after its last; a range smaller than the room has its end
+    before its beginning. The heap grows up, and mappings grow down from the lowest library above it.
     """
     room_bytes -= room_bytes % -mmap.PAGESIZE  # whole pages
     first = FIRST_ADDRESS
@@ -78,15 +78,15 @@ def _find_unneeded(room_bytes: int) -> Iterator[tuple[int, int]]:
             room_below = STACK_ROOM_BYTES if line.endswith(b"[stack]") else room_bytes
         yield first, begin - room_below
         first = end + (room_bytes if line.endswith(b"[heap]") else 0)
-    for bits in ADDRESS_BITS:  # those that do not exist cannot be mapped, nor those that have been
+    for bits in ADDRESS_BITS:  # missing and already mapped addresses cannot be mapped
         yield first, 2**bits - mmap.PAGESIZE
 
 
 def drop_privileges() -> None:
-    """Give up all capabilities, which a server of root has, for good.
+    """Give up all capabilities for good; a server that runs as root has them.
 
     Raises:
-        OSError: the kernel keeps the process from it.
+        OSError: the kernel refuses.
     """
     if (
         LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0

@@ -1,7 +1,7 @@
-"""Translates errors of ONNX Runtime, about a model or its inputs, into plain words and the cure.
+"""Translates errors of ONNX Runtime, about a model or its inputs, into plain words with the remedy.
 
-Its texts begin with codes, folders of this server and places in its own source. Texts of 1.31 and 1.32, and
-of OpenVINO's plugin 1.8.1.
+ONNX Runtime's texts begin with codes, folders of this server and places in its source. These patterns match
+the texts of 1.31 and 1.32, and of OpenVINO's plugin 1.8.1.
 """
 
 import re
@@ -9,9 +9,9 @@ import re
 import onnxruntime as ort
 
 _NOISE = re.compile(
-    r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : "  # its code
+    r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : "  # the code
     r"|Load model from .*? failed:"  # a path in the store
-    r"|/onnxruntime_src/\S+ .*?\)(?: const)? (?=\S)"  # a place in its source, and the function
+    r"|/onnxruntime_src/\S+ .*?\)(?: const)? (?=\S)"  # a place in the source, and the function
     r"|This is an invalid model\. |Fatal error: |Exception during initialization: "
     # Of OpenVINO, places in its source and the report around the one line that says why:
     r"|Check '[^']*' failed at \S+:\d+:|Exception from \S+:\d+:|\[OpenVINO-EP\] \S+:\d+ - "
@@ -21,7 +21,7 @@ _NOISE = re.compile(
     re.DOTALL,
 )
 MAX_CHARACTERS = 4096
-"""Of a text that is read: a model's names may be in it."""
+"""Length of a text that is read: a model's names may be in it."""
 _RUNTIME = f"this server's ONNX Runtime {ort.__version__}"
 _KNOWN = {
     re.compile(pattern, re.DOTALL): " ".join(text.split())
@@ -47,20 +47,20 @@ _KNOWN = {
             input '\1' has \2 dimensions, and the model takes \3""",
     }.items()
 }
-"""Patterns of its errors, and the plain words that go before each."""
+"""Patterns of errors, and the plain words that go before each error."""
 
 
 def strip_noise(text: str) -> str:
-    """Return a text of ONNX Runtime without its codes, our folders and places in its source."""
+    """Return a text of ONNX Runtime without its codes, the server's folders and places in its source."""
     return " ".join(_NOISE.sub("", text[:MAX_CHARACTERS]).split())
 
 
 def explain_refusal(text: str, otherwise: str) -> str:
-    """Return an error of ONNX Runtime with plain words before its own.
+    """Return an error of ONNX Runtime with plain words before its own text.
 
     Args:
-        text: of its exception.
-        otherwise: the plain words for what is not recognised.
+        text: the text of ONNX Runtime's exception.
+        otherwise: the plain words for an error that is not recognised.
     """
     said = strip_noise(text)
     found = ((pattern.search(said), plain) for pattern, plain in _KNOWN.items())

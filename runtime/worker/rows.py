@@ -1,8 +1,8 @@
-"""Whether rows of a batch change each other's answers: with batching they belong to several clients.
+"""Whether rows of a batch change each other's answers: with batching, rows belong to several clients.
 
-A few operators couple all rows of a tensor for certain. For all others a row is run alone and beside one of
-very different size: its answer has to be the same, but for last bits, which ONNX Runtime rounds differently
-with more rows.
+A few operators certainly couple all rows of a tensor. For all others a row is run alone and beside a row of
+very different size: both answers must be equal but for last bits, which ONNX Runtime rounds differently with
+more rows.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,15 +27,15 @@ COUPLING = {
         *("Multinomial", "Bernoulli"),
     ),
 }
-"""Operators whose rows depend on each other in any graph, by what an error says of them. Rows that differ
-little would hide a scale."""
+"""Operators whose rows depend on each other in any graph, with the words for an error. A run with rows that
+differ little would not reveal a scale."""
 NOT_SHOWN = "that they do not change each other's answers cannot be shown"
 TOLERANCE = 0.01
-"""Of an answer's largest number: a float that is rounded before a quantisation moves it by 1/255 at most."""
+"""Part of an answer's largest number: a float rounded before a quantisation moves it by 1/255 at most."""
 TOLERANCE_OF_HALVES = 0.05
-"""Of FP16, with 11 bits."""
+"""Tolerance of FP16, which has 11 bits."""
 TIMES = 1000.0
-"""By which the numbers of the other row are larger."""
+"""Factor by which the numbers of the other row are larger."""
 
 FLOATS = {"FP16", "BF16", "FP32", "FP64"}
 TEXT = "loadledger"
@@ -43,7 +43,7 @@ TEXT = "loadledger"
 Feed = dict[str, Any]
 Run = Callable[[Feed], Sequence[Any]]
 Make = Callable[[Any], Any]
-"""Makes floats of the shape of others, or of them."""
+"""Makes floats in the shape of the given ones."""
 
 
 def find_dependence(
@@ -53,14 +53,14 @@ def find_dependence(
     run: Run,
     file: Path | None,
 ) -> str | None:
-    """Return why rows of a batch might change each other's answers; None if it is shown that they do not.
+    """Return why rows of a batch might change each other's answers, or None if they provably do not.
 
     Args:
-        inputs: that the model requires, with the batch as their first dimension.
-        outputs: in the order of a run.
-        row: a row of them on which the model runs; empty if none is known.
+        inputs: the model's required inputs, with the batch as their first dimension.
+        outputs: its outputs, in the order of a run.
+        row: a row of the inputs on which the model runs; empty if none is known.
         run: runs the model and returns its outputs; raises RuntimeProblem.
-        file: of the model.
+        file: the model's file.
 
     Raises:
         MemoryError: there is not enough memory for a run.
@@ -92,7 +92,7 @@ def find_dependence(
 
 
 def _compare(row: Feed, other: Feed, alone: Sequence[Any], answer: Run) -> str | None:
-    """Run a row before and after another; returns what is wrong with its answers."""
+    """Run a row before and after another one; returns the defect of its answers, or None."""
     for position, pair in enumerate(((row, other), (other, row))):
         try:
             joined = answer({name: np.concatenate([each[name] for each in pair]) for name in row})
@@ -121,9 +121,9 @@ def _is_close(one: Any, other: Any) -> bool:
 
 
 def _make_pairs(inputs: Sequence[TensorSpec], row: Feed) -> Iterator[tuple[Feed, Feed]]:
-    """Yield pairs of rows that differ much, the likeliest first; the model may refuse them.
+    """Yield pairs of rows that differ much, the likeliest first; the model may refuse a pair.
 
-    Elements that are no floats may be words, a mask or lengths: they stay, are alike or differ.
+    Elements other than floats may be words, a mask or lengths: they stay, are alike or differ.
     """
     longest = max((length for array in row.values() for length in array.shape), default=1)
     count = partial(_count, min(longest, 127))
@@ -174,7 +174,7 @@ def _repeat(number: int, like: Any) -> Any:
 
 
 def _to_floats(spec: TensorSpec, array: Any) -> Any:
-    """Return an array of numbers; BF16, which numpy does not have, as FP32."""
+    """Return an array of numbers; BF16, which numpy lacks, as FP32."""
     return (array.astype(np.uint32) << 16).view(np.float32) if spec.datatype == "BF16" else array
 
 

@@ -1,9 +1,9 @@
 """seccomp: a filter that allows a worker the system calls of serving one model, and refuses all others.
 
 seccomp(2), "Seccomp BPF" in the kernel's documentation. The filter is a classic BPF program over the number
-and the arguments of a system call; what it does not allow fails with EPERM, except clone3, which fails with
-ENOSYS so that the C library falls back to clone, whose flags a filter can read. System calls of another
-architecture, which have other numbers, kill the process.
+and the arguments of a system call; all other calls fail with EPERM, except clone3, which fails with ENOSYS so
+that the C library falls back to clone, whose flags a filter can read. System calls of another architecture,
+which have other numbers, kill the process.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ LOAD_WORD, JUMP_IF_EQUAL, AND, RETURN = 0x20, 0x15, 0x54, 0x06
 ALLOW, KILL_PROCESS, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 """Results of a filter (linux/seccomp.h); an error's number is added to ERRNO."""
 NUMBER_OFFSET, ARCHITECTURE_OFFSET, ARGUMENTS_OFFSET, ARGUMENT_BYTES = 0, 4, 16, 8
-"""Of `struct seccomp_data`. Each argument has 64 bits, of which the lower 32 come first."""
+"""Offsets in `struct seccomp_data`. Each argument has 64 bits, of which the lower 32 come first."""
 INSTRUCTION = struct.Struct("=HBBI")
 WORD = 0xFFFFFFFF
 
@@ -33,7 +33,7 @@ class Grants(Flag):
 
     Attributes:
         CODE: map libraries, and make code: an execution provider is loaded, and may compile the model.
-        DRIVERS: what NVIDIA's driver does for a process. It is from what is said about that, and not tried.
+        DRIVERS: calls of NVIDIA's driver in a process, after its documentation; they were not tried.
     """
 
     NOTHING = 0
@@ -137,8 +137,8 @@ _REFUSED = {"clone3": (435, 435)}
 NUMBERS: Mapping[str, tuple[int, int | None]] = _PLAIN | _CHECKED | _DRIVING | _REFUSED
 """Numbers of system calls, by `Machine.column`; None where the architecture has no such call.
 
-Only for drivers: `mremap`, which makes memory of any size of a page of the stack, and no limit but that of
-addresses counts it (malloc then moves the data itself). Not among them: `sendmsg` and `recvmsg`, whose
+Only drivers may call `mremap`, which makes memory of any size of a page of the stack, counted by no limit
+except that of addresses (malloc then moves the data itself). Nobody may call `sendmsg` and `recvmsg`, whose
 descriptors and flags lie in memory, where a filter cannot read them.
 """
 
@@ -161,8 +161,8 @@ _CLONE_NEW = 0x80 | 0x20000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 
 """All CLONE_NEW* of linux/sched.h."""
 _THREAD = _CLONE_VM | _CLONE_SIGHAND | _CLONE_THREAD
 _FCNTLS = (0, 1, 2, 3, 4, 1030)
-"""F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC. Others lock files, or have the kernel signal
-any process of this user (F_SETOWN)."""
+"""F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC. Other commands lock files, or have the kernel
+signal any process of this user (F_SETOWN)."""
 _IOCTLS = (0x5401, 0x541B, 0x5421, 0x5450, 0x5451)
 """TCGETS (Python's isatty), FIONREAD, FIONBIO, FIONCLEX, FIOCLEX."""
 _PRCTLS = (15, 41, 0x53564D41)
@@ -170,11 +170,11 @@ _PRCTLS = (15, 41, 0x53564D41)
 
 
 _SOCKET_FLAGS = (0, 0x40)
-"""None, MSG_DONTWAIT. Others send and receive out of band."""
+"""None, MSG_DONTWAIT. Other flags send and receive out of band."""
 
 
 class Check(NamedTuple):
-    """A condition on the lower 32 bits of an argument: after `mask`, they are one of `values`."""
+    """A condition on the lower 32 bits of an argument: masked with `mask`, they must be in `values`."""
 
     argument: int
     mask: int
@@ -188,7 +188,7 @@ def build_checks(pid: int, grants: Grants) -> dict[str, tuple[Check, ...]]:
     itself = (Check(0, WORD, (pid,)),)
     return {
         "recvfrom": (Check(3, WORD, _SOCKET_FLAGS),),
-        "sendto": (Check(3, WORD, _SOCKET_FLAGS), Check(5, WORD, (0,))),  # and to no address
+        "sendto": (Check(3, WORD, _SOCKET_FLAGS), Check(5, WORD, (0,))),  # without an address
         "openat": () if drives else (Check(2, _WRITES, (0,)),),
         "mmap": (*no_code, *(() if drives else (Check(3, _MAP_KINDS, _COUNTED),))),
         "mprotect": no_code,
@@ -208,7 +208,7 @@ def build_filter(machine: Machine, pid: int, grants: Grants) -> bytes:
     Args:
         machine: the architecture.
         pid: the worker's process id: it may signal only itself.
-        grants: what it may do beyond serving a model on the CPU.
+        grants: the worker's permissions beyond serving a model on the CPU.
     """
     calls = _PLAIN | (_DRIVING if Grants.DRIVERS in grants else {})
     checks = build_checks(pid, grants)
@@ -228,7 +228,7 @@ def build_filter(machine: Machine, pid: int, grants: Grants) -> bytes:
 
 
 def _on_call(number: int | None, body: Sequence[bytes]) -> Sequence[bytes]:
-    """Run `body`, which returns, if this is the system call of that number."""
+    """Run `body`, which returns, if the system call has this number."""
     return () if number is None else (_instruction(JUMP_IF_EQUAL, number, if_false=len(body)), *body)
 
 
@@ -262,12 +262,12 @@ class _Program(ctypes.Structure):
 
 
 def restrict(grants: Grants = Grants.NOTHING) -> None:
-    """Filter the system calls of this thread, and of those that it starts, for good.
+    """Filter the system calls of this thread, and of threads that it starts, for good.
 
     The process needs `no_new_privs` first.
 
     Raises:
-        OSError: ENOSYS for an architecture without a table here, or what the kernel says.
+        OSError: ENOSYS for an architecture without a table here, or the kernel's reason.
     """
     if _MACHINE is None:
         raise OSError(errno.ENOSYS, f"no table of system calls for {platform.machine()}")

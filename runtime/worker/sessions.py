@@ -35,9 +35,9 @@ from runtime.worker.inference import Runner
 from runtime.worker.refusals import explain_refusal, strip_noise
 
 MAX_DESCRIBED_BYTES = MAX_REPORT_BYTES - 2**16
-"""Of a model's inputs and outputs: all of `Loaded` but its own two numbers."""
+"""Bytes of a model's inputs and outputs: all of `Loaded` but its own two numbers."""
 OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate", "bad allocation", "MemoryError")
-"""Texts of ONNX Runtime, OpenVINO and Python for it; ONNX Runtime has no code."""
+"""Texts of ONNX Runtime, OpenVINO and Python for lack of memory; ONNX Runtime has no code for it."""
 SMALLEST_MODEL = bytes.fromhex(
     "0808 3a2f"  # ir_version 8; a graph of 47 bytes:
     "0a10 0a0178 120179 22084964656e74697479"  # an operator, Identity of x to y
@@ -49,18 +49,18 @@ SMALLEST_MODEL = bytes.fromhex(
 """`y = x` in ONNX's format; workers have no library that could write it."""
 SPIN_US = 50
 """Spinning of a session's threads for the next operator, before they block. ONNX Runtime's own limit takes
-the cores from other workers: eight busy models together then answer 0.6 of what they do with one thread each;
-with 20 to 100 us they answer as many, and one model alone what it does without a limit (decision 42)."""
+the cores from other workers: eight busy models together then give 0.6 of the answers of single-threaded ones;
+with 20 to 100 us they give as many, and one model alone loses nothing (decision 42)."""
 HAS_SPIN_DURATION = tuple(map(int, ort.__version__.split(".")[:2])) >= (1, 26)
 """Whether ONNX Runtime knows a limit in microseconds: before 1.26 there is none."""
 ARENA_BYTES = 128 * 2**20
 """Addresses that malloc takes for a thread's heap, before it gives half of them back (glibc)."""
 OTHER_THREADS = 3
-"""That of the channel, that of cancellations, and that of delayed answers."""
+"""The threads for the channel, cancellations, and delayed answers."""
 MAPPED_TIMES = 2
 """Addresses for each byte of a file: it is mapped weight by weight, each from the page where it begins."""
 UNREADABLE_BYTES = 64 * 2**20
-"""Part of an invalid file shown to ONNX Runtime for its error text: the file may not fit into memory."""
+"""Part of an invalid file given to ONNX Runtime for its error text: the file may exceed the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class ServingSession:
 def describe_model(
     session: ort.InferenceSession, max_batch_size: int, max_request_bytes: int
 ) -> ServingSession:
-    """Return the serving session for batches of at most this many elements; 0 is no batching.
+    """Return the serving session for batches of at most `max_batch_size` elements; 0 disables batching.
 
     Raises:
         LoadRefused: `invalid_model`, inputs or outputs are too many, one has too long a name or no batch
@@ -112,7 +112,7 @@ def _spec(argument: ort.NodeArg) -> TensorSpec:
 
 
 def _check_size(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
-    """Refuse a model whose inputs and outputs the server would not take in one message."""
+    """Refuse a model whose inputs and outputs exceed one message to the server."""
     described_bytes = len(msgspec.msgpack.encode((inputs, outputs)))
     if len(outputs) > MAX_OUTPUTS or described_bytes > MAX_DESCRIBED_BYTES:
         reason = (
@@ -140,8 +140,8 @@ def run_smallest_model() -> None:
     """Create, run and drop the smallest session, in the fork server.
 
     With its first session ONNX Runtime registers its operators: 3 ms and 10 MB, which every worker would
-    otherwise spend again (measured with 1.31). The process has one thread then, as before, and no
-    more descriptors.
+    otherwise spend again (measured with 1.31). The process still has one thread then, and no more
+    descriptors.
     """
     session = ort.InferenceSession(SMALLEST_MODEL, session_options(1), providers=["CPUExecutionProvider"])
     session.run(None, {"x": np.zeros((), np.float32)})
@@ -151,11 +151,11 @@ def session_options(threads: int) -> ort.SessionOptions:
     chosen = ort.SessionOptions()
     chosen.intra_op_num_threads = threads
     chosen.inter_op_num_threads = 1
-    chosen.log_severity_level = 3  # errors: its warnings would push what matters out of the stderr tail
+    chosen.log_severity_level = 3  # errors: warnings would push more important lines out of the stderr tail
     if threads > 1:
         if HAS_SPIN_DURATION:
             chosen.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
-        else:  # it would spin for milliseconds
+        else:  # threads would spin for milliseconds
             chosen.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return chosen
 
@@ -167,7 +167,7 @@ def create_checked(folder: Path, root: Path, chosen: ort.SessionOptions, limit: 
         folder: the version's folder.
         root: the repository's root, without links.
         chosen: the session's options.
-        limit: which limit of memory is the lowest, for the error text.
+        limit: the lowest limit of memory, for the error text.
 
     Raises:
         LoadRefused: `unsafe_file`, `out_of_memory`, `invalid_model`.
@@ -187,12 +187,12 @@ def create_checked(folder: Path, root: Path, chosen: ort.SessionOptions, limit: 
     _refuse_foreign(path)
     with path.open("rb") as file:
         beginning = file.read(UNREADABLE_BYTES)
-    create_session(beginning, _isolate(session_options(1)), limit)  # its own words for what is wrong
+    create_session(beginning, _isolate(session_options(1)), limit)  # raises with ONNX Runtime's own words
     raise LoadRefused("invalid_model", f"{model} is not an ONNX file")
 
 
 def _refuse_foreign(path: Path) -> None:
-    """Refuse a file that is no ONNX file, or not all of one, in words that help more than the runtime's."""
+    """Refuse a file that is not a complete ONNX file, in more helpful words than the runtime's."""
     foreign = describe_foreign_content(*read_head(path))
     if foreign is not None:
         raise LoadRefused("invalid_model", f"{path.name} {foreign}") from None
@@ -201,7 +201,7 @@ def _refuse_foreign(path: Path) -> None:
 def create_session(model: str | bytes, chosen: ort.SessionOptions, limit: str) -> ort.InferenceSession:
     """Create a session from a file or from bytes; for arguments and errors see `create_checked`."""
     lacks_extensions = isinstance(model, str) and extensions.register(Path(model), chosen)
-    is_elsewhere = chosen.has_providers()  # then these are all, with the CPU's for what they do not support
+    is_elsewhere = chosen.has_providers()  # all: the CPU's runs operators that they do not support
     default = None if is_elsewhere else ["CPUExecutionProvider"]
     try:
         return ort.InferenceSession(model, chosen, providers=default, enable_fallback=False)
@@ -225,7 +225,7 @@ def out_of_memory(limit: str, text: str) -> LoadRefused:
 
 @contextmanager
 def out_of_memory_refused(limit: str) -> Iterator[None]:
-    """Translate lack of memory, which the C library reports as an OSError where it lists a folder.
+    """Translate lack of memory, which the C library reports as an OSError when it lists a folder.
 
     Raises:
         LoadRefused: `out_of_memory`.
@@ -248,21 +248,21 @@ def limit_memory(
     threads: int,
     address_bytes: int | None = 0,
 ) -> None:
-    """Limit the memory that the process may add to its present one; None is no limit.
+    """Limit the memory that the process may add to its present memory; None is no limit.
 
-    `lift_load_limit` ends the second limit.
+    `lift_load_limit` lifts the second limit.
 
     Call this when the process has all its threads, whose stacks count. RLIMIT_DATA counts mapped memory,
-    touched or not, so an empty worker's memory is not part of the limit. It counts no stack and no memory
-    that can only be read, of which page tables can be made, so RLIMIT_AS limits all addresses, and those that
-    a process of that size does not need are sealed. A driver's process needs them all.
+    touched or not, so an empty worker's memory is not part of the limit. It counts no stack and no read-only
+    memory, of which page tables can be made, so RLIMIT_AS limits all addresses, and superfluous addresses are
+    sealed. A driver's process needs all of them.
 
     Args:
-        limit_bytes: for good.
-        load_limit_bytes: until the model is loaded.
+        limit_bytes: the permanent limit.
+        load_limit_bytes: the limit until the model is loaded.
         mapped_bytes: the size of all files that may be mapped, which RLIMIT_DATA need not count.
-        threads: how many compute.
-        address_bytes: that the process needs beside; None needs them all.
+        threads: the number of compute threads.
+        address_bytes: the addresses that the process needs beside; None needs them all.
     """
     present_bytes = memory.data_bytes()
     if limit_bytes is not None:
@@ -282,7 +282,7 @@ def limit_memory(
 
 @contextmanager
 def memory_limited(most_bytes: int) -> Iterator[None]:
-    """Limit how much more memory the process takes meanwhile."""
+    """Limit the memory that the process adds within the context."""
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     allowed = memory.data_bytes() + most_bytes
     least = allowed if soft == resource.RLIM_INFINITY else min(allowed, soft)
@@ -294,12 +294,12 @@ def memory_limited(most_bytes: int) -> Iterator[None]:
 
 
 def return_free_memory() -> None:
-    """Return to the kernel what malloc keeps of freed memory, in 2 ms; mapped memory could not have it."""
+    """Return freed memory from malloc to the kernel, in 2 ms; mapped memory could not have it."""
     privileges.LIBC.malloc_trim(0)
 
 
 def lift_load_limit() -> None:
-    """End the limit of the load alone."""
+    """Lift the limit that holds during the load."""
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
 
@@ -309,7 +309,7 @@ def _isolate(chosen: ort.SessionOptions) -> ort.SessionOptions:
 
     By default ONNX Runtime (1.31, measured) resolves references from the working directory. Beneath
     `/dev/null` there is nothing, and it refuses locations that are absolute, lead out or are addresses in
-    memory. It would also accept bytes of its own format, which this file is not.
+    memory. ONNX Runtime would also accept bytes in its own format; this file has another one.
     """
     chosen.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     chosen.add_session_config_entry("session.load_model_format", "ONNX")

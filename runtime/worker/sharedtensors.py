@@ -1,7 +1,7 @@
 """The worker's side of the memory that it shares with the server: requests to read, and answers to write.
 
-It is mapped before the worker is confined, and the descriptors are closed: no other shared memory is allowed
-afterwards, nor may requests be mapped again to be written.
+The memory is mapped before the worker is confined, and its descriptors are closed: confined workers map no
+other shared memory, nor can requests be mapped again for writing.
 """
 
 import ctypes
@@ -11,7 +11,7 @@ import os
 from runtime.wire import SHARED_ALIGNMENT, Buffer, MalformedFrame
 
 LONG_FROM_BYTES = 32 * 2**10
-"""A shorter output goes into the frame."""
+"""Shorter outputs are sent in the frame."""
 MAP_FAILED = ctypes.c_void_p(-1).value
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mmap.restype = ctypes.c_void_p
@@ -21,10 +21,10 @@ _LIBC.mmap.argtypes = (
 
 
 class Room:
-    """Where the outputs of one answer may go: the part of the memory from `start` on, of `size` bytes.
+    """The part of the memory for the outputs of one answer: `size` bytes from `start` on.
 
     Attributes:
-        is_used: whether an output is there.
+        is_used: whether it has an output.
     """
 
     def __init__(self, memory: memoryview, start: int, size: int) -> None:
@@ -34,7 +34,7 @@ class Room:
         self._end = start + size
 
     def put(self, data: Buffer) -> int | None:
-        """Copy the data of an output there and return where it begins; None if it belongs into the frame."""
+        """Copy an output's data there and return its offset, or None if the output belongs into the frame."""
         at, size = self._next, len(data)
         if size < LONG_FROM_BYTES or size > self._end - at:
             return None
@@ -45,24 +45,24 @@ class Room:
 
 
 class SharedTensors:
-    """The two memories of a worker, mapped from their descriptors, which this closes."""
+    """The two memories of a worker, mapped from their descriptors, which the constructor closes."""
 
     def __init__(self, requests: int, answers: int) -> None:
         self._requests = _map(requests, mmap.PROT_READ).toreadonly()
         self._answers = _map(answers, mmap.PROT_READ | mmap.PROT_WRITE)
 
     def locate(self, _number: int, at: int, size: int) -> memoryview:
-        """Return an input's data.
+        """Return an input's data at an offset of the requests' memory.
 
         Raises:
-            MalformedFrame: there is no such place.
+            MalformedFrame: the offset and size exceed the memory.
         """
         if at + size > len(self._requests):
             raise MalformedFrame("a tensor beyond the shared memory")
         return self._requests[at : at + size]
 
     def room(self, extent: tuple[int, int]) -> Room:
-        """Return the room of an answer, from where the server says, of as many bytes."""
+        """Return the room of an answer: the offset and size that the server gives."""
         return Room(self._answers, *extent)
 
 

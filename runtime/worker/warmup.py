@@ -1,6 +1,6 @@
-"""The warm-up: a model runs before it is loaded, on given inputs or on an example that is looked for.
+"""The warm-up: a model runs before it is loaded, on given inputs or on an example that the worker finds.
 
-With it a worker shows what an inference takes and whether there can be one; with batching also whether rows
+It shows the duration and memory of an inference and whether there can be one; with batching also whether rows
 of several requests may run together.
 """
 
@@ -25,11 +25,11 @@ from runtime.worker.rows import NOT_SHOWN, find_dependence
 from runtime.worker.sessions import ServingSession, is_out_of_memory
 
 SEARCH_NS = 10**9
-"""A search for an example ends after so long, or as long as the session took to create."""
+"""Limit of a search for an example; a session that took longer to create may be searched as long."""
 RUN_BYTES = 512 * 2**20
-"""Memory of a run of a search, or as much as the model's files have."""
+"""Memory of a run of a search, or the size of the model's files if larger."""
 SHOW_NS, SHOW_RUNS = 10**10, 10
-"""To show that rows are independent may take so long, or as long as so many warm-ups."""
+"""Limit of showing that rows are independent, in time or in durations of warm-ups."""
 TOO_LONG = "it was stopped: to find inputs that the model takes may last {:.1f} s here"
 WITH_ZEROS = (
     "the model does not run on zeros or ones of its declared shapes, and has to before it is loaded: give"
@@ -52,11 +52,11 @@ NO_EXAMPLES: Examples = {}
 
 
 class SearchLimit:
-    """Ends a search for an example: a run of it is stopped by the thread of the control channel.
+    """Ends a search for an example: the thread of the control channel stops its run.
 
     Attributes:
-        is_needed: until the model is loaded.
-        most_ns: how long the present search may last.
+        is_needed: true until the model is loaded.
+        most_ns: the limit of the present search.
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class SearchLimit:
 
     @contextmanager
     def applied(self, options: ort.RunOptions) -> Iterator[None]:
-        """Stop the run that has these options once the search is over."""
+        """Stop a run with these options once the search is over."""
         self._options = options
         try:
             yield
@@ -90,11 +90,12 @@ class ModelWarmUp:
     """The warm-up of a model.
 
     Attributes:
-        order: of its load. With a target, a model that was not run is refused: a request would find out.
+        order: the order of its load. With a target, a model that was not run is refused, as a request might
+            fail.
         model: the model.
-        given: inputs of its loadledger.toml; empty means that an example is looked for.
-        file: of the model: its weights may say lengths, its operators that rows depend on each other.
-        limit: of the search.
+        given: inputs of its loadledger.toml; empty means a search for an example.
+        file: the model's file: its weights suggest lengths, its operators whether rows depend on each other.
+        limit: the limit of the search.
     """
 
     order: Load
@@ -104,21 +105,21 @@ class ModelWarmUp:
     limit: SearchLimit
 
     def run(self, loading_ns: int, on_begin: Callable[[], None]) -> tuple[int | None, Examples]:
-        """Run the model on the given inputs, else on an example of them that it takes.
+        """Run the model on the given inputs, or else on an example that it accepts.
 
         Args:
-            loading_ns: how long the session took to create.
+            loading_ns: the duration of creating the session.
             on_begin: called before the first run, and only if there is one.
 
         Returns:
-            The duration in microseconds, or None if the model was not run; and the examples by input.
+            The duration in microseconds, or None if the model was not run, and the examples by input.
 
         Raises:
             LoadRefused: `warm_up_failed`, with the runtime's words and what to do.
-            MemoryError: there is not enough memory for it.
+            MemoryError: there is not enough memory for a run.
         """
         is_elsewhere = self.order.target is not None
-        # Zeros are no image, and a decoder that gets them may end the process (decision 49).
+        # Zeros are no image, and a decoder of images may end the process for them (decision 49).
         if not self.given and not is_elsewhere and self.file is not None and extensions.are_named(self.file):
             return None, NO_EXAMPLES
         self.limit.begin(max(SEARCH_NS, loading_ns))
@@ -134,14 +135,14 @@ class ModelWarmUp:
         return run_us, examples
 
     def check_rows(self, examples: Examples, run_us: int) -> str | None:
-        """Return why rows of a batch might change each other's answers; None if it is shown that they do not.
+        """Return why rows of a batch might change each other's answers, or None if they provably do not.
 
         Args:
             examples: as `run` returned them, with the duration of the run.
-            run_us: likewise.
+            run_us: the duration of that run.
 
         Raises:
-            LoadRefused: `rows_depend`, unless the load allows it.
+            LoadRefused: `rows_depend`, unless the load allows dependent rows.
         """
         if self.order.max_batch_size <= 1:
             return None
@@ -225,7 +226,7 @@ def _run(
     *,
     keeps_memory: bool = True,
 ) -> list[Any]:
-    """Run the model for all outputs, however long; memory of guessed lengths is none that the model keeps."""
+    """Run the model for all outputs, however long; the model keeps no memory of guessed lengths."""
     if model.dimension is not None:
         model.dimension.measure(feed)
     options = options or ort.RunOptions()

@@ -17,10 +17,10 @@ from msgspec import UNSET, UnsetType
 
 from events.accept import NO_BATCHING
 from events.commands import RequestLoad, RequestUnload
-from events.policy.rules import ModelRules
 from events.types import ALLOW, DEPENDENT_ROWS, Contents, Idempotency, Justification, LoadParameters
-from features.rooms import find_targets
+from features.rules import ModelRules
 from features.server import LoadFieldsSchema, settle_parameters
+from runtime.consumer.loads import find_targets
 from runtime.errors import (
     LoadRefused,
     RepositoryUnreadable,
