@@ -4,7 +4,8 @@ The way of a command: `log` queues it, `accept` decides it on `state`, `codec` w
 JSON and chains their hashes, `sqlite.storage` commits them in one transaction, and `tail` wakes the readers.
 
 - A new event or field: `types`, with `values` that several have, then the folds in `jobs`, `models`,
-  `versions` and `tokens`, then `counters` and `eventtext`. Rows of the past: `history`, `presence`.
+  `versions` and `tokens`, then `counters` and `eventtext`. What a model serves from: `serving`. Rows of the
+  past: `history`, `presence`.
 - What the state allows, duplicates, idempotency keys: `accept`; what an inference may have loaded: `demand`;
   the commands: `commands`, `labels`, `approvals`, and those about tokens: `registercommands`.
 - The live state and its transactions: `state`; what concerns no model: `registers`; the queue of commands,

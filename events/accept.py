@@ -34,7 +34,8 @@ from events.commands import (
 from events.demand import demand_parameters, find_demand_refusal
 from events.jobs import Job, JobKind, JobStatus
 from events.labels import draft_label, find_label_refusal
-from events.models import Model, ModelState, Serving
+from events.models import Model, ModelState
+from events.serving import Serving
 from events.state import Join, State
 from events.statements import emergency_statement
 from events.tokens import add_issuers

@@ -19,7 +19,8 @@ from events.clock import add_seconds, uuid7
 from events.commands import Condition, Record, RequestLoad
 from events.errors import EpochOver
 from events.jobs import INSUFFICIENT_MEMORY, POLICY_DIFFERS, Job
-from events.models import RELOADS, AdmittedBytes, LoadedModel, Model, ModelState, Serving
+from events.models import RELOADS, LoadedModel, Model, ModelState
+from events.serving import AdmittedBytes, Serving
 from events.state import State
 from events.statements import load_statement
 from events.types import (

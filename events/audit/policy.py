@@ -22,10 +22,11 @@ from events.approvals import approval_statement, find_approval, find_same_person
 from events.audit.signing import is_signed_by
 from events.clock import Timestamp
 from events.jobs import Job
-from events.models import RELOADS, AdmittedBytes, Model, add_bundle
+from events.models import RELOADS, Model, add_bundle
 from events.policy.checks import CheckInput, NotLoadable, check_approval, check_signatures
 from events.policy.rules import ModelRules, list_weakenings
 from events.policy.signatures import SignatureRefused
+from events.serving import AdmittedBytes
 from events.state import Entities
 from events.statements import emergency_statement, load_statement
 from events.types import (

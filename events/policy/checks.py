@@ -19,9 +19,10 @@ from events.approvals import ApprovedBytes, find_approval
 from events.clock import Timestamp
 from events.commands import Condition
 from events.jobs import POLICY_DIFFERS, Failure, Job
-from events.models import AdmittedBytes, Model
+from events.models import Model
 from events.policy.rules import NOT_APPROVED, ModelRules, TrustMode
 from events.policy.signatures import SignatureRefused, check_signature, find_bundle
+from events.serving import AdmittedBytes
 from events.statements import IsSigned, emergency_statement, load_statement
 from events.types import (
     SYSTEM,

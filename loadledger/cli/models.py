@@ -342,8 +342,11 @@ def add(
 
     try:
         if into is not None:
+            from loadledger.sources.folder import write_version
+
             with terminal.find_or_download(model, source, digest, signature) as local:
-                added = terminal.write_version_into(into, local, model, version)
+                added = write_version(local.files, into, model, version)
+                local.discard()
             output.print_result(added, terminal.added_lines(added, local, into), as_json=as_json)
             return
         with options.open_chosen_client(where) as client:

@@ -247,13 +247,8 @@ def print_json(value: Any) -> None:
         text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
     except UnicodeEncodeError:  # the name of a file that is not UTF-8
         text = json.dumps(msgspec.to_builtins(value), indent=2)
-    click.echo(text if text.isascii() else "".join(map(_escape_character, text)))
-
-
-def _escape_character(letter: str) -> str:
-    import json
-
-    return letter if letter.isprintable() or letter == "\n" else json.dumps(letter)[1:-1]
+    plain = (each if each.isprintable() or each == "\n" else json.dumps(each)[1:-1] for each in text)
+    click.echo(text if text.isascii() else "".join(plain))
 
 
 def print_result(value: Any, lines: Iterable[str], *, as_json: bool) -> None:

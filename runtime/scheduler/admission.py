@@ -22,7 +22,8 @@ from functools import cached_property, partial
 
 from events.clock import add_seconds
 from events.jobs import CRASH_LOOP, INSUFFICIENT_MEMORY, TOO_MANY_LOADED, Failure, Job, JobKind
-from events.models import RELOADS, ModelState, Serving
+from events.models import RELOADS, ModelState
+from events.serving import Serving
 from events.state import State
 from events.types import Cause
 from runtime.rooms import Alternative

@@ -28,6 +28,7 @@ from events.log import Log
 from events.sqlite.queries import JobQuery
 from events.sqlite.timetravel import job_at, jobs_at
 from events.types import Idempotency
+from features.members import OF_JOBS, collect
 from server.api.livejobs import NOT_LIVE, LiveMembers, describe_live
 from server.api.schemas import PageQuerySchema, about, one_of
 from server.api.timetravel import PAST_ERRORS, AtQuerySchema, at_moment, read_past
@@ -289,7 +290,6 @@ def make_job_info(job: Job, live: LiveMembers = NOT_LIVE) -> JobInfo:
         cancel_requested=job.cancel_requested,
         superseded_by=job.superseded_by,
         attempt=job.attempt,
-        node=job.server,
         position=job.position,
         parameters=msgspec.to_builtins(job.load if job.load is not None else job.unload),
         label=job.label or None,
@@ -298,6 +298,7 @@ def make_job_info(job: Job, live: LiveMembers = NOT_LIVE) -> JobInfo:
         emergency=None if said is None else said.emergency,
         unreturned_bytes=None if job.unreturned_bytes is UNSET else job.unreturned_bytes,
         error=show_optional(job.error, ErrorInfo),
+        **collect(OF_JOBS, job),
         **live,
     )
 

@@ -20,7 +20,7 @@ from events.commands import RequestLoad, RequestUnload
 from events.devices import CPU, DEVICE, DEVICE_RULE, FALLBACKS, MAX_DEVICES
 from events.policy.rules import ModelRules
 from events.types import ALLOW, DEPENDENT_ROWS, Contents, Idempotency, Justification, LoadParameters
-from features.rooms import TARGETS
+from runtime.consumer.loads import find_targets
 from runtime.errors import (
     LoadRefused,
     RepositoryUnreadable,
@@ -332,8 +332,7 @@ async def make_load_command(
     defaults = load_with(_AS_DEFAULTS, written, defaults_name(model_id), InvalidDefaults)
     parameters = _merge_parameters(wanted, defaults, defaults_name(model_id), app[CONFIG])
     try:
-        for find_targets in TARGETS:
-            find_targets(parameters, app[POOL], app[POLICY].rooms)
+        find_targets(parameters, app[POOL], app[POLICY].rooms)
     except RuntimeProblem:
         if not app[CLUSTER].can_run(parameters):
             raise

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +25,6 @@ from answers.models import (
     ExitedWorkerStderr,
     LoadedFileInfo,
     ModelChoice,
-    ModelCopy,
     ModelInfo,
     ModelList,
     ModelRulesInfo,
@@ -41,6 +40,7 @@ from events.policy.rules import ModelRules, TrustMode
 from events.sqlite.listing import EventFilter, EventQuery
 from events.sqlite.timetravel import active_at, model_at, models_at
 from events.types import LoadEvidence, VersionAdded, WorkerExited
+from features.members import OF_MODELS, collect
 from runtime.errors import RepositoryUnreadable, RuntimeProblem, UnknownModel
 from runtime.onnxfile import ModelTensors
 from runtime.repository import REQUEST_LIMIT_S, RepositoryBusy, refuse_unserved
@@ -67,9 +67,6 @@ class ModelsQuerySchema(AtQuerySchema, PageQuerySchema):
     """Page of the models."""
 
     cursor = fields.String(load_default="", **about("The `next_cursor` of the last page."))
-
-
-_HAS_WORKERS = (ModelState.LOADED, ModelState.UNLOADING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +195,6 @@ def make_model_info(
     """Return a model as the API shows it; without `seen` and other present facts, as in the past."""
     row, load = model.row, model.load
     evidence = (load and load.evidence) or LoadEvidence()
-    has_copies = row.copies_wanted != 1 or bool(row.copies)
     return ModelInfo(
         id=model.id,
         versions=seen.versions if seen else None,
@@ -213,10 +209,6 @@ def make_model_info(
         loaded_by=(row.asked_by or load.loaded_by) if load else None,
         brought_back=row.brought_back,
         job_id=load.load_job_id if load else None,
-        node=row.server,
-        copies=row.copies_wanted if has_copies else None,
-        copies_ready=model.count_ready() if has_copies else None,
-        copies_at=list(_list_copies(model)) if has_copies else [],
         position=load.position if load else None,
         files=show(load.files, list[LoadedFileInfo]) if load else [],
         repository_changed=seen.has_changed if seen and load else None,
@@ -227,24 +219,10 @@ def make_model_info(
         approval=show_optional(evidence.approval, LoadApprovalInfo),
         added_by=list((load and model.versions.list_adders(load.digest)) or ()) or None,
         error=show_optional(row.error, ErrorInfo),
-        instances=row.workers if row.state in _HAS_WORKERS else None,
+        instances=row.workers if row.has_workers else None,
         threads=load.threads if load else None,
+        **collect(OF_MODELS, model),
     )
-
-
-def _list_copies(model: ShownModel) -> Iterator[ModelCopy]:
-    if model.row.state not in _HAS_WORKERS:
-        return
-    for place, load in zip(model.row.servings, model.loads, strict=True):
-        yield ModelCopy(
-            node=place.server,
-            version=place.version,
-            position=place.load,
-            job_id=load.load_job_id,
-            loaded_at=load.loaded_at,
-            workers=place.workers,
-            memory_bytes=load.memory_bytes,
-        )
 
 
 def _show_present(app: web.Application, seen: ListedModel, active: Model | None) -> ModelInfo:
@@ -263,10 +241,7 @@ def _show_present(app: web.Application, seen: ListedModel, active: Model | None)
         chosen=None if model is None else _show_choice(model),
         unapproved=list_unapproved(model, versions, rules),
     )
-    if model is None or shown.copies is None:
-        return shown
-    ready, waiting_for = app[CLUSTER].count_copies(model)
-    return msgspec.structs.replace(shown, copies_ready=ready, copies_waiting_for=waiting_for)
+    return shown if model is None else app[CLUSTER].complete_answer(shown, model)
 
 
 def _show_choice(model: Model) -> ModelChoice | None:

@@ -107,12 +107,6 @@ def _answer_types(routes: Iterable[Route]) -> Iterator[AnswerType]:
                 yield answer
 
 
-def error_codes(route: Route) -> list[str]:
-    """Return every error code of a route: its handler's, and those implied by access and schemas."""
-    described = _apispec_of(route)
-    return sorted({*described.get("x-error-codes", ()), *_implied_codes(route)}, key=list(ERRORS).index)
-
-
 def _empty_spec() -> APISpec:
     plugin = MarshmallowPlugin()
     spec = APISpec(
@@ -198,7 +192,8 @@ def _response(
 
 def _error_responses(route: Route) -> dict[str, Any]:
     codes: defaultdict[int, list[str]] = defaultdict(list)
-    for code in error_codes(route):
+    known = {*_apispec_of(route).get("x-error-codes", ()), *_implied_codes(route)}
+    for code in filter(known.__contains__, ERRORS):
         codes[ERRORS[code].status].append(code)
     return {str(status): _error_response(route, codes[status]) for status in sorted(codes)}
 

@@ -32,7 +32,7 @@ from events.audit.policy import MAX_REMARKS, PolicyAudit, RemarkKind
 from events.clock import parse_timestamp
 from events.commands import Accepted, Command, RequestLoad
 from events.jobs import Job
-from events.models import MAX_BUNDLES, RELOADS, AdmittedBytes
+from events.models import MAX_BUNDLES, RELOADS
 from events.policy.checks import CheckedLoad, CheckInput, NotLoadable, check_load
 from events.policy.rules import (
     AddedMode,
@@ -44,6 +44,7 @@ from events.policy.rules import (
     TrustRule,
 )
 from events.policy.signatures import key_digest
+from events.serving import AdmittedBytes
 from events.sqlite.datalock import LEDGER
 from events.state import Entities
 from events.statements import emergency_statement, load_statement

@@ -18,8 +18,9 @@ from support.running import gone
 
 from answers.inference import IndexEntry
 from events.jobs import Failure, PendingLoad
-from events.models import Model, ModelState, Serving
+from events.models import Model, ModelState
 from events.policy.rules import ApprovalRule, LoadPolicy
+from events.serving import Serving
 from events.types import LoadParameters
 from server.http.validation import MAX_JSON_BYTES
 from server.v2 import repository as extension
@@ -304,7 +305,7 @@ async def test_unload_cancels_a_first_load(shared: LocalApi) -> None:
 
 
 SERVING = Serving("job", 2, 9, "", "alice", ("worker",), (), 1, 1, LoadParameters())
-READY = Model("m", ModelState.LOADED, SERVING, last_version=2)
+READY = Model("m", ModelState.LOADED, serving=SERVING, last_version=2)
 LOST = replace(READY, phase=ModelState.LOST)
 BROKEN = Failure("invalid_model", "broken")
 
