@@ -1,4 +1,4 @@
-"""One file at a URL of https, which says nothing of its bytes beforehand."""
+"""One file at a URL of https, whose bytes are unknown beforehand."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""An HTTPS client, of the standard library, with its proxies (`HTTPS_PROXY`) and certificates.
+"""An HTTPS client with the standard library, its proxies (`HTTPS_PROXY`) and its certificates.
 
-`SSL_CERT_FILE` names others. Redirects lead to https only, and credentials to no other origin.
+`SSL_CERT_FILE` names other certificates. Redirects lead only to https, and never pass credentials to another
+origin.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from loadledger.sources.downloads import OpenAt, OpenFile, retry
 from loadledger.uploads import CHUNK_BYTES
 
 MAX_ANSWER_BYTES = 16 * 2**20
-"""Of an answer that is kept in memory, as a listing or a manifest."""
+"""Longest answer that is kept in memory, such as a listing or a manifest."""
 MAX_REDIRECTS = 10
 """A content delivery network takes two."""
 TIMEOUT_S = 60.0
-"""For connecting, and for each wait for bytes."""
+"""Time limit of connecting, and of each wait for bytes."""
 SHOWN_CHARACTERS = 200
-"""Of a URL in a message."""
+"""Length of a URL in a message."""
 OK, PARTIAL, NOT_SATISFIABLE, TOO_MANY, SERVER_ERROR = 200, 206, 416, 429, 500
 REDIRECTS = {301, 302, 303, 307, 308}
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
@@ -37,7 +38,7 @@ _NOTHING: Mapping[str, str] = {}
 
 @dataclass(frozen=True, slots=True)
 class WebAnswer:
-    """An answer that was read as a whole; `challenges` are its WWW-Authenticate fields."""
+    """An answer that was read completely; `challenges` are its WWW-Authenticate fields."""
 
     status: int
     challenges: list[str]
@@ -48,7 +49,7 @@ class Web:
     """An HTTPS client; its methods raise `SourceProblem`.
 
     Args:
-        credential: what an error of 401 or 403 says of the credential that was or was not sent.
+        credential: the description of the credential for errors 401 and 403.
     """
 
     def __init__(self, credential: str) -> None:
@@ -80,7 +81,7 @@ class Web:
         return WebAnswer(response.status, response.headers.get_all("WWW-Authenticate", []), body)
 
     def file_opener(self, url: str, *, authorization: str | None = None) -> OpenAt:
-        """Return what opens a file, at an offset if the server has ranges of it."""
+        """Return a function that opens a file, at an offset if the server supports ranges."""
         headers = {"Authorization": authorization} if authorization else {}
 
         def open_at(offset: int) -> OpenFile:
@@ -154,7 +155,7 @@ def _transient(message: str) -> SourceProblem:
 
 
 def _origin_of(url: str) -> tuple[str, int]:
-    """Return host and port of a URL, which has to be of https, without a user."""
+    """Return host and port of a URL, which must be https, without a user."""
     with suppress(ValueError):
         parts = urlsplit(url)
         is_text = url.isascii() and url.isprintable() and " " not in url
@@ -172,7 +173,7 @@ def _join(base: str, location: str) -> str:
 
 
 def _read(response: HTTPResponse, url: str, most: int | None = None) -> Generator[bytes, None, None]:
-    """Yield a body's pieces; at most so many bytes, and one piece, of it."""
+    """Yield a body's pieces, at most `most` bytes and one piece."""
     count, length = 0, response.length
     with closing(response):
         while most is None or count < most:
@@ -189,7 +190,7 @@ def _read(response: HTTPResponse, url: str, most: int | None = None) -> Generato
 
 
 def _explain(error: Exception, url: str) -> SourceProblem:
-    """Return the problem that an error of the client stands for, without texts of the server."""
+    """Return the problem for an error of the client, without texts of the server."""
     shown = _show(url)
     cause = error.reason if isinstance(error, URLError) else error
     if isinstance(cause, TimeoutError):
@@ -211,6 +212,6 @@ def _explain(error: Exception, url: str) -> SourceProblem:
 
 
 def _show(url: str) -> str:
-    """Return a URL for a message: no user, no query, since a password or signature may stand there."""
+    """Return a URL for a message, without user and query, which may have a password or signature."""
     bare = re.sub(r"[?#].*", "", url, flags=re.DOTALL)
     return ascii(re.sub(r"//[^/]*@", "//", bare)[:SHOWN_CHARACTERS])[1:-1]
