@@ -1,7 +1,7 @@
-"""An HTTPS client with the standard library, its proxies (`HTTPS_PROXY`) and its certificates.
+"""Files at URLs of https, and the HTTPS client of the standard library.
 
-`SSL_CERT_FILE` names other certificates. Redirects lead only to https, and never pass credentials to another
-origin.
+Proxies come from `HTTPS_PROXY`, other certificates from `SSL_CERT_FILE`. Redirects lead to https only, and
+credentials to no other origin.
 """
 
 from __future__ import annotations
@@ -19,17 +19,20 @@ from urllib.parse import urljoin, urlsplit
 from urllib.request import HTTPSHandler, OpenerDirector, ProxyHandler, Request
 
 from loadledger.errors import SourceProblem, printable
-from loadledger.sources.downloads import OpenAt, OpenFile, retry
+from loadledger.sources.downloads import Download, Downloads, OpenAt, OpenFile, retry
+from loadledger.sources.names import SourceName
+from loadledger.sources.origin import RemoteFile, Resolved
 from loadledger.uploads import CHUNK_BYTES
+from runtime.onnxfile import MODEL_FILE
 
 MAX_ANSWER_BYTES = 16 * 2**20
-"""Longest answer that is kept in memory, such as a listing or a manifest."""
+"""Of an answer that is kept in memory, as a listing or a manifest."""
 MAX_REDIRECTS = 10
 """A content delivery network takes two."""
 TIMEOUT_S = 60.0
-"""Time limit of connecting, and of each wait for bytes."""
+"""For connecting, and for each wait for bytes."""
 SHOWN_CHARACTERS = 200
-"""Length of a URL in a message."""
+"""Of a URL in a message."""
 OK, PARTIAL, NOT_SATISFIABLE, TOO_MANY, SERVER_ERROR = 200, 206, 416, 429, 500
 REDIRECTS = {301, 302, 303, 307, 308}
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
@@ -38,7 +41,7 @@ _NOTHING: Mapping[str, str] = {}
 
 @dataclass(frozen=True, slots=True)
 class WebAnswer:
-    """An answer that was read completely; `challenges` are its WWW-Authenticate fields."""
+    """An answer that was read as a whole; `challenges` are its WWW-Authenticate fields."""
 
     status: int
     challenges: list[str]
@@ -49,7 +52,7 @@ class Web:
     """An HTTPS client; its methods raise `SourceProblem`.
 
     Args:
-        credential: the description of the credential for errors 401 and 403.
+        credential: what an error of 401 or 403 says of the credential that was or was not sent.
     """
 
     def __init__(self, credential: str) -> None:
@@ -81,7 +84,7 @@ class Web:
         return WebAnswer(response.status, response.headers.get_all("WWW-Authenticate", []), body)
 
     def file_opener(self, url: str, *, authorization: str | None = None) -> OpenAt:
-        """Return a function that opens a file, at an offset if the server supports ranges."""
+        """Return what opens a file, at an offset if the server has ranges of it."""
         headers = {"Authorization": authorization} if authorization else {}
 
         def open_at(offset: int) -> OpenFile:
@@ -150,12 +153,28 @@ class Web:
         return cast(HTTPResponse, answer)
 
 
+class Https:
+    """One file at a URL, which says nothing of its bytes beforehand; see `origin.Origin`."""
+
+    def __init__(self, source: SourceName, digest: str | None) -> None:
+        self._url, self._digest = source.name, digest
+        self._web = Web("https sources are read without credentials; use one that has them, as oci or s3")
+
+    def resolve(self) -> Resolved:
+        name = f"{self._url}#sha256={self._digest}" if self._digest else None
+        return Resolved(name, (RemoteFile(MODEL_FILE, sha256=self._digest),))
+
+    def fetch(self, file: RemoteFile, downloads: Downloads) -> Download:
+        identity = file.sha256 and f"sha256:{file.sha256}"
+        return downloads.receive(identity, self._web.file_opener(self._url), sha256=file.sha256)
+
+
 def _transient(message: str) -> SourceProblem:
     return SourceProblem("source_unreachable", message, is_transient=True)
 
 
 def _origin_of(url: str) -> tuple[str, int]:
-    """Return host and port of a URL, which must be https, without a user."""
+    """Return host and port of a URL, which has to be of https, without a user."""
     with suppress(ValueError):
         parts = urlsplit(url)
         is_text = url.isascii() and url.isprintable() and " " not in url
@@ -173,7 +192,7 @@ def _join(base: str, location: str) -> str:
 
 
 def _read(response: HTTPResponse, url: str, most: int | None = None) -> Generator[bytes, None, None]:
-    """Yield a body's pieces, at most `most` bytes and one piece."""
+    """Yield a body's pieces; at most so many bytes, and one piece, of it."""
     count, length = 0, response.length
     with closing(response):
         while most is None or count < most:
@@ -190,7 +209,7 @@ def _read(response: HTTPResponse, url: str, most: int | None = None) -> Generato
 
 
 def _explain(error: Exception, url: str) -> SourceProblem:
-    """Return the problem for an error of the client, without texts of the server."""
+    """Return the problem that an error of the client stands for, without texts of the server."""
     shown = _show(url)
     cause = error.reason if isinstance(error, URLError) else error
     if isinstance(cause, TimeoutError):
@@ -212,6 +231,6 @@ def _explain(error: Exception, url: str) -> SourceProblem:
 
 
 def _show(url: str) -> str:
-    """Return a URL for a message, without user and query, which may have a password or signature."""
+    """Return a URL for a message: no user, no query, since a password or signature may stand there."""
     bare = re.sub(r"[?#].*", "", url, flags=re.DOTALL)
     return ascii(re.sub(r"//[^/]*@", "//", bare)[:SHOWN_CHARACTERS])[1:-1]

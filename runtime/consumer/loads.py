@@ -164,8 +164,9 @@ class Loader:
             progress_timeout_s=parameters.progress_timeout_s or self._progress_timeout_s,
         )
         load.task = asyncio.create_task(self.run_load(job, load), name=f"loading {job.model_id}")
-        self.active[job.id] = load
         load.task.add_done_callback(partial(self._end, load))
+        load.track(load.task)
+        self.active[job.id] = load
 
     def confirm(self, action: Action) -> tuple[Condition, ...] | None:
         """Return what the checks of a load rest on that goes on with an action, or gets room by it.
@@ -195,7 +196,6 @@ class Loader:
             del self.active[load.job_id]
         else:
             load.estimate = Failure("internal", DEFECT)
-        self._wake()
 
     async def run_load(self, job: Job, load: RunningLoad) -> None:
         """Load a model, from the estimate of its memory to `ModelLoaded` or `LoadFailed`.
