@@ -23,7 +23,7 @@ class LeaseStore:
         self._connection: Connection | None = None
 
     async def renew(self, node_id: str, epoch: int, lease_s: float, hints: str, limit_s: float) -> bool:
-        """Renew the lease of an epoch; return False if the epoch is over. After an error, either is possible."""
+        """Renew the lease of an epoch; return False if the epoch is over. An error leaves that open."""
         async with self._connected(limit_s) as connection:
             return bool(
                 await connection.fetchval("SELECT renew($1, $2, $3, $4)", node_id, epoch, lease_s, hints)
