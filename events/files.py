@@ -1,4 +1,4 @@
-"""Atomic files: a file gets its name when it is complete and on the disk, so no crash leaves half of one.
+"""Atomic files: a file gets its name when it is complete and on the disk, so a crash leaves no half of it.
 
 A file is written as a draft beside its target: `.NAME.8 hex digits`, mode 0600, locked while it is written.
 """
@@ -18,7 +18,7 @@ from typing import BinaryIO
 from events.errors import WrongTarget
 
 _DRAFT = re.compile(r"\.[0-9a-f]{8}(-journal|-wal|-shm)?", re.ASCII)
-"""The end of a draft's name, after its target's; SQLite's own files of a draft have a suffix more."""
+"""The end of a draft's name, after its target's; SQLite's files beside a draft have another suffix."""
 
 
 @contextmanager
@@ -39,10 +39,10 @@ def open_draft(target: Path) -> Iterator[Path]:
     try:
         yield draft
     finally:
-        for suffix in ("", "-journal", "-wal", "-shm"):  # SQLite's, should it have failed
+        for suffix in ("", "-journal", "-wal", "-shm"):  # SQLite's files, if SQLite has failed
             with suppress(FileNotFoundError):
                 draft.with_name(draft.name + suffix).unlink()
-        os.close(descriptor)  # not before: SQLite's own locks on the file would go with it
+        os.close(descriptor)  # not earlier: SQLite's own locks on the file would end with it
 
 
 def _create_draft(target: Path) -> tuple[Path, int]:
@@ -95,7 +95,7 @@ def _remove_if_unlocked(file: Path, draft: Path) -> None:
 
 @contextmanager
 def write_file(target: Path, *, replace: bool) -> Iterator[BinaryIO]:
-    """Write a file that takes its name, durably, at the end of the block.
+    """Write a file that gets its name, durably, at the end of the block.
 
     Raises:
         WrongTarget: `wrong_target`, the target is not a file that can be replaced.
@@ -124,7 +124,7 @@ def publish(draft: Path, target: Path, *, replace: bool) -> None:
     if replace:
         draft.replace(target)
     else:
-        os.link(draft, target)  # unlike a rename, it refuses to replace
+        os.link(draft, target)  # unlike a rename, a link never replaces a file
         draft.unlink()
     sync(target.parent)
 
@@ -146,7 +146,7 @@ def printable_name(path: Path) -> str:
 
 
 def is_stream(target: Path) -> bool:
-    """Whether the target is written to and never replaced: a pipe, or a device like a terminal."""
+    """Whether the target is a pipe, or a device like a terminal, which is written to and never replaced."""
     try:
         mode = target.stat().st_mode
     except FileNotFoundError:

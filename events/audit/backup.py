@@ -60,7 +60,7 @@ def _lock_folder(folder: Path) -> Iterator[None]:
     """Keep servers from starting on the folder, if it is a data directory, until the block ends."""
     try:
         descriptor = os.open(folder / "lock", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:  # it is not a data directory
+    except OSError:  # no data directory
         yield
         return
     try:
