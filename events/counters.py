@@ -34,7 +34,7 @@ MAX_CODES = 100
 OTHER_CODE = "other"
 
 LOAD_STAGES = ("waiting", "copying", "starting", "loading", "hashing", "warming_up", "measuring")
-"""The stages of a load that `ModelLoaded` has durations of."""
+"""The stages of a load whose durations are in `ModelLoaded`."""
 
 ENDS = (JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED)
 

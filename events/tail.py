@@ -42,7 +42,7 @@ PACE_S = 0.1
 """Shortest pause between wakeups of tails: ten events in one write cost a tenth of ten writes (measured)."""
 
 READ_RETRY_S = 1.0
-"""How long to wait after the log could not be read."""
+"""Pause after the log could not be read."""
 
 
 class Ring:

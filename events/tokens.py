@@ -21,7 +21,7 @@ MAX_TOKENS = 10_000
 """Limit of valid tokens, beyond which none is issued: some 5 MB, searched in 2 ms."""
 
 KEPT_AFTER_EXPIRY_S = 24 * 3_600
-"""How long a token stays after its expiry: a clock that is set back by less revives no revoked one."""
+"""How long a token stays after its expiry: a clock set back by less revives no revoked token."""
 
 SWEEP_EVERY = 128
 """Expired tokens are removed when this divides the number of tokens: so few events walk through all."""
@@ -60,7 +60,7 @@ class Token(Struct, frozen=True, gc=False):
 
 
 def evolve_tokens(tokens: dict[str, Token], event: Event, data: TokenData) -> Mapping[str, Token | None]:
-    """Fold an event into `tokens`, and return those that changed by their ids; None for those that went."""
+    """Fold an event into `tokens`; returns the changed tokens by id, None for removed ones."""
     before = tokens.get(data.jti)
     after = _evolve_token(before, event, data)
     if after is None or after is before:
@@ -146,7 +146,7 @@ def _ancestry(tokens: Mapping[str, Token], jti: str | None) -> Iterator[Token]:
 
 
 def _find_forgotten(tokens: Mapping[str, Token], now: Timestamp) -> list[str]:
-    """Return the ids of the tokens that expired some time ago, as did all that came from them."""
+    """Return the ids of the tokens that expired some time ago, like all tokens that came from them."""
     until, kept = add_seconds(now, -KEPT_AFTER_EXPIRY_S), set[str]()
     for jti, token in tokens.items():
         if token.expires_at > until:

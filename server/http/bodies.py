@@ -42,7 +42,7 @@ BURST_BYTES = 16 * 2**20
 """Bytes of bodies at once. Beyond them, malloc keeps an unbounded part of the memory of the pieces."""
 
 TRIM_S = 2.0
-"""So long after a burst its memory is kept: to get new pages takes longer than to fill them."""
+"""How long a burst's memory is kept: new pages take longer than filling them."""
 
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # None with another C library
 

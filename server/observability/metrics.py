@@ -211,7 +211,7 @@ class ServerCollector(Collector):
             yield counter(name, text, _with_zeros(self._statistics, counts), "model")
 
     def _serving(self) -> dict[str, float]:
-        """Return by label whether the models that should serve do; of a shared label, all have to."""
+        """Return by label whether the models that should serve do; for a shared label, whether all do."""
         serving: dict[str, float] = {}
         for model_id, name in self._names.items():
             serving[name] = min(serving.get(name, 1.0), float(model_id in self._last_used_ns))
@@ -370,7 +370,7 @@ class ServerCollector(Collector):
 
 
 def _with_zeros(known: Iterable[K], counts: Mapping[K, float]) -> dict[K, float]:
-    """Return counts, with zeros for the known labels that have none.
+    """Return counts, with zeros for known labels without a count.
 
     Prometheus sees no increase in a counter whose first value is 1.
     """
@@ -384,7 +384,7 @@ def _list_memory(devices: Iterable[Device]) -> Iterator[tuple[tuple[str, str], i
 
 
 def _should_serve(model: Model) -> bool:
-    """Return whether a model should serve: it is loaded, or was and is to be again."""
+    """Whether a model should serve: it is loaded, or is to be loaded again."""
     return model.phase in _SHOULD_SERVE or model.previous is not None
 
 
@@ -404,13 +404,13 @@ def _size(*paths: Path) -> int:
 routes = Routes(tag="health")
 
 OPEN = "open"
-"""The value of --metrics that requires no token."""
+"""The value of --metrics that makes the route public."""
 
 KEPT_RESPONSE_S = 0.1
-"""How long a response is kept at least, so that simultaneous scrapes share it."""
+"""How long a response is kept at least, to share it among simultaneous scrapes."""
 
 KEPT_TIMES = 10
-"""How long it is kept, in multiples of the time it took: scraping uses a tenth of a core at most."""
+"""How long a response is kept, in multiples of its duration: scraping takes at most a tenth of a core."""
 
 
 _PLAIN, _OPENMETRICS = "text/plain", "application/openmetrics-text"
@@ -476,7 +476,7 @@ async def show_metrics(request: web.Request) -> web.Response:
 
 
 def metrics_routes(metrics: str) -> list[Route]:
-    """Return the routes of this module; `metrics` is the setting of who may read them."""
+    """Return the routes of this module; `metrics` is the setting of their access."""
     if metrics != OPEN:
         return routes
     return [replace(route, access=Access.PUBLIC) for route in routes]
