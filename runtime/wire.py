@@ -374,8 +374,8 @@ class Infer(Message, frozen=True):
 
     `sent_ns` is the time of CLOCK_MONOTONIC, which all processes of a machine share. With
     `digest` each output comes as 32 bytes, UINT8: the SHA-256 of its datatype, shape and data.
-    `room` is where in the shared memory long outputs may go, and how many bytes it has. At `deadline_ns`,
-    by the same clock, nothing wants the answer any more; 0 is no deadline.
+    `answer_region` is where in the shared memory long outputs may go, and how many bytes it has. At
+    `deadline_ns`, by the same clock, nothing wants the answer any more; 0 is no deadline.
     """
 
     id: Count
@@ -384,7 +384,7 @@ class Infer(Message, frozen=True):
     text: bool = False
     sent_ns: Count = 0
     digest: bool = False
-    room: tuple[Count, Count] | None = None
+    answer_region: tuple[Count, Count] | None = None
     deadline_ns: Count = 0
 
 

@@ -52,8 +52,8 @@ class BodyTooLarge(ServerProblem):
 
     code = "body_too_large"
 
-    def __init__(self, max_bytes: int, share: Share | None = None) -> None:
-        advice = "" if share is None else "; the server's --max-request-size sets this limit"
+    def __init__(self, max_bytes: int, memory: BodyMemory | None = None) -> None:
+        advice = "" if memory is None else "; the server's --max-request-size sets this limit"
         super().__init__(f"the body must not be larger than {max_bytes} bytes{advice}")
 
 
@@ -79,8 +79,8 @@ class Bodies:
         self._had_burst = False
         self.taken_bytes = 0
 
-    def share(self, subject: str) -> Share:
-        return Share(self, subject)
+    def memory_of(self, subject: str) -> BodyMemory:
+        return BodyMemory(self, subject)
 
     def has_room(self, subject: str, count: int) -> bool:
         of_subject = self._by_subject[subject] + count
@@ -120,7 +120,7 @@ class Bodies:
             loop.call_later(loop.time() - began_s, turn.release)
 
 
-class Share:
+class BodyMemory:
     """The bytes of one request, then those of its response, until the client has received it."""
 
     __slots__ = ("_bodies", "_count", "_subject")
@@ -192,11 +192,11 @@ async def iterate_body(content: StreamReader, idle_s: float = IDLE_S) -> AsyncIt
 
 
 async def read_body(
-    request: web.BaseRequest, max_bytes: int, share: Share | None = None, idle_s: float = IDLE_S
+    request: web.BaseRequest, max_bytes: int, memory: BodyMemory | None = None, idle_s: float = IDLE_S
 ) -> bytes:
     """Read a whole body unchanged, within a route's limit: the application's is the largest of all routes.
 
-    The share counts arriving bytes, but not a body that came with its head, which aiohttp limits.
+    The memory counts arriving bytes, but not a body that came with its head, which aiohttp limits.
 
     Raises:
         BodyTooLarge: the declared length or the body is too long (`body_too_large`).
@@ -207,16 +207,16 @@ async def read_body(
     if content.is_eof():  # most bodies arrive with their head
         body = content.read_nowait()
         if len(body) > max_bytes:
-            raise BodyTooLarge(max_bytes, share)
+            raise BodyTooLarge(max_bytes, memory)
         return body
     if (request.content_length or 0) > max_bytes:
-        raise BodyTooLarge(max_bytes, share)
+        raise BodyTooLarge(max_bytes, memory)
     async for piece in iterate_body(content, idle_s):
         total_bytes += len(piece)
         if total_bytes > max_bytes:
-            raise BodyTooLarge(max_bytes, share)
-        if share is not None:
-            share.take(len(piece))
+            raise BodyTooLarge(max_bytes, memory)
+        if memory is not None:
+            memory.take(len(piece))
         pieces.append(piece)
     return await join_pieces(pieces, total_bytes)
 

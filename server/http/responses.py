@@ -23,7 +23,7 @@ from runtime.wire import Buffer, join_short
 from server.auth.proxies import Proxies
 from server.auth.ratelimit import QUOTA
 from server.errors import ServerProblem, problem_of, problem_response
-from server.http.bodies import Share
+from server.http.bodies import BodyMemory
 from server.observability.output import CONTEXT, REQUEST_ID, valid_request_id
 
 STANDARD_FIELDS: Mapping[str, str] = {
@@ -70,7 +70,7 @@ def response_completer(
 class DirectResponse(web.StreamResponse):
     """A response with status 200, these final header fields, which have no line breaks, and this body.
 
-    The share of memory, for request and response, is given back when the client has received the response.
+    `memory`, of request and response, is given back when the client has received the response.
     `on_written` is called once: when the whole response was handed to the connection, or cannot be.
     """
 
@@ -78,13 +78,13 @@ class DirectResponse(web.StreamResponse):
         self,
         fields: Mapping[str, object],
         body: Sequence[Buffer],
-        share: Share,
+        memory: BodyMemory,
         on_written: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
         self._fields = fields
         self._buffers = body
-        self._share = share
+        self._memory = memory
         self._on_written = on_written
         self._is_kept = False
 
@@ -106,7 +106,7 @@ class DirectResponse(web.StreamResponse):
             if transport.get_write_buffer_size() > JOINED_BYTES:
                 await request.writer.drain()
         finally:
-            self._share.give_back()
+            self._memory.give_back()
         return None
 
     def _write(self, request: web.BaseRequest) -> asyncio.WriteTransport:
@@ -124,7 +124,7 @@ class DirectResponse(web.StreamResponse):
         if length < JOINED_BYTES:
             transport.write(b"".join((head, *self._buffers)))
         else:
-            self._share.replace(length)
+            self._memory.replace(length)
             for part in join_short((head, *self._buffers)):  # a short write would wake the client early
                 transport.write(part)
         self._buffers = ()
