@@ -13,8 +13,8 @@ from typing import Any
 import click
 import msgspec
 
+from features.approvals.cli import model_facts, verified_facts
 from loadledger.cli import options, output
-from loadledger.cli.approvals import model_facts, verified_facts
 from loadledger.cli.completion import models_of_server
 from loadledger.cli.jobs import report_request
 from loadledger.cli.output import format_cell, format_size, format_table, to_printable
