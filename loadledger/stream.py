@@ -155,9 +155,9 @@ async def fetch_pages(
     pairs, cursor, left, reached = listing.pairs, None, listing.most, False
     while True:
         size = EVENTS_PER_REQUEST if left is None else min(EVENTS_PER_REQUEST, left)
-        place: Pairs = [] if cursor is None else [(listing.cursor, str(cursor))]
-        others = [pair for pair in pairs if not place or pair[0] != listing.cursor]
-        request = get_request(listing.target, [*others, *place, ("limit", str(size))])
+        cursor_pair: Pairs = [] if cursor is None else [(listing.cursor, str(cursor))]
+        others = [pair for pair in pairs if not cursor_pair or pair[0] != listing.cursor]
+        request = get_request(listing.target, [*others, *cursor_pair, ("limit", str(size))])
         page: Any = await fetch_with_retries(context, request, listing.page, reached=reached)
         values = page.values[:left]
         yield values, int(page.as_of)

@@ -152,12 +152,12 @@ def _with_external(source: Path, model: VersionFile, beside: Iterable[VersionFil
     except (Unparsable, TooManyFields) as problem:
         raise ValueError(f"{source} cannot be read as ONNX: {problem}") from None
     for location in locations:
-        place = os.path.normpath(location)
-        if place.startswith(("/", "..")) or "\0" in location:
+        path = os.path.normpath(location)
+        if path.startswith(("/", "..")) or "\0" in location:
             raise ValueError(f"{source} names {location!r}, which is not in its folder: it cannot be loaded")
-        if place not in found:
+        if path not in found:
             try:
-                found[place] = VersionFile(place, source.parent / place, _size_of(source.parent / place))
+                found[path] = VersionFile(path, source.parent / path, _size_of(source.parent / path))
             except FileNotFoundError:
                 raise ValueError(
                     f"{source} keeps weights in {location!r}, which is not there: put it beside it"
