@@ -21,8 +21,9 @@ from msgspec import UNSET
 from msgspec.structs import asdict, replace
 
 from events.clock import seconds_between, uuid7
-from events.commands import OUTDATED, Condition, Record, RequestLoad, RequestUnload
+from events.commands import OUTDATED, Condition, Record
 from events.errors import LogUnavailable, NotEncodable, RequestRefused
+from events.jobcommands import RequestLoad, RequestUnload
 from events.jobs import Failure, Job
 from events.log import Log
 from events.models import RELOADS, Model, ModelState, Serving

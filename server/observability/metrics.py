@@ -25,8 +25,8 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from answers.resources import Device
-from events.accept import MAX_QUEUE
 from events.clock import seconds_between
+from events.commands import MAX_QUEUE
 from events.counters import ENDS, EVICTIONS, OTHERS, HistogramSnapshot
 from events.history import describe_model
 from events.jobs import JobKind, JobStatus

@@ -12,7 +12,8 @@ from msgspec import UNSET, UnsetType, structs
 from support.history import CONTENTS, DIGEST, MODEL, STEPS, History, at, given
 
 from events.accept import accept
-from events.commands import Accepted, Command, Decision, Existing, RequestLoad
+from events.commands import Accepted, Command, Decision, Existing
+from events.jobcommands import RequestLoad
 from events.models import Model
 from events.types import (
     SYSTEM,

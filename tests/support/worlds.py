@@ -14,18 +14,9 @@ from msgspec.structs import replace as change
 
 from events.accept import accept
 from events.clock import add_seconds
-from events.commands import (
-    Accepted,
-    AddVersion,
-    Command,
-    Condition,
-    Decision,
-    Record,
-    RequestCancel,
-    RequestLoad,
-    RequestUnload,
-)
+from events.commands import Accepted, Command, Condition, Decision, Record
 from events.devices import CPU, find_matching
+from events.jobcommands import RequestCancel, RequestLoad, RequestUnload
 from events.jobs import FORK_SERVER_DIED, NO_PROGRESS, Failure, Job, JobStatus
 from events.models import RELOADS, Model, ModelState
 from events.state import State
@@ -54,6 +45,7 @@ from events.types import (
     record_draft,
 )
 from events.values import Credential, Sign
+from events.versioncommands import AddVersion
 from events.versions import ModelVersions
 from features.approvals.commands import ApproveVersion, WithdrawApproval
 from features.approvals.facts import ApprovalResult, LoadApproval, VersionApproved

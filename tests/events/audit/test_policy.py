@@ -28,7 +28,8 @@ from support.signing import make_authority, make_key, public_pem, sign_version
 
 from events.accept import accept
 from events.clock import parse_timestamp
-from events.commands import Accepted, Command, RequestLoad
+from events.commands import Accepted, Command
+from events.jobcommands import RequestLoad
 from events.jobs import Job
 from events.models import RELOADS, AdmittedBytes
 from events.sqlite.datalock import LEDGER
