@@ -13,7 +13,8 @@ import msgspec
 from msgspec import Struct
 
 from events.jobs import Failure, Job
-from events.models import Model, ModelState, Serving
+from events.models import Model, ModelState
+from events.serving import Serving
 from events.state import State
 from events.types import Cause, Event, UnloadRequested
 from events.versions import ModelVersions
@@ -72,6 +73,11 @@ class ModelRow(Struct, frozen=True, gc=False, omit_defaults=True, rename=_NAMES)
         if self.load is None or self.version is None or self.workers is None:
             return ()
         return CopyRow(self.load, self.version, self.server, self.workers, self.degraded), *self.copies
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether workers of the model answer inferences, or did until it began to be unloaded."""
+        return self.state in (ModelState.LOADED, ModelState.UNLOADING)
 
     @property
     def is_waiting(self) -> bool:

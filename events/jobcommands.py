@@ -27,7 +27,8 @@ from events.commands import (
     Refused,
 )
 from events.jobs import Job, JobKind, JobStatus
-from events.models import Model, ModelState, Serving
+from events.models import Model, ModelState
+from events.serving import Serving
 from events.state import Join, State
 from events.statements import emergency_statement
 from events.tokens import add_issuers

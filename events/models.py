@@ -6,7 +6,7 @@ fires a trigger of that table; a step that changes nothing returns the same obje
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Any
 
@@ -32,15 +32,14 @@ from events.jobs import (
     footprint_of,
     recent_incidents,
 )
+from events.serving import AdmittedBytes, Serving, make_serving
 from events.types import (
     ENDS_OF_PROCESSES,
     REPLACEMENTS,
     Cause,
     Data,
-    DeviceUse,
     Event,
     JobCancelled,
-    LoadedFile,
     LoadFailed,
     LoadJoined,
     LoadParameters,
@@ -53,11 +52,10 @@ from events.types import (
     UnloadRequested,
     UnloadStarted,
     WorkerExited,
-    contents_of,
-    digest_of,
 )
-from events.values import STORED_NAMES, NodeSignature, ProcessEnd
+from events.values import ProcessEnd
 from features.evidence import STORED_NAMES_OF_EVIDENCE, LoadEvidence, remember_evidence
+from features.models import Servings
 
 RELOADS = (Cause.RECOVERY, Cause.RESTART, Cause.SWAP, Cause.DRAIN, Cause.COPY)
 """Causes of reloads: loads by the system that bring a model or an instance back, or to another server."""
@@ -117,79 +115,6 @@ if that load ends without effect. In the other phases, `loaded` and `unloading`,
 """
 
 
-class Serving(Struct, frozen=True, gc=False, rename=STORED_NAMES):
-    """The load that a model serves from, is being unloaded from, or lost.
-
-    Attributes:
-        position: of its `ModelLoaded`.
-        worker_ids: of the workers that are left.
-        memory_bytes: the sum of all workers', like `peak_memory_bytes`.
-        degraded_at: when the incident began in which workers died; None while all are left.
-        kept_as_is: whether its repair was cancelled or has no room, so that it stays degraded.
-        threads: of each worker.
-        asked_by: who asked for the model that the system brought back; None where `loaded_by` did.
-        brought_back: the cause of that reload.
-        evidence, node_signature, devices: as `ModelLoaded` has them; not stored without.
-        earlier: what a load of the same bytes had passed that this one brought back under fewer rules; not
-            stored without.
-    """
-
-    load_job_id: str
-    version: int
-    position: int
-    loaded_at: Timestamp
-    loaded_by: str
-    worker_ids: tuple[str, ...]
-    files: tuple[LoadedFile, ...]
-    memory_bytes: int
-    peak_memory_bytes: int
-    parameters: LoadParameters
-    degraded_at: Timestamp | None = None
-    kept_as_is: bool = False
-    threads: int | None = None
-    asked_by: str | None = None
-    brought_back: Cause | None = None
-    at: str | UnsetType = UNSET
-    evidence: LoadEvidence | UnsetType = UNSET
-    node_signature: NodeSignature | UnsetType = UNSET
-    devices: tuple[DeviceUse, ...] | UnsetType = UNSET
-    earlier: AdmittedBytes | UnsetType = UNSET
-
-    @property
-    def digest(self) -> str:
-        return digest_of(contents_of(self.files))
-
-    @property
-    def passed(self) -> AdmittedBytes:
-        """The checks that its bytes passed, as its server has signed them."""
-        evidence = self.evidence or LoadEvidence()
-        return AdmittedBytes(self.digest, self.load_job_id, self.version, evidence, self.node_signature)
-
-    @property
-    def server(self) -> str | None:
-        """The server of its workers, or of those that died; None if that has ended, and at a server alone."""
-        return None if self.at is UNSET else self.at
-
-    def is_copy_of(self, first: Serving) -> bool:
-        """Whether it has the bytes and the parameters of another load."""
-        has_bytes = self.files == first.files or contents_of(self.files) == contents_of(first.files)
-        is_same = self.version == first.version and has_bytes
-        return is_same and self.parameters.has_same_workers(first.parameters)
-
-
-class AdmittedBytes(Struct, frozen=True, gc=False):
-    """Bytes that a model was loaded from, and what they passed; as `ModelLoaded` has it.
-
-    `digest` is that of the files, and `job_id` of the load.
-    """
-
-    digest: str
-    job_id: str
-    version: int
-    evidence: LoadEvidence
-    node_signature: NodeSignature | UnsetType = UNSET
-
-
 class Choice(Struct, frozen=True, gc=False):
     """The last load or unload of a model by a person, which on-demand loads follow.
 
@@ -208,12 +133,11 @@ class Choice(Struct, frozen=True, gc=False):
     parameters: LoadParameters | None = None
 
 
-class Model(Struct, frozen=True, gc=False, rename=STORED_NAMES_OF_EVIDENCE):
-    """One model.
+class Model(Servings, frozen=True, gc=False, rename=STORED_NAMES_OF_EVIDENCE):
+    """One model, with the loads that it serves from.
 
     Attributes:
         phase: the state of what serves: never `loading`, see `state`.
-        serving: set in the phases `loaded`, `unloading` and `lost`; `loaded` is the same as a type.
         rank: the position of the latest load by a client; the active model has the highest.
         loads: that have not ended, in the order in which they run.
         unloads: ids of the jobs that end the present load, or one of `loads`.
@@ -229,17 +153,11 @@ class Model(Struct, frozen=True, gc=False, rename=STORED_NAMES_OF_EVIDENCE):
             the model is `lost` with this load.
         footprints: of the versions loaded last, the latest at the end.
         known_evidence: names of what its loads passed by which the ledger has; not stored without any.
-        copies: further loads of a model that is `loaded`, each at another node, the oldest first. During a
-            swap some are of the version before. If `serving` ends, one of them takes its place; not stored
-            without any.
-        target: the load that ended while only copies of the version before it were left: they serve until it
-            is loaded again; not stored without one.
         chosen: the last choice of a person; not stored without one.
     """
 
     id: str
     phase: ModelState = ModelState.UNLOADED
-    serving: Serving | None = None
     rank: int | None = None
     loads: tuple[PendingLoad, ...] = ()
     unloads: tuple[str, ...] = ()
@@ -253,58 +171,17 @@ class Model(Struct, frozen=True, gc=False, rename=STORED_NAMES_OF_EVIDENCE):
     footprints: tuple[Footprint, ...] = ()
     retries: Retries | None = None
     known_evidence: tuple[str, ...] | UnsetType = UNSET
-    copies: tuple[Serving, ...] | UnsetType = UNSET
-    target: Serving | UnsetType = UNSET
     chosen: Choice | UnsetType = UNSET
-
-    @property
-    def servings(self) -> tuple[Serving, ...]:
-        """The load that the model serves from, and its copies."""
-        return (() if self.serving is None else (self.serving,)) + (self.copies or ())
-
-    @property
-    def template(self) -> Serving | None:
-        """The load of which its copies are to be."""
-        return self.target or self.serving
 
     @property
     def held(self) -> tuple[Serving, ...]:
         """The loads that it serves from, or may return to."""
         return tuple(each for each in (*self.servings, self.target, self.previous) if each)
 
-    @property
-    def reloadable(self) -> tuple[Serving, ...]:
-        """The loads that the system may bring back, or make copies of."""
-        return tuple(each for each in (self.target, self.serving, self.previous) if each)
-
     def find_reloadable(self, version: int | None) -> Serving | None:
         """Return the load that a reload of a version brings back, or makes a copy of."""
-        return next((each for each in self.reloadable if each.version == version), None)
-
-    def find_serving(self, load_job_id: str | None) -> Serving | None:
-        """Return the load of this job, if the model serves from it."""
-        return next((each for each in self.servings if each.load_job_id == load_job_id), None)
-
-    def view_at(self, server: str | None) -> Model:
-        """Return the model as the node of a copy sees it: serving from that, beside the others.
-
-        That node neither repairs it, since a degraded copy is replaced, nor unloads it for being idle, which
-        is decided for all copies at the node of `serving`.
-        """
-        for own in self.copies or ():  # each decision looks at each model
-            if own.at == server:
-                break
-        else:
-            return self
-        others = tuple(each for each in self.servings if each is not own)
-        first = own if self.serving is None else self.serving
-        parameters = replace(first.parameters.give_settings(own.parameters), keep_alive_s=None)
-        serving = replace(own, parameters=parameters, kept_as_is=True)
-        return replace(self, serving=serving, copies=others)
-
-    def view_as(self, seen: Model) -> Model:
-        """Return the model as the node has seen it that has seen `seen`."""
-        return self if not self.copies or seen.serving is None else self.view_at(seen.serving.server)
+        reloadable = (self.target, self.serving, self.previous)
+        return next((each for each in reloadable if each and each.version == version), None)
 
     def has_chosen(self, serving: Serving) -> bool:
         """Whether the last choice of a person is the version and the parameters of a load."""
@@ -392,47 +269,21 @@ def _end_processes(model: Model, event: Event, data: Any) -> Model:
     end: ProcessEnd = data.end
     loads = tuple([load.interrupted(end) for load in model.loads])
     ended = [each.load_job_id for each in model.servings if end.is_at(each.server)]
-    if model.copies and (left := _without_servings(model, ended)).serving is not None:
-        return model if left == model and loads == model.loads else replace(left, loads=loads)
-    held = model.serving or model.previous
-    if held is not None and not end.is_at(held.server):
-        return model if loads == model.loads else replace(model, loads=loads)
+    left, previous = model.without(ended) if ended else model, model.previous
+    if left.serving is not None or (previous is not None and not end.is_at(previous.server)):
+        return model if left is model and loads == model.loads else replace(left, loads=loads)
     ends = TRANSITIONS[Trigger.ENDED]
-    lost = model.phase in ends or (model.previous is not None and model.lost_at is None)
+    lost = model.phase in ends or (previous is not None and model.lost_at is None)
     after = replace(
-        model,
+        model.without_servers(),
         phase=ends.get(model.phase, model.phase),
-        serving=_without_server(model.serving),
-        previous=_without_server(model.previous),
-        copies=UNSET,
+        previous=previous and previous.without_server(),
         lost_by=Cause.RESTART if lost or model.phase is ModelState.LOST else model.lost_by,
         lost_at=event.recorded_at if lost else model.lost_at,
         loads=loads,
         retries=None,  # what was in the last server's way need not be in the next one's
     )
     return model if after == model else after  # most models may be unloaded
-
-
-def _without_servings(model: Model, load_job_ids: Collection[str | None]) -> Model:
-    """Return the model without loads that have ended; if it served from one, it serves from a copy.
-
-    That is the oldest of those that have the bytes of what it served from, or else the oldest of all. It has
-    the settings from before. Without a copy the model is returned without `serving`.
-    """
-    first, target = model.serving, model.target
-    left = tuple(each for each in model.copies or () if each.load_job_id not in load_job_ids)
-    if first is not None and first.load_job_id in load_job_ids:
-        chosen = next((each for each in left if each.is_copy_of(first)), left[0] if left else None)
-        left = tuple(each for each in left if each is not chosen)
-        if chosen is not None:
-            target = target if target or chosen.is_copy_of(first) else first
-            chosen = replace(chosen, parameters=first.parameters.give_settings(chosen.parameters))
-        first = chosen
-    return replace(model, serving=first, copies=left or UNSET, target=target)
-
-
-def _without_server(serving: Serving | None) -> Serving | None:
-    return serving if serving is None or serving.at is UNSET else replace(serving, at=UNSET)
 
 
 def _load_requested(model: Model, event: Event, _: LoadRequested, job: Job | None) -> Model:
@@ -463,17 +314,14 @@ def _model_loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None
     if before is not None:
         serving = replace(loaded, asked_by=before.asked_by or before.loaded_by, brought_back=job.cause)
         serving = replace(serving, earlier=_find_earlier(model, serving))
-    first, copies = _arrange_copies(model, serving, job)
+    after = model.with_load(serving, job.cause, is_loaded=model.phase is ModelState.LOADED)
     return _without_job(
-        model,
+        after,
         job.id,
         phase=_next(model, Trigger.LOADED),
-        serving=first,
-        copies=copies,
-        target=model.target if by_system and first.load_job_id != job.id else UNSET,
         rank=model.rank if by_system and model.rank is not None else event.position,
         error=None,
-        last_version=first.version,
+        last_version=(after.serving or serving).version,
         lost_by=None,
         lost_at=None,
         back_off_position=None,
@@ -500,26 +348,6 @@ def _load_joined(model: Model, event: Event, _: LoadJoined, __: Job | None) -> M
     return replace(model, chosen=_choose(event, serving.load_job_id, event.actor, serving))
 
 
-def _arrange_copies(
-    model: Model, loaded: Serving, job: Job
-) -> tuple[Serving, tuple[Serving, ...] | UnsetType]:
-    """Return what a model serves from once a load of it is loaded, and its copies.
-
-    What was loaded before at the same server, or at all where one copy is wanted, is being unloaded.
-    """
-    before = model.servings if model.phase is ModelState.LOADED else ()
-    is_copy, target = job.cause is Cause.COPY, model.target
-    is_first = target and loaded.is_copy_of(target)
-    if is_copy and before and before[0].server != loaded.server and not is_first:
-        others = tuple(each for each in before[1:] if each.server != loaded.server)
-        return before[0], (*others, loaded)
-    if before and is_first:
-        loaded = replace(loaded, parameters=before[0].parameters.give_settings(loaded.parameters))
-    is_kept = is_copy or loaded.parameters.wanted_copies > 1
-    kept = tuple(each for each in before if is_kept and each.server != loaded.server)
-    return loaded, kept or UNSET
-
-
 def _find_earlier(model: Model, reload: Serving) -> AdmittedBytes | UnsetType:
     """Return what the bytes of a reload passed under more rules, which the next one may need again."""
     if (reload.evidence or LoadEvidence()).is_enforced:
@@ -528,37 +356,11 @@ def _find_earlier(model: Model, reload: Serving) -> AdmittedBytes | UnsetType:
     return next(passed, UNSET)
 
 
-def make_serving(event: Event, data: ModelLoaded, job: Job) -> Serving | None:
-    """Return the load of a `ModelLoaded` as it begins to serve; None if the job is no load of a version."""
-    if job.load is None or event.version is None:
-        return None
-    return Serving(
-        load_job_id=job.id,
-        version=event.version,
-        position=event.position,
-        loaded_at=event.recorded_at,
-        loaded_by=job.requested_by,
-        worker_ids=data.worker_ids,
-        files=data.files,
-        memory_bytes=data.memory_bytes,
-        peak_memory_bytes=data.peak_memory_bytes,
-        parameters=job.load,
-        threads=data.threads,
-        at=data.server,
-        evidence=data.evidence or UNSET,
-        node_signature=data.node_signature,
-        devices=data.devices,
-    )
-
-
 def _settings_changed(model: Model, event: Event, data: ModelSettingsChanged, job: Job | None) -> Model:
     """The present load goes on with other settings; one that is not the named one keeps its own."""
     serving, is_own = model.serving, _waits_for(model, event)
     if is_own and serving is not None and model.find_serving(data.load_job_id) is not None:
-        parameters = replace(
-            serving.parameters, keep_alive_s=data.keep_alive_s, pinned=data.pinned, copies=data.copies
-        )
-        serving = replace(serving, parameters=parameters)
+        serving = replace(serving, parameters=data.change(serving.parameters))
         model = replace(model, serving=serving)
         if job is not None and job.cause is Cause.REQUEST:
             model = replace(model, chosen=_choose(event, job.id, job.requested_by, serving))
@@ -617,9 +419,9 @@ def _unload_requested(model: Model, event: Event, data: UnloadRequested, job: Jo
     """
     if job is not None or event.job_id != event.id:
         return model
-    is_one = model.copies and data.cause in REPLACEMENTS
+    is_one = len(model.servings) > 1 and data.cause in REPLACEMENTS
     if is_one and model.find_serving(data.load_job_id) is not None:
-        return _without_servings(model, [data.load_job_id])
+        return model.without([data.load_job_id])
     present: list[str | None] = [None, *(load.job_id for load in model.loads)]
     if model.serving is not None:
         present.append(model.serving.load_job_id)
@@ -719,13 +521,10 @@ def _worker_exited(model: Model, event: Event, data: WorkerExited, _: Job | None
         incidents=(*recent, event.recorded_at) if counts else recent,
     )
     if not left:
-        with_copy = _without_servings(after, [serving.load_job_id])
-        return _lose_model(after, event, Trigger.ENDED) if with_copy.serving is None else with_copy
+        others = after.without([serving.load_job_id])
+        return _lose_model(after, event, Trigger.ENDED) if others.serving is None else others
     degraded_at = event.recorded_at if is_new else serving.degraded_at
-    degraded = replace(serving, worker_ids=left, degraded_at=degraded_at)
-    if serving is model.serving:
-        return replace(after, serving=degraded)
-    return replace(after, copies=tuple(degraded if each is serving else each for each in after.copies or ()))
+    return after.exchange(serving, replace(serving, worker_ids=left, degraded_at=degraded_at))
 
 
 def _is_new_incident(serving: Serving, event: Event) -> bool:

@@ -86,14 +86,11 @@ class Registers(FeatureRegisters):
         self, event: Event, models: Mapping[str, Model], unended: Callable[[], Iterable[Job]]
     ) -> tuple[RegisterChanges, Sequence[Transition]]:
         """Return what an event changes; `models` and `unended` say which entries have to stay."""
-        data, position, recorded_at = event.data, event.position, event.recorded_at
+        data = event.data
         if isinstance(data, OF_TOKENS):
             if "tokens" in self.shared:
                 self.tokens, self.shared = dict(self.tokens), self.shared - {"tokens"}
-            tokens = evolve_tokens(
-                self.tokens, data, position=position, recorded_at=recorded_at, actor=event.actor
-            )
-            return {"tokens": tokens}, ()
+            return {"tokens": evolve_tokens(self.tokens, event, data)}, ()
         if isinstance(data, OF_VERSIONS):
             return self._apply_to_versions(event), ()
         if isinstance(data, PolicyInForce):

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from msgspec.structs import astuple
 
-from events.models import AdmittedBytes
+from events.serving import AdmittedBytes
 from events.types import Justification
 from events.values import NodeSignature
 

@@ -14,7 +14,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from events.clock import Timestamp, add_seconds
-from events.types import TokenData, TokenIssued, TokenRevoked
+from events.types import Event, TokenData, TokenIssued, TokenRevoked
 from events.values import Credential
 
 MAX_TOKENS = 10_000
@@ -59,47 +59,35 @@ class Token(Struct, frozen=True, gc=False):
         return self.revoked_at is not None
 
 
-def evolve_token(
-    token: Token | None, data: TokenData, *, position: int, recorded_at: Timestamp, actor: str
-) -> Token | None:
-    """Return a token after an event about it. A revocation stays, whatever follows.
-
-    Args:
-        token: as it was before; None if there was no event about it.
-        data: of the event.
-        position: of the event.
-        recorded_at: of the event.
-        actor: of the event.
-    """
-    match data:
-        case TokenIssued(jti, subject, roles, expires_at, via, issued_with):
-            if token is not None:
-                return token
-            issued = recorded_at, actor, via
-            return Token(jti, subject, roles, expires_at, position, *issued, issued_with=issued_with)
-        case TokenRevoked(jti, expires_at):
-            if token is None and expires_at is not None:
-                token = Token(jti, None, (), expires_at, position)
-            if token is None or token.is_revoked:
-                return token
-            return replace(token, revoked_at=recorded_at, revoked_by=actor)
-
-
-def evolve_tokens(
-    tokens: dict[str, Token], data: TokenData, *, position: int, recorded_at: Timestamp, actor: str
-) -> Mapping[str, Token | None]:
+def evolve_tokens(tokens: dict[str, Token], event: Event, data: TokenData) -> Mapping[str, Token | None]:
     """Fold an event into `tokens`, and return those that changed by their ids; None for those that went."""
     before = tokens.get(data.jti)
-    after = evolve_token(before, data, position=position, recorded_at=recorded_at, actor=actor)
+    after = _evolve_token(before, event, data)
     if after is None or after is before:
         return {}
     tokens[data.jti] = after
     changed: dict[str, Token | None] = {data.jti: after}
     if len(tokens) % SWEEP_EVERY == 0:
-        for key in _find_forgotten(tokens, recorded_at):
+        for key in _find_forgotten(tokens, event.recorded_at):
             del tokens[key]
             changed[key] = None
     return changed
+
+
+def _evolve_token(token: Token | None, event: Event, data: TokenData) -> Token | None:
+    """Return a token after an event about it. A revocation stays, whatever follows."""
+    match data:
+        case TokenIssued(jti, subject, roles, expires_at, via, issued_with):
+            if token is not None:
+                return token
+            issued = event.recorded_at, event.actor, via
+            return Token(jti, subject, roles, expires_at, event.position, *issued, issued_with=issued_with)
+        case TokenRevoked(jti, expires_at):
+            if token is None and expires_at is not None:
+                token = Token(jti, None, (), expires_at, event.position)
+            if token is None or token.is_revoked:
+                return token
+            return replace(token, revoked_at=event.recorded_at, revoked_by=event.actor)
 
 
 def count_valid(tokens: Mapping[str, Token], now: Timestamp) -> int:

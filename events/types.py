@@ -356,6 +356,10 @@ class ModelSettingsChanged(Struct, frozen=True, gc=False):
     def of(cls, load_job_id: str, parameters: LoadParameters) -> ModelSettingsChanged:
         return cls(load_job_id, parameters.keep_alive_s, parameters.pinned, parameters.copies)
 
+    def change(self, parameters: LoadParameters) -> LoadParameters:
+        """Return the parameters of the load with these settings."""
+        return replace(parameters, keep_alive_s=self.keep_alive_s, pinned=self.pinned, copies=self.copies)
+
 
 class LoadFailed(Struct, frozen=True, gc=False):
     """The load failed."""

@@ -21,7 +21,8 @@ from msgspec.structs import replace
 from events.audit.signing import is_signed_by
 from events.clock import Timestamp
 from events.jobs import Job
-from events.models import RELOADS, AdmittedBytes, Model
+from events.models import RELOADS, Model
+from events.serving import AdmittedBytes
 from events.state import Entities
 from events.statements import emergency_statement, load_statement
 from events.types import (

@@ -17,7 +17,8 @@ from msgspec.structs import replace
 from events.clock import Timestamp
 from events.commands import Condition
 from events.jobs import Failure, Job
-from events.models import AdmittedBytes, Model
+from events.models import Model
+from events.serving import AdmittedBytes
 from events.statements import IsSigned, load_statement
 from events.types import Contents, digest_of
 from events.versions import ModelVersions

@@ -34,9 +34,7 @@ class FeatureRegisters:
     ) -> tuple[Mapping[str, Mapping[str, FeatureEntry | None]], Sequence[Transition]]:
         """Fold an event, and return the entries that changed, None for those that are forgotten.
 
-        Args:
-            event: of any type.
-            read_owners: returns the servers that own a model or a job.
+        `read_owners` returns the servers that own a model or a job.
         """
         data, before = event.data, self.nodes
         if not isinstance(data, OF_NODES):

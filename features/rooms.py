@@ -11,13 +11,14 @@ from runtime.process.pool import WorkerPool
 from runtime.rooms import Allocation, RoomLimits, Target
 
 FindTargets = Callable[[LoadParameters, WorkerPool, Mapping[str, RoomLimits]], Sequence[Target]]
-"""Returns the targets that a load asks for, the preferred one first; none if it asks for nothing.
+"""Returns the targets that a load asks for, the preferred one first.
 
 Raises:
-    RuntimeProblem: it asks for targets of which there is none.
+    RuntimeProblem: there is none of them.
 """
 
-TARGETS: tuple[FindTargets, ...] = (devices.find_targets,)
+TARGETS: Mapping[str, FindTargets] = {"devices": devices.find_targets}
+"""By the parameter with which a load asks for targets."""
 
 ListMembers = Callable[[Allocation, Mapping[str, int]], Mapping[str, Any]]
 """Returns members of `LoadUsage` of a load with this allocation, which takes these bytes of each room."""

@@ -30,10 +30,10 @@ from loadledger.requests import (
     CallContext,
     Request,
     decode_refusal,
-    encode_json,
     fetch,
     fetch_with_retries,
     get_request,
+    json_request,
     post_request,
     send_request,
 )
@@ -151,7 +151,7 @@ class Operations:
         given = {"version": version, "label": label, "reason": reason}
         given |= {"emergency": emergency, "digest": digest}
         body = {**{name: value for name, value in given.items() if value is not None}, **parameters}
-        request = post_request(f"/api/v1{path('models', model_id, 'load')}", body=body, key=idempotency_key)
+        request = post_request(_api("models", model_id, "load"), body=body, key=idempotency_key)
         return await submit_job(
             self._context, request, WaitOptions(wait_s, on_stage, on_away) if wait else None
         )
@@ -177,9 +177,9 @@ class Operations:
         Raises:
             ServerError: the server refused: `unknown_model`, `not_loaded`, `nothing_loaded`.
         """
-        target = path("models", "unload") if model_id is None else path("models", model_id, "unload")
+        target = _api("models", "unload") if model_id is None else _api("models", model_id, "unload")
         pairs = [(name, "true") for name, on in (("force", force), ("until_asked", until_asked)) if on]
-        request = post_request(f"/api/v1{target}", pairs, key=idempotency_key)
+        request = post_request(target, pairs, key=idempotency_key)
         return await submit_job(
             self._context, request, WaitOptions(wait_s, on_stage, on_away) if wait else None
         )
@@ -287,7 +287,7 @@ class Operations:
 
     async def _add_version(self, model_id: str, version: int, addition: _Addition) -> AddedVersionInfo:
         """Send the files into an upload, without those that an earlier attempt has sent, and commit it."""
-        uploads = f"/api/v1{path('models', model_id, 'versions', str(version), 'uploads')}"
+        uploads = _api("models", model_id, "versions", str(version), "uploads")
         digests = addition.digests
         upload = await fetch(self._context, post_request(uploads, key=make_key(digests)), UploadInfo)
         there, target, sent = {file.path: file.sha256 for file in upload.files}, uploads + path(upload.id), 0
@@ -299,11 +299,8 @@ class Operations:
                     request = Request("PUT", where, body.headers, upload=body, timeout_s=UPLOAD_ANSWER_S)
                     await fetch_with_retries(self._context, request, AddedFileInfo, reached=True)
                 sent += file.bytes
-            commit = Request("POST", f"{target}/commit", repeatable=False, timeout_s=UPLOAD_ANSWER_S)
-            if addition.provenance is not None:
-                headers = {"Content-Type": "application/json"}
-                commit = replace(commit, headers=headers, body=encode_json(addition.provenance))
-            return await fetch(self._context, commit, AddedVersionInfo)
+            commit = json_request("POST", f"{target}/commit", addition.provenance, repeatable=False)
+            return await fetch(self._context, replace(commit, timeout_s=UPLOAD_ANSWER_S), AddedVersionInfo)
         except ServerError as problem:
             if problem.code in _REFUSED_FILES:
                 with suppress(ClientProblem):  # these files would be refused again
@@ -323,7 +320,7 @@ class Operations:
         Raises:
             ServerError: the server refused: `unknown_version`, `version_in_use`, `repository_read_only`.
         """
-        target = f"/api/v1{path('models', model_id, 'versions', str(version))}"
+        target = _api("models", model_id, "versions", str(version))
         query = "?force=true" if force else ""
         await self._change(Request("DELETE", target + query, repeatable=False, timeout_s=UPLOAD_ANSWER_S))
 
@@ -333,9 +330,8 @@ class Operations:
         Raises:
             ServerError: the server refused: `unknown_model`, `unknown_version`, `too_many_labels`.
         """
-        headers, body = {"Content-Type": "application/json"}, encode_json({"version": version})
-        target = f"/api/v1{path('models', model_id, 'labels', label)}"
-        await self._change(Request("PUT", target, headers, body))
+        target = _api("models", model_id, "labels", label)
+        await self._change(json_request("PUT", target, {"version": version}))
 
     async def remove_label(self, model_id: str, label: str) -> None:
         """Remove a label; its version stays.
@@ -343,8 +339,7 @@ class Operations:
         Raises:
             ServerError: the server refused: `unknown_label`.
         """
-        target = f"/api/v1{path('models', model_id, 'labels', label)}"
-        await self._change(Request("DELETE", target, repeatable=False))
+        await self._change(Request("DELETE", _api("models", model_id, "labels", label), repeatable=False))
 
     async def _change(self, request: Request) -> None:
         answer = await send_request(self._context, request)
@@ -357,11 +352,8 @@ class Operations:
         Raises:
             ServerError: `unknown_job`, or too late: `already_started`, `already_finished`.
         """
-        return await fetch(
-            self._context,
-            post_request(f"/api/v1{path('jobs', job_id, 'cancel')}", key=idempotency_key),
-            JobInfo,
-        )
+        request = post_request(_api("jobs", job_id, "cancel"), key=idempotency_key)
+        return await fetch(self._context, request, JobInfo)
 
     async def approve(self, model_id: str, version: int, digest: str, reason: str) -> VersionApprovals:
         """Approve the bytes of a version, with the role `approve`, for all loads of the model.
@@ -371,9 +363,8 @@ class Operations:
         Raises:
             ServerError: the server refused: `unknown_version`, `digest_differs`, `same_person`.
         """
-        body = encode_json({"digest": digest, "reason": reason})
-        headers, target = {"Content-Type": "application/json"}, _approval_path(model_id, version)
-        request = Request("PUT", target, headers, body)
+        body = {"digest": digest, "reason": reason}
+        request = json_request("PUT", _approval_path(model_id, version), body)
         return await fetch(self._context, request, VersionApprovals)
 
     async def withdraw_approval(self, model_id: str, version: int, reason: str) -> VersionApprovals:
@@ -391,9 +382,7 @@ class Operations:
         Raises:
             ServerError: the server refused: `unknown_model`, `unknown_version`, …
         """
-        request = get_request(
-            f"/api/v1{path('models', model_id, 'verify')}", present_parameters(version=version)
-        )
+        request = get_request(_api("models", model_id, "verify"), present_parameters(version=version))
         return await fetch(self._context, replace(request, timeout_s=HASH_ANSWER_S), VerifiedVersionInfo)
 
     async def job(self, job_id: str, *, at: At | None = None) -> JobInfo:
@@ -437,11 +426,8 @@ class Operations:
 
     async def model(self, model_id: str, *, at: At | None = None) -> ModelInfo:
         """Return a model, with `at` as of a position or time."""
-        return await fetch(
-            self._context,
-            get_request(f"/api/v1{path('models', model_id)}", present_parameters(at=at)),
-            ModelInfo,
-        )
+        request = get_request(_api("models", model_id), present_parameters(at=at))
+        return await fetch(self._context, request, ModelInfo)
 
     async def resources(self) -> Resources:
         """Return the memory budget, its use, and the jobs that wait for it."""
@@ -457,9 +443,7 @@ class Operations:
         Raises:
             ServerError: the server refused: `unknown_node`, `node_ended`, `no_nodes`.
         """
-        return await fetch(
-            self._context, Request("POST", f"/api/v1{path('nodes', node_id, 'drain')}", {}), NodeInfo
-        )
+        return await fetch(self._context, Request("POST", _api("nodes", node_id, "drain")), NodeInfo)
 
     async def head(self) -> Head:
         """Return the signed head of the ledger."""
@@ -609,9 +593,7 @@ class Operations:
     async def post(self, path: str, body: Mapping[str, Any]) -> Any:
         """Return the JSON of a POST to any path, such as `/api/v1/tokens`; it is sent once."""
         self._check_path(path)
-        headers = {"Content-Type": "application/json"}
-        request = Request("POST", path, headers, encode_json(body), repeatable=False)
-        return await fetch(self._context, request, Any)
+        return await fetch(self._context, json_request("POST", path, body, repeatable=False), Any)
 
     @staticmethod
     def _check_path(path: str) -> None:
@@ -623,8 +605,12 @@ class Operations:
             )
 
 
+def _api(*segments: str) -> str:
+    return f"/api/v1{path(*segments)}"
+
+
 def _approval_path(model_id: str, version: int) -> str:
-    return f"/api/v1{path('models', model_id, 'versions', str(version), 'approval')}"
+    return _api("models", model_id, "versions", str(version), "approval")
 
 
 def _model_path(model_id: str, version: int | str | None) -> str:

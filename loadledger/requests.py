@@ -237,10 +237,6 @@ def foreign_answer(address: Address, why: str) -> BadAnswer:
     return BadAnswer(f"{address.url} does not answer as loadledger does ({why}): is this its URL?")
 
 
-def _chance() -> float:
-    return os.urandom(1)[0] / 255
-
-
 @dataclass(frozen=True, slots=True)
 class CallContext:
     """Shared by all operations of a client.
@@ -255,7 +251,7 @@ class CallContext:
     timeout_s: float
     transport: Transport
     now: Callable[[], float] = time.monotonic
-    chance: Callable[[], float] = _chance
+    chance: Callable[[], float] = lambda: os.urandom(1)[0] / 255
 
 
 def get_request(path: str, pairs: list[tuple[str, str]] | None = None) -> Request:
@@ -275,9 +271,20 @@ def post_request(
         ValueError: the key or the body cannot be sent.
     """
     headers = {"Idempotency-Key": quote_key(os.urandom(16).hex() if key is None else key)}
-    if body is not None:
-        headers["Content-Type"] = "application/json"
-    return Request("POST", path + query(pairs or []), headers, None if body is None else encode_json(body))
+    request = json_request("POST", path + query(pairs or []), body)
+    return replace(request, headers={**headers, **request.headers})
+
+
+def json_request(method: str, path: str, body: Any, *, repeatable: bool = True) -> Request:
+    """Return a request with a body of JSON, or without one if that is None.
+
+    Raises:
+        ValueError: the body cannot be sent.
+    """
+    if body is None:
+        return Request(method, path, repeatable=repeatable)
+    headers = {"Content-Type": "application/json"}
+    return Request(method, path, headers, encode_json(body), repeatable=repeatable)
 
 
 def quote_key(key: str) -> str:

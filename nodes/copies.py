@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 
-from events.models import LoadedModel, Model, ModelState, Serving
+from events.models import LoadedModel, Model, ModelState
+from events.serving import Serving
 from events.state import State
 from events.types import Cause
 from nodes.placement import NodeView, explain_lack, find_node_for_model, find_usable, list_ready

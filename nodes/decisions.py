@@ -20,7 +20,8 @@ from events.commands import Condition, Record
 from events.errors import EpochOver
 from events.jobcommands import RequestLoad
 from events.jobs import INSUFFICIENT_MEMORY, POLICY_DIFFERS, Job
-from events.models import RELOADS, AdmittedBytes, LoadedModel, Model, ModelState, Serving
+from events.models import RELOADS, LoadedModel, Model, ModelState
+from events.serving import AdmittedBytes, Serving
 from events.state import State
 from events.statements import load_statement
 from events.types import (

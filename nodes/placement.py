@@ -26,7 +26,8 @@ from math import inf
 
 from events.clock import add_seconds
 from events.jobs import POLICY_DIFFERS, Job, JobKind, JobStatus
-from events.models import RELOADS, LoadedModel, Model, ModelState, Serving
+from events.models import RELOADS, LoadedModel, Model, ModelState
+from events.serving import Serving
 from events.state import State, has_turn
 from events.types import Cause
 from events.values import FileHash

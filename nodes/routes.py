@@ -14,7 +14,8 @@ from marshmallow import Schema, fields, validate
 
 from answers.nodes import NodeInfo, NodeJob, NodeList, NodeModel
 from events.jobs import Job
-from events.models import Model, Serving
+from events.models import Model
+from events.serving import Serving
 from events.state import State
 from features.nodes.commands import DrainNode
 from features.nodes.register import Lease, find_placer

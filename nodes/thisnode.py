@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from aiohttp import web
+from msgspec.structs import replace
 
+from answers.models import ModelInfo
 from answers.nodes import NodeInfo
 from events.clock import seconds_between
 from events.commands import Receipt
@@ -162,8 +164,11 @@ class ThisNode(Forwarder):
         late = {self.name} if self.membership.is_late else frozenset[str]()
         return make_node_infos(self.log.state, self.membership.leases, self.name, late, self._untrusted())
 
-    def count_copies(self, model: Model) -> tuple[int, str | None]:
-        return count_copies(self.log.state, self._untrusted(), model)
+    def complete_answer(self, shown: ModelInfo, model: Model) -> ModelInfo:
+        if shown.copies is None:
+            return shown
+        ready, waiting_for = count_copies(self.log.state, self._untrusted(), model)
+        return replace(shown, copies_ready=ready, copies_waiting_for=waiting_for)
 
     def can_run(self, parameters: LoadParameters) -> bool:
         nodes = self.log.state.registers.nodes

@@ -181,7 +181,7 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
             _forwarding,
             _time_series,
             open_streams,
-            partial(open_control, others=node_routes.routes),
+            partial(open_control, others={"nodes": node_routes.routes}),
         ]
     )
     return app

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from answers.models import ModelInfo
 from answers.nodes import NodeInfo
 from events.commands import Receipt
 from events.log import Log
@@ -125,9 +126,9 @@ class Cluster(Elsewhere):
         """Return all servers as this one knows them; none if it is alone."""
         return []
 
-    def count_copies(self, model: Model) -> tuple[int, str | None]:
-        """Return how many copies of a model are ready, and what the missing ones wait for."""
-        return len(model.servings), None
+    def complete_answer(self, shown: ModelInfo, model: Model) -> ModelInfo:
+        """Return a model's answer with what only its present state says of further servers."""
+        return shown
 
     def can_run(self, parameters: LoadParameters) -> bool:
         """Whether another server that takes loads has all that a load with these parameters needs there."""

@@ -93,19 +93,11 @@ def _line(members: dict[str, object]) -> bytes:
     return _ENCODER.encode(members).encode("ascii") + b"\n"
 
 
-def _first_line(after: Anchor) -> bytes:
-    return _line({"export": FORMAT, "after": {"position": after.position, "hash": after.hash.hex()}})
-
-
-def _event(row: Row, _previous: bytes) -> bytes:
-    return _line({"position": row.position, "hash": row.hash.hex(), "body": row.body})
-
-
-def _last_line(head: SignedHead) -> bytes:
-    return _line({"head": head.members()})
-
-
-JSONL = ExportFormat(_first_line, _event, _last_line)
+JSONL = ExportFormat(
+    lambda after: _line({"export": FORMAT, "after": {"position": after.position, "hash": after.hash.hex()}}),
+    lambda row, _: _line({"position": row.position, "hash": row.hash.hex(), "body": row.body}),
+    lambda head: _line({"head": head.members()}),
+)
 """The format that has the exact bodies and hashes, and that loadledger reads again."""
 
 

@@ -134,7 +134,7 @@ class CheckedFold:
         self.position, self.hash, self.recorded_at = start.position, start.hash, ""
         self.stored: StoredProjections | None = None
         self.entities = Entities()
-        self._apply = self.entities.apply if applies else _ignore
+        self._apply = self.entities.apply if applies else lambda _: None
         self.policy = PolicyAudit(self.entities)
         self._checks = self.policy.checks if applies else {}
         self._canonical = CanonicalCheck()
@@ -234,10 +234,6 @@ class CheckedFold:
         return Verification(self.position, self.hash, finding, compared, self.hashes, remarks)
 
 
-def _ignore(_: Event) -> None:
-    """Apply no event."""
-
-
 def _pages(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
     """Yield the rows in pages; if reading fails, first yield the rows before that."""
     page, size = list[RawRow](), 0
@@ -292,7 +288,9 @@ def verify_ledger(ledger: ProofReader, watched: Iterable[int] = ()) -> Verificat
             finding = fold.follow(ledger.rows())
             if finding is None:
                 _check_projections(fold)
-                _check_length(ledger, fold.position)
+                if ledger.is_cut_off():
+                    problem = "the file is damaged: its end is missing"
+                    finding = Finding(fold.position, problem, FindingKind.DAMAGED)
     except VerificationError as bad:
         finding = bad.finding
     except StorageDamaged as error:
@@ -304,8 +302,3 @@ def _check_projections(fold: CheckedFold) -> None:
     stored = fold.stored
     if stored is not None and (difference := stored.find_difference(fold.position, fold.entities)):
         raise VerificationError(*difference, FindingKind.PROJECTIONS)
-
-
-def _check_length(ledger: ProofReader, position: int) -> None:
-    if ledger.is_cut_off():
-        raise VerificationError(position, "the file is damaged: its end is missing", FindingKind.DAMAGED)

@@ -28,8 +28,9 @@ from events.codec import decode_event
 from events.errors import LogUnavailable
 from events.history import ModelRow, decode_row
 from events.jobs import Job
-from events.models import ModelState, Serving
+from events.models import ModelState
 from events.presence import PRESENT, SERVER, NodeState, ServerState, Transition
+from events.serving import Serving
 from events.sqlite import history
 from events.sqlite.queries import read_head, read_job, recorded_at
 from events.sqlite.timetravel import InvalidMoment, liveness_at, read_load

@@ -20,8 +20,9 @@ from events.codec import decode_event
 from events.errors import LedgerProblem, LogUnavailable
 from events.history import ModelRow, ShownModel, decode_row, landmarks_around
 from events.jobs import Job, JobStatus, evolve_job
-from events.models import ModelState, Serving, make_serving
+from events.models import ModelState
 from events.presence import Liveness, ServerState, find_liveness, unknown_since
+from events.serving import Serving, make_serving
 from events.sqlite import history, queries
 from events.sqlite.history import latest_row
 from events.sqlite.queries import LAST, JobQuery, as_job, read_job, select_jobs

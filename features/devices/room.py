@@ -93,9 +93,7 @@ def find_targets(
     Raises:
         DeviceUnavailable: `device_unavailable`, there is none of them.
     """
-    if parameters.devices is UNSET:
-        return []
-    names = pool.devices.find_candidates(parameters.devices)
+    names = pool.devices.find_candidates(parameters.devices or (CPU,))
     return [target_device(name, has_memory=name in limits and limits[name].is_measured) for name in names]
 
 

@@ -88,7 +88,8 @@ def evolve_nodes(
         return {}
     changed: dict[str, Node | None] = {after.id: after}
     if isinstance(data, NodeJoined):
-        long_ended = {each.id for each in nodes.values() if is_forgotten(each.ended_at, now)}
+        until = add_seconds(now, -KEPT_S)
+        long_ended = {each.id for each in nodes.values() if each.ended_at and each.ended_at < until}
         changed |= dict.fromkeys((long_ended - {after.id}).difference(read_owners() if long_ended else ()))
     return changed
 
@@ -120,10 +121,6 @@ def _evolve_node(node: Node | None, event: Event, data: NodeData) -> Node | None
 
 def describe_node(name: str) -> str:
     return f"the node {name!r}"
-
-
-def is_forgotten(ended_at: Timestamp | None, now: Timestamp) -> bool:
-    return ended_at is not None and ended_at < add_seconds(now, -KEPT_S)
 
 
 def list_node_transitions(

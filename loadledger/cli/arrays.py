@@ -165,7 +165,9 @@ def _fill(value: InputFill, tensor: ModelTensor) -> Array:
 
 def _fit_array(label: str, array: Array, tensor: ModelTensor, note: Note, *, is_typed: bool) -> Array:
     """Add the batch dimension that the declared shape has, and convert to the declared datatype."""
-    batched = array[None] if _lacks_batch(array.shape, tensor.shape) else array
+    declared = tensor.shape
+    lacks_batch = len(declared) == array.ndim + 1 and declared[0] in (-1, 1)
+    batched = array[None] if lacks_batch else array
     if not _has_shape(batched.shape, tensor.shape):
         raise ValueError(
             f"{label} has the shape {list(array.shape)}; input {tensor.name!r} takes"
@@ -183,10 +185,6 @@ def _has_shape(shape: tuple[int, ...], declared: list[int]) -> bool:
         return True
     pairs = zip(shape, declared, strict=False)
     return len(shape) == len(declared) and all(wanted in (-1, length) for length, wanted in pairs)
-
-
-def _lacks_batch(shape: tuple[int, ...], declared: list[int]) -> bool:
-    return len(declared) == len(shape) + 1 and declared[0] in (-1, 1)
 
 
 def _describe(array: Array) -> str:

@@ -209,19 +209,14 @@ def console(data: Path | None, where: options.ServerChoice, *, prints: bool, as_
     if not base:
         output.exit_with_error("the server does not listen yet: try again")
     link = f"{base}{made['path']}"
-    if not (prints or as_json) and _opens_browser(os.environ):
+    has_display = bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+    if not (prints or as_json) and sys.stdout.isatty() and has_display:
         import webbrowser
 
         if webbrowser.open(link):
             click.echo("the console was opened in your browser", err=True)
             return
     output.print_result({"link": link}, [output.to_printable(link)], as_json=as_json)
-
-
-def _opens_browser(environment: Mapping[str, str]) -> bool:
-    """Whether a person at a terminal has a display, where a browser can open."""
-    has_display = bool(environment.get("DISPLAY") or environment.get("WAYLAND_DISPLAY"))
-    return sys.stdout.isatty() and has_display
 
 
 def _pages(client: Any) -> Iterable[dict[str, Any]]:

@@ -67,7 +67,9 @@ def models(
         server = client.model(rows[0].id, at=at).server if at is not None and rows else None
     if server is not None and server.state != "running":
         output.print_note(f"the server then: {format_presence(server)}")
-    shown = output.with_nodes(COLUMNS, [_row(each) for each in rows], [_nodes_of(each) for each in rows])
+    shown = output.with_column(
+        COLUMNS, [_row(each) for each in rows], "NODE", [_nodes_of(each) for each in rows]
+    )
     table = format_table(*shown, right={"MEMORY"})
     none = "no model is loaded" if loaded else "the repository has no models"
     output.print_result({"models": rows}, table if rows else [none], as_json=as_json)
@@ -342,8 +344,11 @@ def add(
 
     try:
         if into is not None:
+            from loadledger.sources.folder import write_version
+
             with terminal.find_or_download(model, source, digest, signature) as local:
-                added = terminal.write_version_into(into, local, model, version)
+                added = write_version(local.files, into, model, version)
+                local.discard()
             output.print_result(added, terminal.added_lines(added, local, into), as_json=as_json)
             return
         with options.open_chosen_client(where) as client:

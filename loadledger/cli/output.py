@@ -79,15 +79,14 @@ def format_table(
         yield click.style(line, bold=True) if number == 0 else _colour_state(line, columns, cells)
 
 
-def with_nodes(
-    head: Sequence[str], rows: Sequence[Sequence[str]], nodes: Sequence[str | None]
+def with_column(
+    head: Sequence[str], rows: Sequence[Sequence[str]], name: str, values: Sequence[str | None]
 ) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
-    """Return a table's head and rows with the node of each row, if any of them has one."""
-    if not any(nodes):
+    """Return a table's head and rows with a further column, if any row has a value in it."""
+    if not any(values):
         return head, rows
-    return (*head, "NODE"), [
-        (*row, format_cell(node, most=40)) for row, node in zip(rows, nodes, strict=True)
-    ]
+    cells = (format_cell(value, most=40) for value in values)
+    return (*head, name), [(*row, cell) for row, cell in zip(rows, cells, strict=True)]
 
 
 def display_width(text: str) -> int:
@@ -247,13 +246,8 @@ def print_json(value: Any) -> None:
         text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
     except UnicodeEncodeError:  # the name of a file that is not UTF-8
         text = json.dumps(msgspec.to_builtins(value), indent=2)
-    click.echo(text if text.isascii() else "".join(map(_escape_character, text)))
-
-
-def _escape_character(letter: str) -> str:
-    import json
-
-    return letter if letter.isprintable() or letter == "\n" else json.dumps(letter)[1:-1]
+    plain = (each if each.isprintable() or each == "\n" else json.dumps(each)[1:-1] for each in text)
+    click.echo(text if text.isascii() else "".join(plain))
 
 
 def print_result(value: Any, lines: Iterable[str], *, as_json: bool) -> None:

@@ -72,17 +72,6 @@ def _is_local(url: str) -> bool:
         return host == "localhost"
 
 
-def write_version_into(
-    repository: Path, local: LocalVersion, model: str, version: int | None
-) -> AddedVersionInfo:
-    """Write files into a repository's folder; return the version."""
-    from loadledger.sources.folder import write_version
-
-    added = write_version(local.files, repository, model, version)
-    local.discard()
-    return added
-
-
 def added_lines(
     added: AddedVersionInfo, local: LocalVersion, repository: Path | None = None
 ) -> Iterator[str]:

@@ -107,12 +107,14 @@ class AioTransport:
     async def _respond(self, request: Request, silence_s: float) -> AioStream:
         """Send a request and return the response with its body unread."""
         connect_s = min(self.options.connect_s, silence_s)
+        # Without its length, a body would be sent in chunks.
+        length = {} if request.body is None else {"Content-Length": str(request.length)}
         async with self.limit_wait(connect_s + silence_s if request.upload is None else None):
             response = await self._open_session().request(
                 request.method,
                 URL(f"{self.options.address.url}{request.target}", encoded=True),
                 data=_payload(request),
-                headers={**request.headers, **_length_field(request)},
+                headers={**request.headers, **length},
                 allow_redirects=False,
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_s, sock_read=silence_s),
             )
@@ -186,8 +188,3 @@ def _payload(request: Request) -> bytes | AsyncIterator[Buffer] | None:
 async def _parts(parts: Iterable[Buffer]) -> AsyncGenerator[Buffer, None]:
     for part in parts:
         yield part
-
-
-def _length_field(request: Request) -> dict[str, str]:
-    """Return the length of a body, which would be sent in chunks without it."""
-    return {} if request.body is None else {"Content-Length": str(request.length)}

@@ -285,18 +285,19 @@ class Consumer:
         self, job: Job, chosen: Alternative, before: RecordFact | None, conditions: Conditions
     ) -> None:
         """Record `LoadStarted`, and grant the load what it will need."""
-        load, limits = self._loader.active[job.id], self.policy.rooms.get(chosen.target.name)
-        about = chosen.needs, load.parameters, limits, self._pool, self._allocations
+        load, target = self._loader.active[job.id], chosen.target
+        limits = self.policy.rooms.get(target.name)
         load.worker_id, load.reserved_bytes = uuid7(), chosen.bytes
         load.budget_bytes, load.allowance = self.policy.budget_bytes, partial(self._allowance, load)
-        load.allocation = chosen.target.allocate(*about)
+        load.allocation = target.allocate(
+            chosen.needs, load.parameters, limits, self._pool, self._allocations
+        )
         started = draft_load_start(job, is_restarted=load.outdated > 0)
         first = [draft_fact(job, before.data)] if before is not None else []
         await self._recorder.record(
             *first, structs.replace(started, worker_id=load.worker_id), conditions=conditions
         )
         self.loads[job.id] = load
-        load.track(load.task)
         load.granted.set()
 
     def _allocations(self) -> list[Allocation]:

@@ -10,11 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace as change
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 from msgspec import UNSET
@@ -26,7 +25,8 @@ from events.errors import LogUnavailable, NotEncodable, RequestRefused
 from events.jobcommands import RequestLoad, RequestUnload
 from events.jobs import Failure, Job
 from events.log import Log
-from events.models import RELOADS, Model, ModelState, Serving
+from events.models import RELOADS, Model, ModelState
+from events.serving import Serving
 from events.types import (
     SYSTEM,
     Cause,
@@ -69,7 +69,7 @@ from runtime.repository import (
     read_reload_warm_up,
     read_warm_up,
 )
-from runtime.rooms import CPU_TARGET, Target
+from runtime.rooms import CPU_TARGET, RoomLimits, Target
 from runtime.scheduler.actions import (
     Action,
     ChangeSettings,
@@ -166,8 +166,9 @@ class Loader:
             progress_timeout_s=parameters.progress_timeout_s or self._progress_timeout_s,
         )
         load.task = asyncio.create_task(self.run_load(job, load), name=f"loading {job.model_id}")
-        self.active[job.id] = load
         load.task.add_done_callback(partial(self._end, load))
+        load.track(load.task)
+        self.active[job.id] = load
 
     def confirm(self, action: Action) -> tuple[Condition, ...] | None:
         """Return what the checks of a load rest on that goes on with an action, or gets room by it.
@@ -197,7 +198,6 @@ class Loader:
             del self.active[load.job_id]
         else:
             load.estimate = Failure("internal", DEFECT)
-        self._wake()
 
     async def run_load(self, job: Job, load: RunningLoad) -> None:
         """Load a model, from the estimate of its memory to `ModelLoaded` or `LoadFailed`.
@@ -238,7 +238,8 @@ class Loader:
         footprints = model.footprints if model is not None else ()
         files: Sequence[SizedFile] | None = load.files or find_expected(job, model)
         files = files or await self._versions.stat(job.model_id, version)
-        targets, threads = self._find_targets(parameters), self._pool.threads_of(parameters)
+        targets = find_targets(parameters, self._pool, self._policy.rooms)
+        threads = self._pool.threads_of(parameters)
         found = estimate_memory(files, version, parameters, footprints, threads=threads, targets=targets)
         if serving is None or not await self._is_same(job, serving, load.files):
             return found
@@ -250,11 +251,6 @@ class Loader:
             return contents_of(checked) == contents_of(serving.files)
         version, _ = job.load_order
         return await self._versions.has_bytes_of(job.model_id, version, serving.files)
-
-    def _find_targets(self, parameters: LoadParameters) -> Sequence[Target]:
-        """Return the targets on which a load may run; for errors see `features.rooms.FindTargets`."""
-        found = (find(parameters, self._pool, self._policy.rooms) for find in TARGETS)
-        return list(chain.from_iterable(found)) or [CPU_TARGET]
 
     async def _check(self, job: Job, load: RunningLoad, expected: Sequence[LoadedFile] | None) -> None:
         """Copy and hash the files of a load, and check them; the load then takes exactly these.
@@ -596,6 +592,18 @@ async def _stop(load: RunningLoad, worker: Worker) -> None:
         pass
     load.expect_exit(worker)
     await worker.stop(STOP_GRACE_S)
+
+
+def find_targets(
+    parameters: LoadParameters, pool: WorkerPool, limits: Mapping[str, RoomLimits]
+) -> Sequence[Target]:
+    """Return the targets on which a load may run: the CPU, unless it asks for others.
+
+    Raises:
+        RuntimeProblem: it asks for targets of which there is none.
+    """
+    asked = (find for name, find in TARGETS.items() if getattr(parameters, name))
+    return [target for find in asked for target in find(parameters, pool, limits)] or [CPU_TARGET]
 
 
 def find_expected(job: Job, model: Model | None) -> tuple[LoadedFile, ...] | None:

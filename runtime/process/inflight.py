@@ -130,7 +130,7 @@ class AnswerRules:
             if datatype is None or (wanted is not None and name not in wanted):
                 raise MalformedFrame(f"output {name[:64]!r}, which was not asked for")
             if request.digest:
-                is_right = _is_digest(tensor)
+                is_right = (tensor.datatype, tensor.shape, tensor.text) == ("UINT8", (SHA256_BYTES,), False)
             else:
                 is_text = request.text if wanted is None else wanted[name]
                 is_right = tensor.datatype == datatype and tensor.text == is_text
@@ -138,10 +138,6 @@ class AnswerRules:
                 raise MalformedFrame(f"output {name[:64]!r} in another form than was asked for")
         if len(tensors) > 1 and len({tensor.name for tensor in tensors}) < len(tensors):
             raise MalformedFrame("an output twice")
-
-
-def _is_digest(tensor: Tensor) -> bool:
-    return tensor.datatype == "UINT8" and tensor.shape == (SHA256_BYTES,) and not tensor.text
 
 
 Answer = tuple[Outcome, tuple[Tensor, ...]]

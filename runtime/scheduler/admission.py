@@ -22,7 +22,8 @@ from functools import cached_property, partial
 
 from events.clock import add_seconds
 from events.jobs import CRASH_LOOP, INSUFFICIENT_MEMORY, TOO_MANY_LOADED, Failure, Job, JobKind
-from events.models import RELOADS, ModelState, Serving
+from events.models import RELOADS, ModelState
+from events.serving import Serving
 from events.state import State
 from events.types import Cause
 from runtime.rooms import Alternative
@@ -42,9 +43,6 @@ OVERTAKING_LIMIT_S = 30.0
 
 PRESSURE_POLL_S = 1.0
 """How often to check the pressure on the machine, a mean of ten seconds, while a load waits for it."""
-
-ShortageIn = Callable[[LoadRoom, str, int, Amount], Amount]
-"""The shortage in a room of a load of a model that needs so many bytes, beside the reservations there."""
 
 _PRIORITIES = {"high": 0, "normal": 1, "low": 2}
 _LOWEST_PRIORITY = 2
@@ -335,11 +333,11 @@ class _PendingLoad:
 
     def _start_or_make_room(self, alternative: Alternative) -> Action | Waiting:
         """Start a load, which only room can delay, make room for it, or wait."""
-        replaced, missing = self._serving, self._shortage_now(alternative)
+        replaced, missing = self._serving, self._find_shortage(alternative)
         if replaced is None or not self._replaces_in_place(missing):
             replaced = None
         else:
-            missing = self._shortage_now(alternative, replaced)
+            missing = self._find_shortage(alternative, replaced)
         if missing.lacks_room:
             return self._make_room(alternative, missing, replaced)
         action = self._start_on(alternative, replaced)
@@ -354,26 +352,21 @@ class _PendingLoad:
             return actions.UnloadForReplacement(self.job, replaced.load_job_id)
         return actions.StartLoad(self.job, alternative)
 
-    def _shortage_now(self, alternative: Alternative, replaced: LoadView | None = None) -> _Shortage:
-        """Return what the load lacks now, beside the reservations."""
-        return self._shortage(LoadRoom.shortage_now, alternative, replaced, self._reservations.rooms)
-
-    def _shortage_after_exits(self, alternative: Alternative, replaced: LoadView | None = None) -> _Shortage:
-        """Return what the load will lack when exiting processes have exited."""
-        return self._shortage(LoadRoom.shortage_after_exits, alternative, replaced, self._reservations.rooms)
-
-    def _shortage(
+    def _find_shortage(
         self,
-        shortage_in: ShortageIn,
         alternative: Alternative,
-        replaced: LoadView | None,
-        reserved: Mapping[LoadRoom, Amount],
+        replaced: LoadView | None = None,
+        *,
+        after_exits: bool = False,
+        reserved: Mapping[LoadRoom, Amount] | None = None,
     ) -> _Shortage:
+        """Return what the load lacks, beside the reservations unless there are others."""
+        reserved = self._reservations.rooms if reserved is None else reserved
         lacking, measured = {}, None
         for room, needed_bytes in self._list_needs(alternative):
             more_bytes = needed_bytes - room.bytes_of(replaced)
             before = reserved.get(room, _NOTHING)
-            missing = shortage_in(room, self.job.model_id, more_bytes, before)
+            missing = room.shortage(self.job.model_id, more_bytes, before, after_exits=after_exits)
             if not missing.is_none:
                 lacking[room] = missing
             if measured is None and (load := room.measured_load) is not None:
@@ -392,7 +385,8 @@ class _PendingLoad:
         Room that becomes free while it waits is reserved for it if it goes before all, or has waited; what
         exiting processes release is reserved in any case if it is enough.
         """
-        view, job, missing = self._view, self.job, self._shortage_after_exits(alternative, replaced)
+        view, job = self._view, self.job
+        missing = self._find_shortage(alternative, replaced, after_exits=True)
         if missing.is_none:
             return Waiting(partial(self._describe_release, alternative, missing_now), reserves_room=True)
         may_evict = self._may_evict and missing.measured is None
@@ -419,7 +413,7 @@ class _PendingLoad:
 
     def _describe_wait(self, alternative: Alternative, missing: _Shortage, replaced: LoadView | None) -> str:
         first = self._reservations.first
-        if first is not None and self._shortage(LoadRoom.shortage_now, alternative, replaced, {}).is_none:
+        if first is not None and self._find_shortage(alternative, replaced, reserved={}).is_none:
             return f"room, which is reserved for job {first.id}, before it"
         shortage_text = self._describe(alternative, missing)
         return f"{shortage_text}; {self._advise()}" if missing.measured is None else shortage_text

@@ -276,27 +276,21 @@ class LoadRoom:
         """Whether a model has a slot that it keeps."""
         return model_id in self.models_with_process and model_id not in self.exiting_models
 
-    def shortage_now(self, model_id: str, needed_bytes: int, reserved: Amount) -> Amount:
-        """Return what a load of a model lacks now, beside what is reserved.
+    def shortage(self, model_id: str, needed_bytes: int, reserved: Amount, *, after_exits: bool) -> Amount:
+        """Return what a load of a model lacks beside what is reserved, now or after the exits.
 
         A model whose processes are exiting still has its slot and uses it if no reservation needs it.
         """
         left_models = len(self.exiting_models) - reserved.models
-        more_models = left_models if model_id in self.exiting_models else min(0, left_models)
-        reserved_bytes = max(0, reserved.bytes - self.exiting_bytes)
-        return self._shortage(model_id, needed_bytes + reserved_bytes, more_models)
-
-    def shortage_after_exits(self, model_id: str, needed_bytes: int, reserved: Amount) -> Amount:
-        """Return what a load of a model will lack when exiting processes have exited."""
-        more_models = len(self.exiting_models) - reserved.models
-        return self._shortage(model_id, needed_bytes + reserved.bytes - self.exiting_bytes, more_models)
-
-    def _shortage(self, model_id: str, needed_bytes: int, more_models: int) -> Amount:
+        left_bytes = reserved.bytes - self.exiting_bytes
+        if not after_exits:
+            left_models = left_models if model_id in self.exiting_models else min(0, left_models)
+            left_bytes = max(0, left_bytes)
         free, most = self.free_bytes, self.max_loaded
         has_slot = most is None or self.has_slot(model_id)
         return Amount(
-            0 if free is None else needed_bytes - free,
-            0 if most is None or has_slot else len(self.models_with_process) + 1 - most - more_models,
+            0 if free is None else needed_bytes + left_bytes - free,
+            0 if most is None or has_slot else len(self.models_with_process) + 1 - most - left_models,
         )
 
 

@@ -1,8 +1,8 @@
 """The store's folder: its names, its access rights, and its records of versions and their files.
 
 `blobs/<2 hex>/<sha256>` are files, `versions/<digest>` folders of hard links to them, `incoming/<16 hex>`
-`incoming/<16 hex>` copies and removals in progress, `sources/<model>/<version>.json` the source record of a
-version of the repository. Other names are left alone.
+additions and removals in progress, `sources/<model>/<version>.json` the source record of a version of the
+repository. Other names are left alone.
 
 Records are JSON files; a record that cannot be read, or does not agree with its own name, is ignored. A
 stored file with its recorded identity is still the file that was hashed: only the server writes to the store,
@@ -66,18 +66,18 @@ class StoreFolder:
         return self.path / _SOURCES / model_id / f"{version}.json"
 
     def versions(self) -> list[Path]:
-        return [path for path in self._list(_VERSIONS) if _HASH.fullmatch(path.name)]
+        return [path for path in _names(self.path / _VERSIONS) if _HASH.fullmatch(path.name)]
 
     def blobs(self) -> Iterator[Path]:
-        for folder in self._list(_BLOBS):
+        for folder in _names(self.path / _BLOBS):
             if _PREFIX.fullmatch(folder.name):
                 yield from (path for path in _names(folder) if _HASH.fullmatch(path.name))
 
     def incoming(self) -> list[Path]:
-        return [path for path in self._list(_INCOMING) if _RANDOM.fullmatch(path.name)]
+        return [path for path in _names(self.path / _INCOMING) if _RANDOM.fullmatch(path.name)]
 
     def sources(self) -> Iterator[Path]:
-        for folder in self._list(_SOURCES):
+        for folder in _names(self.path / _SOURCES):
             yield from (path for path in _names(folder) if path.suffix == ".json")
 
     def make(self) -> bool:
@@ -151,9 +151,6 @@ class StoreFolder:
 
     def _new_name(self) -> Path:
         return self.path / _INCOMING / secrets.token_hex(8)
-
-    def _list(self, part: str) -> list[Path]:
-        return _names(self.path / part)
 
 
 @contextmanager

@@ -153,12 +153,17 @@ class FileReceiver:
         self._bytes = self._unsynced_bytes = 0
         self._descriptor = -1
 
-    def open(self) -> None:
-        """Create the file.
+    def open(self, length: int) -> None:
+        """Create the file, unless a body of this length is too long, or finds no room on the disk.
 
         Raises:
+            UploadTooLarge: `body_too_large`.
+            InsufficientStorage: `insufficient_storage`.
             OSError: it cannot be created.
         """
+        if length > self._room_bytes:
+            raise UploadTooLarge(self._max_bytes)
+        check_free(self.target.parent, length)
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_CREAT | os.O_EXCL
         self._descriptor = os.open(self.target, flags, 0o666)
 
@@ -171,7 +176,8 @@ class FileReceiver:
         """
         if self._bytes + len(piece) > self._room_bytes:
             raise UploadTooLarge(self._max_bytes)
-        self._hash(piece)
+        for digest in self._hashes.values():
+            digest.update(piece)
         data = memoryview(piece)
         while data:
             data = data[os.write(self._descriptor, data) :]
@@ -181,10 +187,6 @@ class FileReceiver:
             os.fdatasync(self._descriptor)
             self._unsynced_bytes = 0
             check_free(self.target.parent, 0)
-
-    def _hash(self, piece: bytes) -> None:
-        for digest in self._hashes.values():
-            digest.update(piece)
 
     def finish(self, path: str) -> AddedFile:
         """Check the digests, sync the file, and return it with its path in the version.
@@ -211,18 +213,6 @@ class FileReceiver:
             self._descriptor = -1
         with suppress(FileNotFoundError):
             self.target.unlink()
-
-
-def check_room(folder: Path, length: int, room_bytes: int, max_bytes: int) -> None:
-    """Refuse a body that is too long, or has no room on the disk, before any of it is read.
-
-    Raises:
-        UploadTooLarge: `body_too_large`.
-        InsufficientStorage: `insufficient_storage`.
-    """
-    if length > room_bytes:
-        raise UploadTooLarge(max_bytes)
-    check_free(folder, length)
 
 
 def check_free(folder: Path, length: int) -> None:

@@ -13,7 +13,7 @@ from events.versioncommands import AddVersion, RemoveVersion, find_use
 from runtime.errors import RuntimeProblem
 from runtime.onnxfile import MODEL_FILE
 from runtime.uploads.changes import START_LIMIT_S, VersionChanges
-from runtime.uploads.receive import Digests, FileReceiver, InsufficientStorage, check_path, check_room
+from runtime.uploads.receive import Digests, FileReceiver, InsufficientStorage, check_path
 from runtime.uploads.recovery import Recovery
 from runtime.uploads.staging import StagingEntry, UploadEntry, UploadOrigin, VersionExists
 
@@ -230,10 +230,9 @@ class Uploads:
         )
         uploaded_bytes = sum(each.bytes for each in of_subject if each is not upload)
         room_bytes, max_bytes = upload.room_for(path) - uploaded_bytes, changes.policy.max_bytes
-        await run(partial(check_room, changes.repository.root, body.length or 0, room_bytes, max_bytes))
         receiver = FileReceiver(upload.new_part(), room_bytes, max_bytes, body.expected)
         try:
-            await run(receiver.open)
+            await run(partial(receiver.open, body.length or 0))
             async for piece in body.pieces:
                 await run(partial(receiver.write, piece))
             file = await run(partial(receiver.finish, path))

@@ -36,11 +36,11 @@ from server.routing import Routes
 routes = Routes(tag="ledger")
 
 MAX_FILTER_VALUES = 16
-"""Of one filter: each value is a scan of an index."""
+"""Values of one filter: each is a scan of an index."""
 
 
 def _repeatable(description: str, *checks: Any) -> fields.List[Any]:
-    """Return a repeatable parameter: events with any of its values match."""
+    """Return a repeatable parameter: it matches events with any of its values."""
     return fields.List(
         fields.String(validate=[validate.Length(1, 128), *checks]),
         load_default=(),
@@ -52,7 +52,7 @@ def _repeatable(description: str, *checks: Any) -> fields.List[Any]:
 
 
 def filter_fields(*kinds: str) -> dict[str, fields.Field[Any]]:
-    """Return the filters of events, with further values of `type`; an event must match all of them."""
+    """Return the filters of events, with further values of `type`; events must match all filters."""
     return {
         "type": _repeatable("Only events of this type.", validate.OneOf([*TYPES, *kinds])),
         "model": _repeatable("Only events of this model."),
@@ -98,7 +98,7 @@ async def list_events(request: web.Request) -> web.Response:
     await request.app[LOG].reach(query["after"] or 0)
     page = await request.app[READER].event_page(_event_query(query))
     more = {"as_of": page.as_of, "next_cursor": page.next_cursor}
-    events = [msgspec.Raw(event.line) for event in page.items]  # byte for byte, of `EventList`
+    events = [msgspec.Raw(event.line) for event in page.items]  # byte for byte, as in `EventList`
     return respond_encoded(msgspec.json.encode({"events": events, **more}))
 
 
@@ -127,7 +127,7 @@ READERS = 2
 """Tails behind the shared ring that may read the log at the same time; others queue."""
 
 HEADERS = {
-    "X-Accel-Buffering": "no",  # else nginx buffers the stream
+    "X-Accel-Buffering": "no",  # otherwise nginx buffers the stream
     hdrs.VARY: hdrs.ACCEPT,
 }
 
@@ -204,7 +204,7 @@ async def stream_events(request: web.Request) -> web.StreamResponse:
         streams.tails.open(after, event_filter(query)) as tail,
     ):
         batch = await tail.read()
-        with suppress(ConnectionError):  # the client has left meanwhile; aiohttp notices it, too
+        with suppress(ConnectionError):  # if the client has left, aiohttp notices it, too
             await response.prepare(request)
         if response.prepared and request.method == hdrs.METH_GET:
             stream = EventStream(
@@ -265,7 +265,7 @@ HEAD_KEEPER = web.AppKey("head_keeper", HeadKeeper)
     answers={200: (Head, "The current head.")},
 )
 async def show_head(request: web.Request) -> web.Response:
-    """Answer with the signed head: whoever keeps it can prove later which events there were."""
+    """Answer with the signed head, with which its keeper can later prove the events before it."""
     app = request.app
     signed = app[PROVER].head(app[LOG])
     await app[HEAD_KEEPER].keep(signed)

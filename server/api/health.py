@@ -68,7 +68,7 @@ async def v2_live(request: web.Request) -> web.Response:
     errors=("unhealthy",),
 )
 async def v2_ready(request: web.Request) -> web.Response:
-    """Answer as `ready` does, and not before the models are back that were loaded before the server started.
+    """Answer as `ready` does, but only after the models loaded before the server's start are loaded again.
 
     One of several servers does not wait for them: any answers for any model, wherever it is reloaded, and
     without the others it would answer for none. KServe's client looks for the member `ready`, Triton's only
@@ -112,7 +112,7 @@ def is_probe(request: web.BaseRequest) -> bool:
 
 
 def vital_tasks(app: web.Application) -> dict[str, asyncio.Task[None]]:
-    """Return the vital tasks: without one of them the server would accept requests and do nothing."""
+    """Return the vital tasks: without any of them the server would accept requests without effect."""
     return {
         "consumer": app[CONSUMER_TASK],
         "writer": app[LOG].writer,

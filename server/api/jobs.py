@@ -1,7 +1,7 @@
-"""Jobs: list, show and cancel them; answer requests that become one (`Prefer: wait=N`, `Idempotency-Key`).
+"""Jobs: list, show and cancel them; responses with a job (`Prefer: wait=N`, `Idempotency-Key`).
 
-This module reads and hashes an idempotency key; `events.accept` decides whether it was used. Under /v2 both
-fields are ignored: that protocol does not have them.
+This module reads and hashes an idempotency key; `events.accept` decides whether it was used. Routes of /v2
+ignore both fields, which their protocol does not have.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from events.log import Log
 from events.sqlite.queries import JobQuery
 from events.sqlite.timetravel import job_at, jobs_at
 from events.types import Idempotency
+from features.members import OF_JOBS, collect
 from server.api.livejobs import NOT_LIVE, LiveMembers, describe_live
 from server.api.schemas import PageQuerySchema, about, one_of
 from server.api.timetravel import PAST_ERRORS, AtQuerySchema, at_moment, read_past
@@ -63,16 +64,16 @@ def wait_s(fields: list[str]) -> int:
         match = _WAIT.fullmatch(preference.strip())
         if match is not None:
             digits = (match[1] or match[2]).lstrip("0")
-            return min(MAX_WAIT_S, int(digits[:3] or 0))  # of 3 digits or more any is past the limit
+            return min(MAX_WAIT_S, int(digits[:3] or 0))  # more digits exceed the limit anyway
     return 0
 
 
 MAX_KEY_CHARACTERS = 255
-"""More than any UUID, ULID or hash has."""
+"""Longer than any UUID, ULID or hash."""
 
 _TIMES = f"{{1,{MAX_KEY_CHARACTERS}}}"
 _QUOTED = rf'"(?:[ !#-\[\]-~]|\\["\\]){_TIMES}"'  # RFC 9651, section 3.3.3
-# Without quotes nothing that could be a second field, or a parameter, joined to the first on its way.
+# Without quotes, no character that could join a second field, or a parameter, to the first on its way.
 _BARE = rf"[!#-+\--:<-\[\]-~]{_TIMES}"
 _RULE = (
     f"Must be given once: 1 to {MAX_KEY_CHARACTERS} printable ASCII characters in double quotes, where "
@@ -101,7 +102,7 @@ class JobsQuerySchema(AtQuerySchema, PageQuerySchema):
 
 
 IS_KEY = validate.Regexp(rf"(?:{_QUOTED}|{_BARE})\Z", error=_RULE)
-"""Validates an idempotency key as a header field has it."""
+"""Validates an idempotency key in a header field."""
 
 
 class IdempotencySchema(Schema):
@@ -135,7 +136,7 @@ def unquote_key(field: str) -> str:
 
 
 def _fingerprint(request: web.Request) -> str:
-    """Hash the request as validated: order of members and white space do not matter."""
+    """Hash the validated request: order of members and white space do not matter."""
     route, path = request.app[ROUTES][request.match_info.route], dict(request.match_info)
     return _hash([route.method, route.path, path, query_parameters(request), json_body(request)])
 
@@ -161,7 +162,7 @@ class JobRequests:
         self.behind: OrderedDict[str, RequestContext] = OrderedDict()
 
     async def submit(self, command: Command) -> Receipt:
-        """Submit a command of the request that the running task serves; for errors see `Log.submit`."""
+        """Submit a command for the request that the running task serves; for errors see `Log.submit`."""
         receipt, context = await self._log.submit(command), CONTEXT.get()
         if context is not None and receipt.job_id is not None:
             context.job_id, context.position = receipt.job_id, receipt.position
@@ -175,7 +176,7 @@ class JobRequests:
 JOB_REQUESTS = web.AppKey("job_requests", JobRequests)
 
 POLL_AFTER_S = 1
-"""Retry-After for clients that poll: most loads take less."""
+"""Retry-After for clients that poll: most loads take less time."""
 
 PREFER = {
     "in": "header",
@@ -194,7 +195,7 @@ AS_JOB: Mapping[str, Any] = {
         200: (JobInfo, "Nothing to do, or the job has ended within `Prefer: wait=N`, with any outcome."),
     },
 }
-"""Parts of the declaration that all routes with `answer_with_job` share, beside the codes in `JOB_ERRORS`."""
+"""Declaration shared by all routes with `answer_with_job`, beside the codes in `JOB_ERRORS`."""
 
 JOB_ERRORS = ("idempotency_mismatch", "log_unavailable", "shutting_down")
 
@@ -290,7 +291,6 @@ def make_job_info(job: Job, live: LiveMembers = NOT_LIVE) -> JobInfo:
         cancel_requested=job.cancel_requested,
         superseded_by=job.superseded_by,
         attempt=job.attempt,
-        node=job.server,
         position=job.position,
         parameters=msgspec.to_builtins(job.load if job.load is not None else job.unload),
         label=job.label or None,
@@ -299,6 +299,7 @@ def make_job_info(job: Job, live: LiveMembers = NOT_LIVE) -> JobInfo:
         emergency=None if said is None else said.emergency,
         unreturned_bytes=None if job.unreturned_bytes is UNSET else job.unreturned_bytes,
         error=show_optional(job.error, ErrorInfo),
+        **collect(OF_JOBS, job),
         **live,
     )
 
@@ -311,7 +312,7 @@ async def answer_with_job(request: web.Request, command: Command) -> web.Respons
         headers[hdrs.RETRY_AFTER] = str(POLL_AFTER_S)
     shown = present_job(request.app, job)
     if isinstance(command, RequestLoad) and command.passed_over is not UNSET:
-        # Also of a job that was there before.
+        # This also concerns a job from before.
         shown = msgspec.structs.replace(shown, passed_over=command.passed_over)
     return respond(shown, status=200 if job.ended else 202, headers=headers)
 

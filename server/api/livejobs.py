@@ -16,7 +16,7 @@ class LiveMembers(TypedDict):
 
 
 NOT_LIVE: LiveMembers = {"stage": None, "waiting_for": None}
-"""Of a job of the past."""
+"""The live members of a job of the past."""
 
 
 def describe_live(consumer: Consumer, job: Job) -> LiveMembers:

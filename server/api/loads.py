@@ -18,8 +18,8 @@ from msgspec import UNSET, UnsetType
 from events.devices import CPU, DEVICE, DEVICE_RULE, FALLBACKS, MAX_DEVICES
 from events.jobcommands import NO_BATCHING, RequestLoad, RequestUnload
 from events.types import ALLOW, DEPENDENT_ROWS, Contents, Idempotency, Justification, LoadParameters
-from features.rooms import TARGETS
 from features.rules import ModelRules
+from runtime.consumer.loads import find_targets
 from runtime.errors import (
     LoadRefused,
     RepositoryUnreadable,
@@ -330,8 +330,7 @@ async def make_load_command(
     defaults = load_with(_AS_DEFAULTS, written, defaults_name(model_id), InvalidDefaults)
     parameters = _merge_parameters(wanted, defaults, defaults_name(model_id), app[CONFIG])
     try:
-        for find_targets in TARGETS:
-            find_targets(parameters, app[POOL], app[POLICY].rooms)
+        find_targets(parameters, app[POOL], app[POLICY].rooms)
     except RuntimeProblem:
         if not app[CLUSTER].can_run(parameters):
             raise

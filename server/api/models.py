@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +25,6 @@ from answers.models import (
     ExitedWorkerStderr,
     LoadedFileInfo,
     ModelChoice,
-    ModelCopy,
     ModelInfo,
     ModelList,
     ModelRulesInfo,
@@ -41,6 +40,7 @@ from events.sqlite.timetravel import active_at, model_at, models_at
 from events.types import VersionAdded, WorkerExited
 from features.approvals.commands import list_unapproved
 from features.evidence import LoadEvidence
+from features.members import OF_MODELS, collect
 from features.rules import ModelRules
 from features.signatures.rules import TrustMode
 from runtime.errors import RepositoryUnreadable, RuntimeProblem, UnknownModel
@@ -60,9 +60,9 @@ from server.routing import Routes
 routes = Routes(tag="models")
 
 LIST_LIMIT_S = 2.0
-"""How long a list of models waits for one look at all of them, and then for a look at each."""
+"""Time limit of reading all models at once, and then of reading each one."""
 _ALL_MODELS, _ALL_FOLDERS = "*", "/"
-"""What looks at several models are known by; no model has such an id."""
+"""Keys of reads of several models; no model has such an id."""
 
 
 class ModelsQuerySchema(AtQuerySchema, PageQuerySchema):
@@ -71,14 +71,11 @@ class ModelsQuerySchema(AtQuerySchema, PageQuerySchema):
     cursor = fields.String(load_default="", **about("The `next_cursor` of the last page."))
 
 
-_HAS_WORKERS = (ModelState.LOADED, ModelState.UNLOADING)
-
-
 @dataclass(frozen=True, slots=True)
 class ListedModel:
-    """A model's versions in the repository, and whether it has newer files than those that are loaded.
+    """A model's versions in the repository, and whether it has newer files than the loaded ones.
 
-    `refusal` says why its highest version cannot be served, or cannot be known.
+    `refusal` says why its highest version cannot be served, or is not known.
     """
 
     id: str
@@ -108,7 +105,7 @@ async def read_model_page(app: web.Application, cursor: str, limit: int) -> Mode
     Args:
         app: the application.
         cursor: the id after which the page begins.
-        limit: of the models.
+        limit: the largest number of models.
 
     Raises:
         RuntimeProblem: `repository_busy`, `repository_unreadable`.
@@ -197,10 +194,9 @@ def make_model_info(
     seen: ListedModel | None = None,
     memory_bytes: int | None = None,
 ) -> ModelInfo:
-    """Return a model as the API shows it, without what is not known of the past, such as what was `seen`."""
+    """Return a model as the API shows it; without `seen` and other present facts, as in the past."""
     row, load = model.row, model.load
     evidence = (load and load.evidence) or LoadEvidence()
-    has_copies = row.copies_wanted != 1 or bool(row.copies)
     return ModelInfo(
         id=model.id,
         versions=seen.versions if seen else None,
@@ -215,10 +211,6 @@ def make_model_info(
         loaded_by=(row.asked_by or load.loaded_by) if load else None,
         brought_back=row.brought_back,
         job_id=load.load_job_id if load else None,
-        node=row.server,
-        copies=row.copies_wanted if has_copies else None,
-        copies_ready=model.count_ready() if has_copies else None,
-        copies_at=list(_list_copies(model)) if has_copies else [],
         position=load.position if load else None,
         files=show(load.files, list[LoadedFileInfo]) if load else [],
         repository_changed=seen.has_changed if seen and load else None,
@@ -229,24 +221,10 @@ def make_model_info(
         approval=show_optional(evidence.approval, LoadApprovalInfo),
         added_by=list((load and model.versions.list_adders(load.digest)) or ()) or None,
         error=show_optional(row.error, ErrorInfo),
-        instances=row.workers if row.state in _HAS_WORKERS else None,
+        instances=row.workers if row.has_workers else None,
         threads=load.threads if load else None,
+        **collect(OF_MODELS, model),
     )
-
-
-def _list_copies(model: ShownModel) -> Iterator[ModelCopy]:
-    if model.row.state not in _HAS_WORKERS:
-        return
-    for place, load in zip(model.row.servings, model.loads, strict=True):
-        yield ModelCopy(
-            node=place.server,
-            version=place.version,
-            position=place.load,
-            job_id=load.load_job_id,
-            loaded_at=load.loaded_at,
-            workers=place.workers,
-            memory_bytes=load.memory_bytes,
-        )
 
 
 def _show_present(app: web.Application, seen: ListedModel, active: Model | None) -> ModelInfo:
@@ -265,10 +243,7 @@ def _show_present(app: web.Application, seen: ListedModel, active: Model | None)
         chosen=None if model is None else _show_choice(model),
         unapproved=list_unapproved(model, versions, rules),
     )
-    if model is None or shown.copies is None:
-        return shown
-    ready, waiting_for = app[CLUSTER].count_copies(model)
-    return msgspec.structs.replace(shown, copies_ready=ready, copies_waiting_for=waiting_for)
+    return shown if model is None else app[CLUSTER].complete_answer(shown, model)
 
 
 def _show_choice(model: Model) -> ModelChoice | None:
@@ -283,7 +258,7 @@ def _show_rules(rules: ModelRules) -> ModelRulesInfo:
 
 
 def _memory_now(app: web.Application, model_id: str) -> int | None:
-    """Return the measured memory of the load here that serves a model; None if it has no process."""
+    """Return the measured memory of the load here that serves a model, or None without a process."""
     model, loads = app[LOG].state.models.get(model_id), app[CONSUMER].loads
     servings = model.servings if model is not None else ()
     load = next((loads[each.load_job_id] for each in servings if each.load_job_id in loads), None)
@@ -293,12 +268,12 @@ def _memory_now(app: web.Application, model_id: str) -> int | None:
 async def find_tensors(
     app: web.Application, model_id: str, version: Version | None = None
 ) -> tuple[int, ModelTensors]:
-    """Return a version, inputs and outputs: the serving one, else the highest and what its file declares.
+    """Return the serving version, or else the highest one, with its inputs and outputs.
 
     Args:
         app: the application.
         model_id: the model.
-        version: only this one.
+        version: the wanted version; None accepts any.
 
     Raises:
         RuntimeProblem: `unknown_model`, `unknown_version`, `invalid_model`, `unsafe_file`, `model_changed`,
@@ -311,14 +286,14 @@ async def find_tensors(
 
 
 async def read_declared(app: web.Application, model_id: str, number: int | None) -> tuple[int, ModelTensors]:
-    """Return a version, by default the highest, and what its file declares; raises as `find_tensors`."""
+    """Return a version, by default the highest, with its file's declarations; raises as `find_tensors`."""
     versions = app[VERSIONS]
     look = partial(versions.read_tensors, model_id, number)
     return await versions.repository.file_system.run(model_id, look, REQUEST_LIMIT_S)
 
 
 async def _add_tensors(app: web.Application, shown: ModelInfo) -> ModelInfo:
-    with suppress(RuntimeProblem):  # the rest is known, and a load says why this is not
+    with suppress(RuntimeProblem):  # the other facts are known, and a load reports this problem
         version, found = await find_tensors(app, shown.id)
         inputs, outputs = show(found.inputs, list[ModelTensor]), show(found.outputs, list[ModelTensor])
         return msgspec.structs.replace(shown, inputs=inputs, outputs=outputs, inputs_of_version=version)
@@ -326,12 +301,12 @@ async def _add_tensors(app: web.Application, shown: ModelInfo) -> ModelInfo:
 
 
 async def look_at_model(request: web.Request, model_id: str) -> ListedModel:
-    """Look at a model in the repository; a loaded one has no versions if they are not there or hang.
+    """Read a model in the repository; a loaded model has no versions if they are missing or hang.
 
     Raises:
-        UnknownModel: `unknown_model`, there is no version, and the model is not loaded.
+        UnknownModel: `unknown_model`, the model has no version, and is not loaded.
         RepositoryBusy: `repository_busy`, the folder hangs, and the model is not loaded.
-        RepositoryUnreadable: `repository_unreadable`, likewise.
+        RepositoryUnreadable: `repository_unreadable`, and the model is not loaded.
     """
     versions = request.app[VERSIONS]
     look = partial(_look_at, versions, request.app[LOG].state.models.get(model_id), model_id)
@@ -352,7 +327,7 @@ def is_listed(request: web.Request, model_id: str) -> bool:
 
 
 def _is_live(model: Model) -> bool:
-    """Whether there is something to show, and to unload, of a model that is not in the repository."""
+    """Whether a model that is not in the repository has facts to show, or a load to end."""
     return bool(model.loads) or model.state not in (ModelState.UNLOADED, ModelState.FAILED)
 
 
@@ -373,21 +348,21 @@ async def list_versions(
     cursor: str = "",
     limit: int = sys.maxsize,
 ) -> list[ListedModel]:
-    """List models with their versions: those of the repository that have any, and the known ones.
+    """List models with their versions: the repository's models with a version, and the known ones.
 
-    Usually one look lists all. If it hangs, each model is looked at by itself; then the versions of a known
-    model that hangs are missing, and another one that hangs is left out.
+    Usually one read lists all. If it hangs, each model is read by itself; then a known model that hangs has
+    no versions, and another model that hangs is left out.
 
     Args:
-        versions: has the repository.
-        models: those of which newer files are looked for.
+        versions: reads the repository.
+        models: models whose files are compared with the loaded ones.
         known: models to list in any case.
-        cursor: models after this one.
-        limit: one more is listed, so that the end is known.
+        cursor: only models after this id.
+        limit: the page's limit; one more is listed, to tell whether there is another page.
 
     Raises:
         RepositoryBusy: `repository_busy`, the repository's own folder hangs.
-        RepositoryUnreadable: `repository_unreadable`, it cannot be read, and no model is known.
+        RepositoryUnreadable: `repository_unreadable`, the folder cannot be read, and no model is known.
     """
 
     def look(model_id: str) -> ListedModel:
@@ -399,7 +374,7 @@ async def list_versions(
         except RepositoryUnreadable:
             if not known:
                 raise
-            return []  # each of the known ones says so
+            return []  # each known model reports this itself
 
     def list_all() -> list[ListedModel]:
         return _first_models(_ids_after(cursor, list_folders(), known), known, look, limit)
@@ -424,7 +399,7 @@ def _ids_after(cursor: str, folders: Iterable[str], known: Iterable[str]) -> lis
 def _first_models(
     ids: Iterable[str], known: Collection[str], look: Callable[[str], ListedModel], limit: int
 ) -> list[ListedModel]:
-    """Return models that have, or may have, a version, and known ones; none after them is looked at."""
+    """Return the first models that have, or may have, a version, and known ones; later ones are not read."""
     page: list[ListedModel] = []
     for model_id in ids:
         seen = look(model_id)

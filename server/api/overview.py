@@ -1,7 +1,7 @@
-"""`GET /api/v1/overview`: what the console's first page shows, in one answer.
+"""`GET /api/v1/overview`: the content of the console's first page, in one answer.
 
-Models, jobs, memory and nodes are those of their own resources. Models are read first, and `as_of` is theirs:
-what comes after is at least as new, so that a client that follows the stream from there misses nothing.
+Models, jobs, memory and nodes are those of their own resources. Models are read first, and `as_of` is their
+position: the rest is at least as new, so that a client that follows the stream from there misses no event.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from server.http.validation import query_parameters
 from server.routing import Routes
 
 NEWEST = 40
-"""Jobs beside those that have not ended: what a person reads."""
+"""Ended jobs in the answer, as many as people read."""
 
 
 routes = Routes(tag="resources")
@@ -70,7 +70,7 @@ async def _list_jobs(app: web.Application) -> list[JobInfo]:
 
 
 async def _list_failed_jobs(app: web.Application, models: list[ModelInfo]) -> list[JobInfo]:
-    """Return the last job that failed of each of the models with an error."""
+    """Return the last failed job of each of the models with an error."""
     failed: dict[str, Job] = {}
     if with_error := {model.id for model in models if model.error is not None}:
         for job in (await app[READER].jobs(JobQuery(status=JobStatus.FAILED, limit=MAX_PAGE))).items:

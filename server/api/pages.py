@@ -1,6 +1,6 @@
 """The console at `/` and the OpenAPI document at `/docs`, served from files of this package.
 
-The pages are public and hold no data: the console requests everything as any client does, with the token of
+The pages are public and hold no data: the console sends requests like any client, with the token of
 its user. Its files are plain ES modules; its libraries are in `vendor`, as `tools.vendored` has written them.
 """
 
@@ -26,17 +26,17 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 
-# `require-trusted-types-for` has browsers refuse text where markup is expected, such as innerHTML: what the
-# ledger says was written by others. No form is ever sent by the browser itself, least of all with a token.
+# `require-trusted-types-for` has browsers refuse text where markup is expected, such as innerHTML: texts of
+# the ledger are written by others. The browser itself never sends a form, least of all with a token.
 _CONSOLE_HEADERS = {
     **_HEADERS,
     "Content-Security-Policy": f"{_NOTHING_ELSE}style-src 'self'; img-src 'self'; {_NO_FRAMES}; "
     "require-trusted-types-for 'script'; trusted-types 'none'",
-    hdrs.CACHE_CONTROL: "no-cache",  # a page and its modules have to be of one version: each is asked for
+    hdrs.CACHE_CONTROL: "no-cache",  # a page and its modules must be of one version: each is revalidated
 }
 
-# It is weaker than the console's in what Swagger UI needs: it sets style attributes, which can do no harm
-# alone, has its icons as data: URLs in its style sheet, and hands text to the browser as markup, after a
+# It is weaker than the console's where Swagger UI needs that: it sets style attributes, which are harmless
+# alone, has its icons as data: URLs in its style sheet, and passes text to the browser as markup, after a
 # sanitiser of its own.
 _DOCS_HEADERS = {
     **_HEADERS,
@@ -152,7 +152,7 @@ def _response(name: str, body: bytes, headers: dict[str, str]) -> web.Response:
 
 @cache
 def _files() -> dict[str, tuple[bytes, str]]:
-    """Read all files once: they belong together, and no path is built from a request."""
+    """Read all files once: they belong together, and no path comes from a request."""
     vendored = {f"vendor/{file.name}": _OURS for file in (_OURS / "vendor").iterdir()}
     ours = {**{file.name: _OURS for file in _OURS.iterdir()}, **vendored}
     ours = {name: folder for name, folder in ours.items() if name.rpartition(".")[2] in _TYPES}

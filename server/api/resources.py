@@ -26,9 +26,9 @@ CACHED_S = 0.1
 
 
 class ResourcesCache:
-    """Cache of the last answer until the next event, at most for CACHED_S: one takes 18 ms with 1,000 loads.
+    """Cache of the last answer until the next event, at most for CACHED_S: with 1,000 loads it takes 18 ms.
 
-    Requests that come while drivers are asked share the answer, which is of the moment after that.
+    Requests that arrive while drivers are queried share the next answer.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class ResourcesCache:
         is_outdated = self._seen is None or self._seen[0] != position or now_s - self._seen[1] > CACHED_S
         if self._answer is None or (self._answer.done() and is_outdated):
             self._answer = asyncio.create_task(self._read(app))
-        return await asyncio.shield(self._answer)  # one who leaves does not cancel it for others
+        return await asyncio.shield(self._answer)  # a client that leaves does not cancel it for others
 
     async def _read(self, app: web.Application) -> Resources:
         found = _resources(app, await read_device_memory(app))

@@ -13,7 +13,7 @@ from server.http.validation import ParameterInteger
 
 MAX_PAGE = 1000
 A_MOMENT = "A position, all digits, or a time with its offset (RFC 3339), such as 2026-01-31T14:02:00Z."
-"""Of a parameter that is a moment of the ledger."""
+"""Description of a parameter for a moment of the ledger."""
 _ID_RULE = "Must be 1 to 128 letters, digits, dots, underscores or hyphens, beginning with a letter or digit."
 
 
@@ -76,10 +76,10 @@ IS_DIGEST = validate.Regexp(r"[0-9a-f]{64}\Z", error="Must be 64 digits, 0 to 9 
 
 
 def _is_readable(text: str) -> None:
-    """Refuse what a terminal or a page shows as something else, to who reads it before a decision."""
+    """Refuse text that a terminal or a page would show as other text to a person before a decision."""
     if not text.strip() or not text.replace("\n", "").isprintable():
         raise ValidationError("Must be readable text: not blank, and without control characters.")
 
 
 IS_REASON = (validate.Length(1, 1000), _is_readable)
-"""Validates what a person says for a load, or to one."""
+"""Validates a person's reason for a load, or for a decision about one."""

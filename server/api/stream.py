@@ -1,9 +1,8 @@
 """Open streams of events: forms, heartbeats, stages of jobs, and the end of a stream.
 
 A stream is written as server-sent events (WHATWG HTML, section 9.2) or JSON lines. Events carry their
-position as `id`; signals carry none, so a client resumes after the last event or bookmark that it has
-received. Stages of unfinished jobs are such signals: they are not in the log, and only the latest of each job
-is sent.
+position as `id`; signals carry none, so a client resumes after the last event or bookmark received. Stages of
+unfinished jobs are such signals: they are not in the log, and only the latest stage of each job is sent.
 """
 
 from __future__ import annotations
@@ -131,7 +130,7 @@ class JobStage:
 
 
 class Stages:
-    """The latest stage of each unfinished job of the log, as what runs here reports it."""
+    """The latest stage of each unfinished job of the log, as reported by this server's work."""
 
     def __init__(self, log: Log, consumer: Consumer) -> None:
         self._log = log
@@ -244,7 +243,7 @@ class Streams:
             self._open.discard(stream)
 
     def _shorten_timeouts(self) -> None:
-        """Keep slow clients from delaying the end of the server."""
+        """Shorten timeouts, so that slow clients do not delay the end of the server."""
         for stream in self._open:
             stream.shorten_timeout()
 

@@ -21,7 +21,7 @@ from server.routing import Routes
 routes = Routes(tag="ledger")
 
 MAX_LANES = 100
-"""Of one answer: more do not fit on a screen."""
+"""Lanes of one answer, as many as fit on a screen."""
 
 
 class TimelineQuerySchema(Schema):

@@ -10,12 +10,13 @@ import msgspec
 from aiohttp import web
 from marshmallow import Schema, fields
 
-from answers.past import NodePresence, PastAnswer, ServerPresence
+from answers.past import PastAnswer, ServerPresence
 from events.sqlite.readonly import ReaderThread, open_reader_thread
 from events.sqlite.timetravel import Moment, read_moment
+from features.members import OF_MOMENTS, collect
 from server.api.schemas import about
 from server.appkeys import LOG
-from server.http.answers import show, show_optional
+from server.http.answers import show_optional
 
 T = TypeVar("T")
 P = TypeVar("P", bound=PastAnswer)
@@ -49,10 +50,10 @@ async def open_time_travel(app: web.Application) -> AsyncIterator[None]:
 
 
 async def read_past(request: web.Request, at: str, query: Callable[[Any, int], T]) -> tuple[Moment, T]:
-    """Answer a query of the past when this server knows the log up to `at`.
+    """Answer a query about the past once this server knows the log up to `at`.
 
     Raises:
-        BeyondHead: `beyond_head`; and what the reader raises.
+        BeyondHead: `beyond_head`; also errors of the reader.
     """
     if at.isdecimal() and len(at) < 20:  # noqa: PLR2004 - a position is a 64-bit integer
         await request.app[LOG].reach(int(at))
@@ -61,11 +62,10 @@ async def read_past(request: web.Request, at: str, query: Callable[[Any, int], T
 
 def at_moment(answer: P, moment: Moment) -> P:
     """Return an answer about the past with its members about the moment."""
-    server = moment.server
     return msgspec.structs.replace(
         answer,
         as_of=moment.position,
         as_of_time=moment.recorded_at,
-        server=show_optional(server, ServerPresence),
-        nodes=show(server.servers, list[NodePresence]) if server is not None else [],
+        server=show_optional(moment.server, ServerPresence),
+        **collect(OF_MOMENTS, moment.server),
     )

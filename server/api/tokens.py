@@ -35,13 +35,13 @@ from server.routing import Routes
 routes = Routes(tag="tokens")
 
 MAX_ID_CHARACTERS = 255
-"""Of a token's id; an identity provider may have others than UUIDs."""
+"""Length of a token's id; an identity provider may have others than UUIDs."""
 
 MAX_CODE_CHARACTERS = 128
-"""A code of ours has 43."""
+"""Longer than the server's own codes of 43."""
 
 MAX_TOKEN_S = 366 * 86_400
-"""A year: what a stolen token issued ends some day, even if nobody finds it."""
+"""A year: tokens issued with a stolen token end some day, even if nobody finds them."""
 
 
 def _valid_subject(subject: str) -> None:
@@ -171,7 +171,7 @@ async def issue(request: web.Request) -> web.Response:
     errors=("unknown_token", "log_unavailable"),
 )
 async def revoke_token(request: web.Request) -> web.Response:
-    """Revoke a token, also one that is revoked already."""
+    """Revoke a token, even if it is revoked already."""
     jti, app = path_parameters(request)["jti"], request.app
     await app[TOKENS].revoke(jti, actor=request[PRINCIPAL].subject, **json_body(request))
     known = app[LOG].state.registers.tokens

@@ -1,7 +1,7 @@
 """Versions: add them to the repository, and remove them.
 
-A version of one file is the body of one request. The files of others come one by one into an upload, which a
-last request commits, and may say where they come from. A file may have any length: it goes to the disk as it
+A version of one file is the body of one request. Several files are sent one by one into an upload, which a
+last request commits, with an optional source. A file may have any length: it goes to the disk as it
 arrives.
 """
 
@@ -53,9 +53,9 @@ from server.routing import Routes
 routes = Routes(tag="models")
 
 MEDIA_TYPES = ("application/octet-stream", "application/x-onnx")
-"""Of one file; without one, as `curl -T` sends it, it is one, too."""
+"""Media types of one file; a request without one, as `curl -T` sends it, is accepted as one, too."""
 DIGESTS = ("Repr-Digest", "Content-Digest")
-"""RFC 9530. Without a content coding or a range, both are of the same bytes."""
+"""RFC 9530. Without a content coding or a range, both cover the same bytes."""
 MAX_UPLOAD_ID_CHARACTERS = 320
 """A UUID, and the name of a server."""
 _FILE_BODY: Mapping[str, Any] = {
@@ -234,8 +234,8 @@ async def remove_version(request: web.Request) -> web.Response:
 
 
 async def _end_uses(app: web.Application, model_id: str, version: int, subject: str) -> None:
-    """End the loads of a version: that which serves, and those that have not ended, one after the other."""
-    for _ in range(MAX_QUEUE):  # then others load it all the time, and the removal is refused
+    """End the loads of a version: the serving one, and unended ones, one after the other."""
+    for _ in range(MAX_QUEUE):  # afterwards others load it all the time, and the removal is refused
         command = find_end_of_use(app[LOG].state, model_id, version, subject)
         if command is None:
             return

@@ -5,8 +5,8 @@ that share a ledger know each other by them. `<data>/ledger.key` signs the ledge
 forwards. A key is revoked by removing its file, with all its tokens; a single token is revoked
 in the ledger (`server.auth.tokens`).
 
-An identity provider's file of public keys replaces our own. Each key is bound to exactly one algorithm when
-it is read (RFC 8725 section 3.1): the header of a token only chooses one of the keys, never an algorithm.
+An identity provider's file of public keys replaces the server's own. Each key is bound to exactly one
+algorithm when it is read (RFC 8725 section 3.1): the header of a token chooses a key, never an algorithm.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ LEDGER_KEY = "ledger.key"
 """The ledger's key in the data directory."""
 
 MAX_EXPIRES_S = 100 * 365 * 86_400 - 1
-"""Of a token's lifetime: longer ones are a mistake, and end after what a timestamp can hold."""
+"""Limit of a token's lifetime: longer ones are a mistake, and end beyond the range of timestamps."""
 
 MAX_KEY_BYTES = 64 * 2**10
 """A longer file is no public key."""
 
 _PEM = re.compile(rb"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----", re.DOTALL)
 
-# The timestamp comes first, so that names sort by creation. The rest keeps two processes apart.
+# The timestamp comes first, so that names sort by creation. The rest distinguishes two processes.
 _KID = re.compile(r"[0-9]{8}T[0-9]{12}Z-[0-9a-f]{8}")
 _STAMP = "%Y%m%dT%H%M%S%fZ"
 
@@ -71,7 +71,7 @@ _STAMP = "%Y%m%dT%H%M%S%fZ"
 REREAD_AFTER_S = 1.0
 """A revoked key is refused after at most this time; listing a small folder each second costs nothing."""
 
-MIN_RSA_BITS = 2048  # NIST SP 800-131A; shorter ones can be factored
+MIN_RSA_BITS = 2048  # NIST SP 800-131A; shorter keys can be factored
 
 _RSA = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
 _CURVES = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512"}
@@ -85,7 +85,7 @@ class KeyProblem(Exception):
 
 @dataclass(frozen=True, slots=True)
 class KeyInfo:
-    """A signing key of ours; its `kid` is in the header of the tokens that it signed."""
+    """A signing key of the server; its `kid` is in the header of the tokens that it signed."""
 
     kid: str
     created_at: datetime
@@ -93,7 +93,7 @@ class KeyInfo:
 
 
 def ensure_data_dir(data: Path) -> None:
-    """Create the directory (0700), a first token key, the ledger's key and its head, as far as missing.
+    """Create the directory (0700), a first token key, the ledger's key and its head, unless they exist.
 
     Raises:
         KeyProblem: a key is unusable, or `refuse_unsafe` refuses the directory.
@@ -119,7 +119,7 @@ def refuse_unsafe(data: Path) -> None:
     """Refuse a data directory in which another user could change the keys or the ledger.
 
     Raises:
-        KeyProblem: with the path, its mode or owner, and the command that mends it.
+        KeyProblem: with the path, its mode or owner, and the command that corrects it.
         OSError: a status cannot be read.
     """
     keys = [keys_folder(data) / f"{info.kid}.pem" for info in list_keys(data)]
@@ -143,7 +143,7 @@ def create_key(data: Path, now: datetime | None = None) -> str:
         _make_folder(folder)
     stamp = (now or datetime.now(UTC)).astimezone(UTC)
     earlier = list_keys(data)
-    if earlier:  # or a clock that was set back would make the new key look older
+    if earlier:  # otherwise, after a step back of the clock, the new key would look older
         stamp = max(stamp, earlier[-1].created_at + timedelta(microseconds=1))
     kid = f"{stamp.strftime(_STAMP)}-{secrets.token_hex(4)}"
     _write_new(folder / f"{kid}.pem", _new_pem())
@@ -168,7 +168,7 @@ def revoke(data: Path, kid: str) -> None:
 
 
 def list_keys(data: Path) -> list[KeyInfo]:
-    """Return our keys, oldest first; the last one signs."""
+    """Return the server's keys, oldest first; the last one signs."""
     try:
         names = [path.name for path in keys_folder(data).iterdir()]
     except FileNotFoundError:
@@ -182,7 +182,7 @@ def keys_folder(data: Path) -> Path:
 
 
 def is_kid(kid: str) -> bool:
-    """Return whether this is a kid of ours; nothing else is looked up in the file system."""
+    """Whether a text is a kid of the server's own keys; only such names are looked up in the file system."""
     try:
         return _KID.fullmatch(kid) is not None and _created_at(kid) is not None
     except ValueError:  # digits, but no date
@@ -204,9 +204,9 @@ def sign_token(
     jti: str | None = None,
     now_s: int | None = None,
 ) -> str:
-    """Sign a token with the newest key; recording it is the caller's. Without a `jti` it gets a new one.
+    """Sign a token with the newest key; the caller records it. Without a `jti` the token gets a new one.
 
-    `now_s` is in seconds since 1970; None is now.
+    `now_s` is in seconds since 1970; None is the present time.
 
     Raises:
         KeyProblem: the subject, a role or the time is invalid, or there is no key.
@@ -240,7 +240,7 @@ def load_private_key(path: Path) -> Ed25519PrivateKey:
     """Read an Ed25519 private key.
 
     Raises:
-        KeyProblem: the file has none.
+        KeyProblem: the file has no such key.
     """
     try:
         key = load_pem_private_key(path.read_bytes(), password=None)
@@ -276,9 +276,9 @@ def _write_new(path: Path, content: bytes) -> None:
 
 
 def _leave_to_owner(descriptor: int, folder: Path) -> None:
-    """Give a file that root created to the folder's owner, whose server could not read it otherwise.
+    """Give a file created by root to the folder's owner, whose server could not read it otherwise.
 
-    By its descriptor, since the owner may have replaced its name meanwhile.
+    The descriptor is used, since the owner may have replaced the name meanwhile.
     """
     if os.geteuid() == 0:
         owner = folder.stat()
@@ -290,7 +290,7 @@ def open_signer(data: Path) -> HeadSigner:
     """Return the signer of heads, with the ledger's key.
 
     Raises:
-        KeyProblem: there is none, or it also signs tokens.
+        KeyProblem: the ledger has no key, or the key also signs tokens.
     """
     path = data / LEDGER_KEY
     if not path.exists():
@@ -306,7 +306,7 @@ def open_signer(data: Path) -> HeadSigner:
 
 
 def _public_key(path: Path) -> bytes | None:
-    with suppress(KeyProblem):  # an unreadable key signs no tokens either
+    with suppress(KeyProblem):  # an unreadable key does not sign tokens either
         return HeadSigner(load_private_key(path)).public_key
     return None
 
@@ -347,7 +347,7 @@ def _read_der(content: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class VerificationKey:
-    """A public key and its one algorithm. Two are equal only if they are the same object."""
+    """A public key and its one algorithm, compared by identity."""
 
     kid: str | None
     algorithm: str
@@ -356,7 +356,7 @@ class VerificationKey:
 
 _Keys = Mapping[str | None, VerificationKey]
 _FileIdentity = tuple[int, int, int]
-"""Inode, size and time of a file when it was read; if one differs, the content does."""
+"""Inode, size and time of a file when it was read; a difference means another content."""
 
 
 @dataclass(eq=False)
@@ -375,9 +375,9 @@ class KeyRing:
     _read_at: float | None = field(default=None, init=False)
 
     def find(self, kid: str | None, now: float) -> VerificationKey | None:
-        """Return the key that a token names, or None; the same object as long as its file is unchanged.
+        """Return the key that a token names, or None; the same object until its file changes.
 
-        A provider's PEM key verifies all tokens, and the only key of a set also those that name none.
+        A provider's PEM key verifies all tokens, and the only key of a set also tokens that name no key.
         """
         # A clock that was set back must not keep a revoked key alive.
         if self._read_at is None or not 0 <= now - self._read_at < REREAD_AFTER_S:
@@ -388,7 +388,7 @@ class KeyRing:
         return self._keys.get(kid) or self._keys.get(None)
 
     def list_keys(self, now: float) -> _Keys:
-        """Return all keys; an equal mapping as long as no file has changed."""
+        """Return all keys; an equal mapping until a file changes."""
         self.find(None, now)
         return self._keys
 
@@ -400,7 +400,7 @@ class KeyRing:
                 paths = [path for path in keys_folder(self.data).iterdir() if is_kid_file(path.name)]
         except FileNotFoundError:
             paths = []
-        except OSError as error:  # such as too few descriptors: no reason to refuse all tokens
+        except OSError as error:  # such as a lack of descriptors: no reason to refuse all tokens
             _log.warning("the key folder cannot be read, the known keys stay in use: %s", error)
             return
         known, self._files = self._files, {}
@@ -415,7 +415,7 @@ class KeyRing:
             except FileNotFoundError:
                 continue  # revoked just now
             except (OSError, KeyProblem) as error:
-                if self.provider is not None and path in known:  # half-written, most likely
+                if self.provider is not None and path in known:  # probably half-written
                     self._files[path] = known[path]
                     _log.warning("%s cannot be read, its known keys stay in use: %s", path.name, error)
                 else:
@@ -475,7 +475,7 @@ def _read_jwks(path: Path, content: bytes) -> _Keys:
 
 
 def _read_jwk(entry: Any) -> VerificationKey | None:
-    """Return a key of a JWKS; None if it cannot verify signatures, such as encryption keys and secrets."""
+    """Return a key of a JWKS, or None for one that cannot verify signatures, such as an encryption key."""
     if not isinstance(entry, dict) or entry.get("kty") not in {"RSA", "EC", "OKP"}:
         return None
     kid, algorithm = entry.get("kid"), entry.get("alg")
@@ -499,7 +499,7 @@ def _read_jwk(entry: Any) -> VerificationKey | None:
 
 
 def _bind_algorithm(kid: str | None, public: object, algorithm: str | None) -> VerificationKey | None:
-    """Bind a key to its one algorithm; None if there is none, or if the declared one does not fit the key."""
+    """Bind a key to its one algorithm; None without one, or if the declared one does not fit the key."""
     match public:
         case RSAPublicKey() if public.key_size >= MIN_RSA_BITS:
             possible: tuple[str, ...] = _RSA

@@ -1,10 +1,10 @@
-"""Owner and mode of what decides who may do what: no other user may change it, as ssh's StrictModes has it.
+"""Owner and mode of files that decide access: no other user may change them, as in ssh's StrictModes.
 
 Two kinds of wide modes are safe, and are accepted:
 
-- the group may write if no other user of this machine is in it: a group of one's own under umask 002, and
-  that of a Kubernetes volume with `fsGroup`
-- on a read-only mount nobody writes: a Secret and a ConfigMap of Kubernetes, a file that a container is given
+- the group may write if it has no other user of this machine: a user's own group under umask 002, and the
+  group of a Kubernetes volume with `fsGroup`
+- on a read-only mount nobody writes: a Secret and a ConfigMap of Kubernetes, a file mounted into a container
 """
 
 import grp
@@ -18,15 +18,15 @@ from pathlib import Path
 ROOT = 0
 WRITABLE = stat.S_IWGRP | stat.S_IWOTH
 UNSAFE_FOR_KEY = WRITABLE | stat.S_IRWXO
-"""The group may read a private key: Debian (`ssl-cert`) and Kubernetes (`fsGroup`) give services keys so."""
+"""The group may read a private key: Debian (`ssl-cert`) and Kubernetes (`fsGroup`) use that for services."""
 
 
 def find_risk(path: Path, *, is_private: bool = False) -> str | None:
     """Return what another user could do to a file or directory, and the command that mends it, or None.
 
     Args:
-        path: links are followed; a missing one is no risk.
-        is_private: others may not even read it.
+        path: links are followed; a missing path is no risk.
+        is_private: whether others may not even read it.
 
     Raises:
         OSError: its status cannot be read.
@@ -59,7 +59,7 @@ def find_risk(path: Path, *, is_private: bool = False) -> str | None:
 
 
 def _list_members(group: int, *, besides: set[int]) -> set[str]:
-    """Return the users in a group, as far as the machine's lists of users and groups name them."""
+    """Return the users in a group, as far as the machine's databases of users and groups name them."""
     users = pwd.getpwall()
     members = {each.pw_name for each in users if each.pw_gid == group}
     with suppress(KeyError):  # a number without a name, as in a container

@@ -1,8 +1,8 @@
 """The client's address behind proxies: `X-Forwarded-For`, read from trusted proxies only.
 
 Anybody can send that field, and a proxy adds to its right. So the field is read from the right: the first
-address that is no trusted proxy's is the client's, and everything left of it is the client's own claim
-(RFC 7239 section 8.1). `Forwarded` of that RFC is never read: a proxy that writes one of the two passes the
+address that is no trusted proxy's is the client's, and everything left of it is the client's own claim (RFC
+7239 section 8.1). `Forwarded` of that RFC is never read: a proxy that writes one of the two fields passes the
 other on as the client sent it.
 """
 
@@ -24,7 +24,7 @@ PREFIX = "X-Forwarded-Prefix"
 """The path at which a proxy serves this server; a de facto standard of Traefik and Spring."""
 
 MAX_HOPS = 32
-"""No real chain of proxies is longer; a longer list is an attempt to keep the server busy."""
+"""Longer than real chains of proxies; a longer list is an attempt to keep the server busy."""
 
 _WITH_PORT = re.compile(r"\[([^\]]*)\](?::(?:\d{1,5}|_[\w.-]+))?|([^:]*):(?:\d{1,5}|_[\w.-]+)", re.ASCII)
 _PATH = re.compile(r"(?:/[A-Za-z0-9._~-]+){1,16}", re.ASCII)
@@ -35,7 +35,7 @@ def parse_networks(text: str) -> tuple[Network, ...]:
     """Return the networks that a setting names: addresses and CIDR blocks, separated by commas.
 
     Raises:
-        ValueError: a part is no network; the text says what it must be.
+        ValueError: a part is no network; the message describes a valid one.
     """
     return tuple(_network(part.strip()) for part in text.split(","))
 
@@ -57,7 +57,7 @@ def _network(text: str) -> Network:
 
 
 def parse_address(text: str | None) -> Address | None:
-    """Return an address in its normal form; None if the text is none.
+    """Return an address in its normal form, or None for any other text.
 
     An IPv4 address mapped into IPv6 becomes an IPv4 address, and an interface (`%eth0`) is dropped.
     """
@@ -70,7 +70,7 @@ def parse_address(text: str | None) -> Address | None:
 
 
 def parse_hop(entry: str) -> Address | None:
-    """Return the address of an entry of X-Forwarded-For, which may have a port; None if it is none."""
+    """Return the address of an entry of X-Forwarded-For, which may have a port, or None without one."""
     text = entry.strip(" \t")
     found = _WITH_PORT.fullmatch(text)
     # An entry with several colons and no brackets is an IPv6 address without a port.
@@ -78,7 +78,7 @@ def parse_hop(entry: str) -> Address | None:
 
 
 class _Request(Protocol):
-    """The used part of aiohttp's request; commands without a server start 0.2 s faster without aiohttp."""
+    """The used part of aiohttp's request: without importing aiohttp, commands start 0.2 s faster."""
 
     @property
     def remote(self) -> str | None: ...
@@ -94,7 +94,7 @@ class _Response(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Proxies:
-    """The trusted proxies; none are by default."""
+    """The trusted proxies, by default none."""
 
     trusted: tuple[Network, ...] = ()
 
@@ -110,7 +110,7 @@ class Proxies:
 
         Returns:
             The rightmost address that is not trusted; the leftmost one if all are. An entry that is no
-            address ends the list, since anybody could have written what is left of it.
+            address ends the list, since anybody could have written the part left of it.
         """
         client = direct
         # RFC 9110 section 5.3: several lines are one list.

@@ -1,7 +1,7 @@
 """Rate limits: by subject and class of route; by address for refused credentials.
 
 Fixed windows, counted in bounded memory. The header fields `RateLimit` and `RateLimit-Policy` of a response
-say what is left (draft-ietf-httpapi-ratelimit-headers).
+show the rest of the limit (draft-ietf-httpapi-ratelimit-headers).
 """
 
 import ipaddress
@@ -26,7 +26,7 @@ AUTH_FAILURES = "auth-failures"
 
 
 class Quota(msgspec.Struct, frozen=True, gc=False):
-    """The rest of a limit after a request: of its `amount` in a window, `remaining` for `reset_s` more."""
+    """The rest of a limit after a request: `remaining` of `amount`, for `reset_s` more seconds."""
 
     policy: str
     amount: int
@@ -80,7 +80,7 @@ class Windows:
         self._counters: OrderedDict[str, tuple[int, float]] = OrderedDict()
 
     def count(self, who: str) -> tuple[int, float]:
-        """Count a request; return those in this window, and the seconds until its end."""
+        """Count a request; return the number of requests in this window, and the seconds until its end."""
         now = self._clock()
         counted, ends_at = self._counters.get(who, (0, 0.0))
         if ends_at <= now:
@@ -93,7 +93,7 @@ class Windows:
         return counted, ends_at - now
 
     def peek(self, who: str) -> tuple[int, float]:
-        """Return the same without counting."""
+        """Return the result of `count` without counting."""
         counted, ends_at = self._counters.get(who, (0, 0.0))
         left_s = ends_at - self._clock()
         return (counted, left_s) if left_s > 0 else (0, 0.0)
@@ -120,7 +120,7 @@ class RateLimits:
         }
 
     def count(self, access: Access, subject: str) -> Quota | None:
-        """Count a request to a route with this access; return the rest of its limit, None if it has no limit.
+        """Count a request to a route with this access; return the rest of its limit, or None without a limit.
 
         Raises:
             RateLimited: the limit was used up (`rate_limited`).
@@ -158,7 +158,7 @@ def _quota(policy: str, windows: Windows, counted: int, left_s: float) -> Quota:
 
 @lru_cache(maxsize=1024)
 def peer_of(address: str | None) -> str:
-    """Return the key of an address; for IPv6 its /64 network, in which a host can choose its addresses."""
+    """Return the key of an address: for IPv6 its /64 network, in which a host can choose its addresses."""
     if address is None:
         return "local"  # a Unix socket
     parsed = parse_address(address)

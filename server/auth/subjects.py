@@ -1,4 +1,4 @@
-"""The subjects of tokens: printable names, none of them the server's own.
+"""The subjects of tokens: printable names, except those of the server and of its machine's users.
 
 `system` is the server, and `local:NAME` is a user of the server's machine (`server.auth.control`). Events
 have the subject as their actor.
@@ -10,16 +10,17 @@ import unicodedata
 from events.types import SYSTEM
 
 LOCAL = "local:"
-"""How the actor of a user of this machine begins: the rest is the user's name, or number without one."""
+"""Beginning of the actor of a user of this machine, followed by the user's name, or number without one."""
 
 MAX_SUBJECT_CHARACTERS = 128
 """Every event has its actor: longer ones would make the ledger grow."""
 
 
 def subject_refusal(subject: str, *, is_own: bool = False) -> str | None:
-    """Return why this cannot be a subject; None if it can.
+    """Return why a text cannot be a subject, or None.
 
-    With `is_own` it is that of a token that the server signed: users of its machine get some as `local:NAME`.
+    With `is_own`, the subject is that of a token of the server, which users of its machine get as
+    `local:NAME`.
     """
     if not 1 <= len(subject) <= MAX_SUBJECT_CHARACTERS:
         return f"the subject must have 1 to {MAX_SUBJECT_CHARACTERS} characters"
@@ -36,7 +37,7 @@ def subject_refusal(subject: str, *, is_own: bool = False) -> str | None:
 
 
 def local_actor(user: int) -> str:
-    """Return the actor of a user of this machine: by name, or by number if no actor can have the name."""
+    """Return the actor of a user of this machine: the name, or the number if the name cannot be an actor."""
     try:
         named = f"{LOCAL}{pwd.getpwuid(user).pw_name}"
     except KeyError:

@@ -1,7 +1,7 @@
 """Issuing and revoking tokens, and the links that sign a browser in.
 
-A token is signed, then recorded (`TokenIssued`), and only then handed out. The ledger says who is revoked, so
-that a restart forgets nothing. The code of a sign-in link is in memory only, as its hash, and works once.
+A token is signed, then recorded (`TokenIssued`), and only then handed out. Revocations are in the ledger, so
+that a restart forgets none. The code of a sign-in link is in memory only, as its hash, and works once.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from server.config import Config
 from server.errors import ServerProblem
 
 LINK_S = 60
-"""How long a sign-in link works: it is opened right after it was made."""
+"""How long a sign-in link works; people open it at once."""
 
 MAX_LINKS = 64
 """Links at once; a further one ends the oldest. Each is for one person and one minute."""
 
 CODE_BYTES = 32
-"""Of the code of a link: nobody guesses it in a minute."""
+"""Length of a link's code, too long to be guessed in a minute."""
 
 SESSION_S = 12 * 3_600
 """How long the token of a sign-in link is valid: a working day, as `loadledger token` has it by default."""
@@ -70,7 +70,7 @@ class _OpenLink:
 
 
 class SignInLinks:
-    """The links that were not used yet, by the hashes of their codes."""
+    """The unused links, by the hashes of their codes."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -85,10 +85,10 @@ class SignInLinks:
         return code
 
     def take(self, code: str) -> _OpenLink:
-        """Return the link with this code, which is used up.
+        """Return the link with this code, and end the link.
 
         Raises:
-            InvalidToken: `invalid_token`, there is none any more.
+            InvalidToken: `invalid_token`, there is no such link any more.
         """
         link = self._open.pop(_hash(code), None)
         if link is None or link.until_s <= self._clock():
@@ -100,11 +100,11 @@ class SignInLinks:
 
 
 class TokenIssuer:
-    """Issues and revokes tokens, and sign-in links; all of it is recorded.
+    """Issues and revokes tokens, and sign-in links; all of these are recorded.
 
     Attributes:
-        links: the sign-in links that were not used yet.
-        server_url: where the server listens, for people on its machine; empty until it does.
+        links: the unused sign-in links.
+        server_url: the server's address for people on its machine; empty before it listens.
     """
 
     def __init__(self, config: Config, log: Log) -> None:
@@ -130,18 +130,19 @@ class TokenIssuer:
         """Issue a token and record it.
 
         Args:
-            subject: the actor of what the token's bearer does.
-            roles: of the token.
+            subject: the actor of the bearer's requests.
+            roles: the token's roles.
             expires_s: its lifetime.
-            actor: who asked for it.
-            via: how, as in `TokenIssued`.
+            actor: the requesting person.
+            via: the way of issue, as in `TokenIssued`.
             link_id: the sign-in link that is used for it.
-            issued_with: the id of the token of who asked for it.
+            issued_with: the id of the requesting person's token.
 
         Raises:
             ServerProblem: `not_supported`, an identity provider issues the tokens.
             KeyProblem: the subject, a role or the time is invalid, or there is no key.
-            RequestRefused: `too_many_tokens`; `invalid_token`, the token of who asked was revoked meanwhile.
+            RequestRefused: `too_many_tokens`; `invalid_token`, the requesting person's token was revoked
+                meanwhile.
             LogUnavailable: `log_unavailable`.
         """
         self._refuse_with_provider()
@@ -166,9 +167,9 @@ class TokenIssuer:
     async def revoke(
         self, jti: str, *, actor: str, expires_s: int | None = None, issued: bool = False
     ) -> Receipt:
-        """Revoke a token; `expires_s` is how long an identity provider's may still be valid.
+        """Revoke a token; `expires_s` is the possible rest of an identity provider's token's lifetime.
 
-        With `issued`, those that it issued are revoked, too.
+        With `issued`, the tokens that it issued are revoked, too.
 
         Raises:
             RequestRefused: `unknown_token`.
@@ -191,7 +192,7 @@ class TokenIssuer:
         return SignInLink(link_id, f"/#sign-in={code}", timestamp_in(LINK_S))
 
     def take_link(self, code: str) -> _OpenLink:
-        """Return the link with this code, which is used up, unless its issuer was revoked meanwhile.
+        """Return the link with this code, and end the link, unless its issuer's token was revoked meanwhile.
 
         Raises:
             InvalidToken: `invalid_token`.
@@ -203,12 +204,12 @@ class TokenIssuer:
         return link
 
     async def use_link(self, link: _OpenLink) -> IssuedToken:
-        """Return a token for who asked for the link, which is used up, even if that cannot be recorded.
+        """Return a token for the link's issuer, and end the link, even if the token cannot be recorded.
 
-        It expires no later than the token of who asked.
+        The token expires no later than the issuer's.
 
         Raises:
-            InvalidToken: `invalid_token`, that has expired.
+            InvalidToken: `invalid_token`, the issuer's token has expired.
         """
         principal = link.principal
         left_s = math.floor(min(SESSION_S, principal.expires_at - time.time()))

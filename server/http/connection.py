@@ -21,7 +21,7 @@ from functools import lru_cache
 from http import HTTPStatus
 from typing import cast
 
-from aiohttp import HttpVersion11, StreamReader, web
+from aiohttp import HttpVersion10, HttpVersion11, StreamReader, web
 from aiohttp.abc import AbstractAccessLogger
 
 from runtime.timeouts import stall_detector, timeout
@@ -419,7 +419,7 @@ def _guard(handler: RequestHandler) -> RequestHandler:
         if connection is None:  # refused, or the client has left: do not run the request
             return responses.refusal(request, responses.TooManyConnections())
         connection.request_began(request)
-        if not responses.is_known_version(request):
+        if request.version not in (HttpVersion10, HttpVersion11):  # the parser takes 0.9 and 2.0, too
             connection.refuse(responses.UnknownHttpVersion())  # aiohttp's answer would have the same version
             return responses.refusal(request, responses.UnknownHttpVersion())
         try:

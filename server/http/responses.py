@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from email.utils import formatdate
 from functools import lru_cache
 
-from aiohttp import HttpVersion10, HttpVersion11, hdrs, http_exceptions, web
+from aiohttp import HttpVersion11, hdrs, http_exceptions, web
 from aiohttp.abc import AbstractStreamWriter
 
 from runtime.wire import Buffer, join_short
@@ -198,11 +198,6 @@ def problem_of_parser(defect: BaseException | None) -> ServerProblem:
     if "://" in first:  # it is the whole target, and may have a user and a password
         first = "its target is no URL"
     return ServerProblem(f"the request is no HTTP: {first or 'malformed'}", code="invalid_request")
-
-
-def is_known_version(request: web.BaseRequest) -> bool:
-    """Return whether the request has a version that answers may have; the parser takes 0.9 and 2.0, too."""
-    return request.version in (HttpVersion10, HttpVersion11)
 
 
 def check_framing(request: web.BaseRequest) -> None:

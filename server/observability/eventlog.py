@@ -43,7 +43,7 @@ OnJobEnd = Callable[[Job, Event, Mapping[str, str]], None]
 """Called with an ended job, its last event, and the `carrier` of the request behind it."""
 
 PACE_S = 0.1
-"""Between two reads of the log, so that a burst of events is one read."""
+"""Pause between two reads of the log, so that a burst of events is one read."""
 
 READ_RETRY_S = 1.0
 """Between a failed read of the log and the next."""
@@ -67,7 +67,7 @@ class EventLogger:
         self._closing = False
 
     async def run(self) -> None:
-        """Log events until `close`, and then those that were recorded by then; log a defect and end."""
+        """Log events until `close`, and then the rest recorded by then; log a defect and end."""
         try:
             with self._log.subscribed() as wakeup:
                 while not self._closing:
@@ -84,7 +84,7 @@ class EventLogger:
         self._log.notify()
 
     async def _catch_up(self) -> None:
-        """Log new events up to the head as of now: the requests behind later ones are not known yet."""
+        """Log new events up to the present head: the requests behind later events are not known yet."""
         while self._position < (head := self._log.head.position):
             try:
                 events = await self._reader.events(
@@ -100,7 +100,7 @@ class EventLogger:
 
     async def _log_event(self, event: Event) -> None:
         behind, job = self._requests.behind.get(event.job_id or ""), None
-        if isinstance(event.data, JOINS):  # the line of the request itself names the job
+        if isinstance(event.data, JOINS):  # the request's own line names the job
             behind = None
         if isinstance(event.data, ENDS) and event.job_id is not None:
             job = await self._reader.job(event.job_id)

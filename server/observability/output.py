@@ -1,8 +1,8 @@
 """Log output: the request of a record, its format (text or JSON), and the queue to stderr.
 
-A record is one line in both formats, without tokens and of limited length; no library guarantees that, so
-the formatters are ours. Records wait in a queue for one thread that writes them, so a slow reader of stderr
-delays nothing: lines beyond the queue's limit are dropped, and a later line reports their number.
+A record is one line in both formats, without tokens and of limited length; no library guarantees that, so the
+formatters are the server's own. A queue and a thread write the records, so a slow reader of stderr delays
+nothing: lines beyond the queue's limit are dropped, and a later line reports their number.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ MAX_TEXT_CHARACTERS = 8192
 """Characters of a message, a value or a traceback: log collectors split or reject longer lines."""
 
 MAX_LINES = 10_000
-"""Queued lines: more than anything but a fault logs before a reader has its turn; some megabytes."""
+"""Queued lines, some megabytes: only a fault logs as many before a reader has its turn."""
 
 FLUSH_S = 2.0
 """How long the end of the server waits for the last lines to be written."""
 
 STDERR = 2
-OURS = ("events", "features", "nodes", "runtime", "server")
+OURS = ("events", "nodes", "runtime", "server")
 """The packages whose log level is set; other packages log warnings."""
 
 SILENT = ("aiohttp.server", "opentelemetry.trace")
-"""Loggers of malformed requests, which anybody can send; our handlers' errors are logged where they are
-answered."""
+"""Loggers of malformed requests, which anybody can send; handlers' errors are logged with their
+responses."""
 
 HIDDEN = "[token]"
 LAST_LINES = "last log lines"
-"""The name of the thread that waits without a limit for the last lines to be written."""
+"""The name of the thread that waits, without a limit, until the last lines are written."""
 
 _VALID_ID = re.compile(r"[!-~]{1,128}")
 _TOKEN = re.compile(  # each try ends where the next one may begin: the time is linear in the text's length
@@ -61,7 +61,7 @@ _TOKEN = re.compile(  # each try ends where the next one may begin: the time is 
 )
 _UNQUOTED = re.compile(r"[^\s\"'=\\]+")
 _MARGIN = "\n    | "
-"""Before each line of a traceback, so that none can be taken for a record."""
+"""Prefix of a traceback's lines, so that none can be taken for a record."""
 
 
 @dataclass(slots=True)
@@ -69,7 +69,7 @@ class RequestContext:
     """The request that log records and commands belong to.
 
     Attributes:
-        request_id: chosen by the client, or else by the server.
+        request_id: the client's, or else the server's.
         trace_id: in hexadecimal digits; None if traces are not exported.
         carrier: the header fields that link spans to the request's span.
         job_id: the job that answers the request.
@@ -101,7 +101,7 @@ def valid_request_id(values: Sequence[str]) -> str | None:
 
 
 def make_extra(**fields: object) -> dict[str, dict[str, object]]:
-    """Return the `extra` of a log record with these fields; those that are None are left out."""
+    """Return the `extra` of a log record with these fields, without those that are None."""
     return {"fields": {name: value for name, value in fields.items() if value is not None}}
 
 
@@ -109,7 +109,7 @@ class JsonFormatter(logging.Formatter):
     """A JSON object: time, level, logger, message, then the fields."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line, in ASCII, so that no character ends it for any reader."""
+        """Return the line, in ASCII, so that no reader takes a character for the line's end."""
         line = {
             "time": _format_time(record),
             "level": record.levelname.lower(),
@@ -140,8 +140,8 @@ FORMATTERS: Mapping[str, type[logging.Formatter]] = {"text": TextFormatter, "jso
 class DroppingHandler(QueueHandler):
     """Queues formatted lines, and never waits; `dropped` counts the lines beyond `max_lines`.
 
-    The queue is a `SimpleQueue` whose size is compared here, and no bounded `queue.Queue`: into a full one of
-    those, `QueueListener.stop` could not put the sentinel that ends its thread.
+    The queue is a `SimpleQueue` whose size is compared here: with a full `queue.Queue`, `QueueListener.stop`
+    could not add the sentinel that ends its thread.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class DroppingHandler(QueueHandler):
 class DescriptorListener(QueueListener):
     """Writes queued lines to a file descriptor, in a thread that may wait for their reader forever.
 
-    It writes without a handler: the end of the process would wait for that handler's lock.
+    It writes without a handler, for whose lock the end of the process would wait.
     """
 
     def __init__(self, lines: SimpleQueue[LogRecord], descriptor: int) -> None:
@@ -180,9 +180,9 @@ class DescriptorListener(QueueListener):
 
     def handle(self, record: LogRecord) -> None:
         line = f"{record.msg}\n".encode("utf-8", "backslashreplace")
-        with suppress(OSError):  # the reader has gone or the disk is full, and there is nowhere to report it
+        with suppress(OSError):  # without a reader or disk space there is nowhere to report it
             while line:
-                select.select([], [self._descriptor], [])  # another owner may have made it non-blocking
+                select.select([], [self._descriptor], [])  # another process may have made it non-blocking
                 line = line[os.write(self._descriptor, line) :]
 
 
@@ -244,7 +244,7 @@ def _format_traceback(formatter: logging.Formatter, record: logging.LogRecord) -
 
 
 def _redact(text: str) -> str:
-    """Return a text without tokens; a long one is cut in its middle, since a traceback's end says most."""
+    """Return a text without tokens; a long text is cut in its middle, since a traceback's end says most."""
     text = _TOKEN.sub(HIDDEN, text)  # before the cut: half a token is not recognised
     half = MAX_TEXT_CHARACTERS // 2
     return text if len(text) <= MAX_TEXT_CHARACTERS else f"{text[:half]} … {text[-half:]}"

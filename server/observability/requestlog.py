@@ -1,7 +1,6 @@
 """The access log: a line per request, and the counts of requests behind `/metrics`.
 
-Counts are by our own routes and by classes of status, never by anything that clients choose. Inferences are
-not logged.
+Counts are by routes and by classes of status, never by values that clients choose. Inferences are not logged.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ MAX_PATH_CHARACTERS = 512
 """Characters of a path in a log line; every valid path is shorter."""
 
 MAX_UNAUTHENTICATED = 60
-"""Lines a minute about requests without valid credentials: anybody can send those."""
+"""Lines a minute about requests without valid credentials, which anybody can send."""
 
 REFUSED, FAULT = 400, 500
-"""The statuses from which on a request was refused, and the server was at fault."""
+"""The least statuses of refused requests and of the server's faults."""
 
 DURATIONS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
-"""Buckets from a read of the state to a load that a client waits for as long as it may."""
+"""Buckets from a read of the state to a load that a client waits for up to the limit."""
 
 ABORTED = "aborted"
 """The class of status of requests without an answer: the client left, or the server stopped."""
@@ -84,7 +83,7 @@ def request_middleware(counts: HttpCounts) -> Middleware:
 
 
 def path_without_query(request: web.BaseRequest) -> str:
-    """Return the path as it was sent, without the query: clients put tokens there by mistake.
+    """Return the path as sent, without the query, in which clients put tokens by mistake.
 
     A target that begins with a scheme or a host may have a user and a password, so only its path is returned.
     """
@@ -134,7 +133,7 @@ def _request_fields(request: web.Request, route: Route | None) -> dict[str, obje
 class HttpCounts:
     """Counts since the server started: requests by method, route and class of status, errors by code.
 
-    Durations are by method and route. All methods and routes are our own.
+    Durations are by method and route. All methods and routes are the server's own.
     """
 
     def __init__(self) -> None:
@@ -143,7 +142,7 @@ class HttpCounts:
         self.errors = Counter[str]()
 
     def count(self, method: str, path: str, response: web.StreamResponse | None) -> None:
-        """Count a request by its response, and the error in that; without one it was aborted."""
+        """Count a request by its response and the response's error; a request without one was aborted."""
         status = ABORTED if response is None else f"{response.status // 100}xx"
         self.requests[method, path, status] += 1
         code = None if response is None else response.get(CODE)

@@ -1,7 +1,7 @@
 """In-memory time series of memory, requests and latencies, for the last 24 hours.
 
 Two rings: the last hour in steps of 10 s, the last 24 hours in steps of 5 min. A model with a process takes
-some 40 bytes of a sample while nothing changes, and 100 when the model was asked (measured in
+some 40 bytes of a sample while nothing changes, and 100 with requests (measured in
 docs/decisions/0051-charts-from-the-server.md). The samples end with the server.
 """
 
@@ -32,16 +32,16 @@ _log = logging.getLogger(__name__)
 SAMPLE_EVERY_S = 10
 """Six points in the first minute. A sample of 500 models takes the event loop some milliseconds."""
 MERGED = 30
-"""Samples of the short range that make one of the long one: 5 min, a pixel or two of a day."""
+"""Samples of the short range in one of the long range: 5 min, a pixel or two of a day."""
 
 Counts = tuple[int, ...]
-"""Failed requests, then the answered ones by bucket of `TOOK_S`."""
+"""Failed requests, then answered ones by bucket of `TOOK_S`."""
 NO_REQUESTS: Counts = (0,) * (len(TOOK_S) + 2)
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """How far back samples go, and how close they are."""
+    """Length and step of samples."""
 
     interval_s: int
     samples: int
@@ -57,11 +57,12 @@ _SHORT, _LONG = RANGES.values()
 def quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> float | None:
     """Estimate a quantile of a histogram, as Prometheus' `histogram_quantile` does.
 
-    Within a bucket, observations are taken to be spread evenly; beyond the last bound, it is that bound.
+    Within a bucket, observations are assumed to be spread evenly; beyond the last bound, the result is that
+    bound.
 
     Args:
         bounds: the upper bounds of the buckets, ascending.
-        counts: of each bucket alone; one more than there are bounds.
+        counts: observations of each bucket alone; one bucket more than bounds.
         share: 0 to 1.
 
     Returns:
@@ -79,7 +80,7 @@ def quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> fl
 
 
 def estimate_latencies(counts: Counts) -> Latencies:
-    """Return the requests of an interval, and quantiles of the durations of those that were answered."""
+    """Return the requests of an interval, and quantiles of the durations of answered ones."""
     failures, *took = counts
     found = (quantile(TOOK_S, took, share) for share in (0.5, 0.95, 0.99))
     p50, p95, p99 = (None if value is None else round(value, 6) for value in found)
@@ -87,13 +88,13 @@ def estimate_latencies(counts: Counts) -> Latencies:
 
 
 class Memory(msgspec.Struct, frozen=True, gc=False):
-    """Memory at one moment, in bytes; of a longer interval, the most of each.
+    """Memory at one moment, in bytes; for a longer interval, the maximum of each.
 
     Attributes:
-        server_bytes: of the server's own process, without pages of files.
-        used_bytes: of the workers of loaded models.
-        reserved_bytes: reserved for loads.
-        budget_bytes: what workers may take together.
+        server_bytes: memory of the server's own process, without pages of files.
+        used_bytes: memory of the workers of loaded models.
+        reserved_bytes: memory reserved for loads.
+        budget_bytes: memory that workers may take together.
     """
 
     server_bytes: int
@@ -131,7 +132,7 @@ class Sample:
 
     Attributes:
         at: the end of the interval.
-        models: of the models with a process or requests; packed, since they take most of the memory.
+        models: samples of models with a process or requests; packed, since they take most of the memory.
     """
 
     at: str
@@ -158,7 +159,7 @@ class Sample:
 class _LoadCounts:
     """The counts of a load at the last sample.
 
-    It keeps the load's own statistics: at the load's end, the executor replaces them by the model's sum.
+    It keeps the load's own statistics: at the load's end, the model's sum replaces them.
     """
 
     def __init__(self, load: RunningLoad) -> None:
@@ -169,7 +170,7 @@ class _LoadCounts:
     def take(self) -> Counts:
         """Return the requests since the last call."""
         before, self._counted = self._counted, (self._statistics.failures, *self._statistics.took)
-        if self._counted == before:  # as of most
+        if self._counted == before:  # the usual case
             return NO_REQUESTS
         return tuple([after - counted for after, counted in zip(self._counted, before, strict=True)])
 
@@ -188,7 +189,7 @@ class TimeSeries:
         """Add a sample.
 
         Args:
-            at: when it was taken.
+            at: the time of the sample.
             now: the server's memory.
             loads: the running loads, by job id.
         """
@@ -209,18 +210,18 @@ class TimeSeries:
             self._begun = None
 
     def of_server(self, range_: Range) -> list[Sample]:
-        """Return the samples, oldest first; the last one of the long range has not ended."""
+        """Return the samples, oldest first; the last one of the long range is not complete."""
         if range_ is _SHORT:
             return list(self._short)
         return [*self._long, *([] if self._begun is None else [self._begun])]
 
     def of_model(self, model_id: str, range_: Range) -> list[tuple[str, ModelSample | None]]:
-        """Return a model's samples with their times, from its first one on; None where it had no process."""
+        """Return a model's samples with their times, from its first one on; None without a process."""
         samples = [(sample.at, sample.of_model(model_id)) for sample in self.of_server(range_)]
         return list(dropwhile(lambda each: each[1] is None, samples))
 
     def _count(self, loads: Mapping[str, RunningLoad]) -> dict[str, Counts]:
-        """Return the requests since the last call by model, of those that had any."""
+        """Return the requests since the last call by model, without models that had none."""
         for job_id, load in loads.items():
             if job_id not in self._loads:
                 self._loads[job_id] = _LoadCounts(load)

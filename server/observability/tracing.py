@@ -44,7 +44,7 @@ _INFER = re.compile(
 
 
 class Tracing:
-    """Creates spans; the library's thread sends them in batches, and drops those that it cannot send."""
+    """Creates spans; the library's thread sends them in batches, and drops spans that it cannot send."""
 
     def __init__(self) -> None:
         resource = Resource.create(
@@ -55,7 +55,7 @@ class Tracing:
         self._tracer = self._provider.get_tracer("loadledger")
 
     def trace_requests(self, server: web.Server, app: web.Application) -> None:
-        """Trace the requests of a server; of inferences without a trace, the configured share."""
+        """Trace the requests of a server; for inferences without a trace, the configured share."""
         proxies, share = app[GATE].proxies, app[CONFIG].trace_inferences
 
         def wrap(inner: RequestHandler) -> RequestHandler:
@@ -128,7 +128,7 @@ def _drop_none(attributes: Mapping[str, str | int | None]) -> dict[str, str | in
 def _set_response(
     span: trace.Span, request: web.BaseRequest, response: web.StreamResponse | None, context: RequestContext
 ) -> None:
-    """Set the attributes of a response; of a cancelled request, the library sets its own."""
+    """Set the attributes of a response; for a cancelled request, the library sets its own."""
     route, principal = _route(request), request.get(PRINCIPAL)
     status, code = (None, None) if response is None else (response.status, response.get(CODE))
     is_fault = status is not None and status >= FAULT  # a refused request is no error of the server

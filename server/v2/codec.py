@@ -1,8 +1,8 @@
 """Decoding of inference requests, encoding of responses: Open Inference Protocol v2, JSON and binary.
 
-Decoding runs on the event loop for each request, so it reads only where the tensors are: JSON elements stay
-text, binary ones are views of the body. The worker checks the elements. Sources of the rules: the protocol,
-and Triton's binary tensor data and parameters extensions.
+Decoding runs on the event loop for each request, so it only locates the tensors: JSON elements stay text,
+binary tensors are views of the body. The worker checks the elements. Sources of the rules: the protocol, and
+Triton's binary tensor data and parameters extensions.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ _MAX_ELEMENT_BYTES = 2**32 - 1
 """The largest length that a BYTES element can declare."""
 
 _LENGTH_DIGITS = 12
-"""Of the header's length: more than any accepted body has, and few enough for int()."""
+"""Digits of the header's length: more than any accepted body has, and few enough for int()."""
 
 _SHOWN_BYTES = 64
-"""Of a client's name in a refusal."""
+"""Part of a client's name in a refusal."""
 
 _BINARY_ONLY = frozenset({"FP16", "BF16"})
 _NOTHING = memoryview(b"")
@@ -58,7 +58,7 @@ _NEUTRAL: dict[str, tuple[int | str, ...]] = {
     "priority": (0,),
     "classification": (0,),
 }
-"""Values without effect: clients send them for parameters that were not set."""
+"""Values without effect, which clients send for parameters that were not set."""
 
 
 def check_parameters(where: str, parameters: Parameters) -> None:
@@ -82,7 +82,7 @@ def check_parameters(where: str, parameters: Parameters) -> None:
 
 
 def timeout_us(parameters: Parameters) -> int | None:
-    """Return the request's timeout in microseconds; None if it has none or 0.
+    """Return the request's timeout in microseconds, or None without a timeout or with 0.
 
     Raises:
         InvalidInput: `invalid_input`, the timeout is no number of microseconds.
@@ -115,10 +115,10 @@ class ReceivedBody(msgspec.Struct, frozen=True, gc=False):
     """The body of an inference request, decompressed.
 
     Attributes:
-        content: all of it, or with a region the JSON alone.
+        content: the whole body, or with a region only the JSON.
         header_bytes: the length of its JSON, as the request's header gives it.
-        region: where its tensors lie in a worker's memory; the JSON, which decides, does not lie there.
-        worker: that worker, which was chosen when the body began to arrive.
+        region: the place of its tensors in a worker's memory; the JSON, which is checked, does not lie there.
+        worker: the region's worker, chosen when the body began to arrive.
     """
 
     content: Buffer
@@ -140,12 +140,12 @@ class ReceivedBody(msgspec.Struct, frozen=True, gc=False):
 
 
 def header_length(fields: Sequence[str] | str | None) -> int | None:
-    """Return the length of the body's JSON; None if all of the body is JSON, 0 if all of it is a raw tensor.
+    """Return the length of the body's JSON, None if the whole body is JSON, 0 if it is a raw tensor.
 
-    `fields` are the values of the request's `Inference-Header-Content-Length` fields, or the only value.
+    `fields` are the values of the request's `Inference-Header-Content-Length` fields, or a single value.
 
     Raises:
-        InvalidInput: `invalid_input`, the value is no length, or there are two.
+        InvalidInput: `invalid_input`, the value is no length, or there are two values.
     """
     if not fields:
         if fields == "":
@@ -167,8 +167,9 @@ def decode_request(
 ) -> InferenceRequest:
     """Decode a request; its tensors are views of the body.
 
-    Binary tensors follow `header_bytes` of JSON, see `header_length`; None if all of the body is JSON. With a
-    region, they are there, and `body` is the JSON alone. `request` is the JSON if it was decoded before.
+    Binary tensors follow `header_bytes` of JSON, see `header_length`; None if the whole body is JSON. With a
+    region, the tensors are there, and `body` is only the JSON. `request` is the JSON if it was decoded
+    before.
 
     Raises:
         InvalidInput: `invalid_input`, the request is malformed or unsupported.
@@ -264,8 +265,8 @@ def decode_raw(
 
     With a region, `body` is its buffer.
 
-    The variable dimension follows from the body's size; for a batching model, the body is a batch of 1. Of
-    BYTES, the whole body is one element, as in Triton ("Raw Binary Request").
+    The variable dimension follows from the body's size; for a batching model, the body is a batch of 1. A
+    body of BYTES is one element, as in Triton ("Raw Binary Request").
 
     Raises:
         InvalidInput: `invalid_input`, the model needs several inputs, or the body does not fit its input.
@@ -349,9 +350,9 @@ def encode_response(
 ) -> tuple[list[Buffer], int | None]:
     """Return the buffers of a response, and the length of its JSON.
 
-    The length is None if the response is all JSON, `application/json`; else it is `application/octet-stream`
-    with `Inference-Header-Content-Length`. Binary outputs without any bytes make no binary response, as in
-    Triton. The data of binary outputs is not copied.
+    The length is None if the whole response is JSON, `application/json`; otherwise the type is
+    `application/octet-stream` with `Inference-Header-Content-Length`. Binary outputs without bytes make no
+    binary response, as in Triton. The data of binary outputs is not copied.
     """
     outputs: list[_TextOutput | _BinaryOutput] = []
     payload: list[Buffer] = []

@@ -144,7 +144,7 @@ async def infer(
         timeout_s = app[CONFIG].inference_timeout_s
         if decoded is not None and decoded.timeout_us:
             timeout_s = min(timeout_s, decoded.timeout_us / 1e6)
-        result: Answered | Target = router.resolve(model_id, version)  # again: its body may have taken long
+        result: Answered | Target = router.resolve(model_id, version)  # again: reading the body may take long
         while not isinstance(result, Answered):
             match result:
                 case Here() as here:
@@ -173,10 +173,10 @@ async def infer(
 
 
 async def _receive(request: web.BaseRequest, share: Share, target: Here | Absent) -> ReceivedBody:
-    """Read the body: long tensors in place, into the memory of the worker that is to have them.
+    """Read the body: long tensors in place, into the memory of the worker chosen for them.
 
     Raises:
-        BodyTooLarge: `body_too_large`; of a compressed body, no more than the limit was decompressed.
+        BodyTooLarge: `body_too_large`; a compressed body is decompressed up to the limit only.
         ServerProblem: `bodies_full`.
     """
     header_bytes = header_length(request.headers.getall(HEADER_LENGTH, ()))
@@ -204,7 +204,7 @@ async def _receive(request: web.BaseRequest, share: Share, target: Here | Absent
 
 
 def _expected_tensor_bytes(request: web.BaseRequest, header_bytes: int, max_bytes: int) -> int:
-    """Return the length of tensors that are still arriving; 0 if they are short, or no length is known."""
+    """Return the length of tensors that are still arriving, or 0 if they are short or of unknown length."""
     if request.content.is_eof() or hdrs.CONTENT_ENCODING in request.headers:
         return 0
     tensor_bytes = (request.content_length or 0) - header_bytes
@@ -214,13 +214,13 @@ def _expected_tensor_bytes(request: web.BaseRequest, header_bytes: int, max_byte
 async def _decode(
     app: web.Application, subject: str, share: Share, body: ReceivedBody
 ) -> InferenceRequest | None:
-    """Decode a body; None of a raw one, of which only the model's input says what it is."""
+    """Decode a body; returns None for a raw one, whose meaning depends on the model's input."""
     if body.header_bytes == 0:
         return None
     json_bytes = body.json_bytes
     if json_bytes <= SHORT_JSON_BYTES:
         return decode_request(body.content, body.header_bytes, body.region)
-    async with app[BODIES].turn(subject):  # it would block the event loop, so its subjects take turns
+    async with app[BODIES].turn(subject):  # long texts block the event loop, so subjects take turns
         read = None
         if json_bytes > LONG_JSON_BYTES:
             with share.holding(reading_bytes(json_bytes)):
@@ -242,7 +242,7 @@ async def _respond(
     *,
     cluster: Cluster,
 ) -> DirectResponse:
-    """Encode an answer, which is counted when its response is written."""
+    """Encode an answer; it is counted when its response is written."""
     here, request_id, quota = answered.here, None if decoded is None else decoded.id, request.get(QUOTA)
     count = partial(here.count_answer, answered.outcome, times)
     try:
@@ -260,7 +260,7 @@ async def _respond(
         if encoding is not None:
             fields |= {hdrs.CONTENT_ENCODING: encoding, hdrs.VARY: hdrs.ACCEPT_ENCODING}
             body = [await compress(body, encoding)]
-    except BaseException:  # the model has answered, whoever does not get it
+    except BaseException:  # the model has answered, even if the client does not receive it
         count()
         raise
     return DirectResponse(fields, body, share, count)

@@ -134,7 +134,7 @@ def metadata(model_id: str, version: int, tensors: ModelTensors) -> ModelMetadat
 
 NAME = "loadledger"
 EXTENSIONS = ("model_repository", "model_configuration", "binary_tensor_data", "parameters", "statistics")
-"""The supported ones, by Triton's names: clients rely on them."""
+"""The supported extensions, by Triton's names, which clients rely on."""
 
 AT_ONCE = 100
 """Loads whose statistics are read without a pause: about a millisecond."""
@@ -163,7 +163,7 @@ def model_routes(
         suffix: the end of both paths.
         summaries: of both routes.
         of_version: the operation id of the twin; the other one's is the handler's name.
-        operation: what both declare, see `server.routing.Operation`.
+        operation: the declaration of both, see `server.routing.Operation`.
     """
 
     def decorate(handler: ModelHandler) -> ModelHandler:
@@ -202,7 +202,7 @@ async def server_metadata(request: web.Request) -> web.Response:  # noqa: ARG001
 )
 async def all_statistics(request: web.Request) -> web.Response:
     """Return the statistics of loaded models; this route hides the metadata of a model called `stats`."""
-    loads = list(request.app[CONSUMER].loads.values())  # each has processes, which bounds their number
+    loads = list(request.app[CONSUMER].loads.values())  # bounded in number by their processes
     stats = list[ModelStatistics]()
     for start in range(0, len(loads), AT_ONCE):
         entries = [_statistics(request.app, load) for load in loads[start : start + AT_ONCE]]

@@ -1,4 +1,4 @@
-"""The repository extension, with which Triton's clients load and unload: index, load, unload.
+"""The repository extension, through which Triton's clients load and unload: index, load, unload.
 
 These clients take any status but 200 for a failure and cannot follow a job, so the answer comes when the job
 has ended. A job goes on if its client leaves; the client's next request joins it.
@@ -84,7 +84,7 @@ def _versions(model: Model) -> dict[int, IndexEntry]:
 
 
 MAX_INDEX_BYTES = 4096
-"""Of the body of an index, which any role may send, some thousand times a minute."""
+"""Length of an index's body, which any role may send, some thousand times a minute."""
 
 _BODY_ERRORS = ("invalid_body", "not_supported", "body_timeout", "body_too_large", "unsupported_media_type")
 _LOAD_ERRORS = (
@@ -192,7 +192,7 @@ def _encoded_index(recorded: Mapping[str, Model], found: Sequence[ListedModel], 
 
 
 async def _unload(app: web.Application, model_id: str, subject: str) -> Job | None:
-    """Unload the serving version, else cancel the load, as Triton does; None if there is neither."""
+    """Unload the serving version, or else cancel the load, as Triton does; returns None without either."""
     takes_out = app[CONFIG].loads_for_inferences
     for force in (False, True):
         try:
@@ -206,7 +206,7 @@ async def _unload(app: web.Application, model_id: str, subject: str) -> Job | No
 
 
 def _respond_completed(job: Job | None) -> web.Response:
-    """Return the empty response of a completed job, or of none.
+    """Return the empty response of a completed job, or of an unload without a job.
 
     Raises:
         JobDidNotComplete: with the job's own code.

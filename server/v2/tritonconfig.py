@@ -1,9 +1,10 @@
 """Triton's model configuration: of a loaded model, and of a load; bodies of the repository extension.
 
 Bodies are read strictly: unsupported members are refused by name. Triton's clients declare no Content-Type,
-so none is required. A load may bring a model configuration, as JSON in a string: it may repeat what is fixed,
-such as the model's inputs and outputs, and choose the members in `HONOURED`. So the configuration that the
-server reports can be changed and sent back. Names may be those of protobuf's JSON (`maxBatchSize`).
+so none is required. A load may have a model configuration, as JSON in a string: it may repeat fixed members,
+such as the model's inputs and outputs, and choose the members in `HONOURED`. So clients can change the
+configuration that the server reports, and send it back. Names may be those of protobuf's JSON
+(`maxBatchSize`).
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from server.errors import ServerProblem
 from server.http.validation import MAX_JSON_BYTES, InvalidBody, load_with, read_plain_body
 
 PLATFORM = "onnxruntime_onnx"
-"""What Triton calls ONNX models."""
+"""Triton's name for ONNX models."""
 
 MAX_NAME_CHARACTERS = 64
 """Characters of an unknown name that a refusal repeats."""
 
 BACKEND = "onnxruntime"
-"""What Triton calls the runtime of ONNX models."""
+"""Triton's name for the runtime of ONNX models."""
 
 
 def model_config(
@@ -60,7 +61,7 @@ def model_config(
 
 
 def data_type(datatype: str) -> str:
-    """Return Triton's name of a datatype; TYPE_INVALID if the protocol has none."""
+    """Return Triton's name of a datatype, or TYPE_INVALID for a datatype outside of the protocol."""
     if datatype not in DATATYPES:
         return "TYPE_INVALID"
     return "TYPE_STRING" if datatype == "BYTES" else f"TYPE_{datatype}"
@@ -80,7 +81,7 @@ def _describe_tensor(
 
 
 HONOURED = ("max_batch_size", "dynamic_batching", "instance_group", "version_policy")
-"""The members of a load's configuration that choose something. Others may repeat what is the model's."""
+"""The members of a load's configuration with an effect. Others may repeat the model's values."""
 
 _LOAD_BODY = LoadBodySchema()
 
@@ -92,7 +93,7 @@ class NotSupported(ServerProblem):
 
 
 KINDS = ("KIND_CPU", "KIND_GPU", "KIND_AUTO", "KIND_MODEL")
-"""Where the instances run; the last two leave that to the server, and `model_config` has KIND_MODEL."""
+"""Kinds of devices of instances; the last two leave the choice to the server, which reports KIND_MODEL."""
 
 
 class InstanceGroup(msgspec.Struct):
@@ -130,13 +131,13 @@ class VersionPolicy(msgspec.Struct):
 
 
 class Reshape(msgspec.Struct):
-    """The model's own shape; only that of a scalar is read."""
+    """The model's own shape; it is only read for a scalar."""
 
     shape: list[int] = []
 
 
 class ConfiguredTensor(msgspec.Struct):
-    """An input or output, which has to be the model's; what is left out is not compared."""
+    """An input or output, which must equal the model's; missing members are not compared."""
 
     name: str
     data_type: str = ""
@@ -214,7 +215,7 @@ def read_load(body: Mapping[str, Any], model_id: str) -> tuple[dict[str, Any], L
 
 
 def check_tensors(config: LoadConfig, version: int, tensors: ModelTensors) -> None:
-    """Refuse a configuration whose inputs or outputs are not those that a version's file declares.
+    """Refuse a configuration whose inputs or outputs differ from those declared by a version's file.
 
     Raises:
         NotSupported: `not_supported`.
@@ -231,7 +232,7 @@ def check_tensors(config: LoadConfig, version: int, tensors: ModelTensors) -> No
 def _find_contradictions(
     kind: str, given: Sequence[ConfiguredTensor], specs: Mapping[str, TensorSpec]
 ) -> Iterator[tuple[str, object, object]]:
-    """Yield a member, its value, and the model's. Any output may be left out, and all inputs together."""
+    """Yield a member, its value, and the model's. Any output may be missing, or all inputs."""
     names = [tensor.name for tensor in given]
     required = [spec.name for spec in specs.values() if not spec.optional]
     if kind == "input" and given and not set(required) <= set(names):
@@ -252,9 +253,9 @@ def _find_contradictions(
 
 
 def _has_shape(tensor: ConfiguredTensor, shape: tuple[int, ...], *, is_output: bool) -> bool:
-    """Whether dimensions are those of a file, with the batch dimension or without.
+    """Whether dimensions equal a file's, with the batch dimension or without.
 
-    Both occur where `max_batch_size` was changed. A file leaves lengths open, and of an output even the rank.
+    Both occur after a change of `max_batch_size`. A file leaves lengths open, and of an output even the rank.
     """
     dims = [] if tensor.reshape is not None else tensor.dims
     shapes = [shape, shape[1:]] if shape[:1] == (-1,) else [shape]
@@ -266,7 +267,7 @@ def _has_shape(tensor: ConfiguredTensor, shape: tuple[int, ...], *, is_output: b
 
 
 def check_unload(body: Mapping[str, Any]) -> None:
-    """Check an unload's body, which chooses nothing.
+    """Check an unload's body, whose members have no effect.
 
     Raises:
         InvalidBody: `invalid_body`.
@@ -280,7 +281,7 @@ def check_unload(body: Mapping[str, Any]) -> None:
 
 
 def read_only_ready(body: Mapping[str, Any]) -> bool:
-    """Return whether an index is limited to versions that are ready.
+    """Whether an index is limited to versions that are ready.
 
     Raises:
         InvalidBody: `invalid_body`.
@@ -321,7 +322,7 @@ def _check_names(
 
 
 def _check_fixed_members(config: Mapping[str, Any], model_id: str) -> None:
-    """Refuse members that contradict the model, or that nothing knows before it is loaded."""
+    """Refuse members that contradict the model, or that are unknown before it is loaded."""
     fixed: dict[str, tuple[Any, ...]] = {
         "name": ("", model_id),
         "platform": ("", PLATFORM),
@@ -337,7 +338,7 @@ def _check_fixed_members(config: Mapping[str, Any], model_id: str) -> None:
 
 
 def _with_field_names(given: Any) -> Any:
-    """Return a configuration with the names of protobuf's fields in place of those of its JSON form."""
+    """Return a configuration with the names of protobuf's fields instead of their JSON names."""
     if isinstance(given, list):
         return [_with_field_names(each) for each in given]
     if not isinstance(given, dict):
@@ -352,7 +353,7 @@ _CAPITAL = re.compile("[A-Z]")
 
 
 def _convert(config: Mapping[str, Any]) -> LoadConfig:
-    """Return the members that are not fixed; numbers may be strings, as protobuf writes those of 64 bits."""
+    """Return the members that are not fixed; numbers may be strings, as protobuf writes 64-bit integers."""
     _check_members(config.get("dynamic_batching"), DynamicBatching, "dynamic_batching")
     _check_members(config.get("version_policy"), VersionPolicy, "version_policy")
     members = (("instance_group", InstanceGroup), ("input", ConfiguredTensor), ("output", ConfiguredTensor))
@@ -400,7 +401,7 @@ def _version(policy: VersionPolicy | None) -> int | None:
 
 
 def _parse_groups(groups: list[InstanceGroup]) -> dict[str, Any]:
-    """Return the workers, and their devices: for KIND_GPU those of CUDA, as Triton numbers them."""
+    """Return the workers, and their devices: for KIND_GPU those of CUDA, with Triton's numbers."""
     if not groups:
         return {}
     group = groups[0]

@@ -37,7 +37,8 @@ from events.jobs import (
     JobStatus,
     PendingLoad,
 )
-from events.models import Choice, Model, ModelState, Serving
+from events.models import Choice, Model, ModelState
+from events.serving import Serving
 from events.types import (
     SYSTEM,
     TYPES,

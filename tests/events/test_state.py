@@ -19,8 +19,8 @@ from events.audit.replay import replay
 from events.audit.verify import verify
 from events.codec import encode_event
 from events.jobs import Job
-from events.models import Serving
 from events.registers import OF_REGISTERS
+from events.serving import Serving
 from events.sqlite import queries, storage
 from events.sqlite.schema import connect
 from events.state import Entities, State, Transaction, has_turn

@@ -1,5 +1,6 @@
 """Issued and revoked tokens: decisions, the fold, and what restarts and verification make of it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,6 @@ from events.tokens import (
     MAX_TOKENS,
     SWEEP_EVERY,
     Token,
-    evolve_token,
     evolve_tokens,
     find_issued,
     is_refused,
@@ -41,10 +41,16 @@ ISSUED_BY_T1 = {  # t1 > t2 > session t3 > session t4; t5 is of another one
 
 
 def fold(*facts: TokenData) -> Token | None:
-    token = None
+    tokens = dict[str, Token]()
     for position, data in enumerate(facts, 1):
-        token = evolve_token(token, data, position=position, recorded_at=at(position), actor=f"by{position}")
-    return token
+        evolve(tokens, data, position, at(position), f"by{position}")
+    return next(iter(tokens.values()), None)
+
+
+def evolve(
+    tokens: dict[str, Token], data: TokenData, position: int, now: str, actor: str = "a"
+) -> Mapping[str, Token | None]:
+    return evolve_tokens(tokens, Event(position, "e", data, actor, now), data)
 
 
 @pytest.mark.parametrize(
@@ -66,9 +72,9 @@ def test_token_folds_to_its_state(facts: tuple[TokenData, ...], expected: Token 
 def test_revoked_token_ends_its_sessions_alone() -> None:
     tokens = dict(ISSUED_BY_T1)
     assert find_issued(tokens, "t1") == ["t2", "t3", "t4"]
-    evolve_tokens(tokens, TokenRevoked("t1"), position=6, recorded_at=at(6), actor="a")
+    evolve(tokens, TokenRevoked("t1"), 6, at(6))
     assert [jti for jti in tokens if is_refused(tokens, jti)] == ["t1"]
-    evolve_tokens(tokens, TokenRevoked("t2"), position=7, recorded_at=at(7), actor="a")
+    evolve(tokens, TokenRevoked("t2"), 7, at(7))
     assert [jti for jti in tokens if is_refused(tokens, jti)] == ["t1", "t2", "t3", "t4"]
     assert find_issued(tokens, "t1") == ["t3", "t4"]
 
@@ -83,11 +89,11 @@ def test_expired_tokens_leave_the_fold() -> None:
     tokens: dict[str, Token] = {}
     for position in range(1, 10 * SWEEP_EVERY):
         data = TokenIssued(f"t{position}", "bob", (), add_seconds(at(position * 3600), -KEPT_AFTER_EXPIRY_S))
-        changed = evolve_tokens(tokens, data, position=position, recorded_at=at(position * 3600), actor="a")
+        changed = evolve(tokens, data, position, at(position * 3600))
         assert all((changed[key] is None) == (key not in tokens) for key in changed)
         assert len(tokens) < SWEEP_EVERY
     revoked = TokenRevoked("late", at(1e9))
-    evolve_tokens(tokens, revoked, position=position, recorded_at=at(1e8), actor="a")
+    evolve(tokens, revoked, position, at(1e8))
     assert tokens["late"].is_revoked
 
 
@@ -97,12 +103,12 @@ def test_expired_token_stays_while_what_came_from_it_is_valid() -> None:
     others = [(f"n{each}", at(5), None) for each in range(3 * SWEEP_EVERY)]
     for position, (jti, expires_at, of) in enumerate([*chain, *others], 1):
         data, hours = TokenIssued(jti, "x", (), expires_at, "api", of), at(position * 3600)
-        evolve_tokens(tokens, data, position=position, recorded_at=hours, actor="x")
+        evolve(tokens, data, position, hours, "x")
     assert find_issued(tokens, "a") == ["m", "s", "l"]
     assert list_issuers(tokens, "l") == ("x",)
     last = TokenIssued("z", "x", (), at(1e9), "api")
     for _ in range(SWEEP_EVERY):  # the number of tokens passes a multiple of it
-        evolve_tokens(tokens, last, position=1000, recorded_at=at(1e8), actor="x")
+        evolve(tokens, last, 1000, at(1e8), "x")
         last = replace(last, jti=last.jti + "z")
     assert not {"m", "s", "l"} & tokens.keys()
 

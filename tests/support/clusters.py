@@ -15,7 +15,8 @@ from msgspec.structs import replace as change
 from events.clock import add_seconds, seconds_between
 from events.commands import Command, Decision, Record, Refused
 from events.jobs import Job, JobKind, JobStatus
-from events.models import Model, ModelState, Serving
+from events.models import Model, ModelState
+from events.serving import Serving
 from events.state import State
 from events.types import (
     SYSTEM,

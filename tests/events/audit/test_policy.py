@@ -31,7 +31,8 @@ from events.clock import parse_timestamp
 from events.commands import Accepted, Command
 from events.jobcommands import RequestLoad
 from events.jobs import Job
-from events.models import RELOADS, AdmittedBytes
+from events.models import RELOADS
+from events.serving import AdmittedBytes
 from events.sqlite.datalock import LEDGER
 from events.state import Entities
 from events.statements import emergency_statement, load_statement

@@ -351,4 +351,4 @@ def test_waiting_load_has_only_the_reason_on_one_device() -> None:
     finally:
         sys.setprofile(None)
     assert calls["format_megabytes"] == 3
-    assert calls["shortage_now"] == calls["shortage_after_exits"] == len(names) * 2
+    assert calls["shortage"] == len(names) * 4

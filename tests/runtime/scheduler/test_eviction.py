@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from support.decisions import Scene, decide_on, describe, read_table
 from support.history import PLAIN, at
 
-from events.models import LoadedModel, Model, Serving
+from events.models import LoadedModel, Model
+from events.serving import Serving
 from events.types import LoadParameters
 from runtime.scheduler.eviction import IDLE_POLL_S, Victim, choose_fewest
 from runtime.scheduler.view import MIN_RESIDENCY_S, Policy

@@ -569,7 +569,7 @@ def test_repository_of_another_user_is_not_changed_by_itself(tmp_path: Path) -> 
 
 def test_file_that_finds_no_room_is_insufficient_storage(tmp_path: Path) -> None:
     receiver = FileReceiver(tmp_path / "part", 10**6, 10**6, {})
-    receiver.open()
+    receiver.open(200)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:

@@ -7,9 +7,9 @@ from answers.models import ModelCopy, ModelInfo
 from answers.nodes import NodeModel
 from events.history import describe_model
 from events.types import Cause, ModelSettingsChanged
+from features.nodes.metrics import count_copies
 from nodes.routes import make_node_infos
 from server.api.models import make_model_info
-from server.observability.metrics import _count_copies
 from server.v2 import repository
 
 MEMBERS = {"copies", "copies_ready", "copies_at"}
@@ -113,4 +113,4 @@ def test_index_has_both_versions_ready_during_a_swap() -> None:
 def test_metric_counts_copies_of_models_that_want_several() -> None:
     history = copied()
     history.load("O", of="other")
-    assert _count_copies(history.state, str) == {(MODEL, "wanted"): 3, (MODEL, "ready"): 2}
+    assert count_copies(history.state, str) == {(MODEL, "wanted"): 3, (MODEL, "ready"): 2}

@@ -18,7 +18,8 @@ from support.running import gone
 
 from answers.inference import IndexEntry
 from events.jobs import Failure, PendingLoad
-from events.models import Model, ModelState, Serving
+from events.models import Model, ModelState
+from events.serving import Serving
 from events.types import LoadParameters
 from features.approvals.rules import ApprovalRule
 from features.rules import LoadPolicy
@@ -305,7 +306,7 @@ async def test_unload_cancels_a_first_load(shared: LocalApi) -> None:
 
 
 SERVING = Serving("job", 2, 9, "", "alice", ("worker",), (), 1, 1, LoadParameters())
-READY = Model("m", ModelState.LOADED, SERVING, last_version=2)
+READY = Model("m", ModelState.LOADED, serving=SERVING, last_version=2)
 LOST = replace(READY, phase=ModelState.LOST)
 BROKEN = Failure("invalid_model", "broken")
 
