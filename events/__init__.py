@@ -6,11 +6,11 @@ JSON and chains their hashes, `sqlite.storage` commits them in one transaction, 
 - A new event or field: `types`, with `values` that several have, then the folds in `jobs`, `models`,
   `versions` and `tokens`, then `counters` and `eventtext`. What a model serves from: `serving`. Rows of the
   past: `history`, `presence`.
-- What the state allows, duplicates, idempotency keys: `accept`; what an inference may have loaded: `demand`;
-  the commands: `commands`, `labels`, `approvals`, and those about tokens: `registercommands`.
+- What the state allows, duplicates, idempotency keys: `accept`; the commands: `commands`, and those about
+  tokens: `registercommands`.
 - The live state and its transactions: `state`; what concerns no model: `registers`; the queue of commands,
   groups of events, group commit and failures of writing: `log`.
-- Signatures and approvals of loads: `policy`; what servers sign: `statements`; names of devices: `devices`.
+- What servers sign: `statements`; names of devices: `devices`.
 - Times, ids: `clock`; files, complete or absent: `files`; refusals: `errors`; the writer's needs: `storage`.
 
 This package knows no HTTP and no ONNX, and imports neither `runtime` nor `server`.

@@ -31,9 +31,7 @@ from events.commands import (
     RequestUnload,
     VersionCommand,
 )
-from events.demand import demand_parameters, find_demand_refusal
 from events.jobs import Job, JobKind, JobStatus
-from events.labels import draft_label, find_label_refusal
 from events.models import Model, ModelState
 from events.serving import Serving
 from events.state import Join, State
@@ -63,6 +61,8 @@ from events.types import (
     digest_of,
 )
 from events.versions import ModelVersions
+from features.labels.commands import draft_label, find_label_refusal
+from features.ondemand.choice import demand_parameters, find_demand_refusal
 
 MAX_QUEUE = 256
 """Unended jobs from which on loads by clients are refused: more than any machine loads within the longest

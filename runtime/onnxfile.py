@@ -218,7 +218,7 @@ class FileWindows:
     def __getitem__(self, at: slice, /) -> bytes: ...
 
     def __getitem__(self, at: int | slice) -> int | bytes:
-        """Return bytes of the file; a slice ends at the end of the file, and an index beyond it is an error."""
+        """Return bytes of the file; a slice ends at the file's end, and an index beyond it is an error."""
         if isinstance(at, slice):
             return os.pread(self._descriptor, at.stop - at.start, at.start)
         offset = at - self._begin

@@ -99,9 +99,9 @@ def start_call(key: str, work: Callable[[], T], *, name: str = "file system") ->
 class FileSystemPool:
     """Calls blocking functions in threads: one at a time for each model, and at most `max_threads`.
 
-    A call on a dead network mount never returns, and its thread cannot be stopped. So the call keeps one thread
-    and the turn of its model; its caller gets `repository_busy` after a limit, and later callers at once, until
-    the call returns. The threads are daemons, so that no stop of the process waits for them.
+    A call on a dead network mount never returns, and its thread cannot be stopped. So the call keeps one
+    thread and the turn of its model; its caller gets `repository_busy` after a limit, and later callers at
+    once, until the call returns. The threads are daemons, so that no stop of the process waits for them.
 
     Args:
         max_threads: calls at once; hanging calls count until they return.
@@ -232,7 +232,8 @@ class FoundVersions(NamedTuple):
 
     Attributes:
         served: the complete versions, lowest first.
-        refusal: why the folder with the highest number is not served; None if it is, or if there is no folder.
+        refusal: why the folder with the highest number is not served; None if it is, or if there is no
+            folder.
     """
 
     served: list[int]

@@ -23,8 +23,8 @@ Parameters = dict[str, bool | int | float | str]
 """Values are strings, numbers or booleans, as the protocol says."""
 
 MAX_HEAD_BYTES = 256 * 2**10
-"""Limit of a request's JSON without its tensors' data: a thousand inputs take a third of it. Names, shapes and
-parameters become objects; reading 4 MiB of them would block the event loop for a quarter of a second
+"""Limit of a request's JSON without its tensors' data: a thousand inputs take a third of it. Names, shapes
+and parameters become objects; reading 4 MiB of them would block the event loop for a quarter of a second
 (measured)."""
 
 MAX_CUSTOM_BYTES = 32 * 2**10
@@ -245,9 +245,9 @@ def _check_head(head_bytes: int, most: int = MAX_HEAD_BYTES, when: str = "") -> 
 def _check_keys(text: Buffer, request: JsonRequest) -> None:
     """Refuse a key that appears twice in one object (RFC 8259 section 4): readers interpret it differently.
 
-    The decoder takes the last value. So the colons of a text equal its decoded members and the colons in strings
-    only if each key appears once. Where the known members do not account for all colons, there are unknown
-    members, and the text without its tensors' data is decoded.
+    The decoder takes the last value. So the colons of a text equal its decoded members and the colons in
+    strings only if each key appears once. Where the known members do not account for all colons, there are
+    unknown members, and the text without its tensors' data is decoded.
 
     Raises:
         InvalidJson: a key appears twice.

@@ -77,8 +77,8 @@ class Statistics:
     def count_success(self, outcome: Outcome, times: InferenceTimes, ended_ns: int, now_ms: int) -> None:
         """Count an answered request, and divide its time.
 
-        The worker's durations count as far as they fit into the time that the server measured: a worker's report
-        is not to be trusted.
+        The worker's durations count as far as they fit into the time that the server measured: a worker's
+        report is not to be trusted.
 
         Args:
             outcome: the worker's answer.

@@ -26,8 +26,9 @@ STOP_GRACE_S = 1.0
 INFERENCE_GRACE_S = 5.0
 """Default of `inference_grace_s`: a cancelled inference stops within it, or its worker is killed."""
 MEASURE_LIMIT_S = 1.0
-"""Time for a measurement of a worker, or of a device by its driver. The kernel waits for the process's mappings,
-which a worker can hold; the measurement is then given up, so that an unload does not wait for it."""
+"""Time for a measurement of a worker, or of a device by its driver. The kernel waits for the process's
+mappings, which a worker can hold; the measurement is then given up, so that an unload does not wait for
+it."""
 FORK_SERVER_LIMIT_S = 10.0
 """Time for a new fork server to import everything, usually 0.2 s, before it is killed and launched again."""
 FORK_LIMIT_S = 5.0
@@ -35,8 +36,8 @@ FORK_LIMIT_S = 5.0
 workers, since they end with the fork server."""
 FORK_WAITS = 12
 DEVICES_LIMIT_S = 10.0
-"""Time at the start for a provider's package to name its library, for a throw-away worker to register it, and for
-the first answer of a driver: OpenVINO takes 0.05 s, a driver that starts its devices seconds. A hanging
+"""Time at the start for a provider's package to name its library, for a throw-away worker to register it, and
+for the first answer of a driver: OpenVINO takes 0.05 s, a driver that starts its devices seconds. A hanging
 provider takes this long, beside the others; the server then starts without it."""
 DEVICE_RETURN_S = 5.0
 """Time for a device to return the memory of workers that have exited: a driver may free it after the exit.

@@ -23,11 +23,14 @@ from events.clock import uuid7
 from events.commands import Record, RequestLoad
 from events.errors import LedgerProblem, RolledBack
 from events.log import Log
-from events.policy.rules import LoadPolicy
 from events.sqlite.datalock import LEDGER, lock_data, lock_ledger, refuse_replica
 from events.sqlite.listing import open_reader
 from events.sqlite.timetravel import NOTE_EVERY_S
 from events.types import SYSTEM, Cause, Draft, PolicyInForce, RollbackAccepted, contents_of, digest_of
+from features.approvals import routes as approvals
+from features.labels import routes as labels
+from features.ondemand.loads import OnDemand
+from features.rules import LoadPolicy
 from nodes import routes as node_routes
 from nodes.thisnode import ThisNode
 from runtime.cgroups import count_usable_cpus
@@ -45,11 +48,9 @@ from runtime.uploads.changes import VersionChanges
 from runtime.uploads.recovery import Recovery
 from runtime.uploads.uploads import Uploads
 from server.api import (
-    approvals,
     events,
     health,
     jobs,
-    labels,
     loads,
     models,
     overview,
@@ -108,7 +109,6 @@ from server.observability.timeseries import TimeSeries, record
 from server.routing import Route, add_routes
 from server.v2 import inference, metadata
 from server.v2 import repository as v2_repository
-from server.v2.ondemand import OnDemand
 
 _log = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
             _forwarding,
             _time_series,
             open_streams,
-            partial(open_control, others=node_routes.routes),
+            partial(open_control, others={"nodes": node_routes.routes}),
         ]
     )
     return app

@@ -24,15 +24,15 @@ from events.clock import format_timestamp, utc_now, uuid7
 from events.devices import CPU
 from events.errors import LedgerProblem
 from events.models import Model
-from events.policy.bundles import MAX_BYTES
-from events.policy.checks import CheckedVersion, CheckInput, survey_version
-from events.policy.rules import LoadPolicy, ModelRules
 from events.sqlite.datalock import LEDGER
 from events.sqlite.queries import read_state
 from events.sqlite.readonly import open_read_only
 from events.sqlite.schema import begin_reading
 from events.state import State
 from events.types import LoadedFile, LoadParameters, contents_of, digest_of
+from features.checks import CheckedVersion, CheckInput, survey_version
+from features.rules import LoadPolicy, ModelRules
+from features.signatures.bundles import MAX_BYTES
 from runtime.cgroups import count_usable_cpus
 from runtime.errors import (
     ForkServerUnavailable,

@@ -14,7 +14,6 @@ from pathlib import Path
 from sys import getsizeof
 from typing import TypeVar
 
-from events.audit.policy import PolicyAudit, Remark
 from events.codec import CanonicalCheck, decode_event
 from events.jobs import Job
 from events.models import Model
@@ -25,6 +24,7 @@ from events.sqlite.storage import is_current
 from events.state import OF_NO_MODEL, Entities
 from events.storage import RawRow, StorageDamaged
 from events.types import Anchor, Event
+from features.audit import PolicyAudit, Remark
 
 EVENTS_PER_STEP = 200
 """Events that take each step together: the processor's caches then hold the code of one step, not of all. It

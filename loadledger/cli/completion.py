@@ -45,7 +45,7 @@ Find = Callable[[Any], Iterable[tuple[str, str]]]
 """Returns values and their descriptions, given a client."""
 
 
-def _completer(find: Find) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
+def completer(find: Find) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
     """Return a callback that completes the values that a server has."""
 
     def complete(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
@@ -68,17 +68,14 @@ def _completer(find: Find) -> Callable[[click.Context, click.Parameter, str], li
     return complete
 
 
-models_of_server = _completer(lambda client: ((model.id, model.state) for model in client.models()))
-loaded_models = _completer(
+models_of_server = completer(lambda client: ((model.id, model.state) for model in client.models()))
+loaded_models = completer(
     lambda client: ((model.id, model.state) for model in client.models() if model.state != "unloaded")
 )
-latest_jobs = _completer(
+latest_jobs = completer(
     lambda client: (
         (job.id, f"{job.kind} of {job.model_id}, {job.status}") for job in client.jobs(limit=MOST)
     )
-)
-nodes_of_server = _completer(
-    lambda client: ((node.id, node.phase) for node in client.nodes() if not node.ended)
 )
 
 

@@ -180,7 +180,7 @@ def jobs(*, limit: int, as_json: bool, where: options.ServerChoice, **filters: s
     """List the jobs, newest first."""
     with options.open_chosen_client(where) as client:
         found = list(client.jobs(limit=limit, **filters))
-    rows = output.with_nodes(COLUMNS, [_row(job) for job in found], [job.node for job in found])
+    rows = output.with_column(COLUMNS, [_row(job) for job in found], "NODE", [job.node for job in found])
     table = output.format_table(*rows, right={"AGE", "TOOK"})
     output.print_result({"jobs": found}, table if found else ["no jobs"], as_json=as_json)
 

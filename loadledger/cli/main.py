@@ -37,7 +37,7 @@ SECTIONS = {
         "jobs": "loadledger.cli.jobs:jobs",
         "job": "loadledger.cli.jobs:job",
         "cancel": "loadledger.cli.jobs:cancel",
-        "approve": "loadledger.cli.approvals:approve",
+        "approve": "features.approvals.cli:approve",
         "events": "loadledger.cli.events:events",
     },
     "Nodes that share a ledger": {

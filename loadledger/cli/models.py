@@ -13,8 +13,8 @@ from typing import Any
 import click
 import msgspec
 
+from features.approvals.cli import model_facts, verified_facts
 from loadledger.cli import options, output
-from loadledger.cli.approvals import model_facts, verified_facts
 from loadledger.cli.completion import models_of_server
 from loadledger.cli.jobs import report_request
 from loadledger.cli.output import format_cell, format_size, format_table, to_printable
@@ -67,7 +67,9 @@ def models(
         server = client.model(rows[0].id, at=at).server if at is not None and rows else None
     if server is not None and server.state != "running":
         output.print_note(f"the server then: {format_presence(server)}")
-    shown = output.with_nodes(COLUMNS, [_row(each) for each in rows], [_nodes_of(each) for each in rows])
+    shown = output.with_column(
+        COLUMNS, [_row(each) for each in rows], "NODE", [_nodes_of(each) for each in rows]
+    )
     table = format_table(*shown, right={"MEMORY"})
     none = "no model is loaded" if loaded else "the repository has no models"
     output.print_result({"models": rows}, table if rows else [none], as_json=as_json)

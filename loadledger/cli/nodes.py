@@ -11,8 +11,11 @@ from typing import Any, NoReturn
 import click
 
 from loadledger.cli import options, output
-from loadledger.cli.completion import nodes_of_server
+from loadledger.cli.completion import completer
 
+nodes_of_server = completer(
+    lambda client: ((node.id, node.phase) for node in client.nodes() if not node.ended)
+)
 COLUMNS = ("NODE", "PHASE", "MODELS", "JOBS", "BUDGET", "RENEWED", "ATTRIBUTES", "ADDRESS", "RELEASE")
 PAUSE_S = 0.5
 """Between two looks at a node that drains; a load takes as long."""

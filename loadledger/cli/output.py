@@ -79,15 +79,14 @@ def format_table(
         yield click.style(line, bold=True) if number == 0 else _colour_state(line, columns, cells)
 
 
-def with_nodes(
-    head: Sequence[str], rows: Sequence[Sequence[str]], nodes: Sequence[str | None]
+def with_column(
+    head: Sequence[str], rows: Sequence[Sequence[str]], name: str, values: Sequence[str | None]
 ) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
-    """Return a table's head and rows with the node of each row, if any of them has one."""
-    if not any(nodes):
+    """Return a table's head and rows with a further column, if any row has a value in it."""
+    if not any(values):
         return head, rows
-    return (*head, "NODE"), [
-        (*row, format_cell(node, most=40)) for row, node in zip(rows, nodes, strict=True)
-    ]
+    cells = (format_cell(value, most=40) for value in values)
+    return (*head, name), [(*row, cell) for row, cell in zip(rows, cells, strict=True)]
 
 
 def display_width(text: str) -> int:

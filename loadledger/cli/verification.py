@@ -12,11 +12,11 @@ from click import UsageError, format_filename
 
 from events.audit.audit import Audit, audit
 from events.audit.exportreader import FileAudit, audit_file
-from events.audit.policy import MAX_REMARKS, Remark
 from events.audit.signing import key_id
 from events.audit.verify import Finding
 from events.errors import NothingThere
 from events.types import Anchor
+from features.audit import MAX_REMARKS, Remark
 from loadledger.cli.output import count_of, to_printable
 from runtime.store.folder import STORE
 from runtime.store.store import verify_store

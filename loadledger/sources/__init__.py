@@ -4,7 +4,7 @@
 - `fetch`: the way of one: what its name means now, the files that its version needs, and their download
 - `origin`: the interface of a source's module
 - `downloads`: resumable downloads, each a file in the folder of downloads
-- `web`: an HTTPS client; `https`, `oci`, `huggingface` and `cloud`: the sources
+- `web`: files at URLs, and the HTTPS client; `oci`, `huggingface` and `cloud`: the other sources
 - `unpack`: archives, which layers of a registry may be
 - `folder`: a version written into a folder, in place of a server
 

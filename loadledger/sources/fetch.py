@@ -59,7 +59,7 @@ def resolve_source(name: str, digest: str | None = None) -> NamedVersion:
 def _open_origin(source: SourceName, sha256: str | None) -> Origin:
     match source.scheme:  # imported when they are asked for: some are extras
         case "https":
-            from loadledger.sources.https import Https
+            from loadledger.sources.web import Https
 
             return Https(source, sha256)
         case "hf":

@@ -1,6 +1,7 @@
-"""An HTTPS client, of the standard library, with its proxies (`HTTPS_PROXY`) and certificates.
+"""Files at URLs of https, and the HTTPS client of the standard library.
 
-`SSL_CERT_FILE` names others. Redirects lead to https only, and credentials to no other origin.
+Proxies come from `HTTPS_PROXY`, other certificates from `SSL_CERT_FILE`. Redirects lead to https only, and
+credentials to no other origin.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from urllib.parse import urljoin, urlsplit
 from urllib.request import HTTPSHandler, OpenerDirector, ProxyHandler, Request
 
 from loadledger.errors import SourceProblem, printable
-from loadledger.sources.downloads import OpenAt, OpenFile, retry
+from loadledger.sources.downloads import Download, Downloads, OpenAt, OpenFile, retry
+from loadledger.sources.names import SourceName
+from loadledger.sources.origin import RemoteFile, Resolved
 from loadledger.uploads import CHUNK_BYTES
+from runtime.onnxfile import MODEL_FILE
 
 MAX_ANSWER_BYTES = 16 * 2**20
 """Of an answer that is kept in memory, as a listing or a manifest."""
@@ -147,6 +151,22 @@ class Web:
         except (OSError, HTTPException, ValueError) as error:
             raise _explain(error, url) from None
         return cast(HTTPResponse, answer)
+
+
+class Https:
+    """One file at a URL, which says nothing of its bytes beforehand; see `origin.Origin`."""
+
+    def __init__(self, source: SourceName, digest: str | None) -> None:
+        self._url, self._digest = source.name, digest
+        self._web = Web("https sources are read without credentials; use one that has them, as oci or s3")
+
+    def resolve(self) -> Resolved:
+        name = f"{self._url}#sha256={self._digest}" if self._digest else None
+        return Resolved(name, (RemoteFile(MODEL_FILE, sha256=self._digest),))
+
+    def fetch(self, file: RemoteFile, downloads: Downloads) -> Download:
+        identity = file.sha256 and f"sha256:{file.sha256}"
+        return downloads.receive(identity, self._web.file_opener(self._url), sha256=file.sha256)
 
 
 def _transient(message: str) -> SourceProblem:

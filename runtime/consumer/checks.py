@@ -1,6 +1,6 @@
 """Checks a load against its model's rules before it may start: its files are copied, hashed, then checked.
 
-The load then takes exactly these files, by their hashes. `events.policy.checks` decides; this reads files.
+The load then takes exactly these files, by their hashes. `features.checks` decides; this reads files.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 
 from events.jobs import Job
-from events.policy.bundles import MAX_BYTES
-from events.policy.checks import CheckedLoad, CheckedVersion, CheckInput, check_load, survey_version
 from events.types import Contents, LoadedFile
+from features.checks import CheckedLoad, CheckedVersion, CheckInput, check_load, survey_version
+from features.signatures.bundles import MAX_BYTES
 from runtime.repository import REQUEST_LIMIT_S
 from runtime.store.versions import Versions
 
@@ -32,7 +32,7 @@ async def check_files(
     `expected` are the files that a reload must have; None takes the present ones.
 
     Raises:
-        NotLoadable: as `events.policy.checks.check_load`.
+        NotLoadable: as `features.checks.check_load`.
         RuntimeProblem: as `Versions.version`.
         RuntimeError: there is no store, so files might change after the check; the server refuses to start.
     """

@@ -23,9 +23,9 @@ from events.commands import OUTDATED, Condition, RequestLoad, RequestUnload
 from events.errors import LedgerProblem, LogUnavailable, RequestRefused
 from events.jobs import TIMEOUT, Job, JobStatus
 from events.log import Log
-from events.policy.checks import CheckedVersion
 from events.state import State
 from events.types import Draft, JobCancelled, LoadFailed, ModelUnloaded, UnloadStarted
+from features.checks import CheckedVersion
 from runtime.consumer.loads import (
     LOG_RETRY_S,
     Loader,

@@ -24,8 +24,6 @@ from events.errors import LogUnavailable, NotEncodable, RequestRefused
 from events.jobs import Failure, Job
 from events.log import Log
 from events.models import RELOADS, Model, ModelState
-from events.policy.checks import CheckedVersion, CheckInput, NotLoadable
-from events.policy.rules import ModelRules
 from events.serving import Serving
 from events.types import (
     SYSTEM,
@@ -41,7 +39,9 @@ from events.types import (
     WorkerExited,
     contents_of,
 )
+from features.checks import CheckedVersion, CheckInput, NotLoadable
 from features.rooms import TARGETS
+from features.rules import ModelRules
 from runtime.cgroups import count_usable_cpus
 from runtime.consumer.checks import MakeInput, check_files, check_version
 from runtime.consumer.running import OUT_OF_MEMORY, LoadEnded, RunningLoad

@@ -17,7 +17,6 @@ from events.commands import (
     WorkerServes,
 )
 from events.jobs import CRASH_LOOP, Job, JobStatus
-from events.labels import draft_label
 from events.models import LoadedModel
 from events.state import State
 from events.types import (
@@ -30,6 +29,7 @@ from events.types import (
     LoadStarted,
     ModelSettingsChanged,
 )
+from features.labels.commands import draft_label
 from runtime.rooms import Alternative
 from runtime.timeouts import PROGRESS_TIMEOUT_S
 from runtime.wire import plain_text

@@ -268,7 +268,7 @@ class Store:
         self._used_ns[version.digest] = _last_use(path)
 
     def _make_room(self) -> None:
-        """Sweep versions to make room for the incoming copies, within the limit.
+        """Sweep versions to make room for the incoming files, within the limit.
 
         Raises:
             RuntimeProblem: `store_full`; nothing was swept.

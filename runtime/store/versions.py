@@ -71,13 +71,13 @@ GIVE_BACK_RETRY_S = 1.0
 
 
 class Versions:
-    """The versions of a repository, and their copies in the store.
+    """The versions of a repository, and what the store has of them.
 
     Methods that are not coroutines block.
 
     Args:
         repository: the source of versions.
-        store: the copies that workers load from; without a store the repository must not change.
+        store: workers load from it; without a store the repository must not change.
     """
 
     def __init__(self, repository: Repository, store: Store | None) -> None:

@@ -18,8 +18,8 @@ from msgspec import UNSET, UnsetType
 from events.accept import NO_BATCHING
 from events.commands import RequestLoad, RequestUnload
 from events.devices import CPU, DEVICE, DEVICE_RULE, FALLBACKS, MAX_DEVICES
-from events.policy.rules import ModelRules
 from events.types import ALLOW, DEPENDENT_ROWS, Contents, Idempotency, Justification, LoadParameters
+from features.rules import ModelRules
 from runtime.consumer.loads import find_targets
 from runtime.errors import (
     LoadRefused,

@@ -16,9 +16,10 @@ import os
 import secrets
 import socket
 import struct
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from aiohttp import web
@@ -60,10 +61,10 @@ _PEER = struct.Struct("3i")
 """Process, user and group of the other end (unix(7), SO_PEERCRED)."""
 
 
-async def open_control(app: web.Application, others: Sequence[Route] = ()) -> AsyncIterator[None]:
+async def open_control(app: web.Application, others: Mapping[str, Sequence[Route]]) -> AsyncIterator[None]:
     """Serve the socket; a resource of the application, under the lock of its data directory.
 
-    It has the routes of tokens, and `others`.
+    It has the routes of tokens, and `others` by their subjects.
 
     Where no socket can be, as on some network file systems, the server runs without it.
     """
@@ -77,19 +78,20 @@ async def open_control(app: web.Application, others: Sequence[Route] = ()) -> As
             stack.enter_context(_key_file(app[CONFIG].data / KEY, key))
             bound = stack.enter_context(_bound_socket(app[CONFIG].data))
         except OSError as error:
-            _log.warning("without %s, tokens and nodes are managed over HTTP only: %s", SOCKET, error)
+            managed = " and ".join(["tokens", *others])
+            _log.warning("without %s, %s are managed over HTTP only: %s", SOCKET, managed, error)
         else:
             await stack.enter_async_context(listening_on(runner, bound, limits))
         yield
 
 
-def _create_control(app: web.Application, others: Sequence[Route], key: str) -> web.Application:
+def _create_control(app: web.Application, others: Mapping[str, Sequence[Route]], key: str) -> web.Application:
     control = web.Application(
         middlewares=[errors_middleware, _local_middleware(key), validation_middleware],
         client_max_size=MAX_BODY_BYTES,
     )
     control.on_response_prepare.append(response_completer(Proxies()))
-    offered = [*tokens.routes, *others]
+    offered = chain(tokens.routes, *others.values())
     add_routes(control, [route for route in offered if route.access is not Access.PUBLIC])
     control[CONFIG], control[LOG], control[TOKENS] = app[CONFIG], app[LOG], app[TOKENS]
     control[CLUSTER] = app[CLUSTER]

@@ -11,7 +11,7 @@ from functools import partial
 from aiohttp import hdrs, web
 
 from answers.inference import ModelMetadata, ModelReady
-from events.versions import LABEL_NAME
+from features.labels.fold import LABEL_NAME
 from runtime.process.pool import reading_bytes
 from runtime.process.sharedmemory import SHARED_FROM_BYTES
 from runtime.requestjson import LONG_JSON_BYTES, SHORT_JSON_BYTES

@@ -18,7 +18,7 @@ from events.commands import RequestUnload
 from events.errors import RequestRefused
 from events.jobs import Job, JobStatus
 from events.models import Model, ModelState
-from events.policy.rules import POLICY_CODES
+from features.rules import POLICY_CODES
 from server.api.jobs import job_path, run_job
 from server.api.loads import make_load_command
 from server.api.models import ListedModel, list_versions, read_declared

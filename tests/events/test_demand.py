@@ -6,9 +6,9 @@ from support.history import CONTENTS, MODEL, TUNED, at, given
 
 from events.accept import accept
 from events.commands import Accepted, Decision, Existing, Refused, RequestLoad, RequestUnload
-from events.demand import find_chosen_version, find_demand_refusal
 from events.state import State
 from events.types import Cause, LoadJoined, LoadRequested, ModelUnloaded, UnloadRequested
+from features.ondemand.choice import find_chosen_version, find_demand_refusal
 
 UNLOADED = "request_unload start_unload finish_unload"
 HELD = f"load {UNLOADED}"

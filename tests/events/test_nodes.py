@@ -28,17 +28,9 @@ from events.registers import Registers
 from events.sqlite import queries, storage
 from events.sqlite.schema import connect
 from events.state import Entities, State, Transaction
-from events.types import (
-    SYSTEM,
-    Cause,
-    Draft,
-    Event,
-    LoadStarted,
-    ServerStarted,
-    UnloadRequested,
-    VersionApproved,
-)
+from events.types import SYSTEM, Cause, Draft, Event, LoadStarted, ServerStarted, UnloadRequested
 from events.values import Credential, NodeSignature
+from features.approvals.facts import VersionApproved
 from features.nodes.commands import DrainNode, EndNode, JoinNode, NodeCurrent, NodeUnchanged
 from features.nodes.facts import NodeDraining, NodeJoined, NodeLeft, NodeLost
 from features.nodes.register import KEPT_S, Node, NodePhase, evolve_nodes, find_placer

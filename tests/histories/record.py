@@ -54,7 +54,6 @@ from events.commands import (
     RequestUnload,
 )
 from events.models import ModelState
-from events.policy.rules import ApprovalRule, LoadPolicy, TrustMode, TrustRule
 from events.registercommands import IssueToken, RevokeToken
 from events.sqlite.datalock import LEDGER
 from events.sqlite.listing import open_reader
@@ -78,7 +77,10 @@ from events.types import (
     digest_of,
 )
 from events.values import Credential
+from features.approvals.rules import ApprovalRule
 from features.nodes.register import NodePhase
+from features.rules import LoadPolicy
+from features.signatures.rules import TrustMode, TrustRule
 from runtime.scheduler.view import Policy
 
 HERE = Path(__file__).parent

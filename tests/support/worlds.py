@@ -13,7 +13,6 @@ from msgspec.structs import asdict
 from msgspec.structs import replace as change
 
 from events.accept import accept
-from events.approvals import ApproveVersion, WithdrawApproval
 from events.clock import add_seconds
 from events.commands import (
     Accepted,
@@ -29,18 +28,14 @@ from events.commands import (
 from events.devices import CPU, find_matching
 from events.jobs import FORK_SERVER_DIED, NO_PROGRESS, Failure, Job, JobStatus
 from events.models import RELOADS, Model, ModelState
-from events.policy.checks import CheckedLoad, CheckInput, NotLoadable, check_load
-from events.policy.rules import ModelRules
 from events.state import State
 from events.types import (
     SYSTEM,
     AddedFile,
-    ApprovalResult,
     Cause,
     Draft,
     Event,
     JobCancelled,
-    LoadApproval,
     LoadedFile,
     LoadFailed,
     LoadJoined,
@@ -53,7 +48,6 @@ from events.types import (
     ServerStopped,
     UnloadRequested,
     UnloadStarted,
-    VersionApproved,
     WorkerExited,
     contents_of,
     digest_of,
@@ -61,6 +55,10 @@ from events.types import (
 )
 from events.values import Credential, Sign
 from events.versions import ModelVersions
+from features.approvals.commands import ApproveVersion, WithdrawApproval
+from features.approvals.facts import ApprovalResult, LoadApproval, VersionApproved
+from features.checks import CheckedLoad, CheckInput, NotLoadable, check_load
+from features.rules import ModelRules
 from runtime.consumer.loads import find_expected
 from runtime.consumer.running import RunningLoad
 from runtime.elsewhere import ALONE, Elsewhere, SystemCommand

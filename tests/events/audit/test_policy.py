@@ -27,55 +27,47 @@ from support.ledgers import append_events
 from support.signing import make_authority, make_key, public_pem, sign_version
 
 from events.accept import accept
-from events.approvals import ApproveVersion, WithdrawApproval, approval_statement
-from events.audit.policy import MAX_REMARKS, PolicyAudit, RemarkKind
 from events.clock import parse_timestamp
 from events.commands import Accepted, Command, RequestLoad
 from events.jobs import Job
-from events.models import MAX_BUNDLES, RELOADS
-from events.policy.checks import CheckedLoad, CheckInput, NotLoadable, check_load
-from events.policy.rules import (
-    AddedMode,
-    ApprovalRule,
-    LoadPolicy,
-    ModelRules,
-    TrustedCertificates,
-    TrustMode,
-    TrustRule,
-)
-from events.policy.signatures import key_digest
+from events.models import RELOADS
 from events.serving import AdmittedBytes
 from events.sqlite.datalock import LEDGER
 from events.state import Entities
 from events.statements import emergency_statement, load_statement
 from events.types import (
     AddedFile,
-    ApprovalResult,
     Cause,
     Contents,
     Draft,
     Event,
     Justification,
-    LoadApproval,
     LoadedFile,
     LoadJoined,
     LoadParameters,
     LoadRequested,
-    LoadSignature,
     LoadStarted,
     ModelLoaded,
     ModelSettingsChanged,
     PolicyInForce,
     Unknown,
     VersionAdded,
-    VersionApproved,
     VersionRemoved,
     contents_of,
     digest_of,
     record_draft,
 )
 from events.values import Credential, FileHash, NodeSignature
-from events.versions import make_approval
+from features.approvals.commands import ApproveVersion, WithdrawApproval, approval_statement
+from features.approvals.facts import ApprovalResult, LoadApproval, VersionApproved
+from features.approvals.fold import make_approval
+from features.approvals.rules import AddedMode, ApprovalRule
+from features.audit import MAX_REMARKS, PolicyAudit, RemarkKind
+from features.checks import CheckedLoad, CheckInput, NotLoadable, check_load
+from features.rules import LoadPolicy, ModelRules
+from features.signatures.facts import MAX_BUNDLES, LoadSignature
+from features.signatures.rules import TrustedCertificates, TrustMode, TrustRule
+from features.signatures.verification import key_digest
 from runtime.scheduler.admission import find_same_workers
 
 MODEL = "digits"

@@ -19,7 +19,7 @@ from support.replicas import change, make_ledger, replica_log, rows_in
 from events.errors import IsReplica, LedgerForked
 from events.sqlite.datalock import LEDGER, REPLICA, mark_replica, refuse_replica
 from events.sqlite.schema import connect
-from loadledger.cli import database as databases
+from nodes.postgres import admin as databases
 from server.app import create_app
 from server.config import Config
 

@@ -19,7 +19,6 @@ from support.fleet import of_both
 from support.history import CONTENTS, PLAIN
 from support.worlds import Process, World, request_of, withdrawal_of
 
-from events.approvals import ApprovedBytes
 from events.clock import add_seconds, seconds_between
 from events.commands import (
     Command,
@@ -34,7 +33,6 @@ from events.commands import (
 from events.devices import CPU
 from events.jobs import NO_PROGRESS, Job, JobKind, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState
-from events.policy.rules import AddedMode, ApprovalRule, LoadPolicy
 from events.types import (
     Cause,
     Justification,
@@ -47,6 +45,9 @@ from events.types import (
     WorkerExited,
 )
 from events.values import Credential
+from features.approvals.commands import ApprovedBytes
+from features.approvals.rules import AddedMode, ApprovalRule
+from features.rules import LoadPolicy
 from runtime.rooms import MACHINE, Alternative, RoomLimits
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action, Decision

@@ -11,11 +11,13 @@ from support.http import LocalApi
 from support.models import save
 
 from events.types import LoadRequested, ModelLoaded
+from runtime.process.pool import WorkerPool
 from runtime.repository import DEFAULTS_FILE, Repository
+from runtime.scheduler.view import Policy
 from runtime.store.versions import Versions
 from server.api.loads import make_load_command
 from server.app import create_app
-from server.appkeys import VERSIONS
+from server.appkeys import POLICY, POOL, VERSIONS
 from server.config import Config
 
 RECORDED: dict[str, Any] = {
@@ -38,6 +40,7 @@ def application(repository: Path, **settings: Any) -> web.Application:
     write(repository, "")
     app = create_app(Config(repository=repository, data=repository / "data", **settings))
     app[VERSIONS] = Versions(Repository(repository), None)
+    app[POOL], app[POLICY] = WorkerPool(threads=1), Policy(loads_at_once=1)
     return app
 
 

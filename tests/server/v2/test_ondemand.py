@@ -21,7 +21,6 @@ from events import accept
 from events.clock import boottime, utc_now
 from events.commands import Record, RequestLoad
 from events.models import Model, ModelState
-from events.policy.rules import ApprovalRule, LoadPolicy, ModelRules
 from events.types import (
     AccessDenied,
     Cause,
@@ -29,11 +28,13 @@ from events.types import (
     LoadRequested,
 )
 from events.versions import ModelVersions
+from features.approvals.rules import ApprovalRule
+from features.ondemand.loads import MAX_FAILURES, BackOff, DemandFailed, RecordedModel
+from features.rules import LoadPolicy, ModelRules
 from runtime.errors import InferenceTimeout, QueueFull
 from runtime.repository import DEFAULTS_FILE
 from runtime.scheduler.scheduler import LONGEST_BACK_OFF_S
 from server.appkeys import DEMAND, LOG, ROUTER
-from server.v2.ondemand import MAX_FAILURES, BackOff, DemandFailed, RecordedModel
 
 Start = Callable[..., Awaitable[LocalApi]]
 

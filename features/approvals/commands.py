@@ -25,23 +25,16 @@ from events.commands import (
     RegisterCommand,
 )
 from events.models import Model
-from events.policy.rules import NOT_APPROVED, ModelRules
 from events.state import State
 from events.statements import IsSigned
 from events.tokens import add_issuers
-from events.types import (
-    SYSTEM,
-    ApprovalResult,
-    ApprovalWithdrawn,
-    Contents,
-    Draft,
-    LoadApproval,
-    VersionApproved,
-    hashes_of,
-    record_draft,
-)
+from events.types import SYSTEM, Contents, Draft, hashes_of, record_draft
 from events.values import Credential, Sign
-from events.versions import Approval, ModelVersions, make_approval
+from events.versions import ModelVersions
+from features.approvals.facts import ApprovalResult, ApprovalWithdrawn, LoadApproval, VersionApproved
+from features.approvals.fold import Approval, make_approval
+from features.approvals.rules import NOT_APPROVED
+from features.rules import ModelRules
 
 # Who may approve, and what counts.
 

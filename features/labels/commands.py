@@ -13,7 +13,8 @@ from msgspec.structs import replace
 
 from events.commands import Accepted, Decision, DecisionInput, Existing, Refused, RegisterCommand
 from events.state import State
-from events.types import Draft, LabelRemoved, LabelSet
+from events.types import Draft
+from features.labels.facts import LabelRemoved, LabelSet
 
 MAX_VERSION_LABELS = 64
 """Of a model: more than anybody tells apart."""

@@ -15,28 +15,23 @@ from functools import cache, cached_property
 from msgspec import UNSET, Struct, UnsetType
 from msgspec.structs import replace
 
-from events.approvals import ApprovedBytes, find_approval
 from events.clock import Timestamp
 from events.commands import Condition
 from events.jobs import POLICY_DIFFERS, Failure, Job
 from events.models import Model
-from events.policy.rules import NOT_APPROVED, ModelRules, TrustMode
-from events.policy.signatures import SignatureRefused, check_signature, find_bundle
 from events.serving import AdmittedBytes
 from events.statements import IsSigned, emergency_statement, load_statement
-from events.types import (
-    SYSTEM,
-    ApprovalResult,
-    Contents,
-    Justification,
-    LoadApproval,
-    LoadEvidence,
-    LoadSignature,
-    digest_of,
-    hashes_of,
-)
+from events.types import SYSTEM, Contents, Justification, digest_of, hashes_of
 from events.values import FileHash
 from events.versions import ModelVersions
+from features.approvals.commands import ApprovedBytes, find_approval
+from features.approvals.facts import ApprovalResult, LoadApproval
+from features.approvals.rules import NOT_APPROVED
+from features.evidence import LoadEvidence
+from features.rules import ModelRules
+from features.signatures.facts import LoadSignature
+from features.signatures.rules import TrustMode
+from features.signatures.verification import SignatureRefused, check_signature, find_bundle
 
 
 class NotLoadable(Exception):
@@ -193,7 +188,7 @@ def check_signatures(given: CheckInput) -> tuple[LoadSignature, str | UnsetType]
     signature = LoadSignature(
         rules.digest, found.method, found.signer, bundle, is_enforced or was_verified, problem, was_verified
     )
-    is_known = bundle in (given.model.bundles or ())
+    is_known = bundle in (given.model.known_evidence or ())
     return signature, UNSET if is_known else content.decode()
 
 
