@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from events.accept import accept, find_joinable
+from events.accept import accept
 from events.clock import (
     ClockStep,
     LedgerClock,
@@ -30,7 +30,7 @@ from events.clock import (
     uuid7,
 )
 from events.codec import encode_event, hash_body
-from events.commands import Accepted, Command, Existing, JobCommand, Receipt, Record, Refused
+from events.commands import Accepted, Command, Existing, Receipt, Record, Refused
 from events.counters import Tally
 from events.errors import (
     ForeignHead,
@@ -77,7 +77,7 @@ class PendingCommand:
 
     @property
     def key_hash(self) -> str | None:
-        given = self.command.idempotency if isinstance(self.command, JobCommand) else None
+        given = self.command.idempotency
         return given.key_hash if given is not None else None
 
 
@@ -419,7 +419,7 @@ class Log:
             LedgerProblem: the error of the whole group.
         """
         hashes = {key_hash for pending in group if (key_hash := pending.key_hash) is not None}
-        joinable = {each for pending in group for each in find_joinable(self.state, pending.command)}
+        joinable = {each for pending in group for each in pending.command.list_joinable(self.state)}
         known = await self._storage.read_requests(hashes, joinable)
         decided = decide_group(group, self.state, self.head, known=known, now=self.now(), new_id=self._new_id)
         if not decided.rows:

@@ -19,7 +19,6 @@ from loadledger.address import Address
 from loadledger.errors import ServerError
 from loadledger.requests import (
     HEADER_LENGTH,
-    MAX_LENGTH_DIGITS,
     Answer,
     Buffer,
     CallContext,
@@ -29,6 +28,7 @@ from loadledger.requests import (
     fetch,
     foreign_answer,
     get_request,
+    parse_length,
     send_request,
 )
 
@@ -252,12 +252,11 @@ def decode_inference(answer: Answer, address: Address) -> InferenceResult:
     from loadledger import tensors  # imports numpy
 
     body = memoryview(answer.body)
-    length = answer.headers.get(HEADER_LENGTH.lower(), str(len(body)))
-    is_length = length.isascii() and length.isdecimal() and len(length) <= MAX_LENGTH_DIGITS
-    if not is_length or int(length) > len(body):
+    start = parse_length(answer.headers.get(HEADER_LENGTH.lower(), str(len(body))))
+    if start is None or start > len(body):
         raise foreign_answer(address, "a length beyond the body")
-    head = decode_value(Answer(answer.status, answer.headers, body[: int(length)]), InferenceHead, address)
-    arrays, start = dict[str, Any](), int(length)
+    head = decode_value(Answer(answer.status, answer.headers, body[:start]), InferenceHead, address)
+    arrays = dict[str, Any]()
     for output in head.outputs:
         size = output.size
         try:

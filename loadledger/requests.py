@@ -36,6 +36,7 @@ MAX_JOINED_BYTES = 2**15
 HEADER_LENGTH = "Inference-Header-Content-Length"
 """Bytes of JSON before the binary tensors of a body."""
 MAX_LENGTH_DIGITS = 18
+"""Digits of a length: no body is longer, and Python refuses to convert 4,300."""
 ALIGNMENT_BYTES = 16
 """Alignment of binary tensors in memory: no datatype needs more."""
 DETAIL_CHARACTERS = 4096
@@ -115,10 +116,13 @@ class Answer:
 
 def body_buffer(headers: Mapping[str, str], length: int) -> memoryview:
     """Return memory for a body; the binary tensors after an inference's JSON are aligned in it."""
-    text = headers.get(HEADER_LENGTH.lower(), "")
-    is_length = text.isascii() and text.isdecimal() and len(text) <= MAX_LENGTH_DIGITS
-    padding = -int(text) % ALIGNMENT_BYTES if is_length else 0
+    padding = -(parse_length(headers.get(HEADER_LENGTH.lower(), "")) or 0) % ALIGNMENT_BYTES
     return memoryview(bytearray(padding + length))[padding:]
+
+
+def parse_length(text: str) -> int | None:
+    """Return a length in decimal digits; None if the text is no number, or too large."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= MAX_LENGTH_DIGITS else None
 
 
 class ResponseStream(Protocol):

@@ -8,7 +8,7 @@ A server is alone with its ledger, and a cluster of one. The package `nodes` ove
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import wraps
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from events.log import Log
 from events.models import Model
 from events.types import Cause, LoadParameters
 from events.values import Sign
+from features.nodes.metrics import Gauge, list_gauges
 from runtime.consumer.running import RunningLoad
 from runtime.elsewhere import Elsewhere
 from runtime.router import Here, There
@@ -102,13 +103,8 @@ class Cluster(Elsewhere):
         """Return further tasks without which this server would do nothing."""
         return {}
 
-    @property
-    def serves_without_log(self) -> bool:
-        """Whether it answers inferences although the log cannot be written."""
-        return False
-
     def checks(self) -> Mapping[str, bool]:
-        """Return further checks of whether this server is ready."""
+        """Return further checks of whether this server is ready, or others of the same name."""
         return {}
 
     def reason(self) -> str:
@@ -125,6 +121,9 @@ class Cluster(Elsewhere):
     def describe(self) -> list[NodeInfo]:
         """Return all servers as this one knows them; none if it is alone."""
         return []
+
+    def list_gauges(self) -> Sequence[Gauge]:
+        return list_gauges(self.describe(), self.log.state, self.log.tally.names.of)
 
     def complete_answer(self, shown: ModelInfo, model: Model) -> ModelInfo:
         """Return a model's answer with what only its present state says of further servers."""

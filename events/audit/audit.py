@@ -90,7 +90,10 @@ def audit(
     """
     found = _audit_own_file(path, list_expected(expected, files), may_lack_events=expected is None)
     if found.finding is None and expected is None and kept_in is not None:
-        return replace(found, finding=_compare_with_kept_head(*kept_in, path, found))
+        data, public_key = kept_in
+        if (rollback := find_rollback(data, path, public_key)) is not None:
+            finding = Finding(found.verification.position, rollback[1], FindingKind.EXPECTATION)
+            return replace(found, finding=finding)
     return found
 
 
@@ -110,11 +113,3 @@ def _audit_own_file(path: Path, heads: Sequence[ExpectedHead], *, may_lack_event
     if finding is None and schema is not None:
         finding = Finding(at_end, f"the database's schema: {schema}", FindingKind.SCHEMA)
     return Audit(verification, finding, at, damage)
-
-
-def _compare_with_kept_head(data: Path, public_key: bytes, path: Path, found: Audit) -> Finding | None:
-    rollback = find_rollback(data, path, public_key)
-    if rollback is None:
-        return None
-    _, reason = rollback
-    return Finding(found.verification.position, reason, FindingKind.EXPECTATION)

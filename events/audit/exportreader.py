@@ -16,13 +16,7 @@ import msgspec
 
 from events.audit.export import FORMAT, JSONL
 from events.audit.signing import SignedHead, as_signed_head, key_id
-from events.audit.verify import (
-    CheckedFold,
-    Finding,
-    FindingKind,
-    VerificationError,
-    compare_hash,
-)
+from events.audit.verify import CheckedFold, Finding, FindingKind, VerificationError, compare_hash
 from events.codec import GENESIS
 from events.errors import LogUnavailable
 from events.files import printable_name

@@ -14,6 +14,7 @@ from events.eventtext import describe_event
 from loadledger.cli import options
 from loadledger.cli.completion import latest_jobs, models_of_server
 from loadledger.cli.output import exit_with_error, note_retry
+from loadledger.errors import printable
 from loadledger.profiles import PROFILE, URL
 
 MAX_CHARACTERS = 200
@@ -39,7 +40,7 @@ def event_line(line: bytes) -> str:
         f"{kind:<15}",
         f"{_model(event):<16}",
         _word(event.get("actor")),
-        _one_line(describe_event(kind, values)),
+        printable(describe_event(kind, values), MAX_CHARACTERS),
     ]
     return "".join(letter if letter.isprintable() else "?" for letter in "  ".join(parts).rstrip())
 
@@ -60,11 +61,6 @@ def _model(event: Mapping[str, Any]) -> str:
 
 def _word(value: object) -> str:
     return "?" if value is None else str(value)
-
-
-def _one_line(text: str) -> str:
-    line = "".join(letter if letter.isprintable() else " " for letter in text)
-    return line if len(line) <= MAX_CHARACTERS else f"{line[: MAX_CHARACTERS - 1]}…"
 
 
 def _repeatable(flag: str, text: str, **settings: Any) -> Callable[[options.Command], options.Command]:

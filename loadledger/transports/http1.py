@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 
+from loadledger.requests import parse_length
+
 HEAD_END = b"\r\n\r\n"
 MAX_HEAD_BYTES = 2**16
 """Longest head of an answer, and trailer of a body; a real server's are shorter than a kilobyte."""
 MAX_SIZE_LINE_BYTES = 256
 """Longest line with the size of a chunk: its extensions are ignored."""
-MAX_LENGTH_DIGITS = 18
-"""Digits of a length: no body is longer, and Python refuses to convert 4,300."""
 
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\x00-\x08\x0a-\x1f\x7f]*)?")
 _FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*")
@@ -69,24 +69,16 @@ class ResponseHead:
         if self.status in _BODILESS:
             return 0
         text = self.headers.get("content-length")
-        return None if text is None else parse_length(text)
+        length = None if text is None else parse_length(text)
+        if text is not None and length is None:
+            raise MalformedResponse
+        return length
 
     @property
     def persists(self) -> bool:
         """Whether the connection may be used again after the body."""
         options = self.headers.get("connection", "").lower()
         return "close" not in options if self.is_1_1 else "keep-alive" in options
-
-
-def parse_length(text: str) -> int:
-    """Return a length in decimal digits.
-
-    Raises:
-        MalformedResponse: the text is no number, or too large.
-    """
-    if not (text.isascii() and text.isdecimal() and len(text) <= MAX_LENGTH_DIGITS):
-        raise MalformedResponse
-    return int(text)
 
 
 def parse_head(text: bytes) -> ResponseHead:

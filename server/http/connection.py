@@ -29,14 +29,7 @@ from server.api.health import is_probe
 from server.config import Config
 from server.errors import ServerProblem
 from server.http import responses
-from server.http.bodies import (
-    IDLE_S,
-    MIN_PROGRESS_BYTES,
-    READ_BYTES,
-    BodyTimeout,
-    iterate_body,
-    join_pieces,
-)
+from server.http.bodies import IDLE_S, MIN_PROGRESS_BYTES, READ_BYTES, BodyTimeout, iterate_body, join_pieces
 from server.routing import RequestHandler, wrap_handler
 
 _log = logging.getLogger(__name__)

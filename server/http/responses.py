@@ -46,9 +46,7 @@ def add_standard_fields(response: web.StreamResponse) -> None:
         response.headers[hdrs.CACHE_CONTROL] = caching
 
 
-def response_completer(
-    proxies: Proxies,
-) -> Callable[[web.BaseRequest, web.StreamResponse], Awaitable[None]]:
+def response_completer(proxies: Proxies) -> Callable[[web.BaseRequest, web.StreamResponse], Awaitable[None]]:
     """Return the handler of `app.on_response_prepare` that completes a response's header fields.
 
     It adds the rest of the subject's limit, the request's id and `STANDARD_FIELDS`, and adapts `Location` to
