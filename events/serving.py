@@ -9,7 +9,6 @@ from events.clock import Timestamp
 from events.jobs import Job
 from events.types import (
     Cause,
-    DeviceUse,
     Event,
     LoadedFile,
     LoadParameters,
@@ -19,9 +18,10 @@ from events.types import (
 )
 from events.values import STORED_NAMES, NodeSignature
 from features.evidence import LoadEvidence
+from features.facts import STORED_NAMES_OF_TARGETS, TargetUse
 
 
-class Serving(Struct, frozen=True, gc=False, rename=STORED_NAMES):
+class Serving(Struct, frozen=True, gc=False, rename=STORED_NAMES | STORED_NAMES_OF_TARGETS):
     """The load that a model serves from, is being unloaded from, or lost.
 
     Attributes:
@@ -33,7 +33,7 @@ class Serving(Struct, frozen=True, gc=False, rename=STORED_NAMES):
         threads: of each worker.
         asked_by: who asked for the model that the system brought back; None where `loaded_by` did.
         brought_back: the cause of that reload.
-        evidence, node_signature, devices: as `ModelLoaded` has them; not stored without.
+        evidence, node_signature, targets: as `ModelLoaded` has them; not stored without.
         earlier: what a load of the same bytes had passed that this one brought back under fewer rules; not
             stored without.
     """
@@ -56,7 +56,7 @@ class Serving(Struct, frozen=True, gc=False, rename=STORED_NAMES):
     at: str | UnsetType = UNSET
     evidence: LoadEvidence | UnsetType = UNSET
     node_signature: NodeSignature | UnsetType = UNSET
-    devices: tuple[DeviceUse, ...] | UnsetType = UNSET
+    targets: tuple[TargetUse, ...] | UnsetType = UNSET
     earlier: AdmittedBytes | UnsetType = UNSET
 
     @property
@@ -117,5 +117,5 @@ def make_serving(event: Event, data: ModelLoaded, job: Job) -> Serving | None:
         at=data.server,
         evidence=data.evidence or UNSET,
         node_signature=data.node_signature,
-        devices=data.devices,
+        targets=data.targets,
     )

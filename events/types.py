@@ -18,7 +18,13 @@ from msgspec.structs import asdict, replace
 from events.clock import Timestamp
 from events.values import STORED_NAMES, Confinement, Credential, FileHash, NodeSignature, ProcessEnd
 from features.evidence import RecordedEvidence
-from features.facts import ENDS_OF_SERVERS, FeatureData
+from features.facts import (
+    ENDS_OF_SERVERS,
+    STORED_NAMES_OF_TARGETS,
+    FeatureData,
+    ParametersOfFeatures,
+    TargetUse,
+)
 from features.rules import LoadPolicy
 
 
@@ -130,30 +136,11 @@ class Justification(Struct, frozen=True, gc=False):
     digest: str | UnsetType = UNSET
 
 
-class DeviceUse(Struct, frozen=True, gc=False):
-    """The part of a loaded model that runs on one device.
-
-    Attributes:
-        provider: the execution provider; `cpu` is ONNX Runtime's own.
-        version: of the provider.
-        device: its name (`features.devices.names`), like `cuda:0`.
-        nodes: how many nodes of the model's graph run there, as the providers were offered it.
-        memory_bytes: that the workers take there, with what the driver keeps for each process; None if the
-            device has only the machine's memory, which the load's own figures count.
-    """
-
-    provider: str
-    version: str
-    device: str
-    nodes: int
-    memory_bytes: int | None = None
-
-
 NEVER = -1
 """The `keep_alive_s` of a model that is never unloaded for being idle; None says the same."""
 
 
-class LoadParameters(Struct, frozen=True, gc=False):
+class LoadParameters(ParametersOfFeatures, frozen=True, gc=False):
     """The parameters of a load, from the HTTP schema to the consumer, which orders the workers.
 
     A new field needs a default, because earlier events lack it. Workers import nothing of `events`, so the
@@ -173,9 +160,6 @@ class LoadParameters(Struct, frozen=True, gc=False):
         threads: how many threads each worker computes with; None is the server's setting when it starts.
         node_attributes: attributes that its node must have, in order; not stored without any.
         copies: at how many nodes the model is to be loaded; not stored where none is named, which is 1.
-        devices: names of devices (`features.devices.names`); the load runs on the first that has room. Not
-            stored for the CPU.
-        fallback: `cpu` if nodes that the device does not support may run on the CPU; not stored for `refuse`.
         dependent_rows: `allow` if rows of a batch may change each other's answers; not stored for `refuse`.
     """
 
@@ -192,8 +176,6 @@ class LoadParameters(Struct, frozen=True, gc=False):
     threads: int | None = None
     node_attributes: tuple[str, ...] | UnsetType = UNSET
     copies: int | UnsetType = UNSET
-    devices: tuple[str, ...] | UnsetType = UNSET
-    fallback: str | UnsetType = UNSET
     dependent_rows: str | UnsetType = UNSET
 
     @property
@@ -229,7 +211,8 @@ DEPENDENT_ROWS = ("refuse", ALLOW)
 
 WORKER_PARAMETERS = (
     *("instances", "max_batch_size", "max_queue_delay_us", "memory_limit_bytes", "threads"),
-    *("node_attributes", "devices", "fallback", "dependent_rows"),
+    *("node_attributes", "dependent_rows"),
+    *ParametersOfFeatures.__struct_fields__,
 )
 """Parameters of the workers: a change of them loads the model anew."""
 
@@ -307,7 +290,7 @@ class LoadStarted(Struct, frozen=True, gc=False, rename=STORED_NAMES):
     server: str | UnsetType = UNSET
 
 
-class ModelLoaded(RecordedEvidence, frozen=True, gc=False, rename=STORED_NAMES):
+class ModelLoaded(RecordedEvidence, frozen=True, gc=False, rename=STORED_NAMES | STORED_NAMES_OF_TARGETS):
     """The version serves from here on. Memory is the sum of all workers.
 
     `verified` says that the workers loaded a private copy, which the server hashed; without it, they loaded
@@ -317,9 +300,6 @@ class ModelLoaded(RecordedEvidence, frozen=True, gc=False, rename=STORED_NAMES):
     Of a model with rules, `signature` and `approval` say how the load passed them, and `bundle` has the
     signature bundle, unless the ledger has it from a load of the same bytes before. `node_signature` is that
     of the node, also without rules; it is missing in a ledger of one server.
-
-    `devices` is first the device of the load, then the CPU if nodes fall back to it; it is missing for a load
-    on the CPU.
 
     `rows_depend` is why rows of a batch might change each other's answers: the load allows it or is a reload.
     It is missing without batching, and if it was shown that they do not.
@@ -336,7 +316,7 @@ class ModelLoaded(RecordedEvidence, frozen=True, gc=False, rename=STORED_NAMES):
     threads: int | None = None
     server: str | UnsetType = UNSET
     node_signature: NodeSignature | UnsetType = UNSET
-    devices: tuple[DeviceUse, ...] | UnsetType = UNSET
+    targets: tuple[TargetUse, ...] | UnsetType = UNSET
     rows_depend: str | UnsetType = UNSET
 
 

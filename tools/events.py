@@ -16,7 +16,6 @@ from events.types import (
     TYPES,
     AddedFile,
     Cause,
-    DeviceUse,
     Durations,
     Idempotency,
     Justification,
@@ -26,6 +25,7 @@ from events.types import (
 from events.values import Confinement, Credential, FileHash, NodeSignature
 from features.approvals.facts import LoadApproval
 from features.approvals.rules import ApprovalRule
+from features.devices.facts import DeviceUse
 from features.rules import LoadPolicy
 from features.signatures.facts import LoadSignature
 from features.signatures.rules import TrustedCertificates, TrustRule

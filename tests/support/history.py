@@ -29,7 +29,6 @@ from events.types import (
     CancelRequested,
     Cause,
     Data,
-    DeviceUse,
     Draft,
     Durations,
     Event,
@@ -58,6 +57,7 @@ from events.types import (
 from events.values import Credential, FileHash
 from events.versions import ModelVersions
 from features.approvals.facts import ApprovalWithdrawn, VersionApproved
+from features.devices.facts import DeviceUse
 from features.labels.facts import LabelRemoved, LabelSet
 from features.nodes.facts import LoadPlaced, NodeData, NodeDraining, NodeJoined, NodeLeft, NodeLost
 from support.fleet import SOAK, of_both
@@ -188,7 +188,7 @@ class History:
         self.ask_load(job, of=of, version=version, instances=instances, **given)
         self.start_load(job, of=of, version=version)
         workers = (f"w-{job}", *(f"w-{job}-{number}" for number in range(2, instances + 1)))
-        loaded = replace(model_loaded(*workers), devices=devices, peak_memory_bytes=peak_memory_bytes)
+        loaded = replace(model_loaded(*workers), targets=devices, peak_memory_bytes=peak_memory_bytes)
         self.add(loaded, job, of=of, version=version)
 
     def load_pair(self, job: str, *, cause: Cause = Cause.REQUEST) -> None:
