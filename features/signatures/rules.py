@@ -36,12 +36,12 @@ class TrustRule(Struct, frozen=True, gc=False):
     """A rule about signatures: the signers of some models' versions.
 
     Attributes:
-        models: globs of model ids, with `*`, `?` and `[...]`, in the case that they have.
-        mode: what follows without such a signature.
+        models: globs of model ids, with `*`, `?` and `[...]`, case-sensitive.
+        mode: the effect on a version without such a signature.
         keys: public keys, PEM each.
-        certificates: of those who may sign with a certificate.
-        distrusted: SHA-256 of the PEM of keys that may not sign any more, in hexadecimal, as
-            `signatures.key_digest` has them: their signatures do not let a reload go on either.
+        certificates: the accepted certificates.
+        distrusted: SHA-256 of the PEM of keys that may no longer sign, in hexadecimal (`key_digest`): with
+            their signatures no reload goes on either.
     """
 
     models: tuple[str, ...]
@@ -52,7 +52,7 @@ class TrustRule(Struct, frozen=True, gc=False):
 
 
 def list_weaker_trust(before: TrustRule, after: TrustRule | None) -> Iterator[str]:
-    """Yield each way in which a rule is weaker than before; None if it is gone."""
+    """Yield each way in which a rule is weaker than before; `after` is None for a removed rule."""
     if before.mode is TrustMode.OFF:
         return
     after, name = after or replace(before, mode=TrustMode.OFF), f"signatures of {', '.join(before.models)}"
