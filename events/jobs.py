@@ -15,7 +15,6 @@ from msgspec import UNSET, Struct, UnsetType
 from msgspec.structs import replace
 
 from events.clock import Timestamp, add_seconds, seconds_between
-from events.policy.rules import POLICY_CODES
 from events.types import (
     ENDS_OF_PROCESSES,
     REPLACEMENTS,
@@ -41,6 +40,7 @@ from events.types import (
 )
 from events.values import STORED_NAMES, ProcessEnd
 from features.facts import PLACEMENTS
+from features.rules import POLICY_CODES
 
 
 class JobKind(StrEnum):

@@ -40,7 +40,6 @@ from events.types import (
     Data,
     Event,
     JobCancelled,
-    LoadEvidence,
     LoadFailed,
     LoadJoined,
     LoadParameters,
@@ -55,6 +54,7 @@ from events.types import (
     WorkerExited,
 )
 from events.values import ProcessEnd
+from features.evidence import STORED_NAMES_OF_EVIDENCE, LoadEvidence, remember_evidence
 from features.models import Servings
 
 RELOADS = (Cause.RECOVERY, Cause.RESTART, Cause.SWAP, Cause.DRAIN, Cause.COPY)
@@ -115,10 +115,6 @@ if that load ends without effect. In the other phases, `loaded` and `unloading`,
 """
 
 
-MAX_BUNDLES = 16
-"""Bundles of a model that are remembered: more than one goes back to. Older ones are recorded once more."""
-
-
 class Choice(Struct, frozen=True, gc=False):
     """The last load or unload of a model by a person, which on-demand loads follow.
 
@@ -137,7 +133,7 @@ class Choice(Struct, frozen=True, gc=False):
     parameters: LoadParameters | None = None
 
 
-class Model(Servings, frozen=True, gc=False):
+class Model(Servings, frozen=True, gc=False, rename=STORED_NAMES_OF_EVIDENCE):
     """One model, with the loads that it serves from.
 
     Attributes:
@@ -156,8 +152,7 @@ class Model(Servings, frozen=True, gc=False):
         previous: the load that was unloaded for replacement, until the new version is loaded. If that fails,
             the model is `lost` with this load.
         footprints: of the versions loaded last, the latest at the end.
-        bundles: names of the signature bundles that the ledger has of its loads, the latest at the end; not
-            stored without any.
+        known_evidence: names of what its loads passed by which the ledger has; not stored without any.
         chosen: the last choice of a person; not stored without one.
     """
 
@@ -175,7 +170,7 @@ class Model(Servings, frozen=True, gc=False):
     previous: Serving | None = None
     footprints: tuple[Footprint, ...] = ()
     retries: Retries | None = None
-    bundles: tuple[str, ...] | UnsetType = UNSET
+    known_evidence: tuple[str, ...] | UnsetType = UNSET
     chosen: Choice | UnsetType = UNSET
 
     @property
@@ -334,7 +329,7 @@ def _model_loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None
         retries=None,
         previous=None,
         footprints=add_footprint(model.footprints, footprint_of(serving.version, data)),
-        bundles=add_bundle(model, name) if (name := data.evidence.bundle) else model.bundles,
+        known_evidence=remember_evidence(model.known_evidence, data),
         chosen=model.chosen
         if job.cause is not Cause.REQUEST
         else _choose(event, job.id, job.requested_by, loaded),
@@ -351,11 +346,6 @@ def _load_joined(model: Model, event: Event, _: LoadJoined, __: Job | None) -> M
     if serving is None or serving.load_job_id != event.job_id or model.has_chosen(serving):
         return model
     return replace(model, chosen=_choose(event, serving.load_job_id, event.actor, serving))
-
-
-def add_bundle(model: Model, name: str) -> tuple[str, ...]:
-    """Return the bundles of a model with the one of its latest load."""
-    return (*(each for each in model.bundles or () if each != name), name)[-MAX_BUNDLES:]
 
 
 def _find_earlier(model: Model, reload: Serving) -> AdmittedBytes | UnsetType:
@@ -463,7 +453,7 @@ def _reset(model: Model, trigger: Trigger) -> Model:
         unloads=model.unloads,
         last_version=model.last_version,
         footprints=model.footprints,
-        bundles=model.bundles,
+        known_evidence=model.known_evidence,
         chosen=model.chosen,
     )
 

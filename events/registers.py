@@ -16,13 +16,13 @@ from msgspec import Struct
 
 from events.jobs import Job
 from events.models import Model
-from events.policy.rules import LoadPolicy
 from events.presence import Transition, list_transitions
 from events.tokens import Token, evolve_tokens
 from events.types import OF_TOKENS, Event, PolicyInForce
 from events.versions import OF_VERSIONS, ModelVersions, evolve_versions
 from features.facts import OF_SERVERS
 from features.registers import ENTRIES_OF_FEATURES, FeatureEntry, FeatureRegisters
+from features.rules import LoadPolicy
 
 
 class RecordedPolicy(Struct, frozen=True, gc=False):

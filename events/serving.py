@@ -12,13 +12,13 @@ from events.types import (
     DeviceUse,
     Event,
     LoadedFile,
-    LoadEvidence,
     LoadParameters,
     ModelLoaded,
     contents_of,
     digest_of,
 )
 from events.values import STORED_NAMES, NodeSignature
+from features.evidence import LoadEvidence
 
 
 class Serving(Struct, frozen=True, gc=False, rename=STORED_NAMES):

@@ -16,9 +16,10 @@ from msgspec import UNSET, Struct, UnsetType
 from msgspec.structs import asdict, replace
 
 from events.clock import Timestamp
-from events.policy.rules import LoadPolicy
 from events.values import STORED_NAMES, Confinement, Credential, FileHash, NodeSignature, ProcessEnd
+from features.evidence import RecordedEvidence
 from features.facts import ENDS_OF_SERVERS, FeatureData
+from features.rules import LoadPolicy
 
 
 class Cause(StrEnum):
@@ -127,78 +128,6 @@ class Justification(Struct, frozen=True, gc=False):
     emergency: str | None = None
     node_signature: NodeSignature | UnsetType = UNSET
     digest: str | UnsetType = UNSET
-
-
-class LoadSignature(Struct, frozen=True, gc=False):
-    """The signature of a version's files, as it was checked before its load.
-
-    Attributes:
-        policy: digest of the model's rules (`events.policy.rules.ModelRules`).
-        method: `key` or `certificate`; None if none was accepted, like the next two.
-        signer: SHA-256 of the key's PEM in hexadecimal, or the certificate's subject.
-        bundle: SHA-256 of the bundle in hexadecimal.
-        is_enforced: whether a rule with the mode `enforce` accepted it.
-        problem: code of what the mode `warn` let pass; None without one.
-        was_verified: whether today's rules refuse the signature, and a reload goes on, since the same bytes
-            were verified for this model before.
-    """
-
-    policy: str
-    method: str | None = None
-    signer: str | None = None
-    bundle: str | None = None
-    is_enforced: bool = False
-    problem: str | None = None
-    was_verified: bool = False
-
-
-class ApprovalResult(StrEnum):
-    """Why a load went on whose model's rules ask for approval."""
-
-    APPROVED = "approved"
-    RELOAD = "reload"
-    BYPASSED = "bypassed"
-
-
-class LoadApproval(Struct, frozen=True, gc=False):
-    """The approval with which a version was loaded.
-
-    Attributes:
-        rule: digest of the model's rules of approval.
-        result: `approved`; `reload` of the same bytes by the system, which needs none; or `bypassed`.
-        by: those who approved its bytes, or the person who loaded them without.
-        positions: of the `VersionApproved` that the load rests on.
-    """
-
-    rule: str
-    result: ApprovalResult
-    by: tuple[str, ...] = ()
-    positions: tuple[int, ...] = ()
-
-
-class LoadEvidence(Struct, frozen=True, gc=False):
-    """The checks that a load passed before it started: one member for each kind of rule, UNSET without it."""
-
-    signature: LoadSignature | UnsetType = UNSET
-    approval: LoadApproval | UnsetType = UNSET
-
-    def __bool__(self) -> bool:
-        return self.signature is not UNSET or self.approval is not UNSET
-
-    @property
-    def bundle(self) -> str | None:
-        """The name of its signature's bundle."""
-        return None if self.signature is UNSET else self.signature.bundle
-
-    @property
-    def is_enforced(self) -> bool:
-        """Whether a rule enforced its signature."""
-        return self.signature is not UNSET and self.signature.is_enforced
-
-    @property
-    def is_bypassed(self) -> bool:
-        """Whether a person with the role `emergency` let it pass."""
-        return self.approval is not UNSET and self.approval.result is ApprovalResult.BYPASSED
 
 
 class DeviceUse(Struct, frozen=True, gc=False):
@@ -378,7 +307,7 @@ class LoadStarted(Struct, frozen=True, gc=False, rename=STORED_NAMES):
     server: str | UnsetType = UNSET
 
 
-class ModelLoaded(Struct, frozen=True, gc=False, rename=STORED_NAMES):
+class ModelLoaded(RecordedEvidence, frozen=True, gc=False, rename=STORED_NAMES):
     """The version serves from here on. Memory is the sum of all workers.
 
     `verified` says that the workers loaded a private copy, which the server hashed; without it, they loaded
@@ -406,17 +335,9 @@ class ModelLoaded(Struct, frozen=True, gc=False, rename=STORED_NAMES):
     confinement: Confinement | None = None
     threads: int | None = None
     server: str | UnsetType = UNSET
-    signature: LoadSignature | UnsetType = UNSET
-    approval: LoadApproval | UnsetType = UNSET
-    bundle: str | UnsetType = UNSET
     node_signature: NodeSignature | UnsetType = UNSET
     devices: tuple[DeviceUse, ...] | UnsetType = UNSET
     rows_depend: str | UnsetType = UNSET
-
-    @property
-    def evidence(self) -> LoadEvidence:
-        """The checks that the load passed."""
-        return LoadEvidence(self.signature, self.approval)
 
 
 class ModelSettingsChanged(Struct, frozen=True, gc=False):
@@ -672,60 +593,6 @@ class VersionRemoved(Struct, frozen=True, gc=False, rename=STORED_NAMES):
     server: str | UnsetType = UNSET
 
 
-class VersionApproved(Struct, frozen=True, gc=False):
-    """The actor approved these bytes for loads of the model. The event's version is how they were named.
-
-    Attributes:
-        digest: of the files, as `digest_of` has it.
-        files: path and SHA-256 of each.
-        reason: as it was given.
-        credential: of the actor.
-        served_version: that the model served then; None if none.
-        served_digest: of its files.
-        node_signature: of the node that took it (`events.approvals`); missing in a ledger of one server.
-    """
-
-    TYPE: ClassVar[str] = "VersionApproved"
-    digest: str
-    files: tuple[FileHash, ...]
-    reason: str
-    credential: Credential
-    served_version: int | None = None
-    served_digest: str | None = None
-    node_signature: NodeSignature | UnsetType = UNSET
-
-
-class ApprovalWithdrawn(Struct, frozen=True, gc=False):
-    """The actor withdrew all approvals of the bytes with this digest: no load rests on them from here on."""
-
-    TYPE: ClassVar[str] = "ApprovalWithdrawn"
-    digest: str
-    reason: str
-    credential: Credential
-
-
-# Labels.
-
-
-class LabelSet(Struct, frozen=True, gc=False):
-    """A label of the model names the version from here on, and no other one.
-
-    A load that was asked for with the label sets it with its outcome, whose event is `cause_event_id`. It is
-    null, and there is no job, if a person set the label alone.
-    """
-
-    TYPE: ClassVar[str] = "LabelSet"
-    label: str
-    cause_event_id: str | None = None
-
-
-class LabelRemoved(Struct, frozen=True, gc=False):
-    """A label of the model names no version any more; the event's version is the one that it named."""
-
-    TYPE: ClassVar[str] = "LabelRemoved"
-    label: str
-
-
 # Tokens. Their events may be appended while no server runs.
 
 
@@ -788,8 +655,7 @@ Data = (
     | UnloadRequested | UnloadJoined | UnloadStarted | ModelUnloaded | CancelRequested
     | JobCancelled | AccessDenied | WorkerExited | ServerStarted | ServerStopped | ClockStepped
     | RollbackAccepted | EventsDiscarded | VersionAdded | VersionRemoved | TokenIssued | TokenRevoked
-    | SignInLinkIssued | SignInLinkUsed | FeatureData
-    | LabelSet | LabelRemoved | VersionApproved | ApprovalWithdrawn | PolicyInForce
+    | SignInLinkIssued | SignInLinkUsed | FeatureData | PolicyInForce
 )  # fmt: skip
 """The types that this release writes."""
 

@@ -57,7 +57,7 @@ class NodeSignature(Struct, frozen=True, gc=False, rename=STORED_NAMES):
 
     Attributes:
         node_id: the node.
-        signature: of the fact's statement (`events.approvals`), in base64.
+        signature: of the fact's statement, in base64.
     """
 
     server: str

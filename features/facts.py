@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from features.approvals.facts import ApprovalWithdrawn, VersionApproved
+from features.labels.facts import LabelRemoved, LabelSet
 from features.nodes.facts import ENDS_OF_NODES, OF_NODES, LoadPlaced, NodeData
 
-FeatureData = NodeData | LoadPlaced
+FeatureData = NodeData | LoadPlaced | LabelSet | LabelRemoved | VersionApproved | ApprovalWithdrawn
 
 OF_SERVERS = OF_NODES
 """The events about servers that share a ledger."""

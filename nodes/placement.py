@@ -27,7 +27,6 @@ from math import inf
 from events.clock import add_seconds
 from events.jobs import POLICY_DIFFERS, Job, JobKind, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState
-from events.policy.rules import LoadPolicy
 from events.serving import Serving
 from events.state import State, has_turn
 from events.types import Cause
@@ -36,6 +35,7 @@ from features.demands import Demand, list_demands
 from features.nodes.commands import NodeUnchanged
 from features.nodes.facts import LoadPlaced
 from features.nodes.register import Node, find_placer
+from features.rules import LoadPolicy
 from nodes.spread import CopyFigures
 from runtime.scheduler.actions import RecordFact
 from runtime.scheduler.view import LoadView, SchedulerView, WorkShare

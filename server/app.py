@@ -20,14 +20,18 @@ from msgspec import UNSET
 
 from events.audit.kepthead import HeadKeeper, find_rollback
 from events.clock import uuid7
-from events.commands import Record, RequestLoad
+from events.commands import Record
 from events.errors import LedgerProblem, RolledBack
+from events.jobcommands import RequestLoad
 from events.log import Log
-from events.policy.rules import LoadPolicy
 from events.sqlite.datalock import LEDGER, lock_data, lock_ledger, refuse_replica
 from events.sqlite.listing import open_reader
 from events.sqlite.timetravel import NOTE_EVERY_S
 from events.types import SYSTEM, Cause, Draft, PolicyInForce, RollbackAccepted, contents_of, digest_of
+from features.approvals import routes as approvals
+from features.labels import routes as labels
+from features.ondemand.loads import OnDemand
+from features.rules import LoadPolicy
 from nodes import routes as node_routes
 from nodes.thisnode import ThisNode
 from runtime.cgroups import count_usable_cpus
@@ -45,11 +49,9 @@ from runtime.uploads.changes import VersionChanges
 from runtime.uploads.recovery import Recovery
 from runtime.uploads.uploads import Uploads
 from server.api import (
-    approvals,
     events,
     health,
     jobs,
-    labels,
     loads,
     models,
     overview,
@@ -91,7 +93,7 @@ from server.auth.keys import ensure_data_dir, open_signer
 from server.auth.ratelimit import RateLimits
 from server.auth.tokens import TOKENS, TokenIssuer
 from server.cluster import CLUSTER, Cluster
-from server.config import ON, Config, ConfigError, parse_budget
+from server.config import Config, ConfigError, parse_budget
 from server.devices import describe_setup, limit_devices, withhold_devices
 from server.errors import errors_middleware
 from server.http.bodies import Bodies
@@ -108,7 +110,6 @@ from server.observability.timeseries import TimeSeries, record
 from server.routing import Route, add_routes
 from server.v2 import inference, metadata
 from server.v2 import repository as v2_repository
-from server.v2.ondemand import OnDemand
 
 _log = logging.getLogger(__name__)
 
@@ -437,5 +438,5 @@ def _on_demand(app: web.Application) -> OnDemand:
         stopping=app[STOPPING],
         is_personal=lambda model_id: app[CONFIG].policy.count_persons(model_id) > 0,
         max_waiting=app[CONFIG].inference_queue,
-        on=app[CONFIG].on_demand == ON,
+        on=app[CONFIG].loads_for_inferences,
     )

@@ -6,6 +6,7 @@ from aiohttp import web
 
 from events.log import Log
 from events.sqlite.listing import Reader
+from features.ondemand.loads import OnDemand
 from runtime.consumer.consumer import Consumer
 from runtime.memory import MemoryLimit
 from runtime.process.pool import WorkerPool
@@ -18,7 +19,6 @@ from server.auth.gate import Gate
 from server.config import Config
 from server.http.bodies import Bodies
 from server.observability.timeseries import TimeSeries
-from server.v2.ondemand import OnDemand
 
 BODIES = web.AppKey("bodies", Bodies)
 GATE = web.AppKey("gate", Gate)

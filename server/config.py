@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from marshmallow import ValidationError, validate
 
 from events.devices import ALL_DEVICES, ANY, CPU, DEVICE, DEVICE_RULE, MAX_DEVICES
-from events.policy.rules import LoadPolicy
+from features.rules import LoadPolicy
 from runtime.timeouts import DRAIN_TIMEOUT_S, INFERENCE_GRACE_S, PROGRESS_TIMEOUT_S
 from runtime.uploads.staging import UploadPolicy, Writable
 from runtime.wire import MAX_REQUEST_BYTES
@@ -542,6 +542,10 @@ class Config:
     @property
     def max_request_bytes(self) -> int:
         return parse_request_size(self.max_request_size)
+
+    @property
+    def loads_for_inferences(self) -> bool:
+        return self.on_demand == ON
 
     @property
     def has_store(self) -> bool:

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 from marshmallow import ValidationError, fields
 
-from events.policy.rules import LoadPolicy
+from features.policyfile import TABLES, read_policy
+from features.rules import LoadPolicy
 from server.auth.modes import find_risk
 from server.config import PREFIX, ConfigError, Setting, settings
-from server.policy import TABLES, read_policy
 
 _log = logging.getLogger(__name__)
 

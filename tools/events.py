@@ -10,7 +10,6 @@ from msgspec import NODEFAULT, UNSET, Struct, UnsetType
 from msgspec.structs import FieldInfo, fields
 
 from events.eventtext import EVENT_TEXTS
-from events.policy.rules import ApprovalRule, LoadPolicy, TrustedCertificates, TrustRule
 from events.types import (
     SCHEMA,
     SYSTEM,
@@ -21,12 +20,15 @@ from events.types import (
     Durations,
     Idempotency,
     Justification,
-    LoadApproval,
     LoadedFile,
-    LoadSignature,
     Provenance,
 )
 from events.values import Confinement, Credential, FileHash, NodeSignature
+from features.approvals.facts import LoadApproval
+from features.approvals.rules import ApprovalRule
+from features.rules import LoadPolicy
+from features.signatures.facts import LoadSignature
+from features.signatures.rules import TrustedCertificates, TrustRule
 from tools.markdown import cell, slug, table
 
 BY: Mapping[str, str] = {

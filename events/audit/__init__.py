@@ -8,7 +8,7 @@ A file that cannot be read or written raises OSError. Nothing here knows SQL: le
 functions of `events.sqlite`. `CheckedFold` takes the rows of any log.
 
 - `verify`: the chain, the events, and the stored projections against the fold
-- `policy`: loads against the rules for signatures and approvals; add a new rule about loads here
+- `features.audit`: loads against the operator's rules; add a new rule about loads there
 - `audit`: one result for the command `verify`; add a new check of the whole file here
 - `export`, `exportreader`, `signing`: formats, their verification, the signed head
 - `replay`: the state at any moment

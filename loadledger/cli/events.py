@@ -29,7 +29,7 @@ Show = Callable[[Sequence[bytes]], None]
 
 
 def event_line(line: bytes) -> str:
-    """Return a stored event as one printable line; of an invalid event, as much as possible."""
+    """Return a stored event as one printable line; for an invalid event, as much as possible."""
     event = _object(line)
     data = event.get("data")
     values = data if isinstance(data, dict) else {}
@@ -92,7 +92,7 @@ def events(
     the role audit or admin.
     """
     _check(data, where, chosen)
-    chosen["models"] += named  # as `docker logs` has it
+    chosen["models"] += named  # as in `docker logs`
 
     def show(lines: Sequence[bytes]) -> None:
         if lines:
@@ -161,7 +161,7 @@ async def show_events(
 ) -> None:
     """Show a ledger's events page by page, as stored lines; with `follow` also new ones, without end.
 
-    Following begins at the head, unless `after`, `since` or `tail` (the last so many positions) sets the
+    Following begins at the head, unless `after`, `since` or `tail` (a number of latest positions) sets the
     beginning. `since` and `until` are positions or times in UTC, and `wanted` is an `EventFilter`.
     """
     import asyncio

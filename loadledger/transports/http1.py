@@ -1,6 +1,6 @@
 """HTTP/1.1 without I/O: requests to bytes, bytes to heads and bodies (RFC 9112).
 
-The standard library's `http.client` reads the fields of an answer as those of a mail, which takes longer than
+The standard library's `http.client` parses an answer's fields as those of an e-mail, which takes longer than
 a small inference.
 """
 
@@ -52,7 +52,7 @@ class ResponseHead:
         """Whether the body comes in chunks.
 
         Raises:
-            MalformedResponse: it is encoded otherwise.
+            MalformedResponse: the body has another encoding.
         """
         coding = self.headers.get("transfer-encoding", "").lower()
         if coding not in ("", "chunked"):
@@ -61,7 +61,7 @@ class ResponseHead:
 
     @property
     def body_length(self) -> int | None:
-        """The length of a body that is not chunked; None if only the end of the connection ends it.
+        """The length of a body that is not chunked; None if the end of the connection ends it.
 
         Raises:
             MalformedResponse: the length is no number, or too large.
@@ -85,7 +85,7 @@ def parse_head(text: bytes) -> ResponseHead:
     """Parse status line and fields, without the empty line that ends them.
 
     Raises:
-        MalformedResponse: they are no HTTP/1.1.
+        MalformedResponse: the bytes are no HTTP/1.1.
     """
     first, *lines = text.decode("latin-1").split("\r\n")
     status = _STATUS_LINE.fullmatch(first)
@@ -130,7 +130,7 @@ class ChunkedDecoder:
         self._trailer_bytes = 0
 
     def feed(self, data: bytes | bytearray | memoryview) -> bytes:
-        """Return the part of the body that the bytes complete; sizes and trailers wait until they are whole.
+        """Return the part of the body that the bytes complete; incomplete sizes and trailers wait.
 
         Raises:
             MalformedResponse: the bytes are no chunks.
@@ -142,7 +142,7 @@ class ChunkedDecoder:
         return bytes(found)
 
     def _step(self, found: bytearray) -> bool:
-        """Decode one element; return whether it was there."""
+        """Decode one element; return whether it was complete."""
         if self._left:
             part = self.rest[: self._left]
             found += part

@@ -19,13 +19,14 @@ from msgspec import structs
 
 from answers.resources import LoadUsage, WaitingJob
 from events.clock import seconds_between, uuid7
-from events.commands import OUTDATED, Condition, RequestLoad, RequestUnload
+from events.commands import OUTDATED, Condition
 from events.errors import LedgerProblem, LogUnavailable, RequestRefused
+from events.jobcommands import RequestLoad, RequestUnload
 from events.jobs import TIMEOUT, Job, JobStatus
 from events.log import Log
-from events.policy.checks import CheckedVersion
 from events.state import State
 from events.types import Draft, JobCancelled, LoadFailed, ModelUnloaded, UnloadStarted
+from features.checks import CheckedVersion
 from runtime.consumer.loads import (
     LOG_RETRY_S,
     Loader,

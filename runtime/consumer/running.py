@@ -14,8 +14,8 @@ from msgspec.structs import replace
 
 from events.clock import add_seconds
 from events.jobs import FORK_SERVER_DIED, Failure, Job
-from events.policy.checks import CheckedLoad
 from events.types import LoadedFile, LoadParameters
+from features.beforeload import CheckedLoad
 from runtime.errors import (
     LoadRefused,
     RuntimeProblem,

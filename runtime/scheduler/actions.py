@@ -8,16 +8,9 @@ from dataclasses import dataclass, field
 from msgspec import UNSET
 
 from events.clock import uuid7
-from events.commands import (
-    Condition,
-    JobUnchanged,
-    ModelUnchanged,
-    RequestLoad,
-    RequestUnload,
-    WorkerServes,
-)
+from events.commands import Condition, JobUnchanged, ModelUnchanged, WorkerServes
+from events.jobcommands import RequestLoad, RequestUnload
 from events.jobs import CRASH_LOOP, Job, JobStatus
-from events.labels import draft_label
 from events.models import LoadedModel
 from events.state import State
 from events.types import (
@@ -30,6 +23,7 @@ from events.types import (
     LoadStarted,
     ModelSettingsChanged,
 )
+from features.labels.commands import draft_label
 from runtime.rooms import Alternative
 from runtime.timeouts import PROGRESS_TIMEOUT_S
 from runtime.wire import plain_text

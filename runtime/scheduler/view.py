@@ -11,9 +11,9 @@ from typing import NamedTuple
 from events.clock import LedgerClock, add_seconds
 from events.jobs import NO_PROGRESS, Failure, Job, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState
-from events.policy.rules import LoadPolicy
 from events.state import State, has_turn
 from events.types import REPLACEMENTS, SYSTEM, Cause
+from features.rules import LoadPolicy
 from runtime.rooms import MACHINE, Alternative, RoomLimits
 
 MIN_RESIDENCY_S = 10.0

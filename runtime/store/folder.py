@@ -1,8 +1,8 @@
 """The store's folder: its names, its access rights, and its records of versions and their files.
 
 `blobs/<2 hex>/<sha256>` are files, `versions/<digest>` folders of hard links to them, `incoming/<16 hex>`
-`incoming/<16 hex>` additions and removals in progress, `sources/<model>/<version>.json` the source record of a
-version of the repository. Other names are left alone.
+additions and removals in progress, `sources/<model>/<version>.json` the source record of a version of the
+repository. Other names are left alone.
 
 Records are JSON files; a record that cannot be read, or does not agree with its own name, is ignored. A
 stored file with its recorded identity is still the file that was hashed: only the server writes to the store,

@@ -33,14 +33,16 @@ from answers.models import (
     WorkerStderr,
 )
 from answers.tensors import ModelTensor
-from events.approvals import list_unapproved
 from events.history import ShownModel, describe_model
 from events.models import Model, ModelState
-from events.policy.rules import ModelRules, TrustMode
 from events.sqlite.listing import EventFilter, EventQuery
 from events.sqlite.timetravel import active_at, model_at, models_at
-from events.types import LoadEvidence, VersionAdded, WorkerExited
+from events.types import VersionAdded, WorkerExited
+from features.approvals.commands import list_unapproved
+from features.evidence import LoadEvidence
 from features.members import OF_MODELS, collect
+from features.rules import ModelRules
+from features.signatures.rules import TrustMode
 from runtime.errors import RepositoryUnreadable, RuntimeProblem, UnknownModel
 from runtime.onnxfile import ModelTensors
 from runtime.repository import REQUEST_LIMIT_S, RepositoryBusy, refuse_unserved
@@ -226,7 +228,7 @@ def make_model_info(
 
 
 def _show_present(app: web.Application, seen: ListedModel, active: Model | None) -> ModelInfo:
-    """Return a model with what is not known of the past."""
+    """Return a model with its present facts."""
     state, rules = app[LOG].state, app[CONFIG].policy.of(seen.id)
     model, versions = state.models.get(seen.id), state.registers.find_versions(seen.id)
     shown = make_model_info(

@@ -7,7 +7,7 @@ from typing import Any
 
 from marshmallow import Schema, ValidationError, fields, validate
 
-from events.versions import LABEL_NAME
+from features.labels.fold import LABEL_NAME
 from runtime.repository import MAX_VERSION, MODEL_ID
 from server.http.validation import ParameterInteger
 

@@ -12,7 +12,26 @@ from msgspec import UNSET, UnsetType, structs
 from support.history import CONTENTS, DIGEST, MODEL, STEPS, History, at, given
 
 from events.accept import accept
-from events.approvals import (
+from events.commands import Accepted, Command, Decision, Existing
+from events.jobcommands import RequestLoad
+from events.models import Model
+from events.types import (
+    SYSTEM,
+    AddedFile,
+    Cause,
+    Data,
+    Draft,
+    Justification,
+    LoadParameters,
+    LoadRequested,
+    ModelSettingsChanged,
+    PolicyInForce,
+    TokenIssued,
+    VersionAdded,
+    VersionRemoved,
+)
+from events.values import Credential, NodeSignature
+from features.approvals.commands import (
     ApprovedBytes,
     ApproveVersion,
     WithdrawApproval,
@@ -22,31 +41,12 @@ from events.approvals import (
     list_unapproved,
     list_valid_approvals,
 )
-from events.commands import Accepted, Command, Decision, Existing, RequestLoad
-from events.models import Model
-from events.policy.checks import CheckInput, NotLoadable, check_load
-from events.policy.rules import NOT_APPROVED, AddedMode, ApprovalRule, LoadPolicy, ModelRules
-from events.types import (
-    SYSTEM,
-    AddedFile,
-    ApprovalResult,
-    ApprovalWithdrawn,
-    Cause,
-    Data,
-    Draft,
-    Justification,
-    LoadApproval,
-    LoadParameters,
-    LoadRequested,
-    ModelSettingsChanged,
-    PolicyInForce,
-    TokenIssued,
-    VersionAdded,
-    VersionApproved,
-    VersionRemoved,
-)
-from events.values import Credential, NodeSignature
-from events.versions import MAX_APPROVED
+from features.approvals.facts import ApprovalResult, ApprovalWithdrawn, LoadApproval, VersionApproved
+from features.approvals.fold import MAX_APPROVED
+from features.approvals.rules import NOT_APPROVED, AddedMode, ApprovalRule
+from features.beforeload import CheckInput, NotLoadable
+from features.checks import check_load
+from features.rules import LoadPolicy, ModelRules
 
 OTHER = "ef" * 32
 """The digest of other bytes."""
@@ -163,7 +163,7 @@ def describe_check(history: History, rules: ModelRules, path: str, **more: Any) 
     request = LoadRequested.of(LoadParameters(), cause, policy=rules.digest, justification=said)
     history.add(request, "new", by=actor)
     known = history.model(), history.versions()
-    given_check = CheckInput(rules, *known, CONTENTS, lambda _: b"", at(0), actor == SYSTEM, is_signed)
+    given_check = CheckInput(rules, *known, CONTENTS, lambda *_: b"", at(0), actor == SYSTEM, is_signed)
     try:
         checked = check_load(change(given_check, **more), history.job("new"))
     except NotLoadable as refused:

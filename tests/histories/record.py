@@ -46,15 +46,9 @@ from support.signing import make_key, public_pem, sign_folder
 
 from events.clock import uuid7
 from events.codec import encode_event
-from events.commands import (
-    AddVersion,
-    Record,
-    RemoveVersion,
-    RequestLoad,
-    RequestUnload,
-)
+from events.commands import Record
+from events.jobcommands import RequestLoad, RequestUnload
 from events.models import ModelState
-from events.policy.rules import ApprovalRule, LoadPolicy, TrustMode, TrustRule
 from events.registercommands import IssueToken, RevokeToken
 from events.sqlite.datalock import LEDGER
 from events.sqlite.listing import open_reader
@@ -78,7 +72,11 @@ from events.types import (
     digest_of,
 )
 from events.values import Credential
+from events.versioncommands import AddVersion, RemoveVersion
+from features.approvals.rules import ApprovalRule
 from features.nodes.register import NodePhase
+from features.rules import LoadPolicy
+from features.signatures.rules import TrustMode, TrustRule
 from runtime.scheduler.view import Policy
 
 HERE = Path(__file__).parent

@@ -32,23 +32,16 @@ from support.reachable import (
 )
 from support.replicas import rows_in
 
-from events.approvals import approval_statement
 from events.clock import format_timestamp, utc_now, uuid7
 from events.codec import encode_event, hash_body
-from events.policy.rules import ApprovalRule, LoadPolicy
-from events.types import (
-    SYSTEM,
-    ApprovalWithdrawn,
-    Draft,
-    Event,
-    EventsDiscarded,
-    LoadRequested,
-    VersionApproved,
-    record_draft,
-)
+from events.types import SYSTEM, Draft, Event, EventsDiscarded, LoadRequested, record_draft
 from events.values import Credential, FileHash, NodeSignature
-from events.versions import make_approval
+from features.approvals.commands import approval_statement
+from features.approvals.facts import ApprovalWithdrawn, VersionApproved
+from features.approvals.fold import make_approval
+from features.approvals.rules import ApprovalRule
 from features.nodes.facts import NodeJoined
+from features.rules import LoadPolicy
 from server.appkeys import LOG
 
 INFER = "/v2/models/m/infer"

@@ -13,14 +13,12 @@ from support.nodes import local_node
 from support.postgres import Database
 from support.replicas import opened_replica
 
-from events.approvals import ApproveVersion, WithdrawApproval
 from events.audit.verify import verify
 from events.clock import uuid7
-from events.commands import Receipt, Record, RequestLoad, RequestUnload
-from events.policy.rules import NOT_APPROVED, ApprovalRule, LoadPolicy
+from events.commands import Receipt, Record
+from events.jobcommands import RequestLoad, RequestUnload
 from events.types import (
     SYSTEM,
-    ApprovalResult,
     Cause,
     Draft,
     Justification,
@@ -30,10 +28,13 @@ from events.types import (
     LoadRequested,
     LoadStarted,
     ModelLoaded,
-    VersionApproved,
     digest_of,
 )
 from events.values import Credential
+from features.approvals.commands import ApproveVersion, WithdrawApproval
+from features.approvals.facts import ApprovalResult, VersionApproved
+from features.approvals.rules import NOT_APPROVED, ApprovalRule
+from features.rules import LoadPolicy
 from server.appkeys import CONSUMER, LOG
 from server.cluster import CLUSTER
 

@@ -13,14 +13,16 @@ from support.fleet import of_both
 from support.history import CONTENTS, PLAIN
 from support.worlds import request_of, withdrawal_of
 
-from events.approvals import ApprovedBytes
-from events.commands import Command, Condition, RequestCancel, RequestLoad, RequestUnload
+from events.commands import Command, Condition
+from events.jobcommands import RequestCancel, RequestLoad, RequestUnload
 from events.models import ModelState
-from events.policy.rules import ApprovalRule, LoadPolicy
 from events.types import Cause, Justification, LoadParameters, LoadStarted, UnloadRequested, WorkerExited
 from events.values import Credential
+from features.approvals.commands import ApprovedBytes
+from features.approvals.rules import ApprovalRule
 from features.nodes.commands import DrainNode, NodeCurrent, NodeUnchanged
 from features.nodes.facts import LoadPlaced
+from features.rules import LoadPolicy
 from nodes.placement import NodeHints
 from runtime.elsewhere import SystemCommand
 from runtime.scheduler.actions import Action, RecordFact, StartLoad

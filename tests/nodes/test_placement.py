@@ -13,12 +13,13 @@ from support.clusters import KnownSigning, KnownStanding
 from support.decisions import describe, describe_next, estimate, processes
 from support.history import CONTENTS, MODEL, PLAIN, History, at
 
-from events.commands import RequestLoad
-from events.policy.rules import ApprovalRule, LoadPolicy
+from events.jobcommands import RequestLoad
 from events.types import SYSTEM, Cause, PolicyInForce
+from features.approvals.rules import ApprovalRule
 from features.devices.placement import DeviceDemand, list_attributes
 from features.nodes.facts import LoadPlaced
 from features.nodes.register import Node, NodePhase, find_placer
+from features.rules import LoadPolicy
 from nodes.decisions import NodePlacement
 from nodes.placement import (
     MAX_PLACEMENTS,

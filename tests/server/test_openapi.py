@@ -16,10 +16,11 @@ from support.http import LocalApi
 from answers.tokens import ROLES
 from events.jobs import JobKind, JobStatus
 from events.models import RELOADS, ModelState
-from events.policy.rules import TrustMode
 from events.presence import NodeState, ServerState
-from events.types import ApprovalResult, Cause
+from events.types import Cause
+from features.approvals.facts import ApprovalResult
 from features.nodes.register import NodePhase
+from features.signatures.rules import TrustMode
 from server.app import all_routes, create_app
 from server.auth.access import Access
 from server.config import Config

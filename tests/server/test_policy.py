@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 from support.signing import make_authority, make_key, public_pem
 
-from events.policy.rules import AddedMode, ApprovalRule, LoadPolicy, TrustedCertificates, TrustMode, TrustRule
-from events.policy.signatures import key_digest
+from features.approvals.rules import AddedMode, ApprovalRule
+from features.policyfile import MAX_FILE_BYTES
+from features.rules import LoadPolicy
+from features.signatures.rules import TrustedCertificates, TrustMode, TrustRule
+from features.signatures.verification import key_digest
 from server.check import load_config
 from server.config import Config, ConfigError, settings
 from server.configsources import read_settings
-from server.policy import MAX_FILE_BYTES
 
 KEY = public_pem(make_key())
 OTHER = public_pem(make_key("P-521"))

@@ -13,10 +13,9 @@ import pytest
 from msgspec.structs import replace as change
 
 from events.clock import add_seconds, seconds_between
-from events.commands import AddVersion, Command, Decision, Record, Refused, RemoveVersion
+from events.commands import Command, Decision, Record, Refused
 from events.jobs import Job, JobKind, JobStatus
 from events.models import Model, ModelState
-from events.policy.rules import LoadPolicy
 from events.serving import Serving
 from events.state import State
 from events.types import (
@@ -28,15 +27,17 @@ from events.types import (
     ModelLoaded,
     PolicyInForce,
     UnloadRequested,
-    VersionApproved,
     WorkerExited,
     contents_of,
     digest_of,
 )
 from events.values import Credential, NodeSignature
+from events.versioncommands import AddVersion, RemoveVersion
+from features.approvals.facts import VersionApproved
 from features.nodes.commands import EndNode, JoinNode
 from features.nodes.facts import LoadPlaced, NodeLeft, NodeLost
 from features.nodes.register import Node, find_placer
+from features.rules import LoadPolicy
 from nodes.decisions import NodePlacement
 from nodes.placement import NodeHints, find_digest, find_share
 from runtime.scheduler import actions

@@ -26,7 +26,6 @@ from events.state import State
 from events.types import (
     SYSTEM,
     AddedFile,
-    ApprovalWithdrawn,
     CancelRequested,
     Cause,
     Data,
@@ -35,8 +34,6 @@ from events.types import (
     Durations,
     Event,
     JobCancelled,
-    LabelRemoved,
-    LabelSet,
     LoadedFile,
     LoadFailed,
     LoadJoined,
@@ -53,7 +50,6 @@ from events.types import (
     UnloadRequested,
     UnloadStarted,
     VersionAdded,
-    VersionApproved,
     VersionRemoved,
     WorkerExited,
     digest_of,
@@ -61,6 +57,8 @@ from events.types import (
 )
 from events.values import Credential, FileHash
 from events.versions import ModelVersions
+from features.approvals.facts import ApprovalWithdrawn, VersionApproved
+from features.labels.facts import LabelRemoved, LabelSet
 from features.nodes.facts import LoadPlaced, NodeData, NodeDraining, NodeJoined, NodeLeft, NodeLost
 from support.fleet import SOAK, of_both
 

@@ -16,15 +16,16 @@ from typing import Any, TypeVar
 
 from msgspec import UNSET
 
-from events.approvals import ApproveVersion, WithdrawApproval
 from events.clock import boottime, utc_now
-from events.commands import Command, Receipt, RequestLoad, RequestUnload
+from events.commands import Command, Receipt
+from events.jobcommands import RequestLoad, RequestUnload
 from events.jobs import Failure, Job
 from events.log import Log
 from events.models import Model, ModelState
 from events.sqlite.listing import Reader, open_reader
 from events.types import Data, Event, LoadParameters
 from events.values import Credential
+from features.approvals.commands import ApproveVersion, WithdrawApproval
 from runtime import memory
 from runtime.consumer.consumer import Consumer
 from runtime.consumer.running import RunningLoad

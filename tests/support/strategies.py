@@ -14,11 +14,9 @@ from hypothesis import strategies as st
 from msgspec import UNSET, Struct, UnsetType
 from msgspec.structs import replace
 
-from events.policy.rules import LoadPolicy
 from events.types import (
     SYSTEM,
     TYPES,
-    ApprovalWithdrawn,
     Cause,
     Data,
     Draft,
@@ -27,8 +25,9 @@ from events.types import (
     ModelSettingsChanged,
     PolicyInForce,
     UnloadRequested,
-    VersionApproved,
 )
+from features.approvals.facts import ApprovalWithdrawn, VersionApproved
+from features.rules import LoadPolicy
 from support.history import STEPS, History, at, model_loaded
 
 T = TypeVar("T", bound=Struct)

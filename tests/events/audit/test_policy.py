@@ -27,55 +27,49 @@ from support.ledgers import append_events
 from support.signing import make_authority, make_key, public_pem, sign_version
 
 from events.accept import accept
-from events.approvals import ApproveVersion, WithdrawApproval, approval_statement
-from events.audit.policy import MAX_REMARKS, PolicyAudit, RemarkKind
 from events.clock import parse_timestamp
-from events.commands import Accepted, Command, RequestLoad
+from events.commands import Accepted, Command
+from events.jobcommands import RequestLoad
 from events.jobs import Job
-from events.models import MAX_BUNDLES, RELOADS
-from events.policy.checks import CheckedLoad, CheckInput, NotLoadable, check_load
-from events.policy.rules import (
-    AddedMode,
-    ApprovalRule,
-    LoadPolicy,
-    ModelRules,
-    TrustedCertificates,
-    TrustMode,
-    TrustRule,
-)
-from events.policy.signatures import key_digest
+from events.models import RELOADS
 from events.serving import AdmittedBytes
 from events.sqlite.datalock import LEDGER
 from events.state import Entities
 from events.statements import emergency_statement, load_statement
 from events.types import (
     AddedFile,
-    ApprovalResult,
     Cause,
     Contents,
     Draft,
     Event,
     Justification,
-    LoadApproval,
     LoadedFile,
     LoadJoined,
     LoadParameters,
     LoadRequested,
-    LoadSignature,
     LoadStarted,
     ModelLoaded,
     ModelSettingsChanged,
     PolicyInForce,
     Unknown,
     VersionAdded,
-    VersionApproved,
     VersionRemoved,
     contents_of,
     digest_of,
     record_draft,
 )
 from events.values import Credential, FileHash, NodeSignature
-from events.versions import make_approval
+from features.approvals.commands import ApproveVersion, WithdrawApproval, approval_statement
+from features.approvals.facts import ApprovalResult, LoadApproval, VersionApproved
+from features.approvals.fold import make_approval
+from features.approvals.rules import AddedMode, ApprovalRule
+from features.audit import MAX_REMARKS, PolicyAudit, RemarkKind
+from features.beforeload import CheckedLoad, CheckInput, NotLoadable
+from features.checks import check_load
+from features.rules import LoadPolicy, ModelRules
+from features.signatures.facts import MAX_BUNDLES, LoadSignature
+from features.signatures.rules import TrustedCertificates, TrustMode, TrustRule
+from features.signatures.verification import key_digest
 from runtime.scheduler.admission import find_same_workers
 
 MODEL = "digits"
@@ -680,13 +674,13 @@ class Server:
             model,
             self.history.versions(),
             contents_of(files),
-            read=lambda _: bundle_of(files[0].sha256).encode(),
+            read=lambda *_: bundle_of(files[0].sha256).encode(),
             now=at(self.history.seconds),
             is_reload=job.cause in RELOADS and model.serving is not None,
             is_signed=lambda *_: True,
         )
         checked: CheckedLoad = check_load(given, job)
-        return {**asdict(checked.evidence), "bundle": checked.bundle}
+        return asdict(checked.evidence)
 
 
 BOTH = LoadPolicy(POLICIES["trust"].trust, (ApprovalRule((MODEL,), approvals=2),))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.signing import encode_base64, make_contents, make_key, make_statement, sign_payload, sign_version
 
-from events.policy.bundles import MAX_BYTES, MAX_CERTIFICATES, Bundle, SignatureRefused, parse_bundle
+from features.signatures.bundles import MAX_BYTES, MAX_CERTIFICATES, Bundle, SignatureRefused, parse_bundle
 
 CONTENTS = make_contents("a/b.bin", "model.onnx")
 KEY = make_key()

@@ -6,15 +6,9 @@ from collections.abc import Sequence
 import pytest
 from msgspec.structs import replace
 
-from events.policy.rules import (
-    AddedMode,
-    ApprovalRule,
-    LoadPolicy,
-    TrustedCertificates,
-    TrustMode,
-    TrustRule,
-    list_weakenings,
-)
+from features.approvals.rules import AddedMode, ApprovalRule
+from features.rules import LoadPolicy, list_weakenings
+from features.signatures.rules import TrustedCertificates, TrustMode, TrustRule
 
 FRAUD = ("fraud-*",)
 TRUST = TrustRule(FRAUD, TrustMode.ENFORCE, ("key",), distrusted=("old",))

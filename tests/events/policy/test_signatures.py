@@ -29,9 +29,10 @@ from support.signing import (
     sign_version,
 )
 
-from events.policy.bundles import parse_bundle
-from events.policy.rules import TrustedCertificates, TrustMode, TrustRule
-from events.policy.signatures import (
+from events.types import Contents
+from features.signatures.bundles import parse_bundle
+from features.signatures.rules import TrustedCertificates, TrustMode, TrustRule
+from features.signatures.verification import (
     SignatureRefused,
     VerifiedSignature,
     check_signature,
@@ -41,7 +42,6 @@ from events.policy.signatures import (
     normalise_roots,
     parse_subject,
 )
-from events.types import Contents
 
 SIG = "model.sig"
 CONTENTS = make_contents("loadledger.toml", "model.onnx", SIG, "weights/part-1.bin")

@@ -15,7 +15,9 @@ from support.http import LocalApi, local_server
 from support.models import add
 from support.servers import at_terminal
 
-from events.policy.rules import ApprovalRule, LoadPolicy, TrustMode, TrustRule
+from features.approvals.rules import ApprovalRule
+from features.rules import LoadPolicy
+from features.signatures.rules import TrustMode, TrustRule
 from loadledger import ServerError
 
 POLICY = LoadPolicy(

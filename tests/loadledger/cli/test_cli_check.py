@@ -20,9 +20,11 @@ from support.modes import unreadable
 from support.postgres import Database
 from support.signing import make_key, public_pem, sign_version
 
-from events.approvals import ApproveVersion
-from events.policy.rules import ApprovalRule, LoadPolicy, TrustMode, TrustRule
 from events.values import Credential
+from features.approvals.commands import ApproveVersion
+from features.approvals.rules import ApprovalRule
+from features.rules import LoadPolicy
+from features.signatures.rules import TrustMode, TrustRule
 from loadledger.cli.main import main
 from server.appkeys import CONSUMER, LOG
 from server.check import CheckResult, check_policy, read_ledger

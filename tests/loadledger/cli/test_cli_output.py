@@ -31,8 +31,9 @@ from answers.models import LoadedFileInfo, ModelCopy, ModelInfo, ModelRulesInfo,
 from answers.resources import Device, LoadUsage, Resources, WaitingJob
 from events.codec import encode_event
 from events.types import TYPES, LoadFailed, Unknown, WorkerExited
-from loadledger.cli import approvals, jobs, models, top
-from loadledger.cli.approvals import describe_signature
+from features.approvals import cli as approvals
+from features.approvals.cli import describe_signature
+from loadledger.cli import jobs, models, top
 from loadledger.cli.events import event_line
 from loadledger.cli.jobs import count_steps, describe_progress
 from loadledger.cli.output import (

@@ -12,22 +12,16 @@ from support.running import Engine, code_of, error_of, job_of, running, save_mod
 from support.signing import make_key, public_pem, sign_folder
 from support.workers import until
 
-from events.audit.policy import RemarkKind
 from events.audit.verify import verify
 from events.clock import uuid7
 from events.commands import Record
 from events.jobs import JobStatus
 from events.models import ModelState
-from events.policy.rules import NOT_APPROVED, ApprovalRule, LoadPolicy, TrustMode, TrustRule
-from events.policy.signatures import key_digest
 from events.types import (
     SYSTEM,
-    ApprovalResult,
     Draft,
     Justification,
-    LoadApproval,
     LoadParameters,
-    LoadSignature,
     LoadStarted,
     ModelLoaded,
     PolicyInForce,
@@ -35,6 +29,13 @@ from events.types import (
     digest_of,
 )
 from events.values import Credential
+from features.approvals.facts import ApprovalResult, LoadApproval
+from features.approvals.rules import NOT_APPROVED, ApprovalRule
+from features.audit import RemarkKind
+from features.rules import LoadPolicy
+from features.signatures.facts import LoadSignature
+from features.signatures.rules import TrustMode, TrustRule
+from features.signatures.verification import key_digest
 from runtime.scheduler.view import Policy
 
 KEY, OTHER = make_key(), make_key()

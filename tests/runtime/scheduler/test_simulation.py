@@ -19,22 +19,12 @@ from support.fleet import of_both
 from support.history import CONTENTS, PLAIN
 from support.worlds import Process, World, request_of, withdrawal_of
 
-from events.approvals import ApprovedBytes
 from events.clock import add_seconds, seconds_between
-from events.commands import (
-    Command,
-    Condition,
-    JobUnchanged,
-    ModelUnchanged,
-    RequestCancel,
-    RequestLoad,
-    RequestUnload,
-    WorkerServes,
-)
+from events.commands import Command, Condition, JobUnchanged, ModelUnchanged, WorkerServes
 from events.devices import CPU
+from events.jobcommands import RequestCancel, RequestLoad, RequestUnload
 from events.jobs import NO_PROGRESS, Job, JobKind, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState
-from events.policy.rules import AddedMode, ApprovalRule, LoadPolicy
 from events.types import (
     Cause,
     Justification,
@@ -47,6 +37,9 @@ from events.types import (
     WorkerExited,
 )
 from events.values import Credential
+from features.approvals.commands import ApprovedBytes
+from features.approvals.rules import AddedMode, ApprovalRule
+from features.rules import LoadPolicy
 from runtime.rooms import MACHINE, Alternative, RoomLimits
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action, Decision
@@ -595,7 +588,9 @@ class Simulation(RuleBasedStateMachine):
 
     @rule(name=NAMES | st.none(), force=st.booleans(), holds=st.booleans(), turns=TURNS)
     def somebody_unloads(self, name: str | None, *, force: bool, holds: bool, turns: int) -> None:
-        self.world.submit(RequestUnload(name, "alice", force, on_demand=holds, until_asked=not holds))
+        self.world.submit(
+            RequestUnload(name, "alice", force, takes_out_of_service=holds, until_asked=not holds)
+        )
         self.world.work(turns)
 
     @rule(which=st.integers(0, 3), turns=TURNS)

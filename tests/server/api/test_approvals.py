@@ -11,9 +11,11 @@ from support import models
 from support.http import ONE, Answer, Json, LocalApi, local_server
 from support.signing import make_key, public_pem, sign_version
 
-from events.policy.rules import ApprovalRule, LoadPolicy, TrustMode, TrustRule
 from events.types import AccessDenied, Justification, LoadRequested, digest_of
 from events.values import Credential
+from features.approvals.rules import ApprovalRule
+from features.rules import LoadPolicy
+from features.signatures.rules import TrustMode, TrustRule
 from server.appkeys import GATE
 from server.config import ConfigError
 

@@ -8,7 +8,8 @@ import pytest
 from support import models
 from support.http import ONE, Json, LocalApi
 
-from events.types import LabelRemoved, LabelSet, LoadRequested, ModelLoaded, ModelSettingsChanged
+from events.types import LoadRequested, ModelLoaded, ModelSettingsChanged
+from features.labels.facts import LabelRemoved, LabelSet
 
 Start = Callable[..., Awaitable[LocalApi]]
 INVALID = (400, "invalid_parameter")

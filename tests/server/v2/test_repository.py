@@ -19,9 +19,10 @@ from support.running import gone
 from answers.inference import IndexEntry
 from events.jobs import Failure, PendingLoad
 from events.models import Model, ModelState
-from events.policy.rules import ApprovalRule, LoadPolicy
 from events.serving import Serving
 from events.types import LoadParameters
+from features.approvals.rules import ApprovalRule
+from features.rules import LoadPolicy
 from server.http.validation import MAX_JSON_BYTES
 from server.v2 import repository as extension
 from server.v2.repository import MAX_INDEX_BYTES

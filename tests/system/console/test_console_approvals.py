@@ -12,7 +12,7 @@ from support.browser import PHONE, Console, needs_browser
 from support.servers import Server, serving
 from support.signing import make_key, public_pem, sign_folder
 
-from events.policy.signatures import key_digest
+from features.signatures.verification import key_digest
 from server.config import Config
 
 pytestmark = [needs_browser, pytest.mark.asyncio(loop_scope="module")]

@@ -14,8 +14,10 @@ from typing import Any
 import msgspec
 from marshmallow import Schema, ValidationError, fields, validate, validates_schema
 
-from events.policy.rules import AddedMode, LoadPolicy, TrustMode
-from events.policy.signatures import normalise_key, normalise_roots, parse_subject
+from features.approvals.rules import AddedMode
+from features.rules import LoadPolicy
+from features.signatures.rules import TrustMode
+from features.signatures.verification import normalise_key, normalise_roots, parse_subject
 from server.auth.modes import find_risk
 
 TABLES = ("trust", "approval")

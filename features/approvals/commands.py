@@ -17,31 +17,24 @@ from msgspec.structs import replace
 from answers.approvals import UnapprovedVersion
 from events.commands import (
     Accepted,
+    Command,
     Condition,
     Decision,
     DecisionInput,
     Existing,
     Refused,
-    RegisterCommand,
 )
 from events.models import Model
-from events.policy.rules import NOT_APPROVED, ModelRules
 from events.state import State
 from events.statements import IsSigned
 from events.tokens import add_issuers
-from events.types import (
-    SYSTEM,
-    ApprovalResult,
-    ApprovalWithdrawn,
-    Contents,
-    Draft,
-    LoadApproval,
-    VersionApproved,
-    hashes_of,
-    record_draft,
-)
+from events.types import SYSTEM, Contents, Draft, hashes_of, record_draft
 from events.values import Credential, Sign
-from events.versions import Approval, ModelVersions, make_approval
+from events.versions import ModelVersions
+from features.approvals.facts import ApprovalResult, ApprovalWithdrawn, LoadApproval, VersionApproved
+from features.approvals.fold import Approval, make_approval
+from features.approvals.rules import NOT_APPROVED
+from features.rules import ModelRules
 
 # Who may approve, and what counts.
 
@@ -149,7 +142,7 @@ def list_unapproved(
 
 
 @dataclass(frozen=True, slots=True)
-class ApproveVersion(RegisterCommand):
+class ApproveVersion(Command):
     """Approve the bytes of a version, which the caller has found in the repository.
 
     Attributes:
@@ -204,7 +197,7 @@ class ApproveVersion(RegisterCommand):
 
 
 @dataclass(frozen=True, slots=True)
-class WithdrawApproval(RegisterCommand):
+class WithdrawApproval(Command):
     """Withdraw all approvals of the bytes that a version has, or that were approved as it."""
 
     model_id: str

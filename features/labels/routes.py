@@ -7,7 +7,7 @@ from functools import partial
 from aiohttp import web
 from marshmallow import Schema, fields, validate
 
-from events.labels import RemoveLabel, SetLabel
+from features.labels.commands import RemoveLabel, SetLabel
 from runtime.repository import MAX_VERSION
 from server.api.jobs import JOB_REQUESTS
 from server.api.loads import look_in_repository

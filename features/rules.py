@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from enum import StrEnum
 from fnmatch import fnmatchcase
 from itertools import chain, starmap
 from typing import TypeVar
@@ -18,74 +17,11 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-SIGNATURE_CODES = tuple(
-    f"signature_{each}" for each in ("missing", "invalid", "untrusted", "mismatch", "unsupported")
-)
-NOT_APPROVED = "not_approved"
-"""Error code of a load whose bytes too few other persons have approved."""
+from features.approvals.rules import NOT_APPROVED, AddedMode, ApprovalRule, list_weaker_approval
+from features.signatures.rules import SIGNATURE_CODES, TrustMode, TrustRule, list_weaker_trust
 
 POLICY_CODES = (*SIGNATURE_CODES, NOT_APPROVED)
 """Error codes of loads that do not pass the rules: another attempt ends likewise, until a person acts."""
-
-
-class TrustMode(StrEnum):
-    """The effect of a rule on a version without a signature that it accepts."""
-
-    OFF = "off"
-    WARN = "warn"
-    ENFORCE = "enforce"
-
-
-_STRENGTH = tuple(TrustMode)
-
-
-class TrustedCertificates(Struct, frozen=True, gc=False):
-    """Certificates that may sign: roots as PEM, and a subject like `CN=a,O=b` (RFC 4514)."""
-
-    roots: str
-    subject: str
-
-
-class TrustRule(Struct, frozen=True, gc=False):
-    """A rule about signatures: the signers of some models' versions.
-
-    Attributes:
-        models: globs of model ids, with `*`, `?` and `[...]`, in the case that they have.
-        mode: what follows without such a signature.
-        keys: public keys, PEM each.
-        certificates: of those who may sign with a certificate.
-        distrusted: SHA-256 of the PEM of keys that may not sign any more, in hexadecimal, as
-            `signatures.key_digest` has them: their signatures do not let a reload go on either.
-    """
-
-    models: tuple[str, ...]
-    mode: TrustMode
-    keys: tuple[str, ...] = ()
-    certificates: tuple[TrustedCertificates, ...] = ()
-    distrusted: tuple[str, ...] = ()
-
-
-class AddedMode(StrEnum):
-    """The versions that an approval rule lets pass: any, or only those whose adder the ledger has."""
-
-    ANY = "any"
-    RECORDED = "recorded"
-
-
-class ApprovalRule(Struct, frozen=True, gc=False):
-    """A rule about approval: how many other persons approve the bytes that some models are loaded from.
-
-    Attributes:
-        models: globs, as in `TrustRule`.
-        approvals: how many other persons must approve.
-        added: `recorded` if the ledger must have who added the bytes.
-        emergency: whether the role `emergency` may pass without.
-    """
-
-    models: tuple[str, ...]
-    approvals: int = 1
-    added: AddedMode = AddedMode.ANY
-    emergency: bool = True
 
 
 _R = TypeVar("_R", TrustRule, ApprovalRule)
@@ -156,8 +92,8 @@ def list_weakenings(before: LoadPolicy, after: LoadPolicy) -> list[str]:
 
     Rules are compared by their globs; those of the same globs in their order.
     """
-    trust = starmap(_weaker_trust, _pairs(before.trust, after.trust))
-    approval = starmap(_weaker_approval, _pairs(before.approval, after.approval))
+    trust = starmap(list_weaker_trust, _pairs(before.trust, after.trust))
+    approval = starmap(list_weaker_approval, _pairs(before.approval, after.approval))
     return [*chain.from_iterable((*trust, *approval))]
 
 
@@ -170,30 +106,6 @@ def _pairs(before: Sequence[_R], after: Sequence[_R]) -> Iterator[tuple[_R, _R |
             if now is not None:
                 left.remove(now)
             yield rule, now
-
-
-def _weaker_trust(before: TrustRule, after: TrustRule | None) -> Iterator[str]:
-    if before.mode is TrustMode.OFF:
-        return
-    after, name = after or replace(before, mode=TrustMode.OFF), f"signatures of {', '.join(before.models)}"
-    if _STRENGTH.index(after.mode) < _STRENGTH.index(before.mode):
-        yield f"{name}: the mode is {after.mode} instead of {before.mode}"
-    for key in sorted({*after.keys} - {*before.keys}):
-        yield f"{name}: the key {hashlib.sha256(key.encode()).hexdigest()} may sign"
-    for subject in sorted({each.subject for each in {*after.certificates} - {*before.certificates}}):
-        yield f"{name}: other certificates of {subject} may sign"
-    for digest in sorted({*before.distrusted} - {*after.distrusted}):
-        yield f"{name}: the key {digest} is not distrusted any more"
-
-
-def _weaker_approval(before: ApprovalRule, after: ApprovalRule | None) -> Iterator[str]:
-    after, name = after or replace(before, approvals=0), f"approval for {', '.join(before.models)}"
-    if after.approvals < before.approvals:
-        yield f"{name}: {after.approvals} must approve instead of {before.approvals}"
-    if before.added is AddedMode.RECORDED and after.added is AddedMode.ANY:
-        yield f"{name}: bytes pass whose adder the ledger does not have"
-    if after.emergency and not before.emergency:
-        yield f"{name}: the role emergency may pass without"
 
 
 def _matches(globs: Iterable[str], model_id: str) -> bool:

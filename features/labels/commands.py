@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from events.commands import Accepted, Decision, DecisionInput, Existing, Refused, RegisterCommand
+from events.commands import Accepted, Command, Decision, DecisionInput, Existing, Refused
 from events.state import State
-from events.types import Draft, LabelRemoved, LabelSet
+from events.types import Draft
+from features.labels.facts import LabelRemoved, LabelSet
 
 MAX_VERSION_LABELS = 64
 """Of a model: more than anybody tells apart."""
 
 
 @dataclass(frozen=True, slots=True)
-class SetLabel(RegisterCommand):
+class SetLabel(Command):
     """Let a label name a version, which its caller has found in the repository."""
 
     model_id: str
@@ -44,7 +45,7 @@ class SetLabel(RegisterCommand):
 
 
 @dataclass(frozen=True, slots=True)
-class RemoveLabel(RegisterCommand):
+class RemoveLabel(Command):
     """Remove a label."""
 
     model_id: str

@@ -22,9 +22,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from msgspec import Struct
 
 from events.clock import Timestamp, parse_timestamp
-from events.policy.bundles import Bundle, SignatureRefused, parse_bundle
-from events.policy.rules import TrustRule
 from events.types import Contents
+from features.signatures.bundles import Bundle, SignatureRefused, parse_bundle
+from features.signatures.rules import TrustRule
 
 __all__ = ["SignatureRefused", "VerifiedSignature", "check_signature", "find_bundle", "key_digest"]
 

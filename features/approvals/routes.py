@@ -1,7 +1,7 @@
 """Approval of versions: give and withdraw it, and look before at what a version would pass.
 
 Any server of a ledger takes an approval that has hashed the files, or whose ledger has who added them. The
-writer decides whether it counts (`events.approvals`).
+writer decides whether it counts (`features.approvals.commands`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from answers.approvals import (
     VersionApprovals,
 )
 from answers.errors import ErrorInfo
-from events.approvals import ApproveVersion, WithdrawApproval, list_valid_approvals
 from events.types import SYSTEM, Contents, VersionAdded, contents_of, digest_of
+from features.approvals.commands import ApproveVersion, WithdrawApproval, list_valid_approvals
 from runtime.errors import LoadRefused, RepositoryUnreadable, UnknownModel, UnknownVersion
 from runtime.repository import MAX_VERSION, REQUEST_LIMIT_S
 from server.api.jobs import JOB_REQUESTS
@@ -187,7 +187,7 @@ async def verify_version(request: web.Request) -> web.Response:
             version=checked.version,
             digest=checked.digest,
             files=show(checked.files, list[FileDigest]),
-            signature=show_optional(checked.signature, LoadSignatureInfo),
+            signature=show_optional(checked.evidence.signature or None, LoadSignatureInfo),
             problem=show_optional(checked.problem, ErrorInfo),
             added_by=None if checked.added_by is None else list(checked.added_by),
         )

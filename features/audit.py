@@ -1,7 +1,7 @@
 """Audit of the loads in a log: only what was signed and approved, by the rules of its day, was loaded. Pure.
 
-`PolicyAudit` repeats, from the log alone, the checks of `events.policy.checks`, and compares their results
-with what `ModelLoaded` says. The key of a node is that of its join; whether the nodes' shared keys have
+`PolicyAudit` repeats, from the log alone, the checks of `features.checks`, and compares their results with
+what `ModelLoaded` says. The key of a node is that of its join; whether the nodes' shared keys have
 signed that join, `nodes.peers` checks.
 """
 
@@ -18,34 +18,35 @@ from typing import Any
 from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
-from events.approvals import approval_statement, find_approval, find_same_person
 from events.audit.signing import is_signed_by
 from events.clock import Timestamp
 from events.jobs import Job
-from events.models import RELOADS, Model, add_bundle
-from events.policy.checks import CheckInput, NotLoadable, check_approval, check_signatures
-from events.policy.rules import ModelRules, list_weakenings
-from events.policy.signatures import SignatureRefused
+from events.models import RELOADS, Model
 from events.serving import AdmittedBytes
 from events.state import Entities
 from events.statements import emergency_statement, load_statement
 from events.types import (
     SYSTEM,
-    ApprovalResult,
     Contents,
     Event,
-    LoadApproval,
-    LoadSignature,
     LoadStarted,
     ModelLoaded,
     ModelSettingsChanged,
     PolicyInForce,
-    VersionApproved,
     contents_of,
     digest_of,
 )
 from events.values import NodeSignature
-from events.versions import ModelVersions, make_approval
+from events.versions import ModelVersions
+from features.approvals.check import check_approval
+from features.approvals.commands import approval_statement, find_approval, find_same_person
+from features.approvals.facts import ApprovalResult, LoadApproval, VersionApproved
+from features.approvals.fold import make_approval
+from features.beforeload import CheckInput, NotLoadable
+from features.rules import ModelRules, list_weakenings
+from features.signatures.check import check_signatures
+from features.signatures.facts import LoadSignature, remember_bundle
+from features.signatures.verification import SignatureRefused
 
 MAX_REMARKS = 1_000
 """Remarks that are kept, the first ones, so that memory does not grow with the log."""
@@ -272,7 +273,7 @@ class PolicyAudit:
         return self._check_bypass(event, job) if is_bypassed else None
 
     def _read_bundle(
-        self, model_id: str, names: Mapping[str, str], recorded: str | UnsetType, path: str
+        self, model_id: str, names: Mapping[str, str], recorded: str | UnsetType, path: str, _: int
     ) -> bytes:
         name = names[path]
         text = recorded or self._bundles.get(model_id, {}).get(name)
@@ -284,7 +285,7 @@ class PolicyAudit:
     def _keep_bundle(self, model: Model, name: str, recorded: str | UnsetType) -> None:
         """Keep the bundles that the model names after this load, and drop all others."""
         known = self._bundles.get(model.id, {}) | ({} if recorded is UNSET else {name: recorded})
-        kept = add_bundle(model, name)
+        kept = remember_bundle(model.known_evidence or (), name)
         self._bundles[model.id] = {key: text for key, text in known.items() if key in kept}
 
 

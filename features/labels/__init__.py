@@ -1,0 +1,1 @@
+"""Labels: names for versions of a model, which persons set and remove."""

@@ -1,0 +1,1 @@
+"""On-demand loads: an inference loads the model that it needs."""
