@@ -15,8 +15,9 @@ from runtime.devices import Devices, find_providers
 from runtime.errors import ForkServerUnavailable, InferenceTimeout, InvalidInput, WorkerDied
 from runtime.process.confinement import UNCONFINED, AppliedLayers, probe, weakest
 from runtime.process.forkclient import ForkServer, Process, close_watched
+from runtime.process.sampling import MemorySampler
 from runtime.process.sharedmemory import TensorMemory
-from runtime.process.worker import MemorySampler, Worker
+from runtime.process.worker import Worker
 from runtime.repository import WarmUp
 from runtime.requestjson import JsonRequest, assemble
 from runtime.store.versions import HeldVersion

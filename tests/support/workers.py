@@ -21,7 +21,8 @@ from runtime.process import pool as pool_module
 from runtime.process import worker as workers_module
 from runtime.process.forkclient import ForkServer
 from runtime.process.pool import WorkerPool
-from runtime.process.worker import Worker, WorkerMemory
+from runtime.process.sampling import WorkerMemory
+from runtime.process.worker import Worker
 from runtime.repository import Repository
 from runtime.wire import DATATYPES, Layer, Load, Loaded, Outcome, Tensor, WantedOutput
 from runtime.worker.landlock import find_abi
