@@ -31,7 +31,7 @@ from runtime.wire import Buffer
 from server.appkeys import BODIES, POOL, ROUTER
 from server.auth.gate import PRINCIPAL, ForwardedVerifier
 from server.errors import ANSWER_FIELDS
-from server.http.bodies import Share
+from server.http.bodies import BodyMemory
 from server.http.validation import path_parameters
 
 T = TypeVar("T")
@@ -141,7 +141,7 @@ class Cluster(Elsewhere):
         request: web.BaseRequest,
         there: There,
         model_id: str,
-        share: Share,
+        memory: BodyMemory,
         *,
         body: Buffer | None = None,
         ends_at_s: float | None = None,
@@ -152,7 +152,7 @@ class Cluster(Elsewhere):
             request: its body is unread, unless it is given.
             there: that server.
             model_id: the model.
-            share: counts the bodies.
+            memory: counts the bodies.
             body: the body as it was received here, decompressed.
             ends_at_s: when the answer must be there, on the loop's clock; None is the usual limit.
         """
@@ -186,8 +186,8 @@ def forwardable(handler: Handler) -> Handler:
         await app[CLUSTER].catch_up(request, model_id)
         target = app[ROUTER].resolve(model_id, path.get("version"))
         if isinstance(target, There):
-            share = app[BODIES].share(request[PRINCIPAL].subject)
-            return await app[CLUSTER].forward(request, target, model_id, share)
+            memory = app[BODIES].memory_of(request[PRINCIPAL].subject)
+            return await app[CLUSTER].forward(request, target, model_id, memory)
         response = await handler(request)
         response.headers.update(request.get(ANSWER_FIELDS, {}))
         return response

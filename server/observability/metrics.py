@@ -25,8 +25,8 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from answers.resources import Device
-from events.accept import MAX_QUEUE
 from events.clock import seconds_between
+from events.commands import MAX_QUEUE
 from events.counters import ENDS, EVICTIONS, OTHERS, HistogramSnapshot
 from events.jobs import JobKind, JobStatus
 from events.models import Model, ModelState
@@ -468,7 +468,7 @@ OPEN = "open"
 """The value of --metrics that makes the route public."""
 
 KEPT_RESPONSE_S = 0.1
-"""How long a response is kept at least, so that simultaneous scrapes share it."""
+"""How long a response is kept at least, to share it among simultaneous scrapes."""
 
 KEPT_TIMES = 10
 """How long a response is kept, in multiples of its duration: scraping takes at most a tenth of a core."""
