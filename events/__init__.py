@@ -11,7 +11,7 @@ readers.
   is: `jobcommands`, `versioncommands`, those about tokens in `registercommands`; their base: `commands`.
 - The live state and its transactions: `state`; what concerns no model: `registers`; the queue of commands,
   groups of events, group commit and failures of writing: `log`.
-- What servers sign: `statements`; names of devices: `devices`.
+- What servers sign: `statements`.
 - Times, ids: `clock`; files, complete or absent: `files`; refusals: `errors`; the writer's needs: `storage`.
 
 This package knows no HTTP and no ONNX, and imports neither `runtime` nor `server`.

@@ -9,7 +9,7 @@ The way of a request: `http/connection.py` (limits and timeouts of a connection)
 - a new setting: a field in `config.py`; `configsources.py` reads it, `check.py` checks the files it names
 - how the process runs, its signals and its exit code: `serve.py`
 - shared objects of the application: `appkeys.py`; what it asks of other servers: `cluster.py`
-- limits and use of devices: `devices.py`; the rules for signatures and approvals: `policy.py`
+- the rules for signatures and approvals: `policy.py`
 - the console: `static/`; the description of all routes: `openapi.py`
 
 After a change of routes, settings or errors, run `python -m tools.generate`.

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from marshmallow import ValidationError, validate
 
-from events.devices import ALL_DEVICES, ANY, CPU, DEVICE, DEVICE_RULE, MAX_DEVICES
+from features.devices.names import ALL_DEVICES, ANY, CPU, DEVICE, DEVICE_RULE, MAX_DEVICES
 from features.rules import LoadPolicy
 from runtime.timeouts import DRAIN_TIMEOUT_S, INFERENCE_GRACE_S, PROGRESS_TIMEOUT_S
 from runtime.uploads.staging import UploadPolicy, Writable
