@@ -222,11 +222,12 @@ class NodePlacement(Elsewhere):
 
     def _sign(self, draft: Draft, state: State) -> Draft:
         """Return a draft with this node's signature if it is of a load."""
-        statement = draft_statement(draft, state)
-        if statement is None:
+        data, job = draft.data, state.unended_job(draft.job_id)
+        if not isinstance(data, ModelLoaded) or job is None or job.version is None:
             return draft
-        signature = self._signing.sign(statement)
-        return structs.replace(draft, data=structs.replace(draft.data, node_signature=signature))
+        passed = AdmittedBytes(digest_of(contents_of(data.files)), job.id, job.version, data.evidence)
+        signature = self._signing.sign(load_statement(job.model_id, passed))
+        return structs.replace(draft, data=structs.replace(data, node_signature=signature))
 
     def is_signed(self, statement: bytes, signature: NodeSignature | UnsetType, state: State) -> bool:
         """Whether a trusted node has signed a statement: the database's role may append what none has."""
@@ -289,18 +290,6 @@ def list_copies(model: Model, state: State, untrusted: Collection[str]) -> list[
         for node, each in nodes
         if node is not None and node.is_present and node.id not in untrusted
     ]
-
-
-def draft_statement(draft: Draft, state: State) -> bytes | None:
-    """Return what a node signs of a load; None of any other fact."""
-    data, job = draft.data, state.unended_job(draft.job_id)
-    if job is None or job.version is None:
-        return None
-    if not isinstance(data, ModelLoaded):
-        return None
-    digest = digest_of(contents_of(data.files))
-    passed = AdmittedBytes(digest, job.id, job.version, data.evidence)
-    return load_statement(job.model_id, passed)
 
 
 def name_node(draft: Draft, node_id: str) -> Draft:
