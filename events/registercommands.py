@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from events.clock import Timestamp
 from events.commands import (
     Accepted,
+    Command,
     Decision,
     DecisionInput,
     Existing,
     Refused,
-    RegisterCommand,
 )
 from events.tokens import MAX_TOKENS, count_valid, find_issued, is_refused
 from events.types import Draft, SignInLinkUsed, TokenIssued, TokenRevoked
 
 
 @dataclass(frozen=True, slots=True)
-class IssueToken(RegisterCommand):
+class IssueToken(Command):
     """Record a new token, which its caller has signed.
 
     Attributes:
@@ -46,7 +46,7 @@ class IssueToken(RegisterCommand):
 
 
 @dataclass(frozen=True, slots=True)
-class RevokeToken(RegisterCommand):
+class RevokeToken(Command):
     """Refuse a token from now on.
 
     `expires_at` is when it expires at the latest: without it only tokens that the ledger issued are revoked.

@@ -38,11 +38,13 @@ from events.types import (
 )
 from events.values import NodeSignature
 from events.versions import ModelVersions
+from features.approvals.check import check_approval
 from features.approvals.commands import approval_statement, find_approval, find_same_person
 from features.approvals.facts import ApprovalResult, LoadApproval, VersionApproved
 from features.approvals.fold import make_approval
-from features.checks import CheckInput, NotLoadable, check_approval, check_signatures
+from features.beforeload import CheckInput, NotLoadable
 from features.rules import ModelRules, list_weakenings
+from features.signatures.check import check_signatures
 from features.signatures.facts import LoadSignature, remember_bundle
 from features.signatures.verification import SignatureRefused
 
@@ -271,7 +273,7 @@ class PolicyAudit:
         return self._check_bypass(event, job) if is_bypassed else None
 
     def _read_bundle(
-        self, model_id: str, names: Mapping[str, str], recorded: str | UnsetType, path: str
+        self, model_id: str, names: Mapping[str, str], recorded: str | UnsetType, path: str, _: int
     ) -> bytes:
         name = names[path]
         text = recorded or self._bundles.get(model_id, {}).get(name)

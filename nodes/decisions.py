@@ -16,8 +16,9 @@ from typing import Protocol
 from msgspec import UNSET, UnsetType, structs
 
 from events.clock import add_seconds, uuid7
-from events.commands import Condition, Record, RequestLoad
+from events.commands import Condition, Record
 from events.errors import EpochOver
+from events.jobcommands import RequestLoad
 from events.jobs import INSUFFICIENT_MEMORY, POLICY_DIFFERS, Job
 from events.models import RELOADS, LoadedModel, Model, ModelState
 from events.serving import AdmittedBytes, Serving

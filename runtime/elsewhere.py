@@ -12,7 +12,8 @@ from typing import TypeVar
 
 from msgspec import UnsetType
 
-from events.commands import Condition, Record, RequestLoad, RequestUnload
+from events.commands import Condition, Record
+from events.jobcommands import RequestLoad, RequestUnload
 from events.models import Model
 from events.state import State
 from events.values import NodeSignature

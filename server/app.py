@@ -20,8 +20,9 @@ from msgspec import UNSET
 
 from events.audit.kepthead import HeadKeeper, find_rollback
 from events.clock import uuid7
-from events.commands import Record, RequestLoad
+from events.commands import Record
 from events.errors import LedgerProblem, RolledBack
+from events.jobcommands import RequestLoad
 from events.log import Log
 from events.sqlite.datalock import LEDGER, lock_data, lock_ledger, refuse_replica
 from events.sqlite.listing import open_reader
@@ -92,7 +93,7 @@ from server.auth.keys import ensure_data_dir, open_signer
 from server.auth.ratelimit import RateLimits
 from server.auth.tokens import TOKENS, TokenIssuer
 from server.cluster import CLUSTER, Cluster
-from server.config import ON, Config, ConfigError, parse_budget
+from server.config import Config, ConfigError, parse_budget
 from server.devices import describe_setup, limit_devices, withhold_devices
 from server.errors import errors_middleware
 from server.http.bodies import Bodies
@@ -437,5 +438,5 @@ def _on_demand(app: web.Application) -> OnDemand:
         stopping=app[STOPPING],
         is_personal=lambda model_id: app[CONFIG].policy.count_persons(model_id) > 0,
         max_waiting=app[CONFIG].inference_queue,
-        on=app[CONFIG].on_demand == ON,
+        on=app[CONFIG].loads_for_inferences,
     )

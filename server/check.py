@@ -30,9 +30,9 @@ from events.sqlite.readonly import open_read_only
 from events.sqlite.schema import begin_reading
 from events.state import State
 from events.types import LoadedFile, LoadParameters, contents_of, digest_of
-from features.checks import CheckedVersion, CheckInput, survey_version
+from features.beforeload import CheckInput
+from features.checks import CheckedVersion, survey_version
 from features.rules import LoadPolicy, ModelRules
-from features.signatures.bundles import MAX_BYTES
 from runtime.cgroups import count_usable_cpus
 from runtime.errors import (
     ForkServerUnavailable,
@@ -425,7 +425,7 @@ def _check_rules(
         place, is_reload = f"{model_id}/{version}", loaded is not None
         try:
             contents = contents_of(loaded or asyncio.run(_hash_version(repository, model_id, version)))
-            read = partial(_read_bundle, config, digest_of(contents), model_id, version)
+            read = partial(_read_file, config, digest_of(contents), (model_id, version))
             now = format_timestamp(utc_now())
             given = CheckInput(rules, model, versions, contents, read, now, is_reload, lambda *_: True)
             seen = survey_version(given, version)
@@ -443,7 +443,7 @@ def _check_rules(
             text = f"{fate}, under {under}: {later.problem.message}"
             yield CheckFinding(place, later.problem.code, text, Severity.NOTE)
         elif loaded is None:
-            code = (None if seen.signature is None else seen.signature.problem) or "policy"
+            code = (seen.evidence.signature and seen.evidence.signature.problem) or "policy"
             text = f"under {under}: {_describe_outcome(seen, rules)}"
             yield CheckFinding(place, code, text, Severity.NOTE)
 
@@ -454,22 +454,22 @@ async def _hash_version(repository: Repository, model_id: str, version: int) -> 
         return files.loaded_files
 
 
-def _read_bundle(config: Config, digest: str, model_id: str, version: int, path: str) -> bytes:
+def _read_file(config: Config, digest: str, name: tuple[str, int], path: str, most_bytes: int) -> bytes:
     """Read a file of a version from the store, or else from the repository."""
     stored = Store(config.data / STORE).folder_of(digest) / path
     with suppress(OSError), stored.open("rb") as file:
-        return file.read(MAX_BYTES + 1)
+        return file.read(most_bytes)
     with (
-        Repository(config.repository).open_version(model_id, version) as (folder, _),
+        Repository(config.repository).open_version(*name) as (folder, _),
         folder.open_file(path) as descriptor,
         open(descriptor, "rb", closefd=False) as file,
     ):
-        return file.read(MAX_BYTES + 1)
+        return file.read(most_bytes)
 
 
 def _describe_outcome(seen: CheckedVersion, rules: ModelRules) -> str:
-    signature, signed = seen.signature, "no signature is needed"
-    if signature is not None:
+    signature, signed = seen.evidence.signature, "no signature is needed"
+    if signature:
         by = f"verified, by {signature.method} {signature.signer}"
         signed = f"its signature is {by if signature.method else 'not verified, which lets it load'}"
     return f"{signed}; other persons that it needs: {rules.persons}"

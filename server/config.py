@@ -544,6 +544,10 @@ class Config:
         return parse_request_size(self.max_request_size)
 
     @property
+    def loads_for_inferences(self) -> bool:
+        return self.on_demand == ON
+
+    @property
     def has_store(self) -> bool:
         return self.store_size != OFF
 

@@ -17,12 +17,12 @@ from msgspec.structs import replace
 from answers.approvals import UnapprovedVersion
 from events.commands import (
     Accepted,
+    Command,
     Condition,
     Decision,
     DecisionInput,
     Existing,
     Refused,
-    RegisterCommand,
 )
 from events.models import Model
 from events.state import State
@@ -142,7 +142,7 @@ def list_unapproved(
 
 
 @dataclass(frozen=True, slots=True)
-class ApproveVersion(RegisterCommand):
+class ApproveVersion(Command):
     """Approve the bytes of a version, which the caller has found in the repository.
 
     Attributes:
@@ -197,7 +197,7 @@ class ApproveVersion(RegisterCommand):
 
 
 @dataclass(frozen=True, slots=True)
-class WithdrawApproval(RegisterCommand):
+class WithdrawApproval(Command):
     """Withdraw all approvals of the bytes that a version has, or that were approved as it."""
 
     model_id: str

@@ -187,7 +187,7 @@ async def verify_version(request: web.Request) -> web.Response:
             version=checked.version,
             digest=checked.digest,
             files=show(checked.files, list[FileDigest]),
-            signature=show_optional(checked.signature, LoadSignatureInfo),
+            signature=show_optional(checked.evidence.signature or None, LoadSignatureInfo),
             problem=show_optional(checked.problem, ErrorInfo),
             added_by=None if checked.added_by is None else list(checked.added_by),
         )

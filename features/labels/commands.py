@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from events.commands import Accepted, Decision, DecisionInput, Existing, Refused, RegisterCommand
+from events.commands import Accepted, Command, Decision, DecisionInput, Existing, Refused
 from events.state import State
 from events.types import Draft
 from features.labels.facts import LabelRemoved, LabelSet
@@ -21,7 +21,7 @@ MAX_VERSION_LABELS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class SetLabel(RegisterCommand):
+class SetLabel(Command):
     """Let a label name a version, which its caller has found in the repository."""
 
     model_id: str
@@ -45,7 +45,7 @@ class SetLabel(RegisterCommand):
 
 
 @dataclass(frozen=True, slots=True)
-class RemoveLabel(RegisterCommand):
+class RemoveLabel(Command):
     """Remove a label."""
 
     model_id: str

@@ -11,12 +11,12 @@ from events.clock import Timestamp
 from events.commands import (
     REFUSED_AS_OUTDATED,
     Accepted,
+    Command,
     Condition,
     Decision,
     DecisionInput,
     Existing,
     Refused,
-    RegisterCommand,
 )
 from events.state import State
 from events.types import SYSTEM, Draft
@@ -45,7 +45,7 @@ class NodeUnchanged(Condition, frozen=True, gc=False):
 
 
 @dataclass(frozen=True, slots=True)
-class JoinNode(RegisterCommand):
+class JoinNode(Command):
     """Begin the next epoch of a node, and end the one before if that has not ended.
 
     The epoch is in the state then: the node there has the position of the receipt, unless another process
@@ -90,7 +90,7 @@ class JoinNode(RegisterCommand):
 
 
 @dataclass(frozen=True, slots=True)
-class DrainNode(RegisterCommand):
+class DrainNode(Command):
     """Drain a node: its models move to other nodes, and it takes no more loads."""
 
     node_id: str
@@ -109,7 +109,7 @@ class DrainNode(RegisterCommand):
 
 
 @dataclass(frozen=True, slots=True)
-class EndNode(RegisterCommand):
+class EndNode(Command):
     """End an epoch of a node: in order, when its workers have ended, or since it did not renew its lease."""
 
     ended: NodeLeft | NodeLost

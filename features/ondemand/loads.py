@@ -14,8 +14,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from events.commands import Receipt, RequestLoad
+from events.commands import Receipt
 from events.errors import LedgerProblem, RequestRefused
+from events.jobcommands import RequestLoad
 from events.jobs import Failure, Job, JobKind, JobStatus
 from events.log import Log
 from events.models import Model, ModelState
@@ -23,7 +24,7 @@ from events.sqlite.listing import Reader
 from events.state import State
 from events.types import Cause
 from events.versions import ModelVersions
-from features.ondemand.choice import find_chosen_version, find_demand_refusal
+from features.ondemand.rules import find_chosen_version, find_demand_refusal
 from runtime import errors
 from runtime.consumer.consumer import PendingDemand
 from runtime.router import Absent, Here, OtherVersionLoaded, Router, There, Version

@@ -19,8 +19,9 @@ from msgspec import structs
 
 from answers.resources import LoadUsage, WaitingJob
 from events.clock import seconds_between, uuid7
-from events.commands import OUTDATED, Condition, RequestLoad, RequestUnload
+from events.commands import OUTDATED, Condition
 from events.errors import LedgerProblem, LogUnavailable, RequestRefused
+from events.jobcommands import RequestLoad, RequestUnload
 from events.jobs import TIMEOUT, Job, JobStatus
 from events.log import Log
 from events.state import State

@@ -14,13 +14,15 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mappi
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace as change
 from functools import partial
+from pathlib import Path
 
 from msgspec import UNSET
 from msgspec.structs import asdict, replace
 
 from events.clock import seconds_between, uuid7
-from events.commands import OUTDATED, Condition, Record, RequestLoad, RequestUnload
+from events.commands import OUTDATED, Condition, Record
 from events.errors import LogUnavailable, NotEncodable, RequestRefused
+from events.jobcommands import RequestLoad, RequestUnload
 from events.jobs import Failure, Job
 from events.log import Log
 from events.models import RELOADS, Model, ModelState
@@ -28,7 +30,6 @@ from events.serving import Serving
 from events.types import (
     SYSTEM,
     Cause,
-    Contents,
     Draft,
     Durations,
     LoadedFile,
@@ -39,11 +40,11 @@ from events.types import (
     WorkerExited,
     contents_of,
 )
-from features.checks import CheckedVersion, CheckInput, NotLoadable
+from features.beforeload import CheckInput, NotLoadable
+from features.checks import CheckedVersion, check_load, survey_version
 from features.rooms import TARGETS
 from features.rules import ModelRules
 from runtime.cgroups import count_usable_cpus
-from runtime.consumer.checks import MakeInput, check_files, check_version
 from runtime.consumer.running import OUT_OF_MEMORY, LoadEnded, RunningLoad
 from runtime.elsewhere import Elsewhere
 from runtime.errors import (
@@ -62,6 +63,7 @@ from runtime.process.worker import Worker
 from runtime.repository import (
     LOAD_LIMIT_S,
     NO_WARM_UP,
+    REQUEST_LIMIT_S,
     RepositoryBusy,
     SizedFile,
     read_reload_warm_up,
@@ -232,10 +234,7 @@ class Loader:
         model, serving = state.models.get(job.model_id), find_same_workers(state, job)
         rules = self._policy.loads.of(job.model_id)
         if load.checked is None and (rules is not None or job.policy_digest is not None):
-            expected = find_expected(job, model)
-            make_input = self._input_maker(job.model_id, is_reload=expected is not None)
-            async with self._checking:
-                load.files, load.checked = await check_files(self._versions, job, expected, make_input)
+            await self._check(job, load, find_expected(job, model))
         footprints = model.footprints if model is not None else ()
         files: Sequence[SizedFile] | None = load.files or find_expected(job, model)
         files = files or await self._versions.stat(job.model_id, version)
@@ -253,26 +252,49 @@ class Loader:
         version, _ = job.load_order
         return await self._versions.has_bytes_of(job.model_id, version, serving.files)
 
+    async def _check(self, job: Job, load: RunningLoad, expected: Sequence[LoadedFile] | None) -> None:
+        """Copy and hash the files of a load, and check them; the load then takes exactly these.
+
+        `expected` are the files that a reload must have; None takes the present ones.
+
+        Raises:
+            NotLoadable: as `features.checks.check_load`.
+            RuntimeProblem: as `Versions.version`.
+            RuntimeError: there is no store, so files might change after the check; the server refuses to
+                start.
+        """
+        if self._versions.store is None:
+            raise RuntimeError("rules need a store")
+        async with self._checking, self._versions.version(job.model_id, load.version, expected) as held:
+            given = await self._read_check_input(held, is_reload=expected is not None)
+            load.files, load.checked = held.loaded_files, await asyncio.to_thread(check_load, given, job)
+
     async def check_version(self, model_id: str, version: int | None) -> CheckedVersion:
-        """Check a version that is not to be loaded, as `checks.check_version`.
+        """Check a version, by default the highest, that is not to be loaded.
 
         As many at a time as loads, since each may take a copy of the files.
+
+        Raises:
+            RuntimeProblem: as `Versions.version`.
         """
+        repository = self._versions.repository
         async with self._checking:
-            make_input = self._input_maker(model_id, is_reload=False)
-            return await check_version(self._versions, model_id, version, make_input)
+            find = partial(repository.find_version, model_id, version)
+            chosen = await repository.file_system.run(model_id, find, REQUEST_LIMIT_S)
+            async with self._versions.version(model_id, chosen) as held:
+                given = await self._read_check_input(held, is_reload=False)
+                return await asyncio.to_thread(survey_version, given, chosen)
 
-    def _input_maker(self, model_id: str, *, is_reload: bool) -> MakeInput:
-        state, now = self._log.state, self._log.now()
+    async def _read_check_input(self, held: HeldVersion, *, is_reload: bool) -> CheckInput:
+        state, now, model_id = self._log.state, self._log.now(), held.model_id
         rules = self._policy.loads.of(model_id) or ModelRules()
+        contents = await held.hash()
+        await held.settle()  # for those who name its digest, and for a load
+        known = state.models.get(model_id) or Model(model_id), state.registers.find_versions(model_id)
         is_signed = partial(self._elsewhere.is_signed, state=state)
-
-        def make_input(contents: Contents, read: Callable[[str], bytes]) -> CheckInput:
-            model, versions = state.models.get(model_id), state.registers.find_versions(model_id)
-            known = model or Model(model_id), versions
-            return CheckInput(rules, *known, contents, read, now, is_reload, is_signed)
-
-        return make_input
+        return CheckInput(
+            rules, *known, contents, partial(_read_file, held.folder), now, is_reload, is_signed
+        )
 
     def _stop_waiting(self, load: RunningLoad) -> None:
         load.is_new = False
@@ -450,11 +472,9 @@ class Loader:
     def _draft_loaded(self, load: RunningLoad, files: HeldVersion, job: Job) -> list[Draft]:
         """Return `ModelLoaded`, its label, and the unload request of the load that this one replaces."""
         load.check()
-        checked = load.checked
         data = describe_loaded(job, load, files, self._log.now(), self._pool)
-        if checked is not None:
-            evidence = asdict(checked.evidence)
-            data = replace(data, **evidence, bundle=checked.bundle)
+        if load.checked is not None:
+            data = replace(data, **asdict(load.checked.evidence))
         loaded = draft_fact(job, data, load.only_worker_id)
         model = self._log.state.models.get(job.model_id)
         before = model.servings if model is not None and model.phase is ModelState.LOADED else ()
@@ -590,6 +610,11 @@ def find_expected(job: Job, model: Model | None) -> tuple[LoadedFile, ...] | Non
     """Return the files that a reload by the system takes again; None for any other load."""
     before = None if job.cause not in RELOADS or model is None else model.find_reloadable(job.version)
     return None if before is None else before.files
+
+
+def _read_file(folder: Path, path: str, most_bytes: int) -> bytes:
+    with (folder / path).open("rb") as file:  # of the store: nobody else writes there
+        return file.read(most_bytes)
 
 
 def describe_failure(error: Exception) -> Failure:

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from events.clock import add_seconds
 from events.jobs import FORK_SERVER_DIED, Failure, Job
 from events.types import LoadedFile, LoadParameters
-from features.checks import CheckedLoad
+from features.beforeload import CheckedLoad
 from runtime.errors import (
     LoadRefused,
     RuntimeProblem,

@@ -8,14 +8,8 @@ from dataclasses import dataclass, field
 from msgspec import UNSET
 
 from events.clock import uuid7
-from events.commands import (
-    Condition,
-    JobUnchanged,
-    ModelUnchanged,
-    RequestLoad,
-    RequestUnload,
-    WorkerServes,
-)
+from events.commands import Condition, JobUnchanged, ModelUnchanged, WorkerServes
+from events.jobcommands import RequestLoad, RequestUnload
 from events.jobs import CRASH_LOOP, Job, JobStatus
 from events.models import LoadedModel
 from events.state import State

@@ -15,21 +15,16 @@ from typing import TypeVar
 from msgspec import UNSET, UnsetType
 
 from events.clock import uuid7
-from events.commands import OUTDATED, AddVersion, Record, RemoveVersion
+from events.commands import OUTDATED, Record
 from events.errors import EpochOver, LogClosed, OutcomeUnknown, RequestRefused
 from events.log import Log
 from events.types import SYSTEM, Draft, VersionRemoved
+from events.versioncommands import AddVersion, RemoveVersion
 from runtime.elsewhere import ALONE, Elsewhere
 from runtime.errors import RuntimeProblem
 from runtime.repository import FileSystemPool, Repository
 from runtime.uploads.receive import unwritable
-from runtime.uploads.staging import (
-    Staging,
-    StagingEntry,
-    UploadEntry,
-    UploadPolicy,
-    VersionExists,
-)
+from runtime.uploads.staging import Staging, StagingEntry, UploadEntry, UploadPolicy, VersionExists
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)

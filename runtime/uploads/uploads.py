@@ -7,10 +7,9 @@ from functools import partial
 
 from msgspec import UNSET, UnsetType
 
-from events.accept import find_use
 from events.clock import uuid7
-from events.commands import AddVersion, RemoveVersion
 from events.types import AddedFile, Provenance
+from events.versioncommands import AddVersion, RemoveVersion, find_use
 from runtime.errors import RuntimeProblem
 from runtime.onnxfile import MODEL_FILE
 from runtime.uploads.changes import START_LIMIT_S, VersionChanges
@@ -171,11 +170,7 @@ class Uploads:
         await self.changes.discard(upload)
 
     async def remove(
-        self,
-        model_id: str,
-        version: int,
-        actor: str,
-        end_uses: Callable[[], Awaitable[None]] | None = None,
+        self, model_id: str, version: int, actor: str, end_uses: Callable[[], Awaitable[None]] | None = None
     ) -> None:
         """Remove a version that no load uses, once `end_uses`, if there is one, has ended those that do.
 

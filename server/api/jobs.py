@@ -22,7 +22,8 @@ from msgspec import UNSET
 
 from answers.errors import ErrorInfo
 from answers.jobs import JobInfo, JobList
-from events.commands import Command, Receipt, RequestCancel, RequestLoad
+from events.commands import Command, Receipt
+from events.jobcommands import RequestCancel, RequestLoad
 from events.jobs import Job, JobStatus
 from events.log import Log
 from events.sqlite.queries import JobQuery

@@ -15,9 +15,8 @@ from aiohttp import web
 from marshmallow import Schema, fields, validate
 from msgspec import UNSET, UnsetType
 
-from events.accept import NO_BATCHING
-from events.commands import RequestLoad, RequestUnload
 from events.devices import CPU, DEVICE, DEVICE_RULE, FALLBACKS, MAX_DEVICES
+from events.jobcommands import NO_BATCHING, RequestLoad, RequestUnload
 from events.types import ALLOW, DEPENDENT_ROWS, Contents, Idempotency, Justification, LoadParameters
 from features.rules import ModelRules
 from runtime.consumer.loads import find_targets
@@ -52,7 +51,6 @@ from server.config import (
     MAX_TIMEOUT_S,
     NODE_ATTRIBUTE,
     NODE_ATTRIBUTE_RULE,
-    ON,
     Config,
 )
 from server.errors import ServerProblem
@@ -298,7 +296,7 @@ async def _unload(request: web.Request, model_id: str | None) -> web.Response:
         model_id,
         request[PRINCIPAL].subject,
         idempotency=hash_idempotency_key(request),
-        on_demand=request.app[CONFIG].on_demand == ON,
+        takes_out_of_service=request.app[CONFIG].loads_for_inferences,
         **query_parameters(request),
     )
     return await answer_with_job(request, command)

@@ -19,10 +19,11 @@ from marshmallow import Schema, ValidationError, fields, validate, validates_sch
 from msgspec import UNSET
 
 from answers.versions import AddedFileInfo, AddedVersionInfo, UploadInfo
-from events.accept import MAX_QUEUE, find_end_of_use
 from events.clock import format_timestamp
+from events.commands import MAX_QUEUE
 from events.errors import RequestRefused
 from events.types import AddedFile, Provenance
+from events.versioncommands import find_end_of_use
 from runtime.uploads.receive import Digests, parse_digests
 from runtime.uploads.recovery import UNUSED_LIMIT_S
 from runtime.uploads.staging import UploadEntry

@@ -14,8 +14,8 @@ import msgspec
 from aiohttp import hdrs, web
 
 from answers.inference import IndexEntry
-from events.commands import RequestUnload
 from events.errors import RequestRefused
+from events.jobcommands import RequestUnload
 from events.jobs import Job, JobStatus
 from events.models import Model, ModelState
 from features.rules import POLICY_CODES
@@ -26,7 +26,6 @@ from server.api.schemas import ModelPathSchema
 from server.appkeys import CONFIG, LOG, VERSIONS
 from server.auth.access import Access
 from server.auth.gate import PRINCIPAL
-from server.config import ON
 from server.errors import ERRORS, ServerProblem
 from server.http.answers import respond_encoded
 from server.http.validation import path_parameters
@@ -72,7 +71,7 @@ def _versions(model: Model) -> dict[int, IndexEntry]:
         add(load.version, "LOADING")
     for further in model.servings[1:]:
         add(further.version, "READY")
-    if model.serving is not None:  # last: a serving version stays ready during its reload
+    if model.serving is not None:  # in the end: a serving version stays ready during its reload
         version = model.serving.version
         if model.phase is ModelState.LOADED:
             add(version, "READY")
@@ -194,10 +193,10 @@ def _encoded_index(recorded: Mapping[str, Model], found: Sequence[ListedModel], 
 
 async def _unload(app: web.Application, model_id: str, subject: str) -> Job | None:
     """Unload the serving version, or else cancel the load, as Triton does; returns None without either."""
-    on_demand = app[CONFIG].on_demand == ON
+    takes_out = app[CONFIG].loads_for_inferences
     for force in (False, True):
         try:
-            return await run_job(app, RequestUnload(model_id, subject, force, on_demand=on_demand))
+            return await run_job(app, RequestUnload(model_id, subject, force, takes_out_of_service=takes_out))
         except RequestRefused as refusal:
             if refusal.code != "not_loaded":
                 raise

@@ -13,25 +13,21 @@ from msgspec import UNSET, structs
 from support.history import CONTENTS, FEWER, MODEL, TUNED, History, at, fold, given, ids
 from support.strategies import drafts
 
-from events.accept import MAX_QUEUE, accept
+from events.accept import accept
 from events.commands import (
+    MAX_QUEUE,
     OUTDATED,
     Accepted,
-    AddVersion,
     Command,
     Decision,
     Existing,
-    JobCommand,
     JobUnchanged,
     ModelUnchanged,
     Record,
     Refused,
-    RemoveVersion,
-    RequestCancel,
-    RequestLoad,
-    RequestUnload,
     WorkerServes,
 )
+from events.jobcommands import RequestCancel, RequestLoad, RequestUnload
 from events.state import State
 from events.types import (
     AddedFile,
@@ -52,6 +48,7 @@ from events.types import (
     VersionRemoved,
     record_draft,
 )
+from events.versioncommands import AddVersion, RemoveVersion
 from features.nodes.commands import NodeCurrent
 
 NEW = "new"
@@ -560,7 +557,9 @@ def test_change_of_an_epoch_that_is_over_is_outdated() -> None:
         assert outcome(State(), command) == OUTDATED
 
 
-def by(actor: str, command: JobCommand, key: Idempotency | None = None) -> Command:
+def by(
+    actor: str, command: RequestLoad | RequestUnload | RequestCancel, key: Idempotency | None = None
+) -> Command:
     return replace(command, actor=actor, idempotency=key)
 
 

@@ -12,7 +12,8 @@ from msgspec import UNSET, UnsetType, structs
 from support.history import CONTENTS, DIGEST, MODEL, STEPS, History, at, given
 
 from events.accept import accept
-from events.commands import Accepted, Command, Decision, Existing, RequestLoad
+from events.commands import Accepted, Command, Decision, Existing
+from events.jobcommands import RequestLoad
 from events.models import Model
 from events.types import (
     SYSTEM,
@@ -43,7 +44,8 @@ from features.approvals.commands import (
 from features.approvals.facts import ApprovalResult, ApprovalWithdrawn, LoadApproval, VersionApproved
 from features.approvals.fold import MAX_APPROVED
 from features.approvals.rules import NOT_APPROVED, AddedMode, ApprovalRule
-from features.checks import CheckInput, NotLoadable, check_load
+from features.beforeload import CheckInput, NotLoadable
+from features.checks import check_load
 from features.rules import LoadPolicy, ModelRules
 
 OTHER = "ef" * 32
@@ -161,7 +163,7 @@ def describe_check(history: History, rules: ModelRules, path: str, **more: Any) 
     request = LoadRequested.of(LoadParameters(), cause, policy=rules.digest, justification=said)
     history.add(request, "new", by=actor)
     known = history.model(), history.versions()
-    given_check = CheckInput(rules, *known, CONTENTS, lambda _: b"", at(0), actor == SYSTEM, is_signed)
+    given_check = CheckInput(rules, *known, CONTENTS, lambda *_: b"", at(0), actor == SYSTEM, is_signed)
     try:
         checked = check_load(change(given_check, **more), history.job("new"))
     except NotLoadable as refused:

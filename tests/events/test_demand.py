@@ -5,10 +5,11 @@ from msgspec.structs import asdict
 from support.history import CONTENTS, MODEL, TUNED, at, given
 
 from events.accept import accept
-from events.commands import Accepted, Decision, Existing, Refused, RequestLoad, RequestUnload
+from events.commands import Accepted, Decision, Existing, Refused
+from events.jobcommands import RequestLoad, RequestUnload
 from events.state import State
 from events.types import Cause, LoadJoined, LoadRequested, ModelUnloaded, UnloadRequested
-from features.ondemand.choice import find_chosen_version, find_demand_refusal
+from features.ondemand.rules import find_chosen_version, find_demand_refusal
 
 UNLOADED = "request_unload start_unload finish_unload"
 HELD = f"load {UNLOADED}"
@@ -121,8 +122,8 @@ UNLOADS = [
 def test_unload_takes_out_of_service(facts: str, holding: str, until_asked: str, elsewhere: str) -> None:
     state = given(facts).state
     commands = {
-        RequestUnload(MODEL, "alice", on_demand=True): holding,
-        RequestUnload(MODEL, "alice", on_demand=True, until_asked=True): until_asked,
+        RequestUnload(MODEL, "alice", takes_out_of_service=True): holding,
+        RequestUnload(MODEL, "alice", takes_out_of_service=True, until_asked=True): until_asked,
         RequestUnload(MODEL, "alice"): elsewhere,
     }
     for command, expected in commands.items():

@@ -29,17 +29,9 @@ from support.ledgers import FAST_FOLDER, database_of
 
 from events.accept import accept
 from events.audit.verify import verify
-from events.commands import (
-    Accepted,
-    Command,
-    Decision,
-    Existing,
-    Refused,
-    RequestCancel,
-    RequestLoad,
-    RequestUnload,
-)
+from events.commands import Accepted, Command, Decision, Existing, Refused
 from events.errors import LogUnavailable, RequestRefused
+from events.jobcommands import RequestCancel, RequestLoad, RequestUnload
 from events.log import Log
 from events.sqlite import queries
 from events.state import KEY_LIFETIME_S, Join, KnownKey, State, read_key

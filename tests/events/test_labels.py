@@ -7,10 +7,12 @@ from msgspec import UNSET
 from support.history import CONTENTS, MODEL, History, at, given
 
 from events.accept import accept
-from events.commands import Accepted, Command, Decision, Existing, Refused, RemoveVersion, RequestLoad
+from events.commands import Accepted, Command, Decision, Existing, Refused
+from events.jobcommands import RequestLoad
 from events.jobs import JobStatus
 from events.state import State
 from events.types import SYSTEM, Draft, LoadParameters, LoadRequested, ModelSettingsChanged
+from events.versioncommands import RemoveVersion
 from features.labels.commands import MAX_VERSION_LABELS, RemoveLabel, SetLabel, draft_label
 from features.labels.facts import LabelRemoved, LabelSet
 from features.labels.fold import LABEL_NAME, Label

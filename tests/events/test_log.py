@@ -21,8 +21,9 @@ from support.ledgers import FAST_FOLDER, database_of, rows_of, run_forked, store
 from events.audit.verify import verify
 from events.clock import format_timestamp
 from events.codec import decode_event
-from events.commands import Receipt, Record, RequestCancel, RequestLoad
+from events.commands import Receipt, Record
 from events.errors import ForeignHead, LogClosed
+from events.jobcommands import RequestCancel, RequestLoad
 from events.log import MAX_GROUP, Log
 from events.types import (
     SYSTEM,

@@ -23,7 +23,7 @@ import migrations
 from events.audit.verify import verify
 from events.clock import format_timestamp
 from events.codec import decode_event
-from events.commands import OUTDATED, JobUnchanged, Receipt, Record, RequestLoad
+from events.commands import OUTDATED, JobUnchanged, Receipt, Record
 from events.errors import (
     FutureSchema,
     LedgerProblem,
@@ -32,6 +32,7 @@ from events.errors import (
     OutcomeUnknown,
     RequestRefused,
 )
+from events.jobcommands import RequestLoad
 from events.log import Log
 from events.sqlite.schema import APPLICATION_ID
 from events.types import SYSTEM, Draft, LoadFailed, LoadStarted

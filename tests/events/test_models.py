@@ -25,7 +25,6 @@ from support.history import (
 )
 from support.strategies import drafts
 
-from events.accept import find_use
 from events.clock import seconds_between
 from events.codec import decode_event
 from events.history import make_row
@@ -51,6 +50,7 @@ from events.types import (
     ModelSettingsChanged,
     Unknown,
 )
+from events.versioncommands import find_use
 
 UNLOADED, LOADING, LOADED = ModelState.UNLOADED, ModelState.LOADING, ModelState.LOADED
 UNLOADING, LOST = ModelState.UNLOADING, ModelState.LOST

@@ -12,16 +12,8 @@ from support.history import DIGEST, MODEL, START, History, at, given, ids, model
 from events.accept import accept
 from events.audit.verify import verify
 from events.codec import encode_event
-from events.commands import (
-    Accepted,
-    Command,
-    Decision,
-    Existing,
-    Record,
-    Refused,
-    RegisterCommand,
-    RequestUnload,
-)
+from events.commands import Accepted, Command, Decision, Existing, Record, Refused
+from events.jobcommands import RequestUnload
 from events.jobs import JobStatus
 from events.models import ModelState
 from events.registers import Registers
@@ -413,7 +405,7 @@ JOIN = JoinNode("a", "http://a", ("zone=eu",), 5, "1.2", "key", last_seen_at=at(
         ("join lose", DrainNode("a", "alice"), "node_ended"),
     ],
 )
-def test_command_about_node_is_decided(steps: str, command: RegisterCommand, expected: object) -> None:
+def test_command_about_node_is_decided(steps: str, command: Command, expected: object) -> None:
     history = History()
     for step in steps.split():
         getattr(history, step)("a")

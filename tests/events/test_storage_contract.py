@@ -13,8 +13,9 @@ from support.replicas import make_ledger, opened_replica, rows_in
 
 from events.audit.verify import verify
 from events.codec import GENESIS, decode_event, hash_body
-from events.commands import JobUnchanged, Receipt, Record, RequestLoad, RequestUnload
+from events.commands import JobUnchanged, Receipt, Record
 from events.errors import LogUnavailable, NotEncodable, RequestRefused
+from events.jobcommands import RequestLoad, RequestUnload
 from events.log import Log
 from events.types import SYSTEM, AccessDenied, Draft, Idempotency, LoadFailed
 

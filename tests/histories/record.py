@@ -46,13 +46,8 @@ from support.signing import make_key, public_pem, sign_folder
 
 from events.clock import uuid7
 from events.codec import encode_event
-from events.commands import (
-    AddVersion,
-    Record,
-    RemoveVersion,
-    RequestLoad,
-    RequestUnload,
-)
+from events.commands import Record
+from events.jobcommands import RequestLoad, RequestUnload
 from events.models import ModelState
 from events.registercommands import IssueToken, RevokeToken
 from events.sqlite.datalock import LEDGER
@@ -77,6 +72,7 @@ from events.types import (
     digest_of,
 )
 from events.values import Credential
+from events.versioncommands import AddVersion, RemoveVersion
 from features.approvals.rules import ApprovalRule
 from features.nodes.register import NodePhase
 from features.rules import LoadPolicy

@@ -15,7 +15,8 @@ from support.replicas import opened_replica
 
 from events.audit.verify import verify
 from events.clock import uuid7
-from events.commands import Receipt, Record, RequestLoad, RequestUnload
+from events.commands import Receipt, Record
+from events.jobcommands import RequestLoad, RequestUnload
 from events.types import (
     SYSTEM,
     Cause,

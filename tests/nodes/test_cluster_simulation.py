@@ -13,7 +13,8 @@ from support.fleet import of_both
 from support.history import CONTENTS, PLAIN
 from support.worlds import request_of, withdrawal_of
 
-from events.commands import Command, Condition, RequestCancel, RequestLoad, RequestUnload
+from events.commands import Command, Condition
+from events.jobcommands import RequestCancel, RequestLoad, RequestUnload
 from events.models import ModelState
 from events.types import Cause, Justification, LoadParameters, LoadStarted, UnloadRequested, WorkerExited
 from events.values import Credential

@@ -13,7 +13,7 @@ from support.clusters import KnownSigning, KnownStanding
 from support.decisions import describe, describe_next, estimate, processes
 from support.history import CONTENTS, MODEL, PLAIN, History, at
 
-from events.commands import RequestLoad
+from events.jobcommands import RequestLoad
 from events.types import SYSTEM, Cause, PolicyInForce
 from features.approvals.rules import ApprovalRule
 from features.devices.placement import DeviceDemand, list_attributes

@@ -20,7 +20,7 @@ from support.history import PLAIN
 from support.running import Engine, error_of, job_of, running
 from support.workers import LIMIT_S, until
 
-from events.commands import RequestLoad
+from events.jobcommands import RequestLoad
 from events.jobs import Footprint, JobStatus
 from events.types import LoadedFile, LoadParameters, LoadStarted, ModelLoaded
 from features.devices.room import CONTEXT_BYTES, DEVICE_BYTES_PER_FILE_BYTE, PROVIDER_BYTES, target_device

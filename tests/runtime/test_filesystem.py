@@ -14,7 +14,7 @@ from support.mounts import hanging_mounts
 from support.running import running
 from support.workers import LIMIT_S, until
 
-from events.commands import RequestLoad
+from events.jobcommands import RequestLoad
 from events.jobs import JobStatus
 from events.types import LoadParameters
 from runtime.process.pool import WorkerPool

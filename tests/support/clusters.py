@@ -13,7 +13,7 @@ import pytest
 from msgspec.structs import replace as change
 
 from events.clock import add_seconds, seconds_between
-from events.commands import AddVersion, Command, Decision, Record, Refused, RemoveVersion
+from events.commands import Command, Decision, Record, Refused
 from events.jobs import Job, JobKind, JobStatus
 from events.models import Model, ModelState
 from events.serving import Serving
@@ -32,6 +32,7 @@ from events.types import (
     digest_of,
 )
 from events.values import Credential, NodeSignature
+from events.versioncommands import AddVersion, RemoveVersion
 from features.approvals.facts import VersionApproved
 from features.nodes.commands import EndNode, JoinNode
 from features.nodes.facts import LoadPlaced, NodeLeft, NodeLost

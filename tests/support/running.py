@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 from msgspec import UNSET
 
 from events.clock import boottime, utc_now
-from events.commands import Command, Receipt, RequestLoad, RequestUnload
+from events.commands import Command, Receipt
+from events.jobcommands import RequestLoad, RequestUnload
 from events.jobs import Failure, Job
 from events.log import Log
 from events.models import Model, ModelState

@@ -14,18 +14,9 @@ from msgspec.structs import replace as change
 
 from events.accept import accept
 from events.clock import add_seconds
-from events.commands import (
-    Accepted,
-    AddVersion,
-    Command,
-    Condition,
-    Decision,
-    Record,
-    RequestCancel,
-    RequestLoad,
-    RequestUnload,
-)
+from events.commands import Accepted, Command, Condition, Decision, Record
 from events.devices import CPU, find_matching
+from events.jobcommands import RequestCancel, RequestLoad, RequestUnload
 from events.jobs import FORK_SERVER_DIED, NO_PROGRESS, Failure, Job, JobStatus
 from events.models import RELOADS, Model, ModelState
 from events.state import State
@@ -54,10 +45,12 @@ from events.types import (
     record_draft,
 )
 from events.values import Credential, Sign
+from events.versioncommands import AddVersion
 from events.versions import ModelVersions
 from features.approvals.commands import ApproveVersion, WithdrawApproval
 from features.approvals.facts import ApprovalResult, LoadApproval, VersionApproved
-from features.checks import CheckedLoad, CheckInput, NotLoadable, check_load
+from features.beforeload import CheckedLoad, CheckInput, NotLoadable
+from features.checks import check_load
 from features.rules import ModelRules
 from runtime.consumer.loads import find_expected
 from runtime.consumer.running import RunningLoad
@@ -450,7 +443,7 @@ class Ledger:
             assert loaded is None or not loaded.evidence
             return
         files, checked = by.passed[job.id]
-        assert loaded is None or (loaded.files, loaded.evidence) == (files, checked.evidence)
+        assert loaded is None or (loaded.files, loaded.evidence) == (files, checked.evidence.evidence)
         approval, digest = checked.evidence.approval, digest_of(contents_of(files))
         assert approval is not UNSET
         check_approval(approval, job, rules, digest, self._starts[job.id])
@@ -725,7 +718,7 @@ class World:
         versions, expected = self.state.registers.find_versions(job.model_id), find_expected(job, model)
         files = expected or self.files_in_repository(job.model_id, job.version or 0)
         is_signed = partial(self.elsewhere.is_signed, state=self.state)
-        about = rules, model, versions, contents_of(files), lambda _: b"", self.now
+        about = rules, model, versions, contents_of(files), lambda *_: b"", self.now
         return files, check_load(CheckInput(*about, expected is not None, is_signed), job)
 
     def estimated(self, job: Job) -> MemoryEstimate | Failure:

@@ -28,7 +28,8 @@ from support.signing import make_authority, make_key, public_pem, sign_version
 
 from events.accept import accept
 from events.clock import parse_timestamp
-from events.commands import Accepted, Command, RequestLoad
+from events.commands import Accepted, Command
+from events.jobcommands import RequestLoad
 from events.jobs import Job
 from events.models import RELOADS
 from events.serving import AdmittedBytes
@@ -63,7 +64,8 @@ from features.approvals.facts import ApprovalResult, LoadApproval, VersionApprov
 from features.approvals.fold import make_approval
 from features.approvals.rules import AddedMode, ApprovalRule
 from features.audit import MAX_REMARKS, PolicyAudit, RemarkKind
-from features.checks import CheckedLoad, CheckInput, NotLoadable, check_load
+from features.beforeload import CheckedLoad, CheckInput, NotLoadable
+from features.checks import check_load
 from features.rules import LoadPolicy, ModelRules
 from features.signatures.facts import MAX_BUNDLES, LoadSignature
 from features.signatures.rules import TrustedCertificates, TrustMode, TrustRule
@@ -672,13 +674,13 @@ class Server:
             model,
             self.history.versions(),
             contents_of(files),
-            read=lambda _: bundle_of(files[0].sha256).encode(),
+            read=lambda *_: bundle_of(files[0].sha256).encode(),
             now=at(self.history.seconds),
             is_reload=job.cause in RELOADS and model.serving is not None,
             is_signed=lambda *_: True,
         )
         checked: CheckedLoad = check_load(given, job)
-        return {**asdict(checked.evidence), "bundle": checked.bundle}
+        return asdict(checked.evidence)
 
 
 BOTH = LoadPolicy(POLICIES["trust"].trust, (ApprovalRule((MODEL,), approvals=2),))

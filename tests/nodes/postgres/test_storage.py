@@ -26,7 +26,7 @@ from support.workers import until
 
 from events.audit.verify import verify
 from events.clock import format_timestamp, seconds_between, utc_now
-from events.commands import Receipt, RequestCancel, RequestLoad, RequestUnload
+from events.commands import Receipt
 from events.errors import (
     EpochOver,
     ForeignHead,
@@ -36,6 +36,7 @@ from events.errors import (
     OutcomeUnknown,
     RequestRefused,
 )
+from events.jobcommands import RequestCancel, RequestLoad, RequestUnload
 from events.log import Log
 from events.sqlite.datalock import REPLICA, refuse_replica
 from events.sqlite.listing import open_reader

@@ -9,7 +9,7 @@ from support.history import History
 from support.running import error_of, running
 from support.workers import computing, until
 
-from events.commands import RequestLoad
+from events.jobcommands import RequestLoad
 from events.jobs import JobStatus
 from events.types import Cause, LoadParameters
 from runtime.process.pool import WorkerPool

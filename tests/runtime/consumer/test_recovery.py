@@ -20,8 +20,9 @@ from support.ledgers import database_of, unwritable
 from support.running import Engine, code_of, gone, running, stopped_clock
 from support.workers import freeze, until
 
-from events.commands import OUTDATED, RequestCancel, RequestLoad
+from events.commands import OUTDATED
 from events.errors import LogUnavailable, RequestRefused
+from events.jobcommands import RequestCancel, RequestLoad
 from events.jobs import MAX_RETRIES, JobKind, JobStatus, UnloadParameters
 from events.models import ModelState
 from events.types import Cause, ClockStepped, LoadParameters, LoadRequested, LoadStarted, WorkerExited

@@ -20,17 +20,9 @@ from support.history import CONTENTS, PLAIN
 from support.worlds import Process, World, request_of, withdrawal_of
 
 from events.clock import add_seconds, seconds_between
-from events.commands import (
-    Command,
-    Condition,
-    JobUnchanged,
-    ModelUnchanged,
-    RequestCancel,
-    RequestLoad,
-    RequestUnload,
-    WorkerServes,
-)
+from events.commands import Command, Condition, JobUnchanged, ModelUnchanged, WorkerServes
 from events.devices import CPU
+from events.jobcommands import RequestCancel, RequestLoad, RequestUnload
 from events.jobs import NO_PROGRESS, Job, JobKind, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState
 from events.types import (
@@ -596,7 +588,9 @@ class Simulation(RuleBasedStateMachine):
 
     @rule(name=NAMES | st.none(), force=st.booleans(), holds=st.booleans(), turns=TURNS)
     def somebody_unloads(self, name: str | None, *, force: bool, holds: bool, turns: int) -> None:
-        self.world.submit(RequestUnload(name, "alice", force, on_demand=holds, until_asked=not holds))
+        self.world.submit(
+            RequestUnload(name, "alice", force, takes_out_of_service=holds, until_asked=not holds)
+        )
         self.world.work(turns)
 
     @rule(which=st.integers(0, 3), turns=TURNS)

@@ -16,8 +16,8 @@ from support.http import LIMIT_S, ONE, LocalApi, when
 from support.ledgers import unwritable
 from support.workers import threads, until
 
-from events.accept import MAX_QUEUE
-from events.commands import RequestLoad
+from events.commands import MAX_QUEUE
+from events.jobcommands import RequestLoad
 from events.types import LoadRequested, ModelLoaded, WorkerExited
 from runtime.cgroups import count_usable_cpus
 from server.appkeys import LOG

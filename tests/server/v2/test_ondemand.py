@@ -17,9 +17,10 @@ from support.http import ENDLESS, MALFORMED, ONE, Answer, LocalApi, local_server
 from support.models import save, save_bytes
 from support.workers import until
 
-from events import accept
+from events import jobcommands
 from events.clock import boottime, utc_now
-from events.commands import Record, RequestLoad
+from events.commands import CauseRules, Record
+from events.jobcommands import RequestLoad
 from events.models import Model, ModelState
 from events.types import (
     AccessDenied,
@@ -576,7 +577,7 @@ async def test_timeout_is_504_and_the_load_goes_on(shared: LocalApi) -> None:
 
 
 async def test_full_job_queue_is_429(shared: LocalApi, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(accept._MOST_UNENDED, Cause.DEMAND, 1)
+    monkeypatch.setitem(jobcommands.RULES, Cause.DEMAND, CauseRules(most_unended=1))
     save_bytes(models.endless_load(), shared.config.repository, "busy")
     add(shared, "refused")
     await shared.accepted_load("busy")

@@ -6,7 +6,7 @@ a model that a person has unloaded stays out of service.
 
 from __future__ import annotations
 
-from events.commands import Refused
+from events.commands import MAX_QUEUE, CauseRules, Refused
 from events.models import Model
 from events.types import LoadParameters
 from events.versions import ModelVersions
@@ -53,3 +53,12 @@ def demand_parameters(model: Model | None, version: int, given: LoadParameters) 
     if before is None or find_chosen_version(model) != version:
         return given
     return before.with_limits_from(given.timeout_s, given.progress_timeout_s or 0)
+
+
+RULES = CauseRules(
+    most_unended=MAX_QUEUE // 2,
+    replaces=False,
+    find_refusal=find_demand_refusal,
+    choose_parameters=demand_parameters,
+)
+"""On-demand loads leave half of the queue to explicit ones, and replace no other version."""
