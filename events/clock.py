@@ -27,7 +27,7 @@ def parse_timestamp(timestamp: Timestamp) -> datetime:
 
 
 def add_seconds(timestamp: Timestamp, seconds: float) -> Timestamp:
-    """Return the timestamp so many seconds later; past the year 9999 the last one there is."""
+    """Return the timestamp so many seconds later, at most the last one of the year 9999."""
     try:
         return format_timestamp(parse_timestamp(timestamp) + timedelta(seconds=seconds))
     except OverflowError:
@@ -57,14 +57,14 @@ SETTLED_S = 60.0
 
 
 _MIN_OFFSET_S = 0.05
-"""Smaller differences are the time that a group takes to be written."""
+"""Smaller differences are the duration of writing a group."""
 
 _MAX_OFFSETS = 200_000
 """Kept differences: while times stand, one each 0.05 s at most, for longer than any deadline of a load."""
 
 
 class ClockStep(NamedTuple):
-    """A step of the wall clock: from which time, to which, and whether the ledger follows it."""
+    """A step of the wall clock: the time before, the time after, and whether the ledger follows it."""
 
     begin: Timestamp
     end: Timestamp
@@ -72,23 +72,24 @@ class ClockStep(NamedTuple):
 
 
 class LedgerClock:
-    """The wall clock, where it can be trusted, and a monotonic time by which deadlines and back-offs run.
+    """The wall clock, as far as it can be trusted, and a monotonic time for deadlines and back-offs.
 
-    A step of the wall clock forward is followed when the new time has stood for a minute. Until then times go
-    on from the old clock by CLOCK_BOOTTIME, which counts suspends too. So a clock that is wrong for a moment
-    leaves no time in the ledger that all later ones would have to wait for. A step back is followed at once:
-    the writer never records an earlier time than the last, and so stands until the clock catches up.
+    The ledger follows a step of the wall clock forward once the new time has stood for a minute. Until then
+    the old time goes on by CLOCK_BOOTTIME, which counts suspends too. So a clock that is wrong for a moment
+    leaves no future time in the ledger, for which all later events would have to wait. A step back is
+    followed at once: the writer never records an earlier time than the last, and so repeats it until the
+    clock catches up.
 
-    The monotonic time begins with the ledger's and advances with CLOCK_BOOTTIME alone: it does not stand, and
-    takes no steps. Each group of events is noted with the difference to its recorded time. So a deadline that
-    was computed from recorded times passes when its seconds have passed since its event was folded.
+    The monotonic time begins with the ledger's and advances with CLOCK_BOOTTIME alone, without pauses and
+    steps. Each group of events is noted with the difference to its recorded time. So a deadline that was
+    computed from recorded times passes when its seconds have passed since its event was folded.
 
     Args:
         wall: the wall clock.
         boottime: CLOCK_BOOTTIME in seconds.
 
     Attributes:
-        steps: the steps that were taken or withdrawn, to be recorded; of withdrawn ones at most one a minute.
+        steps: the steps that were taken or withdrawn, to be recorded; at most one withdrawn step a minute.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class LedgerClock:
         return wall
 
     def start_monotonic(self, now: Timestamp) -> None:
-        """Begin the monotonic time with the ledger's; what was folded before differs by nothing."""
+        """Begin the monotonic time at the ledger's; earlier events have no difference."""
         self._start = parse_timestamp(now), self._boottime()
 
     def monotonic_now(self) -> Timestamp:
@@ -129,7 +130,7 @@ class LedgerClock:
         return format_timestamp(_advance(self._start, self._boottime()))
 
     def note(self, position: int, recorded_at: Timestamp) -> None:
-        """Note that the events from `position` on were folded just now, recorded at this time."""
+        """Note that the events from `position` on, recorded at this time, were folded just now."""
         offset_s = seconds_between(recorded_at, self.monotonic_now())
         if abs(offset_s - self._offset_s(position)) > _MIN_OFFSET_S:
             self._offsets_s.append((position, offset_s))
@@ -137,17 +138,17 @@ class LedgerClock:
             del self._offsets_s[: _MAX_OFFSETS // 2]
 
     def to_monotonic(self, recorded_at: Timestamp, position: int | None) -> Timestamp:
-        """Return a time that was recorded at `position`, or computed from such a time, as a monotonic one."""
+        """Return a time recorded at `position`, or computed from such a time, as a monotonic time."""
         offset_s = self._offset_s(position or 0)
         return add_seconds(recorded_at, offset_s) if offset_s else recorded_at
 
     def _offset_s(self, position: int) -> float:
-        """Return by how much monotonic time was ahead when the event at `position` was folded."""
+        """Return how far monotonic time was ahead when the event at `position` was folded."""
         found = bisect_right(self._offsets_s, (position, math.inf))
         return self._offsets_s[found - 1][1] if found else 0.0
 
     def _withdraw(self, wall: datetime, since_s: float, now_s: float) -> None:
-        """Forget a time that did not stand for long enough, and report it."""
+        """Forget a new time that stood for less than a minute, and report the step as withdrawn."""
         self._doubted = None
         if now_s - self._withdrawn_s >= SETTLED_S:
             begin = format_timestamp(_advance(self._trusted, since_s))
@@ -156,7 +157,7 @@ class LedgerClock:
 
 
 def _advance(reading: tuple[datetime, float], now_s: float) -> datetime:
-    """Return the moment that a clock shows at `now_s` which was read before and has run evenly since."""
+    """Return the moment that an evenly running clock shows at `now_s`, after an earlier reading."""
     moment, at_s = reading
     try:
         return moment + timedelta(seconds=now_s - at_s)

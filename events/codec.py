@@ -1,7 +1,7 @@
-r"""How an event is stored and hashed: its canonical JSON, and back; the hash chain.
+r"""The stored form of an event: its canonical JSON, the decoder, and the hash chain.
 
-The canonical form of a value is one text, and so one sequence of bytes. The complete rule (test vectors:
-`tests/events/vectors.json`):
+The canonical form of a value is a single text, and so a single sequence of bytes. The complete rule (test
+vectors: `tests/events/vectors.json`):
 
 - JSON, no white space, UTF-8; object keys sorted by Unicode code point.
 - Leaf values are integers from -2^63 to 2^63-1, strings, `true`, `false` and `null`. No floats.
@@ -147,7 +147,7 @@ _ENCODER = msgspec.json.Encoder(order="sorted")
 
 
 def _encode_fast(event: Event) -> str | None:
-    """Return the body, or None where only the rule can write it, or say why it cannot."""
+    """Return the body, or None for an event that only the rule can write or refuse."""
     data = event.data
     if isinstance(data, Unknown) or not _is_plain(event):
         return None
@@ -193,7 +193,7 @@ def decode_event(body: str | bytes) -> Event:
 
 
 _RAW = msgspec.json.Decoder(EventBody[msgspec.Raw])
-"""Leaves the data undecoded: `type`, which says how to decode them, comes after them."""
+"""Leaves the data undecoded: their decoder depends on `type`, which follows them."""
 
 _DATA: Mapping[str, msgspec.json.Decoder[Data]] = {
     name: msgspec.json.Decoder(kind) for name, kind in TYPES.items()
@@ -216,7 +216,7 @@ _DECODER = msgspec.json.Decoder(float_hook=_refuse_float)
 
 
 class CanonicalCheck:
-    """Checks whether bodies are canonical, one after the other in one thread; it reuses a buffer."""
+    """Checks whether bodies are canonical, one after the other in one thread, with a reused buffer."""
 
     __slots__ = ("_buffer",)
 
@@ -226,8 +226,8 @@ class CanonicalCheck:
     def holds(self, event: Event, body: bytes) -> bool:
         """Whether `body`, which was decoded as `event`, is canonical.
 
-        It is, if encoding the event gives the same bytes. Else it may still be: a body of another release may
-        have other members.
+        `body` is canonical if encoding the event gives the same bytes. Otherwise it may be, too: a body of
+        another release may have other members.
         """
         data = event.data
         if not isinstance(data, Unknown):
@@ -243,7 +243,7 @@ class CanonicalCheck:
 def is_canonical(body: bytes) -> bool:
     """Whether bytes are the canonical form of the JSON that they hold.
 
-    Integers beyond 64 bits pass, though they have no canonical form, because there is one way to write them.
+    Integers beyond 64 bits pass, although they have no canonical form, because their spelling is unique.
     """
     try:
         if _ENCODER.encode(_DECODER.decode(body)) == body:

@@ -1,7 +1,7 @@
 """Counters of recorded events for the metrics, from the start of the server on.
 
-A `Tally` is another fold of the durable events. Counters only grow. Their number is limited, whatever clients
-send: rare models share the label `OTHERS`, rare error codes the code `OTHER_CODE`.
+A `Tally` is a fold of the durable events. Counters only grow. Their number is limited whatever clients send:
+rare models share the label `OTHERS`, rare error codes the code `OTHER_CODE`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ OTHERS = "_others"
 """The label shared by models without a label of their own; no model can have this name."""
 
 MAX_METRIC_LABELS = 1000
-"""Models with labels of their own, some 30 lines of metrics each. The first ones keep theirs: a counter that
-moved to another label would go back."""
+"""Models with labels of their own, some 30 lines of metrics each. The first models keep theirs: a counter
+that moved to another label would decrease."""
 
 APPEND_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 """Buckets for commits: a fraction of a millisecond on a healthy disk, seconds on a failing one."""
@@ -34,7 +34,7 @@ MAX_CODES = 100
 OTHER_CODE = "other"
 
 LOAD_STAGES = ("waiting", "copying", "starting", "loading", "hashing", "warming_up", "measuring")
-"""The stages of a load that `ModelLoaded` has durations of."""
+"""The stages of a load whose durations are in `ModelLoaded`."""
 
 ENDS = (JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED)
 
@@ -48,7 +48,7 @@ class HistogramSnapshot:
 
     Attributes:
         bounds: the upper bounds of the buckets in seconds; the last bucket has none.
-        counts: of each bucket alone; one more than there are bounds.
+        counts: observations of each bucket alone; one bucket more than bounds.
         total_s: the sum of all observations.
     """
 
@@ -68,7 +68,7 @@ class Histogram:
         self._total_s = 0.0
 
     def observe(self, seconds: float) -> None:
-        """Count a duration; one that equals a bound is within it."""
+        """Count a duration; a duration equal to a bound belongs to its bucket."""
         self._counts[bisect_left(self._bounds, seconds)] += 1
         self._total_s += seconds
 
@@ -133,8 +133,8 @@ class Tally:
         """Count a group that has become durable.
 
         Args:
-            events: of the group.
-            jobs: that the group changed, as they are after it.
+            events: the group's events.
+            jobs: the jobs that the group changed, as they are after it.
         """
         for event in events:
             self.events[event.type] += 1
@@ -150,7 +150,7 @@ class Tally:
         if is_load and job.cause is Cause.RECOVERY and job.status is JobStatus.COMPLETED:
             self.restarts[self.names.of(job.model_id)] += 1
         changed_settings = is_load and not job.attempt and job.status is JobStatus.COMPLETED
-        if job.finished_at is not None and not changed_settings:  # which takes no time
+        if job.finished_at is not None and not changed_settings:  # a change of settings takes no time
             took_s = seconds_between(job.created_at, job.finished_at)
             (self.load_s if is_load else self.unload_s)[job.status.value].observe(took_s)
 
@@ -170,4 +170,4 @@ class Tally:
 
 
 _COUNTED = frozenset({ModelLoaded, LoadFailed, WorkerExited, AccessDenied})
-"""The types of `Tally._count_event`: most events are of others, which need not go through its `match`."""
+"""The types handled by `Tally._count_event`, so that other events skip its `match`."""

@@ -1,6 +1,7 @@
-"""Atomic files: a file gets its name when it is complete and on the disk, so no crash leaves half of one.
+"""Atomic files: a file gets its name when it is complete and on the disk, so a crash leaves no half of it.
 
-A file is written as a draft beside its target: `.NAME.8 hex digits`, mode 0600, locked while it is written.
+A file is written under a temporary name beside its target: `.NAME.8 hex digits`, mode 0600, locked while it
+is written.
 """
 
 from __future__ import annotations
@@ -17,75 +18,75 @@ from typing import BinaryIO
 
 from events.errors import WrongTarget
 
-_DRAFT = re.compile(r"\.[0-9a-f]{8}(-journal|-wal|-shm)?", re.ASCII)
-"""The end of a draft's name, after its target's; SQLite's own files of a draft have a suffix more."""
+_TEMPORARY = re.compile(r"\.[0-9a-f]{8}(-journal|-wal|-shm)?", re.ASCII)
+"""End of a temporary name, after the target's; SQLite's files beside such a file have a further suffix."""
 
 
 @contextmanager
-def open_draft(target: Path) -> Iterator[Path]:
-    """Create an empty draft (0600) of `target` to be written and published; the draft is gone afterwards.
+def open_temporary(target: Path) -> Iterator[Path]:
+    """Create an empty temporary file (0600) of `target`, to write and publish; it is gone afterwards.
 
-    The lock (`flock`) tells drafts that are being written from those of processes that were killed, which the
-    next draft of the same target removes. Open the draft without creating it, since a file that the block
-    creates has neither the lock nor the mode.
+    The lock (`flock`) tells temporary files in use from those of killed processes, which the next call for
+    the same target removes. Open the file without creating it, since a file that the block creates has
+    neither the lock nor the mode.
 
     Raises:
         WrongTarget: `wrong_target`, the target is not a file that can be replaced.
-        OSError: the draft cannot be created.
+        OSError: the file cannot be created.
     """
     refuse_irregular(target)
-    _remove_stale_drafts(target)
-    draft, descriptor = _create_draft(target)
+    _remove_stale(target)
+    temporary, descriptor = _create_temporary(target)
     try:
-        yield draft
+        yield temporary
     finally:
-        for suffix in ("", "-journal", "-wal", "-shm"):  # SQLite's, should it have failed
+        for suffix in ("", "-journal", "-wal", "-shm"):  # SQLite's files, if SQLite has failed
             with suppress(FileNotFoundError):
-                draft.with_name(draft.name + suffix).unlink()
-        os.close(descriptor)  # not before: SQLite's own locks on the file would go with it
+                temporary.with_name(temporary.name + suffix).unlink()
+        os.close(descriptor)  # not earlier: SQLite's own locks on the file would end with it
 
 
-def _create_draft(target: Path) -> tuple[Path, int]:
-    """Create a draft exclusively, and lock it; another process may remove it in between as a stale one."""
+def _create_temporary(target: Path) -> tuple[Path, int]:
+    """Create a temporary file exclusively, and lock it; another process may remove it in between as stale."""
     while True:
-        draft = target.with_name(f"{_draft_prefix(target)}.{secrets.token_hex(4)}")
+        temporary = target.with_name(f"{_prefix(target)}.{secrets.token_hex(4)}")
         try:
-            descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise type(error)(error.errno, error.strerror, str(target)) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if draft.exists():
-                return draft, descriptor
+            if temporary.exists():
+                return temporary, descriptor
         except BaseException:
-            draft.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             os.close(descriptor)
             raise
         os.close(descriptor)
 
 
-def _draft_prefix(target: Path) -> str:
+def _prefix(target: Path) -> str:
     return f".{target.name[:64]}"
 
 
-def _remove_stale_drafts(target: Path) -> None:
-    prefix = _draft_prefix(target)
+def _remove_stale(target: Path) -> None:
+    prefix = _prefix(target)
     names = list[Path]()
     with suppress(OSError):  # a folder that cannot be listed may still be written to
         names = list(target.parent.iterdir())
     for found in names:
-        if found.name.startswith(prefix) and _DRAFT.fullmatch(found.name[len(prefix) :]):
+        if found.name.startswith(prefix) and _TEMPORARY.fullmatch(found.name[len(prefix) :]):
             with suppress(OSError):  # another process writes it, or has removed it
                 _remove_if_unlocked(found, found.with_name(found.name[: len(prefix) + 9]))
 
 
-def _remove_if_unlocked(file: Path, draft: Path) -> None:
+def _remove_if_unlocked(file: Path, temporary: Path) -> None:
     if not stat.S_ISREG(file.lstat().st_mode):
         return
-    if not draft.exists():  # SQLite's files without their draft
+    if not temporary.exists():  # SQLite's files without the file itself
         file.unlink()
         return
-    descriptor = os.open(draft, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.unlink()
@@ -95,37 +96,37 @@ def _remove_if_unlocked(file: Path, draft: Path) -> None:
 
 @contextmanager
 def write_file(target: Path, *, replace: bool) -> Iterator[BinaryIO]:
-    """Write a file that takes its name, durably, at the end of the block.
+    """Write a file that gets its name, durably, at the end of the block.
 
     Raises:
         WrongTarget: `wrong_target`, the target is not a file that can be replaced.
         OSError: the file cannot be written, or exists and must not be replaced.
     """
-    with open_draft(target) as draft:
+    with open_temporary(target) as temporary:
         try:
-            with draft.open("r+b") as file:
+            with temporary.open("r+b") as file:
                 yield file
         except OSError as error:
             if error.filename is None and error.errno is not None:  # a failed write names no file
                 raise type(error)(error.errno, error.strerror, str(target)) from None
             raise
-        publish(draft, target, replace=replace)
+        publish(temporary, target, replace=replace)
 
 
-def publish(draft: Path, target: Path, *, replace: bool) -> None:
-    """Sync a draft to the disk, and give it its name.
+def publish(temporary: Path, target: Path, *, replace: bool) -> None:
+    """Sync a temporary file to the disk, and give it its name.
 
     Raises:
         FileExistsError: the target exists, and must not be replaced.
         WrongTarget: `wrong_target`, the target is not a file that can be replaced.
     """
-    sync(draft)
+    sync(temporary)
     refuse_irregular(target)
     if replace:
-        draft.replace(target)
+        temporary.replace(target)
     else:
-        os.link(draft, target)  # unlike a rename, it refuses to replace
-        draft.unlink()
+        os.link(temporary, target)  # unlike a rename, a link never replaces a file
+        temporary.unlink()
     sync(target.parent)
 
 
@@ -146,7 +147,7 @@ def printable_name(path: Path) -> str:
 
 
 def is_stream(target: Path) -> bool:
-    """Whether the target is written to and never replaced: a pipe, or a device like a terminal."""
+    """Whether the target is a pipe, or a device like a terminal, which is written to and never replaced."""
     try:
         mode = target.stat().st_mode
     except FileNotFoundError:

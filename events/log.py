@@ -1,8 +1,9 @@
-"""The log's writer: its inbox, group commit, the decision right before the insert, the live state.
+"""The log's writer: its inbox, group commit, the decisions right before the insert, the live state.
 
 `Log.submit` queues a command. The writer takes all pending commands as one group, decides them one after the
 other on the state, encodes the accepted events, and commits them in one transaction, because a durable commit
-costs the same whatever is in it. Then it moves the state on, answers the callers and wakes the subscribers.
+costs the same for any number of commands. Then it updates the state, answers the callers and wakes the
+subscribers.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class PendingCommand:
 
 @dataclass(slots=True)
 class PendingNote:
-    """Times of last use by model id, and the future of the caller; it also says that the server is there."""
+    """Times of last use by model id, and the caller's future; a note also says that the server is alive."""
 
     used: Mapping[str, str]
     done: asyncio.Future[None]
@@ -137,8 +138,8 @@ class Log:
     """The event log, written by this process alone (take the locks of `events.sqlite.datalock` before).
 
     Args:
-        path: of the ledger, which readers open.
-        storage: where the ledger is written; None is the file itself.
+        path: the ledger's file, which readers open.
+        storage: the storage that the ledger is written to; None is the file itself.
         now: the wall clock.
         boottime: CLOCK_BOOTTIME in seconds.
         new_id: returns the id of a new event.
@@ -147,7 +148,7 @@ class Log:
         state: the live state, at the head; read only.
         head: the last durable event.
         last_used: times of last use by model id, as read at the start.
-        last_seen: when the server before last noted that it was there; empty if it never did.
+        last_seen: the server's latest earlier note that it was alive; empty without one.
         tally: counters of the events since the start.
         clock: the ledger's times, and the monotonic time by which deadlines run.
     """
@@ -207,14 +208,14 @@ class Log:
         return self._writer
 
     def now(self) -> str:
-        """Return the ledger's time: never before the last event. It stands while the wall clock is behind."""
+        """Return the ledger's time: never before the last event, even while the wall clock is behind."""
         now = max(self.head.recorded_at, format_timestamp(self.clock.now()))
         while self._is_started and self.clock.steps:
             self._record_step(self.clock.steps.pop(0))
         return now
 
     def _record_step(self, step: ClockStep) -> None:
-        """Append `ClockStepped` with the next group; a group that fails loses it, as it says itself."""
+        """Append `ClockStepped` with the next group; if the group fails, the step is lost."""
         data = ClockStepped(step.begin, step.end, step.is_taken)
         done: asyncio.Future[Receipt] = asyncio.get_running_loop().create_future()
         done.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -263,10 +264,10 @@ class Log:
         return receipt
 
     async def catch_up(self) -> bool:
-        """Return when the state has what other servers had appended before this call; at once without others.
+        """Wait until the state has all events that other servers appended before this call.
 
         Returns:
-            False if the database does not answer: what is known has to do.
+            False if the database does not answer, so that newer events may be missing.
         """
         return True
 
@@ -274,7 +275,7 @@ class Log:
         """Catch up if this position, which a client read at another server, is beyond the head.
 
         Raises:
-            LogUnavailable: `log_unavailable`, the database does not answer, so the position may be there.
+            LogUnavailable: `log_unavailable`, the database does not answer.
         """
 
     async def note_last_use(self, used: Mapping[str, str]) -> None:
@@ -304,7 +305,7 @@ class Log:
         return await self.begin(Record((Draft(self._new_id(), data, SYSTEM),)))
 
     async def begin(self, command: Command) -> Receipt:
-        """Append the start of this server before anything else.
+        """Append the start of this server before any other event.
 
         Then copy the WAL into the file, so that a copy of the file alone shows that the server runs.
         """
@@ -324,7 +325,7 @@ class Log:
 
     @contextmanager
     def subscribed(self, wakeup: asyncio.Event | None = None) -> Iterator[asyncio.Event]:
-        """Give an event, the caller's or a new one, that each commit sets; clear it before you read."""
+        """Yield an asyncio event, the caller's or a new one, which each commit sets; clear it, then read."""
         wakeup = wakeup or asyncio.Event()
         self._wakeups.add(wakeup)
         try:
@@ -333,7 +334,7 @@ class Log:
             self._wakeups.discard(wakeup)
 
     async def wait_until(self, holds: Callable[[], bool], limit_s: float | None) -> bool:
-        """Wait until a condition holds after a commit; return False if the time is up before."""
+        """Wait until a condition holds after a commit; return False when the time is up."""
         with self.subscribed() as wakeup, suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
                 while not holds():
@@ -343,7 +344,7 @@ class Log:
         return False
 
     async def wait_for(self, position: int, limit_s: float) -> None:
-        """Wait until the state has an event, for a limited time."""
+        """Wait, for a limited time, until the state includes the event at a position."""
         await self.wait_until(lambda: self.state.position >= position, limit_s)
 
     def notify(self) -> None:
@@ -372,7 +373,7 @@ class Log:
             fail_callers([*group, *self._inbox.take()], LogClosed())
 
     async def _wait(self) -> None:
-        """Wait for work; while writing fails, or the file needs its WAL, try again now and then."""
+        """Wait for work; while writing fails, or the file needs its WAL, retry from time to time."""
         while not (self.healthy and self._is_complete) and not self._closing:
             with suppress(TimeoutError):
                 async with asyncio.timeout(PROBE_S):
@@ -387,7 +388,7 @@ class Log:
         return None
 
     async def _prepare(self) -> None:
-        """Do nothing before a group: no other server appends."""
+        """Hook before a group; here without effect, since no other server appends."""
 
     async def _write(self, group: Sequence[PendingCommand]) -> None:
         """Decide and append a group, and answer its callers."""
@@ -406,7 +407,7 @@ class Log:
             fail_callers(group, error)
             return
         for pending in group:
-            if pending.outcome is not None:  # it is None if the caller was cancelled before
+            if pending.outcome is not None:  # None if the caller was cancelled
                 answer(pending.done, pending.outcome)
         if self.head != before:
             self.notify()
@@ -415,7 +416,7 @@ class Log:
         """Decide a group on the present state, and make it durable. COMMIT may fail after it took effect.
 
         Raises:
-            LedgerProblem: the group fails with it.
+            LedgerProblem: the error of the whole group.
         """
         hashes = {key_hash for pending in group if (key_hash := pending.key_hash) is not None}
         joinable = {each for pending in group for each in pending.command.list_joinable(self.state)}
@@ -439,7 +440,7 @@ class Log:
         self._note_success()
 
     def _advance(self, decided: DecidedGroup) -> None:
-        """Move the state on to durable events, and count what came since the start."""
+        """Update the state with durable events, and count those since the start."""
         decided.transaction.commit()
         self.head = decided.head
         self._count(decided)
@@ -501,7 +502,7 @@ class Log:
         await self._storage.close_after_error(error)
 
     def _note_failure(self, error: StorageError) -> None:
-        """Count a failed write; the first is logged, since each request on a full disk would bring one."""
+        """Count a failed write; only the first is logged, since every request on a full disk causes one."""
         if self._can_write:
             _log.error("the ledger cannot be written, and requests that need it are refused: %s", error)
         self.tally.write_failures += 1
@@ -543,7 +544,7 @@ class Log:
 
 @dataclass(frozen=True, slots=True)
 class DecidedGroup:
-    """The outcome of a group: its events, their rows, the state after them and the head."""
+    """The outcome of a group: its events, their rows, the resulting state and head."""
 
     transaction: Transaction
     events: Sequence[Event]
@@ -564,7 +565,7 @@ def decide_group(
     now: Timestamp,
     new_id: Callable[[], str],
 ) -> DecidedGroup:
-    """Decide the commands of a group one after the other, each on the state after those before it.
+    """Decide the commands of a group one after the other, each on the state that the earlier ones result in.
 
     Only the outcomes in `group` change. Commands of cancelled callers are skipped.
 
@@ -572,7 +573,7 @@ def decide_group(
         group: the pending commands.
         state: the durable state.
         head: the durable head.
-        known: what the log has of the group's idempotency keys, actors and the jobs that may answer them.
+        known: the log's idempotency keys and joins that concern the group's commands.
         now: the ledger's time, one for the group, because it becomes durable at one moment.
         new_id: returns the id of a new event.
     """
@@ -600,7 +601,7 @@ def encode_drafts(
     """Return the drafts as events and rows after `head`.
 
     Raises:
-        NotEncodable: `not_encodable`; no draft is encoded then, so one caller fails alone.
+        NotEncodable: `not_encodable`; no draft is encoded then, and only this caller fails.
     """
     events, rows = [], []
     position, digest = head.position, head.hash
@@ -616,7 +617,7 @@ def encode_drafts(
 
 
 def make_receipt(decision: Accepted | Existing | Refused, head: LogHead) -> Receipt:
-    """Return the receipt of a decision; `head` is the one after it.
+    """Return the receipt of a decision; `head` is the resulting head.
 
     Raises:
         RequestRefused: the command was refused.

@@ -1,7 +1,7 @@
 """The live state: all models, the unended jobs and the registers, folded one event at a time.
 
-`State` is the writer's; a `Transaction` folds a transaction on top of it; `Entities` folds the same, faster,
-for replay and verification.
+`State` is the writer's; a `Transaction` folds new events on top of it; `Entities` folds faster, for replay
+and verification.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from events.types import (
 T = TypeVar("T")
 
 KEY_LIFETIME_S = 24 * 3_600
-"""How long an idempotency key stands for its first request: clients retry within a day."""
+"""How long an idempotency key belongs to its first request: clients retry within a day."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class KnownKey:
 
 
 def read_key(event: Event) -> tuple[str, KnownKey] | None:
-    """Return the hash of the event's idempotency key and what it stands for, if it has one."""
+    """Return the hash of the event's idempotency key and the key's request, or None without a key."""
     data = event.data
     if not isinstance(data, _REQUESTS) or data.idempotency is None or event.job_id is None:
         return None
@@ -66,7 +66,7 @@ JOINS = (LoadJoined, UnloadJoined, CancelRequested)
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """An actor's part in a job of another request; `type` is that of the event that recorded it."""
+    """An actor's part in a job of another request; `type` is the type of the recording event."""
 
     job_id: str
     actor: str
@@ -91,13 +91,13 @@ class KnownRequests:
 class State:
     """Models, jobs and registers after the event at `position`.
 
-    They are immutable values. Only the writer changes the maps; everything else reads them.
+    Models, jobs and registers are immutable. Only the writer changes the maps.
 
     Attributes:
-        keys: idempotency keys in memory; the writer reads those that its commands name from the log.
-        joins: joins in memory; the writer reads those that matter to its commands from the log.
+        keys: idempotency keys in memory; the writer reads the keys of its commands from the log.
+        joins: joins in memory; the writer reads the joins that concern its commands from the log.
         queues: the unended jobs of each model, oldest first.
-        registers: what concerns no model.
+        registers: the projections that concern no model.
         backlog: the number of unended jobs.
     """
 
@@ -127,7 +127,7 @@ class State:
         return [job for job in self.unended(model_id) if has_turn(job)]
 
     def unended_job(self, job_id: str | None) -> Job | None:
-        """Return the job unless it has ended; ended jobs may be in memory or not."""
+        """Return the job unless it has ended; an ended job may still be in memory."""
         job = self.jobs.get(job_id) if job_id is not None else None
         return None if job is None or job.ended else job
 
@@ -166,7 +166,7 @@ class State:
         return changes
 
     def _apply_to_one(self, event: Event) -> Changes:
-        """Fold an event that concerns at most one job and one model, as most do."""
+        """Fold an event that concerns at most one job and one model, the usual case."""
         model_id, job_id = event.model_id, event.job_id
         before = self.unended_job(job_id)
         models: Mapping[str, Model] = NOTHING
@@ -186,13 +186,13 @@ class State:
         return Changes(models, jobs)
 
     def forget_ended(self, jobs: Iterable[Job]) -> None:
-        """Drop those of `jobs` that have ended: from now on only the stored table has them."""
+        """Drop the ended ones of `jobs` from memory; the stored table has them."""
         for job in jobs:
             if job.ended:
                 self.jobs.pop(job.id, None)
 
     def _enqueue(self, job: Job) -> None:
-        """Put a job at its place in its model's queue; a new one comes last, because positions only grow."""
+        """Put a job at its place in its model's queue; a new job comes last, because positions only grow."""
         before = self.queues.get(job.model_id, ())
         now = () if job.ended else (job,)
         for place, each in enumerate(before):
@@ -217,20 +217,20 @@ def _age(job: Job) -> int:
 
 
 def has_turn(job: Job) -> bool:
-    """Whether a job waits its turn in its model's queue; the unload of a replaced load does not."""
+    """Whether a job waits for its turn in its model's queue; the unload of a replaced load does not."""
     return job.kind is JobKind.LOAD or job.cause not in REPLACEMENTS
 
 
 OF_NO_MODEL = ENDS_OF_PROCESSES | OF_REGISTERS
-"""The events that concern no single model or job; one look-up finds that an event is none of them."""
+"""The events that concern no single model or job, in one set for a fast look-up."""
 
 
 class Changes(Struct, frozen=True, gc=False):
     """The entities that an event, or a transaction, changed.
 
     Attributes:
-        transitions: of the servers; empty for a transaction, whose `steps` have them.
-        steps: those events of a transaction that changed models or made transitions, and what each changed.
+        transitions: those of the servers; empty for a transaction, whose `steps` have them.
+        steps: the events of a transaction that changed models or made transitions, with their changes.
     """
 
     models: Mapping[str, Model]
@@ -243,7 +243,7 @@ class Changes(Struct, frozen=True, gc=False):
 def _fold_of_no_model(
     event: Event, models: Mapping[str, Model], unended: Callable[[], Iterable[Job]], registers: Registers
 ) -> Changes:
-    """Return what an event changes that concerns no single model or job; only `registers` have it then."""
+    """Return the changes by an event that concerns no single model or job; `registers` has them."""
     changed, transitions = registers.apply(event, models, unended)
     if type(event.data) not in ENDS_OF_PROCESSES:
         return Changes(NOTHING, NOTHING, changed, transitions)
@@ -266,7 +266,7 @@ class _Layers(ChainMap[str, T]):
 
 
 class Transaction:
-    """A transaction folded on top of a state, which changes only once the transaction is durable.
+    """A transaction folded on top of a state; the state changes once the transaction is durable.
 
     Args:
         base: the durable state.
@@ -320,7 +320,7 @@ class Entities:
     """A `State` without queues, keys and changes, folded in half the time.
 
     Attributes:
-        common: what the last event changed that concerns no single model or job.
+        common: the last event's changes that concern no single model or job.
     """
 
     __slots__ = ("common", "jobs", "models", "registers")

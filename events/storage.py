@@ -17,7 +17,7 @@ from events.state import Changes, KnownRequests, State
 
 
 class LogHead(msgspec.Struct, frozen=True, gc=False):
-    """The last event: position, hash (32 bytes), time, type; position 0 is the empty log."""
+    """The last event: position, hash (32 bytes), time, type; position 0 is an empty log."""
 
     position: int = 0
     hash: bytes = GENESIS
@@ -39,7 +39,7 @@ RawRow = tuple[int, bytes, bytes]
 
 @dataclass(frozen=True, slots=True)
 class StoredLedger:
-    """A ledger as it was opened: its head, the live state there, last uses, and when the server was seen."""
+    """A ledger just opened: its head, the live state there, last uses, and when the server was last seen."""
 
     head: LogHead
     state: State
@@ -51,7 +51,7 @@ class StorageError(Exception):
     """A storage failed, and its state is unknown: close it, and open it anew.
 
     Attributes:
-        is_disk_error: whether the disk failed: what can be read then need not be on it.
+        is_disk_error: whether the disk failed: readable data need not be on it then.
         is_refusal: whether the storage answered that nothing was written.
     """
 
@@ -62,13 +62,13 @@ class StorageError(Exception):
 
 
 class StorageDamaged(StorageError):
-    """Something stored cannot be read, because it is damaged."""
+    """Stored data cannot be read, because it is damaged."""
 
 
 class Storage(Protocol):
     """The writer's place for a ledger. Its methods raise StorageError unless they say otherwise.
 
-    The writer calls one at a time.
+    The writer makes one call at a time.
     """
 
     @property
@@ -81,31 +81,31 @@ class Storage(Protocol):
         Raises:
             FutureSchema: `future_schema`.
             ForeignDatabase: `foreign_database`.
-            LogUnavailable: `log_unavailable`, it cannot be opened, or what is stored is damaged.
+            LogUnavailable: `log_unavailable`, the ledger cannot be opened, or its content is damaged.
         """
 
     async def append(self, rows: Sequence[Row], changes: Changes, after: LogHead) -> None:
-        """Append a group of events and store what they changed, durably.
+        """Append a group of events and store the changed entities, durably.
 
         Args:
             rows: the events.
-            changes: what they change.
-            after: the head that the events were made to follow.
+            changes: the entities that they change.
+            after: the head that the group follows.
 
         Raises:
-            ForeignHead: the log's head is not `after`, and there is no other writer.
+            ForeignHead: the log's head is not `after`, although there is no other writer.
         """
 
     async def contains(self, head: LogHead) -> bool:
-        """Whether the log has this event, as durably as one whose `append` has returned."""
+        """Whether the log has this event, as durably as after `append`."""
 
     async def read_requests(
         self, hashes: AbstractSet[str], joinable: AbstractSet[tuple[str, str]]
     ) -> KnownRequests:
-        """Return what the log has of these idempotency keys, and of these jobs and actors: their joins.
+        """Return the log's idempotency keys with these hashes, and the joins of these actors to these jobs.
 
         Raises:
-            LogUnavailable: `log_unavailable`, they cannot be read; the storage is closed.
+            LogUnavailable: `log_unavailable`, the log cannot be read; the storage is closed.
         """
 
     async def note_last_use(self, used: Mapping[str, str], seen_at: str) -> None:
@@ -119,10 +119,10 @@ class Storage(Protocol):
         """Commit a durable transaction that changes nothing, to see whether the ledger can be written."""
 
     async def checkpoint(self) -> bool:
-        """Bring the ledger's file up to date; return False if that is not possible yet."""
+        """Copy the WAL into the ledger's file; return False if that is not possible yet."""
 
     async def close_after_error(self, error: StorageError | None = None) -> None:
-        """Close the connection after an error; the next `open` makes sure of what is on the disk."""
+        """Close the connection after an error; the next `open` verifies what the disk has."""
 
     async def close(self) -> None:
-        """Leave one complete file, and end."""
+        """Leave one complete file, and close."""

@@ -1,7 +1,7 @@
 """Tails of the log: each catches up from a position, then follows, with no gap and no repetition.
 
-One follower reads new events into a ring that all tails share. A tail that is behind the ring reads the log
-through one of a few readers. A wakeup carries no data; the tail reads after it.
+One follower reads new events into a ring that all tails share. A tail behind the ring reads the log through
+one of a few readers. A wakeup carries no data; the tail then reads.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ EVENTS_PER_TURN = 100
 """Events that a tail takes at a time: read at once, written at once."""
 
 MAX_BATCH_BYTES = 64 * 2**10
-"""Bytes of lines in one batch, unless a single event has more: what a stopped reader keeps in memory."""
+"""Bytes of lines in one batch, unless a single event has more: the memory that a stopped reader takes."""
 
 MAX_SHARED = 16
-"""Batches kept for tails at the same position: those that follow are at one position for each filter."""
+"""Batches kept for tails at the same position: following tails are at one position for each filter."""
 
 REACHED_S = 5.0
-"""How long the writer may take to hear of a commit that readers have seen; usually milliseconds."""
+"""Time for the writer to learn of a commit that readers have seen; usually milliseconds."""
 
 PACE_S = 0.1
-"""How often tails are woken at most: ten events in one write cost a tenth of ten writes (measured)."""
+"""Shortest pause between wakeups of tails: ten events in one write cost a tenth of ten writes (measured)."""
 
 READ_RETRY_S = 1.0
-"""How long to wait after the log could not be read."""
+"""Pause after the log could not be read."""
 
 
 class Ring:
@@ -69,7 +69,7 @@ class Ring:
         """Add events.
 
         Raises:
-            ValueError: they do not follow the head.
+            ValueError: the events do not follow the head.
         """
         for event in events:
             if event.position != self.head + 1:
@@ -81,7 +81,7 @@ class Ring:
             self._bytes -= len(self._events.popleft().line)
 
     def after(self, position: int, limit: int) -> list[StoredEvent] | None:
-        """Return at most `limit` events above `position`, in order, or None if the ring does not reach there.
+        """Return at most `limit` events above `position`, in order, or None if the ring starts later.
 
         A reader at the head, or beyond it, gets an empty list.
         """
@@ -99,10 +99,10 @@ class Batch:
     """The next events of a tail.
 
     Attributes:
-        events: those that match its filter, in order.
-        after: the position of the tail before.
-        upto: its position now: the batch has all matching events up to here.
-        live: whether there is nothing more to read at the moment; a wakeup announces the next events.
+        events: the events that match its filter, in order.
+        after: the tail's position before the batch.
+        upto: the tail's position after it: the batch has all matching events up to here.
+        live: whether the log has no further events yet; a wakeup announces the next ones.
         encoded: serialised forms by name, shared by the readers of this batch.
     """
 
@@ -146,7 +146,7 @@ class Tails:
     Args:
         log: knows the head and wakes the follower.
         follower: the reader that fills the ring.
-        readers: for tails that are behind the ring; as many tails read at once.
+        readers: for tails behind the ring, one for each tail that reads at the same time.
         ring: the events that tails share.
     """
 
@@ -201,7 +201,7 @@ class Tails:
     async def reaches(self, after: int) -> None:
         """Wait until the writer's head reaches `after`, if the file has.
 
-        Readers see a commit a moment before the writer hears of it, so a client may ask for what follows it.
+        Readers see a commit a moment before the writer, so a client may ask for the events after it.
 
         Raises:
             BeyondHead: `beyond_head`.
@@ -226,7 +226,7 @@ class Tails:
             after = self.head
         elif after > self.head:
             raise beyond_head(after, self.head)
-        if not self._tails:  # the ring was not kept up to date without tails
+        if not self._tails:  # without tails the ring is not kept up to date
             self._ring.restart(self.head)
             self._shared.clear()
         tail = Tail(self, after, event_filter)
@@ -237,7 +237,7 @@ class Tails:
             self._tails.discard(tail)
 
     def from_ring(self, after: int, event_filter: EventFilter) -> Batch | None:
-        """Return the next batch from the ring, or None if the ring does not reach back so far.
+        """Return the next batch from the ring, or None if the ring starts later.
 
         Tails at the same position with the same filter share one object.
         """
@@ -269,7 +269,7 @@ class Tails:
         return _batch(page.items, after, page.seen, live=False)
 
     async def _follow(self) -> None:
-        """Bring the ring to the head, and wake the tails once."""
+        """Read into the ring up to the head, and wake the tails once."""
         while self._tails:
             after = self._ring.head
             try:
@@ -278,7 +278,7 @@ class Tails:
                 _log.warning("clients that follow the ledger wait: %s", error)
                 await asyncio.sleep(READ_RETRY_S)
                 continue
-            if after != self._ring.head:  # all tails were closed meanwhile, and others opened
+            if after != self._ring.head:  # meanwhile all tails were closed, and others opened
                 continue
             self._ring.extend(page.items)
             self._shared.clear()

@@ -1,8 +1,8 @@
-"""The fold of issued and revoked tokens, which says whose token is refused.
+"""The fold of issued and revoked tokens: which tokens are refused.
 
-Tokens of an identity provider are not recorded: their signature counts. A token goes from the fold some time
-after its expiry, unless another that came from it is still there: so memory grows with the valid ones and
-those that they came from, and whoever ends a token reaches all that came from it.
+Tokens of an identity provider are not recorded: their signature suffices. A token leaves the fold some time
+after its expiry, unless a token that it issued is still there: so memory grows with the valid tokens and
+their issuers, and revoking a token reaches all tokens that came from it.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from events.types import Event, TokenData, TokenIssued, TokenRevoked
 from events.values import Credential
 
 MAX_TOKENS = 10_000
-"""Valid tokens from which on none is issued: some 5 MB, and they are looked through in 2 ms."""
+"""Limit of valid tokens, beyond which none is issued: some 5 MB, searched in 2 ms."""
 
 KEPT_AFTER_EXPIRY_S = 24 * 3_600
-"""How long a token stays after its expiry: a clock that is set back by less revives no revoked one."""
+"""How long a token stays after its expiry: a clock set back by less revives no revoked token."""
 
 SWEEP_EVERY = 128
-"""Expired tokens go when this many divides the number of tokens: so few of the events look at all of them."""
+"""Expired tokens are removed when this divides the number of tokens: so few events walk through all."""
 
 
 class Token(Struct, frozen=True, gc=False):
-    """A token, as its events say.
+    """A token, as recorded.
 
     Attributes:
         id: its `jti`.
         subject: None for a token that the ledger did not issue.
-        expires_at: from when on it is refused in any case.
-        position: of the first event about it.
+        expires_at: the time from which it is refused in any case.
+        position: the position of the first event about it.
         issued_at: None for a token that the ledger did not issue.
         issued_by: the actor of `TokenIssued`.
         via, issued_with: as in `TokenIssued`.
-        revoked_at: None while it is not revoked.
+        revoked_at: None for a valid token.
         revoked_by: the actor of `TokenRevoked`.
     """
 
@@ -60,7 +60,7 @@ class Token(Struct, frozen=True, gc=False):
 
 
 def evolve_tokens(tokens: dict[str, Token], event: Event, data: TokenData) -> Mapping[str, Token | None]:
-    """Fold an event into `tokens`, and return those that changed by their ids; None for those that went."""
+    """Fold an event into `tokens`; returns the changed tokens by id, None for removed ones."""
     before = tokens.get(data.jti)
     after = _evolve_token(before, event, data)
     if after is None or after is before:
@@ -91,12 +91,12 @@ def _evolve_token(token: Token | None, event: Event, data: TokenData) -> Token |
 
 
 def count_valid(tokens: Mapping[str, Token], now: Timestamp) -> int:
-    """Return how many tokens have not expired; a revoked one counts, since it has to be remembered."""
+    """Return the number of tokens that have not expired, including revoked ones, which are kept as well."""
     return sum(token.expires_at > now for token in tokens.values())
 
 
 def find_issued(tokens: Mapping[str, Token], jti: str) -> list[str]:
-    """Return the ids of the tokens that one issued, and that these issued in turn, as far as not revoked."""
+    """Return the ids of the unrevoked tokens that a token issued, directly or through others."""
     by_issuer: dict[str | None, list[str]] = {}
     for token in tokens.values():
         by_issuer.setdefault(token.issued_with, []).append(token.id)
@@ -110,22 +110,22 @@ def find_issued(tokens: Mapping[str, Token], jti: str) -> list[str]:
 
 
 def list_issuers(tokens: Mapping[str, Token], jti: str | None) -> tuple[str, ...]:
-    """Return who issued a token, who issued the token that did so, and so on, as far as the ledger knows."""
+    """Return the issuer of a token, the issuer of that token, and so on, as far as the ledger knows."""
     issuers = (token.issued_by for token in _ancestry(tokens, jti))
     return tuple(dict.fromkeys(each for each in issuers if each is not None))
 
 
 def add_issuers(credential: Credential, tokens: Mapping[str, Token]) -> Credential:
-    """Return a credential with who issued its token."""
+    """Return a credential with the issuers of its token."""
     return replace(credential, issued_by=list_issuers(tokens, credential.jti))
 
 
 def is_refused(tokens: Mapping[str, Token], jti: str | None) -> bool:
     """Whether a token was revoked; a browser's session ends with the token that made it, too.
 
-    Each request asks this, so it walks up by itself: `_ancestry` takes 1 us more (measured).
+    Called for each request, so it walks up by itself: `_ancestry` takes 1 us more (measured).
     """
-    passed = set[str]()  # a session may have made another one; no ids but forged ones form a ring
+    passed = set[str]()  # a session may have made another session; forged ids may form a ring
     while jti is not None and jti not in passed and (token := tokens.get(jti)) is not None:
         if token.is_revoked:
             return True
@@ -137,7 +137,7 @@ def is_refused(tokens: Mapping[str, Token], jti: str | None) -> bool:
 
 
 def _ancestry(tokens: Mapping[str, Token], jti: str | None) -> Iterator[Token]:
-    """Yield a token, the one that issued it, and so on; ids that are forged may form a ring."""
+    """Yield a token, its issuer, and so on; forged ids may form a ring."""
     passed = set[str]()
     while jti is not None and jti not in passed and (token := tokens.get(jti)) is not None:
         yield token
@@ -146,7 +146,7 @@ def _ancestry(tokens: Mapping[str, Token], jti: str | None) -> Iterator[Token]:
 
 
 def _find_forgotten(tokens: Mapping[str, Token], now: Timestamp) -> list[str]:
-    """Return the ids of the tokens that expired some time ago, as did all that came from them."""
+    """Return the ids of the tokens that expired some time ago, like all tokens that came from them."""
     until, kept = add_seconds(now, -KEPT_AFTER_EXPIRY_S), set[str]()
     for jti, token in tokens.items():
         if token.expires_at > until:

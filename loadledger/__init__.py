@@ -42,17 +42,17 @@ _MODULES = {
     "answers.tensors": ("ModelTensor",),
     "answers.versions": ("AddedVersionInfo",),
 }
-_PLACES = {name: f"{module}:{name}" for module, names in _MODULES.items() for name in names}
-__all__ = [*_PLACES]  # noqa: PLE0604 - names are imported on first use
+_PATHS = {name: f"{module}:{name}" for module, names in _MODULES.items() for name in names}
+__all__ = [*_PATHS]  # noqa: PLE0604 - names are imported on first use
 
 
 def __getattr__(name: str) -> Any:
     from pkgutil import resolve_name
 
-    if name not in _PLACES:
+    if name not in _PATHS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return resolve_name(_PLACES[name])
+    return resolve_name(_PATHS[name])
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PLACES})
+    return sorted({*globals(), *_PATHS})

@@ -12,20 +12,20 @@ from loadledger.errors import BadAnswer, ServerUnreachable, failure_reason
 
 _VISIBLE = re.compile(r"[!-~]+")
 _NEXT_URL = re.compile(r",\s*(?=https?://)")
-"""Before a further URL; a comma elsewhere is part of a URL."""
+"""The separator before a further URL; another comma is part of a URL."""
 USER_AGENT = "loadledger-client"
 CONTROL_SOCKET = "control.sock"
-"""The file in a data directory over which its server can be managed on its machine."""
+"""The file in a data directory over which its server can be managed on this machine."""
 CONTROL_KEY = "control.key"
-"""The file beside it that has the token for it, anew at each start of the server."""
+"""The file beside it with its token, new at each start of the server."""
 CONNECT_S = 10.0
 SILENCE_S = 45.0
 """A stream without a byte for so long is dead: the server sends a heartbeat every 15 s."""
 CHUNK_BYTES = 2**16
 MAX_ANSWER_BYTES = 64 * 2**20
-"""Longest answer, which is held in memory: a page of a list has a few megabytes at most."""
+"""Longest answer held in memory: a page of a list has a few megabytes at most."""
 MAX_IDLE = 8
-"""Idle connections that are kept: as many threads need no new one."""
+"""Idle connections that are kept, enough for as many threads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,8 @@ class Address:
         """Parse a URL.
 
         Raises:
-            ValueError: it is no URL of a server, or the token cannot be sent; the message hides the token.
+            ValueError: the text is no URL of a server, or the token cannot be sent; the message hides the
+                token.
         """
         if token is not None and not _VISIBLE.fullmatch(token):
             raise ValueError(
@@ -67,7 +68,7 @@ class Address:
         return self.url.startswith("https:")
 
     def headers(self) -> dict[str, str]:
-        """Return the headers of every request; without compression, so that limits hold for what is read."""
+        """Return the headers of every request, without compression, so that length limits hold."""
         sent = {"User-Agent": USER_AGENT, "Accept": "application/json", "Accept-Encoding": "identity"}
         if self.token:
             sent["Authorization"] = f"Bearer {self.token}"
@@ -91,7 +92,7 @@ def path(*segments: str) -> str:
 
 
 def query(pairs: list[tuple[str, str]]) -> str:
-    """Return a query with its question mark; of no parameters, nothing."""
+    """Return a query with its question mark, or an empty text without parameters."""
     return f"?{urlencode(pairs, quote_via=quote, safe='')}" if pairs else ""
 
 
@@ -101,7 +102,7 @@ def _base(url: str) -> str:
     if not _VISIBLE.fullmatch(url) or "\\" in url:
         raise ValueError(f"{_shorten(url)} has characters that a URL cannot have: percent-encode them")
     parts = urlsplit(url)
-    if "@" in parts.netloc:  # not repeated: it may be a password
+    if "@" in parts.netloc:  # not quoted: it may have a password
         raise ValueError("the URL names a user: remove it, and give a token")
     if "," in parts.netloc:
         raise ValueError(f"{_shorten(url)}: after each comma there has to be a whole URL, with http://")
@@ -123,11 +124,11 @@ class ConnectionOptions:
     """Options of a client.
 
     Attributes:
-        timeout_s: limit of an answer that the server does not hold back on request.
+        timeout_s: limit of an answer, unless the request asks the server to hold it back.
         ca_file: certificates to trust, in PEM, instead of the system's.
-        max_answer_bytes: longest answer that is accepted.
+        max_answer_bytes: longest accepted answer.
         max_connect_s: limit of the time to connect.
-        data: the server's data directory, whose control socket is connected to instead of the address.
+        data: the server's data directory, whose control socket replaces the address.
     """
 
     address: Address
@@ -157,7 +158,7 @@ class ConnectionOptions:
             raise ValueError(f"ca_file {self.ca_file} has no certificates in PEM: {error}") from error
 
     def unreachable(self, error: Exception, *, sent: bool = True) -> ServerUnreachable:
-        """Return the exception for a connection that failed; if `sent`, the request may have arrived."""
+        """Return the exception for a connection that failed; with `sent`, the request may have arrived."""
         if isinstance(error, TimeoutError):
             return ServerUnreachable(self.address.url, "it took too long", sent=sent)
         what = "the connection was lost: " if sent else ""
@@ -171,7 +172,7 @@ class ConnectionOptions:
         """Check the length of an answer.
 
         Raises:
-            BadAnswer: it is too long.
+            BadAnswer: the answer is too long.
         """
         if length > self.max_answer_bytes:
             raise BadAnswer(

@@ -145,7 +145,7 @@ class Client(ServerClient):
         token: as `loadledger token` prints it.
         timeout_s: limit of each answer; `wait_s` limits the wait for a job.
         ca_file: certificates to trust, in PEM, instead of the system's.
-        max_answer_bytes: longest answer that is accepted.
+        max_answer_bytes: longest accepted answer.
 
     Attributes:
         data: the server's data directory, if it is reached over the control socket there.
@@ -235,6 +235,6 @@ class AsyncClient(ServerClient, Operations):
             await transport.close()
 
     def _open(self, options: Sequence[ConnectionOptions]) -> None:
-        from loadledger.transports.asynchronous import AioTransport  # it imports aiohttp
+        from loadledger.transports.asynchronous import AioTransport  # imports aiohttp
 
         Operations.__init__(self, self._make_context(options, AioTransport))

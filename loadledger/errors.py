@@ -40,7 +40,7 @@ ADVICE = {
 }
 """Advice, by the server's error codes, in the command's words."""
 _OF_HTTP = re.compile(r"[;:] [^;:]*\b(?:(?:GET|POST) /|Authorization: )[^;]*")
-"""The server's advice in HTTP, which such advice replaces."""
+"""The server's advice in HTTP, which the command's advice replaces."""
 
 
 class ClientProblem(Exception):
@@ -79,10 +79,10 @@ class ServerError(ClientProblem):
 
     Attributes:
         status: the HTTP status.
-        code: stable, for programs; such as `http_502` if a proxy answered.
-        detail: what happened, for people.
+        code: stable, for programs; such as `http_502` from a proxy.
+        detail: the problem, for people.
         retry_after_s: when to retry, if the server says so.
-        instance: id of the failure in the server's log, if it has one.
+        instance: id of the failure in the server's log, or None.
     """
 
     def __init__(
@@ -126,10 +126,9 @@ class SourceProblem(ClientProblem):
 
     Attributes:
         code: stable, for programs: `invalid_source` (a name), `source_not_found`, `source_denied`,
-            `source_unreachable`, `source_changed`, `digest_mismatch`,
-            `source_invalid` (its answer makes no sense, or is not taken), `not_installed` (an extra),
-            `no_space` (here).
-        is_transient: whether the same may succeed soon.
+            `source_unreachable`, `source_changed`, `digest_mismatch`, `source_invalid` (a malformed or
+            unsupported answer), `not_installed` (an extra), `no_space` (here).
+        is_transient: whether a retry may succeed soon.
     """
 
     def __init__(self, code: str, message: str, *, is_transient: bool = False) -> None:
@@ -141,7 +140,7 @@ class JobFailed(ClientProblem):
     """An awaited job failed or was cancelled.
 
     Attributes:
-        job: as it ended.
+        job: its final state.
         code: code of its error, or `cancelled`.
     """
 
@@ -179,7 +178,7 @@ def printable(text: str, most: int) -> str:
 
 
 def failure_reason(error: BaseException) -> str:
-    """Return why a connection failed, in the words of the operating system."""
+    """Return why a connection failed, in the operating system's words."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted: {error.verify_message}"
     if isinstance(error, ssl.SSLError):

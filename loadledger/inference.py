@@ -1,8 +1,9 @@
 """Inference requests and answers: tensors in binary, outputs as numpy arrays.
 
-The datatype of an array is its dtype's. Those of lists, and of arrays that the model refuses, come from the
-model's metadata, which a client remembers. A model may change; so the server checks each datatype, refuses a
-wrong one without running anything, and the inference is sent again with those of the metadata.
+The datatype of an array is its dtype's. Datatypes of lists, and of arrays that the model refuses, come from
+the model's metadata, which a client remembers. A model may change, so the server checks each datatype and
+refuses a wrong one without running the model; the client then sends the inference again with the metadata's
+datatypes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from loadledger.address import Address
 from loadledger.errors import ServerError
 from loadledger.requests import (
     HEADER_LENGTH,
-    MAX_LENGTH_DIGITS,
     Answer,
     Buffer,
     CallContext,
@@ -28,11 +28,12 @@ from loadledger.requests import (
     fetch,
     foreign_answer,
     get_request,
+    parse_length,
     send_request,
 )
 
 Inputs = Mapping[str, Any] | Sequence[Mapping[str, Any]]
-"""By name: an array, a nested list or a tensor of the protocol; or a list of named tensors.
+"""By name, an array, a nested list or a tensor of the protocol; or a list of named tensors.
 
 The `data` of a tensor is an array or a nested list.
 """
@@ -50,14 +51,14 @@ MAX_REMEMBERED = 1000
 class InferenceResult(Mapping[str, Any]):
     """The outputs of an inference: numpy arrays by name.
 
-    BF16 is FP32, and elements of BYTES are str, in which bytes that are no UTF-8 are surrogates.
+    BF16 becomes FP32, and elements of BYTES become str, with surrogates for bytes that are no UTF-8.
 
     Attributes:
         model_name: the model.
         model_version: the version that answered.
-        datatypes: of the outputs, by name, as the server names them.
-        id: of the request, if it had one.
-        parameters: of the answer.
+        datatypes: the outputs' datatypes by name, as the server names them.
+        id: the request's id, if it had one.
+        parameters: the answer's parameters.
     """
 
     def __init__(self, arrays: Mapping[str, Any], datatypes: Mapping[str, str], head: InferenceHead) -> None:
@@ -77,7 +78,7 @@ class InferenceResult(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._arrays)
 
-    def __eq__(self, other: object) -> bool:  # arrays have no equality that is true or false
+    def __eq__(self, other: object) -> bool:  # comparing arrays gives no single truth value
         return self is other
 
     def __hash__(self) -> int:
@@ -91,7 +92,7 @@ class InferenceResult(Mapping[str, Any]):
 
 
 class OutputHead(msgspec.Struct, frozen=True):
-    """An output as the answer's JSON describes it."""
+    """An output as described by the answer's JSON."""
 
     name: str
     datatype: str
@@ -101,7 +102,7 @@ class OutputHead(msgspec.Struct, frozen=True):
 
     @property
     def size(self) -> int | None:
-        """Bytes of a binary output; None of one in JSON."""
+        """Bytes of a binary output; None for one in JSON."""
         size = self.parameters.get("binary_data_size")
         return size if isinstance(size, int) and not isinstance(size, bool) and size >= 0 else None
 
@@ -118,7 +119,7 @@ class InferenceHead(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class InputTensor:
-    """An input as it is sent: its members in JSON, and its data in binary if it is not among them."""
+    """An input of a request: its members in JSON, and its binary data if it is not among them."""
 
     members: Json
     data: Buffer | None = None
@@ -129,8 +130,8 @@ class InferenceCall:
     """One inference.
 
     Attributes:
-        path: of the model.
-        members: of the request, beside its inputs.
+        path: the model's path.
+        members: members of the request, without its inputs.
     """
 
     path: str
@@ -192,7 +193,7 @@ class Inferences:
         return decode_inference(await send_request(self._context, request), self._context.address)
 
     async def _find_datatypes(self, path: str) -> Datatypes | None:
-        """Return the datatypes of the metadata; None of a model that is not loaded."""
+        """Return the datatypes of the metadata, or None for a model that is not loaded."""
         try:
             metadata = await fetch(self._context, get_request(path), ModelMetadata)
         except ServerError as problem:
@@ -209,8 +210,8 @@ def build_tensors(inputs: Inputs, known: Datatypes | None) -> list[InputTensor]:
     """Return the inputs as tensors.
 
     Args:
-        inputs: of the caller.
-        known: datatypes of the model's inputs; without them, those of lists are guessed.
+        inputs: the caller's inputs.
+        known: datatypes of the model's inputs; None guesses those of lists.
 
     Raises:
         ValueError: the model has no such input, or a value does not fit it.
@@ -226,7 +227,7 @@ def build_tensors(inputs: Inputs, known: Datatypes | None) -> list[InputTensor]:
 def encode_inference(
     tensors: Sequence[InputTensor], members: Mapping[str, Any]
 ) -> tuple[dict[str, str], bytes, tuple[Buffer, ...]]:
-    """Return header fields, JSON and tensors of an inference; its outputs are to come back in binary.
+    """Return header fields, JSON and tensors of an inference that requests binary outputs.
 
     Raises:
         ValueError: a value cannot be sent.
@@ -248,15 +249,14 @@ def decode_inference(answer: Answer, address: Address) -> InferenceResult:
         ServerError: the server refused.
         BadAnswer: the body has another shape.
     """
-    from loadledger import tensors  # it imports numpy
+    from loadledger import tensors  # imports numpy
 
     body = memoryview(answer.body)
-    length = answer.headers.get(HEADER_LENGTH.lower(), str(len(body)))
-    is_length = length.isascii() and length.isdecimal() and len(length) <= MAX_LENGTH_DIGITS
-    if not is_length or int(length) > len(body):
+    start = parse_length(answer.headers.get(HEADER_LENGTH.lower(), str(len(body))))
+    if start is None or start > len(body):
         raise foreign_answer(address, "a length beyond the body")
-    head = decode_value(Answer(answer.status, answer.headers, body[: int(length)]), InferenceHead, address)
-    arrays, start = dict[str, Any](), int(length)
+    head = decode_value(Answer(answer.status, answer.headers, body[:start]), InferenceHead, address)
+    arrays = dict[str, Any]()
     for output in head.outputs:
         size = output.size
         try:
@@ -279,28 +279,28 @@ def _are_tensors(inputs: Inputs) -> bool:
 
 
 def _needs_datatypes(inputs: Inputs) -> bool:
-    """Whether an input is neither a tensor nor an array, so that only the metadata has its datatype."""
+    """Whether an input is neither a tensor nor an array, so that its datatype comes from the metadata."""
     values = inputs.values() if isinstance(inputs, Mapping) else ()
     return not all(isinstance(value, Mapping) or hasattr(value, "dtype") for value in values)
 
 
 def _tensor(name: str, value: Any, known: Datatypes | None) -> InputTensor:
-    from loadledger import tensors  # it imports numpy
+    from loadledger import tensors  # imports numpy
 
     if known is not None and name not in known:
         raise ValueError(f"the model has no input {name!r}; it has {', '.join(known) or 'none'}")
     array = tensors.to_array(name, value)
     datatype = tensors.guess_datatype(array) if known is None else known[name]
     if known is None and not hasattr(value, "dtype") and datatype == "FP64":
-        datatype = "FP32"  # lists of floats are more often those of models
+        datatype = "FP32"  # the usual datatype of models' float inputs
     if datatype is None:
         raise ValueError(f"input {name!r}: there is no datatype for numpy's {array.dtype}")
     return _packed({"name": name, "shape": list(array.shape), "datatype": datatype}, array)
 
 
 def _whole_tensor(members: Json) -> InputTensor:
-    """Return a tensor that the caller wrote; what is wrong with it, the server says."""
-    from loadledger import tensors  # it imports numpy
+    """Return a tensor written by the caller, unchecked: the server reports its defects."""
+    from loadledger import tensors  # imports numpy
 
     data, datatype = members.get("data"), members.get("datatype")
     if isinstance(data, bytes | bytearray | memoryview):
@@ -315,7 +315,7 @@ def _whole_tensor(members: Json) -> InputTensor:
 
 
 def _packed(members: Json, array: Any) -> InputTensor:
-    from loadledger import tensors  # it imports numpy
+    from loadledger import tensors  # imports numpy
 
     datatype = members["datatype"]
     data = tensors.pack(tensors.convert(str(members.get("name")), array, datatype), datatype)

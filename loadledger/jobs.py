@@ -1,7 +1,7 @@
 """Waiting for a job: polling, with intervals that grow with the time waited.
 
 Polling needs no role, takes none of the subject's streams, and survives a restart of the server. An interval
-of a fixed part of the time waited bounds the delay to that part.
+in proportion to the time waited bounds the relative delay.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PREFERRED_S = 20
 SHORTEST_POLL_S, LONGEST_POLL_S = 0.02, 0.5
 POLL_FRACTION = 0.125
 SHORTEST_ANSWER_S = 1.0
-"""Least time for an answer, however little of the limit is left."""
+"""Least time for an answer, however little of the limit remains."""
 
 JobCallback = Callable[[JobInfo], None]
 AwayCallback = Callable[[ClientProblem], None]
@@ -31,7 +31,7 @@ class WaitOptions:
     """How to wait for a job.
 
     Attributes:
-        limit_s: limit of the wait; None: until it ends, which every load does within its `timeout_s`.
+        limit_s: limit of the wait; None waits for the end, which each load reaches within its `timeout_s`.
         on_change: called with the job after each change.
         on_away: called once each time the server becomes unreachable.
     """
@@ -47,7 +47,7 @@ def job_request(job_id: str, at: int | str | None = None) -> Request:
 
 
 async def submit_job(context: CallContext, request: Request, options: WaitOptions | None) -> JobInfo:
-    """Send the request for a job and return the job, with `options` once it has completed.
+    """Send the request for a job and return the job; with `options`, wait until it has completed.
 
     Raises:
         JobFailed: the job ended without completing.
@@ -64,7 +64,7 @@ async def submit_job(context: CallContext, request: Request, options: WaitOption
 
 
 async def wait_for_job(context: CallContext, job_id: str, options: WaitOptions) -> JobInfo:
-    """Wait until a job has ended, and return it whatever its outcome; of a superseded job, the one after it.
+    """Wait until a job has ended, and return it whatever its outcome; or the job that superseded it.
 
     Raises:
         JobUnfinished: the limit of the wait is over.

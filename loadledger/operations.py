@@ -49,20 +49,20 @@ from loadledger.stream import (
 from loadledger.uploads import FileBody, Progress, VersionSource, find_version_files, hash_files, make_key
 
 MAX_TAKEN = 3
-"""Numbers that are tried if the next version's is taken by something that is no version yet."""
+"""Attempts with further numbers if a folder that is no version yet has the next version's."""
 _REFUSED_FILES = ("not_onnx", "unsafe_file", "invalid_model", "digest_mismatch", "body_too_large")
-"""Codes of files of a version that would be refused again."""
+"""Codes of refusals of a version's files that a retry would repeat."""
 UPLOAD_ANSWER_S = 300.0
-"""For the answer to an upload once all of it is sent: the server syncs it to its disk first."""
+"""Time for the answer after an upload is sent: the server first syncs it to its disk."""
 HASH_ANSWER_S = 300.0
-"""For the answer to `verify_model`: the server hashes all files first."""
+"""Time for the answer to `verify_model`: the server first hashes all files."""
 At = int | str
 """A position of the ledger, or a time with its offset, such as 2026-01-31T14:02:00Z."""
 UNWELL = "unhealthy"
 LOADED, NOT_LOADED = "loaded", "not_loaded"
 """A model's state, and the code of an unload that is too late."""
 UNUSED = frozenset({"unloaded", "unloading", "failed"})
-"""States of a model that nobody wants loaded; a lost one is brought back by the server."""
+"""States of a model that is not to be loaded; a lost one is brought back by the server."""
 _PATH = re.compile(r"[!-\"$->@-~]+")
 """Visible ASCII characters except `#` and `?`, which end a path."""
 
@@ -90,7 +90,7 @@ class LoadOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class _Addition:
-    """The files of a version, their SHA-256 by path, and what is said of where they come from."""
+    """The files of a version, their SHA-256 by path, and the statement of their source."""
 
     files: VersionSource
     digests: Mapping[str, str]
@@ -98,7 +98,7 @@ class _Addition:
     on_progress: Progress | None
 
     def count(self, before: int, of_file: int) -> None:
-        """Tell what was sent: all bytes of the files before one, and so many of it."""
+        """Report the bytes sent: all files before the present one, and `of_file` bytes of it."""
         if self.on_progress is not None:
             self.on_progress(before + of_file, self.files.bytes)
 
@@ -253,7 +253,7 @@ class Operations:
 
         Args:
             model_id: the model.
-            files: of the version.
+            files: the version's files.
             version: its number.
             provenance: `source`, and `resolved` if it says more: where the files come from.
             on_progress: as of `add`.
@@ -280,7 +280,7 @@ class Operations:
         for number in range(wanted, wanted + MAX_TAKEN):
             try:
                 return await add_as(number)
-            except ServerError as problem:  # a folder that is no version, or another upload
+            except ServerError as problem:  # another folder or upload has the number
                 if problem.code != "version_exists":
                     raise
         return await add_as(wanted + MAX_TAKEN)
@@ -303,7 +303,7 @@ class Operations:
             return await fetch(self._context, replace(commit, timeout_s=UPLOAD_ANSWER_S), AddedVersionInfo)
         except ServerError as problem:
             if problem.code in _REFUSED_FILES:
-                with suppress(ClientProblem):  # these files would be refused again
+                with suppress(ClientProblem):  # a retry would be refused, too
                     await send_request(self._context, Request("DELETE", target))
             raise
 

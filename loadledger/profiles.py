@@ -50,7 +50,7 @@ def find_target(url: str | None, profile: str | None, environment: Mapping[str, 
     """Find the server: by its URL if given, then variable, then profile, then on this machine.
 
     Args:
-        url: of the server, if it was given.
+        url: the server's URL, if given.
         profile: as for `profile_path`.
         environment: its variables LOADLEDGER_URL, _TOKEN, _CA, _PROFILE and _PORT.
 
@@ -66,7 +66,7 @@ def find_target(url: str | None, profile: str | None, environment: Mapping[str, 
 
 
 def local_server(environment: Mapping[str, str]) -> ServerTarget:
-    """Return the server of this machine; its port is a variable of `serve`, which Kubernetes sets, too."""
+    """Return the server of this machine; its port is a variable of `serve`, also set by Kubernetes."""
     port = environment.get(PORT, "")
     return ServerTarget(f"http://127.0.0.1:{port}" if re.fullmatch("[1-9][0-9]{0,4}", port) else DEFAULT_URL)
 
@@ -96,8 +96,8 @@ def read_profile(path: Path) -> ServerTarget:
     """Read a profile file.
 
     Raises:
-        FileNotFoundError: it does not exist.
-        ProfileProblem: others may read it, or it is invalid.
+        FileNotFoundError: the file does not exist.
+        ProfileProblem: others may read the file, or it is invalid.
     """
     try:
         text = _private_text(path)
@@ -108,7 +108,7 @@ def read_profile(path: Path) -> ServerTarget:
         raise
     except OSError as error:
         raise ProfileProblem(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # its text may hold the token, so it is not repeated
+    except (ValueError, RecursionError) as error:  # not quoted: its text may hold the token
         kind = "UTF-8" if isinstance(error, UnicodeDecodeError) else "TOML"
         raise ProfileProblem(f"{path} is not {kind}: write it again with `loadledger login`") from None
     unknown = sorted(values.keys() - set(KNOWN))
@@ -126,7 +126,7 @@ def write_profile(path: Path, profile: ServerTarget) -> None:
     """Write a private profile; an existing one is replaced atomically.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
         WrongTarget: there is a folder or a device at the path.
     """
     from events.files import write_file
@@ -162,7 +162,7 @@ def _folder(environment: Mapping[str, str]) -> Path | None:
 
 
 def _private_text(path: Path) -> str:
-    # O_NONBLOCK: the open of a FIFO would wait for ever.
+    # O_NONBLOCK: opening a FIFO would wait forever.
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY), "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):

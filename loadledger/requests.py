@@ -1,4 +1,4 @@
-"""Requests, answers, what a transport has to do, and retries: back-off with jitter, and Retry-After.
+"""Requests, answers, the interface of transports, and retries: back-off with jitter, and Retry-After.
 
 Nothing in an answer is trusted: it becomes a struct of `answers` or an exception with a printable message.
 """
@@ -32,12 +32,13 @@ from loadledger.uploads import FileBody
 T = TypeVar("T")
 Buffer = bytes | bytearray | memoryview
 MAX_JOINED_BYTES = 2**15
-"""Longest request that is copied into one piece: one call to the system costs more than such a copy."""
+"""Longest request that is copied into one piece: a further system call costs more than such a copy."""
 HEADER_LENGTH = "Inference-Header-Content-Length"
 """Bytes of JSON before the binary tensors of a body."""
 MAX_LENGTH_DIGITS = 18
+"""Digits of a length: no body is longer, and Python refuses to convert 4,300."""
 ALIGNMENT_BYTES = 16
-"""Of binary tensors in memory: no datatype needs more."""
+"""Alignment of binary tensors in memory: no datatype needs more."""
 DETAIL_CHARACTERS = 4096
 PROBLEM_BYTES = 2**16
 """A longer problem body is not parsed; the server's own are far smaller."""
@@ -49,7 +50,7 @@ MAX_ATTEMPTS = 10
 """Attempts in a row to fetch a page that the server defers."""
 FIRST_BACK_OFF_S = 0.2
 LONGEST_BACK_OFF_S = 2.0
-"""Back-off between attempts: a return is noticed soon, and a refused connection costs nearly nothing."""
+"""Back-off between attempts: short, because a refused connection costs nearly nothing."""
 _SUCCESS, _REDIRECT = range(200, 300), range(300, 400)
 _KINDS: Mapping[int, type[ServerError]] = {
     401: NotAllowed,
@@ -69,9 +70,9 @@ class Request:
     """One HTTP request.
 
     Attributes:
-        upload: the body instead, read while it is sent.
+        upload: a file as the body, read while it is sent.
         target: path and query below the server's URL, encoded.
-        attachments: sent after the body without being copied: tensors in binary.
+        attachments: binary tensors, sent after the body without being copied.
         repeatable: sending it twice has no further effect.
         patience_s: extra time for an answer that the server was asked to hold back.
         timeout_s: instead of the client's.
@@ -114,11 +115,14 @@ class Answer:
 
 
 def body_buffer(headers: Mapping[str, str], length: int) -> memoryview:
-    """Return room for a body; the binary tensors after an inference's JSON are aligned in it."""
-    text = headers.get(HEADER_LENGTH.lower(), "")
-    is_length = text.isascii() and text.isdecimal() and len(text) <= MAX_LENGTH_DIGITS
-    padding = -int(text) % ALIGNMENT_BYTES if is_length else 0
+    """Return memory for a body; the binary tensors after an inference's JSON are aligned in it."""
+    padding = -(parse_length(headers.get(HEADER_LENGTH.lower(), "")) or 0) % ALIGNMENT_BYTES
     return memoryview(bytearray(padding + length))[padding:]
+
+
+def parse_length(text: str) -> int | None:
+    """Return a length in decimal digits; None if the text is no number, or too large."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= MAX_LENGTH_DIGITS else None
 
 
 class ResponseStream(Protocol):
@@ -144,13 +148,13 @@ class Transport(Protocol):
         """Return the whole answer."""
 
     async def open(self, request: Request) -> ResponseStream:
-        """Return the answer as a stream; one without success is read whole."""
+        """Return the answer as a stream; an answer without success is read whole."""
 
     async def pause(self, seconds: float) -> None:
         """Sleep."""
 
     async def call(self, work: Callable[[], T]) -> T:
-        """Return what a function returns that reads files, for a long time perhaps."""
+        """Return the result of a function that may read files for a long time."""
 
 
 def decode_value(answer: Answer, kind: type[T], address: Address) -> T:
@@ -201,7 +205,7 @@ def decode_refusal(answer: Answer, address: Address) -> ClientProblem:
 
 
 def problem_code(answer: Answer) -> str | None:
-    """Return the code of an answer without success, if it has one."""
+    """Return the code of an answer without success, or None."""
     code = _members(answer.body).get("code")
     return code if isinstance(code, str) else None
 
@@ -239,10 +243,10 @@ def foreign_answer(address: Address, why: str) -> BadAnswer:
 
 @dataclass(frozen=True, slots=True)
 class CallContext:
-    """Shared by all operations of a client.
+    """State shared by all operations of a client.
 
     Attributes:
-        timeout_s: limit of an answer that the server does not hold back on request.
+        timeout_s: limit of an answer, unless the request asks the server to hold it back.
         now: a monotonic clock, in seconds.
         chance: random numbers from 0 to 1, for the jitter of back-off.
     """
@@ -291,7 +295,7 @@ def quote_key(key: str) -> str:
     """Return a key as a string of a structured field (RFC 9651, section 3.3.3).
 
     Raises:
-        ValueError: it is empty, too long, or not printable ASCII.
+        ValueError: the key is empty, too long, or not printable ASCII.
     """
     if not (0 < len(key) <= MAX_KEY_CHARACTERS and key.isascii() and key.isprintable()):
         raise ValueError(
@@ -305,7 +309,7 @@ def encode_json(body: Any) -> bytes:
     """Encode a body as JSON.
 
     Raises:
-        ValueError: it has a value that JSON cannot represent.
+        ValueError: the body has a value that JSON cannot represent.
     """
     try:
         return msgspec.json.encode(body)
@@ -314,9 +318,10 @@ def encode_json(body: Any) -> bytes:
 
 
 async def send_request(context: CallContext, request: Request) -> Answer:
-    """Send a request and return its answer; resend a repeatable one for a while after lost connections.
+    """Send a request and return its answer; after lost connections, resend a repeatable one for a while.
 
-    The time for which the server was asked to hold its answer does not count: it may be lost at its end.
+    The time limit excludes the time for which the server was asked to hold its answer, which may end in a
+    loss.
     """
     limit_s = request.patience_s + min(RETRY_FOR_S, request.timeout_s or context.timeout_s)
     until, failures, sent = context.now() + limit_s, 0, False
@@ -336,7 +341,7 @@ async def fetch(context: CallContext, request: Request, kind: type[T]) -> T:
 
 
 async def fetch_with_retries(context: CallContext, request: Request, kind: type[T], *, reached: bool) -> T:
-    """Fetch a value; retry when the server says so or is back.
+    """Fetch a value; retry when the server asks for it or is back.
 
     A server that never answered before and lets the whole time limit pass is not asked again.
 
@@ -358,10 +363,10 @@ async def fetch_with_retries(context: CallContext, request: Request, kind: type[
 
 
 def is_transient(problem: ClientProblem, *, reached: bool) -> bool:
-    """Whether a problem is transient, so that a retry may help.
+    """Whether a problem may be over soon, so that a retry may help.
 
-    A server that never answered is more often a wrong URL than one that starts, so that is no reason to
-    retry. A rate limit always is.
+    A server that never answered is more often a wrong URL than a starting server, so it is not retried. A
+    rate limit always is.
     """
     if isinstance(problem, Busy):
         return reached or problem.code == "rate_limited"
@@ -372,7 +377,7 @@ def back_off_s(problem: ClientProblem | None, failures: int, chance: float) -> f
     """Return the back-off: exponential, with jitter so that many clients do not return at once.
 
     Args:
-        problem: its Retry-After is the least.
+        problem: its Retry-After is the least back-off.
         failures: in a row, counted from 1.
         chance: the jitter, from 0 to 1.
     """

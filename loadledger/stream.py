@@ -1,6 +1,6 @@
 """Lists page by page, and the event stream: JSON lines over one connection after another.
 
-A followed stream has each event once and none missing, whatever connections are lost.
+A followed stream has each event once and none missing, even across lost connections.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Pairs = list[tuple[str, str]]
 EVENTS = "/api/v1/events"
 LINES = "application/x-ndjson"
 LASTING_S = 5.0
-"""A connection that lasted so long counts as a success, so back-off starts anew."""
+"""A connection that lasted so long counts as a success, so the back-off starts again."""
 
 
 class LineSplitter:
@@ -78,7 +78,7 @@ def parse_line(line: bytes) -> EventInfo | int | None:
     A bookmark carries the position that a filtered stream has reached without an event.
 
     Raises:
-        BadAnswer: it is none of these.
+        BadAnswer: the line is none of these.
     """
     if not line.strip():
         return None
@@ -155,9 +155,9 @@ async def fetch_pages(
     pairs, cursor, left, reached = listing.pairs, None, listing.most, False
     while True:
         size = EVENTS_PER_REQUEST if left is None else min(EVENTS_PER_REQUEST, left)
-        place: Pairs = [] if cursor is None else [(listing.cursor, str(cursor))]
-        others = [pair for pair in pairs if not place or pair[0] != listing.cursor]
-        request = get_request(listing.target, [*others, *place, ("limit", str(size))])
+        cursor_pair: Pairs = [] if cursor is None else [(listing.cursor, str(cursor))]
+        others = [pair for pair in pairs if not cursor_pair or pair[0] != listing.cursor]
+        request = get_request(listing.target, [*others, *cursor_pair, ("limit", str(size))])
         page: Any = await fetch_with_retries(context, request, listing.page, reached=reached)
         values = page.values[:left]
         yield values, int(page.as_of)
@@ -169,7 +169,7 @@ async def fetch_pages(
                 f"{context.address.url} repeats the same page of {listing.target}: is this its URL?"
             )
         cursor, reached = page.next_cursor, True
-        # A time becomes its position: later pages have to reflect the same moment.
+        # A time is replaced by its position: later pages have to reflect the same moment.
         pairs = [(name, str(page.as_of) if name == "at" else text) for name, text in pairs]
 
 
@@ -190,7 +190,7 @@ def present_parameters(**values: object) -> Pairs:
 
 @dataclass(frozen=True, slots=True)
 class EventSelection:
-    """Which events to list or follow.
+    """The events to list or follow.
 
     Attributes:
         filters: query parameters that filter; without any, positions have no gaps.
@@ -243,10 +243,10 @@ class StreamProgress:
     """Progress of a stream across connections.
 
     Attributes:
-        position: of the last event or bookmark; None before the first.
-        whole: no filter applies, so no event may be missing.
-        reached: the server has answered before.
-        reported: the caller knows that the server is unreachable.
+        position: the position of the last event or bookmark; None before the first.
+        whole: whether no filter applies, so that no event may be missing.
+        reached: whether the server has answered before.
+        reported: whether the caller knows that the server is unreachable.
     """
 
     position: int | None

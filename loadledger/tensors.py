@@ -40,14 +40,14 @@ _DATATYPES = {form.str: datatype for datatype, form in FORMS.items()}
 _NUMBERS, _TEXTS = "biuf", "OSU"
 _LENGTH = struct.Struct("<I")
 _BFLOAT16 = "bfloat16"
-"""Name of the dtype of the package ml_dtypes, whose arrays are taken too."""
+"""Name of the dtype of the package ml_dtypes, whose arrays are accepted, too."""
 _BFLOAT16_NAN = 0x7FC0
 UNDECODABLE = "surrogateescape"
-"""Bytes of a text that are no UTF-8 survive in `str`, as in Python's file names."""
+"""Keeps bytes of a text that are no UTF-8 in `str`, as in Python's file names."""
 
 
 def guess_datatype(array: Array) -> str | None:
-    """Return the datatype of an array; None if the protocol has none for it."""
+    """Return the datatype of an array, or None for a dtype outside of the protocol."""
     if array.dtype.kind in _TEXTS:
         return "BYTES"
     if _is_bfloat16(array):
@@ -63,13 +63,13 @@ def to_array(name: str, value: Any) -> Array:
     """
     try:
         array = np.asarray(value)
-    except UnicodeDecodeError:  # str and bytes side by side
+    except UnicodeDecodeError:  # str and bytes together
         return np.asarray(value, dtype=object)
     except (ValueError, OverflowError) as error:
         reason = "lists beside each other must have the same length"
         text = reason if "inhomogeneous" in str(error) else str(error)
         raise ValueError(f"input {name!r}: {text}") from None
-    if array.dtype.kind in "SU" and not hasattr(value, "dtype"):  # numbers beside texts became texts
+    if array.dtype.kind in "SU" and not hasattr(value, "dtype"):  # numpy made texts of numbers beside texts
         return np.asarray(value, dtype=object)
     return array
 
@@ -102,7 +102,7 @@ def convert(name: str, array: Array, datatype: str) -> Array:
 
 
 def pack(array: Array, datatype: str) -> Buffer:
-    """Return the bytes of an array, as `convert` returns it; those of a contiguous one are not copied."""
+    """Return the bytes of an array from `convert`, without copying a contiguous one."""
     if datatype == "BYTES":
         return b"".join(part for text in array.flat for part in (_LENGTH.pack(len(text)), text))
     if datatype == "BF16":
@@ -112,10 +112,10 @@ def pack(array: Array, datatype: str) -> Buffer:
 
 
 def unpack(datatype: str, data: Buffer, shape: Sequence[int]) -> Array:
-    """Return a binary tensor as an array: a view of the bytes, except of BYTES and BF16.
+    """Return a binary tensor as an array: a view of the bytes, except for BYTES and BF16.
 
     Raises:
-        ValueError: the bytes are none of this datatype and shape.
+        ValueError: the bytes do not fit the datatype and shape.
     """
     count = _count(shape)
     if datatype == "BYTES":
@@ -138,7 +138,7 @@ def from_json(datatype: str, data: Any, shape: Sequence[int]) -> Array:
     """Return a tensor of JSON as an array; texts as str.
 
     Raises:
-        ValueError: the elements are none of this datatype and shape.
+        ValueError: the elements do not fit the datatype and shape.
     """
     _count(shape)
     array = to_array("data", data)
@@ -168,7 +168,7 @@ def _misfit(name: str, value: Any, datatype: str) -> ValueError:
 
 
 def _lost(array: Array, cast: Array) -> Array:
-    """Return for each element whether the cast has lost its value; rounding a float loses none."""
+    """Return for each element whether the cast has lost its value, except by rounding a float."""
     given = array.astype(np.uint8) if array.dtype.kind == "b" else array
     kinds = given.dtype.kind, cast.dtype.kind
     if kinds == ("f", "f"):
@@ -188,7 +188,7 @@ def _lost(array: Array, cast: Array) -> Array:
 
 
 def _beyond(integers: Array) -> float:
-    """Return the least number above all integers of a dtype: a power of two, which floats have."""
+    """Return the least number above all integers of a dtype: a power of two, exact as a float."""
     return float(np.iinfo(integers.dtype).max + 1)
 
 

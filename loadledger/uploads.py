@@ -1,6 +1,6 @@
-"""The files of a version, given a file or a folder, and the bytes that are sent of them.
+"""The files of a version, found in a file or a folder, and their bodies.
 
-`find_version_files` looks, `hash_files` hashes; a `FileBody` is read while it is sent.
+`find_version_files` finds them, `hash_files` hashes them; a `FileBody` is read while it is sent.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from pathlib import Path
 HUB_FOLDER = "onnx"
 """Where repositories of Hugging Face have their ONNX files."""
 SHOWN = 4
-"""Of several names, in a message."""
+"""Names of several that a message quotes."""
 CHUNK_BYTES = 2**20
-"""Of a file that is read at once: few system calls, and progress is seen."""
+"""Bytes of a file read at once: few system calls, and visible progress."""
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes that were sent, and the bytes of all files."""
+"""Called with the bytes sent, and the bytes of all files."""
 
 
 @dataclass(frozen=True, slots=True)
 class VersionFile:
-    """One file of a version: `path` in the version's folder, with slashes, and where it is now.
+    """One file of a version: its `path` in the version's folder, with slashes, and its present place.
 
     Attributes:
-        sha256: in hexadecimal digits, if it is known already.
+        sha256: in hexadecimal digits, if known.
     """
 
     path: str
@@ -56,11 +56,11 @@ class VersionSource:
 
 @dataclass(frozen=True, slots=True)
 class LocalVersion:
-    """The files of a version that are here.
+    """The files of a version on this machine.
 
     Attributes:
-        provenance: where they come from, if they have a name; see `Operations.add_files`.
-        discard: deletes what was downloaded, once it is where it was to go.
+        provenance: their source, if it has a name; see `Operations.add_files`.
+        discard: deletes downloaded files once they are in their destination.
     """
 
     files: VersionSource
@@ -69,16 +69,16 @@ class LocalVersion:
 
 
 def find_version_files(path: Path, signature: str | os.PathLike[str] | None = None) -> VersionSource:
-    """Return the files of the version that a file or folder stands for, and its signature bundle.
+    """Return the files of a version, given a file or folder, and its signature bundle.
 
-    A file is the model, and takes the files along that it names. A folder is one with a model in it, or a
-    snapshot of Hugging Face with `onnx/model.onnx`: the model is `model.onnx` or the only `.onnx` file, and
-    what lies beside and beneath it goes along, but for other models and hidden files. A signature goes along
-    under its name if that ends in `.sig`, else as `model.sig`.
+    A file is the model; the files that it names belong to it. A folder has a model in it, or is a snapshot of
+    Hugging Face with `onnx/model.onnx`: the model is `model.onnx` or the only `.onnx` file, and the files
+    beside and beneath it belong to it, except other models and hidden files. A signature is added under its
+    name if that ends in `.sig`, else as `model.sig`.
 
     Raises:
         ValueError: there is no model, or several, or two signatures; the message says what to do.
-        OSError: something cannot be read.
+        OSError: a file cannot be read.
     """
     found = _find_unsigned(path)
     return found if signature is None else _add_signature(found, Path(signature))
@@ -152,12 +152,12 @@ def _with_external(source: Path, model: VersionFile, beside: Iterable[VersionFil
     except (Unparsable, TooManyFields) as problem:
         raise ValueError(f"{source} cannot be read as ONNX: {problem}") from None
     for location in locations:
-        place = os.path.normpath(location)
-        if place.startswith(("/", "..")) or "\0" in location:
+        path = os.path.normpath(location)
+        if path.startswith(("/", "..")) or "\0" in location:
             raise ValueError(f"{source} names {location!r}, which is not in its folder: it cannot be loaded")
-        if place not in found:
+        if path not in found:
             try:
-                found[place] = VersionFile(place, source.parent / place, _size_of(source.parent / place))
+                found[path] = VersionFile(path, source.parent / path, _size_of(source.parent / path))
             except FileNotFoundError:
                 raise ValueError(
                     f"{source} keeps weights in {location!r}, which is not there: put it beside it"
@@ -177,9 +177,9 @@ class FileBody:
     """A file as the body of a request; `chunks` reads it anew each time.
 
     Attributes:
-        sha256: of the file, in hexadecimal digits.
-        on_chunk: called before a part is sent, with the bytes of the file up to the end of that part.
-            If it were called after the part, the last call could be missing: the answer may come first.
+        sha256: the file's hash, in hexadecimal digits.
+        on_chunk: called before a part is sent, with the file's bytes up to the end of that part. After the
+            part would be too late for the last one, since the answer may come first.
     """
 
     file: VersionFile
@@ -200,7 +200,7 @@ class FileBody:
 
         Raises:
             ValueError: the file has changed since it was found.
-            OSError: it cannot be read.
+            OSError: the file cannot be read.
         """
         sent = 0
         for chunk in _read_chunks(self.file):
@@ -220,7 +220,7 @@ def hash_files(source: VersionSource) -> dict[str, str]:
 
 
 def make_key(digests: Mapping[str, str]) -> str:
-    """Return the idempotency key of an upload: the same files, by path and SHA-256, have the same."""
+    """Return the idempotency key of an upload, the same for the same paths and SHA-256s."""
     return _hash(f"{sha256} {path}\n".encode() for path, sha256 in sorted(digests.items()))
 
 

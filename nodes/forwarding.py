@@ -39,7 +39,7 @@ from server.auth.gate import FORWARDED, POSITION, PRINCIPAL
 from server.auth.ratelimit import AUTH_FAILURES, QUOTA
 from server.cluster import COPIES, NODE, NODE_ADDRESS, Cluster
 from server.errors import ANSWER_FIELDS, ServerProblem
-from server.http.bodies import Share, read_body
+from server.http.bodies import BodyMemory, read_body
 from server.http.connection import read_body_into
 from server.http.responses import DirectResponse
 from server.observability.output import REQUEST_ID, begin_context
@@ -192,7 +192,7 @@ class Forwarder(NodePlacement, Cluster):
         request: web.BaseRequest,
         there: There,
         model_id: str,
-        share: Share,
+        memory: BodyMemory,
         *,
         body: Buffer | None = None,
         ends_at_s: float | None = None,
@@ -213,7 +213,7 @@ class Forwarder(NodePlacement, Cluster):
         if body is not None:
             headers.popall(hdrs.CONTENT_ENCODING, None)
         elif request.method == hdrs.METH_POST:
-            body = await _receive(request, share)
+            body = await _receive(request, memory)
         if body is not None:
             headers[hdrs.CONTENT_LENGTH] = str(len(body))
         method = hdrs.METH_GET if body is None else hdrs.METH_POST
@@ -222,8 +222,8 @@ class Forwarder(NodePlacement, Cluster):
         reply = await (self._send(forwarded, node) if there.is_last else self._ask(forwarded, node))
         fields = _returned_fields(request, reply)
         if body is not None and reply.status == HTTPStatus.OK:
-            return DirectResponse({**fields, **self._name_copies(model_id)}, reply.parts, share)
-        share.give_back()
+            return DirectResponse({**fields, **self._name_copies(model_id)}, reply.parts, memory)
+        memory.give_back()
         return web.Response(status=reply.status, body=b"".join(reply.parts), headers=fields)
 
     def _headers_of(self, request: web.BaseRequest) -> CIMultiDict[str]:
@@ -392,12 +392,12 @@ class Forwarder(NodePlacement, Cluster):
         return web.Response(status=reply.status, body=b"".join(reply.parts), headers=fields)
 
 
-async def _receive(request: web.BaseRequest, share: Share) -> Buffer:
+async def _receive(request: web.BaseRequest, memory: BodyMemory) -> Buffer:
     """Read a body as it is; a long one in place."""
-    length, max_bytes = request.content_length or 0, share.max_request_bytes
+    length, max_bytes = request.content_length or 0, memory.max_request_bytes
     if not IN_PLACE_BYTES < length <= max_bytes or request.content.is_eof():
-        return await read_body(request, max_bytes, share)
-    share.take(length)
+        return await read_body(request, max_bytes, memory)
+    memory.take(length)
     body = bytearray(length)
     await read_body_into(request, 0, memoryview(body))
     return body

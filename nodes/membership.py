@@ -1,8 +1,8 @@
 """The membership of this node: it joins, renews its lease, declares late nodes lost, and leaves.
 
 A lease says that the node works: before each renewal the writer has read the database's head, and written to
-the replica's disk. The database's clock alone judges it. A node that cannot renew answers inferences for a
-while, and records and begins nothing. When its epoch is over, its workers end, and it joins anew.
+the replica's disk. The database's clock alone judges the lease. A node that cannot renew answers inferences
+for a while, but records and starts nothing. When its epoch is over, its workers end, and it joins again.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from nodes.placement import NodeHints
 _log = logging.getLogger(__name__)
 
 RENEWALS_PER_LEASE = 3
-"""A renewal also has a third of the lease to answer: if one times out, the next one is still in time."""
+"""A renewal also has a third of the lease to answer: after a timeout, the next one is still in time."""
 
 START_LIMIT_S = 10.0
 """Time limit of reading the leases at the start: a node has no lease yet that could run out meanwhile."""
 
 HINTS_SHARE = 1 / 3
-"""Share of a renewal's limit in which the node describes itself, or else repeats what it said last."""
+"""Share of a renewal's limit for the node to describe itself; after that it repeats the last description."""
 
 WATCH_S = 1.0
-"""How often the end of the time to serve is looked for, at least: the loop's clock stops in a suspend."""
+"""Longest pause between checks of the time to serve: the loop's clock stops during a suspend."""
 
 RETRY_S = 0.5
-"""Pause after a renewal that failed, and before a node that was lost tries to join again."""
+"""Pause after a renewal that failed, and before a lost node tries to join again."""
 
 
 class LeaseTable(Protocol):
-    """Where leases are kept (`nodes.postgres.leases`); its methods raise StorageError."""
+    """The storage of leases (`nodes.postgres.leases`); its methods raise StorageError."""
 
     async def renew(self, node_id: str, epoch: int, lease_s: float, hints: str, limit_s: float) -> bool:
         """Renew the lease of an epoch; return False if the epoch is over."""
@@ -60,7 +60,7 @@ _DECODER = msgspec.json.Decoder(NodeHints)
 
 
 def _decode_hints(text: str) -> NodeHints:
-    """Return a node's hints; none of a release that says something else."""
+    """Return a node's hints; empty for a release with another form."""
     try:
         return _DECODER.decode(text)
     except ValueError:
@@ -68,7 +68,7 @@ def _decode_hints(text: str) -> NodeHints:
 
 
 class Membership:
-    """This node among those of the ledger.
+    """This node as one of the ledger's nodes.
 
     Args:
         log: open.
@@ -82,12 +82,12 @@ class Membership:
         open_signer: reads the key, which may have changed, and returns what signs a join; None signs none.
 
     Attributes:
-        epoch: the present one; None before it has joined.
-        leases: of all nodes, as last read.
+        epoch: the present epoch; None before it has joined.
+        leases: the leases of all nodes, as last read.
         peers: the hints of all nodes, as last read.
-        problem: why the last renewal failed; None if it did not.
+        problem: why the last renewal failed; None after a success.
 
-    What it reads or changes wakes the subscribers of the log.
+    Its reads and changes wake the subscribers of the log.
     """
 
     def __init__(
@@ -131,12 +131,12 @@ class Membership:
 
     @property
     def may_serve(self) -> bool:
-        """Whether this node may answer inferences, with the database or without."""
+        """Whether this node may answer inferences, with or without the database."""
         return self.epoch is not None and boottime() - self._confirmed_s <= self._away_limit_s
 
     @property
     def late(self) -> Collection[str]:
-        """The nodes that did not renew their leases in time, as last read, and have not joined anew."""
+        """The nodes that did not renew their leases in time, as last read, and have not joined again."""
         late = (each for each in self.leases if each.is_late and not each.ended)
         return [each.node_id for each in late if self._is_present(each)]
 
@@ -147,7 +147,7 @@ class Membership:
         return is_over and self.is_late and self.problem is not None
 
     async def start(self, command: JoinNode, describe: Callable[[], Awaitable[NodeHints]]) -> Receipt:
-        """Join, before anything else is appended.
+        """Join, before any other event is appended.
 
         Args:
             command: what this node says of itself when it joins, now or again.
@@ -177,17 +177,17 @@ class Membership:
                     task.cancel()
 
     async def leave(self) -> None:
-        """End the epoch in order; nothing is appended after it, and a renewal meanwhile does not join again.
+        """End the epoch in order; no later event is appended, and a concurrent renewal does not join again.
 
         Raises:
-            LedgerProblem: it could not be recorded: the other nodes will find this one late.
+            LedgerProblem: the end could not be recorded: the other nodes will find this one late.
         """
         self._leaves = True
         if self.epoch is not None:
             await self._log.submit(EndNode(NodeLeft(self.node_id, self.epoch)))
 
     async def _watch(self) -> None:
-        """End the epoch when the time to serve without a renewal is over, whatever the renewal waits for."""
+        """End the epoch when the time to serve without a renewal is over, even during a renewal."""
         while True:
             left_s = self._confirmed_s + self._away_limit_s - boottime()
             if left_s <= 0 and self.epoch is not None and not self._leaves:
@@ -219,7 +219,7 @@ class Membership:
         except StorageError as error:
             raise LogUnavailable(str(error)) from error
         await self._check_work(limit_s)
-        # Jobs are not charged for the time in which no node was present.
+        # The time in which no node was present does not count for jobs.
         there = any(not lease.ended and not lease.is_late for lease in leases)
         command = replace(
             self._command,
@@ -229,10 +229,10 @@ class Membership:
             sign=None if self._open_signer is None else self._open_signer(),
         )
         self._set_epoch(self.node_id, None, self._lease_s)
-        began_s = boottime()  # before the append: this node counts as late here first
+        began_s = boottime()  # before the append, so that this node counts itself late before the others do
         receipt = await submit(command)
         node = self._log.state.registers.nodes[self.node_id]
-        if node.position != receipt.position:  # another server of this name joined after this one
+        if node.position != receipt.position:  # another server of this name joined later
             raise self._name_in_use()
         self._set_epoch(self.node_id, node.epoch, self._lease_s)
         self._renewed_s, self._confirmed_s, self.epoch = began_s, began_s, node.epoch
@@ -243,13 +243,14 @@ class Membership:
         return next((lease for lease in leases if lease.node_id == self.node_id), None)
 
     async def _watch_other(self, own: Lease | None, limit_s: float) -> Lease | None:
-        """Return this node's lease when no other process renews it.
+        """Return this node's lease once it is certain that no other process renews it.
 
-        The process before this one may have been killed, so one that joined is watched for as long as a
+        The previous process may have been killed, so the lease of a joined one is watched for as long as a
+        renewal and its limit take.
         renewal and its limit take.
 
         Raises:
-            NameInUse: `node_name_in_use`, another process renewed it meanwhile.
+            NameInUse: `node_name_in_use`, another process renewed the lease meanwhile.
             StorageError: the database does not answer.
         """
         if own is None or own.ended or own.is_late or own.instance == self._instance:
@@ -273,7 +274,7 @@ class Membership:
         """Check that this node works: its writer reads the database's head, and writes to the replica's disk.
 
         Raises:
-            LogUnavailable: it does not, or not within `limit_s` seconds.
+            LogUnavailable: a check fails, or takes longer than `limit_s` seconds.
         """
         try:
             async with asyncio.timeout(limit_s):
@@ -315,7 +316,7 @@ class Membership:
         if problem is not None:
             self._confirmed_s = began_s if self._serves_sick else self._confirmed_s
             raise problem
-        if self.epoch != epoch:  # the time to serve was over meanwhile
+        if self.epoch != epoch:  # the time to serve ended meanwhile
             return
         self._renewed_s = self._confirmed_s = began_s
         self.peers = {lease.node_id: _decode_hints(lease.hints) for lease in self.leases}
@@ -325,7 +326,7 @@ class Membership:
             self._judging = asyncio.create_task(self._judge(late), name="late nodes")
 
     def _end_epoch(self) -> None:
-        """End the workers, and append nothing more; the consumer may be stuck behind the log."""
+        """End the workers, and stop appending; the consumer may be stuck behind the log."""
         self.epoch = None
         self._end_workers()
         self._log.notify()
@@ -341,15 +342,15 @@ class Membership:
         return self._described
 
     def _is_present(self, lease: Lease) -> bool:
-        """Whether a node is there in the epoch of a lease that was read."""
+        """Whether a node is present in the epoch of a lease."""
         node = self._log.state.registers.nodes.get(lease.node_id)
         return node is not None and node.is_present and node.epoch == lease.epoch
 
     async def _judge(self, late: Sequence[Lease]) -> None:
-        """Declare nodes lost; the database refuses that if one has renewed, or this node has not for long."""
+        """Declare nodes lost; the database refuses if such a node has renewed, or this one has not."""
         for lease in late:
             if self._is_present(lease):
-                with suppress(LedgerProblem):  # the next renewal sees whether it is still late
+                with suppress(LedgerProblem):  # the next renewal sees whether the node is still late
                     await self._log.submit(EndNode(NodeLost(lease.node_id, lease.epoch, lease.renewed_at)))
                     _log.warning(
                         "node %s is lost: it renewed its lease last at %s", lease.node_id, lease.renewed_at

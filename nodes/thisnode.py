@@ -141,16 +141,16 @@ class ThisNode(Forwarder):
         await self._leases.close()
         await self.log.close()
 
-    @property
-    def serves_without_log(self) -> bool:
-        return self.membership.may_serve
-
     def tasks(self) -> Mapping[str, asyncio.Task[None]]:
         return {} if self._renewing is None else {"membership": self._renewing}
 
     def checks(self) -> Mapping[str, bool]:
-        """Return whether it runs and can do its work, so that the others need not load its models."""
-        return {"lease": not self.membership.is_sick}
+        """Return whether it can do its work, so that the others need not load its models.
+
+        Without the log it goes on to answer inferences for a while.
+        """
+        log = self.log.healthy or self.membership.may_serve
+        return {"log": log, "lease": not self.membership.is_sick}
 
     def reason(self) -> str:
         problem = self.membership.problem

@@ -168,10 +168,10 @@ def check_external_data(path: Path, folder: Path, root: Path) -> bool:
     checked = set[PurePosixPath]()
     try:
         for location in external_locations(path):
-            place = _place_of(location)
-            if place not in checked:
-                _check_place(place, folder, root)
-                checked.add(place)
+            data = _normalise(location)
+            if data not in checked:
+                _check_location(data, folder, root)
+                checked.add(data)
     except Unparsable:
         return False
     except TooManyFields as problem:
@@ -520,29 +520,29 @@ def describe_foreign_file(path: Path) -> str | None:
     return None if has_graph else "is no ONNX file, or not all of one"
 
 
-def _place_of(location: str) -> PurePosixPath:
+def _normalise(location: str) -> PurePosixPath:
     """Return the normalised path of a location, which has many spellings."""
     beginning = location[:MAX_SHOWN]
     if len(os.fsencode(location)) > MAX_LOCATION_BYTES:
         raise LoadRefused("unsafe_file", f"external data at {beginning!r}… has a path that is too long")
-    place = PurePosixPath(location)
+    path = PurePosixPath(location)
     # "*/_ORT_MEM_ADDR_/*" makes ONNX Runtime take the offset for an address in its own memory.
-    if not location or "\0" in location or "*" in location or place.is_absolute() or ".." in place.parts:
+    if not location or "\0" in location or "*" in location or path.is_absolute() or ".." in path.parts:
         raise LoadRefused("unsafe_file", f"external data at {location!r} is not inside the model's folder")
-    return place
+    return path
 
 
-def _check_place(place: PurePosixPath, folder: Path, root: Path) -> None:
-    """Refuse a place that is no regular file in the repository; a missing file ends the walk at once."""
+def _check_location(path: PurePosixPath, folder: Path, root: Path) -> None:
+    """Refuse a path that is no regular file in the repository; a missing file ends the walk at once."""
     try:
-        is_regular = stat.S_ISREG((folder / place).stat().st_mode)
+        is_regular = stat.S_ISREG((folder / path).stat().st_mode)
     except FileNotFoundError:
-        reason = f"its external data {str(place)!r} is missing: put that file into the model's folder, too"
+        reason = f"its external data {str(path)!r} is missing: put that file into the model's folder, too"
         raise MissingData("invalid_model", reason) from None
     except OSError:
         is_regular = False
-    if not (is_regular and Path(os.path.realpath(folder / place)).is_relative_to(root)):
-        reason = f"external data at {str(place)!r} is not a regular file in the repository"
+    if not (is_regular and Path(os.path.realpath(folder / path)).is_relative_to(root)):
+        reason = f"external data at {str(path)!r} is not a regular file in the repository"
         raise LoadRefused("unsafe_file", reason)
 
 

@@ -401,8 +401,8 @@ class Repository:
                     if not names:
                         yield model_id, f"has no version: {_cure_model(root / model_id, model_id)}"
                 elif model_id.endswith(SUFFIX):
-                    place = f"{Path(model_id).stem}/1/{MODEL_FILE}"
-                    yield model_id, f"is in no model's folder: move it to {place}"
+                    target = f"{Path(model_id).stem}/1/{MODEL_FILE}"
+                    yield model_id, f"is in no model's folder: move it to {target}"
             except RepositoryUnreadable as unreadable:
                 yield model_id, str(unreadable)
 
@@ -524,18 +524,18 @@ class VersionFolder:
             LoadRefused: `model_changed`, `unsafe_file`.
             RepositoryUnreadable: `repository_unreadable`.
         """
-        place = self._open_path(path)
+        found = self._open_path(path)
         try:
-            if expected is not None and identity_of(path, os.fstat(place)) != expected:
+            if expected is not None and identity_of(path, os.fstat(found)) != expected:
                 raise LoadRefused("model_changed", f"{path!r} changed before it was copied")
             # The status is the descriptor's and not the path's, so it is of the same file.
             opened = os.open(
-                f"/proc/self/fd/{place}", os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+                f"/proc/self/fd/{found}", os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
             )
         except OSError as error:
             _refuse(path, error)
         finally:
-            os.close(place)
+            os.close(found)
         try:
             yield opened
         finally:
@@ -581,7 +581,7 @@ class VersionFolder:
         except OSError as error:
             _refuse(within or "the version's folder", error)
         try:
-            self._check_place(within or ".", listed)
+            self._check_location(within or ".", listed)
             seen = os.fstat(listed)
             if (seen.st_dev, seen.st_ino) in visited:  # links can make a circle
                 return []
@@ -605,17 +605,17 @@ class VersionFolder:
                 raise LoadRefused("unsafe_file", f"{path!r} is a link that leads nowhere") from None
             _refuse(path, error)
         try:
-            self._check_place(path, descriptor)
+            self._check_location(path, descriptor)
             _check_kind(path, os.fstat(descriptor).st_mode)
         except BaseException:
             os.close(descriptor)
             raise
         return descriptor
 
-    def _check_place(self, path: str, descriptor: int) -> None:
-        place = _place_of(descriptor)
+    def _check_location(self, path: str, descriptor: int) -> None:
+        location = _path_of(descriptor)
         # The root may have been renamed in the meantime, and every path in it.
-        if not place.is_relative_to(self.root) and not place.is_relative_to(_place_of(self._top)):
+        if not location.is_relative_to(self.root) and not location.is_relative_to(_path_of(self._top)):
             raise LoadRefused("unsafe_file", f"{path!r} leads out of the repository")
 
 
@@ -645,14 +645,14 @@ def open_folder(root: Path, folder: Path, *, of_version: bool = True) -> Iterato
             top = enter(root)
             beside = enter(folder.parent.relative_to(root), top)
             anchor = enter(folder.name, beside)
-            place = _place_of(top)
-            path = place / folder.relative_to(root)
+            opened_root = _path_of(top)
+            path = opened_root / folder.relative_to(root)
         except OSError as error:
             _refuse("the version's folder", error)
         with suppress(OSError):  # any other type is checked as a file
             if of_version:
                 anchor, path = enter(MODEL_FILE, anchor), path / MODEL_FILE
-        yield VersionFolder(top, anchor, beside, bundle_beside(folder).name, root=place, path=path)
+        yield VersionFolder(top, anchor, beside, bundle_beside(folder).name, root=opened_root, path=path)
 
 
 def _inner_folder(folder: Path) -> Path:
@@ -690,7 +690,7 @@ def _check_kind(path: str, mode: int) -> None:
         raise LoadRefused("unsafe_file", f"{path!r} is not a regular file")
 
 
-def _place_of(descriptor: int) -> Path:
+def _path_of(descriptor: int) -> Path:
     return Path(f"/proc/self/fd/{descriptor}").readlink()
 
 

@@ -4,13 +4,13 @@ A frame is a fixed prefix (length of the header, length of the payload), a heade
 in msgpack) and the payload: the raw bytes of the message's tensors, one after the other, little-endian and in
 row-major order. Requests carry ids that only go up; any number may be in flight. On the data channel `Load`,
 `Probe` and `Infer` go to the worker; `StageReached`, `Loaded`, `Probed`, `LoadFailure`, `Outcome` and
-`InferenceFailure` come back; on the control channel `Cancel` goes to the worker. Nothing is pickled, and what
-cannot be decoded is a `MalformedFrame`, whatever the bytes. A long tensor of an inference may lie in shared
-memory (`runtime.process.sharedmemory`) instead of in the payload.
+`InferenceFailure` come back; on the control channel `Cancel` goes to the worker. Nothing is pickled, and
+bytes that cannot be decoded are a `MalformedFrame`. A long tensor of an inference may lie in shared memory
+(`runtime.process.sharedmemory`) instead of in the payload.
 
-A worker runs what its model made of it, so each field that comes from one has bounds here: what a hostile
-worker says is within what the ledger can hold, or ends it. Which messages may come when, and how long they
-may be then, is in `runtime.process.inflight`.
+A model may take over its worker, so each field of a worker's message has bounds here: a hostile worker's
+report fits the ledger, or ends the worker. Which messages may come at which time, and their length then, is
+in `runtime.process.inflight`.
 """
 
 import ctypes
@@ -27,43 +27,43 @@ from runtime.errors import LoadCode
 
 PREFIX = struct.Struct("<IQ")
 LENGTH = struct.Struct("<I")
-"""What goes before each element of a BYTES tensor."""
+"""The length before each element of a BYTES tensor."""
 MAX_HEADER_BYTES = 16 * 2**20
-"""Of any message: the names in a request, of which there may be many thousands."""
+"""Header of any message: a request may have many thousands of names."""
 MAX_REPORT_BYTES = 2**20
 """Header of a message about a load. `Loaded` with 10,000 inputs and outputs fits, 100 bytes for each: models
 of the first ONNX releases list each of their weights as an input."""
 MAX_FAILURE_BYTES = 8 * 2**10
 """Header of an answer without outputs: an `InferenceFailure` with its message fits."""
 MAX_OUTPUTS = 4096
-"""Of a model. An answer with so many takes the server's loop 20 ms, which no other request should wait."""
+"""Outputs of a model. An answer with so many takes 20 ms of the server's loop, a delay for other requests."""
 MAX_HEAD_BYTES = 1024
-"""Of an output's head in `Outcome`, beside its name: `MAX_DIMENSIONS` lengths of 9 bytes fit."""
+"""An output's head in `Outcome`, without its name: `MAX_DIMENSIONS` lengths of 9 bytes fit."""
 MAX_PAYLOAD_BYTES = 256 * 2**20
-"""Of an answer, four times the largest request by default; a longer one becomes an `InferenceFailure`."""
+"""Payload of an answer, four times the default limit of a request; a longer one becomes a failure."""
 MAX_REQUEST_BYTES = 2**31
-"""Of what is sent to a worker: the most that `--max-request-size` may be."""
+"""Bytes sent to a worker: the largest value of `--max-request-size`."""
 ALIGNMENT = 16
-"""Bytes: where the payload of a long frame begins is a multiple of it. malloc gives no other addresses."""
+"""Alignment of the payload of a long frame, in bytes, which is malloc's."""
 SHARED_ALIGNMENT = 64
-"""Bytes: where outputs begin in shared memory is a multiple of it, a line of the processor's cache."""
+"""Alignment of outputs in shared memory, in bytes: a line of the processor's cache."""
 MAX_DIMENSIONS = 64
-"""What numpy's arrays have."""
+"""The limit of numpy's arrays."""
 MAX_TEXT_BYTES = 4096
-"""Of a message for people, as it is kept in an event."""
+"""A message for people, as an event keeps it."""
 MAX_REASON_BYTES = 256
-"""Of what is wrong with a frame: the decoder cites what the other side wrote, however long that is."""
+"""The description of a malformed frame, in which the decoder quotes the sender's bytes."""
 MAX_NAME_CHARACTERS = 4096
-"""Of a path (PATH_MAX), and of what a model calls its inputs and outputs."""
+"""A path (PATH_MAX), or a model's name of an input or output."""
 
 
 @dataclass(frozen=True, slots=True)
 class Datatype:
     """A datatype of the Open Inference Protocol.
 
-    `numpy` and `onnx` (ONNX Runtime's name) are how each calls it; `size` is bytes per element. A BYTES
-    element is its length, four bytes little-endian, and its bytes; `size` is then 0. numpy has no BF16: its
-    two bytes are handed on as unsigned integers.
+    `numpy` and `onnx` (ONNX Runtime's) are its names there; `size` is bytes per element. A BYTES element is
+    its length, four bytes little-endian, and its bytes; `size` is then 0. numpy has no BF16: its two bytes
+    are passed as unsigned integers.
     """
 
     name: str
@@ -99,14 +99,14 @@ class MalformedFrame(ValueError):
 
 
 class MalformedTexts(ValueError):
-    """The data of a BYTES tensor is not what it has to be; says what is wrong with an element."""
+    """The data of a BYTES tensor is malformed; the text names the defect of an element."""
 
 
 Buffer = bytes | bytearray | memoryview
 LoadStage = Literal["loading", "warming_up"]
 Fill = Literal["zeros", "ones"]
 Layer = Literal["landlock", "seccomp"]
-"""By which the kernel confines a worker, in the order in which they are applied."""
+"""A layer of a worker's confinement, in the order of application."""
 ForbiddenAct = Literal[
     "read_files",
     "write_files",
@@ -117,25 +117,25 @@ ForbiddenAct = Literal[
     "call_drivers",
     "manage_server",
 ]
-"""Forbidden things that a throw-away worker tries: outside of its files, or of another process; to run code
-that it has made, to call drivers of devices, and to manage the server over its control socket."""
+"""Forbidden acts that a throw-away worker tries: to use files or processes of others, to run code that it has
+made, to call drivers of devices, and to manage the server over its control socket."""
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Time = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
-"""Nanoseconds since 1970, and a file can be older."""
+"""Nanoseconds since 1970; a file can be older."""
 FileNumber = Annotated[int, msgspec.Meta(ge=0)]
-"""A device or an inode: some file systems use all 64 bits. They are compared, and go into no event."""
+"""A device or an inode, with all 64 bits on some file systems. They are compared, and go into no event."""
 Length = Annotated[int, msgspec.Meta(ge=-1, le=2**63 - 1)]
-"""Of a dimension of a model's input or output; -1 is any."""
+"""Length of a dimension of a model's input or output; -1 is any length."""
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARACTERS)]
 Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT_BYTES)]
 
 
 class Tensor(msgspec.Struct, frozen=True, gc=False):
-    """A named tensor: `data` holds the elements of `shape`, row-major, as its datatype has them.
+    """A named tensor: `data` holds the elements of `shape`, row-major, in the form of its datatype.
 
-    With `text`, it holds them as JSON: a list, flat or nested. What the text says is not checked here: the
-    worker reads what a client sent, and what it writes is the model's answer.
+    With `text`, the elements are JSON: a list, flat or nested. The text is not checked here: the worker
+    checks a client's text, and a worker's text is the model's answer.
     """
 
     name: str
@@ -150,9 +150,9 @@ class Message(msgspec.Struct, frozen=True, tag=True, array_like=True, forbid_unk
 
 
 class TensorHead(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
-    """A tensor without its data, which is `size` bytes of the payload; JSON, if it is `text`.
+    """A tensor without its data: `size` bytes of the payload, which are JSON with `text`.
 
-    With `at`, they are no part of the payload: they begin there in the shared memory.
+    With `at`, the data is not in the payload: it begins there in the shared memory.
     """
 
     name: Name
@@ -171,9 +171,9 @@ class WantedOutput(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
 
 
 class Example(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A value of an input that the model was run on: zeros or ones of a shape.
+    """A value of an input that the model ran on: zeros or ones of a shape.
 
-    With `refusal` the shape is a guess: so the model refused it, or why it was not tried.
+    With `refusal` the shape is a guess: the text is the model's refusal, or why it was not tried.
     """
 
     shape: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_DIMENSIONS)]
@@ -182,12 +182,12 @@ class Example(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """An input or output of a model: -1 in `shape` is any length; what is `optional` may be left out.
+    """An input or output of a model: -1 in `shape` is any length; an `optional` one may be missing.
 
     Attributes:
         datatype: the protocol's, or ONNX Runtime's own type where the protocol has none ("seq(…)").
-        dimensions: what the model calls each dimension of `shape`, or ""; () if it names none.
-        example: of an input of a loaded model, if its warm-up has looked for one.
+        dimensions: the model's name of each dimension of `shape`, or ""; () without any name.
+        example: for an input of a loaded model, if its warm-up has searched for one.
     """
 
     name: Name
@@ -253,9 +253,9 @@ class TargetDevice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 NO_MORE = "the machine has no more"
-"""Why a load without a limit of memory lacks it."""
+"""The reason for a lack of memory of a load without a limit."""
 PROVIDER_MAPPED_BYTES = 64 * 2**20
-"""Memory that a provider maps and does not touch: OpenVINO's libraries and threads 50 MB (measured)."""
+"""Memory that a provider maps without touching it: OpenVINO's libraries and threads 50 MB (measured)."""
 
 
 def _leave_room(limit_bytes: int | None, device: TargetDevice | None) -> int | None:
@@ -267,18 +267,18 @@ class Load(Message, frozen=True):
     """Load the model in `folder`; the first message to a worker.
 
     Attributes:
-        root: what no file may leave: the folder itself in the store, else the repository's root.
+        root: the folder that no file may leave: `folder` itself in the store, else the repository's root.
         bytes: the size of all files together.
-        memory_limit_bytes: for the model, beside the empty worker; None is no limit.
-        load_limit_bytes: as well, until the model is loaded; None is no limit.
+        memory_limit_bytes: limit of the model, beside the empty worker; None is no limit.
+        load_limit_bytes: a further limit until the model is loaded; None is no limit.
         max_batch_size: 0 turns batching off.
-        max_queue_delay_us: how long a request may wait for its batch.
+        max_queue_delay_us: the longest wait of a request for its batch.
         warm_up: whether the model runs once before it is loaded.
         warm_up_required: whether a warm-up that fails fails the load.
-        layers: what confines the worker; one that cannot be applied ends it.
-        ceiling_bytes: limit of its memory for good, whatever it does itself; None is no limit.
+        layers: the layers of the worker's confinement; the worker ends if one cannot be applied.
+        ceiling_bytes: the worker's permanent limit of memory, which it cannot lift; None is no limit.
         tensors: inputs of the warm-up, which `Worker.load` fills in; else zeros where shapes allow it.
-        name: what the process is called in lists of processes.
+        name: the process's name in lists of processes.
         device: where the session runs; None is the CPU. Its warm-up has to succeed.
         max_request_bytes: limit of a request; a model that needs longer ones is refused.
         dependent_rows: whether rows of a batch may change each other's answers.
@@ -306,7 +306,8 @@ class Load(Message, frozen=True):
         """Return the limit that the worker cannot lift; the model's own leaves room for its threads.
 
         Args:
-            thread_bytes: of one thread. The first of `threads` is the worker's own, which is there.
+            thread_bytes: the memory of one thread. The first of `threads` is the worker's own, which exists
+                already.
         """
         own = self.memory_limit_bytes
         with_threads = None if own is None else own + (self.threads - 1) * thread_bytes
@@ -314,10 +315,10 @@ class Load(Message, frozen=True):
         return _leave_room(min(given, default=None), self.device)
 
     def most_bytes(self, thread_bytes: int) -> int | None:
-        """Return the most memory of any kind that the worker can add within its limits; None has no limit.
+        """Return the most memory of any kind that the worker can add within its limits; None is no limit.
 
         Beside `hard_limit_bytes`, the kernel gives it its first stack, and the page tables: 8 bytes for each
-        page of 4 KiB, also for those of files.
+        page of 4 KiB, including pages of files.
         """
         hard = self.hard_limit_bytes(thread_bytes)
         if hard is None:
@@ -337,7 +338,7 @@ class Load(Message, frozen=True):
 
     @property
     def limit_text(self) -> str:
-        """Which limit of memory is the lowest; the server says how much the budget leaves to a load."""
+        """The name of the lowest limit of memory; the server adds how much the budget leaves to a load."""
         if self.is_limited_by_itself:
             return f"its memory_limit_bytes are {self.memory_limit_bytes}"
         if self.load_limit_bytes is not None:
@@ -347,10 +348,10 @@ class Load(Message, frozen=True):
 
 
 class Probe(Message, frozen=True):
-    """Confine yourself by these layers, as far as they are to be had, and try forbidden things.
+    """Apply these layers, as far as they exist, and try forbidden acts.
 
     The first message to a worker, and its last. `outside` is a folder that no worker needs. With `providers`,
-    do it as the worker of a load on a device, and list their devices.
+    act like the worker of a load on a device, and list their devices.
     """
 
     outside: str
@@ -374,8 +375,8 @@ class Infer(Message, frozen=True):
 
     `sent_ns` is the time of CLOCK_MONOTONIC, which all processes of a machine share. With
     `digest` each output comes as 32 bytes, UINT8: the SHA-256 of its datatype, shape and data.
-    `room` is where in the shared memory long outputs may go, and how many bytes it has. At `deadline_ns`,
-    by the same clock, nothing wants the answer any more; 0 is no deadline.
+    `answer_region` is the offset and size of the shared memory for long outputs. At `deadline_ns`, by the
+    same clock, the answer is too late; 0 is no deadline.
     """
 
     id: Count
@@ -384,21 +385,21 @@ class Infer(Message, frozen=True):
     text: bool = False
     sent_ns: Count = 0
     digest: bool = False
-    room: tuple[Count, Count] | None = None
+    answer_region: tuple[Count, Count] | None = None
     deadline_ns: Count = 0
 
 
 class StageReached(Message, frozen=True):
-    """The load has come to this."""
+    """The load has reached a stage."""
 
     stage: LoadStage
 
 
 class Loaded(Message, frozen=True):
-    """The model can serve; `warming_up_us` is None if it was not run before.
+    """The model can serve; `warming_up_us` is None without a warm-up.
 
-    `placed` is empty for a load on the CPU, else first what runs on its device. `dependence` is why rows of a
-    batch might change each other's answers; None without batching, or if it was shown that they do not.
+    `placed` is empty for a load on the CPU, else its device comes first. `dependence` is why rows of a batch
+    might change each other's answers; None without batching, or if they provably do not.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -413,11 +414,11 @@ class Probed(Message, frozen=True):
     """Result of a `Probe`; the worker ends after this.
 
     Attributes:
-        landlock_abi: the version of the Landlock that was applied; 0 if it was not.
-        layers: those that were applied.
-        succeeded: the forbidden things that the worker could do.
+        landlock_abi: the version of the applied Landlock, or 0.
+        layers: the applied layers.
+        succeeded: the forbidden acts that the worker could do.
         problems: why a layer was not applied, or a provider could not be used.
-        devices: of the providers.
+        devices: the providers' devices.
     """
 
     landlock_abi: Count
@@ -430,7 +431,7 @@ class Probed(Message, frozen=True):
 class JsonRead(Message, frozen=True):
     """The answer to `ReadJson`: the request without its data, as JSON, and the span of each data in the text.
 
-    Or the `problem` with it. A span is begin and length; None is that of an input without data in the text.
+    Or the request's `problem`. A span is begin and length, or None for an input without data in the text.
     """
 
     head: Annotated[bytes, msgspec.Meta(max_length=MAX_REPORT_BYTES // 2)] = b""
@@ -446,12 +447,12 @@ class LoadFailure(Message, frozen=True):
 
 
 class Outcome(Message, frozen=True):
-    """The answer to `Infer`, and where its time in the worker went.
+    """The answer to `Infer`, and the parts of its time in the worker.
 
-    `queue_ns` is the wait for other requests, also for those before which this one was not received yet.
-    `input_ns`, `infer_ns` and `output_ns` are decoding, run and encoding; a whole run, if it is a batch's.
-    `batch_size` is what the request brought along the batch dimension, 1 where the model has none.
-    `execution_size` is the batch size of the execution, in one answer of each; the others have 0.
+    `queue_ns` is the wait for other requests, including those running before it was received. `input_ns`,
+    `infer_ns` and `output_ns` are decoding, run and encoding; those of the whole run, for a batch.
+    `batch_size` is the request's elements along the batch dimension, 1 without one. `execution_size` is the
+    batch size of the execution, in one of its answers; in the others 0.
     """
 
     id: Count
@@ -467,8 +468,8 @@ class Outcome(Message, frozen=True):
 class InferenceFailure(Message, frozen=True):
     """No answer to `Infer`: `invalid_input`, `not_representable`, `inference_failed`, `inference_cancelled`.
 
-    A request that cannot make its deadline is not run: `inference_timeout`. Whatever else a worker calls it
-    is `inference_failed`.
+    A request that cannot meet its deadline is not run: `inference_timeout`. Any other code of a worker
+    becomes `inference_failed`.
     """
 
     id: Count
@@ -477,7 +478,7 @@ class InferenceFailure(Message, frozen=True):
 
 
 class Cancel(Message, frozen=True):
-    """Stop this inference, be it running or queued; of one that has ended nothing happens."""
+    """Stop this inference, running or queued; no effect on one that has ended."""
 
     id: Count
 
@@ -490,22 +491,23 @@ TO_WORKER = msgspec.msgpack.Decoder(ToWorker)
 FROM_LOADING = msgspec.msgpack.Decoder(FromLoading)
 FROM_SERVING = msgspec.msgpack.Decoder(FromServing)
 CONTROL = msgspec.msgpack.Decoder(Cancel)
-"""One decoder for each direction and time: what it does not know does not belong there."""
+"""One decoder for each direction and phase: unknown messages do not belong there."""
 _ENCODER = msgspec.msgpack.Encoder()
 
 M = TypeVar("M", bound=Message)
 Frame = tuple[M, tuple[Tensor, ...]]
 Locate = Callable[[int, int, int], memoryview]
-"""Returns shared memory: of which request, from where, how many bytes. It raises `MalformedFrame`."""
+"""Returns shared memory for a request, an offset and a size; raises `MalformedFrame`."""
 
 
 def heads(tensors: Sequence[Tensor], offsets: Iterable[int | None] = repeat(None)) -> tuple[TensorHead, ...]:
-    """Describe tensors as the message that goes before their data does.
+    """Describe tensors in the form of a message's heads.
 
-    `offsets` is where each begins in shared memory, None for one in the payload.
+    `offsets` are the positions in shared memory, None for a tensor in the payload.
 
     Raises:
-        MalformedFrame: the other side would not take them: no such datatype, or data not of its shape.
+        MalformedFrame: the receiver would refuse them: an unknown datatype, or data of another size than the
+            shape.
     """
     pairs = zip(tensors, offsets, strict=False)
     described = tuple([TensorHead(t.name, t.datatype, t.shape, len(t.data), t.text, at) for t, at in pairs])
@@ -520,10 +522,10 @@ def heads(tensors: Sequence[Tensor], offsets: Iterable[int | None] = repeat(None
 
 
 def encode(message: Message, tensors: Sequence[Tensor] = ()) -> list[Buffer]:
-    """Encode a frame, as buffers to be written one after the other; the tensors' data is not copied.
+    """Encode a frame, as buffers to be written in this order; the tensors' data is not copied.
 
     Raises:
-        MalformedFrame: it is longer than the other side takes, or holds a lone surrogate.
+        MalformedFrame: the frame is longer than the receiver accepts, or holds a lone surrogate.
     """
     try:
         header = _ENCODER.encode(message)
@@ -574,10 +576,10 @@ def _elements(data: Buffer) -> Iterator[memoryview]:
 def decode(
     body: memoryview, header_bytes: int, decoder: msgspec.msgpack.Decoder[M], locate: Locate | None = None
 ) -> Frame[M]:
-    """Decode what follows a frame's prefix; the tensors refer to `body` or shared memory.
+    """Decode the bytes after a frame's prefix; the tensors refer to `body` or shared memory.
 
     Raises:
-        MalformedFrame: it is no frame of this contract.
+        MalformedFrame: the bytes are no frame of this contract.
     """
     message = decode_header(body[:header_bytes], decoder)
     return message, _cut_tensors(message, body[header_bytes:], locate)
@@ -587,7 +589,7 @@ def decode_header(header: memoryview, decoder: msgspec.msgpack.Decoder[M]) -> M:
     """Decode the message of a frame.
 
     Raises:
-        MalformedFrame: it is no message of this contract.
+        MalformedFrame: the bytes are no message of this contract.
     """
     try:
         return decoder.decode(header)
@@ -598,7 +600,7 @@ def decode_header(header: memoryview, decoder: msgspec.msgpack.Decoder[M]) -> M:
 def _cut_tensors(message: Message, payload: memoryview, locate: Locate | None) -> tuple[Tensor, ...]:
     tensors, position = [], 0
     for head in getattr(message, "tensors", ()):
-        _check_size(head)  # name and shape are within their limits, which are the decoder's, too
+        _check_size(head)  # the decoder has checked the limits of name and shape
         if head.at is None:
             data = payload[position : position + head.size]
             position += head.size
@@ -621,11 +623,11 @@ def _check_size(head: TensorHead) -> None:
 
 
 CHUNK_BYTES = 64 * 2**10
-"""Shorter frames are cut out of one read; a longer one is read into a buffer of its own."""
+"""Shorter frames are cut out of one read; a longer one is read into its own buffer."""
 READ_BYTES = 2**20
-"""Limit of one read: a socket is read on for as long as its other side goes on writing."""
+"""Limit of one read: a socket is read for as long as its other side writes."""
 JOINED_BYTES = 32 * 2**10
-"""Of frames to send: copying this much takes about as long as one more buffer in a system call."""
+"""Frames to send: copying this much takes about as long as one more buffer in a system call."""
 
 
 class PayloadDropped(MemoryError):
@@ -641,16 +643,16 @@ class PayloadDropped(MemoryError):
 
 
 _new_bytearray = ctypes.pythonapi.PyByteArray_FromStringAndSize
-"""Allocates without filling: zeroing 600 KB takes as long as reading them, and announced bytes that never
-come would take memory."""
+"""Allocates without filling: zeroing 600 KB takes as long as reading them, and announced bytes that do not
+arrive would take memory."""
 _new_bytearray.argtypes, _new_bytearray.restype = (ctypes.c_char_p, ctypes.c_ssize_t), ctypes.py_object
 
 
 @dataclass(frozen=True, slots=True)
 class FrameRules(Generic[M]):
-    """Which frames may come: the messages, and limits that a frame's prefix is held against.
+    """The allowed frames: their messages, and limits for a frame's prefix.
 
-    Without header bytes, none may come.
+    Without header bytes, no frame is allowed.
     """
 
     decoder: msgspec.msgpack.Decoder[M]
@@ -665,11 +667,11 @@ class FrameReader(Generic[M]):
     tensor data of a frame refers to memory that nothing else uses.
 
     Attributes:
-        rules: which frames may come next; may be changed between frames.
+        rules: the rules of the next frame; may be changed between frames.
 
     Args:
-        rules: which frames may come at first.
-        locate: finds the tensors that lie in shared memory; None if none do.
+        rules: the rules of the first frame.
+        locate: finds the tensors in shared memory; None if there is none.
     """
 
     def __init__(self, rules: FrameRules[M], locate: Locate | None = None) -> None:
@@ -702,7 +704,7 @@ class FrameReader(Generic[M]):
         """Return the next complete frame.
 
         Raises:
-            MalformedFrame: the bytes are no frame, or none that may come now.
+            MalformedFrame: the bytes are no frame, or one that may not come now.
             PayloadDropped: there was no memory for the frame's payload.
         """
         if self._body is not None:
@@ -722,7 +724,7 @@ class FrameReader(Generic[M]):
             self._begin_body(start, header, payload)
             return None
         self._start = end
-        # A copy, since the chunk is used again.
+        # A copy, since the chunk is reused.
         return decode(
             memoryview(bytes(memoryview(self._chunk)[start:end])), header, rules.decoder, self._locate
         )
@@ -744,7 +746,7 @@ class FrameReader(Generic[M]):
         self._header_bytes = header
         try:
             self._body = _new_bytearray(None, self._begin + header + payload)
-        except MemoryError:  # the message says whose frame it is
+        except MemoryError:  # the message says which request the frame belongs to
             self._body, self._drop_bytes, self._is_dropped = bytearray(self._begin + header), payload, True
         came = self._filled - start
         kept = min(came, len(self._body) - self._begin)

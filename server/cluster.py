@@ -8,7 +8,7 @@ A server is alone with its ledger, and a cluster of one. The package `nodes` ove
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import wraps
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from events.log import Log
 from events.models import Model
 from events.types import Cause, LoadParameters
 from events.values import Sign
+from features.nodes.metrics import Gauge, list_gauges
 from runtime.consumer.running import RunningLoad
 from runtime.elsewhere import Elsewhere
 from runtime.router import Here, There
@@ -30,7 +31,7 @@ from runtime.wire import Buffer
 from server.appkeys import BODIES, POOL, ROUTER
 from server.auth.gate import PRINCIPAL, ForwardedVerifier
 from server.errors import ANSWER_FIELDS
-from server.http.bodies import Share
+from server.http.bodies import BodyMemory
 from server.http.validation import path_parameters
 
 T = TypeVar("T")
@@ -102,13 +103,8 @@ class Cluster(Elsewhere):
         """Return further tasks without which this server would do nothing."""
         return {}
 
-    @property
-    def serves_without_log(self) -> bool:
-        """Whether it answers inferences although the log cannot be written."""
-        return False
-
     def checks(self) -> Mapping[str, bool]:
-        """Return further checks of whether this server is ready."""
+        """Return further checks of whether this server is ready, or others of the same name."""
         return {}
 
     def reason(self) -> str:
@@ -126,6 +122,9 @@ class Cluster(Elsewhere):
         """Return all servers as this one knows them; none if it is alone."""
         return []
 
+    def list_gauges(self) -> Sequence[Gauge]:
+        return list_gauges(self.describe(), self.log.state, self.log.tally.names.of)
+
     def complete_answer(self, shown: ModelInfo, model: Model) -> ModelInfo:
         """Return a model's answer with what only its present state says of further servers."""
         return shown
@@ -142,7 +141,7 @@ class Cluster(Elsewhere):
         request: web.BaseRequest,
         there: There,
         model_id: str,
-        share: Share,
+        memory: BodyMemory,
         *,
         body: Buffer | None = None,
         ends_at_s: float | None = None,
@@ -153,7 +152,7 @@ class Cluster(Elsewhere):
             request: its body is unread, unless it is given.
             there: that server.
             model_id: the model.
-            share: counts the bodies.
+            memory: counts the bodies.
             body: the body as it was received here, decompressed.
             ends_at_s: when the answer must be there, on the loop's clock; None is the usual limit.
         """
@@ -187,8 +186,8 @@ def forwardable(handler: Handler) -> Handler:
         await app[CLUSTER].catch_up(request, model_id)
         target = app[ROUTER].resolve(model_id, path.get("version"))
         if isinstance(target, There):
-            share = app[BODIES].share(request[PRINCIPAL].subject)
-            return await app[CLUSTER].forward(request, target, model_id, share)
+            memory = app[BODIES].memory_of(request[PRINCIPAL].subject)
+            return await app[CLUSTER].forward(request, target, model_id, memory)
         response = await handler(request)
         response.headers.update(request.get(ANSWER_FIELDS, {}))
         return response

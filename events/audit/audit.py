@@ -1,7 +1,7 @@
 """Audit of a ledger: the file, the chain, the stored projections, exports, an expected head.
 
-`verify` proves the log; `audit` also checks the file as SQLite does, its schema, and that exports and a head
-that somebody kept agree.
+`verify` proves the log; `audit` also checks the file as SQLite does, its schema, and its agreement with
+exports and a head that an auditor kept.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Audit:
     """The result of an audit.
 
     Attributes:
-        verification: of the log and its stored projections.
-        finding: the first problem; one of the file itself is at the last proved position.
-        at: the file with that problem; None if it is the ledger.
-        damage: what SQLite's integrity check says; None if it passes.
+        verification: that of the log and its stored projections.
+        finding: the first problem; a problem of the file itself is at the last proved position.
+        at: the file with that problem; None is the ledger.
+        damage: the result of SQLite's integrity check; None if it passes.
     """
 
     verification: Verification
@@ -41,7 +41,7 @@ ExpectedHead = tuple[Anchor, Path | None]
 
 
 def list_expected(head: Anchor | None, files: Iterable[FileAudit] = ()) -> list[ExpectedHead]:
-    """Return the head that somebody kept, and those of exports, verified by themselves."""
+    """Return the head that an auditor kept, and the heads of exports, each verified by itself."""
     kept: list[ExpectedHead] = [] if head is None else [(head, None)]
     return kept + [(file.proved, file.path) for file in files]
 
@@ -78,9 +78,9 @@ def audit(
     Args:
         path: of the ledger.
         expected: a head that the ledger must have.
-        files: exports, verified by themselves, to be compared with the ledger.
-        kept_in: the data directory whose kept head the ledger must have, unless another one is expected, and
-            the public key that has to have signed it.
+        files: exports, each verified by itself, to be compared with the ledger.
+        kept_in: the data directory whose kept head the ledger must have, unless `expected` is given, and the
+            public key that must have signed it.
 
     Raises:
         IncompleteCopy: `incomplete_copy`, the newest events may be missing, and no head was expected.
@@ -90,7 +90,10 @@ def audit(
     """
     found = _audit_own_file(path, list_expected(expected, files), may_lack_events=expected is None)
     if found.finding is None and expected is None and kept_in is not None:
-        return replace(found, finding=_compare_with_kept_head(*kept_in, path, found))
+        data, public_key = kept_in
+        if (rollback := find_rollback(data, path, public_key)) is not None:
+            finding = Finding(found.verification.position, rollback[1], FindingKind.EXPECTATION)
+            return replace(found, finding=finding)
     return found
 
 
@@ -110,11 +113,3 @@ def _audit_own_file(path: Path, heads: Sequence[ExpectedHead], *, may_lack_event
     if finding is None and schema is not None:
         finding = Finding(at_end, f"the database's schema: {schema}", FindingKind.SCHEMA)
     return Audit(verification, finding, at, damage)
-
-
-def _compare_with_kept_head(data: Path, public_key: bytes, path: Path, found: Audit) -> Finding | None:
-    rollback = find_rollback(data, path, public_key)
-    if rollback is None:
-        return None
-    _, reason = rollback
-    return Finding(found.verification.position, reason, FindingKind.EXPECTATION)

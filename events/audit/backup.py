@@ -10,7 +10,7 @@ from pathlib import Path
 
 from events.audit.audit import Audit, audit
 from events.errors import DataInUse, LedgerDamaged, WrongTarget
-from events.files import open_draft, publish
+from events.files import open_temporary, publish
 from events.sqlite.readonly import copy_ledger
 
 
@@ -31,16 +31,16 @@ def back_up(path: Path, target: Path) -> Audit:
         OSError: the file cannot be created.
     """
     _refuse_leftovers(target)
-    with _lock_folder(target.parent), open_draft(target) as draft:
-        copy_ledger(path, draft)
-        found = audit(draft)
+    with _lock_folder(target.parent), open_temporary(target) as temporary:
+        copy_ledger(path, temporary)
+        found = audit(temporary)
         if found.finding is not None:
             raise LedgerDamaged(
                 f"the copy does not verify, and was removed: position {found.finding.position}, "
                 f"{found.finding.problem}"
             )
         _refuse_leftovers(target)
-        publish(draft, target, replace=True)
+        publish(temporary, target, replace=True)
         return found
 
 
@@ -60,7 +60,7 @@ def _lock_folder(folder: Path) -> Iterator[None]:
     """Keep servers from starting on the folder, if it is a data directory, until the block ends."""
     try:
         descriptor = os.open(folder / "lock", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:  # it is not a data directory
+    except OSError:  # no data directory
         yield
         return
     try:

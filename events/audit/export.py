@@ -8,7 +8,7 @@ r"""Export: the log as lines that verify by themselves, with a signed head at th
     {"head":{"position":…,"hash":"…","recorded_at":"…",…,"signature":"…"}}
 
 `body` is the text whose UTF-8 is hashed, so a verifier never writes canonical JSON. `cloudevents` writes one
-CloudEvent a line instead, for other programs; loadledger does not read those files again.
+CloudEvent a line instead, for other programs; loadledger does not read those files.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ TYPE_PREFIX = "dev.loadledger."
 """CloudEvents ask for reverse-DNS names; the event's own type follows."""
 
 HEAD_TYPE = f"{TYPE_PREFIX}head.v1"
-"""The type of the last line: the signed head."""
+"""The type of the last line, the signed head."""
 
 SEQUENCE_DIGITS = 19
-"""As many as the largest position has, so that text sorts as numbers (CloudEvents' `sequence` extension)."""
+"""The digits of the largest position, so that text sorts as numbers (CloudEvents' `sequence` extension)."""
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 
@@ -53,7 +53,7 @@ class ExportFormat:
 def export(
     path: Path, form: ExportFormat, sign: Sign, *, after: int = 0, until: int | None = None
 ) -> Iterator[bytes]:
-    """Yield the lines of the events after position `after` up to and with `until`, and the signed head there.
+    """Yield the lines of the events after position `after` up to and including `until`, and the signed head.
 
     `until` defaults to the head when the export begins. Memory does not grow with the log. The chain is
     checked on the way, so a head is signed only if it follows from the lines.
@@ -102,7 +102,7 @@ JSONL = ExportFormat(
 
 
 def cloudevents(public_key: bytes) -> ExportFormat:
-    """Return the format whose lines are CloudEvents 1.0, for programs that read those.
+    """Return the format whose lines are CloudEvents 1.0, for programs that read CloudEvents.
 
     `source` names the ledger by its public key. `data` is the whole event in canonical form; `ledgerhash` is
     SHA-256 of the bytes of `ledgerprevious` and the UTF-8 of `data` as it stands in the line.
@@ -151,6 +151,6 @@ def _cloudevent_head(head: SignedHead, source: str) -> bytes:
 
 
 def _cloudevent_line(attributes: dict[str, str | None], data: str) -> bytes:
-    """Write a CloudEvent around `data`, which is JSON already; null attributes are left out."""
+    """Write a CloudEvent around `data`, which is JSON text; null attributes are left out."""
     given = {name: value for name, value in attributes.items() if value is not None}
     return f'{json.dumps(given, separators=(",", ":"))[:-1]},"data":{data}}}\n'.encode()

@@ -1,7 +1,7 @@
 """Verification of exports of the format `jsonl` (`events.audit.export`): events as proved, and the head.
 
-A line is valid only if it is, byte for byte, what the export writes for that event, so that it has one
-reading only.
+A line is valid only if the export writes the same bytes for that event, so that it can be read in one way
+only.
 """
 
 from __future__ import annotations
@@ -16,13 +16,7 @@ import msgspec
 
 from events.audit.export import FORMAT, JSONL
 from events.audit.signing import SignedHead, as_signed_head, key_id
-from events.audit.verify import (
-    CheckedFold,
-    Finding,
-    FindingKind,
-    VerificationError,
-    compare_hash,
-)
+from events.audit.verify import CheckedFold, Finding, FindingKind, VerificationError, compare_hash
 from events.codec import GENESIS
 from events.errors import LogUnavailable
 from events.files import printable_name
@@ -30,7 +24,7 @@ from events.storage import RawRow, Row
 from events.types import Anchor
 
 MAX_LINE = 16 * 2**20
-"""Bytes: more than any event has; a hostile file with a longer line is never read into memory whole."""
+"""Longer than the line of any event, in bytes: a hostile longer line is never read into memory whole."""
 
 T = TypeVar("T")
 
@@ -39,7 +33,7 @@ def read_lines(path: Path) -> Iterator[bytes]:
     """Yield the lines of an export; a line longer than `MAX_LINE` is cut.
 
     Raises:
-        LogUnavailable: it is not a regular file.
+        LogUnavailable: the path is no regular file.
     """
     if not stat.S_ISREG(path.stat().st_mode):  # a pipe would block
         raise LogUnavailable(f"{printable_name(path)} is not a regular file")
@@ -49,17 +43,17 @@ def read_lines(path: Path) -> Iterator[bytes]:
 
 
 class ExportReader:
-    """Iterates over the events of an export as they are written there; the caller checks their chain.
+    """Iterates over the events of an export as written there; the caller checks their chain.
 
     Args:
-        lines: of the export.
+        lines: the export's lines.
 
     Attributes:
         after: the position and hash after which the export begins.
         head: the signed head, once all events have been yielded.
 
     Raises:
-        VerificationError: here or during the iteration, naming the first position whose line is wrong, or
+        VerificationError: at once or during the iteration, naming the first position whose line is wrong or
             missing.
     """
 
@@ -91,7 +85,7 @@ class ExportReader:
 
 
 def _find_other_head(head: SignedHead | None, after: Anchor, chain: CheckedFold) -> Finding | None:
-    """Return how the signed head of a file contradicts the events that it ends."""
+    """Return how the signed head of a file contradicts its events, or None."""
     position = chain.position
     if head is None or (head.statement.position, head.statement.hash) != (position, chain.hash):
         problem = f"the signed head is not that of position {position}, the last one in the file"
@@ -141,7 +135,7 @@ def _parse_line(line: bytes) -> Row | SignedHead:
 
 
 def _is_written(found: Row | SignedHead, line: bytes) -> bool:
-    """Whether `line` is what the export writes for its content."""
+    """Whether `line` is the export's line for its content."""
     try:
         written = JSONL.last(found) if isinstance(found, SignedHead) else JSONL.event(found, b"")
     except ValueError:  # a lone surrogate
@@ -181,11 +175,11 @@ class FileAudit:
     """The result of verifying an export by itself.
 
     Attributes:
-        path: of the file.
+        path: the file's path.
         after: the position and hash after which its events begin.
         proved: the position and hash of the last proved event.
-        head: the signed head, which fits the events; None after another finding than its signer.
-        finding: the first problem; None if there is none.
+        head: the signed head, which fits the events; after a finding other than its signer, None.
+        finding: the first problem, or None.
         has_expected: whether the file has the position of the expected head.
     """
 
@@ -205,12 +199,12 @@ def audit_file(path: Path, *, key: str | None = None, expected: Anchor | None = 
     """Verify an export to its end; memory does not grow with the file.
 
     Args:
-        path: of the file.
+        path: the file's path.
         key: the id of the expected signer's key; None accepts any.
         expected: a head that the file must have, if it has the position.
 
     Raises:
-        LogUnavailable: `log_unavailable`, it is not a regular file.
+        LogUnavailable: `log_unavailable`, the path is no regular file.
     """
     reader, chain = None, CheckedFold(Anchor())
     try:

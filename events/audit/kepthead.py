@@ -1,8 +1,8 @@
 """The last signed head, kept beside the ledger's key: a ledger that does not contain it was rolled back.
 
-A server keeps each head that it hands out, one each minute, and one at its stop, and the first before the
-first event. A ledger that was replaced by an older one, or by another, does not contain it. Who has the
-ledger's key can replace both: that is not found out by it.
+A server keeps each head that it hands out, one each minute, one at its stop, and the first before the first
+event. A ledger that was replaced by an older or another one does not contain the kept head. The holder of the
+ledger's key can replace both, which this does not detect.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from events.storage import LogHead
 from events.types import RollbackAccepted
 
 KEPT_HEAD = "ledger.head"
-"""The file in the data directory, as `GET /api/v1/events/head` answers."""
+"""The file in the data directory, in the form of `GET /api/v1/events/head`."""
 
 _log = logging.getLogger(__name__)
 
 
 class HeadKeeper:
-    """Keeps the latest signed head durably; one write at a time, for all that were signed meanwhile."""
+    """Keeps the latest signed head durably; one write at a time, for all heads signed in the meantime."""
 
     def __init__(self, data: Path) -> None:
         self._data = data
@@ -40,7 +40,7 @@ class HeadKeeper:
     async def keep(self, head: SignedHead) -> None:
         """Keep a head whose event is durable, unless a later one was kept; log a failure.
 
-        Without it an older head stays kept, which a ledger with this one contains, too.
+        After a failure an older head stays kept, which a ledger with this head contains, too.
         """
         async with self._writing:
             if head.statement.position <= self._kept:
@@ -59,13 +59,13 @@ def _write(data: Path, head: SignedHead) -> None:
 
 
 def keep_first(data: Path, sign: Sign) -> None:
-    """Keep a head of no events durably, where there is no ledger yet: each ledger has a kept head then."""
+    """Keep a head of no events durably where there is no ledger yet, so that each ledger has a kept head."""
     if not (data / KEPT_HEAD).exists() and not (data / LEDGER).exists():
         _write(data, sign(Statement(0, GENESIS, "")))
 
 
 def sign_anew(data: Path, sign: Sign) -> None:
-    """Sign the kept head with a new key, since the one before is missing; one that does not hold stays."""
+    """Sign the kept head with a new key, after the loss of the old one; an invalid head stays as it is."""
     with suppress(FileNotFoundError, ValueError):
         kept = as_signed_head(json.loads((data / KEPT_HEAD).read_bytes()))
         if kept.holds():
@@ -73,14 +73,14 @@ def sign_anew(data: Path, sign: Sign) -> None:
 
 
 def find_rollback(data: Path, ledger: Path, public_key: bytes) -> tuple[RollbackAccepted, str] | None:
-    """Return what accepting the ledger would record, and why it is refused; None if it is not.
+    """Return what accepting the ledger would record, and why it is refused, or None if it is valid.
 
     A replica needs no kept head, since it was compared with its database.
 
     Args:
         data: the data directory.
-        ledger: the file.
-        public_key: with which the kept head has to be signed (DER).
+        ledger: the ledger's file.
+        public_key: the key that must have signed the kept head (DER).
 
     Raises:
         LedgerProblem: the ledger cannot be read.

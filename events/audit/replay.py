@@ -1,6 +1,6 @@
 """Replay: the live state at any moment, folded anew from the log.
 
-It trusts no stored projections and no stored history: `?at=` reads those.
+It uses no stored projections and no stored history, unlike `?at=`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def replay(ledger: Connection, until: str | None) -> tuple[Moment, State]:
     """Fold the log anew, and return the live state at a moment, with the moment.
 
     Args:
-        ledger: a transaction begins in it.
+        ledger: the connection, in which a transaction begins.
         until: a position in digits, a time, or None for the head.
 
     Raises:

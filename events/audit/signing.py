@@ -1,4 +1,4 @@
-r"""Signed heads: with one, its keeper can prove that no event before it was changed, removed or reordered.
+r"""Signed heads: proof, for their keeper, that no earlier event was changed, removed or reordered.
 
 The signed message, byte for byte (ASCII; each line ends with one `\n`, the last one too):
 
@@ -7,8 +7,8 @@ The signed message, byte for byte (ASCII; each line ends with one `\n`, the last
     <hash, 64 lower-case hexadecimal digits>
     <recorded_at of the event at the position; empty without an event>
 
-The signature is Ed25519 (RFC 8032) over these bytes. The first line tells it from any other message that
-the key may ever sign.
+The signature is Ed25519 (RFC 8032) over these bytes. The first line distinguishes the message from any other
+message that the key may ever sign.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class SignedHead:
     public_key: bytes
 
     def holds(self) -> bool:
-        """Whether the signature is by the key; the caller has to know whose key that is."""
+        """Whether the signature is by the key; the caller has to know whose key it is."""
         try:
             key = load_der_public_key(self.public_key)
             if not isinstance(key, Ed25519PublicKey):
@@ -102,7 +102,7 @@ def key_id(public_key: bytes) -> str:
 
 
 def as_signed_head(members: object) -> SignedHead:
-    """Parse what `SignedHead.members` returned.
+    """Parse the result of `SignedHead.members`.
 
     Raises:
         ValueError: the members are not those of a signed head.

@@ -1,6 +1,6 @@
 """Verification of a ledger: the chain, the events, its loads, and the stored projections.
 
-The log is read once, in order. The result names the first position that is wrong, as a `Finding`.
+The log is read once, in order. The result names the first wrong position, as a `Finding`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ EVENTS_PER_STEP = 200
 takes a sixth less time than event by event (measured)."""
 
 PAGE_BYTES = 2**22
-"""Bytes of bodies and hashes after which a step takes fewer events: far more than 200 that a server
-wrote have."""
+"""Bytes of bodies and hashes after which a page ends early; far more than 200 events of a server have."""
 
 _EXPECTED = re.compile(r"(\d{1,19}):([0-9a-fA-F]{64})", re.ASCII)
 
@@ -56,7 +55,7 @@ class FindingKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The first problem of a ledger or file: its position, and what is wrong there."""
+    """The first problem of a ledger or file: its position and description."""
 
     position: int
     problem: str
@@ -76,11 +75,11 @@ class Verification:
     """The result of verifying a ledger: the last proved event's position and hash.
 
     Attributes:
-        finding: the first problem; None if there is none.
-        compared: False if there are no stored projections to compare, or if another release's folds made
-            them: then they are rebuilt before anything uses them.
-        hashes: of the watched positions.
-        remarks: what an auditor should know of loads though it is no finding, up to `MAX_REMARKS`.
+        finding: the first problem, or None.
+        compared: False without stored projections, or if another release's folds made them: then they are
+            rebuilt before use.
+        hashes: the hashes at the watched positions.
+        remarks: facts about loads for an auditor that are no findings, at most `MAX_REMARKS`.
     """
 
     position: int
@@ -96,7 +95,7 @@ class Verification:
 
 
 def compare_hash(expected: Anchor, found: bytes) -> Finding | None:
-    """Return a finding if the hash at the expected position is another."""
+    """Return a finding if the hash at the expected position differs."""
     if found == expected.hash:
         return None
     problem = f"the hash is {found.hex()}, {expected.hash.hex()} was expected"
@@ -120,14 +119,13 @@ class CheckedFold:
 
     Args:
         start: the position and hash after which the events begin.
-        watched: positions whose hashes are wanted.
-        applies: whether events are applied, not only checked: those of a forged file might take any memory.
+        watched: positions whose hashes are returned.
+        applies: whether events are also applied: those of a forged file might take any amount of memory.
 
     Attributes:
-        hashes: of the watched positions that the fold has passed.
-        stored: the stored projections to compare with as the fold reaches them, or None; set it before
-            `follow`.
-        policy: checks loads against the rules of their day; not of events that are not applied.
+        hashes: the hashes at the watched positions so far.
+        stored: the stored projections, compared during the fold, or None; set it before `follow`.
+        policy: checks loads against the rules of their time, if events are applied.
     """
 
     def __init__(self, start: Anchor, watched: Iterable[int] = (), *, applies: bool = True) -> None:
@@ -144,7 +142,7 @@ class CheckedFold:
         self._watched = sorted({each for each in watched if each > start.position}, reverse=True)
 
     def follow(self, rows: Iterable[RawRow]) -> Finding | None:
-        """Read the rows of the log up to the first problem, and return it; raise what reading them raises."""
+        """Read the rows of the log and return the first problem, or None; raise errors of reading."""
         for page in _pages(rows):
             hashed, finding = _take_until_problem(self._hash_rows(page), None)
             events, finding = _take_until_problem(self._read(hashed), finding)
@@ -235,7 +233,7 @@ class CheckedFold:
 
 
 def _pages(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
-    """Yield the rows in pages; if reading fails, first yield the rows before that."""
+    """Yield the rows in pages; if reading fails, first yield the rows read before."""
     page, size = list[RawRow](), 0
     try:
         for row in rows:
@@ -251,7 +249,7 @@ def _pages(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
 
 
 def _take_until_problem(step: Iterator[T], later: Finding | None) -> tuple[list[T], Finding | None]:
-    """Return what a step yields up to its first problem, and that problem, else that of the step before."""
+    """Return a step's results up to its first problem, and that problem or else that of the step before."""
     done = list[T]()
     try:
         for item in step:
@@ -278,7 +276,7 @@ def verify(path: Path) -> Verification:
 
 
 def verify_ledger(ledger: ProofReader, watched: Iterable[int] = ()) -> Verification:
-    """Verify a ledger; `watched` is that of `CheckedFold`."""
+    """Verify a ledger; for `watched` see `CheckedFold`."""
     fold, finding, compared = CheckedFold(Anchor(), watched), None, True
     try:
         with storage_errors():

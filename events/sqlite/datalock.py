@@ -1,4 +1,4 @@
-"""The data directory: its ledger, which may be a replica, and two locks, which end with their process.
+"""The data directory: its ledger, which may be a replica, and two locks, which end with the process.
 
 `lock_data` locks the directory, `lock_ledger` the file itself: two directories may hold the same file, by a
 hard link or a bind mount, and each would have its own write-ahead log.
@@ -24,7 +24,7 @@ REPLICA = "ledger.replica"
 """Beside a ledger that is a replica: the address of the database of the ledger, without a password."""
 
 _LOCKED_BYTE = 0x4000_0000 + 512
-"""The first byte after those that SQLite locks (PENDING_BYTE and 511 more); the file need not have it."""
+"""The first byte beyond SQLite's locked bytes (PENDING_BYTE and 511 more); it need not exist in the file."""
 
 
 def mark_replica(data: Path, address: str) -> None:
@@ -45,10 +45,10 @@ def is_replica(data: Path) -> bool:
 
 
 def refuse_replica(data: Path) -> None:
-    """Refuse to write a ledger that is a replica: it would then have another history.
+    """Refuse to write a ledger that is a replica, since that would give it another history.
 
     Raises:
-        IsReplica: `is_replica`, with the address.
+        IsReplica: `is_replica`, with the database's address.
     """
     with suppress(FileNotFoundError):
         address = (data / REPLICA).read_text(encoding="utf-8", errors="replace").strip()
@@ -95,7 +95,7 @@ def lock_ledger(path: Path) -> Iterator[None]:
     """Lock a ledger's file, which is created if it is missing, against servers of other directories.
 
     Enter this before the ledger is opened, and leave it after: closing any descriptor of a file ends all
-    POSIX locks that the process has on it, SQLite's too. This one is an open file description lock
+    POSIX locks of the process on it, including SQLite's. This lock is an open file description lock
     (fcntl(2), F_OFD_SETLK), which ends with its own descriptor only.
 
     Raises:

@@ -1,8 +1,8 @@
 """The history of models and servers, in rows: written with their events, read at any position.
 
-The latest row of a model is the one at its latest event that changed it, which the log's index of models
-finds; or one at an event that concerns all models, which a small index of those rows finds.
-So the rows themselves are in the order of the log: each group writes to the end of the table alone.
+The latest row of a model is at its latest event that changed it, found by the log's index of models, or at an
+event that concerns all models, found by a small index of such rows. So the rows are in the order of the log,
+and each group writes to the end of the table only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _INSERT_TRANSITIONS = "INSERT INTO presence (position, node_id, state, at, seen_
 
 
 def write_steps(connection: sqlite3.Connection, steps: Iterable[tuple[Event, Changes]]) -> None:
-    """Store what events changed; the caller holds their transaction."""
+    """Store the changes of events; the caller holds their transaction."""
     rows, transitions = [], list[Transition]()
     for event, changes in steps:
         for model in changes.models.values():
@@ -60,7 +60,7 @@ _COMMON_POSITIONS = (
 def count_rows(connection: sqlite3.Connection, model_ids: Iterable[str], after: int, until: int) -> int:
     """Return how many rows models and servers have in a range of positions, at most.
 
-    Each event of a model counts, as its index has it, though not each has a row.
+    Each event of a model counts by its index, although some have no row.
     """
     given = {"after": after, "until": until}
     (found,) = connection.execute(
@@ -79,7 +79,7 @@ def count_rows(connection: sqlite3.Connection, model_ids: Iterable[str], after: 
 def rows_between(
     connection: sqlite3.Connection, model_id: str, after: int, until: int
 ) -> list[tuple[str | None, bytes]]:
-    """Return what a model has in a range of positions: its row, if there is one, and the event's body."""
+    """Return a model's events in a range of positions: the row, if there is one, and the event's body."""
     return connection.execute(
         f"WITH places AS ({_OWN_POSITIONS} UNION {_COMMON_POSITIONS})"  # noqa: S608 - literals
         " SELECT history.body, CAST(events.body AS BLOB) FROM places"
@@ -107,7 +107,7 @@ SELECT_TRANSITIONS = "SELECT position, node_id AS server, state, at, seen_at FRO
 _SERVERS = """WITH RECURSIVE ids (id) AS (SELECT min(node_id) FROM presence UNION ALL
   SELECT (SELECT min(node_id) FROM presence WHERE node_id > ids.id) FROM ids WHERE ids.id IS NOT NULL)
 SELECT id FROM ids WHERE id IS NOT NULL"""
-"""All ids of the table, with one look-up for each instead of a walk over all its rows."""
+"""All ids of the table, with one look-up for each instead of a walk over all rows."""
 
 
 def presence_around(

@@ -1,11 +1,11 @@
-"""How the server reads events and jobs: pages of a long log in milliseconds, whatever the filter.
+"""Pages of events and jobs for the server: milliseconds in a long log, whatever the filter.
 
-The statement of a page walks one index in the order of the answer and stops when the page is full; it never
-sorts. With several fields in the filter, the walk takes the index of the field that has the fewest events,
-and tests the others for each event found; if even that field has many, the page ends after `SCAN` of them,
-full or not, and has a cursor.
+The statement of a page walks one index in the order of the answer, never sorts, and stops when the page is
+full. With several fields in the filter, it walks the index of the field with the fewest events, and tests the
+other fields of each event; if even that field has many events, the page ends after `SCAN` of them, full or
+not, and has a cursor.
 
-Events are returned as the text that is stored, which is never decoded and encoded again.
+Events are returned as the stored text, without decoding and encoding.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class StoredEvent:
-    """An event as it is stored, with the members that a filter tests.
+    """An event as stored, with the members that a filter tests.
 
     Attributes:
-        line: the body, exactly as it is hashed, with one more member at its end: `hash`, in hexadecimal;
-            one line of UTF-8 without the line feed.
+        line: the body, exactly as it is hashed, with one more member at its end, `hash`, in hexadecimal; one
+            line of UTF-8 without the line feed.
     """
 
     position: int
@@ -69,7 +69,7 @@ class EventFilter:
 
     @property
     def columns(self) -> dict[str, tuple[str, ...]]:
-        """Return the values of each column that is tested, each value once."""
+        """Return the values of each column in the filter, each value once."""
         values_of = {
             "job_id": self.jobs,
             "model_id": self.models,
@@ -116,7 +116,7 @@ class EventQuery:
         after: only positions above; None begins with the log.
         before: only positions below.
         since: only from this position or timestamp on.
-        until: only up to this position or timestamp, included.
+        until: only up to this position or timestamp, inclusive.
     """
 
     wanted: EventFilter = EVERYTHING
@@ -136,7 +136,7 @@ class StoredEventPage:
         as_of: the head of the log that the page reflects.
         next_cursor: the `after` of the next page, or its `before` in descending order; None on the last page.
             A page that is not full may still have one.
-        seen: in ascending order, the position up to which the page has all events of the query.
+        seen: the position up to which the page has all events of the query, in ascending order.
     """
 
     items: list[StoredEvent]
@@ -149,7 +149,8 @@ class StoredEventPage:
 class _Span:
     """The part of the log that one page reads: positions above `low`, up to `high`.
 
-    `leading` is the column whose index is walked, None the log itself; `cut`: the query goes on beyond.
+    `leading` is the column whose index is walked, None for the log itself; `cut` says that the query has
+    more.
     """
 
     low: int
@@ -190,7 +191,7 @@ def page_sql(wanted: EventFilter, leading: str | None, *, newest_first: bool) ->
 
 
 def probe_sql(wanted: EventFilter, *, newest_first: bool) -> str:
-    """Return the statement that counts the events of each column, up to a limit, and how far they reach."""
+    """Return the statement that counts the events of each column, up to a limit, with their last position."""
     order, far = ("DESC", "min") if newest_first else ("ASC", "max")
     return " UNION ALL ".join(
         f"SELECT '{column}', count(*), {far}(position) FROM ("  # noqa: S608 - literals
@@ -218,10 +219,10 @@ def _arms(what: str, columns: Mapping[str, Sequence[str]], leading: str | None) 
 
 
 def _further_condition(column: str, number: int) -> str:
-    """Return the condition that an event has one of so many values in a column that does not lead.
+    """Return the condition that an event has one of `number` values in a column that does not lead.
 
     For one value, a look-up in its index takes about half the time of reading the event's text (measured).
-    For several values the text is read once, instead of one look-up each; the plus keeps the index out.
+    For several values the text is read once, instead of several look-ups; the plus excludes the index.
     """
     if number == 1:
         return (
@@ -238,7 +239,7 @@ def beyond_head(after: int, head: int) -> BeyondHead:
 
 
 def _find_span(connection: sqlite3.Connection, query: EventQuery) -> _Span:
-    """Return the positions that a query allows, its times resolved."""
+    """Return the positions that a query allows, with its times resolved."""
     since, until = query.since, query.until
     head, first, last = connection.execute(
         "SELECT coalesce((SELECT max(position) FROM events), 0),"
@@ -262,7 +263,7 @@ def _find_span(connection: sqlite3.Connection, query: EventQuery) -> _Span:
 
 
 def _choose_index(connection: sqlite3.Connection, query: EventQuery, span: _Span) -> _Span:
-    """Choose which index the page walks, and how far."""
+    """Choose the index that the page walks, and how far."""
     columns = list(query.wanted.columns)
     if len(columns) < 2:  # noqa: PLR2004 - nothing to choose
         return replace(span, leading=next(iter(columns), None))
@@ -288,7 +289,7 @@ def _parameters(wanted: EventFilter, span: _Span, limit: int) -> dict[str, objec
 
 @dataclass(frozen=True, slots=True)
 class Page(Generic[T]):
-    """One page of a list, and the position that it reflects; `next_cursor` is None on the last one."""
+    """One page of a list, and the position that it reflects; `next_cursor` is None on the last page."""
 
     items: list[T]
     as_of: int
@@ -298,7 +299,7 @@ class Page(Generic[T]):
 class Reader:
     """Reads pages of events and jobs; its methods return values, never rows.
 
-    Every method raises LogUnavailable (`log_unavailable`) where the file cannot be read.
+    Every method raises LogUnavailable (`log_unavailable`) if the file cannot be read.
     """
 
     def __init__(self, thread: ReaderThread) -> None:

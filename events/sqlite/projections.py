@@ -1,4 +1,4 @@
-"""Comparison of stored projections and history with a fold of the log, as the fold reaches them.
+"""Comparison of stored projections and history with a fold of the log, during the fold.
 
 All connections return text as bytes.
 """
@@ -21,8 +21,7 @@ from events.types import Event
 from features.registers import describe_server
 
 _Row = tuple[object, object, object, object, int]
-"""A stored job: the position at which it was created, its id, body and landmark, and whether id and body are
-text."""
+"""A stored job: its creation's position, its id, body and landmark, and whether id and body are text."""
 
 
 class StoredProjections:
@@ -58,12 +57,12 @@ class StoredProjections:
 class StoredJobs:
     """Walks through the stored jobs in the order of their creation.
 
-    Jobs end nearly in that order. So the rows that the walk has passed, and that no ended job has matched
-    yet, are about as many as the unended jobs.
+    Jobs end nearly in that order. So about as many rows are passed and still unmatched as there are unended
+    jobs.
     """
 
     def __init__(self, connection: sqlite3.Connection) -> None:
-        self._walk = connection.execute(  # a BLOB looks like text here, but no look-up would find it
+        self._walk = connection.execute(  # a BLOB looks like text here, but look-ups would not find it
             "SELECT created_position, id, body, landmark, typeof(id) = 'text' AND typeof(body) = 'text'"
             " FROM jobs ORDER BY created_position"
         )
@@ -75,8 +74,8 @@ class StoredJobs:
     def compare(self, job: Job) -> None:
         """Compare an ended job with its row.
 
-        A repeated job id, which no log of ours has, is stored as it was last: so a difference counts only at
-        the end of the fold.
+        The stored row of a repeated job id, which only a forged log has, is that of the last job: so a
+        difference counts only at the end of the fold.
         """
         self._walk_to(job.created_position)
         stored = self._passed.get(job.created_position)
@@ -103,7 +102,7 @@ class StoredJobs:
             if isinstance(row[0], int) and row[0] > 0:
                 self._passed[row[0]] = row
                 self._reached = row[0]
-            else:  # no event is there, and there may be any number of such rows
+            else:  # there is no event, and possibly any number of such rows
                 self._misplaced = self._misplaced or row
 
     def _take_unmatched(self) -> Iterator[_Row]:
@@ -116,7 +115,7 @@ class StoredHistory:
     """Walks through the rows of the history in the order of their positions, beside a fold of the log.
 
     Attributes:
-        difference: the first difference, as a position and words; None if there is none.
+        difference: the first difference, as a position and words, or None.
     """
 
     def __init__(self, connection: sqlite3.Connection) -> None:

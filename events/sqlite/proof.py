@@ -1,7 +1,7 @@
-"""The reader of `verify`: the log as raw values and rows, and all that is compared with it; ids that it read.
+"""The reader of `verify`: the log as raw values and rows, the data compared with it, and the ids seen.
 
-These reads hold one snapshot for long, on purpose: `events.audit` proves a ledger as it is at one moment. An
-error of SQLite becomes LogUnavailable where the ledger was opened; `storage_errors` converts it earlier.
+These reads hold one snapshot for long, on purpose: `events.audit` proves a ledger at one moment. The function
+that opens the ledger converts SQLite's errors to LogUnavailable; `storage_errors` converts them earlier.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NOT_ABOUT_CONTENT = {
     sqlite3.SQLITE_NOMEM,
     sqlite3.SQLITE_INTERRUPT,
 }
-"""Errors of SQLite that are not about the content of the file."""
+"""Errors of SQLite that do not concern the content of the file."""
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def storage_errors() -> Iterator[None]:
 
     Raises:
         StorageDamaged: the file is damaged.
-        StorageError: it cannot be read for another reason.
+        StorageError: the file cannot be read for another reason.
     """
     try:
         yield
@@ -44,7 +44,7 @@ def storage_errors() -> Iterator[None]:
 
 
 class KnownIds:
-    """The ids of the events that were read: in a temporary file, so that memory does not grow with them."""
+    """The ids of the events seen: in a temporary file, so that memory does not grow with them."""
 
     def __init__(self) -> None:
         self._table = sqlite3.connect("", isolation_level=None, check_same_thread=False)
@@ -54,7 +54,7 @@ class KnownIds:
         self._table.execute("BEGIN")
 
     def add(self, ids: Sequence[str]) -> int:
-        """Add ids up to the first that is known, and return how many those are.
+        """Add ids up to the first known one, and return the number of added ids.
 
         Raises:
             LogUnavailable: the temporary file cannot be written.
@@ -73,10 +73,10 @@ class KnownIds:
 
 
 class ProofReader:
-    """Reads what `verify` proves and compares.
+    """Reads the data that `verify` proves and compares.
 
     Attributes:
-        connection: which returns text as bytes, so that damaged text can be read.
+        connection: returns text as bytes, so that damaged text can be read.
     """
 
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
@@ -87,7 +87,7 @@ class ProofReader:
         return self.connection.execute("SELECT position, body, hash FROM events ORDER BY position")
 
     def is_cut_off(self) -> bool:
-        """Whether the last page is not whole: SQLite reads it as zeros, and finds missing pages itself."""
+        """Whether the last page is incomplete: SQLite reads it as zeros, but finds missing pages itself."""
         (page_size,) = self.connection.execute("PRAGMA page_size").fetchone()
         return self._path.stat().st_size % int(page_size) != 0
 
@@ -103,7 +103,7 @@ class ProofReader:
         return None if text == "ok" else text
 
     def refuse_incomplete(self) -> None:
-        """Refuse the file, which lacks its write-ahead log, unless its last event says that it needs none.
+        """Refuse a file without its write-ahead log, unless its last event says that the file is complete.
 
         Raises:
             IncompleteCopy: `incomplete_copy`.

@@ -152,7 +152,7 @@ class JobQuery:
 def select_jobs(connection: sqlite3.Connection, query: JobQuery, until: int | None = None) -> list[Job]:
     """Return the stored jobs of a query, and one more if there is a next page.
 
-    With `until`, only jobs that were created up to this position, and had the status by then.
+    With `until`, only jobs that were created up to this position and had the status then.
     """
     clauses = {
         "created_position <= :until": until,
@@ -160,7 +160,7 @@ def select_jobs(connection: sqlite3.Connection, query: JobQuery, until: int | No
         "model_id = :model_id": query.model_id,
         "status = :status": query.status,
         "json_extract(body, '$.position') <= :until": None if query.status is None else until,
-    }  # only the conditions that hold for this query, so that SQLite uses their index
+    }  # only the conditions of this query, so that SQLite uses their index
     where = " AND ".join(clause for clause, value in clauses.items() if value is not None) or "TRUE"
     rows = connection.execute(
         f"SELECT body FROM jobs WHERE {where} ORDER BY created_position DESC LIMIT :limit + 1",  # noqa: S608 - literals above
@@ -170,14 +170,14 @@ def select_jobs(connection: sqlite3.Connection, query: JobQuery, until: int | No
 
 
 def read_keys(connection: sqlite3.Connection, hashes: Iterable[str]) -> dict[str, KnownKey]:
-    """Return what the log knows of these idempotency keys: of each its latest use, however long ago."""
+    """Return the latest use of each of these idempotency keys, however long ago."""
     found = dict[str, KnownKey]()
     for key_hash in hashes:
         for (body,) in connection.execute(
             "SELECT body FROM events WHERE idempotency_key = ? ORDER BY position DESC", (key_hash,)
         ):
             known = read_key(decode_event(body))
-            if known is not None:  # else it is of an event that this release does not know
+            if known is not None:  # None for an event that this release does not know
                 found.update([known])
                 break
     return found
@@ -186,7 +186,7 @@ def read_keys(connection: sqlite3.Connection, hashes: Iterable[str]) -> dict[str
 def read_joins(connection: sqlite3.Connection, joinable: Iterable[tuple[str, str]]) -> set[Join]:
     statement = (
         "SELECT DISTINCT type FROM events WHERE job_id = ? AND actor = ?"
-        " AND type IN ('LoadJoined', 'UnloadJoined', 'CancelRequested')"  # as in `events_by_join`
+        " AND type IN ('LoadJoined', 'UnloadJoined', 'CancelRequested')"  # as in the index `events_by_join`
     )
     return {
         Join(job_id, actor, kind)
@@ -200,13 +200,13 @@ def read_last_used(connection: sqlite3.Connection) -> dict[str, str]:
 
 
 def read_last_seen(connection: sqlite3.Connection) -> str:
-    """Return when the server last noted that it was there; empty if it never did."""
+    """Return the time of the server's last note that it was alive; empty without a note."""
     row = connection.execute("SELECT seen_at FROM last_seen").fetchone()
     return "" if row is None else str(row[0])
 
 
 def write_note(connection: sqlite3.Connection, used: Mapping[str, str], seen_at: str) -> None:
-    """Store in one transaction when models were last used, and that the server is there; later times stay."""
+    """Store models' times of last use and the server's note in one transaction; later stored times stay."""
     with transaction(connection):
         connection.execute(
             "INSERT INTO last_seen (one, seen_at) VALUES (1, ?)"
@@ -226,7 +226,7 @@ def write_group(
     """Append one or more events, and store the entities that they changed, in one durable transaction.
 
     Raises:
-        ForeignHead: the log's head is not the one that the events were made to follow.
+        ForeignHead: the log's head is not the one that the events follow.
         sqlite3.Error: nothing was written, unless COMMIT failed.
     """
     with transaction(connection):
@@ -249,13 +249,13 @@ def _refuse_other_head(connection: sqlite3.Connection, expected: LogHead) -> Non
 
 
 def _insert(connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
-    """Insert events that follow one another; one statement takes a quarter less time than one for each.
+    """Insert consecutive events; one statement takes a quarter less time than one for each.
 
     A body has no U+0000, which the canonical form escapes and SQLite would read as the end of the text.
 
     Raises:
         StorageError: an event has the id of an earlier one: a replica stops there.
-        sqlite3.Error: they were not inserted.
+        sqlite3.Error: the events were not inserted.
     """
     try:
         connection.execute(
@@ -279,20 +279,20 @@ def _insert(connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
 def probe(connection: sqlite3.Connection) -> None:
     """Commit a transaction that changes nothing, to see whether the ledger can be written."""
     with transaction(connection):
-        for _ in range(2):  # SQLite writes nothing for an UPDATE that leaves a row as it is (measured)
+        for _ in range(2):  # SQLite writes nothing for an UPDATE that leaves a row unchanged (measured)
             connection.execute("UPDATE projected SET position = -1 - position")
 
 
 def kind_of(error: sqlite3.Error) -> int:
-    """Return SQLite's primary result code, or 0 for an error that is not SQLite's own."""
+    """Return SQLite's primary result code, or 0 for an error of the Python module."""
     return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
 
 
 def sync(connection: sqlite3.Connection) -> None:
-    """Checkpoint the whole WAL, synced, and begin the WAL anew; wait for a reader that blocks this.
+    """Checkpoint and sync the whole WAL, and begin the WAL anew; wait for a reader that blocks this.
 
-    After a failed fsync the kernel marks the pages as clean, and the next fsync says nothing about them:
-    pages that can be read need not be on the disk.
+    After a failed fsync the kernel marks the pages as clean, and the next fsync does not report them:
+    readable pages need not be on the disk.
 
     Raises:
         sqlite3.Error: the database cannot be written, or a reader's snapshot blocks the checkpoint too long.
@@ -323,7 +323,7 @@ _JobRow = tuple[str, int | None, int, str]
 
 
 def _store_models(connection: sqlite3.Connection, rows: Sequence[tuple[str, str]]) -> None:
-    """Store models, nearly all of which exist: an UPDATE takes half the time of an INSERT."""
+    """Store models; most of them exist, and an UPDATE takes half the time of an INSERT."""
     if connection.executemany("UPDATE models SET body = ? WHERE id = ?", rows).rowcount < len(rows):
         connection.executemany(
             "INSERT INTO models (body, id) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET body = excluded.body",
@@ -332,7 +332,7 @@ def _store_models(connection: sqlite3.Connection, rows: Sequence[tuple[str, str]
 
 
 def _store_jobs(connection: sqlite3.Connection, new: Sequence[_JobRow], changed: Sequence[_JobRow]) -> None:
-    """Store new jobs, and changed ones, which exist unless they began in the same group."""
+    """Store new jobs and changed ones; a changed job exists unless it began in the same group."""
     updated = connection.executemany(
         "UPDATE jobs SET body = ?, landmark = ? WHERE created_position = ? AND id = ?", changed
     ).rowcount
@@ -345,7 +345,7 @@ def _store_jobs(connection: sqlite3.Connection, new: Sequence[_JobRow], changed:
 
 
 def store_registers(connection: sqlite3.Connection, registers: RegisterChanges) -> None:
-    """Store entries of registers by their ids, and delete the None ones; the caller holds the transaction."""
+    """Store entries of registers by id, and delete those that are None; the caller holds the transaction."""
     for table, entries in registers.items():
         connection.executemany(
             f"DELETE FROM {table} WHERE id = ?",  # noqa: S608 - a register's name
@@ -366,7 +366,7 @@ def as_bytes(entity: Job | Model | RegisterEntry) -> bytes:
     return _ENCODER.encode(entity)
 
 
-# These read what `as_text` wrote; they raise ValueError if it is damaged.
+# These read texts written by `as_text`; they raise ValueError for a damaged one.
 as_job = msgspec.json.Decoder(Job).decode
 as_model = msgspec.json.Decoder(Model).decode
 

@@ -1,9 +1,9 @@
 """The one way to read a ledger: a read-only connection, beside the writer or without one.
 
-Read in short pages: as long as a read transaction is open, the writer cannot begin its write-ahead log (WAL)
-anew. So fetch all rows before you decode them: an exception would keep an unfinished cursor, and with it the
-transaction. Only time travel (`events.sqlite.timetravel`) and the proof of a whole ledger (`events.audit`)
-hold one snapshot for longer.
+Read in short pages: during a read transaction, the writer cannot begin its write-ahead log (WAL) anew. Fetch
+all rows before you decode them: an exception would keep an unfinished cursor, and with it the transaction.
+Only time travel (`events.sqlite.timetravel`) and the proof of a whole ledger (`events.audit`) hold one
+snapshot for longer.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from events.storage import StorageError
 from events.types import ServerStopped
 
 _CACHE = "PRAGMA cache_size = -512"
-"""KiB of pages that a server's reader keeps: the ends of log and indexes; the kernel has the rest anyway."""
+"""KiB of pages cached by a server's reader: the ends of log and indexes; the kernel caches the rest."""
 
 _READ_VERSION = 19
-"""Offset of the header's byte that says how the file is read (SQLite file format, section 1.3.3)."""
+"""Offset of the header's byte that says how to read the file (SQLite file format, section 1.3.3)."""
 
 _WAL = 2
-"""Its value for a file that is written through a write-ahead log."""
+"""Value of that byte for a file with a write-ahead log."""
 
 _JOURNAL = "-journal"
-"""Ends the name of SQLite's rollback journal: only a file without a write-ahead log is written with one."""
+"""Suffix of SQLite's rollback journal, which only a file without a write-ahead log has."""
 
 
 T = TypeVar("T")
@@ -41,13 +41,13 @@ T = TypeVar("T")
 def open_read_only(
     path: Path, *, problem: str = "cannot be read", refuses_incomplete: bool = False
 ) -> Iterator[sqlite3.Connection]:
-    """Open a ledger to read it; nothing can be written through the connection.
+    """Open a ledger to read it; the connection cannot write.
 
     If a process died while it wrote with a rollback journal, SQLite first undoes that write.
 
     Args:
         path: of the ledger.
-        problem: completes "the ledger ledger.db …" if SQLite raises an error, here or in the caller's block.
+        problem: completes "the ledger ledger.db …" for an error of SQLite, here or in the caller's block.
         refuses_incomplete: whether to refuse a copy that may lack its newest events.
 
     Raises:
@@ -67,7 +67,7 @@ def open_read_only(
 
 
 def copy_ledger(path: Path, draft: Path) -> None:
-    """Copy a ledger, as it is at one moment, into the existing file `draft`, as one complete file.
+    """Copy a ledger at one moment into the existing file `draft`, as one complete file.
 
     Raises as `open_read_only` does; a copy that may lack its newest events is refused.
     """
@@ -75,7 +75,7 @@ def copy_ledger(path: Path, draft: Path) -> None:
         open_read_only(path, problem="cannot be copied", refuses_incomplete=True) as source,
         closing(sqlite3.connect(f"{draft.absolute().as_uri()}?mode=rw", uri=True)) as copy,
     ):
-        source.backup(copy)  # in one step: in several, each commit of the server would begin it anew
+        source.backup(copy)  # in one step: between steps, each commit of the server would restart the copy
         copy.execute("PRAGMA journal_mode = DELETE")
 
 
@@ -103,9 +103,9 @@ def _connect_as(path: Path, mode: str) -> sqlite3.Connection:
 
 
 def _complete(path: Path) -> None:
-    """Have SQLite undo the write of a process that died amid it, and leave one complete file."""
+    """Have SQLite undo the unfinished write of a process that died, and leave one complete file."""
     try:
-        with closing(_connect_as(path, "rw")) as connection, suppress(sqlite3.Error):  # others read it
+        with closing(_connect_as(path, "rw")) as connection, suppress(sqlite3.Error):  # a reader blocks it
             connection.execute("PRAGMA journal_mode = DELETE")
     except sqlite3.Error as error:
         raise sqlite3.OperationalError(
@@ -160,10 +160,10 @@ async def open_reader_thread(path: Path, name: str) -> AsyncIterator[ReaderThrea
 
 
 def wants_wal(path: Path) -> bool:
-    """Whether the file is one with a write-ahead log beside it; False if there is none.
+    """Whether the file uses a write-ahead log that exists beside it; False without a file.
 
     Raises:
-        LogUnavailable: `log_unavailable`, it cannot be read.
+        LogUnavailable: `log_unavailable`, the file cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -176,28 +176,28 @@ def wants_wal(path: Path) -> bool:
 
 
 def lacks_wal(path: Path) -> bool:
-    """Whether the file was written with a write-ahead log that is not there; a server's is never empty.
+    """Whether the file was written with a write-ahead log that is missing; a server's is never empty.
 
-    Ask before the file is opened, which creates an empty one. A file beside a rollback journal lacks nothing:
-    SQLite had applied and removed the write-ahead log, and a process died before the header said so.
+    Call this before the file is opened, which creates an empty one. A file beside a rollback journal lacks
+    nothing: SQLite had applied and removed the write-ahead log when a process died before the header said so.
     """
     if not wants_wal(path) or path.with_name(f"{path.name}{_JOURNAL}").exists():
         return False
     try:
         return path.with_name(f"{path.name}-wal").stat().st_size == 0
-    except FileNotFoundError:  # a server that stops removes it
+    except FileNotFoundError:  # a server removes it when it stops
         return True
 
 
 def may_lack_events(connection: sqlite3.Connection) -> bool:
-    """Whether a ledger without its write-ahead log may lack events: its last one is no `ServerStopped`."""
+    """Whether a ledger without its write-ahead log may lack events: its last event is no `ServerStopped`."""
     newest = "SELECT CAST(type AS BLOB) FROM events ORDER BY position DESC LIMIT 1"
     last = connection.execute(newest).fetchone()
     return last is not None and bytes(last[0]) != ServerStopped.TYPE.encode()
 
 
 def refuse_incomplete(connection: sqlite3.Connection, path: Path) -> None:
-    """Refuse a ledger that lacks its write-ahead log unless its last event says that it needs none.
+    """Refuse a ledger without its write-ahead log unless its last event says that the file is complete.
 
     Raises:
         IncompleteCopy: `incomplete_copy`.

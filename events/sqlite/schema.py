@@ -1,4 +1,4 @@
-"""The ledger's schema: opening the database for writing, migrations, and comparison with what they make."""
+"""The ledger's schema: opening the database for writing, migrations, and comparison with their result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ APPLICATION_ID = 0x4C4C4631
 """SQLite's application_id of a ledger: "LLF1", LoadLedger's format 1."""
 
 _OF_DEVELOPMENT = 0x4C4C6467
-"""That of ledgers before there was a format: the same events meant other things."""
+"""The application_id of ledgers before format 1, whose events meant other things."""
 
 BUSY_TIMEOUT = "PRAGMA busy_timeout = 5000"
 """Milliseconds that a connection waits for another one's lock; a longer read of a stopped ledger keeps a
@@ -29,12 +29,11 @@ CHECKPOINT = "PRAGMA wal_autocheckpoint = 4000"
 the same pages of stored projections: SQLite's default of 1,000 would copy them four times as often."""
 
 WAL_LIMIT_BYTES = 32 * 2**20
-"""A write-ahead log that grew while a long read kept SQLite from beginning it anew is then cut to this: twice
-`CHECKPOINT`."""
+"""A write-ahead log that grew during a long read is cut to this afterwards: twice `CHECKPOINT`."""
 
 
 Connection: TypeAlias = sqlite3.Connection
-"""A connection to a ledger's file, which other packages only pass on to the functions of this one."""
+"""A connection to a ledger's file, which other packages only pass to functions of this one."""
 
 
 class SchemaRow(NamedTuple):
@@ -49,13 +48,13 @@ class SchemaRow(NamedTuple):
 def connect(path: Path, *, is_replica: bool = False) -> sqlite3.Connection:
     """Open the ledger for durable writing; create and migrate it where needed.
 
-    The connection may be used from any thread, by one at a time. A replica may lose its last commits with the
-    machine's power, since they can be read again elsewhere; the file stays whole.
+    The connection may be used from any thread, by one at a time. A replica may lose its last commits in a
+    power failure, since they can be read again elsewhere; the file stays intact.
 
     Raises:
         FutureSchema: `future_schema`, a newer release wrote it.
         ForeignDatabase: `foreign_database`, another program wrote it.
-        sqlite3.Error: it cannot be opened, or is not a database.
+        sqlite3.Error: the file cannot be opened, or is not a database.
     """
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     try:
@@ -73,16 +72,16 @@ def connect(path: Path, *, is_replica: bool = False) -> sqlite3.Connection:
 
 
 def release_cursors(error: BaseException) -> None:
-    """Close the cursors in the frames of an error, which somebody may keep.
+    """Close the cursors in the frames of an error, which a caller may keep.
 
-    One that was not read to its end keeps its snapshot even after a rollback, and even after its connection
-    is closed (measured); no checkpoint and no sync gets past a snapshot.
+    An unfinished cursor keeps its snapshot even after a rollback, and even after its connection is closed
+    (measured); no checkpoint and no sync gets past a snapshot.
     """
     traceback.clear_frames(error.__traceback__)
 
 
 def begin_reading(connection: sqlite3.Connection) -> None:
-    """Begin a read transaction: all that is read from now on has one head."""
+    """Begin a read transaction: all following reads have the same head."""
     connection.execute("BEGIN")
 
 
@@ -100,7 +99,7 @@ def check_readable(connection: sqlite3.Connection) -> int:
     """Return how many migrations the database has.
 
     Raises:
-        FutureSchema: `future_schema`, more than this release knows.
+        FutureSchema: `future_schema`, the database has more migrations than this release.
     """
     done, known = _pragma(connection, "user_version"), len(read_migrations())
     if done > known:
@@ -112,7 +111,7 @@ def check_readable(connection: sqlite3.Connection) -> int:
 
 
 def schema_of(connection: sqlite3.Connection) -> frozenset[SchemaRow]:
-    """Return the tables, indexes and triggers of a database, as SQLite has them: each with its SQL."""
+    """Return the tables, indexes and triggers of a database with their SQL."""
     columns = ", ".join(f"CAST({column} AS BLOB)" for column in SchemaRow._fields)
     rows = connection.execute(f"SELECT {columns} FROM sqlite_schema")  # noqa: S608 - literals
     return frozenset(SchemaRow(*row) for row in rows)
@@ -165,7 +164,7 @@ def _statements(script: str) -> Iterator[str]:
 
 
 def schema_difference(connection: sqlite3.Connection) -> str | None:
-    """Return the first difference of the schema from that of the ledger's migrations, in words.
+    """Return the first difference between the schema and the ledger's migrations, in words.
 
     Plain tables of other programs, such as SQLite's statistics or a replication tool's, are ignored: the
     ledger does not read them, and they change nothing in it.
@@ -182,7 +181,7 @@ def schema_difference(connection: sqlite3.Connection) -> str | None:
 
 
 def _is_plain_table(row: SchemaRow) -> bool:
-    """Whether it is a table, or the index of its key; SQLite goes by the SQL, not by the type."""
+    """Whether a row is a table, or the index of its key; SQLite judges by the SQL, not by the type."""
     return row.sql is None if row.type == b"index" else (row.sql or b"").startswith(b"CREATE TABLE ")
 
 

@@ -1,7 +1,7 @@
-"""The writer's storage: a connection in a thread of its own, and stored projections that other folds made.
+"""The writer's storage: a connection in a thread of its own, and rebuilding of outdated projections.
 
-The thread runs one group at a time: one hop between threads, not one for each statement. After an error of
-SQLite the connection is closed, and opened anew. Readers have connections of their own
+The thread runs one group at a time: one hop between threads per group, not one per statement. After an error
+of SQLite the connection is closed, and opened anew. Readers have connections of their own
 (`events.sqlite.readonly`).
 
 `rebuild` folds the log anew where another release's folds made the stored projections.
@@ -32,7 +32,7 @@ from events.state import Changes, KnownRequests, State
 from events.storage import LogHead, Row, StorageError, StoredLedger
 
 FOLDS = 8
-"""The version of the folds: add one with each change after which the same events give other stored bodies."""
+"""The version of the folds: add one with each change that makes other stored bodies of the same events."""
 
 MAX_NAMED = 100
 """Differences that a rebuild names at most."""
@@ -79,7 +79,7 @@ def rebuild(connection: sqlite3.Connection) -> None:
 
 @dataclass(frozen=True, slots=True)
 class RebuildResult:
-    """The position that the projections had, and in which rows they differed, in words."""
+    """The position that the projections had, and the rows in which they differed, in words."""
 
     position: int | None
     differences: list[str]
@@ -93,7 +93,7 @@ def rebuild_file(path: Path) -> RebuildResult:
     Raises:
         FutureSchema: `future_schema`.
         ForeignDatabase: `foreign_database`.
-        LogUnavailable: `log_unavailable`, it cannot be read, written or folded; nothing was changed.
+        LogUnavailable: `log_unavailable`, the file cannot be read, written or folded; nothing was changed.
     """
     if not path.exists():  # `connect` would create it
         raise LogUnavailable(f"the ledger {path.name} cannot be rebuilt: there is no such file")
@@ -103,20 +103,20 @@ def rebuild_file(path: Path) -> RebuildResult:
             try:
                 with open_read_only(path, problem="cannot be rebuilt") as before:
                     before.execute("BEGIN")
-                    row = before.execute("SELECT position FROM projected").fetchone()  # its snapshot begins
+                    row = before.execute("SELECT position FROM projected").fetchone()  # begins its snapshot
                     rebuild(connection)
                     differences = list(islice(_differences(before, connection), MAX_NAMED))
                     return RebuildResult(row and row[0], differences)
             finally:
                 leave_complete_file(connection, lacked_wal=lacked_wal)
-    except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite's messages quote damaged content
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # messages of SQLite quote damaged content
         raise LogUnavailable(f"the ledger {path.name} cannot be rebuilt: {error}") from error
 
 
 def _differences(before: sqlite3.Connection, after: sqlite3.Connection) -> Iterator[str]:
     """Walk both connections' tables in the order of their keys, and yield each difference in words.
 
-    Of the history, it yields the first difference alone.
+    Of the history, only the first difference is yielded.
     """
     for table in ("model_history", "presence"):
         walk = f"SELECT * FROM {table} ORDER BY 1, 2"  # noqa: S608 - literals above
@@ -155,10 +155,10 @@ class Database:
 
     Args:
         path: of the ledger.
-        is_replica: whether the file repeats a ledger elsewhere, so that its last commits may be lost.
+        is_replica: whether the file repeats a ledger stored elsewhere, so that its last commits may be lost.
 
     Attributes:
-        is_open: whether the connection is open; only then it can be used.
+        is_open: whether the connection is open, and so usable.
     """
 
     _connection: sqlite3.Connection
@@ -196,7 +196,7 @@ class Database:
             keys = queries.read_keys(self._connection, hashes)
             return KnownRequests(keys, queries.read_joins(self._connection, joinable))
 
-        if not hashes and not joinable:  # as for most groups
+        if not hashes and not joinable:  # the usual case
             return KnownRequests()
         try:
             return await self.run(read)
@@ -300,10 +300,10 @@ def _read_stored(connection: sqlite3.Connection) -> StoredLedger:
 
 
 def checkpoint(connection: sqlite3.Connection) -> bool:
-    """Write the whole WAL into the database and begin the WAL anew; return False if a reader blocks that.
+    """Copy the whole WAL into the database and begin it anew; return False if a reader blocks that.
 
-    It does not wait for the reader, since writers wait for this. The new WAL gets a commit that changes
-    nothing: a reader also leaves an empty WAL beside a file that was copied without one.
+    It does not wait for the reader, since writers wait for this call. The new WAL gets a commit without
+    changes: an empty WAL would look like the one that a reader leaves beside a file copied without its WAL.
 
     Raises:
         sqlite3.Error: the database cannot be written.
@@ -321,13 +321,13 @@ def checkpoint(connection: sqlite3.Connection) -> bool:
 def leave_complete_file(connection: sqlite3.Connection, *, lacked_wal: bool = False) -> None:
     """Leave one complete file, which opens on read-only media, before the connection is closed.
 
-    Closing alone would remove the WAL, and the file would look like a copy that lacks it. If that is not
-    possible, because of a reader, the WAL stays beside the file.
+    Closing alone would remove the WAL, so that the file would look like a copy without it. If a reader
+    prevents this, the WAL stays beside the file.
 
     Args:
-        connection: that has written.
+        connection: the writer's.
         lacked_wal: whether the file lacked its WAL before it was opened (`events.sqlite.readonly.lacks_wal`):
-            then it stays refused until its last event says that it is complete.
+            then it stays refused until its last event says that the file is complete.
     """
     with suppress(sqlite3.Error):
         if lacked_wal and may_lack_events(connection):

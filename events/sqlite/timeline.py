@@ -1,7 +1,7 @@
 """The timeline: lanes of models over a range of time, from the rows of their history.
 
-A lane has all rows of its model in the range, as segments of one state and as marks. A range with more rows
-than one answer has is answered with their number alone.
+A lane has all rows of its model in the range, as segments of one state and as marks. For a range with more
+rows than one answer holds, the answer has only their number.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ from events.types import (
 MAX_ROWS = 2_500
 """Rows of one answer, which the console draws at once: 100 for each of its 25 lanes, 0.05 s to read.
 
-A lane of 1,000 pixels does not show more of them apart.
+A lane of 1,000 pixels cannot show more of them apart.
 """
 
 SERVER_ENDED = "server_ended"
-"""The code of the loss of a model whose server ended."""
+"""The code for the loss of a model whose server ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +77,12 @@ class TimelineQuery:
 
 @dataclass(frozen=True, slots=True)
 class _Range:
-    """The range of an answer, as each lane needs it.
+    """The range of an answer, as used for each lane.
 
     Attributes:
         first: the last position before the beginning.
         last: the last position of the range.
-        begin: from when on something is shown: not before the first event.
+        begin: the first time that is shown: not before the first event.
         end: of the range.
     """
 
@@ -97,7 +97,7 @@ def read_timeline(connection: sqlite3.Connection, query: TimelineQuery) -> Timel
 
     Raises:
         InvalidMoment: `invalid_parameter`, the range ends before it begins.
-        LogUnavailable: `log_unavailable`, what is stored is damaged.
+        LogUnavailable: `log_unavailable`, the stored data is damaged.
     """
     try:
         return _read_timeline(connection, query)
@@ -112,7 +112,7 @@ def _read_timeline(connection: sqlite3.Connection, query: TimelineQuery) -> Time
     begin = _time_of(connection, query.begin) or known_from or query.now
     end = _time_of(connection, query.end) or max(query.now, head.recorded_at)
     if query.begin is None or query.end is None:
-        end = max(end, add_seconds(begin, 1))  # a ledger of one moment
+        end = max(end, add_seconds(begin, 1))  # for a ledger of one moment
     if end <= begin:
         raise InvalidMoment(f"the range ends at {end}, before it begins, at {begin}")
     first, last = _last_position(connection, "<", begin), _last_position(connection, "<=", end)
@@ -143,7 +143,7 @@ def _time_of(connection: sqlite3.Connection, moment: int | str | None) -> Timest
 
 
 def _last_position(connection: sqlite3.Connection, sign: str, time: Timestamp) -> int:
-    """Return the last position before a time (`<`), or until it (`<=`)."""
+    """Return the last position before a time (`<`), or up to it (`<=`)."""
     row = connection.execute(
         f"SELECT position FROM events WHERE recorded_at {sign} ?"  # noqa: S608 - a literal
         " ORDER BY recorded_at DESC, position DESC LIMIT 1",
@@ -174,7 +174,7 @@ _IS_ACTIVE = (
     " OR (SELECT coalesce(json_extract(body, '$.workers'), json_extract(body, '$.job')) FROM model_history"
     f"  WHERE position = {history.latest_row('models.id', ':first')} AND model_id = models.id) IS NOT NULL"
 )
-"""Whether a model had events in the range, or was loaded or to be loaded where it begins."""
+"""Whether a model had events in the range, or was loaded or loading at its beginning."""
 
 
 def _read_presence(
@@ -274,7 +274,7 @@ class _LaneReader:
         return self._make_segment(row, event.recorded_at, event.position, job.requested_by, job.cause)
 
     def _first_segment(self, row: ModelRow) -> Segment:
-        """Return the segment that an event before the range began: `by` as far as the row tells it."""
+        """Return the segment begun by an event before the range, with `by` as far as the row tells it."""
         by, cause = None, None
         if (job := self._find_job(row.job)) is not None:
             by, cause = job.requested_by, job.cause
@@ -287,7 +287,7 @@ class _LaneReader:
     def _make_segment(
         self, row: ModelRow, begin: Timestamp, position: int | None, by: str | None, cause: Cause | None
     ) -> Segment:
-        """Return the segment that begins with a row; its end is not known yet."""
+        """Return the segment that begins with a row; its end is still open."""
         is_loading = row.state is ModelState.LOADING and row.job is not None
         job_id = row.job if is_loading or row.is_waiting else None
         if job_id is None and row.serving_load is not None:
@@ -355,7 +355,7 @@ class _LaneReader:
 
 
 def _close(starts: Iterable[Segment], end: Timestamp) -> tuple[Segment, ...]:
-    """Return segments that follow one another to the end, but those that last no time."""
+    """Return consecutive segments with their ends, without those of no duration."""
     found = list[Segment]()
     for segment in starts:
         if not found or found[-1].drawn != segment.drawn:
@@ -370,7 +370,7 @@ def _make_mark(kind: MarkKind, event: Event, version: int | None, by: str | None
 
 
 def _mark_failure(event: Event) -> Iterable[Mark]:
-    """Yield the mark of a failed load or of a worker's end; none of any other event."""
+    """Yield the mark of a failed load or of a worker's end; no mark for other events."""
     match event.data:
         case LoadFailed(code=code):
             kind = MarkKind.FAILED

@@ -33,22 +33,22 @@ from events.versions import OF_VERSIONS, ModelVersions, evolve_versions
 T = TypeVar("T")
 
 _RFC_3339 = re.compile(r"(\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(?:\.\d+)?)(?:([Zz])|([+ -]\d\d:\d\d))", re.ASCII)
-"""A `+` in a query that was not written as `%2B` arrives as a space; nothing else can be there."""
+"""A `+` in a query that was not written as `%2B` arrives as a space, so a space is a plus here."""
 
 _UNENDED = (JobStatus.PENDING, JobStatus.IN_PROGRESS)
 
 _NO_ROW = ModelRow(ModelState.UNLOADED)
-"""Of a model of which only versions are known."""
+"""The row of a model with known versions only."""
 
 NOTE_EVERY_S = 60.0
-"""How often a server notes that it is there: one commit, and an unclean end is known to the minute."""
+"""Interval of a server's notes that it is alive: one commit each; unclean ends are known to the minute."""
 
 _OVERDUE_S = 2 * NOTE_EVERY_S
-"""A server that has noted nothing for so long may have ended."""
+"""A server without a note for so long may have ended."""
 
 
 def cannot_fold(position: int, error: Exception) -> LogUnavailable:
-    """Return what to raise when an event cannot be folded."""
+    """Return the error for an event that cannot be folded."""
     return LogUnavailable(
         f"the ledger cannot be folded, its event {position} is not valid: {error!r}; "
         "restore a backup, or use the release that wrote it"
@@ -56,7 +56,7 @@ def cannot_fold(position: int, error: Exception) -> LogUnavailable:
 
 
 def fold_page(state: State, page: list[tuple[int, str, bytes]]) -> Changes:
-    """Fold a page into `state`, and return what it changed.
+    """Fold a page into `state`, and return its changes.
 
     Raises:
         LogUnavailable: an event cannot be folded.
@@ -84,10 +84,10 @@ _VERSIONS_OF = f"events INDEXED BY events_of_versions WHERE type IN ({_KINDS}) A
 def models_at(
     connection: sqlite3.Connection, position: int, *, cursor: str = "", limit: int = -1
 ) -> list[ShownModel]:
-    """Return models as they were after the event at `position`, by id, from the one after `cursor`.
+    """Return models as they were after the event at `position`, by id, beginning after `cursor`.
 
     Raises:
-        LogUnavailable: a stored row, or what it refers to, is damaged.
+        LogUnavailable: a stored row, or an event that it names, is damaged.
     """
     found = connection.execute(
         f"SELECT models.id, history.body FROM {_PAST_MODELS} WHERE models.id > :cursor"  # noqa: S608 - literals
@@ -101,7 +101,7 @@ def models_at(
 
 
 def model_at(connection: sqlite3.Connection, position: int, model_id: str) -> ShownModel | None:
-    """Return a model as it was after the event at `position`; None if the log did not know it by then."""
+    """Return a model as it was after the event at `position`, or None if the log did not know it yet."""
     found = connection.execute(
         f"SELECT history.body FROM {_PAST_MODELS} WHERE models.id = :model",  # noqa: S608 - literals
         {"position": position, "model": model_id},
@@ -112,7 +112,7 @@ def model_at(connection: sqlite3.Connection, position: int, model_id: str) -> Sh
 
 
 def versions_at(connection: sqlite3.Connection, position: int, model_id: str) -> ModelVersions | None:
-    """Return a model's versions as they were after the event at `position`; None if it had none by then."""
+    """Return a model's versions as they were after the event at `position`, or None if it had none yet."""
     rows = connection.execute(
         f"SELECT body FROM {_VERSIONS_OF} AND model_id = :model ORDER BY position",  # noqa: S608 - literals
         {"position": position, "model": model_id},
@@ -124,7 +124,7 @@ def versions_at(connection: sqlite3.Connection, position: int, model_id: str) ->
 
 
 def active_at(connection: sqlite3.Connection, position: int) -> str | None:
-    """Return the id of the active model after the event at `position`; None without one."""
+    """Return the id of the active model after the event at `position`, or None."""
     found = connection.execute(
         f"SELECT models.id, json_extract(history.body, '$.rank') AS rank FROM {_PAST_MODELS}"  # noqa: S608 - literals
         " WHERE rank IS NOT NULL AND json_extract(history.body, '$.state') IN ('loaded', 'unloading')"
@@ -151,7 +151,7 @@ def read_load(connection: sqlite3.Connection, model_id: str, position: int) -> S
     """Return the load whose `ModelLoaded` is at a position.
 
     Raises:
-        LogUnavailable: there is none.
+        LogUnavailable: there is no such event.
     """
     found = connection.execute(
         "SELECT events.body, jobs.body FROM events, jobs"
@@ -183,7 +183,7 @@ def job_at(connection: sqlite3.Connection, position: int, job_id: str) -> Job | 
 
 
 def jobs_at(connection: sqlite3.Connection, position: int, query: JobQuery) -> list[Job]:
-    """Return a page of jobs as they were after the event at `position`; the query has the status of then."""
+    """Return a page of jobs as they were after the event at `position`; `status` is their status then."""
     stored: Iterable[Job] = (
         _select_unended(connection, query, position)
         if query.status in _UNENDED
@@ -195,7 +195,7 @@ def jobs_at(connection: sqlite3.Connection, position: int, query: JobQuery) -> l
 
 
 def _select_unended(connection: sqlite3.Connection, query: JobQuery, position: int) -> Iterator[Job]:
-    """Return the jobs that had not ended after the event at `position`, as they are now, newest first."""
+    """Return the jobs that were unended after the event at `position`, as they are now, newest first."""
     where = "created_position <= :position AND created_position < :before"
     if query.model_id is not None:
         where += " AND model_id = :model"
@@ -216,7 +216,7 @@ def _select_unended(connection: sqlite3.Connection, query: JobQuery, position: i
 
 
 def _job_then(connection: sqlite3.Connection, job: Job, position: int) -> Job | None:
-    """Return a job of the present as it was after `position`; without later events it is the same."""
+    """Return a present job as it was after `position`; unchanged without later events."""
     if job.position <= position:
         return job
     if job.created_position > position:
@@ -246,16 +246,16 @@ def liveness_at(connection: sqlite3.Connection, position: int, time: Timestamp |
     """Return the state of the running server right after the event at `position`, or at a later time.
 
     Args:
-        connection: in one transaction with what else is asked of that moment.
-        position: of the last event by then; 0 is before the first.
-        time: before the next event was recorded; None for the moment of the event itself.
+        connection: in one transaction with other queries of that moment.
+        position: the position of the last event by then; 0 is before the first.
+        time: a time before the next event; None for the moment of the event itself.
     """
     last, following = history.presence_around(connection, position)
     return find_liveness(last, following, time, is_first=position == 0)
 
 
 def unknown_if_overdue(connection: sqlite3.Connection, found: Liveness, time: Timestamp | None) -> Liveness:
-    """Return the state of a server after the last event: unknown if it has noted nothing for long."""
+    """Return the state of a server after the last event: unknown if its last note is long ago."""
     if found.state is ServerState.RUNNING and time is not None:
         seen_at = max(queries.read_last_seen(connection), queries.read_head(connection).recorded_at)
         if time > add_seconds(seen_at, _OVERDUE_S):
@@ -286,8 +286,8 @@ class Moment:
     """A position, and when its event was recorded: None for 0.
 
     Attributes:
-        time: the time that was asked for; None for a position.
-        server: the state of the server then; None until it was asked for.
+        time: the requested time; None for a position.
+        server: the state of the server then; None until it is read.
     """
 
     position: int
@@ -297,10 +297,10 @@ class Moment:
 
 
 def moment_at(connection: sqlite3.Connection, at: str) -> Moment:
-    """Return the moment that a position or a time means; a time means the last event recorded by then.
+    """Return the moment of a position or a time; a time means the last event recorded by then.
 
     Raises:
-        InvalidMoment: `invalid_parameter`, it is neither.
+        InvalidMoment: `invalid_parameter`, the text is neither.
         BeyondHead: `beyond_head`.
         BeforeFirst: `before_first_event`.
     """
@@ -360,18 +360,18 @@ def _at_position(connection: sqlite3.Connection, position: int) -> Moment:
 def read_moment(
     connection: sqlite3.Connection, at: str, query: Callable[[sqlite3.Connection, int], T]
 ) -> tuple[Moment, T]:
-    """Return the moment that `at` means, with the state of the server, and a query's result there.
+    """Return the moment of `at`, with the state of the server, and a query's result there.
 
     Args:
-        connection: of the running server, in one transaction.
+        connection: the running server's, in one transaction.
         at: a position in digits, or a time.
-        query: `models_at`, `job_at`, `jobs_at` or another one of a position.
+        query: `models_at`, `job_at`, `jobs_at` or another query of a position.
 
     Raises:
-        InvalidMoment: `invalid_parameter`, it is neither.
+        InvalidMoment: `invalid_parameter`, `at` is neither.
         BeyondHead: `beyond_head`.
         BeforeFirst: `before_first_event`.
-        LogUnavailable: `log_unavailable`, what is stored is damaged.
+        LogUnavailable: `log_unavailable`, the stored data is damaged.
     """
     moment = moment_at(connection, at)
     try:

@@ -57,7 +57,7 @@ def approve(
 
 
 def _describe(found: Any, model: Any) -> Iterator[str]:
-    """Yield what a person is asked to approve."""
+    """Yield the facts for a person's decision on an approval."""
     now = f"serves version {model.version} now" if model.files else "serves nothing now"
     name = f"{output.to_printable(found.model_id)} version {found.version}"
     yield f"{name}: the model {now}"
@@ -79,7 +79,7 @@ def _describe_answer(answer: Any, *, withdraw: bool) -> str:
 
 
 def verified_facts(found: Any) -> dict[str, object]:
-    """Return what a load of a version would pass, as facts."""
+    """Return the checks that a load of a version would pass, as facts."""
     return {
         "digest": found.digest,
         "added by": _name_adders(found),
@@ -93,7 +93,7 @@ def _name_adders(shown: Any) -> str:
 
 
 def describe_signature(signature: Any) -> str:
-    """Return how a signature was checked."""
+    """Return the result of checking a signature."""
     problem = f" ({signature.problem})" if signature.problem else ""
     if signature.method is None:
         return f"not verified{problem}"
@@ -103,7 +103,7 @@ def describe_signature(signature: Any) -> str:
 
 
 def model_facts(model: Any) -> dict[str, object]:
-    """Return the rules for a model, what it serves passed, and what is approved or waits for it, as facts."""
+    """Return a model's rules, its serving version's checks, and approved and waiting versions, as facts."""
     rules, passed = model.policy, model.approval
     given = [f"version {each.version} by {each.by} ({each.reason})" for each in model.approvals]
     wanted = [f"version {each.version}{', refused' if each.is_refused else ''}" for each in model.unapproved]

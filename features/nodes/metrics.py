@@ -3,47 +3,35 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from prometheus_client import Metric
-
+from answers.nodes import NodeInfo
 from events.history import describe_model
 from events.state import State
 from features.nodes.register import NodePhase
-from server.cluster import Cluster
-from server.observability.families import gauge
+
+Gauge = tuple[str, str, Mapping[Any, float], str]
+"""Name, text, values, and labels of a metric."""
 
 
-def take_snapshot(cluster: Cluster) -> Callable[[], Iterator[Metric]]:
-    nodes, copies = cluster.describe(), count_copies(cluster.log.state, cluster.log.tally.names.of)
-    own = [(node.id, node.release) for node in nodes if node.this]
+def list_gauges(nodes: Sequence[NodeInfo], state: State, name_of: Callable[[str], str]) -> Sequence[Gauge]:
+    """Return the metrics of nodes and copies; a server alone has no values."""
     phases = Counter(node.phase for node in nodes)
+    by_phase = {phase.value: phases[phase.value] for phase in NodePhase} if phases else {}
+    own = {(node.id, node.release): 1 for node in nodes if node.this}
     late = {node.id: float(node.late) for node in nodes if node.late is not None}
-
-    def families() -> Iterator[Metric]:
-        yield gauge(
+    return (
+        (
             "model_copies",
             "Copies of a model that is to have several: wanted, and ready, as each node sees it.",
-            copies,
+            count_copies(state, name_of),
             "model state",
-        )
-        yield gauge(
-            "node_info",
-            "1 for this node; none if the server is alone.",
-            dict.fromkeys(own, 1),
-            "node release",
-        )
-        yield gauge(
-            "nodes",
-            "Nodes that ever joined, by phase; none if the server is alone.",
-            {phase.value: phases[phase.value] for phase in NodePhase} if phases else {},
-            "phase",
-        )
-        yield gauge(
-            "node_late", "1 if a node that is there did not renew its lease in time, else 0.", late, "node"
-        )
-
-    return families
+        ),
+        ("node_info", "1 for this node; none if the server is alone.", own, "node release"),
+        ("nodes", "Nodes that ever joined, by phase; none if the server is alone.", by_phase, "phase"),
+        ("node_late", "1 if a node that is there did not renew its lease in time, else 0.", late, "node"),
+    )
 
 
 def count_copies(state: State, name_of: Callable[[str], str]) -> Counter[tuple[str, str]]:

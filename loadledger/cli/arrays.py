@@ -1,7 +1,7 @@
 """The arrays of `loadledger infer`: inputs that fit the model, outputs as a summary, JSON or a file.
 
-A picture's layout, size and values follow the declared input unless options say otherwise. Pillow, which
-reads it, is the extra `images`.
+A picture's layout, size and values follow the declared input unless options say otherwise. Reading one needs
+Pillow, the extra `images`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Note = Callable[[str], None]
 _BROKEN = (ValueError, OSError, EOFError, MemoryError, OverflowError, zipfile.BadZipFile, KeyError)
 COLUMNS = ("OUTPUT", "DATATYPE", "SHAPE", "DATA")
 NAMES = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
-"""As in the JSON of Protocol Buffers."""
+"""The names in the JSON of Protocol Buffers."""
 MAX_DATA_CHARACTERS = 400
 """Longest output in a table; `--json` has all of it."""
 MAX_ELEMENTS = 16
@@ -39,11 +39,11 @@ MAX_ELEMENTS = 16
 TOP = 5
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 89_478_485
-"""Pillow's own limit, before which it warns of a decompression bomb."""
+"""Pillow's own limit, above which it warns of a decompression bomb."""
 CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 """Pillow's modes by number of channels."""
 DEEP = frozenset({"I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
-"""Modes whose values are beyond 0..255."""
+"""Modes with values outside 0 to 255."""
 FLOATS = frozenset({"FP16", "FP32", "FP64", "BF16"})
 RANKS = (2, 3, 4)
 """Dimensions of an input for pictures: height and width, with channels, and with a batch."""
@@ -51,7 +51,7 @@ RANKS = (2, 3, 4)
 
 @dataclass(frozen=True, slots=True)
 class ImageOptions:
-    """Settings that make an array of a picture; None follows the declared input.
+    """Settings for the array of a picture; None follows the declared input.
 
     Attributes:
         layout: NCHW (channels first) or NHWC (channels last); both also without N.
@@ -74,9 +74,9 @@ def build_inputs(
     """Return the inputs by name.
 
     Args:
-        given: as they were read.
-        metadata: of the model; None if it is not loaded, so that only names that were given are known.
-        options: for pictures.
+        given: the parsed inputs.
+        metadata: the model's; None if it is not loaded, so that inputs need names.
+        options: options for pictures.
         note: called with each conversion, in words.
 
     Raises:
@@ -116,7 +116,7 @@ def _only_name(declared: Mapping[str, ModelTensor] | None) -> str:
 
 
 def _fit(name: str, value: Any, tensor: ModelTensor | None, options: ImageOptions, note: Note) -> Any:
-    """Return a value for an input, which is not known if the model is not loaded."""
+    """Return a value for an input, which is None if the model is not loaded."""
     if isinstance(value, InputFile) and value.is_image:
         if tensor is None:
             raise ValueError(
@@ -140,10 +140,10 @@ def _fit(name: str, value: Any, tensor: ModelTensor | None, options: ImageOption
 
 
 def _fill(value: InputFill, tensor: ModelTensor) -> Array:
-    """Return made-up values: floating-point numbers below 1, bytes, or 0 and 1, an index of almost anything.
+    """Return made-up values: floating-point numbers below 1, bytes, or 0 and 1, mostly valid indices.
 
     Raises:
-        ValueError: the model takes texts, which are not made up, or nothing that large.
+        ValueError: the model takes texts, which cannot be made up, or too large an input.
     """
     shape = tuple(example_of(tensor).shape) if value.shape is None else value.shape
     form = FORMS.get(tensor.datatype, np.dtype(np.float32))
@@ -180,7 +180,7 @@ def _fit_array(label: str, array: Array, tensor: ModelTensor, note: Note, *, is_
 
 
 def _has_shape(shape: tuple[int, ...], declared: list[int]) -> bool:
-    """Whether a shape fits the declared one; an empty one may stand for one that is not known."""
+    """Whether a shape fits the declared one; an empty declaration may be an unknown shape."""
     if not declared:
         return True
     pairs = zip(shape, declared, strict=False)
@@ -199,7 +199,7 @@ def _read_array(file: InputFile) -> Array:
 
 
 def _read_archive(file: InputFile) -> dict[str, Array]:
-    """Return the arrays of an archive by name; one that unpacks to too much is not unpacked."""
+    """Return the arrays of an archive by name; refuse one that unpacks to too much."""
     try:
         with zipfile.ZipFile(io.BytesIO(file.content)) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
@@ -220,7 +220,7 @@ def _only_array(file: InputFile) -> Array:
 
 
 def result_json(result: InferenceResult) -> dict[str, Any]:
-    """Return the outputs as the protocol has them in JSON; NaN and the infinities by name."""
+    """Return the outputs as in the protocol's JSON, with NaN and the infinities by name."""
     about = {"model_name": result.model_name, "model_version": result.model_version, "id": result.id}
     outputs = [
         {
@@ -266,7 +266,7 @@ def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
     Raises:
         ValueError: there is more than one output for .npy.
         OSError: the file cannot be written.
-        WrongTarget: the path is that of a folder, a link or a device.
+        WrongTarget: the path leads to a folder, a link or a device.
     """
     plain = {name: array.astype(str) if array.dtype == object else array for name, array in arrays.items()}
     if path.suffix == ".npy" and len(plain) != 1:
@@ -308,8 +308,8 @@ class ImageShape:
 
     Attributes:
         order: NCHW, NHWC, CHW or HWC; None is height and width alone.
-        height: None is any.
-        width: None is any.
+        height: None is any height.
+        width: None is any width.
     """
 
     order: str | None
@@ -319,9 +319,9 @@ class ImageShape:
 
 
 def image_array(content: bytes, tensor: ModelTensor, options: ImageOptions) -> tuple[Array, str]:
-    """Return the array for an input, and what was done in words.
+    """Return the array for an input, and the conversion in words.
 
-    An input of BYTES, and one of UINT8 with one dimension, get the file as it is.
+    An input of BYTES, or of UINT8 with one dimension, gets the file unchanged.
 
     Raises:
         ValueError: the picture or the options do not fit the input, or Pillow is missing.
@@ -349,10 +349,10 @@ def image_array(content: bytes, tensor: ModelTensor, options: ImageOptions) -> t
 
 
 def find_image_shape(tensor: ModelTensor, layout: str | None) -> ImageShape:
-    """Return what an input's shape says of its pictures; channels first, if it fits both ways.
+    """Return the pictures' dimensions by an input's shape; channels first, if both orders fit.
 
     Raises:
-        ValueError: it is no shape of pictures, or its layout is not clear.
+        ValueError: the shape does not fit pictures, or its layout is ambiguous.
     """
     declared = tensor.shape
     if len(declared) not in RANKS:
@@ -377,9 +377,9 @@ def _static(length: int) -> int | None:
 
 
 def _open(content: bytes) -> Any:
-    """Return a picture, upright, of which all is decoded."""
+    """Return a picture, upright and completely decoded."""
     try:
-        from PIL import Image, ImageOps  # it is an extra
+        from PIL import Image, ImageOps  # an extra
     except ImportError:
         raise ValueError("pictures need Pillow: pip install 'loadledger[images]'") from None
     bombs = (Image.DecompressionBombWarning, Image.DecompressionBombError)

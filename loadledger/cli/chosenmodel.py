@@ -19,7 +19,7 @@ _GENERIC = """
     optimized downloads desktop documents files data home root tmp decoder encoder merged with past
 """
 GENERIC_NAMES = frozenset(_GENERIC.split())
-"""Words in names of files and folders in common layouts, which name no model: the folder around them does."""
+"""Words in names of files and folders in common layouts that name no model: the parent folder does."""
 COMMIT = re.compile(r"[0-9a-f]{12,64}")
 HUB_CACHE = "models--"
 """Beginning of a folder's name in Hugging Face's cache: models--ORGANISATION--REPOSITORY."""
@@ -30,16 +30,16 @@ MAX_NAME = 128
 
 @dataclass(frozen=True, slots=True)
 class ChosenModel:
-    """The model that `run` serves: its name, and where its files are if they may have to be added first.
+    """The model of `run`: its name, and its files if they may have to be added first.
 
     Attributes:
-        path: of a file or folder here.
-        source: the name of a source, which has `://`, from which they are downloaded.
-        digest: that the source must have.
-        local: the files of the source, once they are downloaded.
-        version: of the model, if it is known.
+        path: a file or folder on this machine.
+        source: the name of a source, which has `://`, to download the files from.
+        digest: the required digest of the source.
+        local: the files of the source, once downloaded.
+        version: the model's version, if known.
         is_named: whether a person chose the name.
-        is_guessed: whether it is that of a folder around the file or folder, or only a part of it.
+        is_guessed: whether it is only part of a name, or the name of a parent folder.
     """
 
     name: str
@@ -53,7 +53,7 @@ class ChosenModel:
 
 
 def choose_model(given: str, name: str | None, digest: str | None = None) -> ChosenModel:
-    """Return what an argument names: a source, a file or folder if it exists, else a model."""
+    """Return the subject of an argument: a source, a file or folder if it exists, else a model."""
     if "://" in given:
         return ChosenModel(name or name_source(given), source=given, digest=digest)
     if digest is not None:
@@ -69,7 +69,7 @@ def choose_model(given: str, name: str | None, digest: str | None = None) -> Cho
 
 
 def name_source(source: str) -> str:
-    """Return the name of a source's model: of the repository, or of the file.
+    """Return the name for a source's model: the repository's, or the file's.
 
     Raises:
         SourceProblem: the text names no source.
@@ -77,13 +77,13 @@ def name_source(source: str) -> str:
     from loadledger.sources.names import parse_source
 
     parsed = parse_source(source)
-    ends = {"hf": "[@/]", "oci": "[:@]"}.get(parsed.scheme, "$")  # of a repository
+    ends = {"hf": "[@/]", "oci": "[:@]"}.get(parsed.scheme, "$")  # end of the repository's name
     path = PurePosixPath(re.split(ends, unquote(parsed.path))[0])
     return _choose_name(path, path.stem if path.suffix == ".onnx" else path.name)
 
 
 def place_of(path: Path) -> tuple[str, str]:
-    """Return the names of the model and the version to which a path belongs if it lies in a repository."""
+    """Return the names of the model and the version of a path that lies in a repository."""
     folder = path.absolute() if path.is_dir() else path.absolute().parent
     return folder.parent.name, folder.name
 

@@ -20,7 +20,7 @@ SHELLS = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}
 VARIABLE = "_LOADLEDGER_COMPLETE"
 """click's variable by which the shell asks for completions."""
 PATIENCE_S = 1.0
-"""Limit of a completion: somebody has pressed Tab and waits."""
+"""Time limit of a completion: a person has pressed Tab and waits."""
 MOST = 200
 """Largest number of offered values."""
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -54,13 +54,13 @@ def completer(find: Find) -> Callable[[click.Context, click.Parameter, str], lis
         def ask() -> None:
             from loadledger import Client
 
-            # A shell's command line is no place for errors.
+            # Errors would disturb the shell's command line.
             with suppress(Exception):
                 place = find_target(context.params.get("url"), context.params.get("profile"), os.environ)
                 with Client(place.url, token=place.token, ca_file=place.ca, timeout_s=PATIENCE_S) as client:
                     offered.extend(list(_items(find(client), begun)))
 
-        asking = threading.Thread(target=ask, daemon=True)  # it must not delay the exit
+        asking = threading.Thread(target=ask, daemon=True)  # does not delay the exit
         asking.start()
         asking.join(PATIENCE_S)
         return list(offered)

@@ -1,7 +1,7 @@
-"""`loadledger demo`: the whole story in a few seconds, on a real server, a real model and a real ledger.
+"""`loadledger demo`: the product in a few seconds, on a real server, a real model and a real ledger.
 
-It talks to a server of its own over HTTP, observes its processes from outside, and fails if what it sees
-differs from what it says.
+It uses a server of its own over HTTP, observes its processes from outside, and fails if an observation
+differs from its text.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class _Server:
         return tree_bytes(self.process.pid)
 
     def workers(self) -> set[int]:
-        """Return the process ids of the workers: what descends from the server beside the fork server."""
+        """Return the process ids of the workers: the server's descendants except the fork server."""
         return set(list_descendants(self.process.pid)[1:])
 
 
@@ -134,7 +134,7 @@ def _serve(repository: Path, data: Path) -> Iterator[_Server]:
 def _start(repository: Path, data: Path) -> Iterator[subprocess.Popen[str]]:
     """Start a server, whose log is beside its data directory; kill it in the end if it still runs."""
     ensure_data_dir(data)
-    # -P: what lies in the current directory must not be taken for our packages.
+    # -P: Python must not take files of the current directory for the product's packages.
     command = [sys.executable, "-P", "-m", "loadledger", "serve", "--port", "0"]
     command += ["--data", str(data), "--repository", str(repository)]
     command += ["--log-level", "warning"]  # the demo prints its own progress
@@ -147,7 +147,7 @@ def _start(repository: Path, data: Path) -> Iterator[subprocess.Popen[str]]:
             text=True,
             # without settings of other servers
             env={key: value for key, value in os.environ.items() if not key.startswith("LOADLEDGER_")},
-            start_new_session=True,  # Ctrl-C reaches the demo alone, which ends the server
+            start_new_session=True,  # Ctrl-C reaches only the demo, which ends the server
             preexec_fn=partial(die_with, os.getpid()),  # noqa: PLW1509 - no other threads
         ) as process,
     ):
@@ -181,7 +181,7 @@ def _stop(process: subprocess.Popen[str], limit_s: float) -> None:
     """Stop a server in order; kill it if it does not end in time.
 
     Raises:
-        DemoFailed: it did not stop in order.
+        DemoFailed: the server did not stop in order.
     """
     process.send_signal(signal.SIGTERM)
     try:
@@ -259,10 +259,10 @@ def _is_gone(pid: int) -> bool:
 
 
 def _require(so: object, what: str) -> None:
-    """Fail unless something is so.
+    """Fail unless a condition holds.
 
     Raises:
-        DemoFailed: it is not.
+        DemoFailed: the condition does not hold.
     """
     if not so:
         raise DemoFailed(what)

@@ -14,6 +14,7 @@ from events.eventtext import describe_event
 from loadledger.cli import options
 from loadledger.cli.completion import latest_jobs, models_of_server
 from loadledger.cli.output import exit_with_error, note_retry
+from loadledger.errors import printable
 from loadledger.profiles import PROFILE, URL
 
 MAX_CHARACTERS = 200
@@ -28,7 +29,7 @@ Show = Callable[[Sequence[bytes]], None]
 
 
 def event_line(line: bytes) -> str:
-    """Return a stored event as one printable line; of an invalid event, as much as possible."""
+    """Return a stored event as one printable line; for an invalid event, as much as possible."""
     event = _object(line)
     data = event.get("data")
     values = data if isinstance(data, dict) else {}
@@ -39,7 +40,7 @@ def event_line(line: bytes) -> str:
         f"{kind:<15}",
         f"{_model(event):<16}",
         _word(event.get("actor")),
-        _one_line(describe_event(kind, values)),
+        printable(describe_event(kind, values), MAX_CHARACTERS),
     ]
     return "".join(letter if letter.isprintable() else "?" for letter in "  ".join(parts).rstrip())
 
@@ -60,11 +61,6 @@ def _model(event: Mapping[str, Any]) -> str:
 
 def _word(value: object) -> str:
     return "?" if value is None else str(value)
-
-
-def _one_line(text: str) -> str:
-    line = "".join(letter if letter.isprintable() else " " for letter in text)
-    return line if len(line) <= MAX_CHARACTERS else f"{line[: MAX_CHARACTERS - 1]}…"
 
 
 def _repeatable(flag: str, text: str, **settings: Any) -> Callable[[options.Command], options.Command]:
@@ -96,7 +92,7 @@ def events(
     the role audit or admin.
     """
     _check(data, where, chosen)
-    chosen["models"] += named  # as `docker logs` has it
+    chosen["models"] += named  # as in `docker logs`
 
     def show(lines: Sequence[bytes]) -> None:
         if lines:
@@ -165,7 +161,7 @@ async def show_events(
 ) -> None:
     """Show a ledger's events page by page, as stored lines; with `follow` also new ones, without end.
 
-    Following begins at the head, unless `after`, `since` or `tail` (the last so many positions) sets the
+    Following begins at the head, unless `after`, `since` or `tail` (a number of latest positions) sets the
     beginning. `since` and `until` are positions or times in UTC, and `wanted` is an `EventFilter`.
     """
     import asyncio

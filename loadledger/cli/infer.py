@@ -18,14 +18,14 @@ from loadledger.cli.options import (
 from loadledger.cli.output import exit_with_error, print_json, print_note, print_result
 
 MAX_SIDE = 16_384
-"""Longest side of a picture, in pixels; Pillow's JPEG and WebP have no longer ones."""
+"""Longest side of a picture, in pixels: the limit of Pillow's JPEG and WebP."""
 SUFFIXES = (".npy", ".npz")
 
 
 def _parse_size(
     _context: click.Context, _option: click.Parameter, text: str | None
 ) -> tuple[int, int] | None:
-    """Return width and height of WIDTHxHEIGHT; one number is both."""
+    """Return width and height of WIDTHxHEIGHT; one number stands for both."""
     if text is None:
         return None
     width, _, height = text.lower().partition("x")
@@ -38,7 +38,7 @@ def _parse_size(
 def _parse_numbers(
     _context: click.Context, _option: click.Parameter, text: str | None
 ) -> tuple[float, ...] | None:
-    """Return a number, or several with commas."""
+    """Return one number, or several separated by commas."""
     try:
         return None if text is None else tuple(map(float, text.split(",")))
     except ValueError:
@@ -162,6 +162,6 @@ def _find_inputs(
         if problem.code not in NOT_LOADED:
             raise
         metadata = None
-    from loadledger.cli import arrays  # it imports numpy
+    from loadledger.cli import arrays  # imports numpy
 
     return arrays.build_inputs(given, metadata, arrays.ImageOptions(**picture), print_note)

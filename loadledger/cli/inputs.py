@@ -27,12 +27,12 @@ _ARRAY, _ARCHIVES = b"\x93NUMPY", (b"PK\x03\x04", b"PK\x05\x06")
 _IMAGES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 _WEBP = slice(0, 4), slice(8, 12), b"RIFF", b"WEBP"
 _QUOTED = re.compile(r'("(?:[^"\\]|\\.)*")=(.*)', re.DOTALL)
-"""An input whose name is a text of JSON, as any name may be."""
+"""An input with its name as a JSON text, which any name can be written as."""
 
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """The content of a file that is no JSON: an array, an archive of arrays or a picture."""
+    """The content of a file other than JSON: an array, an archive of arrays or a picture."""
 
     label: str
     content: bytes
@@ -54,7 +54,7 @@ class InputFile:
 
 @dataclass(frozen=True, slots=True)
 class InputFill:
-    """Made-up values: zeros, ones or random numbers; without a shape, of the shape that the server tried."""
+    """Made-up values: zeros, ones or random numbers; without a shape, as in the server's example."""
 
     values: str
     shape: tuple[int, ...] | None
@@ -62,11 +62,11 @@ class InputFill:
 
 @dataclass(frozen=True, slots=True)
 class GivenInput:
-    """An input as it was given.
+    """An input from the command line.
 
     Attributes:
-        name: None if it was omitted.
-        value: of JSON, a file, or made up.
+        name: None if omitted.
+        value: from JSON, from a file, or made up.
     """
 
     name: str | None
@@ -74,7 +74,7 @@ class GivenInput:
 
     @property
     def names_inputs(self) -> bool:
-        """Whether it has inputs by name: a JSON object or an archive without a name of its own."""
+        """Whether the value has inputs by name: a JSON object or an archive without a name of its own."""
         if self.name is not None:
             return False
         return isinstance(self.value, Mapping) or (
@@ -101,7 +101,7 @@ def parse_input(text: str) -> GivenInput:
 
 
 def read_value(file: Path) -> Any:
-    """Return the content of a file, - is standard input: a value of JSON, or an `InputFile`."""
+    """Return the content of a file (- is standard input): a value of JSON, or an `InputFile`."""
     label = "standard input" if str(file) == "-" else file.name
     try:
         if str(file) == "-":
@@ -150,7 +150,7 @@ def _parse_json(text: str, name: str) -> Any:
 
 
 def _finite(number: str) -> float:
-    """Return a number of JSON; only the word Infinity is one."""
+    """Return a number of JSON; only the word Infinity makes an infinite one."""
     if math.isinf(float(number)):
         raise ValueError(f"{number[:64]} is out of range")
     return float(number)

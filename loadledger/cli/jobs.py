@@ -18,7 +18,7 @@ STAGES_OF_KIND = {
     "load": ("copying", "starting", "loading", "warming_up", "measuring"),
     "unload": ("draining", "stopping"),
 }
-"""The stages of a job, in order; a pending job has none yet."""
+"""The stages of a job, in order; a pending job has no stage yet."""
 COLUMNS = ("JOB", "KIND", "MODEL", "STATUS", "CAUSE", "BY", "AGE", "TOOK", "DETAIL")
 STATUSES = ("pending", "in_progress", "completed", "failed", "cancelled")
 SHOWN = 20
@@ -38,7 +38,7 @@ def report_request(client: Any, job: Any, *, wait: bool, as_json: bool) -> None:
     if job.status == "completed" and job.kind == "load" and job.started_at is None and not as_json:
         labelled = f", {output.to_printable(job.label)} names it" if job.label else ""
         click.echo(f"{model_of(job)}: settings changed{labelled}")
-    elif job.status == "completed" and not as_json:  # a new job has not completed yet
+    elif job.status == "completed" and not as_json:  # a new job cannot have completed yet
         ago = output.format_age(job.finished_at, datetime.now(UTC))
         click.echo(f"{model_of(job)}: nothing to do, its {output.to_printable(job.kind)} completed {ago} ago")
     elif wait:
@@ -119,7 +119,7 @@ def describe_progress(job: Any) -> str:
 
 @contextmanager
 def display_job(job: Any) -> Iterator[JobDisplay]:
-    """Give a display of a job: a progress bar on a terminal, else a line for each change."""
+    """Yield a display of a job: a progress bar on a terminal, else a line for each change."""
     if sys.stderr.isatty():
         with _progress_bar(job) as display:
             yield display
@@ -140,7 +140,7 @@ def display_job(job: Any) -> Iterator[JobDisplay]:
 
 @contextmanager
 def _progress_bar(job: Any) -> Iterator[JobDisplay]:
-    from rich.console import Console  # 50 ms, for terminals only
+    from rich.console import Console  # takes 50 ms, and only on terminals
     from rich.markup import escape
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -372,7 +372,7 @@ def unload(
 
 
 def _refuse_nameless(client: Any) -> NoReturn:
-    """Refuse to guess which model is meant; name the active one."""
+    """Refuse to guess the model; name the active one."""
     found = next((each.id for each in client.models() if each.active), None)
     if found is None:
         output.exit_with_error("name a model; none is loaded now; `loadledger models` lists them")

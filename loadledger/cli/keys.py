@@ -24,7 +24,7 @@ class TokenGroup(click.Group):
     """`loadledger token`, which issues a token unless a subcommand is named."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Put the word `issue` before options that are its own."""
+        """Put the word `issue` before options of that subcommand."""
         if not args or (args[0] not in self.commands and args[0] not in ctx.help_option_names):
             args = ["issue", *args]
         return super().parse_args(ctx, args)

@@ -1,6 +1,6 @@
 """`loadledger verify | replay | export | backup | migrate | discard` and `key ledger`.
 
-They work on the files of a data directory, or on a ledger in PostgreSQL; no server is asked.
+They use the files of a data directory, or a ledger in PostgreSQL, without a server.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ def export_events(data: Path, form: str, after: int, until: int | None, file: Pa
     exported = export(ledger, lines, sign, after=after, until=until)
     if str(file) == "-":
         sys.stdout.buffer.writelines(exported)
-        sys.stdout.buffer.flush()  # so that an error is reported here
+        sys.stdout.buffer.flush()  # so that errors are reported here
         return
     refuse_own(file, data)
     if is_stream(file):

@@ -72,7 +72,7 @@ ALIASES = {
     "kill": ("unload", "--force", "--wait"),
     "stats": ("top",),
 }
-"""Words of Docker and Ollama."""
+"""Aliases from Docker and Ollama."""
 
 EPILOG = """\b
 Name the server by --url or LOADLEDGER_URL, and set the token in
@@ -83,13 +83,13 @@ too: ls, ps, stop, kill, logs, stats."""
 
 COMMANDS = {name: place for commands in SECTIONS.values() for name, place in commands.items()}
 EXAMPLES = Path(__file__).with_name("examples.txt")
-"""Command lines for each command, whose help shows the first two; `demo` takes nothing and has one."""
+"""Command lines for each command, whose help shows the first two; `demo` takes no arguments and has one."""
 MAX_HELP_CHARACTERS = 200
-"""Longer than each command's first sentence, so that click cuts none."""
+"""Longer than each command's first sentence, so that click never cuts one."""
 
 
 def find_command(name: str) -> click.Command:
-    """Import a command's module and return it; all modules together would take 20 ms."""
+    """Import a command's module and return the command; importing all modules would take 20 ms."""
     command: click.Command = resolve_name(COMMANDS[name])
     _add_examples(command, f"loadledger {name}", EXAMPLES.read_text(encoding="utf-8").splitlines())
     return command
@@ -132,7 +132,7 @@ class CommandGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find a command by name or alias; an unknown one is refused with similar ones."""
         name = args[0]
-        if name == "help":  # as of git, docker and ollama
+        if name == "help":  # as in git, docker and ollama
             if len(args) == 1:
                 click.echo(context.get_help())
                 context.exit()
@@ -140,7 +140,7 @@ class CommandGroup(click.Group):
         if name in ALIASES:
             return super().resolve_command(context, [*ALIASES[name], *args[1:]])
         if name not in COMMANDS and not name.startswith("-"):
-            from difflib import get_close_matches  # 5 ms, and only here
+            from difflib import get_close_matches  # takes 5 ms
 
             meant = " or ".join(get_close_matches(name, [*COMMANDS, *ALIASES], n=3))
             advice = f"did you mean {meant}?" if meant else "`loadledger --help` lists them"
@@ -159,8 +159,8 @@ def main(context: click.Context) -> None:
     """Load and unload ONNX models over HTTP, each in a process of its own, with a ledger of who did what."""
     os.umask(0o077)  # ledger and keys are private
     if isinstance(sys.stdout, io.TextIOWrapper):
-        if sys.stdout.write_through:  # PYTHONUNBUFFERED: what a write leaves is not written again
+        if sys.stdout.write_through:  # PYTHONUNBUFFERED: the rest of a partial write would be lost
             sys.stdout = open(sys.stdout.fileno(), "w", 1, sys.stdout.encoding, closefd=False)  # noqa: SIM115 - it stays open
-        sys.stdout.reconfigure(errors="replace")  # letters that its encoding lacks are no error
+        sys.stdout.reconfigure(errors="replace")  # replace letters that the encoding lacks
     if os.environ.get("NO_COLOR") or is_dumb(os.environ):  # no-color.org: any value
         context.color = False

@@ -24,7 +24,7 @@ from loadledger.errors import ClientProblem
 COLUMNS = ("MODEL", "STATE", "VERSION", "VERSIONS", "MEMORY", "LOADED", "BY", "ERROR")
 HAVE_PROCESS = ("loading", "loaded", "unloading")
 MAX_VERSIONS = 4
-"""Number of versions in a cell: the highest ones."""
+"""Versions in a cell: the highest ones."""
 BROUGHT_BACK = {
     "restart": "by the system, after a restart of the server",
     "recovery": "by the system, after its worker ended",
@@ -32,9 +32,9 @@ BROUGHT_BACK = {
     "drain": "by the system, because the node that it was at drains",
     "copy": "by the system, which made this copy before another one ended",
 }
-"""What `brought_back` says."""
+"""Words for `brought_back`."""
 UNSET = (None, False, 0)
-"""Parameters of a load that are not worth a word."""
+"""Values of a load's parameters that are not shown."""
 USE_HEAD = ("MODEL", "VERSION", "PHASE", "WORKERS", "MEMORY", "RESERVED", "IN FLIGHT", "LAST USED", "KEPT")
 RIGHT = frozenset({"WORKERS", "MEMORY", "RESERVED", "IN FLIGHT", "LAST USED"})
 DEVICES_HEAD = ("DEVICE", "PROVIDER", "HARDWARE", "USED", "RESERVED", "BUDGET", "FREE", "MODELS")
@@ -140,7 +140,7 @@ def _row(model: Any) -> tuple[str, ...]:
 
 
 def _copies(model: Any) -> str | None:
-    """Return how many copies are ready; None of a model that is to have one."""
+    """Return the number of ready copies, or None for a model with one copy."""
     if model.copies is None:
         return None
     return f"{model.copies_ready} of {output.count_of(model.copies, 'copy')} ready"
@@ -224,7 +224,7 @@ def _origin_line(origin: Any) -> str:
 
 
 def _parameters(parameters: dict[str, Any]) -> str:
-    """Return the parameters of a load that are set to something."""
+    """Return the parameters of a load that are set."""
     named = {name: value for name, value in sorted(parameters.items()) if value not in UNSET}
     return output.format_parameters(named)
 
@@ -242,9 +242,9 @@ def format_tensors(model: Any, words: Sequence[str] = ()) -> Iterator[str]:
 
     Args:
         model: its record.
-        words: options of the commands, which name the server.
+        words: options for the printed commands, which name the server.
     """
-    if model.inputs_of_version is None:  # the file cannot be read, or the state is one of the past
+    if model.inputs_of_version is None:  # the file cannot be read, or the state is a past one
         return
     for head, tensors in (("INPUT", model.inputs), ("OUTPUT", model.outputs)):
         yield ""
@@ -281,7 +281,7 @@ def format_presence(server: Any) -> str:
 
 
 class _FileOrSource(click.Path):
-    """A file or folder that exists, or the name of a source, which has `://`."""
+    """An existing file or folder, or the name of a source, which has `://`."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return value if "://" in str(value) else super().convert(value, param, ctx)
@@ -353,7 +353,7 @@ def add(
             return
         with options.open_chosen_client(where) as client:
             if not isinstance(source, Path):
-                client.health()  # before anything is downloaded for nobody
+                client.health()  # before a download that would be useless
             with terminal.find_or_download(model, source, digest, signature) as local:
                 added = terminal.send_version(client, local, model, version)
             if not (as_json and loads):
@@ -461,7 +461,7 @@ def budget_line(found: Any) -> str:
 
 
 def pressure_line(found: Any) -> str | None:
-    """Return the pressure stall information, if the kernel has it."""
+    """Return the pressure stall information, or None if the kernel has none."""
     if found.pressure is None:
         return None
     shares = {"memory": found.pressure.memory_some_percent, "cpu": found.pressure.cpu_some_percent}
@@ -470,7 +470,7 @@ def pressure_line(found: Any) -> str | None:
 
 
 def confinement_line(confinement: Any, whose: str = "workers") -> str | None:
-    """Return what confines workers; None of workers on devices, if there are none."""
+    """Return the workers' confinement; None for workers on devices, if there are none."""
     if confinement is None:
         return None
     applied = [f"Landlock {confinement.landlock_abi}"] if confinement.landlock_abi else []
@@ -482,9 +482,9 @@ def confinement_line(confinement: Any, whose: str = "workers") -> str | None:
 
 
 def _device_lines(found: Any) -> Iterator[str]:
-    """Yield what confines the workers on devices, a table of the devices, and why others cannot be used."""
+    """Yield the confinement of workers on devices, a table of the devices, and unusable providers."""
     yield from filter(None, [confinement_line(found.confinement_of_devices, "workers on devices")])
-    if found.devices[1:]:  # the first is the CPU
+    if found.devices[1:]:  # the first one is the CPU
         yield ""
         yield from format_table(
             DEVICES_HEAD, [_device_row(each) for each in found.devices], right=DEVICES_RIGHT

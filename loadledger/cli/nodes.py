@@ -18,7 +18,7 @@ nodes_of_server = completer(
 )
 COLUMNS = ("NODE", "PHASE", "MODELS", "JOBS", "BUDGET", "RENEWED", "ATTRIBUTES", "ADDRESS", "RELEASE")
 PAUSE_S = 0.5
-"""Between two looks at a node that drains; a load takes as long."""
+"""Pause between two reads of a draining node, less than a load takes."""
 
 
 @click.command()

@@ -34,13 +34,13 @@ class ServerChoice:
 
     @property
     def words(self) -> list[str]:
-        """The options as they were given, for commands that are printed."""
+        """The options as given, for printed commands."""
         given = {"--url": self.url, "--profile": self.profile}
         return [word for flag, value in given.items() if value is not None for word in (flag, value)]
 
 
 def parse_version_name(text: str) -> tuple[str, int | None]:
-    """Return model and version of an argument MODEL[/VERSION]."""
+    """Return model and version in an argument MODEL[/VERSION]."""
     model_id, slash, version = text.partition("/")
     if slash and not re.fullmatch("[1-9][0-9]{0,18}", version):
         raise click.UsageError(f"{version!r} is no version: give MODEL, or MODEL/VERSION such as digits/2")
@@ -79,7 +79,7 @@ def open_chosen_client(where: ServerChoice, *, timeout_s: float = 30.0) -> Abstr
 
 @contextmanager
 def open_client(place: ServerTarget, *, timeout_s: float = 30.0) -> Iterator[Any]:
-    """Give a client of a server; a refusal, or an argument that cannot be sent, ends the command."""
+    """Yield a client of a server; a refusal, or an argument that cannot be sent, ends the command."""
     from loadledger import Client, ServerError
 
     with _reported(), Client(place.url, token=place.token, ca_file=place.ca, timeout_s=timeout_s) as client:
@@ -93,8 +93,8 @@ def open_client(place: ServerTarget, *, timeout_s: float = 30.0) -> Iterator[Any
 
 
 def name_similar(problem: Exception, typed: str, known: Sequence[str]) -> str:
-    """Return the refusal of an unknown model with the names of those that may be meant, if any."""
-    from difflib import get_close_matches  # 5 ms, and only here
+    """Return the refusal of an unknown model with similar names, if any."""
+    from difflib import get_close_matches  # takes 5 ms
 
     from loadledger.errors import ADVICE
 
@@ -118,7 +118,7 @@ def _reported() -> Iterator[None]:
 
 
 def _show_typed(text: str, parameter: click.Parameter, typed: str) -> str:
-    """Return a refusal with what was typed for a parameter instead of the server's and our own name of it."""
+    """Return a refusal with the typed argument in place of the server's name of its parameter."""
     name = parameter.opts[0]
     if isinstance(parameter, click.Argument):
         word = parameter.human_readable_name
@@ -130,7 +130,7 @@ def _show_typed(text: str, parameter: click.Parameter, typed: str) -> str:
 
 @contextmanager
 def open_managing_client(data: Path | None, where: ServerChoice) -> Iterator[Any]:
-    """Give a client with the routes that the control socket has: over it, or of a server."""
+    """Yield a client with the routes that the control socket has: over the socket, or over HTTP."""
     is_server_named = where.url is not None or where.profile is not None
     is_data_given = click.get_current_context().get_parameter_source("data") is ParameterSource.COMMANDLINE
     if is_server_named and is_data_given:
@@ -155,14 +155,14 @@ def int_option(
 
 
 class Parsed(click.ParamType[Any]):
-    """A value that a function parses, which is imported on use; its ValueError says what is wrong."""
+    """A value parsed by a function, which is imported on use; its ValueError is shown to the user."""
 
     def __init__(self, name: str, place: str) -> None:
         self.name = name
         self._place = place
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if ctx is not None and ctx.resilient_parsing:  # a completion, which needs no value
+        if ctx is not None and ctx.resilient_parsing:  # a completion needs no value
             return value
         try:
             return resolve_name(self._place)(str(value))
@@ -203,7 +203,7 @@ optional_data_option = click.option(
     envvar="LOADLEDGER_DATA",
     help="Data directory of a running server on this machine: no token is needed. Default: ask the server.",
 )
-"""Adds `--data` to commands that otherwise ask a server; `--url` and `--profile` go first."""
+"""Adds `--data` to commands that otherwise use a server; `--url` and `--profile` take precedence."""
 
 
 def require_data(data: Path) -> None:

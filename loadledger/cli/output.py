@@ -30,13 +30,13 @@ COLOURS = {
     "unloaded": "bright_black",
     "left": "bright_black",
 }
-"""Colours of states; `click.echo` omits them where the output is no terminal."""
+"""Colours of states; `click.echo` omits them unless the output is a terminal."""
 
 NOTHING = "-"
 MAX_CELL_CHARACTERS = 100
 """Longest text in a cell; `--json` has all of it."""
 MAX_FACT_CHARACTERS = 4096
-"""Longest fact about one model or job, such as an error message, which the server bounds to this."""
+"""Longest fact about one model or job, such as an error message, which has the same limit at the server."""
 MAX_SIZE_BYTES = 2**63
 """Larger sizes are invalid; huge integers cannot even be divided as floats."""
 _MB, _GB = 10**6, 10**9
@@ -59,7 +59,7 @@ PROBLEMS = (
     "server.auth.keys:KeyProblem",
     "server.config:ConfigError",
 )
-"""Exceptions that, like OSError, say to a person why a command has no result."""
+"""Exceptions that, like OSError, explain to a person why a command has no result."""
 
 
 def format_table(
@@ -194,7 +194,7 @@ def is_dumb(environment: Mapping[str, str]) -> bool:
 
 @contextmanager
 def report_problems() -> Iterator[None]:
-    """End a command after Ctrl-C or a closed pipe quietly, and after a problem with its text."""
+    """End a command quietly after Ctrl-C or a closed pipe, and with the text of a problem."""
     try:
         yield
     except (KeyboardInterrupt, click.Abort):
@@ -203,7 +203,7 @@ def report_problems() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
         sys.exit(PIPE_CLOSED)
     except Exception as error:
-        # A module that is not imported has raised nothing, and takes long to import.
+        # A module that is not imported has raised no exception, and importing it takes long.
         known = [resolve_name(place) for place in PROBLEMS if place.partition(":")[0] in sys.modules]
         if not isinstance(error, (OSError, *known)):
             raise
@@ -217,7 +217,7 @@ def report_problems() -> Iterator[None]:
 
 @contextmanager
 def cleaned_up_after_signals() -> Iterator[None]:
-    """End as after an exception when a signal comes, and do not interrupt the clean-up."""
+    """End as after an exception when a signal arrives, without interrupting the clean-up."""
     ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     numbers = [each for each in ending if signal.getsignal(each) is not signal.SIG_IGN]  # as under nohup
 
@@ -238,13 +238,13 @@ def cleaned_up_after_signals() -> Iterator[None]:
 
 def print_json(value: Any) -> None:
     """Print a value as indented JSON; control characters are escaped."""
-    import json  # main.py imports this module, and these take milliseconds
+    import json  # here, since main.py imports this module, and json takes milliseconds
 
     import msgspec
 
     try:
         text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
-    except UnicodeEncodeError:  # the name of a file that is not UTF-8
+    except UnicodeEncodeError:  # a file name that is not UTF-8
         text = json.dumps(msgspec.to_builtins(value), indent=2)
     plain = (each if each.isprintable() or each == "\n" else json.dumps(each)[1:-1] for each in text)
     click.echo(text if text.isascii() else "".join(plain))
@@ -258,7 +258,7 @@ def print_result(value: Any, lines: Iterable[str], *, as_json: bool) -> None:
 
 
 def format_facts(facts: Mapping[str, object]) -> Iterator[str]:
-    """Yield a line for each fact that is not None, the values in one column."""
+    """Yield a line for each fact that is not None, with the values in one column."""
     column = max(map(len, facts)) + 1
     for name, value in facts.items():
         if value is not None:

@@ -141,7 +141,7 @@ def _download_source(
 def _find_version(
     name: str, resolved: str | None, target: ServerTarget, *, may_be_absent: bool
 ) -> int | None:
-    """Return the version of a model that was added from a resolved name; None if there is none."""
+    """Return the version of a model that was added from a resolved name, or None."""
     from loadledger import Client, NotFound, ServerUnreachable
 
     try:

@@ -1,7 +1,7 @@
 """Commands for a model's first request: lines of `loadledger infer`, and one of `curl`.
 
-Both are made of the examples that the server tried when it loaded the model; without one, a length that the
-model leaves open is 1.
+The commands use the examples that the server tried when it loaded the model; without an example, open lengths
+are 1.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ DATATYPES: dict[str, tuple[Any, int]] = {
     **{name: (0.0, size) for name, size in (("FP16", 2), ("BF16", 2), ("FP32", 4), ("FP64", 8))},
     **{f"{sign}INT{bits}": (0, bits // 8) for sign in ("", "U") for bits in (8, 16, 32, 64)},
 }
-"""By datatype: a zero, and its bytes in binary; of an empty text, these are its length."""
+"""By datatype, a zero and its bytes in binary; for an empty text, these are its length."""
 
 BINARY_ONLY = ("FP16", "BF16")
 """Datatypes without a form in JSON."""
 
 NAMELESS = '@[{"'
-"""First characters of an argument of `loadledger infer` without the name of its input."""
+"""Beginning of an argument of `loadledger infer` without the name of its input."""
 
 MAX_DIMENSIONS = 64
-"""Of a tensor that a server takes."""
+"""Dimensions of a tensor that a server accepts."""
 
 PICTURE_SIZES, CHANNELS, PICTURE_TYPES = 4, (1, 3), ("UINT8", "FP16", "FP32")
-"""Of an input for pictures: a batch, a height, a width, and one channel or three, before or after these."""
+"""The shape of a picture's input: a batch, height and width, and one channel or three before or after."""
 
 MAX_TYPED = 10
-"""Numbers of an input on a command line: more are no example to type."""
+"""Numbers of an input on a command line that a person might type."""
 
 MAX_ZEROS, MAX_ONES = 32, 4096
-"""Numbers of an input that a `curl` has as JSON; further zeros come from /dev/zero."""
+"""Numbers of an input as JSON in a `curl`; further zeros come from /dev/zero."""
 
 
 def example_of(tensor: ModelTensor) -> TensorExample:
-    """Return an input's example; without one, a guess."""
+    """Return an input's example, or else a guess."""
     if tensor.example is not None:
         return tensor.example
     guess = [1 if length < 0 else length for length in tensor.shape]
@@ -51,7 +51,7 @@ def example_of(tensor: ModelTensor) -> TensorExample:
 
 
 def describe_guess(model: Any) -> str | None:
-    """Return which sizes are guesses, and why; None if the model answered what the server tried."""
+    """Return which sizes are guesses, and why, or None if the model ran on the server's example."""
     guessed = [each for each in _required(model) if example_of(each).refusal]
     opened = [f"{each.name} {each.describe_shape()}" for each in guessed if min(each.shape, default=0) < 0]
     sizes = f" (sizes are guesses: {', '.join(opened)})" if opened else ""
@@ -59,11 +59,11 @@ def describe_guess(model: Any) -> str | None:
 
 
 def format_infer(model: Any, options: Sequence[str] = ()) -> Iterator[str]:
-    """Yield lines of `loadledger infer`: one that runs as it is, and one with a file for the largest input.
+    """Yield lines of `loadledger infer`: one that runs as printed, and one with a file for the largest input.
 
     Args:
         model: its record, or its metadata with an `id`.
-        options: of the command, which name the server.
+        options: options of the command, which name the server.
     """
     required, command = _required(model), ["loadledger", "infer", *options, model.id]
     if not _is_typed(model.id) or not all(map(_is_sent, required)):
@@ -78,14 +78,14 @@ def format_infer(model: Any, options: Sequence[str] = ()) -> Iterator[str]:
 
 
 def format_curl(url: str, model: Any, token: str) -> str | None:
-    """Return the `curl` for a model; None if it has an input that cannot be given, or is too long.
+    """Return the `curl` for a model, or None if it would be too long or cannot give an input.
 
-    If an output has no form in JSON, all are asked for in binary, and go to a file.
+    If an output has no form in JSON, all outputs are requested in binary, and go to a file.
 
     Args:
-        url: of the server.
-        model: its record.
-        token: a word of the shell that expands to a token.
+        url: the server's URL.
+        model: the model's record.
+        token: a shell expression that expands to a token.
     """
     tensors, zero_bytes = [], 0
     for tensor in _required(model):
@@ -124,7 +124,7 @@ def _required(model: Any) -> Sequence[ModelTensor]:
 
 
 def _value(tensor: ModelTensor) -> str:
-    """Return a value that can be typed: numbers if they are few, else what to fill the input with."""
+    """Return a value for a command line: the numbers if few, else the word for made-up values."""
     example = example_of(tensor)
     if 0 < prod(example.shape) <= MAX_TYPED:
         return json.dumps(_nested(tensor.datatype, example))
@@ -133,7 +133,7 @@ def _value(tensor: ModelTensor) -> str:
 
 
 def _file(tensor: ModelTensor) -> str:
-    """Return an example of a file for an input; a picture only if Pillow, which reads it, is installed."""
+    """Return an example of a file for an input; a picture only if Pillow is installed."""
     shape = tensor.shape
     is_picture = (
         len(shape) == PICTURE_SIZES
@@ -149,13 +149,13 @@ def _is_sent(tensor: ModelTensor) -> bool:
 
 
 def _name(tensor: ModelTensor) -> str:
-    """Return an input's name for NAME=VALUE; as a text of JSON, if it would be read as something else."""
+    """Return an input's name for NAME=VALUE, as a JSON text if it would be ambiguous."""
     is_plain = _is_typed(tensor.name) and "=" not in tensor.name and tensor.name[0] not in NAMELESS
     return tensor.name if is_plain else json.dumps(tensor.name)
 
 
 def _is_typed(name: str) -> bool:
-    """Whether a person can type this, and it is no option."""
+    """Whether a person can type a name, and it cannot be taken for an option."""
     return bool(name) and name.isprintable() and not name.startswith("-")
 
 

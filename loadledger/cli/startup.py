@@ -1,4 +1,4 @@
-"""Steps of `serve` and `run` after a server is ready: sign its user in, report its models, load one.
+"""Steps of `serve` and `run` after a server is ready: sign its user in, report its models, load one of them.
 
 On a terminal the user gets a profile with a token. `run` adds its model if it is new, loads it, and prints
 how to send it a request.
@@ -62,40 +62,40 @@ from server.serve import RunningServer, serve
 _log = logging.getLogger(__name__)
 
 OWN_PROFILE = "local"
-"""The profile for the server of this machine, if the default one is of another server."""
+"""The profile for this machine's server, if the default profile is for another server."""
 
 PROFILE_LIFE_S = 30 * 86400
-"""Of the token in it: a month, and each start of the server issues a new one."""
+"""Lifetime of the profile's token: a month, and each start of the server issues a new one."""
 
 KEPT_TOKEN_S = 86400
-"""A token in the profile that is valid for longer is kept."""
+"""Rest of the lifetime from which on a token in the profile is kept."""
 
 CHECK_LIMIT_S = 60.0
-"""Of the look at the repository: thousands of models on a network mount take a while."""
+"""Time limit of reading the repository: thousands of models on a network mount take a while."""
 
 MAX_FINDINGS = 20
-"""Findings that are printed; `loadledger check` prints all."""
+"""Findings printed at the start; `loadledger check` prints all."""
 
 LONG_BYTES = 2**24
-"""Of an upload, from which on it has a progress bar."""
+"""Size of an upload from which on it has a progress bar."""
 
 LEVEL = "LOADLEDGER_LOG_LEVEL"
-"""Without it the command's own server logs warnings only, since a person reads what it prints."""
+"""Variable of the log level; by default the command's own server logs only warnings, for a person."""
 
 TOKEN_LIFE_S = 12 * 3600
-"""Of the token with which the command asks its own server; as `loadledger token` has it by default."""
+"""Lifetime of the token with which the command uses its own server, as `loadledger token` has by default."""
 
 
 async def announce(server: RunningServer) -> None:
-    """Print that the server is ready, what it found, and the next command."""
+    """Print that the server is ready, its models, and the next command."""
     options = choose_options(server, await greet(server))
     for line in await check_models(server, options):
         _print(line)
 
 
 async def greet(server: RunningServer) -> SignedIn | None:
-    """Print that the server is ready; on a terminal, sign its user in, and return that."""
-    warn_of_unknown_variables(os.environ)  # now that logging is set up
+    """Print that the server is ready; on a terminal, sign its user in, and return the profile."""
+    warn_of_unknown_variables(os.environ)  # after logging is set up
     _print(f"loadledger is ready at {server.url}")
     profile = await sign_in_user(server) if sys.stdout.isatty() else None
     options = choose_options(server, profile)
@@ -112,7 +112,7 @@ def choose_options(server: RunningServer, profile: SignedIn | None) -> list[str]
 
 
 async def check_models(server: RunningServer, options: Sequence[str]) -> list[str]:
-    """Return what a quick check of the repository finds, as lines, and the next command with its options."""
+    """Return the findings of a quick check of the repository, as lines, and the next command."""
     config, result = server.app[CONFIG], CheckResult()
     look = partial(check_repository, config, result, server.app[LOG].is_removed)
     try:
@@ -123,7 +123,7 @@ async def check_models(server: RunningServer, options: Sequence[str]) -> list[st
 
 
 def describe_models(root: Path, result: CheckResult, options: Sequence[str] = ()) -> Iterator[str]:
-    """Yield how many models there are, what is wrong with others, and the next command."""
+    """Yield the number of usable models, the defects of others, and the next command."""
     shown = result.findings[:MAX_FINDINGS]
     counted = f"{count_of(result.models, 'model')} with {count_of(result.versions, 'version')}"
     yield f"models: {counted if result.models else 'none'} in {to_printable(str(root))}"
@@ -153,7 +153,7 @@ def _print(line: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class SignedIn:
-    """A profile that has a token for the server."""
+    """A profile with a token for the server."""
 
     name: str
     path: Path
@@ -161,14 +161,14 @@ class SignedIn:
 
     @property
     def options(self) -> list[str]:
-        """The option that selects this profile; none for the default one."""
+        """The option that selects this profile; empty for the default profile."""
         return [] if self.name == DEFAULT_PROFILE else ["--profile", self.name]
 
 
 async def sign_in_user(server: RunningServer) -> SignedIn | None:
-    """Write a profile with an admin's token for the user of the terminal; None if that cannot be.
+    """Write a profile with an admin's token for the user of the terminal; return None if that is impossible.
 
-    A default profile of another server is left as it is, and so is a token that still works.
+    A default profile of another server stays as it is, and so does a token that still works.
     """
     if server.app[CONFIG].jwt_keys is not None:
         return None  # an identity provider issues the tokens
@@ -201,7 +201,7 @@ def _read_if_there(name: str) -> ServerTarget | None:
 
 
 def _is_ours(server: RunningServer, kept: ServerTarget | None) -> bool:
-    """Whether a profile is for this server, or has a token that an earlier start of it wrote."""
+    """Whether a profile is for this server, or has a token from an earlier start of it."""
     if kept is None or kept.url.rstrip("/") == server.url:
         return True
     known = _find_known(server, kept.token)
@@ -209,13 +209,13 @@ def _is_ours(server: RunningServer, kept: ServerTarget | None) -> bool:
 
 
 def _works(server: RunningServer, token: str) -> bool:
-    """Whether a token is one of this ledger, for at least a day."""
+    """Whether a token is of this ledger and valid for at least a day."""
     known = _find_known(server, token)
     return known is not None and not known.is_revoked and known.expires_at > timestamp_in(KEPT_TOKEN_S)
 
 
 def _find_known(server: RunningServer, token: str | None) -> Token | None:
-    """Return what the ledger knows of a token; its signature is not verified here."""
+    """Return the ledger's record of a token; its signature is not verified here."""
     try:
         claims = jwt.decode(token or "", options={"verify_signature": False})
     except jwt.InvalidTokenError:
@@ -224,12 +224,12 @@ def _find_known(server: RunningServer, token: str | None) -> Token | None:
 
 
 async def run_on_server(target: ServerTarget, chosen: ChosenModel, options: Sequence[str]) -> bool:
-    """Run a model on a server, and return True; False if there is none.
+    """Run a model on a server and return True, or return False if there is no server.
 
     Args:
         target: the server.
         chosen: the model.
-        options: those that name the server.
+        options: the options that name the server.
     """
     show = shlex.join(["loadledger", "token", "show", *options])
     word = f"${TOKEN}" if os.environ.get(TOKEN) else f"$({show})"
@@ -250,7 +250,7 @@ async def run_on_server(target: ServerTarget, chosen: ChosenModel, options: Sequ
 
 
 def serve_and_run(chosen: ChosenModel) -> NoReturn:
-    """Serve until Ctrl-C, and run a model meanwhile; if it cannot run, the server stops."""
+    """Serve until Ctrl-C, and run a model on the server; if the model cannot run, the server stops."""
     problems: list[str] = []
 
     async def announce_and_run(running: RunningServer) -> None:
@@ -282,19 +282,19 @@ def serve_and_run(chosen: ChosenModel) -> NoReturn:
 
 
 async def _issue_token(running: RunningServer, life_s: int) -> str:
-    """Issue a token for this process's user; the ledger has it as issued by the server."""
+    """Issue a token for this process's user; in the ledger the server is its issuer."""
     subject, tokens = local_subject(), running.app[TOKENS]
     return (await tokens.issue(subject, ["admin"], expires_s=life_s, actor=subject, via="serve")).token
 
 
 async def bring_up(client: AsyncClient, chosen: ChosenModel, token: str, options: Sequence[str]) -> None:
-    """Add a model if it is new, load it, and print what it takes and a command that asks it.
+    """Add a model if it is new, load it, and print its inputs and a command for an inference.
 
     Args:
-        client: of the server, with the token of an admin.
+        client: a client of the server, with the token of an admin.
         chosen: the model.
-        token: a word of the shell that expands to a token.
-        options: those of further commands, which name the server.
+        token: a shell expression that expands to a token.
+        options: options of printed commands, which name the server.
 
     Raises:
         ClientProblem: the server refused, or the load failed.
@@ -313,7 +313,7 @@ async def bring_up(client: AsyncClient, chosen: ChosenModel, token: str, options
 
 
 async def _add_if_new(client: AsyncClient, chosen: ChosenModel) -> tuple[str, int | None]:
-    """Return the model and the version to load, which is added if the server has none with the files."""
+    """Return the model and the version to load, which is added unless the server has it."""
     local = chosen.local
     if local is None:
         if chosen.path is None:
@@ -352,9 +352,10 @@ async def _find_model(client: AsyncClient, name: str) -> ModelInfo | None:
 async def _find_same(
     client: AsyncClient, chosen: ChosenModel, digests: Collection[str]
 ) -> tuple[str, int] | None:
-    """Return the model and the version that have the files, in whose folder they may lie.
+    """Return the model and the version with the same files, which may even be the files in its folder.
 
-    Of versions that somebody has laid into the repository, the server hashes that one, and the highest.
+    Of versions that were put into the repository's folders, the server hashes the one in the same folder, and
+    the highest.
     """
     laid, number = place_of(chosen.path) if chosen.path else ("", "")
     is_laid = number.isdecimal() and not chosen.is_named and MODEL_ID.fullmatch(laid)
@@ -374,7 +375,7 @@ async def _find_same(
 
 
 async def _ask_for_name(chosen: ChosenModel, model: ModelInfo, why: str) -> None:
-    """Ask before a version is added to a model that may be another one; without a terminal, refuse.
+    """Ask before a version is added to a model that may be an unrelated one; without a terminal, refuse.
 
     Raises:
         ValueError: there is no terminal, or the person says no; the message says what to do.
@@ -390,7 +391,7 @@ async def _ask_for_name(chosen: ChosenModel, model: ModelInfo, why: str) -> None
 
 
 async def _confirm(question: str) -> bool:
-    """Return whether the person at the terminal says yes; a thread that reads would outlast Ctrl-C."""
+    """Return whether the person at the terminal says yes; a reading thread would outlast Ctrl-C."""
     click.echo(f"{question} [y/N]: ", nl=False)
     loop, typed = asyncio.get_running_loop(), asyncio.Event()
     loop.add_reader(sys.stdin, typed.set)
@@ -402,9 +403,9 @@ async def _confirm(question: str) -> bool:
 
 
 def _have_like_tensors(model: ModelInfo, source: VersionSource) -> bool:
-    """Whether a model and a file have the same inputs and outputs; True of a file that the server refuses.
+    """Whether a model and a file have the same inputs and outputs; True for a file that will be refused.
 
-    A weight that may be given is no input, and lengths differ if both are fixed.
+    Optional inputs for weights do not count, and lengths differ only if both are fixed.
     """
     file = find_model_file(each.path for each in source.files)
     [path] = [each.source for each in source.files if each.path == file]

@@ -24,9 +24,9 @@ MOST_ROWS = 100
 """Longest table: a terminal shows fewer rows, and a server may have ten thousand models."""
 BAR_CELLS = 40
 INTERVAL_S = 1.0
-"""Between two snapshots: nobody reads faster."""
+"""Pause between two snapshots: people do not read faster."""
 PAUSE = 4
-"""At least between two, in durations of one: `top` must not keep a server of many models busy."""
+"""Least pause, in durations of a snapshot, so that `top` does not keep a server of many models busy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def top(*, as_json: bool, where: ServerChoice) -> None:
 
 
 def _watch(client: Any, snapshot: ServerSnapshot) -> None:
-    """Update the view until an error that retrying does not mend."""
+    """Update the view until an error that a retry cannot solve."""
     from rich.live import Live
 
     from loadledger import ServerError, ServerUnreachable
@@ -98,7 +98,7 @@ def _take_snapshot(client: Any) -> ServerSnapshot:
 
 
 def _render(snapshot: ServerSnapshot) -> Any:
-    """Return the view for a terminal; lines that are too long are cut."""
+    """Return the view for a terminal; long lines are cut."""
     from rich.text import Text
 
     return Text.from_ansi("\n".join(lines(snapshot)), no_wrap=True, overflow="ellipsis")

@@ -132,7 +132,7 @@ class VerifyResult:
         return lines + [line for file in self.files for line in _format_file_audit(file, key=self.key)]
 
     def members(self) -> dict[str, Any]:
-        """Return the result as JSON members; those of the ledger only if there was one."""
+        """Return the result as JSON members; the ledger's only if there was one."""
         files = [_file_members(each, key=self.key) for each in self.files]
         of_ledger = {} if self.ledger is None else audit_members(self.ledger)
         return {**of_ledger, "verified": self.verified, "files": files}
@@ -148,7 +148,7 @@ def verify_ledger_and_files(
 
     Raises:
         KeyProblem: the key is invalid.
-        LedgerProblem: it cannot be decided.
+        LedgerProblem: verification is impossible.
         OSError: a file cannot be read.
     """
     wanted = None if key is None else expected_key(key)
@@ -157,7 +157,7 @@ def verify_ledger_and_files(
     if ledger is not None:
         sound = [each for each in checked if each.finding is None]
         kept = None
-        with suppress(KeyProblem):  # a folder without the ledger's key is no data directory, but has a copy
+        with suppress(KeyProblem):  # a folder with only a copy of the ledger has no key
             kept = ledger.parent, open_signer(ledger.parent).public_key
         found = audit(ledger, expected, files=sound, kept_in=kept)
         return VerifyResult(found, checked, wanted)
@@ -168,7 +168,7 @@ def verify_ledger_and_files(
 
 @dataclass(slots=True)
 class CheckedStore:
-    """The result of verifying a store: what was hashed, and all findings."""
+    """The result of verifying a store: the number of hashed files, and all findings."""
 
     versions: int = 0
     bytes: int = 0
@@ -189,10 +189,10 @@ class CheckedStore:
 
 
 def verify_local_store(data: Path) -> CheckedStore:
-    """Hash all files in the store of a data directory; one without a store has nothing to verify.
+    """Hash all files in the store of a data directory; a directory without a store passes.
 
     Raises:
-        UsageError: there is no such directory.
+        UsageError: the directory does not exist.
         StoreUnavailable: `store_unavailable`, the store cannot be listed.
     """
     if not data.is_dir():

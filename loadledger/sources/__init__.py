@@ -1,4 +1,4 @@
-"""Versions by name: resolved and downloaded here, with this person's credentials, and then sent as files are.
+"""Versions by name: resolved and downloaded on this machine, with this person's credentials, and then sent.
 
 - `names`: a source's name; pure
 - `fetch`: the way of one: what its name means now, the files that its version needs, and their download

@@ -1,4 +1,4 @@
-"""Objects of cloud stores: S3 and what speaks its protocol, Google Cloud Storage, Azure Blob Storage.
+"""Objects of cloud stores: S3 and compatible stores, Google Cloud Storage, Azure Blob Storage.
 
 The client is obstore, of the extra `cloud`. It reads credentials and addresses from variables (`AWS_…`,
 `GOOGLE_…`, `AZURE_…`). Without credentials, requests are anonymous: no metadata service of a cloud is asked.
@@ -29,7 +29,7 @@ except ModuleNotFoundError:
         "not_installed", "object stores need a package that is not installed: pip install 'loadledger[cloud]'"
     ) from None
 
-MAX_OBJECTS = 10_000  # of a listing: more than a version has
+MAX_OBJECTS = 10_000  # in a listing: more than a version has
 PREFIXES = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
 STORES = {"s3": store.S3Store, "gs": store.GCSStore, "az": store.AzureStore}
 CREDENTIALS = {
@@ -41,7 +41,7 @@ CREDENTIALS = {
         "AZURE_TENANT_ID AZURE_CLIENT_ID AZURE_FEDERATED_TOKEN_FILE",
     ),
 }
-"""Variables, or several together, with which a client asks no metadata service; others are not used."""
+"""Variables, or sets of them, that make metadata services unnecessary; others are not used."""
 PROBLEMS = {
     exceptions.PermissionDeniedError: "source_denied",
     exceptions.UnauthenticatedError: "source_denied",
@@ -51,11 +51,11 @@ PROBLEMS = {
 }
 LISTING_PROBLEMS = {"401": "source_denied", "403": "source_denied", "404": "source_not_found"}
 LISTING_STATUS = re.compile(r"list request: [^\n]* status code: (\d{3})")
-"""In the text of an error of a listing, which has no class for each status."""
+"""The status in the text of a listing's error, which has no class for each status."""
 
 
 class Cloud:
-    """An object, or with a slash at its name's end the objects beneath it; see `Origin`."""
+    """An object, or, for a name with a slash at its end, the objects beneath it; see `Origin`."""
 
     def __init__(self, source: SourceName, digest: str | None) -> None:
         self._source, self._digest = source, digest
@@ -94,7 +94,7 @@ class Cloud:
         return Resolved(f"{self._source.scheme}://{self._source.host}/{quote(key)}{_mark(model)}", files)
 
     def fetch(self, file: RemoteFile, downloads: Downloads) -> Download:
-        """Fetch an object; `source_changed` if it is not the one that was resolved."""
+        """Fetch an object; raise `source_changed` if it is not the resolved one."""
         found = self._objects[file.key]
         options: obstore.GetOptions = {}
         if tag := found["e_tag"]:
@@ -114,7 +114,7 @@ class Cloud:
         return downloads.receive(identity if tag else None, open_at, size=found["size"], sha256=file.sha256)
 
     def _list(self, prefix: str, *, is_needed: bool) -> dict[str, obstore.ObjectMeta]:
-        """Return the objects of a folder, by their path in it; none if that is denied and not needed."""
+        """Return a folder's objects by their path in it; empty if denied and not needed."""
         try:
             with _translated_errors():
                 return self._list_all(prefix)
@@ -140,7 +140,7 @@ def _mark(found: obstore.ObjectMeta) -> str:
 
 
 def _read(result: obstore.GetResult) -> Generator[bytes, None, None]:
-    """Yield what a store sends, in pieces of about `CHUNK_BYTES`."""
+    """Yield a store's bytes, in pieces of about `CHUNK_BYTES`."""
     with _translated_errors():
         for chunk in result.stream(min_chunk_size=CHUNK_BYTES):
             yield bytes(chunk)
@@ -155,7 +155,7 @@ def _create_store(source: SourceName) -> store.ObjectStore:
     options: store.ClientConfig = {
         "allow_http": os.environ.get(f"{prefix}ALLOW_HTTP", "").lower() == "true",
         "read_timeout": timedelta(minutes=1),
-        "timeout": timedelta(days=1),  # of a whole large model; obstore's own is 30 s
+        "timeout": timedelta(days=1),  # for a whole large model; obstore's own is 30 s
     }
     try:
         if certificates := os.environ.get("SSL_CERT_FILE"):
@@ -175,7 +175,7 @@ def _create_store(source: SourceName) -> store.ObjectStore:
 
 @contextmanager
 def _translated_errors() -> Iterator[None]:
-    """Raise the `SourceProblem` that an error of obstore stands for."""
+    """Raise the `SourceProblem` for an error of obstore."""
     try:
         yield
     except (FileNotFoundError, exceptions.BaseError) as error:
@@ -187,5 +187,5 @@ def _translated_errors() -> Iterator[None]:
 
 
 def _shorten(error: Exception) -> str:
-    """Return the words of an error, without obstore's chain of causes."""
+    """Return the text of an error, without obstore's chain of causes."""
     return quote_error(str(error).partition("\n\nDebug source")[0])

@@ -1,7 +1,7 @@
 """Resumable downloads: a part of a file stays under its identity, such as a digest, until the next attempt.
 
-`$XDG_CACHE_HOME/loadledger` or `~/.cache/loadledger` has them until they are added; it may be deleted at any
-time while no command downloads.
+The folder `$XDG_CACHE_HOME/loadledger` or `~/.cache/loadledger` has the files until they are added; it may be
+deleted at any time while no command downloads.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from loadledger.errors import SourceProblem
 from loadledger.uploads import CHUNK_BYTES
 
 RESERVE_BYTES = 2**30
-"""Left free on the disk: an endless body ends before the disk does."""
+"""Free space left on the disk: an endless body ends before the disk is full."""
 CHECK_BYTES = 2**26
-"""Written bytes after which the disk is looked at."""
+"""Written bytes between two checks of the disk's free space."""
 
 DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
-"""Back-off before each further attempt: a server that is restarted comes back in that time."""
+"""Back-off before each further attempt, enough for the restart of a server."""
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ class OpenFile(NamedTuple):
     """A file that is being read.
 
     Attributes:
-        offset: at which its pieces begin.
+        offset: the position where its pieces begin.
         length: of the whole file in bytes; None if that is unknown.
     """
 
@@ -45,19 +45,19 @@ class OpenFile(NamedTuple):
 
 
 OpenAt = Callable[[int], OpenFile]
-"""Opens a file after the bytes that are here, or at its beginning."""
+"""Opens a file at the end of the local bytes, or at its beginning."""
 
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """A file that is here, and its SHA-256 in hexadecimal digits."""
+    """A local file, and its SHA-256 in hexadecimal digits."""
 
     path: Path
     sha256: str
 
 
 def retry(work: Callable[[], T]) -> T:
-    """Return what a function returns, which is called again after a problem that is transient."""
+    """Return a function's result; call it again after a transient problem."""
     for delay_s in DELAYS_S:
         try:
             return work()
@@ -69,7 +69,7 @@ def retry(work: Callable[[], T]) -> T:
 
 
 class _PartialFile:
-    """A file that is being written; what is there of it is resumed."""
+    """A file that is being written, after the bytes of an earlier attempt."""
 
     def __init__(self, file: IO[bytes], size: int | None, downloads: Downloads) -> None:
         self.file, self._size, self._downloads = file, size, downloads
@@ -78,7 +78,7 @@ class _PartialFile:
             self._count(piece)
 
     def write_rest(self, open_at: OpenAt) -> None:
-        """Write what a source sends after the bytes that are here, or all of it if it begins anew."""
+        """Write a source's bytes after the local ones, or the whole file if the source begins anew."""
         source = open_at(self.bytes)
         if self._size is None and source.length is not None:
             self._downloads.on_length(source.length)
@@ -88,7 +88,7 @@ class _PartialFile:
             self._downloads.on_bytes(-self.bytes)
             self.digest, self.bytes = hashlib.sha256(), 0
         unchecked = CHECK_BYTES
-        with closing(source.pieces) as pieces:  # and with it the connection, whatever ends this
+        with closing(source.pieces) as pieces:  # closes the connection, too, in any case
             for piece in pieces:
                 unchecked += len(piece)
                 if unchecked >= CHECK_BYTES:
@@ -112,14 +112,14 @@ def unwritable(error: OSError, path: Path) -> SourceProblem:
 
 
 class Downloads:
-    """The folder of downloads; a `with` block, at whose end other commands may have its files.
+    """The folder of downloads; use `with`, at whose end other commands may use its files.
 
     Args:
-        folder: it is made if it is not there; None: that of this user.
+        folder: created if missing; None is this user's.
 
     Attributes:
-        on_bytes: called with how many bytes more there are; fewer, where what was here is of no use.
-        on_length: called with the length of a file that was not known before.
+        on_bytes: called with the number of new bytes; negative where local bytes were useless.
+        on_length: called with the length of a file that was unknown before.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -139,7 +139,7 @@ class Downloads:
         self._open.close()
 
     def discard(self) -> None:
-        """Delete the files, once they are where they were to go, and close them: an open one takes room."""
+        """Delete the files, once they are in their destination, and close them to free their space."""
         for path in self._complete:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -149,7 +149,7 @@ class Downloads:
         self._open.close()
 
     def new_folder(self, beside: Path) -> Path:
-        """Return an empty folder for the contents of a file."""
+        """Return an empty folder for a file's contents."""
         folder = beside.with_name(f"{beside.name}.files")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(mode=0o700)
@@ -159,17 +159,17 @@ class Downloads:
     def receive(
         self, identity: str | None, open_at: OpenAt, *, size: int | None = None, sha256: str | None = None
     ) -> Download:
-        """Return a file once all of it is here; a part of it that was here is resumed.
+        """Return a file once it is complete, resuming an earlier part of it.
 
         Args:
-            identity: what names its bytes beforehand, such as a digest; without, no part stays.
+            identity: a name of its bytes known beforehand, such as a digest; None keeps no part.
             open_at: opens the file.
-            size: its length in bytes, if it is known.
-            sha256: that it must have, if it is known, in hexadecimal digits.
+            size: its length in bytes, if known.
+            sha256: its required hash in hexadecimal digits, if known.
 
         Raises:
-            SourceProblem: `digest_mismatch`, it is deleted; `source_unreachable`, another command has it;
-                `no_space`; and those of `open_at`.
+            SourceProblem: `digest_mismatch`, and the file is deleted; `source_unreachable`, another command
+                downloads it; `no_space`; and problems of `open_at`.
         """
         path = self.folder / hashlib.sha256(identity.encode() if identity else os.urandom(32)).hexdigest()
         if identity is None:
@@ -194,7 +194,7 @@ class Downloads:
         return Download(path, found)
 
     def _lock(self, path: Path) -> IO[bytes]:
-        """Open a file that no other command writes, or may delete, until the `with` block ends."""
+        """Open a file that no other command may write or delete until the `with` block ends."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         while True:
             file = self._open.enter_context(os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b"))
@@ -207,10 +207,10 @@ class Downloads:
                 ) from None
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                    return file  # else its command has just deleted it
+                    return file  # otherwise another command has just deleted it
 
     def _fetch_rest(self, partial_file: _PartialFile, open_at: OpenAt, *, has_identity: bool) -> None:
-        """Fetch what is missing of a file, over as many attempts as it takes."""
+        """Fetch the rest of a file, in as many attempts as necessary."""
         delays_s = iter(DELAYS_S)
         while True:
             before = partial_file.bytes
@@ -220,7 +220,7 @@ class Downloads:
                 if partial_file.bytes > before:
                     delays_s = iter(DELAYS_S)
                 delay_s = next(delays_s, None)
-                is_of_use = has_identity or not partial_file.bytes  # else the rest could be of another file
+                is_of_use = has_identity or not partial_file.bytes  # else the rest may be another file's
                 if delay_s is None or not problem.is_transient or not is_of_use:
                     raise
             else:
@@ -228,7 +228,7 @@ class Downloads:
             time.sleep(delay_s)
 
     def check_free(self) -> None:
-        """Refuse to write more where little is left."""
+        """Refuse to write more when the disk is nearly full."""
         if shutil.disk_usage(self.folder).free < RESERVE_BYTES:
             raise SourceProblem(
                 "no_space",

@@ -1,4 +1,4 @@
-"""The way of one source: what its name means, the files that its version needs, and their download."""
+"""The way of one source: the meaning of its name, the files of its version, and their download."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ MAX_SIGNATURE_BYTES = 8 * 2**20
 """A signature lists a version's files, at most 10,000, each with its digest."""
 
 Progress = Callable[[int, int | None], None]
-"""Called with the bytes that are here, and those of all files; None while a length is unknown."""
+"""Called with the local bytes, and the bytes of all files; None while a length is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class NamedVersion:
-    """A version by name, before its files are here: see `resolve_source`.
+    """A version by name, before its files are downloaded: see `resolve_source`.
 
     Attributes:
-        source: its name, as it was given.
-        resolved: a name that means the same bytes for ever; None if only the bytes say it.
+        source: its name, as given.
+        resolved: a name for the same bytes for ever; None if only the bytes identify them.
     """
 
     source: SourceName
@@ -41,11 +41,11 @@ class NamedVersion:
 
 
 def resolve_source(name: str, digest: str | None = None) -> NamedVersion:
-    """Return what a name means now.
+    """Return the present meaning of a name.
 
     Args:
         name: as `loadledger.sources.names` describes them.
-        digest: `sha256:` and the digits that its file, or a registry's manifest, must have.
+        digest: `sha256:` and the digits of its file, or of a registry's manifest.
 
     Raises:
         SourceProblem: with its code.
@@ -57,7 +57,7 @@ def resolve_source(name: str, digest: str | None = None) -> NamedVersion:
 
 
 def _open_origin(source: SourceName, sha256: str | None) -> Origin:
-    match source.scheme:  # imported when they are asked for: some are extras
+    match source.scheme:  # imported on use: some are extras
         case "https":
             from loadledger.sources.web import Https
 
@@ -81,7 +81,7 @@ def fetch_version(
     """Fetch the files that a version must have, then those that its model and its signatures name.
 
     Raises:
-        SourceProblem: with its code; parts of files stay for another time.
+        SourceProblem: with its code; parts of files stay for a later attempt.
     """
     files = dict[str, VersionFile]()
     done = set[RemoteFile]()
@@ -117,7 +117,7 @@ def fetch_version(
 
 
 def _fetch_file(origin: Origin, file: RemoteFile, downloads: Downloads) -> dict[str, VersionFile]:
-    """Return the files that one of a source becomes: more than one, if it is an archive."""
+    """Return the files of the version in one of the source's: several if it is an archive."""
     download = origin.fetch(file, downloads)
     if not file.is_archive:
         return {_version_path(file.path): _describe(file.path, download.path, download.sha256)}
@@ -136,9 +136,9 @@ def _describe(path: str, where: Path, sha256: str | None = None) -> VersionFile:
 
 
 def _version_path(path: str) -> str:
-    """Return a path in a version; refuse one that no version can have."""
+    """Return a path in a version; refuse an invalid one."""
     from runtime.errors import RuntimeProblem
-    from runtime.uploads.receive import check_path  # 60 ms, and `serve` needs none of this
+    from runtime.uploads.receive import check_path  # takes 60 ms, which `serve` saves
 
     try:
         return check_path(path)
@@ -154,7 +154,7 @@ def _sum(lengths: Iterable[int | None]) -> int | None:
 
 
 def _find_named(files: Mapping[str, VersionFile]) -> frozenset[str]:
-    """Return the paths that the model names for its weights, and those that its signatures list."""
+    """Return the paths that the model names for its weights, and the paths in its signatures."""
     found = set(_weights_of(files))
     for path, file in files.items():
         if path.endswith(SIGNATURE_SUFFIX):
@@ -166,12 +166,12 @@ def _find_named(files: Mapping[str, VersionFile]) -> frozenset[str]:
 def _weights_of(files: Mapping[str, VersionFile]) -> Iterator[str]:
     model = find_model_file(files)
     if model is not None:
-        with suppress(Unparsable, TooManyFields):  # the check of the whole version says what is wrong
+        with suppress(Unparsable, TooManyFields):  # the check of the whole version reports the problem
             yield from map(posixpath.normpath, external_locations(files[model].source))
 
 
 def _check_model(source: str, files: Mapping[str, VersionFile]) -> str:
-    """Return which file is the model; refuse what a server would refuse once it has all the bytes."""
+    """Return the model file; refuse models that a server would refuse after the upload."""
     model = find_model_file(files)
     if model is None:
         shown = ", ".join(sorted(map(ascii, files))[:4]) or "none"
@@ -193,7 +193,7 @@ def list_signed_files(signature: bytes) -> Iterator[str]:
     """Yield the files that a signature lists: a Sigstore bundle with a statement of OpenSSF Model Signing.
 
     Its payload is an in-toto statement in DSSE; version 1.0 of model signing has the files in
-    `predicate.resources`. Anything else lists none.
+    `predicate.resources`. Other signatures list none.
     """
     with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
         payload = json.loads(signature)["dsseEnvelope"]["payload"]

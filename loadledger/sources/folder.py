@@ -1,6 +1,6 @@
 """A version written into a repository's folder, for repositories that the server only reads.
 
-It is there as a whole or not at all: it is written under a hidden name, which no server lists, and renamed.
+A version appears at once: it is written under a hidden name, which no server lists, and renamed.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from runtime.repository import MODEL_ID
 from runtime.uploads.receive import check_model, check_path
 
 FILE_MODE, FOLDER_MODE = 0o644, 0o755
-"""The server may be another user than the one who writes."""
+"""The server's user may differ from the writer's."""
 
 
 def write_version(
     source: VersionSource, repository: Path, model_id: str, version: int | None = None
 ) -> AddedVersionInfo:
-    """Write a version into a repository; return it.
+    """Write a version into a repository, and return it.
 
     Args:
-        source: its files.
+        source: the version's files.
         repository: the folder of models.
-        model_id: of the model; it may be new.
+        model_id: the model, which may be new.
         version: its number; default: the highest plus 1.
 
     Raises:
-        ValueError: that is no model's name, the version is there, or a server would refuse the files.
+        ValueError: the model's name is invalid, the version exists, or a server would refuse the files.
         OSError: a file cannot be read or written.
     """
     if not MODEL_ID.fullmatch(model_id):

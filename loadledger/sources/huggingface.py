@@ -1,7 +1,7 @@
 """Repositories of Hugging Face, by its own library, with its token, cache and endpoint (`HF_…` variables).
 
 The version's folder is that of the model file. The library keeps complete files in its cache, under their
-commit; one that was interrupted begins anew.
+commit; an interrupted download begins anew.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ except ModuleNotFoundError:
     ) from None
 
 MODEL_FOLDERS = ("", f"{HUB_FOLDER}/")
-"""Where a repository has its ONNX files, as `loadledger.uploads` looks for them."""
+"""The folders of a repository that may have ONNX files, as in `loadledger.uploads`."""
 MAX_SHOWN = 4
 """Models that an error names."""
 _PATH = re.compile(r"([A-Za-z0-9._-]+)(?:@([^/]+))?(?:/(.+))?")
@@ -50,7 +50,7 @@ class HuggingFace:
         self._repository = f"{source.host}/{match[1]}"
         self._revision, self._file = unquote(match[2] or "main"), unquote(match[3] or "")
         self._digest = digest
-        self._endpoint = os.environ.get("HF_ENDPOINT") or None  # the library reads it at its import only
+        self._endpoint = os.environ.get("HF_ENDPOINT") or None  # the library reads it only at its import
         self._commit = ""
 
     def resolve(self) -> Resolved:
@@ -83,7 +83,7 @@ class HuggingFace:
                 endpoint=self._endpoint,
                 tqdm_class=_make_bar(downloads.on_bytes, bars),
             )
-        if not bars:  # it was in the cache
+        if not bars:  # the file was in the cache
             downloads.on_bytes(Path(path).stat().st_size)
         return _check(Path(path), file)
 
@@ -122,7 +122,7 @@ class HuggingFace:
 
 
 def _check(path: Path, file: RemoteFile) -> Download:
-    """Check a file's SHA-256, which the library does not."""
+    """Check a file's SHA-256, which the library does not check."""
     with path.open("rb") as opened:
         found = hashlib.file_digest(opened, "sha256").hexdigest()
     if file.sha256 not in (None, found):
@@ -135,7 +135,7 @@ def _check(path: Path, file: RemoteFile) -> Download:
 
 
 def _make_bar(on_bytes: Callable[[int], None], bars: list[tqdm[Any]]) -> type[Any]:
-    """Return a progress bar for the library that shows nothing, and tells what arrives."""
+    """Return a progress bar for the library that shows nothing, and reports received bytes."""
 
     class Bar(tqdm):  # type: ignore[type-arg]  # it is not generic when it runs
         def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -152,14 +152,14 @@ def _make_bar(on_bytes: Callable[[int], None], bars: list[tqdm[Any]]) -> type[An
 
 @contextmanager
 def _translated_errors(repository: str) -> Iterator[None]:
-    """Raise the `SourceProblem` that an error of the library stands for."""
+    """Raise the `SourceProblem` for an error of the library."""
     problem = partial(_problem, repository)
     try:
         yield
     except errors.GatedRepoError as error:
         raise problem("source_denied", "ask for access to it on its page", error) from None
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError) as error:
-        if isinstance(error, errors.LocalEntryNotFoundError):  # it is not in the cache, and cannot be fetched
+        if isinstance(error, errors.LocalEntryNotFoundError):  # neither in the cache nor reachable
             raise problem("source_unreachable", "try again", error) from None
         advice = "check the name; if it is private, set HF_TOKEN, or run `hf auth login`"
         raise problem("source_not_found", advice, error) from None

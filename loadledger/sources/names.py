@@ -18,14 +18,14 @@ SCHEMES = ("https", "hf", "oci", "s3", "gs", "az")
 HOST_SCHEMES = ("https", "oci")
 """Schemes with a host in their names; the others have an organisation or a bucket there."""
 MAX_CHARACTERS = 2048
-"""Of a name: more than any object store or proxy takes."""
+"""Length of a name: more than any object store or proxy accepts."""
 _HOST = re.compile(r"[A-Za-z0-9._-]+(:[0-9]{1,5})?|\[[0-9A-Fa-f:.]+\](:[0-9]{1,5})?")
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 
 
 @dataclass(frozen=True, slots=True)
 class SourceName:
-    """A source that was named: host with port if it has one, or organisation, or bucket; raw path."""
+    """The parts of a source's name: host with port, organisation or bucket, and raw path."""
 
     name: str
     scheme: str
@@ -37,7 +37,7 @@ def parse_source(name: str) -> SourceName:
     """Return the source that a text names.
 
     Raises:
-        SourceProblem: `invalid_source`, with what to write instead.
+        SourceProblem: `invalid_source`, with a correct form.
     """
     shown = f"{name[:200]!a} is no source"
     if len(name) > MAX_CHARACTERS or not name.isascii() or not name.isprintable() or " " in name:

@@ -1,7 +1,7 @@
 """Artifacts of OCI registries: ModelPack artifacts, files pushed with ORAS, and images with a model in them.
 
 OCI Distribution Specification 1.1 and OCI Image Specification 1.1. A registry answers 401 with a challenge;
-the token of a bearer challenge comes from the address that it names (distribution.github.io, "Token
+the token of a bearer challenge comes from the challenge's address (distribution.github.io, "Token
 Authentication"). Credentials are those of `docker login`.
 """
 
@@ -31,7 +31,7 @@ from loadledger.sources.web import OK, Web
 from runtime.onnxfile import MODEL_FILE, list_model_folders
 
 DOCKER_HUB, DOCKER_HUB_REGISTRY, DOCKER_HUB_LOGIN = "docker.io", "registry-1.docker.io", "index.docker.io"
-"""The name of Docker Hub in names of images, its registry, and its name in the file of `docker login`."""
+"""Docker Hub's name in names of images, its registry, and its name in the file of `docker login`."""
 ACCEPT = (
     "application/vnd.oci.image.manifest.v1+json, application/vnd.oci.image.index.v1+json,"
     " application/vnd.docker.distribution.manifest.v2+json,"
@@ -43,9 +43,9 @@ ARCHIVE = re.compile(r"\.tar(?:[+.](?:gzip|zstd))?$")
 FILE_PATH, TITLE = "org.cncf.model.filepath", "org.opencontainers.image.title"
 UNPACK = "io.deis.oras.content.unpack"
 """Annotations of layers: a file's path in ModelPack and in ORAS, and `true` for a folder, packed by ORAS."""
-MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}  # the names that Go has for them
+MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}  # Go's names
 HELPER_S = 60.0
-"""For a credential helper, which may ask a person, or a cloud."""
+"""Time for a credential helper, which may ask a person, or a cloud."""
 UNAUTHORIZED = 401
 
 _REFERENCE = re.compile(r"([a-z0-9][a-z0-9._/-]*)(?::(\w[\w.-]*))?(?:@(sha256:[0-9a-f]{64}))?", re.ASCII)
@@ -54,14 +54,14 @@ T = TypeVar("T")
 
 
 class Platform(Struct, frozen=True):
-    """For which machine a manifest of an index is."""
+    """The machine of a manifest in an index."""
 
     os: str = ""
     architecture: str = ""
 
 
 class Descriptor(Struct, frozen=True, rename="camel"):
-    """The entry of a blob in a manifest, or of a manifest in an index; digests are of SHA-256."""
+    """The entry of a blob in a manifest, or of a manifest in an index, with a SHA-256 digest."""
 
     media_type: str
     digest: Annotated[str, Meta(pattern=r"^sha256:[0-9a-f]{64}\Z")]
@@ -78,14 +78,14 @@ class OciManifest(Struct, frozen=True):
 
 
 class RegistryToken(Struct, frozen=True):
-    """The answer of a registry's token endpoint; one of the two has the token."""
+    """The answer of a registry's token endpoint; one of the members has the token."""
 
     token: str = ""
     access_token: str = ""
 
 
 class DockerConfig(Struct, frozen=True, rename="camel"):
-    """Docker's `config.json`: logins by registry, and the programs that keep others."""
+    """Docker's `config.json`: logins by registry, and the credential helpers."""
 
     auths: dict[str, dict[str, Any]] = {}
     creds_store: str | None = None
@@ -119,7 +119,7 @@ class Oci:
         self._authorization: str | None = None
 
     def resolve(self) -> Resolved:
-        """Return the digest that the name means now, and the files of its layers."""
+        """Return the present digest of the name, and the files of its layers."""
         digest, manifest = self._get_manifest(self._reference)
         digests = [digest]
         if manifest.manifests:
@@ -135,7 +135,7 @@ class Oci:
         return Resolved(f"oci://{self._source.host}/{self._repository}@{digest}", files)
 
     def fetch(self, file: RemoteFile, downloads: Downloads) -> Download:
-        """Fetch a blob, each time with a token of its own: tokens live for a few minutes only."""
+        """Fetch a blob, with a token of its own, because tokens live only for minutes."""
         url = f"{self._url}/blobs/sha256:{file.sha256}"
 
         def open_at(offset: int) -> OpenFile:
@@ -146,7 +146,7 @@ class Oci:
         return downloads.receive(f"sha256:{file.sha256}", open_at, size=file.bytes, sha256=file.sha256)
 
     def _get_manifest(self, reference: str) -> tuple[str, OciManifest]:
-        """Return a manifest by tag or digest, and its digest; answer the registry's challenge first."""
+        """Return a manifest by tag or digest, and its digest, after answering the registry's challenge."""
         url, headers = f"{self._url}/manifests/{reference}", {"Accept": ACCEPT}
         answer = self._web.get(
             url, headers=headers, authorization=self._authorization, statuses=(OK, UNAUTHORIZED)
@@ -195,9 +195,9 @@ def _decode(body: bytes, kind: type[T], what: str) -> T:
 
 
 def may_have_password(registry: str, realm: str) -> bool:
-    """Whether an address that a registry names for tokens may have the password for it.
+    """Whether a registry's address for tokens may get the registry's password.
 
-    It may at the registry's own host, at any port, and where the last two labels are the same, as of
+    It may if it has the registry's own host, at any port, or the same last two labels, such as
     registry-1.docker.io and auth.docker.io.
     """
     with suppress(ValueError):
@@ -224,7 +224,7 @@ def parse_challenges(fields: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 def find_credentials(name: str) -> tuple[str | None, str]:
-    """Return docker's credentials for a registry, in base64, and what a refusal says of them."""
+    """Return docker's credentials for a registry, in base64, and their description for a refusal."""
     folder = Path(os.environ.get("DOCKER_CONFIG") or "~/.docker").expanduser()
     advice = f"run `docker login {name}`; identity tokens are not used"
     try:
@@ -243,13 +243,13 @@ def find_credentials(name: str) -> tuple[str | None, str]:
 
 
 def _of_host(entries: Mapping[str, T], name: str) -> T | None:
-    """Return the entry of a registry, which docker's file may name by a URL."""
+    """Return a registry's entry, whose name in docker's file may be a URL."""
     hosts = {re.sub("^https?://", "", key).partition("/")[0]: entry for key, entry in entries.items()}
     return hosts.get(name)
 
 
 def _ask_helper(helper: str, name: str) -> str | None:
-    """Return what docker's credential helper has for a registry; its protocol is docker's."""
+    """Return the credentials that docker's credential helper has for a registry."""
     asked = f"https://{name}/v1/" if name == DOCKER_HUB_LOGIN else name
     with suppress(OSError, subprocess.SubprocessError, msgspec.MsgspecError):
         done = subprocess.run(  # noqa: S603 - a program that the person's own file names
@@ -260,13 +260,13 @@ def _ask_helper(helper: str, name: str) -> str | None:
             check=True,
         )
         login = msgspec.json.decode(done.stdout, type=Login)
-        if login.username != "<token>":  # an identity token
+        if login.username != "<token>":  # otherwise the secret is an identity token
             return base64.b64encode(f"{login.username}:{login.secret}".encode()).decode()
     return None
 
 
 def choose_manifest(manifests: Iterable[Descriptor]) -> Descriptor:
-    """Return an index's only manifest, or the one for this machine; attestations do not count."""
+    """Return an index's only manifest, or the one for this machine, without attestations."""
     candidates = [each for each in manifests if each.platform.os != "unknown"]
     here = Platform("linux", MACHINES.get(platform.machine(), platform.machine()))
     chosen = [each for each in candidates if each.platform == here] or candidates
@@ -280,7 +280,7 @@ def choose_manifest(manifests: Iterable[Descriptor]) -> Descriptor:
 
 
 def list_files(layers: Iterable[Descriptor]) -> tuple[RemoteFile, ...]:
-    """Return the files of layers; if none is an archive, those in the model's folder, relative to it."""
+    """Return the files of layers; without an archive, those in the model's folder, relative to it."""
     kept = [each for each in layers if not LEFT_OUT.search(each.media_type)]
     if not kept:
         raise SourceProblem("source_invalid", "the artifact has no files of a model")
@@ -299,7 +299,7 @@ def _describe_layers(layers: list[Descriptor]) -> Iterator[RemoteFile]:
     for layer in layers:
         notes = layer.annotations
         path = notes.get(FILE_PATH) or notes.get(TITLE)
-        is_file = TITLE in notes and FILE_PATH not in notes  # ORAS gives any file the type of an archive
+        is_file = TITLE in notes and FILE_PATH not in notes  # ORAS gives every file an archive's media type
         is_packed = ARCHIVE.search(layer.media_type) is not None and not is_file
         is_archive = is_packed or notes.get(UNPACK) == "true"
         if path is None and not is_archive and len(layers) > 1:

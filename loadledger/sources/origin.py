@@ -1,4 +1,4 @@
-"""The interface of a source's module, `Origin`, and the words of its library's errors."""
+"""The interface of a source's module, `Origin`, and texts of its library's errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from loadledger.errors import printable
 from loadledger.sources.downloads import Download, Downloads
 
 MAX_ERROR_CHARACTERS = 400
-"""Of a library's error, which may quote a whole answer."""
+"""Length of a library's error, which may quote a whole answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +18,13 @@ class RemoteFile:
     """One file of a resolved source.
 
     Attributes:
-        path: in the version's folder, as the source says, unchecked; of an archive, a name for messages.
-        bytes: its length, if the source says it.
-        sha256: in hexadecimal digits, if the source or the caller names it.
-        is_needed: whether the version must have it; others are taken if the model or a signature names them.
+        path: in the version's folder, as given by the source, unchecked; for an archive, a name for messages.
+        bytes: its length, if known.
+        sha256: in hexadecimal digits, if known from the source or the caller.
+        is_needed: whether the version must have it; others are fetched if the model or a signature names
+            them.
         is_archive: whether it is a tar archive, plain or gzip, of files of the version.
-        key: what the source itself calls it.
+        key: the source's own name of it.
     """
 
     path: str
@@ -36,11 +37,11 @@ class RemoteFile:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """The meaning of a source's name now.
+    """The present meaning of a source's name.
 
     Attributes:
-        name: one that names the same bytes for ever; None if the bytes that arrive say it.
-        files: of the version.
+        name: a name for the same bytes for ever; None if only the received bytes identify them.
+        files: the version's files.
     """
 
     name: str | None
@@ -48,16 +49,16 @@ class Resolved:
 
 
 class Origin(Protocol):
-    """A source, made from `(source: SourceName, digest: str | None)`; all three raise `SourceProblem`.
+    """A source, made from `(source: SourceName, digest: str | None)`; its methods raise `SourceProblem`.
 
-    The digest, in hexadecimal digits, is that of the source's file or, of a registry, of its manifest.
+    The digest, in hexadecimal digits, is that of the source's file or of a registry's manifest.
     """
 
     def resolve(self) -> Resolved:
-        """Return what the source's name means now."""
+        """Return the present meaning of the source's name."""
 
     def fetch(self, file: RemoteFile, downloads: Downloads) -> Download:
-        """Return a file of `resolve` once it is here."""
+        """Return a file of `resolve` once it is downloaded."""
 
 
 def quote_error(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The command's way with files: found or downloaded here, with a progress bar, then sent or written."""
+"""Files for commands: found or downloaded, with a progress bar, then sent or written."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from loadledger.uploads import LocalVersion, find_version_files
 def find_or_download(
     model: str, source: Path | str, digest: str | None = None, signature: Path | None = None
 ) -> Iterator[LocalVersion]:
-    """Give the files of a version, which stay as they are until the block ends.
+    """Yield the files of a version, which do not change until the block ends.
 
     Raises:
         SourceProblem: the source cannot be fetched.
-        ValueError: there is no model, or several; or a file that is to be read has changed.
+        ValueError: there is no model, or several; or a file has changed.
     """
     try:
         if isinstance(source, Path):
@@ -59,7 +59,7 @@ def send_version(client: Any, local: LocalVersion, model: str, version: int | No
 
 
 def print_upload_size(url: str, size: int) -> None:
-    """Print how many bytes pass the line, if the server is on another machine."""
+    """Print the number of bytes to send, if the server is on another machine."""
     if not _is_local(url):
         output.print_note(f"sending {format_size(size)} to {to_printable(url)}")
 
@@ -90,11 +90,11 @@ def added_lines(
 
 @contextmanager
 def display_transfer(about: str) -> Iterator[Callable[[int, int | None], None] | None]:
-    """Give the callback of a progress bar; None without a terminal."""
+    """Yield the callback of a progress bar, or None without a terminal."""
     if not sys.stderr.isatty():
         yield None
         return
-    from rich.console import Console  # 50 ms, for terminals only
+    from rich.console import Console  # takes 50 ms, and only on terminals
     from rich.markup import escape
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 

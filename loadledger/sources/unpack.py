@@ -1,7 +1,7 @@
-"""Archives: a tar file, plain or gzip, of which the files in the model's folder are written beneath a folder.
+"""Archives: tar files, plain or gzip, whose files in the model's folder are written beneath a folder.
 
-Contents alone are read, and written to files of our own making: no owner, mode, link or time comes from the
-archive. Where Python has tarfile's `data` filter (not in Debian's 3.11.2), it has to agree.
+Only contents are read, and written to new files: no owner, mode, link or time comes from the archive. Where
+Python has tarfile's `data` filter (not in Debian's 3.11.2), the filter has to agree.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from runtime.onnxfile import list_model_folders
 from runtime.repository import MAX_FILES
 
 MAX_UNPACKED_BYTES = 20 * 10**9
-"""Of an archive, unpacked: as many as a server takes of a version."""
+"""Unpacked size of an archive: as much as a server accepts for a version."""
 MAX_HEADER_BYTES = 2**20
-"""Of one member, with its long name and its extended attributes."""
+"""Header of one member, with its long name and its extended attributes."""
 MAX_HEADERS_BYTES = 256 * 2**20
-"""Of all members: they are in memory."""
+"""Headers of all members, which are held in memory."""
 MAX_MEMBERS = 100_000
 """Ten times the files of a version: an image's layer may have others beside the model."""
 MAX_GLOBAL_HEADERS = 100
-"""Of pax, for all members, into each of which they are read; `git archive` writes one."""
+"""Global headers of pax, which are read into each member; `git archive` writes one."""
 MODELS = PurePosixPath("models")
 """KServe's images of models ("modelcars") have the model in this folder."""
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
@@ -71,7 +71,7 @@ def _unpack(file: BinaryIO, folder: Path) -> list[str]:
 
 
 def _read_members(opened: tarfile.TarFile, bounded: _BoundedFile) -> dict[PurePosixPath, TarInfo]:
-    """Return all members by path; a later one takes the place of an earlier."""
+    """Return all members by path; a later member replaces an earlier one."""
     members, headers_bytes = dict[PurePosixPath, TarInfo](), 0
     for count, member in enumerate(opened, start=1):
         headers_bytes += bounded.read_bytes
@@ -79,7 +79,7 @@ def _read_members(opened: tarfile.TarFile, bounded: _BoundedFile) -> dict[PurePo
             raise _refusal(f"it has more than {MAX_MEMBERS} members, or they have very long names")
         if len(opened.pax_headers) > MAX_GLOBAL_HEADERS:
             raise _refusal(f"it has more than {MAX_GLOBAL_HEADERS} headers for all members")
-        if member.size < 0:  # the next header would be this one again
+        if member.size < 0:  # would lead back to the same header
             raise _refusal(f"{member.name!a} in it has a negative size")
         bounded.read_bytes, member.pax_headers = 0, {}
         members[PurePosixPath(member.name)] = member
@@ -110,7 +110,7 @@ def _write(opened: tarfile.TarFile, bounded: _BoundedFile, member: TarInfo, targ
 
 @contextmanager
 def _refused_errors() -> Iterator[None]:
-    """Refuse the archive for an error while it is read, of which a hostile header may raise any."""
+    """Refuse the archive for any error while it is read: a hostile header may raise any."""
     try:
         yield
     except SourceProblem:
@@ -120,12 +120,12 @@ def _refused_errors() -> Iterator[None]:
 
 
 class _BoundedFile:
-    """A file of which little is read at once, and no part beyond a limit.
+    """A file with limited reads, and a limit of its length.
 
-    A header may announce gigabytes of names, and little gzip may unpack to any number of zeros.
+    A header may announce gigabytes of names, and a short gzip file may unpack to any number of zeros.
 
     Attributes:
-        read_bytes: since it was set to 0.
+        read_bytes: bytes read since it was set to 0.
     """
 
     def __init__(self, file: BinaryIO | gzip.GzipFile) -> None:
@@ -160,7 +160,7 @@ def select_files(members: Mapping[PurePosixPath, TarInfo]) -> dict[str, TarInfo]
     folder = (folders or [MODELS if has_folder else PurePosixPath()])[0]
     inside = {path.relative_to(folder): member for path, member in members.items() if folder in path.parents}
     for path, member in inside.items():
-        # a layer removes a file of a layer beneath it by a name with .wh. (OCI image specification)
+        # a layer removes a file of an earlier layer by a name with .wh. (OCI image specification)
         is_plain = member.isdir() or (member.isreg() and not path.name.startswith(".wh."))
         if not is_plain and not has_folder:
             return {}

@@ -73,7 +73,7 @@ class AioTransport:
     async def close(self) -> None:
         """Close all connections; pending calls raise RuntimeError."""
         self._closed = True
-        for wait in self._waits:  # the library would leave them pending for ever
+        for wait in self._waits:  # the library would leave them pending forever
             if not wait.expired():
                 wait.reschedule(asyncio.get_running_loop().time())
         session, self._session = self._session, None
@@ -82,7 +82,7 @@ class AioTransport:
 
     async def send(self, request: Request) -> Answer:
         limit_s = request.limit_s(self.options.timeout_s)
-        async with self.limit_wait(limit_s if request.upload is None else None):  # sending takes its time
+        async with self.limit_wait(limit_s if request.upload is None else None):  # sending has no limit
             stream = await self._respond(request, limit_s)
             try:
                 return await stream.read_all()
@@ -101,7 +101,7 @@ class AioTransport:
         await asyncio.sleep(seconds)
 
     async def call(self, work: Callable[[], T]) -> T:
-        """Return what a function returns, called in a thread."""
+        """Return a function's result, called in a thread."""
         return await asyncio.to_thread(work)
 
     async def _respond(self, request: Request, silence_s: float) -> AioStream:
@@ -167,17 +167,17 @@ async def _read_in_thread(body: FileBody) -> AsyncGenerator[bytes, None]:
 
 
 def _next_chunk(chunks: Iterator[bytes]) -> bytes:
-    """Return the next part that is not empty; b"" is the end."""
+    """Return the next part that is not empty, or b"" at the end."""
     return next(filter(None, chunks), b"")
 
 
 def _safe_cause(error: Exception) -> Exception | None:
-    """Return the cause to chain; errors of the library may repeat the token, so they are left out."""
+    """Return the cause to chain, without the library's errors, which may repeat the token."""
     return None if isinstance(error, aiohttp.ClientResponseError) else error
 
 
 def _payload(request: Request) -> bytes | AsyncIterator[Buffer] | None:
-    """Return a body as the library sends it; a long one in parts, which are not copied."""
+    """Return a body for the library; a long body in parts, which are not copied."""
     if request.upload is not None:
         return _read_in_thread(request.upload)
     if request.body is None:

@@ -41,9 +41,9 @@ from loadledger.transports.http1 import (
 )
 
 FIRST_READ_BYTES = 2**14
-"""Read with the head: a small answer comes whole, and little of a large one has to be copied."""
+"""Bytes read with the head: a small answer arrives whole, and little of a large one has to be copied."""
 _MORE = getattr(socket, "MSG_MORE", 0)
-"""On Linux the head of a large request leaves with its body."""
+"""Linux: the head of a large request is sent together with its body."""
 
 
 def run(work: Awaitable[T]) -> T:
@@ -68,7 +68,7 @@ def iterate(values: AsyncGenerator[T, None]) -> Generator[T, None, None]:
 
 
 class Connection:
-    """A connected socket, whose every wait ends at a deadline of the monotonic clock."""
+    """A connected socket; every wait ends at a deadline of the monotonic clock."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -103,7 +103,7 @@ class Connection:
         return self.sock.recv(most)
 
     def receive_into(self, room: memoryview, until: float) -> int:
-        """Receive the next bytes into a buffer and return their number; 0 is the end of the connection."""
+        """Receive the next bytes into a buffer and return their number, 0 at the end of the connection."""
         self._wait_until(until)
         return self.sock.recv_into(room)
 
@@ -111,8 +111,8 @@ class Connection:
         """Return the final head and the bytes after it.
 
         Raises:
-            ConnectionResetError: the connection ended within it.
-            MalformedResponse: it is no HTTP/1.1.
+            ConnectionResetError: the connection ended within the head.
+            MalformedResponse: the head is no HTTP/1.1.
         """
         found, searched = bytearray(), 0
         while True:
@@ -248,7 +248,7 @@ class BlockingTransport:
         self._closed = False
 
     def close(self) -> None:
-        """Close the idle connections, and keep none from now on."""
+        """Close the idle connections, and keep no further ones."""
         with self._lock:
             idle, self._idle, self._closed = self._idle, [], True
         for connection in idle:
@@ -266,7 +266,7 @@ class BlockingTransport:
         limit_s = request.limit_s(self.options.timeout_s)
         until = time.monotonic() + limit_s
         with closing(self._respond(request, limit_s)) as response:
-            if request.upload is not None:  # to send it takes as long as it takes
+            if request.upload is not None:  # sending a file has no limit
                 until = time.monotonic() + limit_s
             return await response.read_all(until)
 
@@ -346,7 +346,7 @@ class BlockingTransport:
 def _connect_control(data: Path, limit_s: float) -> socket.socket:
     """Connect to the control socket of the server that runs on a data directory.
 
-    The path leads through the directory's descriptor, since an address has 108 bytes at most.
+    The path leads through the directory's descriptor, since an address has at most 108 bytes.
 
     Raises:
         ServerUnreachable: no server runs there, or it is another user's.
@@ -387,5 +387,5 @@ def _explain_control(data: Path, error: OSError) -> ServerUnreachable:
 
 
 def _safe_cause(error: Exception) -> Exception | None:
-    """Return the cause to chain; malformed answers may repeat the token, so they are left out."""
+    """Return the cause to chain, without malformed answers, which may repeat the token."""
     return None if isinstance(error, MalformedResponse) else error

@@ -1,6 +1,6 @@
 """HTTP/1.1 without I/O: requests to bytes, bytes to heads and bodies (RFC 9112).
 
-The standard library's `http.client` reads the fields of an answer as those of a mail, which takes longer than
+The standard library's `http.client` parses an answer's fields as those of an e-mail, which takes longer than
 a small inference.
 """
 
@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 
+from loadledger.requests import parse_length
+
 HEAD_END = b"\r\n\r\n"
 MAX_HEAD_BYTES = 2**16
 """Longest head of an answer, and trailer of a body; a real server's are shorter than a kilobyte."""
 MAX_SIZE_LINE_BYTES = 256
 """Longest line with the size of a chunk: its extensions are ignored."""
-MAX_LENGTH_DIGITS = 18
-"""Digits of a length: no body is longer, and Python refuses to convert 4,300."""
 
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\x00-\x08\x0a-\x1f\x7f]*)?")
 _FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*")
@@ -52,7 +52,7 @@ class ResponseHead:
         """Whether the body comes in chunks.
 
         Raises:
-            MalformedResponse: it is encoded otherwise.
+            MalformedResponse: the body has another encoding.
         """
         coding = self.headers.get("transfer-encoding", "").lower()
         if coding not in ("", "chunked"):
@@ -61,7 +61,7 @@ class ResponseHead:
 
     @property
     def body_length(self) -> int | None:
-        """The length of a body that is not chunked; None if only the end of the connection ends it.
+        """The length of a body that is not chunked; None if the end of the connection ends it.
 
         Raises:
             MalformedResponse: the length is no number, or too large.
@@ -69,7 +69,10 @@ class ResponseHead:
         if self.status in _BODILESS:
             return 0
         text = self.headers.get("content-length")
-        return None if text is None else parse_length(text)
+        length = None if text is None else parse_length(text)
+        if text is not None and length is None:
+            raise MalformedResponse
+        return length
 
     @property
     def persists(self) -> bool:
@@ -78,22 +81,11 @@ class ResponseHead:
         return "close" not in options if self.is_1_1 else "keep-alive" in options
 
 
-def parse_length(text: str) -> int:
-    """Return a length in decimal digits.
-
-    Raises:
-        MalformedResponse: it is no number, or too large.
-    """
-    if not (text.isascii() and text.isdecimal() and len(text) <= MAX_LENGTH_DIGITS):
-        raise MalformedResponse
-    return int(text)
-
-
 def parse_head(text: bytes) -> ResponseHead:
     """Parse status line and fields, without the empty line that ends them.
 
     Raises:
-        MalformedResponse: they are no HTTP/1.1.
+        MalformedResponse: the bytes are no HTTP/1.1.
     """
     first, *lines = text.decode("latin-1").split("\r\n")
     status = _STATUS_LINE.fullmatch(first)
@@ -138,7 +130,7 @@ class ChunkedDecoder:
         self._trailer_bytes = 0
 
     def feed(self, data: bytes | bytearray | memoryview) -> bytes:
-        """Return the part of the body that the bytes complete; sizes and trailers wait until they are whole.
+        """Return the part of the body that the bytes complete; incomplete sizes and trailers wait.
 
         Raises:
             MalformedResponse: the bytes are no chunks.
@@ -150,7 +142,7 @@ class ChunkedDecoder:
         return bytes(found)
 
     def _step(self, found: bytearray) -> bool:
-        """Decode one element; return whether it was there."""
+        """Decode one element; return whether it was complete."""
         if self._left:
             part = self.rest[: self._left]
             found += part

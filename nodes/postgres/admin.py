@@ -1,4 +1,4 @@
-"""A ledger in PostgreSQL for the commands: migrate, copy a stopped server's into it, verify, discard."""
+"""A ledger in PostgreSQL for commands: migrate, copy a stopped server's ledger, verify, discard."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def migrate_database(address: str, server_role: str | None, data: Path | None) -
 
 
 def _refuse_finding(found: Finding | None, what: str) -> None:
-    """Raise LedgerDamaged, `ledger_damaged`, if a verification has found something."""
+    """Raise LedgerDamaged, `ledger_damaged`, for a finding of a verification."""
     if found is not None:
         raise LedgerDamaged(f"{what} does not verify: position {found.position}, {found.problem}")
 
@@ -76,7 +76,7 @@ def _copy(database: DatabaseLedger, data: Path, shown: str) -> LogHead:
     """Copy a ledger that verifies into the empty database at the address `shown`, and return its head.
 
     The ledger is marked as a replica before the COMMIT: if the process ends after it, no server alone goes on
-    with the file. After an end before it, the next call copies; after a later one, the next call verifies.
+    with the file. If it ends before the COMMIT, the next call copies, otherwise the next call verifies.
     """
     path, is_marked = data / LEDGER, is_replica_of(data, shown)
     if not is_marked:
@@ -96,11 +96,11 @@ def _copy(database: DatabaseLedger, data: Path, shown: str) -> LogHead:
 
 
 def discard_unreadable(address: str, file: Path) -> EventsDiscarded:
-    """Remove the end of a ledger in a database, from the first event on that this release cannot read.
+    """Remove the end of a ledger in a database, beginning with an event that this release cannot read.
 
     Args:
-        address: of the database, as the role that owns the ledger.
-        file: takes what is removed, one line of JSON for each event; it must not exist.
+        address: the database's address, with the role that owns the ledger.
+        file: gets the removed events, one line of JSON for each; it must not exist.
 
     Raises:
         LedgerProblem: the database cannot be used, or all its events can be read.
@@ -144,7 +144,7 @@ def verify_address(address: str, expected: Anchor | None) -> Audit:
         expected: a head that the ledger must have.
 
     Raises:
-        LedgerProblem: it cannot be read, or is no ledger.
+        LedgerProblem: the database cannot be read, or has no ledger.
     """
     heads = list_expected(expected)
     fold = CheckedFold(Anchor(), [head.position for head, _ in heads])

@@ -27,20 +27,20 @@ COMMAND_S = 10.0
 """Time limit of a statement: a page of the log takes milliseconds, an append waits for other appends."""
 
 NO_LIMIT_S = 3600.0
-"""Limit that the driver gets for a statement whose own limit is `commit`'s: more than any of those."""
+"""The driver's limit for a statement under the limit of `commit`, which is shorter."""
 
 CLOSE_S = 2.0
 """Time limit of closing a connection in order; then it is cut."""
 
 CLOCK_PROBES = 3
-"""Readings of the database's clock; that with the shortest round trip counts."""
+"""Readings of the database's clock, of which the one with the shortest round trip counts."""
 
 REFUSALS: Mapping[str, type[LedgerProblem]] = {"LL001": EpochOver, "LL002": NodeAlive}
 """The refusals of `append`, by SQLSTATE (migrations/postgres)."""
 
 _UNCERTAIN = ("08", "57P", "58", "XX")
-"""Classes of SQLSTATE with which PostgreSQL ends a session or itself: a COMMIT may have taken effect. All
-other errors say that the transaction was rolled back."""
+"""Classes of SQLSTATE that end a session or PostgreSQL itself: a COMMIT may have taken effect. All other
+errors mean that the transaction was rolled back."""
 
 _NOTICE = "00000"
 """The SQLSTATE of a message that is no warning."""
@@ -51,11 +51,11 @@ _SETTINGS = {
     "application_name": "loadledger",
     "search_path": "loadledger",
     "client_encoding": "UTF8",
-    # A server that stops amid a transaction holds the head's lock, for which all others wait.
+    # A server that stops within a transaction holds the head's lock, for which all others wait.
     "idle_in_transaction_session_timeout": "5s",
     "lock_timeout": "8s",
     "statement_timeout": "9s",
-    # A server that is cut off keeps its session, and so its locks, no longer than this.
+    # A server that is cut off keeps its session, and so its locks, for at most this time.
     "tcp_keepalives_idle": "3",
     "tcp_keepalives_interval": "2",
     "tcp_keepalives_count": "3",
@@ -73,17 +73,17 @@ def describe_address(address: str, role: str | None = None) -> str:
 
 
 class HeadMoved(Exception):
-    """Another server has appended since: the writer catches up, and decides anew."""
+    """Another server has appended meanwhile: the writer catches up, and decides again."""
 
 
 @contextmanager
 def translated_errors(what: str) -> Iterator[None]:
-    """Translate what the driver raises; `what` completes "the ledger's database …".
+    """Translate the driver's exceptions; `what` completes "the ledger's database …".
 
     Raises:
         EpochOver: `log_unavailable`, the database refused the epoch of this node.
-        NodeAlive: `node_alive`, it refused the loss of another one.
-        StorageError: for every other exception that is not the ledger's own.
+        NodeAlive: `node_alive`, the database refused the loss of another node.
+        StorageError: any other exception that is not the ledger's own.
     """
     try:
         yield
@@ -101,12 +101,12 @@ def translated_errors(what: str) -> Iterator[None]:
 
 
 async def connect(address: str, *, command_s: float | None = COMMAND_S, **settings: str) -> Connection:
-    """Connect to a database; commits are durable whatever its default is, unless `settings` say otherwise.
+    """Connect to a database; commits are durable whatever its defaults, unless `settings` say otherwise.
 
     Args:
-        address: in libpq's form; what it lacks comes from libpq's environment and password file.
-        command_s: how long a statement may take, a copy of many rows included; None is without limit.
-        settings: further settings of the session, or other values of those that every session has.
+        address: in libpq's form; missing parts come from libpq's environment and password file.
+        command_s: limit of a statement, including a copy of many rows; None is no limit.
+        settings: further settings of the session, or other values of its usual settings.
 
     Raises:
         StorageError: there is no connection.
@@ -125,16 +125,16 @@ async def commit(connection: Connection, statement: Coroutine[Any, Any, T]) -> T
     """Run a statement that commits; its effect is durable, as the database promises it, when this returns.
 
     After its own limit, or when its task is cancelled, the driver has the database cancel a statement.
-    PostgreSQL then waits no longer for a synchronous standby, and commits without it. So the connection is
-    cut instead: its session goes on to wait.
+    PostgreSQL then no longer waits for a synchronous standby, and commits without it. So the connection is
+    cut instead: its session goes on waiting.
 
     Args:
-        connection: on which it runs, and no other one.
+        connection: the statement's connection.
         statement: with `timeout=NO_LIMIT_S`.
 
     Raises:
-        StorageError: an administrator cancelled the wait for the standby: it may lack what was committed.
-        TimeoutError: there was no answer within `COMMAND_S` seconds: whether it was committed is unknown.
+        StorageError: an administrator cancelled the wait for the standby, which may lack the commit.
+        TimeoutError: no answer within `COMMAND_S` seconds: whether it was committed is unknown.
     """
     warnings = list[str]()
 
@@ -168,7 +168,7 @@ async def close(connection: Connection) -> None:
 
 
 async def measure_clock(connection: Connection) -> timedelta:
-    """Return by how much the database's clock is ahead of this machine's."""
+    """Return how far the database's clock is ahead of this machine's."""
     readings = []
     for _ in range(CLOCK_PROBES):
         before_s, began = time.monotonic(), utc_now()

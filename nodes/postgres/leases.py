@@ -15,7 +15,7 @@ class LeaseStore:
     """The table of leases, over a connection of its own: a connection serves one task.
 
     Args:
-        address: of the database.
+        address: the database's address.
     """
 
     def __init__(self, address: str) -> None:
@@ -23,7 +23,7 @@ class LeaseStore:
         self._connection: Connection | None = None
 
     async def renew(self, node_id: str, epoch: int, lease_s: float, hints: str, limit_s: float) -> bool:
-        """Renew the lease of an epoch; return False if it is over. After an error either may be so."""
+        """Renew the lease of an epoch; return False if the epoch is over. An error leaves that open."""
         async with self._connected(limit_s) as connection:
             return bool(
                 await connection.fetchval("SELECT renew($1, $2, $3, $4)", node_id, epoch, lease_s, hints)
@@ -48,13 +48,14 @@ class LeaseStore:
 
     @asynccontextmanager
     async def _connected(self, limit_s: float) -> AsyncIterator[Connection]:
-        """Connect if necessary; after an error, and when the time is up, the connection is given up."""
+        """Connect if necessary; after an error, or a timeout, the connection is given up."""
         try:
             with translated_errors("did not take a lease"):
                 async with asyncio.timeout(limit_s):
                     if self._connection is None:
-                        # A standby that is away must end no lease. One that is promoted without the last
-                        # renewals makes no node late: whoever declares that has renewed there for a lease.
+                        # An absent standby must end no lease. A promoted standby without the last renewals
+                        # makes no node late: a node that declares a loss has itself renewed there for a
+                        # lease.
                         self._connection = await connect(self._address, synchronous_commit="local")
                     yield self._connection
         except BaseException:

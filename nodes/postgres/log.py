@@ -1,7 +1,7 @@
-"""The log of one of several servers: folds what others append, and decides commands on the last event of all.
+"""The log of one of several servers: folds events of the others, and decides commands on the common head.
 
-A group is decided on the state that this server has, and appended if the database's head is still the one of
-that state. Otherwise the server catches up, and decides it once more while the others cannot append.
+A group is decided on this server's state, and appended if the database still has the head of that state.
+Otherwise the server catches up, and decides the group again while the others cannot append.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from nodes.postgres.storage import POLL_S, Authority, ReplicatedStorage
 
 
 class SharedLog(Log):
-    """A log in a database, of which the data directory has a replica.
+    """A log in a database, with a replica in the data directory.
 
     Args:
-        address: of the database.
+        address: the database's address.
         data: this server's data directory, whose ledger no other process writes.
-        clock: is set to the database's time at each connection.
+        clock: set to the database's time at each connection.
         now: the wall clock; None is the database's.
     """
 
@@ -53,7 +53,7 @@ class SharedLog(Log):
         self._pending_catch_ups = list[asyncio.Future[bool]]()
 
     def set_epoch(self, node_id: str, epoch: int | None, lease_s: float) -> None:
-        """Set as which node this server appends."""
+        """Set the node, epoch and lease of this server's appends."""
         self._database.authority = Authority(node_id, epoch, lease_s)
 
     async def catch_up(self) -> bool:
@@ -82,7 +82,7 @@ class SharedLog(Log):
                 answer(done, False)
 
     async def _prepare(self) -> None:
-        """Catch up if another server may have appended, or callers wait for that; then answer them."""
+        """Catch up if another server may have appended, or callers wait for that, and answer the callers."""
         callers, self._pending_catch_ups = self._pending_catch_ups, []
         is_done = False
         if callers and not self._storage.is_open:
@@ -99,10 +99,10 @@ class SharedLog(Log):
         await self._catch_up()
 
     async def _catch_up(self) -> None:
-        """Fold and store what other servers have appended.
+        """Fold and store the events that other servers have appended.
 
         Raises:
-            LogUnavailable: `log_unavailable`, it cannot be read, stored or folded.
+            LogUnavailable: `log_unavailable`, the events cannot be read, stored or folded.
             LedgerForked: the database has another history.
         """
         try:
@@ -117,21 +117,21 @@ class SharedLog(Log):
             raise LogUnavailable(f"{error}; nothing was accepted") from error
 
     async def _append(self, group: Sequence[PendingCommand]) -> None:
-        """Decide and commit a group; if another server was first, once more while it cannot append.
+        """Decide and commit a group; if another server was first, repeat that while others cannot append.
 
-        Trying without the lock first is as fast as a ledger with one writer; only then to lock keeps a server
-        from being too late again and again. What is refused, or answered with what was there, rests on a
-        state that another server may have changed: it is decided once more on what all have appended.
+        Trying without the lock first is as fast as a ledger with one writer; locking the second time keeps a
+        server from being too late again and again. A refusal, or an answer from the existing state, rests on
+        a state that another server may have changed, so it is decided again on the common head.
         """
         before = self.head
         try:
             await self._append_at_head(group)
-            if self.head != before:  # only on the last event of all a group is appended
+            if self.head != before:  # groups are appended only at the common head
                 return
             if unsure := [each for each in group if rests_on_state(each)]:
                 await self._catch_up()
                 await self._append_at_head(unsure)
-        except NodeAlive:  # it is about one command of the group
+        except NodeAlive:  # concerns one command of the group
             if len(group) == 1:
                 raise
             for pending in group:
@@ -141,7 +141,7 @@ class SharedLog(Log):
         try:
             await super()._append(group)
         except HeadMoved:
-            await self._catch_up()  # what takes long, before the others have to wait
+            await self._catch_up()  # the long part, before the others have to wait
             try:
                 async with self._database.locked():
                     await self._catch_up()
@@ -153,13 +153,13 @@ class SharedLog(Log):
     async def _check_written(self, decided: DecidedGroup) -> None:
         """Read the log again; without the group's head in it, the group was not written.
 
-        An append on its way to the database may still arrive there, as long as nothing else was appended. A
-        group that was written is counted when it is read.
+        An append on its way to the database may still arrive there until another one is appended. A group
+        that was written is counted when it is read.
         """
         before = self.head
         is_written = await self._is_written(decided.head)
         try:
-            await self._catch_up()  # an event that waited for a standby when the log was opened is there now
+            await self._catch_up()  # events that waited for a standby when the log was opened are there now
         except LogUnavailable as error:
             raise OutcomeUnknown(
                 f"it is unknown whether the last requests were recorded: {error.__cause__ or error}"
@@ -169,7 +169,7 @@ class SharedLog(Log):
 
 
 def fold_rows(rows: Sequence[Row], state: State) -> DecidedGroup:
-    """Fold events that others appended on top of a state, which does not change.
+    """Fold events of other servers on top of a state, which does not change.
 
     Raises:
         UnreadableEvent: `log_unavailable`, an event cannot be folded.
@@ -189,9 +189,9 @@ def fold_rows(rows: Sequence[Row], state: State) -> DecidedGroup:
 
 
 def rests_on_state(pending: PendingCommand) -> bool:
-    """Whether a command was refused, or answered with what was there.
+    """Whether a command was refused, or answered from the existing state.
 
-    Not if it is outdated: the system then decides anew by itself.
+    Outdated commands do not count: the system decides again by itself.
     """
     match pending.outcome:
         case RequestRefused(code=code):

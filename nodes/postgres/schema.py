@@ -1,4 +1,4 @@
-"""The schema of a ledger in PostgreSQL: migrations by its owner, and a server's checks before it uses it."""
+"""The schema of a ledger in PostgreSQL: migrations by its owner, and a server's checks before use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCHEMA = "loadledger"
 _migrations = partial(read_migrations, "postgres")
 
 _LOCK = 0x4C4C6467
-"""The key of the advisory lock of migrations: "LLdg"."""
+"""The key of the advisory lock for migrations: "LLdg"."""
 
 _STANDBYS = re.compile(r"\s*(?:(?:FIRST|ANY)\s+)?(\d+)\s*\(", re.ASCII | re.IGNORECASE)
 
@@ -50,13 +50,13 @@ async def migrate(connection: Connection, server_role: str | None = None) -> int
     """Create or update the schema in one transaction, and return how many migrations were applied.
 
     Args:
-        connection: of the role that owns the schema, or is to own it.
-        server_role: gets what a server needs: reading, and the functions.
+        connection: with the role that owns the schema, or is to own it.
+        server_role: the role that gets a server's rights: reading, and the functions.
 
     Raises:
         FutureSchema: `future_schema`.
         ForeignDatabase: `foreign_database`, another program has a schema of this name.
-        ValueError: there can be no role of that name.
+        ValueError: the role's name is invalid.
     """
     if server_role is not None and _ROLE_NAME.fullmatch(server_role) is None:
         raise ValueError(f"{server_role!r} is no name of a role")
@@ -80,7 +80,7 @@ async def migrate(connection: Connection, server_role: str | None = None) -> int
 
 
 async def _grant(connection: Connection, role: str) -> None:
-    """Grant a role what a server needs: no INSERT, UPDATE, DELETE or TRUNCATE on any table."""
+    """Grant a role a server's rights: no INSERT, UPDATE, DELETE or TRUNCATE on any table."""
     await connection.execute(
         f'GRANT USAGE ON SCHEMA {SCHEMA} TO "{role}";'
         f'GRANT SELECT ON ALL TABLES IN SCHEMA {SCHEMA} TO "{role}";'
@@ -89,7 +89,7 @@ async def _grant(connection: Connection, role: str) -> None:
 
 
 async def _count_applied(connection: Connection) -> int | None:
-    """Return how many migrations the database has; None without the schema."""
+    """Return the number of migrations that the database has, or None without the schema."""
     if not await connection.fetchval("SELECT to_regnamespace($1) IS NOT NULL", SCHEMA):
         return None
     if await connection.fetchval("SELECT to_regclass($1) IS NOT NULL", f"{SCHEMA}.migrations"):
@@ -166,7 +166,7 @@ async def check_owner(connection: Connection) -> None:
 
 
 async def describe_durability(connection: Connection) -> str:
-    """Return in words what a commit of this session waits for."""
+    """Return in words how durable a commit of this session is."""
     with translated_errors("cannot be read"):
         names, fsync = await connection.fetchrow(
             "SELECT current_setting('synchronous_standby_names'), current_setting('fsync')"
@@ -180,6 +180,6 @@ async def describe_durability(connection: Connection) -> str:
 
 
 def count_standbys(names: str) -> int:
-    """Return for how many standbys a commit waits, by PostgreSQL's setting `synchronous_standby_names`."""
+    """Return how many standbys a commit waits for, by PostgreSQL's setting `synchronous_standby_names`."""
     counted = _STANDBYS.match(names)
     return int(counted[1]) if counted else int(bool(names.strip()))

@@ -1,7 +1,7 @@
-"""`Storage` for one of several servers: append in the database, then store the same in this server's replica.
+"""`Storage` for one of several servers: append in the database, then store the rows in this server's replica.
 
-The replica is a ledger in SQLite like that of a single server, and all is read from it. It is never ahead of
-the database: a group is stored in it after its COMMIT there. The writer reads again what it lacks then.
+The replica is a ledger in SQLite like that of a single server, and serves all reads. It is never ahead of the
+database: a group is stored in it after the COMMIT in the database. The writer later reads what it lacks.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from nodes.postgres.schema import check_role, check_schema, describe_durability
 _log = logging.getLogger(__name__)
 
 CHANNEL = "loadledger"
-"""Where `append` notifies; a notification carries nothing, and a lost one loses nothing."""
+"""The channel of `append`'s notifications; they carry no data, so a lost one loses nothing."""
 
 POLL_S = 2.0
-"""How often the writer reads new events without a notification, as over a connection that was cut."""
+"""Interval of reading new events without a notification, such as over a connection that was cut."""
 
 PAGE = 2_000
-"""Events that the writer reads at once while it catches up: a fifth less work than with half of it, since a
-model or job that changes again is stored once, and 20 ms in which the event loop folds them."""
+"""Events that the writer reads at once while it catches up: a fifth less work than with half of it, since
+repeated changes of a model or job are stored once. The event loop folds them in 20 ms."""
 
 
 class Authority(NamedTuple):
-    """As whom a server appends: a node, its epoch and lease in seconds; None for a writer that is no node."""
+    """The node, epoch and lease in seconds of a server's appends; None for a writer that is no node."""
 
     node_id: str | None = None
     epoch: int | None = None
@@ -60,13 +60,13 @@ class ReplicatedStorage:
     """The log in PostgreSQL, and this server's replica of it.
 
     Args:
-        address: of the database.
+        address: the database's address.
         data: this server's data directory, whose ledger no other process writes.
-        clock: is set to the database's time at each connection.
+        clock: set to the database's time at each connection.
         on_change: called when another server has appended.
 
     Attributes:
-        authority: with which it appends.
+        authority: the node, epoch and lease of its appends.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class ReplicatedStorage:
         return self._is_notified or time.monotonic() - self._read_s >= POLL_S
 
     async def open(self) -> StoredLedger:
-        """Open the replica, connect, and read what the replica has; the caller then catches up.
+        """Open the replica, connect, and read the replica's state; the caller then catches up.
 
         Raises:
             LedgerForked: `ledger_forked`, the database does not have the replica's head.
@@ -134,19 +134,19 @@ class ReplicatedStorage:
         _log.info("the ledger is in %s; %s", shown, await describe_durability(connection))
 
     def _heard(self, connection: object, pid: int, _channel: str, _payload: object) -> None:
-        """Note that another server has appended; this one knows what it appended itself."""
+        """Note that another server has appended; this server knows its own appends."""
         own = self._connection
         if own is not None and connection is own and pid != own.get_server_pid():
             self._is_notified = True
             self._on_change()
 
     async def append(self, rows: Sequence[Row], changes: Changes, after: LogHead) -> None:
-        """Append in the database, durably, then store the same in the replica.
+        """Append in the database, durably, then store the rows in the replica.
 
         Raises:
             HeadMoved: the database's head is not `after`; nothing was appended.
             EpochOver: `log_unavailable`, this node was declared lost; nothing was appended.
-            NodeAlive: `node_alive`, the events declare a node lost that is not; nothing was appended.
+            NodeAlive: `node_alive`, the events declare the loss of a present node; nothing was appended.
         """
         connection = self._connected
         with translated_errors("could not be written"):
@@ -170,7 +170,7 @@ class ReplicatedStorage:
         """Return the next events after `head`; none if `head` is the database's head.
 
         Raises:
-            LedgerForked: `ledger_forked`, the database has another event there, or none.
+            LedgerForked: `ledger_forked`, the database has another event at the head's position, or none.
         """
         self._is_notified, self._read_s = False, time.monotonic()
         with translated_errors("could not be read"):
@@ -189,7 +189,7 @@ class ReplicatedStorage:
             before = LogHead(row.position, row.hash)
         if len(rows) == PAGE:
             self._is_notified = True
-        if not self._is_marked:  # only now it is known that the file and the database have one history
+        if not self._is_marked:  # now it is certain that the file and the database have one history
             await asyncio.to_thread(mark_replica, self._data, describe_address(self._address))
             self._is_marked = True
         return rows
@@ -200,7 +200,7 @@ class ReplicatedStorage:
             raise forked(self._address, head)
 
     async def store(self, rows: Sequence[Row], changes: Changes, after: LogHead) -> None:
-        """Store in the replica what other servers appended; the arguments are those of `append`."""
+        """Store events of other servers in the replica; the arguments are those of `append`."""
         await self._replica.append(rows, changes, after)
 
     @asynccontextmanager
@@ -219,10 +219,10 @@ class ReplicatedStorage:
                     await self._connected.execute("ROLLBACK")
 
     async def contains(self, head: LogHead) -> bool:
-        """Whether the database has this event, and its synchronous standby, if there is one.
+        """Whether the database has this event, including its synchronous standby, if any.
 
-        What another session has appended may wait for the standby: it is not visible yet, or no longer waits.
-        The probe's commit comes after it, and waits, too.
+        An append of another session may wait for the standby: it is not yet visible, or no longer waits. The
+        probe's commit comes after it, and waits, too.
         """
         await self._probe_database()
         with translated_errors("could not be read"):
@@ -250,7 +250,7 @@ class ReplicatedStorage:
         return await self._replica.checkpoint()
 
     async def close_after_error(self, error: StorageError | None = None) -> None:
-        """Close both after an error; the connection is cut, since to close it would cancel what it runs."""
+        """Close both after an error; the connection is cut, since closing it would cancel its statement."""
         self._cut()
         if self._replica.is_open:
             await self._replica.close_after_error(error)

@@ -1,4 +1,4 @@
-"""A whole ledger into an empty database, to migrate it there, and out of one, to verify it."""
+"""A whole ledger into an empty database, to migrate it, and out of one, to verify it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _OF_COMMANDS = {
     "lock_timeout": "10s",
     "idle_in_transaction_session_timeout": "0",
 }
-"""Settings of a command's session, which reads or copies a whole ledger."""
+"""Settings of a command's session that reads or copies a whole ledger."""
 
 _LIFT_TRIGGER = "SELECT set_config('loadledger.discarding', 'on', true)"
 """Let events be deleted until the transaction ends, in this session alone (migrations/postgres)."""
 
 FIRST_LEASE_S = 10.0
-"""Lease of a node that is present when its ledger is copied: that of `--lease-s` as it is by default."""
+"""Lease of a present node when its ledger is copied: the default of `--lease-s`."""
 
 
 class LedgerNotEmpty(LedgerProblem):
@@ -52,10 +52,10 @@ async def copy_ledger_in(
 
     Args:
         connection: of the schema's owner, without a limit for a statement.
-        rows: all its events, in order.
-        head: the last of them.
-        nodes: of a replica: those that are present get a lease, after which they can be declared lost.
-        before_commit: called when all is in the transaction.
+        rows: all events, in order.
+        head: the last event.
+        nodes: the nodes of a replica: present ones get a lease, after which they can be declared lost.
+        before_commit: called before the transaction is committed.
 
     Raises:
         LedgerNotEmpty: `ledger_not_empty`.
@@ -94,9 +94,9 @@ async def discard_end(
 
     Args:
         connection: of the schema's owner, without a limit for a statement.
-        first: the position of an event that no node could read, nor one after it.
-        actor: who removes them.
-        keep: stores what is removed.
+        first: the position of an event that no node could read, nor any later one.
+        actor: the remover.
+        keep: stores the removed events.
     """
     with translated_errors("could not be written"):
         async with connection.transaction():
@@ -130,11 +130,11 @@ async def discard_end(
 
 
 class DatabaseLedger:
-    """A ledger in a database for commands, which wait for each statement.
+    """A ledger in a database for commands, which block for each statement.
 
     Attributes:
         connection: without a limit for a statement.
-        run: runs a coroutine that uses it to its end.
+        run: runs a coroutine of the connection to its end.
     """
 
     def __init__(self, runner: asyncio.Runner, connection: Connection) -> None:
@@ -142,7 +142,7 @@ class DatabaseLedger:
         self.run = runner.run
 
     def begin_snapshot(self) -> None:
-        """Read in one snapshot from now on; raise LedgerProblem without a ledger of this release."""
+        """Begin a snapshot for all further reads; raise LedgerProblem without a ledger of this release."""
 
         async def begin() -> None:
             await check_schema(self.connection)

@@ -187,26 +187,26 @@ class TensorMemory:
         return cls(requests, answers), (reading, writing)
 
     def hold(self, number: int, region: Region | None) -> tuple[int, int] | None:
-        """Keep a request's region until `release`; returns offset and size of its answer's room.
+        """Keep a request's region until `release`; returns offset and size of its answer's region.
 
         The answer is expected to be as long as the latest answer.
         """
-        room = self.answers.reserve(self._answer_bytes) if self._answer_bytes >= SHARED_FROM_BYTES else None
-        if region is None and room is None:
+        answer = self.answers.reserve(self._answer_bytes) if self._answer_bytes >= SHARED_FROM_BYTES else None
+        if region is None and answer is None:
             return None
-        self._held[number] = region, room
-        return None if room is None else (room.start, len(room.buffer))
+        self._held[number] = region, answer
+        return None if answer is None else (answer.start, len(answer.buffer))
 
     def locate(self, number: int, at: int, size: int) -> memoryview:
-        """Return the part of an answer's room that a worker names.
+        """Return the part of an answer's region that a worker names.
 
         Raises:
-            MalformedFrame: the part is outside the room.
+            MalformedFrame: the part is outside that region.
         """
-        _, room = self._held.get(number, (None, None))
-        if room is None or at < room.start or at + size > room.start + len(room.buffer):
+        _, answer = self._held.get(number, (None, None))
+        if answer is None or at < answer.start or at + size > answer.start + len(answer.buffer):
             raise MalformedFrame("an output outside of the answer's room")
-        return room.buffer[at - room.start : at - room.start + size]
+        return answer.buffer[at - answer.start : at - answer.start + size]
 
     def release(self, number: int, outputs: Sequence[Tensor] = ()) -> None:
         """Release the region of a request that the worker has answered."""

@@ -376,7 +376,7 @@ class Worker:
         if region is not None and region.memory is not self.tensor_memory.requests:
             region = None  # another worker was chosen since the body arrived: its inputs take the socket
         number = next(self._ids)
-        room = self.tensor_memory.hold(number, region)
+        answer_region = self.tensor_memory.hold(number, region)
         try:
             if region is None:
                 tensors, sent = heads(inputs), inputs
@@ -385,7 +385,7 @@ class Worker:
                 sent = [tensor for tensor in inputs if not region.holds(tensor.data)]
             sent_ns = time.monotonic_ns()
             deadline_ns = sent_ns + int(timeout_s * 1e9)
-            request = Infer(number, tensors, outputs, text, sent_ns, digest, room, deadline_ns)
+            request = Infer(number, tensors, outputs, text, sent_ns, digest, answer_region, deadline_ns)
             self._send(request, sent)
         except MalformedFrame as error:
             self.tensor_memory.release(number)

@@ -97,10 +97,13 @@ class _Shortage:
     """The shortage of an alternative of a load.
 
     Attributes:
+        replaced: the load of which the room counts as free, since it ends first; None without one.
         rooms: those that are too small, and what is missing there.
         measured: a room in which another load is being measured, and that load.
     """
 
+    alternative: Alternative
+    replaced: LoadView | None
     rooms: Mapping[LoadRoom, Amount]
     measured: tuple[LoadRoom, LoadView] | None
 
@@ -333,24 +336,19 @@ class _PendingLoad:
 
     def _start_or_make_room(self, alternative: Alternative) -> Action | Waiting:
         """Start a load, which only room can delay, make room for it, or wait."""
-        replaced, missing = self._serving, self._find_shortage(alternative)
-        if replaced is None or not self._replaces_in_place(missing):
-            replaced = None
-        else:
-            missing = self._find_shortage(alternative, replaced)
+        missing = self._find_shortage(alternative)
+        if self._serving is not None and self._replaces_in_place(missing):
+            missing = self._find_shortage(alternative, self._serving)
         if missing.lacks_room:
-            return self._make_room(alternative, missing, replaced)
-        action = self._start_on(alternative, replaced)
-        return action if missing.is_none else self._make_room(alternative, missing, replaced, follows=action)
+            return self._make_room(missing)
+        action: Action = actions.StartLoad(self.job, alternative)
+        if missing.replaced is not None:
+            action = actions.UnloadForReplacement(self.job, missing.replaced.load_job_id)
+        return action if missing.is_none else self._make_room(missing, follows=action)
 
     def _replaces_in_place(self, missing: _Shortage) -> bool:
         """Whether the old version is unloaded before the load starts, which lacks that much beside it."""
         return self._strategy == "in_place" or (self._strategy == "auto" and missing.lacks_room)
-
-    def _start_on(self, alternative: Alternative, replaced: LoadView | None) -> Action:
-        if replaced is not None:
-            return actions.UnloadForReplacement(self.job, replaced.load_job_id)
-        return actions.StartLoad(self.job, alternative)
 
     def _find_shortage(
         self,
@@ -371,36 +369,30 @@ class _PendingLoad:
                 lacking[room] = missing
             if measured is None and (load := room.measured_load) is not None:
                 measured = room, load
-        return _Shortage(lacking, measured)
+        return _Shortage(alternative, replaced, lacking, measured)
 
-    def _make_room(
-        self,
-        alternative: Alternative,
-        missing_now: _Shortage,
-        replaced: LoadView | None,
-        follows: Action | None = None,
-    ) -> Action | Waiting:
+    def _make_room(self, missing_now: _Shortage, follows: Action | None = None) -> Action | Waiting:
         """Wait for exiting processes; else evict the fewest.
 
         Room that becomes free while it waits is reserved for it if it goes before all, or has waited; what
         exiting processes release is reserved in any case if it is enough.
         """
         view, job = self._view, self.job
-        missing = self._find_shortage(alternative, replaced, after_exits=True)
+        missing = self._find_shortage(missing_now.alternative, missing_now.replaced, after_exits=True)
         if missing.is_none:
-            return Waiting(partial(self._describe_release, alternative, missing_now), reserves_room=True)
+            return Waiting(partial(self._describe_release, missing_now), reserves_room=True)
         may_evict = self._may_evict and missing.measured is None
         if may_evict and (chosen := self._eviction.choose(missing.rooms)):
             return actions.UnloadAutomatically(chosen[0].model, Cause.EVICTION, job.id)
         # A reload after the server's start evicts nothing, so it would wait for ever, if only here is room.
         if job.cause is Cause.RESTART and not view.will_free_more and view.share.is_whole:
             code = INSUFFICIENT_MEMORY if missing.lacks_bytes else TOO_MANY_LOADED
-            lack = self._describe(alternative, missing_now)
+            lack = self._describe(missing_now)
             return actions.FailLoad(job, code, f"not reloaded after the server's start: it needs {lack}")
         has_priority = self.rank == _BEFORE_ALL or view.queued_at(job) <= view.earlier_by(OVERTAKING_LIMIT_S)
         may_reserve = job.cause not in _RESERVES_NOTHING
         return Waiting(
-            partial(self._describe_wait, alternative, missing_now, replaced),
+            partial(self._describe_wait, missing_now),
             self._eviction.next_at if may_evict else None,
             reserves_room=may_reserve and has_priority,
             reserves_later=may_reserve and not has_priority,
@@ -408,18 +400,17 @@ class _PendingLoad:
             follows=follows,
         )
 
-    def _describe_release(self, alternative: Alternative, missing: _Shortage) -> str:
-        return f"{self._describe(alternative, missing)}; it is being released"
+    def _describe_release(self, missing: _Shortage) -> str:
+        return f"{self._describe(missing)}; it is being released"
 
-    def _describe_wait(self, alternative: Alternative, missing: _Shortage, replaced: LoadView | None) -> str:
-        first = self._reservations.first
-        if first is not None and self._find_shortage(alternative, replaced, reserved={}).is_none:
+    def _describe_wait(self, missing: _Shortage) -> str:
+        first, alternative = self._reservations.first, missing.alternative
+        if first is not None and self._find_shortage(alternative, missing.replaced, reserved={}).is_none:
             return f"room, which is reserved for job {first.id}, before it"
-        shortage_text = self._describe(alternative, missing)
+        shortage_text = self._describe(missing)
         return f"{shortage_text}; {self._advise()}" if missing.measured is None else shortage_text
 
-    def _describe(self, alternative: Alternative, shortage: _Shortage) -> str:
-        """Return what an alternative lacks now."""
+    def _describe(self, shortage: _Shortage) -> str:
         first = self._reservations.first
         if shortage.measured is not None:
             room, measured = shortage.measured
@@ -431,10 +422,8 @@ class _PendingLoad:
         budget, free = room.limits.budget_bytes, room.free_bytes
         if budget is None or free is None or missing.bytes <= 0:
             return f"a place among the {room.max_loaded} models that may be loaded{kept}"
-        return (
-            f"{_describe_need(room, alternative)}, and of {room.budget_name} of {format_megabytes(budget)}"
-            f" {format_megabytes(max(0, free))} are free{kept}"
-        )
+        need, left = _describe_need(room, shortage.alternative), format_megabytes(max(0, free))
+        return f"{need}, and of {room.budget_name} of {format_megabytes(budget)} {left} are free{kept}"
 
     def _advise(self) -> str:
         if not self._view.policy.evicts:

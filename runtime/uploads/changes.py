@@ -24,13 +24,7 @@ from runtime.elsewhere import ALONE, Elsewhere
 from runtime.errors import RuntimeProblem
 from runtime.repository import FileSystemPool, Repository
 from runtime.uploads.receive import unwritable
-from runtime.uploads.staging import (
-    Staging,
-    StagingEntry,
-    UploadEntry,
-    UploadPolicy,
-    VersionExists,
-)
+from runtime.uploads.staging import Staging, StagingEntry, UploadEntry, UploadPolicy, VersionExists
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)

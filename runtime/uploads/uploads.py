@@ -170,11 +170,7 @@ class Uploads:
         await self.changes.discard(upload)
 
     async def remove(
-        self,
-        model_id: str,
-        version: int,
-        actor: str,
-        end_uses: Callable[[], Awaitable[None]] | None = None,
+        self, model_id: str, version: int, actor: str, end_uses: Callable[[], Awaitable[None]] | None = None
     ) -> None:
         """Remove a version that no load uses, once `end_uses`, if there is one, has ended those that do.
 

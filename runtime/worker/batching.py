@@ -15,7 +15,7 @@ import numpy as np
 
 from runtime.errors import InvalidInput
 from runtime.worker.inference import SelectedOutputs
-from runtime.worker.sharedtensors import Room
+from runtime.worker.sharedtensors import AnswerRegion
 
 MAX_WAITING_BYTES = 64 * 2**20
 MAX_WAITING = 1024
@@ -36,7 +36,7 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
         came_ns: when the worker received it.
         input_ns: the duration of its decoding.
         queue_ns: its wait to be received while the worker was busy with other requests.
-        room: the part of shared memory for its outputs.
+        answer_region: the part of shared memory for its outputs.
         deadline_ns: the end of its time limit, or 0.
     """
 
@@ -49,7 +49,7 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
     came_ns: int
     input_ns: int
     queue_ns: int = 0
-    room: Room | None = None
+    answer_region: AnswerRegion | None = None
     deadline_ns: int = 0
 
     def batch_key(self) -> Hashable:

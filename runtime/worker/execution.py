@@ -371,9 +371,9 @@ class InferenceExecutor:
             queue_ns = max(0, self._free_ns - infer.sent_ns) if infer.sent_ns else 0
             self._free_ns = time.monotonic_ns()
             input_ns = self._free_ns - came_ns
-            room = None if infer.room is None else self._shared.room(infer.room)
+            region = None if infer.answer_region is None else self._shared.region(infer.answer_region)
             times = infer.sent_ns, came_ns, input_ns, queue_ns
-            return BatchRequest(infer.id, outputs, feed, size, alone, *times, room, infer.deadline_ns)
+            return BatchRequest(infer.id, outputs, feed, size, alone, *times, region, infer.deadline_ns)
         return None
 
     def is_over(self, request: BatchRequest, batch_size: int) -> bool:
@@ -477,11 +477,12 @@ class InferenceExecutor:
         The duration of encoding includes that of the earlier requests of the batch.
         """
         try:
-            heads, parts = self._runner.encode_outputs(request.outputs, arrays, request.room)
+            heads, parts = self._runner.encode_outputs(request.outputs, arrays, request.answer_region)
             output_ns = time.monotonic_ns() - ran_ns
             outcome = Outcome(request.number, heads, *times, output_ns, request.size, execution_size)
             self._outbox.put(outcome, parts)
-            if request.room is not None and request.room.is_used:  # a long answer waits for no other
+            region = request.answer_region
+            if region is not None and region.is_used:  # a long answer waits for no other
                 self._outbox.flush()
         except MemoryError:
             return _NO_MEMORY

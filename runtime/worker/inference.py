@@ -37,7 +37,7 @@ from runtime.wire import (
 )
 from runtime.worker.declaredsizes import least_bytes
 from runtime.worker.refusals import explain_refusal
-from runtime.worker.sharedtensors import Room
+from runtime.worker.sharedtensors import AnswerRegion
 
 MAX_JSON_BYTES = 64 * 2**20
 """Limit of an output's tensor before encoding: the size of a request. JSON takes several times as much."""
@@ -362,11 +362,11 @@ class Runner:
         return arrays
 
     def encode_outputs(
-        self, selected: SelectedOutputs, arrays: Sequence[Any], room: Room | None = None
+        self, selected: SelectedOutputs, arrays: Sequence[Any], region: AnswerRegion | None = None
     ) -> tuple[tuple[TensorHead, ...], list[Buffer]]:
         """Return the heads and data of the outputs, except optional ones without a value.
 
-        Long outputs are copied to `room`, as far as it has space, and are no part of the data.
+        Long outputs are copied to `region`, as far as it has space, and are no part of the data.
 
         Raises:
             NotRepresentable: `not_representable`.
@@ -380,7 +380,7 @@ class Runner:
             if array is None:
                 continue
             data = encode_text(name, datatype, array) if text else [to_data(datatype, array)]
-            at = None if text or room is None else room.put(data[0])
+            at = None if text or region is None else region.put(data[0])
             heads.append(TensorHead(name, datatype, array.shape, sum(map(len, data)), text, at))
             if at is None:
                 parts += data

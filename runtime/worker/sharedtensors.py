@@ -20,7 +20,7 @@ _LIBC.mmap.argtypes = (
 )  # fmt: skip
 
 
-class Room:
+class AnswerRegion:
     """The part of the memory for the outputs of one answer: `size` bytes from `start` on.
 
     Attributes:
@@ -61,9 +61,9 @@ class SharedTensors:
             raise MalformedFrame("a tensor beyond the shared memory")
         return self._requests[at : at + size]
 
-    def room(self, extent: tuple[int, int]) -> Room:
-        """Return the room of an answer: the offset and size that the server gives."""
-        return Room(self._answers, *extent)
+    def region(self, extent: tuple[int, int]) -> AnswerRegion:
+        """Return the region of an answer: the offset and size that the server gives."""
+        return AnswerRegion(self._answers, *extent)
 
 
 def _map(descriptor: int, protection: int) -> memoryview:

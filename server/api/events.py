@@ -244,7 +244,7 @@ class Prover:
 
     @property
     def ledger_name(self) -> str:
-        """The name of this ledger among servers that share a repository: its key's."""
+        """The name of this ledger among servers that share a repository: its key's id."""
         return key_id(self.signer.public_key)
 
     def head(self, log: Log) -> SignedHead:

@@ -134,7 +134,7 @@ def live_checks(app: web.Application) -> dict[str, bool]:
 def ready_checks(app: web.Application) -> dict[str, bool]:
     return {
         **live_checks(app),
-        "log": app[LOG].healthy or app[CLUSTER].serves_without_log,
+        "log": app[LOG].healthy,
         "fork_server": app[POOL].healthy,
         "serving": not app[STOPPING].is_set(),
         **app[CLUSTER].checks(),

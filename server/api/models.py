@@ -228,7 +228,7 @@ def make_model_info(
 
 
 def _show_present(app: web.Application, seen: ListedModel, active: Model | None) -> ModelInfo:
-    """Return a model with what is not known of the past."""
+    """Return a model with its present facts."""
     state, rules = app[LOG].state, app[CONFIG].policy.of(seen.id)
     model, versions = state.models.get(seen.id), state.registers.find_versions(seen.id)
     shown = make_model_info(

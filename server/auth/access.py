@@ -1,4 +1,4 @@
-"""Which roles may call a route; the server has no others."""
+"""The roles of the server, and which of them may call a route."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import Enum
 
 
 class Access(Enum):
-    """Roles that may call a route: any of the value; PUBLIC needs no token. Its limit follows from them."""
+    """Roles that may call a route: any of the value's; PUBLIC needs no token. They decide the rate limit."""
 
     PUBLIC = frozenset[str]()
     ANY = frozenset({"admin", "infer", "audit", "approve", "emergency"})
@@ -16,7 +16,7 @@ class Access(Enum):
     APPROVE = frozenset({"approve"})
     VERIFY = frozenset({"admin", "audit", "approve"})
     EMERGENCY = frozenset({"emergency"})
-    """Of a load's `emergency`, beside `ADMIN`."""
+    """The roles for a load's `emergency`, beside `ADMIN`."""
 
     @property
     def records(self) -> bool:

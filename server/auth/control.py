@@ -46,16 +46,16 @@ SOCKET = "control.sock"
 """The socket's file in the data directory."""
 
 KEY = "control.key"
-"""The file beside it, of mode 0600, whose content a request has as its bearer token."""
+"""The file beside it, of mode 0600, with the bearer token of its requests."""
 
 KEY_BYTES = 32
-"""Of randomness: nobody guesses it."""
+"""Bytes of randomness in the key."""
 
 MAX_CONNECTIONS = 16
-"""Commands at once; each asks one thing."""
+"""Commands at once; each sends one request."""
 
 MAX_BODY_BYTES = 64 * 2**10
-"""Of a request: a name, some roles and a number."""
+"""Longest body of a request: a name, some roles and a number."""
 
 _PEER = struct.Struct("3i")
 """Process, user and group of the other end (unix(7), SO_PEERCRED)."""
@@ -100,7 +100,7 @@ def _create_control(app: web.Application, others: Mapping[str, Sequence[Route]],
 
 @contextmanager
 def _key_file(path: Path, key: str) -> Iterator[None]:
-    """Write the file, also over the one that a killed server left, and remove it on exit."""
+    """Write the file, even over the one of a killed server, and remove it on exit."""
     with write_file(path, replace=True) as file:
         file.write(key.encode())
     try:
@@ -111,9 +111,9 @@ def _key_file(path: Path, key: str) -> Iterator[None]:
 
 @contextmanager
 def _bound_socket(data: Path) -> Iterator[socket.socket]:
-    """Bind the socket, in the place of one that a killed server left, and remove it on exit.
+    """Bind the socket, in place of the one of a killed server, and remove it on exit.
 
-    The path goes through the directory's descriptor: the address of a socket has 108 bytes at most.
+    The path goes through the directory's descriptor, because a socket's address has at most 108 bytes.
 
     Raises:
         OSError: the file system has no sockets.
@@ -121,7 +121,7 @@ def _bound_socket(data: Path) -> Iterator[socket.socket]:
     folder = os.open(data, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as bound:
-            os.fchmod(bound.fileno(), 0o600)  # what the file is created with
+            os.fchmod(bound.fileno(), 0o600)  # the mode of the file to be created
             _remove(folder)
             bound.bind(f"/proc/self/fd/{folder}/{SOCKET}")
             try:
@@ -138,7 +138,7 @@ def _remove(folder: int) -> None:
 
 
 def _local_middleware(key: str) -> Middleware:
-    """Return a middleware that has the user at the other end, if it knows the key, as an administrator."""
+    """Return a middleware that treats the user at the other end, if it sends the key, as an administrator."""
     expected = f"Bearer {key}".encode()
 
     @web.middleware

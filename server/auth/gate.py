@@ -69,7 +69,7 @@ MAX_REMEMBERED = 4096
 """Verified tokens in memory, some 2 MB; a token that was forgotten costs one signature check (0.1 ms)."""
 
 _SCHEME = "bearer "
-"""How the field begins, in any case (RFC 9110 section 11.1); a remembered token needs no further parsing."""
+"""The field's beginning, in any case (RFC 9110 section 11.1); a remembered token is not parsed further."""
 
 # RFC 6750 section 2.1, with as many spaces as RFC 9110 section 11.4 allows.
 _BEARER = re.compile(r"[Bb][Ee][Aa][Rr][Ee][Rr] +([A-Za-z0-9._~+/-]+=*)")
@@ -79,8 +79,7 @@ _BEARER = re.compile(r"[Bb][Ee][Aa][Rr][Ee][Rr] +([A-Za-z0-9._~+/-]+=*)")
 class Principal:
     """The subject and roles of a verified token: the actor of its events, and the token's known roles.
 
-    `jti` is the token's id, and `issuer` its `iss`; None if it has none. `expires_at` is in seconds since
-    1970.
+    `jti` is the token's id, and `issuer` its `iss`; None if missing. `expires_at` is in seconds since 1970.
     """
 
     subject: str
@@ -95,7 +94,7 @@ PRINCIPAL: web.RequestKey[Principal] = web.RequestKey("principal", Principal)
 
 
 def credential_of(principal: Principal) -> Credential:
-    """Return a principal's token as the ledger records it, where the writer puts who issued it."""
+    """Return a principal's token as the ledger records it; the writer adds the issuers."""
     return Credential(principal.issuer, principal.jti)
 
 
@@ -147,11 +146,11 @@ class Forbidden(Challenge):
 
 
 def bearer_token(fields: list[str]) -> str:
-    """Return the token out of a request's Authorization fields.
+    """Return the token in a request's Authorization fields.
 
     Raises:
         NoCredentials: there is no bearer token (`no_credentials`).
-        MalformedAuthorization: there are several fields, or the one is malformed (`invalid_request`).
+        MalformedAuthorization: there are several fields, or the field is malformed (`invalid_request`).
     """
     if len(fields) > 1:
         raise MalformedAuthorization
@@ -180,14 +179,14 @@ class Denials:
         self._some.set()
 
     async def run(self, submit: Callable[[Command], Awaitable[object]], minute_s: float = MINUTE_S) -> None:
-        """Append the counts a minute after the first denial, again and again, until `close`."""
+        """Append the counts a minute after the first denial, repeatedly, until `close`."""
         while not self._closing.is_set():
             await self._some.wait()
             with suppress(TimeoutError):
                 async with asyncio.timeout(minute_s):
                     await self._closing.wait()
             await self._flush(submit)
-        await self._flush(submit)  # of what was counted before this task began, or since
+        await self._flush(submit)  # counts from before this task began, and from the last minute
 
     def close(self) -> None:
         self._closing.set()
@@ -206,7 +205,7 @@ class Denials:
             await submit(Record(tuple(drafts)))
         except Exception as error:  # noqa: BLE001 - counting goes on whatever the error is
             _log.warning("denied requests could not be recorded yet: %s", error)
-            later, self._counts = self._counts, counts  # first, so that the limit holds for both together
+            later, self._counts = self._counts, counts  # in this order: the limit holds for both together
             self._some.set()
             for key, count in later.items():
                 self.count(*key, count)
@@ -223,7 +222,7 @@ class _Remembered:
 class Verifier:
     """Verifies tokens; remembers valid ones by their SHA-256 until they or their key expire or are revoked.
 
-    `is_revoked` says of a token's id whether the ledger has its revocation; it is asked for each request.
+    `is_revoked` says whether the ledger has a revocation of a token's id; it is called for each request.
     Without a ledger no token is revoked.
     """
 
@@ -236,10 +235,10 @@ class Verifier:
     _remembered: OrderedDict[bytes, _Remembered] = field(default_factory=OrderedDict, init=False)
 
     def verify(self, token: str, now: float) -> Principal:
-        """Return the subject and roles of a token, sent at this time in seconds since 1970.
+        """Return the subject and roles of a token that was sent at `now`, in seconds since 1970.
 
         Raises:
-            InvalidToken: it is not valid (`invalid_token`).
+            InvalidToken: the token is not valid (`invalid_token`).
         """
         if (known := self.recall(token, now)) is not None:
             return known
@@ -327,8 +326,8 @@ It raises `InvalidToken` if the token is not good for that; None is a path to wh
 class Gate:
     """Admits requests; refuses them in the order 429 (address), 401, 429 (subject), 403.
 
-    A remembered token passes the limit of its address: others behind it cannot lock it out. Beyond that limit
-    no other token is looked at: it bounds the guesses, and the signatures that are checked.
+    A remembered token passes the limit of its address, so other clients there cannot lock it out. Beyond that
+    limit no other token is checked, which limits guesses, and checks of signatures.
 
     Attributes:
         verify_forwarded: verifies the tokens of forwarded requests; None if nobody forwards any.
@@ -374,7 +373,7 @@ class Gate:
         return principal
 
     def check_role(self, principal: Principal, access: Access, action: str) -> None:
-        """Refuse a subject that has none of the roles that a route, or a parameter of it, needs.
+        """Refuse a subject that has none of the roles that a route, or one of its parameters, needs.
 
         Raises:
             Forbidden: `forbidden`; the denial is counted.
@@ -386,12 +385,13 @@ class Gate:
     def try_credentials(self, request: web.BaseRequest, check: Callable[[], T]) -> T:
         """Check credentials: a token, or the code of a sign-in link.
 
-        Requests without credentials are not counted as failures: they guess nothing, and counting them would
-        lock out everybody behind the same address.
+        Requests without credentials do not count as failures: they guess nothing, and counting them would
+        lock out all clients behind the same address.
 
         Raises:
             TooManyFailures: `too_many_failures`.
-            InvalidToken: `invalid_token`, or MalformedAuthorization, as `check` raises it; it is counted.
+            InvalidToken: `invalid_token`, or MalformedAuthorization, as raised by `check`; the failure
+                counts.
         """
         peer = self.proxies.peer(request)
         self.limits.check_peer(peer)
@@ -425,7 +425,7 @@ class Gate:
 def auth_middleware(gate: Gate) -> Middleware:
     """Return the middleware that admits requests.
 
-    Unknown paths and wrong methods need a token of any role, so that nobody explores them without one.
+    Unknown paths and wrong methods need a token of any role, so that they cannot be explored without one.
     """
 
     @web.middleware
@@ -476,7 +476,7 @@ def _find_text(claims: Mapping[str, Any], name: str) -> str | None:
 
 
 def _find_claim(claims: Mapping[str, Any], path: str) -> object:
-    """Return the claim of this name, or at the end of this dotted path; an empty list if there is none."""
+    """Return the claim of this name, or at the end of this dotted path, or an empty list."""
     if path in claims:
         return claims[path]
     found: object = claims

@@ -1,8 +1,7 @@
-"""Bodies of requests: the body budget, and the one reader, which ends slow and long bodies.
+"""Bodies of requests: the body budget, and the one reader, with limits of time and length.
 
 The budget is memory for the bodies of all requests and responses, and turns to decode them: one subject gets
-half of it, and one turn at a time. Tensors for a worker's shared memory have a reader of their own,
-`server.http.connection.read_body_into`.
+half of the memory, and one turn at a time. Tensors for a worker's shared memory have a reader of their own,
 """
 
 from __future__ import annotations
@@ -20,32 +19,32 @@ from runtime.timeouts import stall_detector, timeout
 from server.errors import ServerProblem
 
 MAX_BODIES_BYTES = 2**30
-"""At least; workers take as much again while they read."""
+"""Least limit of the budget; workers take as much again while they read."""
 
 LARGEST_BODIES = 16
-"""Requests of the largest size that there is room for: a subject has half of it, and one of long JSON counts
+"""Requests of the largest size within the budget: a subject has half of it, and a request of long JSON counts
 four times while it is read."""
 
 IDLE_S = 30.0
-"""Also the only timeout after a malformed chunk: aiohttp lets a reader wait forever there."""
+"""Also the only timeout after a malformed chunk: aiohttp's reader would wait forever."""
 
 MIN_PROGRESS_BYTES = 256 * 2**10
-"""In IDLE_S, of a longer body: 70 kbit/s. Single bytes would hold memory for days."""
+"""Bytes of a longer body in IDLE_S: 70 kbit/s. Single bytes would hold memory for days."""
 
 READ_BYTES = 2**20
 """Buffered bytes of a body that is being read; more means fewer iterations for long bodies."""
 
 JOINED_BYTES = 4 * 2**20
-"""Of a body: to join 64 MiB takes 30 ms (measured)."""
+"""Longest body that is joined on the loop: joining 64 MiB takes 30 ms (measured)."""
 
 
 BURST_BYTES = 16 * 2**20
-"""Of bodies at once. Of more, which come and go in pieces, malloc keeps a part that it does not bound."""
+"""Bytes of bodies at once. Beyond them, malloc keeps an unbounded part of the memory of the pieces."""
 
 TRIM_S = 2.0
-"""So long after a burst its memory is kept: to get new pages takes longer than to fill them."""
+"""How long a burst's memory is kept: new pages take longer than filling them."""
 
-_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # another C library has none
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # None with another C library
 
 
 class BodyTooLarge(ServerProblem):
@@ -53,8 +52,8 @@ class BodyTooLarge(ServerProblem):
 
     code = "body_too_large"
 
-    def __init__(self, max_bytes: int, share: Share | None = None) -> None:
-        advice = "" if share is None else "; the server's --max-request-size sets this limit"
+    def __init__(self, max_bytes: int, memory: BodyMemory | None = None) -> None:
+        advice = "" if memory is None else "; the server's --max-request-size sets this limit"
         super().__init__(f"the body must not be larger than {max_bytes} bytes{advice}")
 
 
@@ -68,7 +67,7 @@ class Bodies:
     """The body budget of all subjects: counts the bytes of bodies in memory; one subject has half of it.
 
     Args:
-        max_request_bytes: limit of a request that counts.
+        max_request_bytes: limit of a request in the budget.
     """
 
     def __init__(self, max_request_bytes: int) -> None:
@@ -80,8 +79,8 @@ class Bodies:
         self._had_burst = False
         self.taken_bytes = 0
 
-    def share(self, subject: str) -> Share:
-        return Share(self, subject)
+    def memory_of(self, subject: str) -> BodyMemory:
+        return BodyMemory(self, subject)
 
     def has_room(self, subject: str, count: int) -> bool:
         of_subject = self._by_subject[subject] + count
@@ -106,10 +105,10 @@ class Bodies:
 
     @asynccontextmanager
     async def turn(self, subject: str) -> AsyncIterator[None]:
-        """Wait for the subject's turn to block the event loop; its next one begins after as long a pause.
+        """Wait for the subject's turn to block the event loop; a pause as long as the turn follows.
 
-        So many long bodies of one subject leave half of the time to others, and no more than one of them is
-        between any two requests of others.
+        So many long bodies of one subject leave half of the time to others, with at most one of them between
+        two requests of others.
         """
         turn = self._turns.setdefault(subject, asyncio.Lock())
         await turn.acquire()
@@ -121,7 +120,7 @@ class Bodies:
             loop.call_later(loop.time() - began_s, turn.release)
 
 
-class Share:
+class BodyMemory:
     """The bytes of one request, then those of its response, until the client has received it."""
 
     __slots__ = ("_bodies", "_count", "_subject")
@@ -148,7 +147,7 @@ class Share:
 
     @contextmanager
     def holding(self, count: int) -> Iterator[None]:
-        """Count bytes meanwhile; for errors see `take`."""
+        """Count bytes within the context; for errors see `take`."""
         self.take(count)
         try:
             yield
@@ -170,7 +169,7 @@ class Share:
 
 
 async def iterate_body(content: StreamReader, idle_s: float = IDLE_S) -> AsyncIterator[bytes]:
-    """Yield a body of any length as it arrives; what the caller does meanwhile does not count as idle.
+    """Yield a body of any length as it arrives; the caller's own time does not count as idle.
 
     Raises:
         BodyTimeout: `body_timeout`, less than MIN_PROGRESS_BYTES arrived in `idle_s` of waiting.
@@ -193,11 +192,11 @@ async def iterate_body(content: StreamReader, idle_s: float = IDLE_S) -> AsyncIt
 
 
 async def read_body(
-    request: web.BaseRequest, max_bytes: int, share: Share | None = None, idle_s: float = IDLE_S
+    request: web.BaseRequest, max_bytes: int, memory: BodyMemory | None = None, idle_s: float = IDLE_S
 ) -> bytes:
-    """Read a whole body as it is, within a limit of its own: the application's is the largest of all routes.
+    """Read a whole body unchanged, within a route's limit: the application's is the largest of all routes.
 
-    The share counts what arrives; not a body that came with its head, which aiohttp limits.
+    The memory counts arriving bytes, but not a body that came with its head, which aiohttp limits.
 
     Raises:
         BodyTooLarge: the declared length or the body is too long (`body_too_large`).
@@ -208,22 +207,22 @@ async def read_body(
     if content.is_eof():  # most bodies arrive with their head
         body = content.read_nowait()
         if len(body) > max_bytes:
-            raise BodyTooLarge(max_bytes, share)
+            raise BodyTooLarge(max_bytes, memory)
         return body
     if (request.content_length or 0) > max_bytes:
-        raise BodyTooLarge(max_bytes, share)
+        raise BodyTooLarge(max_bytes, memory)
     async for piece in iterate_body(content, idle_s):
         total_bytes += len(piece)
         if total_bytes > max_bytes:
-            raise BodyTooLarge(max_bytes, share)
-        if share is not None:
-            share.take(len(piece))
+            raise BodyTooLarge(max_bytes, memory)
+        if memory is not None:
+            memory.take(len(piece))
         pieces.append(piece)
     return await join_pieces(pieces, total_bytes)
 
 
 async def join_pieces(pieces: Sequence[bytes], total_bytes: int) -> bytes:
-    """Return the pieces of a body as one; of a long one in a thread, which lets the loop go on meanwhile."""
+    """Return the pieces of a body as one; long bodies are joined in a thread, while the loop goes on."""
     if total_bytes < JOINED_BYTES:
         return b"".join(pieces)
     return await asyncio.to_thread(b"".join, pieces)

@@ -26,13 +26,13 @@ COMPRESSED_FROM_BYTES = 1024
 """A smaller response fits into one packet anyway."""
 
 INLINE_BYTES = 64 * 1024
-"""So much takes two milliseconds at most; a thread is not worth it."""
+"""Length that takes two milliseconds at most, so that a thread does not pay."""
 
 MAX_MEMBERS = 2**16
-"""Of a gzip body (RFC 1952 section 2.2); bgzip makes one of 64 KiB. More are tiny ones, which take time."""
+"""Members of a gzip body (RFC 1952 section 2.2); bgzip makes one of 64 KiB. Tiny members take time."""
 
 PIECE_BYTES = 2**16
-"""Decompressed at once after the first member: what follows a member is copied at its end."""
+"""Bytes decompressed at once after the first member: the data after a member is copied at its end."""
 
 _GZIP_MARK = b"\x1f\x8b"
 
@@ -50,7 +50,7 @@ class MalformedCoding(ServerProblem):
 def inflate(body: bytes, encoding: str | None, max_bytes: int) -> bytes:
     """Return the decompressed body; without a Content-Encoding, the body itself.
 
-    Never more than `max_bytes` are decompressed, of all members of a gzip body together. Several fields are
+    At most `max_bytes` are decompressed, of all members of a gzip body together. Several fields are
     one `encoding`, separated by commas.
 
     Raises:
@@ -96,7 +96,7 @@ def deflate(buffers: Iterable[Buffer], encoding: str) -> bytes:
 
 
 async def decompress(body: bytes, encoding: str | None, max_bytes: int) -> bytes:
-    """Do as `inflate`, in a thread if the body is large, or becomes so."""
+    """Return `inflate` of a body, in a thread if the body is large, or becomes large."""
     if _coding(encoding) is None:
         return body
     if len(body) <= INLINE_BYTES:
@@ -109,7 +109,7 @@ async def decompress(body: bytes, encoding: str | None, max_bytes: int) -> bytes
 
 
 async def compress(buffers: list[Buffer], encoding: str) -> bytes:
-    """Do as `deflate`, in a thread if the body is large."""
+    """Return `deflate` of buffers, in a thread if they are large."""
     if sum(len(buffer) for buffer in buffers) <= INLINE_BYTES:
         return deflate(buffers, encoding)
     return await asyncio.to_thread(deflate, buffers, encoding)
@@ -117,7 +117,7 @@ async def compress(buffers: list[Buffer], encoding: str) -> bytes:
 
 @lru_cache(maxsize=64)
 def chosen_encoding(accept_encoding: str | None) -> str | None:
-    """Return the coding of a response by the request's Accept-Encoding; None for none.
+    """Return the coding of a response by the request's Accept-Encoding, or None.
 
     By RFC 9110 section 12.5.3, with gzip among equals. If no coding fits, the response has none, as that
     section allows. Malformed members of the field are ignored.

@@ -1,8 +1,8 @@
 """Slow-client protection: header, idle and write timeouts, a connection limit, and a reserve for probes.
 
-A `GuardedConnection` is the protocol of a connection. It passes everything on to aiohttp's protocol, which
-parses and answers, and disconnects slow clients. It uses only documented names of aiohttp and asyncio: a
-wrapped request handler reports that a request begins, and an access logger that its response is written.
+A `GuardedConnection` is the protocol of a connection. It passes all data to aiohttp's protocol, which parses
+and answers, and disconnects slow clients. It uses only documented names of aiohttp and asyncio: a wrapped
+request handler reports the start of a request, and an access logger the end of its response.
 Other protection is a reverse proxy's, see `docs/deployment.md`.
 """
 
@@ -29,14 +29,7 @@ from server.api.health import is_probe
 from server.config import Config
 from server.errors import ServerProblem
 from server.http import responses
-from server.http.bodies import (
-    IDLE_S,
-    MIN_PROGRESS_BYTES,
-    READ_BYTES,
-    BodyTimeout,
-    iterate_body,
-    join_pieces,
-)
+from server.http.bodies import IDLE_S, MIN_PROGRESS_BYTES, READ_BYTES, BodyTimeout, iterate_body, join_pieces
 from server.routing import RequestHandler, wrap_handler
 
 _log = logging.getLogger(__name__)
@@ -51,24 +44,24 @@ RESERVE_HEAD_S = 2.0
 """Time for the head of a probe: probes send it as soon as they are connected."""
 
 UNREAD_S = 30.0
-"""In this time a client must read MIN_PROGRESS_BYTES of a long response, which is in memory until then."""
+"""Time in which a client must read MIN_PROGRESS_BYTES of a long response, which is held in memory."""
 
 CLOSING_S = 10.0
-"""For the end of a TLS connection; asyncio's default is 30 s."""
+"""Time for the end of a TLS connection; asyncio's default is 30 s."""
 
 CHUNK_BYTES = 64 * 2**10
-"""Of one read. Of a longer body this much arrives with its head; `receive_rest` reads the rest in place."""
+"""Bytes of one read, which of a longer body arrive with its head; `receive_rest` reads the rest in place."""
 _chunk = memoryview(bytearray(CHUNK_BYTES))
-"""Shared by all connections: what is read into it is passed on at once."""
+"""Shared by all connections: received data is passed on at once."""
 
 CHECK_S = 1.0
-"""At most, between two checks of an active connection."""
+"""Longest time between two checks of an active connection."""
 
 HALF_CLOSED_S = 0.05
-"""From the end of what a client sends to the first question whether the client has left; the pauses between
-questions double up to CHECK_S. Most requests are answered before the first."""
+"""Time from the end of a client's data to the first question whether the client has left; the pauses double
+up to CHECK_S. Most requests are answered before the first question."""
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-"""The question: clients skip it, and the host of one that has left resets the connection."""
+"""The question: clients skip it, and the host of a client that has left resets the connection."""
 
 ARRIVED_NS: web.RequestKey[int] = web.RequestKey("arrived_ns", int)
 """CLOCK_MONOTONIC when the first byte of a request was read."""
@@ -89,7 +82,7 @@ class ConnectionLimits:
         check_s: time between two checks of a connection.
         half_closed_s: as HALF_CLOSED_S.
         open: the open connections.
-        is_stopping: whether no more are accepted; those that are open close after an answer.
+        is_stopping: whether no more are accepted; open connections close after an answer.
     """
 
     head_s: float
@@ -106,7 +99,7 @@ class ConnectionLimits:
 
     @classmethod
     def of(cls, config: Config) -> ConnectionLimits:
-        """Return the limits of a configuration, with file descriptors left for ledger, models and logs."""
+        """Return a configuration's limits, which leave file descriptors for ledger, models and logs."""
         most, reserve = config.max_connections, RESERVE
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if descriptors != resource.RLIM_INFINITY:
@@ -125,9 +118,9 @@ class _Rest:
 
     Attributes:
         content: the body, as far as the parser has passed it on.
-        buffer: where the rest goes.
-        ended: set when all of it is there, or the client has left.
-        filled: how many bytes are there.
+        buffer: the memory for the rest.
+        ended: set when the rest is complete, or the client has left.
+        filled: the number of received bytes.
     """
 
     content: StreamReader
@@ -139,8 +132,8 @@ class _Rest:
 class GuardedConnection(asyncio.BufferedProtocol):
     """The protocol of one connection: aiohttp's, within limits.
 
-    A timer checks the timeouts while the connection is active. Time in which the event loop was stalled, and
-    so did not read, does not count against the client.
+    A timer checks the timeouts while the connection is active. Time in which the event loop was stalled does
+    not count against the client.
     """
 
     def __init__(self, server: web.Server, limits: ConnectionLimits) -> None:
@@ -201,7 +194,7 @@ class GuardedConnection(asyncio.BufferedProtocol):
         return _chunk if rest is None else rest.buffer[rest.filled : rest.filled + READ_BYTES]
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Pass on what was read, unless it is where it belongs."""
+        """Pass received data to the parser, unless it was received in place."""
         rest = self._rest
         if rest is None:
             self._parse(bytes(_chunk[:nbytes]))
@@ -211,10 +204,10 @@ class GuardedConnection(asyncio.BufferedProtocol):
             self._end_rest(rest)
 
     async def receive_rest(self, content: StreamReader, buffer: memoryview, idle_s: float) -> None:
-        """Read the rest of a body in place, into a buffer that is as long, past aiohttp's parser.
+        """Read the rest of a body into a buffer of its length, past aiohttp's parser.
 
         Raises:
-            BodyTimeout: `body_timeout`, too little of it arrived in `idle_s`.
+            BodyTimeout: `body_timeout`, too few bytes arrived in `idle_s`.
             ConnectionResetError: the client has left.
         """
         rest = self._rest = _Rest(content, buffer, self._loop.create_future())
@@ -230,7 +223,7 @@ class GuardedConnection(asyncio.BufferedProtocol):
             raise ConnectionResetError("the client has left")
 
     def _end_rest(self, rest: _Rest) -> None:
-        """Have the parser go on after what was read: it gets as many other bytes, which are dropped."""
+        """Let the parser go on after the rest: it gets as many other bytes, which are dropped."""
         self._rest = None
         for start in range(0, rest.filled if self._http.connected else 0, READ_BYTES):
             self._http.data_received(_filler(min(rest.filled - start, READ_BYTES)))
@@ -239,7 +232,7 @@ class GuardedConnection(asyncio.BufferedProtocol):
             rest.ended.set_result(None)
 
     def _parse(self, data: bytes) -> None:
-        """Pass data on; between two requests it begins a head, which must end in time.
+        """Pass data to the parser; between two requests, data begins a head, which has a time limit.
 
         After an early response, data is still the body of that request. Empty lines before a request are no
         part of it (RFC 9112 section 2.2).
@@ -254,17 +247,17 @@ class GuardedConnection(asyncio.BufferedProtocol):
                 self._schedule_check()
         try:
             self._http.data_received(data)
-        except ValueError as error:  # aiohttp 3.14.1 lets through what yarl says of a target
-            if self._is_handling:  # the answer would be taken for that of the request before
+        except ValueError as error:  # aiohttp 3.14.1 passes on yarl's error about a target
+            if self._is_handling:  # the client would take the answer for that of the earlier request
                 self._http.force_close()
             else:
                 self.refuse(responses.problem_of_parser(error))
 
     def eof_received(self) -> bool:
-        """Keep the connection of a client that may only have ended its sending, before an answer begins.
+        """Keep the connection of a client that ended its sending before an answer begins.
 
-        That does not mean that the client wants no answer (RFC 9112 section 6.3). But a client that has left
-        looks the same, so `_check_half_closed` asks. TLS has no such state in asyncio.
+        Such a client may still want the answer (RFC 9112 section 6.3). But a client that has left looks the
+        same, so `_check_half_closed` asks. TLS has no such state in asyncio.
         """
         self._http.eof_received()
         is_waiting = not self._has_begun_answer() if self._is_handling else self._head_bytes > 0
@@ -279,10 +272,10 @@ class GuardedConnection(asyncio.BufferedProtocol):
         return is_written or self._transport.get_write_buffer_size() > 0
 
     def _check_half_closed(self, waited_s: float) -> None:
-        """Close a half-closed connection without a whole request; else ask whether the client is there.
+        """Close a half-closed connection without a complete request; else ask whether the client is there.
 
-        The second write to a client that has left fails, which cancels its request. HTTP/1.0 has nothing to
-        ask with, and there the end of either side ends a request (RFC 1945 section 1.3): soon, not at once.
+        The second write to a client that has left fails, which cancels its request. HTTP/1.0 has no such
+        question, and there the end of either side ends a request (RFC 1945 section 1.3): soon, not at once.
         """
         if self._transport.is_closing():
             return
@@ -304,7 +297,7 @@ class GuardedConnection(asyncio.BufferedProtocol):
         self._http.pause_writing()
 
     def resume_writing(self) -> None:
-        """End that check: most of the data is sent."""
+        """Stop checking that the client reads: most of the data is sent."""
         self.is_writing_paused = False
         self._unread_bytes, self._unread_since_s = 0, None
         self._http.resume_writing()
@@ -312,7 +305,7 @@ class GuardedConnection(asyncio.BufferedProtocol):
     def request_began(self, request: web.BaseRequest) -> None:
         """Note that a head is complete and its request is being handled.
 
-        A request that arrived behind another one begins when that is answered.
+        A request that arrived during another one begins after the answer to that one.
         """
         request[ARRIVED_NS] = self._arrived_ns or time.monotonic_ns()
         self._arrived_ns = 0
@@ -369,7 +362,7 @@ class GuardedConnection(asyncio.BufferedProtocol):
         self._checked_head_bytes = self._head_bytes
 
     def refuse(self, problem: ServerProblem) -> None:
-        """Answer without a request, and close."""
+        """Answer with an error outside of a request, and close."""
         self._transport.write(responses.raw_refusal(problem))
         self._http.force_close()
 
@@ -395,7 +388,7 @@ class _HttpProtocol(web.RequestHandler):
 
 
 class _EndOfResponse(AbstractAccessLogger):
-    """Notifies a connection that a response is written, which is when aiohttp logs it."""
+    """Notifies a connection that a response is written: aiohttp logs it at that moment."""
 
     def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:  # noqa: ARG002
         connection = _connection(request)
@@ -411,7 +404,7 @@ def _connection(request: web.BaseRequest) -> GuardedConnection | None:
 def _guard(handler: RequestHandler) -> RequestHandler:
     """Return a handler that notifies connections of requests and checks these; the reserve answers probes.
 
-    The answer says that the connection closes, if it does: what follows on it would be lost.
+    The answer announces the end of the connection, if it closes: later requests on it would be lost.
     """
 
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
@@ -487,15 +480,15 @@ async def read_body_into(
 ) -> bytes:
     """Read a body: return its first `text_bytes`, and put the rest into a buffer that is as long.
 
-    What has arrived with the head is copied; what is still to come is read in place.
+    Bytes that arrived with the head are copied; later ones are read in place.
 
     Raises:
         BodyTimeout: `body_timeout`.
         ConnectionResetError: the client has left.
     """
     content, connection = request.content, _connection(request)
-    in_place = isinstance(connection, GuardedConnection)  # aiohttp's own in tests, None if it is closed
-    content.set_read_chunk_size(READ_BYTES)  # no pauses from here on
+    in_place = isinstance(connection, GuardedConnection)  # aiohttp's own in tests, None once closed
+    content.set_read_chunk_size(READ_BYTES)  # no further pauses
     beginning = content.read_nowait()
     least_bytes = text_bytes if in_place else text_bytes + len(buffer)
     if len(beginning) < least_bytes:
@@ -515,5 +508,5 @@ async def read_body_into(
 
 @lru_cache(maxsize=4)
 def _filler(count: int) -> bytes:
-    """Return so many bytes; requests of one model are often of one size."""
+    """Return `count` zero bytes, cached, as requests of one model are often of one size."""
     return bytes(count)

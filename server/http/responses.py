@@ -3,9 +3,9 @@
 Every response has `STANDARD_FIELDS`, whichever way it is written.
 
 aiohttp takes 25 µs to write a response, most of the server's time for an inference (measured: 16,000 constant
-responses a second with it, 27,000 without). A response of known length needs little of that work, which
-`DirectResponse` does. Connections, parsing, timeouts and shutdown are those of all responses. Refusals have
-the one error body.
+responses a second with it, 27,000 without). `DirectResponse` does the little work that a response of known
+length needs. Connections, parsing, timeouts and shutdown are those of all responses. Refusals have the one
+error body.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from runtime.wire import Buffer, join_short
 from server.auth.proxies import Proxies
 from server.auth.ratelimit import QUOTA
 from server.errors import ServerProblem, problem_of, problem_response
-from server.http.bodies import Share
+from server.http.bodies import BodyMemory
 from server.observability.output import CONTEXT, REQUEST_ID, valid_request_id
 
 STANDARD_FIELDS: Mapping[str, str] = {
@@ -35,21 +35,19 @@ STANDARD_FIELDS: Mapping[str, str] = {
 browser that takes an answer for a page. Static files have a Cache-Control of their own."""
 _STANDARD_LINES = "".join(f"{name}: {value}\r\n" for name, value in STANDARD_FIELDS.items())
 JOINED_BYTES = 64 * 2**10
-"""Copying so much takes about as long as passing one more buffer to the kernel."""
+"""Copying this much takes about as long as passing one more buffer to the kernel."""
 
 
 def add_standard_fields(response: web.StreamResponse) -> None:
-    """Add `STANDARD_FIELDS` to a response; its handler may have chosen how it is cached."""
+    """Add `STANDARD_FIELDS` to a response, except a field for caches that its handler has set."""
     caching = response.headers.get(hdrs.CACHE_CONTROL)
     response.headers.update(STANDARD_FIELDS)
     if caching is not None:
         response.headers[hdrs.CACHE_CONTROL] = caching
 
 
-def response_completer(
-    proxies: Proxies,
-) -> Callable[[web.BaseRequest, web.StreamResponse], Awaitable[None]]:
-    """Return what completes the header fields of a response, for `app.on_response_prepare`.
+def response_completer(proxies: Proxies) -> Callable[[web.BaseRequest, web.StreamResponse], Awaitable[None]]:
+    """Return the handler of `app.on_response_prepare` that completes a response's header fields.
 
     It adds the rest of the subject's limit, the request's id and `STANDARD_FIELDS`, and adapts `Location` to
     the prefix of a proxy.
@@ -68,9 +66,9 @@ def response_completer(
 
 
 class DirectResponse(web.StreamResponse):
-    """A 200 with these header fields, which are final and without line breaks, and this body.
+    """A response with status 200, these final header fields, which have no line breaks, and this body.
 
-    The share of memory is that of request and response, given back when the client has received it.
+    `memory`, of request and response, is given back when the client has received the response.
     `on_written` is called once: when the whole response was handed to the connection, or cannot be.
     """
 
@@ -78,13 +76,13 @@ class DirectResponse(web.StreamResponse):
         self,
         fields: Mapping[str, object],
         body: Sequence[Buffer],
-        share: Share,
+        memory: BodyMemory,
         on_written: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
         self._fields = fields
         self._buffers = body
-        self._share = share
+        self._memory = memory
         self._on_written = on_written
         self._is_kept = False
 
@@ -106,32 +104,32 @@ class DirectResponse(web.StreamResponse):
             if transport.get_write_buffer_size() > JOINED_BYTES:
                 await request.writer.drain()
         finally:
-            self._share.give_back()
+            self._memory.give_back()
         return None
 
     def _write(self, request: web.BaseRequest) -> asyncio.WriteTransport:
         transport = request.transport
         if transport is None:
             raise ConnectionResetError("the client has left")
-        request.writer.output_size += 1  # so that nothing else is written before the answer ends
+        request.writer.output_size += 1  # so that aiohttp writes nothing else before the answer ends
         self._is_kept = request.keep_alive and super().keep_alive is None  # no `force_close`
         length = sum(map(len, self._buffers))
         more = _connection(request, is_kept=self._is_kept)
-        request_id = request.headers.get(REQUEST_ID)  # a client's own; creating one would take too long
+        request_id = request.headers.get(REQUEST_ID)  # only a client's: creating one would take too long
         if request_id is not None and valid_request_id((request_id,)) is not None:
             more += f"{REQUEST_ID}: {request_id}\r\n"
         head = _head(self._fields, length, more)
         if length < JOINED_BYTES:
             transport.write(b"".join((head, *self._buffers)))
         else:
-            self._share.replace(length)
+            self._memory.replace(length)
             for part in join_short((head, *self._buffers)):  # a short write would wake the client early
                 transport.write(part)
         self._buffers = ()
         return transport
 
     async def write_eof(self, data: bytes = b"") -> None:
-        """Do nothing: `prepare` has written everything."""
+        """Do nothing: `prepare` has written the whole response."""
 
 
 def _head(fields: Mapping[str, object], length: int, connection: str) -> bytes:
@@ -155,11 +153,11 @@ def _date(second: int) -> str:
 
 
 MAX_LINE_BYTES = 8190
-"""Of a request line or a header field: a token with many roles has some thousand."""
+"""Length of a request line or a header field: a token with many roles has some thousand."""
 
 MAX_FIELDS = 100
 MAX_HEAD_BYTES = 64 * 2**10
-"""Of an unfinished head: memory that a connection can take before it is authenticated."""
+"""Length of an unfinished head: memory that a connection can take before it is authenticated."""
 
 
 class UnknownTransferCoding(ServerProblem):
@@ -203,7 +201,7 @@ def problem_of_parser(defect: BaseException | None) -> ServerProblem:
 def check_framing(request: web.BaseRequest) -> None:
     """Refuse a request whose body another server on its way may have delimited differently.
 
-    The parser takes more than RFC 9112 allows: codings before `chunked`, and HTTP/1.0 with a coding, whose
+    The parser accepts more than RFC 9112: codings before `chunked`, and HTTP/1.0 with a coding, whose
     framing is faulty (section 6.1).
 
     Raises:
@@ -227,7 +225,7 @@ def refusal(request: web.BaseRequest, problem: ServerProblem) -> web.Response:
 
 
 def raw_refusal(error: ServerProblem) -> bytes:
-    """Return the bytes of a refusal for which there is no request."""
+    """Return the bytes of a refusal outside of a request."""
     problem = problem_of(error)
     response = problem_response(problem, "/")
     assert isinstance(response.body, bytes)

@@ -1,7 +1,7 @@
 """TLS: the server's certificate, reloaded when its file changes.
 
-The files are checked at a handshake, at most once a second. An unusable renewal, such as a certificate whose
-key is not there yet, is not loaded.
+The files are checked at a handshake, at most once a second. An unusable renewal, such as a certificate
+without its new key, is not loaded.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def load_context(cert: Path, key: Path) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
 
-    def refuse_password() -> NoReturn:  # or OpenSSL would ask the terminal, and wait
+    def refuse_password() -> NoReturn:  # without it OpenSSL would ask the terminal, and wait
         raise TlsProblem(
             f"{key} is encrypted, and a server cannot ask for its password;"
             f" write a key without one by `openssl pkey -in {key} -out …`, and protect it by its mode"
@@ -72,7 +72,7 @@ class Certificate:
         self._key = key
         self._clock = clock
         self._checked_s = clock()
-        # Before the files are read, so that a change meanwhile is noticed at the next check.
+        # Before the files are read, so that the next check notices a concurrent change.
         self._versions = _version(cert), _version(key)
         self._current = self.context = self._load()
         self.context.sni_callback = self._on_handshake
@@ -93,7 +93,7 @@ class Certificate:
         try:
             self._current = self._load()
             _log.info("the TLS certificate %s was renewed", self._cert)
-        except TlsProblem as error:  # half renewed, most likely: the next change is read again
+        except TlsProblem as error:  # probably half renewed: the next change is read again
             _log.warning("the TLS certificate cannot be renewed yet, the one in use stays: %s", error)
 
     def _load(self) -> ssl.SSLContext:
@@ -105,7 +105,7 @@ class Certificate:
 
 
 def _version(path: Path) -> tuple[int, int, int] | None:
-    """Return an identity that changes with the file's content and rights; None if it is missing."""
+    """Return an identity that changes with the file's content and rights, or None if it is missing."""
     try:
         status = path.stat()
     except OSError:

@@ -1,7 +1,7 @@
 """Validation of requests: bodies are parsed strictly, and all parts are checked with schemas.
 
-The schemas are those that the route declares (`handler.__schemas__` of aiohttp-apispec). Each refusal is a
-400 that names the field and what is allowed there. Handlers get the result from `json_body` and its like.
+The schemas are those of the route (`handler.__schemas__` of aiohttp-apispec). Each refusal is a 400 that
+names the field and the allowed values. Handlers get the result from `json_body` and similar functions.
 """
 
 import re
@@ -91,7 +91,7 @@ class NothingSchema(Schema):
 
 
 def json_body(request: web.Request) -> Any:
-    """Return the body as its schema loaded it; an empty body is an empty object."""
+    """Return the body as loaded by its schema; an empty body is an empty object."""
     return request[_JSON]
 
 
@@ -108,7 +108,7 @@ def header_fields(request: web.Request) -> Any:
 
 
 async def read_json(request: web.Request, schema: Schema) -> Any:
-    """Return a JSON body, for a handler that takes others too; `json_body` returns it afterwards.
+    """Return a JSON body, for a handler that also takes other bodies; `json_body` returns it afterwards.
 
     Raises:
         InvalidBody: `invalid_body`.
@@ -121,7 +121,7 @@ async def read_json(request: web.Request, schema: Schema) -> Any:
 
 
 def load_with(schema: Schema, value: Any, where: str, refusal: type[Exception]) -> Any:
-    """Return a value as a schema loads it; `where` names it in the message of the refusal.
+    """Return a value as loaded by a schema; `where` names the value in a refusal.
 
     Unknown members are refused, except unknown header fields.
     """
@@ -148,7 +148,7 @@ async def read_plain_body(request: web.Request, max_bytes: int, idle_s: float = 
 
 @web.middleware
 async def validation_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Check path, query, header and body of a request with the route's schemas; must be inside of auth."""
+    """Check path, query, header and body of a request with the route's schemas, after authentication."""
     for declared in getattr(request.match_info.handler, "__schemas__", ()):
         schema: Schema = declared["schema"]
         match declared["location"]:
@@ -180,8 +180,8 @@ async def _body(request: web.Request) -> Any:
 def is_json(field: str) -> bool:
     """Return whether a Content-Type declares JSON in UTF-8.
 
-    aiohttp's `content_type` and `charset` parse it as that of an e-mail: in quadratic time, 1.4 s for 8 KB
-    of quotes (measured), and with a RecursionError for parentheses.
+    aiohttp's `content_type` and `charset` use the parser for e-mails: in quadratic time, 1.4 s for 8 KB of
+    quotes (measured), and with a RecursionError for parentheses.
     """
     media_type, *parameters = (part.strip(" \t") for part in field.lower().split(";"))
     charsets = {
@@ -192,7 +192,7 @@ def is_json(field: str) -> bool:
 
 
 def _describe_media_type(field: str | None) -> str:
-    """Return what is wrong with a Content-Type, and what to send; curl declares a form unless it is told."""
+    """Return the fault of a Content-Type, and what to send; curl declares a form by default."""
     declared = "without a Content-Type" if field is None else f"declared as {quote(field)}"
     return (
         f"the body is {declared}: send JSON in UTF-8 with the header Content-Type: application/json"
@@ -215,7 +215,7 @@ def _query(request: web.Request, schema: Schema) -> Mapping[str, object]:
 
 def _headers(request: web.Request, schema: Schema) -> Mapping[str, str]:
     names = [field.data_key or name for name, field in schema.load_fields.items()]
-    # RFC 9110 section 5.3: several fields of one name mean their values in one, separated by commas.
+    # RFC 9110 section 5.3: several fields of one name are one list, separated by commas.
     return {name: ", ".join(request.headers.getall(name)) for name in names if name in request.headers}
 
 

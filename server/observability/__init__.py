@@ -7,7 +7,7 @@ share.
 - `requestlog`: a line and the counts of each request
 - `eventlog`: a line of each event, read from the ledger after it was recorded
 - `tracing`: spans of requests and jobs by OpenTelemetry; imported only if traces are exported
-- `metrics`: the metrics, read from the application's state, and the route `/metrics`; their form: `families`
+- `metrics`: the metrics, read from the application's state, and the route `/metrics`
 - `timeseries`: samples of memory, requests and latencies of the last 24 hours, for charts
 
 How events are worded is in `events.eventtext`. Metrics are listed in docs/metrics.md, which a test compares.

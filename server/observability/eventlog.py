@@ -46,7 +46,7 @@ PACE_S = 0.1
 """Pause between two reads of the log, so that a burst of events is one read."""
 
 READ_RETRY_S = 1.0
-"""Between a failed read of the log and the next."""
+"""Pause after a failed read of the log."""
 
 JOINS = (LoadJoined, UnloadJoined)
 """The events of requests that were answered with a job of another one."""

@@ -13,12 +13,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from itertools import chain, product
+from functools import partial
+from itertools import accumulate, chain, product
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from aiohttp import hdrs, web
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, Metric, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
@@ -29,7 +31,6 @@ from events.counters import ENDS, EVICTIONS, OTHERS, HistogramSnapshot
 from events.jobs import JobKind, JobStatus
 from events.models import Model, ModelState
 from events.types import TYPES, Cause
-from features.metrics import SNAPSHOTS
 from runtime.devices import DeviceMemory
 from runtime.memory import read_pressure
 from runtime.process.confinement import ALL_ACTS
@@ -41,15 +42,22 @@ from server.cluster import CLUSTER
 from server.devices import list_devices, read_device_memory
 from server.errors import ERRORS
 from server.http.compression import COMPRESSED_FROM_BYTES, chosen_encoding, compress
-from server.observability.families import counter, gauge, histogram
 from server.observability.requestlog import HTTP_COUNTS
 from server.observability.timeseries import measure
 from server.routing import Route, Routes
 
 K = TypeVar("K")
+V = TypeVar("V")
+
+SERIES_AT_ONCE = 64
+"""Series that are added without a pause: about a millisecond for histograms."""
+
+PAUSE_S = 0.0001
+"""Hands the interpreter to the event loop, which would otherwise wait 5 ms for it."""
 
 INFERENCE_STAGES = ("queue", "input", "infer", "output", "transport")
 
+_UNITS = ("seconds", "bytes", "ratio")
 _UNENDED = (JobStatus.PENDING, JobStatus.IN_PROGRESS)
 _SHOULD_SERVE = (ModelState.LOADED, ModelState.LOST, ModelState.FAILED)
 _PROCESS = ProcessCollector(registry=None)
@@ -71,7 +79,7 @@ class ServerCollector(Collector):
         self._statistics = consumer.totals.with_live(loads)
         self._now = log.now()
         self._jobs = log.state.unended()
-        self._of_features = [snapshot(app[CLUSTER]) for snapshot in SNAPSHOTS]
+        self._of_servers = app[CLUSTER].list_gauges()
         own = app[CLUSTER].name
         self._models = [app[CLUSTER].view(model) for model in list(log.state.models.values())]
         here = (model for model in self._models if _should_serve(model) and not _is_elsewhere(model, own))
@@ -98,27 +106,27 @@ class ServerCollector(Collector):
             self._job_families(),
             self._memory_families(),
             self._ledger_families(),
-            *(families() for families in self._of_features),
+            (_gauge(*each) for each in self._of_servers),
             _PROCESS.collect(),
         )
 
     def _http_families(self) -> Iterator[Metric]:
         checks = {name: float(well) for name, well in ready_checks(self._app).items()}
-        yield gauge("healthy", "1 if the check of /health/ready passes, else 0.", checks, "check")
+        yield _gauge("healthy", "1 if the check of /health/ready passes, else 0.", checks, "check")
         counts = self._app[HTTP_COUNTS]
-        yield counter(
+        yield _counter(
             "http_requests_total",
             "Requests, by route as in /openapi.yaml and class of status: 2xx to 5xx, or aborted.",
             dict(counts.requests),
             "method route status",
         )
-        yield histogram(
+        yield _histogram(
             "http_request_duration_seconds",
             "Time until the response, without inferences, which have their own, and streams.",
             {key: durations.snapshot() for key, durations in list(counts.durations.items())},
             "method route",
         )
-        yield counter(
+        yield _counter(
             "http_errors_total",
             "Refused or failed requests, by the code in the response.",
             _with_zeros(ERRORS, counts.errors),
@@ -127,7 +135,7 @@ class ServerCollector(Collector):
 
     def _inference_families(self) -> Iterator[Metric]:
         sums = self._statistics
-        yield histogram(
+        yield _histogram(
             "inference_duration_seconds",
             "Time from an inference's first byte until its answer is written, queueing included.",
             {
@@ -136,25 +144,25 @@ class ServerCollector(Collector):
             },
             "model",
         )
-        yield counter(
+        yield _counter(
             "inference_failures_total",
             "Inferences that failed in the worker.",
             {name: each.failures for name, each in sums.items()},
             "model",
         )
-        yield counter(
+        yield _counter(
             "inferences_total",
             "Inferences answered, each counted with its batch size.",
             {name: each.inferences for name, each in sums.items()},
             "model",
         )
-        yield counter(
+        yield _counter(
             "inference_executions_total",
             "Executions of the model; fewer than requests if some ran in one batch.",
             {name: each.executions for name, each in sums.items()},
             "model",
         )
-        yield counter(
+        yield _counter(
             "inference_stage_seconds_total",
             "Time of answered inferences by stage: queue, input, infer, output, transport.",
             {
@@ -164,8 +172,10 @@ class ServerCollector(Collector):
             },
             "model stage",
         )
-        yield gauge("inference_in_flight", "Inferences that are queued or running.", self._in_flight, "model")
-        yield gauge(
+        yield _gauge(
+            "inference_in_flight", "Inferences that are queued or running.", self._in_flight, "model"
+        )
+        yield _gauge(
             "inference_queue_limit",
             "Inferences of one model that may be in flight.",
             self._app[CONFIG].inference_queue,
@@ -173,32 +183,32 @@ class ServerCollector(Collector):
 
     def _model_families(self) -> Iterator[Metric]:
         states = Counter(model.state for model in self._models)
-        yield gauge(
+        yield _gauge(
             "models",
             "Models that were ever requested, by state.",
             {state.value: states[state] for state in ModelState},
             "state",
         )
-        yield gauge(
+        yield _gauge(
             "model_serving",
             "1 if the model serves, 0 if it should but failed, is lost or loading; of _others, if all serve.",
             self._serving(),
             "model",
         )
-        yield gauge(
+        yield _gauge(
             "model_info",
             "1 for each serving model: its version.",
             dict.fromkeys(self._infos(), 1),
             "model version",
         )
-        yield gauge("model_workers", "Processes of the model.", self._workers, "model")
-        yield gauge(
+        yield _gauge("model_workers", "Processes of the model.", self._workers, "model")
+        yield _gauge(
             "model_memory_bytes",
             "Memory of the model's workers that counts for the budget.",
             self._memory,
             "model",
         )
-        yield gauge(
+        yield _gauge(
             "least_recently_used_age_seconds",
             "Idle time of the loaded model that was used the longest ago; 0 if all are busy.",
             self._longest_idle_s(),
@@ -208,7 +218,7 @@ class ServerCollector(Collector):
             ("worker_exits_total", "Workers that ended unexpectedly.", tally.exits),
             ("worker_restarts_total", "Reloads of the model after a worker died.", tally.restarts),
         ):
-            yield counter(name, text, _with_zeros(self._statistics, counts), "model")
+            yield _counter(name, text, _with_zeros(self._statistics, counts), "model")
 
     def _serving(self) -> dict[str, float]:
         """Return by label whether the models that should serve do; for a shared label, whether all do."""
@@ -238,51 +248,53 @@ class ServerCollector(Collector):
         tally = self._app[LOG].tally
         counts = Counter((job.kind, job.status) for job in self._jobs)
         ends = [(cause.value, status.value) for cause in Cause for status in ENDS]
-        yield gauge(
+        yield _gauge(
             "jobs",
             "Jobs that have not ended: the queue.",
             {(kind.value, status.value): counts[kind, status] for kind in JobKind for status in _UNENDED},
             "kind status",
         )
-        yield gauge(
+        yield _gauge(
             "jobs_limit", "Unended jobs beyond which requests are refused with queue_full.", MAX_QUEUE
         )
-        yield gauge(
+        yield _gauge(
             "oldest_job_age_seconds",
             "Time since the oldest load or unload of the queue was requested.",
             max((seconds_between(job.created_at, self._now) for job in self._jobs), default=0.0),
         )
-        yield counter(
+        yield _counter(
             "emergency_loads_total",
             "Loads that a person with the role emergency let pass without what the rules ask of others.",
             tally.bypasses,
         )
-        yield counter("loads_total", "Load jobs that ended.", _with_zeros(ends, tally.loads), "cause outcome")
-        yield counter(
+        yield _counter(
+            "loads_total", "Load jobs that ended.", _with_zeros(ends, tally.loads), "cause outcome"
+        )
+        yield _counter(
             "load_failures_total", "Load jobs that failed, by error code.", dict(tally.failures), "code"
         )
-        yield histogram(
+        yield _histogram(
             "load_duration_seconds",
             "Time from a load's request to its end, waiting included.",
             {status: durations.snapshot() for status, durations in tally.load_s.items()},
             "outcome",
         )
-        yield counter(
+        yield _counter(
             "load_stage_seconds_total",
             "Time of completed loads by stage; hashing runs beside loading.",
             tally.stage_s,
             "stage",
         )
-        yield counter(
+        yield _counter(
             "unloads_total", "Unload jobs that ended.", _with_zeros(ends, tally.unloads), "cause outcome"
         )
-        yield histogram(
+        yield _histogram(
             "unload_duration_seconds",
             "Time from an unload's request until the processes ended.",
             {status: durations.snapshot() for status, durations in tally.unload_s.items()},
             "outcome",
         )
-        yield counter(
+        yield _counter(
             "evictions_total",
             "Models unloaded to make room for another (eviction) or because they were idle (idle).",
             {cause.value: tally.unloads[cause, "completed"] for cause in EVICTIONS},
@@ -290,36 +302,38 @@ class ServerCollector(Collector):
         )
 
     def _memory_families(self) -> Iterator[Metric]:
-        yield gauge("memory_limit_bytes", "Memory limit of the container or machine.", self._app[LIMIT].bytes)
-        yield gauge(
+        yield _gauge(
+            "memory_limit_bytes", "Memory limit of the container or machine.", self._app[LIMIT].bytes
+        )
+        yield _gauge(
             "memory_budget_bytes",
             "Memory that all workers may take together (--memory-budget).",
             self._budget.budget_bytes,
         )
-        yield gauge(
+        yield _gauge(
             "memory_reserved_bytes",
             "Memory of the budget reserved for loads.",
             self._budget.reserved_bytes,
         )
-        yield gauge(
+        yield _gauge(
             "memory_used_bytes",
             "Memory of the budget that loaded models take, as measured.",
             self._budget.used_bytes,
         )
         confinement = self._app[POOL].applied.confinement
-        yield gauge(
+        yield _gauge(
             "worker_forbidden_acts",
             "Whether a worker could do a forbidden act, as tested when the server started.",
             {act: int(act in confinement.not_prevented) for act in ALL_ACTS},
             "act",
         )
-        yield gauge(
+        yield _gauge(
             "device_memory_bytes",
             "Memory of a device but the CPU: total and free, as its driver says, budget, reserved and used.",
             dict(_list_memory(self._devices)),
             "device kind",
         )
-        yield gauge(
+        yield _gauge(
             "device_models",
             "Models that have a process on a device but the CPU.",
             {each.device: each.models for each in self._devices},
@@ -327,7 +341,7 @@ class ServerCollector(Collector):
         )
         found = read_pressure()
         percents = {"memory": found.memory_some_percent, "cpu": found.cpu_some_percent} if found else {}
-        yield gauge(
+        yield _gauge(
             "pressure_ratio",
             "Share of the last 10 s in which a process waited for memory or cpu, if the kernel has PSI.",
             {name: percent / 100 for name, percent in percents.items() if percent is not None},
@@ -337,36 +351,83 @@ class ServerCollector(Collector):
     def _ledger_families(self) -> Iterator[Metric]:
         log = self._app[LOG]
         tally = log.tally
-        yield gauge("ledger_position", "The position of the last event.", log.head.position)
+        yield _gauge("ledger_position", "The position of the last event.", log.head.position)
         wal = log.path.with_name(f"{log.path.name}-wal")
-        yield gauge(
+        yield _gauge(
             "ledger_size_bytes", "Size of the ledger's files, with its write-ahead log.", _size(log.path, wal)
         )
-        yield gauge(
+        yield _gauge(
             "ledger_wal_size_bytes",
             "Size of the ledger's write-ahead log; above 32 MiB, a long read holds it.",
             _size(wal),
         )
-        yield counter("ledger_events_total", "Events appended.", _with_zeros(TYPES, tally.events), "type")
-        yield histogram(
+        yield _counter("ledger_events_total", "Events appended.", _with_zeros(TYPES, tally.events), "type")
+        yield _histogram(
             "ledger_append_duration_seconds",
             "Time from a command's submission until its outcome was durable.",
             tally.append_s.snapshot(),
         )
-        yield histogram(
+        yield _histogram(
             "ledger_commit_duration_seconds",
             "Time of transactions; each writes all waiting commands.",
             tally.commit_s.snapshot(),
         )
-        yield counter("ledger_write_failures_total", "Transactions that failed.", tally.write_failures)
-        yield gauge("ledger_waiting_commands", "Commands that wait to be written.", log.waiting)
-        yield counter(
+        yield _counter("ledger_write_failures_total", "Transactions that failed.", tally.write_failures)
+        yield _gauge("ledger_waiting_commands", "Commands that wait to be written.", log.waiting)
+        yield _counter(
             "access_denied_total",
             "Requests denied for lack of a role, as recorded in the ledger.",
             tally.denied,
         )
-        yield gauge("streams", "Open event streams.", len(self._app[STREAMS]))
-        yield gauge("tail_lag_events", "Events that the slowest stream is behind the ledger.", self._tail_lag)
+        yield _gauge("streams", "Open event streams.", len(self._app[STREAMS]))
+        yield _gauge(
+            "tail_lag_events", "Events that the slowest stream is behind the ledger.", self._tail_lag
+        )
+
+
+def _family(
+    kind: type[CounterMetricFamily | GaugeMetricFamily],
+    name: str,
+    text: str,
+    values: Mapping[Any, float] | float,
+    labels: str = "",
+) -> Metric:
+    """Return a family with one value, or with one per key: the value of the label, or of all labels."""
+    family = kind(f"loadledger_{name}", text, labels=labels.split(), unit=_unit(name))
+    for key, value in _series(values):
+        family.add_metric(key, value)
+    return family
+
+
+_counter = partial(_family, CounterMetricFamily)
+_gauge = partial(_family, GaugeMetricFamily)
+
+
+def _histogram(
+    name: str, text: str, values: Mapping[Any, HistogramSnapshot] | HistogramSnapshot, labels: str = ""
+) -> HistogramMetricFamily:
+    """Return a family of histograms; each bucket includes the ones before it."""
+    family = HistogramMetricFamily(f"loadledger_{name}", text, labels=labels.split(), unit=_unit(name))
+    for key, observed in _series(values):
+        bounds = (*map(repr, observed.bounds), "+Inf")
+        buckets = list(zip(bounds, accumulate(observed.counts), strict=True))
+        family.add_metric(key, buckets, observed.total_s)
+    return family
+
+
+def _series(values: Mapping[Any, V] | V) -> Iterator[tuple[tuple[str, ...], V]]:
+    if not isinstance(values, Mapping):
+        yield (), values
+        return
+    for number, (key, value) in enumerate(values.items(), 1):
+        yield key if isinstance(key, tuple) else (key,), value
+        if number % SERIES_AT_ONCE == 0:
+            time.sleep(PAUSE_S)
+
+
+def _unit(name: str) -> str:
+    last = name.removesuffix("_total").rpartition("_")[2]
+    return last if last in _UNITS else ""
 
 
 def _with_zeros(known: Iterable[K], counts: Mapping[K, float]) -> dict[K, float]:
@@ -407,7 +468,7 @@ OPEN = "open"
 """The value of --metrics that makes the route public."""
 
 KEPT_RESPONSE_S = 0.1
-"""How long a response is kept at least, so that simultaneous scrapes share it."""
+"""How long a response is kept at least, to share it among simultaneous scrapes."""
 
 KEPT_TIMES = 10
 """How long a response is kept, in multiples of its duration: scraping takes at most a tenth of a core."""

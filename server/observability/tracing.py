@@ -32,7 +32,7 @@ from server.routing import RequestHandler, matched_route, wrap_handler
 PROPAGATOR = TraceContextTextMapPropagator()
 
 TRACED_STAGES = ("copying", "starting", "loading", "warming_up", "measuring")
-"""The stages of a load that have spans; files are hashed beside them."""
+"""The stages of a load that have spans; files are hashed during them."""
 
 CLOSE_S = 3.0
 """How long the end of the server waits for the collector."""

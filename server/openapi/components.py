@@ -50,10 +50,7 @@ _RESPONSE_NAMES: Mapping[frozenset[str], str] = {
     )
 }
 """Names of responses by their error codes, where these would make no good name."""
-_PARAMETER_NAMES: Mapping[str, Sequence[str]] = {
-    "id": ("ModelId",),
-    "version": ("Version", "VersionOrLabel"),
-}
+_PARAMETER_NAMES: Mapping[str, Sequence[str]] = {"id": ("ModelId",), "version": ("Version", "VersionOrLabel")}
 """Names that say more than a parameter's own; the parameter of most operations has the first."""
 MAX_CODES = 2
 """Error codes that a name of a response joins."""

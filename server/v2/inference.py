@@ -27,7 +27,7 @@ from server.auth.ratelimit import QUOTA
 from server.cluster import CLUSTER, Cluster, forwardable
 from server.errors import ANSWER_FIELDS, ServerProblem, error_response
 from server.http.answers import respond
-from server.http.bodies import BodyTooLarge, Share, read_body
+from server.http.bodies import BodyMemory, BodyTooLarge, read_body
 from server.http.compression import COMPRESSED_FROM_BYTES, chosen_encoding, compress, decompress
 from server.http.connection import ARRIVED_NS, read_body_into
 from server.http.responses import DirectResponse, response_completer
@@ -132,16 +132,16 @@ async def infer(
     """
     times = InferenceTimes(request.get(ARRIVED_NS) or time.monotonic_ns())
     subject = request[PRINCIPAL].subject
-    router, share, loop = app[ROUTER], app[BODIES].share(subject), asyncio.get_running_loop()
+    router, memory, loop = app[ROUTER], app[BODIES].memory_of(subject), asyncio.get_running_loop()
     try:
         cluster, spreads = app[CLUSTER], FORWARDED not in request.headers
         await cluster.catch_up(request, model_id)
         target = router.resolve(model_id, version, spreads=spreads)
         if isinstance(target, There):
-            return await cluster.forward(request, target, model_id, share)
-        body = await _receive(request, share, target)
+            return await cluster.forward(request, target, model_id, memory)
+        body = await _receive(request, memory, target)
         began_s = loop.time()
-        decoded = await _decode(app, subject, share, body)
+        decoded = await _decode(app, subject, memory, body)
         timeout_s = app[CONFIG].inference_timeout_s
         if decoded is not None and decoded.timeout_us:
             timeout_s = min(timeout_s, decoded.timeout_us / 1e6)
@@ -155,7 +155,7 @@ async def infer(
                     )
                 case There():
                     return await cluster.forward(
-                        request, result, model_id, share, body=body.join(), ends_at_s=began_s + timeout_s
+                        request, result, model_id, memory, body=body.join(), ends_at_s=began_s + timeout_s
                     )
                 case Absent():
                     missed_ns, ends_at_s = time.monotonic_ns(), began_s + timeout_s
@@ -167,13 +167,13 @@ async def infer(
                             result = await router.infer(
                                 found, question, left_s, times, version=version, worker=body.worker
                             )
-        return await _respond(request, result, decoded, times, share, cluster=cluster)
+        return await _respond(request, result, decoded, times, memory, cluster=cluster)
     except BaseException:
-        share.give_back()
+        memory.give_back()
         raise
 
 
-async def _receive(request: web.BaseRequest, share: Share, target: Here | Absent) -> ReceivedBody:
+async def _receive(request: web.BaseRequest, memory: BodyMemory, target: Here | Absent) -> ReceivedBody:
     """Read the body: long tensors in place, into the memory of the worker chosen for them.
 
     Raises:
@@ -181,26 +181,26 @@ async def _receive(request: web.BaseRequest, share: Share, target: Here | Absent
         ServerProblem: `bodies_full`.
     """
     header_bytes = header_length(request.headers.getall(HEADER_LENGTH, ()))
-    max_bytes = share.max_request_bytes
+    max_bytes = memory.max_request_bytes
     if header_bytes is not None:
         if header_bytes > max_bytes:
-            raise BodyTooLarge(max_bytes, share)
+            raise BodyTooLarge(max_bytes, memory)
         tensor_bytes = _expected_tensor_bytes(request, header_bytes, max_bytes)
         if tensor_bytes and isinstance(target, Here):
             worker = target.choose_worker()
             region = worker.tensor_memory.requests.reserve(tensor_bytes)
             if region is not None:
-                share.take(header_bytes + tensor_bytes)
+                memory.take(header_bytes + tensor_bytes)
                 text = await read_body_into(request, header_bytes, region.buffer)
                 return ReceivedBody(text, header_bytes, region, worker)
-    content = await read_body(request, max_bytes, share)
+    content = await read_body(request, max_bytes, memory)
     encoding = request.headers.get(hdrs.CONTENT_ENCODING)
     if encoding is not None:
         try:
             content = await decompress(content, encoding, max_bytes)
         except BodyTooLarge:
-            raise BodyTooLarge(max_bytes, share) from None
-        share.take(len(content))
+            raise BodyTooLarge(max_bytes, memory) from None
+        memory.take(len(content))
     return ReceivedBody(content, header_bytes)
 
 
@@ -213,7 +213,7 @@ def _expected_tensor_bytes(request: web.BaseRequest, header_bytes: int, max_byte
 
 
 async def _decode(
-    app: web.Application, subject: str, share: Share, body: ReceivedBody
+    app: web.Application, subject: str, memory: BodyMemory, body: ReceivedBody
 ) -> InferenceRequest | None:
     """Decode a body; returns None for a raw one, whose meaning depends on the model's input."""
     if body.header_bytes == 0:
@@ -224,7 +224,7 @@ async def _decode(
     async with app[BODIES].turn(subject):  # long texts block the event loop, so subjects take turns
         read = None
         if json_bytes > LONG_JSON_BYTES:
-            with share.holding(reading_bytes(json_bytes)):
+            with memory.holding(reading_bytes(json_bytes)):
                 read = await app[POOL].read_json(body.json, app[CONFIG].inference_timeout_s)
         return decode_request(body.content, body.header_bytes, body.region, read)
 
@@ -239,7 +239,7 @@ async def _respond(
     answered: Answered,
     decoded: InferenceRequest | None,
     times: InferenceTimes,
-    share: Share,
+    memory: BodyMemory,
     *,
     cluster: Cluster,
 ) -> DirectResponse:
@@ -264,7 +264,7 @@ async def _respond(
     except BaseException:  # the model has answered, even if the client does not receive it
         count()
         raise
-    return DirectResponse(fields, body, share, count)
+    return DirectResponse(fields, body, memory, count)
 
 
 def _encoding(request: web.BaseRequest, body: Sequence[Buffer]) -> str | None:

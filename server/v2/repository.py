@@ -71,7 +71,7 @@ def _versions(model: Model) -> dict[int, IndexEntry]:
         add(load.version, "LOADING")
     for further in model.servings[1:]:
         add(further.version, "READY")
-    if model.serving is not None:  # last: a serving version stays ready during its reload
+    if model.serving is not None:  # in the end: a serving version stays ready during its reload
         version = model.serving.version
         if model.phase is ModelState.LOADED:
             add(version, "READY")

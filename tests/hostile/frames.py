@@ -120,7 +120,13 @@ def to_worker(rng: Random, load: Load) -> list[tuple[str, bytes]]:
             (
                 frame(Infer(number, heads(tensors), (), rng.random() < 0.5), tensors),
                 frame(Infer(number, heads(tensors), (WantedOutput("y"),)), tensors),
-                frame(Infer(number, heads(tensors, [rng.choice(PLACES)]), room=(rng.choice(PLACES), 2**20))),
+                frame(
+                    Infer(
+                        number,
+                        heads(tensors, [rng.choice(PLACES)]),
+                        answer_region=(rng.choice(PLACES), 2**20),
+                    )
+                ),
                 frame(load),
                 frame(Cancel(number)),
                 frame(Outcome(number)),

@@ -14,7 +14,7 @@ from support.ledgers import change_ledger, rows_of, write_ledger
 from events.audit.audit import audit
 from events.audit.backup import back_up
 from events.errors import ForeignDatabase, LedgerDamaged, LogUnavailable
-from events.files import open_draft
+from events.files import open_temporary
 
 
 def names_in(folder: Path) -> list[str]:
@@ -72,7 +72,7 @@ def test_failed_backup_leaves_nothing(tmp_path: Path) -> None:
     assert names_in(tmp_path) == ["ledger.db"]
 
 
-def test_draft_removed_before_its_lock_is_created_anew(
+def test_temporary_file_removed_before_its_lock_is_created_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock, removed = fcntl.flock, list[Path]()
@@ -84,7 +84,7 @@ def test_draft_removed_before_its_lock_is_created_anew(
         lock(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", remove_first)
-    with open_draft(tmp_path / "file") as draft:
-        assert draft not in removed
-        assert stat.S_IMODE(draft.stat().st_mode) == 0o600
+    with open_temporary(tmp_path / "file") as temporary:
+        assert temporary not in removed
+        assert stat.S_IMODE(temporary.stat().st_mode) == 0o600
     assert list(tmp_path.iterdir()) == []

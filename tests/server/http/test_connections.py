@@ -479,7 +479,7 @@ async def test_unread_fast_response_gives_back_its_memory() -> None:
     bodies = Bodies(2**30)
 
     async def direct(_: web.Request) -> web.StreamResponse:
-        return DirectResponse({}, [LONG_ANSWER], bodies.share("alice"))
+        return DirectResponse({}, [LONG_ANSWER], bodies.memory_of("alice"))
 
     async with small_server(others={"/direct": direct}) as server:
         client = await server.connect()
