@@ -208,7 +208,7 @@ class Operations:
                 downloaded to this machine first. With a path, nothing is: it says where those files come
                 from. The ledger keeps it, as this caller's statement.
             digest: sha256: and 64 hexadecimal digits that a source's file, or manifest, must have.
-            signature: a bundle of OpenSSF model signing, which becomes a file of the version: under its name
+            signature: a file of OpenSSF model signing, which becomes a file of the version: under its name
                 if that ends in `.sig`, else as `model.sig`.
             on_progress: called before a part is sent, with the bytes up to its end, and those of all files.
 

@@ -96,7 +96,7 @@ BY_ONNX = {datatype.onnx: datatype for datatype in DATATYPES.values()}
 
 
 class MalformedFrame(ValueError):
-    """The bytes are no frame of the contract; their sender is not trusted any further."""
+    """The bytes are no frame of the contract; nothing further is read from their sender."""
 
 
 class MalformedTexts(ValueError):

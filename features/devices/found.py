@@ -201,15 +201,15 @@ async def find_providers(visible: Sequence[str] = ALL_DEVICES) -> Devices:
         visible: names of devices; the packages of other providers are left alone.
     """
     libraries, problems = dict[str, ProviderLibrary](), list[str]()
-    names, bundled = await asyncio.to_thread(_look_for_packages)
+    names, included = await asyncio.to_thread(_look_for_packages)
     names = [name for name in names if _is_visible(name.removeprefix(PACKAGE_PREFIX), visible)]
     for read in await asyncio.gather(*map(_try_package, names)):
         if isinstance(read, ProviderLibrary):
             libraries[read.provider] = read
         else:
             problems.append(read)
-    if bundled is not None and _is_visible(CUDA, visible):
-        libraries.setdefault(CUDA, bundled)
+    if included is not None and _is_visible(CUDA, visible):
+        libraries.setdefault(CUDA, included)
     return Devices(libraries=libraries, problems=problems, visible=visible)
 
 
@@ -221,7 +221,7 @@ def _is_visible(provider: str, visible: Sequence[str]) -> bool:
 def _look_for_packages() -> tuple[list[str], ProviderLibrary | None]:
     """Return the names of providers' packages, and the provider in ONNX Runtime's own."""
     names = (module.name for module in pkgutil.iter_modules())
-    return [name for name in names if name.startswith(PACKAGE_PREFIX)], _find_bundled_cuda()
+    return [name for name in names if name.startswith(PACKAGE_PREFIX)], _find_included_cuda()
 
 
 async def _try_package(name: str) -> ProviderLibrary | str:
@@ -247,7 +247,7 @@ def _read_package(provider: str, name: str) -> ProviderLibrary:
     return ProviderLibrary(provider, str(Path(package.get_library_path()).absolute()), package.get_ep_name())
 
 
-def _find_bundled_cuda() -> ProviderLibrary | None:
+def _find_included_cuda() -> ProviderLibrary | None:
     found = find_spec("onnxruntime")
     folders = [] if found is None else found.submodule_search_locations or []
     paths = (Path(folder, CUDA_LIBRARY).absolute() for folder in folders)
