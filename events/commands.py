@@ -157,17 +157,16 @@ class CauseRules:
     Attributes:
         most_unended: jobs from which on the load is refused; None is no limit.
         replaces: whether it takes the place of another version.
+        is_for_inferences: whether it is cancelled if it has not begun and no inference waits for it.
         find_refusal: returns why a version may not be loaded where none is loaded or pending; None if it may.
         choose_parameters: returns the parameters of a version that is not loaded before, by those asked for.
     """
 
     most_unended: int | None = None
     replaces: bool = True
+    is_for_inferences: bool = False
     find_refusal: Callable[[Model | None, ModelVersions, int], Refused | None] = lambda *_: None
     choose_parameters: Callable[[Model | None, int, LoadParameters], LoadParameters] = lambda _, __, it: it
-
-
-NO_RULES = CauseRules()
 
 
 class Receipt(Struct, frozen=True, gc=False):

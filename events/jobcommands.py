@@ -15,7 +15,6 @@ from msgspec.structs import replace
 
 from events.commands import (
     MAX_QUEUE,
-    NO_RULES,
     REFUSED_AS_OUTDATED,
     Accepted,
     CauseRules,
@@ -59,7 +58,12 @@ from events.versions import ModelVersions
 from features.causes import RULES_OF_CAUSES
 from features.labels.commands import draft_label, find_label_refusal
 
-RULES: Mapping[Cause, CauseRules] = {Cause.REQUEST: CauseRules(most_unended=MAX_QUEUE), **RULES_OF_CAUSES}
+RULES: Mapping[Cause, CauseRules] = {
+    **dict.fromkeys(Cause, CauseRules()),
+    Cause.REQUEST: CauseRules(most_unended=MAX_QUEUE),
+    **RULES_OF_CAUSES,
+}
+"""By the cause of a load."""
 
 NO_BATCHING = "max_queue_delay_us takes a max_batch_size of at least 1: without one there are no batches"
 """Message of `invalid_body`, for a queue delay without batches."""
@@ -107,10 +111,6 @@ class RequestLoad(Command):
     def is_emergency(self) -> bool:
         return self.justification is not UNSET and self.justification.emergency is not None
 
-    @property
-    def rules(self) -> CauseRules:
-        return RULES.get(self.cause, NO_RULES)
-
     def list_joinable(self, state: State) -> Iterator[tuple[str, str]]:
         if self.cause is Cause.REQUEST:
             model = state.models.get(self.model_id)
@@ -138,9 +138,9 @@ class RequestLoad(Command):
             return _join_load(state, self, serving, new_id)
         if serving is not None and (self.is_checked or _needs_persons(state, self.model_id, serving)):
             serving = None  # its job passes the rules first, also if it changes only settings
-        if not self.rules.replaces and (other := _find_other_version(model, queue, self)) is not None:
+        if not RULES[self.cause].replaces and (other := _find_other_version(model, queue, self)) is not None:
             return Existing(other)
-        most = self.rules.most_unended
+        most = RULES[self.cause].most_unended
         if serving is None and most is not None and state.backlog - (superseded is not None) >= most:
             return Refused("queue_full", f"{most} jobs have not ended yet; try again when some have")
         refusal = None if label is UNSET else find_label_refusal(state, self.model_id, label)
@@ -263,7 +263,7 @@ def _find_version_refusal(
         name = f"version {command.version} of model '{command.model_id}'"
         return Refused("unknown_version", f"{name} was removed; it loads once it has been added again")
     is_loaded = model is not None and model.serving is not None
-    return None if queue or is_loaded else command.rules.find_refusal(model, versions, command.version)
+    return None if queue or is_loaded else RULES[command.cause].find_refusal(model, versions, command.version)
 
 
 def _join_job(
@@ -366,7 +366,7 @@ def _effective_parameters(model: Model | None, ahead: list[Job], command: Reques
     """Return the parameters to record: what is not named stays, unless another version is loaded before."""
     before = _parameters_before(model, ahead, command.version)
     if before is None:
-        return command.rules.choose_parameters(model, command.version, command.parameters)
+        return RULES[command.cause].choose_parameters(model, command.version, command.parameters)
     kept = {
         name: getattr(before, name) for name in (*WORKER_PARAMETERS, *SETTINGS) if name not in command.asked
     }

@@ -34,6 +34,7 @@ from events.jobs import (
 )
 from events.serving import AdmittedBytes, Serving, make_serving
 from events.types import (
+    BY_CLIENTS,
     ENDS_OF_PROCESSES,
     REPLACEMENTS,
     Cause,
@@ -59,8 +60,6 @@ from features.models import Servings
 
 RELOADS = (Cause.RECOVERY, Cause.RESTART, Cause.SWAP, Cause.DRAIN, Cause.COPY)
 """Causes of reloads: loads by the system that bring a model or an instance back, or to another server."""
-
-_BY_CLIENTS = (Cause.REQUEST, Cause.DEMAND)
 
 
 class ModelState(StrEnum):
@@ -116,7 +115,7 @@ if that load ends without effect. In the other phases, `loaded` and `unloading`,
 
 
 class Choice(Struct, frozen=True, gc=False):
-    """The last load or unload of a model by a person, which on-demand loads follow.
+    """The last load or unload of a model by a person, which loads for inferences follow.
 
     Attributes:
         job_id: its job, or that of the load by an inference which the person's load was answered with.
@@ -308,7 +307,7 @@ def _model_loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None
         return model
     if job.cause is Cause.COPY and model.phase is ModelState.UNLOADING:
         return _without_job(model, job.id)  # its server ends it
-    by_system = job.cause not in _BY_CLIENTS
+    by_system = job.cause not in BY_CLIENTS
     before = (model.serving or model.previous) if job.cause in RELOADS else None
     serving = loaded
     if before is not None:

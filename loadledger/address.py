@@ -125,7 +125,7 @@ class ConnectionOptions:
 
     Attributes:
         timeout_s: limit of an answer, unless the request asks the server to hold it back.
-        ca_file: certificates to trust, in PEM, instead of the system's.
+        ca_file: certificates of authorities, in PEM, instead of the system's.
         max_answer_bytes: longest accepted answer.
         max_connect_s: limit of the time to connect.
         data: the server's data directory, whose control socket replaces the address.

@@ -38,7 +38,7 @@ class ServerTarget:
     """A server to talk to; the content of a profile file.
 
     Attributes:
-        ca: file of certificates to trust, in PEM; None is the system's.
+        ca: file of authorities' certificates, in PEM; None is the system's.
     """
 
     url: str = DEFAULT_URL
@@ -127,7 +127,7 @@ def write_profile(path: Path, profile: ServerTarget) -> None:
 
     Raises:
         OSError: the file cannot be written.
-        WrongTarget: there is a folder or a device at the path.
+        WrongTarget: there is a folder or a special file at the path.
     """
     from events.files import write_file
 

@@ -1,6 +1,6 @@
 """Requests, answers, the interface of transports, and retries: back-off with jitter, and Retry-After.
 
-Nothing in an answer is trusted: it becomes a struct of `answers` or an exception with a printable message.
+No answer is taken as it is: it becomes a struct of `answers` or an exception with a printable message.
 """
 
 from __future__ import annotations

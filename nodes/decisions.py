@@ -105,7 +105,7 @@ class Signing(Protocol):
         """Sign a statement with this node's key."""
 
     def is_signed(self, statement: bytes, signature: NodeSignature, state: State) -> bool:
-        """Whether a trusted node, which may have left since, has signed a statement; called in a thread."""
+        """Whether a node that may sign, or might before it left, has signed it; called in a thread."""
 
 
 class NodePlacement(Elsewhere):
@@ -222,18 +222,19 @@ class NodePlacement(Elsewhere):
 
     def _sign(self, draft: Draft, state: State) -> Draft:
         """Return a draft with this node's signature if it is of a load."""
-        statement = draft_statement(draft, state)
-        if statement is None:
+        data, job = draft.data, state.unended_job(draft.job_id)
+        if not isinstance(data, ModelLoaded) or job is None or job.version is None:
             return draft
-        signature = self._signing.sign(statement)
-        return structs.replace(draft, data=structs.replace(draft.data, node_signature=signature))
+        passed = AdmittedBytes(digest_of(contents_of(data.files)), job.id, job.version, data.evidence)
+        signature = self._signing.sign(load_statement(job.model_id, passed))
+        return structs.replace(draft, data=structs.replace(data, node_signature=signature))
 
     def is_signed(self, statement: bytes, signature: NodeSignature | UnsetType, state: State) -> bool:
-        """Whether a trusted node has signed a statement: the database's role may append what none has."""
+        """Whether a node that may sign has signed it: the database's role may append what none has."""
         return signature is not UNSET and self._signing.is_signed(statement, signature, state)
 
     def locate(self, model: Model, state: State) -> str | None:
-        """Return the name of the other node at which a model is loaded, if that is present and trusted."""
+        """Return the name of the other node, present and not untrusted, at which a model is loaded."""
         nodes = list_copies(model, state, self._untrusted())
         names = (node.id for node, serving in nodes if serving is model.serving)
         return next((name for name in names if name != self.name), None)
@@ -281,7 +282,7 @@ def _key_of(node: Node) -> str:
 
 
 def list_copies(model: Model, state: State, untrusted: Collection[str]) -> list[tuple[Node, Serving]]:
-    """Return the loads that a model serves from, each with its present, trusted node."""
+    """Return the loads that a model serves from, each with its node that is present and not untrusted."""
     servings = model.servings if model.phase is ModelState.LOADED else ()
     nodes = ((state.registers.nodes.get(each.server or ""), each) for each in servings)
     return [
@@ -289,18 +290,6 @@ def list_copies(model: Model, state: State, untrusted: Collection[str]) -> list[
         for node, each in nodes
         if node is not None and node.is_present and node.id not in untrusted
     ]
-
-
-def draft_statement(draft: Draft, state: State) -> bytes | None:
-    """Return what a node signs of a load; None of any other fact."""
-    data, job = draft.data, state.unended_job(draft.job_id)
-    if job is None or job.version is None:
-        return None
-    if not isinstance(data, ModelLoaded):
-        return None
-    digest = digest_of(contents_of(data.files))
-    passed = AdmittedBytes(digest, job.id, job.version, data.evidence)
-    return load_statement(job.model_id, passed)
 
 
 def name_node(draft: Draft, node_id: str) -> Draft:

@@ -240,12 +240,12 @@ class NodeView(SchedulerView):
 
     @cached_property
     def usable(self) -> frozenset[str]:
-        """Names of the trusted nodes that take loads."""
+        """Names of the nodes that take loads, but for untrusted ones."""
         return find_usable(self.state, self.untrusted)
 
     @cached_property
     def rooms(self) -> list[NodeRoom]:
-        """Return the trusted nodes that take loads, with what is known of them."""
+        """Return the nodes that take loads, but for untrusted ones, with what is known of them."""
         loads = defaultdict[str | None, list[Job]](list)
         for job in self.state.unended():
             if job.kind is JobKind.LOAD:
@@ -352,7 +352,7 @@ def list_ready(usable: AbstractSet[str], loaded: LoadedModel) -> list[Serving]:
 
 
 def find_usable(state: State, untrusted: AbstractSet[str]) -> frozenset[str]:
-    """Return the names of the trusted nodes that take loads."""
+    """Return the names of the nodes that take loads, but for untrusted ones."""
     return frozenset(node.id for node in state.registers.nodes.values() if node.takes_loads) - untrusted
 
 

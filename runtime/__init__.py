@@ -12,7 +12,7 @@ To change:
   reads by `onnxfields`; private copies: `store`; versions that callers add or remove: `uploads`
 - memory limits and measurements: `memory`; usable CPUs: `cgroups`; time limits: `timeouts`
 - the JSON of inference requests: `requestjson`; any other JSON: `strictjson`
-- work and models of other servers: `elsewhere`; execution providers and their devices: `devices`
+- work and models of other servers: `elsewhere`
 - counts and times of inferences: `statistics`; error codes: `errors`
 
 ONNX Runtime is imported in `worker` only; `worker` imports nothing of `events`.

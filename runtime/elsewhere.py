@@ -61,7 +61,7 @@ class Elsewhere:
         return command
 
     def is_signed(self, statement: bytes, signature: NodeSignature | UnsetType, state: State) -> bool:
-        """Whether a trusted server has signed a statement; nobody else writes to the ledger of one alone."""
+        """Whether a server that may sign has signed it; nobody else writes to the ledger of one alone."""
         return True
 
     def locate(self, model: Model, state: State) -> str | None:

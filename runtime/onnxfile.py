@@ -43,7 +43,7 @@ SUFFIX = ".onnx"
 MODEL_FILE = "model.onnx"
 """The usual name of the file of a version's folder that sessions are created from; it names the others."""
 SIGNATURE_SUFFIX = ".sig"
-"""Suffix of a file that signs a version: a bundle of OpenSSF model signing."""
+"""Suffix of a file that signs a version, as OpenSSF model signing has it."""
 MAX_LOCATION_BYTES = 4096
 """PATH_MAX: no file has a longer path."""
 MAX_SHOWN = 100

@@ -9,7 +9,7 @@ a link that leaves the root does not exist; a version with any other such file i
 
 The files of a version may lie in a folder `model.onnx`, as Triton has it: that folder is then the version's.
 
-The signature bundle of a version (OpenSSF model signing) is a `*.sig` in its folder, or `<version>.sig`
+The signature of a version (OpenSSF model signing) is a `*.sig` in its folder, or `<version>.sig`
 beside the folder. The latter is a file of the version like those in the folder, with its name as path.
 
 The files of a version are read through one descriptor of its folder (`VersionFolder`). A path may lead
@@ -207,8 +207,8 @@ SizedFile = FoundFile | LoadedFile
 """A file of a version as it is now, or as it was loaded: path, size and time are known of both."""
 
 
-def bundle_beside(folder: Path) -> Path:
-    """Return the path of the signature bundle beside a version's folder, whether or not it is there."""
+def companion_of(folder: Path) -> Path:
+    """Return the path of a version's companion: the signature beside its folder, there or not."""
     return folder.with_name(f"{folder.name}{SIGNATURE_SUFFIX}")
 
 
@@ -478,17 +478,17 @@ class Repository:
 class VersionFolder:
     """An open folder of the repository; `open_folder` opens and closes it.
 
-    `top`, the root, and `beside` are open, too: the parent folder with the `bundle`, which is not `..` if the
-    version is a link.
+    `top`, the root, and `beside` are open, too: the parent folder with the `companion`, which is not `..` if
+    the version is a link.
 
     Attributes:
         root: the repository's root without links, which no file may leave.
         path: the folder's path in the root.
     """
 
-    def __init__(self, top: int, anchor: int, beside: int, bundle: str, *, root: Path, path: Path) -> None:
+    def __init__(self, top: int, anchor: int, beside: int, companion: str, *, root: Path, path: Path) -> None:
         self.root, self.path = root, path
-        self._top, self._anchor, self._beside, self._bundle = top, anchor, beside, bundle
+        self._top, self._anchor, self._beside, self._companion = top, anchor, beside, companion
 
     def stat_files(self) -> tuple[FoundFile, ...]:
         """Return the identity of each file, in order of their paths, without reading the files.
@@ -543,18 +543,18 @@ class VersionFolder:
 
     def _walk(self) -> Iterator[tuple[str, os.stat_result]]:
         """Yield each file's path and status; a folder that several links lead to is visited once."""
-        if has_bundle := self._has_bundle():
-            seen = self._stat_path(self._bundle)
+        if has_companion := self._has_companion():
+            seen = self._stat_path(self._companion)
             if stat.S_ISDIR(seen.st_mode):
-                reason = f"{self._bundle!r} beside the version is a folder: move it away"
+                reason = f"{self._companion!r} beside the version is a folder: move it away"
                 raise LoadRefused("unsafe_file", reason)
-            yield self._bundle, seen
+            yield self._companion, seen
         pending, visited = [""], set[tuple[int, int]]()
         while pending:
             within = pending.pop()
             for name in self._list(within, visited):
                 path = f"{within}{name}"
-                if has_bundle and path == self._bundle:
+                if has_companion and path == self._companion:
                     raise LoadRefused("unsafe_file", f"{path!r} is in the version and beside it: keep one")
                 seen = self._stat_path(path)
                 if stat.S_ISDIR(seen.st_mode):
@@ -564,8 +564,8 @@ class VersionFolder:
             if len(visited) > MAX_FILES:
                 raise LoadRefused("unsafe_file", f"the version has more than {MAX_FILES} folders")
 
-    def _has_bundle(self) -> bool:
-        return _mode_of(self._bundle, self._beside) != 0
+    def _has_companion(self) -> bool:
+        return _mode_of(self._companion, self._beside) != 0
 
     def _stat_path(self, path: str) -> os.stat_result:
         descriptor = self._open_path(path)
@@ -594,7 +594,7 @@ class VersionFolder:
 
     def _open_path(self, path: str) -> int:
         """Open a file or folder without reading it, and check its type and location."""
-        within = self._beside if path == self._bundle and self._has_bundle() else self._anchor
+        within = self._beside if path == self._companion and self._has_companion() else self._anchor
         try:
             path.encode()
             descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC, dir_fd=within)
@@ -652,7 +652,7 @@ def open_folder(root: Path, folder: Path, *, of_version: bool = True) -> Iterato
         with suppress(OSError):  # any other type is checked as a file
             if of_version:
                 anchor, path = enter(MODEL_FILE, anchor), path / MODEL_FILE
-        yield VersionFolder(top, anchor, beside, bundle_beside(folder).name, root=opened_root, path=path)
+        yield VersionFolder(top, anchor, beside, companion_of(folder).name, root=opened_root, path=path)
 
 
 def _inner_folder(folder: Path) -> Path:

@@ -46,7 +46,7 @@ class Allocation:
     """What one load takes, from its start until its workers have exited; here memory of the machine only.
 
     Attributes:
-        returning: waits until that is back, since the workers have exited.
+        returning: the wait for what the workers took, since they have exited.
     """
 
     returning: asyncio.Task[None] | None = None
@@ -57,7 +57,7 @@ class Allocation:
         return False
 
     def order(self) -> Any:
-        """Return what a worker has to know of its target, which only that reads; None is the CPU."""
+        """Return the target as workers have to know it, and nothing between reads it; None is the CPU."""
         return None
 
     def list_taken(self, memory_bytes: int) -> Mapping[str, int]:
@@ -106,8 +106,7 @@ class Target:
         name: as footprints have it.
         group: equal targets have the same one: of these, the load takes the first on which it need not wait
             for the measurement of another.
-        worker_bytes: memory of the machine that each worker takes there beside its model, and more than
-            others.
+        worker_bytes: additional memory of the machine that each worker takes there, as for libraries.
     """
 
     name: str = ""

@@ -10,7 +10,7 @@ To change:
 - an error code: a line in `errors.py` and in `tools/errors.py`
 - a setting: a field in `config.py`; `configsources.py` reads it, `check.py` checks the files that it names
 - the process, its signals and its exit code: `serve.py`
-- shared objects of the application: `appkeys.py`; other servers: `cluster.py`; devices: `devices.py`
+- shared objects of the application: `appkeys.py`; other servers: `cluster.py`
 - the console: `static/`; the OpenAPI document: `openapi/`
 
 After a change of routes, settings or errors, run `python -m tools.generate`.

@@ -158,7 +158,7 @@ def any_present(nodes: Iterable[Node]) -> bool:
 
 
 def find_placer(nodes: Mapping[str, Node], untrusted: Collection[str] = ()) -> str | None:
-    """Return the placer: the trusted, present node with the lowest name; one that drains only if all do.
+    """Return the placer: of the present, not untrusted nodes the first by name; one that drains if all do.
 
     `untrusted` are nodes whose joins the nodes' keys have not signed: they do nothing.
     """

@@ -58,6 +58,7 @@ def demand_parameters(model: Model | None, version: int, given: LoadParameters) 
 RULES = CauseRules(
     most_unended=MAX_QUEUE // 2,
     replaces=False,
+    is_for_inferences=True,
     find_refusal=find_demand_refusal,
     choose_parameters=demand_parameters,
 )

@@ -232,12 +232,12 @@ class Loader:
         """Check the files against the rules, and estimate the memory."""
         state, (version, parameters) = self._log.state, job.load_order
         model, serving = state.models.get(job.model_id), find_same_workers(state, job)
-        rules = self._policy.loads.of(job.model_id)
+        rules, expected = self._policy.loads.of(job.model_id), find_expected(job, model)
         if load.checked is None and (rules is not None or job.policy_digest is not None):
-            await self._check(job, load, find_expected(job, model))
+            await self._check(job, load, expected)
         footprints = model.footprints if model is not None else ()
-        files: Sequence[SizedFile] | None = load.files or find_expected(job, model)
-        files = files or await self._versions.stat(job.model_id, version)
+        known: Sequence[SizedFile] | None = load.files or expected
+        files = known or await self._versions.stat(job.model_id, version)
         targets = find_targets(parameters, self._pool, self._policy.rooms)
         threads = self._pool.threads_of(parameters)
         found = estimate_memory(files, version, parameters, footprints, threads=threads, targets=targets)

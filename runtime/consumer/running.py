@@ -22,7 +22,8 @@ from runtime.errors import (
     WorkerDied,
 )
 from runtime.memory import thread_bytes
-from runtime.process.worker import Worker, WorkerMemory
+from runtime.process.sampling import WorkerMemory
+from runtime.process.worker import Worker
 from runtime.repository import SizedFile
 from runtime.rooms import Allocation
 from runtime.scheduler.admission import format_megabytes

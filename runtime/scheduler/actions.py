@@ -254,27 +254,19 @@ def draft_crash_loop(model: LoadedModel, message: str) -> tuple[Draft, Draft]:
     )
 
 
-def build_reload(
-    model: LoadedModel,
-    cause: Cause,
-    conditions: tuple[Condition, ...],
-    progress_timeout_s: int = PROGRESS_TIMEOUT_S,
-) -> RequestLoad:
-    """Return the request with which the system reloads a model; its limits are at least the server's."""
-    serving = model.serving
-    # Many may be requested at once: a short timeout was not meant for the queue after a restart.
-    parameters = serving.parameters.with_limits_from(RELOAD_TIMEOUT_S, progress_timeout_s)
-    return RequestLoad(model.id, serving.version, None, SYSTEM, parameters, cause, conditions=conditions)
-
-
 def build_request(
     action: RequestReload | UnloadAutomatically,
     conditions: tuple[Condition, ...],
     progress_timeout_s: int = PROGRESS_TIMEOUT_S,
 ) -> RequestLoad | RequestUnload:
+    """Return a request of the system; the limits of a reload are at least the server's."""
     match action:
         case RequestReload(model, cause):
-            return build_reload(model, cause, conditions, progress_timeout_s)
+            # Many may be requested at once: a short timeout was not meant for the queue after a restart.
+            given = model.serving.parameters.with_limits_from(RELOAD_TIMEOUT_S, progress_timeout_s)
+            return RequestLoad(
+                model.id, model.serving.version, None, SYSTEM, given, cause, conditions=conditions
+            )
         case UnloadAutomatically(model, cause, cause_event_id):
             copy = model.serving.load_job_id if cause is Cause.COPY else None
             return RequestUnload(

@@ -29,7 +29,7 @@ from events.commands import Condition
 from events.files import sync
 from events.types import AddedFile
 from runtime.errors import RepositoryUnreadable, RuntimeProblem, UnknownVersion
-from runtime.repository import IS_REMOVED, MAX_FILES, MAX_PATHS_BYTES, Repository, bundle_beside
+from runtime.repository import IS_REMOVED, MAX_FILES, MAX_PATHS_BYTES, Repository, companion_of
 from runtime.store.folder import walk_files
 from runtime.uploads.receive import BadPath, RepositoryReadOnly, UploadTooLarge, check_model, quote
 
@@ -182,10 +182,10 @@ class StagingEntry:
         self.folder = staging.folder / event_id
         self._root = staging.root
         self._target = staging.repository.folder_of(model_id, version, staging.root)
-        self._bundle = bundle_beside(self._target)
+        self._companion = companion_of(self._target)
 
     def check_free(self) -> None:
-        """Refuse a version that is there, complete or not, or of which a signature bundle is.
+        """Refuse a version that is there, complete or not, or of which a signature is.
 
         Raises:
             RuntimeProblem: `version_exists`; `repository_unreadable`, it leads to another folder by now.
@@ -195,8 +195,8 @@ class StagingEntry:
         if os.path.lexists(self._target):
             is_removed = self.staging.repository.is_removed(self.model_id, self.version)
             raise VersionExists(self.model_id, self.version, is_removed=is_removed)
-        if os.path.lexists(self._bundle):  # it would be a file of the version, and not of its event
-            what = f"'{self.model_id}/{self._bundle.name}' signs a version that is not there"
+        if os.path.lexists(self._companion):  # it would be a file of the version, and not of its event
+            what = f"'{self.model_id}/{self._companion.name}' signs a version that is not there"
             reason = f"{what}: send it as a file of the version and delete it, or choose another number"
             raise RuntimeProblem(reason, code="version_exists")
 
@@ -246,7 +246,7 @@ class StagingEntry:
     def take(self) -> None:
         """Move a version that is being removed out of sight, unless that was done before, and delete it.
 
-        A folder that has taken its place since is another version's, and stays with its bundle.
+        A folder that has taken its place since is another version's, and stays with its companion.
 
         Raises:
             OSError: the rename failed.
@@ -254,8 +254,8 @@ class StagingEntry:
         with suppress(FileNotFoundError):
             if str(self._target.lstat().st_ino) == (self.folder / NOTE).read_text(encoding="ascii"):
                 # First: after a crash in between, the inode says that this is unfinished. Once the folder is
-                # moved, a bundle that is left could be that of a later version with the same number.
-                self._delete_bundle()
+                # moved, a companion that is left could be that of a later version with the same number.
+                self._delete_companion()
                 self._target.rename(self.folder / VERSION)
                 sync(self._target.parent)
                 sync(self.folder)
@@ -263,9 +263,9 @@ class StagingEntry:
             self._target.parent.rmdir()
         self.discard()
 
-    def _delete_bundle(self) -> None:
-        with suppress(FileNotFoundError, IsADirectoryError):  # a folder is no bundle
-            self._bundle.unlink()
+    def _delete_companion(self) -> None:
+        with suppress(FileNotFoundError, IsADirectoryError):  # a folder is no companion
+            self._companion.unlink()
 
     def discard(self) -> None:
         self.staging.discard(self.event_id)

@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
+from features.devices.found import Devices
 from runtime.errors import Exit, LoadRefused
 from runtime.process import pool as pool_module
 from runtime.process import worker as workers_module
 from runtime.process.forkclient import ForkServer
 from runtime.process.pool import WorkerPool
-from runtime.process.worker import Worker, WorkerMemory
+from runtime.process.sampling import WorkerMemory
+from runtime.process.worker import Worker
 from runtime.repository import Repository
 from runtime.wire import DATATYPES, Layer, Load, Loaded, Outcome, Tensor, WantedOutput
 from runtime.worker.landlock import find_abi
@@ -54,7 +56,7 @@ FOR_EVER_S = 1000.0
 @asynccontextmanager
 async def running_pool(*, threads: int = 1, visible_devices: Sequence[str] = ()) -> AsyncIterator[WorkerPool]:
     """Open a pool, and close it after; an inference that was told to stop has all the time it needs."""
-    pool = WorkerPool(threads=threads, patience_s=LIMIT_S, visible_devices=visible_devices)
+    pool = WorkerPool(threads=threads, patience_s=LIMIT_S, targets=Devices(visible=visible_devices))
     with unhurried():
         await pool.open()
         try:

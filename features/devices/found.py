@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
@@ -21,15 +21,19 @@ from threading import Thread
 from types import ModuleType
 from typing import Any, TypeVar
 
-from events.devices import ALL_DEVICES, ANY, CPU, find_matching, provider_of
-from runtime.errors import DeviceUnavailable
-from runtime.timeouts import DEVICES_LIMIT_S, MEASURE_LIMIT_S, timeout
-from runtime.wire import FoundDevice, ProviderLibrary, TargetDevice
+from features.devices.names import ALL_DEVICES, ANY, CPU, CUDA, OPENVINO, find_matching, provider_of
+from features.devices.wire import FoundDevice, ProviderLibrary, TargetDevice
+from runtime.errors import RuntimeProblem
+from runtime.process.confinement import UNCONFINED, AppliedLayers, weakest
+from runtime.timeouts import MEASURE_LIMIT_S, timeout
 
 T = TypeVar("T")
 
+DEVICES_LIMIT_S = 10.0
+"""Time at the start for a provider's package to name its library, for a throw-away worker to register it, and
+for the first answer of a driver: OpenVINO takes 0.05 s, a driver that starts its devices seconds. A hanging
+provider takes this long, beside the others; the server then starts without it."""
 PACKAGE_PREFIX = "onnxruntime_ep_"
-CUDA, OPENVINO = "cuda", "openvino"
 INSTALL = "the documentation says on its page of devices how providers are installed"
 """No name of a package is made of what a caller has typed: anybody may have published that."""
 CUDA_LIBRARY = "capi/libonnxruntime_providers_cuda.so"
@@ -37,6 +41,12 @@ CUDA_LIBRARY = "capi/libonnxruntime_providers_cuda.so"
 CUDA_EP_NAME = "CUDAExecutionProvider"
 SAME_AS_REQUESTED = "1"
 """The arena's strategy: it takes what a tensor needs from the driver. The other doubles what it has."""
+
+
+class DeviceUnavailable(RuntimeProblem):
+    """This server has none of the devices that a load names, or may not use them."""
+
+    code = "device_unavailable"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +66,37 @@ class Devices:
         libraries: the installed providers by their name, also of those that have found no device.
         problems: what is wrong with a provider or a device, in sentences that begin with its name.
         visible: the names of devices that the server uses if it has them, like `cuda:1` or `cuda:*`.
+        applied: what confines the workers of loads there, which `require` does not demand.
     """
 
     found: Mapping[str, FoundDevice] = field(default_factory=dict)
     libraries: Mapping[str, ProviderLibrary] = field(default_factory=dict)
     problems: Sequence[str] = ()
     visible: Sequence[str] = ALL_DEVICES
+    applied: AppliedLayers = UNCONFINED
+
+    async def find(
+        self, probe: Callable[[ProviderLibrary, float], Awaitable[AppliedLayers]], known: Collection[str]
+    ) -> Devices:
+        """Return the visible devices of installed providers, with what confines their workers.
+
+        Each provider is tried in a worker of its own: one that crashes or hangs takes no other away.
+
+        Args:
+            probe: tries a provider, for at most so many seconds.
+            known: problems that are not those of a provider.
+        """
+        installed = await find_providers(self.visible)
+        probed = await asyncio.gather(
+            *(probe(library, DEVICES_LIMIT_S) for library in installed.libraries.values())
+        )
+        present = {device.name: device for each in probed for device in each.targets}
+        found = {name: present[name] for name in present if find_matching(self.visible, [name])}
+        useful = [each for each in probed if any(device.name in found for device in each.targets)]
+        of_probes = [problem for each in probed for problem in each.problems if problem not in known]
+        problems = tuple(dict.fromkeys([*installed.problems, *of_probes]))
+        applied = weakest(useful) if useful else UNCONFINED
+        return replace(installed, found=found, problems=problems, applied=applied)
 
     def find_candidates(self, devices: Sequence[str]) -> tuple[str, ...]:
         """Return the devices that a load may run on, the preferred one first; the CPU among them is `cpu`.
@@ -166,15 +201,15 @@ async def find_providers(visible: Sequence[str] = ALL_DEVICES) -> Devices:
         visible: names of devices; the packages of other providers are left alone.
     """
     libraries, problems = dict[str, ProviderLibrary](), list[str]()
-    names, bundled = await asyncio.to_thread(_look_for_packages)
+    names, included = await asyncio.to_thread(_look_for_packages)
     names = [name for name in names if _is_visible(name.removeprefix(PACKAGE_PREFIX), visible)]
     for read in await asyncio.gather(*map(_try_package, names)):
         if isinstance(read, ProviderLibrary):
             libraries[read.provider] = read
         else:
             problems.append(read)
-    if bundled is not None and _is_visible(CUDA, visible):
-        libraries.setdefault(CUDA, bundled)
+    if included is not None and _is_visible(CUDA, visible):
+        libraries.setdefault(CUDA, included)
     return Devices(libraries=libraries, problems=problems, visible=visible)
 
 
@@ -186,7 +221,7 @@ def _is_visible(provider: str, visible: Sequence[str]) -> bool:
 def _look_for_packages() -> tuple[list[str], ProviderLibrary | None]:
     """Return the names of providers' packages, and the provider in ONNX Runtime's own."""
     names = (module.name for module in pkgutil.iter_modules())
-    return [name for name in names if name.startswith(PACKAGE_PREFIX)], _find_bundled_cuda()
+    return [name for name in names if name.startswith(PACKAGE_PREFIX)], _find_included_cuda()
 
 
 async def _try_package(name: str) -> ProviderLibrary | str:
@@ -212,7 +247,7 @@ def _read_package(provider: str, name: str) -> ProviderLibrary:
     return ProviderLibrary(provider, str(Path(package.get_library_path()).absolute()), package.get_ep_name())
 
 
-def _find_bundled_cuda() -> ProviderLibrary | None:
+def _find_included_cuda() -> ProviderLibrary | None:
     found = find_spec("onnxruntime")
     folders = [] if found is None else found.submodule_search_locations or []
     paths = (Path(folder, CUDA_LIBRARY).absolute() for folder in folders)
