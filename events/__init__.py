@@ -7,8 +7,8 @@ To change:
 
 - an event's members: `types` and `values`; its words: `eventtext`; its metrics: `counters`
 - the projections: the folds `jobs`, `models` with `serving`, `versions`, `registers` and `tokens`
-- which commands are accepted: `jobcommands`, `versioncommands`, `registercommands`;
-  their base: `commands`; conditions and idempotency keys: `accept`
+- which commands are accepted: `jobcommands`, `versioncommands`, `registercommands`, on the base of
+  `commands`; conditions and idempotency keys: `accept`
 - rows of the past: `history` and `presence`
 - groups of events, and failures of writing: `log`, which knows the ledger as a `storage`
 - times and ids: `clock`; atomic files: `files`; refusals: `errors`; texts that servers sign: `statements`

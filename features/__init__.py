@@ -5,10 +5,10 @@ of this folder, one for each seam, with one line for each feature that is there:
 
 - `facts`: events; `registers` and `versions`: folds beside the kernel's; `models`: what a model serves from
 - `checks`: checks before a load, which get a `beforeload.CheckInput` and pass with `evidence`
-- `rooms`: what a load needs beside the machine's memory, and on which targets, which `wire`, `targets` and
-  `providers` show to messages, the pool and a worker
-- `causes`: rules for loads of a cause; `demands`: what a load demands of the server that runs it
-- `server`: setup, parameters of loads, metrics; `members`: members of answers
+- `rooms`: targets of a load, and what it needs there; `causes`: rules for loads of a cause; `demands`: what a
+  load demands of its server
+- `wire`, `targets` and `providers`: targets beside the CPU, in messages, in the pool and in a worker
+- `members`: members of answers; `server`: settings, parameters of loads and metrics
 - `rules` and `policyfile`: the operator's policy; `audit`: loads checked against it again
 
 The features are `signatures`, `approvals`, `labels`, `devices`, `ondemand` loads and `nodes`.
