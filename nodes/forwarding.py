@@ -347,7 +347,7 @@ class Forwarder(NodePlacement, Cluster):
             self._waits.pop(limit, None)
 
     def find_other(self, request: web.BaseRequest, name: str) -> There | None:
-        """Return the present node that a request names; None if it is this one or forwarded it."""
+        """Return the present node that a request names; None if this one, or for a forwarded request."""
         node = self.log.state.registers.nodes.get(name)
         if FORWARDED in request.headers or node is None or name == self.name:
             return None
