@@ -25,8 +25,8 @@ class ApprovalRule(Struct, frozen=True, gc=False):
     Attributes:
         models: globs, as in `TrustRule`.
         approvals: how many other persons must approve.
-        added: `recorded` if the ledger must know who added the bytes.
-        emergency: whether the role `emergency` may load without approval.
+        added: `recorded` if the ledger must have who added the bytes.
+        emergency: whether the role `emergency` may pass without.
     """
 
     models: tuple[str, ...]

@@ -36,12 +36,12 @@ class TrustRule(Struct, frozen=True, gc=False):
     """A rule about signatures: the signers of some models' versions.
 
     Attributes:
-        models: globs of model ids, with `*`, `?` and `[...]`, case-sensitive.
-        mode: the effect on a version without such a signature.
+        models: globs of model ids, with `*`, `?` and `[...]`, in the case that they have.
+        mode: what follows without such a signature.
         keys: public keys, PEM each.
-        certificates: the accepted certificates.
-        distrusted: SHA-256 of the PEM of keys that may no longer sign, in hexadecimal (`key_digest`): with
-            their signatures no reload goes on either.
+        certificates: of those who may sign with a certificate.
+        distrusted: SHA-256 of the PEM of keys that may not sign any more, in hexadecimal, as
+            `signatures.key_digest` has them: their signatures do not let a reload go on either.
     """
 
     models: tuple[str, ...]
