@@ -1,4 +1,4 @@
-"""Devices of this machine: the installed execution providers, what they have found, and the devices' memory.
+"""Devices of this machine: the installed execution providers, their devices, and the devices' memory.
 
 A provider is a plugin of ONNX Runtime in a package of its own, `onnxruntime_ep_NAME`, whose functions
 `get_library_path` and `get_ep_name` are those of ONNX Runtime's guidance for such packages. A worker
@@ -35,12 +35,12 @@ for the first answer of a driver: OpenVINO takes 0.05 s, a driver that starts it
 provider takes this long, beside the others; the server then starts without it."""
 PACKAGE_PREFIX = "onnxruntime_ep_"
 INSTALL = "the documentation says on its page of devices how providers are installed"
-"""No name of a package is made of what a caller has typed: anybody may have published that."""
+"""No name of a package comes from a caller's text: anybody may have published such a package."""
 CUDA_LIBRARY = "capi/libonnxruntime_providers_cuda.so"
 """Of the package `onnxruntime-gpu`, in the folder of `onnxruntime`, in whose place it is installed."""
 CUDA_EP_NAME = "CUDAExecutionProvider"
 SAME_AS_REQUESTED = "1"
-"""The arena's strategy: it takes what a tensor needs from the driver. The other doubles what it has."""
+"""The arena's strategy: it takes a tensor's need from the driver. The other strategy doubles its memory."""
 
 
 class DeviceUnavailable(RuntimeProblem):
@@ -63,7 +63,7 @@ class Devices:
 
     Attributes:
         found: each device by its name.
-        libraries: the installed providers by their name, also of those that have found no device.
+        libraries: the installed providers by their name, including those without a device.
         problems: the defects of providers and devices, in sentences that begin with the name.
         visible: the names of devices that the server uses if it has them, like `cuda:1` or `cuda:*`.
         applied: the confinement of workers of loads there, which `require` does not demand.
