@@ -2,8 +2,7 @@
 
 The datatype of an array is its dtype's. Datatypes of lists, and of arrays that the model refuses, come from
 the model's metadata, which a client remembers. A model may change, so the server checks each datatype and
-refuses a wrong one without running the model; the client then sends the inference again with the metadata's
-datatypes.
+refuses a wrong one without running the model; the client then sends it again with the metadata's datatypes.
 """
 
 from __future__ import annotations

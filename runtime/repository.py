@@ -232,8 +232,7 @@ class FoundVersions(NamedTuple):
 
     Attributes:
         served: the complete versions, lowest first.
-        refusal: why the folder with the highest number is not served; None if it is, or if there is no
-            folder.
+        refusal: why the folder with the highest number is not served; None if it is, or without folders.
     """
 
     served: list[int]

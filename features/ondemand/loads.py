@@ -1,7 +1,6 @@
 """On-demand loads for inferences, with exponential back-off after their failures.
 
-One task per model and version requests the load and watches it. All inferences that wait for it share its
-outcome.
+One task per model and version requests the load and watches it. All inferences that wait share its outcome.
 """
 
 from __future__ import annotations
