@@ -22,8 +22,7 @@ from runtime.errors import (
     WorkerDied,
 )
 from runtime.memory import thread_bytes
-from runtime.process.sampling import WorkerMemory
-from runtime.process.worker import Worker
+from runtime.process.worker import Worker, WorkerMemory
 from runtime.repository import SizedFile
 from runtime.rooms import Allocation
 from runtime.scheduler.admission import format_megabytes

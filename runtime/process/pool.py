@@ -15,9 +15,8 @@ from features.wire import Library, Target
 from runtime.errors import ForkServerUnavailable, InferenceTimeout, InvalidInput, WorkerDied
 from runtime.process.confinement import UNCONFINED, AppliedLayers, probe
 from runtime.process.forkclient import ForkServer, Process, close_watched
-from runtime.process.sampling import MemorySampler
 from runtime.process.sharedmemory import TensorMemory
-from runtime.process.worker import Worker
+from runtime.process.worker import MemorySampler, Worker
 from runtime.repository import WarmUp
 from runtime.requestjson import JsonRequest, assemble
 from runtime.store.versions import HeldVersion

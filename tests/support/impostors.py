@@ -13,9 +13,8 @@ from typing import Any
 from runtime import wire
 from runtime.errors import Exit
 from runtime.process.forkclient import Process
-from runtime.process.sampling import MemorySampler
 from runtime.process.sharedmemory import TensorMemory
-from runtime.process.worker import Worker
+from runtime.process.worker import MemorySampler, Worker
 from support.workers import LIMIT_S
 
 _SPEECH = """

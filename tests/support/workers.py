@@ -22,8 +22,7 @@ from runtime.process import pool as pool_module
 from runtime.process import worker as workers_module
 from runtime.process.forkclient import ForkServer
 from runtime.process.pool import WorkerPool
-from runtime.process.sampling import WorkerMemory
-from runtime.process.worker import Worker
+from runtime.process.worker import Worker, WorkerMemory
 from runtime.repository import Repository
 from runtime.wire import DATATYPES, Layer, Load, Loaded, Outcome, Tensor, WantedOutput
 from runtime.worker.landlock import find_abi

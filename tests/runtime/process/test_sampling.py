@@ -18,7 +18,7 @@ from runtime import memory
 from runtime.errors import ForkServerUnavailable
 from runtime.process import worker as worker_module
 from runtime.process.pool import WorkerPool
-from runtime.process.sampling import LoadSamples, MemorySampler
+from runtime.process.worker import LoadSamples, MemorySampler
 
 TAKEN = 32 * 2**20
 CHILD = f"""
