@@ -469,7 +469,7 @@ class Repository:
         path = (folder / model).relative_to(own)
         if isinstance(seen, str):
             return f"is not complete: its {path} {seen}{_cure_layout(folder)}"
-        if not os.access(folder / model, os.R_OK, effective_ids=True):
+        if not _is_readable(folder / model):
             raise RepositoryUnreadable(_describe_unreadable(errno.EACCES))
         return None if stat.S_ISREG(seen.st_mode) else f"is not complete: its {path} is a folder"
 
@@ -726,6 +726,11 @@ def _stat(path: Path, root: Path) -> os.stat_result | str:
         return "leads out of the repository"
     usable = stat.S_ISREG(seen.st_mode) or stat.S_ISDIR(seen.st_mode)
     return seen if usable else "is not a regular file"
+
+
+def _is_readable(file: Path) -> bool:
+    """Whether a file can be read. It may be missing for a moment in which its folder is exchanged."""
+    return any(os.access(file, os.R_OK, effective_ids=True) for _ in range(2))
 
 
 def _cure_model(folder: Path, model_id: str) -> str:
