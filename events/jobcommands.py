@@ -2,7 +2,7 @@
 
 Duplicates and the choice of the active model are decided here only, so two handlers cannot race. Jobs of one
 model run in the order of their acceptance, so a duplicate is compared with the last pending job of the model.
-Whoever is answered with a job of another request is recorded.
+An actor who is answered with a job of another request is recorded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from msgspec.structs import replace
 
 from events.commands import (
     MAX_QUEUE,
-    NO_RULES,
     REFUSED_AS_OUTDATED,
     Accepted,
     CauseRules,
@@ -59,7 +58,12 @@ from events.versions import ModelVersions
 from features.causes import RULES_OF_CAUSES
 from features.labels.commands import draft_label, find_label_refusal
 
-RULES: Mapping[Cause, CauseRules] = {Cause.REQUEST: CauseRules(most_unended=MAX_QUEUE), **RULES_OF_CAUSES}
+RULES: Mapping[Cause, CauseRules] = {
+    **dict.fromkeys(Cause, CauseRules()),
+    Cause.REQUEST: CauseRules(most_unended=MAX_QUEUE),
+    **RULES_OF_CAUSES,
+}
+"""By the cause of a load."""
 
 NO_BATCHING = "max_queue_delay_us takes a max_batch_size of at least 1: without one there are no batches"
 """Message of `invalid_body`, for a queue delay without batches."""
@@ -74,13 +78,13 @@ class RequestLoad(Command):
 
     Attributes:
         contents: path and SHA-256 of the version's files, in order of their paths, if the repository still
-            has those that were loaded last; None if they are unknown.
+            has the files loaded last; None if they are unknown.
         asked: the names of the parameters that the request itself gave. A request that gives none accepts a
             loaded model as it is.
-        conditions: of a reload by the system.
+        conditions: conditions of a reload by the system.
         policy: digest of the model's rules where it was asked; UNSET without any.
         is_checked: whether the bytes must pass rules each time that a person or an inference asks for them.
-        justification: of the person; UNSET without rules or reasons.
+        justification: the person's; UNSET without rules or reasons.
         sign: signs an emergency for this server; None if it is alone.
         label: to set to the version when that is loaded; UNSET for none.
         passed_over: why the highest version could not be served; UNSET if it could, or was not asked for.
@@ -106,10 +110,6 @@ class RequestLoad(Command):
     @property
     def is_emergency(self) -> bool:
         return self.justification is not UNSET and self.justification.emergency is not None
-
-    @property
-    def rules(self) -> CauseRules:
-        return RULES.get(self.cause, NO_RULES)
 
     def list_joinable(self, state: State) -> Iterator[tuple[str, str]]:
         if self.cause is Cause.REQUEST:
@@ -137,10 +137,10 @@ class RequestLoad(Command):
         if serving is not None and serving.parameters.has_same_settings(parameters) and is_labelled:
             return _join_load(state, self, serving, new_id)
         if serving is not None and (self.is_checked or _needs_persons(state, self.model_id, serving)):
-            serving = None  # its job passes the rules first, also if it changes only settings
-        if not self.rules.replaces and (other := _find_other_version(model, queue, self)) is not None:
+            serving = None  # the job passes the rules first, even if it only changes settings
+        if not RULES[self.cause].replaces and (other := _find_other_version(model, queue, self)) is not None:
             return Existing(other)
-        most = self.rules.most_unended
+        most = RULES[self.cause].most_unended
         if serving is None and most is not None and state.backlog - (superseded is not None) >= most:
             return Refused("queue_full", f"{most} jobs have not ended yet; try again when some have")
         refusal = None if label is UNSET else find_label_refusal(state, self.model_id, label)
@@ -164,8 +164,8 @@ class RequestUnload(Command):
     """Unload a model from wherever it serves; None is the active model.
 
     Attributes:
-        conditions: of an automatic unload.
-        copy: the load of the only copy to unload; None is all.
+        conditions: conditions of an automatic unload.
+        copy: the load of the only copy to unload; None unloads all.
         takes_out_of_service: whether a model that is not loaded, too, is taken out of service.
         until_asked: whether the next inference may load the model again.
     """
@@ -263,7 +263,7 @@ def _find_version_refusal(
         name = f"version {command.version} of model '{command.model_id}'"
         return Refused("unknown_version", f"{name} was removed; it loads once it has been added again")
     is_loaded = model is not None and model.serving is not None
-    return None if queue or is_loaded else command.rules.find_refusal(model, versions, command.version)
+    return None if queue or is_loaded else RULES[command.cause].find_refusal(model, versions, command.version)
 
 
 def _join_job(
@@ -288,7 +288,7 @@ def _join_load(
 def _record_once(
     state: State, command: RequestLoad | RequestUnload | RequestCancel, draft: Draft, *, made_by: str | None
 ) -> Accepted | Existing:
-    """Record who joins a job, once for each person and for each key; the system joins without a record."""
+    """Record that an actor joins a job, once for each actor and key; the system joins without a record."""
     job_id = draft.job_id or ""
     is_known = made_by == draft.actor or Join(job_id, draft.actor, draft.data.TYPE) in state.joins
     is_by_system = not isinstance(command, RequestCancel) and command.cause is not Cause.REQUEST
@@ -366,7 +366,7 @@ def _effective_parameters(model: Model | None, ahead: list[Job], command: Reques
     """Return the parameters to record: what is not named stays, unless another version is loaded before."""
     before = _parameters_before(model, ahead, command.version)
     if before is None:
-        return command.rules.choose_parameters(model, command.version, command.parameters)
+        return RULES[command.cause].choose_parameters(model, command.version, command.parameters)
     kept = {
         name: getattr(before, name) for name in (*WORKER_PARAMETERS, *SETTINGS) if name not in command.asked
     }

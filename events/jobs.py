@@ -287,7 +287,7 @@ class Job(Struct, frozen=True, gc=False):
 
     @property
     def takes_out_of_service(self) -> bool:
-        """Whether this is an unload by a person, which on-demand loads do not undo."""
+        """Whether this is an unload by a person, which inferences do not undo."""
         unload = self.unload
         return unload is not None and self.cause is Cause.REQUEST and not unload.until_asked
 

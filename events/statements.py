@@ -16,7 +16,7 @@ from events.types import Justification
 from events.values import NodeSignature
 
 IsSigned = Callable[[bytes, NodeSignature | UnsetType], bool]
-"""Whether a trusted server has signed a statement; of a ledger of one server it has."""
+"""Whether a server that may sign has signed a statement; of a ledger of one server it has."""
 
 
 def emergency_statement(

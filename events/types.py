@@ -53,6 +53,9 @@ REPLACEMENTS = {
 does, and what to do instead of cancelling it."""
 
 
+BY_CLIENTS = (Cause.REQUEST, Cause.DEMAND)
+"""Causes of loads that persons and inferences ask for."""
+
 SYSTEM = "system"
 """The actor of what the server does by itself; no token may have it as its subject."""
 
