@@ -262,10 +262,7 @@ class LoadRequested(LoadParameters, frozen=True, gc=False, kw_only=True):
     @property
     def parameters(self) -> LoadParameters:
         """The parameters alone, without what the request records about itself."""
-        return LoadParameters(*_parameters_of(self))
-
-
-_parameters_of = attrgetter(*LoadParameters.__struct_fields__)
+        return LoadParameters(**{name: getattr(self, name) for name in LoadParameters.__struct_fields__})
 
 
 class LoadJoined(Struct, frozen=True, gc=False):
