@@ -382,7 +382,8 @@ class UnloadStarted(Struct, frozen=True, gc=False):
 class ModelUnloaded(Struct, frozen=True, gc=False):
     """The workers have exited, and their memory is free.
 
-    `unreturned_bytes` is what their device had not returned some seconds later; it is missing if all is back.
+    `unreturned_bytes` is memory beside the machine's that was not back some seconds later; it is missing if
+    all is back.
     """
 
     TYPE: ClassVar[str] = "ModelUnloaded"

@@ -9,6 +9,8 @@ import msgspec
 
 from features.devices.names import CPU, CUDA
 
+ACTS_IN_WORDS: Mapping[str, str] = {"call_drivers": "call drivers of devices"}
+"""A forbidden act that workers of some providers can do, as sentences call it."""
 Name = Annotated[str, msgspec.Meta(max_length=4096)]
 MAPPED_BYTES = 64 * 2**20
 """Memory that a provider maps and does not touch: OpenVINO's libraries and threads 50 MB (measured)."""
