@@ -13,7 +13,7 @@ from bench.driver import Server
 from bench.models import Network
 from bench.requests import Request, Target
 from bench.table import Row, format_mb, format_ms, median_ratio, rate_row
-from events.devices import CPU
+from features.devices.names import CPU
 from loadledger import Client
 
 OURS = "ours"

@@ -131,7 +131,7 @@ def publish(temporary: Path, target: Path, *, replace: bool) -> None:
 
 
 def refuse_irregular(target: Path) -> None:
-    """Refuse to replace a device, a pipe, a folder or a link.
+    """Refuse to replace a special file, a pipe, a folder or a link.
 
     Raises:
         WrongTarget: `wrong_target`, the target exists and is no regular file.
@@ -147,7 +147,7 @@ def printable_name(path: Path) -> str:
 
 
 def is_stream(target: Path) -> bool:
-    """Whether the target is a pipe, or a device like a terminal, which is written to and never replaced."""
+    """Whether the target is a pipe or a terminal, which is written to and never replaced."""
     try:
         mode = target.stat().st_mode
     except FileNotFoundError:

@@ -2,7 +2,7 @@
 
 Duplicates and the choice of the active model are decided here only, so two handlers cannot race. Jobs of one
 model run in the order of their acceptance, so a duplicate is compared with the last pending job of the model.
-Whoever is answered with a job of another request is recorded.
+An actor who is answered with a job of another request is recorded.
 """
 
 from __future__ import annotations
@@ -78,13 +78,13 @@ class RequestLoad(Command):
 
     Attributes:
         contents: path and SHA-256 of the version's files, in order of their paths, if the repository still
-            has those that were loaded last; None if they are unknown.
+            has the files loaded last; None if they are unknown.
         asked: the names of the parameters that the request itself gave. A request that gives none accepts a
             loaded model as it is.
-        conditions: of a reload by the system.
+        conditions: conditions of a reload by the system.
         policy: digest of the model's rules where it was asked; UNSET without any.
         is_checked: whether the bytes must pass rules each time that a person or an inference asks for them.
-        justification: of the person; UNSET without rules or reasons.
+        justification: the person's; UNSET without rules or reasons.
         sign: signs an emergency for this server; None if it is alone.
         label: to set to the version when that is loaded; UNSET for none.
         passed_over: why the highest version could not be served; UNSET if it could, or was not asked for.
@@ -137,7 +137,7 @@ class RequestLoad(Command):
         if serving is not None and serving.parameters.has_same_settings(parameters) and is_labelled:
             return _join_load(state, self, serving, new_id)
         if serving is not None and (self.is_checked or _needs_persons(state, self.model_id, serving)):
-            serving = None  # its job passes the rules first, also if it changes only settings
+            serving = None  # the job passes the rules first, even if it only changes settings
         if not RULES[self.cause].replaces and (other := _find_other_version(model, queue, self)) is not None:
             return Existing(other)
         most = RULES[self.cause].most_unended
@@ -164,8 +164,8 @@ class RequestUnload(Command):
     """Unload a model from wherever it serves; None is the active model.
 
     Attributes:
-        conditions: of an automatic unload.
-        copy: the load of the only copy to unload; None is all.
+        conditions: conditions of an automatic unload.
+        copy: the load of the only copy to unload; None unloads all.
         takes_out_of_service: whether a model that is not loaded, too, is taken out of service.
         until_asked: whether the next inference may load the model again.
     """
@@ -288,7 +288,7 @@ def _join_load(
 def _record_once(
     state: State, command: RequestLoad | RequestUnload | RequestCancel, draft: Draft, *, made_by: str | None
 ) -> Accepted | Existing:
-    """Record who joins a job, once for each person and for each key; the system joins without a record."""
+    """Record that an actor joins a job, once for each actor and key; the system joins without a record."""
     job_id = draft.job_id or ""
     is_known = made_by == draft.actor or Join(job_id, draft.actor, draft.data.TYPE) in state.joins
     is_by_system = not isinstance(command, RequestCancel) and command.cause is not Cause.REQUEST

@@ -1,4 +1,4 @@
-"""Presence of servers: what starts and ends change, and what they tell of a moment. Pure.
+"""Presence of servers: the changes by starts and ends, and the state at a moment. Pure.
 
 Each change is stored (`events.sqlite.history`). An end that was discovered later has `seen_at`: from then to
 its discovery the state is `unknown`.
@@ -46,10 +46,10 @@ class Transition(NamedTuple):
     """A change of the state of a server.
 
     Attributes:
-        position: of the event.
+        position: the event's position.
         server: its name, or SERVER.
-        state: from then on; None of a server that is forgotten.
-        at: when the event was recorded; None of a guess for the time before the first one.
+        state: the state from then on; None for a forgotten server.
+        at: when the event was recorded; None for a guess for the time before the first event.
         seen_at: until when the state before is known to have lasted, and empty if nobody knows; None is until
             `at`.
     """
@@ -63,7 +63,7 @@ class Transition(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class NodeLiveness:
-    """The state of one of several servers at a moment, and since when; None if the log does not say."""
+    """The state of one of several servers at a moment, and since when, or None if the log does not tell."""
 
     id: str
     state: NodeState
@@ -72,9 +72,9 @@ class NodeLiveness:
 
 @dataclass(frozen=True, slots=True)
 class Liveness:
-    """The state of the server at a moment, and since when; None if the log does not say.
+    """The state of the server at a moment, and since when, or None if the log does not tell.
 
-    `servers` are those that had joined by then, by name.
+    `servers` are the servers that had joined by then, by name.
     """
 
     state: ServerState
@@ -83,7 +83,7 @@ class Liveness:
 
 
 def list_transitions(event: Event) -> tuple[Transition, ...]:
-    """Return what the start or end of a server alone changes; nothing of any other event."""
+    """Return the change by the start or end of a server alone; empty for other events."""
     position, at, data = event.position, event.recorded_at, event.data
     match data:
         case ServerStarted(unclean=unclean, last_seen_at=last_seen_at):
@@ -106,7 +106,7 @@ def find_liveness(
     Args:
         last: the last transition by then of each server.
         following: the first one after that.
-        time: of the moment, before the next event was recorded; None for that of the last event.
+        time: the moment, before the next event was recorded; None for that of the last event.
         is_first: whether no event at all is before.
     """
     servers = []

@@ -139,7 +139,7 @@ class DeviceUse(Struct, frozen=True, gc=False):
     Attributes:
         provider: the execution provider; `cpu` is ONNX Runtime's own.
         version: of the provider.
-        device: its name (`events.devices`), like `cuda:0`.
+        device: its name (`features.devices.names`), like `cuda:0`.
         nodes: how many nodes of the model's graph run there, as the providers were offered it.
         memory_bytes: that the workers take there, with what the driver keeps for each process; None if the
             device has only the machine's memory, which the load's own figures count.
@@ -176,8 +176,8 @@ class LoadParameters(Struct, frozen=True, gc=False):
         threads: how many threads each worker computes with; None is the server's setting when it starts.
         node_attributes: attributes that its node must have, in order; not stored without any.
         copies: at how many nodes the model is to be loaded; not stored where none is named, which is 1.
-        devices: names of devices (`events.devices`); the load runs on the first that has room. Not stored for
-            the CPU.
+        devices: names of devices (`features.devices.names`); the load runs on the first that has room. Not
+            stored for the CPU.
         fallback: `cpu` if nodes that the device does not support may run on the CPU; not stored for `refuse`.
         dependent_rows: `allow` if rows of a batch may change each other's answers; not stored for `refuse`.
     """

@@ -29,7 +29,7 @@ class Confinement(Struct, frozen=True, gc=False):
         seccomp: whether a filter restricts system calls.
         not_prevented: the forbidden things that a worker could do: `read_files`, `write_files`,
             `use_network`, `start_processes`, `read_memory` (of the fork server), `run_code` (that it has
-            made), `call_drivers` (of devices), `manage_server` (over its control socket).
+            made), `call_drivers` (of hardware), `manage_server` (over its control socket).
     """
 
     mode: str

@@ -64,7 +64,7 @@ class RemoveVersion(Command):
 
 
 def find_use(state: State, model_id: str, version: int) -> str | None:
-    """Return why a version cannot be removed, and what to do; None if nothing uses it."""
+    """Return why a version cannot be removed, and what to do, or None if it is unused."""
     name = f"version {version} of model '{model_id}'"
     model = state.models.get(model_id)
     if model is not None and any(each.version == version for each in model.held):
@@ -81,10 +81,10 @@ def find_use(state: State, model_id: str, version: int) -> str | None:
 def find_end_of_use(
     state: State, model_id: str, version: int, actor: str
 ) -> RequestUnload | RequestCancel | None:
-    """Return the next command that ends what uses a version; None if nothing does, or only a label."""
+    """Return the next command that ends a use of a version, or None without one, or with only a label."""
     model = state.models.get(model_id) or Model(model_id)
     held = [each.version for each in model.held]
     loads = [job for job in state.unended(model_id) if job.kind is JobKind.LOAD and job.version == version]
     if version in held or (loads and not held):
-        return RequestUnload(model_id, actor, force=True)  # which inferences do not undo, as they do a cancel
+        return RequestUnload(model_id, actor, force=True)  # inferences do not undo it, unlike a cancellation
     return RequestCancel(loads[0].id, actor) if loads else None

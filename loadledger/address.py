@@ -45,8 +45,7 @@ class Address:
         """Parse a URL.
 
         Raises:
-            ValueError: the text is no URL of a server, or the token cannot be sent; the message hides the
-                token.
+            ValueError: the text is no server's URL, or the token cannot be sent; the message hides it.
         """
         if token is not None and not _VISIBLE.fullmatch(token):
             raise ValueError(

@@ -25,7 +25,7 @@ from answers.signatures import VerifiedVersionInfo
 from answers.versions import AddedFileInfo, AddedVersionInfo, UploadInfo
 from loadledger.address import path
 from loadledger.errors import ClientProblem, NotFound, ServerError
-from loadledger.inference import InferenceCall, InferenceResult, Inferences, Inputs
+from loadledger.inference import InferenceResult, Inferences, Inputs
 from loadledger.jobs import AwayCallback, JobCallback, WaitOptions, job_request, submit_job, wait_for_job
 from loadledger.requests import (
     CallContext,
@@ -497,8 +497,7 @@ class Operations:
         named = None if names is None else [{"name": name} for _, name in names]
         members = {"outputs": named, "parameters": parameters}
         given = {name: value for name, value in members.items() if value is not None}
-        call = InferenceCall(_model_path(model_id, version), inputs, given, timeout_s)
-        return await self._inferences.run(call)
+        return await self._inferences.run(_model_path(model_id, version), inputs, given, timeout_s)
 
     @asynccontextmanager
     async def loaded(

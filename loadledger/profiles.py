@@ -127,7 +127,7 @@ def write_profile(path: Path, profile: ServerTarget) -> None:
 
     Raises:
         OSError: the file cannot be written.
-        WrongTarget: there is a folder or a device at the path.
+        WrongTarget: there is a folder or a special file at the path.
     """
     from events.files import write_file
 

@@ -1,4 +1,4 @@
-"""The decisions of a node: its next action, and what the others have to know of what it appends.
+"""The decisions of a node: its next action, and the completion of its commands for other nodes.
 
 Pure but for new ids.
 """
@@ -99,7 +99,7 @@ class Standing(Protocol):
 
 
 class Signing(Protocol):
-    """Signatures of nodes: of what persons say, and of loads under rules (`nodes.peers`)."""
+    """Signatures of nodes: of persons' statements, and of loads under rules (`nodes.peers`)."""
 
     def sign(self, statement: bytes) -> NodeSignature:
         """Sign a statement with this node's key."""
@@ -114,11 +114,11 @@ class NodePlacement(Elsewhere):
     Args:
         node_id: this node.
         standing: of it.
-        signing: signs its loads, and verifies what others have signed.
+        signing: signs its loads, and verifies signatures of others.
         untrusted: returns the nodes whose joins are not signed with a key that the nodes share.
 
     Attributes:
-        spread: what this node knows of copies at the others.
+        spread: this node's knowledge of copies at other nodes.
     """
 
     name: str
@@ -160,7 +160,7 @@ class NodePlacement(Elsewhere):
         return find_share(state, self.name, self._epoch, self._untrusted())
 
     def decide(self, view: SchedulerView) -> Decision:
-        """Return the next action of this node; none in an epoch that is over, which only ends its workers.
+        """Return the next action of this node; in an epoch that is over, only the end of its workers.
 
         Outcomes and reloads go first, then placements, then what starts here. What has no room here goes
         elsewhere before a model is evicted for it.
@@ -199,7 +199,7 @@ class NodePlacement(Elsewhere):
         return replace(command, drafts=named, conditions=conditions)
 
     def _draft_unloads(self, draft: Draft, state: State) -> Iterator[Draft]:
-        """Yield the unload requests that go with a fact: those nodes unload what they have.
+        """Yield the unload requests that a fact implies: those nodes unload their copies.
 
         A load replaces all others where one copy is wanted, and an unload ends the copies, too.
         """
@@ -222,11 +222,12 @@ class NodePlacement(Elsewhere):
 
     def _sign(self, draft: Draft, state: State) -> Draft:
         """Return a draft with this node's signature if it is of a load."""
-        statement = draft_statement(draft, state)
-        if statement is None:
+        data, job = draft.data, state.unended_job(draft.job_id)
+        if not isinstance(data, ModelLoaded) or job is None or job.version is None:
             return draft
-        signature = self._signing.sign(statement)
-        return structs.replace(draft, data=structs.replace(draft.data, node_signature=signature))
+        passed = AdmittedBytes(digest_of(contents_of(data.files)), job.id, job.version, data.evidence)
+        signature = self._signing.sign(load_statement(job.model_id, passed))
+        return structs.replace(draft, data=structs.replace(data, node_signature=signature))
 
     def is_signed(self, statement: bytes, signature: NodeSignature | UnsetType, state: State) -> bool:
         """Whether a node that may sign has signed it: the database's role may append what none has."""
@@ -272,7 +273,7 @@ class NodePlacement(Elsewhere):
         return [node.address for node in nodes if not self.spread.is_avoided(node.id, now_s)]
 
     def refusal(self) -> NodeAway | None:
-        """Return why this node may not answer inferences; None if it may."""
+        """Return why this node may not answer inferences, or None."""
         return None if self._standing.may_serve else NodeAway()
 
 
@@ -291,18 +292,6 @@ def list_copies(model: Model, state: State, untrusted: Collection[str]) -> list[
     ]
 
 
-def draft_statement(draft: Draft, state: State) -> bytes | None:
-    """Return what a node signs of a load; None of any other fact."""
-    data, job = draft.data, state.unended_job(draft.job_id)
-    if job is None or job.version is None:
-        return None
-    if not isinstance(data, ModelLoaded):
-        return None
-    digest = digest_of(contents_of(data.files))
-    passed = AdmittedBytes(digest, job.id, job.version, data.evidence)
-    return load_statement(job.model_id, passed)
-
-
 def name_node(draft: Draft, node_id: str) -> Draft:
     """Return a draft with this node, if its type has one and it names none: its processes are here."""
     if getattr(draft.data, "server", None) is not UNSET:
@@ -313,7 +302,7 @@ def name_node(draft: Draft, node_id: str) -> Draft:
 def _avoid_here(view: NodeView, action: actions.Action | None) -> actions.Action | None:
     """Place a load elsewhere that would fail here for want of memory, or cost a model its place.
 
-    Of a model with copies, only the one that is here is evicted.
+    Of a model with copies, only the copy here is evicted.
     """
     elsewhere: RecordFact | None = None
     match action:

@@ -14,8 +14,6 @@ from marshmallow import Schema, fields, validate
 
 from answers.nodes import NodeInfo, NodeJob, NodeList, NodeModel
 from events.jobs import Job
-from events.models import Model
-from events.serving import Serving
 from events.state import State
 from features.nodes.commands import DrainNode
 from features.nodes.register import Lease, find_placer
@@ -103,7 +101,13 @@ def make_node_infos(
         late: nodes that are late whatever the leases say.
         untrusted: nodes whose joins are not signed with a key that the nodes share.
     """
-    models, jobs = _models_by_node(state), _jobs_by_node(state)
+    models, jobs = defaultdict[str | None, list[NodeModel]](list), defaultdict[str | None, list[Job]](list)
+    for model in sorted(state.models.values(), key=lambda model: model.id):
+        for serving in model.servings:
+            shown = NodeModel(id=model.id, version=serving.version, state=model.state)
+            models[serving.server].append(shown)
+    for job in state.unended():
+        jobs[job.server].append(job)
     by_epoch = {(lease.node_id, lease.epoch): lease for lease in leases}
     placer = find_placer(state.registers.nodes, untrusted)
     infos = []
@@ -121,7 +125,7 @@ def make_node_infos(
                 ended_at=node.ended_at,
                 release=node.release,
                 budget_bytes=node.budget_bytes,
-                models=[_show_model(*each) for each in models[node.id]],
+                models=models[node.id],
                 jobs=show(jobs[node.id], list[NodeJob]),
                 renewed_at=lease.renewed_at if lease is not None else None,
                 late=is_late,
@@ -131,22 +135,3 @@ def make_node_infos(
             )
         )
     return infos
-
-
-def _models_by_node(state: State) -> defaultdict[str | None, list[tuple[Model, Serving]]]:
-    found = defaultdict[str | None, list[tuple[Model, Serving]]](list)
-    for model in sorted(state.models.values(), key=lambda model: model.id):
-        for serving in model.servings:
-            found[serving.server].append((model, serving))
-    return found
-
-
-def _jobs_by_node(state: State) -> defaultdict[str | None, list[Job]]:
-    found = defaultdict[str | None, list[Job]](list)
-    for job in state.unended():
-        found[job.server].append(job)
-    return found
-
-
-def _show_model(model: Model, serving: Serving) -> NodeModel:
-    return NodeModel(id=model.id, version=serving.version, state=model.state)

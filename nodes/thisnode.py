@@ -1,8 +1,9 @@
-"""This server as a node of several: its log in a database, its membership, and what it says of itself."""
+"""This server as a node of several: its log in a database, its membership, and its description of itself."""
 
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from importlib.metadata import version
@@ -36,10 +37,15 @@ from server.api.events import PROVER
 from server.appkeys import POLICY, POOL, VERSIONS
 from server.auth.gate import Verifier
 from server.auth.keys import keys_folder, list_keys, public_pem
-from server.config import Config, ConfigError
+from server.config import Config, ConfigError, parse_node_attributes
 
 MAX_DIGESTS = 2_000
 """Files that a node says it has: 140 KB in its row of the database."""
+
+MAX_AWAY_S = 600.0
+"""How long a node serves that is cut from the database: longer than an outage that somebody is working on."""
+AWAY_SHARE = 2 / 3
+"""Of the lease: a node that is not to serve then has ended its workers before others load its models."""
 
 INSTALL = "pip install 'loadledger[postgres]'"
 
@@ -54,7 +60,7 @@ class ThisNode(Forwarder):
         KeyProblem: `ledger.key` cannot be read.
 
     Attributes:
-        membership: as which it joins.
+        membership: its membership.
     """
 
     _renewing: asyncio.Task[None] | None = None
@@ -68,9 +74,9 @@ class ThisNode(Forwarder):
             raise ConfigError(f"--ledger: {error.name} is not installed: {INSTALL}") from None
         address, clock = config.ledger or "", DatabaseClock()
         self._config = config
-        self._address = config.own_address()
+        self._address = _find_address(config)
         self._leases = LeaseStore(address)
-        log, node_id = SharedLog(address, config.data, clock), config.node_id()
+        log, node_id = SharedLog(address, config.data, clock), config.node_name or socket.gethostname()
         peers = Peers(config.data, node_id, log, verifier, lambda: clock().timestamp())
         self.sign, self.verify_forwarded = peers.sign, peers.verify_forwarded
         self.membership = Membership(
@@ -78,7 +84,7 @@ class ThisNode(Forwarder):
             self._leases,
             node_id,
             lease_s=config.lease_s,
-            away_limit_s=config.away_limit_s(),
+            away_limit_s=MAX_AWAY_S if config.when_away == "serve" else config.lease_s * AWAY_SHARE,
             serves_sick=config.when_away == "serve",
             set_epoch=log.set_epoch,
             end_workers=self._end_workers,
@@ -112,7 +118,9 @@ class ThisNode(Forwarder):
             LogUnavailable: `log_unavailable`.
         """
         pool, policy, store = app[POOL], app[POLICY], app[VERSIONS].store
-        attributes = {*self._config.own_attributes(), *chain.from_iterable(each(pool) for each in ATTRIBUTES)}
+        attributes = set(chain.from_iterable(each(pool) for each in ATTRIBUTES))
+        if self._config.node_attributes is not None:
+            attributes.update(parse_node_attributes(self._config.node_attributes))
         command = JoinNode(
             self.name,
             self._address,
@@ -176,7 +184,7 @@ class ThisNode(Forwarder):
         return any(meets(list_demands(parameters), nodes[node_id]) for node_id in usable)
 
     async def _measure(self, policy: Policy, store: Store | None) -> NodeHints:
-        """Return what helps to place loads here.
+        """Return the hints for placing loads here.
 
         Args:
             policy: has the memory budget, and the most models.
@@ -209,3 +217,16 @@ class ThisNode(Forwarder):
         """Kill all workers; exits are recorded once the log can be written, and loads begin again."""
         for load in self.loads.values():
             load.kill()
+
+
+def _find_address(config: Config) -> str:
+    """Return the URL at which other nodes reach this one.
+
+    Raises:
+        ConfigError: the port is not known before the server listens.
+    """
+    if config.node_address is not None:
+        return config.node_address.rstrip("/")
+    if not config.port:
+        raise ConfigError("--node-address: must be given with --port 0")
+    return f"{'http' if config.tls_cert is None else 'https'}://{socket.gethostname()}:{config.port}"

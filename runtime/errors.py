@@ -151,12 +151,6 @@ class MissingData(LoadRefused):
     """A model names a file that its version does not have."""
 
 
-class DeviceUnavailable(RuntimeProblem):
-    """This server has none of the devices that a load names, or may not use them."""
-
-    code = "device_unavailable"
-
-
 class NoProgress(RuntimeProblem):
     """A load reached no further stage, and copied or hashed nothing, for its `progress_timeout_s`."""
 

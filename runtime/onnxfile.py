@@ -162,8 +162,7 @@ def check_external_data(path: Path, folder: Path, root: Path) -> bool:
 
     Raises:
         LoadRefused: `unsafe_file`, for a location that is absolute, leaves the folder, or is not a regular
-            file inside the repository; `invalid_model`, for a missing file (`MissingData`), or for too many
-            fields.
+            file inside the repository; `invalid_model`, a file is missing (`MissingData`); too many fields.
     """
     checked = set[PurePosixPath]()
     try:

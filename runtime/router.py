@@ -72,7 +72,7 @@ class Here:
     """The running load that answers for a model.
 
     Attributes:
-        position: of its `ModelLoaded`.
+        position: the position of its `ModelLoaded`.
         has_copies: whether the model is loaded at other servers, too.
     """
 
@@ -112,7 +112,7 @@ class There:
     Attributes:
         server: its name.
         version: the requested one; None is any.
-        is_last: whether a copy has failed already, so that this one's answer counts, whatever it is.
+        is_last: whether a copy has failed already, so that this server's answer counts in any case.
     """
 
     server: str
@@ -161,7 +161,7 @@ class Router:
         self._known: dict[str, tuple[Model, Here]] = {}
 
     def find_version(self, model_id: str, version: Version | None) -> int | None:
-        """Return the number of a version that a request names; None if it names none.
+        """Return the number of the version in a request, or None if the request names none.
 
         Raises:
             UnknownLabel: `unknown_label`.
@@ -195,7 +195,7 @@ class Router:
         return (self._find_copy(model_id, number) if has_copies else None) or target
 
     def _find_copy(self, model_id: str, version: int | None, own: RunningLoad | None = None) -> There | None:
-        """Return another server that is to answer for a model; None if there is none, or `own` is to."""
+        """Return another server that answers for a model, or None if there is none, or `own` answers."""
         state = self._log.state
         model = state.models.get(model_id)
         server = None if model is None else self._elsewhere.choose(model, state, version, own)
@@ -261,14 +261,14 @@ class Router:
             here: the load, as it was resolved just now.
             request: the inputs.
             timeout_s: its limit.
-            times: of this request; what happens here is added.
+            times: the request's times; the router adds its own.
             version: the requested one, for a repetition; None is any.
             worker: in whose memory the inputs lie. Without one, or if it has died, it is the least busy.
             spreads: whether another copy may answer instead.
 
         Raises:
             QueueFull: `inference_queue_full`.
-            RuntimeProblem: what the worker answered.
+            RuntimeProblem: the worker's error.
         """
         times.asked_ns = began_ns = time.monotonic_ns()
         try:

@@ -1,8 +1,8 @@
 """Timeouts of waiting for an answer of a process, a file system or a client, and their durations.
 
 An unload without force takes at most the drain timeout, a measurement, the stop grace, a kill and the wait
-for its exit; with force, only a kill and the wait for its exit. On a device with memory of its own, another
-measurement comes before these without force, and the wait for that memory after them.
+for its exit; with force, only a kill and the wait for its exit. Where a load takes memory beside the
+machine's, another measurement comes before these without force, and the wait for that memory after them.
 
 No timeout counts the time in which the event loop was stalled (`Timeout`, `timeout`): a server that was
 itself stopped blames no other process. Leases, deadlines of jobs and the expiry of tokens have no `Timeout`:
@@ -26,22 +26,14 @@ STOP_GRACE_S = 1.0
 INFERENCE_GRACE_S = 5.0
 """Default of `inference_grace_s`: a cancelled inference stops within it, or its worker is killed."""
 MEASURE_LIMIT_S = 1.0
-"""Time for a measurement of a worker, or of a device by its driver. The kernel waits for the process's
-mappings, which a worker can hold; the measurement is then given up, so that an unload does not wait for
-it."""
+"""Time for a measurement of a worker, or by a driver. The kernel waits for the process's mappings, which a
+worker can hold; the measurement is then given up, so that an unload does not wait for it."""
 FORK_SERVER_LIMIT_S = 10.0
 """Time for a new fork server to import everything, usually 0.2 s, before it is killed and launched again."""
 FORK_LIMIT_S = 5.0
 """Time for a fork, usually 4 ms, before the fork server is replaced. `FORK_WAITS` times as long if there are
 workers, since they end with the fork server."""
 FORK_WAITS = 12
-DEVICES_LIMIT_S = 10.0
-"""Time at the start for a provider's package to name its library, for a throw-away worker to register it, and
-for the first answer of a driver: OpenVINO takes 0.05 s, a driver that starts its devices seconds. A hanging
-provider takes this long, beside the others; the server then starts without it."""
-DEVICE_RETURN_S = 5.0
-"""Time for a device to return the memory of workers that have exited: a driver may free it after the exit.
-Memory that is missing then is recorded, and no longer waited for."""
 EXIT_WAIT_S = 1.0
 """Time for the exit status and the last output of a worker that has exited; then they are unknown."""
 

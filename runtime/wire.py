@@ -16,13 +16,14 @@ in `runtime.process.inflight`.
 import ctypes
 import math
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Annotated, Generic, Literal, TypeVar
 
 import msgspec
 
+from features.wire import FoundTarget, Library, Target
 from runtime.errors import LoadCode
 
 PREFIX = struct.Struct("<IQ")
@@ -118,12 +119,12 @@ ForbiddenAct = Literal[
     "manage_server",
 ]
 """Forbidden acts that a throw-away worker tries: to use files or processes of others, to run code that it has
-made, to call drivers of devices, and to manage the server over its control socket."""
+made, to call drivers of hardware, and to manage the server over its control socket."""
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Time = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 """Nanoseconds since 1970; a file can be older."""
 FileNumber = Annotated[int, msgspec.Meta(ge=0)]
-"""A device or an inode, with all 64 bits on some file systems. They are compared, and go into no event."""
+"""A file system or an inode, with all 64 bits on some systems. They are compared, and go into no event."""
 Length = Annotated[int, msgspec.Meta(ge=-1, le=2**63 - 1)]
 """Length of a dimension of a model's input or output; -1 is any length."""
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
@@ -206,61 +207,13 @@ class ProviderOperators(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     operators: Count
 
 
-class ProviderLibrary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The library of an execution provider that is installed.
-
-    Attributes:
-        provider: its name in names of devices.
-        path: of the library, absolute.
-        ep_name: what ONNX Runtime calls the provider.
-    """
-
-    provider: Name
-    path: str
-    ep_name: Name
-
-
-class FoundDevice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A device that a provider has found on this machine.
-
-    Attributes:
-        name: as loads name it (`events.devices`).
-        version: of the provider.
-        hardware: what the provider calls it, for people.
-        pci_bus_id: by which its driver knows it; "" of one that is on no such bus.
-    """
-
-    name: Name
-    version: Name
-    hardware: Name = ""
-    pci_bus_id: Name = ""
-
-
-class TargetDevice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The device of a load.
-
-    Attributes:
-        name: as loads name it (`events.devices`).
-        library: of its provider.
-        options: for the provider.
-        falls_back: whether operators that it does not support run on the CPU; else the load is refused.
-    """
-
-    name: Name
-    library: ProviderLibrary
-    options: Mapping[str, str] = {}
-    falls_back: bool = False
-
-
 NO_MORE = "the machine has no more"
 """The reason for a lack of memory of a load without a limit."""
-PROVIDER_MAPPED_BYTES = 64 * 2**20
-"""Memory that a provider maps without touching it: OpenVINO's libraries and threads 50 MB (measured)."""
 
 
-def _leave_room(limit_bytes: int | None, device: TargetDevice | None) -> int | None:
+def _leave_room(limit_bytes: int | None, target: Target | None) -> int | None:
     """Return a limit of mapped memory with room for what a provider maps."""
-    return limit_bytes if limit_bytes is None or device is None else limit_bytes + PROVIDER_MAPPED_BYTES
+    return limit_bytes if limit_bytes is None or target is None else limit_bytes + target.mapped_bytes
 
 
 class Load(Message, frozen=True):
@@ -279,7 +232,7 @@ class Load(Message, frozen=True):
         ceiling_bytes: the worker's permanent limit of memory, which it cannot lift; None is no limit.
         tensors: inputs of the warm-up, which `Worker.load` fills in; else zeros where shapes allow it.
         name: the process's name in lists of processes.
-        device: where the session runs; None is the CPU. Its warm-up has to succeed.
+        target: where the session runs; None is the CPU. Its warm-up has to succeed.
         max_request_bytes: limit of a request; a model that needs longer ones is refused.
         dependent_rows: whether rows of a batch may change each other's answers.
     """
@@ -298,7 +251,7 @@ class Load(Message, frozen=True):
     ceiling_bytes: int | None = None
     tensors: tuple[TensorHead, ...] = ()
     name: str = ""
-    device: TargetDevice | None = None
+    target: Target | None = None
     max_request_bytes: Count = MAX_REQUEST_BYTES
     dependent_rows: bool = False
 
@@ -306,13 +259,12 @@ class Load(Message, frozen=True):
         """Return the limit that the worker cannot lift; the model's own leaves room for its threads.
 
         Args:
-            thread_bytes: the memory of one thread. The first of `threads` is the worker's own, which exists
-                already.
+            thread_bytes: the memory of one thread. The first of `threads` is the worker's own.
         """
         own = self.memory_limit_bytes
         with_threads = None if own is None else own + (self.threads - 1) * thread_bytes
         given = [each for each in (with_threads, self.ceiling_bytes) if each is not None]
-        return _leave_room(min(given, default=None), self.device)
+        return _leave_room(min(given, default=None), self.target)
 
     def most_bytes(self, thread_bytes: int) -> int | None:
         """Return the most memory of any kind that the worker can add within its limits; None is no limit.
@@ -328,7 +280,7 @@ class Load(Message, frozen=True):
     @property
     def soft_limit_bytes(self) -> int | None:
         """The limit that the worker lifts when the model is loaded; None is no limit."""
-        return _leave_room(self.load_limit_bytes, self.device)
+        return _leave_room(self.load_limit_bytes, self.target)
 
     @property
     def is_limited_by_itself(self) -> bool:
@@ -351,12 +303,12 @@ class Probe(Message, frozen=True):
     """Apply these layers, as far as they exist, and try forbidden acts.
 
     The first message to a worker, and its last. `outside` is a folder that no worker needs. With `providers`,
-    act like the worker of a load on a device, and list their devices.
+    act like the worker of a load on a target of theirs, and list these.
     """
 
     outside: str
     layers: tuple[Layer, ...]
-    providers: tuple[ProviderLibrary, ...] = ()
+    providers: tuple[Library, ...] = ()
 
 
 class ReadJson(Message, frozen=True):
@@ -398,7 +350,7 @@ class StageReached(Message, frozen=True):
 class Loaded(Message, frozen=True):
     """The model can serve; `warming_up_us` is None without a warm-up.
 
-    `placed` is empty for a load on the CPU, else its device comes first. `dependence` is why rows of a batch
+    `placed` is empty for a load on the CPU, else its target comes first. `dependence` is why rows of a batch
     might change each other's answers; None without batching, or if they provably do not.
     """
 
@@ -418,14 +370,14 @@ class Probed(Message, frozen=True):
         layers: the applied layers.
         succeeded: the forbidden acts that the worker could do.
         problems: why a layer was not applied, or a provider could not be used.
-        devices: the providers' devices.
+        targets: the providers' targets.
     """
 
     landlock_abi: Count
     layers: tuple[Layer, ...]
     succeeded: tuple[ForbiddenAct, ...]
     problems: tuple[Text, ...] = ()
-    devices: tuple[FoundDevice, ...] = ()
+    targets: tuple[FoundTarget, ...] = ()
 
 
 class JsonRead(Message, frozen=True):
@@ -506,8 +458,7 @@ def heads(tensors: Sequence[Tensor], offsets: Iterable[int | None] = repeat(None
     `offsets` are the positions in shared memory, None for a tensor in the payload.
 
     Raises:
-        MalformedFrame: the receiver would refuse them: an unknown datatype, or data of another size than the
-            shape.
+        MalformedFrame: the receiver would refuse them: an unknown datatype, or data of another size.
     """
     pairs = zip(tensors, offsets, strict=False)
     described = tuple([TensorHead(t.name, t.datatype, t.shape, len(t.data), t.text, at) for t, at in pairs])

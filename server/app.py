@@ -30,6 +30,7 @@ from features.approvals import routes as approvals
 from features.labels import routes as labels
 from features.ondemand.app import open_demand
 from features.rules import LoadPolicy
+from features.server import choose_targets, describe_setup, find_rooms
 from features.signatures import routes as signatures
 from nodes import routes as node_routes
 from nodes.thisnode import ThisNode
@@ -91,7 +92,6 @@ from server.auth.ratelimit import RateLimits
 from server.auth.tokens import TOKENS, TokenIssuer
 from server.cluster import CLUSTER, Cluster
 from server.config import Config, ConfigError, parse_budget
-from server.devices import describe_setup, limit_devices, withhold_devices
 from server.errors import errors_middleware
 from server.http.bodies import Bodies
 from server.http.responses import response_completer
@@ -221,14 +221,13 @@ async def _workers(app: web.Application) -> AsyncIterator[None]:
         threads=app[CONFIG].model_threads(count_usable_cpus()),
         patience_s=app[CONFIG].inference_grace_s,
         records_stderr=app[CONFIG].ledger_stderr == "on",
-        visible_devices=app[CONFIG].visible_device_names,
+        targets=choose_targets(app[CONFIG]),
         max_request_bytes=app[CONFIG].max_request_bytes,
     )
     await pool.open()
     try:
         await _confine(pool, app[CONFIG])
         _log.info("threads of each model: %d, unless its load says otherwise", pool.threads)
-        withhold_devices(pool)
         app[POLICY] = await _policy(app[CONFIG], app[LIMIT].bytes, pool)
         for said in describe_setup(pool, app[POLICY].rooms):
             _log.info("%s", said)
@@ -342,7 +341,7 @@ async def _policy(config: Config, limit_bytes: int, pool: WorkerPool) -> Policy:
         min_residency_s=config.min_residency_s,
         restores=config.restore == "all",
         loads=config.policy,
-        rooms=await limit_devices(config, pool, limit_bytes),
+        rooms=await find_rooms(config, pool, limit_bytes),
     )
 
 

@@ -33,7 +33,7 @@ ROUTER = web.AppKey("router", Router)
 LIMIT = web.AppKey("limit", MemoryLimit)
 """Memory of the container or machine."""
 POLICY = web.AppKey("policy", Policy)
-"""The operator's settings of what may be loaded, once the devices are known."""
+"""The operator's settings of what may be loaded, once workers are confined."""
 TIME_SERIES = web.AppKey("time_series", TimeSeries)
 """Samples for charts."""
 STREAMS = web.AppKey("streams", Streams)

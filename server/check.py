@@ -21,7 +21,6 @@ from typing import Any
 from msgspec import structs
 
 from events.clock import format_timestamp, utc_now, uuid7
-from events.devices import CPU
 from events.errors import LedgerProblem
 from events.models import Model
 from events.sqlite.datalock import LEDGER
@@ -33,7 +32,9 @@ from events.types import LoadedFile, LoadParameters, contents_of, digest_of
 from features.beforeload import CheckInput
 from features.checks import CheckedVersion, survey_version
 from features.rules import LoadPolicy, ModelRules
+from features.server import choose_targets, describe_setup, find_rooms
 from runtime.cgroups import count_usable_cpus
+from runtime.consumer.loads import find_targets
 from runtime.errors import (
     ForkServerUnavailable,
     RepositoryUnreadable,
@@ -51,7 +52,6 @@ from runtime.scheduler.estimates import estimate_memory
 from runtime.store.folder import STORE
 from runtime.store.store import Store
 from runtime.store.versions import Versions
-from runtime.wire import TargetDevice
 from server.api.loads import default_parameters
 from server.auth.keys import KeyProblem, read_public_keys, refuse_unsafe
 from server.config import OFF, ON, OWN, Config, ConfigError, parse_budget
@@ -62,7 +62,6 @@ from server.configsources import (
     read_settings,
     unknown_variables,
 )
-from server.devices import describe_setup, limit_devices, withhold_devices
 from server.http.tls import load_context
 
 
@@ -106,7 +105,7 @@ class CheckResult:
         versions: how many were checked.
         loaded: whether the version that was named was loaded.
         confinement: a sentence about what confines the workers.
-        devices: some about devices.
+        targets: some about targets of loads beside the CPU.
         findings: all so far.
     """
 
@@ -115,7 +114,7 @@ class CheckResult:
     versions: int = 0
     loaded: bool = False
     confinement: str = ""
-    devices: list[str] = field(default_factory=list)
+    targets: list[str] = field(default_factory=list)
     findings: list[CheckFinding] = field(default_factory=list)
 
     def add(self, findings: Iterable[CheckFinding]) -> None:
@@ -205,7 +204,7 @@ def _check_repository(path: Path) -> None:
 
 
 def _check_data(path: Path) -> None:
-    with suppress(FileNotFoundError):  # it will be created
+    with suppress(FileNotFoundError):  # a missing folder will be created
         path.stat()
     folder = next(each for each in (path, *path.parents) if each.exists())
     if not folder.is_dir():
@@ -321,7 +320,7 @@ def _check_versions(
                 for each in files:
                     with folder.open_file(each.path):  # may be read
                         pass
-        except (UnknownModel, UnknownVersion):  # it was just deleted
+        except (UnknownModel, UnknownVersion):  # just deleted
             continue
         except RuntimeProblem as problem:
             result.add([CheckFinding(place, problem.code, str(problem))])
@@ -345,7 +344,7 @@ def _check_versions(
 
 def _check_content(place: str, find_file: Callable[[], Path | None]) -> Iterator[CheckFinding]:
     """Yield what the file of a version is, if it is no ONNX file, or not all of one."""
-    with suppress(OSError, RuntimeProblem):  # it has just changed
+    with suppress(OSError, RuntimeProblem):  # just changed
         path = find_file()
         foreign = None if path is None else describe_foreign_content(*read_head(path))
         if path is not None and foreign is not None:
@@ -388,7 +387,7 @@ def check_policy(config: Config, result: CheckResult, state: State) -> None:
 
 
 def _size_highest(repository: Repository, model_id: str) -> int | None:
-    """Return the bytes of a model's highest version; None if the repository does not have it any more."""
+    """Return the bytes of a model's highest version, or None if the repository has it no more."""
     with suppress(RuntimeProblem):
         return sum(
             each.bytes for each in repository.stat_version(model_id, repository.find_version(model_id))
@@ -412,7 +411,7 @@ def read_ledger(config: Config, result: CheckResult) -> State:
 def _check_rules(
     config: Config, repository: Repository, model_id: str, rules: ModelRules, state: State
 ) -> Iterator[CheckFinding]:
-    """Yield what the rules do to the highest version, and what they refuse of what the model serves."""
+    """Yield the effect of the rules on the highest version, and their refusals of the serving one."""
     model, versions = state.models.get(model_id) or Model(model_id), state.registers.find_versions(model_id)
     highest = list[int]()
     with suppress(RuntimeProblem):  # the repository does not have it any more
@@ -476,12 +475,12 @@ def _describe_outcome(seen: CheckedVersion, rules: ModelRules) -> str:
 
 
 def check_workers(config: Config, result: CheckResult, loaded: Sequence[LoadableVersion] = ()) -> None:
-    """Check confinement and devices, and load versions, each for at most its `timeout_s`."""
+    """Check confinement and targets, and load versions, each for at most its `timeout_s`."""
 
     async def check() -> None:
         pool = WorkerPool(
             threads=config.model_threads(count_usable_cpus()),
-            visible_devices=config.visible_device_names,
+            targets=choose_targets(config),
             max_request_bytes=config.max_request_bytes,
         )
         try:
@@ -504,18 +503,16 @@ async def _check_confinement(pool: WorkerPool, config: Config, result: CheckResu
         result.add([CheckFinding("--confine", problem.code, str(problem))])
         return
     result.confinement = describe(pool.applied.confinement)
-    await _check_devices(pool, config, result)
+    await _check_targets(pool, config, result)
     if pool.applied.confinement.not_prevented:
         text = f"{result.confinement}{pool.applied.reasons}"
         result.add([CheckFinding("--confine", NotConfined.code, text, Severity.NOTE)])
 
 
-async def _check_devices(pool: WorkerPool, config: Config, result: CheckResult) -> None:
-    withhold_devices(pool)
+async def _check_targets(pool: WorkerPool, config: Config, result: CheckResult) -> None:
     try:
-        machine_bytes = find_memory_limit().bytes
-        limits = await limit_devices(config, pool, machine_bytes)
-        result.devices += describe_setup(pool, limits)
+        rooms = await find_rooms(config, pool, find_memory_limit().bytes)
+        result.targets += describe_setup(pool, rooms)
     except ConfigError as error:
         place, _, text = str(error).partition(": ")
         result.add([CheckFinding(place, "invalid_setting", text)])
@@ -528,7 +525,8 @@ async def _load(pool: WorkerPool, loaded: LoadableVersion, config: Config, resul
     try:
         warm_up = read_warm_up(repository, loaded.model_id)
         async with versions.version(loaded.model_id, loaded.version) as files:
-            message = pool.build_load(files, parameters, warm_up, _find_target(pool, parameters))
+            order = find_targets(parameters, pool, {})[0].allocate({}, parameters, None, pool, tuple).order()
+            message = pool.build_load(files, parameters, warm_up, order)
             message = structs.replace(message, ceiling_bytes=budget)
             worker = await pool.start(uuid7())
             try:
@@ -542,16 +540,3 @@ async def _load(pool: WorkerPool, loaded: LoadableVersion, config: Config, resul
         result.add([CheckFinding(loaded.place, "timeout", text)])
     except RuntimeProblem as problem:
         result.add([CheckFinding(loaded.place, problem.code, str(problem))])
-
-
-def _find_target(pool: WorkerPool, parameters: LoadParameters) -> TargetDevice | None:
-    """Return the device on which a load would run if all had room; None is the CPU.
-
-    Raises:
-        DeviceUnavailable: `device_unavailable`, there is none of those that it names.
-    """
-    devices = parameters.devices or (CPU,)
-    device = CPU if devices == (CPU,) else pool.devices.find_candidates(devices)[0]
-    if device == CPU:
-        return None
-    return pool.devices.target(device, falls_back=parameters.fallback == CPU, memory_bytes=None)

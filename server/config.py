@@ -6,7 +6,6 @@ The options of `serve` and `check` and the table in the documentation are genera
 
 import dataclasses
 import re
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -16,7 +15,7 @@ from urllib.parse import urlsplit
 
 from marshmallow import ValidationError, validate
 
-from events.devices import ALL_DEVICES, ANY, CPU, DEVICE, DEVICE_RULE, MAX_DEVICES
+from features.devices.names import ALL_DEVICES, ANY, CPU, DEVICE, DEVICE_RULE, MAX_DEVICES
 from features.rules import LoadPolicy
 from runtime.timeouts import DRAIN_TIMEOUT_S, INFERENCE_GRACE_S, PROGRESS_TIMEOUT_S
 from runtime.uploads.staging import UploadPolicy, Writable
@@ -34,10 +33,6 @@ MAX_KEEP_ALIVE_S = 365 * 86400
 """A year; for longer there is -1, which means never."""
 MAX_THREADS = 1024
 """Of a model: more than most machines have cores."""
-MAX_AWAY_S = 600.0
-"""How long a node serves that is cut from the database: longer than an outage that somebody is working on."""
-AWAY_SHARE = 2 / 3
-"""Of the lease: a node that is not to serve then has ended its workers before others load its models."""
 MANY = 1_000_000
 """Upper limit of counts: catches typing errors, limits nothing real."""
 
@@ -498,28 +493,6 @@ class Config:
     """Other requests per subject: 100 a second, which no page of the console and few scripts reach."""
     streams_per_subject: int = 20
     """Streams of events that one subject may have open: the windows of a person, and some programs."""
-
-    def node_id(self) -> str:
-        return self.node_name or socket.gethostname()
-
-    def own_address(self) -> str:
-        """Return the URL at which other nodes reach this one.
-
-        Raises:
-            ConfigError: the port is not known before the server listens.
-        """
-        if self.node_address is not None:
-            return self.node_address.rstrip("/")
-        if not self.port:
-            raise ConfigError("--node-address: must be given with --port 0")
-        return f"{'http' if self.tls_cert is None else 'https'}://{socket.gethostname()}:{self.port}"
-
-    def away_limit_s(self) -> float:
-        """Return how long this node answers inferences without the ledger's database."""
-        return MAX_AWAY_S if self.when_away == "serve" else self.lease_s * AWAY_SHARE
-
-    def own_attributes(self) -> tuple[str, ...]:
-        return () if self.node_attributes is None else parse_node_attributes(self.node_attributes)
 
     @property
     def default_devices(self) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from support.running import Engine, end_workers, running, save_models
 from support.shims import Shim
 from support.workers import Serve, order_of, running_pool, until
 
-from runtime import devices
+from features.devices import found as devices
 from runtime.process.pool import WorkerPool
 from runtime.process.worker import Worker
 from server.config import Config

@@ -156,7 +156,7 @@ def test_what_ships_imports_nothing_that_does_not() -> None:
 def test_web_framework_appears_in_server_nodes_and_clients_only() -> None:
     assert packages_that_import("aiohttp_apispec") == {"server"}
     beside = {module for module in importers_of("aiohttp") if top(module) not in {"nodes", "server"}}
-    beside = {module for module in beside if not re.fullmatch(r"features\.\w+\.(app|routes)", module)}
+    beside = {module for module in beside if not re.fullmatch(r"features\.\w+\.(app|routes|setup)", module)}
     assert beside == {"loadledger.transports.asynchronous"}  # the client for event loops
 
 

@@ -15,15 +15,15 @@ from features.approvals.facts import ApprovalWithdrawn, VersionApproved
 
 
 class Approval(Struct, frozen=True, gc=False, omit_defaults=True):
-    """One person's approval of bytes, as `VersionApproved` has it.
+    """One person's approval of bytes, from `VersionApproved`.
 
     Attributes:
-        digest: of the files.
-        version: how they were named.
+        digest: the digest of the files.
+        version: the version that had them.
         by: the person.
-        reason: as it was given.
-        at: when it was recorded, and `position` where.
-        event_id: of the `VersionApproved`: its server has signed it, so that no other event can repeat it.
+        reason: the person's words.
+        at: the time of the event at `position`.
+        event_id: the event's id, which its server has signed, so that no other event can repeat it.
         jti, issuer, issued_by: of the person's token, as in `Credential`.
         node_signature: UNSET at a server alone.
     """
@@ -42,13 +42,13 @@ class Approval(Struct, frozen=True, gc=False, omit_defaults=True):
 
     @property
     def people(self) -> tuple[str, ...]:
-        """The person, and who issued the person's token."""
+        """The person, and the issuers of the person's token."""
         return (self.by, *self.issued_by)
 
 
 MAX_APPROVED = 64
-"""Bytes of a model whose approvals are kept: more than one goes back to. The oldest that nothing served when
-the newest was approved go first."""
+"""Bytes of a model whose approvals are kept, more than people go back to. The oldest are dropped first that
+served nothing when the newest was approved."""
 
 
 class ApprovedVersions:

@@ -1,7 +1,7 @@
 """Approval of versions: give and withdraw it.
 
-Any server of a ledger takes an approval that has hashed the files, or whose ledger has who added them. The
-writer decides whether it counts (`features.approvals.commands`).
+Any server of a ledger accepts an approval if it has hashed the files, or the ledger knows who added them. The
+writer decides whether the approval is valid (`features.approvals.commands`).
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ async def withdraw_approval(request: web.Request) -> web.Response:
 
 
 def _respond(app: web.Application, model_id: str, version: int, digest: str | None = None) -> web.Response:
-    """Return the approvals of bytes; None has none."""
+    """Return the approvals of bytes; `digest` is None for bytes without approvals."""
     versions = app[LOG].state.registers.find_versions(model_id)
     persons = app[CONFIG].policy.count_persons(model_id)
     given = [each for each in versions.approvals if each.digest == digest]
@@ -110,17 +110,17 @@ def _respond(app: web.Application, model_id: str, version: int, digest: str | No
 
 
 async def _find_contents(app: web.Application, model_id: str, version: int, digest: str) -> Contents:
-    """Return the hashes of a version's files, as the server or the ledger has them.
+    """Return the hashes of a version's files, known to the server or the ledger.
 
     Raises:
         RuntimeProblem: `unknown_model`, `unknown_version`, `repository_busy`, `repository_unreadable`.
-        ServerProblem: `digest_differs`, they have another digest, or neither has them.
+        ServerProblem: `digest_differs`, the files have another digest, or are unknown.
     """
     versions = app[VERSIONS]
 
     def look() -> Contents | None:
         versions.repository.find_version(model_id, version)
-        with suppress(LoadRefused, RepositoryUnreadable):  # a load then says what is wrong
+        with suppress(LoadRefused, RepositoryUnreadable):  # a load then reports the problem
             return versions.known_contents(model_id, version)
         return None
 

@@ -15,21 +15,25 @@ from dataclasses import dataclass
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from events.devices import CPU
 from events.types import DeviceUse, LoadParameters, ModelLoaded, ModelUnloaded
-from runtime.devices import measure_memory
+from features.devices.found import measure_memory
+from features.devices.names import CPU
+from features.devices.wire import FoundDevice, TargetDevice
 from runtime.errors import LoadRefused
 from runtime.process.pool import WorkerPool, start_task
 from runtime.rooms import MACHINE, Allocation
 from runtime.scheduler.admission import format_megabytes
 from runtime.scheduler.view import load_allowance
-from runtime.timeouts import DEVICE_RETURN_S, timeout
-from runtime.wire import FoundDevice, Loaded, TargetDevice
+from runtime.timeouts import timeout
+from runtime.wire import Loaded
 
 SAMPLE_S = 0.5
 """How often to check that a load takes no more than it may. A reading takes a millisecond."""
 POLL_S = 0.05
 """How often to check whether the memory is back."""
+DEVICE_RETURN_S = 5.0
+"""Time for a device to return the memory of workers that have exited: a driver may free it after the exit.
+Memory that is missing then is recorded, and no longer waited for."""
 UNRETURNED_SHARE = 50
 """A fiftieth of it may be missing when it counts as returned: drivers round, and others use the device."""
 
@@ -51,7 +55,7 @@ class DeviceAllocation(Allocation):
     def order(self) -> TargetDevice:
         """Return the device, with a bound of what one worker may take there."""
         falls_back, bound = self.parameters.fallback == CPU, self._bound_bytes()
-        return self.pool.devices.target(self.device.name, falls_back=falls_back, memory_bytes=bound)
+        return self.pool.targets.target(self.device.name, falls_back=falls_back, memory_bytes=bound)
 
     def list_taken(self, memory_bytes: int) -> Mapping[str, int]:
         return {self.device.name: memory_bytes, MACHINE: memory_bytes}
@@ -62,7 +66,7 @@ class DeviceAllocation(Allocation):
             DeviceUse(each.provider, each.version, CPU, each.operators) for each in report.placed
         )
         use = replace(first, device=self.device.name, memory_bytes=self._measured_bytes())
-        confinement = self.pool.applied_to_devices.confinement
+        confinement = self.pool.targets.applied.confinement
         return replace(fact, confinement=confinement, devices=(use, *others))
 
     def _bound_bytes(self) -> int | None:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from events.devices import CPU, find_matching, provider_of
 from events.types import LoadParameters
+from features.devices.names import CPU, find_matching, provider_of
 from runtime.process.pool import WorkerPool
 
 
@@ -35,8 +35,8 @@ def list_demands(parameters: LoadParameters) -> Sequence[DeviceDemand]:
 
 def list_attributes(pool: WorkerPool) -> Iterable[str]:
     """Return the attributes of a server with these devices: `device=cuda`, `device.cuda=0`."""
-    providers = {f"device={provider_of(name)}" for name in pool.devices.found}
-    return providers | {f"device.{name.replace(':', '=')}" for name in pool.devices.found}
+    providers = {f"device={provider_of(name)}" for name in pool.targets.found}
+    return providers | {f"device.{name.replace(':', '=')}" for name in pool.targets.found}
 
 
 def _read_devices(attributes: Iterable[str]) -> tuple[str, ...]:

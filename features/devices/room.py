@@ -8,10 +8,10 @@ from typing import Any
 
 from msgspec import UNSET
 
-from events.devices import CPU, provider_of
 from events.jobs import Footprint
 from events.types import LoadParameters
 from features.devices.allocation import DeviceAllocation, MeasuredAllocation
+from features.devices.names import CPU, provider_of
 from runtime.consumer.running import RunningLoad
 from runtime.process.pool import WorkerPool
 from runtime.repository import SizedFile
@@ -69,7 +69,7 @@ class DeviceTarget(Target):
         pool: WorkerPool,
         running: Callable[[], Iterable[Allocation]],
     ) -> Allocation:
-        device = pool.devices.found[self.name]
+        device = pool.targets.found[self.name]
         if limits is None or not limits.is_measured:
             return DeviceAllocation(device, parameters, pool)
         need_bytes = needs[self.name]
@@ -93,7 +93,7 @@ def find_targets(
     Raises:
         DeviceUnavailable: `device_unavailable`, there is none of them.
     """
-    names = pool.devices.find_candidates(parameters.devices or (CPU,))
+    names = pool.targets.find_candidates(parameters.devices or (CPU,))
     return [target_device(name, has_memory=name in limits and limits[name].is_measured) for name in names]
 
 

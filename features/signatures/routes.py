@@ -30,7 +30,7 @@ CHECK_ERRORS = (
     *("invalid_model", "unsafe_file", "model_changed"),
     *("repository_busy", "repository_unreadable", "disk_full", "store_full", "store_unavailable"),
 )
-"""Codes of `Consumer.check_version` for a version that is there."""
+"""Codes of `Consumer.check_version` for an existing version."""
 
 
 @routes.get(

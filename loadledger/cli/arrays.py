@@ -266,7 +266,7 @@ def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
     Raises:
         ValueError: there is more than one output for .npy.
         OSError: the file cannot be written.
-        WrongTarget: the path leads to a folder, a link or a device.
+        WrongTarget: the path leads to a folder, a link or a special file.
     """
     plain = {name: array.astype(str) if array.dtype == object else array for name, array in arrays.items()}
     if path.suffix == ".npy" and len(plain) != 1:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import get_args
 
 from events.values import Confinement
+from features.wire import FoundTarget, Library
 from runtime.errors import RuntimeProblem, WorkerDied
 from runtime.process.worker import Worker
-from runtime.timeouts import DEVICES_LIMIT_S, FORK_LIMIT_S, timeout
-from runtime.wire import ForbiddenAct, FoundDevice, Layer, Probe, Probed, ProviderLibrary
+from runtime.timeouts import timeout
+from runtime.wire import ForbiddenAct, Layer, Probe, Probed
 
 REQUIRE, REQUIRE_CPU, OFF = "require", "require-cpu", "off"
-"""Modes: serve only if all forbidden acts are prevented, or all but those of workers on devices; apply no
+"""Modes: serve only if all forbidden acts are prevented, or all but those of workers with a target; apply no
 layer. `auto` applies what there is."""
 ALL_LAYERS: tuple[Layer, ...] = get_args(Layer)
 ALL_ACTS: tuple[ForbiddenAct, ...] = get_args(ForbiddenAct)
@@ -47,13 +48,13 @@ class AppliedLayers:
         layers: their names.
         confinement: how far they go.
         problems: why a layer was not applied, or a provider could not be used.
-        devices: the devices that the providers have found in a worker with these layers.
+        targets: the targets that a provider has found in a worker with these layers.
     """
 
     layers: tuple[Layer, ...]
     confinement: Confinement
     problems: tuple[str, ...] = ()
-    devices: tuple[FoundDevice, ...] = ()
+    targets: tuple[FoundTarget, ...] = ()
 
     def check(self) -> None:
         """Refuse what `require` and `require-cpu` do not allow.
@@ -82,7 +83,7 @@ def describe(confinement: Confinement, who: str = "workers") -> str:
 
     Args:
         confinement: that of these workers.
-        who: the sentence's word for the workers, for those of loads on devices.
+        who: the sentence's word for the workers, if they are not all.
     """
     applied = [f"Landlock {confinement.landlock_abi}"] if confinement.landlock_abi else []
     applied += ["seccomp"] if confinement.seccomp else []
@@ -92,7 +93,7 @@ def describe(confinement: Confinement, who: str = "workers") -> str:
 
 
 async def probe(
-    worker: Worker, mode: str, outside: Path, provider: ProviderLibrary | None = None
+    worker: Worker, mode: str, outside: Path, provider: Library | None, limit_s: float
 ) -> AppliedLayers:
     """Have a throw-away worker find out which layers can be applied, and which acts they do not prevent.
 
@@ -100,18 +101,19 @@ async def probe(
         worker: it ends by itself.
         mode: `auto`, `require`, `require-cpu` or `off`.
         outside: a folder that no worker needs; nothing is left there.
-        provider: a provider of devices: the worker is confined like a load there, and finds its devices.
+        provider: a provider of targets: the worker is confined like a load there, and finds them.
+        limit_s: the time for the answer.
     """
     order = Probe(str(outside), () if mode == OFF else ALL_LAYERS, () if provider is None else (provider,))
     try:
-        async with timeout(FORK_LIMIT_S if provider is None else DEVICES_LIMIT_S):
+        async with timeout(limit_s):
             found: Probed = await worker.execute(order)
     except (WorkerDied, TimeoutError) as error:
         said = "; ".join([str(error) or "the worker did not answer", *worker.stderr_tail()])
         tested = "" if provider is None else f"{provider.provider}: "
         found = Probed(0, (), ALL_ACTS, (f"{tested}the test failed: {said}",))
     recorded = Confinement(mode, found.landlock_abi, "seccomp" in found.layers, found.succeeded)
-    return AppliedLayers(found.layers, recorded, found.problems, found.devices)
+    return AppliedLayers(found.layers, recorded, found.problems, found.targets)
 
 
 def weakest(probed: Sequence[AppliedLayers]) -> AppliedLayers:

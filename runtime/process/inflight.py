@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
+from features.wire import Target
 from runtime.errors import Exit, InferenceTimeout, LoadRefused, RuntimeProblem, WorkerDied
 from runtime.timeouts import Timeout
 from runtime.wire import (
@@ -34,7 +35,6 @@ from runtime.wire import (
     ProviderOperators,
     ReadJson,
     StageReached,
-    TargetDevice,
     Tensor,
     plain_text,
 )
@@ -67,7 +67,7 @@ class PendingOrder:
             MalformedFrame: a stage out of order or twice, or a report of another order.
         """
         match self._order, report:
-            case Load(device=device), Loaded(placed=placed) if not _is_plausible(device, placed):
+            case Load(target=target), Loaded(placed=placed) if not _is_plausible(target, placed):
                 raise MalformedFrame("where operators run is not what was asked for")
             case _, StageReached(stage):
                 if stage not in self._stages_left:  # an iterator: each search goes on after the last find
@@ -93,12 +93,10 @@ class PendingOrder:
             self._answer.set_result(result)
 
 
-def _is_plausible(device: TargetDevice | None, placed: Sequence[ProviderOperators]) -> bool:
-    """Whether operators run on the load's device, and the others on the CPU if they may; or all there."""
+def _is_plausible(target: Target | None, placed: Sequence[ProviderOperators]) -> bool:
+    """Whether operators run where the load's target allows it; nowhere else without one."""
     named = [each.provider for each in placed]
-    if device is None:
-        return not named
-    return named[:1] == [device.library.provider] and named[1:] in ([], ["cpu"][: device.falls_back])
+    return not named if target is None else target.may_run_on(named)
 
 
 class AnswerRules:
@@ -121,8 +119,7 @@ class AnswerRules:
         """Check the outputs of an answer.
 
         Raises:
-            MalformedFrame: an output twice, one that was not requested, or one in another form than
-                requested.
+            MalformedFrame: an output twice, one that was not requested, or one in another form.
         """
         wanted = {output.name: output.text for output in request.outputs} if request.outputs else None
         for tensor in tensors:
@@ -152,8 +149,7 @@ class InFlight:
     Args:
         patience_s: how long a cancelled inference may go on running.
         cancel: sends the cancellation to the worker.
-        on_stuck: called when the worker does not stop a cancelled inference: later requests would wait for
-            ever.
+        on_stuck: called when the worker does not stop a cancelled inference: later ones would wait.
     """
 
     def __init__(

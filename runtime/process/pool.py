@@ -4,16 +4,16 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Coroutine, Sequence
-from dataclasses import replace
+from collections.abc import Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from events.devices import ALL_DEVICES, find_matching
 from events.types import ALLOW, LoadParameters
-from runtime.devices import Devices, find_providers
+from features.targets import Targets
+from features.wire import Library, Target
 from runtime.errors import ForkServerUnavailable, InferenceTimeout, InvalidInput, WorkerDied
-from runtime.process.confinement import UNCONFINED, AppliedLayers, probe, weakest
+from runtime.process.confinement import UNCONFINED, AppliedLayers, probe
 from runtime.process.forkclient import ForkServer, Process, close_watched
 from runtime.process.sharedmemory import TensorMemory
 from runtime.process.worker import MemorySampler, Worker
@@ -33,15 +33,14 @@ from runtime.wire import (
     JsonRead,
     Load,
     MalformedFrame,
-    ProviderLibrary,
     ReadJson,
-    TargetDevice,
     Tensor,
 )
 
 T = TypeVar("T")
 
 
+NO_TARGETS = Targets()
 LAUNCH_BACK_OFF_S = (0.1, 5.0)
 """Back-off between failed launches of a fork server: the first pause, doubling to the last."""
 BUFFER_BYTES = 2**20
@@ -89,13 +88,12 @@ class WorkerPool:
     Args:
         threads: compute threads of each worker, unless its load says otherwise.
         patience_s: how long a cancelled inference may go on before its worker is killed.
-        visible_devices: names of the machine's devices that loads may use, like `cuda:1`, `cuda:*`.
+        targets: the targets of loads beside the CPU, which `confine` finds.
         max_request_bytes: limit of an inference request; a model must be able to take shorter ones.
 
     Attributes:
         applied: the confinement of workers; nothing before `confine`.
-        applied_to_devices: the confinement of workers of loads on devices, which `require` does not demand.
-        devices: the devices of this machine; none before `confine`.
+        targets: the targets of loads beside the CPU, with their workers' confinement; none before `confine`.
     """
 
     def __init__(
@@ -104,15 +102,13 @@ class WorkerPool:
         threads: int = 1,
         patience_s: float = INFERENCE_GRACE_S,
         records_stderr: bool = True,
-        visible_devices: Sequence[str] = ALL_DEVICES,
+        targets: Targets = NO_TARGETS,
         max_request_bytes: int = MAX_REQUEST_BYTES,
     ) -> None:
         self.threads = threads
         self.records_stderr = records_stderr
         self.applied = UNCONFINED
-        self.applied_to_devices = UNCONFINED
-        self.devices = Devices()
-        self._visible_devices = visible_devices
+        self.targets = targets
         self._max_request_bytes = max_request_bytes
         self._patience_s = patience_s
         self._fork_server: ForkServer | None = None
@@ -136,8 +132,7 @@ class WorkerPool:
     async def open(self) -> None:
         """Start the fork server and wait until it has imported everything.
 
-        The calling thread must live as long as the pool: the kernel kills the fork server when the thread
-        ends.
+        The calling thread must live as long as the pool: the kernel kills the fork server with it.
 
         Raises:
             ForkServerUnavailable: `fork_server_unavailable`.
@@ -148,26 +143,14 @@ class WorkerPool:
     async def confine(self, mode: str, outside: Path) -> None:
         """Confine the workers of later loads; for the arguments see `runtime.process.confinement.probe`.
 
-        Find the visible devices of installed providers, and confine their workers as far as all allow. Each
-        provider is tried in a worker of its own, so that a crash or hang affects no other provider.
+        Find the targets beside the CPU, whose workers are confined as far as their providers allow.
 
         Raises:
-            NotConfined: `not_confined`, `require` is not possible here; workers are confined as far as
-                possible.
+            NotConfined: `not_confined`, `require` is not possible here; workers are confined as far as it is.
             ForkServerUnavailable: `fork_server_unavailable`.
         """
         self.applied = await self._probe(mode, outside)
-        visible = self._visible_devices
-        installed = await find_providers(visible)
-        probing = (self._probe(mode, outside, provider) for provider in installed.libraries.values())
-        probed = await asyncio.gather(*probing)
-        present = {device.name: device for each in probed for device in each.devices}
-        found = {name: present[name] for name in present if find_matching(visible, [name])}
-        if useful := [each for each in probed if any(device.name in found for device in each.devices)]:
-            self.applied_to_devices = weakest(useful)
-        of_probes = [problem for each in probed for problem in each.problems]
-        problems = [*installed.problems, *(each for each in of_probes if each not in self.applied.problems)]
-        self.devices = replace(installed, found=found, problems=tuple(dict.fromkeys(problems)))
+        self.targets = await self.targets.find(partial(self._probe, mode, outside), self.applied.problems)
         self.applied.check()
 
     def threads_of(self, parameters: LoadParameters) -> int:
@@ -179,13 +162,13 @@ class WorkerPool:
         files: HeldVersion,
         parameters: LoadParameters,
         warm_up: WarmUp,
-        device: TargetDevice | None = None,
+        target: Target | None = None,
     ) -> Load:
-        """Return the message by which a worker of this pool loads a version, on a device or the CPU.
+        """Return the message by which a worker of this pool loads a version, on a target or the CPU.
 
-        On a device the model is warmed up, whatever its loadledger.toml says.
+        On a target the model is warmed up, whatever its loadledger.toml says.
         """
-        applied = self.applied if device is None else self.applied_to_devices
+        applied = self.applied if target is None else self.targets.applied
         return Load(
             root=str(files.root),
             folder=str(files.folder),
@@ -194,11 +177,11 @@ class WorkerPool:
             memory_limit_bytes=parameters.memory_limit_bytes,
             max_batch_size=parameters.max_batch_size,
             max_queue_delay_us=parameters.max_queue_delay_us,
-            warm_up=device is not None or warm_up.enabled is not False,
+            warm_up=target is not None or warm_up.enabled is not False,
             warm_up_required=warm_up.required,
             layers=applied.layers,
             name=f"{files.model_id}/{files.version}",
-            device=device,
+            target=target,
             max_request_bytes=self._max_request_bytes,
             dependent_rows=parameters.dependent_rows == ALLOW,
         )
@@ -263,11 +246,11 @@ class WorkerPool:
             await asyncio.shield(self._fork_server.ended)
 
     async def _probe(
-        self, mode: str, outside: Path, provider: ProviderLibrary | None = None
+        self, mode: str, outside: Path, provider: Library | None = None, limit_s: float = FORK_LIMIT_S
     ) -> AppliedLayers:
         worker = await self.start("probe")
         try:
-            return await probe(worker, mode, outside, provider)
+            return await probe(worker, mode, outside, provider, limit_s)
         finally:
             await kill_and_wait(worker)
 

@@ -23,19 +23,19 @@ import numpy as np
 import onnxruntime as ort
 
 import runtime
+from features import providers
+from features.wire import FoundTarget, Library
 from runtime.errors import LoadRefused
 from runtime.memory import UNLIMITED_STACK_BYTES
 from runtime.wire import (
     ForbiddenAct,
-    FoundDevice,
     Layer,
     Load,
     Probe,
     Probed,
-    ProviderLibrary,
     ReadJson,
 )
-from runtime.worker import landlock, privileges, providers, seccomp
+from runtime.worker import landlock, privileges, seccomp
 from runtime.worker.seccomp import Grants
 
 MAX_DESCRIPTORS = 256
@@ -96,18 +96,18 @@ def confine(order: Load | Probe | ReadJson) -> None:
             seccomp.restrict(grants)
 
 
-def _find_libraries(order: Load | Probe | ReadJson) -> tuple[ProviderLibrary, ...]:
+def _find_libraries(order: Load | Probe | ReadJson) -> tuple[Library, ...]:
     """Return the libraries of execution providers that an order uses."""
     if isinstance(order, Probe | ReadJson):
         return order.providers if isinstance(order, Probe) else ()
-    return () if order.device is None else (order.device.library,)
+    return () if order.target is None else (order.target.library,)
 
 
 def _find_grants(order: Load | Probe | ReadJson) -> Grants:
-    """Return an order's profile. A probe has that of any worker; with providers, that of one on a device."""
+    """Return an order's profile. A probe has that of any worker with the same providers."""
     grants = Grants.NOTHING
     for library in _find_libraries(order):
-        grants |= Grants.CODE | (Grants.DRIVERS if providers.has_driver(library) else Grants.NOTHING)
+        grants |= Grants.CODE | (Grants.DRIVERS if library.has_driver else Grants.NOTHING)
     return grants
 
 
@@ -123,7 +123,7 @@ def _find_accesses(order: Load | Probe | ReadJson) -> dict[str, int]:
 def probe(order: Probe) -> Probed:
     """Apply the layers of an order one by one, as far as this kernel allows, then try forbidden acts.
 
-    In between it registers the order's providers, and lists their devices.
+    In between it registers the order's providers, and lists their targets.
     """
     abi, applied, problems = landlock.find_abi(), list[Layer](), list[str]()
     target = _Target(order.outside, os.getppid())
@@ -136,15 +136,13 @@ def probe(order: Probe) -> Probed:
             applied.append(layer)
     if "landlock" not in applied:
         abi = 0
-    devices = list[FoundDevice]()
+    targets = list[FoundTarget]()
     for library in order.providers:
         try:
-            listed = providers.list_devices(library)
+            targets += providers.find_targets(library)
         except LoadRefused as refusal:
             problems.append(str(refusal))
-        else:
-            devices += [providers.describe_device(*each) for each in listed.items()]
-    return Probed(abi, tuple(applied), tuple(_try_all(target)), tuple(problems), tuple(devices))
+    return Probed(abi, tuple(applied), tuple(_try_all(target)), tuple(problems), tuple(targets))
 
 
 class _Target(NamedTuple):

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import onnxruntime as ort
 
+from features import providers
 from runtime.errors import LoadRefused
 from runtime.memory import thread_bytes
 from runtime.onnxfile import find_model_file
@@ -21,7 +22,7 @@ from runtime.wire import (
     ProviderOperators,
     Tensor,
 )
-from runtime.worker import privileges, providers, sessions
+from runtime.worker import privileges, sessions
 from runtime.worker.sessions import ServingSession, describe_model
 from runtime.worker.warmup import NO_EXAMPLES, ModelWarmUp, SearchLimit
 
@@ -45,7 +46,7 @@ def load(
 
     Raises:
         LoadRefused: `invalid_model`, `model_changed`, `unsafe_file`, `out_of_memory`, `warm_up_failed`; with
-            batching also `rows_depend`, on a device `device_unavailable` and `fallback_refused`.
+            batching also `rows_depend`, and what a target beside the CPU refuses.
     """
     try:
         with sessions.out_of_memory_refused(order.limit_text):
@@ -60,22 +61,22 @@ def _load(
     order: Load, given: Sequence[Tensor], limit: SearchLimit, on_stage: OnStage
 ) -> tuple[ServingSession, Loaded]:
     on_stage("loading")
-    if order.device is None and order.bytes < ENOUGH_BYTES:
+    if order.target is None and order.bytes < ENOUGH_BYTES:
         disable_huge_pages()
     sessions.limit_memory(
         order.hard_limit_bytes(thread_bytes()),
         order.soft_limit_bytes,
         mapped_bytes=order.bytes,
         threads=order.threads,
-        device=order.device,
+        address_bytes=0 if order.target is None else order.target.address_bytes,
     )
     started_ns = time.monotonic_ns()
     session, placed = _create_session(order)
     loading_ns = time.monotonic_ns() - started_ns
     model = describe_model(session, order.max_batch_size, order.max_request_bytes)
     warming_up_us, examples = None, NO_EXAMPLES
-    if order.device is not None:
-        providers.check_tensors(order.device, (*model.inputs, *model.outputs))
+    if order.target is not None:
+        providers.check_tensors(order.target, (*model.inputs, *model.outputs))
     warm_up = ModelWarmUp(order, model, given, _find_file(order), limit)
     if order.warm_up:  # before measuring: memory of an inference belongs to the model
         warming_up_us, examples = warm_up.run(loading_ns, lambda: on_stage("warming_up"))
@@ -95,7 +96,7 @@ def _find_file(order: Load) -> Path | None:
 def _create_session(order: Load) -> tuple[ort.InferenceSession, tuple[ProviderOperators, ...]]:
     """Return the session of a load, and, unless that is the CPU, where its operators run."""
     chosen = sessions.session_options(order.threads)
-    device = None if order.device is None else providers.add_device(order.device, order.threads, chosen)
+    added = None if order.target is None else providers.add_target(order.target, order.threads, chosen)
     folder, root = Path(order.folder), Path(os.path.realpath(order.root))
     session = sessions.create_checked(folder, root, chosen, order.limit_text)
-    return session, () if order.device is None else providers.count_operators(session, order.device, device)
+    return session, () if order.target is None else providers.count_operators(session, order.target, added)

@@ -32,7 +32,7 @@ class Grants(Flag):
     """Permissions of a worker beyond serving a model on the CPU.
 
     Attributes:
-        CODE: map libraries, and make code: a provider of a device is loaded, and may compile the model.
+        CODE: map libraries, and make code: an execution provider is loaded, and may compile the model.
         DRIVERS: calls of NVIDIA's driver in a process, after its documentation; they were not tried.
     """
 
@@ -252,7 +252,7 @@ _MACHINE = MACHINES.get(platform.machine())
 _PID = 0x7FFFFFF7
 """In place of a worker's process id, in the filters that the fork server builds for all workers."""
 _TEMPLATE = b"" if _MACHINE is None else build_filter(_MACHINE, _PID, Grants.NOTHING)
-"""The filter of workers on the CPU; those on devices build their own."""
+"""The filter of workers without grants; others build their own."""
 
 
 class _Program(ctypes.Structure):

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import onnxruntime as ort
 
+from features import providers
 from runtime import memory
 from runtime.errors import LoadRefused
 from runtime.onnxfile import (
@@ -25,10 +26,9 @@ from runtime.wire import (
     MAX_NAME_CHARACTERS,
     MAX_OUTPUTS,
     MAX_REPORT_BYTES,
-    TargetDevice,
     TensorSpec,
 )
-from runtime.worker import extensions, privileges, providers
+from runtime.worker import extensions, privileges
 from runtime.worker.batching import BatchDimension
 from runtime.worker.declaredsizes import explain_uselessness
 from runtime.worker.inference import Runner
@@ -38,8 +38,6 @@ MAX_DESCRIBED_BYTES = MAX_REPORT_BYTES - 2**16
 """Bytes of a model's inputs and outputs: all of `Loaded` but its own two numbers."""
 OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate", "bad allocation", "MemoryError")
 """Texts of ONNX Runtime, OpenVINO and Python for lack of memory; ONNX Runtime has no code for it."""
-NO_THREAD = "Resource temporarily unavailable"
-"""The error text of OpenVINO if there is no memory for a thread: EAGAIN of pthread_create(3)."""
 SMALLEST_MODEL = bytes.fromhex(
     "0808 3a2f"  # ir_version 8; a graph of 47 bytes:
     "0a10 0a0178 120179 22084964656e74697479"  # an operator, Identity of x to y
@@ -59,11 +57,8 @@ ARENA_BYTES = 128 * 2**20
 """Addresses that malloc takes for a thread's heap, before it gives half of them back (glibc)."""
 OTHER_THREADS = 3
 """The threads for the channel, cancellations, and delayed answers."""
-PROVIDER_ADDRESS_BYTES = 2**29
-"""Addresses of a provider beside its data: the libraries of OpenVINO have 100 MB (measured)."""
 MAPPED_TIMES = 2
 """Addresses for each byte of a file: it is mapped weight by weight, each from the page where it begins."""
-NOT_ON_DEVICE = "the device of the load does not take the model: load it on cpu"
 UNREADABLE_BYTES = 64 * 2**20
 """Part of an invalid file given to ONNX Runtime for its error text: the file may exceed the memory."""
 
@@ -145,8 +140,7 @@ def run_smallest_model() -> None:
     """Create, run and drop the smallest session, in the fork server.
 
     With its first session ONNX Runtime registers its operators: 3 ms and 10 MB, which every worker would
-    otherwise spend again (measured with 1.31). The process still has one thread then, and no more
-    descriptors.
+    otherwise spend again (measured with 1.31). The process still has one thread then, and no new descriptors.
     """
     session = ort.InferenceSession(SMALLEST_MODEL, session_options(1), providers=["CPUExecutionProvider"])
     session.run(None, {"x": np.zeros((), np.float32)})
@@ -206,17 +200,17 @@ def _refuse_foreign(path: Path) -> None:
 def create_session(model: str | bytes, chosen: ort.SessionOptions, limit: str) -> ort.InferenceSession:
     """Create a session from a file or from bytes; for arguments and errors see `create_checked`."""
     lacks_extensions = isinstance(model, str) and extensions.register(Path(model), chosen)
-    on_device = chosen.has_providers()  # all providers: the CPU's runs operators that they do not support
-    providers = None if on_device else ["CPUExecutionProvider"]
+    is_elsewhere = chosen.has_providers()  # all: the CPU's runs operators that they do not support
+    default = None if is_elsewhere else ["CPUExecutionProvider"]
     try:
-        return ort.InferenceSession(model, chosen, providers=providers, enable_fallback=False)
+        return ort.InferenceSession(model, chosen, providers=default, enable_fallback=False)
     except MemoryError as error:
         raise out_of_memory(limit, str(error)) from None
     except Exception as error:  # noqa: BLE001 - the runtime's exceptions have no base but this one
         text = str(error) or type(error).__name__
-        if is_out_of_memory(text) or (on_device and NO_THREAD in text):
+        if is_out_of_memory(text) or (is_elsewhere and providers.NO_THREAD in text):
             raise out_of_memory(limit, text) from None
-        said = explain_refusal(text, NOT_ON_DEVICE if on_device else "the model is not valid")
+        said = explain_refusal(text, providers.NOT_TAKEN if is_elsewhere else "the model is not valid")
         if lacks_extensions:
             said = f"it uses operators of ONNX Runtime Extensions: {extensions.INSTALL}, and restart. {said}"
         raise LoadRefused("invalid_model", said) from None
@@ -251,7 +245,7 @@ def limit_memory(
     *,
     mapped_bytes: int,
     threads: int,
-    device: TargetDevice | None = None,
+    address_bytes: int | None = 0,
 ) -> None:
     """Limit the memory that the process may add to its present memory; None is no limit.
 
@@ -267,15 +261,14 @@ def limit_memory(
         load_limit_bytes: the limit until the model is loaded.
         mapped_bytes: the size of all files that may be mapped, which RLIMIT_DATA need not count.
         threads: the number of compute threads.
-        device: the load's device; None is the CPU.
+        address_bytes: the addresses that the process needs beside; None needs them all.
     """
     present_bytes = memory.data_bytes()
     if limit_bytes is not None:
         privileges.limit_resource(resource.RLIMIT_DATA, present_bytes + limit_bytes)
-    if limit_bytes is not None and (device is None or not providers.has_driver(device.library)):
+    if limit_bytes is not None and address_bytes is not None:
         heaps = threads + OTHER_THREADS
-        room_bytes = limit_bytes + MAPPED_TIMES * mapped_bytes + heaps * ARENA_BYTES
-        room_bytes += 0 if device is None else PROVIDER_ADDRESS_BYTES
+        room_bytes = limit_bytes + MAPPED_TIMES * mapped_bytes + heaps * ARENA_BYTES + address_bytes
         privileges.limit_heaps(heaps)
         privileges.seal_addresses(room_bytes)
         privileges.limit_resource(resource.RLIMIT_AS, memory.size_bytes() + room_bytes)

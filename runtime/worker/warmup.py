@@ -14,6 +14,7 @@ from typing import Any
 
 import onnxruntime as ort
 
+from features import providers
 from runtime.errors import InferenceCancelled, InferenceFailed, LoadRefused, RuntimeProblem
 from runtime.onnxfile import read_weight_lengths
 from runtime.wire import DATATYPES, Example, Load, Tensor, TensorSpec
@@ -39,10 +40,6 @@ WITH_GIVEN = (
     " before it is loaded: correct them"
 )
 OR_NOT = "or, for loads on the CPU, switch that off there, by enabled = false under [warm_up]"
-NOT_RUN = (
-    "no inputs were found on which the model runs, and on a device it has to before it is loaded: give inputs"
-    " that it takes as [[warm_up.inputs]] in its loadledger.toml"
-)
 ROWS_DEPEND = (
     "with max_batch_size, requests of several clients run together as rows of one batch, and {}. Load it with"
     ' max_batch_size 0, or with dependent_rows "allow" if such answers will do'
@@ -93,7 +90,7 @@ class ModelWarmUp:
     """The warm-up of a model.
 
     Attributes:
-        order: the order of its load. On a device, a model that was not run is refused, as a request might
+        order: the order of its load. With a target, a model that was not run is refused, as a request might
             fail.
         model: the model.
         given: inputs of its loadledger.toml; empty means a search for an example.
@@ -121,20 +118,20 @@ class ModelWarmUp:
             LoadRefused: `warm_up_failed`, with the runtime's words and what to do.
             MemoryError: there is not enough memory for a run.
         """
-        is_on_device = self.order.device is not None
+        is_elsewhere = self.order.target is not None
         # Zeros are no image, and a decoder of images may end the process for them (decision 49).
-        if not self.given and not is_on_device and self.file is not None and extensions.are_named(self.file):
+        if not self.given and not is_elsewhere and self.file is not None and extensions.are_named(self.file):
             return None, NO_EXAMPLES
         self.limit.begin(max(SEARCH_NS, loading_ns))
         try:
             run_us, examples = self._run_given(on_begin) if self.given else self._find_example(on_begin)
         except LoadRefused:
-            if self.order.warm_up_required or is_on_device:
+            if self.order.warm_up_required or is_elsewhere:
                 raise
             return None, NO_EXAMPLES
-        if run_us is None and is_on_device:
+        if run_us is None and is_elsewhere:
             said = {f". It says: {each.refusal}" for each in examples.values() if each.refusal}
-            raise LoadRefused("warm_up_failed", "".join([NOT_RUN, *sorted(said)[:1]]))
+            raise LoadRefused("warm_up_failed", "".join([providers.NOT_RUN, *sorted(said)[:1]]))
         return run_us, examples
 
     def check_rows(self, examples: Examples, run_us: int) -> str | None:

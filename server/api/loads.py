@@ -15,10 +15,10 @@ from aiohttp import web
 from marshmallow import Schema, fields, validate
 from msgspec import UNSET, UnsetType
 
-from events.devices import CPU, DEVICE, DEVICE_RULE, FALLBACKS, MAX_DEVICES
 from events.jobcommands import NO_BATCHING, RequestLoad, RequestUnload
 from events.types import ALLOW, DEPENDENT_ROWS, Contents, Idempotency, Justification, LoadParameters
 from features.rules import ModelRules
+from features.server import LoadFieldsSchema, settle_parameters
 from runtime.consumer.loads import find_targets
 from runtime.errors import (
     LoadRefused,
@@ -80,8 +80,8 @@ NEVER = -1
 """The `keep_alive_s` of a model without an idle timeout."""
 
 
-class LoadBodySchema(Schema):
-    """Parameters of a load. Defaults: the model's loadledger.toml, then the server's settings."""
+class _ParametersSchema(Schema):
+    """Parameters of each load."""
 
     version = StrictInteger(
         validate=validate.Range(1, MAX_VERSION), **about("Default: the highest version at acceptance.")
@@ -169,22 +169,11 @@ class LoadBodySchema(Schema):
         validate=validate.Range(1, MAX_COPIES),
         **about("At how many nodes the model is to be loaded; more than 1 needs nodes. Default: 1."),
     )
-    devices = fields.List(
-        fields.String(validate=validate.Regexp(rf"(?:{DEVICE.pattern})\Z", error=DEVICE_RULE)),
-        validate=validate.Length(1, MAX_DEVICES),
-        allow_none=True,
-        **about(
-            "Devices, like `cuda:0`, `cuda:*` (any) or `cpu`: the load runs on the first that has room. "
-            "Default, also for null: the server's --devices."
-        ),
-    )
-    fallback = fields.String(
-        validate=validate.OneOf(FALLBACKS),
-        **about(
-            "What becomes of nodes of the graph that the device does not support: `refuse` the load, or run "
-            "them on the `cpu`. Default: `refuse`."
-        ),
-    )
+
+
+class LoadBodySchema(LoadFieldsSchema, _ParametersSchema):
+    """Parameters of a load. Defaults: the model's loadledger.toml, then the server's settings."""
+
     dependent_rows = fields.String(
         validate=validate.OneOf(DEPENDENT_ROWS),
         **about(
@@ -468,8 +457,5 @@ def _merge_parameters(
         raise error(f"{where}: copies: a server alone has one of each model; use instances for more workers")
     merged["copies"] = merged.get("copies", 1) if config.ledger is not None and "copies" in merged else UNSET
     merged["node_attributes"] = tuple(sorted(set(merged.get("node_attributes") or ()))) or UNSET
-    devices = tuple(dict.fromkeys(merged.get("devices") or config.devices.split(",")))
-    merged["devices"] = UNSET if devices == (CPU,) else devices
-    merged["fallback"] = CPU if merged.get("fallback") == CPU else UNSET
     merged["dependent_rows"] = ALLOW if merged.get("dependent_rows") == ALLOW else UNSET
-    return LoadParameters(**merged)
+    return LoadParameters(**{**merged, **settle_parameters(merged, config)})

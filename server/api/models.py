@@ -21,7 +21,6 @@ from answers.approvals import ApprovalInfo, LoadApprovalInfo
 from answers.errors import ErrorInfo
 from answers.events import EventInfo
 from answers.models import (
-    DeviceUseInfo,
     ExitedWorkerStderr,
     LoadedFileInfo,
     ModelChoice,
@@ -43,6 +42,7 @@ from features.approvals.commands import list_unapproved
 from features.evidence import LoadEvidence
 from features.members import OF_MODELS, collect
 from features.rules import ModelRules
+from features.server import show_load
 from features.signatures.rules import TrustMode
 from runtime.errors import RepositoryUnreadable, RuntimeProblem, UnknownModel
 from runtime.onnxfile import ModelTensors
@@ -217,7 +217,7 @@ def make_model_info(
         repository_changed=seen.has_changed if seen and load else None,
         memory_bytes=memory_bytes,
         memory_at_load_bytes=load.memory_bytes if load else None,
-        devices=show(load.devices or (), list[DeviceUseInfo]) if load else [],
+        **show_load(load),
         signature=show_optional(evidence.signature, LoadSignatureInfo),
         approval=show_optional(evidence.approval, LoadApprovalInfo),
         added_by=list((load and model.versions.list_adders(load.digest)) or ()) or None,

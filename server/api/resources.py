@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from typing import Any
 
 from aiohttp import web
 
 from answers.resources import ConfinementInfo, PressureInfo, Resources
-from runtime.devices import DeviceMemory
+from features.server import read_resources
 from runtime.memory import read_pressure
 from server.appkeys import CONFIG, CONSUMER, LIMIT, LOG, POOL
 from server.auth.access import Access
 from server.config import OFF
-from server.devices import list_devices, read_device_memory
 from server.http.answers import respond, show, show_optional
 from server.http.validation import NothingSchema
 from server.observability.timeseries import measure
@@ -43,7 +43,7 @@ class ResourcesCache:
         return await asyncio.shield(self._answer)  # a client that leaves does not cancel it for others
 
     async def _read(self, app: web.Application) -> Resources:
-        found = _resources(app, await read_device_memory(app))
+        found = _resources(app, await read_resources(app))
         self._seen = app[LOG].state.position, asyncio.get_running_loop().time()
         return found
 
@@ -62,10 +62,9 @@ async def show_resources(request: web.Request) -> web.Response:
 RESOURCES_CACHE = web.AppKey("resources_cache", ResourcesCache)
 
 
-def _resources(app: web.Application, memory: Mapping[str, DeviceMemory]) -> Resources:
-    consumer, limit, config, devices = app[CONSUMER], app[LIMIT], app[CONFIG], app[POOL].devices
+def _resources(app: web.Application, of_features: Mapping[str, Any]) -> Resources:
+    consumer, limit, config = app[CONSUMER], app[LIMIT], app[CONFIG]
     taken = measure(consumer, limit)
-    applied, on_devices = app[POOL].applied, app[POOL].applied_to_devices
     return Resources(
         limit_bytes=limit.bytes,
         limit_source=limit.source,
@@ -78,10 +77,8 @@ def _resources(app: web.Application, memory: Mapping[str, DeviceMemory]) -> Reso
         models=consumer.uses(),
         waiting=consumer.waits(),
         pressure=show_optional(read_pressure(), PressureInfo),
-        confinement=show(applied.confinement, ConfinementInfo),
-        devices=list_devices(app, memory),
-        device_problems=list(devices.problems),
-        confinement_of_devices=show(on_devices.confinement, ConfinementInfo) if devices.found else None,
+        confinement=show(app[POOL].applied.confinement, ConfinementInfo),
+        **of_features,
         repository_writable=config.repository_writable != OFF and config.has_store,
         as_of=app[LOG].state.position,
     )

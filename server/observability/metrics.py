@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate, chain, product
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,14 +24,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
-from answers.resources import Device
 from events.clock import seconds_between
 from events.commands import MAX_QUEUE
 from events.counters import ENDS, EVICTIONS, OTHERS, HistogramSnapshot
 from events.jobs import JobKind, JobStatus
 from events.models import Model, ModelState
 from events.types import TYPES, Cause
-from runtime.devices import DeviceMemory
+from features.server import Gauge, read_gauges
 from runtime.memory import read_pressure
 from runtime.process.confinement import ALL_ACTS
 from runtime.statistics import TOOK_S
@@ -39,7 +38,6 @@ from server.api.health import ready_checks
 from server.appkeys import CONFIG, CONSUMER, LIMIT, LOG, POOL, STREAMS
 from server.auth.access import Access
 from server.cluster import CLUSTER
-from server.devices import list_devices, read_device_memory
 from server.errors import ERRORS
 from server.http.compression import COMPRESSED_FROM_BYTES, chosen_encoding, compress
 from server.observability.requestlog import HTTP_COUNTS
@@ -70,9 +68,9 @@ class ServerCollector(Collector):
     thread: it reads only single numbers and dictionaries of counts.
     """
 
-    def __init__(self, app: web.Application, memory: Mapping[str, DeviceMemory]) -> None:
+    def __init__(self, app: web.Application, gauges: Sequence[Gauge]) -> None:
         self._app = app
-        self._devices = list_devices(app, memory)[1:]
+        self._gauges = gauges
         log, consumer = app[LOG], app[CONSUMER]
         loads = list({id(load): load for load in consumer.loads.values()}.values())
         name_of = log.tally.names.of
@@ -327,18 +325,7 @@ class ServerCollector(Collector):
             {act: int(act in confinement.not_prevented) for act in ALL_ACTS},
             "act",
         )
-        yield _gauge(
-            "device_memory_bytes",
-            "Memory of a device but the CPU: total and free, as its driver says, budget, reserved and used.",
-            dict(_list_memory(self._devices)),
-            "device kind",
-        )
-        yield _gauge(
-            "device_models",
-            "Models that have a process on a device but the CPU.",
-            {each.device: each.models for each in self._devices},
-            "device",
-        )
+        yield from (_gauge(*each) for each in self._gauges)
         found = read_pressure()
         percents = {"memory": found.memory_some_percent, "cpu": found.cpu_some_percent} if found else {}
         yield _gauge(
@@ -438,12 +425,6 @@ def _with_zeros(known: Iterable[K], counts: Mapping[K, float]) -> dict[K, float]
     return {**dict.fromkeys(known, 0.0), **counts}
 
 
-def _list_memory(devices: Iterable[Device]) -> Iterator[tuple[tuple[str, str], int]]:
-    for each, kind in product(devices, ("total", "free", "budget", "reserved", "used")):
-        if (size := getattr(each, f"{kind}_bytes")) is not None:
-            yield (each.device, kind), size
-
-
 def _should_serve(model: Model) -> bool:
     """Whether a model should serve: it is loaded, or is to be loaded again."""
     return model.phase in _SHOULD_SERVE or model.previous is not None
@@ -496,7 +477,7 @@ class Scrapes:
 
     async def _generate(self, app: web.Application, media_type: str) -> bytes:
         began_s = time.monotonic()
-        collector = ServerCollector(app, await read_device_memory(app))
+        collector = ServerCollector(app, await read_gauges(app))
         body = await asyncio.to_thread(_FORMATS[media_type][1], collector)
         now_s = time.monotonic()
         self._kept_until_s[media_type] = now_s + max(KEPT_RESPONSE_S, KEPT_TIMES * (now_s - began_s))

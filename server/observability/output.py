@@ -46,8 +46,7 @@ OURS = ("events", "nodes", "runtime", "server")
 """The packages whose log level is set; other packages log warnings."""
 
 SILENT = ("aiohttp.server", "opentelemetry.trace")
-"""Loggers of malformed requests, which anybody can send; handlers' errors are logged with their
-responses."""
+"""Loggers of malformed requests, which anybody can send; handlers' errors have their own lines."""
 
 HIDDEN = "[token]"
 LAST_LINES = "last log lines"

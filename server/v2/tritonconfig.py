@@ -17,8 +17,8 @@ import msgspec
 from aiohttp import web
 
 from answers.inference import ConfiguredTensorInfo, ModelConfig
-from events.devices import CPU
 from events.types import LoadParameters
+from features.server import find_triton_kind, read_triton_kind
 from runtime import strictjson
 from runtime.onnxfile import MODEL_FILE, ModelTensors
 from runtime.wire import DATATYPES, TensorSpec
@@ -44,7 +44,7 @@ def model_config(
     parameters: LoadParameters,
 ) -> ModelConfig:
     batched = parameters.max_batch_size > 0
-    kind = "KIND_CPU" if parameters.devices is msgspec.UNSET else "KIND_MODEL"
+    kind = find_triton_kind(parameters)
     return ModelConfig(
         name=model_id,
         platform=PLATFORM,
@@ -97,7 +97,7 @@ KINDS = ("KIND_CPU", "KIND_GPU", "KIND_AUTO", "KIND_MODEL")
 
 
 class InstanceGroup(msgspec.Struct):
-    """The number of workers and their device; 0 is Triton's default, one."""
+    """The number of workers, and where they run; 0 is Triton's default, one."""
 
     count: int = 0
     kind: str = "KIND_AUTO"
@@ -401,7 +401,7 @@ def _version(policy: VersionPolicy | None) -> int | None:
 
 
 def _parse_groups(groups: list[InstanceGroup]) -> dict[str, Any]:
-    """Return the workers, and their devices: for KIND_GPU those of CUDA, with Triton's numbers."""
+    """Return the workers, and where they run."""
     if not groups:
         return {}
     group = groups[0]
@@ -409,6 +409,4 @@ def _parse_groups(groups: list[InstanceGroup]) -> dict[str, Any]:
         raise NotSupported(
             f"parameters.config: instance_group: must be one group, of {', '.join(KINDS[:-1])} or {KINDS[-1]}"
         )
-    on_gpus = [f"cuda:{number}" for number in group.gpus] or ["cuda:*"]
-    devices = {"KIND_CPU": [CPU], "KIND_GPU": on_gpus}.get(group.kind)
-    return {"instances": group.count or 1, "devices": devices}
+    return {"instances": group.count or 1, **read_triton_kind(group.kind, group.gpus)}

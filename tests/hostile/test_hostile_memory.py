@@ -12,8 +12,8 @@ from support.openvino import DEVICE, visible_devices
 from support.patching import patch_runtime
 from support.workers import LAYERS, LIMIT_S
 
-from events.devices import CPU
 from events.types import WorkerExited
+from features.devices.names import CPU
 from runtime import memory
 from runtime.consumer import consumer as consumer_module
 from runtime.worker import privileges

@@ -16,7 +16,9 @@ from support.history import CONTENTS, MODEL, PLAIN, History, at
 from events.jobcommands import RequestLoad
 from events.types import SYSTEM, Cause, PolicyInForce
 from features.approvals.rules import ApprovalRule
+from features.devices.found import Devices
 from features.devices.placement import DeviceDemand, list_attributes
+from features.devices.wire import FoundDevice
 from features.nodes.facts import LoadPlaced
 from features.nodes.register import Node, NodePhase, find_placer
 from features.rules import LoadPolicy
@@ -30,12 +32,10 @@ from nodes.placement import (
     place,
 )
 from nodes.spread import CopyFigures
-from runtime.devices import Devices
 from runtime.process.pool import WorkerPool
 from runtime.rooms import MACHINE
 from runtime.scheduler.actions import Decision, RequestReload, StartLoad, UnloadAutomatically
 from runtime.scheduler.view import LoadView, Observations, Policy, SchedulerView
-from runtime.wire import FoundDevice
 from server.config import NODE_ATTRIBUTE
 
 F, ONE_FILE = frozenset({"f1", "f2"}), frozenset({"f1"})
@@ -245,7 +245,7 @@ def test_end_of_another_node_moves_no_placement(
 def attributes_of(*devices: str) -> Iterable[str]:
     """Return the attributes of a node with these devices."""
     pool = WorkerPool()
-    pool.devices = Devices({name: FoundDevice(name, "1") for name in devices})
+    pool.targets = Devices({name: FoundDevice(name, "1") for name in devices})
     return list_attributes(pool)
 
 

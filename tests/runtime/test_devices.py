@@ -10,10 +10,16 @@ import pytest
 from support.nvml import PCI_BUS_IDS, build_nvml, count_calls, hanging
 from support.shims import Shim, environment_of
 
-from runtime import devices
-from runtime.devices import CUDA_LIBRARY, DeviceMemory, Devices, find_providers, measure_memory
-from runtime.errors import DeviceUnavailable
-from runtime.wire import FoundDevice, ProviderLibrary
+from features.devices import found as devices
+from features.devices.found import (
+    CUDA_LIBRARY,
+    DeviceMemory,
+    Devices,
+    DeviceUnavailable,
+    find_providers,
+    measure_memory,
+)
+from features.devices.wire import FoundDevice, ProviderLibrary
 
 PACKAGE = """
 def get_library_path():
@@ -24,8 +30,8 @@ def get_ep_name():
 """
 READ = """
 import asyncio, sys
-from runtime.devices import measure_memory
-from runtime.wire import FoundDevice
+from features.devices.found import measure_memory
+from features.devices.wire import FoundDevice
 async def read():
     found = [FoundDevice("cuda:0", "1", pci_bus_id=address) for address in sys.argv[1:]]
     for seen in await asyncio.gather(*map(measure_memory, found)):

@@ -13,15 +13,14 @@ from support.nvml import PCI_BUS_IDS, build_nvml, hanging
 from support.shims import Shim, environment_of
 
 from events.values import Confinement
+from features.devices import setup as devices_module
+from features.devices.found import Devices, DeviceUnavailable
 from features.devices.room import limit_device
-from runtime.devices import Devices
-from runtime.errors import DeviceUnavailable
+from features.devices.setup import describe_setup, limit_devices, withhold_devices
+from features.devices.wire import FoundDevice
 from runtime.process.confinement import UNCONFINED
 from runtime.process.pool import WorkerPool
-from runtime.wire import FoundDevice
-from server import devices as devices_module
 from server.config import Config, ConfigError
-from server.devices import describe_setup, limit_devices, withhold_devices
 
 DEVICES = Devices(
     {
@@ -38,9 +37,13 @@ GPUS = {
 MACHINE_BYTES = 1000
 
 
+def confined_as(confinement: Confinement) -> Devices:
+    return replace(DEVICES, applied=replace(UNCONFINED, confinement=confinement))
+
+
 def pool_of(devices: Devices) -> WorkerPool:
     pool = WorkerPool()
-    pool.devices = devices
+    pool.targets = devices
     return pool
 
 
@@ -68,16 +71,16 @@ OWN_MEMORY = """
 import asyncio
 import sys
 from pathlib import Path
-from runtime.devices import Devices
+from features.devices.found import Devices
 from runtime.process.pool import WorkerPool
-from runtime.wire import FoundDevice
+from features.devices.wire import FoundDevice
 from server.config import Config
-from server.devices import limit_devices
+from features.devices.setup import limit_devices
 buses = {f"cuda:{number}": bus for number, bus in enumerate(sys.argv[1:])}
 found = {name: FoundDevice(name, "1", pci_bus_id=bus) for name, bus in buses.items()}
 config = Config(repository=Path("/r"), data=Path("/d"), device_memory="cuda:1=50%")
 pool = WorkerPool()
-pool.devices = Devices(found)
+pool.targets = Devices(found)
 for limits in asyncio.run(limit_devices(config, pool, 1000)).values():
     print(limits.budget_bytes, limits.is_measured)
 """
@@ -126,21 +129,20 @@ async def test_missing_default_device_is_refused_unless_nodes_may_have_it() -> N
     ],
 )
 def test_require_withholds_devices(mode: str, could: Any, is_withheld: bool) -> None:  # noqa: FBT001
-    pool = pool_of(DEVICES)
-    pool.applied_to_devices = replace(UNCONFINED, confinement=Confinement(mode, 6, True, could))
+    found = confined_as(Confinement(mode, 6, True, could))
+    pool = pool_of(found)
     withhold_devices(pool)
-    assert (pool.devices == DEVICES) is not is_withheld
+    assert (pool.targets == found) is not is_withheld
     if is_withheld:
-        assert not pool.devices.found
-        assert pool.devices.problems[0] == DEVICES.problems[0]
+        assert not pool.targets.found
+        assert pool.targets.problems[0] == DEVICES.problems[0]
         for words in ("npu", "--confine=require", "run code", "--confine=require-cpu"):
-            assert words in pool.devices.problems[1]
+            assert words in pool.targets.problems[1]
 
 
 def test_each_device_is_described_in_a_sentence() -> None:
     limits = {"npu:0": limit_device("npu:0", 250), "npu:1": limit_device("npu:1")}
-    pool = pool_of(DEVICES)
-    pool.applied_to_devices = replace(UNCONFINED, confinement=Confinement("auto", 6, True, ()))
+    pool = pool_of(confined_as(Confinement("auto", 6, True, ())))
     assert list(describe_setup(pool, limits)) == [
         "no device of rocm: its library cannot be loaded",
         "workers of loads on devices are confined by Landlock 6 and seccomp",
@@ -157,9 +159,9 @@ async def test_driver_that_does_not_answer_is_a_problem(
     async with hanging(driver):
         limits = await limit_devices(config(), pool, MACHINE_BYTES)
     assert limits == {name: limit_device(name) for name in GPUS}
-    assert pool.devices.found == GPUS
+    assert pool.targets.found == GPUS
     said = [f"{name}: its driver does not answer" for name in GPUS]
-    assert list(pool.devices.problems) == said
+    assert list(pool.targets.problems) == said
     assert next(describe_setup(pool, limits)) == f"device {said[0]}"
 
 
@@ -167,8 +169,8 @@ def test_second_device_on_the_same_hardware_is_left_out() -> None:
     second = replace_struct(GPUS["cuda:1"], name="nv:1")
     pool = pool_of(Devices({**GPUS, "nv:1": second, **DEVICES.found}))
     withhold_devices(pool)
-    assert [*pool.devices.found] == ["cuda:0", "cuda:1", "npu:0", "npu:1"]
+    assert [*pool.targets.found] == ["cuda:0", "cuda:1", "npu:0", "npu:1"]
     problem = "nv:1: is the same hardware as cuda:1, which is used"
-    assert list(pool.devices.problems) == [problem]
+    assert list(pool.targets.problems) == [problem]
     with pytest.raises(DeviceUnavailable, match=problem):
-        pool.devices.find_candidates(["nv:*"])
+        pool.targets.find_candidates(["nv:*"])

@@ -13,9 +13,9 @@ from typing import Any, cast
 import pytest
 
 from events.clock import seconds_between
-from events.devices import CPU, provider_of
 from events.jobs import Failure
 from events.types import Cause, LoadParameters
+from features.devices.names import CPU, provider_of
 from runtime.consumer.running import RunningLoad
 from runtime.process.worker import Worker
 from runtime.rooms import MACHINE, Alternative, RoomLimits, Target

@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from runtime.devices import measure_memory
-from runtime.wire import FoundDevice
+from features.devices.found import measure_memory
+from features.devices.wire import FoundDevice
 from support.shims import Shim, build_shim
 
 PCI_BUS_IDS = ("0000:01:00.0", "0000:02:00.0")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from events.devices import CPU
+from features.devices.names import CPU
 
 PACKAGE = "onnxruntime_ep_openvino"
 LIBRARY = "libonnxruntime_providers_openvino_plugin.so"

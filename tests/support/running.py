@@ -26,6 +26,7 @@ from events.sqlite.listing import Reader, open_reader
 from events.types import Data, Event, LoadParameters
 from events.values import Credential
 from features.approvals.commands import ApproveVersion, WithdrawApproval
+from features.devices.found import Devices
 from runtime import memory
 from runtime.consumer.consumer import Consumer
 from runtime.consumer.running import RunningLoad
@@ -361,7 +362,7 @@ async def running(
     with unhurried():
         clock = clock or Clock()
         log, shared = Log(folder / "ledger.db", now=clock.now, boottime=clock.boottime), pool
-        pool = shared or WorkerPool(patience_s=LIMIT_S, visible_devices=())
+        pool = shared or WorkerPool(patience_s=LIMIT_S, targets=Devices(visible=()))
         repository = Repository(folder / "models")
         kept = opened_store(folder, store_bytes) if has_store else None
         versions = Versions(repository, kept)

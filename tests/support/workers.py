@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
+from features.devices.found import Devices
 from runtime.errors import Exit, LoadRefused
 from runtime.process import pool as pool_module
 from runtime.process import worker as workers_module
@@ -54,7 +55,7 @@ FOR_EVER_S = 1000.0
 @asynccontextmanager
 async def running_pool(*, threads: int = 1, visible_devices: Sequence[str] = ()) -> AsyncIterator[WorkerPool]:
     """Open a pool, and close it after; an inference that was told to stop has all the time it needs."""
-    pool = WorkerPool(threads=threads, patience_s=LIMIT_S, visible_devices=visible_devices)
+    pool = WorkerPool(threads=threads, patience_s=LIMIT_S, targets=Devices(visible=visible_devices))
     with unhurried():
         await pool.open()
         try:

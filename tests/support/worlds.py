@@ -15,7 +15,6 @@ from msgspec.structs import replace as change
 from events.accept import accept
 from events.clock import add_seconds
 from events.commands import Accepted, Command, Condition, Decision, Record
-from events.devices import CPU, find_matching
 from events.jobcommands import RequestCancel, RequestLoad, RequestUnload
 from events.jobs import FORK_SERVER_DIED, NO_PROGRESS, Failure, Job, JobStatus
 from events.models import RELOADS, Model, ModelState
@@ -51,6 +50,7 @@ from features.approvals.commands import ApproveVersion, WithdrawApproval
 from features.approvals.facts import ApprovalResult, LoadApproval, VersionApproved
 from features.beforeload import CheckedLoad, CheckInput, NotLoadable
 from features.checks import check_load
+from features.devices.names import CPU, find_matching
 from features.rules import ModelRules
 from runtime.consumer.loads import find_expected
 from runtime.consumer.running import RunningLoad

@@ -24,8 +24,8 @@ from support.openvino import openvino_environment
 from support.servers import APART, Server, address, bearer, events, serving, verified
 from support.workers import computing, until
 
-from events.devices import CPU, provider_of
 from events.types import DeviceUse, ModelLoaded, ModelUnloaded
+from features.devices.names import CPU, provider_of
 from runtime.memory import tree_bytes
 from server.config import Config
 

@@ -20,13 +20,13 @@ from events.jobs import Job, JobStatus
 from events.models import ModelState
 from events.types import DeviceUse, LoadParameters, LoadStarted, ModelLoaded, ModelUnloaded
 from features.devices import allocation
+from features.devices import found as devices
 from features.devices.allocation import MeasuredAllocation
 from features.devices.room import DeviceUsage, limit_device, list_device_usage
-from runtime import devices
+from features.devices.wire import FoundDevice
 from runtime.consumer.running import RunningLoad
 from runtime.process.pool import WorkerPool
 from runtime.scheduler.view import Policy
-from runtime.wire import FoundDevice
 
 ON_DEVICE = LoadParameters(devices=(DEVICE,))
 MB = 1_000_000
@@ -39,7 +39,7 @@ async def shared_pool(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(openvino_path(tmp_path_factory.mktemp("openvino")))
         async with running_pool(visible_devices=[DEVICE]) as pool:
-            assert DEVICE in pool.devices.found
+            assert DEVICE in pool.targets.found
             yield pool
 
 
@@ -64,9 +64,9 @@ async def test_load_on_device_records_what_runs_there(engine: Engine) -> None:
     engine.consumer.policy = on_device()
     assert (await engine.load("adder", 1, ON_DEVICE)).status is JobStatus.COMPLETED
     assert await engine.ask("adder", 1) == 2
-    fact, found = await loaded(engine), engine.pool.devices.found[DEVICE]
+    fact, found = await loaded(engine), engine.pool.targets.found[DEVICE]
     assert fact.devices == (DeviceUse("openvino", found.version, DEVICE, 1),)
-    assert fact.confinement == engine.pool.applied_to_devices.confinement
+    assert fact.confinement == engine.pool.targets.applied.confinement
     [footprint] = engine.model("adder").footprints
     assert (footprint.device, footprint.device_bytes) == (DEVICE, UNSET)
     [use] = engine.consumer.uses()
@@ -137,9 +137,9 @@ async def device(
     tmp_path: Path, shared_pool: WorkerPool, driver: Shim, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Engine]:
     """The runtime with a device of which 1 GB of memory may be taken."""
-    known = shared_pool.devices.found[DEVICE]
+    known = shared_pool.targets.found[DEVICE]
     found = {DEVICE: structs.replace(known, pci_bus_id=PCI_BUS_IDS[0])}
-    monkeypatch.setattr(shared_pool, "devices", replace(shared_pool.devices, found=found))
+    monkeypatch.setattr(shared_pool, "targets", replace(shared_pool.targets, found=found))
     driver.set(TOTAL_BYTES, TOTAL_BYTES)
     policy = on_device(1000 * MB, has_memory=True)
     async with running(save_models(tmp_path), policy=policy, pool=shared_pool) as engine:
@@ -287,8 +287,8 @@ async def test_reload_waits_for_the_memory_of_a_killed_worker(device: Engine, dr
 async def test_device_whose_driver_says_nothing_is_not_waited_for(
     device: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gone = structs.replace(device.pool.devices.found[DEVICE], pci_bus_id="0000:09:00.0")
-    monkeypatch.setattr(device.pool, "devices", replace(device.pool.devices, found={DEVICE: gone}))
+    gone = structs.replace(device.pool.targets.found[DEVICE], pci_bus_id="0000:09:00.0")
+    monkeypatch.setattr(device.pool, "targets", replace(device.pool.targets, found={DEVICE: gone}))
     await device.load("adder", 1, ON_DEVICE)
     [use] = (await loaded(device)).devices or ()
     assert use.memory_bytes is None

@@ -35,6 +35,7 @@ from support.workers import (
     until,
 )
 
+from features.devices.wire import ProviderLibrary, TargetDevice
 from runtime import memory, wire
 from runtime.errors import Exit, ForkServerUnavailable, RuntimeProblem, WorkerDied
 from runtime.process import forkclient
@@ -50,10 +51,8 @@ from runtime.wire import (
     Load,
     Loaded,
     Outcome,
-    ProviderLibrary,
     ProviderOperators,
     StageReached,
-    TargetDevice,
     Tensor,
     TensorSpec,
     heads,

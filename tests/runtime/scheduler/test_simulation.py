@@ -21,7 +21,6 @@ from support.worlds import Process, World, request_of, withdrawal_of
 
 from events.clock import add_seconds, seconds_between
 from events.commands import Command, Condition, JobUnchanged, ModelUnchanged, WorkerServes
-from events.devices import CPU
 from events.jobcommands import RequestCancel, RequestLoad, RequestUnload
 from events.jobs import NO_PROGRESS, Job, JobKind, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState
@@ -39,6 +38,7 @@ from events.types import (
 from events.values import Credential
 from features.approvals.commands import ApprovedBytes
 from features.approvals.rules import AddedMode, ApprovalRule
+from features.devices.names import CPU
 from features.rules import LoadPolicy
 from runtime.rooms import MACHINE, Alternative, RoomLimits
 from runtime.scheduler import actions

@@ -19,10 +19,11 @@ from support.models import save
 from support.patching import patch_runtime
 from support.workers import LAYERS, answer, floats, fork_server_of, load, order_of, running_pool
 
+from features.devices.wire import ProviderLibrary, TargetDevice
 from runtime.errors import LoadRefused, WorkerDied
 from runtime.process.confinement import ALL_ACTS
 from runtime.process.pool import WorkerPool
-from runtime.wire import ForbiddenAct, Layer, Load, Probe, ProviderLibrary, TargetDevice
+from runtime.wire import ForbiddenAct, Layer, Load, Probe
 from runtime.worker import landlock, seccomp
 from runtime.worker.seccomp import Grants
 
@@ -136,7 +137,7 @@ async def test_taken_over_worker_on_device_succeeds_at_little(
         order = order_of(root, ceiling_bytes=500 * MB)
         library = ProviderLibrary(provider, str(tmp_path / "library" / "plugin.so"), "Plugin")
         device = TargetDevice(f"{provider}:0", library)
-        order = replace(order, root=order.folder, device=device)
+        order = replace(order, root=order.folder, target=device)
         found = await succeeded(pool, order)
         assert {"memory made code"} <= found <= BEYOND[provider]
 

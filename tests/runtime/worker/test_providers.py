@@ -35,23 +35,24 @@ from support.workers import (
 )
 
 from events.types import LoadParameters
+from features.devices import found
+from features.devices.providers import _openvino_options
+from features.devices.wire import ProviderLibrary, TargetDevice
 from runtime.errors import Exit, InferenceFailed, InferenceTimeout
-from runtime.process import confinement
 from runtime.process.pool import WorkerPool
 from runtime.repository import Repository, read_warm_up
 from runtime.store.versions import HeldVersion, Versions
-from runtime.wire import Load, ProviderLibrary, TargetDevice, Tensor
+from runtime.wire import Load, Tensor
 from runtime.worker.examples import MAX_EXAMPLE_BYTES
-from runtime.worker.providers import _openvino_options
 
 MB = 10**6
 DIGITS = Path(__file__).parents[3] / "examples" / "digits"
 LIMITED = """
 import resource, sys
-from runtime.wire import ProviderLibrary, TargetDevice
+from features.devices.wire import ProviderLibrary, TargetDevice
 from runtime.worker.sessions import limit_memory
-device = TargetDevice("it:0", ProviderLibrary(sys.argv[1], "/", "x"))
-limit_memory(2**30, mapped_bytes=0, threads=1, device=device)
+target = TargetDevice("it:0", ProviderLibrary(sys.argv[1], "/", "x"))
+limit_memory(2**30, mapped_bytes=0, threads=1, address_bytes=target.address_bytes)
 print(resource.getrlimit(resource.RLIMIT_AS)[1])
 """
 MANY_TRIPS = 2**31 - 1
@@ -69,8 +70,8 @@ async def shared_pool(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator
 
 def on_device(pool: WorkerPool, order: Load, *, falls_back: bool = False) -> Load:
     """Return the order to load on the device, confined as `WorkerPool.build_load` has it."""
-    target = pool.devices.target(DEVICE, falls_back=falls_back, memory_bytes=None)
-    return replace(order, device=target, layers=pool.applied_to_devices.layers)
+    target = pool.targets.target(DEVICE, falls_back=falls_back, memory_bytes=None)
+    return replace(order, target=target, layers=pool.targets.applied.layers)
 
 
 def placed(report: Any) -> dict[str, int]:
@@ -79,11 +80,11 @@ def placed(report: Any) -> dict[str, int]:
 
 
 async def test_throw_away_worker_finds_the_device(pool: WorkerPool) -> None:
-    found = pool.devices.found[DEVICE]
-    assert pool.devices.find_candidates([DEVICE, "cpu"]) == (DEVICE, "cpu")
+    found = pool.targets.found[DEVICE]
+    assert pool.targets.find_candidates([DEVICE, "cpu"]) == (DEVICE, "cpu")
     assert (found.version[:1].isdigit(), found.hardware != "", found.pci_bus_id) == (True, True, "")
-    assert pool.applied_to_devices.layers == pool.applied.layers
-    beyond = {*pool.applied_to_devices.confinement.not_prevented} - {*pool.applied.confinement.not_prevented}
+    assert pool.targets.applied.layers == pool.applied.layers
+    beyond = {*pool.targets.applied.confinement.not_prevented} - {*pool.applied.confinement.not_prevented}
     assert beyond == {"run_code"}
 
 
@@ -114,13 +115,13 @@ async def test_provider_that_cannot_be_used_takes_no_other_away(
         assert await compiler.wait() == 0
     monkeypatch.syspath_prepend(str(openvino_path(tmp_path)))
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(confinement, "DEVICES_LIMIT_S", 5.0)
+    monkeypatch.setattr(found, "DEVICES_LIMIT_S", 5.0)
     async with running_pool(visible_devices=[DEVICE, "broken:*"]) as pool:
-        assert [each.startswith(problem) for each in pool.devices.problems] == [True]
-        assert DEVICE in pool.devices.found
-        assert {*pool.applied.layers} == {*pool.applied_to_devices.layers} == {*LAYERS}
+        assert [each.startswith(problem) for each in pool.targets.problems] == [True]
+        assert DEVICE in pool.targets.found
+        assert {*pool.applied.layers} == {*pool.targets.applied.layers} == {*LAYERS}
         could, could_beside = (
-            each.confinement.not_prevented for each in (pool.applied_to_devices, pool.applied)
+            each.confinement.not_prevented for each in (pool.targets.applied, pool.applied)
         )
         assert ("write_files" in could) == ("write_files" in could_beside)
 
@@ -129,7 +130,7 @@ async def test_load_on_device_reports_its_nodes(pool: WorkerPool, tmp_path: Path
     save(models.misaligned(), tmp_path, "m")
     worker, report = await load(pool, on_device(pool, order_of(tmp_path)))
     assert placed(report) == {"openvino": 3}
-    assert report.placed[0].version == pool.devices.found[DEVICE].version
+    assert report.placed[0].version == pool.targets.found[DEVICE].version
     assert report.warming_up_us is not None
     cpu, on_cpu = await load(pool, order_of(tmp_path))
     assert on_cpu.placed == ()
@@ -225,24 +226,24 @@ async def test_load_on_device_is_warmed_up_whatever_its_file_says(pool: WorkerPo
     (folder.parent / "loadledger.toml").write_text("[warm_up]\nenabled = false\n")
     repository = Repository(tmp_path)
     warm_up = read_warm_up(repository, "m")
-    target = pool.devices.target(DEVICE, falls_back=False, memory_bytes=None)
+    target = pool.targets.target(DEVICE, falls_back=False, memory_bytes=None)
     files = HeldVersion(Versions(repository, None), "m", 1)
     orders = [pool.build_load(files, LoadParameters(), warm_up, device) for device in (None, target)]
-    assert [(each.warm_up, each.device) for each in orders] == [(False, None), (True, target)]
-    assert orders[1].layers == pool.applied_to_devices.layers
+    assert [(each.warm_up, each.target) for each in orders] == [(False, None), (True, target)]
+    assert orders[1].layers == pool.targets.applied.layers
 
 
 async def test_device_that_is_gone_is_unavailable(pool: WorkerPool, tmp_path: Path) -> None:
     save(models.add(), tmp_path, "m")
     order = on_device(pool, order_of(tmp_path))
-    assert order.device is not None
-    refused = await refusal(pool, replace(order, device=replace(order.device, name="openvino:gpu")))
+    assert order.target is not None
+    refused = await refusal(pool, replace(order, target=replace(order.target, name="openvino:gpu")))
     assert (refused.code, str(refused)) == (
         "device_unavailable",
         "openvino:gpu is not there any more; there is openvino:cpu",
     )
-    moved = replace(order.device, library=replace(order.device.library, path=f"{tmp_path}/moved.so"))
-    refused = await refusal(pool, replace(order, device=moved))
+    moved = replace(order.target, library=replace(order.target.library, path=f"{tmp_path}/moved.so"))
+    refused = await refusal(pool, replace(order, target=moved))
     assert refused.code == "device_unavailable"
     assert str(refused).startswith("openvino: its library cannot be registered: ")
 

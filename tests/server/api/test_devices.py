@@ -15,13 +15,13 @@ from support.nvml import PCI_BUS_IDS, count_calls, hanging
 from support.openvino import DEVICE, visible_devices
 from support.shims import Shim
 
-from runtime.devices import DeviceMemory
+from features.devices.found import DeviceMemory
+from features.devices.setup import list_devices, list_gauges
 from runtime.worker.landlock import find_abi
 from server.api import resources
 from server.api.jobs import make_job_info
 from server.appkeys import POLICY, POOL, READER
 from server.config import ConfigError
-from server.devices import list_devices
 from server.observability.metrics import ServerCollector
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -70,12 +70,10 @@ async def test_load_on_device_says_so_everywhere(served: LocalApi) -> None:
 
 
 async def test_memory_of_a_device_is_what_its_driver_says(served: LocalApi) -> None:
-    cpu, device = list_devices(served.app, {DEVICE: DeviceMemory(8_000, 5_000)})
-    assert (device.device, device.total_bytes, device.free_bytes) == (DEVICE, 8_000, 5_000)
+    cpu, device = list_devices(served.app, {DEVICE: DeviceMemory(8, 5)})
+    assert (device.device, device.total_bytes, device.free_bytes) == (DEVICE, 8, 5)
     assert cpu.free_bytes is None
-    collected = {
-        each.name: each for each in ServerCollector(served.app, {DEVICE: DeviceMemory(8, 5)}).collect()
-    }
+    collected = {each.name: each for each in ServerCollector(served.app, list_gauges([device])).collect()}
     samples = collected["loadledger_device_memory_bytes"].samples
     assert {each.labels["kind"]: each.value for each in samples} == {
         "total": 8,
@@ -90,8 +88,8 @@ async def test_driver_that_hangs_holds_up_no_answer(
     served: LocalApi, driver: Shim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool, limits = served.app[POOL], served.app[POLICY].rooms
-    found = {DEVICE: replace(pool.devices.found[DEVICE], pci_bus_id=PCI_BUS_IDS[0])}
-    monkeypatch.setattr(pool, "devices", dataclasses.replace(pool.devices, found=found))
+    found = {DEVICE: replace(pool.targets.found[DEVICE], pci_bus_id=PCI_BUS_IDS[0])}
+    monkeypatch.setattr(pool, "targets", dataclasses.replace(pool.targets, found=found))
     monkeypatch.setitem(limits, DEVICE, dataclasses.replace(limits[DEVICE], is_measured=True))
     monkeypatch.setattr(resources, "CACHED_S", -1.0)
     async with hanging(driver):
@@ -187,7 +185,7 @@ async def test_default_device_of_the_server_is_taken(tmp_path: Path) -> None:
             assert (await api.load("m", devices=["cpu"]))["status"] == "completed"
             shown = await when(lambda: api.model("m"), lambda model: model["state"] == "loaded")
             assert "devices" not in shown
-            assert DEVICE in api.app[POOL].devices.found
+            assert DEVICE in api.app[POOL].targets.found
 
 
 async def test_server_with_limit_of_missing_device_does_not_start(tmp_path: Path) -> None:

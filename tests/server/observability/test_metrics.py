@@ -21,6 +21,7 @@ from support.workers import computing, until
 
 from events.counters import OTHERS
 from events.types import Cause
+from features.server import read_gauges
 from server.app import all_routes
 from server.appkeys import LOG
 from server.errors import ERRORS
@@ -214,7 +215,7 @@ async def test_streams_are_measured_and_invented_names_make_no_series(
     assert seen[http(NO_ROUTE, "4xx")] == 3
     assert seen[http(NO_ROUTE, "4xx", OTHER_METHOD)] == 3
     requests = next(
-        each for each in ServerCollector(api.app, {}).collect() if each.name.endswith("http_requests")
+        each for each in ServerCollector(api.app, ()).collect() if each.name.endswith("http_requests")
     )
     assert {sample.labels["route"] for sample in requests.samples} <= {NO_ROUTE, *PATHS}
     assert {sample.labels["method"] for sample in requests.samples} <= METHODS | {OTHER_METHOD}
@@ -295,7 +296,7 @@ async def test_page_lists_every_family(shared: LocalApi) -> None:
     await shared.infer("m", ONE)
     found = [
         family
-        for family in ServerCollector(shared.app, {}).collect()
+        for family in ServerCollector(shared.app, await read_gauges(shared.app)).collect()
         if family.name.startswith("loadledger_")
     ]
     listed = {family.name.removesuffix("_total"): family for family in FAMILIES}

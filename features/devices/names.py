@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 
 CPU = "cpu"
+CUDA, OPENVINO = "cuda", "openvino"
 ANY = "*"
 ALL_DEVICES = (ANY,)
 """A list that matches each device."""

@@ -11,25 +11,37 @@ from collections.abc import Iterable, Sequence
 
 import onnxruntime as ort
 
+from features.devices.names import CPU, CUDA, OPENVINO
+from features.devices.wire import FoundDevice, ProviderLibrary, TargetDevice
 from runtime.errors import LoadRefused
-from runtime.wire import FoundDevice, ProviderLibrary, ProviderOperators, TargetDevice, TensorSpec
+from runtime.wire import ProviderOperators, TensorSpec
 from runtime.worker.refusals import strip_noise
 
-CPU, CUDA, OPENVINO = "cpu", "cuda", "openvino"
 RECORD_NODES = ("session.record_ep_graph_assignment_info", "1")
 """onnxruntime_session_options_config_keys.h: without it, nobody can tell where operators run."""
 HARDWARE_NAMES = ("FULL_DEVICE_NAME", "cuda_device_name")
 """Keys of the metadata in which providers have a name for people: OpenVINO's, CUDA's."""
 MOST_OPERATORS = 8
 """That an error lists."""
+NOT_RUN = (
+    "no inputs were found on which the model runs, and on a device it has to before it is loaded: give inputs"
+    " that it takes as [[warm_up.inputs]] in its loadledger.toml"
+)
+NOT_TAKEN = "the device of the load does not take the model: load it on cpu"
+NO_THREAD = "Resource temporarily unavailable"
+"""The error text of OpenVINO if there is no memory for a thread: EAGAIN of pthread_create(3)."""
 
 
-def has_driver(library: ProviderLibrary) -> bool:
-    """Whether a provider calls a driver, which reserves more addresses than there is memory."""
-    return library.provider == CUDA
+def find_targets(library: ProviderLibrary) -> list[FoundDevice]:
+    """Register the library of a provider, and return the devices that it finds.
+
+    Raises:
+        LoadRefused: `device_unavailable`, the library cannot be registered, or finds no device.
+    """
+    return [_describe_device(*each) for each in _list_devices(library).items()]
 
 
-def list_devices(library: ProviderLibrary) -> dict[str, ort.OrtEpDevice]:
+def _list_devices(library: ProviderLibrary) -> dict[str, ort.OrtEpDevice]:
     """Register the library of a provider, and return the devices that it finds, by name.
 
     Devices of CUDA have its numbers. Others have the name of their kind, like `openvino:cpu`; further ones of
@@ -56,20 +68,20 @@ def list_devices(library: ProviderLibrary) -> dict[str, ort.OrtEpDevice]:
     return devices
 
 
-def describe_device(name: str, device: ort.OrtEpDevice) -> FoundDevice:
+def _describe_device(name: str, device: ort.OrtEpDevice) -> FoundDevice:
     metadata = device.ep_metadata
     hardware = next((metadata[key] for key in HARDWARE_NAMES if metadata.get(key)), device.device.vendor)
     address = device.device.metadata.get("pci_bus_id", "")
     return FoundDevice(name, _version_of(device), hardware, address)
 
 
-def add_device(target: TargetDevice, threads: int, chosen: ort.SessionOptions) -> ort.OrtEpDevice:
+def add_target(target: TargetDevice, threads: int, chosen: ort.SessionOptions) -> ort.OrtEpDevice:
     """Add the device of a load to the options of its session, and return it.
 
     Raises:
         LoadRefused: `device_unavailable`.
     """
-    devices = list_devices(target.library)
+    devices = _list_devices(target.library)
     device = devices.get(target.name)
     if device is None:
         there = ", ".join(devices)

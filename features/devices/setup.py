@@ -1,32 +1,44 @@
 """The devices of this server as its operator and callers see them: limits, refusals, and what is used.
 
 The drivers of devices are asked for their memory, which takes a millisecond or two, or for ever: see
-`runtime.devices`.
+`features.devices.found`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
+from typing import Any
 
 from aiohttp import web
 
-from answers.resources import Device
-from events.devices import ANY, CPU, provider_of
+from answers.models import DeviceUseInfo
+from answers.resources import ConfinementInfo, Device
+from events.serving import Serving
+from features.devices.found import (
+    DEVICES_LIMIT_S,
+    DeviceMemory,
+    Devices,
+    DeviceUnavailable,
+    measure_memory,
+    query_memory,
+)
+from features.devices.names import ANY, CPU, provider_of
 from features.devices.room import DeviceUsage, limit_device, list_device_usage
-from runtime.devices import DeviceMemory, Devices, measure_memory, query_memory
-from runtime.errors import DeviceUnavailable
+from features.devices.wire import FoundDevice
 from runtime.process.confinement import REQUIRE, describe
 from runtime.process.pool import WorkerPool
 from runtime.rooms import RoomLimits
-from runtime.timeouts import DEVICES_LIMIT_S
-from runtime.wire import FoundDevice
 from server.appkeys import CONSUMER, LIMIT, POLICY, POOL
 from server.config import Config, ConfigError, parse_budget
+from server.http.answers import show, show_optional
 from server.observability.timeseries import measure
 
+Gauge = tuple[str, str, Mapping[Any, float], str]
+"""Name, text, values, and labels of a metric."""
 ON_DEVICES = "workers of loads on devices"
 DEFAULT_BUDGET = "90%"
 """Of a device's own memory: the rest is for fragments of it, and for other processes of the machine."""
@@ -35,37 +47,43 @@ DEFAULT_BUDGET = "90%"
 def withhold_devices(pool: WorkerPool) -> None:
     """Leave out devices on hardware that another has, and all if --confine=require demands better workers."""
     _withhold_same_hardware(pool)
-    confinement, found = pool.applied_to_devices.confinement, pool.devices.found
+    confinement, found = pool.targets.applied.confinement, pool.targets.found
     if confinement.mode != REQUIRE or not confinement.not_prevented:
         return
     how = f"{describe(confinement, ON_DEVICES)}; --confine=require-cpu allows it"
     problems = (f"{name}: --confine=require: {how}" for name in sorted(set(map(provider_of, found))))
-    pool.devices = replace(pool.devices, found={}, problems=(*pool.devices.problems, *problems))
+    pool.targets = replace(pool.targets, found={}, problems=(*pool.targets.problems, *problems))
 
 
 def _withhold_same_hardware(pool: WorkerPool) -> None:
     """Leave out all devices on one hardware but the first: their loads would share its memory."""
     used, found, problems = dict[str, str](), dict[str, FoundDevice](), list[str]()
-    for name, device in pool.devices.found.items():
+    for name, device in pool.targets.found.items():
         first = used.setdefault(device.pci_bus_id or name, name)
         if first == name:
             found[name] = device
         else:
             problems.append(f"{name}: is the same hardware as {first}, which is used")
-    pool.devices = replace(pool.devices, found=found, problems=(*pool.devices.problems, *problems))
+    pool.targets = replace(pool.targets, found=found, problems=(*pool.targets.problems, *problems))
+
+
+def choose_targets(config: Config) -> Devices:
+    """Return the devices that a server may use, before they are found."""
+    return Devices(visible=config.visible_device_names)
 
 
 async def limit_devices(config: Config, pool: WorkerPool, machine_bytes: int) -> Mapping[str, RoomLimits]:
-    """Return the limits of each device, whose driver says how much memory there is.
+    """Return the limits of each device that is not withheld, whose driver says how much memory there is.
 
     One that does not answer is a problem of the pool's devices, and its device has no memory of its own.
 
     Raises:
         ConfigError: a setting names a device that is not here.
     """
-    _check_settings(config, pool.devices)
+    withhold_devices(pool)
+    _check_settings(config, pool.targets)
     limits, budgets = dict[str, RoomLimits](), config.device_budgets
-    for name, device in pool.devices.found.items():
+    for name, device in pool.targets.found.items():
         memory, text = await _query_memory(pool, device), budgets.get(name)
         text = text or (None if memory is None else DEFAULT_BUDGET)
         own_bytes = machine_bytes if memory is None else memory.total_bytes
@@ -79,7 +97,7 @@ async def _query_memory(pool: WorkerPool, device: FoundDevice) -> DeviceMemory |
         return await query_memory(device, DEVICES_LIMIT_S)
     except TimeoutError:
         problem = f"{device.name}: its driver does not answer"
-        pool.devices = replace(pool.devices, problems=(*pool.devices.problems, problem))
+        pool.targets = replace(pool.targets, problems=(*pool.targets.problems, problem))
         return None
 
 
@@ -103,12 +121,12 @@ def _check_settings(config: Config, devices: Devices) -> None:
 
 def describe_setup(pool: WorkerPool, limits: Mapping[str, RoomLimits]) -> Iterator[str]:
     """Yield a sentence about each device, about what confines their workers, and about each problem."""
-    for problem in pool.devices.problems:
-        is_used = problem.partition(": ")[0] in pool.devices.found
+    for problem in pool.targets.problems:
+        is_used = problem.partition(": ")[0] in pool.targets.found
         yield f"{'device' if is_used else 'no device of'} {problem}"
-    if pool.devices.found:
-        yield describe(pool.applied_to_devices.confinement, ON_DEVICES)
-    for name, device in pool.devices.found.items():
+    if pool.targets.found:
+        yield describe(pool.targets.applied.confinement, ON_DEVICES)
+    for name, device in pool.targets.found.items():
         budget = limits[name].budget_bytes
         memory = "no memory budget" if budget is None else f"budget {budget} bytes"
         provider = f"{device.hardware or 'no name'}, provider {provider_of(name)} {device.version}"
@@ -118,7 +136,7 @@ def describe_setup(pool: WorkerPool, limits: Mapping[str, RoomLimits]) -> Iterat
 async def read_device_memory(app: web.Application) -> Mapping[str, DeviceMemory]:
     """Return the memory of the devices that have their own, now, and whose driver says it."""
     has_memory = [name for name, limits in app[POLICY].rooms.items() if limits.is_measured]
-    found = app[POOL].devices.found
+    found = app[POOL].targets.found
     read = {name: await measure_memory(found[name]) for name in has_memory}
     return {name: memory for name, memory in read.items() if memory is not None}
 
@@ -149,7 +167,7 @@ def list_devices(app: web.Application, memory: Mapping[str, DeviceMemory]) -> li
 
 
 def _describe_device(app: web.Application, use: DeviceUsage, own: DeviceMemory | None) -> Device:
-    device = app[POOL].devices.found[use.device]
+    device = app[POOL].targets.found[use.device]
     return Device(
         device=use.device,
         provider=provider_of(use.device),
@@ -162,6 +180,46 @@ def _describe_device(app: web.Application, use: DeviceUsage, own: DeviceMemory |
         used_bytes=use.used_bytes,
         models=use.models,
     )
+
+
+async def read_resources(app: web.Application) -> Mapping[str, Any]:
+    """Return the members of `Resources` about devices."""
+    memory, targets = await read_device_memory(app), app[POOL].targets
+    confinement = targets.applied.confinement if targets.found else None
+    return {
+        "devices": list_devices(app, memory),
+        "device_problems": list(targets.problems),
+        "confinement_of_devices": show_optional(confinement, ConfinementInfo),
+    }
+
+
+async def read_gauges(app: web.Application) -> Sequence[Gauge]:
+    """Return the metrics of devices but the CPU."""
+    return list_gauges(list_devices(app, await read_device_memory(app))[1:])
+
+
+def list_gauges(devices: Sequence[Device]) -> Sequence[Gauge]:
+    kinds = ("total", "free", "budget", "reserved", "used")
+    memory = {(each.device, kind): getattr(each, f"{kind}_bytes") for each, kind in product(devices, kinds)}
+    return (
+        (
+            "device_memory_bytes",
+            "Memory of a device but the CPU: total and free, as its driver says, budget, reserved and used.",
+            {labels: size for labels, size in memory.items() if size is not None},
+            "device kind",
+        ),
+        (
+            "device_models",
+            "Models that have a process on a device but the CPU.",
+            {each.device: each.models for each in devices},
+            "device",
+        ),
+    )
+
+
+def show_load(load: Serving | None) -> Mapping[str, Any]:
+    """Return the members of `ModelInfo` about the devices of a load."""
+    return {"devices": show(load.devices or (), list[DeviceUseInfo]) if load else []}
 
 
 @cache

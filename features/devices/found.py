@@ -1,4 +1,4 @@
-"""Devices of this machine: the installed execution providers, what they have found, and the devices' memory.
+"""Devices of this machine: the installed execution providers, their devices, and the devices' memory.
 
 A provider is a plugin of ONNX Runtime in a package of its own, `onnxruntime_ep_NAME`, whose functions
 `get_library_path` and `get_ep_name` are those of ONNX Runtime's guidance for such packages. A worker
@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
@@ -21,22 +21,32 @@ from threading import Thread
 from types import ModuleType
 from typing import Any, TypeVar
 
-from events.devices import ALL_DEVICES, ANY, CPU, find_matching, provider_of
-from runtime.errors import DeviceUnavailable
-from runtime.timeouts import DEVICES_LIMIT_S, MEASURE_LIMIT_S, timeout
-from runtime.wire import FoundDevice, ProviderLibrary, TargetDevice
+from features.devices.names import ALL_DEVICES, ANY, CPU, CUDA, OPENVINO, find_matching, provider_of
+from features.devices.wire import FoundDevice, ProviderLibrary, TargetDevice
+from runtime.errors import RuntimeProblem
+from runtime.process.confinement import UNCONFINED, AppliedLayers, weakest
+from runtime.timeouts import MEASURE_LIMIT_S, timeout
 
 T = TypeVar("T")
 
+DEVICES_LIMIT_S = 10.0
+"""Time at the start for a provider's package to name its library, for a throw-away worker to register it, and
+for the first answer of a driver: OpenVINO takes 0.05 s, a driver that starts its devices seconds. A hanging
+provider takes this long, beside the others; the server then starts without it."""
 PACKAGE_PREFIX = "onnxruntime_ep_"
-CUDA, OPENVINO = "cuda", "openvino"
 INSTALL = "the documentation says on its page of devices how providers are installed"
-"""No name of a package is made of what a caller has typed: anybody may have published that."""
+"""No name of a package comes from a caller's text: anybody may have published such a package."""
 CUDA_LIBRARY = "capi/libonnxruntime_providers_cuda.so"
 """Of the package `onnxruntime-gpu`, in the folder of `onnxruntime`, in whose place it is installed."""
 CUDA_EP_NAME = "CUDAExecutionProvider"
 SAME_AS_REQUESTED = "1"
-"""The arena's strategy: it takes what a tensor needs from the driver. The other doubles what it has."""
+"""The arena's strategy: it takes a tensor's need from the driver. The other strategy doubles its memory."""
+
+
+class DeviceUnavailable(RuntimeProblem):
+    """This server has none of the devices that a load names, or may not use them."""
+
+    code = "device_unavailable"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +63,40 @@ class Devices:
 
     Attributes:
         found: each device by its name.
-        libraries: the installed providers by their name, also of those that have found no device.
-        problems: what is wrong with a provider or a device, in sentences that begin with its name.
+        libraries: the installed providers by their name, including those without a device.
+        problems: the defects of providers and devices, in sentences that begin with the name.
         visible: the names of devices that the server uses if it has them, like `cuda:1` or `cuda:*`.
+        applied: the confinement of workers of loads there, which `require` does not demand.
     """
 
     found: Mapping[str, FoundDevice] = field(default_factory=dict)
     libraries: Mapping[str, ProviderLibrary] = field(default_factory=dict)
     problems: Sequence[str] = ()
     visible: Sequence[str] = ALL_DEVICES
+    applied: AppliedLayers = UNCONFINED
+
+    async def find(
+        self, probe: Callable[[ProviderLibrary, float], Awaitable[AppliedLayers]], known: Collection[str]
+    ) -> Devices:
+        """Return the visible devices of installed providers, with the confinement of their workers.
+
+        Each provider is tried in a worker of its own, so that a crash or hang affects no other provider.
+
+        Args:
+            probe: tries a provider, for at most so many seconds.
+            known: problems that are not those of a provider.
+        """
+        installed = await find_providers(self.visible)
+        probed = await asyncio.gather(
+            *(probe(library, DEVICES_LIMIT_S) for library in installed.libraries.values())
+        )
+        present = {device.name: device for each in probed for device in each.targets}
+        found = {name: present[name] for name in present if find_matching(self.visible, [name])}
+        useful = [each for each in probed if any(device.name in found for device in each.targets)]
+        of_probes = [problem for each in probed for problem in each.problems if problem not in known]
+        problems = tuple(dict.fromkeys([*installed.problems, *of_probes]))
+        applied = weakest(useful) if useful else UNCONFINED
+        return replace(installed, found=found, problems=problems, applied=applied)
 
     def find_candidates(self, devices: Sequence[str]) -> tuple[str, ...]:
         """Return the devices that a load may run on, the preferred one first; the CPU among them is `cpu`.
@@ -82,7 +117,7 @@ class Devices:
         return candidates
 
     def target(self, device: str, *, falls_back: bool, memory_bytes: int | None) -> TargetDevice:
-        """Return what a worker has to know of the device of its load.
+        """Return the data about a load's device for its workers.
 
         The options of CUDA are those of the arena in ONNX Runtime's design document of its plugin ("CUDA
         Plugin EP: Arena Allocator Integration"); they are not tried.
@@ -90,7 +125,7 @@ class Devices:
         Args:
             device: its name.
             falls_back: whether operators that it does not support run on the CPU.
-            memory_bytes: bound of what its provider may keep of the device's own memory.
+            memory_bytes: limit of the provider's part of the device's own memory.
         """
         library = self.libraries[provider_of(device)]
         options = {"arena.extend_strategy": SAME_AS_REQUESTED} if library.provider == CUDA else {}
@@ -99,7 +134,7 @@ class Devices:
         return TargetDevice(device, library, options, falls_back)
 
     def _explain(self, provider: str) -> Iterator[str]:
-        """Yield why there is no device of a provider, and what to do."""
+        """Yield why a provider has no device, and what to do."""
         problems = [each for each in self.problems if provider_of(each.partition(": ")[0]) == provider]
         yield from problems
         if provider == CPU:
@@ -125,7 +160,7 @@ class CallingThread:
         self._late: Future[Any] | None = None
 
     async def call(self, limit_s: float, function: Callable[..., T], *args: object) -> T:
-        """Return what a function returns, or raise what it raises.
+        """Return a function's result, or raise its exception.
 
         Raises:
             TimeoutError: it has not returned in time, or a call before is late, and still runs.
@@ -221,7 +256,7 @@ def _find_included_cuda() -> ProviderLibrary | None:
 
 
 async def measure_memory(device: FoundDevice) -> DeviceMemory | None:
-    """Return the memory of a device's own; None also if the driver is late."""
+    """Return the device's own memory, or None, also if the driver is late."""
     try:
         return await query_memory(device, MEASURE_LIMIT_S)
     except TimeoutError:
@@ -229,7 +264,7 @@ async def measure_memory(device: FoundDevice) -> DeviceMemory | None:
 
 
 async def query_memory(device: FoundDevice, limit_s: float) -> DeviceMemory | None:
-    """Return the memory of a device's own, as its driver says; None if it has none, or no driver says it.
+    """Return the device's own memory, as its driver reports it, or None without memory or report.
 
     It asks the driver (NVIDIA's NVML), which creates no context there.
 
@@ -255,7 +290,7 @@ def _read_memory(pci_bus_id: str) -> DeviceMemory | None:
 
 @cache
 def _open_nvml() -> ModuleType | None:
-    """Return NVML, initialised; None without the package `nvidia-ml-py` or the driver's library."""
+    """Return NVML, initialised, or None without the package `nvidia-ml-py` or the driver's library."""
     try:
         nvml = importlib.import_module("pynvml")
     except ImportError:

@@ -1,0 +1,10 @@
+"""Targets of loads beside the CPU, as messages to and from workers have them."""
+
+from __future__ import annotations
+
+from features.devices.wire import FoundDevice, ProviderLibrary, TargetDevice
+
+Library = ProviderLibrary
+"""An execution provider that is installed."""
+FoundTarget = FoundDevice
+Target = TargetDevice
