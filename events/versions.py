@@ -1,4 +1,4 @@
-"""The versions of a model: added, removed, held by servers, named by labels, approved. A pure fold.
+"""The versions of a model: added, removed, held by servers, and what features know of them. A pure fold.
 
 `events.models` folds what is loaded of a model; `events.accept` asks both. Without events of its versions a
 model has an empty `ModelVersions`. Its past is folded from its own few events (`events.sqlite.timetravel`).

@@ -1,8 +1,9 @@
 """The seam of checks before a load: each gets the load and its files, and passes them with evidence. Pure.
 
 A reload by the system brings back bytes that were loaded before, so that a restart does not empty a machine:
-it needs no approval, and goes on without today's keys if its bytes were verified before. With nodes, one
-that may sign has to have signed that: who may write to their database could say that any bytes were loaded.
+no person has to allow it again, and it goes on without today's keys if its bytes were verified before. With
+nodes, one that may sign has to have signed that: who may write to their database could say that any bytes
+were loaded.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 from urllib.parse import urlencode
 
-from answers.approvals import VerifiedVersionInfo, VersionApprovals
+from answers.approvals import VersionApprovals
 from answers.events import EventInfo, Head
 from answers.health import Health
 from answers.inference import ModelMetadata
@@ -21,6 +21,7 @@ from answers.jobs import JobInfo, JobList
 from answers.models import ModelInfo, ModelList
 from answers.nodes import NodeInfo, NodeList
 from answers.resources import Resources
+from answers.signatures import VerifiedVersionInfo
 from answers.versions import AddedFileInfo, AddedVersionInfo, UploadInfo
 from loadledger.address import path
 from loadledger.errors import ClientProblem, NotFound, ServerError

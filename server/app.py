@@ -31,6 +31,7 @@ from features.labels import routes as labels
 from features.ondemand.app import open_demand
 from features.rules import LoadPolicy
 from features.server import choose_targets, describe_setup, find_rooms
+from features.signatures import routes as signatures
 from nodes import routes as node_routes
 from nodes.thisnode import ThisNode
 from runtime.cgroups import count_usable_cpus
@@ -125,6 +126,7 @@ def all_routes(metrics_access: str = "token") -> list[Route]:
         *versions.routes,
         *labels.routes,
         *approvals.routes,
+        *signatures.routes,
         *events.routes,
         *timeline.routes,
         *resources.routes,

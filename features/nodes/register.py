@@ -158,7 +158,7 @@ def any_present(nodes: Iterable[Node]) -> bool:
 
 
 def find_placer(nodes: Mapping[str, Node], untrusted: Collection[str] = ()) -> str | None:
-    """Return the placer: the first by name of the present, trusted nodes; one that drains only if all do.
+    """Return the placer: the first present node by name, but `untrusted` ones; one that drains if all do.
 
     `untrusted` are nodes whose joins the nodes' keys have not signed: they do nothing.
     """

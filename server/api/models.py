@@ -17,7 +17,7 @@ import msgspec
 from aiohttp import web
 from marshmallow import fields
 
-from answers.approvals import ApprovalInfo, LoadApprovalInfo, LoadSignatureInfo
+from answers.approvals import ApprovalInfo, LoadApprovalInfo
 from answers.errors import ErrorInfo
 from answers.events import EventInfo
 from answers.models import (
@@ -31,6 +31,7 @@ from answers.models import (
     VersionOrigin,
     WorkerStderr,
 )
+from answers.signatures import LoadSignatureInfo
 from answers.tensors import ModelTensor
 from events.history import ShownModel, describe_model
 from events.models import Model, ModelState
