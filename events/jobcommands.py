@@ -29,7 +29,7 @@ from events.jobs import Job, JobKind, JobStatus
 from events.models import Model, ModelState
 from events.serving import Serving
 from events.state import Join, State
-from events.statements import emergency_statement
+from events.statements import Sign, emergency_statement
 from events.tokens import add_issuers
 from events.types import (
     NEVER,
@@ -53,7 +53,6 @@ from events.types import (
     UnloadRequested,
     contents_of,
 )
-from events.values import Sign
 from events.versions import ModelVersions
 from features.causes import RULES_OF_CAUSES
 from features.labels.commands import draft_label, find_label_refusal
@@ -303,7 +302,7 @@ def _load_requested(state: State, command: RequestLoad, parameters: LoadParamete
         said = replace(said, credential=add_issuers(said.credential, state.registers.tokens))
         if said.emergency is not None and command.sign is not None:
             what = event_id, command.model_id, command.version, command.actor
-            said = replace(said, node_signature=command.sign(emergency_statement(*what, said)))
+            said = replace(said, server_signature=command.sign(emergency_statement(*what, said)))
     data = LoadRequested.of(
         parameters,
         command.cause,

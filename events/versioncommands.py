@@ -40,7 +40,7 @@ class AddVersion(Command):
         if self.holder is not UNSET and others and held.digest != digest_of(contents_of(self.files)):
             what = f"version {self.version} of {self.model_id!r} has other files at {', '.join(others)}"
             return Refused("version_exists", f"{what}: add the same files here, or choose another number")
-        data = VersionAdded(self.files, self.source, self.holder)
+        data = VersionAdded(self.files, self.source, server=self.holder)
         return Accepted((Draft(self.event_id, data, self.actor, None, self.model_id, self.version),))
 
 
