@@ -55,7 +55,7 @@ from events.types import (
 )
 from events.versions import ModelVersions
 from features.causes import RULES_OF_CAUSES
-from features.labels.commands import draft_label, find_label_refusal
+from features.names import draft_names, find_name_refusal, is_named
 
 RULES: Mapping[Cause, CauseRules] = {
     **dict.fromkeys(Cause, CauseRules()),
@@ -85,7 +85,7 @@ class RequestLoad(Command):
         is_checked: whether the bytes must pass rules each time that a person or an inference asks for them.
         justification: the person's; UNSET without rules or reasons.
         sign: signs an emergency for this server; None if it is alone.
-        label: to set to the version when that is loaded; UNSET for none.
+        version_name: of the version from when that is loaded; UNSET for none.
         passed_over: why the highest version could not be served; UNSET if it could, or was not asked for.
     """
 
@@ -103,7 +103,7 @@ class RequestLoad(Command):
     is_checked: bool = False
     justification: Justification | UnsetType = UNSET
     sign: Sign | None = None
-    label: str | UnsetType = UNSET
+    version_name: str | UnsetType = UNSET
     passed_over: str | UnsetType = UNSET
 
     @property
@@ -131,9 +131,8 @@ class RequestLoad(Command):
         if parameters.max_queue_delay_us and not parameters.max_batch_size:
             return Refused("invalid_body", f"body: {NO_BATCHING}")
         serving = _find_satisfying(model, self, parameters) if not queue else None
-        label = self.label
-        is_labelled = label is UNSET or versions.versions_by_label.get(label) == self.version
-        if serving is not None and serving.parameters.has_same_settings(parameters) and is_labelled:
+        named = is_named(state, self.model_id, self.version, self.version_name)
+        if serving is not None and serving.parameters.has_same_settings(parameters) and named:
             return _join_load(state, self, serving, new_id)
         if serving is not None and (self.is_checked or _needs_persons(state, self.model_id, serving)):
             serving = None  # the job passes the rules first, even if it only changes settings
@@ -142,7 +141,7 @@ class RequestLoad(Command):
         most = RULES[self.cause].most_unended
         if serving is None and most is not None and state.backlog - (superseded is not None) >= most:
             return Refused("queue_full", f"{most} jobs have not ended yet; try again when some have")
-        refusal = None if label is UNSET else find_label_refusal(state, self.model_id, label)
+        refusal = find_name_refusal(state, self.model_id, self.version_name)
         if refusal is not None:
             return refusal
         request = _load_requested(state, self, parameters, new_id())
@@ -153,8 +152,8 @@ class RequestLoad(Command):
             data = ModelSettingsChanged.of(serving.load_job_id, parameters)
             outcome = replace(request, id=new_id(), data=data, actor=SYSTEM)
             drafts.append(outcome)
-            if label is not UNSET and not is_labelled:
-                drafts.append(draft_label(outcome, label, self.actor, new_id))
+            if not named:
+                drafts += draft_names(outcome, self.version_name, self.actor, new_id)
         return Accepted(tuple(drafts), request.id)
 
 
@@ -310,7 +309,7 @@ def _load_requested(state: State, command: RequestLoad, parameters: LoadParamete
         idempotency=command.idempotency,
         policy=command.policy,
         justification=said,
-        label=command.label,
+        version_name=command.version_name,
         passed_over=command.passed_over,
     )
     return Draft(event_id, data, command.actor, event_id, command.model_id, command.version)
@@ -330,7 +329,7 @@ def _joins(command: RequestLoad, job: Job) -> bool:
         return False
     if job.policy_digest != (command.policy or None):
         return False
-    if command.label is not UNSET and command.label != job.label:
+    if command.version_name is not UNSET and command.version_name != job.version_name:
         return False
     if command.cause is Cause.REQUEST and job.cause is not Cause.REQUEST:
         return False

@@ -21,6 +21,7 @@ from features.evidence import RecordedEvidence
 from features.facts import (
     ENDS_OF_SERVERS,
     SETTINGS_OF_FEATURES,
+    STORED_NAMES_OF_LOADS,
     STORED_NAMES_OF_TARGETS,
     FactAtServer,
     FeatureData,
@@ -220,14 +221,14 @@ SETTINGS = ("pinned", "keep_alive_s", *SETTINGS_OF_FEATURES)
 # Loads, unloads, and the models that they concern.
 
 
-class LoadRequested(LoadParameters, frozen=True, gc=False, kw_only=True):
+class LoadRequested(LoadParameters, frozen=True, gc=False, kw_only=True, rename=STORED_NAMES_OF_LOADS):
     """A person or the system requested the load of a version. The event's id is the job's.
 
     The parameters are those that apply, whether the request, the loaded model, its loadledger.toml or the
     server chose them. `policy` is the digest of the rules for the model that the load has to pass; it is
-    missing without any. `justification` is missing if no person gave one and there are no rules. `label` is
-    set to the version when that is loaded; it is missing without one. `passed_over` says why the load is not
-    of the highest version in the repository; it is missing if it is, and if the request named a version.
+    missing without any. `justification` is missing if no person gave one and there are no rules.
+    `passed_over` says why the load is not of the highest version in the repository; it is missing if it is,
+    and if the request named a version.
     """
 
     TYPE: ClassVar[str] = "LoadRequested"
@@ -244,7 +245,7 @@ class LoadRequested(LoadParameters, frozen=True, gc=False, kw_only=True):
     idempotency: Idempotency | None = None
     policy: str | UnsetType = UNSET
     justification: Justification | UnsetType = UNSET
-    label: str | UnsetType = UNSET
+    version_name: str | UnsetType = UNSET
     passed_over: str | UnsetType = UNSET
 
     @classmethod

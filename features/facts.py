@@ -7,6 +7,7 @@ from msgspec import UNSET, UnsetType
 from features.approvals.facts import ApprovalWithdrawn, VersionApproved
 from features.devices.facts import STORED_NAMES as STORED_NAMES_OF_TARGETS
 from features.devices.facts import DeviceParameters, DeviceUse
+from features.labels.facts import STORED_NAMES as STORED_NAMES_OF_LOADS
 from features.labels.facts import LabelRemoved, LabelSet
 from features.nodes.facts import (
     ENDS_OF_NODES,
@@ -48,4 +49,4 @@ ServerSignature = NodeSignature
 TargetUse = DeviceUse
 """What runs on one target of a load: on its `target`, with `memory_bytes` beside the machine's."""
 
-__all__ = ["SETTINGS_OF_FEATURES", "STORED_NAMES_OF_TARGETS", "SignedFact"]
+__all__ = ["SETTINGS_OF_FEATURES", "STORED_NAMES_OF_LOADS", "STORED_NAMES_OF_TARGETS", "SignedFact"]

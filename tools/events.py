@@ -90,20 +90,21 @@ CAUSES: Mapping[Cause, str] = {
 """The meaning of each cause of a load or an unload."""
 
 OF_FEATURES: Mapping[str, str] = {
-    "LoadStarted": "`node_id` is the node at which it started; it is missing in a ledger of one server, here as"
-    " elsewhere.",
-    "ModelLoaded": "`node_id` is the node at which it serves. Of a model with rules, `signature` and `approval`"
-    " say how the load passed them, and `bundle` has the signature bundle, unless the ledger has it from a load"
-    " of the same bytes before. `node_signature` is that of the node, also without rules; it is missing in a"
-    " ledger of one server.",
+    "LoadRequested": "`label` is set to the version when that is loaded; it is missing without one.",
+    "LoadStarted": "`node_id` is the node at which it started; it is missing in a ledger of one server,"
+    " here as elsewhere.",
+    "ModelLoaded": "`node_id` is the node at which it serves. Of a model with rules, `signature` and"
+    " `approval` say how the load passed them, and `bundle` has the signature bundle, unless the ledger has"
+    " it from a load of the same bytes before. `node_signature` is that of the node, also without rules; it"
+    " is missing in a ledger of one server.",
     "UnloadRequested": "`node_id` is the node at which the load is, if it is at any.",
     "WorkerExited": "node_id: the node at which it ran.",
     "PolicyInForce": "`node_id` is the node where it is in force; it is missing in a ledger of one server.",
     "VersionAdded": "`node_id` is the node in whose own repository it is; it is missing where all share one.",
     "VersionRemoved": "`node_id` is the node whose own repository it leaves: loads find it where else it was"
     " added.",
-    "VersionApproved": "node_signature: of the node that took it (`approval_statement`); missing in a ledger of"
-    " one server.",
+    "VersionApproved": "node_signature: of the node that took it (`approval_statement`); missing in a ledger"
+    " of one server.",
     "Justification": "node_signature: of an emergency, by the node that has seen the person's role.",
 }
 """What features add to types, and to parts of them."""

@@ -34,7 +34,7 @@ SETTINGS = ("copies",)
 
 
 class FactAtNode(Struct, frozen=True, gc=False, kw_only=True, rename=STORED_NAMES):
-    """A fact about what is at one node: a load, a worker, a policy, or a version in the node's own repository.
+    """A fact about a load, a worker or a policy at one node, or a version in the node's own repository.
 
     It names the node; a ledger of one server has none, and neither has a version that all share.
     """

@@ -468,8 +468,8 @@ STEPS: dict[str, Callable[..., object]] = {
     "label": lambda h: h.set_label(),
     "label_v2": lambda h: h.set_label(version=2),
     "unlabel": lambda h: h.add(LabelRemoved("champion"), by="alice"),
-    "request_labelled": lambda h: h.ask_load("L", label="champion"),
-    "request_labelled_v2": lambda h: h.ask_load("L2", version=2, label="champion"),
+    "request_labelled": lambda h: h.ask_load("L", version_name="champion"),
+    "request_labelled_v2": lambda h: h.ask_load("L2", version=2, version_name="champion"),
     # Another model.
     "request_other": lambda h: h.ask_load("O", of="other"),
     "start_other": lambda h: h.start_load("O", of="other"),
