@@ -38,8 +38,8 @@ from events.types import (
     UnloadStarted,
     WorkerExited,
 )
-from events.values import STORED_NAMES, ProcessEnd
-from features.facts import PLACEMENTS, STORED_NAMES_OF_LOADS, STORED_NAMES_OF_TARGETS
+from events.values import ProcessEnd
+from features.facts import PLACEMENTS, STORED_NAMES
 from features.rules import POLICY_CODES
 
 
@@ -211,7 +211,7 @@ class JobPolicy(Struct, frozen=True, gc=False):
     justification: Justification | None = None
 
 
-class Job(Struct, frozen=True, gc=False, rename=STORED_NAMES_OF_LOADS):
+class Job(Struct, frozen=True, gc=False, rename=STORED_NAMES):
     """One accepted load or unload; times are timestamps.
 
     Attributes:
@@ -474,7 +474,7 @@ MAX_FOOTPRINTS = 4
 loaded with several numbers of threads, or on several targets, has fewer versions among them."""
 
 
-class Footprint(Struct, frozen=True, gc=False, rename=STORED_NAMES_OF_TARGETS):
+class Footprint(Struct, frozen=True, gc=False, rename=STORED_NAMES):
     """The peak memory of one worker that loaded these files.
 
     `threads` is how many it computed with. `target_name` is where it ran if not on the CPU, and

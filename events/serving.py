@@ -16,12 +16,11 @@ from events.types import (
     contents_of,
     digest_of,
 )
-from events.values import STORED_NAMES
 from features.evidence import LoadEvidence
-from features.facts import STORED_NAMES_OF_TARGETS, ServerSignature, TargetUse
+from features.facts import STORED_NAMES, ServerSignature, TargetUse
 
 
-class Serving(Struct, frozen=True, gc=False, rename=STORED_NAMES | STORED_NAMES_OF_TARGETS):
+class Serving(Struct, frozen=True, gc=False, rename=STORED_NAMES):
     """The load that a model serves from, is being unloaded from, or lost.
 
     Attributes:

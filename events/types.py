@@ -16,13 +16,12 @@ from msgspec import UNSET, Struct, UnsetType
 from msgspec.structs import asdict, replace
 
 from events.clock import Timestamp
-from events.values import STORED_NAMES, Confinement, Credential, FileHash, ProcessEnd
+from events.values import Confinement, Credential, FileHash, ProcessEnd
 from features.evidence import RecordedEvidence
 from features.facts import (
     ENDS_OF_SERVERS,
     SETTINGS_OF_FEATURES,
-    STORED_NAMES_OF_LOADS,
-    STORED_NAMES_OF_TARGETS,
+    STORED_NAMES,
     FactAtServer,
     FeatureData,
     ParametersOfFeatures,
@@ -221,7 +220,7 @@ SETTINGS = ("pinned", "keep_alive_s", *SETTINGS_OF_FEATURES)
 # Loads, unloads, and the models that they concern.
 
 
-class LoadRequested(LoadParameters, frozen=True, gc=False, kw_only=True, rename=STORED_NAMES_OF_LOADS):
+class LoadRequested(LoadParameters, frozen=True, gc=False, kw_only=True, rename=STORED_NAMES):
     """A person or the system requested the load of a version. The event's id is the job's.
 
     The parameters are those that apply, whether the request, the loaded model, its loadledger.toml or the
@@ -280,7 +279,7 @@ class LoadStarted(FactAtServer, frozen=True, gc=False):
     attempt: int
 
 
-class ModelLoaded(RecordedEvidence, frozen=True, gc=False, rename=STORED_NAMES | STORED_NAMES_OF_TARGETS):
+class ModelLoaded(RecordedEvidence, frozen=True, gc=False, rename=STORED_NAMES):
     """The version serves from here on. Memory is the sum of all workers.
 
     `verified` says that the workers loaded a private copy, which the server hashed; without it, they loaded

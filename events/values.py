@@ -6,14 +6,6 @@ from msgspec import Struct
 
 from events.clock import Timestamp
 
-STORED_NAMES = {
-    **dict.fromkeys(("at", "server"), "node_id"),
-    "servers": "node_ids",
-    "server_signature": "node_signature",
-}
-"""What JSON calls the name of a server that shares a ledger: where a load, a job or a version is; and what it
-signed. They are not there at a server alone."""
-
 
 class FileHash(Struct, frozen=True, gc=False):
     """A file of a version and its SHA-256 in hexadecimal; `path` is relative to the version's folder."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from msgspec import UNSET, UnsetType
 
 from features.approvals.facts import ApprovalWithdrawn, VersionApproved
-from features.devices.facts import STORED_NAMES as STORED_NAMES_OF_TARGETS
+from features.devices import facts as devices
 from features.devices.facts import DeviceParameters, DeviceUse
-from features.labels.facts import STORED_NAMES as STORED_NAMES_OF_LOADS
+from features.labels import facts as labels
 from features.labels.facts import LabelRemoved, LabelSet
+from features.nodes import facts as nodes
 from features.nodes.facts import (
     ENDS_OF_NODES,
     OF_NODES,
@@ -17,9 +18,12 @@ from features.nodes.facts import (
     NodeData,
     NodeParameters,
     NodeSignature,
+    NodeState,
     SignedFact,
 )
-from features.nodes.facts import SETTINGS as SETTINGS_OF_FEATURES
+
+STORED_NAMES = {**nodes.STORED_NAMES, **devices.STORED_NAMES, **labels.STORED_NAMES}
+"""What JSON calls the members of facts and folds that features have named there."""
 
 FeatureData = NodeData | LoadPlaced | LabelSet | LabelRemoved | VersionApproved | ApprovalWithdrawn
 
@@ -40,13 +44,20 @@ class ParametersOfFeatures(NodeParameters, DeviceParameters, frozen=True, gc=Fal
     copies: int | UnsetType = UNSET
 
 
+SETTINGS_OF_FEATURES = nodes.SETTINGS
+"""Those of them that change without new workers."""
+
 FactAtServer = FactAtNode
 """A fact about what is at one server: it has a `server`."""
 
 ServerSignature = NodeSignature
 """What a server signed a fact with."""
 
+SharingState = NodeState
+PRESENT_SHARING = nodes.PRESENT
+"""The states of one of several servers that share a ledger, and those in which it is there."""
+
 TargetUse = DeviceUse
 """What runs on one target of a load: on its `target`, with `memory_bytes` beside the machine's."""
 
-__all__ = ["SETTINGS_OF_FEATURES", "STORED_NAMES_OF_LOADS", "STORED_NAMES_OF_TARGETS", "SignedFact"]
+__all__ = ["SignedFact"]

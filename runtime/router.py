@@ -164,7 +164,7 @@ class Router:
         """Return the number of the version in a request, or None if the request names none.
 
         Raises:
-            UnknownName: `unknown_label`.
+            UnknownName: no version has the name.
         """
         if not isinstance(version, str):
             return version
@@ -181,7 +181,7 @@ class Router:
         here answers. With `spreads`, that of another server does if the one here is clearly busier.
 
         Raises:
-            UnknownName: `unknown_label`.
+            UnknownName: no version has the name.
         """
         model = self._log.state.models.get(model_id)
         number = self.find_version(model_id, version)
@@ -232,7 +232,7 @@ class Router:
 
         Raises:
             UnknownModel: `unknown_model`, neither loaded nor in the repository.
-            UnknownName: `unknown_label`.
+            UnknownName: no version has the name.
             ModelNotLoaded: `model_not_loaded`.
             ModelUnloading: `model_unloading`.
             RepositoryUnreadable: `repository_unreadable`, whether there is the model cannot be known.

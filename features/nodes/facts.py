@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import ClassVar
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from events.clock import Timestamp
-from events.values import STORED_NAMES, Confinement, FileHash, ProcessEnd
+from events.values import Confinement, FileHash, ProcessEnd
+
+STORED_NAMES = {
+    **dict.fromkeys(("at", "server"), "node_id"),
+    "servers": "node_ids",
+    "server_signature": "node_signature",
+}
+"""What JSON calls the name of a server that shares a ledger, where a load, a job or a version is; and what it
+signed. They are not there at a server alone."""
+
+
+class NodeState(StrEnum):
+    """The state of a node: its phase, or `unknown` from when it was last seen to its end."""
+
+    JOINED = "joined"
+    DRAINING = "draining"
+    LEFT = "left"
+    LOST = "lost"
+    UNKNOWN = "unknown"
+
+
+PRESENT = (NodeState.JOINED, NodeState.DRAINING)
 
 
 class NodeParameters:
