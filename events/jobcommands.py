@@ -55,7 +55,7 @@ from events.types import (
 )
 from events.versions import ModelVersions
 from features.causes import RULES_OF_CAUSES
-from features.names import draft_names, find_name_refusal, is_named
+from features.names import draft_name, find_name_refusal
 
 RULES: Mapping[Cause, CauseRules] = {
     **dict.fromkeys(Cause, CauseRules()),
@@ -131,7 +131,8 @@ class RequestLoad(Command):
         if parameters.max_queue_delay_us and not parameters.max_batch_size:
             return Refused("invalid_body", f"body: {NO_BATCHING}")
         serving = _find_satisfying(model, self, parameters) if not queue else None
-        named = is_named(state, self.model_id, self.version, self.version_name)
+        name = self.version_name
+        named = name is UNSET or versions.versions_by_name.get(name) == self.version
         if serving is not None and serving.parameters.has_same_settings(parameters) and named:
             return _join_load(state, self, serving, new_id)
         if serving is not None and (self.is_checked or _needs_persons(state, self.model_id, serving)):
@@ -141,7 +142,7 @@ class RequestLoad(Command):
         most = RULES[self.cause].most_unended
         if serving is None and most is not None and state.backlog - (superseded is not None) >= most:
             return Refused("queue_full", f"{most} jobs have not ended yet; try again when some have")
-        refusal = find_name_refusal(state, self.model_id, self.version_name)
+        refusal = None if name is UNSET else find_name_refusal(state, self.model_id, name)
         if refusal is not None:
             return refusal
         request = _load_requested(state, self, parameters, new_id())
@@ -152,8 +153,8 @@ class RequestLoad(Command):
             data = ModelSettingsChanged.of(serving.load_job_id, parameters)
             outcome = replace(request, id=new_id(), data=data, actor=SYSTEM)
             drafts.append(outcome)
-            if not named:
-                drafts += draft_names(outcome, self.version_name, self.actor, new_id)
+            if name is not UNSET and not named:
+                drafts.append(draft_name(outcome, name, self.actor, new_id))
         return Accepted(tuple(drafts), request.id)
 
 

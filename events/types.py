@@ -178,6 +178,11 @@ class LoadParameters(ParametersOfFeatures, frozen=True, gc=False):
     threads: int | None = None
     dependent_rows: str | UnsetType = UNSET
 
+    @property
+    def wanted_copies(self) -> int:
+        """At how many servers the model is to be loaded."""
+        return self.copies or 1
+
     def give_settings(self, other: LoadParameters) -> LoadParameters:
         """Return other parameters with these settings."""
         return replace(other, **{name: getattr(self, name) for name in SETTINGS})

@@ -16,7 +16,6 @@ from features.nodes.facts import (
     FactAtNode,
     LoadPlaced,
     NodeData,
-    NodeParameters,
     NodeSignature,
     NodeState,
     SignedFact,
@@ -37,8 +36,13 @@ PLACEMENTS = (LoadPlaced,)
 """The events that say at which server a job runs: each has a `server`."""
 
 
-class ParametersOfFeatures(NodeParameters, DeviceParameters, frozen=True, gc=False, kw_only=True):
-    """Those of a load."""
+class ParametersOfFeatures(DeviceParameters, frozen=True, gc=False, kw_only=True):
+    """Those of a load.
+
+    Attributes:
+        node_attributes: attributes that its node must have, in order; not stored without any.
+        copies: at how many nodes the model is to be loaded; not stored where none is named, which is 1.
+    """
 
     node_attributes: tuple[str, ...] | UnsetType = UNSET
     copies: int | UnsetType = UNSET

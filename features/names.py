@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from features.labels import commands
 
-is_named = commands.is_labelled
-"""Whether a load of a version has no name to set."""
 find_name_refusal = commands.find_label_refusal
 """Returns why the model takes no further name."""
 find_naming = commands.find_labelling
 """Returns why the names of a version keep it in the repository."""
-draft_names = commands.draft_labels
-"""Returns the drafts that set the name of a load, for the append of its outcome."""
+draft_name = commands.draft_label
+"""Returns what sets the name of a load, for the append of its outcome."""

@@ -1,6 +1,6 @@
 """Labels, which are names for versions of a model: commands that set and remove them. Pure.
 
-A load that was asked for with a label sets it in the append of its outcome (`draft_labels`).
+A load that was asked for with a label sets it in the append of its outcome (`draft_label`).
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET
 from msgspec.structs import replace
 
 from events.commands import Accepted, Command, Decision, DecisionInput, Existing, Refused
@@ -61,21 +61,14 @@ class RemoveLabel(Command):
         return Accepted((Draft(at.new_id(), data, self.actor, None, self.model_id, label.version),))
 
 
-def is_labelled(state: State, model_id: str, version: int, label: str | UnsetType) -> bool:
-    """Whether a label names the version already, or there is none to set."""
-    return label is UNSET or state.registers.find_versions(model_id).versions_by_name.get(label) == version
-
-
 def find_labelling(state: State, model_id: str, version: int) -> str | None:
     """Return which labels name a version and what to do to remove it; None without any."""
     labels = [f"'{label}'" for label in state.registers.find_versions(model_id).list_names_of(version)]
     return f"is named by the label {', '.join(labels)}: move or remove that first" if labels else None
 
 
-def find_label_refusal(state: State, model_id: str, label: str | UnsetType) -> Refused | None:
+def find_label_refusal(state: State, model_id: str, label: str) -> Refused | None:
     """Return why a model takes no further label, besides those that pending loads set; None if it does."""
-    if label is UNSET:
-        return None
     taken = {each.name for each in state.registers.find_versions(model_id).labels}
     taken |= {job.version_name for job in state.unended(model_id) if job.version_name is not UNSET}
     if label in taken or len(taken) < MAX_VERSION_LABELS:
@@ -84,14 +77,9 @@ def find_label_refusal(state: State, model_id: str, label: str | UnsetType) -> R
     return Refused("too_many_labels", f"{what}: remove one, or move one of them")
 
 
-def draft_labels(
-    outcome: Draft, label: str | UnsetType, actor: str, new_id: Callable[[], str]
-) -> tuple[Draft, ...]:
-    """Return what sets the label of a load's request, if any, for the append of the load's outcome.
+def draft_label(outcome: Draft, label: str, actor: str, new_id: Callable[[], str]) -> Draft:
+    """Return what sets the label of a load's request, for the append of the load's outcome.
 
     `actor` has asked for the load.
     """
-    if label is UNSET:
-        return ()
-    draft = replace(outcome, id=new_id(), data=LabelSet(label, outcome.id), actor=actor, worker_id=None)
-    return (draft,)
+    return replace(outcome, id=new_id(), data=LabelSet(label, outcome.id), actor=actor, worker_id=None)

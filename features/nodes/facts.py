@@ -33,26 +33,8 @@ class NodeState(StrEnum):
 PRESENT = (NodeState.JOINED, NodeState.DRAINING)
 
 
-class NodeParameters:
-    """Parameters of a load at nodes.
-
-    Attributes:
-        node_attributes: attributes that its node must have, in order; not stored without any.
-        copies: at how many nodes the model is to be loaded; not stored where none is named, which is 1.
-    """
-
-    __slots__ = ()
-    node_attributes: tuple[str, ...] | UnsetType
-    copies: int | UnsetType
-
-    @property
-    def wanted_copies(self) -> int:
-        """At how many nodes the model is to be loaded."""
-        return self.copies or 1
-
-
 SETTINGS = ("copies",)
-"""Those of them that change without new workers."""
+"""Parameters of a load that change without new workers."""
 
 
 class FactAtNode(Struct, frozen=True, gc=False, kw_only=True, rename=STORED_NAMES):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from msgspec import UNSET
+
 from events.clock import uuid7
 from events.commands import Condition, JobUnchanged, ModelUnchanged, WorkerServes
 from events.jobcommands import RequestLoad, RequestUnload
@@ -21,7 +23,7 @@ from events.types import (
     LoadStarted,
     ModelSettingsChanged,
 )
-from features.names import draft_names
+from features.names import draft_name
 from runtime.rooms import Alternative
 from runtime.timeouts import PROGRESS_TIMEOUT_S
 from runtime.wire import plain_text
@@ -229,7 +231,9 @@ def draft_settings_change(job: Job, load_job_id: str) -> tuple[Draft, ...]:
 
 def draft_outcome(job: Job, outcome: Draft) -> tuple[Draft, ...]:
     """Return the outcome of a load, and what sets its name for the version."""
-    return outcome, *draft_names(outcome, job.version_name, job.requested_by, uuid7)
+    if job.version_name is UNSET:
+        return (outcome,)
+    return outcome, draft_name(outcome, job.version_name, job.requested_by, uuid7)
 
 
 def draft_load_start(job: Job, *, is_restarted: bool) -> Draft:

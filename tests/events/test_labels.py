@@ -13,7 +13,7 @@ from events.jobs import JobStatus
 from events.state import State
 from events.types import SYSTEM, Draft, LoadParameters, LoadRequested, ModelSettingsChanged
 from events.versioncommands import RemoveVersion
-from features.labels.commands import MAX_VERSION_LABELS, RemoveLabel, SetLabel, draft_labels
+from features.labels.commands import MAX_VERSION_LABELS, RemoveLabel, SetLabel, draft_label
 from features.labels.facts import LabelRemoved, LabelSet
 from features.labels.fold import LABEL_NAME, Label
 
@@ -126,7 +126,7 @@ def test_load_with_label_that_serves_completes_at_once() -> None:
 
 def test_label_of_loaded_version_is_set_by_who_asked() -> None:
     outcome = Draft("loaded", LabelRemoved("x"), SYSTEM, "L", MODEL, 2, "w")
-    (moved,) = draft_labels(outcome, "champion", "bob", lambda: "id")
+    moved = draft_label(outcome, "champion", "bob", lambda: "id")
     assert moved == Draft("id", LabelSet("champion", "loaded"), "bob", "L", MODEL, 2)
 
 
