@@ -56,7 +56,7 @@ from events.types import (
 from events.values import Sign
 from events.versions import ModelVersions
 from features.causes import RULES_OF_CAUSES
-from features.labels.commands import draft_label, find_label_refusal
+from features.labels.commands import draft_label
 
 RULES: Mapping[Cause, CauseRules] = {
     **dict.fromkeys(Cause, CauseRules()),
@@ -143,9 +143,6 @@ class RequestLoad(Command):
         most = RULES[self.cause].most_unended
         if serving is None and most is not None and state.backlog - (superseded is not None) >= most:
             return Refused("queue_full", f"{most} jobs have not ended yet; try again when some have")
-        refusal = None if label is UNSET else find_label_refusal(state, self.model_id, label)
-        if refusal is not None:
-            return refusal
         request = _load_requested(state, self, parameters, new_id())
         drafts = [request]
         if superseded is not None:
