@@ -29,11 +29,19 @@ OUTDATED = "outdated"
 
 
 class Condition(Struct, frozen=True, gc=False):
-    """A precondition of a command of the system; the command is `outdated` if it does not hold any more."""
+    """A precondition of a command.
+
+    A command of the system is `outdated` if one does not hold any more. A condition that a feature adds to a
+    request says itself why it refuses that.
+    """
 
     def holds(self, state: State) -> bool:
         """Whether the condition still holds on `state`."""
         raise NotImplementedError
+
+    def find_refusal(self, state: State) -> Refused | None:
+        """Return why a command with this condition is refused; None if the condition holds."""
+        return None if self.holds(state) else REFUSED_AS_OUTDATED
 
 
 class JobUnchanged(Condition, frozen=True, gc=False):

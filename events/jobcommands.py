@@ -55,7 +55,7 @@ from events.types import (
 )
 from events.versions import ModelVersions
 from features.causes import RULES_OF_CAUSES
-from features.names import draft_name, find_name_refusal
+from features.names import draft_name
 
 RULES: Mapping[Cause, CauseRules] = {
     **dict.fromkeys(Cause, CauseRules()),
@@ -142,9 +142,6 @@ class RequestLoad(Command):
         most = RULES[self.cause].most_unended
         if serving is None and most is not None and state.backlog - (superseded is not None) >= most:
             return Refused("queue_full", f"{most} jobs have not ended yet; try again when some have")
-        refusal = None if name is UNSET else find_name_refusal(state, self.model_id, name)
-        if refusal is not None:
-            return refusal
         request = _load_requested(state, self, parameters, new_id())
         drafts = [request]
         if superseded is not None:

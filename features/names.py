@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from features.labels import commands
 
-find_name_refusal = commands.find_label_refusal
-"""Returns why the model takes no further name."""
 find_naming = commands.find_labelling
 """Returns why the names of a version keep it in the repository."""
 draft_name = commands.draft_label

@@ -105,7 +105,7 @@ class CheckResult:
         versions: how many were checked.
         loaded: whether the version that was named was loaded.
         confinement: a sentence about what confines the workers.
-        targets: some about targets of loads beside the CPU.
+        devices: sentences about devices.
         findings: all so far.
     """
 
@@ -114,7 +114,7 @@ class CheckResult:
     versions: int = 0
     loaded: bool = False
     confinement: str = ""
-    targets: list[str] = field(default_factory=list)
+    devices: list[str] = field(default_factory=list)
     findings: list[CheckFinding] = field(default_factory=list)
 
     def add(self, findings: Iterable[CheckFinding]) -> None:
@@ -512,7 +512,7 @@ async def _check_confinement(pool: WorkerPool, config: Config, result: CheckResu
 async def _check_targets(pool: WorkerPool, config: Config, result: CheckResult) -> None:
     try:
         rooms = await find_rooms(config, pool, find_memory_limit().bytes)
-        result.targets += describe_setup(pool, rooms)
+        result.devices += describe_setup(pool, rooms)
     except ConfigError as error:
         place, _, text = str(error).partition(": ")
         result.add([CheckFinding(place, "invalid_setting", text)])

@@ -17,6 +17,7 @@ from msgspec import UNSET, UnsetType
 
 from events.jobcommands import NO_BATCHING, RequestLoad, RequestUnload
 from events.types import ALLOW, DEPENDENT_ROWS, Contents, Idempotency, Justification, LoadParameters
+from features.acceptance import CODES, add_conditions
 from features.rules import ModelRules
 from features.server import LoadFieldsSchema, settle_parameters
 from runtime.consumer.loads import find_targets
@@ -247,7 +248,7 @@ async def unload_active(request: web.Request) -> web.Response:
         "invalid_defaults",
         "device_unavailable",
         "queue_full",
-        "too_many_labels",
+        *CODES,
         "repository_busy",
         "repository_unreadable",
         *JOB_ERRORS,
@@ -324,7 +325,7 @@ async def make_load_command(
         if not app[CLUSTER].can_run(parameters):
             raise
     rules = app[CONFIG].policy.of(model_id)
-    return RequestLoad(
+    command = RequestLoad(
         model_id,
         chosen,
         known,
@@ -339,6 +340,7 @@ async def make_load_command(
         version_name=asked.get("label", UNSET),
         passed_over=UNSET if refusal is None else str(refusal),
     )
+    return add_conditions(command, app[CONFIG])
 
 
 def _justify(

@@ -14,6 +14,7 @@ from events.state import State
 from events.types import SYSTEM, Draft, LoadParameters, LoadRequested, ModelSettingsChanged
 from events.versioncommands import RemoveVersion
 from features.labels.commands import MAX_VERSION_LABELS, RemoveLabel, SetLabel, draft_label
+from features.labels.conditions import LabelAllowed
 from features.labels.facts import LabelRemoved, LabelSet
 from features.labels.fold import LABEL_NAME, Label
 
@@ -141,7 +142,8 @@ def test_labels_beyond_limit_are_refused() -> None:
     for number in range(MAX_VERSION_LABELS - 1):
         history.set_label(f"label{number}")
     history.ask_load("L", version_name="champion")  # it will set the last one
-    others = SetLabel(MODEL, "other", 1, "bob"), load(2, label="other")
+    limited = replace(load(2, label="other"), conditions=(LabelAllowed(MODEL, "other"),))
+    others = SetLabel(MODEL, "other", 1, "bob"), limited
     assert [describe(decide(history.state, each)) for each in others] == ["too_many_labels"] * 2
     assert describe(decide(history.state, SET)) == "LabelSet 1"
     assert describe(decide(history.state, SetLabel(MODEL, "label0", 2, "bob"))) == "LabelSet 2"
