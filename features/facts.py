@@ -6,37 +6,32 @@ from msgspec import UNSET, UnsetType
 
 from features.approvals.facts import ApprovalWithdrawn, VersionApproved
 from features.devices import facts as devices
-from features.devices.facts import DeviceParameters, DeviceUse
 from features.labels import facts as labels
-from features.labels.facts import LabelRemoved, LabelSet
 from features.nodes import facts as nodes
-from features.nodes.facts import (
-    ENDS_OF_NODES,
-    OF_NODES,
-    FactAtNode,
-    LoadPlaced,
-    NodeData,
-    NodeSignature,
-    NodeState,
-    SignedFact,
-)
 
 STORED_NAMES = {**nodes.STORED_NAMES, **devices.STORED_NAMES, **labels.STORED_NAMES}
 """What JSON calls the members of facts and folds that features have named there."""
 
-FeatureData = NodeData | LoadPlaced | LabelSet | LabelRemoved | VersionApproved | ApprovalWithdrawn
+FeatureData = (
+    nodes.NodeData
+    | nodes.LoadPlaced
+    | labels.LabelSet
+    | labels.LabelRemoved
+    | VersionApproved
+    | ApprovalWithdrawn
+)
 
-OF_SERVERS = OF_NODES
+OF_SERVERS = nodes.OF_NODES
 """The events about servers that share a ledger."""
 
-ENDS_OF_SERVERS = ENDS_OF_NODES
+ENDS_OF_SERVERS = nodes.ENDS_OF_NODES
 """Those of them that end the processes of a server: each has an `end`."""
 
-PLACEMENTS = (LoadPlaced,)
+PLACEMENTS = (nodes.LoadPlaced,)
 """The events that say at which server a job runs: each has a `server`."""
 
 
-class ParametersOfFeatures(DeviceParameters, frozen=True, gc=False, kw_only=True):
+class ParametersOfFeatures(devices.DeviceParameters, frozen=True, gc=False, kw_only=True):
     """Those of a load.
 
     Attributes:
@@ -51,17 +46,16 @@ class ParametersOfFeatures(DeviceParameters, frozen=True, gc=False, kw_only=True
 SETTINGS_OF_FEATURES = nodes.SETTINGS
 """Those of them that change without new workers."""
 
-FactAtServer = FactAtNode
+FactAtServer = nodes.FactAtNode
 """A fact about what is at one server: it has a `server`."""
 
-ServerSignature = NodeSignature
-"""What a server signed a fact with."""
+ServerSignature = nodes.NodeSignature
+SignedFact = nodes.SignedFact
+"""What a server signed a fact with, and a fact that has it."""
 
-SharingState = NodeState
+SharingState = nodes.NodeState
 PRESENT_SHARING = nodes.PRESENT
 """The states of one of several servers that share a ledger, and those in which it is there."""
 
-TargetUse = DeviceUse
+TargetUse = devices.DeviceUse
 """What runs on one target of a load: on its `target`, with `memory_bytes` beside the machine's."""
-
-__all__ = ["SignedFact"]
