@@ -20,7 +20,7 @@ from events.types import Cause, Event, UnloadRequested
 from events.versions import ModelVersions
 
 _NAMES = {"server": "node"}
-"""What rows call the server; see `events.values.STORED_NAMES`."""
+"""What rows call the server; see `features.facts.STORED_NAMES`."""
 
 NOT_LOADED = _UNLOADED, _FAILED = ModelState.UNLOADED, ModelState.FAILED
 

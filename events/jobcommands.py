@@ -29,7 +29,7 @@ from events.jobs import Job, JobKind, JobStatus
 from events.models import Model, ModelState
 from events.serving import Serving
 from events.state import Join, State
-from events.statements import emergency_statement
+from events.statements import Sign, emergency_statement
 from events.tokens import add_issuers
 from events.types import (
     NEVER,
@@ -53,10 +53,9 @@ from events.types import (
     UnloadRequested,
     contents_of,
 )
-from events.values import Sign
 from events.versions import ModelVersions
 from features.causes import RULES_OF_CAUSES
-from features.labels.commands import draft_label
+from features.names import draft_names, is_named
 
 RULES: Mapping[Cause, CauseRules] = {
     **dict.fromkeys(Cause, CauseRules()),
@@ -86,7 +85,7 @@ class RequestLoad(Command):
         is_checked: whether the bytes must pass rules each time that a person or an inference asks for them.
         justification: the person's; UNSET without rules or reasons.
         sign: signs an emergency for this server; None if it is alone.
-        label: to set to the version when that is loaded; UNSET for none.
+        version_name: of the version from when that is loaded; UNSET for none.
         passed_over: why the highest version could not be served; UNSET if it could, or was not asked for.
     """
 
@@ -104,7 +103,7 @@ class RequestLoad(Command):
     is_checked: bool = False
     justification: Justification | UnsetType = UNSET
     sign: Sign | None = None
-    label: str | UnsetType = UNSET
+    version_name: str | UnsetType = UNSET
     passed_over: str | UnsetType = UNSET
 
     @property
@@ -132,9 +131,8 @@ class RequestLoad(Command):
         if parameters.max_queue_delay_us and not parameters.max_batch_size:
             return Refused("invalid_body", f"body: {NO_BATCHING}")
         serving = _find_satisfying(model, self, parameters) if not queue else None
-        label = self.label
-        is_labelled = label is UNSET or versions.versions_by_label.get(label) == self.version
-        if serving is not None and serving.parameters.has_same_settings(parameters) and is_labelled:
+        named = is_named(state, self.model_id, self.version, self.version_name)
+        if serving is not None and serving.parameters.has_same_settings(parameters) and named:
             return _join_load(state, self, serving, new_id)
         if serving is not None and (self.is_checked or _needs_persons(state, self.model_id, serving)):
             serving = None  # the job passes the rules first, even if it only changes settings
@@ -151,8 +149,8 @@ class RequestLoad(Command):
             data = ModelSettingsChanged.of(serving.load_job_id, parameters)
             outcome = replace(request, id=new_id(), data=data, actor=SYSTEM)
             drafts.append(outcome)
-            if label is not UNSET and not is_labelled:
-                drafts.append(draft_label(outcome, label, self.actor, new_id))
+            if not named:
+                drafts += draft_names(outcome, self.version_name, self.actor, new_id)
         return Accepted(tuple(drafts), request.id)
 
 
@@ -300,7 +298,7 @@ def _load_requested(state: State, command: RequestLoad, parameters: LoadParamete
         said = replace(said, credential=add_issuers(said.credential, state.registers.tokens))
         if said.emergency is not None and command.sign is not None:
             what = event_id, command.model_id, command.version, command.actor
-            said = replace(said, node_signature=command.sign(emergency_statement(*what, said)))
+            said = replace(said, server_signature=command.sign(emergency_statement(*what, said)))
     data = LoadRequested.of(
         parameters,
         command.cause,
@@ -308,7 +306,7 @@ def _load_requested(state: State, command: RequestLoad, parameters: LoadParamete
         idempotency=command.idempotency,
         policy=command.policy,
         justification=said,
-        label=command.label,
+        version_name=command.version_name,
         passed_over=command.passed_over,
     )
     return Draft(event_id, data, command.actor, event_id, command.model_id, command.version)
@@ -328,7 +326,7 @@ def _joins(command: RequestLoad, job: Job) -> bool:
         return False
     if job.policy_digest != (command.policy or None):
         return False
-    if command.label is not UNSET and command.label != job.label:
+    if command.version_name is not UNSET and command.version_name != job.version_name:
         return False
     if command.cause is Cause.REQUEST and job.cause is not Cause.REQUEST:
         return False

@@ -38,8 +38,8 @@ from events.types import (
     UnloadStarted,
     WorkerExited,
 )
-from events.values import STORED_NAMES, ProcessEnd
-from features.facts import PLACEMENTS, STORED_NAMES_OF_TARGETS
+from events.values import ProcessEnd
+from features.facts import PLACEMENTS, STORED_NAMES
 from features.rules import POLICY_CODES
 
 
@@ -211,7 +211,7 @@ class JobPolicy(Struct, frozen=True, gc=False):
     justification: Justification | None = None
 
 
-class Job(Struct, frozen=True, gc=False):
+class Job(Struct, frozen=True, gc=False, rename=STORED_NAMES):
     """One accepted load or unload; times are timestamps.
 
     Attributes:
@@ -224,7 +224,7 @@ class Job(Struct, frozen=True, gc=False):
         superseded_by: the person's load that took the place of this one by the system.
         placement: the server of a load, or of the load that an unload ends; not stored at a server alone.
         policy: of a load; it is not stored without rules and reasons.
-        label: that is set to the version of a load when that is loaded; not stored without.
+        version_name: that a load gives to its version when that is loaded; not stored without.
         passed_over: of a load: why it does not have the highest version; not stored without.
         unreturned_bytes: of a completed unload, as `ModelUnloaded` has it; not stored without.
     """
@@ -251,7 +251,7 @@ class Job(Struct, frozen=True, gc=False):
     superseded_by: str | None = None
     placement: JobPlacement | UnsetType = UNSET
     policy: JobPolicy | UnsetType = UNSET
-    label: str | UnsetType = UNSET
+    version_name: str | UnsetType = UNSET
     unreturned_bytes: int | UnsetType = UNSET
     passed_over: str | UnsetType = UNSET
 
@@ -365,7 +365,7 @@ def _create_job(event: Event, model_id: str, data: LoadRequested | UnloadRequest
         deadline_at=add_seconds(event.recorded_at, load.timeout_s) if load else None,
         placement=UNSET if unload is None or unload.server is UNSET else JobPlacement(unload.server),
         policy=UNSET if load is None else _find_policy(load),
-        label=UNSET if load is None else load.label,
+        version_name=UNSET if load is None else load.version_name,
         passed_over=UNSET if load is None else load.passed_over,
     )
 
@@ -474,7 +474,7 @@ MAX_FOOTPRINTS = 4
 loaded with several numbers of threads, or on several targets, has fewer versions among them."""
 
 
-class Footprint(Struct, frozen=True, gc=False, rename=STORED_NAMES_OF_TARGETS):
+class Footprint(Struct, frozen=True, gc=False, rename=STORED_NAMES):
     """The peak memory of one worker that loaded these files.
 
     `threads` is how many it computed with. `target_name` is where it ran if not on the CPU, and

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from events.clock import Timestamp
 from events.types import Event, ServerStarted, ServerStopped
+from features.facts import PRESENT_SHARING, SharingState
 
 SERVER = ""
 """Stands for the server, or all that share the ledger, where others have the name of one of these."""
@@ -29,17 +30,7 @@ class ServerState(StrEnum):
     UNKNOWN = "unknown"
 
 
-class NodeState(StrEnum):
-    """The state of one of several servers: its phase, or `unknown` from when it was last seen to its end."""
-
-    JOINED = "joined"
-    DRAINING = "draining"
-    LEFT = "left"
-    LOST = "lost"
-    UNKNOWN = "unknown"
-
-
-PRESENT = (ServerState.RUNNING, NodeState.JOINED, NodeState.DRAINING)
+PRESENT = (ServerState.RUNNING, *PRESENT_SHARING)
 
 
 class Transition(NamedTuple):
@@ -56,17 +47,17 @@ class Transition(NamedTuple):
 
     position: int
     server: str
-    state: ServerState | NodeState | None
+    state: ServerState | SharingState | None
     at: Timestamp | None
     seen_at: Timestamp | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class NodeLiveness:
+class SharingLiveness:
     """The state of one of several servers at a moment, and since when, or None if the log does not tell."""
 
     id: str
-    state: NodeState
+    state: SharingState
     since: Timestamp | None
 
 
@@ -79,7 +70,7 @@ class Liveness:
 
     state: ServerState
     since: Timestamp | None
-    servers: tuple[NodeLiveness, ...] = ()
+    servers: tuple[SharingLiveness, ...] = ()
 
 
 def list_transitions(event: Event) -> tuple[Transition, ...]:
@@ -113,7 +104,7 @@ def find_liveness(
     for name in sorted(last.keys() - {SERVER}):
         state, since = _state_at(last[name], following.get(name), time)
         if state is not None:
-            servers.append(NodeLiveness(name, NodeState(state), since))
+            servers.append(SharingLiveness(name, SharingState(state), since))
     before, after = last.get(SERVER), following.get(SERVER)
     if before is None:
         was_stopped = after is not None and after.state is ServerState.RUNNING and after.seen_at is None
@@ -137,7 +128,7 @@ def _state_at(
 def unknown_since(found: Liveness, seen_at: Timestamp) -> Liveness:
     """Return the liveness where all that was there may have ended after it was last seen."""
     servers = [
-        replace(each, state=NodeState.UNKNOWN, since=seen_at) if each.state in PRESENT else each
+        replace(each, state=SharingState.UNKNOWN, since=seen_at) if each.state in PRESENT else each
         for each in found.servers
     ]
     return Liveness(ServerState.UNKNOWN, seen_at, tuple(servers))

@@ -13,7 +13,7 @@ from msgspec import UNSET, Struct
 from msgspec.structs import replace
 
 from events.types import Data, Event, Unknown, VersionAdded, VersionRemoved, contents_of, digest_of
-from events.values import STORED_NAMES
+from features.facts import STORED_NAMES
 from features.versions import STEPS_OF_FEATURES, FeaturesOfVersions
 
 

@@ -5,6 +5,7 @@ of this folder, one for each seam, with one line for each feature that is there:
 
 - `facts`: events; `registers` and `versions`: folds beside the kernel's; `models`: what a model serves from
 - `acceptance`: conditions of a request for a load, which refuse it before anything is recorded
+- `names`: of versions, which loads set
 - `checks`: checks before a load, which get a `beforeload.CheckInput` and pass with `evidence`
 - `rooms`: targets of a load, and what it needs there; `causes`: rules for loads of a cause; `demands`: what a
   load demands of its server

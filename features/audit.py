@@ -36,13 +36,13 @@ from events.types import (
     contents_of,
     digest_of,
 )
-from events.values import NodeSignature
 from events.versions import ModelVersions
 from features.approvals.check import check_approval
 from features.approvals.commands import approval_statement, find_approval, find_same_person
 from features.approvals.facts import ApprovalResult, LoadApproval, VersionApproved
 from features.approvals.fold import make_approval
 from features.beforeload import CheckInput, NotLoadable
+from features.nodes.facts import NodeSignature
 from features.rules import ModelRules, list_weakenings
 from features.signatures.check import check_signatures
 from features.signatures.facts import LoadSignature, remember_bundle
@@ -113,7 +113,7 @@ class PolicyAudit:
         if not self._entities.registers.nodes:
             return None
         statement = approval_statement(event.model_id or "", make_approval(event, data))
-        return self._find_unsigned(statement, data.node_signature)
+        return self._find_unsigned(statement, data.server_signature)
 
     def _keep_versions(self, event: Event, _: LoadStarted) -> None:
         """Keep the state at a load's start, on which the load goes on, regardless of later withdrawals."""
@@ -131,7 +131,7 @@ class PolicyAudit:
         if not self._entities.registers.nodes:
             return None
         statement = emergency_statement(job.id, job.model_id, job.version, job.requested_by, said)
-        if self._find_unsigned(statement, said.node_signature) is not None:
+        if self._find_unsigned(statement, said.server_signature) is not None:
             return "no node has signed that who asked for this load has the role emergency"
         return None
 
@@ -193,10 +193,10 @@ class PolicyAudit:
     def _check_node(self, data: ModelLoaded, job: Job, given: CheckInput) -> str | None:
         if data.server is UNSET or job.version is None:
             return None
-        if data.node_signature is not UNSET and data.node_signature.server != data.server:
+        if data.server_signature is not UNSET and data.server_signature.server != data.server:
             return f"the node {data.server!r} has not signed it, where it was loaded"
         passed = AdmittedBytes(given.digest, job.id, job.version, data.evidence)
-        return self._find_unsigned(load_statement(job.model_id, passed), data.node_signature)
+        return self._find_unsigned(load_statement(job.model_id, passed), data.server_signature)
 
     def _check_signature(self, event: Event, data: ModelLoaded, job: Job, given: CheckInput) -> str | None:
         signature, rules = data.signature, given.rules

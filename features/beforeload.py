@@ -73,10 +73,10 @@ class CheckInput:
         found = sorted(
             self.model.list_admitted_bytes(self.digest), key=lambda each: not each.evidence.is_enforced
         )
-        signed = (
-            each for each in found if self.is_signed(load_statement(self.model.id, each), each.node_signature)
-        )
-        return next(signed, None)
+        for each in found:
+            if self.is_signed(load_statement(self.model.id, each), each.server_signature):
+                return each
+        return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,8 +34,8 @@ from events.types import (
     contents_of,
     digest_of,
 )
-from events.values import NodeSignature
 from features.nodes.commands import NodeCurrent
+from features.nodes.facts import NodeSignature
 from features.nodes.register import Node, find_placer
 from nodes.copies import find_steps
 from nodes.placement import (
@@ -227,7 +227,7 @@ class NodePlacement(Elsewhere):
             return draft
         passed = AdmittedBytes(digest_of(contents_of(data.files)), job.id, job.version, data.evidence)
         signature = self._signing.sign(load_statement(job.model_id, passed))
-        return structs.replace(draft, data=structs.replace(data, node_signature=signature))
+        return structs.replace(draft, data=structs.replace(data, server_signature=signature))
 
     def is_signed(self, statement: bytes, signature: NodeSignature | UnsetType, state: State) -> bool:
         """Whether a node that may sign has signed it: the database's role may append what none has."""

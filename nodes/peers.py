@@ -31,7 +31,7 @@ from events.audit.signing import is_signed_by
 from events.errors import LogUnavailable
 from events.log import Log
 from events.state import State
-from events.values import NodeSignature
+from features.nodes.facts import NodeSignature
 from features.nodes.register import Node
 from server.auth.access import ROLES
 from server.auth.gate import POSITION, InvalidToken, Principal, Verifier, bearer_token

@@ -16,7 +16,7 @@ from events.commands import Condition, Record
 from events.jobcommands import RequestLoad, RequestUnload
 from events.models import Model
 from events.state import State
-from events.values import NodeSignature
+from features.facts import ServerSignature
 from runtime.consumer.running import RunningLoad
 from runtime.errors import ModelNotLoaded
 from runtime.scheduler.actions import Decision
@@ -60,7 +60,7 @@ class Elsewhere:
         """Return a command of the consumer, completed for other servers."""
         return command
 
-    def is_signed(self, statement: bytes, signature: NodeSignature | UnsetType, state: State) -> bool:
+    def is_signed(self, statement: bytes, signature: ServerSignature | UnsetType, state: State) -> bool:
         """Whether a server that may sign has signed it; nobody else writes to the ledger of one alone."""
         return True
 

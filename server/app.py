@@ -285,7 +285,7 @@ async def _record_policy(app: web.Application) -> None:
     """Record the policy for loads if it is another one than at the last start."""
     log, policy, name = app[LOG], app[CONFIG].policy, app[CLUSTER].name
     if log.state.registers.find_policy(name) != policy:
-        data = PolicyInForce(policy, UNSET if name is None else name)
+        data = PolicyInForce(policy, server=UNSET if name is None else name)
         await log.submit(Record((Draft(uuid7(), data, SYSTEM),)))
 
 

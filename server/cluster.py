@@ -21,8 +21,8 @@ from answers.nodes import NodeInfo
 from events.commands import Receipt
 from events.log import Log
 from events.models import Model
+from events.statements import Sign
 from events.types import Cause, LoadParameters
-from events.values import Sign
 from features.nodes.metrics import Gauge, list_gauges
 from runtime.consumer.running import RunningLoad
 from runtime.elsewhere import Elsewhere

@@ -65,4 +65,4 @@ def _find_approval(given: CheckInput, requester: str, version: int | None) -> Lo
 def _is_seen(given: CheckInput, job: Job, said: Justification) -> bool:
     """Whether a trusted server has confirmed that the requester has the role `emergency`."""
     statement = emergency_statement(job.id, job.model_id, job.version, job.requested_by, said)
-    return given.is_signed(statement, said.node_signature)
+    return given.is_signed(statement, said.server_signature)

@@ -26,10 +26,10 @@ from events.commands import (
 )
 from events.models import Model
 from events.state import State
-from events.statements import IsSigned
+from events.statements import IsSigned, Sign
 from events.tokens import add_issuers
 from events.types import SYSTEM, Contents, Draft, hashes_of, record_draft
-from events.values import Credential, Sign
+from events.values import Credential
 from events.versions import ModelVersions
 from features.approvals.facts import ApprovalResult, ApprovalWithdrawn, LoadApproval, VersionApproved
 from features.approvals.fold import Approval, make_approval
@@ -71,7 +71,7 @@ def list_valid_approvals(
             for one in counted
         ):
             continue
-        if is_signed(approval_statement(versions.id, each), each.node_signature):
+        if is_signed(approval_statement(versions.id, each), each.server_signature):
             counted.append(each)
     return counted
 
@@ -177,7 +177,8 @@ class ApproveVersion(Command):
             is_same = each.digest == self.digest and each.issued_by == credential.issued_by
             if is_same and is_same_person(each.by, self.actor):
                 statement = approval_statement(self.model_id, each)
-                if self.sign is None or self.sign(statement) == each.node_signature:  # else it may be invalid
+                # With another signature, it may be invalid.
+                if self.sign is None or self.sign(statement) == each.server_signature:
                     return Existing(None)
         serving = None if model is None else model.serving
         data = VersionApproved(
@@ -192,7 +193,7 @@ class ApproveVersion(Command):
         if self.sign is not None:
             said = make_approval(record_draft(draft, 0, ""), data)
             signature = self.sign(approval_statement(self.model_id, said))
-            draft = replace(draft, data=replace(data, node_signature=signature))
+            draft = replace(draft, data=replace(data, server_signature=signature))
         return Accepted((draft,))
 
 

@@ -26,5 +26,5 @@ class LabelAllowed(Condition, frozen=True, gc=False):
 
 
 def list_conditions(command: RequestLoad, _: object) -> Iterator[Condition]:
-    if command.label is not UNSET:
-        yield LabelAllowed(command.model_id, command.label)
+    if command.version_name is not UNSET:
+        yield LabelAllowed(command.model_id, command.version_name)

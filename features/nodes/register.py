@@ -13,9 +13,17 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from events.clock import Timestamp, add_seconds
-from events.presence import SERVER, NodeState, ServerState, Transition
+from events.presence import SERVER, ServerState, Transition
 from events.types import Event
-from features.nodes.facts import NodeData, NodeDraining, NodeJoined, NodeLeft, NodeLost, join_statement
+from features.nodes.facts import (
+    NodeData,
+    NodeDraining,
+    NodeJoined,
+    NodeLeft,
+    NodeLost,
+    NodeState,
+    join_statement,
+)
 
 KEPT_S = 30 * 86_400
 """A node is remembered for a month after its end, so that operators can find a missing one."""

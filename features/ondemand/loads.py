@@ -184,7 +184,7 @@ class OnDemand:
             QueueFull: `inference_queue_full`, too many inferences wait for the model.
             DemandFailed: `load_failed`.
             UnknownModel: `unknown_model`, or UnknownVersion, `unknown_version`.
-            UnknownLabel: `unknown_label`.
+            UnknownName: `unknown_label`.
             LedgerProblem: `out_of_service`, `model_not_loaded`, `queue_full`, `log_unavailable`.
             ServerProblem: `shutting_down`.
         """

@@ -36,7 +36,7 @@ def find_demand_refusal(model: Model | None, versions: ModelVersions, version: i
             return None
         loaded = f"version {chosen.version} of {name}, which was loaded by {by}, was removed"
         return Refused(OUT_OF_SERVICE, f"{loaded}: load another version")
-    if version is not None and versions.list_labels_of(version):
+    if version is not None and versions.list_names_of(version):
         return None
     loaded = f"version {chosen.version} of {name} was loaded by {by}"
     body = f'{{"version": {version}}}'

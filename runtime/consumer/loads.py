@@ -470,7 +470,7 @@ class Loader:
         await self._record_outcome(load, describe)
 
     def _draft_loaded(self, load: RunningLoad, files: HeldVersion, job: Job) -> list[Draft]:
-        """Return `ModelLoaded`, its label, and the unload request of the load that this one replaces."""
+        """Return `ModelLoaded`, the version's name, and the unload request of the load before."""
         load.check()
         data = describe_loaded(job, load, files, self._log.now(), self._pool)
         if load.checked is not None:

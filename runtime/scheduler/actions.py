@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from msgspec import UNSET
-
 from events.clock import uuid7
 from events.commands import Condition, JobUnchanged, ModelUnchanged, WorkerServes
 from events.jobcommands import RequestLoad, RequestUnload
@@ -23,7 +21,7 @@ from events.types import (
     LoadStarted,
     ModelSettingsChanged,
 )
-from features.labels.commands import draft_label
+from features.names import draft_names
 from runtime.rooms import Alternative
 from runtime.timeouts import PROGRESS_TIMEOUT_S
 from runtime.wire import plain_text
@@ -224,16 +222,14 @@ def draft_fact(job: Job, data: Data, worker_id: str | None = None) -> Draft:
 
 
 def draft_settings_change(job: Job, load_job_id: str) -> tuple[Draft, ...]:
-    """Return the outcome of a load whose workers another load has loaded, and its label."""
+    """Return the outcome of a load whose workers another load has loaded, and its name."""
     _, parameters = job.load_order
     return draft_outcome(job, draft_fact(job, ModelSettingsChanged.of(load_job_id, parameters)))
 
 
 def draft_outcome(job: Job, outcome: Draft) -> tuple[Draft, ...]:
-    """Return the outcome of a load, and its label."""
-    if job.label is UNSET:
-        return (outcome,)
-    return outcome, draft_label(outcome, job.label, job.requested_by, uuid7)
+    """Return the outcome of a load, and what sets its name for the version."""
+    return outcome, *draft_names(outcome, job.version_name, job.requested_by, uuid7)
 
 
 def draft_load_start(job: Job, *, is_restarted: bool) -> Draft:

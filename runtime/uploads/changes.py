@@ -182,7 +182,7 @@ class VersionChanges:
     async def give_up(self, entry: StagingEntry) -> None:
         """Record that an added version never became visible; its files go first, so that it never will."""
         await self.run(entry, entry.discard)
-        data = VersionRemoved(NOT_PLACED, self.holder)
+        data = VersionRemoved(NOT_PLACED, server=self.holder)
         draft = Draft(uuid7(), data, SYSTEM, model_id=entry.model_id, version=entry.version)
         await self.log.submit(Record((draft,)))
 

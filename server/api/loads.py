@@ -337,7 +337,7 @@ async def make_load_command(
         is_checked=app[CONFIG].policy.count_persons(model_id) > 0,
         justification=UNSET if person is None else _justify(rules, asked, person),
         sign=app[CLUSTER].sign if asked.get("emergency") else None,
-        label=asked.get("label", UNSET),
+        version_name=asked.get("label", UNSET),
         passed_over=UNSET if refusal is None else str(refusal),
     )
     return add_conditions(command, app[CONFIG])

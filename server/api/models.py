@@ -206,7 +206,7 @@ def make_model_info(
         version=row.version,
         next_version=row.next_version,
         active=is_active,
-        labels=model.versions.versions_by_label,
+        labels=model.versions.versions_by_name,
         approvals=show(model.versions.approvals, list[ApprovalInfo]),
         loaded_at=load.loaded_at if load else None,
         loaded_by=(row.asked_by or load.loaded_by) if load else None,

@@ -337,7 +337,7 @@ class History:
 
     def start_at(self, node: str, job: str, *, of: str = MODEL, version: int = 1) -> None:
         self.place(job, node, of=of, version=version)
-        self.add(LoadStarted(self.job(job).attempt + 1, node), job, of=of, version=version)
+        self.add(LoadStarted(self.job(job).attempt + 1, server=node), job, of=of, version=version)
 
     def add_version(
         self, node: str | UnsetType = UNSET, *, sha256: str = "ab" * 32, of: str = MODEL, version: int = 1
@@ -349,7 +349,7 @@ class History:
     def remove_version(
         self, node: str | UnsetType = UNSET, reason: str | None = None, *, of: str = MODEL, version: int = 1
     ) -> None:
-        self.add(VersionRemoved(reason, node), of=of, version=version, by="alice")
+        self.add(VersionRemoved(reason, server=node), of=of, version=version, by="alice")
 
     def set_label(self, label: str = "champion", *, version: int = 1, of: str = MODEL) -> None:
         self.add(LabelSet(label), of=of, version=version, by="alice")
@@ -468,8 +468,8 @@ STEPS: dict[str, Callable[..., object]] = {
     "label": lambda h: h.set_label(),
     "label_v2": lambda h: h.set_label(version=2),
     "unlabel": lambda h: h.add(LabelRemoved("champion"), by="alice"),
-    "request_labelled": lambda h: h.ask_load("L", label="champion"),
-    "request_labelled_v2": lambda h: h.ask_load("L2", version=2, label="champion"),
+    "request_labelled": lambda h: h.ask_load("L", version_name="champion"),
+    "request_labelled_v2": lambda h: h.ask_load("L2", version=2, version_name="champion"),
     # Another model.
     "request_other": lambda h: h.ask_load("O", of="other"),
     "start_other": lambda h: h.start_load("O", of="other"),
