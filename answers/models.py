@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from answers.answer import AS_OF, AnswerBody, about, one_of
-from answers.approvals import ApprovalInfo, LoadApprovalInfo, LoadSignatureInfo, UnapprovedVersion
+from answers.approvals import ApprovalInfo, LoadApprovalInfo, UnapprovedVersion
 from answers.errors import ErrorInfo
 from answers.past import PastAnswer
+from answers.signatures import LoadSignatureInfo
 from answers.tensors import ModelTensor
 
 State = Annotated[str, one_of("unloaded", "loading", "loaded", "unloading", "failed", "lost")]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated
+
+from msgspec.structs import astuple, replace
 
 from answers.answer import AS_OF, AnswerBody, about, one_of
 from answers.models import State
@@ -126,3 +129,16 @@ class Timeline(AnswerBody, frozen=True, kw_only=True, rename=_RENAMED):
         tuple[NodeLane, ...], about("The nodes that were there in the range, by name; missing without any.")
     ] = ()
     next_cursor: Annotated[str | None, about("`cursor` of the next page; null on the last page.")]
+
+    def with_lanes(
+        self,
+        lanes: list[Lane],
+        server: tuple[ServerSegment, ...],
+        servers: Mapping[str, tuple[ServerSegment, ...]],
+    ) -> Timeline:
+        """Return the page with lanes; `servers` has those of each of several servers, by name."""
+        nodes = [
+            NodeLane(name, tuple([NodeSegment(*astuple(each)) for each in lane]))
+            for name, lane in servers.items()
+        ]
+        return replace(self, lanes=lanes, server=server, nodes=tuple(nodes))

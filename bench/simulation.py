@@ -31,9 +31,8 @@ from events.types import (
     UnloadStarted,
     record_draft,
 )
-from events.values import NodeSignature
 from features.nodes.commands import DrainNode, EndNode, JoinNode
-from features.nodes.facts import LoadPlaced, NodeLost
+from features.nodes.facts import LoadPlaced, NodeLost, NodeSignature
 from features.nodes.register import find_placer
 from nodes.decisions import NodePlacement
 from nodes.placement import NodeHints

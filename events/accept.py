@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from events.clock import Timestamp
-from events.commands import REFUSED_AS_OUTDATED, Command, Decision, DecisionInput, Existing, Refused
+from events.commands import Command, Decision, DecisionInput, Existing, Refused
 from events.state import State
 from events.types import Idempotency
 
@@ -28,10 +28,12 @@ def accept(
         now: the ledger's time.
         previous: the hash of the event before.
     """
-    if not all(condition.holds(state) for condition in command.conditions):
-        return REFUSED_AS_OUTDATED
     repeated = _find_repeated(state, command.idempotency, now)
-    return repeated or command.decide(DecisionInput(state, new_id, now, previous))
+    if repeated is not None:
+        return repeated
+    refusals = (condition.find_refusal(state) for condition in command.conditions)
+    refusal = next(filter(None, refusals), None)
+    return refusal or command.decide(DecisionInput(state, new_id, now, previous))
 
 
 def _find_repeated(state: State, given: Idempotency | None, now: Timestamp) -> Existing | Refused | None:

@@ -72,7 +72,7 @@ class ClockStep(NamedTuple):
 
 
 class LedgerClock:
-    """The wall clock, as far as it can be trusted, and a monotonic time for deadlines and back-offs.
+    """The wall clock, as far as it is right, and a monotonic time for deadlines and back-offs.
 
     The ledger follows a step of the wall clock forward once the new time has stood for a minute. Until then
     the old time goes on by CLOCK_BOOTTIME, which counts suspends too. So a clock that is wrong for a moment

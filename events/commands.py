@@ -25,15 +25,23 @@ from events.types import (
 from events.versions import ModelVersions
 
 OUTDATED = "outdated"
-"""Code of a refused command of the system: what it rests on has changed, so the caller decides anew."""
+"""Code of a refused command of the system: its conditions have changed, so the caller decides again."""
 
 
 class Condition(Struct, frozen=True, gc=False):
-    """A precondition of a command of the system; the command is `outdated` if it does not hold any more."""
+    """A precondition of a command.
+
+    A command of the system is `outdated` if one does not hold any more. A condition that a feature adds to a
+    request says itself why it refuses that.
+    """
 
     def holds(self, state: State) -> bool:
-        """Whether `state` is still what the decision rests on."""
+        """Whether the condition still holds on `state`."""
         raise NotImplementedError
+
+    def find_refusal(self, state: State) -> Refused | None:
+        """Return why a command with this condition is refused; None if the condition holds."""
+        return None if self.holds(state) else REFUSED_AS_OUTDATED
 
 
 class JobUnchanged(Condition, frozen=True, gc=False):
@@ -81,9 +89,9 @@ class Accepted(Struct, frozen=True, gc=False):
 
 
 class Existing(Struct, frozen=True, gc=False):
-    """Nothing to append: this job did, or will do, what the command asks, and its actor is recorded.
+    """Nothing to append: the job did, or will do, what the command asks, and the actor is recorded.
 
-    Without a job, what the command asks was recorded before.
+    Without a job, the command's effect was recorded before.
     """
 
     job_id: str | None
@@ -103,7 +111,7 @@ REFUSED_AS_OUTDATED = Refused(OUTDATED, "what this was decided on has changed; d
 
 @dataclass(frozen=True, slots=True)
 class DecisionInput:
-    """The input of a decision: as the arguments of `events.accept.accept`."""
+    """The input of a decision: the arguments of `events.accept.accept`."""
 
     state: State
     new_id: Callable[[], str]
@@ -155,19 +163,18 @@ class CauseRules:
     """The rules of loads with one cause, beside those of all loads.
 
     Attributes:
-        most_unended: jobs from which on the load is refused; None is no limit.
+        most_unended: limit of unended jobs, from which on the load is refused; None is no limit.
         replaces: whether it takes the place of another version.
-        find_refusal: returns why a version may not be loaded where none is loaded or pending; None if it may.
+        is_for_inferences: whether it is cancelled if it has not begun and no inference waits for it.
+        find_refusal: returns why a version may not be loaded if none is loaded or pending, or None if it may.
         choose_parameters: returns the parameters of a version that is not loaded before, by those asked for.
     """
 
     most_unended: int | None = None
     replaces: bool = True
+    is_for_inferences: bool = False
     find_refusal: Callable[[Model | None, ModelVersions, int], Refused | None] = lambda *_: None
     choose_parameters: Callable[[Model | None, int, LoadParameters], LoadParameters] = lambda _, __, it: it
-
-
-NO_RULES = CauseRules()
 
 
 class Receipt(Struct, frozen=True, gc=False):
@@ -176,7 +183,7 @@ class Receipt(Struct, frozen=True, gc=False):
     Attributes:
         job_id: the job that the command made or joined; None for facts and tokens.
         existing: whether the job was there before, or the token was revoked before.
-        position: of the head after the command.
+        position: the head's position after the command.
     """
 
     job_id: str | None

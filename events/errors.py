@@ -112,14 +112,8 @@ class EpochOver(LogUnavailable):
     """The other servers gave this one up: nothing was accepted, and it joins again; try again shortly."""
 
 
-class NodeAlive(LedgerProblem):
-    """A server cannot be declared lost: it has renewed its lease, or the one that judges is late itself."""
-
-    code = "node_alive"
-
-
 class NameInUse(LedgerProblem):
-    """Another server that shares the ledger has this one's name, and renews its lease."""
+    """Another server that shares the ledger has this one's name."""
 
     code = "node_name_in_use"
 

@@ -1,4 +1,4 @@
-"""Events as text: one table of what a line says of each type, for log, command line, console, reference.
+"""Events as text: one table of the words for each type, for log, command line, console and reference.
 
 `tools.generate` writes the table into the console's script and the reference page. This module imports the
 standard library only: the start of the command line is a measured budget.
@@ -18,7 +18,7 @@ _MEMBER = re.compile(r"\{([\w.-]+)(\?)?(?::(\w+))?\}")
 
 
 class EventText(NamedTuple):
-    """What a line says of one event type.
+    """The words of a line for one event type.
 
     Attributes:
         parts: joined by commas. `{a.b}` is a member of the event's data, `{a.-1}` the last item of a list;
@@ -185,7 +185,7 @@ _FORMS: Mapping[str | None, Callable[[Any], str]] = {
 
 
 def describe_event(kind: str, data: Mapping[str, Any]) -> str:
-    """Return what a line says of an event; all of its members if the type or its data is unknown.
+    """Return the line for an event; all of its members if the type or its data is unknown.
 
     Args:
         kind: the event's type.
@@ -220,7 +220,7 @@ def _fill(part: str, data: Mapping[str, Any]) -> str:
 
 
 def _find(data: Any, path: str, *, is_optional: bool = False) -> Any:
-    """Return a member; None if a part of its path is null or an empty list."""
+    """Return a member, or None if a part of its path is null or an empty list."""
     for step in path.split("."):
         if _is_empty(data):
             return None

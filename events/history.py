@@ -1,4 +1,4 @@
-"""The history of models and jobs in rows: what each event made of a model, and when a job was unended. Pure.
+"""The history of models and jobs in rows: a model after each change, and when a job was unended. Pure.
 
 A row has what the API shows of a model. What its `ModelLoaded` said is not repeated in each row: a row names
 the position of that event. What only the scheduler needs (footprints, incidents, back-off) is in no row; a
@@ -20,7 +20,7 @@ from events.types import Cause, Event, UnloadRequested
 from events.versions import ModelVersions
 
 _NAMES = {"server": "node"}
-"""What rows call the server; see `events.values.STORED_NAMES`."""
+"""What rows call the server; see `features.facts.STORED_NAMES`."""
 
 NOT_LOADED = _UNLOADED, _FAILED = ModelState.UNLOADED, ModelState.FAILED
 
@@ -36,7 +36,7 @@ class CopyRow(Struct, frozen=True, gc=False, omit_defaults=True, rename=_NAMES):
 
 
 class ModelRow(Struct, frozen=True, gc=False, omit_defaults=True, rename=_NAMES):
-    """A model after an event, as it is stored and shown, but for what its load's event says.
+    """A model after an event, as stored and shown, without the data of its load's event.
 
     Attributes:
         version: as `Model.version`.
@@ -44,11 +44,11 @@ class ModelRow(Struct, frozen=True, gc=False, omit_defaults=True, rename=_NAMES)
         job: the id of that load's job.
         rank: as `Model.rank`.
         load: position of the `ModelLoaded` of the load that serves, or that was unloaded for replacement.
-        workers: how many are left of the load that serves; None while no load does.
+        workers: the number of workers left of the serving load; None without one.
         degraded: as `Model.degraded`.
         server: as `Serving.server`; `asked_by` and `brought_back` are there, too.
-        error: of the last failure.
-        copies_wanted: as `LoadParameters.wanted_copies` of the load that serves.
+        error: the last failure.
+        copies_wanted: the `LoadParameters.wanted_copies` of the serving load.
         copies: the further loads that serve, in the order of `Model.copies`.
     """
 
@@ -86,12 +86,12 @@ class ModelRow(Struct, frozen=True, gc=False, omit_defaults=True, rename=_NAMES)
 
     @property
     def serving_load(self) -> int | None:
-        """Position of the `ModelLoaded` of the load that serves; None while none does."""
+        """Position of the `ModelLoaded` of the serving load, or None."""
         return None if self.workers is None else self.load
 
     @property
     def next_version(self) -> int | None:
-        """The version that is loading beside the one that serves."""
+        """The version that is loading beside the serving one."""
         return self.next if self.state is ModelState.LOADED else None
 
 
@@ -109,7 +109,7 @@ class ShownModel(NamedTuple):
 
     @property
     def load(self) -> Serving | None:
-        """The load that serves; None while none does."""
+        """The serving load, or None."""
         return self.loads[0] if self.loads else None
 
     def count_ready(self) -> int:
@@ -121,7 +121,7 @@ class ShownModel(NamedTuple):
 
 
 def has_row(event: Event, model: Model) -> bool:
-    """Whether an event that changed a model may have changed what a row has of it.
+    """Whether an event that changed a model may have changed its row.
 
     A requested unload does only if it takes a copy from the model, of which it is none of the unloads then.
     """

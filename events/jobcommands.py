@@ -2,7 +2,7 @@
 
 Duplicates and the choice of the active model are decided here only, so two handlers cannot race. Jobs of one
 model run in the order of their acceptance, so a duplicate is compared with the last pending job of the model.
-Whoever is answered with a job of another request is recorded.
+An actor who is answered with a job of another request is recorded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from msgspec.structs import replace
 
 from events.commands import (
     MAX_QUEUE,
-    NO_RULES,
     REFUSED_AS_OUTDATED,
     Accepted,
     CauseRules,
@@ -30,7 +29,7 @@ from events.jobs import Job, JobKind, JobStatus
 from events.models import Model, ModelState
 from events.serving import Serving
 from events.state import Join, State
-from events.statements import emergency_statement
+from events.statements import Sign, emergency_statement
 from events.tokens import add_issuers
 from events.types import (
     NEVER,
@@ -54,12 +53,16 @@ from events.types import (
     UnloadRequested,
     contents_of,
 )
-from events.values import Sign
 from events.versions import ModelVersions
 from features.causes import RULES_OF_CAUSES
-from features.labels.commands import draft_label, find_label_refusal
+from features.names import draft_names, is_named
 
-RULES: Mapping[Cause, CauseRules] = {Cause.REQUEST: CauseRules(most_unended=MAX_QUEUE), **RULES_OF_CAUSES}
+RULES: Mapping[Cause, CauseRules] = {
+    **dict.fromkeys(Cause, CauseRules()),
+    Cause.REQUEST: CauseRules(most_unended=MAX_QUEUE),
+    **RULES_OF_CAUSES,
+}
+"""By the cause of a load."""
 
 NO_BATCHING = "max_queue_delay_us takes a max_batch_size of at least 1: without one there are no batches"
 """Message of `invalid_body`, for a queue delay without batches."""
@@ -74,15 +77,15 @@ class RequestLoad(Command):
 
     Attributes:
         contents: path and SHA-256 of the version's files, in order of their paths, if the repository still
-            has those that were loaded last; None if they are unknown.
+            has the files loaded last; None if they are unknown.
         asked: the names of the parameters that the request itself gave. A request that gives none accepts a
             loaded model as it is.
-        conditions: of a reload by the system.
+        conditions: conditions of a reload by the system.
         policy: digest of the model's rules where it was asked; UNSET without any.
         is_checked: whether the bytes must pass rules each time that a person or an inference asks for them.
-        justification: of the person; UNSET without rules or reasons.
+        justification: the person's; UNSET without rules or reasons.
         sign: signs an emergency for this server; None if it is alone.
-        label: to set to the version when that is loaded; UNSET for none.
+        version_name: of the version from when that is loaded; UNSET for none.
         passed_over: why the highest version could not be served; UNSET if it could, or was not asked for.
     """
 
@@ -100,16 +103,12 @@ class RequestLoad(Command):
     is_checked: bool = False
     justification: Justification | UnsetType = UNSET
     sign: Sign | None = None
-    label: str | UnsetType = UNSET
+    version_name: str | UnsetType = UNSET
     passed_over: str | UnsetType = UNSET
 
     @property
     def is_emergency(self) -> bool:
         return self.justification is not UNSET and self.justification.emergency is not None
-
-    @property
-    def rules(self) -> CauseRules:
-        return RULES.get(self.cause, NO_RULES)
 
     def list_joinable(self, state: State) -> Iterator[tuple[str, str]]:
         if self.cause is Cause.REQUEST:
@@ -132,20 +131,16 @@ class RequestLoad(Command):
         if parameters.max_queue_delay_us and not parameters.max_batch_size:
             return Refused("invalid_body", f"body: {NO_BATCHING}")
         serving = _find_satisfying(model, self, parameters) if not queue else None
-        label = self.label
-        is_labelled = label is UNSET or versions.versions_by_label.get(label) == self.version
-        if serving is not None and serving.parameters.has_same_settings(parameters) and is_labelled:
+        named = is_named(state, self.model_id, self.version, self.version_name)
+        if serving is not None and serving.parameters.has_same_settings(parameters) and named:
             return _join_load(state, self, serving, new_id)
         if serving is not None and (self.is_checked or _needs_persons(state, self.model_id, serving)):
-            serving = None  # its job passes the rules first, also if it changes only settings
-        if not self.rules.replaces and (other := _find_other_version(model, queue, self)) is not None:
+            serving = None  # the job passes the rules first, even if it only changes settings
+        if not RULES[self.cause].replaces and (other := _find_other_version(model, queue, self)) is not None:
             return Existing(other)
-        most = self.rules.most_unended
+        most = RULES[self.cause].most_unended
         if serving is None and most is not None and state.backlog - (superseded is not None) >= most:
             return Refused("queue_full", f"{most} jobs have not ended yet; try again when some have")
-        refusal = None if label is UNSET else find_label_refusal(state, self.model_id, label)
-        if refusal is not None:
-            return refusal
         request = _load_requested(state, self, parameters, new_id())
         drafts = [request]
         if superseded is not None:
@@ -154,8 +149,8 @@ class RequestLoad(Command):
             data = ModelSettingsChanged.of(serving.load_job_id, parameters)
             outcome = replace(request, id=new_id(), data=data, actor=SYSTEM)
             drafts.append(outcome)
-            if label is not UNSET and not is_labelled:
-                drafts.append(draft_label(outcome, label, self.actor, new_id))
+            if not named:
+                drafts += draft_names(outcome, self.version_name, self.actor, new_id)
         return Accepted(tuple(drafts), request.id)
 
 
@@ -164,8 +159,8 @@ class RequestUnload(Command):
     """Unload a model from wherever it serves; None is the active model.
 
     Attributes:
-        conditions: of an automatic unload.
-        copy: the load of the only copy to unload; None is all.
+        conditions: conditions of an automatic unload.
+        copy: the load of the only copy to unload; None unloads all.
         takes_out_of_service: whether a model that is not loaded, too, is taken out of service.
         until_asked: whether the next inference may load the model again.
     """
@@ -263,7 +258,7 @@ def _find_version_refusal(
         name = f"version {command.version} of model '{command.model_id}'"
         return Refused("unknown_version", f"{name} was removed; it loads once it has been added again")
     is_loaded = model is not None and model.serving is not None
-    return None if queue or is_loaded else command.rules.find_refusal(model, versions, command.version)
+    return None if queue or is_loaded else RULES[command.cause].find_refusal(model, versions, command.version)
 
 
 def _join_job(
@@ -288,7 +283,7 @@ def _join_load(
 def _record_once(
     state: State, command: RequestLoad | RequestUnload | RequestCancel, draft: Draft, *, made_by: str | None
 ) -> Accepted | Existing:
-    """Record who joins a job, once for each person and for each key; the system joins without a record."""
+    """Record that an actor joins a job, once for each actor and key; the system joins without a record."""
     job_id = draft.job_id or ""
     is_known = made_by == draft.actor or Join(job_id, draft.actor, draft.data.TYPE) in state.joins
     is_by_system = not isinstance(command, RequestCancel) and command.cause is not Cause.REQUEST
@@ -303,7 +298,7 @@ def _load_requested(state: State, command: RequestLoad, parameters: LoadParamete
         said = replace(said, credential=add_issuers(said.credential, state.registers.tokens))
         if said.emergency is not None and command.sign is not None:
             what = event_id, command.model_id, command.version, command.actor
-            said = replace(said, node_signature=command.sign(emergency_statement(*what, said)))
+            said = replace(said, server_signature=command.sign(emergency_statement(*what, said)))
     data = LoadRequested.of(
         parameters,
         command.cause,
@@ -311,7 +306,7 @@ def _load_requested(state: State, command: RequestLoad, parameters: LoadParamete
         idempotency=command.idempotency,
         policy=command.policy,
         justification=said,
-        label=command.label,
+        version_name=command.version_name,
         passed_over=command.passed_over,
     )
     return Draft(event_id, data, command.actor, event_id, command.model_id, command.version)
@@ -331,7 +326,7 @@ def _joins(command: RequestLoad, job: Job) -> bool:
         return False
     if job.policy_digest != (command.policy or None):
         return False
-    if command.label is not UNSET and command.label != job.label:
+    if command.version_name is not UNSET and command.version_name != job.version_name:
         return False
     if command.cause is Cause.REQUEST and job.cause is not Cause.REQUEST:
         return False
@@ -366,7 +361,7 @@ def _effective_parameters(model: Model | None, ahead: list[Job], command: Reques
     """Return the parameters to record: what is not named stays, unless another version is loaded before."""
     before = _parameters_before(model, ahead, command.version)
     if before is None:
-        return command.rules.choose_parameters(model, command.version, command.parameters)
+        return RULES[command.cause].choose_parameters(model, command.version, command.parameters)
     kept = {
         name: getattr(before, name) for name in (*WORKER_PARAMETERS, *SETTINGS) if name not in command.asked
     }

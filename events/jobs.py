@@ -38,8 +38,8 @@ from events.types import (
     UnloadStarted,
     WorkerExited,
 )
-from events.values import STORED_NAMES, ProcessEnd
-from features.facts import PLACEMENTS
+from events.values import ProcessEnd
+from features.facts import PLACEMENTS, STORED_NAMES
 from features.rules import POLICY_CODES
 
 
@@ -110,7 +110,7 @@ CONSEQUENCES: Mapping[str, Consequence] = {
     "rows_depend": Consequence.INCIDENT,
     NO_PROGRESS: Consequence.INCIDENT,
     "not_encodable": Consequence.INCIDENT,
-    # No process, no device, no memory, no disk, no time.
+    # No process, no hardware, no memory, no disk, no time.
     FORK_SERVER_DIED: Consequence.RETRY,
     "device_unavailable": Consequence.RETRY,
     "fork_server_unavailable": Consequence.RETRY,
@@ -131,7 +131,7 @@ CONSEQUENCES: Mapping[str, Consequence] = {
     POLICY_DIFFERS: Consequence.RETRY,
     # The server itself; its log has the reason.
     "internal": Consequence.RETRY,
-    # Decided by the scheduler, or by a comparison of hashes; or the device's provider has been replaced.
+    # Decided by the scheduler, or by a comparison of hashes; or an execution provider has been replaced.
     "fallback_refused": Consequence.END,
     CRASH_LOOP: Consequence.END,
     INSUFFICIENT_MEMORY: Consequence.END,
@@ -211,7 +211,7 @@ class JobPolicy(Struct, frozen=True, gc=False):
     justification: Justification | None = None
 
 
-class Job(Struct, frozen=True, gc=False):
+class Job(Struct, frozen=True, gc=False, rename=STORED_NAMES):
     """One accepted load or unload; times are timestamps.
 
     Attributes:
@@ -224,7 +224,7 @@ class Job(Struct, frozen=True, gc=False):
         superseded_by: the person's load that took the place of this one by the system.
         placement: the server of a load, or of the load that an unload ends; not stored at a server alone.
         policy: of a load; it is not stored without rules and reasons.
-        label: that is set to the version of a load when that is loaded; not stored without.
+        version_name: that a load gives to its version when that is loaded; not stored without.
         passed_over: of a load: why it does not have the highest version; not stored without.
         unreturned_bytes: of a completed unload, as `ModelUnloaded` has it; not stored without.
     """
@@ -251,7 +251,7 @@ class Job(Struct, frozen=True, gc=False):
     superseded_by: str | None = None
     placement: JobPlacement | UnsetType = UNSET
     policy: JobPolicy | UnsetType = UNSET
-    label: str | UnsetType = UNSET
+    version_name: str | UnsetType = UNSET
     unreturned_bytes: int | UnsetType = UNSET
     passed_over: str | UnsetType = UNSET
 
@@ -287,7 +287,7 @@ class Job(Struct, frozen=True, gc=False):
 
     @property
     def takes_out_of_service(self) -> bool:
-        """Whether this is an unload by a person, which on-demand loads do not undo."""
+        """Whether this is an unload by a person, which inferences do not undo."""
         unload = self.unload
         return unload is not None and self.cause is Cause.REQUEST and not unload.until_asked
 
@@ -365,7 +365,7 @@ def _create_job(event: Event, model_id: str, data: LoadRequested | UnloadRequest
         deadline_at=add_seconds(event.recorded_at, load.timeout_s) if load else None,
         placement=UNSET if unload is None or unload.server is UNSET else JobPlacement(unload.server),
         policy=UNSET if load is None else _find_policy(load),
-        label=UNSET if load is None else load.label,
+        version_name=UNSET if load is None else load.version_name,
         passed_over=UNSET if load is None else load.passed_over,
     )
 
@@ -471,32 +471,32 @@ A table, because a `match` of so many classes takes as long as the rest of a ste
 
 MAX_FOOTPRINTS = 4
 """Footprints kept of a model: the version that serves, the next, and two to go back to. A model that is
-loaded with several numbers of threads, or on several devices, has fewer versions among them."""
+loaded with several numbers of threads, or on several targets, has fewer versions among them."""
 
 
-class Footprint(Struct, frozen=True, gc=False):
+class Footprint(Struct, frozen=True, gc=False, rename=STORED_NAMES):
     """The peak memory of one worker that loaded these files.
 
-    `threads` is how many it computed with. `device` is where it ran if not on the CPU, and `device_bytes`
-    what it took there of the device's own memory.
+    `threads` is how many it computed with. `target_name` is where it ran if not on the CPU, and
+    `target_bytes` what it took there beside the machine's memory.
     """
 
     version: int
     files: tuple[LoadedFile, ...]
     peak_memory_bytes: int
     threads: int | None = None
-    device: str | UnsetType = UNSET
-    device_bytes: int | UnsetType = UNSET
+    target_name: str | UnsetType = UNSET
+    target_bytes: int | UnsetType = UNSET
 
     @property
     def target(self) -> str:
-        """The device; empty is the CPU."""
-        return self.device or ""
+        """Where it ran; empty is the CPU."""
+        return self.target_name or ""
 
     @property
     def conditions(self) -> tuple[object, ...]:
         """The conditions of the load, beside its files, on which the peak depends."""
-        return self.threads, self.device
+        return self.threads, self.target_name
 
 
 def footprint_of(version: int, loaded: ModelLoaded) -> Footprint:
@@ -504,18 +504,18 @@ def footprint_of(version: int, loaded: ModelLoaded) -> Footprint:
     workers = max(1, len(loaded.worker_ids))
     peak_bytes = -(-loaded.peak_memory_bytes // workers)
     seen = Footprint(version, loaded.files, peak_bytes, loaded.threads)
-    if not loaded.devices:
+    if not loaded.targets:
         return seen
-    use = loaded.devices[0]
-    device_bytes = UNSET if use.memory_bytes is None else -(-use.memory_bytes // workers)
-    return replace(seen, device=use.device, device_bytes=device_bytes)
+    use = loaded.targets[0]
+    target_bytes = UNSET if use.memory_bytes is None else -(-use.memory_bytes // workers)
+    return replace(seen, target_name=use.target, target_bytes=target_bytes)
 
 
 def add_footprint(footprints: tuple[Footprint, ...], latest: Footprint) -> tuple[Footprint, ...]:
     """Return the footprints with the latest one added.
 
-    Of the same files, threads and device the highest peak counts, because peaks are sampled;
-    of the device's own memory, the last measurement, but not none or 0: the driver did not answer, or another
+    Of the same files, threads and target the highest peak counts, because peaks are sampled;
+    of the target's own memory, the last measurement, but not none or 0: the driver did not answer, or another
     process returned as much meanwhile. Footprints of other files of the same version are dropped.
     """
     others = []
@@ -528,6 +528,6 @@ def add_footprint(footprints: tuple[Footprint, ...], latest: Footprint) -> tuple
             latest = replace(
                 latest,
                 peak_memory_bytes=max(known.peak_memory_bytes, latest.peak_memory_bytes),
-                device_bytes=latest.device_bytes or known.device_bytes,
+                target_bytes=latest.target_bytes or known.target_bytes,
             )
     return (*others, latest)[-MAX_FOOTPRINTS:]

@@ -2,8 +2,7 @@
 
 `Log.submit` queues a command. The writer takes all pending commands as one group, decides them one after the
 other on the state, encodes the accepted events, and commits them in one transaction, because a durable commit
-costs the same for any number of commands. Then it updates the state, answers the callers and wakes the
-subscribers.
+costs the same for any number of commands. Then it updates the state, answers callers and wakes subscribers.
 """
 
 from __future__ import annotations

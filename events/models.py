@@ -34,6 +34,7 @@ from events.jobs import (
 )
 from events.serving import AdmittedBytes, Serving, make_serving
 from events.types import (
+    BY_CLIENTS,
     ENDS_OF_PROCESSES,
     REPLACEMENTS,
     Cause,
@@ -60,8 +61,6 @@ from features.models import Servings
 RELOADS = (Cause.RECOVERY, Cause.RESTART, Cause.SWAP, Cause.DRAIN, Cause.COPY)
 """Causes of reloads: loads by the system that bring a model or an instance back, or to another server."""
 
-_BY_CLIENTS = (Cause.REQUEST, Cause.DEMAND)
-
 
 class ModelState(StrEnum):
     """The state of a model. A `lost` one is to be reloaded: its worker or the server died."""
@@ -80,7 +79,7 @@ _UNLOADING, _FAILED, _LOST = ModelState.UNLOADING, ModelState.FAILED, ModelState
 
 
 class Trigger(StrEnum):
-    """What moves a model from one state to another."""
+    """The triggers that move a model from one state to another."""
 
     LOAD_STARTED = "LoadStarted"
     LOADED = "ModelLoaded"
@@ -110,20 +109,20 @@ TRANSITIONS: Mapping[Trigger, Mapping[ModelState, ModelState]] = {
 }
 """The life of a model: by trigger, the state before and after. `docs/images/states.svg` draws it.
 
-A model is `loading` while a load of it runs that began in another state, its phase: there the model is again
-if that load ends without effect. In the other phases, `loaded` and `unloading`, a load runs beside.
+A model is `loading` while its load runs that began in another state, its phase; if that load ends without
+effect, the model returns to the phase. In the phases `loaded` and `unloading`, a load runs beside.
 """
 
 
 class Choice(Struct, frozen=True, gc=False):
-    """The last load or unload of a model by a person, which on-demand loads follow.
+    """The last load or unload of a model by a person, which loads for inferences follow.
 
     Attributes:
-        job_id: its job, or that of the load by an inference which the person's load was answered with.
+        job_id: its job, or the job of an inference's load with which the person's load was answered.
         by: the person.
         at: when it took effect.
         version: None if the person unloaded the model: it is out of service until a person loads it.
-        parameters: of the load; None with `version`.
+        parameters: the load's parameters; None with `version`.
     """
 
     job_id: str
@@ -137,22 +136,22 @@ class Model(Servings, frozen=True, gc=False, rename=STORED_NAMES_OF_EVIDENCE):
     """One model, with the loads that it serves from.
 
     Attributes:
-        phase: the state of what serves: never `loading`, see `state`.
+        phase: the state of its serving load: never `loading`, see `state`.
         rank: the position of the latest load by a client; the active model has the highest.
-        loads: that have not ended, in the order in which they run.
+        loads: the unended loads, in the order in which they run.
         unloads: ids of the jobs that end the present load, or one of `loads`.
-        error: of the last failure, until the model is loaded or unloaded.
-        last_version: of the last load that was tried.
+        error: the last failure, until the model is loaded or unloaded.
+        last_version: the version of the latest attempt.
         lost_by: the cause of the reload that is to come, in the phase `lost`; with a `previous` load, whether
             the server ended since that was unloaded, like `lost_at`.
-        back_off_position: of the last loss, death or failed reload, whose time the back-off counts from.
+        back_off_position: the last loss, death or failed reload, from whose time the back-off counts.
         incidents: times of deaths and of failed reloads that speak against the model; old ones are dropped
             with the next.
-        retries: failed reloads that do not, since the model was loaded; None without one.
+        retries: failed reloads that do not, since the model was loaded; None without any.
         previous: the load that was unloaded for replacement, until the new version is loaded. If that fails,
             the model is `lost` with this load.
-        footprints: of the versions loaded last, the latest at the end.
-        known_evidence: names of what its loads passed by which the ledger has; not stored without any.
+        footprints: those of the versions loaded last, the latest at the end.
+        known_evidence: names of evidence of its loads that the ledger has; not stored without any.
         chosen: the last choice of a person; not stored without one.
     """
 
@@ -190,7 +189,7 @@ class Model(Servings, frozen=True, gc=False, rename=STORED_NAMES_OF_EVIDENCE):
         return (self.chosen.version, self.chosen.parameters) == (serving.version, serving.parameters)
 
     def list_admitted_bytes(self, digest: str) -> list[AdmittedBytes]:
-        """Return what bytes with this digest have passed, of the loads that the model serves from."""
+        """Return the checked bytes with this digest, of the loads that the model serves from."""
         held = [each for each in self.held if each.digest == digest]
         return [each.earlier for each in held if each.earlier] + [each.passed for each in held]
 
@@ -206,7 +205,7 @@ class Model(Servings, frozen=True, gc=False, rename=STORED_NAMES_OF_EVIDENCE):
 
     @property
     def loaded(self) -> LoadedModel | None:
-        """The model with its load; None if it has none."""
+        """The model with its load, or None without a load."""
         return LoadedModel(self, self.serving) if self.serving is not None else None
 
     @property
@@ -224,7 +223,7 @@ class Model(Servings, frozen=True, gc=False, rename=STORED_NAMES_OF_EVIDENCE):
 
     @property
     def version(self) -> int | None:
-        """The version that serves, else the one that is loading, else the last one tried."""
+        """The serving version, or else the loading one, or else the one of the latest attempt."""
         if self.serving is not None:
             return self.serving.version
         if self.previous is not None and self.state is ModelState.LOST:
@@ -248,8 +247,8 @@ def evolve_model(model: Model | None, event: Event, job: Job | None) -> Model | 
     """Return the model after an event.
 
     Args:
-        model: as it was before; None if there was no event of it.
-        event: of any model or of none.
+        model: the model before the event; None if it is the first one.
+        event: an event of any model or of none.
         job: the event's job as it was before the event.
     """
     if type(event.data) in ENDS_OF_PROCESSES:
@@ -281,7 +280,7 @@ def _end_processes(model: Model, event: Event, data: Any) -> Model:
         lost_by=Cause.RESTART if lost or model.phase is ModelState.LOST else model.lost_by,
         lost_at=event.recorded_at if lost else model.lost_at,
         loads=loads,
-        retries=None,  # what was in the last server's way need not be in the next one's
+        retries=None,  # the last server's obstacle need not be the next one's
     )
     return model if after == model else after  # most models may be unloaded
 
@@ -307,8 +306,8 @@ def _model_loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None
     if job is None or loaded is None:
         return model
     if job.cause is Cause.COPY and model.phase is ModelState.UNLOADING:
-        return _without_job(model, job.id)  # its server ends it
-    by_system = job.cause not in _BY_CLIENTS
+        return _without_job(model, job.id)  # the end of its server ends it
+    by_system = job.cause not in BY_CLIENTS
     before = (model.serving or model.previous) if job.cause in RELOADS else None
     serving = loaded
     if before is not None:

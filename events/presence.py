@@ -1,4 +1,4 @@
-"""Presence of servers: what starts and ends change, and what they tell of a moment. Pure.
+"""Presence of servers: the changes by starts and ends, and the state at a moment. Pure.
 
 Each change is stored (`events.sqlite.history`). An end that was discovered later has `seen_at`: from then to
 its discovery the state is `unknown`.
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from events.clock import Timestamp
 from events.types import Event, ServerStarted, ServerStopped
+from features.facts import PRESENT_SHARING, SharingState
 
 SERVER = ""
 """Stands for the server, or all that share the ledger, where others have the name of one of these."""
@@ -29,61 +30,51 @@ class ServerState(StrEnum):
     UNKNOWN = "unknown"
 
 
-class NodeState(StrEnum):
-    """The state of one of several servers: its phase, or `unknown` from when it was last seen to its end."""
-
-    JOINED = "joined"
-    DRAINING = "draining"
-    LEFT = "left"
-    LOST = "lost"
-    UNKNOWN = "unknown"
-
-
-PRESENT = (ServerState.RUNNING, NodeState.JOINED, NodeState.DRAINING)
+PRESENT = (ServerState.RUNNING, *PRESENT_SHARING)
 
 
 class Transition(NamedTuple):
     """A change of the state of a server.
 
     Attributes:
-        position: of the event.
+        position: the event's position.
         server: its name, or SERVER.
-        state: from then on; None of a server that is forgotten.
-        at: when the event was recorded; None of a guess for the time before the first one.
+        state: the state from then on; None for a forgotten server.
+        at: when the event was recorded; None for a guess for the time before the first event.
         seen_at: until when the state before is known to have lasted, and empty if nobody knows; None is until
             `at`.
     """
 
     position: int
     server: str
-    state: ServerState | NodeState | None
+    state: ServerState | SharingState | None
     at: Timestamp | None
     seen_at: Timestamp | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class NodeLiveness:
-    """The state of one of several servers at a moment, and since when; None if the log does not say."""
+class SharingLiveness:
+    """The state of one of several servers at a moment, and since when, or None if the log does not tell."""
 
     id: str
-    state: NodeState
+    state: SharingState
     since: Timestamp | None
 
 
 @dataclass(frozen=True, slots=True)
 class Liveness:
-    """The state of the server at a moment, and since when; None if the log does not say.
+    """The state of the server at a moment, and since when, or None if the log does not tell.
 
-    `servers` are those that had joined by then, by name.
+    `servers` are the servers that had joined by then, by name.
     """
 
     state: ServerState
     since: Timestamp | None
-    servers: tuple[NodeLiveness, ...] = ()
+    servers: tuple[SharingLiveness, ...] = ()
 
 
 def list_transitions(event: Event) -> tuple[Transition, ...]:
-    """Return what the start or end of a server alone changes; nothing of any other event."""
+    """Return the change by the start or end of a server alone; empty for other events."""
     position, at, data = event.position, event.recorded_at, event.data
     match data:
         case ServerStarted(unclean=unclean, last_seen_at=last_seen_at):
@@ -106,14 +97,14 @@ def find_liveness(
     Args:
         last: the last transition by then of each server.
         following: the first one after that.
-        time: of the moment, before the next event was recorded; None for that of the last event.
+        time: the moment, before the next event was recorded; None for that of the last event.
         is_first: whether no event at all is before.
     """
     servers = []
     for name in sorted(last.keys() - {SERVER}):
         state, since = _state_at(last[name], following.get(name), time)
         if state is not None:
-            servers.append(NodeLiveness(name, NodeState(state), since))
+            servers.append(SharingLiveness(name, SharingState(state), since))
     before, after = last.get(SERVER), following.get(SERVER)
     if before is None:
         was_stopped = after is not None and after.state is ServerState.RUNNING and after.seen_at is None
@@ -137,7 +128,7 @@ def _state_at(
 def unknown_since(found: Liveness, seen_at: Timestamp) -> Liveness:
     """Return the liveness where all that was there may have ended after it was last seen."""
     servers = [
-        replace(each, state=NodeState.UNKNOWN, since=seen_at) if each.state in PRESENT else each
+        replace(each, state=SharingState.UNKNOWN, since=seen_at) if each.state in PRESENT else each
         for each in found.servers
     ]
     return Liveness(ServerState.UNKNOWN, seen_at, tuple(servers))

@@ -1,4 +1,4 @@
-"""Registers: what is folded beside models and jobs, by id.
+"""Registers: the projections beside models and jobs, by id.
 
 Issued tokens, policies, the versions of models, and those of the features (`features.registers`).
 """
@@ -34,7 +34,7 @@ class RecordedPolicy(Struct, frozen=True, gc=False):
 
 RegisterEntry = Token | FeatureEntry | RecordedPolicy | ModelVersions
 RegisterChanges = Mapping[str, Mapping[str, RegisterEntry | None]]
-"""The entries that changed, by the register's name and their ids; None for those that went."""
+"""The changed entries, by the register's name and their ids; None for a removed one."""
 
 NOTHING: Mapping[str, Never] = MappingProxyType({})
 
@@ -57,7 +57,7 @@ class Registers(FeatureRegisters):
     Attributes:
         tokens: issued and revoked ones, by their ids; a map is changed in place, unless it is shared.
         policies: in force at the servers, by their names; a map is never changed.
-        versions: of the models, by their ids; a map is changed in place, unless it is shared.
+        versions: the versions of models, by model id; a map is changed in place, unless it is shared.
         shared: the names of the maps that are those of other registers, too.
     """
 
@@ -74,7 +74,7 @@ class Registers(FeatureRegisters):
         return replace(self, shared=frozenset({"tokens", "versions"}))
 
     def find_versions(self, model_id: str) -> ModelVersions:
-        """Return what is known of a model's versions; nothing of a model that is not known."""
+        """Return the versions of a model; empty for an unknown model."""
         return self.versions.get(model_id) or ModelVersions(model_id)
 
     def find_policy(self, server: str | None) -> LoadPolicy:
@@ -85,7 +85,7 @@ class Registers(FeatureRegisters):
     def apply(
         self, event: Event, models: Mapping[str, Model], unended: Callable[[], Iterable[Job]]
     ) -> tuple[RegisterChanges, Sequence[Transition]]:
-        """Return what an event changes; `models` and `unended` say which entries have to stay."""
+        """Return the changes by an event; `models` and `unended` say which entries have to stay."""
         data = event.data
         if isinstance(data, OF_TOKENS):
             if "tokens" in self.shared:
@@ -121,7 +121,7 @@ def _list_owners(
     unended: Callable[[], Iterable[Job]],
     versions: Mapping[str, ModelVersions],
 ) -> set[str]:
-    """Return the servers that own a model or a job, or have signed what a person said that still counts."""
+    """Return the servers that own a model or a job, or have signed a person's valid statement."""
     owners = {each.server for model in models.values() for each in model.servings}
     signers = chain.from_iterable(each.list_signers() for each in versions.values())
     return {each for each in (*owners, *(job.server for job in unended()), *signers) if each is not None}

@@ -9,7 +9,6 @@ from events.clock import Timestamp
 from events.jobs import Job
 from events.types import (
     Cause,
-    DeviceUse,
     Event,
     LoadedFile,
     LoadParameters,
@@ -17,8 +16,8 @@ from events.types import (
     contents_of,
     digest_of,
 )
-from events.values import STORED_NAMES, NodeSignature
 from features.evidence import LoadEvidence
+from features.facts import STORED_NAMES, ServerSignature, TargetUse
 
 
 class Serving(Struct, frozen=True, gc=False, rename=STORED_NAMES):
@@ -33,7 +32,7 @@ class Serving(Struct, frozen=True, gc=False, rename=STORED_NAMES):
         threads: of each worker.
         asked_by: who asked for the model that the system brought back; None where `loaded_by` did.
         brought_back: the cause of that reload.
-        evidence, node_signature, devices: as `ModelLoaded` has them; not stored without.
+        evidence, server_signature, targets: as `ModelLoaded` has them; not stored without.
         earlier: what a load of the same bytes had passed that this one brought back under fewer rules; not
             stored without.
     """
@@ -55,8 +54,8 @@ class Serving(Struct, frozen=True, gc=False, rename=STORED_NAMES):
     brought_back: Cause | None = None
     at: str | UnsetType = UNSET
     evidence: LoadEvidence | UnsetType = UNSET
-    node_signature: NodeSignature | UnsetType = UNSET
-    devices: tuple[DeviceUse, ...] | UnsetType = UNSET
+    server_signature: ServerSignature | UnsetType = UNSET
+    targets: tuple[TargetUse, ...] | UnsetType = UNSET
     earlier: AdmittedBytes | UnsetType = UNSET
 
     @property
@@ -67,7 +66,7 @@ class Serving(Struct, frozen=True, gc=False, rename=STORED_NAMES):
     def passed(self) -> AdmittedBytes:
         """The checks that its bytes passed, as its server has signed them."""
         evidence = self.evidence or LoadEvidence()
-        return AdmittedBytes(self.digest, self.load_job_id, self.version, evidence, self.node_signature)
+        return AdmittedBytes(self.digest, self.load_job_id, self.version, evidence, self.server_signature)
 
     @property
     def server(self) -> str | None:
@@ -85,7 +84,7 @@ class Serving(Struct, frozen=True, gc=False, rename=STORED_NAMES):
         return self if self.at is UNSET else replace(self, at=UNSET)
 
 
-class AdmittedBytes(Struct, frozen=True, gc=False):
+class AdmittedBytes(Struct, frozen=True, gc=False, rename=STORED_NAMES):
     """Bytes that a model was loaded from, and what they passed; as `ModelLoaded` has it.
 
     `digest` is that of the files, and `job_id` of the load.
@@ -95,7 +94,7 @@ class AdmittedBytes(Struct, frozen=True, gc=False):
     job_id: str
     version: int
     evidence: LoadEvidence
-    node_signature: NodeSignature | UnsetType = UNSET
+    server_signature: ServerSignature | UnsetType = UNSET
 
 
 def make_serving(event: Event, data: ModelLoaded, job: Job) -> Serving | None:
@@ -116,6 +115,6 @@ def make_serving(event: Event, data: ModelLoaded, job: Job) -> Serving | None:
         threads=data.threads,
         at=data.server,
         evidence=data.evidence or UNSET,
-        node_signature=data.node_signature,
-        devices=data.devices,
+        server_signature=data.server_signature,
+        targets=data.targets,
     )

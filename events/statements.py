@@ -13,10 +13,13 @@ from msgspec.structs import astuple
 
 from events.serving import AdmittedBytes
 from events.types import Justification
-from events.values import NodeSignature
+from features.facts import ServerSignature
 
-IsSigned = Callable[[bytes, NodeSignature | UnsetType], bool]
-"""Whether a trusted server has signed a statement; of a ledger of one server it has."""
+Sign = Callable[[bytes], ServerSignature]
+"""Signs a statement with the key of this server."""
+
+IsSigned = Callable[[bytes, ServerSignature | UnsetType], bool]
+"""Whether a server that may sign has signed a statement; of a ledger of one server it has."""
 
 
 def emergency_statement(

@@ -16,9 +16,18 @@ from msgspec import UNSET, Struct, UnsetType
 from msgspec.structs import asdict, replace
 
 from events.clock import Timestamp
-from events.values import STORED_NAMES, Confinement, Credential, FileHash, NodeSignature, ProcessEnd
+from events.values import Confinement, Credential, FileHash, ProcessEnd
 from features.evidence import RecordedEvidence
-from features.facts import ENDS_OF_SERVERS, FeatureData
+from features.facts import (
+    ENDS_OF_SERVERS,
+    SETTINGS_OF_FEATURES,
+    STORED_NAMES,
+    FactAtServer,
+    FeatureData,
+    ParametersOfFeatures,
+    SignedFact,
+    TargetUse,
+)
 from features.rules import LoadPolicy
 
 
@@ -46,6 +55,9 @@ REPLACEMENTS = {
 """Causes of unloads of loads that another load of the model replaces, or is a copy of: what such an unload
 does, and what to do instead of cancelling it."""
 
+
+BY_CLIENTS = (Cause.REQUEST, Cause.DEMAND)
+"""Causes of loads that persons and inferences ask for."""
 
 SYSTEM = "system"
 """The actor of what the server does by itself; no token may have it as its subject."""
@@ -112,48 +124,27 @@ class Durations(Struct, frozen=True, gc=False):
     copying_us: int | None = None
 
 
-class Justification(Struct, frozen=True, gc=False):
+class Justification(SignedFact, frozen=True, gc=False):
     """The reasons that a person gives for a load.
 
     Attributes:
         credential: of the person.
         reason: as it was given.
         emergency: why it must not wait for others; None if it may.
-        node_signature: of an emergency, by the node that has seen the person's role.
-        digest: of an emergency, of the files that it is for; UNSET where no rule asks for approval.
+        digest: of an emergency, of the files that it is for; UNSET where no rule asks for it.
     """
 
     credential: Credential
     reason: str | None = None
     emergency: str | None = None
-    node_signature: NodeSignature | UnsetType = UNSET
     digest: str | UnsetType = UNSET
-
-
-class DeviceUse(Struct, frozen=True, gc=False):
-    """The part of a loaded model that runs on one device.
-
-    Attributes:
-        provider: the execution provider; `cpu` is ONNX Runtime's own.
-        version: of the provider.
-        device: its name (`features.devices.names`), like `cuda:0`.
-        nodes: how many nodes of the model's graph run there, as the providers were offered it.
-        memory_bytes: that the workers take there, with what the driver keeps for each process; None if the
-            device has only the machine's memory, which the load's own figures count.
-    """
-
-    provider: str
-    version: str
-    device: str
-    nodes: int
-    memory_bytes: int | None = None
 
 
 NEVER = -1
 """The `keep_alive_s` of a model that is never unloaded for being idle; None says the same."""
 
 
-class LoadParameters(Struct, frozen=True, gc=False):
+class LoadParameters(ParametersOfFeatures, frozen=True, gc=False):
     """The parameters of a load, from the HTTP schema to the consumer, which orders the workers.
 
     A new field needs a default, because earlier events lack it. Workers import nothing of `events`, so the
@@ -171,11 +162,6 @@ class LoadParameters(Struct, frozen=True, gc=False):
         max_queue_delay_us: how long a request may wait for its batch.
         progress_timeout_s: how long a started load may make no progress.
         threads: how many threads each worker computes with; None is the server's setting when it starts.
-        node_attributes: attributes that its node must have, in order; not stored without any.
-        copies: at how many nodes the model is to be loaded; not stored where none is named, which is 1.
-        devices: names of devices (`features.devices.names`); the load runs on the first that has room. Not
-            stored for the CPU.
-        fallback: `cpu` if nodes that the device does not support may run on the CPU; not stored for `refuse`.
         dependent_rows: `allow` if rows of a batch may change each other's answers; not stored for `refuse`.
     """
 
@@ -190,16 +176,7 @@ class LoadParameters(Struct, frozen=True, gc=False):
     max_queue_delay_us: int = 0
     progress_timeout_s: int | None = None
     threads: int | None = None
-    node_attributes: tuple[str, ...] | UnsetType = UNSET
-    copies: int | UnsetType = UNSET
-    devices: tuple[str, ...] | UnsetType = UNSET
-    fallback: str | UnsetType = UNSET
     dependent_rows: str | UnsetType = UNSET
-
-    @property
-    def wanted_copies(self) -> int:
-        """At how many nodes the model is to be loaded."""
-        return self.copies or 1
 
     def give_settings(self, other: LoadParameters) -> LoadParameters:
         """Return other parameters with these settings."""
@@ -229,27 +206,28 @@ DEPENDENT_ROWS = ("refuse", ALLOW)
 
 WORKER_PARAMETERS = (
     *("instances", "max_batch_size", "max_queue_delay_us", "memory_limit_bytes", "threads"),
-    *("node_attributes", "devices", "fallback", "dependent_rows"),
+    "dependent_rows",
+    *(name for name in ParametersOfFeatures.__struct_fields__ if name not in SETTINGS_OF_FEATURES),
 )
 """Parameters of the workers: a change of them loads the model anew."""
 
 _workers_of = attrgetter(*WORKER_PARAMETERS)
 
-SETTINGS = ("pinned", "keep_alive_s", "copies")
+SETTINGS = ("pinned", "keep_alive_s", *SETTINGS_OF_FEATURES)
 """Parameters of a loaded model that change without new workers. The others only concern the load itself."""
 
 
 # Loads, unloads, and the models that they concern.
 
 
-class LoadRequested(LoadParameters, frozen=True, gc=False, kw_only=True):
+class LoadRequested(LoadParameters, frozen=True, gc=False, kw_only=True, rename=STORED_NAMES):
     """A person or the system requested the load of a version. The event's id is the job's.
 
     The parameters are those that apply, whether the request, the loaded model, its loadledger.toml or the
     server chose them. `policy` is the digest of the rules for the model that the load has to pass; it is
-    missing without any. `justification` is missing if no person gave one and there are no rules. `label` is
-    set to the version when that is loaded; it is missing without one. `passed_over` says why the load is not
-    of the highest version in the repository; it is missing if it is, and if the request named a version.
+    missing without any. `justification` is missing if no person gave one and there are no rules.
+    `passed_over` says why the load is not of the highest version in the repository; it is missing if it is,
+    and if the request named a version.
     """
 
     TYPE: ClassVar[str] = "LoadRequested"
@@ -266,7 +244,7 @@ class LoadRequested(LoadParameters, frozen=True, gc=False, kw_only=True):
     idempotency: Idempotency | None = None
     policy: str | UnsetType = UNSET
     justification: Justification | UnsetType = UNSET
-    label: str | UnsetType = UNSET
+    version_name: str | UnsetType = UNSET
     passed_over: str | UnsetType = UNSET
 
     @classmethod
@@ -276,10 +254,7 @@ class LoadRequested(LoadParameters, frozen=True, gc=False, kw_only=True):
     @property
     def parameters(self) -> LoadParameters:
         """The parameters alone, without what the request records about itself."""
-        return LoadParameters(*_parameters_of(self))
-
-
-_parameters_of = attrgetter(*LoadParameters.__struct_fields__)
+        return LoadParameters(**{name: getattr(self, name) for name in LoadParameters.__struct_fields__})
 
 
 class LoadJoined(Struct, frozen=True, gc=False):
@@ -292,19 +267,16 @@ class LoadJoined(Struct, frozen=True, gc=False):
     idempotency: Idempotency | None = None
 
 
-class LoadStarted(Struct, frozen=True, gc=False, rename=STORED_NAMES):
+class LoadStarted(FactAtServer, frozen=True, gc=False):
     """The load started; `attempt` counts from 1 and grows when the server restarts during the load.
 
     It also grows if a start was recorded though its commit raised: no worker belongs to that start. It comes
     twice with the same attempt if the load found other files than its memory was estimated for: then the job
     starts again, with another estimate and worker.
-
-    `node_id` is the node at which it started; it is missing in a ledger of one server, here as elsewhere.
     """
 
     TYPE: ClassVar[str] = "LoadStarted"
     attempt: int
-    server: str | UnsetType = UNSET
 
 
 class ModelLoaded(RecordedEvidence, frozen=True, gc=False, rename=STORED_NAMES):
@@ -312,14 +284,7 @@ class ModelLoaded(RecordedEvidence, frozen=True, gc=False, rename=STORED_NAMES):
 
     `verified` says that the workers loaded a private copy, which the server hashed; without it, they loaded
     the repository's files, which may have changed in between. `threads` is how many each worker computes
-    with. `node_id` is the node at which it serves.
-
-    Of a model with rules, `signature` and `approval` say how the load passed them, and `bundle` has the
-    signature bundle, unless the ledger has it from a load of the same bytes before. `node_signature` is that
-    of the node, also without rules; it is missing in a ledger of one server.
-
-    `devices` is first the device of the load, then the CPU if nodes fall back to it; it is missing for a load
-    on the CPU.
+    with.
 
     `rows_depend` is why rows of a batch might change each other's answers: the load allows it or is a reload.
     It is missing without batching, and if it was shown that they do not.
@@ -334,9 +299,7 @@ class ModelLoaded(RecordedEvidence, frozen=True, gc=False, rename=STORED_NAMES):
     verified: bool = False
     confinement: Confinement | None = None
     threads: int | None = None
-    server: str | UnsetType = UNSET
-    node_signature: NodeSignature | UnsetType = UNSET
-    devices: tuple[DeviceUse, ...] | UnsetType = UNSET
+    targets: tuple[TargetUse, ...] | UnsetType = UNSET
     rows_depend: str | UnsetType = UNSET
 
 
@@ -369,11 +332,11 @@ class LoadFailed(Struct, frozen=True, gc=False):
     message: str
 
 
-class UnloadRequested(Struct, frozen=True, gc=False, rename=STORED_NAMES):
+class UnloadRequested(FactAtServer, frozen=True, gc=False):
     """A person or the system requested the end of the load `load_job_id`. The event's id is the job's.
 
-    A person's unload of a model that is not loaded has null there. On-demand loads do not undo a person's
-    unload, unless that is `until_asked`. `node_id` is the node at which the load is, if it is at any.
+    A person's unload of a model that is not loaded has null there. A demand does not undo a person's
+    unload, unless that is `until_asked`.
     """
 
     TYPE: ClassVar[str] = "UnloadRequested"
@@ -382,7 +345,6 @@ class UnloadRequested(Struct, frozen=True, gc=False, rename=STORED_NAMES):
     cause: Cause
     cause_event_id: str | None = None
     idempotency: Idempotency | None = None
-    server: str | UnsetType = UNSET
     until_asked: bool | UnsetType = UNSET
 
 
@@ -402,7 +364,8 @@ class UnloadStarted(Struct, frozen=True, gc=False):
 class ModelUnloaded(Struct, frozen=True, gc=False):
     """The workers have exited, and their memory is free.
 
-    `unreturned_bytes` is what their device had not returned some seconds later; it is missing if all is back.
+    `unreturned_bytes` is memory beside the machine's that was not back some seconds later; it is missing if
+    all is back.
     """
 
     TYPE: ClassVar[str] = "ModelUnloaded"
@@ -443,19 +406,17 @@ class AccessDenied(Struct, frozen=True, gc=False):
     count: int
 
 
-class WorkerExited(Struct, frozen=True, gc=False, rename=STORED_NAMES):
+class WorkerExited(FactAtServer, frozen=True, gc=False):
     """A worker ended unexpectedly; code and signal are None if it ended with the fork server.
 
     Attributes:
         stderr: its last lines, then why the server killed it; only the latter with `--ledger-stderr off`.
-        node_id: the node at which it ran.
     """
 
     TYPE: ClassVar[str] = "WorkerExited"
     exit_code: int | None
     signal: int | None
     stderr: tuple[str, ...]
-    server: str | UnsetType = UNSET
 
 
 class ServerStarted(Struct, frozen=True, gc=False):
@@ -506,15 +467,11 @@ class ClockStepped(Struct, frozen=True, gc=False, rename={"begin": "from", "end"
     taken: bool
 
 
-class PolicyInForce(Struct, frozen=True, gc=False, rename=STORED_NAMES):
-    """The server started with another policy for loads than before; it has all its rules and their keys.
-
-    `node_id` is the node where it is in force; it is missing in a ledger of one server.
-    """
+class PolicyInForce(FactAtServer, frozen=True, gc=False):
+    """The server started with another policy for loads than before, with all its rules and their keys."""
 
     TYPE: ClassVar[str] = "PolicyInForce"
     policy: LoadPolicy
-    server: str | UnsetType = UNSET
 
 
 class RollbackAccepted(Struct, frozen=True, gc=False):
@@ -535,7 +492,7 @@ class RollbackAccepted(Struct, frozen=True, gc=False):
 
 
 class EventsDiscarded(Struct, frozen=True, gc=False):
-    """The ledger's owner removed the end of the log, which no node could read; this took its place.
+    """The ledger's owner removed the end of the log, which no server could read; this took its place.
 
     Attributes:
         first_position: of what was removed: the event that could not be read.
@@ -567,30 +524,26 @@ class Provenance(Struct, frozen=True, gc=False):
     resolved: str
 
 
-class VersionAdded(Struct, frozen=True, gc=False, rename=STORED_NAMES):
+class VersionAdded(FactAtServer, frozen=True, gc=False):
     """A caller put a version into the repository, where it is visible from the moment after this event.
 
     `files` have the digests that the server computed. `source` is what the actor says of where they came
-    from, at which the server has not looked; it is missing if nothing was said. `node_id` is the node in
-    whose own repository it is; it is missing where all share one.
+    from, at which the server has not looked; it is missing if nothing was said.
     """
 
     TYPE: ClassVar[str] = "VersionAdded"
     files: tuple[AddedFile, ...]
     source: Provenance | UnsetType = UNSET
-    server: str | UnsetType = UNSET
 
 
-class VersionRemoved(Struct, frozen=True, gc=False, rename=STORED_NAMES):
+class VersionRemoved(FactAtServer, frozen=True, gc=False):
     """A version leaves the repository: no load finds it from here on.
 
     `reason` is `not_placed` if an added version never became visible: another one had taken its place.
-    `node_id` is the node whose own repository it leaves: loads find it where else it was added.
     """
 
     TYPE: ClassVar[str] = "VersionRemoved"
     reason: str | None = None
-    server: str | UnsetType = UNSET
 
 
 # Tokens. Their events may be appended while no server runs.

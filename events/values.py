@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from msgspec import Struct
 
 from events.clock import Timestamp
-
-STORED_NAMES = {"at": "node_id", "server": "node_id", "servers": "node_ids"}
-"""What JSON calls the name of a server that shares a ledger: where a load, a job or a version is. It is not
-there at a server alone."""
 
 
 class FileHash(Struct, frozen=True, gc=False):
@@ -50,22 +44,6 @@ class Credential(Struct, frozen=True, gc=False):
     issuer: str | None = None
     jti: str | None = None
     issued_by: tuple[str, ...] = ()
-
-
-class NodeSignature(Struct, frozen=True, gc=False, rename=STORED_NAMES):
-    """The signature of a fact by the key of a node, which its join names.
-
-    Attributes:
-        node_id: the node.
-        signature: of the fact's statement, in base64.
-    """
-
-    server: str
-    signature: str
-
-
-Sign = Callable[[bytes], NodeSignature]
-"""Signs a statement with the key of this node."""
 
 
 class ProcessEnd(Struct, frozen=True, gc=False):

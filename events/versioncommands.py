@@ -12,6 +12,7 @@ from events.jobs import JobKind
 from events.models import Model
 from events.state import State
 from events.types import AddedFile, Draft, Provenance, VersionAdded, VersionRemoved, contents_of, digest_of
+from features.names import find_naming
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class AddVersion(Command):
         if self.holder is not UNSET and others and held.digest != digest_of(contents_of(self.files)):
             what = f"version {self.version} of {self.model_id!r} has other files at {', '.join(others)}"
             return Refused("version_exists", f"{what}: add the same files here, or choose another number")
-        data = VersionAdded(self.files, self.source, self.holder)
+        data = VersionAdded(self.files, self.source, server=self.holder)
         return Accepted((Draft(self.event_id, data, self.actor, None, self.model_id, self.version),))
 
 
@@ -64,7 +65,7 @@ class RemoveVersion(Command):
 
 
 def find_use(state: State, model_id: str, version: int) -> str | None:
-    """Return why a version cannot be removed, and what to do; None if nothing uses it."""
+    """Return why a version cannot be removed, and what to do, or None if it is unused."""
     name = f"version {version} of model '{model_id}'"
     model = state.models.get(model_id)
     if model is not None and any(each.version == version for each in model.held):
@@ -72,19 +73,17 @@ def find_use(state: State, model_id: str, version: int) -> str | None:
         return f"{name} is loaded, or will be reloaded: {advice}"
     if any(job.kind is JobKind.LOAD and job.version == version for job in state.unended(model_id)):
         return f"{name} has a load that has not ended: cancel it, and remove the version then"
-    labels = [f"'{label}'" for label in state.registers.find_versions(model_id).list_labels_of(version)]
-    if labels:
-        return f"{name} is named by the label {', '.join(labels)}: move or remove that first"
-    return None
+    naming = find_naming(state, model_id, version)
+    return None if naming is None else f"{name} {naming}"
 
 
 def find_end_of_use(
     state: State, model_id: str, version: int, actor: str
 ) -> RequestUnload | RequestCancel | None:
-    """Return the next command that ends what uses a version; None if nothing does, or only a label."""
+    """Return the next command that ends a use of a version, or None without one, or with only a name."""
     model = state.models.get(model_id) or Model(model_id)
     held = [each.version for each in model.held]
     loads = [job for job in state.unended(model_id) if job.kind is JobKind.LOAD and job.version == version]
     if version in held or (loads and not held):
-        return RequestUnload(model_id, actor, force=True)  # which inferences do not undo, as they do a cancel
+        return RequestUnload(model_id, actor, force=True)  # inferences do not undo it, unlike a cancellation
     return RequestCancel(loads[0].id, actor) if loads else None

@@ -1,4 +1,4 @@
-"""The versions of a model: added, removed, held by servers, named by labels, approved. A pure fold.
+"""The versions of a model: added, removed, held by servers, and what features know of them. A pure fold.
 
 `events.models` folds what is loaded of a model; `events.accept` asks both. Without events of its versions a
 model has an empty `ModelVersions`. Its past is folded from its own few events (`events.sqlite.timetravel`).
@@ -13,7 +13,7 @@ from msgspec import UNSET, Struct
 from msgspec.structs import replace
 
 from events.types import Data, Event, Unknown, VersionAdded, VersionRemoved, contents_of, digest_of
-from events.values import STORED_NAMES
+from features.facts import STORED_NAMES
 from features.versions import STEPS_OF_FEATURES, FeaturesOfVersions
 
 
@@ -22,9 +22,9 @@ class AddedVersion(Struct, frozen=True, gc=False):
 
     Attributes:
         version: their number.
-        digest: of the files, as `VersionAdded` has them.
+        digest: the digest of the files, as in `VersionAdded`.
         by: the actor.
-        position: of the `VersionAdded`; of several with the same version, digest and actor, of the latest.
+        position: the position of the `VersionAdded`; of repeated ones, of the latest.
     """
 
     version: int
@@ -42,13 +42,13 @@ class VersionHolders(Struct, frozen=True, gc=False, rename=STORED_NAMES):
 
 
 class ModelVersions(FeaturesOfVersions, frozen=True, gc=False, omit_defaults=True):
-    """The versions of a model, loaded or not, and what features know of them.
+    """The versions of a model, loaded or not, and the features' records of them.
 
     Attributes:
-        id: of the model.
+        id: the model's id.
         added: the bytes that callers added, the latest at the end; a removal forgets none.
-        removed: versions that load nowhere until they are added again, whatever files there are.
-        holders: of the versions that were added to servers' own repositories.
+        removed: versions that cannot be loaded until they are added again, even if their files exist.
+        holders: the servers to whose own repositories a version was added.
     """
 
     id: str
@@ -62,11 +62,11 @@ class ModelVersions(FeaturesOfVersions, frozen=True, gc=False, omit_defaults=Tru
         return next(found, VersionHolders(version))
 
     def find_added(self, version: int) -> AddedVersion | None:
-        """Return the bytes that were added last as a version; None if nobody added it."""
+        """Return the bytes that were added last as a version, or None."""
         return next((each for each in reversed(self.added) if each.version == version), None)
 
     def list_adders(self, digest: str) -> list[str]:
-        """Return all who added bytes, under any version; empty if the ledger has nobody."""
+        """Return all actors who added bytes, under any version; empty if the ledger has none."""
         return sorted({each.by for each in self.added if each.digest == digest})
 
 
@@ -74,8 +74,8 @@ def evolve_versions(before: ModelVersions | None, event: Event) -> ModelVersions
     """Return the versions of a model after an event; the same object if nothing changes.
 
     Args:
-        before: as they were; None if there was no event of them.
-        event: of any model or of none.
+        before: the versions before the event; None if it is the first one.
+        event: an event of any model or of none.
     """
     evolve = None if isinstance(event.data, Unknown) else STEPS.get(type(event.data))
     if evolve is None or event.model_id is None or (before is not None and event.model_id != before.id):

@@ -1,6 +1,20 @@
 """The features, each in a folder of its own, and the lists by which they enter the product.
 
-The kernel (the log, the scheduler, the consumer, workers, the store) knows no feature. It has seams, and for
-each seam a list in this folder, with one line for each feature that is there. A module of a feature may
-import whatever lies below the seam that it serves, so `events` never reaches a feature's routes.
+The kernel (the log, the scheduler, the consumer, workers, the store) knows no feature. It imports the lists
+of this folder, one for each seam, with one line for each feature that is there:
+
+- `facts`: events; `registers` and `versions`: folds beside the kernel's; `models`: what a model serves from
+- `acceptance`: conditions of a request for a load, which refuse it before anything is recorded
+- `names`: of versions, which loads set
+- `checks`: checks before a load, which get a `beforeload.CheckInput` and pass with `evidence`
+- `rooms`: targets of a load, and what it needs there; `causes`: rules for loads of a cause; `demands`: what a
+  load demands of its server
+- `wire`, `targets` and `providers`: targets beside the CPU, in messages, in the pool and in a worker
+- `members`: members of answers; `server`: settings, parameters of loads and metrics
+- `rules` and `policyfile`: the operator's policy; `audit`: loads checked against it again
+
+The features are `signatures`, `approvals`, `labels`, `devices`, `ondemand` loads and `nodes`.
+
+A new feature is its folder and a line in each list that it uses. Its modules may import whatever lies below
+the seam that they serve, so `events` never reaches a feature's routes.
 """

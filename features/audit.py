@@ -1,4 +1,4 @@
-"""Audit of the loads in a log: only what was signed and approved, by the rules of its day, was loaded. Pure.
+"""Audit of the loads in a log: by the rules of its time, only signed and approved versions were loaded. Pure.
 
 `PolicyAudit` repeats, from the log alone, the checks of `features.checks`, and compares their results with
 what `ModelLoaded` says. The key of a node is that of its join; whether the nodes' shared keys have
@@ -36,13 +36,13 @@ from events.types import (
     contents_of,
     digest_of,
 )
-from events.values import NodeSignature
 from events.versions import ModelVersions
 from features.approvals.check import check_approval
 from features.approvals.commands import approval_statement, find_approval, find_same_person
 from features.approvals.facts import ApprovalResult, LoadApproval, VersionApproved
 from features.approvals.fold import make_approval
 from features.beforeload import CheckInput, NotLoadable
+from features.nodes.facts import NodeSignature
 from features.rules import ModelRules, list_weakenings
 from features.signatures.check import check_signatures
 from features.signatures.facts import LoadSignature, remember_bundle
@@ -79,7 +79,7 @@ class PolicyAudit:
         entities: the fold.
 
     Attributes:
-        checks: by the type of event; each returns a sentence that says what is missing, or None.
+        checks: by the type of event; each returns a sentence about the defect, or None.
         remarks: the first ones so far.
     """
 
@@ -105,7 +105,7 @@ class PolicyAudit:
         for sentence in list_weakenings(before, data.policy):
             self._remark(event, RemarkKind.WEAKENED, sentence)
 
-    # What persons say.
+    # Statements of persons.
 
     def _check_approval(self, event: Event, data: VersionApproved) -> str | None:
         if digest_of((file.path, file.sha256) for file in data.files) != data.digest:
@@ -113,10 +113,10 @@ class PolicyAudit:
         if not self._entities.registers.nodes:
             return None
         statement = approval_statement(event.model_id or "", make_approval(event, data))
-        return self._find_unsigned(statement, data.node_signature)
+        return self._find_unsigned(statement, data.server_signature)
 
     def _keep_versions(self, event: Event, _: LoadStarted) -> None:
-        """Keep what was known when a load started: it goes on, whatever is withdrawn after."""
+        """Keep the state at a load's start, on which the load goes on, regardless of later withdrawals."""
         job = self._entities.jobs.get(event.job_id or "")
         if job is not None and job.policy_digest is not None:
             versions = self._entities.registers.find_versions(job.model_id)
@@ -131,12 +131,12 @@ class PolicyAudit:
         if not self._entities.registers.nodes:
             return None
         statement = emergency_statement(job.id, job.model_id, job.version, job.requested_by, said)
-        if self._find_unsigned(statement, said.node_signature) is not None:
+        if self._find_unsigned(statement, said.server_signature) is not None:
             return "no node has signed that who asked for this load has the role emergency"
         return None
 
     def _find_unsigned(self, statement: bytes, signature: NodeSignature | UnsetType) -> str | None:
-        """Return why a node has not signed a statement; None if it has."""
+        """Return why a node's signature of a statement is missing or invalid, or None."""
         if signature is UNSET:
             return "the signature of a node is missing"
         node = self._entities.registers.nodes.get(signature.server)
@@ -193,10 +193,10 @@ class PolicyAudit:
     def _check_node(self, data: ModelLoaded, job: Job, given: CheckInput) -> str | None:
         if data.server is UNSET or job.version is None:
             return None
-        if data.node_signature is not UNSET and data.node_signature.server != data.server:
+        if data.server_signature is not UNSET and data.server_signature.server != data.server:
             return f"the node {data.server!r} has not signed it, where it was loaded"
         passed = AdmittedBytes(given.digest, job.id, job.version, data.evidence)
-        return self._find_unsigned(load_statement(job.model_id, passed), data.node_signature)
+        return self._find_unsigned(load_statement(job.model_id, passed), data.server_signature)
 
     def _check_signature(self, event: Event, data: ModelLoaded, job: Job, given: CheckInput) -> str | None:
         signature, rules = data.signature, given.rules
@@ -241,7 +241,7 @@ class PolicyAudit:
         return None
 
     def _remark_issuers(self, event: Event, said: LoadApproval, job: Job, versions: ModelVersions) -> None:
-        """Remark approvals that may be by who asked, or by one person, as who issued the tokens says."""
+        """Remark approvals that may be by the requester, or by one person, by the issuers of their tokens."""
         asked = None if job.policy is UNSET else job.policy.justification
         others = [job.requested_by, *(() if asked is None else asked.credential.issued_by)]
         for each in versions.approvals:
@@ -253,7 +253,7 @@ class PolicyAudit:
                 others += each.people
 
     def _check_settings(self, event: Event, data: ModelSettingsChanged) -> str | None:
-        """Check that the bytes are approved of which a person changed the settings."""
+        """Check the approval of bytes whose settings a person changed."""
         job = self._entities.jobs.get(event.job_id or "")
         model = self._entities.models.get(event.model_id or "")
         serving = None if model is None else model.find_serving(data.load_job_id)

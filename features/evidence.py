@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from msgspec import UNSET, Struct, UnsetType
 
 from features.approvals.facts import ApprovalResult, LoadApproval
+from features.nodes.facts import FactAtNode, NodeSignature
 from features.signatures.facts import LoadSignature, remember_bundle
 
 STORED_NAMES_OF_EVIDENCE: Mapping[str, str] = {"known_evidence": "bundles"}
@@ -33,12 +34,16 @@ class LoadEvidence(Struct, frozen=True, gc=False):
         return self.approval is not UNSET and self.approval.result is ApprovalResult.BYPASSED
 
 
-class RecordedEvidence(Struct, frozen=True, gc=False, kw_only=True):
-    """Evidence as a fact has it: beside it stands what it rests on, unless the ledger has that already."""
+class RecordedEvidence(FactAtNode, frozen=True, gc=False, kw_only=True):
+    """Evidence as a fact has it: of a model with rules, how the load passed them.
+
+    Beside it stands the bundle, unless the ledger has that already, and the node's signature.
+    """
 
     signature: LoadSignature | UnsetType = UNSET
     approval: LoadApproval | UnsetType = UNSET
     bundle: str | UnsetType = UNSET
+    server_signature: NodeSignature | UnsetType = UNSET
 
     @property
     def evidence(self) -> LoadEvidence:

@@ -34,7 +34,7 @@ class LoadPolicy(Struct, frozen=True, gc=False):
     approval: tuple[ApprovalRule, ...] = ()
 
     def of(self, model_id: str) -> ModelRules | None:
-        """Return the rules for a model; None if there is none, or all are off."""
+        """Return the rules for a model, or None without any, or if all are off."""
         trust = tuple(
             rule for rule in self.trust if rule.mode is not TrustMode.OFF and _matches(rule.models, model_id)
         )
@@ -59,7 +59,7 @@ class ModelRules(Struct, frozen=True, gc=False):
 
     @property
     def approval_digest(self) -> str | None:
-        """SHA-256 of the rules of approval; None without any."""
+        """SHA-256 of the rules of approval, or None."""
         return _digest(self.approval) if self.approval else None
 
     @property
@@ -75,7 +75,7 @@ class ModelRules(Struct, frozen=True, gc=False):
 
     @property
     def needs_adder(self) -> bool:
-        """Whether the ledger must have who added the bytes."""
+        """Whether the ledger must know who added the bytes."""
         return any(rule.added is AddedMode.RECORDED for rule in self.approval)
 
     @property
@@ -98,7 +98,7 @@ def list_weakenings(before: LoadPolicy, after: LoadPolicy) -> list[str]:
 
 
 def _pairs(before: Sequence[_R], after: Sequence[_R]) -> Iterator[tuple[_R, _R | None]]:
-    """Yield each rule that changed, with what it is now; None for a rule that is gone."""
+    """Yield each rule that changed, with its new form, or None for a removed rule."""
     left = [rule for rule in after if rule not in before]
     for rule in before:
         if rule not in after:
@@ -113,6 +113,6 @@ def _matches(globs: Iterable[str], model_id: str) -> bool:
 
 
 def _digest(rules: Iterable[TrustRule | ApprovalRule]) -> str:
-    """Return the digest of what rules demand: neither their order nor their globs change it."""
+    """Return the digest of the rules' demands: neither their order nor their globs change it."""
     encoded = sorted(msgspec.json.encode(replace(rule, models=()), order="sorted") for rule in rules)
     return hashlib.sha256(b"\n".join(encoded)).hexdigest()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from features.devices.wire import FoundDevice, ProviderLibrary, TargetDevice
+from features.devices.wire import ACTS_IN_WORDS, FoundDevice, ProviderLibrary, TargetDevice
 
 Library = ProviderLibrary
 """An execution provider that is installed."""
 FoundTarget = FoundDevice
 Target = TargetDevice
+
+__all__ = ["ACTS_IN_WORDS"]

@@ -1,4 +1,3 @@
-from answers.approvals import VerifiedVersionInfo as VerifiedVersionInfo
 from answers.approvals import VersionApprovals as VersionApprovals
 from answers.events import EventInfo as EventInfo
 from answers.events import Head as Head
@@ -8,6 +7,7 @@ from answers.jobs import JobInfo as JobInfo
 from answers.models import ModelInfo as ModelInfo
 from answers.nodes import NodeInfo as NodeInfo
 from answers.resources import Resources as Resources
+from answers.signatures import VerifiedVersionInfo as VerifiedVersionInfo
 from answers.tensors import ModelTensor as ModelTensor
 from answers.versions import AddedVersionInfo as AddedVersionInfo
 from loadledger.client import AsyncClient as AsyncClient

@@ -45,8 +45,7 @@ class Address:
         """Parse a URL.
 
         Raises:
-            ValueError: the text is no URL of a server, or the token cannot be sent; the message hides the
-                token.
+            ValueError: the text is no server's URL, or the token cannot be sent; the message hides it.
         """
         if token is not None and not _VISIBLE.fullmatch(token):
             raise ValueError(
@@ -125,7 +124,7 @@ class ConnectionOptions:
 
     Attributes:
         timeout_s: limit of an answer, unless the request asks the server to hold it back.
-        ca_file: certificates to trust, in PEM, instead of the system's.
+        ca_file: certificates of authorities, in PEM, instead of the system's.
         max_answer_bytes: longest accepted answer.
         max_connect_s: limit of the time to connect.
         data: the server's data directory, whose control socket replaces the address.

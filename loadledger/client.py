@@ -144,7 +144,7 @@ class Client(ServerClient):
             nodes are separated by commas: the next one is asked when one is not there.
         token: as `loadledger token` prints it.
         timeout_s: limit of each answer; `wait_s` limits the wait for a job.
-        ca_file: certificates to trust, in PEM, instead of the system's.
+        ca_file: certificates of authorities, in PEM, instead of the system's.
         max_answer_bytes: longest accepted answer.
 
     Attributes:

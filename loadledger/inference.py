@@ -2,14 +2,13 @@
 
 The datatype of an array is its dtype's. Datatypes of lists, and of arrays that the model refuses, come from
 the model's metadata, which a client remembers. A model may change, so the server checks each datatype and
-refuses a wrong one without running the model; the client then sends the inference again with the metadata's
-datatypes.
+refuses a wrong one without running the model; the client then sends it again with the metadata's datatypes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -125,21 +124,6 @@ class InputTensor:
     data: Buffer | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class InferenceCall:
-    """One inference.
-
-    Attributes:
-        path: the model's path.
-        members: members of the request, without its inputs.
-    """
-
-    path: str
-    inputs: Inputs
-    members: Mapping[str, Any] = field(default_factory=dict)
-    timeout_s: float | None = None
-
-
 class Inferences:
     """Runs inferences and remembers the datatypes of models."""
 
@@ -147,50 +131,45 @@ class Inferences:
         self._context = context
         self._known: dict[str, Datatypes] = {}
 
-    async def run(self, call: InferenceCall) -> InferenceResult:
-        """Run one inference.
+    async def run(
+        self, path: str, inputs: Inputs, members: Mapping[str, Any], timeout_s: float | None
+    ) -> InferenceResult:
+        """Run one inference on the model with this path; `members` are of the request, beside its inputs.
 
         Raises:
             ServerError: the server refused.
             ValueError: the model has no such input, or a value does not fit it.
         """
-        remembered = known = self._known.get(call.path)
-        if known is None and _needs_datatypes(call.inputs):
-            known = await self._find_datatypes(call.path)
+
+        async def send(tensors: Sequence[InputTensor]) -> InferenceResult:
+            headers, text, data = encode_inference(tensors, members)
+            request = Request("POST", f"{path}/infer", headers, text, repeatable=False, model=path)
+            request = replace(request, timeout_s=timeout_s, attachments=data)
+            return decode_inference(await send_request(self._context, request), self._context.address)
+
+        remembered = known = self._known.get(path)
+        if known is None and _needs_datatypes(inputs):
+            known = await self._find_datatypes(path)
         tensors = list[InputTensor]()
         try:
-            tensors = build_tensors(call.inputs, known)
-            return await self._send(call, tensors)
+            tensors = build_tensors(inputs, known)
+            return await send(tensors)
         except ServerError as error:
-            if error.code != REFUSED or _are_tensors(call.inputs):
+            if error.code != REFUSED or _are_tensors(inputs):
                 raise
             refusal: Exception = error
         except ValueError as error:
             if remembered is None:
                 raise
             refusal = error
-        found = await self._find_datatypes(call.path)
+        found = await self._find_datatypes(path)
         try:
-            again = build_tensors(call.inputs, found)
+            again = build_tensors(inputs, found)
         except ValueError as error:
             raise (refusal if isinstance(refusal, ServerError) else error) from None
         if [each.members for each in again] == [each.members for each in tensors]:
             raise refusal
-        return await self._send(call, again)
-
-    async def _send(self, call: InferenceCall, tensors: Sequence[InputTensor]) -> InferenceResult:
-        headers, text, attachments = encode_inference(tensors, call.members)
-        request = Request(
-            "POST",
-            f"{call.path}/infer",
-            headers,
-            text,
-            repeatable=False,
-            timeout_s=call.timeout_s,
-            attachments=attachments,
-            model=call.path,
-        )
-        return decode_inference(await send_request(self._context, request), self._context.address)
+        return await send(again)
 
     async def _find_datatypes(self, path: str) -> Datatypes | None:
         """Return the datatypes of the metadata, or None for a model that is not loaded."""

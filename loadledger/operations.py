@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 from urllib.parse import urlencode
 
-from answers.approvals import VerifiedVersionInfo, VersionApprovals
+from answers.approvals import VersionApprovals
 from answers.events import EventInfo, Head
 from answers.health import Health
 from answers.inference import ModelMetadata
@@ -21,10 +21,11 @@ from answers.jobs import JobInfo, JobList
 from answers.models import ModelInfo, ModelList
 from answers.nodes import NodeInfo, NodeList
 from answers.resources import Resources
+from answers.signatures import VerifiedVersionInfo
 from answers.versions import AddedFileInfo, AddedVersionInfo, UploadInfo
 from loadledger.address import path
 from loadledger.errors import ClientProblem, NotFound, ServerError
-from loadledger.inference import InferenceCall, InferenceResult, Inferences, Inputs
+from loadledger.inference import InferenceResult, Inferences, Inputs
 from loadledger.jobs import AwayCallback, JobCallback, WaitOptions, job_request, submit_job, wait_for_job
 from loadledger.requests import (
     CallContext,
@@ -208,7 +209,7 @@ class Operations:
                 downloaded to this machine first. With a path, nothing is: it says where those files come
                 from. The ledger keeps it, as this caller's statement.
             digest: sha256: and 64 hexadecimal digits that a source's file, or manifest, must have.
-            signature: a bundle of OpenSSF model signing, which becomes a file of the version: under its name
+            signature: a file of OpenSSF model signing, which becomes a file of the version: under its name
                 if that ends in `.sig`, else as `model.sig`.
             on_progress: called before a part is sent, with the bytes up to its end, and those of all files.
 
@@ -496,8 +497,7 @@ class Operations:
         named = None if names is None else [{"name": name} for _, name in names]
         members = {"outputs": named, "parameters": parameters}
         given = {name: value for name, value in members.items() if value is not None}
-        call = InferenceCall(_model_path(model_id, version), inputs, given, timeout_s)
-        return await self._inferences.run(call)
+        return await self._inferences.run(_model_path(model_id, version), inputs, given, timeout_s)
 
     @asynccontextmanager
     async def loaded(

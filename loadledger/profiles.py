@@ -38,7 +38,7 @@ class ServerTarget:
     """A server to talk to; the content of a profile file.
 
     Attributes:
-        ca: file of certificates to trust, in PEM; None is the system's.
+        ca: file of authorities' certificates, in PEM; None is the system's.
     """
 
     url: str = DEFAULT_URL

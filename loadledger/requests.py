@@ -1,6 +1,6 @@
 """Requests, answers, the interface of transports, and retries: back-off with jitter, and Retry-After.
 
-Nothing in an answer is trusted: it becomes a struct of `answers` or an exception with a printable message.
+No answer is taken as it is: it becomes a struct of `answers` or an exception with a printable message.
 """
 
 from __future__ import annotations
@@ -320,8 +320,7 @@ def encode_json(body: Any) -> bytes:
 async def send_request(context: CallContext, request: Request) -> Answer:
     """Send a request and return its answer; after lost connections, resend a repeatable one for a while.
 
-    The time limit excludes the time for which the server was asked to hold its answer, which may end in a
-    loss.
+    The time limit excludes the time for which the server was asked to hold its answer, which may be lost.
     """
     limit_s = request.patience_s + min(RETRY_FOR_S, request.timeout_s or context.timeout_s)
     until, failures, sent = context.now() + limit_s, 0, False

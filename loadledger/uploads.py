@@ -69,7 +69,7 @@ class LocalVersion:
 
 
 def find_version_files(path: Path, signature: str | os.PathLike[str] | None = None) -> VersionSource:
-    """Return the files of a version, given a file or folder, and its signature bundle.
+    """Return the files of a version, given a file or folder, and its signature.
 
     A file is the model; the files that it names belong to it. A folder has a model in it, or is a snapshot of
     Hugging Face with `onnx/model.onnx`: the model is `model.onnx` or the only `.onnx` file, and the files

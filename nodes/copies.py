@@ -73,7 +73,7 @@ def _end(model: Model, copy: Serving) -> UnloadAutomatically:
 
 
 def count_copies(state: State, untrusted: AbstractSet[str], model: Model) -> tuple[int, str | None]:
-    """Return how many copies of a model are ready, and what the missing ones wait for."""
+    """Return how many copies of a model are ready, and the reason why others are missing."""
     loaded = _find_copied(model)
     if loaded is None:
         return 0, None

@@ -1,4 +1,4 @@
-"""The decisions of a node: its next action, and what the others have to know of what it appends.
+"""The decisions of a node: its next action, and the completion of its commands for other nodes.
 
 Pure but for new ids.
 """
@@ -34,8 +34,8 @@ from events.types import (
     contents_of,
     digest_of,
 )
-from events.values import NodeSignature
 from features.nodes.commands import NodeCurrent
+from features.nodes.facts import NodeSignature
 from features.nodes.register import Node, find_placer
 from nodes.copies import find_steps
 from nodes.placement import (
@@ -99,13 +99,13 @@ class Standing(Protocol):
 
 
 class Signing(Protocol):
-    """Signatures of nodes: of what persons say, and of loads under rules (`nodes.peers`)."""
+    """Signatures of nodes: of persons' statements, and of loads under rules (`nodes.peers`)."""
 
     def sign(self, statement: bytes) -> NodeSignature:
         """Sign a statement with this node's key."""
 
     def is_signed(self, statement: bytes, signature: NodeSignature, state: State) -> bool:
-        """Whether a trusted node, which may have left since, has signed a statement; called in a thread."""
+        """Whether a node that may sign, or might before it left, has signed it; called in a thread."""
 
 
 class NodePlacement(Elsewhere):
@@ -114,11 +114,11 @@ class NodePlacement(Elsewhere):
     Args:
         node_id: this node.
         standing: of it.
-        signing: signs its loads, and verifies what others have signed.
+        signing: signs its loads, and verifies signatures of others.
         untrusted: returns the nodes whose joins are not signed with a key that the nodes share.
 
     Attributes:
-        spread: what this node knows of copies at the others.
+        spread: this node's knowledge of copies at other nodes.
     """
 
     name: str
@@ -160,7 +160,7 @@ class NodePlacement(Elsewhere):
         return find_share(state, self.name, self._epoch, self._untrusted())
 
     def decide(self, view: SchedulerView) -> Decision:
-        """Return the next action of this node; none in an epoch that is over, which only ends its workers.
+        """Return the next action of this node; in an epoch that is over, only the end of its workers.
 
         Outcomes and reloads go first, then placements, then what starts here. What has no room here goes
         elsewhere before a model is evicted for it.
@@ -199,7 +199,7 @@ class NodePlacement(Elsewhere):
         return replace(command, drafts=named, conditions=conditions)
 
     def _draft_unloads(self, draft: Draft, state: State) -> Iterator[Draft]:
-        """Yield the unload requests that go with a fact: those nodes unload what they have.
+        """Yield the unload requests that a fact implies: those nodes unload their copies.
 
         A load replaces all others where one copy is wanted, and an unload ends the copies, too.
         """
@@ -227,14 +227,14 @@ class NodePlacement(Elsewhere):
             return draft
         passed = AdmittedBytes(digest_of(contents_of(data.files)), job.id, job.version, data.evidence)
         signature = self._signing.sign(load_statement(job.model_id, passed))
-        return structs.replace(draft, data=structs.replace(data, node_signature=signature))
+        return structs.replace(draft, data=structs.replace(data, server_signature=signature))
 
     def is_signed(self, statement: bytes, signature: NodeSignature | UnsetType, state: State) -> bool:
-        """Whether a trusted node has signed a statement: the database's role may append what none has."""
+        """Whether a node that may sign has signed it: the database's role may append what none has."""
         return signature is not UNSET and self._signing.is_signed(statement, signature, state)
 
     def locate(self, model: Model, state: State) -> str | None:
-        """Return the name of the other node at which a model is loaded, if that is present and trusted."""
+        """Return the name of the other node, present and not untrusted, at which a model is loaded."""
         nodes = list_copies(model, state, self._untrusted())
         names = (node.id for node, serving in nodes if serving is model.serving)
         return next((name for name in names if name != self.name), None)
@@ -273,7 +273,7 @@ class NodePlacement(Elsewhere):
         return [node.address for node in nodes if not self.spread.is_avoided(node.id, now_s)]
 
     def refusal(self) -> NodeAway | None:
-        """Return why this node may not answer inferences; None if it may."""
+        """Return why this node may not answer inferences, or None."""
         return None if self._standing.may_serve else NodeAway()
 
 
@@ -282,7 +282,7 @@ def _key_of(node: Node) -> str:
 
 
 def list_copies(model: Model, state: State, untrusted: Collection[str]) -> list[tuple[Node, Serving]]:
-    """Return the loads that a model serves from, each with its present, trusted node."""
+    """Return the loads that a model serves from, each with its node that is present and not untrusted."""
     servings = model.servings if model.phase is ModelState.LOADED else ()
     nodes = ((state.registers.nodes.get(each.server or ""), each) for each in servings)
     return [
@@ -302,7 +302,7 @@ def name_node(draft: Draft, node_id: str) -> Draft:
 def _avoid_here(view: NodeView, action: actions.Action | None) -> actions.Action | None:
     """Place a load elsewhere that would fail here for want of memory, or cost a model its place.
 
-    Of a model with copies, only the one that is here is evicted.
+    Of a model with copies, only the copy here is evicted.
     """
     elsewhere: RecordFact | None = None
     match action:

@@ -46,7 +46,7 @@ from server.observability.output import REQUEST_ID, begin_context
 from server.v2.codec import HEADER_LENGTH
 
 MAX_CONNECTIONS = 256
-"""To each other node; further requests wait for one that is free."""
+"""Connections to each other node; further requests wait for a free one."""
 KEPT_S = 15.0
 """An idle connection is closed before the other node closes it (`idle_timeout_s`)."""
 CONNECT_S = 5.0
@@ -118,8 +118,8 @@ class _Forwarded:
 
     Attributes:
         received: the request as the client sent it.
-        body: in memory, or as it arrives; None without one.
-        ends_at_s: when the answer must be there, on the loop's clock; None without a limit.
+        body: in memory, or as it arrives; None without a body.
+        ends_at_s: the time limit of the answer, on the loop's clock; None without a limit.
         version: in the path, if it matters which copy answers.
     """
 
@@ -147,10 +147,10 @@ class Forwarder(NodePlacement, Cluster):
 
     Args:
         node_id: its name.
-        log: of the ledger.
-        standing: of this node.
-        peers: what this node knows of the others by their keys.
-        timeout_s: of a forwarded request.
+        log: the ledger's log.
+        standing: this node's standing.
+        peers: the keys of the other nodes.
+        timeout_s: limit of a forwarded request.
     """
 
     _session: aiohttp.ClientSession
@@ -203,7 +203,7 @@ class Forwarder(NodePlacement, Cluster):
             ModelMoved: `model_not_loaded`, the request was forwarded here, and the model is elsewhere.
             NodeUnreachable: `node_unreachable`.
             InferenceTimeout: `inference_timeout`.
-            ServerProblem: what reading the body raises.
+            ServerProblem: an error of reading the body.
         """
         request.pop(ANSWER_FIELDS, None)
         node, sender = self.log.state.registers.nodes[there.server], request.headers.get(FORWARDED)
@@ -290,7 +290,7 @@ class Forwarder(NodePlacement, Cluster):
         return {COPIES: " ".join(addresses)} if len(addresses) > 1 else {}
 
     async def _send(self, forwarded: _Forwarded, node: Node) -> _Reply:
-        """Send a request to a node that has the model, and note what the choice among copies needs."""
+        """Send a request to a node that has the model, and note its figures for the spread."""
         model_id = forwarded.model_id
         try:
             with self.spread.sending(node.id, model_id):
@@ -347,7 +347,7 @@ class Forwarder(NodePlacement, Cluster):
             self._waits.pop(limit, None)
 
     def find_other(self, request: web.BaseRequest, name: str) -> There | None:
-        """Return a present node that a request names; None if it is this one, or another one forwarded it."""
+        """Return the present node that a request names; None if this one, or for a forwarded request."""
         node = self.log.state.registers.nodes.get(name)
         if FORWARDED in request.headers or node is None or name == self.name:
             return None
@@ -360,7 +360,7 @@ class Forwarder(NodePlacement, Cluster):
 
         Raises:
             NodeUnreachable: `node_unreachable`.
-            ServerProblem: what reading the body raises.
+            ServerProblem: an error of reading the body.
         """
         node, headers = self.log.state.registers.nodes[there.server], self._headers_of(request)
         passed_bytes, broken = 0, list[Exception]()
@@ -426,14 +426,14 @@ async def _whole(body: Buffer) -> AsyncGenerator[Buffer, None]:
 
 
 def _returned_fields(request: web.BaseRequest, reply: _Reply) -> dict[str, str]:
-    """Return the header fields of an answer for the client, with what this node counts."""
+    """Return the header fields of an answer for the client, with this node's limit of the client."""
     fields = {str(name): value for name, value in reply.headers.items() if name.lower() in _RETURNED}
     quota = request.get(QUOTA)
     return {**fields, NODE_ADDRESS: reply.node.address, **({} if quota is None else quota.headers())}
 
 
 def _reason(error: Exception) -> str:
-    """Return why a connection failed, without what was sent over it."""
+    """Return why a connection failed, without data of the request."""
     number = getattr(error, "errno", None)
     if isinstance(number, int) and number > 0:
         return os.strerror(number).lower()

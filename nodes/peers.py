@@ -31,7 +31,7 @@ from events.audit.signing import is_signed_by
 from events.errors import LogUnavailable
 from events.log import Log
 from events.state import State
-from events.values import NodeSignature
+from features.nodes.facts import NodeSignature
 from features.nodes.register import Node
 from server.auth.access import ROLES
 from server.auth.gate import POSITION, InvalidToken, Principal, Verifier, bearer_token
@@ -55,10 +55,10 @@ CLIENT_ISSUER = "client_iss"
 """The claim with the `iss` of the client's token; `iss` is the node. Missing if that has none."""
 
 TOKEN_S = 60.0
-"""How long a node's token is good at most: enough to be used again, of no use to who finds it in a log."""
+"""Longest validity of a node's token: enough for reuse, useless for a reader of a log."""
 
 MAX_TOKENS = 4096
-"""In memory of each kind, some 4 MB; one that was forgotten costs a signature, or its check (0.1 ms)."""
+"""Tokens of each kind in memory, some 4 MB; a forgotten one costs a signature, or its check (0.1 ms)."""
 
 CATCH_UP_S = 1.0
 """For the events that another node knows already: replicas are milliseconds apart."""
@@ -100,7 +100,7 @@ class Peers:
         self._read: dict[str, Mapping[str, Any]] = {}
 
     def open_signer(self) -> Callable[[bytes], str]:
-        """Return what signs the statement of a join, with the newest of the nodes' keys.
+        """Return the signer of the statement of a join, with the newest of the nodes' keys.
 
         Raises:
             LogUnavailable: `log_unavailable`, there is none that can be read.
@@ -188,8 +188,8 @@ class Peers:
         """Return for whom a request about a model was forwarded to this node.
 
         Args:
-            token: of the node that sent it.
-            model_id: in the path; None if requests to this path are not forwarded.
+            token: the token of the sending node.
+            model_id: the model in the path; None if requests to this path are not forwarded.
 
         Raises:
             InvalidToken: `invalid_token`.
@@ -250,7 +250,7 @@ def _is_signed(node: Node, keys: _Keys) -> bool:
 
 
 def _peek(token: str) -> Mapping[str, Any]:
-    """Return the claims of a token, of which nothing is verified."""
+    """Return the claims of a token, without any verification."""
     return jwt.decode(token, options={"verify_signature": False})
 
 

@@ -60,8 +60,8 @@ class NodeHints:
     """Capacity and files of a node, as it reported them; outdated hints cost time only.
 
     Attributes:
-        position: of the log when it was measured: later placements are not in it.
-        free_bytes: of its memory budget; None is no limit.
+        position: the log's position at the measurement, which later placements are not part of.
+        free_bytes: the rest of its memory budget; None is no limit.
         free_models: how many more models may have a process there; None is no limit.
         digests: SHA-256 of the files that it has.
         loads: how busy its copy of each model is that has copies.
@@ -79,15 +79,13 @@ class PlacementRequest:
     """The demands of a load on its node.
 
     Attributes:
-        model_id: of the load.
-        need_bytes: of memory; None if it is unknown.
-        files: SHA-256 of its files, as far as they are known.
-        attributes: that the node must have.
+        model_id: the model.
+        need_bytes: its need of memory; None if unknown.
         home: the node where the model is or was loaded, or which has the copy to replace.
         occupied: the nodes that a further copy does not go to.
         holders: the nodes that have the version; empty if all have.
-        policy: digest of the rules with which it was accepted; None without any.
-        demands: of features.
+        policy: digest of the rules at its acceptance; None without rules.
+        demands: the demands of features.
     """
 
     model_id: str
@@ -106,10 +104,10 @@ class NodeRoom:
     """A node as the placement sees it.
 
     Attributes:
-        node: as its events say.
-        hints: as it reported them, less what was placed there since.
-        models: that it has or will have.
-        policy: that is in force there.
+        node: the node as recorded.
+        hints: its last hints, less later placements.
+        models: the models that it has or will have.
+        policy: the digest of its rules in force.
     """
 
     node: Node
@@ -143,7 +141,7 @@ class ChosenNode:
 
 
 def place(request: PlacementRequest, rooms: Iterable[NodeRoom]) -> ChosenNode | None:
-    """Return the node for a load; None if there is none that is able to run it by the same rules.
+    """Return the node for a load, or None if no node is able to run it by the same rules.
 
     A load that fits into no node's budget is placed all the same: the node says why it fails.
     """
@@ -171,7 +169,7 @@ def meets(demands: Iterable[Demand], node: Node) -> bool:
 
 @lru_cache(1024)
 def find_digest(policy: LoadPolicy, model_id: str) -> str | None:
-    """Return the digest of the rules for a model; None without any."""
+    """Return the digest of the rules for a model, or None without rules."""
     rules = policy.of(model_id)
     return None if rules is None else rules.digest
 
@@ -204,7 +202,7 @@ class NodeView(SchedulerView):
     Attributes:
         recorded: the state as it is recorded; in `state`, models with a copy here serve from that.
         node: this one.
-        hints: of all nodes, by their names.
+        hints: the hints of all nodes, by their names.
         untrusted: nodes whose joins are not signed with a key that the nodes share: they do nothing.
     """
 
@@ -240,12 +238,12 @@ class NodeView(SchedulerView):
 
     @cached_property
     def usable(self) -> frozenset[str]:
-        """Names of the trusted nodes that take loads."""
+        """Names of the nodes that take loads, but for untrusted ones."""
         return find_usable(self.state, self.untrusted)
 
     @cached_property
     def rooms(self) -> list[NodeRoom]:
-        """Return the trusted nodes that take loads, with what is known of them."""
+        """Return the nodes that take loads, without untrusted ones, with their hints."""
         loads = defaultdict[str | None, list[Job]](list)
         for job in self.state.unended():
             if job.kind is JobKind.LOAD:
@@ -274,7 +272,7 @@ class NodeView(SchedulerView):
 
 
 def _measure(view: NodeView, node: Node, loads: list[Job], servings: dict[str, Serving]) -> NodeRoom:
-    """Return a node's room: what it said, less what was placed or loaded there since."""
+    """Return a node's room: its hints, less later placements and loads."""
     hints = view.hints.get(node.id) or NodeHints(0)
     # Without hints it has said nothing yet.
     free_bytes, free_models = hints.free_bytes, hints.free_models
@@ -345,14 +343,14 @@ def _beside_copies(
 
 
 def list_ready(usable: AbstractSet[str], loaded: LoadedModel) -> list[Serving]:
-    """Return the copies that count, the first one first: as a load is, with all workers, at usable nodes."""
+    """Return the valid copies, the oldest first: loaded as requested, with all workers, at usable nodes."""
     first = loaded.serving
     found = [each for each in loaded.model.servings if each.at in usable]
     return [each for each in found if each is first or (each.degraded_at is None and each.is_copy_of(first))]
 
 
 def find_usable(state: State, untrusted: AbstractSet[str]) -> frozenset[str]:
-    """Return the names of the trusted nodes that take loads."""
+    """Return the names of the nodes that take loads, but for untrusted ones."""
     return frozenset(node.id for node in state.registers.nodes.values() if node.takes_loads) - untrusted
 
 
@@ -361,7 +359,7 @@ def _find_holders(state: State, model_id: str, version: int) -> tuple[str, ...]:
 
 
 def _find_digests(model: Model | None, held: Serving | None, version: int) -> frozenset[str]:
-    """Return the hashes of the files of a version: those that are loaded, else those that were."""
+    """Return the hashes of a version's files: those loaded now, else those loaded last."""
     if held is not None and held.version == version:
         return frozenset(file.sha256 for file in held.files)
     latest = [each for each in model.footprints if each.version == version][-1:] if model is not None else []
@@ -439,7 +437,7 @@ def _explain_unplaced(view: NodeView, job: Job) -> str:
 
 
 def _describe_demands(request: PlacementRequest, version: int | None) -> str:
-    """Return what a load demands of its node, as the end of a text."""
+    """Return the demands of a load on its node, as the end of a text."""
     attributes, holders = ", ".join(sorted(request.attributes)), ", ".join(request.holders)
     where = f", of {holders}, where version {version} was added" if holders else ""
     others = "".join(each.describe() for each in request.demands)
@@ -449,7 +447,7 @@ def _describe_demands(request: PlacementRequest, version: int | None) -> str:
 def _request_of(
     state: State, loaded: LoadedModel, occupied: frozenset[str] = frozenset()
 ) -> PlacementRequest:
-    """Return the request of a further load of what a model serves from."""
+    """Return the request of a further load like the serving one."""
     model, serving = loaded.model, loaded.serving
     return PlacementRequest(
         model.id,
@@ -468,7 +466,7 @@ def _list_able(state: State, untrusted: AbstractSet[str], request: PlacementRequ
 
 
 def explain_lack(state: State, untrusted: AbstractSet[str], loaded: LoadedModel, ready: list[Serving]) -> str:
-    """Return what one more copy of a model waits for: a node, or room at those that there are."""
+    """Return the reason that a further copy of a model waits: for a node, or for room at a node."""
     request = _request_of(state, loaded, frozenset(each.server or "" for each in ready))
     if able := _list_able(state, untrusted, request):
         return f"room at {' or '.join(able)}"
@@ -490,7 +488,7 @@ def find_reload_rules(
 
 
 def _list_files(view: NodeView, job: Job) -> tuple[FileHash, ...]:
-    """Return the files that a reload needs again; any other load takes what the repository has."""
+    """Return the files that a reload needs again; any other load takes those of the repository."""
     model = view.recorded.models.get(job.model_id)
     before = None if job.cause not in RELOADS or model is None else model.find_reloadable(job.version)
     return () if before is None else tuple(FileHash(file.path, file.sha256) for file in before.files)

@@ -23,13 +23,13 @@ DETOUR_US = 1000
 OVERHEAD_US = 300
 """Of a request beside its service, as measured: between other nodes, smaller differences are noise."""
 GUESSED_US = 1000
-"""Service time of a model of which no copy has answered yet."""
+"""Service time of a model before a copy has answered."""
 HEARD_S = 2.0
 """Validity of an answer's figures; after it the hints count, which come with each renewal of a lease."""
 AVOIDED_S = 1.0
 """Back-off before a node is asked again that was not reached."""
 MAX_HEARD = 4096
-"""Copies whose figures are remembered; of one that was forgotten, the hints count."""
+"""Copies whose figures are remembered; for a forgotten copy, the hints count."""
 CANDIDATES = 2
 MAX_DIGITS = 9
 
@@ -59,7 +59,7 @@ class CopyFigures:
 
 @dataclass(frozen=True, slots=True)
 class _Heard:
-    """Figures of an answer, with what this node had in flight there when it came."""
+    """Figures of an answer, with this node's requests in flight there at its arrival."""
 
     figures: CopyFigures
     sent: int
@@ -118,12 +118,12 @@ class Spread:
         late: Collection[str],
         now_s: float,
     ) -> str | None:
-        """Return the node that is to answer an inference; None if this one is, or none can.
+        """Return the node that answers an inference, or None if it is this node, or no node can.
 
         Args:
             model_id: of the model.
             own: figures of the copy here, None if none may answer here.
-            others: the nodes that have other copies, with what each has said in its hints.
+            others: the nodes with other copies, and the figures in their hints.
             late: nodes whose leases are late, which are avoided.
             now_s: the time.
         """
@@ -141,7 +141,7 @@ class Spread:
         return None if own is not None and _cost_us(own, unknown_us) <= limit_us else best
 
     def _estimate(self, key: Key, hint: CopyFigures | None, now_s: float) -> CopyFigures:
-        """Return the figures of another copy, with what this node has in flight there now."""
+        """Return the figures of another copy, with this node's present requests in flight there."""
         heard, sent = self._heard.get(key), self._sent.get(key, 0)
         if heard is None or now_s - heard.at_s > HEARD_S:
             said = hint or CopyFigures()

@@ -1,4 +1,4 @@
-"""This server as a node of several: its log in a database, its membership, and what it says of itself."""
+"""This server as a node of several: its log in a database, its membership, and its description of itself."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ThisNode(Forwarder):
         KeyProblem: `ledger.key` cannot be read.
 
     Attributes:
-        membership: as which it joins.
+        membership: its membership.
     """
 
     _renewing: asyncio.Task[None] | None = None
@@ -184,7 +184,7 @@ class ThisNode(Forwarder):
         return any(meets(list_demands(parameters), nodes[node_id]) for node_id in usable)
 
     async def _measure(self, policy: Policy, store: Store | None) -> NodeHints:
-        """Return what helps to place loads here.
+        """Return the hints for placing loads here.
 
         Args:
             policy: has the memory budget, and the most models.

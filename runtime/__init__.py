@@ -1,17 +1,19 @@
-"""Runs models: from the recorded requests to workers that answer inferences. No HTTP, no SQL.
+"""Runs models: from recorded requests to workers that answer inferences. No HTTP, no SQL.
 
-The way of a load: `repository` resolves a version; the `consumer` asks the `scheduler` for the next action
-and executes it; `process` starts and supervises workers; `worker` is what runs inside one, and speaks
-`wire`. `router` finds the worker of an inference; `elsewhere` knows what other servers do.
+The way of a load: `repository` resolves a version, the `scheduler` decides what happens next, the `consumer`
+does it, `store` holds the files, and `process` starts a worker, which runs `worker`; both speak `wire`. Then
+the `router` finds the load for an inference.
 
-To change: which load starts, evictions, reloads, and the memory that a load will need: `scheduler`. What a
-load takes beside the machine's memory, as features have it: `rooms`. The life
-of a load, and what is recorded of it: `consumer`. Private copies of versions: `store`; versions that callers
-add or remove: `uploads`. Memory limits and measurements: `memory`; CPUs that may be used: `cgroups`.
-Models and versions, unsafe files, file systems that hang, a
-model's `loadledger.toml`: `repository`. External data: `onnxfile`, and what it reads of a model:
-`onnxfields`. The JSON of a request: `requestjson`, and any other: `strictjson`. When something counts as
-stuck: `timeouts`. Counts and times of inferences: `statistics`. Error codes: `errors`.
+To change:
+
+- which load starts, evictions, reloads, estimates: `scheduler`; what a load takes, and where: `rooms`
+- the life of a load, and its facts: `consumer`
+- models, versions, `loadledger.toml`, file systems that hang: `repository`; external data: `onnxfile`, which
+  reads by `onnxfields`; private copies: `store`; versions that callers add or remove: `uploads`
+- memory limits and measurements: `memory`; usable CPUs: `cgroups`; time limits: `timeouts`
+- the JSON of inference requests: `requestjson`; any other JSON: `strictjson`
+- work and models of other servers: `elsewhere`
+- counts and times of inferences: `statistics`; error codes: `errors`
 
 ONNX Runtime is imported in `worker` only; `worker` imports nothing of `events`.
 """

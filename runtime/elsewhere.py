@@ -16,7 +16,7 @@ from events.commands import Condition, Record
 from events.jobcommands import RequestLoad, RequestUnload
 from events.models import Model
 from events.state import State
-from events.values import NodeSignature
+from features.facts import ServerSignature
 from runtime.consumer.running import RunningLoad
 from runtime.errors import ModelNotLoaded
 from runtime.scheduler.actions import Decision
@@ -30,14 +30,14 @@ class Elsewhere:
     """Which of the recorded work is this server's, all; and where models are that are not here, nowhere."""
 
     name: str | None = None
-    """Of this server among those that share the ledger; None if it is alone."""
+    """The name of this server among those that share the ledger; None if it is alone."""
 
     def servers(self, state: State) -> object:
         """Return a value that is another one once a server has come or gone."""
         return None
 
     def find_epoch(self, state: State) -> tuple[str | None, tuple[Condition, ...]]:
-        """Return a name of this server's present epoch, and what holds while it goes on; None if it is alone.
+        """Return the name of this server's present epoch, and its conditions; None if it is alone.
 
         Raises:
             EpochOver: `log_unavailable`.
@@ -57,11 +57,11 @@ class Elsewhere:
         return decide(view)
 
     def complete(self, command: SystemCommand, state: State) -> SystemCommand:
-        """Return a command of the consumer with what other servers have to know of it."""
+        """Return a command of the consumer, completed for other servers."""
         return command
 
-    def is_signed(self, statement: bytes, signature: NodeSignature | UnsetType, state: State) -> bool:
-        """Whether a trusted server has signed a statement; nobody else writes to the ledger of one alone."""
+    def is_signed(self, statement: bytes, signature: ServerSignature | UnsetType, state: State) -> bool:
+        """Whether a server that may sign has signed it; nobody else writes to the ledger of one alone."""
         return True
 
     def locate(self, model: Model, state: State) -> str | None:
@@ -75,14 +75,14 @@ class Elsewhere:
     def choose(
         self, model: Model, state: State, version: int | None, own: RunningLoad | None = None
     ) -> str | None:
-        """Return the name of the server of another copy that is to answer; None if there is none.
+        """Return the name of the server whose copy answers, or None.
 
         With `own`, the copy here, it is None unless that is clearly busier.
         """
         return None
 
     def refusal(self) -> ModelNotLoaded | None:
-        """Return why this server may not answer inferences now; None if it may."""
+        """Return why this server may not answer inferences now, or None."""
         return None
 
 

@@ -43,7 +43,7 @@ SUFFIX = ".onnx"
 MODEL_FILE = "model.onnx"
 """The usual name of the file of a version's folder that sessions are created from; it names the others."""
 SIGNATURE_SUFFIX = ".sig"
-"""Suffix of a file that signs a version: a bundle of OpenSSF model signing."""
+"""Suffix of a file that signs a version, as OpenSSF model signing has it."""
 MAX_LOCATION_BYTES = 4096
 """PATH_MAX: no file has a longer path."""
 MAX_SHOWN = 100
@@ -162,8 +162,7 @@ def check_external_data(path: Path, folder: Path, root: Path) -> bool:
 
     Raises:
         LoadRefused: `unsafe_file`, for a location that is absolute, leaves the folder, or is not a regular
-            file inside the repository; `invalid_model`, for a missing file (`MissingData`), or for too many
-            fields.
+            file inside the repository; `invalid_model`, a file is missing (`MissingData`); too many fields.
     """
     checked = set[PurePosixPath]()
     try:

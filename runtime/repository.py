@@ -9,7 +9,7 @@ a link that leaves the root does not exist; a version with any other such file i
 
 The files of a version may lie in a folder `model.onnx`, as Triton has it: that folder is then the version's.
 
-The signature bundle of a version (OpenSSF model signing) is a `*.sig` in its folder, or `<version>.sig`
+The signature of a version (OpenSSF model signing) is a `*.sig` in its folder, or `<version>.sig`
 beside the folder. The latter is a file of the version like those in the folder, with its name as path.
 
 The files of a version are read through one descriptor of its folder (`VersionFolder`). A path may lead
@@ -207,8 +207,8 @@ SizedFile = FoundFile | LoadedFile
 """A file of a version as it is now, or as it was loaded: path, size and time are known of both."""
 
 
-def bundle_beside(folder: Path) -> Path:
-    """Return the path of the signature bundle beside a version's folder, whether or not it is there."""
+def companion_of(folder: Path) -> Path:
+    """Return the path of a version's companion: the signature beside its folder, there or not."""
     return folder.with_name(f"{folder.name}{SIGNATURE_SUFFIX}")
 
 
@@ -232,8 +232,7 @@ class FoundVersions(NamedTuple):
 
     Attributes:
         served: the complete versions, lowest first.
-        refusal: why the folder with the highest number is not served; None if it is, or if there is no
-            folder.
+        refusal: why the folder with the highest number is not served; None if it is, or without folders.
     """
 
     served: list[int]
@@ -470,7 +469,7 @@ class Repository:
         path = (folder / model).relative_to(own)
         if isinstance(seen, str):
             return f"is not complete: its {path} {seen}{_cure_layout(folder)}"
-        if not os.access(folder / model, os.R_OK, effective_ids=True):
+        if not _is_readable(folder / model):
             raise RepositoryUnreadable(_describe_unreadable(errno.EACCES))
         return None if stat.S_ISREG(seen.st_mode) else f"is not complete: its {path} is a folder"
 
@@ -478,17 +477,17 @@ class Repository:
 class VersionFolder:
     """An open folder of the repository; `open_folder` opens and closes it.
 
-    `top`, the root, and `beside` are open, too: the parent folder with the `bundle`, which is not `..` if the
-    version is a link.
+    `top`, the root, and `beside` are open, too: the parent folder with the `companion`, which is not `..` if
+    the version is a link.
 
     Attributes:
         root: the repository's root without links, which no file may leave.
         path: the folder's path in the root.
     """
 
-    def __init__(self, top: int, anchor: int, beside: int, bundle: str, *, root: Path, path: Path) -> None:
+    def __init__(self, top: int, anchor: int, beside: int, companion: str, *, root: Path, path: Path) -> None:
         self.root, self.path = root, path
-        self._top, self._anchor, self._beside, self._bundle = top, anchor, beside, bundle
+        self._top, self._anchor, self._beside, self._companion = top, anchor, beside, companion
 
     def stat_files(self) -> tuple[FoundFile, ...]:
         """Return the identity of each file, in order of their paths, without reading the files.
@@ -543,18 +542,18 @@ class VersionFolder:
 
     def _walk(self) -> Iterator[tuple[str, os.stat_result]]:
         """Yield each file's path and status; a folder that several links lead to is visited once."""
-        if has_bundle := self._has_bundle():
-            seen = self._stat_path(self._bundle)
+        if has_companion := self._has_companion():
+            seen = self._stat_path(self._companion)
             if stat.S_ISDIR(seen.st_mode):
-                reason = f"{self._bundle!r} beside the version is a folder: move it away"
+                reason = f"{self._companion!r} beside the version is a folder: move it away"
                 raise LoadRefused("unsafe_file", reason)
-            yield self._bundle, seen
+            yield self._companion, seen
         pending, visited = [""], set[tuple[int, int]]()
         while pending:
             within = pending.pop()
             for name in self._list(within, visited):
                 path = f"{within}{name}"
-                if has_bundle and path == self._bundle:
+                if has_companion and path == self._companion:
                     raise LoadRefused("unsafe_file", f"{path!r} is in the version and beside it: keep one")
                 seen = self._stat_path(path)
                 if stat.S_ISDIR(seen.st_mode):
@@ -564,8 +563,8 @@ class VersionFolder:
             if len(visited) > MAX_FILES:
                 raise LoadRefused("unsafe_file", f"the version has more than {MAX_FILES} folders")
 
-    def _has_bundle(self) -> bool:
-        return _mode_of(self._bundle, self._beside) != 0
+    def _has_companion(self) -> bool:
+        return _mode_of(self._companion, self._beside) != 0
 
     def _stat_path(self, path: str) -> os.stat_result:
         descriptor = self._open_path(path)
@@ -594,7 +593,7 @@ class VersionFolder:
 
     def _open_path(self, path: str) -> int:
         """Open a file or folder without reading it, and check its type and location."""
-        within = self._beside if path == self._bundle and self._has_bundle() else self._anchor
+        within = self._beside if path == self._companion and self._has_companion() else self._anchor
         try:
             path.encode()
             descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC, dir_fd=within)
@@ -652,7 +651,7 @@ def open_folder(root: Path, folder: Path, *, of_version: bool = True) -> Iterato
         with suppress(OSError):  # any other type is checked as a file
             if of_version:
                 anchor, path = enter(MODEL_FILE, anchor), path / MODEL_FILE
-        yield VersionFolder(top, anchor, beside, bundle_beside(folder).name, root=opened_root, path=path)
+        yield VersionFolder(top, anchor, beside, companion_of(folder).name, root=opened_root, path=path)
 
 
 def _inner_folder(folder: Path) -> Path:
@@ -662,7 +661,7 @@ def _inner_folder(folder: Path) -> Path:
 
 
 def _mode_of(path: str, within: int) -> int:
-    """Return the mode of what has a path, without following a link; 0 if nothing has."""
+    """Return the mode of a path, without following a link, or 0 if nothing is there."""
     try:
         return os.stat(path, dir_fd=within, follow_symlinks=False).st_mode
     except FileNotFoundError:
@@ -672,7 +671,7 @@ def _mode_of(path: str, within: int) -> int:
 
 
 def _stat_after_tick(folder: VersionFolder) -> tuple[FoundFile, ...]:
-    """Return the identities at a time after which whatever is written has a later one."""
+    """Return the identities at a time after which any write to a file makes a later identity."""
     files = folder.stat_files()
     latest_ns = max(file.ctime_ns for file in files)
     if 0 <= time.time_ns() - latest_ns < TICK_S * 1e9:
@@ -695,7 +694,7 @@ def _path_of(descriptor: int) -> Path:
 
 
 def _refuse(what: str, error: OSError) -> NoReturn:
-    """Raise the refusal of a file that cannot be opened: gone, a circle of links, or not readable now."""
+    """Raise the refusal of a file that cannot be opened: gone, a circle of links, or unreadable now."""
     if error.errno in _GONE:
         raise LoadRefused("model_changed", f"{what!r} is no longer there") from None
     if error.errno in _NOT_THERE:
@@ -712,7 +711,7 @@ def _stat(path: Path, root: Path) -> os.stat_result | str:
     """Return the status of a file or folder behind its links, or the reason not to open it.
 
     Raises:
-        RepositoryUnreadable: `repository_unreadable`, it cannot be seen.
+        RepositoryUnreadable: `repository_unreadable`, the status cannot be read.
     """
     try:
         path.name.encode()
@@ -729,8 +728,13 @@ def _stat(path: Path, root: Path) -> os.stat_result | str:
     return seen if usable else "is not a regular file"
 
 
+def _is_readable(file: Path) -> bool:
+    """Whether a file can be read. It may be missing for a moment in which its folder is exchanged."""
+    return any(os.access(file, os.R_OK, effective_ids=True) for _ in range(2))
+
+
 def _cure_model(folder: Path, model_id: str) -> str:
-    """Return what makes a model of a folder without versions."""
+    """Return the advice that makes a model of a folder without versions."""
     if find_model_file(_names(folder / HUB_FOLDER)) is not None:
         return f"it is laid out as by Hugging Face: `loadledger add {model_id} {folder}` takes what is needed"
     file = find_model_file(_names(folder))
@@ -738,7 +742,7 @@ def _cure_model(folder: Path, model_id: str) -> str:
 
 
 def _cure_layout(folder: Path) -> str:
-    """Return what makes a version of a folder whose model lies beneath it, if one does."""
+    """Return the advice that makes a version of a folder with a model beneath it, or an empty text."""
     for name in _names(folder):
         with suppress(RepositoryUnreadable):
             if find_model_file(_names(folder / name)) is not None:
@@ -747,7 +751,7 @@ def _cure_layout(folder: Path) -> str:
 
 
 def _list_root(root: Path) -> list[str]:
-    """Return the names in the root; it is there, or nothing is known of its models.
+    """Return the names in the root, which must exist.
 
     Raises:
         RepositoryUnreadable: `repository_unreadable`.
@@ -759,7 +763,7 @@ def _list_root(root: Path) -> list[str]:
 
 
 def _list_model(root: Path, model_id: str) -> list[str]:
-    """Return the names in a model's folder; none if the repository has no such model.
+    """Return the names in a model's folder; empty if the repository has no such model.
 
     Raises:
         RepositoryUnreadable: `repository_unreadable`.
@@ -767,7 +771,7 @@ def _list_model(root: Path, model_id: str) -> list[str]:
     try:
         names = _names(root / model_id)
     except RepositoryUnreadable as unreadable:
-        _list_root(root)  # says so if all of it is unreadable
+        _list_root(root)  # raises if the whole root is unreadable
         raise RepositoryUnreadable(f"the folder of model {model_id!r} {unreadable}") from None
     if not names and not os.access(root, os.R_OK | os.X_OK, effective_ids=True):
         _list_root(root)
@@ -775,11 +779,11 @@ def _list_model(root: Path, model_id: str) -> list[str]:
 
 
 def _names(folder: Path, *, may_be_missing: bool = True) -> list[str]:
-    """Return the names in a folder, sorted; none if it is missing, or is no folder.
+    """Return the names in a folder, sorted; empty if it is missing, or is no folder.
 
     Raises:
-        RepositoryUnreadable: `repository_unreadable`, with the reason alone.
-        RepositoryBusy: `repository_busy`, that cannot be known now.
+        RepositoryUnreadable: `repository_unreadable`, with only the reason.
+        RepositoryBusy: `repository_busy`, the folder cannot be read now.
     """
     try:
         return sorted(entry.name for entry in os.scandir(folder))
@@ -797,10 +801,10 @@ DEFAULTS_FILE = "loadledger.toml"
 MAX_DEFAULTS_BYTES = 64 * 1024
 """A file with every key has a few hundred bytes; this leaves room for comments and warm-up inputs."""
 MAX_DOTS = 1000
-"""Beside those of numbers. tomllib takes quadratic time for a key of many parts: a minute for 64 KiB, in
-which its thread competes with the event loop. For a key of so many parts it takes a tenth of a second."""
+"""Dots outside of numbers. tomllib takes quadratic time for a key of many parts: a minute for 64 KiB, in
+which its thread competes with the event loop. A key of this many parts takes a tenth of a second."""
 _NUMBER = re.compile(r"[-+\s,\[=][0-9][0-9_]*\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?(?=\s*[,\]}#\n])")
-"""A number with a fraction, in a list or at the end of a line. No part of a key is followed by these."""
+"""A number with a fraction, in a list or at the end of a line, where no part of a key can be."""
 WARM_UP = "warm_up"
 """The only key that is no parameter of a load."""
 NO_TEXT = frozenset({"FP16", "BF16"})
@@ -819,7 +823,7 @@ class WarmUp:
 
     Attributes:
         enabled: whether it runs; None uses the server's setting.
-        inputs: its inputs as JSON text; none are zeros.
+        inputs: its inputs as JSON text; empty means zeros.
         required: whether the load fails if it does.
     """
 
@@ -829,7 +833,7 @@ class WarmUp:
 
 
 NO_WARM_UP = WarmUp(enabled=False, required=False)
-"""Of a reload whose model has no valid file, or none that can be read now."""
+"""The warm-up of a reload whose model has no valid file, or none that can be read now."""
 
 
 class _Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -872,7 +876,7 @@ def read_warm_up(repository: Repository, model_id: str) -> WarmUp:
 
 
 def read_reload_warm_up(repository: Repository, model_id: str) -> WarmUp:
-    """Return the warm-up of a reload, which no mistake made in the file since the load can fail."""
+    """Return the warm-up of a reload, which must not fail for a mistake made in the file since the load."""
     try:
         return replace(read_warm_up(repository, model_id), required=False)
     except RuntimeProblem:
@@ -890,7 +894,7 @@ def _read(repository: Repository, model_id: str) -> tuple[dict[str, Any], WarmUp
         raise InvalidDefaults(f"{name} {reason}; replace it, or take it away") from None
     except UnicodeDecodeError:
         raise InvalidDefaults(f"{name} is not UTF-8, which TOML has to be") from None
-    except ValueError as error:  # of the parser, and of Python for a number of thousands of digits
+    except ValueError as error:  # the parser's, or Python's for a number of thousands of digits
         raise InvalidDefaults(f"{name} is no TOML: {error}") from None
     except RecursionError:
         raise InvalidDefaults(f"{name} is nested too deeply; it takes keys with plain values") from None
@@ -924,7 +928,7 @@ def _tensor(where: str, given: _Input) -> Tensor:
     _check_elements(f"{where}.data", given.data)
     try:
         text = json.dumps(given.data, ensure_ascii=False, separators=(",", ":")).encode()
-    except ValueError:  # of Python, for a number of thousands of digits
+    except ValueError:  # Python's, for a number of thousands of digits
         raise InvalidDefaults(f"{where}.data: has a number that no datatype can hold") from None
     return Tensor(given.name, given.datatype, given.shape, text, text=True)
 

@@ -1,4 +1,4 @@
-"""Rooms: what a load takes of the machine's memory, and of what features have beside it.
+"""Rooms: the parts that a load takes of the machine's memory, and of rooms of features.
 
 A feature with rooms gives the targets on which a load may run (`features.rooms`). For each target the
 scheduler gets an `Alternative`: the bytes that the load needs there, by room. It starts the load on the first
@@ -32,7 +32,7 @@ class RoomLimits:
 
     Attributes:
         title: its name in sentences.
-        budget_bytes: for all workers; None is no limit.
+        budget_bytes: limit of all workers together; None is no limit.
         is_measured: whether what a load takes there is measured as what is free before and after the load.
             So one load takes of it at a time, and no memory limit of the load bounds that.
     """
@@ -43,10 +43,10 @@ class RoomLimits:
 
 
 class Allocation:
-    """What one load takes, from its start until its workers have exited; here memory of the machine only.
+    """The parts of rooms that one load takes, until its workers have exited; here only the machine's.
 
     Attributes:
-        returning: waits until that is back, since the workers have exited.
+        returning: the wait for what the workers took, since they have exited.
     """
 
     returning: asyncio.Task[None] | None = None
@@ -57,7 +57,7 @@ class Allocation:
         return False
 
     def order(self) -> Any:
-        """Return what a worker has to know of its target, which only that reads; None is the CPU."""
+        """Return the target for a worker, which alone reads it; None is the CPU."""
         return None
 
     def list_taken(self, memory_bytes: int) -> Mapping[str, int]:
@@ -65,7 +65,7 @@ class Allocation:
         return {MACHINE: memory_bytes}
 
     def measure(self, on_excess: Callable[[LoadRefused], None]) -> AbstractAsyncContextManager[None]:
-        """Measure what the workers take that load meanwhile.
+        """Measure what the workers take during the load.
 
         Args:
             on_excess: called once they have taken more than they may, with `out_of_memory`.
@@ -89,12 +89,12 @@ class Allocation:
         """
 
     def complete_loaded(self, fact: ModelLoaded, report: Loaded) -> ModelLoaded:
-        """Return the outcome of the load with what is recorded of its target; `report` is a worker's."""
+        """Return the outcome of the load with the record of its target; `report` is a worker's."""
         del report
         return fact
 
     def complete_unloaded(self, fact: ModelUnloaded) -> ModelUnloaded:
-        """Return the end of the load with what is recorded of its target."""
+        """Return the end of the load with the record of its target."""
         return fact
 
 
@@ -103,11 +103,10 @@ class Target:
     """Where a load may run; here the CPU.
 
     Attributes:
-        name: as footprints have it.
+        name: its name in footprints.
         group: equal targets have the same one: of these, the load takes the first on which it need not wait
             for the measurement of another.
-        worker_bytes: memory of the machine that each worker takes there beside its model, and more than
-            others.
+        worker_bytes: additional memory of the machine that each worker takes there, as for libraries.
     """
 
     name: str = ""
@@ -123,13 +122,13 @@ class Target:
     ) -> tuple[Mapping[str, int], bool]:
         """Return the bytes that a load needs of each room, and whether one of them rests on file sizes only.
 
-        The first room that is too small is the one that people read of.
+        Messages name the first room that is too small.
 
         Args:
-            memory_bytes: of the machine.
-            instances: of the load.
-            files: of the load.
-            footprints: of earlier loads of the same files here.
+            memory_bytes: the load's need of the machine's memory.
+            instances: the load's number of workers.
+            files: the version's files.
+            footprints: those of earlier loads of the same files here.
         """
         del instances, files, footprints
         return {MACHINE: memory_bytes}, False
@@ -145,9 +144,9 @@ class Target:
         """Return the allocation of a load that starts here.
 
         Args:
-            needs: of each room.
-            parameters: of the load.
-            limits: of the room of this name, if there is one.
+            needs: the load's need of each room.
+            parameters: the load's parameters.
+            limits: the limits of this target's room, if it has one.
             pool: has its workers.
             running: returns the allocations of all running loads.
         """

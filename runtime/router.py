@@ -41,14 +41,14 @@ class OtherVersionLoaded(ModelNotLoaded):
     """Another version than the named one is loaded."""
 
 
-class UnknownLabel(RuntimeProblem):
-    """The model has no such label."""
+class UnknownName(RuntimeProblem):
+    """No version of the model has this name."""
 
     code = "unknown_label"
 
 
 Version = int | str
-"""A version as a request names it: its number, or a label."""
+"""A version as a request names it: its number, or a name."""
 
 
 class InferenceRequest(msgspec.Struct, frozen=True, gc=False):
@@ -72,7 +72,7 @@ class Here:
     """The running load that answers for a model.
 
     Attributes:
-        position: of its `ModelLoaded`.
+        position: the position of its `ModelLoaded`.
         has_copies: whether the model is loaded at other servers, too.
     """
 
@@ -112,7 +112,7 @@ class There:
     Attributes:
         server: its name.
         version: the requested one; None is any.
-        is_last: whether a copy has failed already, so that this one's answer counts, whatever it is.
+        is_last: whether a copy has failed already, so that this server's answer counts in any case.
     """
 
     server: str
@@ -161,27 +161,27 @@ class Router:
         self._known: dict[str, tuple[Model, Here]] = {}
 
     def find_version(self, model_id: str, version: Version | None) -> int | None:
-        """Return the number of a version that a request names; None if it names none.
+        """Return the number of the version in a request, or None if the request names none.
 
         Raises:
-            UnknownLabel: `unknown_label`.
+            UnknownName: no version has the name.
         """
         if not isinstance(version, str):
             return version
         versions = self._log.state.registers.find_versions(model_id)
-        number = versions.versions_by_label.get(version)
+        number = versions.versions_by_name.get(version)
         if number is None:
-            raise UnknownLabel(versions.describe_unknown(version))
+            raise UnknownName(versions.describe_unknown(version))
         return number
 
     def resolve(self, model_id: str, version: Version | None = None, *, spreads: bool = False) -> Target:
         """Return where a model, in this version if there is one, is now. This has no effect.
 
-        A label names what it names now, so one that moves with a load is ready before and after. A copy here
-        answers. With `spreads`, that of another server does if the one here is clearly busier.
+        A name stands for its version of now, so one that moves with a load is ready before and after. A copy
+        here answers. With `spreads`, that of another server does if the one here is clearly busier.
 
         Raises:
-            UnknownLabel: `unknown_label`.
+            UnknownName: no version has the name.
         """
         model = self._log.state.models.get(model_id)
         number = self.find_version(model_id, version)
@@ -195,7 +195,7 @@ class Router:
         return (self._find_copy(model_id, number) if has_copies else None) or target
 
     def _find_copy(self, model_id: str, version: int | None, own: RunningLoad | None = None) -> There | None:
-        """Return another server that is to answer for a model; None if there is none, or `own` is to."""
+        """Return another server that answers for a model, or None if there is none, or `own` answers."""
         state = self._log.state
         model = state.models.get(model_id)
         server = None if model is None else self._elsewhere.choose(model, state, version, own)
@@ -207,12 +207,22 @@ class Router:
         if (refusal := self._elsewhere.refusal()) is not None:
             return Absent(refusal)
         if number is not None and number != here.version:
-            return Absent(OtherVersionLoaded(_describe_other(here, version, number)))
+            return Absent(OtherVersionLoaded(self._describe_other(here, version, number)))
         if not here.load.serving:
             if here.load.draining:
                 return Absent(ModelUnloading(f"model '{model_id}' is being unloaded"))
             return _just_died(model_id)
         return here
+
+    def _describe_other(self, here: Here, version: Version | None, number: int) -> str:
+        """Return why the version of a request does not answer."""
+        model_id, loaded = here.model_id, f"version {here.version} is"
+        what = f"version {number} of model '{model_id}' is not loaded"
+        if isinstance(version, str):
+            what = self._log.state.registers.find_versions(model_id).describe_name(version)
+            loaded = f"{loaded} loaded"
+        body = f'{{"version": {number}}}'
+        return f"{what}, {loaded}; load it with POST /api/v1/models/{model_id}/load and body {body}"
 
     def is_ready(self, model_id: str, version: Version | None = None) -> bool:
         return isinstance(self.resolve(model_id, version), Here)
@@ -222,7 +232,7 @@ class Router:
 
         Raises:
             UnknownModel: `unknown_model`, neither loaded nor in the repository.
-            UnknownLabel: `unknown_label`.
+            UnknownName: no version has the name.
             ModelNotLoaded: `model_not_loaded`.
             ModelUnloading: `model_unloading`.
             RepositoryUnreadable: `repository_unreadable`, whether there is the model cannot be known.
@@ -261,14 +271,14 @@ class Router:
             here: the load, as it was resolved just now.
             request: the inputs.
             timeout_s: its limit.
-            times: of this request; what happens here is added.
+            times: the request's times; the router adds its own.
             version: the requested one, for a repetition; None is any.
             worker: in whose memory the inputs lie. Without one, or if it has died, it is the least busy.
             spreads: whether another copy may answer instead.
 
         Raises:
             QueueFull: `inference_queue_full`.
-            RuntimeProblem: what the worker answered.
+            RuntimeProblem: the worker's error.
         """
         times.asked_ns = began_ns = time.monotonic_ns()
         try:
@@ -358,16 +368,6 @@ def _not_loaded(model_id: str, model: Model | None) -> ModelNotLoaded | ModelUnl
     return ModelNotLoaded(
         f"model '{model_id}' is not loaded; load it with POST /api/v1/models/{model_id}/load"
     )
-
-
-def _describe_other(here: Here, version: Version | None, number: int) -> str:
-    """Return why a version that a request names by a number or a label does not answer."""
-    model_id, loaded = here.model_id, f"version {here.version} is"
-    what = f"version {number} of model '{model_id}' is not loaded"
-    if isinstance(version, str):
-        what, loaded = f"label '{version}' of model '{model_id}' names version {number}", f"{loaded} loaded"
-    body = f'{{"version": {number}}}'
-    return f"{what}, {loaded}; load it with POST /api/v1/models/{model_id}/load and body {body}"
 
 
 def _just_died(model_id: str) -> Absent:

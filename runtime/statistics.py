@@ -78,7 +78,7 @@ class Statistics:
         """Count an answered request, and divide its time.
 
         The worker's durations count as far as they fit into the time that the server measured: a worker's
-        report is not to be trusted.
+        report may be wrong.
 
         Args:
             outcome: the worker's answer.

@@ -96,7 +96,7 @@ BY_ONNX = {datatype.onnx: datatype for datatype in DATATYPES.values()}
 
 
 class MalformedFrame(ValueError):
-    """The bytes are no frame of the contract; their sender is not trusted any further."""
+    """The bytes are no frame of the contract; nothing further is read from their sender."""
 
 
 class MalformedTexts(ValueError):
@@ -259,8 +259,7 @@ class Load(Message, frozen=True):
         """Return the limit that the worker cannot lift; the model's own leaves room for its threads.
 
         Args:
-            thread_bytes: the memory of one thread. The first of `threads` is the worker's own, which exists
-                already.
+            thread_bytes: the memory of one thread. The first of `threads` is the worker's own.
         """
         own = self.memory_limit_bytes
         with_threads = None if own is None else own + (self.threads - 1) * thread_bytes
@@ -459,8 +458,7 @@ def heads(tensors: Sequence[Tensor], offsets: Iterable[int | None] = repeat(None
     `offsets` are the positions in shared memory, None for a tensor in the payload.
 
     Raises:
-        MalformedFrame: the receiver would refuse them: an unknown datatype, or data of another size than the
-            shape.
+        MalformedFrame: the receiver would refuse them: an unknown datatype, or data of another size.
     """
     pairs = zip(tensors, offsets, strict=False)
     described = tuple([TensorHead(t.name, t.datatype, t.shape, len(t.data), t.text, at) for t, at in pairs])

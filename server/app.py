@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,17 +21,17 @@ from events.audit.kepthead import HeadKeeper, find_rollback
 from events.clock import uuid7
 from events.commands import Record
 from events.errors import LedgerProblem, RolledBack
-from events.jobcommands import RequestLoad
 from events.log import Log
 from events.sqlite.datalock import LEDGER, lock_data, lock_ledger, refuse_replica
 from events.sqlite.listing import open_reader
 from events.sqlite.timetravel import NOTE_EVERY_S
-from events.types import SYSTEM, Cause, Draft, PolicyInForce, RollbackAccepted, contents_of, digest_of
+from events.types import SYSTEM, Draft, PolicyInForce, RollbackAccepted, contents_of, digest_of
 from features.approvals import routes as approvals
 from features.labels import routes as labels
-from features.ondemand.loads import OnDemand
+from features.ondemand.app import open_demand
 from features.rules import LoadPolicy
 from features.server import choose_targets, describe_setup, find_rooms
+from features.signatures import routes as signatures
 from nodes import routes as node_routes
 from nodes.thisnode import ThisNode
 from runtime.cgroups import count_usable_cpus
@@ -66,7 +65,6 @@ from server.api import (
 from server.api.events import HEAD_KEEPER, PROVER, Prover, open_streams
 from server.api.health import failed_tasks
 from server.api.jobs import JOB_REQUESTS, JobRequests
-from server.api.loads import make_load_command
 from server.api.resources import RESOURCES_CACHE, ResourcesCache
 from server.api.timetravel import open_time_travel
 from server.appkeys import (
@@ -74,7 +72,6 @@ from server.appkeys import (
     CONFIG,
     CONSUMER,
     CONSUMER_TASK,
-    DEMAND,
     GATE,
     LIMIT,
     LOG,
@@ -129,6 +126,7 @@ def all_routes(metrics_access: str = "token") -> list[Route]:
         *versions.routes,
         *labels.routes,
         *approvals.routes,
+        *signatures.routes,
         *events.routes,
         *timeline.routes,
         *resources.routes,
@@ -287,7 +285,7 @@ async def _record_policy(app: web.Application) -> None:
     """Record the policy for loads if it is another one than at the last start."""
     log, policy, name = app[LOG], app[CONFIG].policy, app[CLUSTER].name
     if log.state.registers.find_policy(name) != policy:
-        data = PolicyInForce(policy, UNSET if name is None else name)
+        data = PolicyInForce(policy, server=UNSET if name is None else name)
         await log.submit(Record((Draft(uuid7(), data, SYSTEM),)))
 
 
@@ -396,7 +394,7 @@ async def _consumer(app: web.Application) -> AsyncIterator[None]:
         max_queue=config.inference_queue,
         elsewhere=cluster,
     )
-    app[DEMAND] = demand = _on_demand(app)
+    demand = open_demand(app)
     app[CONSUMER_TASK] = task = asyncio.create_task(consumer.run(), name="consumer")
     try:
         yield
@@ -418,24 +416,3 @@ async def _time_series(app: web.Application) -> AsyncIterator[None]:
     yield
     sampling.cancel()
     await asyncio.wait([sampling])
-
-
-def _on_demand(app: web.Application) -> OnDemand:
-    async def look_up(model_id: str, version: int | None, subject: str) -> RequestLoad:
-        asked = {} if version is None else {"version": version}
-        command = await make_load_command(app, model_id, asked, subject)
-        return replace(command, cause=Cause.DEMAND)
-
-    return OnDemand(
-        log=app[LOG],
-        submit=app[JOB_REQUESTS].submit,
-        reader=app[READER],
-        router=app[ROUTER],
-        demand=app[CONSUMER].demand,
-        look_up=look_up,
-        waiting_for=app[CONSUMER].waiting_for,
-        stopping=app[STOPPING],
-        is_personal=lambda model_id: app[CONFIG].policy.count_persons(model_id) > 0,
-        max_waiting=app[CONFIG].inference_queue,
-        on=app[CONFIG].loads_for_inferences,
-    )

@@ -6,7 +6,6 @@ from aiohttp import web
 
 from events.log import Log
 from events.sqlite.listing import Reader
-from features.ondemand.loads import OnDemand
 from runtime.consumer.consumer import Consumer
 from runtime.memory import MemoryLimit
 from runtime.process.pool import WorkerPool
@@ -35,7 +34,6 @@ LIMIT = web.AppKey("limit", MemoryLimit)
 """Memory of the container or machine."""
 POLICY = web.AppKey("policy", Policy)
 """The operator's settings of what may be loaded, once workers are confined."""
-DEMAND = web.AppKey("demand", OnDemand)
 TIME_SERIES = web.AppKey("time_series", TimeSeries)
 """Samples for charts."""
 STREAMS = web.AppKey("streams", Streams)

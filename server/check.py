@@ -105,7 +105,7 @@ class CheckResult:
         versions: how many were checked.
         loaded: whether the version that was named was loaded.
         confinement: a sentence about what confines the workers.
-        targets: some about targets of loads beside the CPU.
+        devices: sentences about devices.
         findings: all so far.
     """
 
@@ -114,7 +114,7 @@ class CheckResult:
     versions: int = 0
     loaded: bool = False
     confinement: str = ""
-    targets: list[str] = field(default_factory=list)
+    devices: list[str] = field(default_factory=list)
     findings: list[CheckFinding] = field(default_factory=list)
 
     def add(self, findings: Iterable[CheckFinding]) -> None:
@@ -204,7 +204,7 @@ def _check_repository(path: Path) -> None:
 
 
 def _check_data(path: Path) -> None:
-    with suppress(FileNotFoundError):  # it will be created
+    with suppress(FileNotFoundError):  # a missing folder will be created
         path.stat()
     folder = next(each for each in (path, *path.parents) if each.exists())
     if not folder.is_dir():
@@ -320,7 +320,7 @@ def _check_versions(
                 for each in files:
                     with folder.open_file(each.path):  # may be read
                         pass
-        except (UnknownModel, UnknownVersion):  # it was just deleted
+        except (UnknownModel, UnknownVersion):  # just deleted
             continue
         except RuntimeProblem as problem:
             result.add([CheckFinding(place, problem.code, str(problem))])
@@ -344,7 +344,7 @@ def _check_versions(
 
 def _check_content(place: str, find_file: Callable[[], Path | None]) -> Iterator[CheckFinding]:
     """Yield what the file of a version is, if it is no ONNX file, or not all of one."""
-    with suppress(OSError, RuntimeProblem):  # it has just changed
+    with suppress(OSError, RuntimeProblem):  # just changed
         path = find_file()
         foreign = None if path is None else describe_foreign_content(*read_head(path))
         if path is not None and foreign is not None:
@@ -387,7 +387,7 @@ def check_policy(config: Config, result: CheckResult, state: State) -> None:
 
 
 def _size_highest(repository: Repository, model_id: str) -> int | None:
-    """Return the bytes of a model's highest version; None if the repository does not have it any more."""
+    """Return the bytes of a model's highest version, or None if the repository has it no more."""
     with suppress(RuntimeProblem):
         return sum(
             each.bytes for each in repository.stat_version(model_id, repository.find_version(model_id))
@@ -411,7 +411,7 @@ def read_ledger(config: Config, result: CheckResult) -> State:
 def _check_rules(
     config: Config, repository: Repository, model_id: str, rules: ModelRules, state: State
 ) -> Iterator[CheckFinding]:
-    """Yield what the rules do to the highest version, and what they refuse of what the model serves."""
+    """Yield the effect of the rules on the highest version, and their refusals of the serving one."""
     model, versions = state.models.get(model_id) or Model(model_id), state.registers.find_versions(model_id)
     highest = list[int]()
     with suppress(RuntimeProblem):  # the repository does not have it any more
@@ -512,7 +512,7 @@ async def _check_confinement(pool: WorkerPool, config: Config, result: CheckResu
 async def _check_targets(pool: WorkerPool, config: Config, result: CheckResult) -> None:
     try:
         rooms = await find_rooms(config, pool, find_memory_limit().bytes)
-        result.targets += describe_setup(pool, rooms)
+        result.devices += describe_setup(pool, rooms)
     except ConfigError as error:
         place, _, text = str(error).partition(": ")
         result.add([CheckFinding(place, "invalid_setting", text)])

@@ -21,8 +21,8 @@ from answers.nodes import NodeInfo
 from events.commands import Receipt
 from events.log import Log
 from events.models import Model
+from events.statements import Sign
 from events.types import Cause, LoadParameters
-from events.values import Sign
 from features.nodes.metrics import Gauge, list_gauges
 from runtime.consumer.running import RunningLoad
 from runtime.elsewhere import Elsewhere
@@ -57,7 +57,7 @@ class Cluster(Elsewhere):
     """The servers that share the ledger: this one alone.
 
     Attributes:
-        sign: signs what a person says to this server, so that the others believe it; None if it is alone.
+        sign: signs a person's statement to this server, so that the others believe it; None if it is alone.
         verify_forwarded: verifies the tokens of requests that others have forwarded; None if it is alone.
         log: not open yet.
         loads: the running loads, by job id, as the consumer keeps them.
@@ -71,7 +71,7 @@ class Cluster(Elsewhere):
         self.loads: dict[str, RunningLoad] = {}
 
     async def open(self, check: Callable[[], Awaitable[T]]) -> T:
-        """Open the log, and check what is in the data directory: before that, unless it is a replica."""
+        """Open the log, and check the data directory: before that, unless the log is a replica."""
         found = await check()
         await self.log.open()
         return found
@@ -119,14 +119,14 @@ class Cluster(Elsewhere):
         return sum(model.lost_by is Cause.RESTART for model in models)
 
     def describe(self) -> list[NodeInfo]:
-        """Return all servers as this one knows them; none if it is alone."""
+        """Return all servers that this one knows; empty if it is alone."""
         return []
 
     def list_gauges(self) -> Sequence[Gauge]:
         return list_gauges(self.describe(), self.log.state, self.log.tally.names.of)
 
     def complete_answer(self, shown: ModelInfo, model: Model) -> ModelInfo:
-        """Return a model's answer with what only its present state says of further servers."""
+        """Return a model's answer, completed by its present state at other servers."""
         return shown
 
     def can_run(self, parameters: LoadParameters) -> bool:
@@ -150,11 +150,11 @@ class Cluster(Elsewhere):
 
         Args:
             request: its body is unread, unless it is given.
-            there: that server.
+            there: the server that has it.
             model_id: the model.
             memory: counts the bodies.
             body: the body as it was received here, decompressed.
-            ends_at_s: when the answer must be there, on the loop's clock; None is the usual limit.
+            ends_at_s: the answer's time limit, on the loop's clock; None is the usual limit.
         """
         raise NotImplementedError
 
@@ -163,7 +163,7 @@ class Cluster(Elsewhere):
         return {}
 
     def find_other(self, request: web.BaseRequest, name: str) -> There | None:
-        """Return another server that a request names; None if that is this one, or is not to be asked."""
+        """Return another server that a request names, or None if that is this one, or must not be asked."""
         return None
 
     async def pass_on(

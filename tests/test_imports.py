@@ -19,16 +19,6 @@ USERS_OF_NODES = {
     "loadledger.cli.serve",
     "server.app",
 }
-# What a reader of a server alone reads, and words that are of several servers.
-SINGLE_MACHINE = (
-    *("events/commands.py", "events/log.py", "events/state.py", "runtime/router.py"),
-    *(f"runtime/consumer/{name}.py" for name in ("consumer", "loads", "running", "usage")),
-    *(f"runtime/scheduler/{name}.py" for name in ("actions", "admission", "eviction", "scheduler", "view")),
-)
-WORDS_OF_NODES = {
-    *("cluster", "epoch", "epochs", "lease", "leases", "membership", "node", "nodes", "peer", "peers"),
-    *("placed", "placer", "placers", "untrusted"),
-}
 # What runs in the fork server and in each worker, where the HTTP stack and the log must never be.
 CHILD_PROCESSES = ("runtime.process.forkserver", WORKER)
 
@@ -156,7 +146,7 @@ def test_what_ships_imports_nothing_that_does_not() -> None:
 def test_web_framework_appears_in_server_nodes_and_clients_only() -> None:
     assert packages_that_import("aiohttp_apispec") == {"server"}
     beside = {module for module in importers_of("aiohttp") if top(module) not in {"nodes", "server"}}
-    beside = {module for module in beside if not re.fullmatch(r"features\.\w+\.(routes|setup)", module)}
+    beside = {module for module in beside if not re.fullmatch(r"features\.\w+\.(app|routes|setup)", module)}
     assert beside == {"loadledger.transports.asynchronous"}  # the client for event loops
 
 
@@ -194,13 +184,6 @@ def test_server_and_runtime_have_no_client_of_http() -> None:
 def test_only_the_assembly_and_commands_import_the_nodes() -> None:
     users = {user for user, names in all_imports().items() if any(top(name) == "nodes" for name in names)}
     assert {user for user in users if top(user) != "nodes"} <= USERS_OF_NODES
-
-
-@pytest.mark.parametrize("file", SINGLE_MACHINE)
-def test_modules_of_one_machine_name_nothing_of_several(file: str) -> None:
-    text = (ROOT / file).read_text(encoding="utf-8")
-    words = {word.lower() for name in re.findall(r"\w+", text) for word in name.split("_")}
-    assert not words & WORDS_OF_NODES
 
 
 def test_onnx_runtime_appears_in_the_worker_only() -> None:

@@ -33,8 +33,9 @@ def defined_in(path: Path) -> Iterator[str]:
                 for each in node.body
                 if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)
             )
-        if isinstance(node, ast.Assign):
-            yield from (target.id for target in node.targets if isinstance(target, ast.Name))
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (target.id for target in targets if isinstance(target, ast.Name))
 
 
 def test_public_class_names_are_unique() -> None:
@@ -73,7 +74,7 @@ def test_pages_count_the_requests_that_structure_page_follows(page: str) -> None
     assert f"follows {count} requests" in (ROOT / page).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("package", ["events", "runtime", "server"])
+@pytest.mark.parametrize("package", ["events", "features", "runtime", "server"])
 def test_map_of_a_package_names_all_its_modules(package: str) -> None:
     folder = ROOT / package
     named = re.findall(r"`(\w+)[`./]", ast.get_docstring(tree_of(folder / "__init__.py")) or "")

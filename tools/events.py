@@ -16,16 +16,17 @@ from events.types import (
     TYPES,
     AddedFile,
     Cause,
-    DeviceUse,
     Durations,
     Idempotency,
     Justification,
     LoadedFile,
     Provenance,
 )
-from events.values import Confinement, Credential, FileHash, NodeSignature
+from events.values import Confinement, Credential, FileHash
 from features.approvals.facts import LoadApproval
 from features.approvals.rules import ApprovalRule
+from features.devices.facts import DeviceUse
+from features.nodes.facts import NodeSignature
 from features.rules import LoadPolicy
 from features.signatures.facts import LoadSignature
 from features.signatures.rules import TrustedCertificates, TrustRule
@@ -87,6 +88,26 @@ CAUSES: Mapping[Cause, str] = {
     Cause.COPY: "the model is to be loaded at more nodes, or at fewer",
 }
 """The meaning of each cause of a load or an unload."""
+
+OF_FEATURES: Mapping[str, str] = {
+    "LoadRequested": "`label` is set to the version when that is loaded; it is missing without one.",
+    "LoadStarted": "`node_id` is the node at which it started; it is missing in a ledger of one server,"
+    " here as elsewhere.",
+    "ModelLoaded": "`node_id` is the node at which it serves. Of a model with rules, `signature` and"
+    " `approval` say how the load passed them, and `bundle` has the signature bundle, unless the ledger has"
+    " it from a load of the same bytes before. `node_signature` is that of the node, also without rules; it"
+    " is missing in a ledger of one server.",
+    "UnloadRequested": "`node_id` is the node at which the load is, if it is at any.",
+    "WorkerExited": "node_id: the node at which it ran.",
+    "PolicyInForce": "`node_id` is the node where it is in force; it is missing in a ledger of one server.",
+    "VersionAdded": "`node_id` is the node in whose own repository it is; it is missing where all share one.",
+    "VersionRemoved": "`node_id` is the node whose own repository it leaves: loads find it where else it was"
+    " added.",
+    "VersionApproved": "node_signature: of the node that took it (`approval_statement`); missing in a ledger"
+    " of one server.",
+    "Justification": "node_signature: of an emergency, by the node that has seen the person's role.",
+}
+"""What features add to types, and to parts of them."""
 
 MEMBERS: Mapping[str, tuple[str, str]] = {
     "position": ("integer", "its number in the log: from 1, without gaps"),
@@ -162,7 +183,7 @@ def _line(name: str) -> str:
 
 
 def _about(kind: type[Struct]) -> str:
-    return cell(kind.__doc__ or "")
+    return cell(f"{kind.__doc__} {OF_FEATURES.get(kind.__name__, '')}")
 
 
 def _members_of(kind: type[Struct]) -> str:

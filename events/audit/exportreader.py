@@ -1,7 +1,6 @@
 """Verification of exports of the format `jsonl` (`events.audit.export`): events as proved, and the head.
 
-A line is valid only if the export writes the same bytes for that event, so that it can be read in one way
-only.
+A line is valid only if the export writes the same bytes for that event, so it has one reading only.
 """
 
 from __future__ import annotations
@@ -53,8 +52,7 @@ class ExportReader:
         head: the signed head, once all events have been yielded.
 
     Raises:
-        VerificationError: at once or during the iteration, naming the first position whose line is wrong or
-            missing.
+        VerificationError: at once or during the iteration, naming the first wrong or missing line.
     """
 
     def __init__(self, lines: Iterable[bytes]) -> None:

@@ -9,7 +9,7 @@ change, and a row for each change (`history`). All others read through `readonly
 - `queries`: the SQL of events, models, jobs and idempotency keys
 - `readonly`: the one way to open a ledger for reading; copies that lack their write-ahead log
 - `listing`, `timetravel`: what the server reads, now and at a past moment
-- `timeline`: models, the server and nodes over a range of time
+- `timeline`: models and servers over a range of time
 - `datalock`: one process per data directory and file
 - `history`: the rows of what each event changed
 - `proof`, `projections`: what `events.audit` reads; comparison of the stored projections with a fold

@@ -11,12 +11,16 @@ import sqlite3
 from collections.abc import Iterable, Sequence
 
 from events.history import ModelRow, decode_row, encode_row, has_row, make_row
-from events.presence import SERVER, NodeState, ServerState, Transition
+from events.presence import SERVER, ServerState, Transition
 from events.state import Changes
 from events.types import Event
+from features.facts import STORED_NAMES, SharingState
 
 _INSERT_MODELS = "INSERT INTO model_history (position, model_id, is_common, body) VALUES (?, ?, ?, ?)"
-_INSERT_TRANSITIONS = "INSERT INTO presence (position, node_id, state, at, seen_at) VALUES (?, ?, ?, ?, ?)"
+_NAME = STORED_NAMES["server"]
+"""The column with the name of a server."""
+
+_INSERT_TRANSITIONS = f"INSERT INTO presence (position, {_NAME}, state, at, seen_at) VALUES (?, ?, ?, ?, ?)"  # noqa: S608
 
 
 def write_steps(connection: sqlite3.Connection, steps: Iterable[tuple[Event, Changes]]) -> None:
@@ -102,11 +106,11 @@ def row_at(connection: sqlite3.Connection, model_id: str, position: int) -> Mode
 
 # Servers.
 
-SELECT_TRANSITIONS = "SELECT position, node_id AS server, state, at, seen_at FROM presence"
+SELECT_TRANSITIONS = f"SELECT position, {_NAME} AS server, state, at, seen_at FROM presence"  # noqa: S608
 
-_SERVERS = """WITH RECURSIVE ids (id) AS (SELECT min(node_id) FROM presence UNION ALL
-  SELECT (SELECT min(node_id) FROM presence WHERE node_id > ids.id) FROM ids WHERE ids.id IS NOT NULL)
-SELECT id FROM ids WHERE id IS NOT NULL"""
+_SERVERS = f"""WITH RECURSIVE ids (id) AS (SELECT min({_NAME}) FROM presence UNION ALL
+  SELECT (SELECT min({_NAME}) FROM presence WHERE {_NAME} > ids.id) FROM ids WHERE ids.id IS NOT NULL)
+SELECT id FROM ids WHERE id IS NOT NULL"""  # noqa: S608
 """All ids of the table, with one look-up for each instead of a walk over all rows."""
 
 
@@ -139,5 +143,5 @@ def transitions_between(connection: sqlite3.Connection, after: int, until: int) 
 
 def _transition(row: Sequence[object]) -> Transition:
     position, server, state, at, seen_at = row
-    kind = ServerState if server == SERVER else NodeState
+    kind = ServerState if server == SERVER else SharingState
     return Transition(position, server, None if state is None else kind(state), at, seen_at)  # type: ignore[arg-type]

@@ -149,8 +149,7 @@ class StoredEventPage:
 class _Span:
     """The part of the log that one page reads: positions above `low`, up to `high`.
 
-    `leading` is the column whose index is walked, None for the log itself; `cut` says that the query has
-    more.
+    `leading` is the column whose index is walked, None for the log itself; `cut`: the query has more.
     """
 
     low: int

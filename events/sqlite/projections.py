@@ -57,8 +57,7 @@ class StoredProjections:
 class StoredJobs:
     """Walks through the stored jobs in the order of their creation.
 
-    Jobs end nearly in that order. So about as many rows are passed and still unmatched as there are unended
-    jobs.
+    Jobs end nearly in that order. So about as many rows are passed and unmatched as there are unended jobs.
     """
 
     def __init__(self, connection: sqlite3.Connection) -> None:

@@ -17,8 +17,6 @@ from answers.timeline import (
     Lane,
     Mark,
     MarkKind,
-    NodeLane,
-    NodeSegment,
     Segment,
     ServerSegment,
     Timeline,
@@ -29,7 +27,7 @@ from events.errors import LogUnavailable
 from events.history import ModelRow, decode_row
 from events.jobs import Job
 from events.models import ModelState
-from events.presence import PRESENT, SERVER, NodeState, ServerState, Transition
+from events.presence import PRESENT, SERVER, ServerState, Transition
 from events.serving import Serving
 from events.sqlite import history
 from events.sqlite.queries import read_head, read_job, recorded_at
@@ -43,6 +41,7 @@ from events.types import (
     ModelLoaded,
     WorkerExited,
 )
+from features.facts import SharingState
 
 MAX_ROWS = 2_500
 """Rows of one answer, which the console draws at once: 100 for each of its 25 lanes, 0.05 s to read.
@@ -134,7 +133,7 @@ def _read_timeline(connection: sqlite3.Connection, query: TimelineQuery) -> Time
         return page
     server, servers = _read_presence(connection, shown)
     lanes = [_LaneReader(connection, shown, model_id).read() for model_id in ids]
-    return replace(page, lanes=lanes, server=server, nodes=servers)
+    return page.with_lanes(lanes, server, servers)
 
 
 def _time_of(connection: sqlite3.Connection, moment: int | str | None) -> Timestamp | None:
@@ -179,7 +178,7 @@ _IS_ACTIVE = (
 
 def _read_presence(
     connection: sqlite3.Connection, shown: _Range
-) -> tuple[tuple[ServerSegment, ...], tuple[NodeLane, ...]]:
+) -> tuple[tuple[ServerSegment, ...], dict[str, tuple[ServerSegment, ...]]]:
     """Return the states of the server and of several in the range; an end may be discovered after it.
 
     One of several is listed if it was there, or may have been, at any time of the range.
@@ -192,23 +191,18 @@ def _read_presence(
     ]
     known = {each.id: each.state for each in before.servers}
     ids = {each.server for each in transitions if each.server != SERVER and each.state is not None}
-    ids |= {name for name, state in known.items() if state not in (NodeState.LEFT, NodeState.LOST)}
+    ids |= {name for name, state in known.items() if state in (*PRESENT, SharingState.UNKNOWN)}
 
-    def segments(name: str, state: ServerState | NodeState | None) -> tuple[ServerSegment, ...]:
+    def segments(name: str, state: ServerState | SharingState | None) -> tuple[ServerSegment, ...]:
         own = (each for each in transitions if each.server == name)
         return server_segments(own, state, shown.begin, shown.end)
 
-    lanes = []
-    for name in sorted(ids):
-        own = segments(name, known.get(name))
-        lane = tuple([NodeSegment(each.state, each.begin, each.end, each.position) for each in own])
-        lanes.append(NodeLane(name, lane))
-    return segments(SERVER, before.state), tuple(lanes)
+    return segments(SERVER, before.state), {name: segments(name, known.get(name)) for name in sorted(ids)}
 
 
 def server_segments(
     transitions: Iterable[Transition],
-    before: ServerState | NodeState | None,
+    before: ServerState | SharingState | None,
     begin: Timestamp,
     end: Timestamp,
 ) -> tuple[ServerSegment, ...]:

@@ -1,4 +1,4 @@
-"""Whether the bytes of a version are approved, as the rules for its model ask. Pure."""
+"""Whether the bytes of a version have the approval that its model's rules require. Pure."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check(given: CheckInput, job: Job | None, passed: CheckedLoad) -> CheckedLoa
 
 
 def check_approval(given: CheckInput, job: Job) -> LoadApproval | UnsetType:
-    """Return the approval with which a load goes on; UNSET if its rules ask for none.
+    """Return the approval of a load, or UNSET if its rules require none.
 
     Raises:
         NotLoadable: `not_approved`, `emergency_forbidden`, `model_changed`.
@@ -63,6 +63,6 @@ def _find_approval(given: CheckInput, requester: str, version: int | None) -> Lo
 
 
 def _is_seen(given: CheckInput, job: Job, said: Justification) -> bool:
-    """Whether a trusted node has seen that who asks has the role `emergency`."""
+    """Whether a trusted server has confirmed that the requester has the role `emergency`."""
     statement = emergency_statement(job.id, job.model_id, job.version, job.requested_by, said)
-    return given.is_signed(statement, said.node_signature)
+    return given.is_signed(statement, said.server_signature)

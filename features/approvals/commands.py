@@ -1,4 +1,4 @@
-"""Approval of bytes: who may give it, which approvals a load rests on, and what servers sign. Pure.
+"""Approval of bytes: its givers, the approvals that a load rests on, and signed statements. Pure.
 
 An approval is a fact about a model and the digest of all files (`events.versions`); a load asks for it before
 it starts, and never waits. Two subjects are one person if they differ only in case or in forms of the same
@@ -26,17 +26,17 @@ from events.commands import (
 )
 from events.models import Model
 from events.state import State
-from events.statements import IsSigned
+from events.statements import IsSigned, Sign
 from events.tokens import add_issuers
 from events.types import SYSTEM, Contents, Draft, hashes_of, record_draft
-from events.values import Credential, Sign
+from events.values import Credential
 from events.versions import ModelVersions
 from features.approvals.facts import ApprovalResult, ApprovalWithdrawn, LoadApproval, VersionApproved
 from features.approvals.fold import Approval, make_approval
 from features.approvals.rules import NOT_APPROVED
 from features.rules import ModelRules
 
-# Who may approve, and what counts.
+# Valid approvals.
 
 
 def is_same_person(subject: str, other: str) -> bool:
@@ -45,11 +45,11 @@ def is_same_person(subject: str, other: str) -> bool:
 
 def _fold_subject(subject: str) -> str:
     folded = unicodedata.normalize("NFKC", subject).casefold()
-    return unicodedata.normalize("NFKC", folded).strip()  # folding may decompose a letter anew
+    return unicodedata.normalize("NFKC", folded).strip()  # folding may decompose a letter
 
 
 def find_same_person(subjects: Iterable[str], others: Iterable[str]) -> str | None:
-    """Return the first of some subjects that is the same person as one of others."""
+    """Return the first of some subjects that is the same person as another subject."""
     folded = {_fold_subject(each) for each in others}
     return next((each for each in subjects if _fold_subject(each) in folded), None)
 
@@ -57,9 +57,9 @@ def find_same_person(subjects: Iterable[str], others: Iterable[str]) -> str | No
 def list_valid_approvals(
     versions: ModelVersions, digest: str, requester: str, is_signed: IsSigned = lambda _, __: True
 ) -> list[Approval]:
-    """Return the approvals of bytes that count for a load, the oldest first, each of another person.
+    """Return the valid approvals of bytes for a load, the oldest first, each of another person.
 
-    None is by who added the bytes or asks for the load, or with a token that one of these issued.
+    No approval counts by a person who added the bytes or requests the load, or with a token issued by one.
     """
     excluded = [*versions.list_adders(digest), requester]
     counted = list[Approval]()
@@ -71,13 +71,13 @@ def list_valid_approvals(
             for one in counted
         ):
             continue
-        if is_signed(approval_statement(versions.id, each), each.node_signature):
+        if is_signed(approval_statement(versions.id, each), each.server_signature):
             counted.append(each)
     return counted
 
 
 class ApprovedBytes(Condition, frozen=True, gc=False):
-    """These approvals of bytes still count for the load of a requester."""
+    """The given approvals of bytes are still valid for the load of a requester."""
 
     model_id: str
     digest: str
@@ -113,7 +113,7 @@ def find_approval(
 def list_unapproved(
     model: Model | None, versions: ModelVersions, rules: ModelRules | None
 ) -> list[UnapprovedVersion]:
-    """Return the versions of a model that wait for a person to approve them, newest first."""
+    """Return the versions of a model that wait for an approval, newest first."""
     if rules is None or not rules.persons:
         return []
     approved_at = max((each.position for each in versions.approvals), default=0)
@@ -138,7 +138,7 @@ def list_unapproved(
     return found
 
 
-# What persons say.
+# Commands of persons.
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +147,9 @@ class ApproveVersion(Command):
 
     Attributes:
         files: path and SHA-256 of each, as the server has hashed them.
-        digest: of the files.
-        credential: of the person; who issued its token is added.
-        sign: signs for this server, one of several; None for a server alone.
+        digest: the digest of the files.
+        credential: the person's; the issuers of its token are added.
+        sign: signs for this server among several; None for a server alone.
     """
 
     model_id: str
@@ -177,7 +177,8 @@ class ApproveVersion(Command):
             is_same = each.digest == self.digest and each.issued_by == credential.issued_by
             if is_same and is_same_person(each.by, self.actor):
                 statement = approval_statement(self.model_id, each)
-                if self.sign is None or self.sign(statement) == each.node_signature:  # else it may not count
+                # With another signature, it may be invalid.
+                if self.sign is None or self.sign(statement) == each.server_signature:
                     return Existing(None)
         serving = None if model is None else model.serving
         data = VersionApproved(
@@ -192,13 +193,13 @@ class ApproveVersion(Command):
         if self.sign is not None:
             said = make_approval(record_draft(draft, 0, ""), data)
             signature = self.sign(approval_statement(self.model_id, said))
-            draft = replace(draft, data=replace(data, node_signature=signature))
+            draft = replace(draft, data=replace(data, server_signature=signature))
         return Accepted((draft,))
 
 
 @dataclass(frozen=True, slots=True)
 class WithdrawApproval(Command):
-    """Withdraw all approvals of the bytes that a version has, or that were approved as it."""
+    """Withdraw all approvals of the present bytes of a version, or of bytes approved under its number."""
 
     model_id: str
     version: int
@@ -227,6 +228,6 @@ class WithdrawApproval(Command):
 
 
 def approval_statement(model_id: str, said: Approval) -> bytes:
-    """Return the bytes that the server signs which takes an approval, like `events.statements`."""
+    """Return the bytes that the server of an approval signs, like `events.statements`."""
     what = "loadledger-approval-v1", said.event_id, model_id, said.version, said.digest
     return msgspec.json.encode((*what, said.by, said.reason, said.jti, said.issuer, said.issued_by))

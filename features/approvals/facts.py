@@ -5,9 +5,10 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import ClassVar
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import Struct
 
-from events.values import Credential, FileHash, NodeSignature
+from events.values import Credential, FileHash
+from features.nodes.facts import SignedFact
 
 
 class ApprovalResult(StrEnum):
@@ -34,7 +35,7 @@ class LoadApproval(Struct, frozen=True, gc=False):
     positions: tuple[int, ...] = ()
 
 
-class VersionApproved(Struct, frozen=True, gc=False):
+class VersionApproved(SignedFact, frozen=True, gc=False):
     """The actor approved these bytes for loads of the model. The event's version is how they were named.
 
     Attributes:
@@ -44,7 +45,6 @@ class VersionApproved(Struct, frozen=True, gc=False):
         credential: of the actor.
         served_version: that the model served then; None if none.
         served_digest: of its files.
-        node_signature: of the node that took it (`approval_statement`); missing in a ledger of one server.
     """
 
     TYPE: ClassVar[str] = "VersionApproved"
@@ -54,7 +54,6 @@ class VersionApproved(Struct, frozen=True, gc=False):
     credential: Credential
     served_version: int | None = None
     served_digest: str | None = None
-    node_signature: NodeSignature | UnsetType = UNSET
 
 
 class ApprovalWithdrawn(Struct, frozen=True, gc=False):

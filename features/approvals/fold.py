@@ -10,22 +10,24 @@ from msgspec.structs import replace
 
 from events.clock import Timestamp
 from events.types import Data, Event
-from events.values import NodeSignature
 from features.approvals.facts import ApprovalWithdrawn, VersionApproved
+from features.nodes.facts import NodeSignature
 
 
-class Approval(Struct, frozen=True, gc=False, omit_defaults=True):
-    """One person's approval of bytes, as `VersionApproved` has it.
+class Approval(
+    Struct, frozen=True, gc=False, omit_defaults=True, rename={"server_signature": "node_signature"}
+):
+    """One person's approval of bytes, from `VersionApproved`.
 
     Attributes:
-        digest: of the files.
-        version: how they were named.
+        digest: the digest of the files.
+        version: the version that had them.
         by: the person.
-        reason: as it was given.
-        at: when it was recorded, and `position` where.
-        event_id: of the `VersionApproved`: its server has signed it, so that no other event can repeat it.
+        reason: the person's words.
+        at: the time of the event at `position`.
+        event_id: the event's id, which its server has signed, so that no other event can repeat it.
         jti, issuer, issued_by: of the person's token, as in `Credential`.
-        node_signature: UNSET at a server alone.
+        server_signature: UNSET at a server alone.
     """
 
     digest: str
@@ -38,17 +40,17 @@ class Approval(Struct, frozen=True, gc=False, omit_defaults=True):
     jti: str | None = None
     issuer: str | None = None
     issued_by: tuple[str, ...] = ()
-    node_signature: NodeSignature | UnsetType = UNSET
+    server_signature: NodeSignature | UnsetType = UNSET
 
     @property
     def people(self) -> tuple[str, ...]:
-        """The person, and who issued the person's token."""
+        """The person, and the issuers of the person's token."""
         return (self.by, *self.issued_by)
 
 
 MAX_APPROVED = 64
-"""Bytes of a model whose approvals are kept: more than one goes back to. The oldest that nothing served when
-the newest was approved go first."""
+"""Bytes of a model whose approvals are kept, more than people go back to. The oldest are dropped first that
+served nothing when the newest was approved."""
 
 
 class ApprovedVersions:
@@ -59,7 +61,7 @@ class ApprovedVersions:
 
     def list_signers(self) -> list[str]:
         """Return the servers that have signed approvals."""
-        signatures = (each.node_signature for each in self.approvals)
+        signatures = (each.server_signature for each in self.approvals)
         return [each.server for each in signatures if each is not UNSET]
 
 
@@ -79,7 +81,7 @@ def make_approval(event: Event, data: VersionApproved) -> Approval:
         token.jti,
         token.issuer,
         token.issued_by,
-        data.node_signature,
+        data.server_signature,
     )
 
 

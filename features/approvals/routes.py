@@ -1,7 +1,7 @@
-"""Approval of versions: give and withdraw it, and look before at what a version would pass.
+"""Approval of versions: give and withdraw it.
 
-Any server of a ledger takes an approval that has hashed the files, or whose ledger has who added them. The
-writer decides whether it counts (`features.approvals.commands`).
+Any server of a ledger accepts an approval if it has hashed the files, or the ledger knows who added them. The
+writer decides whether the approval is valid (`features.approvals.commands`).
 """
 
 from __future__ import annotations
@@ -9,31 +9,23 @@ from __future__ import annotations
 from contextlib import suppress
 
 from aiohttp import web
-from marshmallow import Schema, fields, validate
+from marshmallow import Schema, fields
 
-from answers.approvals import (
-    ApprovalInfo,
-    FileDigest,
-    LoadSignatureInfo,
-    VerifiedVersionInfo,
-    VersionApprovals,
-)
-from answers.errors import ErrorInfo
+from answers.approvals import ApprovalInfo, VersionApprovals
 from events.types import SYSTEM, Contents, VersionAdded, contents_of, digest_of
 from features.approvals.commands import ApproveVersion, WithdrawApproval, list_valid_approvals
 from runtime.errors import LoadRefused, RepositoryUnreadable, UnknownModel, UnknownVersion
-from runtime.repository import MAX_VERSION, REQUEST_LIMIT_S
+from runtime.repository import REQUEST_LIMIT_S
 from server.api.jobs import JOB_REQUESTS
-from server.api.schemas import IS_DIGEST, IS_REASON, ModelPathSchema, ModelVersionPathSchema, about
-from server.appkeys import CONFIG, CONSUMER, LOG, READER, VERSIONS
+from server.api.schemas import IS_DIGEST, IS_REASON, ModelVersionPathSchema, about
+from server.appkeys import CONFIG, LOG, READER, VERSIONS
 from server.auth.access import Access
 from server.auth.gate import PRINCIPAL, credential_of
 from server.cluster import CLUSTER
 from server.errors import ServerProblem
-from server.http.answers import respond, show, show_optional
+from server.http.answers import respond, show
 from server.http.validation import (
     NothingSchema,
-    ParameterInteger,
     json_body,
     path_parameters,
     query_parameters,
@@ -60,14 +52,6 @@ class WithdrawalQuerySchema(Schema):
     """Why an approval is withdrawn."""
 
     reason = fields.String(required=True, validate=IS_REASON, **about("Why; the ledger records it."))
-
-
-class VerifyQuerySchema(Schema):
-    """Which version to verify."""
-
-    version = ParameterInteger(
-        load_default=None, validate=validate.Range(1, MAX_VERSION), **about("Default: the highest.")
-    )
 
 
 @routes.put(
@@ -116,7 +100,7 @@ async def withdraw_approval(request: web.Request) -> web.Response:
 
 
 def _respond(app: web.Application, model_id: str, version: int, digest: str | None = None) -> web.Response:
-    """Return the approvals of bytes; None has none."""
+    """Return the approvals of bytes; `digest` is None for bytes without approvals."""
     versions = app[LOG].state.registers.find_versions(model_id)
     persons = app[CONFIG].policy.count_persons(model_id)
     given = [each for each in versions.approvals if each.digest == digest]
@@ -126,17 +110,17 @@ def _respond(app: web.Application, model_id: str, version: int, digest: str | No
 
 
 async def _find_contents(app: web.Application, model_id: str, version: int, digest: str) -> Contents:
-    """Return the hashes of a version's files, as the server or the ledger has them.
+    """Return the hashes of a version's files, known to the server or the ledger.
 
     Raises:
         RuntimeProblem: `unknown_model`, `unknown_version`, `repository_busy`, `repository_unreadable`.
-        ServerProblem: `digest_differs`, they have another digest, or neither has them.
+        ServerProblem: `digest_differs`, the files have another digest, or are unknown.
     """
     versions = app[VERSIONS]
 
     def look() -> Contents | None:
         versions.repository.find_version(model_id, version)
-        with suppress(LoadRefused, RepositoryUnreadable):  # a load then says what is wrong
+        with suppress(LoadRefused, RepositoryUnreadable):  # a load then reports the problem
             return versions.known_contents(model_id, version)
         return None
 
@@ -159,36 +143,3 @@ async def _find_contents(app: web.Application, model_id: str, version: int, dige
         what = f"{name} has the digest {digest_of(found)}, not {digest}"
         raise ServerProblem(f"{what}: {advice} shows its files", code="digest_differs")
     return found
-
-
-CHECK_ERRORS = (
-    *("invalid_model", "unsafe_file", "model_changed"),
-    *("repository_busy", "repository_unreadable", "disk_full", "store_full", "store_unavailable"),
-)
-"""Codes of `Consumer.check_version` for a version that is there."""
-
-
-@routes.get(
-    "/api/v1/models/{id}/verify",
-    access=Access.VERIFY,
-    summary="Hash a version and check what a load of it would pass",
-    description="As a load would do it now, here. Nothing is loaded, and nothing is recorded.",
-    path=ModelPathSchema(),
-    query=VerifyQuerySchema(),
-    answers={200: (VerifiedVersionInfo, "The version's files, and what they pass.")},
-    errors=("unknown_model", "unknown_version", *CHECK_ERRORS),
-)
-async def verify_version(request: web.Request) -> web.Response:
-    model_id, version = path_parameters(request)["id"], query_parameters(request)["version"]
-    checked = await request.app[CONSUMER].check_version(model_id, version)
-    return respond(
-        VerifiedVersionInfo(
-            model_id=model_id,
-            version=checked.version,
-            digest=checked.digest,
-            files=show(checked.files, list[FileDigest]),
-            signature=show_optional(checked.evidence.signature or None, LoadSignatureInfo),
-            problem=show_optional(checked.problem, ErrorInfo),
-            added_by=None if checked.added_by is None else list(checked.added_by),
-        )
-    )

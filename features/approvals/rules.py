@@ -36,7 +36,7 @@ class ApprovalRule(Struct, frozen=True, gc=False):
 
 
 def list_weaker_approval(before: ApprovalRule, after: ApprovalRule | None) -> Iterator[str]:
-    """Yield each way in which a rule is weaker than before; None if it is gone."""
+    """Yield each way in which a rule is weaker than before; `after` is None for a removed rule."""
     after, name = after or replace(before, approvals=0), f"approval for {', '.join(before.models)}"
     if after.approvals < before.approvals:
         yield f"{name}: {after.approvals} must approve instead of {before.approvals}"

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from events.types import DeviceUse, LoadParameters, ModelLoaded, ModelUnloaded
+from events.types import LoadParameters, ModelLoaded, ModelUnloaded
+from features.devices.facts import DeviceUse
 from features.devices.found import measure_memory
 from features.devices.names import CPU
 from features.devices.wire import FoundDevice, TargetDevice
@@ -67,7 +68,7 @@ class DeviceAllocation(Allocation):
         )
         use = replace(first, device=self.device.name, memory_bytes=self._measured_bytes())
         confinement = self.pool.targets.applied.confinement
-        return replace(fact, confinement=confinement, devices=(use, *others))
+        return replace(fact, confinement=confinement, targets=(use, *others))
 
     def _bound_bytes(self) -> int | None:
         return None

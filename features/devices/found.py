@@ -1,4 +1,4 @@
-"""Devices of this machine: the installed execution providers, what they have found, and the devices' memory.
+"""Devices of this machine: the installed execution providers, their devices, and the devices' memory.
 
 A provider is a plugin of ONNX Runtime in a package of its own, `onnxruntime_ep_NAME`, whose functions
 `get_library_path` and `get_ep_name` are those of ONNX Runtime's guidance for such packages. A worker
@@ -35,12 +35,12 @@ for the first answer of a driver: OpenVINO takes 0.05 s, a driver that starts it
 provider takes this long, beside the others; the server then starts without it."""
 PACKAGE_PREFIX = "onnxruntime_ep_"
 INSTALL = "the documentation says on its page of devices how providers are installed"
-"""No name of a package is made of what a caller has typed: anybody may have published that."""
+"""No name of a package comes from a caller's text: anybody may have published such a package."""
 CUDA_LIBRARY = "capi/libonnxruntime_providers_cuda.so"
 """Of the package `onnxruntime-gpu`, in the folder of `onnxruntime`, in whose place it is installed."""
 CUDA_EP_NAME = "CUDAExecutionProvider"
 SAME_AS_REQUESTED = "1"
-"""The arena's strategy: it takes what a tensor needs from the driver. The other doubles what it has."""
+"""The arena's strategy: it takes a tensor's need from the driver. The other strategy doubles its memory."""
 
 
 class DeviceUnavailable(RuntimeProblem):
@@ -63,10 +63,10 @@ class Devices:
 
     Attributes:
         found: each device by its name.
-        libraries: the installed providers by their name, also of those that have found no device.
-        problems: what is wrong with a provider or a device, in sentences that begin with its name.
+        libraries: the installed providers by their name, including those without a device.
+        problems: the defects of providers and devices, in sentences that begin with the name.
         visible: the names of devices that the server uses if it has them, like `cuda:1` or `cuda:*`.
-        applied: what confines the workers of loads there, which `require` does not demand.
+        applied: the confinement of workers of loads there, which `require` does not demand.
     """
 
     found: Mapping[str, FoundDevice] = field(default_factory=dict)
@@ -78,9 +78,9 @@ class Devices:
     async def find(
         self, probe: Callable[[ProviderLibrary, float], Awaitable[AppliedLayers]], known: Collection[str]
     ) -> Devices:
-        """Return the visible devices of installed providers, with what confines their workers.
+        """Return the visible devices of installed providers, with the confinement of their workers.
 
-        Each provider is tried in a worker of its own: one that crashes or hangs takes no other away.
+        Each provider is tried in a worker of its own, so that a crash or hang affects no other provider.
 
         Args:
             probe: tries a provider, for at most so many seconds.
@@ -117,7 +117,7 @@ class Devices:
         return candidates
 
     def target(self, device: str, *, falls_back: bool, memory_bytes: int | None) -> TargetDevice:
-        """Return what a worker has to know of the device of its load.
+        """Return the data about a load's device for its workers.
 
         The options of CUDA are those of the arena in ONNX Runtime's design document of its plugin ("CUDA
         Plugin EP: Arena Allocator Integration"); they are not tried.
@@ -125,7 +125,7 @@ class Devices:
         Args:
             device: its name.
             falls_back: whether operators that it does not support run on the CPU.
-            memory_bytes: bound of what its provider may keep of the device's own memory.
+            memory_bytes: limit of the provider's part of the device's own memory.
         """
         library = self.libraries[provider_of(device)]
         options = {"arena.extend_strategy": SAME_AS_REQUESTED} if library.provider == CUDA else {}
@@ -134,7 +134,7 @@ class Devices:
         return TargetDevice(device, library, options, falls_back)
 
     def _explain(self, provider: str) -> Iterator[str]:
-        """Yield why there is no device of a provider, and what to do."""
+        """Yield why a provider has no device, and what to do."""
         problems = [each for each in self.problems if provider_of(each.partition(": ")[0]) == provider]
         yield from problems
         if provider == CPU:
@@ -160,7 +160,7 @@ class CallingThread:
         self._late: Future[Any] | None = None
 
     async def call(self, limit_s: float, function: Callable[..., T], *args: object) -> T:
-        """Return what a function returns, or raise what it raises.
+        """Return a function's result, or raise its exception.
 
         Raises:
             TimeoutError: it has not returned in time, or a call before is late, and still runs.
@@ -201,15 +201,15 @@ async def find_providers(visible: Sequence[str] = ALL_DEVICES) -> Devices:
         visible: names of devices; the packages of other providers are left alone.
     """
     libraries, problems = dict[str, ProviderLibrary](), list[str]()
-    names, bundled = await asyncio.to_thread(_look_for_packages)
+    names, included = await asyncio.to_thread(_look_for_packages)
     names = [name for name in names if _is_visible(name.removeprefix(PACKAGE_PREFIX), visible)]
     for read in await asyncio.gather(*map(_try_package, names)):
         if isinstance(read, ProviderLibrary):
             libraries[read.provider] = read
         else:
             problems.append(read)
-    if bundled is not None and _is_visible(CUDA, visible):
-        libraries.setdefault(CUDA, bundled)
+    if included is not None and _is_visible(CUDA, visible):
+        libraries.setdefault(CUDA, included)
     return Devices(libraries=libraries, problems=problems, visible=visible)
 
 
@@ -221,7 +221,7 @@ def _is_visible(provider: str, visible: Sequence[str]) -> bool:
 def _look_for_packages() -> tuple[list[str], ProviderLibrary | None]:
     """Return the names of providers' packages, and the provider in ONNX Runtime's own."""
     names = (module.name for module in pkgutil.iter_modules())
-    return [name for name in names if name.startswith(PACKAGE_PREFIX)], _find_bundled_cuda()
+    return [name for name in names if name.startswith(PACKAGE_PREFIX)], _find_included_cuda()
 
 
 async def _try_package(name: str) -> ProviderLibrary | str:
@@ -247,7 +247,7 @@ def _read_package(provider: str, name: str) -> ProviderLibrary:
     return ProviderLibrary(provider, str(Path(package.get_library_path()).absolute()), package.get_ep_name())
 
 
-def _find_bundled_cuda() -> ProviderLibrary | None:
+def _find_included_cuda() -> ProviderLibrary | None:
     found = find_spec("onnxruntime")
     folders = [] if found is None else found.submodule_search_locations or []
     paths = (Path(folder, CUDA_LIBRARY).absolute() for folder in folders)
@@ -256,7 +256,7 @@ def _find_bundled_cuda() -> ProviderLibrary | None:
 
 
 async def measure_memory(device: FoundDevice) -> DeviceMemory | None:
-    """Return the memory of a device's own; None also if the driver is late."""
+    """Return the device's own memory, or None, also if the driver is late."""
     try:
         return await query_memory(device, MEASURE_LIMIT_S)
     except TimeoutError:
@@ -264,7 +264,7 @@ async def measure_memory(device: FoundDevice) -> DeviceMemory | None:
 
 
 async def query_memory(device: FoundDevice, limit_s: float) -> DeviceMemory | None:
-    """Return the memory of a device's own, as its driver says; None if it has none, or no driver says it.
+    """Return the device's own memory, as its driver reports it, or None without memory or report.
 
     It asks the driver (NVIDIA's NVML), which creates no context there.
 
@@ -290,7 +290,7 @@ def _read_memory(pci_bus_id: str) -> DeviceMemory | None:
 
 @cache
 def _open_nvml() -> ModuleType | None:
-    """Return NVML, initialised; None without the package `nvidia-ml-py` or the driver's library."""
+    """Return NVML, initialised, or None without the package `nvidia-ml-py` or the driver's library."""
     try:
         nvml = importlib.import_module("pynvml")
     except ImportError:

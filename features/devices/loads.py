@@ -1,4 +1,4 @@
-"""Devices in requests of loads: fields of the body, the server's defaults, and what Triton calls them."""
+"""Devices in requests of loads: fields of the body, the server's defaults, and Triton's names."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class DeviceTarget(Target):
     ) -> tuple[Mapping[str, int], bool]:
         if not self.has_memory:
             return {self.name: memory_bytes, MACHINE: memory_bytes}, False
-        measured = [seen.device_bytes for seen in footprints if seen.device_bytes is not UNSET]
+        measured = [seen.target_bytes for seen in footprints if seen.target_bytes is not UNSET]
         guess = CONTEXT_BYTES + DEVICE_BYTES_PER_FILE_BYTE * sum(file.bytes for file in files)
         one = max(CONTEXT_BYTES, *measured) if measured else guess
         return {self.name: one * instances, MACHINE: memory_bytes}, not measured

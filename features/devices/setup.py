@@ -219,7 +219,7 @@ def list_gauges(devices: Sequence[Device]) -> Sequence[Gauge]:
 
 def show_load(load: Serving | None) -> Mapping[str, Any]:
     """Return the members of `ModelInfo` about the devices of a load."""
-    return {"devices": show(load.devices or (), list[DeviceUseInfo]) if load else []}
+    return {"devices": show(load.targets or (), list[DeviceUseInfo]) if load else []}
 
 
 @cache

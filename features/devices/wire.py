@@ -1,4 +1,4 @@
-"""What the server and its workers tell each other about devices."""
+"""Messages about devices between the server and its workers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import msgspec
 
 from features.devices.names import CPU, CUDA
 
+ACTS_IN_WORDS: Mapping[str, str] = {"call_drivers": "call drivers of devices"}
+"""A forbidden act that workers of some providers can do, as sentences call it."""
 Name = Annotated[str, msgspec.Meta(max_length=4096)]
 MAPPED_BYTES = 64 * 2**20
 """Memory that a provider maps and does not touch: OpenVINO's libraries and threads 50 MB (measured)."""
@@ -21,8 +23,8 @@ class ProviderLibrary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         provider: its name in names of devices.
-        path: of the library, absolute.
-        ep_name: what ONNX Runtime calls the provider.
+        path: the library's absolute path.
+        ep_name: ONNX Runtime's name of the provider.
     """
 
     provider: Name
@@ -39,10 +41,10 @@ class FoundDevice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A device that a provider has found on this machine.
 
     Attributes:
-        name: as loads name it (`features.devices.names`).
-        version: of the provider.
-        hardware: what the provider calls it, for people.
-        pci_bus_id: by which its driver knows it; "" of one that is on no such bus.
+        name: its name in loads (`features.devices.names`).
+        version: the provider's version.
+        hardware: the provider's name of it, for people.
+        pci_bus_id: its driver's name of it; "" without such a bus.
     """
 
     name: Name
@@ -55,9 +57,9 @@ class TargetDevice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The device of a load.
 
     Attributes:
-        name: as loads name it (`features.devices.names`).
-        library: of its provider.
-        options: for the provider.
+        name: its name in loads (`features.devices.names`).
+        library: its provider's library.
+        options: options of the provider.
         falls_back: whether operators that it does not support run on the CPU; else the load is refused.
     """
 

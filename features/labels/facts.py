@@ -6,6 +6,9 @@ from typing import ClassVar
 
 from msgspec import Struct
 
+STORED_NAMES = {"version_name": "label"}
+"""What JSON calls a load's name for its version, which `LabelSet` gives when that is loaded."""
+
 
 class LabelSet(Struct, frozen=True, gc=False):
     """A label of the model names the version from here on, and no other one.

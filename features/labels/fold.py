@@ -39,12 +39,15 @@ class LabelledVersions:
             f"model '{self.id}' has no label '{label}'; GET /api/v1/models/{self.id} shows those that it has"
         )
 
+    def describe_name(self, label: str) -> str:
+        return f"label '{label}' of model '{self.id}' names version {self.versions_by_name[label]}"
+
     @property
-    def versions_by_label(self) -> dict[str, int]:
+    def versions_by_name(self) -> dict[str, int]:
         """The version that each label names."""
         return {label.name: label.version for label in self.labels}
 
-    def list_labels_of(self, version: int) -> list[str]:
+    def list_names_of(self, version: int) -> list[str]:
         """Return the labels that name a version."""
         return [label.name for label in self.labels if label.version == version]
 

@@ -2,13 +2,84 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import ClassVar
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from events.clock import Timestamp
-from events.values import STORED_NAMES, Confinement, FileHash, ProcessEnd
+from events.values import Confinement, FileHash, ProcessEnd
+
+STORED_NAMES = {
+    **dict.fromkeys(("at", "server"), "node_id"),
+    "servers": "node_ids",
+    "server_signature": "node_signature",
+}
+"""What JSON calls the name of a server that shares a ledger, where a load, a job or a version is; and what it
+signed. They are not there at a server alone."""
+
+
+class NodeState(StrEnum):
+    """The state of a node: its phase, or `unknown` from when it was last seen to its end."""
+
+    JOINED = "joined"
+    DRAINING = "draining"
+    LEFT = "left"
+    LOST = "lost"
+    UNKNOWN = "unknown"
+
+
+PRESENT = (NodeState.JOINED, NodeState.DRAINING)
+
+
+class NodeParameters:
+    """Parameters of a load at nodes.
+
+    Attributes:
+        node_attributes: attributes that its node must have, in order; not stored without any.
+        copies: at how many nodes the model is to be loaded; not stored where none is named, which is 1.
+    """
+
+    __slots__ = ()
+    node_attributes: tuple[str, ...] | UnsetType
+    copies: int | UnsetType
+
+    @property
+    def wanted_copies(self) -> int:
+        """At how many nodes the model is to be loaded."""
+        return self.copies or 1
+
+
+SETTINGS = ("copies",)
+"""Those of them that change without new workers."""
+
+
+class FactAtNode(Struct, frozen=True, gc=False, kw_only=True, rename=STORED_NAMES):
+    """A fact about a load, a worker or a policy at one node, or a version in the node's own repository.
+
+    It names the node; a ledger of one server has none, and neither has a version that all share.
+    """
+
+    server: str | UnsetType = UNSET
+
+
+class NodeSignature(Struct, frozen=True, gc=False, rename=STORED_NAMES):
+    """The signature of a fact by the key of a node, which its join names.
+
+    Attributes:
+        node_id: the node.
+        signature: of the fact's statement, in base64.
+    """
+
+    server: str
+    signature: str
+
+
+class SignedFact(Struct, frozen=True, gc=False, kw_only=True, rename=STORED_NAMES):
+    """A fact about what a person said, signed by the node that has seen the person's role."""
+
+    server_signature: NodeSignature | UnsetType = UNSET
 
 
 class NodeJoined(Struct, frozen=True, gc=False):

@@ -13,12 +13,20 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from events.clock import Timestamp, add_seconds
-from events.presence import SERVER, NodeState, ServerState, Transition
+from events.presence import SERVER, ServerState, Transition
 from events.types import Event
-from features.nodes.facts import NodeData, NodeDraining, NodeJoined, NodeLeft, NodeLost, join_statement
+from features.nodes.facts import (
+    NodeData,
+    NodeDraining,
+    NodeJoined,
+    NodeLeft,
+    NodeLost,
+    NodeState,
+    join_statement,
+)
 
 KEPT_S = 30 * 86_400
-"""A node is remembered for a month after its end, so that an operator who misses it finds it."""
+"""A node is remembered for a month after its end, so that operators can find a missing one."""
 
 
 class NodePhase(StrEnum):
@@ -35,10 +43,10 @@ class Node(Struct, frozen=True, gc=False):
 
     Attributes:
         id: its name.
-        epoch: of its latest membership.
-        position: of its latest event.
+        epoch: the number of its latest membership.
+        position: the position of its latest event.
         joined_at: when this epoch began.
-        ended_at: when it ended; None while it has not.
+        ended_at: when it ended, or None.
         after, signature: of its join, as `NodeJoined` has them.
     """
 
@@ -58,7 +66,7 @@ class Node(Struct, frozen=True, gc=False):
 
     @property
     def statement(self) -> bytes:
-        """What the signature of its join is of."""
+        """The statement that the signature of its join signs."""
         return join_statement(self.id, self.epoch, self.address, self.public_key, self.after)
 
     @property
@@ -79,7 +87,7 @@ def evolve_nodes(
     Args:
         nodes: those before.
         event: about a node.
-        data: of the event.
+        data: the event's data.
         read_owners: returns the nodes that own a model or a job.
     """
     before, now = nodes.get(data.node_id), event.recorded_at
@@ -95,7 +103,7 @@ def evolve_nodes(
 
 
 def _evolve_node(node: Node | None, event: Event, data: NodeData) -> Node | None:
-    """Return a node after an event about it; what concerns another epoch changes nothing."""
+    """Return a node after an event about it; an event about another epoch changes nothing."""
     if isinstance(data, NodeJoined):
         return Node(
             data.node_id,
@@ -130,9 +138,9 @@ def list_node_transitions(
 
     Args:
         event: about a node.
-        data: of the event.
+        data: the event's data.
         before: the nodes before it.
-        changed: the nodes that it changed; None for those that are forgotten.
+        changed: the nodes that it changed; None for forgotten ones.
     """
     position, at, after = event.position, event.recorded_at, changed.get(data.node_id)
     if after is None:
@@ -158,7 +166,7 @@ def any_present(nodes: Iterable[Node]) -> bool:
 
 
 def find_placer(nodes: Mapping[str, Node], untrusted: Collection[str] = ()) -> str | None:
-    """Return the placer: the trusted, present node with the lowest name; one that drains only if all do.
+    """Return the placer: the first present node by name, but `untrusted` ones; one that drains if all do.
 
     `untrusted` are nodes whose joins the nodes' keys have not signed: they do nothing.
     """
@@ -176,8 +184,8 @@ class Lease(Struct, frozen=True, gc=False):
         ended: whether that is over.
         is_late: whether it did not renew in time, by the database's clock.
         renewed_at: when it did last.
-        hints: what it last said of itself, as JSON.
-        instance: of the process that joined.
+        hints: its last hints, as JSON.
+        instance: the process that joined.
     """
 
     node_id: str

@@ -1,7 +1,6 @@
 """On-demand loads for inferences, with exponential back-off after their failures.
 
-One task per model and version requests the load and watches it. All inferences that wait for it share its
-outcome.
+One task per model and version requests the load and watches it. All inferences that wait share its outcome.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ from server.errors import ServerProblem
 _log = logging.getLogger(__name__)
 
 MAX_FAILURES = 1000
-"""Beyond them the oldest is forgotten, and its model may be tried again sooner."""
+"""Remembered failures; beyond this the oldest is forgotten, and its model may be tried again sooner."""
 
 _ABSENT = (ModelState.UNLOADED, ModelState.FAILED)
 
 Demand = tuple[str, int | None, str]
-"""A model and the requested version; None for the one that a person chose last, else the highest.
+"""A model and the requested version, or None for the version that a person chose last, else the highest.
 
-Then the subject who asks, if the rules for the model are about that, so that one's refusal is not another's.
+Then the requesting subject, if the model's rules depend on it, so that subjects do not share a refusal.
 """
 
 
@@ -59,7 +58,7 @@ class DemandFailed(ServerProblem):
 
 _NO_SUCH = (errors.InvalidModelId, errors.UnknownModel, errors.UnknownVersion)
 _PASSED_ON = (*_NO_SUCH, LedgerProblem)
-"""Errors that the client gets as they are. Invalid settings of a model are not the client's mistake."""
+"""Errors that the client gets unchanged. Invalid settings of a model are not the client's mistake."""
 
 
 class RecordedModel(NamedTuple):
@@ -78,7 +77,7 @@ class RecordedModel(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Failed:
-    """The last failure, and what was known right after it."""
+    """The last failure, and the recorded model right after it."""
 
     reason: str
     known: RecordedModel
@@ -93,7 +92,7 @@ class BackOff:
         self._failures: dict[Demand, _Failed] = {}
 
     def check(self, demand: Demand, known: RecordedModel, now_s: float) -> None:
-        """Refuse a demand during its pause; forget a failure if what was known has changed since.
+        """Refuse a demand during its pause; forget a failure after another change of the model.
 
         Raises:
             DemandFailed: `load_failed`, with the reason of the last failure.
@@ -112,8 +111,8 @@ class BackOff:
     ) -> float:
         """Remember a failure, and return the pause in seconds until the next attempt.
 
-        `before` and `after` are what was known when the load was requested and after its failure; the pauses
-        of other versions go on.
+        `before` and `after` are the recorded model at the request of the load and after its failure; the
+        pauses of other versions go on.
         """
         last = self._failures.pop(demand, None)
         failures = 0 if last is None else last.failures + 1
@@ -135,11 +134,11 @@ class OnDemand:
         log: holds the live state and notifies of outcomes.
         submit: submits the load for the first waiter's request.
         reader: finds jobs that have ended.
-        demand: held as long as an inference waits, and until it is answered.
+        demand: held while an inference waits, and until it is answered.
         look_up: returns the command that loads a model, for a version or None, and a subject.
         waiting_for: returns the reason why a job is pending.
         stopping: set when the server begins to stop; `log` notifies then.
-        is_personal: says whether it matters to the rules for a model who asks.
+        is_personal: says whether the rules for a model depend on the requester.
         max_waiting: inferences that may wait for one model.
         on: whether on-demand loads are configured.
     """
@@ -185,7 +184,7 @@ class OnDemand:
             QueueFull: `inference_queue_full`, too many inferences wait for the model.
             DemandFailed: `load_failed`.
             UnknownModel: `unknown_model`, or UnknownVersion, `unknown_version`.
-            UnknownLabel: `unknown_label`.
+            UnknownName: `unknown_label`.
             LedgerProblem: `out_of_service`, `model_not_loaded`, `queue_full`, `log_unavailable`.
             ServerProblem: `shutting_down`.
         """
@@ -202,7 +201,7 @@ class OnDemand:
             yield target
 
     async def _wait(self, demand: Demand, subject: str, ends_at_s: float) -> None:
-        """Wait until any version of the model is ready; cancelling this does not affect other waiters."""
+        """Wait until any version of the model is ready; cancelling one waiter does not affect others."""
         model_id = demand[0]
         if self.count_waiting(model_id) >= self.max_waiting:
             raise errors.QueueFull(f"{self.max_waiting} inferences wait for model '{model_id}' already")
@@ -234,7 +233,7 @@ class OnDemand:
         return f"job {job.id} is pending" + (f" and waits for {reason}" if reason else "")
 
     async def _attempt(self, demand: Demand, subject: str) -> Exception | None:
-        """Load a model for all its waiters; return their error, None if it is ready or none is left."""
+        """Load a model for all its waiters; return their error, or None if it is ready or all have left."""
         try:
             return await self._load(demand, subject)
         except (*_PASSED_ON, DemandFailed) as problem:
@@ -246,11 +245,11 @@ class OnDemand:
             del self._attempts[demand]
 
     async def _load(self, demand: Demand, subject: str) -> Exception | None:
-        """Wait for what goes on with a model, request its load if nothing does, and return its failure."""
+        """Wait for the work on a model, request its load if there is none, and return its failure."""
         model_id = demand[0]
         before = RecordedModel(None, None)  # when this task requested its load
         own_job: str | None = None  # the load that this task requested, until it has ended
-        watched_job: str | None = None  # the load that it waits for, whoever requested it
+        watched_job: str | None = None  # the load that this task waits for, whoever requested it
         was_lost = False
         with self.log.subscribed() as wakeup:
             while not self.stopping.is_set():
@@ -277,7 +276,7 @@ class OnDemand:
                     was_lost = model is not None and model.phase is ModelState.LOST
                     await wakeup.wait()
                 elif was_lost and model is not None and model.error is not None:
-                    return _demand_failed(model_id, model.error, None)  # it is not reloaded any more
+                    return _demand_failed(model_id, model.error, None)  # there will be no further reload
                 else:
                     before, was_lost = RecordedModel.of(state, model_id), False
                     receipt = await self._request_load(demand, subject, before)
@@ -289,13 +288,13 @@ class OnDemand:
     def _find_failure(
         self, job: Job, demand: Demand, before: RecordedModel, *, is_own: bool
     ) -> DemandFailed | None:
-        """Return what the waiters get of an ended load; None if they wait for another attempt."""
+        """Return the waiters' error for an ended load, or None if they wait for another attempt."""
         known = RecordedModel.of(self.log.state, job.model_id)
         model = known.model
         if job.status is JobStatus.COMPLETED or (model is not None and model.phase not in _ABSENT):
-            return None  # it was loaded, and unloaded again; or it was lost, and is reloaded
+            return None  # the model was loaded, and unloaded again; or it was lost, and is reloaded
         if _is_withdrawn(job) or (job.error is None and not self._waiting[demand]):
-            return None  # an inference that came since asks again
+            return None  # an inference that arrived since asks again
         concerned = (job.version,) if job.cause is Cause.DEMAND else (None, job.version)
         is_others = demand[1] not in concerned or (demand[2] and demand[2] != job.requested_by)
         if not is_own and is_others:
@@ -333,7 +332,7 @@ class OnDemand:
 
 
 def _is_withdrawn(job: Job) -> bool:
-    """Whether the server cancelled an on-demand load that had not started, because nothing waited for it."""
+    """Whether the server cancelled an on-demand load before its start, because nothing waited for it."""
     is_unstarted = job.cause is Cause.DEMAND and job.attempt == 0
     return job.status is JobStatus.CANCELLED and is_unstarted and not job.cancel_requested
 

@@ -1,4 +1,4 @@
-"""On-demand loads: which version an inference may have loaded, and with which parameters. Pure.
+"""On-demand loads: the version that an inference may have loaded, and the parameters. Pure.
 
 An inference brings back what a person chose last. So a rollback stays when its model is evicted or idle, and
 a model that a person has unloaded stays out of service.
@@ -16,14 +16,14 @@ OUT_OF_SERVICE = "out_of_service"
 
 
 def find_chosen_version(model: Model | None) -> int | None:
-    """Return the version that a person chose last; None if nobody did, or that was an unload."""
+    """Return the version that a person chose last, or None without one, or after an unload."""
     return model.chosen.version if model is not None and model.chosen else None
 
 
 def find_demand_refusal(model: Model | None, versions: ModelVersions, version: int | None) -> Refused | None:
-    """Return why an inference may not have a version loaded, None being any; None if it may.
+    """Return why an inference may not have a version (None is any) loaded, or None if it may.
 
-    It may if nobody chose, or the person's choice was this version, or a label names it.
+    It may if no person has chosen a version, or the choice was this version, or a label names it.
     """
     if model is None or not model.chosen:
         return None
@@ -36,7 +36,7 @@ def find_demand_refusal(model: Model | None, versions: ModelVersions, version: i
             return None
         loaded = f"version {chosen.version} of {name}, which was loaded by {by}, was removed"
         return Refused(OUT_OF_SERVICE, f"{loaded}: load another version")
-    if version is not None and versions.list_labels_of(version):
+    if version is not None and versions.list_names_of(version):
         return None
     loaded = f"version {chosen.version} of {name} was loaded by {by}"
     body = f'{{"version": {version}}}'
@@ -47,7 +47,7 @@ def find_demand_refusal(model: Model | None, versions: ModelVersions, version: i
 def demand_parameters(model: Model | None, version: int, given: LoadParameters) -> LoadParameters:
     """Return the parameters of an on-demand load: those of the person's choice, if it was this version.
 
-    The time limits are at least the `given` ones: a short one was not meant for each inference after.
+    The time limits are at least the `given` ones: a short limit was not meant for each later inference.
     """
     before = model.chosen.parameters if model is not None and model.chosen else None
     if before is None or find_chosen_version(model) != version:
@@ -58,6 +58,7 @@ def demand_parameters(model: Model | None, version: int, given: LoadParameters) 
 RULES = CauseRules(
     most_unended=MAX_QUEUE // 2,
     replaces=False,
+    is_for_inferences=True,
     find_refusal=find_demand_refusal,
     choose_parameters=demand_parameters,
 )

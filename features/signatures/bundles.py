@@ -1,9 +1,9 @@
 """Signature bundles of OpenSSF Model Signing 1.0: a Sigstore bundle with signed hashes of files.
 
-A bundle is JSON: how to verify it, and a DSSE envelope with an in-toto statement, which lists each file with
-its SHA-256. The rules are stricter than the published verifier's, so that a bundle has one meaning: duplicate
-keys, names that are not canonical, and a second signature are refused. Other members, such as `ignore_paths`,
-count for nothing: `signatures` compares the list with all files.
+A bundle is JSON: data for its verification, and a DSSE envelope with an in-toto statement, which lists each
+file with its SHA-256. The rules are stricter than the published verifier's, so that a bundle has one meaning:
+duplicate keys, names that are not canonical, and a second signature are refused. Other members, such as
+`ignore_paths`, have no effect: `signatures` compares the list with all files.
 
 Format: https://docs.sigstore.dev/about/bundle/ and https://github.com/sigstore/model-transparency
 """
@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 from msgspec import Struct
 
 MAX_BYTES = 2**20
-"""Of a bundle: it lists some 4,000 files."""
+"""Length of a bundle, which lists some 4,000 files."""
 MAX_CERTIFICATES = 8
-"""Of a bundle: more than authorities have in practice, and few enough to verify quickly."""
+"""Certificates of a bundle: more than authorities have in practice, and few enough to verify quickly."""
 
 _MEDIA_TYPES = (
     "application/vnd.dev.sigstore.bundle.v0.3+json",
@@ -35,11 +35,11 @@ _T = TypeVar("_T")
 
 
 class SignatureRefused(Exception):
-    """A version has no signature that counts; the message says why, and what to do.
+    """A version has no valid signature; the message says why, and what to do.
 
     The code is `signature_missing`, `signature_invalid` (broken, ambiguous or changed), `signature_untrusted`
-    (of nobody who may sign), `signature_mismatch` (of other files), or `signature_unsupported` (in a form
-    that is not checked here). `is_distrusted` says that a key made it which may not sign any more.
+    (by nobody who may sign), `signature_mismatch` (of other files), or `signature_unsupported` (in another
+    form). `is_distrusted` says that the signing key was distrusted since.
     """
 
     def __init__(self, code: str, message: str, *, is_distrusted: bool = False) -> None:
@@ -54,7 +54,7 @@ class Bundle(Struct, frozen=True, gc=False):
     Attributes:
         payload: the signed statement, byte for byte.
         signature: ECDSA, in DER.
-        key_hint: SHA-256 of the public key's PEM, in hexadecimal; None if it is not given.
+        key_hint: SHA-256 of the public key's PEM, in hexadecimal, or None.
         certificates: in DER, the signing one first; empty if a key signed.
         resources: SHA-256 of each signed file in hexadecimal, by its path.
     """
@@ -66,7 +66,7 @@ class Bundle(Struct, frozen=True, gc=False):
     resources: Mapping[str, str]
 
     def signed_bytes(self) -> bytes:
-        """Return what the signature is over: the pre-authentication encoding of DSSE 1.0."""
+        """Return the signed bytes: the pre-authentication encoding of DSSE 1.0."""
         kind = _PAYLOAD_TYPE.encode()
         return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(self.payload), self.payload)
 
@@ -75,7 +75,7 @@ def parse_bundle(content: bytes) -> Bundle:
     """Parse a bundle.
 
     Raises:
-        SignatureRefused: signature_invalid, or signature_unsupported for a form that is not checked here.
+        SignatureRefused: signature_invalid, or signature_unsupported for another form.
     """
     if len(content) > MAX_BYTES:
         raise _invalid(f"the bundle has {len(content)} bytes, more than {MAX_BYTES}")
@@ -109,7 +109,7 @@ def _read_material(material: Any) -> tuple[str | None, tuple[bytes, ...]]:
 
 
 def _read_statement(statement: Any) -> dict[str, str]:
-    """Return the SHA-256 of each file that the statement lists, by its path."""
+    """Return the SHA-256 of each file in the statement, by its path."""
     _check(statement, "_type", "https://in-toto.io/Statement/v1")
     _check(statement, "predicateType", "https://model_signing/signature/v1.0")
     predicate = _get(statement, "predicate", dict)
@@ -136,7 +136,7 @@ def _read_statement(statement: Any) -> dict[str, str]:
 def _read_json(content: bytes) -> Any:
     try:
         return json.loads(content.decode(), object_pairs_hook=_unique_keys)
-    except ValueError as error:  # or not UTF-8, or an integer with too many digits
+    except ValueError as error:  # also for text that is not UTF-8, or integers with too many digits
         raise _invalid(f"the bundle is not valid JSON: {error}") from None
 
 

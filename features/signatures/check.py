@@ -1,4 +1,4 @@
-"""Whether the signature of a version's files passes the rules for its model. Pure."""
+"""Whether a version's files have the signature that its model's rules require. Pure."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def check_signatures(given: CheckInput) -> tuple[LoadSignature, str | UnsetType]
     for rule in rules.trust:
         try:
             path = find_bundle(given.contents)
-            by_all = replace(rule, distrusted=distrusted)  # a key that one rule distrusts, no other lets pass
+            by_all = replace(rule, distrusted=distrusted)  # distrusted by one rule: by all
             found = check_signature(read(path, MAX_BYTES + 1), path, given.contents, by_all, given.now)
             is_enforced = is_enforced or rule.mode is TrustMode.ENFORCE
         except SignatureRefused as refused:
@@ -49,7 +49,7 @@ def check_signatures(given: CheckInput) -> tuple[LoadSignature, str | UnsetType]
                 and before is not None
                 and before.is_enforced
                 and not (refused.is_distrusted or before.signer in distrusted)
-            ):  # such as after a key was exchanged
+            ):  # for example, after a change of keys
                 was_verified = True
             else:
                 raise NotLoadable(refused.code, str(refused)) from None

@@ -52,7 +52,7 @@ class TrustRule(Struct, frozen=True, gc=False):
 
 
 def list_weaker_trust(before: TrustRule, after: TrustRule | None) -> Iterator[str]:
-    """Yield each way in which a rule is weaker than before; None if it is gone."""
+    """Yield each way in which a rule is weaker than before; `after` is None for a removed rule."""
     if before.mode is TrustMode.OFF:
         return
     after, name = after or replace(before, mode=TrustMode.OFF), f"signatures of {', '.join(before.models)}"

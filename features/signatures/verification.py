@@ -1,6 +1,6 @@
-"""Checks the signature of a version: who signed it, and that it lists exactly the files of the version. Pure.
+"""Checks the signature of a version: its signer, and that it lists exactly the version's files. Pure.
 
-Only the rule says who may sign: the keys and the roots of the system and of the bundle count for nothing. A
+Only the rule decides who may sign: the keys and roots of the system and of the bundle are ignored. A
 certificate is verified as of the time of the check, which the caller gives, so that a check can be repeated.
 """
 
@@ -29,11 +29,11 @@ from features.signatures.rules import TrustRule
 __all__ = ["SignatureRefused", "VerifiedSignature", "check_signature", "find_bundle", "key_digest"]
 
 _HASHES = {"secp256r1": SHA256(), "secp384r1": SHA384(), "secp521r1": SHA512()}
-"""The hash function by the name of the curve, as the published tool has them."""
+"""The hash function by the name of the curve, as in the published tool."""
 _CURVES = "P-256, P-384 or P-521"
 _CHANGED = "the bundle was changed after it was signed; sign the version again"
 _KEPT = 256
-"""Parsed keys and roots: more than a policy has."""
+"""Parsed keys and roots in memory: more than a policy has."""
 
 
 class VerifiedSignature(Struct, frozen=True, gc=False):
@@ -67,17 +67,17 @@ def find_bundle(contents: Contents) -> str:
 def check_signature(
     content: bytes, path: str, contents: Contents, rule: TrustRule, at: Timestamp
 ) -> VerifiedSignature:
-    """Return who signed a version.
+    """Return the signer of a version.
 
     Args:
         content: the bundle.
-        path: of the bundle, the only file that need not be signed.
+        path: the bundle's path, the only file that need not be signed.
         contents: all files of the version, with the hashes that the store computed.
-        rule: who may sign.
+        rule: the rule about signers.
         at: the time at which certificates must be valid.
 
     Raises:
-        SignatureRefused: the signature is broken, or of nobody who may sign, or of other files.
+        SignatureRefused: the signature is broken, by nobody who may sign, or of other files.
         ValueError: the rule itself is broken; the server refuses such a rule at its start.
     """
     bundle = parse_bundle(content)
@@ -93,7 +93,7 @@ def check_signature(
 
 
 def key_digest(pem: str) -> str:
-    """Return the SHA-256 of a public key's PEM in hexadecimal: the hint that bundles have."""
+    """Return the SHA-256 of a public key's PEM in hexadecimal: the hint in bundles."""
     return _digest(normalise_key(pem))
 
 
@@ -101,7 +101,7 @@ def normalise_key(pem: str) -> str:
     """Return a public key as PEM without comments.
 
     Raises:
-        ValueError: it is no public key that may sign; the message says why.
+        ValueError: the text is no public key for signatures; the message says why.
     """
     return _encode(_load_key(pem))
 
@@ -112,7 +112,7 @@ def normalise_roots(pem: str) -> str:
 
 
 def parse_subject(text: str) -> x509.Name:
-    """Return the name that RFC 4514 writes so. Raises as `normalise_key`."""
+    """Return the name for a text in the form of RFC 4514. Raises as `normalise_key`."""
     try:
         name = x509.Name.from_rfc4514_string(re.sub(r"(?<!\\), +", ",", text))
     except ValueError:
@@ -149,7 +149,7 @@ def _verify_certificate(bundle: Bundle, rule: TrustRule, at: Timestamp) -> Verif
     if not _is_supported(key):
         text = f"the certificate's key is not of {_CURVES}; sign with a certificate for such a key"
         raise SignatureRefused("signature_unsupported", text)
-    for digest in digests:  # also if a certificate has expired, or its root is not in the rule any more
+    for digest in digests:  # also for an expired certificate, or one whose root the rule has no more
         _check_distrust(digest, rule)
     trusted = [each for each in rule.certificates if parse_subject(each.subject) == signer.subject]
     if not trusted:
@@ -175,7 +175,7 @@ def _verify_certificate(bundle: Bundle, rule: TrustRule, at: Timestamp) -> Verif
 def _read_subject(certificate: x509.Certificate) -> str:
     try:
         return certificate.subject.rfc4514_string()
-    except (KeyError, TypeError):  # what the library raises there
+    except (KeyError, TypeError):  # exceptions of the library
         raise ValueError("a value in its subject has an ASN.1 type that a name cannot have") from None
 
 
@@ -216,7 +216,7 @@ _CODE_USAGES = {ExtendedKeyUsageOID.CODE_SIGNING, ExtendedKeyUsageOID.ANY_EXTEND
 _MAY_ISSUE_FOR_CODE = _require(
     lambda each: not _CODE_USAGES.isdisjoint(each), "an issuer is not for code signing"
 )
-"""Extended key usages nest: an authority that has some issues for these alone, as in Go's `crypto/x509`."""
+"""Extended key usages nest: an authority that has some issues only for these, as in Go's `crypto/x509`."""
 _OF_AUTHORITIES = (
     verification.ExtensionPolicy.permit_all()
     .require_present(x509.BasicConstraints, _ANY, _IS_AUTHORITY)

@@ -190,7 +190,7 @@ def _check_model(source: str, files: Mapping[str, VersionFile]) -> str:
 
 
 def list_signed_files(signature: bytes) -> Iterator[str]:
-    """Yield the files that a signature lists: a Sigstore bundle with a statement of OpenSSF Model Signing.
+    """Yield the files that a signature lists, in Sigstore's format: a statement of OpenSSF Model Signing.
 
     Its payload is an in-toto statement in DSSE; version 1.0 of model signing has the files in
     `predicate.resources`. Other signatures list none.

@@ -21,8 +21,7 @@ class RemoteFile:
         path: in the version's folder, as given by the source, unchecked; for an archive, a name for messages.
         bytes: its length, if known.
         sha256: in hexadecimal digits, if known from the source or the caller.
-        is_needed: whether the version must have it; others are fetched if the model or a signature names
-            them.
+        is_needed: whether the version must have it; else it is fetched if the model or a signature names it.
         is_archive: whether it is a tar archive, plain or gzip, of files of the version.
         key: the source's own name of it.
     """

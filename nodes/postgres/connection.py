@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import asyncpg
 
 from events.clock import utc_now
-from events.errors import EpochOver, ForeignHead, LedgerProblem, NodeAlive
+from events.errors import EpochOver, ForeignHead, LedgerProblem
 from events.storage import StorageError
 
 CONNECT_S = 5.0
@@ -34,6 +34,13 @@ CLOSE_S = 2.0
 
 CLOCK_PROBES = 3
 """Readings of the database's clock, of which the one with the shortest round trip counts."""
+
+
+class NodeAlive(LedgerProblem):
+    """A node cannot be declared lost: it has renewed its lease, or the one that judges is late itself."""
+
+    code = "node_alive"
+
 
 REFUSALS: Mapping[str, type[LedgerProblem]] = {"LL001": EpochOver, "LL002": NodeAlive}
 """The refusals of `append`, by SQLSTATE (migrations/postgres)."""

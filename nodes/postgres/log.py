@@ -15,13 +15,13 @@ from pathlib import Path
 from events.clock import boottime, uuid7
 from events.codec import decode_event
 from events.commands import OUTDATED, Receipt
-from events.errors import LogUnavailable, NodeAlive, OutcomeUnknown, RequestRefused, UnreadableEvent
+from events.errors import LogUnavailable, OutcomeUnknown, RequestRefused, UnreadableEvent
 from events.log import DecidedGroup, Log, PendingCommand, answer
 from events.sqlite.datalock import LEDGER
 from events.state import State, Transaction
 from events.storage import LogHead, Row, StorageError
 from events.types import Event
-from nodes.postgres.connection import DatabaseClock, HeadMoved
+from nodes.postgres.connection import DatabaseClock, HeadMoved, NodeAlive
 from nodes.postgres.storage import POLL_S, Authority, ReplicatedStorage
 
 

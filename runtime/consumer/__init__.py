@@ -1,12 +1,12 @@
 """The consumer: one coroutine that applies the log's requests to workers.
 
-The way of a request: `consumer.Consumer` wakes on an event, a coroutine's end or a timer, asks the scheduler,
-executes one action, and decides again. Each load has a coroutine of its own, `loads.Loader.run_load`, which
-waits for the consumer's grant and records how the load ends.
+`consumer.Consumer` wakes on an event, a coroutine's end or a timer, asks the scheduler, executes one action,
+and decides again. Each load has a coroutine of its own, `loads.Loader.run_load`, which waits for the
+consumer's grant and records how the load ends.
 
-To change: what an action does, periodic measuring, and pending demand of inferences: `consumer`. The life of
-a load, of its workers and files, and of an unload: `loads`; its state meanwhile, phases and memory:
-`running`. What resources and metrics show: `usage`.
+To change: what an action does, measurements, pending demand of inferences: `consumer`. The life of a load, of
+its workers and files, and of an unload: `loads`; its state meanwhile: `running`. What resources and metrics
+show: `usage`.
 
-Only this package appends outcomes. They rest on the job being unchanged, so each job ends once.
+Only this package appends outcomes, if the job is unchanged, so each job ends once.
 """

@@ -83,7 +83,7 @@ Conditions = tuple[Condition, ...]
 
 
 class Consumer:
-    """Applies what the log requests: decides, executes one action, and decides again.
+    """Applies the requests of the log: decides, executes one action, and decides again.
 
     Args:
         log: open, with `ServerStarted` appended.
@@ -94,7 +94,7 @@ class Consumer:
         progress_timeout_s: how long a load may make no progress, unless its request says otherwise.
         under_pressure: whether the machine is under pressure; called while a load of low
             priority waits.
-        loads: where the running loads are kept, by job id; None is a dictionary of its own.
+        loads: the running loads, by job id; None makes a new dictionary.
         elsewhere: says which of the work is this server's.
 
     Attributes:
@@ -171,7 +171,7 @@ class Consumer:
         return None if target is None or not target.draining else target.stage
 
     def waiting_for(self, job: Job) -> str | None:
-        """Return what a pending job waits for, as of the last decision."""
+        """Return why a pending job waits, as of the last decision."""
         return self._decision.waiting_for.get(job.id)
 
     def uses(self) -> list[LoadUsage]:
@@ -217,7 +217,7 @@ class Consumer:
             return
         is_late = isinstance(action, FailLoad) and action.code == TIMEOUT
         if is_late and stall_detector().has_just_resumed():
-            # Its workers may have reported, in a socket that is not read yet.
+            # Reports of its workers may still be unread in a socket.
             await asyncio.sleep(LAST_READ_S)
             return
         try:
@@ -284,7 +284,7 @@ class Consumer:
     async def _start_load(
         self, job: Job, chosen: Alternative, before: RecordFact | None, conditions: Conditions
     ) -> None:
-        """Record `LoadStarted`, and grant the load what it will need."""
+        """Record `LoadStarted`, and grant the load its reservation."""
         load, target = self._loader.active[job.id], chosen.target
         limits = self.policy.rooms.get(target.name)
         load.worker_id, load.reserved_bytes = uuid7(), chosen.bytes
@@ -304,7 +304,7 @@ class Consumer:
         return [each.allocation for each in self.loads.values()]
 
     def _allowance(self, load: RunningLoad) -> int | None:
-        """Return how many bytes the workers of a load may take now; None without a budget."""
+        """Return how many bytes the workers of a load may take now, or None without a budget."""
         if self.policy.budget_bytes is None:
             return None
         others = sum(each.memory_bytes for each in self.loads.values() if each is not load)
@@ -315,7 +315,7 @@ class Consumer:
         if load is not None:
             load.draining = True  # routing stops before the fact is recorded
             load.stage = "draining"
-        if job.status is JobStatus.PENDING:  # else an append recorded it, though that raised
+        if job.status is JobStatus.PENDING:  # otherwise an append recorded the start, although it raised
             started = draft_fact(job, UnloadStarted(), self._only_worker_of(load_job_id))
             try:
                 await self._recorder.record(started, conditions=conditions)

@@ -192,7 +192,7 @@ class Loader:
 
     def _end(self, load: RunningLoad, task: asyncio.Task[None]) -> None:
         """Forget a load whose coroutine has ended; of a defect the consumer then lets the load fail."""
-        if self.active.get(load.job_id) is not load:  # it began anew, or the consumer has forgotten it
+        if self.active.get(load.job_id) is not load:  # the load began anew, or the consumer has dropped it
             return
         if task.cancelled() or task.exception() is None:
             del self.active[load.job_id]
@@ -232,12 +232,12 @@ class Loader:
         """Check the files against the rules, and estimate the memory."""
         state, (version, parameters) = self._log.state, job.load_order
         model, serving = state.models.get(job.model_id), find_same_workers(state, job)
-        rules = self._policy.loads.of(job.model_id)
+        rules, expected = self._policy.loads.of(job.model_id), find_expected(job, model)
         if load.checked is None and (rules is not None or job.policy_digest is not None):
-            await self._check(job, load, find_expected(job, model))
+            await self._check(job, load, expected)
         footprints = model.footprints if model is not None else ()
-        files: Sequence[SizedFile] | None = load.files or find_expected(job, model)
-        files = files or await self._versions.stat(job.model_id, version)
+        known: Sequence[SizedFile] | None = load.files or expected
+        files = known or await self._versions.stat(job.model_id, version)
         targets = find_targets(parameters, self._pool, self._policy.rooms)
         threads = self._pool.threads_of(parameters)
         found = estimate_memory(files, version, parameters, footprints, threads=threads, targets=targets)
@@ -255,7 +255,7 @@ class Loader:
     async def _check(self, job: Job, load: RunningLoad, expected: Sequence[LoadedFile] | None) -> None:
         """Copy and hash the files of a load, and check them; the load then takes exactly these.
 
-        `expected` are the files that a reload must have; None takes the present ones.
+        `expected` are the files that a reload must have; None takes the present files.
 
         Raises:
             NotLoadable: as `features.checks.check_load`.
@@ -331,7 +331,7 @@ class Loader:
                 load.reach_stage("starting")
                 async with load.measure_rooms():
                     worker = await self._start_instance(load, load.worker_id)
-                    hashing = start_task(files.hash(), "hashing a model")  # it would slow the fork down
+                    hashing = start_task(files.hash(), "hashing a model")  # it slows forks down
                     first = await self._load_instance(load, worker, order, inputs)
                     await hashing
                     await files.settle()
@@ -454,7 +454,7 @@ class Loader:
             except LogUnavailable:  # the log's writer says so
                 pass
             except RequestRefused as refusal:
-                if refusal.code != OUTDATED:  # else it is decided anew, on the state after what came first
+                if refusal.code != OUTDATED:  # an outdated outcome is decided again, on the newer state
                     raise
             else:
                 return
@@ -470,7 +470,7 @@ class Loader:
         await self._record_outcome(load, describe)
 
     def _draft_loaded(self, load: RunningLoad, files: HeldVersion, job: Job) -> list[Draft]:
-        """Return `ModelLoaded`, its label, and the unload request of the load that this one replaces."""
+        """Return `ModelLoaded`, the version's name, and the unload request of the load before."""
         load.check()
         data = describe_loaded(job, load, files, self._log.now(), self._pool)
         if load.checked is not None:
@@ -600,20 +600,20 @@ def find_targets(
     """Return the targets on which a load may run: the CPU, unless it asks for others.
 
     Raises:
-        RuntimeProblem: it asks for targets of which there is none.
+        RuntimeProblem: the load asks for targets that do not exist.
     """
     asked = (find for name, find in TARGETS.items() if getattr(parameters, name))
     return [target for find in asked for target in find(parameters, pool, limits)] or [CPU_TARGET]
 
 
 def find_expected(job: Job, model: Model | None) -> tuple[LoadedFile, ...] | None:
-    """Return the files that a reload by the system takes again; None for any other load."""
+    """Return the files that a reload by the system takes again, or None for any other load."""
     before = None if job.cause not in RELOADS or model is None else model.find_reloadable(job.version)
     return None if before is None else before.files
 
 
 def _read_file(folder: Path, path: str, most_bytes: int) -> bytes:
-    with (folder / path).open("rb") as file:  # of the store: nobody else writes there
+    with (folder / path).open("rb") as file:  # in the store, where nobody else writes
         return file.read(most_bytes)
 
 
@@ -647,7 +647,7 @@ class Recorder:
 
     Args:
         log: the log.
-        folders: of the server, which texts of others, such as ONNX Runtime, must not name.
+        folders: the server's folders, which texts of others, such as ONNX Runtime, must not name.
         elsewhere: says which of the work is this server's.
     """
 

@@ -48,20 +48,20 @@ class RunningLoad:
     Only the consumer and the load's tasks change it, on the event loop.
 
     Attributes:
-        is_reload: whether the system brings back what was loaded.
+        is_reload: whether the system brings back a load.
         progress_timeout_s: how long its loading may make no progress.
         task: its coroutine.
         estimate: None while its files are being read; a `Failure` if they cannot be.
         is_new: whether they have been read for less than `loads.ESTIMATE_WAIT_S`.
         outdated: how often it was estimated for other files than it then found.
-        files: that it must have, since they were checked; None without rules.
-        checked: what they passed.
+        files: its required files, once they were checked; None without rules.
+        checked: the result of the checks.
         granted: set by the consumer when `LoadStarted` is recorded.
         worker_id: the first worker's id, since it was granted; that worker may not have started yet.
-        reserved_bytes: of the machine's memory, until `report` is set.
+        reserved_bytes: its reservation of the machine's memory, until `report` is set.
         budget_bytes: the memory budget; None is no limit.
-        allowance: tells how many bytes its workers may take until they have loaded; None is no limit.
-        allocation: what it takes of rooms where it runs.
+        allowance: returns how many bytes its workers may take until they have loaded; None is no limit.
+        allocation: its parts of rooms.
         workers: all workers that were started, exited or not.
         report: the first worker's, once all have loaded; inputs and outputs are the same in all workers.
         reports: those of the workers that have loaded, by worker id.
@@ -137,7 +137,7 @@ class RunningLoad:
 
     @property
     def is_gone(self) -> bool:
-        """Whether its workers have exited, and what they took is back."""
+        """Whether its workers have exited, and their memory is back."""
         return self.has_exited and not self.allocation.is_held
 
     @property
@@ -177,7 +177,7 @@ class RunningLoad:
 
     @property
     def measured_bytes(self) -> int:
-        """Private bytes of its workers at the last measurement, or sample of those that load."""
+        """Private bytes of its workers at the last measurement, or the last sample of loading ones."""
         return sum(worker.memory_bytes for worker in self.alive_workers)
 
     @property
@@ -190,13 +190,13 @@ class RunningLoad:
         return sum(worker.in_flight for worker in self.alive_workers)
 
     def last_used_at(self, now: str) -> str | None:
-        """Return the timestamp at which the last inference ended; None without one."""
+        """Return the timestamp of the end of the last inference, or None without one."""
         if not self.last_used_ns:
             return None
         return add_seconds(now, (self.last_used_ns - time.monotonic_ns()) / 1e9)
 
     def to_view(self, job: Job | None, now: str = "", *, is_demanded: bool = False) -> LoadView:
-        """Return what the scheduler sees; `job` is the load's job until it has ended."""
+        """Return the scheduler's view of the load; `job` is its job until it has ended."""
         has_outcome = self.report is not None or self.failure is not None
         return LoadView(
             self.job_id,
@@ -272,7 +272,7 @@ class RunningLoad:
             self.failure = Failure(problem.code, str(problem))
 
     def kill(self) -> None:
-        """Kill all workers now, however stuck they are, and count what that aborts."""
+        """Kill all workers now, however stuck they are, and count the aborted requests."""
         if self.report is None:  # more would be started; and who waits for one may meet a stuck fork server
             for effect in self.tasks:
                 effect.cancel()
@@ -322,12 +322,12 @@ class RunningLoad:
             self._end_attempt(LoadRefused(OUT_OF_MEMORY, f"{took}; {self.describe_allowance()}"), worker)
 
     def measure_rooms(self) -> AbstractAsyncContextManager[None]:
-        """Measure what its workers take beside the machine's memory; for errors see `Allocation`."""
+        """Measure its workers' memory beside the machine's; for errors see `Allocation`."""
         return self.allocation.measure(self._end_attempt)
 
     async def expect_return(self) -> None:
-        """Measure, right before its workers' end, what is to be free after it."""
-        if not self.expected_exits:  # else some of it may be back
+        """Measure, right before its workers' end, the expected free memory after it."""
+        if not self.expected_exits:  # otherwise some memory may be back already
             await self.allocation.expect_return()
 
     def _end_attempt(self, problem: LoadRefused, worker: Worker | None = None) -> None:
@@ -335,13 +335,13 @@ class RunningLoad:
         self.kill_workers()
 
     def describe_allowance(self) -> str:
-        """Return how much memory the load may take, for the message of one that took more."""
+        """Return the memory that the load may take, for the message about one that exceeded it."""
         may_take = format_megabytes(self.allowance() or 0)
         reserved = format_megabytes(self.reserved_bytes)
         return f"it may take {may_take}: what it reserved, {reserved}, and what is free of the memory budget"
 
     def expect_exit(self, worker: Worker) -> None:
-        """Note, right before a worker's end, what it aborts and how many bytes it releases."""
+        """Note, right before a worker's end, its aborted requests and released bytes."""
         if worker.worker_id not in self.expected_exits:
             self.expected_exits.add(worker.worker_id)
             self.aborted_requests += worker.in_flight

@@ -62,7 +62,7 @@ class InferenceTotals:
         self._ended: dict[str, Statistics] = {}
 
     def end(self, load: RunningLoad) -> None:
-        """Add a load that has ended, and what late answers add to it. May be repeated."""
+        """Add the counts of an ended load, including those of late answers. May be repeated."""
         sum_ = self._ended.setdefault(self._names.of(load.model_id), Statistics())
         if load.statistics is not sum_:
             sum_.add(load.statistics)

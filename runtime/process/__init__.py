@@ -1,13 +1,13 @@
 """The server's side of worker processes: start, messages, in-flight inferences, and exits.
 
-The way of a worker: `pool.WorkerPool.start` asks `forkclient.ForkServer` for one; `forkserver`, a process of
-its own, forks; `worker.Worker` then owns the two channels and the pidfd until `ended` is set.
+`pool.WorkerPool.start` asks `forkclient.ForkServer` for a worker; `forkserver`, a process of its own, forks;
+`worker.Worker` then owns the two channels and the pidfd until `ended` is set.
 
-To change: how processes are forked, their environment and descriptors: `forkserver`. When a fork server is
-replaced: `pool`. What the workers' confinement does not prevent: `confinement`. Messages to a worker, and its
-memory while it loads: `worker`. What a worker may say, and when, deadlines, cancellation and stuck workers:
-`inflight`. Bytes on the socket, their budget, and busy-polling: `channel`. Signals, exit codes and stderr:
-`forkclient`.
+To change: environment and descriptors of processes: `forkserver`. The replacement of a fork server: `pool`.
+Layers of confinement: `confinement`. Messages to a worker: `worker`; its memory while it loads: `sampling`.
+Allowed messages of a worker, deadlines, cancellation, stuck workers: `inflight`. Bytes on the socket:
+`channel`. Tensors in shared memory: `sharedmemory`. Signals, exit codes and stderr: `forkclient`; names and
+deaths of processes: `prctl`.
 
 Nothing here imports ONNX Runtime; what runs inside a worker is `runtime.worker`.
 """

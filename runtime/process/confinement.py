@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import get_args
 
 from events.values import Confinement
-from features.wire import FoundTarget, Library
+from features.wire import ACTS_IN_WORDS, FoundTarget, Library
 from runtime.errors import RuntimeProblem, WorkerDied
 from runtime.process.worker import Worker
 from runtime.timeouts import timeout
@@ -29,8 +29,8 @@ IN_WORDS: Mapping[str, str] = {
     "start_processes": "start processes",
     "read_memory": "read the memory of other processes",
     "run_code": "run code of its own",
-    "call_drivers": "call drivers of devices",
     "manage_server": "manage this server's tokens",
+    **ACTS_IN_WORDS,
 }
 
 

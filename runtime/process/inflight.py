@@ -119,8 +119,7 @@ class AnswerRules:
         """Check the outputs of an answer.
 
         Raises:
-            MalformedFrame: an output twice, one that was not requested, or one in another form than
-                requested.
+            MalformedFrame: an output twice, one that was not requested, or one in another form.
         """
         wanted = {output.name: output.text for output in request.outputs} if request.outputs else None
         for tensor in tensors:
@@ -150,8 +149,7 @@ class InFlight:
     Args:
         patience_s: how long a cancelled inference may go on running.
         cancel: sends the cancellation to the worker.
-        on_stuck: called when the worker does not stop a cancelled inference: later requests would wait for
-            ever.
+        on_stuck: called when the worker does not stop a cancelled inference: later ones would wait.
     """
 
     def __init__(

@@ -132,8 +132,7 @@ class WorkerPool:
     async def open(self) -> None:
         """Start the fork server and wait until it has imported everything.
 
-        The calling thread must live as long as the pool: the kernel kills the fork server when the thread
-        ends.
+        The calling thread must live as long as the pool: the kernel kills the fork server with it.
 
         Raises:
             ForkServerUnavailable: `fork_server_unavailable`.
@@ -147,8 +146,7 @@ class WorkerPool:
         Find the targets beside the CPU, whose workers are confined as far as their providers allow.
 
         Raises:
-            NotConfined: `not_confined`, `require` is not possible here; workers are confined as far as
-                possible.
+            NotConfined: `not_confined`, `require` is not possible here; workers are confined as far as it is.
             ForkServerUnavailable: `fork_server_unavailable`.
         """
         self.applied = await self._probe(mode, outside)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from msgspec import UNSET
-
 from events.clock import uuid7
 from events.commands import Condition, JobUnchanged, ModelUnchanged, WorkerServes
 from events.jobcommands import RequestLoad, RequestUnload
@@ -23,7 +21,7 @@ from events.types import (
     LoadStarted,
     ModelSettingsChanged,
 )
-from features.labels.commands import draft_label
+from features.names import draft_names
 from runtime.rooms import Alternative
 from runtime.timeouts import PROGRESS_TIMEOUT_S
 from runtime.wire import plain_text
@@ -48,7 +46,7 @@ class RecordFact(JobAction):
 class StartLoad(JobAction):
     """Record `LoadStarted`, and start the workers; `before`, such as its placement, is in the same append.
 
-    `chosen` is where they run, and what is reserved there.
+    `chosen` is where the workers run, and the reservation there.
     """
 
     chosen: Alternative
@@ -75,7 +73,7 @@ class JobLoadAction(JobAction):
 
 
 class ChangeSettings(JobLoadAction):
-    """Record `ModelSettingsChanged`: what this job loads is loaded, so only its settings apply."""
+    """Record `ModelSettingsChanged`: the wanted workers are loaded, so only the job's settings apply."""
 
 
 class UnloadForReplacement(JobLoadAction):
@@ -163,7 +161,7 @@ Action = (
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The next action; without one, when to decide again at the latest, and what pending jobs wait for.
+    """The next action; without one, when to decide again at the latest, and why pending jobs wait.
 
     Attributes:
         unestimated: loads whose memory is to be estimated before more is decided on them.
@@ -178,7 +176,7 @@ class Decision:
 
 
 def list_conditions(action: Action, state: State) -> tuple[Condition, ...]:
-    """Return what must still be so when the facts or the request of an action are appended.
+    """Return the conditions under which the facts or the request of an action are appended.
 
     Requests and starts rest on the model: a client's command that was recorded first wins. Outcomes rest on
     their job alone, so no request for the model delays them.
@@ -224,16 +222,14 @@ def draft_fact(job: Job, data: Data, worker_id: str | None = None) -> Draft:
 
 
 def draft_settings_change(job: Job, load_job_id: str) -> tuple[Draft, ...]:
-    """Return the outcome of a load of what that load has loaded already, and its label."""
+    """Return the outcome of a load whose workers another load has loaded, and its name."""
     _, parameters = job.load_order
     return draft_outcome(job, draft_fact(job, ModelSettingsChanged.of(load_job_id, parameters)))
 
 
 def draft_outcome(job: Job, outcome: Draft) -> tuple[Draft, ...]:
-    """Return the outcome of a load, and its label."""
-    if job.label is UNSET:
-        return (outcome,)
-    return outcome, draft_label(outcome, job.label, job.requested_by, uuid7)
+    """Return the outcome of a load, and what sets its name for the version."""
+    return outcome, *draft_names(outcome, job.version_name, job.requested_by, uuid7)
 
 
 def draft_load_start(job: Job, *, is_restarted: bool) -> Draft:
@@ -254,27 +250,19 @@ def draft_crash_loop(model: LoadedModel, message: str) -> tuple[Draft, Draft]:
     )
 
 
-def build_reload(
-    model: LoadedModel,
-    cause: Cause,
-    conditions: tuple[Condition, ...],
-    progress_timeout_s: int = PROGRESS_TIMEOUT_S,
-) -> RequestLoad:
-    """Return the request with which the system reloads a model; its limits are at least the server's."""
-    serving = model.serving
-    # Many may be requested at once: a short timeout was not meant for the queue after a restart.
-    parameters = serving.parameters.with_limits_from(RELOAD_TIMEOUT_S, progress_timeout_s)
-    return RequestLoad(model.id, serving.version, None, SYSTEM, parameters, cause, conditions=conditions)
-
-
 def build_request(
     action: RequestReload | UnloadAutomatically,
     conditions: tuple[Condition, ...],
     progress_timeout_s: int = PROGRESS_TIMEOUT_S,
 ) -> RequestLoad | RequestUnload:
+    """Return a request of the system; the limits of a reload are at least the server's."""
     match action:
         case RequestReload(model, cause):
-            return build_reload(model, cause, conditions, progress_timeout_s)
+            # Many may be requested at once: a short timeout was not meant for the queue after a restart.
+            given = model.serving.parameters.with_limits_from(RELOAD_TIMEOUT_S, progress_timeout_s)
+            return RequestLoad(
+                model.id, model.serving.version, None, SYSTEM, given, cause, conditions=conditions
+            )
         case UnloadAutomatically(model, cause, cause_event_id):
             copy = model.serving.load_job_id if cause is Cause.COPY else None
             return RequestUnload(

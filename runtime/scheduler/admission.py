@@ -1,4 +1,4 @@
-"""Which pending load starts next, what the others wait for, and how room is made.
+"""The pending load that starts next, the reasons of the others' waits, and making room.
 
 Loads start by priority, then age. Each minute of waiting raises a load by one priority, so after two minutes
 no later load comes before it. A load that waits for room may be overtaken for a while by loads that fit; then
@@ -11,7 +11,7 @@ A load that has several alternatives takes the first that has room in each of it
 made for the first for which that is possible. While another load is being measured in one of the rooms, the
 load waits for it, unless an alternative of the same group has room, too: such alternatives are equal.
 
-What a load will need is estimated before (`runtime.scheduler.estimates`).
+A load's need is estimated before (`runtime.scheduler.estimates`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PRIORITY_AGING_S = 60.0
 """Priority aging: a waiting load rises by one priority. So pressure delays low priority this long at most."""
 
 OVERTAKING_LIMIT_S = 30.0
-"""How long loads that fit may overtake one that waits for room."""
+"""How long smaller loads may overtake a load that waits for room."""
 
 PRESSURE_POLL_S = 1.0
 """How often to check the pressure on the machine, a mean of ten seconds, while a load waits for it."""
@@ -51,7 +51,7 @@ _URGENT = (Cause.RECOVERY, Cause.SWAP)
 _RESERVES_NOTHING = (Cause.RECOVERY, Cause.RESTART, Cause.DRAIN, Cause.COPY)
 """Loads that are repeated when they fail, or that use free memory only: no other load waits for them."""
 _STRATEGIES = {Cause.RECOVERY: "beside", Cause.COPY: "auto"}
-"""A repair keeps what still serves; while a copy is replaced, others serve."""
+"""A repair keeps the remaining workers; while a copy is replaced, other copies serve."""
 _BEFORE_ALL = -1
 
 _NOTHING = Amount()
@@ -83,7 +83,7 @@ class Waiting:
 
 @dataclass(slots=True)
 class Reservations:
-    """Room that is reserved for waiting loads: first what is being released, then what is free.
+    """Room that is reserved for waiting loads: first the part being released, then the free part.
 
     All loads of a decision share one object, which grows from load to load: one for each would be slow.
     """
@@ -97,8 +97,8 @@ class _Shortage:
     """The shortage of an alternative of a load.
 
     Attributes:
-        replaced: the load of which the room counts as free, since it ends first; None without one.
-        rooms: those that are too small, and what is missing there.
+        replaced: the load whose room counts as free, since it ends first; None without one.
+        rooms: the rooms that are too small, with the missing part.
         measured: a room in which another load is being measured, and that load.
     """
 
@@ -124,8 +124,8 @@ def admit(view: SchedulerView, eviction: Eviction) -> Decision:
     """Decide the pending loads in their order, until one of them leads to an action.
 
     Args:
-        view: of the decision.
-        eviction: of the same view.
+        view: the decision's view.
+        eviction: that of the same view.
     """
     waiting_for, wake_at = dict[str, str](), list[str]()
     unestimated, without_room = list[Job](), list[Job]()
@@ -216,7 +216,7 @@ class _PendingLoad:
 
     @cached_property
     def _alternatives(self) -> Sequence[Alternative]:
-        """Those that fit at all, the preferred one first."""
+        """The alternatives that can ever fit, the preferred one first."""
         estimate = self._view.find_estimate(self.job)
         alternatives = () if estimate is None else estimate.alternatives
         return [each for each in alternatives if self._explain_misfit(each) is None]
@@ -298,7 +298,7 @@ class _PendingLoad:
         return [(self._view.find_room(name), needed) for name, needed in alternative.needs.items()]
 
     def _explain_misfit(self, alternative: Alternative) -> str | None:
-        """Return why a load can never run in this way; None if it can."""
+        """Return why a load can never run in this way, or None if it can."""
         explained = (self._explain_misfit_in(room, alternative) for room, _ in self._list_needs(alternative))
         return next(filter(None, explained), None)
 
@@ -358,7 +358,7 @@ class _PendingLoad:
         after_exits: bool = False,
         reserved: Mapping[LoadRoom, Amount] | None = None,
     ) -> _Shortage:
-        """Return what the load lacks, beside the reservations unless there are others."""
+        """Return the shortage of a load; `reserved` replaces the present reservations."""
         reserved = self._reservations.rooms if reserved is None else reserved
         lacking, measured = {}, None
         for room, needed_bytes in self._list_needs(alternative):
@@ -455,13 +455,13 @@ def _effort_of(decision: Action | Waiting) -> int:
 
 
 def _describe_need(room: LoadRoom, alternative: Alternative) -> str:
-    """Return what a load needs of a room, and whether that rests on file sizes only."""
+    """Return a load's need of a room, and whether it rests on file sizes only."""
     guess = " (estimated from its files)" if alternative.is_guess else ""
     return f"{format_megabytes(alternative.needs[room.name])}{guess} of memory{room.where}"
 
 
 def find_same_workers(state: State, job: Job) -> Serving | None:
-    """Return what a model serves from if a load asks for such workers of the same version.
+    """Return the serving load if another load asks for the same workers of the same version.
 
     If its files have the same bytes, too, the load only changes settings.
     """

@@ -39,9 +39,9 @@ def estimate_memory(
 
     Args:
         files: those to load.
-        version: of the model.
-        parameters: of the load.
-        footprints: of earlier loads of the model.
+        version: the model's version.
+        parameters: the load's parameters.
+        footprints: those of earlier loads of the model.
         threads: how many each of its workers computes with.
         targets: those on which it may run, the preferred one first.
     """
@@ -59,7 +59,7 @@ def estimate_memory(
 def _estimate_needs(
     files: Sequence[SizedFile], parameters: LoadParameters, known: Sequence[Footprint], target: Target
 ) -> Alternative:
-    """Return what a load needs on a target, by the footprints there; memory limits bound the machine's."""
+    """Return a load's needs on a target, by its footprints there; memory limits bound the machine's part."""
     guess = _estimate_from_sizes(files) + target.worker_bytes
     one = max((seen.peak_memory_bytes for seen in known), default=guess)
     limit, is_guess = parameters.memory_limit_bytes, not known

@@ -60,7 +60,7 @@ class Eviction:
 
     @cached_property
     def next_at(self) -> str | None:
-        """When to look for victims again; None if there will be none."""
+        """When to look for victims again, or None if there will be no others."""
         loaded_at = (self._view.loaded_at(model) for model, _ in self._candidates)
         oldest = min((at for at in loaded_at if at > self._resident_since), default=None)
         times = [add_seconds(oldest, self._view.policy.min_residency_s)] if oldest is not None else []
@@ -70,7 +70,7 @@ class Eviction:
         return min(times, default=None)
 
     def choose(self, missing: Mapping[LoadRoom, Amount]) -> tuple[Victim, ...] | None:
-        """Return the fewest victims that release enough in each room; None if all of them do not.
+        """Return the fewest victims that release enough in each room, or None if all do not.
 
         Those in one room count for the next.
         """
@@ -103,7 +103,7 @@ class Eviction:
 def choose_fewest(
     candidates: Sequence[Victim], missing_bytes: int, missing_models: int = 0
 ) -> tuple[Victim, ...] | None:
-    """Return the fewest of `candidates` that release enough; None if all of them do not.
+    """Return the fewest of `candidates` that release enough, or None if all do not.
 
     Args:
         candidates: least recently used first. Of two choices of the same size, the one with the least
@@ -171,7 +171,7 @@ def _next_idle_timeouts(view: SchedulerView) -> Iterator[tuple[LoadedModel, str]
 
 
 def _idle_timeout_s(view: SchedulerView, model: LoadedModel, run: LoadView) -> float | None:
-    """Return after how many idle seconds a model is unloaded; None is never.
+    """Return after how many idle seconds a model is unloaded, or None for never.
 
     A model without an inference yet stays at least for the minimum residency.
     """

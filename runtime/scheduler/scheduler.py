@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 
 from events.clock import add_seconds
+from events.jobcommands import RULES
 from events.jobs import TIMEOUT, Job, JobKind, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState
 from events.state import State, has_turn
@@ -100,14 +101,14 @@ def _force_unloads(view: SchedulerView) -> Iterator[Action]:
 
 
 def _cancel_jobs(view: SchedulerView) -> Iterator[Action]:
-    """Cancel jobs on request, and on-demand loads that have not begun and that no inference needs.
+    """Cancel jobs on request, and loads for inferences that have not begun and that no inference needs.
 
     Whether one needs it is only known where all inferences arrive. A copy that has not begun does not delay
     the reload of a lost or degraded model.
     """
     for job in view.unended:
         has_begun = job.status is not JobStatus.PENDING or job.id in view.running
-        may_be_unneeded = job.cause is Cause.DEMAND and not has_begun and view.share.is_whole
+        may_be_unneeded = RULES[job.cause].is_for_inferences and not has_begun and view.share.is_whole
         delays = not has_begun and _delays_repair(view, job)
         if job.cancelling or delays or (may_be_unneeded and not _is_needed(view, job)):
             yield actions.CancelJob(job)
@@ -120,10 +121,10 @@ def _delays_repair(view: SchedulerView, job: Job) -> bool:
     return is_copy and model is not None and needs_repair(model)
 
 
-def _is_needed(view: SchedulerView, on_demand: Job) -> bool:
+def _is_needed(view: SchedulerView, load: Job) -> bool:
     """Whether an inference waits for the model, which is not loaded by now."""
-    is_loaded = view.is_first_in_queue(on_demand) and view.find_serving(on_demand.model_id) is not None
-    return on_demand.model_id in view.observations.pending_demand and not is_loaded
+    is_loaded = view.is_first_in_queue(load) and view.find_serving(load.model_id) is not None
+    return load.model_id in view.observations.pending_demand and not is_loaded
 
 
 def _record_exits(view: SchedulerView) -> Iterator[Action]:

@@ -28,7 +28,7 @@ class Policy:
     Attributes:
         loads_at_once: loads that may run at once.
         budget_bytes: memory budget of all workers; None is no limit.
-        max_loaded: models that may have a process; None is no limit.
+        max_loaded: limit of models with a process; None is no limit.
         evicts: whether a load that needs room may evict idle models.
         min_residency_s: seconds that a loaded model stays at least before it is evicted.
         restores: whether models that were loaded when the server ended are reloaded.
@@ -52,7 +52,7 @@ class WorkShare:
 
     Attributes:
         state: the models and the unended jobs to work on.
-        held: pending loads that may not start here yet, by job id, and what each waits for.
+        held: pending loads that may not start here yet, by job id, with the reason.
         is_whole: whether this server has all the work: all inferences come here, and no other has room.
     """
 
@@ -77,7 +77,7 @@ class LoadView:
     Attributes:
         load_job_id: the job that loaded it.
         model_id: its model.
-        phase: what its workers are doing; `GONE` follows `SERVING` and `DRAINING`.
+        phase: the work of its workers; `GONE` follows `SERVING` and `DRAINING`.
         killed: whether its workers were killed.
         exited: ids of the workers that exited unexpectedly, recorded or not.
         has_outcome: whether it is known how its loading ended, which is being recorded.
@@ -117,7 +117,7 @@ class MemoryEstimate:
     """The memory that a load will need.
 
     Attributes:
-        alternatives: what it needs on each target on which it may run, the preferred one first.
+        alternatives: its needs on each target on which it may run, the preferred one first.
         is_proven: whether these files loaded before.
         files: the files that it is for.
         same_as: the load from which the model serves, if the files have the bytes that it loaded.
@@ -159,7 +159,7 @@ class Observations:
 
 
 def find_unload_target(state: State, unload: Job) -> str:
-    """Return the load that an unload ends: the serving one, else the one that its request names."""
+    """Return the load that an unload ends: the serving one, or else the one that its request names."""
     named = None if unload.unload is None else unload.unload.load_job_id
     if named is None:
         raise RuntimeError(f"job {unload.id} ends no load")
@@ -170,7 +170,7 @@ def find_unload_target(state: State, unload: Job) -> str:
 
 
 def find_started_job(own: State, load_job_id: str) -> Job | None:
-    """Return the job of a running load; None if it has ended, or begins anew after the server's end."""
+    """Return the job of a running load, or None if it has ended, or begins anew after the server's end."""
     job = own.unended_job(load_job_id)
     return job if job is not None and job.status is JobStatus.IN_PROGRESS else None
 
@@ -193,7 +193,7 @@ def load_allowance(budget_bytes: int, others_bytes: int, reserved_bytes: int) ->
 
     Args:
         budget_bytes: the memory budget.
-        others_bytes: what everything else reserves or takes, whichever is more.
+        others_bytes: reservations or memory of all other loads, whichever is more.
         reserved_bytes: the load's own reservation.
     """
     return max(reserved_bytes + reserved_bytes // PEAK_VARIATION, budget_bytes - others_bytes)
@@ -214,9 +214,9 @@ class LoadRoom:
     """A room in one decision: the machine's memory and model slots, or another; derived values are cached.
 
     Attributes:
-        name: of the room.
-        limits: of its bytes.
-        max_loaded: models that may have a process; None is no limit, as in each room but the machine's.
+        name: the room's name.
+        limits: the limits of its bytes.
+        max_loaded: limit of models with a process; None is no limit, as in each room but the machine's.
     """
 
     def __init__(self, view: SchedulerView, name: str) -> None:
@@ -265,9 +265,9 @@ class LoadRoom:
 
     @cached_property
     def measured_load(self) -> LoadView | None:
-        """The load for which no other can start here: what it takes is being measured.
+        """The load during which no other can start here, because its need is being measured.
 
-        What a killed one took is not back before its workers have exited.
+        The memory of a killed load is not back before its workers have exited.
         """
         runs = self._running.values() if self.limits.is_measured else ()
         return next((run for run in runs if run.phase is Phase.LOADING or (run.killed and run.alive)), None)
@@ -277,7 +277,7 @@ class LoadRoom:
         return model_id in self.models_with_process and model_id not in self.exiting_models
 
     def shortage(self, model_id: str, needed_bytes: int, reserved: Amount, *, after_exits: bool) -> Amount:
-        """Return what a load of a model lacks beside what is reserved, now or after the exits.
+        """Return a load's shortage beside the reservations, now or after the exits.
 
         A model whose processes are exiting still has its slot and uses it if no reservation needs it.
         """
@@ -338,7 +338,7 @@ class SchedulerView:
         return self.to_monotonic(job.created_at, job.created_position)
 
     def deadline_at(self, job: Job) -> str | None:
-        """Return when a load fails for being late; None for an unload, and once the load has its outcome."""
+        """Return when a load is late and fails; None for an unload, and once the load has its outcome."""
         run = self.running.get(job.id)
         if job.deadline_at is None or (run is not None and run.has_outcome):
             return None
@@ -376,7 +376,7 @@ class SchedulerView:
         return job.cause in RELOADS or (estimate is not None and estimate.is_proven)
 
     def find_estimate(self, job: Job) -> MemoryEstimate | None:
-        """Return the estimate of a pending load; None while it is not known."""
+        """Return the estimate of a pending load, or None while it is unknown."""
         estimate = self.observations.estimates.get(job.id)
         return estimate if isinstance(estimate, MemoryEstimate) else None
 

@@ -118,29 +118,29 @@ class StoreFolder:
 
     def write(self, path: Path, content: bytes, *, durably: bool) -> None:
         """Write a file that gets its name in one step, replacing an older file."""
-        draft = self._new_name()
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        temporary = self._new_name()
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(content)
                 file.flush()
                 if durably:
                     os.fsync(file.fileno())
-            draft.replace(path)
+            temporary.replace(path)
         except BaseException:
-            draft.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
         if durably:
             sync(path.parent)
 
     def link_over(self, existing: Path, path: Path) -> None:
         """Replace a file by a hard link to an existing one, in one step."""
-        draft = self._new_name()
-        os.link(existing, draft, follow_symlinks=False)
+        temporary = self._new_name()
+        os.link(existing, temporary, follow_symlinks=False)
         try:
-            draft.replace(path)
+            temporary.replace(path)
         finally:
-            draft.unlink(missing_ok=True)  # it stays if both were the same file already
+            temporary.unlink(missing_ok=True)  # it stays if both were the same file already
 
     def take_out(self, path: Path) -> None:
         """Rename a file or folder in one step to a name for removal, and remove it, if it still exists."""

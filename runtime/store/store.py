@@ -132,8 +132,7 @@ class Store:
             on_piece: called between pieces.
 
         Raises:
-            LoadRefused: `unsafe_file`; `model_changed`, a file vanished or was written to while it was
-                copied.
+            LoadRefused: `unsafe_file`; `model_changed`, a file vanished or was written to meanwhile.
             DiskFull: `disk_full`, with the missing bytes.
             RuntimeProblem: `store_full`, with both figures.
             RepositoryUnreadable: `repository_unreadable`.

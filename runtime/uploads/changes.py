@@ -30,7 +30,7 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 MAX_THREADS = 8
-"""Pieces that are written at once. A disk is no faster with more, and one that hangs stops no other work."""
+"""Pieces that are written at once. More are no faster on any disk, and a hanging disk stops no other work."""
 PIECE_LIMIT_S = 120.0
 """For one piece, the most of it syncing 64 MiB or two thousand small files, or for one step of a removal."""
 START_LIMIT_S = 10.0
@@ -46,7 +46,7 @@ class VersionChanges:
 
     Args:
         repository: the models.
-        policy: what is taken.
+        policy: the limits of versions.
         owner: names the part of the staging folder of a server alone.
         log: the ledger.
         elsewhere: knows the epochs of other servers.
@@ -54,8 +54,8 @@ class VersionChanges:
 
     Attributes:
         root: the repository's folder, without links.
-        uploads: those that their callers may go on with, by the id of their event.
-        unknown: changes of which nobody knows whether the log has them, with its position then.
+        uploads: the uploads that their callers may go on with, by the id of their event.
+        unknown: changes that the log may have or not, with its position then.
         is_recovered: whether nothing is left to finish.
     """
 
@@ -117,7 +117,7 @@ class VersionChanges:
         command: Callable[[T], AddVersion | RemoveVersion],
         last_step: Callable[[], None],
     ) -> T:
-        """Make a change, and return what it staged.
+        """Make a change, and return its staged version.
 
         Once it is staged, its event and its last step come, whatever becomes of the request.
 
@@ -161,7 +161,7 @@ class VersionChanges:
             raise
 
     async def _record(self, entry: StagingEntry, command: AddVersion | RemoveVersion) -> None:
-        """Submit a command; one that was not recorded leaves nothing but an upload.
+        """Submit a command; unless it was recorded, only an upload is left.
 
         If that is unknown, its entry stays until the log has another event, and so this one or never.
         """
@@ -182,7 +182,7 @@ class VersionChanges:
     async def give_up(self, entry: StagingEntry) -> None:
         """Record that an added version never became visible; its files go first, so that it never will."""
         await self.run(entry, entry.discard)
-        data = VersionRemoved(NOT_PLACED, self.holder)
+        data = VersionRemoved(NOT_PLACED, server=self.holder)
         draft = Draft(uuid7(), data, SYSTEM, model_id=entry.model_id, version=entry.version)
         await self.log.submit(Record((draft,)))
 
@@ -196,11 +196,11 @@ class VersionChanges:
     async def run(
         self, entry: StagingEntry | None, step: Callable[[], T], limit_s: float = PIECE_LIMIT_S
     ) -> T:
-        """Return what a step returns that blocks; steps of a model, or of the whole folder, never overlap.
+        """Return the result of a blocking step; steps of a model, or of the whole folder, never overlap.
 
         Raises:
             RepositoryBusy: `repository_busy`, it did not end in time; it goes on without effect.
-            RuntimeProblem: of the step; errors of the file system are made into one.
+            RuntimeProblem: the step's; errors of the file system are converted.
         """
 
         def work() -> T:

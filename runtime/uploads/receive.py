@@ -27,7 +27,7 @@ from runtime.onnxfile import (
 MAX_PATH_BYTES = 1024
 """Of one path: file systems take 4096 with the folders above the repository."""
 MAX_NAME_BYTES = 255
-"""Of one name in it: what ext4 and XFS take."""
+"""Length of a name in a path: the limit of ext4 and XFS."""
 RESERVE_BYTES, RESERVE_PART = 2**30, 20
 """Left free on the repository's disk, or a twentieth of a small one: the ledger may be on it."""
 MAX_SHOWN_CHARACTERS = 100
@@ -140,8 +140,8 @@ class FileReceiver:
 
     Args:
         target: where it is written; nothing is there yet.
-        room_bytes: what it may have at most.
-        max_bytes: of its version, for the message.
+        room_bytes: its limit.
+        max_bytes: the version's limit, for the message.
         expected: the digests that it must have.
     """
 
@@ -207,7 +207,7 @@ class FileReceiver:
         return AddedFile(path, self._bytes, self._hashes["sha-256"].hexdigest())
 
     def discard(self) -> None:
-        """Close the file, and delete it unless it was moved; to be called at the end, whatever that is."""
+        """Close the file, and delete it unless it was moved; called at the end in any case."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -235,8 +235,8 @@ def check_model(folder: Path, paths: Iterable[str]) -> None:
     """Refuse a version without a model, or whose model names files that it does not have.
 
     Args:
-        folder: of the version.
-        paths: of its files.
+        folder: the version's folder.
+        paths: its files.
 
     Raises:
         RuntimeProblem: `not_onnx`.

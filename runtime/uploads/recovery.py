@@ -1,4 +1,4 @@
-"""What becomes of entries in the staging folder that no request goes on with: finished, kept or discarded."""
+"""Entries of the staging folder without a request: they are finished, kept or discarded."""
 
 import asyncio
 import logging
@@ -15,7 +15,7 @@ from runtime.uploads.staging import Staging, StagingEntry, VersionExists, check_
 _log = logging.getLogger(__name__)
 
 UNUSED_LIMIT_S = 24 * 3600.0
-"""After its last file, an upload ends: who goes on with it the next morning still finds it."""
+"""Lifetime of an upload after its last file, so that it is still there the next morning."""
 END_UPLOADS_EVERY_S = 600.0
 """Often enough for a disk that unused uploads have filled."""
 
@@ -24,7 +24,7 @@ class Recovery:
     """Finishes changes that have their event, keeps uploads, ends those that are unused, discards the rest.
 
     Args:
-        changes: of the repository.
+        changes: the repository's changes.
         find_event: returns the event with an id, if the ledger as it was last read has it.
     """
 
@@ -90,7 +90,7 @@ class Recovery:
                 return
             staging = changes.staging()
             changes.is_recovered = True
-            changes.uploads = {  # those of an epoch that is over, or of another release, are gone
+            changes.uploads = {  # without those of an epoch that is over, or of another release
                 event_id: upload
                 for event_id, upload in changes.uploads.items()
                 if upload.folder.parent == staging.folder
@@ -126,7 +126,7 @@ class Recovery:
         _log.info("%s was finished: version %d of %s", event.type, entry.version, entry.model_id)
 
     async def _recover_upload(self, event_id: str, staging: Staging) -> None:
-        """Keep an upload for its subject; discard what is none, or was another server's."""
+        """Keep an upload for its subject; discard an entry without a record, or of another server."""
         changes = self._changes
         read = partial(read_upload, staging, event_id, changes.policy.max_bytes)
         upload = await changes.run(None, read, START_LIMIT_S)

@@ -1,4 +1,4 @@
-"""The staging folder inside the repository: what is not visible yet, and what is not visible any more.
+"""The staging folder inside the repository, for versions that are not visible yet, or not any more.
 
 `.uploads/<owner>/<event id>/version` holds the files of one version. No model has a name with a dot first, so
 nothing lists or serves it, and a rename from here to a version's folder stays on one file system. `<owner>`
@@ -29,7 +29,7 @@ from events.commands import Condition
 from events.files import sync
 from events.types import AddedFile
 from runtime.errors import RepositoryUnreadable, RuntimeProblem, UnknownVersion
-from runtime.repository import IS_REMOVED, MAX_FILES, MAX_PATHS_BYTES, Repository, bundle_beside
+from runtime.repository import IS_REMOVED, MAX_FILES, MAX_PATHS_BYTES, Repository, companion_of
 from runtime.store.folder import walk_files
 from runtime.uploads.receive import BadPath, RepositoryReadOnly, UploadTooLarge, check_model, quote
 
@@ -63,7 +63,7 @@ class UploadPolicy:
         writable: whether it changes the repository; `auto` does if the folder belongs to the server's user.
         is_immutable: whether nobody may ever change a file there (`--store-size=off`).
         unshared: why it changes nothing, one of several that do not know whether they share it; "" if not so.
-        max_bytes: of one version.
+        max_bytes: limit of one version.
     """
 
     writable: Writable = "auto"
@@ -76,7 +76,7 @@ def check_writable(root: Path, policy: UploadPolicy) -> None:
     """Refuse changes of a repository that this server only reads.
 
     Raises:
-        RepositoryReadOnly: `repository_read_only`, with what to do.
+        RepositoryReadOnly: `repository_read_only`, with advice.
         RuntimeProblem: `repository_not_shared`, likewise.
     """
     advice = "put versions into its folder yourself"
@@ -110,7 +110,7 @@ class Staging:
         repository: the models.
         root: its folder, without links: all steps of a change are in the release where it began.
         owner: names this server's part of the folder.
-        conditions: of the event of each change there: the epoch in which it began goes on.
+        conditions: conditions of each change's event: the epoch in which it began goes on.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Staging:
     def adopt(self, is_over: Callable[[str], bool]) -> list[str]:
         """Take the entries of epochs that are over, and return the event ids of changes that have not ended.
 
-        Whoever was slower finds nothing to act on any more.
+        The slower of two finds no entry any more.
         """
         if not self.folder.parent.is_dir():
             return []
@@ -153,7 +153,7 @@ class Staging:
                 raise RepositoryReadOnly(f"{folder} is a link: uploads go nowhere but into the repository")
 
     def discard(self, event_id: str) -> None:
-        """Delete an entry, and what is in it."""
+        """Delete an entry with its files."""
         version = self.folder / event_id / VERSION
         if version.is_symlink():  # a version that was a link: what it leads to is not ours
             version.unlink()
@@ -166,8 +166,8 @@ class StagingEntry:
 
     Args:
         staging: where it is.
-        event_id: of the event that the change will have, and the entry's name.
-        model_id: of the version.
+        event_id: the id of the change's future event, and the entry's name.
+        model_id: the version's model.
         version: its number.
 
     Attributes:
@@ -182,10 +182,10 @@ class StagingEntry:
         self.folder = staging.folder / event_id
         self._root = staging.root
         self._target = staging.repository.folder_of(model_id, version, staging.root)
-        self._bundle = bundle_beside(self._target)
+        self._companion = companion_of(self._target)
 
     def check_free(self) -> None:
-        """Refuse a version that is there, complete or not, or of which a signature bundle is.
+        """Refuse a version that exists, complete or not, or whose signature exists.
 
         Raises:
             RuntimeProblem: `version_exists`; `repository_unreadable`, it leads to another folder by now.
@@ -195,8 +195,8 @@ class StagingEntry:
         if os.path.lexists(self._target):
             is_removed = self.staging.repository.is_removed(self.model_id, self.version)
             raise VersionExists(self.model_id, self.version, is_removed=is_removed)
-        if os.path.lexists(self._bundle):  # it would be a file of the version, and not of its event
-            what = f"'{self.model_id}/{self._bundle.name}' signs a version that is not there"
+        if os.path.lexists(self._companion):  # it would be a file of the version, but not of its event
+            what = f"'{self.model_id}/{self._companion.name}' signs a version that is not there"
             reason = f"{what}: send it as a file of the version and delete it, or choose another number"
             raise RuntimeProblem(reason, code="version_exists")
 
@@ -246,7 +246,7 @@ class StagingEntry:
     def take(self) -> None:
         """Move a version that is being removed out of sight, unless that was done before, and delete it.
 
-        A folder that has taken its place since is another version's, and stays with its bundle.
+        A folder that has taken its place since is another version's, and stays with its companion.
 
         Raises:
             OSError: the rename failed.
@@ -254,8 +254,8 @@ class StagingEntry:
         with suppress(FileNotFoundError):
             if str(self._target.lstat().st_ino) == (self.folder / NOTE).read_text(encoding="ascii"):
                 # First: after a crash in between, the inode says that this is unfinished. Once the folder is
-                # moved, a bundle that is left could be that of a later version with the same number.
-                self._delete_bundle()
+                # moved, a companion that is left could be that of a later version with the same number.
+                self._delete_companion()
                 self._target.rename(self.folder / VERSION)
                 sync(self._target.parent)
                 sync(self.folder)
@@ -263,9 +263,9 @@ class StagingEntry:
             self._target.parent.rmdir()
         self.discard()
 
-    def _delete_bundle(self) -> None:
-        with suppress(FileNotFoundError, IsADirectoryError):  # a folder is no bundle
-            self._bundle.unlink()
+    def _delete_companion(self) -> None:
+        with suppress(FileNotFoundError, IsADirectoryError):  # a folder is no companion
+            self._companion.unlink()
 
     def discard(self) -> None:
         self.staging.discard(self.event_id)
@@ -296,9 +296,9 @@ class UploadOrigin(msgspec.Struct, frozen=True):
     """An upload's version and creator: the first line of its record.
 
     Attributes:
-        subject: who alone may use it, and the actor of its event.
-        key: hash of the Idempotency-Key with which it began; None without one.
-        server: the one of several that it is at; None if it is alone.
+        subject: the only subject that may use it, and the actor of its event.
+        key: hash of the Idempotency-Key of its first request; None without one.
+        server: its server among several; None if it is alone.
     """
 
     model_id: str
@@ -317,13 +317,13 @@ class UploadEntry(StagingEntry):
     """A version on its way: an entry to which files are added one by one.
 
     Args:
-        origin: what it is for.
-        max_bytes: of all files together.
+        origin: the upload's version and creator.
+        max_bytes: limit of all files together.
         stays: whether its subject can go on with it; else it has no record, and ends with its request.
 
     Attributes:
         id: the event's, with the name of the server, if that is not alone.
-        files: what is complete, by path.
+        files: the complete files, by path.
         used_at: when the last file was added, in seconds since 1970.
     """
 
@@ -372,7 +372,7 @@ class UploadEntry(StagingEntry):
         Raises:
             BadPath: `invalid_parameter`, a folder has its path, or a file that of a folder above it; or
                 there are too many.
-            UploadTooLarge: `body_too_large`, with what has arrived meanwhile.
+            UploadTooLarge: `body_too_large`, because of files that have arrived meanwhile.
             OSError: it cannot be moved.
         """
         if len(self.files) >= MAX_FILES and file.path not in self.files:
@@ -413,9 +413,9 @@ class UploadEntry(StagingEntry):
 
 
 def read_upload(staging: Staging, event_id: str, max_bytes: int) -> UploadEntry | None:
-    """Return an upload as its record and its files tell; None if it has none.
+    """Return an upload from its record and its files, or None without a record.
 
-    What is incomplete is deleted.
+    Incomplete files are deleted.
 
     Raises:
         OSError: something cannot be read.

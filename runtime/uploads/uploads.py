@@ -46,8 +46,8 @@ class Uploads:
     """Puts versions into the repository, and removes them, for callers.
 
     Args:
-        changes: of the repository.
-        recovery: of changes that did not end.
+        changes: the repository's changes.
+        recovery: finishes changes that did not end.
     """
 
     def __init__(self, changes: VersionChanges, recovery: Recovery) -> None:
@@ -59,9 +59,9 @@ class Uploads:
         """Add a version of one file, and return its files.
 
         Args:
-            model_id: of the version.
+            model_id: the version's model.
             version: its number.
-            actor: of the event.
+            actor: the event's actor.
             body: the model.
             only_new: whether the request is for a version that is not there (`If-None-Match: *`).
 
@@ -149,7 +149,7 @@ class Uploads:
         """Make a version of an upload, and return its files.
 
         Args:
-            upload: of the version.
+            upload: the version's upload.
             source: where its subject says that it comes from.
 
         Raises:
@@ -172,7 +172,7 @@ class Uploads:
     async def remove(
         self, model_id: str, version: int, actor: str, end_uses: Callable[[], Awaitable[None]] | None = None
     ) -> None:
-        """Remove a version that no load uses, once `end_uses`, if there is one, has ended those that do.
+        """Remove a version that no load uses, after `end_uses`, if given, has ended the loads that do.
 
         Raises:
             RuntimeProblem: `repository_read_only`, `unknown_version`, `version_in_use`, `version_exists` (it
@@ -241,7 +241,7 @@ class Uploads:
         return file
 
     def _check_open(self, upload: UploadEntry) -> None:
-        """Refuse what would change an upload that has ended, or is being committed.
+        """Refuse a change of an upload that has ended, or is being committed.
 
         Raises:
             UnknownUpload: `unknown_upload`.

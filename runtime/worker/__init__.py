@@ -1,14 +1,14 @@
 """The inside of a worker process, and the only package that imports ONNX Runtime.
 
-The way of a load: `main` reads a `Load` from the data channel; `confine` confines the process, by `landlock`
-and `seccomp`; `loading.load` takes the files; `sessions` creates the session, which is run once. The server
-hashes and measures.
-The way of an inference: `main` reads an `Infer`; `batching` chooses what runs together; `execution` runs it;
-`inference` turns tensors into arrays and back.
+The way of a load: `main` reads a `Load` from the data channel, `confine` confines the process by `landlock`,
+`seccomp` and `privileges`, `loading.load` opens the files, `sessions` creates the session, and `warmup` runs
+it. The way of an inference: `main` reads an `Infer`, `batching` chooses what runs together, `execution` runs
+it, and `inference` converts tensors to arrays and back, some through `sharedtensors`.
 
-To change: session options, memory limit: `sessions`. Warm-up: `loading`. Cancellation, answers on the
-channel: `execution`. What a worker may do: `confine`. JSON and binary tensors: `inference`.
+To change: session options, memory limit: `sessions`. Example inputs: `examples`; dependence of rows: `rows`.
+Cancellation, answers on the channel: `execution`. Rights of a worker: `confine`. Words for errors:
+`refusals`.
 
-Every module here is imported by the fork server and shared by all workers: what is imported here costs their
-start and memory. A test holds that no HTTP, SQL or asyncio is among it.
+The fork server imports every module here, for all workers: each import costs their start and memory. A test
+holds that no HTTP, SQL or asyncio is among them.
 """

@@ -140,8 +140,7 @@ def run_smallest_model() -> None:
     """Create, run and drop the smallest session, in the fork server.
 
     With its first session ONNX Runtime registers its operators: 3 ms and 10 MB, which every worker would
-    otherwise spend again (measured with 1.31). The process still has one thread then, and no more
-    descriptors.
+    otherwise spend again (measured with 1.31). The process still has one thread then, and no new descriptors.
     """
     session = ort.InferenceSession(SMALLEST_MODEL, session_options(1), providers=["CPUExecutionProvider"])
     session.run(None, {"x": np.zeros((), np.float32)})

@@ -17,6 +17,7 @@ from msgspec import UNSET, UnsetType
 
 from events.jobcommands import NO_BATCHING, RequestLoad, RequestUnload
 from events.types import ALLOW, DEPENDENT_ROWS, Contents, Idempotency, Justification, LoadParameters
+from features.acceptance import CODES, add_conditions
 from features.rules import ModelRules
 from features.server import LoadFieldsSchema, settle_parameters
 from runtime.consumer.loads import find_targets
@@ -226,7 +227,7 @@ async def unload_active(request: web.Request) -> web.Response:
         "invalid_defaults",
         "device_unavailable",
         "queue_full",
-        "too_many_labels",
+        *CODES,
         "repository_busy",
         "repository_unreadable",
         *JOB_ERRORS,
@@ -303,7 +304,7 @@ async def make_load_command(
         if not app[CLUSTER].can_run(parameters):
             raise
     rules = app[CONFIG].policy.of(model_id)
-    return RequestLoad(
+    command = RequestLoad(
         model_id,
         chosen,
         known,
@@ -315,9 +316,10 @@ async def make_load_command(
         is_checked=app[CONFIG].policy.count_persons(model_id) > 0,
         justification=UNSET if person is None else _justify(rules, asked, person),
         sign=app[CLUSTER].sign if asked.get("emergency") else None,
-        label=asked.get("label", UNSET),
+        version_name=asked.get("label", UNSET),
         passed_over=UNSET if refusal is None else str(refusal),
     )
+    return add_conditions(command, app[CONFIG])
 
 
 def _justify(

@@ -17,7 +17,7 @@ import msgspec
 from aiohttp import web
 from marshmallow import fields
 
-from answers.approvals import ApprovalInfo, LoadApprovalInfo, LoadSignatureInfo
+from answers.approvals import ApprovalInfo, LoadApprovalInfo
 from answers.errors import ErrorInfo
 from answers.events import EventInfo
 from answers.models import (
@@ -31,6 +31,7 @@ from answers.models import (
     VersionOrigin,
     WorkerStderr,
 )
+from answers.signatures import LoadSignatureInfo
 from answers.tensors import ModelTensor
 from events.history import ShownModel, describe_model
 from events.models import Model, ModelState
@@ -205,7 +206,7 @@ def make_model_info(
         version=row.version,
         next_version=row.next_version,
         active=is_active,
-        labels=model.versions.versions_by_label,
+        labels=model.versions.versions_by_name,
         approvals=show(model.versions.approvals, list[ApprovalInfo]),
         loaded_at=load.loaded_at if load else None,
         loaded_by=(row.asked_by or load.loaded_by) if load else None,

@@ -1,8 +1,7 @@
 """Versions: add them to the repository, and remove them.
 
 A version of one file is the body of one request. Several files are sent one by one into an upload, which a
-last request commits, with an optional source. A file may have any length: it goes to the disk as it
-arrives.
+last request commits, with an optional source. A file may have any length: the disk gets it as it arrives.
 """
 
 from __future__ import annotations

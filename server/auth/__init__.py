@@ -14,6 +14,6 @@ every request except those to public routes, and the fast path for inferences.
 - `ratelimit`: the windows that count requests, and the header fields that show them
 - `proxies`: the client's address behind trusted proxies
 
-The role of a route is declared with the route, see `server.routing`. A refusal's status is in
+The role of a route (`access`) is declared with the route, see `server.routing`. A refusal's status is in
 `server.errors`.
 """

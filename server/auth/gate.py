@@ -390,8 +390,7 @@ class Gate:
 
         Raises:
             TooManyFailures: `too_many_failures`.
-            InvalidToken: `invalid_token`, or MalformedAuthorization, as raised by `check`; the failure
-                counts.
+            InvalidToken: `invalid_token`, or MalformedAuthorization, as `check` raises it; it counts.
         """
         peer = self.proxies.peer(request)
         self.limits.check_peer(peer)

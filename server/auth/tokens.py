@@ -141,8 +141,7 @@ class TokenIssuer:
         Raises:
             ServerProblem: `not_supported`, an identity provider issues the tokens.
             KeyProblem: the subject, a role or the time is invalid, or there is no key.
-            RequestRefused: `too_many_tokens`; `invalid_token`, the requesting person's token was revoked
-                meanwhile.
+            RequestRefused: `too_many_tokens`; `invalid_token`, the person's token was revoked meanwhile.
             LogUnavailable: `log_unavailable`.
         """
         self._refuse_with_provider()

@@ -1,7 +1,6 @@
 """What the server shows of its work: log lines, traces and metrics.
 
-A request gets a context (`output.begin_context`), which its log lines, its command and the lines of its job
-share.
+A request gets a context (`output.begin_context`), which its log lines, its command and its job's lines share.
 
 - `output`: the context, the formats of log lines, and the queue to stderr
 - `requestlog`: a line and the counts of each request

@@ -113,7 +113,8 @@ class EventLogger:
 
 
 def _write(event: Event, job: Job | None) -> None:
-    level, fields = _level_and_fields(event)
+    data = None if isinstance(event.data, Unknown) else msgspec.to_builtins(event.data)
+    level = logging.WARNING if data is not None and is_bad(event.type, data) else logging.INFO
     if not _log.isEnabledFor(level):
         return
     duration_s = None
@@ -128,18 +129,11 @@ def _write(event: Event, job: Job | None) -> None:
         subject=event.actor,
         worker=event.worker_id,
         duration_s=duration_s,
-        **fields,
+        **({} if data is None else log_fields(event.type, data)),
     )
     record = _log.makeRecord(_log.name, level, __file__, 0, _message(event), (), None, extra=extra)
     record.created = parse_timestamp(event.recorded_at).timestamp()
     _log.handle(record)
-
-
-def _level_and_fields(event: Event) -> tuple[int, dict[str, object]]:
-    if isinstance(event.data, Unknown):
-        return logging.INFO, {}
-    data = msgspec.to_builtins(event.data)
-    return logging.WARNING if is_bad(event.type, data) else logging.INFO, log_fields(event.type, data)
 
 
 def _message(event: Event) -> str:

@@ -42,12 +42,11 @@ FLUSH_S = 2.0
 """How long the end of the server waits for the last lines to be written."""
 
 STDERR = 2
-OURS = ("events", "nodes", "runtime", "server")
+OURS = ("events", "features", "nodes", "runtime", "server")
 """The packages whose log level is set; other packages log warnings."""
 
 SILENT = ("aiohttp.server", "opentelemetry.trace")
-"""Loggers of malformed requests, which anybody can send; handlers' errors are logged with their
-responses."""
+"""Loggers of malformed requests, which anybody can send; handlers' errors have their own lines."""
 
 HIDDEN = "[token]"
 LAST_LINES = "last log lines"

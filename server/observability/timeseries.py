@@ -57,8 +57,7 @@ _SHORT, _LONG = RANGES.values()
 def quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> float | None:
     """Estimate a quantile of a histogram, as Prometheus' `histogram_quantile` does.
 
-    Within a bucket, observations are assumed to be spread evenly; beyond the last bound, the result is that
-    bound.
+    Within a bucket, observations are assumed to be spread evenly; beyond the last bound, it is that bound.
 
     Args:
         bounds: the upper bounds of the buckets, ascending.

@@ -26,7 +26,7 @@ from server.openapi.components import add_answers, share_components
 from server.routing import AnswerType, Route
 
 OPENAPI_VERSION = "3.0.3"
-"""The bundled Swagger UI 4.1 cannot show 3.1."""
+"""The included Swagger UI 4.1 cannot show 3.1."""
 
 LINE_CHARACTERS = 110
 """Of the text, in which a map or list that fits stands in one line."""

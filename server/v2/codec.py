@@ -168,8 +168,7 @@ def decode_request(
     """Decode a request; its tensors are views of the body.
 
     Binary tensors follow `header_bytes` of JSON, see `header_length`; None if the whole body is JSON. With a
-    region, the tensors are there, and `body` is only the JSON. `request` is the JSON if it was decoded
-    before.
+    region, the tensors are there, and `body` is only the JSON. `request` is the decoded JSON, if any.
 
     Raises:
         InvalidInput: `invalid_input`, the request is malformed or unsupported.

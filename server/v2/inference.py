@@ -12,6 +12,7 @@ from aiohttp import hdrs, web
 
 from answers.inference import ModelMetadata, ModelReady
 from features.labels.fold import LABEL_NAME
+from features.ondemand.app import DEMAND
 from runtime.process.pool import reading_bytes
 from runtime.process.sharedmemory import SHARED_FROM_BYTES
 from runtime.requestjson import LONG_JSON_BYTES, SHORT_JSON_BYTES
@@ -19,7 +20,7 @@ from runtime.router import Absent, Answered, Here, InferenceRequest, Target, The
 from runtime.statistics import InferenceTimes
 from runtime.wire import Buffer
 from server.api.models import find_tensors
-from server.appkeys import BODIES, CONFIG, DEMAND, GATE, POOL, ROUTER
+from server.appkeys import BODIES, CONFIG, GATE, POOL, ROUTER
 from server.auth.access import Access
 from server.auth.gate import FORWARDED, PRINCIPAL
 from server.auth.ratelimit import QUOTA

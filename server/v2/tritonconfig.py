@@ -93,7 +93,7 @@ class NotSupported(ServerProblem):
 
 
 KINDS = ("KIND_CPU", "KIND_GPU", "KIND_AUTO", "KIND_MODEL")
-"""Kinds of devices of instances; the last two leave the choice to the server, which reports KIND_MODEL."""
+"""Where instances run; the last two leave the choice to the server, which reports KIND_MODEL."""
 
 
 class InstanceGroup(msgspec.Struct):

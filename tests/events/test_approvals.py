@@ -30,7 +30,7 @@ from events.types import (
     VersionAdded,
     VersionRemoved,
 )
-from events.values import Credential, NodeSignature
+from events.values import Credential
 from features.approvals.commands import (
     ApprovedBytes,
     ApproveVersion,
@@ -46,6 +46,7 @@ from features.approvals.fold import MAX_APPROVED
 from features.approvals.rules import NOT_APPROVED, AddedMode, ApprovalRule
 from features.beforeload import CheckInput, NotLoadable
 from features.checks import check_load
+from features.nodes.facts import NodeSignature
 from features.rules import LoadPolicy, ModelRules
 
 OTHER = "ef" * 32
@@ -292,7 +293,7 @@ def test_approval_is_signed_with_what_it_says_and_its_own_id() -> None:
     (draft,) = decision.drafts
     history.add(draft.data, None, version=1, by="carol", event_id=draft.id)
     (approval,) = history.versions().approvals
-    assert approval.node_signature == NodeSignature("a", "c2ln")
+    assert approval.server_signature == NodeSignature("a", "c2ln")
     assert signed == [approval_statement(MODEL, approval)]
     for name, value in (("by", "mallory"), ("event_id", "x"), ("version", 2), ("digest", OTHER)):
         assert approval_statement(MODEL, structs.replace(approval, **{name: value})) != signed[0]

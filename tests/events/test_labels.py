@@ -13,7 +13,8 @@ from events.jobs import JobStatus
 from events.state import State
 from events.types import SYSTEM, Draft, LoadParameters, LoadRequested, ModelSettingsChanged
 from events.versioncommands import RemoveVersion
-from features.labels.commands import MAX_VERSION_LABELS, RemoveLabel, SetLabel, draft_label
+from features.labels.commands import MAX_VERSION_LABELS, RemoveLabel, SetLabel, draft_labels
+from features.labels.conditions import LabelAllowed
 from features.labels.facts import LabelRemoved, LabelSet
 from features.labels.fold import LABEL_NAME, Label
 
@@ -51,7 +52,7 @@ def decide(facts: str | State, command: Command) -> Decision:
 
 
 def load(version: int = 1, label: str = "champion") -> RequestLoad:
-    return RequestLoad(MODEL, version, CONTENTS, "bob", label=label)
+    return RequestLoad(MODEL, version, CONTENTS, "bob", version_name=label)
 
 
 PINNED = replace(load(), parameters=LoadParameters(pinned=True), asked=frozenset({"pinned"}))
@@ -75,7 +76,7 @@ DECISIONS: list[tuple[str, Command, str]] = [
     ("", load(), "LoadRequested 1"),
     ("request_labelled", load(), "LoadJoined 1"),
     ("request_labelled", load(label="other"), "LoadRequested 1"),
-    ("request_labelled", replace(load(), label=UNSET), "LoadJoined 1"),
+    ("request_labelled", replace(load(), version_name=UNSET), "LoadJoined 1"),
     ("request", load(), "LoadRequested 1"),
     ("load request_labelled_v2", load(2), "LoadJoined 2"),
     # The version serves: the label moves at once, and a label that is there changes nothing.
@@ -109,7 +110,7 @@ def test_label_moves_with_outcome_of_load_of_what_serves() -> None:
     assert isinstance(decision, Accepted)
     request, outcome, label = decision.drafts
     assert isinstance(request.data, LoadRequested)
-    assert (request.id, request.actor, request.data.label) == ("new", "bob", "champion")
+    assert (request.id, request.actor, request.data.version_name) == ("new", "bob", "champion")
     assert isinstance(outcome.data, ModelSettingsChanged)
     assert (outcome.actor, label.actor) == (SYSTEM, "bob")
     assert label == Draft(label.id, LabelSet("champion", outcome.id), "bob", "new", MODEL, 1)
@@ -126,7 +127,7 @@ def test_load_with_label_that_serves_completes_at_once() -> None:
 
 def test_label_of_loaded_version_is_set_by_who_asked() -> None:
     outcome = Draft("loaded", LabelRemoved("x"), SYSTEM, "L", MODEL, 2, "w")
-    moved = draft_label(outcome, "champion", "bob", lambda: "id")
+    (moved,) = draft_labels(outcome, "champion", "bob", lambda: "id")
     assert moved == Draft("id", LabelSet("champion", "loaded"), "bob", "L", MODEL, 2)
 
 
@@ -140,8 +141,9 @@ def test_labels_beyond_limit_are_refused() -> None:
     history = History()
     for number in range(MAX_VERSION_LABELS - 1):
         history.set_label(f"label{number}")
-    history.ask_load("L", label="champion")  # it will set the last one
-    others = SetLabel(MODEL, "other", 1, "bob"), load(2, label="other")
+    history.ask_load("L", version_name="champion")  # it will set the last one
+    limited = replace(load(2, label="other"), conditions=(LabelAllowed(MODEL, "other"),))
+    others = SetLabel(MODEL, "other", 1, "bob"), limited
     assert [describe(decide(history.state, each)) for each in others] == ["too_many_labels"] * 2
     assert describe(decide(history.state, SET)) == "LabelSet 1"
     assert describe(decide(history.state, SetLabel(MODEL, "label0", 2, "bob"))) == "LabelSet 2"

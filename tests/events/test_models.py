@@ -39,18 +39,9 @@ from events.jobs import (
 )
 from events.models import Choice, Model, ModelState
 from events.serving import Serving
-from events.types import (
-    SYSTEM,
-    TYPES,
-    Cause,
-    Data,
-    DeviceUse,
-    Draft,
-    LoadParameters,
-    ModelSettingsChanged,
-    Unknown,
-)
+from events.types import SYSTEM, TYPES, Cause, Data, Draft, LoadParameters, ModelSettingsChanged, Unknown
 from events.versioncommands import find_use
+from features.devices.facts import DeviceUse
 
 UNLOADED, LOADING, LOADED = ModelState.UNLOADED, ModelState.LOADING, ModelState.LOADED
 UNLOADING, LOST = ModelState.UNLOADING, ModelState.LOST
@@ -455,10 +446,12 @@ def test_footprint_is_kept_per_device_with_its_last_measurement() -> None:
     for load, peak, device_bytes in (("L4", 9_000, 601), ("L5", 8_000, 401), ("L6", 9_500, 501)):
         use = replace(ON_CUDA, memory_bytes=device_bytes)
         history.load_on(load, use, ON_CPU, peak_memory_bytes=peak, instances=2, devices=("cuda:0",))
-        assert serving(history).devices == (use, ON_CPU)
+        assert serving(history).targets == (use, ON_CPU)
     history.load_on("L7", on_npu, peak_memory_bytes=7_000, devices=("npu:0",))
     history.load_on("L8", replace(ON_CUDA, device="cuda:1"), peak_memory_bytes=6_000, devices=("cuda:1",))
-    found = [(each.device, each.peak_memory_bytes, each.device_bytes) for each in history.model().footprints]
+    found = [
+        (each.target_name, each.peak_memory_bytes, each.target_bytes) for each in history.model().footprints
+    ]
     assert found == [
         (UNSET, 2_000, UNSET),
         ("cuda:0", 4_750, 251),
@@ -473,7 +466,7 @@ def test_footprint_keeps_what_its_device_measured_before(missing: int | None) ->
     for load, device_bytes in (("L4", missing), ("L5", 600), ("L6", missing)):
         history.load_on(load, replace(ON_CUDA, memory_bytes=device_bytes), peak_memory_bytes=9_000)
     (found,) = history.model().footprints
-    assert found.device_bytes == 600
+    assert found.target_bytes == 600
 
 
 def test_footprint_with_lower_peak_takes_its_device_measurement() -> None:
@@ -481,7 +474,7 @@ def test_footprint_with_lower_peak_takes_its_device_measurement() -> None:
     for load, peak, device_bytes in (("L4", 9_000, 600), ("L5", 8_000, 400)):
         history.load_on(load, replace(ON_CUDA, memory_bytes=device_bytes), peak_memory_bytes=peak)
     (found,) = history.model().footprints
-    assert (found.peak_memory_bytes, found.device_bytes) == (9_000, 400)
+    assert (found.peak_memory_bytes, found.target_bytes) == (9_000, 400)
 
 
 def test_load_on_other_devices_needs_other_workers() -> None:

@@ -21,10 +21,10 @@ from events.sqlite import queries, storage
 from events.sqlite.schema import connect
 from events.state import Entities, State, Transaction
 from events.types import SYSTEM, Cause, Draft, Event, LoadStarted, ServerStarted, UnloadRequested
-from events.values import Credential, NodeSignature
+from events.values import Credential
 from features.approvals.facts import VersionApproved
 from features.nodes.commands import DrainNode, EndNode, JoinNode, NodeCurrent, NodeUnchanged
-from features.nodes.facts import NodeDraining, NodeJoined, NodeLeft, NodeLost
+from features.nodes.facts import NodeDraining, NodeJoined, NodeLeft, NodeLost, NodeSignature
 from features.nodes.register import KEPT_S, Node, NodePhase, evolve_nodes, find_placer
 from nodes.placement import find_share
 from runtime.elsewhere import ALONE
@@ -98,7 +98,7 @@ def test_placer_is_lowest_node_that_takes_loads(nodes: str, steps: str, placer: 
 def test_node_that_signed_a_standing_approval_is_not_forgotten() -> None:
     history = cluster("a", "b")
     signature = NodeSignature("b", "c2ln")
-    history.add(VersionApproved(DIGEST, (), "fine", Credential(), node_signature=signature), by="carol")
+    history.add(VersionApproved(DIGEST, (), "fine", Credential(), server_signature=signature), by="carol")
     history.leave("b")
     history.join("c", after_s=KEPT_S + 20)
     assert set(history.state.registers.nodes) == {*"abc"}
@@ -422,7 +422,7 @@ def test_command_about_node_is_decided(steps: str, command: Command, expected: o
 def test_facts_of_ended_epoch_are_refused() -> None:
     history = cluster("a", "b")
     node = history.state.registers.nodes["a"]
-    draft = Draft("f", LoadStarted(1, "a"), SYSTEM, "L", MODEL, 1)
+    draft = Draft("f", LoadStarted(1, server="a"), SYSTEM, "L", MODEL, 1)
     current, unchanged = Record((draft,), (NodeCurrent("a", 1),)), Record((draft,), (NodeUnchanged(node),))
     assert facts(decide(history.state, current)) == facts(decide(history.state, unchanged)) == [draft.data]
     history.drain("a")

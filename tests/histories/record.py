@@ -58,7 +58,6 @@ from events.types import (
     AccessDenied,
     AddedFile,
     Cause,
-    DeviceUse,
     Draft,
     Idempotency,
     Justification,
@@ -74,6 +73,7 @@ from events.types import (
 from events.values import Credential
 from events.versioncommands import AddVersion, RemoveVersion
 from features.approvals.rules import ApprovalRule
+from features.devices.facts import DeviceUse
 from features.nodes.register import NodePhase
 from features.rules import LoadPolicy
 from features.signatures.rules import TrustMode, TrustRule

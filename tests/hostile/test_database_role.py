@@ -35,12 +35,12 @@ from support.replicas import rows_in
 from events.clock import format_timestamp, utc_now, uuid7
 from events.codec import encode_event, hash_body
 from events.types import SYSTEM, Draft, Event, EventsDiscarded, LoadRequested, record_draft
-from events.values import Credential, FileHash, NodeSignature
+from events.values import Credential, FileHash
 from features.approvals.commands import approval_statement
 from features.approvals.facts import ApprovalWithdrawn, VersionApproved
 from features.approvals.fold import make_approval
 from features.approvals.rules import ApprovalRule
-from features.nodes.facts import NodeJoined
+from features.nodes.facts import NodeJoined, NodeSignature
 from features.rules import LoadPolicy
 from server.appkeys import LOG
 
@@ -214,11 +214,11 @@ async def test_forged_approval_lets_no_load_pass(ledger: Database, tmp_path: Pat
                 assert isinstance(genuine.data, VersionApproved)
                 with pytest.raises(asyncpg.UniqueViolationError):
                     await append_as_role(ledger, made_of(replace(forged, id=genuine.id)))
-                forged = replace(forged, data=replace(data, node_signature=genuine.data.node_signature))
+                forged = replace(forged, data=replace(data, server_signature=genuine.data.server_signature))
             if signer == "z":
                 statement = approval_statement("m", make_approval(record_draft(forged, 0, ""), data))
                 signature = NodeSignature("z", base64.b64encode(key.sign(statement)).decode())
-                forged = replace(forged, data=replace(data, node_signature=signature))
+                forged = replace(forged, data=replace(data, server_signature=signature))
             await append_as_role(ledger, made_of(forged))
             assert (await load_job(node))[1] == "not_approved", signer
         said = await asyncio.to_thread(partial(printed, "verify", "--ledger", ledger.server_url, code=1))

@@ -14,10 +14,11 @@ from support.answers import fill, fill_json
 from support.clients import NDJSON, OutOfAnswers, Played, answer, bookmark, event_lines, job, problem
 from support.history import FEWER
 
-from answers.approvals import ApprovalInfo, VerifiedVersionInfo, VersionApprovals
+from answers.approvals import ApprovalInfo, VersionApprovals
 from answers.events import EventInfo
 from answers.inference import ModelMetadata
 from answers.models import ModelInfo
+from answers.signatures import VerifiedVersionInfo
 from loadledger import Client, errors
 from loadledger.errors import (
     BadAnswer,

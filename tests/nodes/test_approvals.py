@@ -92,7 +92,7 @@ async def forge(ledger: Database, folder: Path, *drafts: Draft) -> None:
 async def list_results(api: LocalApi) -> list[ApprovalResult]:
     """Return with which approvals the model was loaded, which a node has signed each time."""
     loaded = await api.data_of(ModelLoaded)
-    assert all(each.node_signature for each in loaded)
+    assert all(each.server_signature for each in loaded)
     return [each.approval.result for each in loaded if each.approval]
 
 
@@ -118,7 +118,7 @@ async def test_forged_approval_does_not_count(ledger: Database, tmp_path: Path, 
         (data,) = await a.data_of(VersionApproved)
         await withdraw(a)
         if not is_replayed:
-            data = structs.replace(data, node_signature=UNSET)
+            data = structs.replace(data, server_signature=UNSET)
         await forge(ledger, tmp_path, Draft(uuid7(), data, "carol", None, "m", 1))
         assert await load(a) == NOT_APPROVED
         await approve(a)
@@ -161,7 +161,7 @@ async def test_reload_of_load_that_no_node_signed_is_refused(ledger: Database, t
         loaded = structs.replace(model_loaded(), files=(LoadedFile(path, 9, 1, sha256),), server="a")
         request = LoadRequested.of(LoadParameters(), Cause.REQUEST)
         about = SYSTEM, job_id, "m", 1
-        facts = Draft(job_id, request, *about), Draft(uuid7(), LoadStarted(1, "a"), *about)
+        facts = Draft(job_id, request, *about), Draft(uuid7(), LoadStarted(1, server="a"), *about)
         await forge(ledger, tmp_path, *facts, Draft(uuid7(), loaded, *about))
         await a.app[LOG].wait_until(lambda: "m" in a.app[LOG].state.models, LIMIT_S)
     async with local_node(ledger, tmp_path, "b", policy=POLICY) as b:

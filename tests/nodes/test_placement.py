@@ -300,7 +300,7 @@ class Cluster:
     def set_policy(self, name: str, policy: LoadPolicy) -> None:
         """The node starts with a policy."""
         self.history.join(name, budget_bytes=100)
-        self.history.add(PolicyInForce(policy, name), of=None, version=None)
+        self.history.add(PolicyInForce(policy, server=name), of=None, version=None)
 
     def next(self, name: str, running: str = "", **policy: Any) -> str:
         return describe_next(self.decide(name, running, **policy))
@@ -416,7 +416,7 @@ def test_load_leaves_node_that_has_other_rules_since() -> None:
     cluster = Cluster()
     cluster.history.ask_load("L")
     cluster.history.place("L", "b")
-    cluster.history.add(PolicyInForce(ONE_APPROVAL, "b"), of=None, version=None)
+    cluster.history.add(PolicyInForce(ONE_APPROVAL, server="b"), of=None, version=None)
     assert cluster.next("b") == "place L at a: room"
     cluster.history.drain("a")
     where = "a node with the rules by which it was accepted, none"
@@ -451,7 +451,7 @@ def test_reload_is_requested_by_rules_that_node_has(
     history = History()
     for name, rules, own in (("a", a, ()), ("b", b, ("gpu=a",))):
         history.join(name, attributes=own)
-        history.add(PolicyInForce(rules, name), of=None, version=None)
+        history.add(PolicyInForce(rules, server=name), of=None, version=None)
     history.load_at("b", "L", node_attributes=attributes)
     reload = RequestLoad(MODEL, 1, None, SYSTEM, cause=Cause.RECOVERY)
     placement = NodePlacement("a", KnownStanding(1), KnownSigning("a"))

@@ -204,7 +204,7 @@ def test_choice_has_the_requested_version() -> None:
     history = loaded_at("a", "b")
     history.ask_load("L2", version=2, copies=2)
     history.place("L2", "a", version=2)
-    history.add(LoadStarted(1, "a"), "L2", version=2)
+    history.add(LoadStarted(1, server="a"), "L2", version=2)
     history.add(replace(model_loaded("w2"), server="a"), "L2", version=2)
     assert {each.version for each in history.model().servings} == {1, 2}
     placement = placement_of("d")

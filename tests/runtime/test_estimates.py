@@ -126,10 +126,10 @@ def test_need_is_the_last_peak_or_an_estimate(found: object, expected: object) -
 # On devices
 
 MEASURED = CONTEXT_BYTES + 700
-ON_CUDA = replace_footprint(KNOWN, peak_memory_bytes=300, device="cuda:0", device_bytes=MEASURED)
-TOO_LITTLE = replace_footprint(ON_CUDA, device_bytes=100)
-UNMEASURED = replace_footprint(KNOWN, peak_memory_bytes=400, device="cuda:0")
-ON_NPU = replace_footprint(KNOWN, peak_memory_bytes=500, device="npu:0")
+ON_CUDA = replace_footprint(KNOWN, peak_memory_bytes=300, target_name="cuda:0", target_bytes=MEASURED)
+TOO_LITTLE = replace_footprint(ON_CUDA, target_bytes=100)
+UNMEASURED = replace_footprint(KNOWN, peak_memory_bytes=400, target_name="cuda:0")
+ON_NPU = replace_footprint(KNOWN, peak_memory_bytes=500, target_name="npu:0")
 SIZES = sizes(1000, 5000).bytes
 GUESS = CONTEXT_BYTES + DEVICE_BYTES_PER_FILE_BYTE * 6000
 

@@ -16,9 +16,10 @@ from support.http import LocalApi
 from answers.tokens import ROLES
 from events.jobs import JobKind, JobStatus
 from events.models import RELOADS, ModelState
-from events.presence import NodeState, ServerState
+from events.presence import ServerState
 from events.types import Cause
 from features.approvals.facts import ApprovalResult
+from features.nodes.facts import NodeState
 from features.nodes.register import NodePhase
 from features.signatures.rules import TrustMode
 from server.app import all_routes, create_app

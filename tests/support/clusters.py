@@ -31,11 +31,11 @@ from events.types import (
     contents_of,
     digest_of,
 )
-from events.values import Credential, NodeSignature
+from events.values import Credential
 from events.versioncommands import AddVersion, RemoveVersion
 from features.approvals.facts import VersionApproved
 from features.nodes.commands import EndNode, JoinNode
-from features.nodes.facts import LoadPlaced, NodeLeft, NodeLost
+from features.nodes.facts import LoadPlaced, NodeLeft, NodeLost, NodeSignature
 from features.nodes.register import Node, find_placer
 from features.rules import LoadPolicy
 from nodes.decisions import NodePlacement
@@ -116,7 +116,7 @@ class ClusterLog(Ledger):
                 assert has_attributes(self.state.registers.nodes[by.name], job.load)
                 assert has_version(self.state, by.name, draft.model_id, draft.version)
                 if isinstance(draft.data, ModelLoaded):
-                    assert draft.data.node_signature
+                    assert draft.data.server_signature
                     self._check_replaced(draft, following, job, by.name)
             case WorkerExited(server=node_id):
                 assert by is not None
@@ -240,7 +240,7 @@ class ClusterNode(World):
         )
         self.log.submit(command, self.now)
         if self.log.state.registers.find_policy(self.name) != self.policy.loads:
-            data = PolicyInForce(self.policy.loads, self.name)
+            data = PolicyInForce(self.policy.loads, server=self.name)
             self.log.submit(Record((Draft(self.log.new_id(), data, SYSTEM),)), self.now)
         self.epoch = self.log.state.registers.nodes[self.name].epoch
         self.renewed_at = self.clock

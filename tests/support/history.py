@@ -29,7 +29,6 @@ from events.types import (
     CancelRequested,
     Cause,
     Data,
-    DeviceUse,
     Draft,
     Durations,
     Event,
@@ -58,6 +57,7 @@ from events.types import (
 from events.values import Credential, FileHash
 from events.versions import ModelVersions
 from features.approvals.facts import ApprovalWithdrawn, VersionApproved
+from features.devices.facts import DeviceUse
 from features.labels.facts import LabelRemoved, LabelSet
 from features.nodes.facts import LoadPlaced, NodeData, NodeDraining, NodeJoined, NodeLeft, NodeLost
 from support.fleet import SOAK, of_both
@@ -188,7 +188,7 @@ class History:
         self.ask_load(job, of=of, version=version, instances=instances, **given)
         self.start_load(job, of=of, version=version)
         workers = (f"w-{job}", *(f"w-{job}-{number}" for number in range(2, instances + 1)))
-        loaded = replace(model_loaded(*workers), devices=devices, peak_memory_bytes=peak_memory_bytes)
+        loaded = replace(model_loaded(*workers), targets=devices, peak_memory_bytes=peak_memory_bytes)
         self.add(loaded, job, of=of, version=version)
 
     def load_pair(self, job: str, *, cause: Cause = Cause.REQUEST) -> None:
@@ -337,7 +337,7 @@ class History:
 
     def start_at(self, node: str, job: str, *, of: str = MODEL, version: int = 1) -> None:
         self.place(job, node, of=of, version=version)
-        self.add(LoadStarted(self.job(job).attempt + 1, node), job, of=of, version=version)
+        self.add(LoadStarted(self.job(job).attempt + 1, server=node), job, of=of, version=version)
 
     def add_version(
         self, node: str | UnsetType = UNSET, *, sha256: str = "ab" * 32, of: str = MODEL, version: int = 1
@@ -349,7 +349,7 @@ class History:
     def remove_version(
         self, node: str | UnsetType = UNSET, reason: str | None = None, *, of: str = MODEL, version: int = 1
     ) -> None:
-        self.add(VersionRemoved(reason, node), of=of, version=version, by="alice")
+        self.add(VersionRemoved(reason, server=node), of=of, version=version, by="alice")
 
     def set_label(self, label: str = "champion", *, version: int = 1, of: str = MODEL) -> None:
         self.add(LabelSet(label), of=of, version=version, by="alice")
@@ -468,8 +468,8 @@ STEPS: dict[str, Callable[..., object]] = {
     "label": lambda h: h.set_label(),
     "label_v2": lambda h: h.set_label(version=2),
     "unlabel": lambda h: h.add(LabelRemoved("champion"), by="alice"),
-    "request_labelled": lambda h: h.ask_load("L", label="champion"),
-    "request_labelled_v2": lambda h: h.ask_load("L2", version=2, label="champion"),
+    "request_labelled": lambda h: h.ask_load("L", version_name="champion"),
+    "request_labelled_v2": lambda h: h.ask_load("L2", version=2, version_name="champion"),
     # Another model.
     "request_other": lambda h: h.ask_load("O", of="other"),
     "start_other": lambda h: h.start_load("O", of="other"),

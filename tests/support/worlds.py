@@ -19,6 +19,7 @@ from events.jobcommands import RequestCancel, RequestLoad, RequestUnload
 from events.jobs import FORK_SERVER_DIED, NO_PROGRESS, Failure, Job, JobStatus
 from events.models import RELOADS, Model, ModelState
 from events.state import State
+from events.statements import Sign
 from events.types import (
     SYSTEM,
     AddedFile,
@@ -43,7 +44,7 @@ from events.types import (
     digest_of,
     record_draft,
 )
-from events.values import Credential, Sign
+from events.values import Credential
 from events.versioncommands import AddVersion
 from events.versions import ModelVersions
 from features.approvals.commands import ApproveVersion, WithdrawApproval

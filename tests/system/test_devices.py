@@ -24,7 +24,8 @@ from support.openvino import openvino_environment
 from support.servers import APART, Server, address, bearer, events, serving, verified
 from support.workers import computing, until
 
-from events.types import DeviceUse, ModelLoaded, ModelUnloaded
+from events.types import ModelLoaded, ModelUnloaded
+from features.devices.facts import DeviceUse
 from features.devices.names import CPU, provider_of
 from runtime.memory import tree_bytes
 from server.config import Config
@@ -87,7 +88,7 @@ async def device_of(api: Api) -> Json:
 async def loaded_uses(config: Config) -> list[Sequence[DeviceUse]]:
     """Return the devices of each load on one, from the ledger."""
     log = await events(config)
-    return [event.data.devices for event in log if isinstance(event.data, ModelLoaded) and event.data.devices]
+    return [event.data.targets for event in log if isinstance(event.data, ModelLoaded) and event.data.targets]
 
 
 def assert_close(found: Sequence[float], expected: Sequence[float]) -> None:
@@ -162,7 +163,7 @@ async def with_room_for_one(weights: Config, environment: dict[str, str]) -> Asy
         await server.api.unload("b")
         assert await server.stop() == 0
     loads = [event.data for event in await events(weights) if isinstance(event.data, ModelLoaded)]
-    needs = [data.devices[0].memory_bytes or data.peak_memory_bytes for data in loads if data.devices]
+    needs = [data.targets[0].memory_bytes or data.peak_memory_bytes for data in loads if data.targets]
     options = (f"--device-memory={DEVICE}={max(needs) * 3 // 2}", "--evict=idle", "--min-residency-s=0")
     async with serving(weights, *options, environment=environment) as server:
         yield server

@@ -58,7 +58,7 @@ from events.types import (
     digest_of,
     record_draft,
 )
-from events.values import Credential, FileHash, NodeSignature
+from events.values import Credential, FileHash
 from features.approvals.commands import ApproveVersion, WithdrawApproval, approval_statement
 from features.approvals.facts import ApprovalResult, LoadApproval, VersionApproved
 from features.approvals.fold import make_approval
@@ -66,6 +66,7 @@ from features.approvals.rules import AddedMode, ApprovalRule
 from features.audit import MAX_REMARKS, PolicyAudit, RemarkKind
 from features.beforeload import CheckedLoad, CheckInput, NotLoadable
 from features.checks import check_load
+from features.nodes.facts import NodeSignature
 from features.rules import LoadPolicy, ModelRules
 from features.signatures.facts import MAX_BUNDLES, LoadSignature
 from features.signatures.rules import TrustedCertificates, TrustMode, TrustRule
@@ -129,7 +130,7 @@ class Story:
     def policy(self, policy: str | LoadPolicy) -> None:
         policy = POLICIES[policy] if isinstance(policy, str) else policy
         self.rules = policy.of(MODEL) or NO_RULES
-        self.history.add(PolicyInForce(policy, self.node), of=None, version=None)
+        self.history.add(PolicyInForce(policy, server=self.node), of=None, version=None)
 
     def request(
         self,
@@ -144,7 +145,7 @@ class Story:
         if emergency_for is not None:
             said = replace(said, emergency="outage", digest=digest_of(contents(emergency_for)))
             seen = self.sign(emergency_statement(job, MODEL, 1, by, said))
-            said = replace(said, node_signature=seen)
+            said = replace(said, server_signature=seen)
         digest = UNSET if self.rules is NO_RULES else self.rules.digest
         asked = LoadRequested.of(LoadParameters(), cause, policy=digest, justification=said)
         self.history.add(asked, job, by=by)
@@ -164,7 +165,7 @@ class Story:
         data = VersionApproved(digest_of(contents(sha256)), files, "fine", Credential(issued_by=issued_by))
         event_id = f"approval{self.history.state.position}"
         said = make_approval(record_draft(Draft(event_id, data, by, None, MODEL, 1), 0, ""), data)
-        data = replace(data, node_signature=self.sign(approval_statement(MODEL, said)))
+        data = replace(data, server_signature=self.sign(approval_statement(MODEL, said)))
         self.history.add(data, by=by, event_id=event_id)
 
     def find_approval(self, by: str) -> int:
@@ -177,7 +178,7 @@ class Story:
         return LoadApproval(rule, ApprovalResult(result), persons, positions)
 
     def start(self, job: str) -> None:
-        self.history.add(LoadStarted(1, self.node), job)
+        self.history.add(LoadStarted(1, server=self.node), job)
 
     def finish(self, job: str, result: str = "", by: str = "", sha256: str = ONE, **given: Any) -> None:
         """Load files, which say how they were approved; `given` are other fields of the event."""
@@ -186,8 +187,8 @@ class Story:
         data = replace(model_loaded(), files=files_of(sha256), approval=approval, server=self.node)
         data = replace(data, **given)
         passed = AdmittedBytes(digest_of(contents_of(data.files)), job, 1, data.evidence)
-        if self.node is not UNSET and "node_signature" not in given:
-            data = replace(data, node_signature=self.sign(load_statement(MODEL, passed)))
+        if self.node is not UNSET and "server_signature" not in given:
+            data = replace(data, server_signature=self.sign(load_statement(MODEL, passed)))
         self.history.add(data, job)
 
     def load(self, job: str, *said: str, **given: Any) -> None:
@@ -262,8 +263,8 @@ WORDS: dict[str, Callable[..., object]] = {
     "load": lambda s, *said: s.load("L", *said),
     "load_again": lambda s, *said: s.load("L2", *said),
     "load_at_positions": lambda s, *at: s.load("L", approval=s.name_approvals("carol", *map(int, at))),
-    "load_unsigned": lambda s, *said: s.load("L", *said, node_signature=UNSET),
-    "load_signed_by_b": lambda s, *said: s.load("L", *said, node_signature=NodeSignature("b", "")),
+    "load_unsigned": lambda s, *said: s.load("L", *said, server_signature=UNSET),
+    "load_signed_by_b": lambda s, *said: s.load("L", *said, server_signature=NodeSignature("b", "")),
     "change_settings": lambda s: s.history.change_settings("L2", "L"),
     "change_settings_at_reload": lambda s: s.history.change_settings("R", "L"),
     "reload": lambda s, *said: s.load("R", *said),

@@ -10,12 +10,12 @@ from support import ledgers
 from support.history import History, at
 
 from events.audit.replay import replay
-from events.presence import Liveness, NodeLiveness, NodeState, ServerState
+from events.presence import Liveness, ServerState, SharingLiveness
 from events.sqlite import queries
 from events.sqlite.schema import connect
 from events.sqlite.timetravel import NOTE_EVERY_S, liveness_at, models_at, read_moment
 from events.types import ServerStarted, TokenRevoked
-from features.nodes.facts import NodeLost
+from features.nodes.facts import NodeLost, NodeState
 from features.nodes.register import KEPT_S
 
 RUNNING, STOPPED, UNKNOWN = ServerState.RUNNING, ServerState.STOPPED, ServerState.UNKNOWN
@@ -123,7 +123,7 @@ def test_presence_of_nodes_at_moment(tmp_path: Path, row: str) -> None:
         ServerState(state),
         None if since == "-" else at(int(since)),
         tuple(
-            NodeLiveness(node, NodeState(phase), at(int(then)))
+            SharingLiveness(node, NodeState(phase), at(int(then)))
             for node, phase, then in zip(nodes[::3], nodes[1::3], nodes[2::3], strict=True)
         ),
     )

@@ -16,19 +16,12 @@ from hypothesis import strategies as st
 from support.answers import fill
 from support.history import PLAIN, History
 
-from answers.approvals import (
-    ApprovalInfo,
-    FileDigest,
-    LoadApprovalInfo,
-    LoadSignatureInfo,
-    UnapprovedVersion,
-    VerifiedVersionInfo,
-    VersionApprovals,
-)
+from answers.approvals import ApprovalInfo, LoadApprovalInfo, UnapprovedVersion, VersionApprovals
 from answers.errors import ErrorInfo
 from answers.jobs import JobInfo
 from answers.models import LoadedFileInfo, ModelCopy, ModelInfo, ModelRulesInfo, VersionOrigin
 from answers.resources import Device, LoadUsage, Resources, WaitingJob
+from answers.signatures import FileDigest, LoadSignatureInfo, VerifiedVersionInfo
 from events.codec import encode_event
 from events.types import TYPES, LoadFailed, Unknown, WorkerExited
 from features.approvals import cli as approvals

@@ -18,10 +18,11 @@ from support.workers import LIMIT_S, running_pool, until
 
 from events.jobs import Job, JobStatus
 from events.models import ModelState
-from events.types import DeviceUse, LoadParameters, LoadStarted, ModelLoaded, ModelUnloaded
+from events.types import LoadParameters, LoadStarted, ModelLoaded, ModelUnloaded
 from features.devices import allocation
 from features.devices import found as devices
 from features.devices.allocation import MeasuredAllocation
+from features.devices.facts import DeviceUse
 from features.devices.room import DeviceUsage, limit_device, list_device_usage
 from features.devices.wire import FoundDevice
 from runtime.consumer.running import RunningLoad
@@ -65,10 +66,10 @@ async def test_load_on_device_records_what_runs_there(engine: Engine) -> None:
     assert (await engine.load("adder", 1, ON_DEVICE)).status is JobStatus.COMPLETED
     assert await engine.ask("adder", 1) == 2
     fact, found = await loaded(engine), engine.pool.targets.found[DEVICE]
-    assert fact.devices == (DeviceUse("openvino", found.version, DEVICE, 1),)
+    assert fact.targets == (DeviceUse("openvino", found.version, DEVICE, 1),)
     assert fact.confinement == engine.pool.targets.applied.confinement
     [footprint] = engine.model("adder").footprints
-    assert (footprint.device, footprint.device_bytes) == (DEVICE, UNSET)
+    assert (footprint.target_name, footprint.target_bytes) == (DEVICE, UNSET)
     [use] = engine.consumer.uses()
     assert (use.device, use.device_bytes) == (DEVICE, 0)
     usage = usage_of(engine)
@@ -77,7 +78,7 @@ async def test_load_on_device_records_what_runs_there(engine: Engine) -> None:
     await engine.unload("adder")
     assert (await engine.facts(ModelUnloaded))[-1].unreturned_bytes is UNSET
     await engine.load("adder", 1)  # the footprint there is none of the CPU
-    assert (await loaded(engine)).devices is UNSET
+    assert (await loaded(engine)).targets is UNSET
     assert len(engine.model("adder").footprints) == 2
 
 
@@ -88,7 +89,7 @@ async def test_nodes_beside_the_device_need_leave_to_fall_back(engine: Engine) -
     assert "1 of the 2 nodes" in refused.message
     with_fallback = structs.replace(ON_DEVICE, fallback="cpu")
     assert (await engine.load("partly", parameters=with_fallback)).status is JobStatus.COMPLETED
-    uses = (await loaded(engine, "partly")).devices or ()
+    uses = (await loaded(engine, "partly")).targets or ()
     assert [(use.provider, use.device, use.nodes) for use in uses] == [
         ("openvino", DEVICE, 1),
         ("cpu", "cpu", 1),
@@ -100,7 +101,7 @@ async def test_load_without_any_of_its_devices_does_not_start(engine: Engine) ->
     assert code_of(job) == "device_unavailable"
     assert await engine.facts(LoadStarted) == []
     await engine.load("adder", 1, LoadParameters(devices=("cuda:*", "cpu")))
-    assert (await loaded(engine)).devices is UNSET
+    assert (await loaded(engine)).targets is UNSET
     assert await engine.ask("adder", 1) == 2
 
 
@@ -108,7 +109,7 @@ async def test_new_version_replaces_the_one_on_the_device(engine: Engine) -> Non
     await engine.load("adder", 1, ON_DEVICE)
     await engine.load("adder", 2, structs.replace(ON_DEVICE, devices=("openvino:*",)))
     assert await engine.ask("adder", 1) == 3
-    assert (await loaded(engine)).devices is not UNSET
+    assert (await loaded(engine)).targets is not UNSET
 
 
 async def test_full_device_evicts_the_idle_model(tmp_path: Path, shared_pool: WorkerPool) -> None:
@@ -125,7 +126,7 @@ async def test_killed_worker_is_reloaded_on_the_device(engine: Engine) -> None:
     await engine.load("adder", 1, ON_DEVICE)
     await engine.die("adder")
     await engine.becomes("adder", ModelState.LOADED)
-    assert (await loaded(engine)).devices is not UNSET
+    assert (await loaded(engine)).targets is not UNSET
     assert await engine.ask("adder", 1) == 2
 
 
@@ -181,10 +182,10 @@ async def exited(load: RunningLoad) -> None:
 
 async def test_memory_of_device_is_what_a_load_leaves_less(device: Engine, driver: Shim) -> None:
     assert (await load_taking(device, driver, "adder", 600 * MB)).status is JobStatus.COMPLETED
-    [use] = (await loaded(device)).devices or ()
+    [use] = (await loaded(device)).targets or ()
     assert use.memory_bytes == 600 * MB
     [footprint] = device.model("adder").footprints
-    assert footprint.device_bytes == 600 * MB
+    assert footprint.target_bytes == 600 * MB
     usage = usage_of(device)
     assert (usage.reserved_bytes, usage.used_bytes) == (0, 600 * MB)
     [use_of_model] = device.consumer.uses()
@@ -268,7 +269,7 @@ async def test_unload_meanwhile_does_not_count_for_a_load(device: Engine, driver
     assert (await device.facts(ModelUnloaded))[-1].unreturned_bytes is UNSET
     os.kill(pid, signal.SIGCONT)
     await device.ended(job_id)
-    [use] = (await loaded(device, "other")).devices or ()
+    [use] = (await loaded(device, "other")).targets or ()
     assert use.memory_bytes == 300 * MB
 
 
@@ -279,7 +280,7 @@ async def test_reload_waits_for_the_memory_of_a_killed_worker(device: Engine, dr
     assert allocation_of(lost).is_held
     take(driver, -600 * MB)
     await device.becomes("adder", ModelState.LOADED)
-    [use] = (await loaded(device)).devices or ()
+    [use] = (await loaded(device)).targets or ()
     assert (use.device, use.memory_bytes) == (DEVICE, 0)
     assert await device.ask("adder", 1) == 2
 
@@ -290,7 +291,7 @@ async def test_device_whose_driver_says_nothing_is_not_waited_for(
     gone = structs.replace(device.pool.targets.found[DEVICE], pci_bus_id="0000:09:00.0")
     monkeypatch.setattr(device.pool, "targets", replace(device.pool.targets, found={DEVICE: gone}))
     await device.load("adder", 1, ON_DEVICE)
-    [use] = (await loaded(device)).devices or ()
+    [use] = (await loaded(device)).targets or ()
     assert use.memory_bytes is None
     await device.unload("adder")
     assert (await device.facts(ModelUnloaded))[-1].unreturned_bytes is UNSET
@@ -316,7 +317,7 @@ async def test_load_while_the_driver_hangs_has_no_measurement(device: Engine, dr
     async with hanging(driver):
         os.kill(pid, signal.SIGCONT)
         assert (await device.ended(job_id)).status is JobStatus.COMPLETED
-    [use] = (await loaded(device)).devices or ()
+    [use] = (await loaded(device)).targets or ()
     assert use.memory_bytes is None
     assert device.live("adder").list_taken()[DEVICE] == allocation_of(device.live("adder")).reserved_bytes
 

@@ -9,10 +9,11 @@ from support.history import History
 from support.running import error_of, running
 from support.workers import computing, until
 
+from events.jobcommands import RequestLoad
 from events.jobs import JobStatus
 from events.types import Cause, LoadParameters
 from runtime.process.pool import WorkerPool
-from runtime.scheduler.actions import build_reload
+from runtime.scheduler.actions import RequestReload, build_request
 from runtime.scheduler.view import Policy
 
 
@@ -73,4 +74,6 @@ def test_reload_has_at_least_the_progress_timeout_of_the_server(recorded: int | 
     history.kill_worker("w-L")
     lost = history.model().loaded
     assert lost is not None
-    assert build_reload(lost, Cause.RECOVERY, (), 300).parameters.progress_timeout_s == expected
+    reload = build_request(RequestReload(lost, Cause.RECOVERY), (), 300)
+    assert isinstance(reload, RequestLoad)
+    assert reload.parameters.progress_timeout_s == expected

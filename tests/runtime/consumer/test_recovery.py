@@ -22,7 +22,7 @@ from support.workers import freeze, until
 
 from events.commands import OUTDATED
 from events.errors import LogUnavailable, RequestRefused
-from events.jobcommands import RequestCancel
+from events.jobcommands import RequestCancel, RequestLoad
 from events.jobs import MAX_RETRIES, JobKind, JobStatus, UnloadParameters
 from events.models import ModelState
 from events.types import Cause, ClockStepped, LoadParameters, LoadRequested, LoadStarted, WorkerExited
@@ -30,7 +30,14 @@ from runtime.consumer import consumer, loads
 from runtime.errors import WorkerDied
 from runtime.process.pool import WorkerPool
 from runtime.repository import DEFAULTS_FILE
-from runtime.scheduler.actions import RELOAD_TIMEOUT_S, ChangeSettings, FailLoad, StartUnload, build_reload
+from runtime.scheduler.actions import (
+    RELOAD_TIMEOUT_S,
+    ChangeSettings,
+    FailLoad,
+    RequestReload,
+    StartUnload,
+    build_request,
+)
 from runtime.scheduler.admission import MAX_SERVER_DEATHS
 from runtime.scheduler.scheduler import MAX_INCIDENTS
 
@@ -259,7 +266,9 @@ def test_reload_asks_for_the_threads_that_the_load_asked_for(asked: int | None) 
     history.restart()
     lost = history.model().loaded
     assert lost is not None
-    assert build_reload(lost, Cause.RESTART, ()).parameters.threads == asked
+    reload = build_request(RequestReload(lost, Cause.RESTART), ())
+    assert isinstance(reload, RequestLoad)
+    assert reload.parameters.threads == asked
 
 
 async def test_failing_reloads_are_a_crash_loop(folder: Path, shared_pool: WorkerPool) -> None:

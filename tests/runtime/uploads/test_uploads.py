@@ -102,7 +102,7 @@ async def run_until_death(folder: Path, *arguments: str, call: int = 1) -> None:
         (("upload", "discard", "before"), UPLOADED, 1),
         (("remove", "begin_removal", "after"), SIGNED, 0),
         (("remove", "take", "before"), {}, 1),
-        (("remove", "_delete_bundle", "after"), {}, 1),
+        (("remove", "_delete_companion", "after"), {}, 1),
         (("remove", "take", "after"), {}, 1),
     ],
 )

@@ -7,6 +7,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import closing
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -19,7 +20,7 @@ from support.workers import until
 
 from events import jobcommands
 from events.clock import boottime, utc_now
-from events.commands import CauseRules, Record
+from events.commands import Record
 from events.jobcommands import RequestLoad
 from events.models import Model, ModelState
 from events.types import (
@@ -30,12 +31,13 @@ from events.types import (
 )
 from events.versions import ModelVersions
 from features.approvals.rules import ApprovalRule
+from features.ondemand.app import DEMAND
 from features.ondemand.loads import MAX_FAILURES, BackOff, DemandFailed, RecordedModel
 from features.rules import LoadPolicy, ModelRules
 from runtime.errors import InferenceTimeout, QueueFull
 from runtime.repository import DEFAULTS_FILE
 from runtime.scheduler.scheduler import LONGEST_BACK_OFF_S
-from server.appkeys import DEMAND, LOG, ROUTER
+from server.appkeys import LOG, ROUTER
 
 Start = Callable[..., Awaitable[LocalApi]]
 
@@ -577,7 +579,9 @@ async def test_timeout_is_504_and_the_load_goes_on(shared: LocalApi) -> None:
 
 
 async def test_full_job_queue_is_429(shared: LocalApi, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(jobcommands.RULES, Cause.DEMAND, CauseRules(most_unended=1))
+    monkeypatch.setitem(
+        jobcommands.RULES, Cause.DEMAND, replace(jobcommands.RULES[Cause.DEMAND], most_unended=1)
+    )
     save_bytes(models.endless_load(), shared.config.repository, "busy")
     add(shared, "refused")
     await shared.accepted_load("busy")
