@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 from features.devices import loads, setup
+from features.nodes import loads as nodes
+from server.config import Config
 
 choose_targets = setup.choose_targets
 """Returns the targets that a server may use, for its pool of workers to find."""
@@ -13,10 +16,20 @@ find_rooms = setup.limit_devices
 describe_setup = setup.describe_setup
 """Yields sentences about what was found."""
 
-LoadFieldsSchema = loads.DeviceFieldsSchema
-"""Parameters of a load in a request, or in a model's file."""
-settle_parameters = loads.settle_parameters
-"""Returns parameters of a load with the server's defaults."""
+
+class LoadFieldsSchema(loads.DeviceFieldsSchema, nodes.NodeFieldsSchema):
+    """Parameters of a load in a request, or in a model's file."""
+
+
+def settle_parameters(merged: Mapping[str, Any], config: Config) -> Mapping[str, Any]:
+    """Return parameters of a load with the server's defaults.
+
+    Raises:
+        ValidationError: one is not possible; it has the name.
+    """
+    return {**nodes.settle_parameters(merged, config), **loads.settle_parameters(merged, config)}
+
+
 find_triton_kind, read_triton_kind = loads.find_triton_kind, loads.read_triton_kind
 
 Gauge: TypeAlias = setup.Gauge

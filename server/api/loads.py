@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from aiohttp import web
-from marshmallow import Schema, fields, validate
+from marshmallow import Schema, ValidationError, fields, validate
 from msgspec import UNSET, UnsetType
 
 from events.jobcommands import NO_BATCHING, RequestLoad, RequestUnload
@@ -47,11 +47,8 @@ from server.auth.gate import PRINCIPAL, Principal, credential_of
 from server.cluster import CLUSTER
 from server.config import (
     MAX_KEEP_ALIVE_S,
-    MAX_NODE_ATTRIBUTES,
     MAX_THREADS,
     MAX_TIMEOUT_S,
-    NODE_ATTRIBUTE,
-    NODE_ATTRIBUTE_RULE,
     Config,
 )
 from server.errors import ServerProblem
@@ -72,8 +69,6 @@ routes = Routes(tag="models")
 
 MAX_INSTANCES = 64
 """Each instance is a process with a copy of the model; more is a mistake on one machine."""
-MAX_COPIES = 64
-"""As many as instances; where there are fewer servers, each has one copy at most."""
 MAX_BATCH_SIZE = 65_536
 MAX_QUEUE_DELAY_US = 1_000_000
 """A second: a longer wait for a batch costs more than it saves."""
@@ -153,22 +148,6 @@ class _ParametersSchema(Schema):
     max_queue_delay_us = StrictInteger(
         validate=validate.Range(0, MAX_QUEUE_DELAY_US),
         **about("Microseconds that a request may wait for its batch to fill; needs a `max_batch_size`."),
-    )
-    node_attributes = fields.List(
-        fields.String(
-            validate=validate.Regexp(rf"(?:{NODE_ATTRIBUTE.pattern})\Z", error=NODE_ATTRIBUTE_RULE)
-        ),
-        validate=validate.Length(max=MAX_NODE_ATTRIBUTES),
-        allow_none=True,
-        **about(
-            "Attributes that its node must have, `name=value` each; a server alone ignores them. "
-            "Default: none."
-        ),
-    )
-
-    copies = StrictInteger(
-        validate=validate.Range(1, MAX_COPIES),
-        **about("At how many nodes the model is to be loaded; more than 1 needs nodes. Default: 1."),
     )
 
 
@@ -402,14 +381,14 @@ async def look_in_repository(
 
 
 def _name_holders(app: web.Application, model_id: str, version: int | None) -> str:
-    """Return which nodes have a version that is not here, as the end of a message."""
+    """Return which servers have a version that is not here, as the end of a message."""
     versions = app[LOG].state.registers.find_versions(model_id)
     held = [each for each in versions.holders if version in (None, each.version)]
     if not held:
         return ""
     latest = max(held, key=lambda each: each.version)
-    nodes = ", ".join(latest.servers)
-    return f"; version {latest.version} was added at {nodes}: ask there, or add it here, too"
+    servers = ", ".join(latest.servers)
+    return f"; version {latest.version} was added at {servers}: ask there, or add it here, too"
 
 
 def default_parameters(repository: Repository, model_id: str, config: Config) -> LoadParameters:
@@ -454,10 +433,9 @@ def _merge_parameters(
         if not defaults.get("max_batch_size"):
             raise InvalidDefaults(f"{file}: {NO_BATCHING}")
         merged["max_queue_delay_us"] = 0
-    if config.ledger is None and merged.get("copies", 1) > 1:
-        where, error = ("body", InvalidBody) if wanted.get("copies", 1) > 1 else (file, InvalidDefaults)
-        raise error(f"{where}: copies: a server alone has one of each model; use instances for more workers")
-    merged["copies"] = merged.get("copies", 1) if config.ledger is not None and "copies" in merged else UNSET
-    merged["node_attributes"] = tuple(sorted(set(merged.get("node_attributes") or ()))) or UNSET
     merged["dependent_rows"] = ALLOW if merged.get("dependent_rows") == ALLOW else UNSET
-    return LoadParameters(**{**merged, **settle_parameters(merged, config)})
+    try:
+        return LoadParameters(**{**merged, **settle_parameters(merged, config)})
+    except ValidationError as refusal:
+        where, error = ("body", InvalidBody) if refusal.field_name in wanted else (file, InvalidDefaults)
+        raise error(f"{where}: {refusal.field_name}: {refusal.messages[0]}") from None
