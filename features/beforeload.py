@@ -1,9 +1,9 @@
 """The seam of checks before a load: each gets the load and its files, and passes them with evidence. Pure.
 
 A reload by the system brings back bytes that were loaded before, so that a restart does not empty a machine:
-no person has to allow it again, and it goes on without today's keys if its bytes were verified before. With
-nodes, one that may sign has to have signed that: who may write to their database could say that any bytes
-were loaded.
+no person has to allow it again, and it goes on without today's keys if its bytes were verified before. Where
+several servers share a ledger, one that may sign has to have signed that: who may write to their database
+could say that any bytes were loaded.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class CheckInput:
 
     @cached_property
     def admitted(self) -> AdmittedBytes | None:
-        """These bytes as a load of the model has admitted them, if a node that may sign has signed that.
+        """These bytes as a load of the model has admitted them, if a server that may sign has signed that.
 
         A load whose signature was enforced comes first.
         """

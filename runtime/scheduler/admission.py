@@ -51,7 +51,7 @@ _URGENT = (Cause.RECOVERY, Cause.SWAP)
 _RESERVES_NOTHING = (Cause.RECOVERY, Cause.RESTART, Cause.DRAIN, Cause.COPY)
 """Loads that are repeated when they fail, or that use free memory only: no other load waits for them."""
 _STRATEGIES = {Cause.RECOVERY: "beside", Cause.COPY: "auto"}
-"""A repair keeps the remaining workers; while a copy is replaced, other copies serve."""
+"""A repair keeps the remaining workers; while one of several loads is replaced, the others serve."""
 _BEFORE_ALL = -1
 
 _NOTHING = Amount()

@@ -28,6 +28,7 @@ import msgspec
 from events.commands import Condition
 from events.files import sync
 from events.types import AddedFile
+from features.facts import STORED_NAMES
 from runtime.errors import RepositoryUnreadable, RuntimeProblem, UnknownVersion
 from runtime.repository import IS_REMOVED, MAX_FILES, MAX_PATHS_BYTES, Repository, companion_of
 from runtime.store.folder import walk_files
@@ -292,7 +293,7 @@ class StagingEntry:
         self.folder.mkdir(mode=0o700)
 
 
-class UploadOrigin(msgspec.Struct, frozen=True):
+class UploadOrigin(msgspec.Struct, frozen=True, rename=STORED_NAMES):
     """An upload's version and creator: the first line of its record.
 
     Attributes:
@@ -305,7 +306,7 @@ class UploadOrigin(msgspec.Struct, frozen=True):
     version: int
     subject: str
     key: str | None = None
-    server: str | None = msgspec.field(default=None, name="node_id")
+    server: str | None = None
 
 
 class _RecordedFile(msgspec.Struct):
