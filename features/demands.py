@@ -20,7 +20,7 @@ class Demand(Protocol):
         """Return a lower number for the better of two servers."""
 
     def describe(self) -> str:
-        """Return the demand in words, for a sentence about the server that runs it; empty if each meets it."""
+        """Return the demand in words, for a sentence about servers; empty if each meets it."""
 
 
 DEMANDS: tuple[Callable[[LoadParameters], Sequence[Demand]], ...] = (devices.list_demands,)
