@@ -17,11 +17,7 @@ from msgspec import Struct
 from events.clock import Timestamp
 from events.models import Model, ModelState
 from events.state import State
-from events.types import (
-    Draft,
-    Idempotency,
-    LoadParameters,
-)
+from events.types import Draft, Idempotency, LoadParameters
 from events.versions import ModelVersions
 
 OUTDATED = "outdated"

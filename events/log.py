@@ -19,15 +19,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from events.accept import accept
-from events.clock import (
-    ClockStep,
-    LedgerClock,
-    Timestamp,
-    boottime,
-    format_timestamp,
-    utc_now,
-    uuid7,
-)
+from events.clock import ClockStep, LedgerClock, Timestamp, boottime, format_timestamp, utc_now, uuid7
 from events.codec import encode_event, hash_body
 from events.commands import Accepted, Command, Existing, Receipt, Record, Refused
 from events.counters import Tally

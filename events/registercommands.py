@@ -5,14 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from events.clock import Timestamp
-from events.commands import (
-    Accepted,
-    Command,
-    Decision,
-    DecisionInput,
-    Existing,
-    Refused,
-)
+from events.commands import Accepted, Command, Decision, DecisionInput, Existing, Refused
 from events.tokens import MAX_TOKENS, count_valid, find_issued, is_refused
 from events.types import Draft, SignInLinkUsed, TokenIssued, TokenRevoked
 

@@ -117,9 +117,7 @@ class Registers(FeatureRegisters):
 
 
 def _list_owners(
-    models: Mapping[str, Model],
-    unended: Callable[[], Iterable[Job]],
-    versions: Mapping[str, ModelVersions],
+    models: Mapping[str, Model], unended: Callable[[], Iterable[Job]], versions: Mapping[str, ModelVersions]
 ) -> set[str]:
     """Return the servers that own a model or a job, or have signed a person's valid statement."""
     owners = {each.server for model in models.values() for each in model.servings}

@@ -27,8 +27,5 @@ class FeaturesOfVersions(
     approvals: tuple[approvals.Approval, ...] = ()
 
 
-STEPS_OF_FEATURES: Mapping[type[Data], Callable[[Any, Event, Any], Any]] = {
-    **labels.STEPS,
-    **approvals.STEPS,
-}
+STEPS_OF_FEATURES: Mapping[type[Data], Callable[[Any, Event, Any], Any]] = {**labels.STEPS, **approvals.STEPS}
 """By type of event: the next versions of a model."""

@@ -87,11 +87,7 @@ class ServerClient:
 
     @classmethod
     def from_profile(
-        cls,
-        profile: str | None = None,
-        *,
-        timeout_s: float = 30.0,
-        max_answer_bytes: int = MAX_ANSWER_BYTES,
+        cls, profile: str | None = None, *, timeout_s: float = 30.0, max_answer_bytes: int = MAX_ANSWER_BYTES
     ) -> Self:
         """Return a client of the server that the command line talks to.
 

@@ -207,11 +207,7 @@ class NodeView(SchedulerView):
     """
 
     def __init__(
-        self,
-        seen: SchedulerView,
-        node: Node,
-        hints: Mapping[str, NodeHints],
-        untrusted: frozenset[str],
+        self, seen: SchedulerView, node: Node, hints: Mapping[str, NodeHints], untrusted: frozenset[str]
     ) -> None:
         own = find_share(seen.state, node.id, node.epoch, untrusted)
         share = WorkShare(own, is_whole=False)

@@ -114,11 +114,7 @@ class Target:
     worker_bytes: int = 0
 
     def list_needs(
-        self,
-        memory_bytes: int,
-        instances: int,
-        files: Sequence[SizedFile],
-        footprints: Sequence[Footprint],
+        self, memory_bytes: int, instances: int, files: Sequence[SizedFile], footprints: Sequence[Footprint]
     ) -> tuple[Mapping[str, int], bool]:
         """Return the bytes that a load needs of each room, and whether one of them rests on file sizes only.
 

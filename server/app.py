@@ -98,11 +98,7 @@ from server.http.responses import response_completer
 from server.http.validation import validation_middleware
 from server.observability import metrics
 from server.observability.metrics import SCRAPES, Scrapes
-from server.observability.requestlog import (
-    HTTP_COUNTS,
-    HttpCounts,
-    request_middleware,
-)
+from server.observability.requestlog import HTTP_COUNTS, HttpCounts, request_middleware
 from server.observability.timeseries import TimeSeries, record
 from server.routing import Route, add_routes
 from server.v2 import inference, metadata

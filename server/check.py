@@ -55,13 +55,7 @@ from runtime.store.versions import Versions
 from server.api.loads import default_parameters
 from server.auth.keys import KeyProblem, read_public_keys, refuse_unsafe
 from server.config import OFF, ON, OWN, Config, ConfigError, parse_budget
-from server.configsources import (
-    Mistake,
-    default_folder,
-    raise_mistakes,
-    read_settings,
-    unknown_variables,
-)
+from server.configsources import Mistake, default_folder, raise_mistakes, read_settings, unknown_variables
 from server.http.tls import load_context
 
 

@@ -349,9 +349,7 @@ class Config:
         validate.Range(-1, MAX_KEEP_ALIVE_S),
     )
     on_demand: str = setting(
-        OFF,
-        "Load a model when an inference needs it; the inference waits: on, or off.",
-        _SWITCH,
+        OFF, "Load a model when an inference needs it; the inference waits: on, or off.", _SWITCH
     )
     restore: str = setting(
         "all",
@@ -441,11 +439,7 @@ class Config:
     limit_management: str = setting(
         "600/minute", "Loads and unloads per subject, or off.", _LIMIT, section="Rate limits"
     )
-    limit_inference: str = setting(
-        "600000/minute",
-        "Inferences per subject, or off.",
-        _LIMIT,
-    )
+    limit_inference: str = setting("600000/minute", "Inferences per subject, or off.", _LIMIT)
 
     log_format: str = setting(
         "text",

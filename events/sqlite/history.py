@@ -120,10 +120,7 @@ def presence_around(
     """Return the last transition of each server up to a position, and the next one."""
     last, following = dict[str, Transition](), dict[str, Transition]()
     for (server,) in connection.execute(_SERVERS).fetchall():
-        for found, where, order in (
-            (last, "position <= ?", "DESC"),
-            (following, "position > ?", "ASC"),
-        ):
+        for found, where, order in ((last, "position <= ?", "DESC"), (following, "position > ?", "ASC")):
             row = connection.execute(
                 f"{SELECT_TRANSITIONS} WHERE server = ? AND {where} ORDER BY position {order} LIMIT 1",
                 (server, position),
@@ -135,8 +132,7 @@ def presence_around(
 
 def transitions_between(connection: sqlite3.Connection, after: int, until: int) -> list[Transition]:
     found = connection.execute(
-        f"{SELECT_TRANSITIONS} WHERE position > ? AND position <= ? ORDER BY position",
-        (after, until),
+        f"{SELECT_TRANSITIONS} WHERE position > ? AND position <= ? ORDER BY position", (after, until)
     ).fetchall()
     return [_transition(row) for row in found]
 

@@ -70,12 +70,7 @@ class EventFilter:
     @property
     def columns(self) -> dict[str, tuple[str, ...]]:
         """Return the values of each column in the filter, each value once."""
-        values_of = {
-            "job_id": self.jobs,
-            "model_id": self.models,
-            "type": self.types,
-            "actor": self.actors,
-        }
+        values_of = {"job_id": self.jobs, "model_id": self.models, "type": self.types, "actor": self.actors}
         return {column: tuple(dict.fromkeys(values)) for column, values in values_of.items() if values}
 
     def matches(self, event: StoredEvent) -> bool:

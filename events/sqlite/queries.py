@@ -45,7 +45,7 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 def read_head(connection: sqlite3.Connection) -> LogHead:
     row = connection.execute(
-        "SELECT position, hash, recorded_at, type FROM events ORDER BY position DESC LIMIT 1",
+        "SELECT position, hash, recorded_at, type FROM events ORDER BY position DESC LIMIT 1"
     ).fetchone()
     return LogHead() if row is None else LogHead(*row)
 
@@ -303,10 +303,7 @@ def sync(connection: sqlite3.Connection) -> None:
 
 
 def write_projections(
-    connection: sqlite3.Connection,
-    models: Iterable[Model],
-    jobs: Iterable[Job],
-    position: int,
+    connection: sqlite3.Connection, models: Iterable[Model], jobs: Iterable[Job], position: int
 ) -> None:
     """Store models and jobs as they are after the event at `position`; the caller holds the transaction."""
     _store_models(connection, [(as_text(model), model.id) for model in models])

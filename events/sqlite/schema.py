@@ -105,7 +105,7 @@ def check_readable(connection: sqlite3.Connection) -> int:
     if done > known:
         raise FutureSchema(
             f"the ledger has schema {done}, this loadledger knows {known}: use the release that wrote it, "
-            "or a later one",
+            "or a later one"
         )
     return done
 

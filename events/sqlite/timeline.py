@@ -12,15 +12,7 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from answers.timeline import (
-    CopyLane,
-    Lane,
-    Mark,
-    MarkKind,
-    Segment,
-    ServerSegment,
-    Timeline,
-)
+from answers.timeline import CopyLane, Lane, Mark, MarkKind, Segment, ServerSegment, Timeline
 from events.clock import Timestamp, add_seconds
 from events.codec import decode_event
 from events.errors import LogUnavailable
@@ -32,15 +24,7 @@ from events.serving import Serving
 from events.sqlite import history
 from events.sqlite.queries import read_head, read_job, recorded_at
 from events.sqlite.timetravel import InvalidMoment, liveness_at, read_load
-from events.types import (
-    ENDS_OF_PROCESSES,
-    SYSTEM,
-    Cause,
-    Event,
-    LoadFailed,
-    ModelLoaded,
-    WorkerExited,
-)
+from events.types import ENDS_OF_PROCESSES, SYSTEM, Cause, Event, LoadFailed, ModelLoaded, WorkerExited
 from features.facts import SharingState
 
 MAX_ROWS = 2_500

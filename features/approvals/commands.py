@@ -15,15 +15,7 @@ import msgspec
 from msgspec.structs import replace
 
 from answers.approvals import UnapprovedVersion
-from events.commands import (
-    Accepted,
-    Command,
-    Condition,
-    Decision,
-    DecisionInput,
-    Existing,
-    Refused,
-)
+from events.commands import Accepted, Command, Condition, Decision, DecisionInput, Existing, Refused
 from events.models import Model
 from events.state import State
 from events.statements import IsSigned, Sign

@@ -24,12 +24,7 @@ from server.auth.gate import PRINCIPAL, credential_of
 from server.cluster import CLUSTER
 from server.errors import ServerProblem
 from server.http.answers import respond, show
-from server.http.validation import (
-    NothingSchema,
-    json_body,
-    path_parameters,
-    query_parameters,
-)
+from server.http.validation import NothingSchema, json_body, path_parameters, query_parameters
 from server.routing import Routes
 
 routes = Routes(tag="models")

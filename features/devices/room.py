@@ -48,11 +48,7 @@ class DeviceTarget(Target):
     has_memory: bool
 
     def list_needs(
-        self,
-        memory_bytes: int,
-        instances: int,
-        files: Sequence[SizedFile],
-        footprints: Sequence[Footprint],
+        self, memory_bytes: int, instances: int, files: Sequence[SizedFile], footprints: Sequence[Footprint]
     ) -> tuple[Mapping[str, int], bool]:
         if not self.has_memory:
             return {self.name: memory_bytes, MACHINE: memory_bytes}, False

@@ -103,10 +103,7 @@ async def _query_memory(pool: WorkerPool, device: FoundDevice) -> DeviceMemory |
 
 def _check_settings(config: Config, devices: Devices) -> None:
     visible = {name for name in config.visible_device_names if ANY not in name} - {CPU}
-    for flag, named in (
-        ("--visible-devices", visible),
-        ("--device-memory", config.device_budgets.keys()),
-    ):
+    for flag, named in (("--visible-devices", visible), ("--device-memory", config.device_budgets.keys())):
         if missing := sorted(named - devices.found.keys()):
             there = "; ".join([", ".join(devices.found) or "only the CPU", *devices.problems])
             raise ConfigError(

@@ -9,12 +9,7 @@ import click
 
 from loadledger.cli.completion import loaded_models
 from loadledger.cli.inputs import GivenInput, parse_input, whole_request
-from loadledger.cli.options import (
-    ServerChoice,
-    json_option,
-    open_chosen_client,
-    server_options,
-)
+from loadledger.cli.options import ServerChoice, json_option, open_chosen_client, server_options
 from loadledger.cli.output import exit_with_error, print_json, print_note, print_result
 
 MAX_SIDE = 16_384
@@ -146,12 +141,7 @@ def _list_inputs(model: str, where: ServerChoice, *, as_json: bool) -> None:
 
 
 def _find_inputs(
-    client: Any,
-    model: str,
-    version: str | None,
-    *,
-    given: list[GivenInput],
-    picture: dict[str, Any],
+    client: Any, model: str, version: str | None, *, given: list[GivenInput], picture: dict[str, Any]
 ) -> dict[str, Any]:
     from loadledger import ServerError
     from loadledger.inference import NOT_LOADED

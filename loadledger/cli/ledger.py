@@ -107,14 +107,7 @@ def verify(
     is_flag=True,
     help="Rebuild the stored projections and print the differences; the server must be stopped.",
 )
-def replay(
-    data: Path,
-    until: str | None,
-    model_id: str | None,
-    *,
-    as_json: bool,
-    rebuilds: bool,
-) -> None:
+def replay(data: Path, until: str | None, model_id: str | None, *, as_json: bool, rebuilds: bool) -> None:
     """Replay the log and print the state at a moment.
 
     The state is the models and the unended jobs. It comes from the log alone. With --rebuild, the

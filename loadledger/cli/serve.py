@@ -20,13 +20,7 @@ from loadledger.cli.options import (
     parse_version_name,
     server_options,
 )
-from loadledger.cli.output import (
-    NEGATIVE_RESULT,
-    count_of,
-    exit_with_error,
-    print_result,
-    to_printable,
-)
+from loadledger.cli.output import NEGATIVE_RESULT, count_of, exit_with_error, print_result, to_printable
 from loadledger.profiles import PROFILE, URL, ServerTarget
 
 LISTS_ALL = "loadledger.lists_all"

@@ -29,12 +29,7 @@ from loadledger import AsyncClient, ClientProblem, NotFound, ServerError, Server
 from loadledger.cli.chosenmodel import ChosenModel, place_of
 from loadledger.cli.models import format_tensors, replace_tensors
 from loadledger.cli.options import name_similar
-from loadledger.cli.output import (
-    NEGATIVE_RESULT,
-    count_of,
-    print_note,
-    to_printable,
-)
+from loadledger.cli.output import NEGATIVE_RESULT, count_of, print_note, to_printable
 from loadledger.cli.snippets import format_curl
 from loadledger.profiles import (
     DEFAULT_PROFILE,

@@ -202,8 +202,7 @@ class Downloads:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise SourceProblem(
-                    "source_unreachable",
-                    f"another command downloads this file now, to {path}: wait for it",
+                    "source_unreachable", f"another command downloads this file now, to {path}: wait for it"
                 ) from None
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):

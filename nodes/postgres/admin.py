@@ -13,14 +13,7 @@ from events.audit.audit import Audit, audit, compare_heads, list_expected
 from events.audit.verify import CheckedFold, Finding, FindingKind
 from events.codec import decode_event
 from events.errors import LedgerDamaged, LogUnavailable
-from events.sqlite.datalock import (
-    LEDGER,
-    is_replica_of,
-    lock_data,
-    lock_ledger,
-    mark_replica,
-    refuse_replica,
-)
+from events.sqlite.datalock import LEDGER, is_replica_of, lock_data, lock_ledger, mark_replica, refuse_replica
 from events.sqlite.queries import read_head, read_register, read_rows
 from events.sqlite.readonly import open_read_only
 from events.sqlite.schema import begin_reading
@@ -29,13 +22,7 @@ from events.storage import LogHead, Row
 from events.types import Anchor, EventsDiscarded
 from nodes.postgres.connection import describe_address
 from nodes.postgres.schema import migrate
-from nodes.postgres.transfer import (
-    DatabaseLedger,
-    LedgerNotEmpty,
-    copy_ledger_in,
-    discard_end,
-    open_database,
-)
+from nodes.postgres.transfer import DatabaseLedger, LedgerNotEmpty, copy_ledger_in, discard_end, open_database
 from server.auth.subjects import local_actor
 
 

@@ -20,11 +20,7 @@ from nodes.postgres.schema import check_owner, check_schema
 PAGE = 5_000
 """Events read at once by a verification: some megabytes."""
 
-_OF_COMMANDS = {
-    "statement_timeout": "0",
-    "lock_timeout": "10s",
-    "idle_in_transaction_session_timeout": "0",
-}
+_OF_COMMANDS = {"statement_timeout": "0", "lock_timeout": "10s", "idle_in_transaction_session_timeout": "0"}
 """Settings of a command's session that reads or copies a whole ledger."""
 
 _LIFT_TRIGGER = "SELECT set_config('loadledger.discarding', 'on', true)"

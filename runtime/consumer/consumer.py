@@ -190,10 +190,7 @@ class Consumer:
                 needs_bytes = None if load is None else load.known_bytes
                 found.append(
                     WaitingJob(
-                        job_id=job.id,
-                        model_id=job.model_id,
-                        needs_bytes=needs_bytes,
-                        waiting_for=waiting_for,
+                        job_id=job.id, model_id=job.model_id, needs_bytes=needs_bytes, waiting_for=waiting_for
                     )
                 )
         return found

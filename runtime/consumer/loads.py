@@ -82,12 +82,7 @@ from runtime.scheduler.actions import (
 )
 from runtime.scheduler.admission import find_same_workers
 from runtime.scheduler.estimates import estimate_memory
-from runtime.scheduler.view import (
-    MemoryEstimate,
-    Policy,
-    find_started_job,
-    may_end,
-)
+from runtime.scheduler.view import MemoryEstimate, Policy, find_started_job, may_end
 from runtime.store.versions import HeldVersion, Versions
 from runtime.timeouts import MEASURE_LIMIT_S, STOP_GRACE_S, TimeoutExpired, timeout
 from runtime.wire import Load, Loaded, Tensor, plain_text

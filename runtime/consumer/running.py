@@ -16,11 +16,7 @@ from events.clock import add_seconds
 from events.jobs import FORK_SERVER_DIED, Failure, Job
 from events.types import LoadedFile, LoadParameters
 from features.beforeload import CheckedLoad
-from runtime.errors import (
-    LoadRefused,
-    RuntimeProblem,
-    WorkerDied,
-)
+from runtime.errors import LoadRefused, RuntimeProblem, WorkerDied
 from runtime.memory import thread_bytes
 from runtime.process.worker import Worker, WorkerMemory
 from runtime.repository import SizedFile

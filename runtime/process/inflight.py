@@ -50,10 +50,7 @@ class PendingOrder:
     """A load, probe or reading whose report is pending, and the future of its caller."""
 
     def __init__(
-        self,
-        order: Load | Probe | ReadJson,
-        answer: asyncio.Future[Any],
-        on_stage: Callable[[str], None],
+        self, order: Load | Probe | ReadJson, answer: asyncio.Future[Any], on_stage: Callable[[str], None]
     ) -> None:
         self._order = order
         self._answer = answer

@@ -20,22 +20,8 @@ from runtime.process.worker import MemorySampler, Worker
 from runtime.repository import WarmUp
 from runtime.requestjson import JsonRequest, assemble
 from runtime.store.versions import HeldVersion
-from runtime.timeouts import (
-    FORK_LIMIT_S,
-    FORK_SERVER_LIMIT_S,
-    FORK_WAITS,
-    INFERENCE_GRACE_S,
-    timeout,
-)
-from runtime.wire import (
-    MAX_REQUEST_BYTES,
-    Buffer,
-    JsonRead,
-    Load,
-    MalformedFrame,
-    ReadJson,
-    Tensor,
-)
+from runtime.timeouts import FORK_LIMIT_S, FORK_SERVER_LIMIT_S, FORK_WAITS, INFERENCE_GRACE_S, timeout
+from runtime.wire import MAX_REQUEST_BYTES, Buffer, JsonRead, Load, MalformedFrame, ReadJson, Tensor
 
 T = TypeVar("T")
 
@@ -158,11 +144,7 @@ class WorkerPool:
         return parameters.threads or self.threads
 
     def build_load(
-        self,
-        files: HeldVersion,
-        parameters: LoadParameters,
-        warm_up: WarmUp,
-        target: Target | None = None,
+        self, files: HeldVersion, parameters: LoadParameters, warm_up: WarmUp, target: Target | None = None
     ) -> Load:
         """Return the message by which a worker of this pool loads a version, on a target or the CPU.
 

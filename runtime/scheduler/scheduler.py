@@ -23,13 +23,7 @@ from runtime.scheduler import actions
 from runtime.scheduler.actions import Action, Decision
 from runtime.scheduler.admission import admit
 from runtime.scheduler.eviction import Eviction, find_automatic_unload
-from runtime.scheduler.view import (
-    LoadView,
-    Phase,
-    SchedulerView,
-    find_started_job,
-    find_unload_target,
-)
+from runtime.scheduler.view import LoadView, Phase, SchedulerView, find_started_job, find_unload_target
 
 MAX_INCIDENTS = 5
 """Incidents within ten minutes that make a crash loop: unexpected exits, and failed reloads that speak

@@ -27,14 +27,7 @@ from features import providers
 from features.wire import FoundTarget, Library
 from runtime.errors import LoadRefused
 from runtime.memory import UNLIMITED_STACK_BYTES
-from runtime.wire import (
-    ForbiddenAct,
-    Layer,
-    Load,
-    Probe,
-    Probed,
-    ReadJson,
-)
+from runtime.wire import ForbiddenAct, Layer, Load, Probe, Probed, ReadJson
 from runtime.worker import landlock, privileges, seccomp
 from runtime.worker.seccomp import Grants
 

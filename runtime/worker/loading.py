@@ -15,13 +15,7 @@ from features import providers
 from runtime.errors import LoadRefused
 from runtime.memory import thread_bytes
 from runtime.onnxfile import find_model_file
-from runtime.wire import (
-    Load,
-    Loaded,
-    LoadStage,
-    ProviderOperators,
-    Tensor,
-)
+from runtime.wire import Load, Loaded, LoadStage, ProviderOperators, Tensor
 from runtime.worker import privileges, sessions
 from runtime.worker.sessions import ServingSession, describe_model
 from runtime.worker.warmup import NO_EXAMPLES, ModelWarmUp, SearchLimit

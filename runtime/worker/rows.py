@@ -47,11 +47,7 @@ Make = Callable[[Any], Any]
 
 
 def find_dependence(
-    inputs: Sequence[TensorSpec],
-    outputs: Sequence[TensorSpec],
-    row: Feed,
-    run: Run,
-    file: Path | None,
+    inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], row: Feed, run: Run, file: Path | None
 ) -> str | None:
     """Return why rows of a batch might change each other's answers, or None if they provably do not.
 

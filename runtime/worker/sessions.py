@@ -22,12 +22,7 @@ from runtime.onnxfile import (
     find_model_file,
     read_head,
 )
-from runtime.wire import (
-    MAX_NAME_CHARACTERS,
-    MAX_OUTPUTS,
-    MAX_REPORT_BYTES,
-    TensorSpec,
-)
+from runtime.wire import MAX_NAME_CHARACTERS, MAX_OUTPUTS, MAX_REPORT_BYTES, TensorSpec
 from runtime.worker import extensions, privileges
 from runtime.worker.batching import BatchDimension
 from runtime.worker.declaredsizes import explain_uselessness

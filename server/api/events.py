@@ -182,10 +182,7 @@ class LastEventIdSchema(Schema):
             "description": "A stream until one side ends it.",
             "content": {
                 form.media_type: {"schema": {"type": "string"}, "example": example}
-                for form, example in (
-                    (SSE, "id: 17\nevent: UnloadStarted\ndata: {…}\n\n"),
-                    (NDJSON, "{…}\n"),
-                )
+                for form, example in ((SSE, "id: 17\nevent: UnloadStarted\ndata: {…}\n\n"), (NDJSON, "{…}\n"))
             },
         }
     },
@@ -199,10 +196,7 @@ async def stream_events(request: web.Request) -> web.StreamResponse:
     if after is not None:
         await streams.tails.reaches(after)
     response = web.StreamResponse(headers={**HEADERS, hdrs.CONTENT_TYPE: form.media_type})
-    with (
-        streams.admit(request[PRINCIPAL].subject),
-        streams.tails.open(after, event_filter(query)) as tail,
-    ):
+    with streams.admit(request[PRINCIPAL].subject), streams.tails.open(after, event_filter(query)) as tail:
         batch = await tail.read()
         with suppress(ConnectionError):  # if the client has left, aiohttp notices it, too
             await response.prepare(request)

@@ -21,13 +21,7 @@ from features.acceptance import CODES, add_conditions
 from features.rules import ModelRules
 from features.server import LoadFieldsSchema, settle_parameters
 from runtime.consumer.loads import find_targets
-from runtime.errors import (
-    LoadRefused,
-    RepositoryUnreadable,
-    RuntimeProblem,
-    UnknownModel,
-    UnknownVersion,
-)
+from runtime.errors import LoadRefused, RepositoryUnreadable, RuntimeProblem, UnknownModel, UnknownVersion
 from runtime.repository import (
     MAX_VERSION,
     REQUEST_LIMIT_S,
@@ -45,12 +39,7 @@ from server.appkeys import CONFIG, GATE, LOG, POLICY, POOL, UPLOADS, VERSIONS
 from server.auth.access import Access
 from server.auth.gate import PRINCIPAL, Principal, credential_of
 from server.cluster import CLUSTER
-from server.config import (
-    MAX_KEEP_ALIVE_S,
-    MAX_THREADS,
-    MAX_TIMEOUT_S,
-    Config,
-)
+from server.config import MAX_KEEP_ALIVE_S, MAX_THREADS, MAX_TIMEOUT_S, Config
 from server.errors import ServerProblem
 from server.http.validation import (
     InvalidBody,
@@ -166,8 +155,7 @@ class LoadBodySchema(LoadFieldsSchema, _ParametersSchema):
         **about("A label that names the version from the moment when it is loaded.", example="champion"),
     )
     reason = fields.String(
-        validate=IS_REASON,
-        **about("Why, for who reads the ledger.", example="Fixes #17."),
+        validate=IS_REASON, **about("Why, for who reads the ledger.", example="Fixes #17.")
     )
     emergency = fields.String(
         validate=IS_REASON,

@@ -189,11 +189,7 @@ async def _show_past_model(request: web.Request, at: str, model_id: str) -> Mode
 
 
 def make_model_info(
-    model: ShownModel,
-    *,
-    is_active: bool,
-    seen: ListedModel | None = None,
-    memory_bytes: int | None = None,
+    model: ShownModel, *, is_active: bool, seen: ListedModel | None = None, memory_bytes: int | None = None
 ) -> ModelInfo:
     """Return a model as the API shows it; without `seen` and other present facts, as in the past."""
     row, load = model.row, model.load
@@ -425,10 +421,7 @@ async def show_stderr(request: web.Request) -> web.Response:
     model_id = path_parameters(request)["id"]
     running = [
         WorkerStderr(
-            worker_id=worker.worker_id,
-            version=load.version,
-            job_id=load.job_id,
-            lines=worker.stderr_tail(),
+            worker_id=worker.worker_id, version=load.version, job_id=load.job_id, lines=worker.stderr_tail()
         )
         for load in request.app[CONSUMER].loads.values()
         if load.model_id == model_id

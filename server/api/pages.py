@@ -21,10 +21,7 @@ routes = Routes(tag="documentation")
 
 _NOTHING_ELSE = "default-src 'none'; script-src 'self'; connect-src 'self'; "
 _NO_FRAMES = "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-_HEADERS = {
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Resource-Policy": "same-origin",
-}
+_HEADERS = {"Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin"}
 
 # `require-trusted-types-for` has browsers refuse text where markup is expected, such as innerHTML: texts of
 # the ledger are written by others. The browser itself never sends a form, least of all with a token.

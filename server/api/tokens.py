@@ -191,10 +191,7 @@ async def issue_sign_in_link(request: web.Request) -> web.Response:
     issuer = request.app[TOKENS]
     link = await issuer.issue_link(request[PRINCIPAL])
     shown = SignInLinkInfo(
-        link_id=link.link_id,
-        path=link.path,
-        server_url=issuer.server_url,
-        expires_at=link.expires_at,
+        link_id=link.link_id, path=link.path, server_url=issuer.server_url, expires_at=link.expires_at
     )
     return respond(shown, status=201)
 

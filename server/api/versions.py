@@ -124,10 +124,7 @@ class CommitBodySchema(Schema):
         **about("A name with a scheme, of ASCII characters.", example="hf://org/repo@main"),
     )
     resolved = fields.String(
-        validate=[
-            validate.Length(max=_MAX_NAME),
-            validate.Regexp(rf"{_NAME}(#[!-~]*)?\Z", error=_NO_NAME),
-        ],
+        validate=[validate.Length(max=_MAX_NAME), validate.Regexp(rf"{_NAME}(#[!-~]*)?\Z", error=_NO_NAME)],
         **about("What it meant: it may have a fragment. Default: `source`.", example="hf://org/repo@0123456"),
     )
 
@@ -306,10 +303,7 @@ async def discard_upload(request: web.Request) -> web.Response:
     path=UploadedFilePathSchema(),
     headers=DigestHeadersSchema(),
     request_body=_FILE_BODY,
-    answers={
-        201: (AddedFileInfo, "Added."),
-        200: (AddedFileInfo, "Added in place of another one."),
-    },
+    answers={201: (AddedFileInfo, "Added."), 200: (AddedFileInfo, "Added in place of another one.")},
     errors=(*_FILE_ERRORS, *_UPLOAD_ERRORS),
 )
 @at_its_node

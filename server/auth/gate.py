@@ -341,11 +341,7 @@ class Gate:
     verify_forwarded: ForwardedVerifier | None = field(default=None, init=False)
 
     async def admit(
-        self,
-        request: web.BaseRequest,
-        access: Access,
-        action: str,
-        model_id: str | None = None,
+        self, request: web.BaseRequest, access: Access, action: str, model_id: str | None = None
     ) -> Principal:
         """Authenticate a request, count it against its subject's limit, and check the subject's roles.
 

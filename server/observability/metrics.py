@@ -309,9 +309,7 @@ class ServerCollector(Collector):
             self._budget.budget_bytes,
         )
         yield _gauge(
-            "memory_reserved_bytes",
-            "Memory of the budget reserved for loads.",
-            self._budget.reserved_bytes,
+            "memory_reserved_bytes", "Memory of the budget reserved for loads.", self._budget.reserved_bytes
         )
         yield _gauge(
             "memory_used_bytes",

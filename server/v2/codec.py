@@ -25,15 +25,7 @@ from runtime.requestjson import (
     decode_json,
 )
 from runtime.router import InferenceRequest
-from runtime.wire import (
-    DATATYPES,
-    LENGTH,
-    Buffer,
-    Tensor,
-    TensorSpec,
-    WantedOutput,
-    plain_text,
-)
+from runtime.wire import DATATYPES, LENGTH, Buffer, Tensor, TensorSpec, WantedOutput, plain_text
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 

@@ -120,12 +120,7 @@ class JobDidNotComplete(ServerProblem):
 _ENDED = {
     200: {
         "description": "Done; the body is empty.",
-        "headers": {
-            "Location": {
-                "schema": {"type": "string"},
-                "description": "The job, if there is one.",
-            }
-        },
+        "headers": {"Location": {"schema": {"type": "string"}, "description": "The job, if there is one."}},
     }
 }
 
