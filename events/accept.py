@@ -31,9 +31,9 @@ def accept(
     repeated = _find_repeated(state, command.idempotency, now)
     if repeated is not None:
         return repeated
-    refusals = (condition.find_refusal(state) for condition in command.conditions)
-    refusal = next(filter(None, refusals), None)
-    return refusal or command.decide(DecisionInput(state, new_id, now, previous))
+    at = DecisionInput(state, new_id, now, previous)
+    refusals = (condition.find_refusal(at) for condition in command.conditions)
+    return next(filter(None, refusals), None) or command.decide(at)
 
 
 def _find_repeated(state: State, given: Idempotency | None, now: Timestamp) -> Existing | Refused | None:

@@ -35,9 +35,9 @@ class Condition(Struct, frozen=True, gc=False):
         """Whether the condition still holds on `state`."""
         raise NotImplementedError
 
-    def find_refusal(self, state: State) -> Refused | None:
+    def find_refusal(self, at: DecisionInput) -> Refused | None:
         """Return why a command with this condition is refused; None if the condition holds."""
-        return None if self.holds(state) else REFUSED_AS_OUTDATED
+        return None if self.holds(at.state) else REFUSED_AS_OUTDATED
 
 
 class JobUnchanged(Condition, frozen=True, gc=False):

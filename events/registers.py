@@ -100,7 +100,7 @@ class Registers(FeatureRegisters):
         owners = partial(_list_owners, models, unended, self.versions)
         changes, transitions = self.evolve_features(event, owners)
         gone = {key for entries in changes.values() for key, entry in entries.items() if entry is None}
-        if gone := gone & self.policies.keys():
+        if isinstance(data, OF_SERVERS) and (gone := gone & self.policies.keys()):
             self.policies = {key: each for key, each in self.policies.items() if key not in gone}
             changes = {**changes, "policies": dict.fromkeys(gone)}
         return changes, transitions or list_transitions(event)

@@ -1,7 +1,8 @@
-"""Conditions of features on a load, right before `LoadRequested` is appended.
+"""Conditions of features on a load that a person or an inference asks for, by any of the API's ways.
 
-One that does not hold refuses the request with an error code of its own, and nothing is recorded. A check
-before a load (`features.checks`) comes later: it needs the files, and ends a job.
+One that does not hold refuses the request with an error code of its own, and nothing is recorded; that is
+decided before the load joins another one, or changes nothing. A check before a load (`features.checks`) comes
+later: it needs the files, and ends a job.
 """
 
 from __future__ import annotations
@@ -23,5 +24,5 @@ CODES = ("too_many_labels",)
 
 
 def add_conditions(command: RequestLoad, config: Config) -> RequestLoad:
-    """Return the request of a person or an inference with the conditions of all features."""
+    """Return the request with the conditions of all features; its `cause` says who asks."""
     return replace(command, conditions=tuple(one for each in CONDITIONS for one in each(command, config)))

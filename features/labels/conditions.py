@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from msgspec import UNSET
 
-from events.commands import Condition, Refused
+from events.commands import Condition, DecisionInput, Refused
 from events.jobcommands import RequestLoad
 from events.state import State
 from features.labels.commands import find_label_refusal
@@ -19,10 +19,10 @@ class LabelAllowed(Condition, frozen=True, gc=False):
     label: str
 
     def holds(self, state: State) -> bool:
-        return self.find_refusal(state) is None
+        return find_label_refusal(state, self.model_id, self.label) is None
 
-    def find_refusal(self, state: State) -> Refused | None:
-        return find_label_refusal(state, self.model_id, self.label)
+    def find_refusal(self, at: DecisionInput) -> Refused | None:
+        return find_label_refusal(at.state, self.model_id, self.label)
 
 
 def list_conditions(command: RequestLoad, _: object) -> Iterator[Condition]:

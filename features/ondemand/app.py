@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from aiohttp import web
 
 from events.jobcommands import RequestLoad
@@ -21,8 +19,7 @@ def open_demand(app: web.Application) -> OnDemand:
 
     async def look_up(model_id: str, version: int | None, subject: str) -> RequestLoad:
         asked = {} if version is None else {"version": version}
-        command = await make_load_command(app, model_id, asked, subject)
-        return replace(command, cause=Cause.DEMAND)
+        return await make_load_command(app, model_id, asked, subject, cause=Cause.DEMAND)
 
     app[DEMAND] = demand = OnDemand(
         log=app[LOG],

@@ -16,7 +16,7 @@ from marshmallow import Schema, ValidationError, fields, validate
 from msgspec import UNSET, UnsetType
 
 from events.jobcommands import NO_BATCHING, RequestLoad, RequestUnload
-from events.types import ALLOW, DEPENDENT_ROWS, Contents, Idempotency, Justification, LoadParameters
+from events.types import ALLOW, DEPENDENT_ROWS, Cause, Contents, Idempotency, Justification, LoadParameters
 from features.acceptance import CODES, add_conditions
 from features.rules import ModelRules
 from features.server import LoadFieldsSchema, settle_parameters
@@ -270,10 +270,11 @@ async def make_load_command(
     idempotency: Idempotency | None = None,
     *,
     person: Principal | None = None,
+    cause: Cause = Cause.REQUEST,
 ) -> RequestLoad:
     """Return the command of a request whose body, as `LoadBodySchema` loads it, is `asked`.
 
-    `person` asked for the load; None if an inference did.
+    `person` asked for the load; None if an inference did, which is the `cause` then.
 
     Raises:
         InvalidDefaults: `invalid_defaults`, the model's loadledger.toml is invalid.
@@ -298,6 +299,7 @@ async def make_load_command(
         known,
         subject,
         parameters,
+        cause,
         asked=frozenset(wanted),
         idempotency=idempotency,
         policy=UNSET if rules is None else rules.digest,
