@@ -41,16 +41,16 @@ SECTIONS = {
         "events": "loadledger.cli.events:events",
     },
     "Nodes that share a ledger": {
-        "nodes": "loadledger.cli.nodes:nodes",
-        "drain": "loadledger.cli.nodes:drain",
+        "nodes": "features.nodes.cli:nodes",
+        "drain": "features.nodes.cli:drain",
     },
     "Files of a ledger": {
         "verify": "loadledger.cli.ledger:verify",
         "replay": "loadledger.cli.ledger:replay",
         "export": "loadledger.cli.ledger:export_events",
         "backup": "loadledger.cli.ledger:backup",
-        "migrate": "loadledger.cli.ledger:migrate",
-        "discard": "loadledger.cli.ledger:discard",
+        "migrate": "features.nodes.cli:migrate",
+        "discard": "features.nodes.cli:discard",
     },
     "Keys, tokens and this shell": {
         "token": "loadledger.cli.keys:token",
