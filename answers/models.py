@@ -11,6 +11,13 @@ from answers.past import PastAnswer
 from answers.signatures import LoadSignatureInfo
 from answers.tensors import ModelTensor
 
+_Tensors = Annotated[
+    list[ModelTensor] | None,
+    about(
+        "In the answer of one model: those of the version that serves, else of the highest one, as its file "
+        "declares them; missing if the file cannot be read as ONNX."
+    ),
+]
 State = Annotated[str, one_of("unloaded", "loading", "loaded", "unloading", "failed", "lost")]
 
 
@@ -190,20 +197,8 @@ class ModelInfo(PastAnswer, frozen=True, kw_only=True):
     error: ErrorInfo | None
     instances: Annotated[int | None, about("Running workers; may be fewer than were loaded.")]
     threads: Annotated[int | None, about("Threads that each of its workers computes with.")]
-    inputs: Annotated[
-        list[ModelTensor] | None,
-        about(
-            "In the answer of one model: those of the version that serves, else of the highest "
-            "one, as its file declares them; missing if the file cannot be read as ONNX."
-        ),
-    ] = None
-    outputs: Annotated[
-        list[ModelTensor] | None,
-        about(
-            "In the answer of one model: those of the version that serves, else of the highest "
-            "one, as its file declares them; missing if the file cannot be read as ONNX."
-        ),
-    ] = None
+    inputs: _Tensors = None
+    outputs: _Tensors = None
     parameters: Annotated[
         dict[str, Any] | None,
         about("In the answer of one model: of the load that serves; missing without one."),

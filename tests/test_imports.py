@@ -15,7 +15,7 @@ WORKER = "runtime.worker.main"
 ENTRY_POINT = re.compile(r"(\w+\.)+\w+:\w+")
 # The assembly, and commands about a ledger in a database; nothing else knows of several servers.
 USERS_OF_NODES = {
-    "loadledger.cli.ledger",
+    "features.nodes.cli",
     "loadledger.cli.serve",
     "server.app",
 }

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from features.signatures.cli import describe_signature, name_adders, verified_facts
 from loadledger.cli import options, output
 from loadledger.cli.completion import models_of_server
 
@@ -78,30 +79,6 @@ def _describe_answer(answer: Any, *, withdraw: bool) -> str:
     return f"{name}: approved" + (f"; {output.count_of(left, 'approval')} left" if left else "")
 
 
-def verified_facts(found: Any) -> dict[str, object]:
-    """Return the checks that a load of a version would pass, as facts."""
-    return {
-        "digest": found.digest,
-        "added by": _name_adders(found),
-        "signature": found.signature and describe_signature(found.signature),
-        "problem": found.problem and f"{found.problem.code}: {found.problem.message}",
-    }
-
-
-def _name_adders(shown: Any) -> str:
-    return ", ".join(shown.added_by) if shown.added_by else "nobody that the ledger has"
-
-
-def describe_signature(signature: Any) -> str:
-    """Return the result of checking a signature."""
-    problem = f" ({signature.problem})" if signature.problem else ""
-    if signature.method is None:
-        return f"not verified{problem}"
-    mode = "" if signature.is_enforced else ", not enforced"
-    before = "; today's rules refuse it, and it was verified before" if signature.was_verified else ""
-    return f"verified, by {signature.method} {signature.signer}{mode}{problem}{before}"
-
-
 def model_facts(model: Any) -> dict[str, object]:
     """Return a model's rules, its serving version's checks, and approved and waiting versions, as facts."""
     rules, passed = model.policy, model.approval
@@ -111,7 +88,7 @@ def model_facts(model: Any) -> dict[str, object]:
         "policy": rules
         and f"signature {rules.trust or 'off'}, {output.count_of(rules.approvals, 'approval')}",
         "signature": model.signature and describe_signature(model.signature),
-        "added by": _name_adders(model) if model.files else None,
+        "added by": name_adders(model) if model.files else None,
         "approval": passed and output.with_names(passed.result, passed.by),
         "approved": ", ".join(given) or None,
         "unapproved": ", ".join(wanted) or None,

@@ -3,7 +3,7 @@
 `main` finds a command by name, alias or section and imports only its module: `loadledger --help` and commands
 that talk to a server must start fast, and a test lists their imports.
 
-- `models`, `jobs`, `nodes`, `events`, `infer`, `top`: commands to a server; `options` gives the client
+- `models`, `jobs`, `events`, `infer`, `top`: commands to a server; `options` gives the client
 - `ledger`, `keys`: commands on files; `serve`: commands that run a server, then `startup`; `demo`
 - `output`: tables, values with units, notes on stderr, exit codes; `times`: times and durations
 - `inputs`, `arrays`: what `infer` sends and shows; `snippets`: the first commands to send a model

@@ -1,7 +1,4 @@
-"""`loadledger verify | replay | export | backup | migrate | discard` and `key ledger`.
-
-They use the files of a data directory, or a ledger in PostgreSQL, without a server.
-"""
+"""`loadledger verify | replay | export | backup` and `key ledger`: files of a data directory, no server."""
 
 from __future__ import annotations
 
@@ -15,7 +12,6 @@ from click.core import ParameterSource
 
 from loadledger.cli import options, output
 
-INSTALL = "pip install 'loadledger[postgres]'"
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -84,7 +80,9 @@ def verify(
     if data is not None and store:
         checked = verify_local_store(data)
     elif address is not None:
-        checked = VerifyResult(_import_admin().verify_address(address, expected), (), None)
+        from features.nodes.cli import import_admin
+
+        checked = VerifyResult(import_admin().verify_address(address, expected), (), None)
     else:
         ledger = None if data is None else _ledger_in(data)
         checked = verify_ledger_and_files(ledger, files, key, expected)
@@ -263,74 +261,6 @@ def ledger_key(data: Path, *, as_json: bool) -> None:
     signer = open_signer(data)
     pem, name = public_pem(signer), key_id(signer.public_key)
     output.print_result({"public_key": pem, "key_id": name}, [f"{pem}key id: {name}"], as_json=as_json)
-
-
-_ledger_option = click.option(
-    "--ledger",
-    "address",
-    metavar="URL",
-    envvar="LOADLEDGER_LEDGER",
-    required=True,
-    help="Database, as the role that owns the ledger: postgresql://OWNER@HOST/DATABASE. [LOADLEDGER_LEDGER]",
-)
-
-
-@click.command()
-@_ledger_option
-@click.option(
-    "--server-role",
-    metavar="ROLE",
-    help="Role of the servers: may read, and append through a function, nothing else.",
-)
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
-    help="Data directory whose ledger is copied into the database; it is the server's replica from then on.",
-)
-@options.json_option
-def migrate(address: str, server_role: str | None, data: Path | None, *, as_json: bool) -> None:
-    """Create or update the schema of a ledger in PostgreSQL.
-
-    Run it as the role that owns the ledger, never with a server's credentials: with its first run, with each
-    release that changes the schema, and to let a role in. With --data, the ledger of a stopped server is
-    verified, copied into the empty database with its positions and hashes, and verified there.
-    """
-    done = _import_admin().migrate_database(address, server_role, data)
-    lines = [f"schema: {done['migrations']} migrations applied"]
-    if server_role is not None:
-        lines.append(f"role {server_role}: may read and append")
-    if data is not None:
-        lines.append(f"copied and verified: {done['events']} events, head {done['position']}:{done['hash']}")
-    output.print_result(done, lines, as_json=as_json)
-
-
-@click.command()
-@_ledger_option
-@options.json_option
-@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
-def discard(address: str, file: Path, *, as_json: bool) -> None:
-    """Remove the end of a ledger in PostgreSQL that no node can read.
-
-    For nodes that say that an event cannot be folded, because somebody with their role appended it. Run it as
-    the role that owns the ledger, with the latest release that any node has, when that role has another
-    password. All events from that one on, which no node has, go to FILE, and `EventsDiscarded` takes their
-    place.
-    """
-    done = _import_admin().discard_unreadable(address, file)
-    members = {"first_position": done.first_position, "last_position": done.last_position, "hash": done.hash}
-    line = f"discarded: positions {done.first_position} to {done.last_position}, kept in {file}"
-    output.print_result(members, [line], as_json=as_json)
-
-
-def _import_admin() -> Any:
-    """Return the module for ledgers in PostgreSQL, which needs the driver."""
-    from importlib.util import find_spec
-
-    if find_spec("asyncpg") is None:
-        output.exit_with_error(f"asyncpg is not installed: {INSTALL}")
-    from nodes.postgres import admin
-
-    return admin
 
 
 def _ledger_in(data: Path) -> Path:

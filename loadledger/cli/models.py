@@ -1,4 +1,4 @@
-"""`loadledger models | show | verify-model | add | rm | label | resources`: models, memory and devices."""
+"""`loadledger models | show | add | rm | resources`: models, memory and devices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import click
 import msgspec
 
-from features.approvals.cli import model_facts, verified_facts
+from features.approvals.cli import model_facts
 from loadledger.cli import options, output
 from loadledger.cli.completion import models_of_server
 from loadledger.cli.jobs import report_request
@@ -91,32 +91,6 @@ def show(model: str, *, at: str | None, as_json: bool, where: options.ServerChoi
             with suppress(ClientProblem):  # its server cannot be reached: the file's are shown
                 shown = replace_tensors(shown, client.metadata(model))
     output.print_result(shown, _details(shown, where.words), as_json=as_json)
-
-
-@click.command("verify-model")
-@click.argument("model", metavar="MODEL[/VERSION]", shell_complete=models_of_server)
-@options.json_option
-@options.server_options
-def verify_model(model: str, *, as_json: bool, where: options.ServerChoice) -> None:
-    """Hash a version and check it by the policy; nothing is loaded.
-
-    It says what the policy would do to a load of it now. VERSION is by default the highest. Your token needs
-    one of the roles admin, audit and approve.
-
-    Exit code: 0 if the policy lets it load, 1 if not, 2 if it cannot be checked.
-    """
-    named = options.parse_version_name(model)
-    with options.open_chosen_client(where) as client:
-        found = client.verify_model(*named)
-    output.print_result(found, _verified_lines(found), as_json=as_json)
-    sys.exit(0 if found.problem is None else output.NEGATIVE_RESULT)
-
-
-def _verified_lines(found: Any) -> Iterator[str]:
-    yield f"{to_printable(found.model_id)} version {found.version}:"
-    yield from output.format_facts(verified_facts(found))
-    for file in found.files:
-        yield f"  {format_cell(file.path)}: sha256 {format_cell(file.sha256)}"
 
 
 def _row(model: Any) -> tuple[str, ...]:
@@ -381,41 +355,6 @@ def remove(model: str, *, version: int, force: bool, where: options.ServerChoice
     with options.open_chosen_client(where) as client:
         client.remove(model, version, force=force)
     click.echo(f"{to_printable(model)} version {version}: removed")
-
-
-@click.command("label")
-@click.argument("model", shell_complete=models_of_server)
-@click.argument("label", required=False)
-@click.argument("version", required=False, type=click.IntRange(min=1))
-@click.option("--remove", "removes", is_flag=True, help="Remove LABEL; its version stays.")
-@options.json_option
-@options.server_options
-def label_model(
-    model: str,
-    *,
-    label: str | None,
-    version: int | None,
-    removes: bool,
-    as_json: bool,
-    where: options.ServerChoice,
-) -> None:
-    """List the labels of a model, or let one name a version.
-
-    A label is a name such as champion: a request for that version goes to the version that it names. To
-    move a label with the load of its version, use `loadledger load --label`.
-    """
-    if label is not None and removes is (version is not None):
-        raise click.UsageError("give LABEL with a VERSION that it names, or with --remove")
-    if label is None and removes:
-        raise click.UsageError("give the LABEL that --remove removes")
-    with options.open_chosen_client(where) as client:
-        if label is not None and removes:
-            client.remove_label(model, label)
-        elif label is not None and version is not None:
-            client.set_label(model, label, version)
-        labels = client.model(model).labels
-    table = format_table(("LABEL", "VERSION"), [(format_cell(each), str(labels[each])) for each in labels])
-    output.print_result({"labels": labels}, table if labels else ["no labels"], as_json=as_json)
 
 
 @click.command()

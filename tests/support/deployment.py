@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from features.nodes.cli import drain
 from loadledger.cli.main import main
-from loadledger.cli.nodes import drain
 from server.config import Config
 from server.configsources import read_settings
 

@@ -16,7 +16,7 @@ from support.nodes import list_nodes, local_node
 from support.postgres import Database
 
 from answers.nodes import NodeInfo, NodeJob, NodeModel
-from loadledger.cli.nodes import _wait_until_drained
+from features.nodes.cli import _wait_until_drained
 
 
 async def run(api: LocalApi, command: str, **environment: Any) -> Result:

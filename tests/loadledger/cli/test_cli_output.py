@@ -25,7 +25,8 @@ from answers.signatures import FileDigest, LoadSignatureInfo, VerifiedVersionInf
 from events.codec import encode_event
 from events.types import TYPES, LoadFailed, Unknown, WorkerExited
 from features.approvals import cli as approvals
-from features.approvals.cli import describe_signature
+from features.signatures import cli as signatures
+from features.signatures.cli import describe_signature
 from loadledger.cli import jobs, models, top
 from loadledger.cli.events import event_line
 from loadledger.cli.jobs import count_steps, describe_progress
@@ -255,7 +256,7 @@ def test_hostile_answer_prints_no_control_characters(
         *jobs._details(job),
         *approvals._describe(version, model),
         approvals._describe_answer(evil(VersionApprovals), withdraw=False),
-        *models._verified_lines(version),
+        *signatures._verified_lines(version),
         *format_table(jobs.COLUMNS, [jobs._row(job)]),
         *models._resource_lines(found),
         *top.lines(top.ServerSnapshot("http://here", found, [job], [model], NOW, 0.1, EVIL)),

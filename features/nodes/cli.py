@@ -1,4 +1,4 @@
-"""`loadledger nodes | drain`: the servers that share a ledger, and taking one out of service."""
+"""`loadledger nodes | drain | migrate | discard`: servers that share a ledger, and a ledger in PostgreSQL."""
 
 from __future__ import annotations
 
@@ -157,3 +157,71 @@ def _wait_until_drained(client: Any, node: Any, timeout_s: int | None) -> Any:
 def _fail(node: Any, reason: str) -> NoReturn:
     output.print_note(f"{node.id} is not drained, {describe_rest(node)}: {reason}")
     raise SystemExit(output.NEGATIVE_RESULT)
+
+
+_ledger_option = click.option(
+    "--ledger",
+    "address",
+    metavar="URL",
+    envvar="LOADLEDGER_LEDGER",
+    required=True,
+    help="Database, as the role that owns the ledger: postgresql://OWNER@HOST/DATABASE. [LOADLEDGER_LEDGER]",
+)
+
+
+@click.command()
+@_ledger_option
+@click.option(
+    "--server-role",
+    metavar="ROLE",
+    help="Role of the servers: may read, and append through a function, nothing else.",
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Data directory whose ledger is copied into the database; it is the server's replica from then on.",
+)
+@options.json_option
+def migrate(address: str, server_role: str | None, data: Path | None, *, as_json: bool) -> None:
+    """Create or update the schema of a ledger in PostgreSQL.
+
+    Run it as the role that owns the ledger, never with a server's credentials: with its first run, with each
+    release that changes the schema, and to let a role in. With --data, the ledger of a stopped server is
+    verified, copied into the empty database with its positions and hashes, and verified there.
+    """
+    done = import_admin().migrate_database(address, server_role, data)
+    lines = [f"schema: {done['migrations']} migrations applied"]
+    if server_role is not None:
+        lines.append(f"role {server_role}: may read and append")
+    if data is not None:
+        lines.append(f"copied and verified: {done['events']} events, head {done['position']}:{done['hash']}")
+    output.print_result(done, lines, as_json=as_json)
+
+
+@click.command()
+@_ledger_option
+@options.json_option
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+def discard(address: str, file: Path, *, as_json: bool) -> None:
+    """Remove the end of a ledger in PostgreSQL that no node can read.
+
+    For nodes that say that an event cannot be folded, because somebody with their role appended it. Run it as
+    the role that owns the ledger, with the latest release that any node has, when that role has another
+    password. All events from that one on, which no node has, go to FILE, and `EventsDiscarded` takes their
+    place.
+    """
+    done = import_admin().discard_unreadable(address, file)
+    members = {"first_position": done.first_position, "last_position": done.last_position, "hash": done.hash}
+    line = f"discarded: positions {done.first_position} to {done.last_position}, kept in {file}"
+    output.print_result(members, [line], as_json=as_json)
+
+
+def import_admin() -> Any:
+    """Return the module for ledgers in PostgreSQL, which needs the driver."""
+    try:
+        from nodes.postgres import admin
+    except ModuleNotFoundError as error:
+        from nodes.thisnode import INSTALL
+
+        output.exit_with_error(f"{error.name} is not installed: {INSTALL}")
+    return admin
