@@ -1,4 +1,4 @@
-"""The distribution `loadledger`: seven import packages, one command, and the files that ship with them."""
+"""The distribution `loadledger`: its import packages, one command, and the files that ship with them."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Speaks HTTP: routes, authentication, errors, console. Only this package imports the web framework.
+"""Speaks HTTP: routes, authentication, errors, console. Outside of it, `routes`, `app` and `setup` of a feature do.
 
 The way of a request: `http/connection.py` (limits and timeouts), `observability/requestlog.py` (log line),
 `errors.py` (one form of all errors), `auth/gate.py`, `http/validation.py`, then a handler of `api/` or `v2/`.
