@@ -1,6 +1,6 @@
 """Speaks HTTP: routes, authentication, errors, console.
 
-Beside this package, only modules `routes`, `app` and `setup` of features and `nodes` import the web framework.
+Beside this package, only modules `routes`, `app` and `setup` of features, and `nodes`, import aiohttp.
 
 The way of a request: `http/connection.py` (limits and timeouts), `observability/requestlog.py` (log line),
 `errors.py` (one form of all errors), `auth/gate.py`, `http/validation.py`, then a handler of `api/` or `v2/`.
