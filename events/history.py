@@ -164,7 +164,8 @@ def _make_copy_row(copy: Serving) -> CopyRow:
 def describe_model(state: State, model_id: str) -> ShownModel:
     """Return a model of the folds as the API shows it; it may have no event yet."""
     model, versions = state.models.get(model_id) or Model(model_id), state.registers.find_versions(model_id)
-    return ShownModel(model_id, make_row(model), versions, model.servings)
+    servings = () if model.serving is None else model.servings
+    return ShownModel(model_id, make_row(model), versions, servings)
 
 
 def find_landmark(job: Job) -> int | None:

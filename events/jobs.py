@@ -33,6 +33,7 @@ from events.types import (
     ModelSettingsChanged,
     ModelUnloaded,
     ServerStarted,
+    ServerStopped,
     Unknown,
     UnloadRequested,
     UnloadStarted,
@@ -379,11 +380,13 @@ def _find_policy(load: LoadRequested) -> JobPolicy | UnsetType:
 def _end_processes(job: Job, event: Event, data: Any) -> Job:
     """A server started or ended: its jobs wait for their next attempt, at any server.
 
-    After an orderly stop no job is in progress, so a start interrupts one only after an unclean end.
+    After an orderly stop no job is in progress, so a start interrupts one only after an unclean end; a stop
+    leaves a job where it is placed.
     """
     end: ProcessEnd = data.end
     is_running = job.status is JobStatus.IN_PROGRESS
-    is_there = (is_running or job.placement is not UNSET) and end.is_at(job.server)
+    placement = job.placement if isinstance(data, ServerStopped) else UNSET
+    is_there = (is_running or job.placement is not placement) and end.is_at(job.server)
     is_interrupted = is_there or isinstance(data, ServerStarted)
     if not is_interrupted and end.since is None:
         return job
@@ -391,7 +394,7 @@ def _end_processes(job: Job, event: Event, data: Any) -> Job:
     if not is_interrupted:
         return job
     deaths = job.server_deaths + (end.is_death and is_running)
-    return replace(job, status=JobStatus.PENDING, server_deaths=deaths, placement=UNSET)
+    return replace(job, status=JobStatus.PENDING, server_deaths=deaths, placement=placement)
 
 
 def _extend(job: Job, since: Timestamp | None, event: Event) -> Timestamp | None:

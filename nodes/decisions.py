@@ -5,7 +5,6 @@ Pure but for new ids.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
@@ -36,7 +35,7 @@ from events.types import (
 )
 from features.nodes.commands import NodeCurrent
 from features.nodes.facts import NodeSignature
-from features.nodes.register import Node, find_placer
+from features.nodes.register import Node, find_placer, is_epoch_over
 from nodes.copies import find_steps
 from nodes.placement import (
     NodeHints,
@@ -60,8 +59,6 @@ from runtime.scheduler.view import SchedulerView
 
 NO_EPOCH = 0
 """Epoch of a node between two: nothing is its own, since real ones begin at 1."""
-KEY_DIGITS = 32
-"""Of the hash of a node's key in the name of an epoch: no two nodes that share a repository have the same."""
 
 
 class NodeAway(ModelNotLoaded):
@@ -147,14 +144,10 @@ class NodePlacement(Elsewhere):
         node = state.registers.nodes.get(self.name)
         if node is None or not node.is_present:
             raise EpochOver
-        return f"{_key_of(node)}-{node.epoch}", (NodeCurrent(node.id, node.epoch),)
+        return node.epoch_name, (NodeCurrent(node.id, node.epoch),)
 
     def is_over(self, epoch: str, state: State) -> bool:
-        key, _, number = epoch.rpartition("-")
-        node = next((each for each in state.registers.nodes.values() if _key_of(each) == key), None)
-        if node is None or not number.isdecimal():
-            return False
-        return int(number) < node.epoch or (int(number) == node.epoch and not node.is_present)
+        return is_epoch_over(state.registers.nodes, epoch)
 
     def share(self, state: State) -> State:
         return find_share(state, self.name, self._epoch, self._untrusted())
@@ -275,10 +268,6 @@ class NodePlacement(Elsewhere):
     def refusal(self) -> NodeAway | None:
         """Return why this node may not answer inferences, or None."""
         return None if self._standing.may_serve else NodeAway()
-
-
-def _key_of(node: Node) -> str:
-    return hashlib.sha256((node.public_key or "").encode()).hexdigest()[:KEY_DIGITS]
 
 
 def list_copies(model: Model, state: State, untrusted: Collection[str]) -> list[tuple[Node, Serving]]:

@@ -6,24 +6,18 @@ it without a token.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Collection, Iterable
-
 from aiohttp import web
 from marshmallow import Schema, fields, validate
 
-from answers.nodes import NodeInfo, NodeJob, NodeList, NodeModel
-from events.jobs import Job
-from events.state import State
+from answers.nodes import NodeInfo, NodeList
 from features.nodes.commands import DrainNode
-from features.nodes.register import Lease, find_placer
 from server.api.schemas import about
 from server.appkeys import LOG
 from server.auth.access import Access
 from server.auth.gate import PRINCIPAL
 from server.cluster import CLUSTER
 from server.errors import ServerProblem
-from server.http.answers import respond, show
+from server.http.answers import respond
 from server.http.validation import NothingSchema, path_parameters
 from server.routing import Routes
 
@@ -83,55 +77,3 @@ async def drain_node(request: web.Request) -> web.Response:
     receipt = await app[LOG].submit(DrainNode(node_id, request[PRINCIPAL].subject))
     [node] = [node for node in app[CLUSTER].describe() if node.id == node_id]
     return respond(node, status=200 if receipt.existing else 202)
-
-
-def make_node_infos(
-    state: State,
-    leases: Iterable[Lease] = (),
-    own_id: str | None = None,
-    late: Iterable[str] = (),
-    untrusted: Collection[str] = (),
-) -> list[NodeInfo]:
-    """Return the nodes of a state by name, with their models and jobs.
-
-    Args:
-        state: of the ledger.
-        leases: those of earlier epochs say nothing.
-        own_id: the node that answers.
-        late: nodes that are late whatever the leases say.
-        untrusted: nodes whose joins are not signed with a key that the nodes share.
-    """
-    models, jobs = defaultdict[str | None, list[NodeModel]](list), defaultdict[str | None, list[Job]](list)
-    for model in sorted(state.models.values(), key=lambda model: model.id):
-        for serving in model.servings:
-            shown = NodeModel(id=model.id, version=serving.version, state=model.state)
-            models[serving.server].append(shown)
-    for job in state.unended():
-        jobs[job.server].append(job)
-    by_epoch = {(lease.node_id, lease.epoch): lease for lease in leases}
-    placer = find_placer(state.registers.nodes, untrusted)
-    infos = []
-    for node in sorted(state.registers.nodes.values(), key=lambda node: node.id):
-        lease = by_epoch.get((node.id, node.epoch))
-        is_late = None if lease is None or not node.is_present else lease.is_late or node.id in late
-        infos.append(
-            NodeInfo(
-                id=node.id,
-                address=node.address,
-                attributes=list(node.attributes),
-                phase=node.phase,
-                epoch=node.epoch,
-                joined_at=node.joined_at,
-                ended_at=node.ended_at,
-                release=node.release,
-                budget_bytes=node.budget_bytes,
-                models=models[node.id],
-                jobs=show(jobs[node.id], list[NodeJob]),
-                renewed_at=lease.renewed_at if lease is not None else None,
-                late=is_late,
-                this=node.id == own_id,
-                trusted=node.id not in untrusted if node.is_present else None,
-                placer=node.id == placer,
-            )
-        )
-    return infos

@@ -23,12 +23,12 @@ from events.models import Model
 from events.types import LoadParameters
 from features.demands import ATTRIBUTES, list_demands
 from features.nodes.commands import JoinNode
+from features.nodes.members import make_node_infos
 from nodes.copies import count_copies
 from nodes.forwarding import Forwarder
 from nodes.membership import Membership
 from nodes.peers import Peers
 from nodes.placement import NodeHints, find_usable, meets
-from nodes.routes import make_node_infos
 from nodes.spread import CopyFigures, measure_copy
 from runtime.consumer.usage import list_usage
 from runtime.scheduler.view import Policy
@@ -106,7 +106,8 @@ class ThisNode(Forwarder):
                 f" `loadledger key rotate --data {data}` makes the first one"
             )
 
-    async def open(self, check: Callable[[], Awaitable[T]]) -> T:
+    async def open(self, check: Callable[[], Awaitable[T]], open_files: Callable[[], Awaitable[None]]) -> T:
+        await open_files()
         await self.log.open()
         return await check()  # only now the replica has what the database has
 

@@ -248,9 +248,11 @@ async def _ledger(app: web.Application, *, accepts_rollback: bool) -> AsyncItera
     cluster = Cluster(Log(data / LEDGER)) if alone else ThisNode(config, gate.verifier)
     app[CLUSTER], app[LOG] = cluster, cluster.log
     log, gate.verify_forwarded = cluster.log, cluster.verify_forwarded
-    await asyncio.to_thread(_open_files, app)
     try:
-        rollback = await cluster.open(lambda: _check_rollback(data, accepts_rollback=accepts_rollback))
+        rollback = await cluster.open(
+            lambda: _check_rollback(data, accepts_rollback=accepts_rollback),
+            lambda: asyncio.to_thread(_open_files, app),
+        )
         app[PROVER] = prover = Prover(await asyncio.to_thread(open_signer, data))
         app[HEAD_KEEPER] = keeper = HeadKeeper(data)
         started = await cluster.begin(app)

@@ -21,9 +21,12 @@ from answers.nodes import NodeInfo
 from events.commands import Receipt
 from events.log import Log
 from events.models import Model
+from events.state import State
 from events.statements import Sign
 from events.types import Cause, LoadParameters
+from features.nodes.members import make_node_infos
 from features.nodes.metrics import Gauge, list_gauges
+from features.nodes.register import is_epoch_over
 from runtime.consumer.running import RunningLoad
 from runtime.elsewhere import Elsewhere
 from runtime.router import Here, There
@@ -70,9 +73,13 @@ class Cluster(Elsewhere):
         self.log = log
         self.loads: dict[str, RunningLoad] = {}
 
-    async def open(self, check: Callable[[], Awaitable[T]]) -> T:
-        """Open the log, and check the data directory: before that, unless the log is a replica."""
+    def is_over(self, epoch: str, state: State) -> bool:
+        return is_epoch_over(state.registers.nodes, epoch)
+
+    async def open(self, check: Callable[[], Awaitable[T]], open_files: Callable[[], Awaitable[None]]) -> T:
+        """Open the files and the log, and check the data directory: first, unless the log is a replica."""
         found = await check()
+        await open_files()
         await self.log.open()
         return found
 
@@ -119,11 +126,12 @@ class Cluster(Elsewhere):
         return sum(model.lost_by is Cause.RESTART for model in models)
 
     def describe(self) -> list[NodeInfo]:
-        """Return all servers that this one knows; empty if it is alone."""
-        return []
+        """Return all servers that this one knows; if it is alone, those that its ledger had once."""
+        return make_node_infos(self.log.state)
 
     def list_gauges(self) -> Sequence[Gauge]:
-        return list_gauges(self.describe(), self.log.state, self.log.tally.names.of)
+        nodes = () if self.name is None else self.describe()
+        return list_gauges(nodes, self.log.state, self.log.tally.names.of)
 
     def complete_answer(self, shown: ModelInfo, model: Model) -> ModelInfo:
         """Return a model's answer, completed by its present state at other servers."""

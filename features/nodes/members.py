@@ -1,15 +1,19 @@
-"""What answers say of several servers: where a job or a model is, its copies, and which nodes were there."""
+"""What answers say of several servers: the nodes, where a job or a model is, and a model's copies."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from answers.models import ModelCopy
+from answers.nodes import NodeInfo, NodeJob, NodeModel
 from answers.past import NodePresence
 from events.history import ShownModel
 from events.jobs import Job
 from events.presence import Liveness
+from events.state import State
+from features.nodes.register import Lease, find_placer
 from server.http.answers import show
 
 
@@ -42,3 +46,55 @@ def _list_copies(model: ShownModel) -> Iterator[ModelCopy]:
 
 def show_presences(server: Liveness | None) -> Mapping[str, Any]:
     return {"nodes": [] if server is None else show(server.servers, list[NodePresence])}
+
+
+def make_node_infos(
+    state: State,
+    leases: Iterable[Lease] = (),
+    own_id: str | None = None,
+    late: Iterable[str] = (),
+    untrusted: Collection[str] = (),
+) -> list[NodeInfo]:
+    """Return the nodes of a state by name, with their models and jobs.
+
+    Args:
+        state: of the ledger.
+        leases: those of earlier epochs say nothing.
+        own_id: the node that answers.
+        late: nodes that are late whatever the leases say.
+        untrusted: nodes whose joins are not signed with a key that the nodes share.
+    """
+    models, jobs = defaultdict[str | None, list[NodeModel]](list), defaultdict[str | None, list[Job]](list)
+    for model in sorted(state.models.values(), key=lambda model: model.id):
+        for serving in model.servings:
+            shown = NodeModel(id=model.id, version=serving.version, state=model.state)
+            models[serving.server].append(shown)
+    for job in state.unended():
+        jobs[job.server].append(job)
+    by_epoch = {(lease.node_id, lease.epoch): lease for lease in leases}
+    placer = find_placer(state.registers.nodes, untrusted)
+    infos = []
+    for node in sorted(state.registers.nodes.values(), key=lambda node: node.id):
+        lease = by_epoch.get((node.id, node.epoch))
+        is_late = None if lease is None or not node.is_present else lease.is_late or node.id in late
+        infos.append(
+            NodeInfo(
+                id=node.id,
+                address=node.address,
+                attributes=list(node.attributes),
+                phase=node.phase,
+                epoch=node.epoch,
+                joined_at=node.joined_at,
+                ended_at=node.ended_at,
+                release=node.release,
+                budget_bytes=node.budget_bytes,
+                models=models[node.id],
+                jobs=show(jobs[node.id], list[NodeJob]),
+                renewed_at=lease.renewed_at if lease is not None else None,
+                late=is_late,
+                this=node.id == own_id,
+                trusted=node.id not in untrusted if node.is_present else None,
+                placer=node.id == placer,
+            )
+        )
+    return infos

@@ -6,6 +6,7 @@ is over are refused. `find_placer` names the node that does the work that belong
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from enum import StrEnum
 
@@ -24,6 +25,9 @@ from features.nodes.facts import (
     NodeState,
     join_statement,
 )
+
+KEY_DIGITS = 32
+"""Of the hash of a node's key in the name of an epoch: no two nodes that share a repository have the same."""
 
 KEPT_S = 30 * 86_400
 """A node is remembered for a month after its end, so that operators can find a missing one."""
@@ -68,6 +72,15 @@ class Node(Struct, frozen=True, gc=False):
     def statement(self) -> bytes:
         """The statement that the signature of its join signs."""
         return join_statement(self.id, self.epoch, self.address, self.public_key, self.after)
+
+    @property
+    def key_digest(self) -> str:
+        return hashlib.sha256((self.public_key or "").encode()).hexdigest()[:KEY_DIGITS]
+
+    @property
+    def epoch_name(self) -> str:
+        """The name of its present epoch, or of its last one; a server of another key never has it."""
+        return f"{self.key_digest}-{self.epoch}"
 
     @property
     def is_present(self) -> bool:
@@ -159,6 +172,15 @@ def list_node_transitions(
         return (*forgotten, of_node)
     state = ServerState.RUNNING if is_there else ServerState.STOPPED
     return (*forgotten, of_node, Transition(position, SERVER, state, at, none_since))
+
+
+def is_epoch_over(nodes: Mapping[str, Node], name: str) -> bool:
+    """Whether this names an epoch of one of the nodes that is over: no event of it can come any more."""
+    key, _, number = name.rpartition("-")
+    node = next((each for each in nodes.values() if each.key_digest == key), None)
+    if node is None or not number.isdecimal():
+        return False
+    return int(number) < node.epoch or (int(number) == node.epoch and not node.is_present)
 
 
 def any_present(nodes: Iterable[Node]) -> bool:

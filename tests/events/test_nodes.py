@@ -20,12 +20,21 @@ from events.registers import Registers
 from events.sqlite import queries, storage
 from events.sqlite.schema import connect
 from events.state import Entities, State, Transaction
-from events.types import SYSTEM, Cause, Draft, Event, LoadStarted, ServerStarted, UnloadRequested
+from events.types import (
+    SYSTEM,
+    Cause,
+    Draft,
+    Event,
+    LoadStarted,
+    ServerStarted,
+    ServerStopped,
+    UnloadRequested,
+)
 from events.values import Credential
 from features.approvals.facts import VersionApproved
 from features.nodes.commands import DrainNode, EndNode, JoinNode, NodeCurrent, NodeUnchanged
 from features.nodes.facts import NodeDraining, NodeJoined, NodeLeft, NodeLost, NodeSignature
-from features.nodes.register import KEPT_S, Node, NodePhase, evolve_nodes, find_placer
+from features.nodes.register import KEPT_S, Node, NodePhase, evolve_nodes, find_placer, is_epoch_over
 from nodes.placement import find_share
 from runtime.elsewhere import ALONE
 
@@ -311,6 +320,14 @@ def test_server_without_nodes_takes_over_what_they_had() -> None:
     assert history.job("L").server is None
 
 
+def test_stop_of_a_server_alone_leaves_a_job_where_a_node_was_to_load_it() -> None:
+    history = cluster("b")
+    history.ask_load("L")
+    history.place("L", "b")
+    history.add(ServerStopped(), None, of=None, version=None)
+    assert history.job("L").server == "b"
+
+
 # Which node works on what
 
 
@@ -490,6 +507,19 @@ async def test_changed_node_is_found_by_verify(tmp_path: Path) -> None:
     finding = verify(path).finding
     assert finding is not None
     assert "the stored nodes lack 'a'" in finding.problem
+
+
+@pytest.mark.parametrize(
+    ("steps", "is_over"), [("", False), ("drain", False), ("leave", True), ("lose", True), ("join", True)]
+)
+def test_epoch_is_over_once_it_ended_or_the_node_joined_again(steps: str, is_over: bool) -> None:  # noqa: FBT001
+    history = cluster("a")
+    name = history.state.registers.nodes["a"].epoch_name
+    for step in steps.split():
+        getattr(history, step)("a")
+    nodes = history.state.registers.nodes
+    assert is_epoch_over(nodes, name) is is_over
+    assert not any(is_epoch_over(nodes, other) for other in ("", "a-1", name.removesuffix("-1"), name + "x"))
 
 
 def test_untrusted_node_owns_nothing_and_places_nothing() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 from support.cutting import cutting_proxy
-from support.history import History, at
-from support.http import Json, LocalApi, when
+from support.history import History, at, opened
+from support.http import Json, LocalApi, local_server, when
 from support.models import add
 from support.nodes import list_nodes, local_node
 from support.openvino import DEVICE, PRESENT, visible_devices
@@ -18,12 +18,14 @@ from support.workers import until
 
 from answers.nodes import NodeModel
 from events.errors import LogUnavailable, NameInUse
-from features.nodes.facts import NodeDraining
+from events.sqlite.datalock import LEDGER
+from features.nodes.commands import EndNode, JoinNode
+from features.nodes.facts import NodeDraining, NodeLeft
+from features.nodes.members import make_node_infos
 from features.nodes.register import Lease
 from loadledger import Client
-from nodes.routes import make_node_infos
 from server.app import create_app
-from server.auth.keys import create_key, keys_folder
+from server.auth.keys import create_key, ensure_data_dir, keys_folder
 from server.config import Config, ConfigError
 
 
@@ -38,6 +40,19 @@ async def test_server_alone_has_no_nodes(shared: LocalApi) -> None:
     assert (await shared.post("/api/v1/nodes/a/drain")).refusal == (409, "no_nodes")
     past = (await shared.get(f"/api/v1/models/m?at={job['position']}")).json
     assert not any("node" in shown for shown in (job, past, await shared.model("m"), *await shared.jobs()))
+
+
+async def test_server_alone_shows_the_nodes_that_its_ledger_had(tmp_path: Path) -> None:
+    ledger = tmp_path / "data" / LEDGER
+    ensure_data_dir(ledger.parent)
+    async with opened(ledger) as log:
+        await log.submit(JoinNode("a", "http://a"))
+        await log.submit(EndNode(NodeLeft("a", 1)))
+    async with local_server(tmp_path) as alone:
+        listed = (await alone.get("/api/v1/nodes")).json["nodes"]
+        assert [(node["id"], node["phase"], node["this"]) for node in listed] == [("a", "left", False)]
+        assert (await alone.get("/api/v1/overview")).json["nodes"] == listed
+        assert b"\nloadledger_nodes{" not in (await alone.get("/metrics")).body
 
 
 @pytest.mark.parametrize("present", PRESENT)

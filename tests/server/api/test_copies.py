@@ -7,8 +7,8 @@ from answers.models import ModelCopy, ModelInfo
 from answers.nodes import NodeModel
 from events.history import describe_model
 from events.types import Cause, ModelSettingsChanged
+from features.nodes.members import make_node_infos
 from features.nodes.metrics import count_copies
-from nodes.routes import make_node_infos
 from server.api.models import make_model_info
 from server.v2 import repository
 
