@@ -28,7 +28,7 @@ class Condition(Struct, frozen=True, gc=False):
     """A precondition of a command.
 
     A command of the system is `outdated` if one does not hold any more. A condition that a feature adds to a
-    request says itself why it refuses that.
+    request has `find_refusal` alone, which says why it refuses that.
     """
 
     def holds(self, state: State) -> bool:

@@ -54,8 +54,7 @@ from events.types import (
     contents_of,
 )
 from events.versions import ModelVersions
-from features.causes import RULES_OF_CAUSES
-from features.names import draft_name
+from features.commands import RULES_OF_CAUSES, draft_name
 
 RULES: Mapping[Cause, CauseRules] = {
     **dict.fromkeys(Cause, CauseRules()),

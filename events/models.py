@@ -55,8 +55,8 @@ from events.types import (
     WorkerExited,
 )
 from events.values import ProcessEnd
-from features.evidence import STORED_NAMES_OF_EVIDENCE, LoadEvidence, remember_evidence
-from features.models import Servings
+from features.facts import STORED_NAMES, LoadEvidence, remember_evidence
+from features.folds import Servings
 
 RELOADS = (Cause.RECOVERY, Cause.RESTART, Cause.SWAP, Cause.DRAIN, Cause.COPY)
 """Causes of reloads: loads by the system that bring a model or an instance back, or to another server."""
@@ -132,7 +132,7 @@ class Choice(Struct, frozen=True, gc=False):
     parameters: LoadParameters | None = None
 
 
-class Model(Servings, frozen=True, gc=False, rename=STORED_NAMES_OF_EVIDENCE):
+class Model(Servings, frozen=True, gc=False, rename=STORED_NAMES):
     """One model, with the loads that it serves from.
 
     Attributes:

@@ -1,6 +1,6 @@
 """Registers: the projections beside models and jobs, by id.
 
-Issued tokens, policies, the versions of models, and those of the features (`features.registers`).
+Issued tokens, policies, the versions of models, and those of the features (`features.folds`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from events.tokens import Token, evolve_tokens
 from events.types import OF_TOKENS, Event, PolicyInForce
 from events.versions import OF_VERSIONS, ModelVersions, evolve_versions
 from features.facts import OF_SERVERS
-from features.registers import ENTRIES_OF_FEATURES, FeatureEntry, FeatureRegisters
+from features.folds import ENTRIES_OF_FEATURES, FeatureEntry, FeatureRegisters
 from features.rules import LoadPolicy
 
 

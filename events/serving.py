@@ -8,8 +8,7 @@ from msgspec.structs import replace
 from events.clock import Timestamp
 from events.jobs import Job
 from events.types import Cause, Event, LoadedFile, LoadParameters, ModelLoaded, contents_of, digest_of
-from features.evidence import LoadEvidence
-from features.facts import STORED_NAMES, ServerSignature, TargetUse
+from features.facts import STORED_NAMES, LoadEvidence, ServerSignature, TargetUse
 
 
 class Serving(Struct, frozen=True, gc=False, rename=STORED_NAMES):

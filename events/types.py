@@ -17,7 +17,6 @@ from msgspec.structs import asdict, replace
 
 from events.clock import Timestamp
 from events.values import Confinement, Credential, FileHash, ProcessEnd
-from features.evidence import RecordedEvidence
 from features.facts import (
     ENDS_OF_SERVERS,
     SETTINGS_OF_FEATURES,
@@ -25,6 +24,7 @@ from features.facts import (
     FactAtServer,
     FeatureData,
     ParametersOfFeatures,
+    RecordedEvidence,
     SignedFact,
     TargetUse,
 )

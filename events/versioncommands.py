@@ -12,7 +12,7 @@ from events.jobs import JobKind
 from events.models import Model
 from events.state import State
 from events.types import AddedFile, Draft, Provenance, VersionAdded, VersionRemoved, contents_of, digest_of
-from features.names import find_naming
+from features.commands import find_naming
 
 
 @dataclass(frozen=True, slots=True)

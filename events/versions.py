@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from events.types import Data, Event, Unknown, VersionAdded, VersionRemoved, contents_of, digest_of
 from features.facts import STORED_NAMES
-from features.versions import STEPS_OF_FEATURES, FeaturesOfVersions
+from features.folds import STEPS_OF_FEATURES, FeaturesOfVersions
 
 
 class AddedVersion(Struct, frozen=True, gc=False):

@@ -3,14 +3,13 @@
 The kernel (the log, the scheduler, the consumer, workers, the store) knows no feature. It imports the lists
 of this folder, one for each seam, with one line for each feature that is there:
 
-- `facts`: events; `registers` and `versions`: folds beside the kernel's; `models`: what a model serves from
+- `facts`: events, and evidence of checks; `folds`: beside those of models, of versions and of registers
 - `acceptance`: conditions of a request for a load, which refuse it before anything is recorded
-- `names`: of versions, which loads set
-- `checks`: checks before a load, which get a `beforeload.CheckInput` and pass with `evidence`
-- `rooms`: targets of a load, and what it needs there; `causes`: rules for loads of a cause; `demands`: what a
-  load demands of its server
+- `commands`: rules for loads of a cause, names that loads set
+- `checks`: checks before a load, which get a `beforeload.CheckInput` and pass with evidence
+- `rooms`: targets of a load, what it needs there, and what it demands of its server
 - `wire`, `targets` and `providers`: targets beside the CPU, in messages, in the pool and in a worker
-- `members`: members of answers; `server`: settings, parameters of loads and metrics
+- `server`: setup, parameters of loads, members of answers, metrics
 - `rules` and `policyfile`: the operator's policy; `audit`: loads checked against it again
 
 The features are `signatures`, `approvals`, `labels`, `devices`, `ondemand` loads and `nodes`.

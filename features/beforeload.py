@@ -23,7 +23,7 @@ from events.serving import AdmittedBytes
 from events.statements import IsSigned, load_statement
 from events.types import Contents, digest_of
 from events.versions import ModelVersions
-from features.evidence import RecordedEvidence
+from features.facts import RecordedEvidence
 from features.rules import ModelRules
 
 

@@ -11,7 +11,7 @@ from events.types import hashes_of
 from events.values import FileHash
 from features.approvals import check as approvals
 from features.beforeload import Check, CheckedLoad, CheckInput, NotLoadable
-from features.evidence import RecordedEvidence
+from features.facts import RecordedEvidence
 from features.signatures import check as signatures
 
 CHECKS: tuple[Check, ...] = (signatures.check, approvals.check)

@@ -1,15 +1,21 @@
-"""The facts of the features, which `events.types` lists with its own."""
+"""The facts of the features, which `events.types` lists with its own, and evidence of the checks of loads."""
 
 from __future__ import annotations
 
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Struct, UnsetType
 
-from features.approvals.facts import ApprovalWithdrawn, VersionApproved
+from features.approvals.facts import ApprovalResult, ApprovalWithdrawn, LoadApproval, VersionApproved
 from features.devices import facts as devices
 from features.labels import facts as labels
 from features.nodes import facts as nodes
+from features.signatures.facts import LoadSignature, remember_bundle
 
-STORED_NAMES = {**nodes.STORED_NAMES, **devices.STORED_NAMES, **labels.STORED_NAMES}
+STORED_NAMES = {
+    **nodes.STORED_NAMES,
+    **devices.STORED_NAMES,
+    **labels.STORED_NAMES,
+    "known_evidence": "bundles",
+}
 """What JSON calls the members of facts and folds that features have named there."""
 
 FeatureData = (
@@ -59,3 +65,48 @@ PRESENT_SHARING = nodes.PRESENT
 
 TargetUse = devices.DeviceUse
 """What runs on one target of a load: on its `target`, with `memory_bytes` beside the machine's."""
+
+
+class LoadEvidence(Struct, frozen=True, gc=False):
+    """The checks that a load passed before it started: one member for each kind of rule, UNSET without it."""
+
+    signature: LoadSignature | UnsetType = UNSET
+    approval: LoadApproval | UnsetType = UNSET
+
+    def __bool__(self) -> bool:
+        return self != LoadEvidence()
+
+    @property
+    def is_enforced(self) -> bool:
+        """Whether a rule enforced its signature."""
+        return self.signature is not UNSET and self.signature.is_enforced
+
+    @property
+    def is_bypassed(self) -> bool:
+        """Whether a person with the role `emergency` let it pass."""
+        return self.approval is not UNSET and self.approval.result is ApprovalResult.BYPASSED
+
+
+class RecordedEvidence(FactAtServer, frozen=True, gc=False, kw_only=True):
+    """Evidence as a fact has it: of a model with rules, how the load passed them.
+
+    Beside it stands the bundle, unless the ledger has that already, and the node's signature.
+    """
+
+    signature: LoadSignature | UnsetType = UNSET
+    approval: LoadApproval | UnsetType = UNSET
+    bundle: str | UnsetType = UNSET
+    server_signature: ServerSignature | UnsetType = UNSET
+
+    @property
+    def evidence(self) -> LoadEvidence:
+        """The checks that the load passed."""
+        return LoadEvidence(self.signature, self.approval)
+
+
+def remember_evidence(
+    known: tuple[str, ...] | UnsetType, data: RecordedEvidence
+) -> tuple[str, ...] | UnsetType:
+    """Return the names of a model's evidence that the ledger has once a load is recorded."""
+    name = None if data.signature is UNSET else data.signature.bundle
+    return known if name is None else remember_bundle(known or (), name)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias, TypeVar
 
+from events.history import ShownModel
+from events.jobs import Job
+from events.presence import Liveness
 from features.devices import loads, setup
 from features.nodes import loads as nodes
+from features.nodes import members
 from server.config import Config
+
+T = TypeVar("T")
+Members = Mapping[str, Any]
 
 choose_targets = setup.choose_targets
 """Returns the targets that a server may use, for its pool of workers to find."""
@@ -39,3 +46,13 @@ read_resources = setup.read_resources
 """Returns members of `Resources`."""
 show_load = setup.show_load
 """Returns members of `ModelInfo` about what a model serves from."""
+
+OF_JOBS: tuple[Callable[[Job], Members], ...] = (members.show_place,)
+OF_MODELS: tuple[Callable[[ShownModel], Members], ...] = (members.show_copies,)
+OF_MOMENTS: tuple[Callable[[Liveness | None], Members], ...] = (members.show_presences,)
+"""Of answers with `?at=`."""
+
+
+def collect(functions: Iterable[Callable[[T], Members]], shown: T) -> dict[str, Any]:
+    """Return the members that these functions add for an object."""
+    return {name: value for function in functions for name, value in function(shown).items()}

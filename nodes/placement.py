@@ -31,10 +31,10 @@ from events.serving import Serving
 from events.state import State, has_turn
 from events.types import Cause
 from events.values import FileHash
-from features.demands import Demand, list_demands
 from features.nodes.commands import NodeUnchanged
 from features.nodes.facts import LoadPlaced
 from features.nodes.register import Node, find_placer
+from features.rooms import Demand, list_demands
 from features.rules import LoadPolicy
 from nodes.spread import CopyFigures
 from runtime.scheduler.actions import RecordFact

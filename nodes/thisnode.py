@@ -21,9 +21,9 @@ from events.commands import Receipt
 from events.errors import LedgerProblem
 from events.models import Model
 from events.types import LoadParameters
-from features.demands import ATTRIBUTES, list_demands
 from features.nodes.commands import JoinNode
 from features.nodes.members import make_node_infos
+from features.rooms import ATTRIBUTES, list_demands
 from nodes.copies import count_copies
 from nodes.forwarding import Forwarder
 from nodes.membership import Membership

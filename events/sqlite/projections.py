@@ -18,7 +18,7 @@ from events.sqlite.history import SELECT_TRANSITIONS
 from events.sqlite.queries import as_bytes
 from events.state import Entities
 from events.types import Event
-from features.registers import describe_server
+from features.folds import describe_server
 
 _Row = tuple[object, object, object, object, int]
 """A stored job: its creation's position, its id, body and landmark, and whether id and body are text."""

@@ -8,7 +8,6 @@ from msgspec import UNSET
 
 from events.commands import Condition, DecisionInput, Refused
 from events.jobcommands import RequestLoad
-from events.state import State
 from features.labels.commands import find_label_refusal
 
 
@@ -17,9 +16,6 @@ class LabelAllowed(Condition, frozen=True, gc=False):
 
     model_id: str
     label: str
-
-    def holds(self, state: State) -> bool:
-        return find_label_refusal(state, self.model_id, self.label) is None
 
     def find_refusal(self, at: DecisionInput) -> Refused | None:
         return find_label_refusal(at.state, self.model_id, self.label)

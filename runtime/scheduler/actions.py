@@ -23,7 +23,7 @@ from events.types import (
     LoadStarted,
     ModelSettingsChanged,
 )
-from features.names import draft_name
+from features.commands import draft_name
 from runtime.rooms import Alternative
 from runtime.timeouts import PROGRESS_TIMEOUT_S
 from runtime.wire import plain_text

@@ -29,7 +29,7 @@ from events.log import Log
 from events.sqlite.queries import JobQuery
 from events.sqlite.timetravel import job_at, jobs_at
 from events.types import Idempotency
-from features.members import OF_JOBS, collect
+from features.server import OF_JOBS, collect
 from server.api.livejobs import NOT_LIVE, LiveMembers, describe_live
 from server.api.schemas import PageQuerySchema, about, one_of
 from server.api.timetravel import PAST_ERRORS, AtQuerySchema, at_moment, read_past

@@ -39,10 +39,9 @@ from events.sqlite.listing import EventFilter, EventQuery
 from events.sqlite.timetravel import active_at, model_at, models_at
 from events.types import VersionAdded, WorkerExited
 from features.approvals.commands import list_unapproved
-from features.evidence import LoadEvidence
-from features.members import OF_MODELS, collect
+from features.facts import LoadEvidence
 from features.rules import ModelRules
-from features.server import show_load
+from features.server import OF_MODELS, collect, show_load
 from features.signatures.rules import TrustMode
 from runtime.errors import RepositoryUnreadable, RuntimeProblem, UnknownModel
 from runtime.onnxfile import ModelTensors

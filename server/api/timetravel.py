@@ -13,7 +13,7 @@ from marshmallow import Schema, fields
 from answers.past import PastAnswer, ServerPresence
 from events.sqlite.readonly import ReaderThread, open_reader_thread
 from events.sqlite.timetravel import Moment, read_moment
-from features.members import OF_MOMENTS, collect
+from features.server import OF_MOMENTS, collect
 from server.api.schemas import about
 from server.appkeys import LOG
 from server.http.answers import show_optional

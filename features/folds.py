@@ -1,14 +1,42 @@
-"""The registers of the features, which `events.registers` folds with its own."""
+"""What features fold beside the kernel: what a model serves from, versions of models, and registers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+from msgspec import Struct
 
 from events.presence import Transition
-from events.types import Event
+from events.types import Data, Event
+from features.approvals import fold as approvals
+from features.labels import fold as labels
+from features.nodes import copies
 from features.nodes.facts import OF_NODES
 from features.nodes.register import Node, describe_node, evolve_nodes, list_node_transitions
+
+Servings = copies.Servings
+"""What a model of `events.models` serves from: its load, and what features add."""
+
+
+class FeaturesOfVersions(
+    labels.LabelledVersions,
+    approvals.ApprovedVersions,
+    Struct,
+    frozen=True,
+    gc=False,
+    kw_only=True,
+    omit_defaults=True,
+):
+    """The members that features give `ModelVersions`."""
+
+    labels: tuple[labels.Label, ...] = ()
+    approvals: tuple[approvals.Approval, ...] = ()
+
+
+STEPS_OF_FEATURES: Mapping[type[Data], Callable[[Any, Event, Any], Any]] = {**labels.STEPS, **approvals.STEPS}
+"""By type of event: the next versions of a model."""
 
 FeatureEntry = Node
 
