@@ -152,7 +152,7 @@ def make_row(model: Model) -> ModelRow:
         serving.brought_back,
         model.error,
         serving.parameters.wanted_copies,
-        tuple([_make_copy_row(each) for each in model.copies or ()]),
+        tuple([_make_copy_row(each) for each in model.others]),
     )
 
 

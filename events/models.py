@@ -418,7 +418,7 @@ def _unload_requested(model: Model, event: Event, data: UnloadRequested, job: Jo
     """
     if job is not None or event.job_id != event.id:
         return model
-    is_one = data.cause in REPLACEMENTS and any(each is not model.serving for each in model.servings)
+    is_one = data.cause in REPLACEMENTS and model.others
     if is_one and model.find_serving(data.load_job_id) is not None:
         return model.without([data.load_job_id])
     present: list[str | None] = [None, *(load.job_id for load in model.loads)]

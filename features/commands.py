@@ -1,4 +1,4 @@
-"""What commands on jobs and versions, and outcomes of loads, ask of features."""
+"""The parts of features in commands on jobs and versions: rules of causes, and names of versions."""
 
 from __future__ import annotations
 

@@ -8,13 +8,14 @@ from features.approvals.facts import ApprovalResult, ApprovalWithdrawn, LoadAppr
 from features.devices import facts as devices
 from features.labels import facts as labels
 from features.nodes import facts as nodes
-from features.signatures.facts import LoadSignature, remember_bundle
+from features.signatures import facts as signatures
+from features.signatures.facts import LoadSignature
 
 STORED_NAMES = {
     **nodes.STORED_NAMES,
     **devices.STORED_NAMES,
     **labels.STORED_NAMES,
-    "known_evidence": "bundles",
+    **signatures.STORED_NAMES,
 }
 """What JSON calls the members of facts and folds that features have named there."""
 
@@ -109,4 +110,4 @@ def remember_evidence(
 ) -> tuple[str, ...] | UnsetType:
     """Return the names of a model's evidence that the ledger has once a load is recorded."""
     name = None if data.signature is UNSET else data.signature.bundle
-    return known if name is None else remember_bundle(known or (), name)
+    return known if name is None else signatures.remember_bundle(known or (), name)

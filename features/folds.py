@@ -1,4 +1,4 @@
-"""What features fold beside the kernel: what a model serves from, versions of models, and registers."""
+"""The folds of features, beside the kernel's: of models, of their versions, and of registers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from features.nodes.facts import OF_NODES
 from features.nodes.register import Node, describe_node, evolve_nodes, list_node_transitions
 
 Servings = copies.Servings
-"""What a model of `events.models` serves from: its load, and what features add."""
+"""The loads that a model of `events.models` serves from."""
 
 
 class FeaturesOfVersions(

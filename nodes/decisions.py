@@ -35,7 +35,7 @@ from events.types import (
 )
 from features.nodes.commands import NodeCurrent
 from features.nodes.facts import NodeSignature
-from features.nodes.register import Node, find_placer, is_epoch_over
+from features.nodes.register import Node, find_placer
 from nodes.copies import find_steps
 from nodes.placement import (
     NodeHints,
@@ -146,9 +146,6 @@ class NodePlacement(Elsewhere):
             raise EpochOver
         return node.epoch_name, (NodeCurrent(node.id, node.epoch),)
 
-    def is_over(self, epoch: str, state: State) -> bool:
-        return is_epoch_over(state.registers.nodes, epoch)
-
     def share(self, state: State) -> State:
         return find_share(state, self.name, self._epoch, self._untrusted())
 
@@ -204,7 +201,7 @@ class NodePlacement(Elsewhere):
                 others = [each for each in model.servings if each.server not in (None, self.name)]
                 cause = Cause.DRAIN if job.cause is Cause.DRAIN else Cause.SWAP
             case UnloadStarted() if job.id in model.unloads:
-                others, cause = list(model.copies or ()), Cause.COPY
+                others, cause = list(model.others), Cause.COPY
             case _:
                 return
         for each in others:

@@ -226,7 +226,7 @@ class NodeView(SchedulerView):
         """Yield the loads here of models with copies, as used when any copy was."""
         for model in copied:
             run = None if model.serving is None else running.get(model.serving.load_job_id)
-            hints = (self.hints.get(each.server or "") for each in model.copies or ())
+            hints = (self.hints.get(each.server or "") for each in model.others)
             uses = [hint.loads[model.id].idle_s for hint in hints if hint and model.id in hint.loads]
             if run is not None and uses:
                 used_at = max(run.last_used_at or "", add_seconds(now, -min(uses)))

@@ -191,7 +191,7 @@ class Router:
         if isinstance(target, Here):
             is_left = spreads and target.has_copies and self._find_copy(model_id, number, target.load)
             return is_left or target
-        has_copies = model is not None and len(model.servings) > 1
+        has_copies = model is not None and bool(model.others)
         return (self._find_copy(model_id, number) if has_copies else None) or target
 
     def _find_copy(self, model_id: str, version: int | None, own: RunningLoad | None = None) -> There | None:
@@ -349,7 +349,7 @@ class Router:
         if load is None or load.report is None:
             return _just_died(model_id)
         inputs, outputs = load.report.inputs, load.report.outputs
-        has_copies = len(model.servings) > 1
+        has_copies = bool(model.others)
         here = Here(model_id, serving.version, serving.position, inputs, outputs, load, has_copies)
         self._known[model_id] = model, here
         return here

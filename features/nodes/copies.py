@@ -34,7 +34,12 @@ class Servings(Struct, frozen=True, gc=False, kw_only=True):
     @property
     def servings(self) -> tuple[Serving, ...]:
         """The load that the model serves from, and its copies."""
-        return (() if self.serving is None else (self.serving,)) + (self.copies or ())
+        return (() if self.serving is None else (self.serving,)) + self.others
+
+    @property
+    def others(self) -> tuple[Serving, ...]:
+        """The loads that the model serves from beside `serving`; in the gap of a swap, all of them."""
+        return self.copies or ()
 
     @property
     def template(self) -> Serving | None:
@@ -67,7 +72,7 @@ class Servings(Struct, frozen=True, gc=False, kw_only=True):
         has the settings from before. Without a copy the model is returned without `serving`.
         """
         first, target = self.serving, self.target
-        left = tuple(each for each in self.copies or () if each.load_job_id not in load_job_ids)
+        left = tuple(each for each in self.others if each.load_job_id not in load_job_ids)
         if first is not None and first.load_job_id in load_job_ids:
             chosen = next((each for each in left if each.is_copy_of(first)), left[0] if left else None)
             left = tuple(each for each in left if each is not chosen)
@@ -85,7 +90,7 @@ class Servings(Struct, frozen=True, gc=False, kw_only=True):
         """Return the model with one of its loads changed."""
         if before is self.serving:
             return replace(self, serving=after)
-        return replace(self, copies=tuple(after if each is before else each for each in self.copies or ()))
+        return replace(self, copies=tuple(after if each is before else each for each in self.others))
 
     def view_at(self, server: str | None) -> Self:
         """Return the model as the node of a copy sees it: serving from that, beside the others.
@@ -93,7 +98,7 @@ class Servings(Struct, frozen=True, gc=False, kw_only=True):
         That node neither repairs it, since a degraded copy is replaced, nor unloads it for being idle, which
         is decided for all copies at the node of `serving`.
         """
-        for own in self.copies or ():  # each decision looks at each model
+        for own in self.others:  # each decision looks at each model
             if own.at == server:
                 break
         else:

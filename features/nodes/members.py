@@ -1,4 +1,4 @@
-"""What answers say of several servers: the nodes, where a job or a model is, and a model's copies."""
+"""Members of answers about several servers: the nodes, the places of jobs and models, and copies."""
 
 from __future__ import annotations
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+STORED_NAMES = {"known_evidence": "bundles"}
+"""The name in JSON of a model's evidence that the ledger has already."""
+
 
 class LoadSignature(Struct, frozen=True, gc=False):
     """The signature of a version's files, as it was checked before its load.

@@ -69,9 +69,8 @@ def _versions(model: Model) -> dict[int, IndexEntry]:
         add(model.previous.version, "UNAVAILABLE", "it was replaced by another version")
     for load in model.loads:
         add(load.version, "LOADING")
-    for further in model.servings:
-        if further is not model.serving:
-            add(further.version, "READY")
+    for other in model.others:
+        add(other.version, "READY")
     if model.serving is not None:  # in the end: a serving version stays ready during its reload
         version = model.serving.version
         if model.phase is ModelState.LOADED:

@@ -320,7 +320,7 @@ def test_server_without_nodes_takes_over_what_they_had() -> None:
     assert history.job("L").server is None
 
 
-def test_stop_of_a_server_alone_leaves_a_job_where_a_node_was_to_load_it() -> None:
+def test_stop_of_a_server_alone_keeps_placements() -> None:
     history = cluster("b")
     history.ask_load("L")
     history.place("L", "b")
