@@ -2,10 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo test conformance soak hostile lint type fmt bench bench-peers generated vendored docs
+.PHONY: help install demo test conformance soak hostile mutants lint type fmt bench bench-peers generated vendored docs
 
 help:
-	@echo "make demo | test | conformance | soak | hostile | lint | type | fmt | bench | bench-peers | generated | vendored | docs"
+	@echo "make demo | test | conformance | soak | hostile | mutants | lint | type | fmt | bench | bench-peers | generated | vendored | docs"
 
 # Targets run the installed package, so they install the working tree first. A build/ of an earlier install would
 # add deleted modules.
@@ -46,6 +46,12 @@ hostile: install
 	$(BIN)/pip install --quiet '.[test,hostile]'
 	rm -rf build
 	SOAK=all $(BIN)/pytest -n 0 -s tests/hostile
+
+# Changes the product at random places, one at a time, and prints which changes no test notices: two hours or more.
+# Another SEED draws other places. CALLS names a folder for the first run's records, to use them again.
+SEED ?= 1
+mutants: install
+	$(BIN)/python -m tools.mutants --seed $(SEED) $(if $(CALLS),--calls $(CALLS))
 
 lint: $(BIN)/.tools
 	$(BIN)/ruff check .

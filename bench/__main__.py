@@ -14,12 +14,8 @@ from rich.console import Console
 
 from bench import (
     baselines,
-    bodies,
-    clients,
     cluster,
     compute,
-    copies,
-    devices,
     driver,
     firstloads,
     generator,
@@ -29,8 +25,6 @@ from bench import (
     memory,
     peers,
     release,
-    signatures,
-    simulation,
     streams,
     swaps,
 )
@@ -46,16 +40,10 @@ PARTS = (
     "release",
     "policies",
     "inference",
-    "clients",
     "compute",
-    "bodies",
-    "signatures",
     "tails",
     "ledger",
-    "listing",
     "cluster",
-    "copies",
-    "devices",
 )
 AT_LEAST_ONE = click.IntRange(min=1)
 PEERS = ".venv/peers"
@@ -73,12 +61,9 @@ class Choice:
     seconds: float
     tails: int
     facts: int
-    listed: int
     tail_seconds: float
-    away_seconds: float
     network: tuple[str, ...]
     only: tuple[str, ...]
-    device: str
     peers: Path | None
 
     @property
@@ -124,9 +109,6 @@ class Choice:
 @click.option("--tails", default=1000, show_default=True, type=AT_LEAST_ONE, help="Streams at once.")
 @click.option("--tail-seconds", default=30.0, show_default=True, help="Duration of the streams.")
 @click.option(
-    "--away-seconds", default=60.0, show_default=True, help="For how long nodes are without their database."
-)
-@click.option(
     "--facts",
     default=1_000_000,
     show_default=True,
@@ -134,20 +116,10 @@ class Choice:
     help="Events of the ledger for verification, time travel and catching up.",
 )
 @click.option(
-    "--listed",
-    default=1_000_000,
-    show_default=True,
-    type=AT_LEAST_ONE,
-    help="Events of the log that is listed, half a kilobyte each on disk.",
-)
-@click.option(
     "--network",
     multiple=True,
     type=click.Choice([network.name for network in (*NETWORKS, LARGE)]),
     help="Load only this one of all networks; can be repeated.",
-)
-@click.option(
-    "--device", default="openvino:cpu", show_default=True, help="Device that is measured beside the CPU."
 )
 @click.option("--only", multiple=True, type=click.Choice(PARTS), help="Only this part; can be repeated.")
 @click.option(
@@ -169,16 +141,10 @@ def main(**options: Any) -> None:
         "release": _release,
         "policies": _policies,
         "inference": _inference,
-        "clients": _clients,
         "compute": _compute,
-        "bodies": _bodies,
-        "signatures": _signatures,
         "tails": _tails,
         "ledger": _ledger,
-        "listing": _listing,
         "cluster": _cluster,
-        "copies": _copies,
-        "devices": _devices,
     }
     rows = [row for part in choice.parts for row in _measured(measures[part], choice)]
     console = Console()
@@ -227,24 +193,12 @@ def _inference(folder: Path, choice: Choice) -> list[Row]:
     return inference.measure(folder, rounds=choice.rounds, seconds=choice.seconds, peers_at=choice.peers)
 
 
-def _clients(folder: Path, choice: Choice) -> list[Row]:
-    return clients.measure(folder, rounds=choice.rounds, seconds=choice.seconds)
-
-
 def _compute(folder: Path, choice: Choice) -> list[Row]:
     rounds, seconds = choice.rounds, choice.seconds
     return [
         *compute.measure(folder / "beside", rounds=rounds, seconds=seconds, peers_at=choice.peers),
         *compute.measure_many(folder / "many", rounds=rounds, seconds=seconds),
     ]
-
-
-def _bodies(folder: Path, choice: Choice) -> list[Row]:
-    return bodies.measure(folder, seconds=choice.seconds)
-
-
-def _signatures(folder: Path, choice: Choice) -> list[Row]:
-    return signatures.measure(folder, repeats=choice.repeats)
 
 
 def _tails(folder: Path, choice: Choice) -> list[Row]:
@@ -256,10 +210,6 @@ def _ledger(folder: Path, choice: Choice) -> list[Row]:
     return ledger.measure_ledger(folder, facts=choice.facts, rounds=choice.rounds)
 
 
-def _listing(folder: Path, choice: Choice) -> list[Row]:
-    return ledger.measure_pages(folder, listed=choice.listed)
-
-
 def _cluster(folder: Path, choice: Choice) -> list[Row]:
     return cluster.measure(
         folder,
@@ -267,24 +217,7 @@ def _cluster(folder: Path, choice: Choice) -> list[Row]:
         rounds=choice.rounds,
         seconds=choice.seconds,
         facts=choice.facts,
-        away_s=choice.away_seconds,
     )
-
-
-def _copies(folder: Path, choice: Choice) -> list[Row]:
-    rounds = choice.rounds
-    return [
-        *copies.measure(folder, rounds=rounds, seconds=choice.seconds),
-        *simulation.measure(rounds=rounds),
-    ]
-
-
-def _devices(folder: Path, choice: Choice) -> list[Row]:
-    networks = choice.chosen(*NETWORKS)
-    with driver.running(folder, *driver.UNLIMITED) as server:
-        return devices.measure(
-            server, folder, choice.device, networks, repeats=choice.rounds, seconds=choice.seconds
-        )
 
 
 def _conditions(choice: Choice, busy: float) -> str:
@@ -319,12 +252,6 @@ def _conditions(choice: Choice, busy: float) -> str:
             f"cores; median of {choice.rounds} times {choice.seconds:g} s, alternated; token, rate limit and "
             "deadline on."
         )
-    if "clients" in choice.parts:
-        told.append(
-            "Clients: blocking, one connection each, binary in and out, in turns call by call on these "
-            f"cores; rates of the median call, medians of {choice.rounds} ratios of {choice.seconds:g} s "
-            "each; token, rate limit and deadline on."
-        )
     if "compute" in choice.parts:
         others = "bare sessions" if choice.peers is None else "bare sessions and Triton"
         told.append(
@@ -332,20 +259,8 @@ def _conditions(choice: Choice, busy: float) -> str:
             f"load generator beside them on these cores; medians of {choice.rounds} ratios of "
             f"{choice.seconds:g} s each, alternated; outputs equal to the bare session's, bit for bit."
         )
-    if "bodies" in choice.parts:
-        told.append(
-            f"Bodies: sent again and again for {choice.seconds:g} s, with no limit of the subject, over one "
-            "connection unless it says more; beside them a tiny inference on another model after each "
-            f"{bodies.PAUSE_S * 1000:.0f} ms; its waits, with those and without, and the processor time "
-            "of the event loop for a body, during which it serves nobody."
-        )
     if "tails" in choice.parts:
         told.append("Tails: from recorded to received, one process listens to all of them on these cores.")
-    if "listing" in choice.parts:
-        told.append(
-            f"Pages: of 100 events, by the server's own reader, {ledger.PLACES} of each list from different "
-            "places, half of them backwards; warm page cache."
-        )
     if "cluster" in choice.parts:
         told.append(
             "Cluster: PostgreSQL on these cores and this disk, with its own defaults (fsync, "
@@ -354,26 +269,7 @@ def _conditions(choice: Choice, busy: float) -> str:
             f"kills medians of {choice.rounds}; forwarding: binary, medians of {choice.rounds} median "
             f"latencies of {choice.seconds:g} s each, in turn at both nodes."
         )
-    told += [_copies_conditions(choice)] * ("copies" in choice.parts)
-    told += [_devices_conditions(choice)] * ("devices" in choice.parts)
     return " ".join(told)
-
-
-def _devices_conditions(choice: Choice) -> str:
-    return (
-        f"Devices: each network in turn on both, medians of {choice.rounds}; request to ready with one "
-        f"warm-up inference; {choice.seconds:g} s of inferences, one client, binary."
-    )
-
-
-def _copies_conditions(choice: Choice) -> str:
-    return (
-        "Copies: three nodes, PostgreSQL and the clients on these cores, a model that computes for about "
-        f"3 ms, {copies.CLIENTS} clients; beside a slow node {copies.FEW_CLIENTS}, which pause "
-        f"{1000 * copies.THINKING_S:g} ms after each answer, medians of {choice.rounds} ratios of "
-        f"{choice.seconds:g} s each, in turn. Simulation: the folds and decisions of the nodes alone, where "
-        f"a load takes no time; 1 to {simulation.MOST_COPIES} copies of a model."
-    )
 
 
 if __name__ == "__main__":

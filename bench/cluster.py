@@ -23,9 +23,7 @@ APPENDED = {64: 20_000, 1: 2_000}
 """Facts of each measurement, by the number of writers."""
 
 
-def measure(
-    folder: Path, *, repeats: int, rounds: int, seconds: float, facts: int, away_s: float
-) -> list[Row]:
+def measure(folder: Path, *, repeats: int, rounds: int, seconds: float, facts: int) -> list[Row]:
     """Measure all parts over a PostgreSQL server of our own; without its programs, say so.
 
     Args:
@@ -34,7 +32,6 @@ def measure(
         rounds: Rounds of appending, and kills of a node, to take the median of.
         seconds: Of each measurement of inferences.
         facts: How long the log is that is verified, and caught up with.
-        away_s: For how long the database is away.
     """
     with postgres.running(folder) as database:
         if database is None:
@@ -45,8 +42,6 @@ def measure(
             *_measure_long_log(database, folder / "long", facts),
             *forwarding.measure(folder / "forwarding", database, rounds=rounds, seconds=seconds),
             nodes.measure_kills(folder / "kills", database, rounds=rounds),
-            *nodes.measure_outage(folder / "outage", database, away_s=away_s),
-            nodes.measure_replacements(folder / "replacements", database),
         ]
 
 

@@ -13,7 +13,6 @@ from functools import partial
 from itertools import count, islice, pairwise
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
 
 import uvloop
 
@@ -24,15 +23,13 @@ from events.clock import add_seconds
 from events.codec import GENESIS, encode_event, hash_body
 from events.commands import Record
 from events.jobs import JobStatus
-from events.log import Log, encode_drafts
+from events.log import Log
 from events.sqlite import queries
-from events.sqlite.listing import EVERYTHING, EventFilter, EventQuery, Reader, open_reader
 from events.sqlite.readonly import open_read_only, open_reader_thread
 from events.sqlite.schema import Connection, connect
 from events.sqlite.timeline import TimelineQuery, read_timeline
 from events.sqlite.timetravel import active_at, jobs_at, models_at, read_moment
 from events.state import State, Transaction
-from events.storage import LogHead
 from events.types import (
     SYSTEM,
     AccessDenied,
@@ -57,10 +54,6 @@ WRITERS = 64
 APPENDED = 20_000
 MOMENTS = 100
 APPEND_GOAL, VERIFY_GOAL, VERIFY_GOAL_MB, AS_OF_GOAL_S, TIMELINE_GOAL_S = 0.5, 1.3, 200, 0.02, 0.15
-PLACES = 20
-"""Pages of each list: the first, the newest, and random ones."""
-PAGE_GOAL_MS = 100.0
-"""For the median; on shared cores the worst of twenty measures the other processes."""
 LANES, TIMELINES = 100, 5
 """Limits of one answer, and how often it is measured."""
 RANGES = {"whole history": 0.0, "middle five minutes": 300.0, "middle minute": 60.0}
@@ -74,7 +67,6 @@ APART_S = 0.25
 DENIED = AccessDenied("POST /api/v1/models/{id}/load", 1)
 Source = Callable[[int], Iterator[Draft]]
 """Yields facts without end, by the number of a writer."""
-ALICE, MALLORY, FIRST = "alice@example.org", "mallory@example.org", "carol@example.org"
 
 
 def write_ledger(path: Path, facts: int) -> None:
@@ -355,104 +347,6 @@ def _print_verification(path: Path) -> None:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     check_s = time.perf_counter() - start
     print(json.dumps({"verify_s": took_s, "peak_mb": peak_mb, "check_s": check_s}))
-
-
-class Page(NamedTuple):
-    """A measured list: a filter, and optionally one half of the time."""
-
-    what: str
-    wanted: EventFilter = EVERYTHING
-    since: bool = False
-    until: bool = False
-
-
-PAGES = (
-    Page("everything"),
-    Page("a type, 1 of 18", EventFilter(types=("LoadStarted",))),
-    Page("a type, 1 of 60,000", EventFilter(types=("ServerStarted",))),
-    Page("a model, 1 of 300", EventFilter(models=("model-007",))),
-    Page("an actor, 2 of 3", EventFilter(actors=(MALLORY,))),
-    Page("an actor of the first event alone", EventFilter(actors=(FIRST,))),
-    Page("an actor of no event", EventFilter(actors=("nobody",))),
-    Page("a job of no event", EventFilter(jobs=("nothing",))),
-    Page("16 models", EventFilter(models=tuple(f"model-{number:03}" for number in range(16)))),
-    Page("since a time", since=True),
-    Page("until a time", until=True),
-    Page("a model, since a time", EventFilter(models=("model-007",)), since=True),
-    Page("an actor of the first event alone, since a time", EventFilter(actors=(FIRST,)), since=True),
-    Page("a type, until a time", EventFilter(types=("LoadFailed",)), until=True),
-    Page("a type and a model", EventFilter(types=("LoadFailed",), models=("model-007",))),
-    Page("a type and an actor that meet", EventFilter(types=("LoadRequested",), actors=(ALICE,))),
-    Page("a type and an actor that never meet", EventFilter(types=("LoadStarted",), actors=(MALLORY,))),
-    Page("a model and an actor that never meet", EventFilter(models=("model-007",), actors=(MALLORY,))),
-    Page(
-        "two types, a model and an actor, since a time",
-        EventFilter(("LoadRequested", "UnloadRequested"), ("model-007",), (), (ALICE,)),
-        since=True,
-    ),
-)
-
-
-def measure_pages(folder: Path, *, listed: int) -> list[Row]:
-    """Write a long log, and read pages of it as the server does.
-
-    Args:
-        folder: An empty directory, with room for half a kilobyte an event.
-        listed: How many events.
-    """
-    path = folder / "listed.db"
-    _write_log(path, listed)
-    return asyncio.run(_page_rows(path, listed))
-
-
-def _write_log(path: Path, listed: int) -> None:
-    """Write a log of so many events, without projections: lists read only events."""
-    head, told = LogHead(), islice(_listed_facts(), listed)
-    with closing(connect(path)) as connection:
-        connection.execute("PRAGMA synchronous = OFF")
-        connection.execute("PRAGMA cache_size = -200000")  # KiB: jobs have random ids, all over their index
-        while group := list(islice(told, EVENTS_IN_A_GROUP)):
-            now = add_seconds(START, APART_S * head.position)
-            _, rows, head = encode_drafts(group, head, now)
-            connection.execute("BEGIN")
-            connection.executemany(
-                "INSERT INTO events (position, body, hash) VALUES (?, ?, ?)",
-                [(row.position, row.body, row.hash) for row in rows],
-            )
-            connection.execute("COMMIT")
-
-
-def _listed_facts() -> Iterator[Draft]:
-    """Yield facts without end: those of a busy server, and twice as many denials of one actor."""
-    yield Draft("first", DENIED, FIRST)
-    for number, fact in enumerate(server_facts()):
-        yield from (fact, Draft(f"{number:036}", DENIED, MALLORY), Draft(f"{number:035}+", DENIED, MALLORY))
-
-
-async def _page_rows(path: Path, listed: int) -> list[Row]:
-    async with open_reader(path) as reader:
-        return [await _page_row(reader, case, listed) for case in PAGES]
-
-
-async def _page_row(reader: Reader, case: Page, listed: int) -> Row:
-    """Read pages in both directions, each from other places, so that none is read twice."""
-    dice = random.Random(case.what)  # noqa: S311 - the same places each time
-    starts = [0, *(dice.randrange(listed) for _ in range(PLACES // 2 - 1))]
-    half = add_seconds(START, APART_S * listed / 2)
-    since, until = half if case.since else None, half if case.until else None
-    took_ms = []
-    for place in starts:
-        for asked in (
-            EventQuery(case.wanted, after=place, since=since, until=until),
-            EventQuery(case.wanted, before=listed + 1 - place, since=since, until=until, newest_first=True),
-        ):
-            start = time.perf_counter()
-            await reader.event_page(asked)
-            took_ms.append((time.perf_counter() - start) * 1000)
-    middle_ms = median(took_ms)
-    figures = f"{middle_ms:.1f} ms, worst {max(took_ms):.1f}"
-    name = f"a page of {listed:,} events: {case.what}"
-    return Row(name, figures, "", None, f"≤ {PAGE_GOAL_MS:.0f} ms", middle_ms <= PAGE_GOAL_MS)
 
 
 if __name__ == "__main__":

@@ -4,22 +4,18 @@ import http.client
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from http import HTTPStatus
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import driver, generator, models
+from bench import driver, models
 from bench.driver import Server
-from bench.generator import Answers
 from bench.postgres import Postgres, find_free_port
-from bench.requests import Target, add_one_request
 from bench.table import Row
 
 NAMES = ("a", "b", "c")
@@ -27,21 +23,9 @@ LEASE_S = 3.0
 KILL_GOAL_S = 4.0
 """For all models of a killed node to be loaded elsewhere, beside the time that loading them takes."""
 MODELS = 12
-ACCEPTED = 20
-"""Loads that the database going away interrupts."""
-PLACEMENTS = 20
-"""Loads after which each node has one, or `spread` does not hold."""
-CLIENTS = 2
-"""Of each node."""
-ELEMENTS = 16
 LIMIT_S = 60.0
 """For nodes to do what they must: far more than any lease."""
 LOOK_S = 0.02
-ASK_S = 1.0
-"""Between two loads that are asked for while the database is away."""
-AWAY = "away"
-"""A model that is asked for meanwhile."""
-UNENDED = ("pending", "in_progress")
 
 
 @dataclass(slots=True)
@@ -206,121 +190,3 @@ def wait_until(holds: Callable[[], bool]) -> None:
         if time.monotonic() > deadline:
             raise SystemExit(f"the nodes have not done what they must within {LIMIT_S:g} s")
         time.sleep(LOOK_S)
-
-
-def measure_outage(folder: Path, database: Postgres, *, away_s: float) -> list[Row]:
-    """Stop the database under inferences at all nodes and loads accepted right before; start it again."""
-    with running(folder, database) as fleet, ExitStack() as clients:
-        asked = _load_everywhere(fleet)
-        stops = [
-            clients.enter_context(_asking(node.server, folder, asked[name]))
-            for name, node in fleet.nodes.items()
-        ]
-        ids = [f"accepted-{number}" for number in range(ACCEPTED)]
-        for model_id in (*ids, AWAY):
-            models.write(fleet.repository, model_id, models.tiny())
-        jobs = _request_loads(fleet, ids)
-        database.stop()
-        refused, more = _ask_while_away(fleet, away_s)
-        database.start()
-        jobs += more
-        wait_until(lambda: all(_job_status(fleet.any, job) not in UNENDED for job in jobs))
-        answers = [stop() for stop in stops]
-        statuses = [_job_status(fleet.any, job) for job in jobs]
-    return _outage_rows(away_s, answers, statuses, refused)
-
-
-def _outage_rows(
-    away_s: float, answers: Sequence[Answers], statuses: Sequence[str], refused: int
-) -> list[Row]:
-    during = f"while the database is away for {away_s:g} s, lease {LEASE_S:g} s"
-    lost = sum(status != "completed" for status in statuses)
-    ended = f"{lost} of {len(statuses)}, {refused} refused meanwhile"
-    return [
-        _failures_row(f"inferences failed {during}", answers),
-        Row(f"accepted loads lost {during}", ended, "", None, "0", lost == 0),
-    ]
-
-
-def _failures_row(name: str, answers: Sequence[Answers]) -> Row:
-    """Return how many requests failed; print the first reason of each."""
-    failed, total = sum(each.failed for each in answers), sum(each.total for each in answers)
-    for reason in filter(None, (each.reason for each in answers)):
-        print(f"{name}, the first: {reason}", file=sys.stderr)
-    return Row(name, f"{failed:,} of {total:,}", "", None, "0", failed == 0)
-
-
-def measure_replacements(folder: Path, database: Postgres) -> Row:
-    """Drain, stop and start each node in turn, under inferences on a model of it at all nodes."""
-    with running(folder, database) as fleet:
-        _load_everywhere(fleet)
-        begin = time.monotonic()
-        answers = [told for name in NAMES for told in _replace(fleet, folder, name)]
-        took_s = time.monotonic() - begin
-    during = f"{len(NAMES)} nodes are drained, stopped and started in turn"
-    return _failures_row(f"inferences failed while {during} ({took_s:.0f} s)", answers)
-
-
-def _replace(fleet: Fleet, folder: Path, name: str) -> list[Answers]:
-    """Replace a node; its own clients go before it stops, as a balancer sees to, those of the others stay."""
-    others = [node.server for other, node in fleet.nodes.items() if other != name]
-    model_id = read_node(others[0], name)["models"][0]["id"]
-    with ExitStack() as clients:
-        stops = [clients.enter_context(_asking(server, folder, model_id)) for server in others]
-        stop_own = clients.enter_context(_asking(fleet.nodes[name].server, folder, model_id))
-        others[0].ask("POST", f"/api/v1/nodes/{name}/drain")
-        wait_until(lambda: not any(read_node(others[0], name)[what] for what in ("models", "jobs")))
-        answers = [stop_own()]
-        fleet.stop(name)
-        fleet.start(name)
-        return [*answers, *(stop() for stop in stops)]
-
-
-def read_node(server: Server, name: str) -> dict[str, Any]:
-    views: list[dict[str, Any]] = server.ask("GET", "/api/v1/nodes").json()["nodes"]
-    return next(view for view in views if view["id"] == name)
-
-
-def _load_everywhere(fleet: Fleet) -> dict[str, str]:
-    """Load models until each node has one, and return one of each node."""
-    found = dict[str, str]()
-    for number in range(PLACEMENTS):
-        model_id = f"asked-{number}"
-        models.write(fleet.repository, model_id, models.add_one())
-        _load_all(fleet.any, [model_id])
-        found.setdefault(_places(fleet.any, [model_id])[model_id], model_id)
-        if len(found) == len(fleet.nodes):
-            return found
-    raise SystemExit(f"{PLACEMENTS} loads were placed at {', '.join(found)} alone")
-
-
-@contextmanager
-def _asking(server: Server, folder: Path, model_id: str) -> Iterator[Callable[[], Answers]]:
-    """Send inferences on a model to a node; yield what stops them."""
-    request = add_one_request(ELEMENTS, binary=True, model_id=model_id)
-    target = Target(f"{model_id}-{server.port}", server.port, server.token)
-    request.check(target)
-    with generator.recording(server.port, request.write(target, folder), clients=CLIENTS) as stop:
-        yield stop
-
-
-def _request_loads(fleet: Fleet, ids: Sequence[str]) -> list[str]:
-    """Ask for loads without waiting for them, and return the accepted jobs."""
-    answers = [fleet.any.ask("POST", f"/api/v1/models/{model_id}/load") for model_id in ids]
-    return [answer.json()["id"] for answer in answers if answer.status == HTTPStatus.ACCEPTED]
-
-
-def _ask_while_away(fleet: Fleet, away_s: float) -> tuple[int, list[str]]:
-    """Ask for loads for so long; return how many were refused, and the jobs of the others."""
-    until, refused, jobs = time.monotonic() + away_s, 0, list[str]()
-    while (left_s := until - time.monotonic()) > 0:
-        accepted = _request_loads(fleet, [AWAY])
-        jobs += accepted
-        refused += not accepted
-        time.sleep(min(ASK_S, left_s))
-    return refused, jobs
-
-
-def _job_status(server: Server, job_id: str) -> str:
-    status: str = server.ask("GET", f"/api/v1/jobs/{job_id}").json()["status"]
-    return status

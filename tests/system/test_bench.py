@@ -36,13 +36,6 @@ nodes.LEASE_S = 10.0
 __main__.main()
 """
 """With a longer lease: on a slow disk the database needs seconds for its last checkpoint before it stops."""
-SMALL_COPIES = """
-from bench import __main__, copies, nodes, simulation
-nodes.LEASE_S = 10.0
-copies.IDLE_NODES, copies.SETTLED_S, copies.IDLE_S = (1,), 0.1, 1.0
-simulation.NODES, simulation.MODELS = 20, 50
-__main__.main()
-"""
 
 
 def run(*arguments: str | Path, how: str = "-m") -> subprocess.CompletedProcess[str]:
@@ -63,32 +56,28 @@ PARTS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "loads, memory, inference": (
         None,
         (
-            *("--only=loads", "--network=cnn", "--network=stateful"),
+            *("--only=loads", "--network=cnn", "--network=mlp"),
             *("--only=memory", "--only=release", "--cycles=1"),
-            *("--only=inference", "--only=clients", "--seconds=0.2", *ONCE),
+            *("--only=inference", "--seconds=0.2", *ONCE),
         ),
     ),
     "policies": (FEWER_LOADS, ("--only=policies", *ONCE, "--swaps=3")),
     "compute": (None, ("--only=compute", "--rounds=1", "--seconds=2")),
-    "bodies": (None, ("--only=bodies", "--seconds=0.2")),
     "tails": (None, ("--only=tails", "--tails=20", "--tail-seconds=1")),
     "ledger": (None, ("--only=ledger", "--facts=2000", "--rounds=1")),
-    "listing": (None, ("--only=listing", "--listed=2000")),
     "cluster": (
         SMALL_CLUSTER,
-        ("--only=cluster", *ONCE, "--facts=2000", "--away-seconds=2", "--seconds=0.2"),
+        ("--only=cluster", *ONCE, "--facts=2000", "--seconds=0.2"),
     ),
-    "copies": (SMALL_COPIES, ("--only=copies", "--rounds=1", "--seconds=0.5")),
-    "devices": (None, ("--only=devices", "--network=mlp", "--rounds=1", "--seconds=0.2")),
 }
 """By name: a program that runs the bench in a smaller form, and options."""
 
 
 @pytest.mark.parametrize(
-    "part", [pytest.param(part, marks=() if part == "listing" else soak_only) for part in PARTS]
+    "part", [pytest.param(part, marks=() if part == "tails" else soak_only) for part in PARTS]
 )
 def test_bench_prints_the_table_of_a_part(part: str) -> None:
-    if part in {"cluster", "copies"}:
+    if part == "cluster":
         require_programs()
     program, options = PARTS[part]
     done = run("bench", *options) if program is None else run(program, *options, how="-c")
