@@ -27,22 +27,26 @@ class Recorder:
     test that started the process, and a later one of its module may have entered the function.
     """
 
+    _mark = ""
+    _once: Any
+    _restart: Any
+    _file: int
+
     def __init__(self, folder: str) -> None:
         from fcntl import F_DUPFD_CLOEXEC, fcntl  # noqa: PLC0415 - only where something is recorded
 
-        if sys.version_info < (3, 12):
-            raise RuntimeError("calls are recorded by sys.monitoring, which Python 3.12 and later have")
-        self._mark = ""
-        self._once, self._restart = sys.monitoring.DISABLE, sys.monitoring.restart_events
         path = os.path.join(folder, f"{os.getpid()}-{os.urandom(4).hex()}")  # noqa: PTH118
         low = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         self._file = fcntl(low, F_DUPFD_CLOEXEC, HIGH)
         os.close(low)
-        sys.monitoring.use_tool_id(sys.monitoring.PROFILER_ID, "calltrace")
-        sys.monitoring.register_callback(
-            sys.monitoring.PROFILER_ID, sys.monitoring.events.PY_START, self._record
-        )
-        sys.monitoring.set_events(sys.monitoring.PROFILER_ID, sys.monitoring.events.PY_START)
+        if sys.version_info >= (3, 12):
+            self._once, self._restart = sys.monitoring.DISABLE, sys.monitoring.restart_events
+            tool, entered = sys.monitoring.PROFILER_ID, sys.monitoring.events.PY_START
+            sys.monitoring.use_tool_id(tool, "calltrace")
+            sys.monitoring.register_callback(tool, entered, self._record)
+            sys.monitoring.set_events(tool, entered)
+        else:
+            raise RuntimeError("calls are recorded by sys.monitoring, which Python 3.12 and later have")
 
     def _record(self, code: CodeType, _offset: int) -> Any:
         path = code.co_filename

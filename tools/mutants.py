@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import os
 import random
 import shutil
@@ -36,6 +37,8 @@ HOOK = (
 """A line of a .pth file: it runs at the start of each process, isolated ones included."""
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 TRACED = ("-p", "tools.calltrace", "-W", "ignore::pytest.PytestAssertRewriteWarning")
+CACHE = "cache"
+"""pytest's, in the folder of the records: it has the tests that fail without a mutant."""
 LIMIT_S = 900
 """For the tests of one mutant, which may hang for it."""
 MAX_ARGUMENTS = 400
@@ -189,13 +192,17 @@ class Calls:
     def __init__(self, folder: Path) -> None:
         self._tests: dict[tuple[str, str], set[str]] = defaultdict(set)
         self._sizes: dict[str, int] = defaultdict(int)
-        for record in folder.iterdir():
+        failed = folder / CACHE / "v" / "cache" / "lastfailed"
+        fails = (
+            {name.partition("[")[0] for name in json.loads(failed.read_text())} if failed.exists() else set()
+        )
+        for record in filter(Path.is_file, folder.iterdir()):
             for line in record.read_text().splitlines():
                 test, path, function = line.split("\t")
                 exact = test.startswith("=")
                 name = test.removeprefix("=").partition("[")[0] if exact else test.partition("::")[0]
                 function = innermost(function)
-                if name and name not in self._tests[path, function]:
+                if name and name not in self._tests[path, function] and name not in fails:
                     self._tests[path, function].add(name)
                     self._sizes[name] += 1
 
@@ -239,10 +246,11 @@ def environment(tree: Path) -> dict[str, str]:
 
 
 def record_calls(tree: Path, folder: Path) -> None:
-    """Run all tests, and record which functions they enter."""
+    """Run all tests, and record which functions they enter, and which tests fail already."""
     folder.mkdir(parents=True)
     traced = environment(tree) | {FOLDER: str(folder)}
-    subprocess.run([*PYTEST, *TRACED], cwd=tree, check=False, env=traced)  # noqa: S603 - our own command
+    cached = ("-p", "cacheprovider", "-o", f"cache_dir={folder / CACHE}")
+    subprocess.run([*PYTEST, *TRACED, *cached], cwd=tree, check=False, env=traced)  # noqa: S603 - our own command
 
 
 def try_mutant(mutant: Mutant, calls: Calls, tree: Path) -> str:
