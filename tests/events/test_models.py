@@ -1,8 +1,8 @@
 """The fold of models: after these facts, a model reads so. `support.history.STEPS` explains the words."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given as given_any
@@ -407,74 +407,74 @@ def test_drained_version_is_remembered_until_new_one_loads(end: str) -> None:
 # Footprints: what a version took.
 
 
-def footprints(history: History) -> list[tuple[int, int]]:
-    return [(each.version, each.peak_memory_bytes) for each in history.model().footprints]
+class Use(NamedTuple):
+    """A load: its peak, and what it ran on."""
+
+    peak: int = 2_000
+    instances: int = 1
+    threads: int | None = None
+    device: str = ""
+    device_bytes: int | None = None
+    mtime_ns: int = 1
 
 
-def test_footprint_is_share_of_one_worker_rounded_up() -> None:
+ON_NPU = DeviceUse("npu", "1.0", "npu:0", 69)
+FOOTPRINTS = [
+    # loads of the same version; threads, device, peak and the device's bytes of each footprint, of one worker
+    ([Use(2_000, 3)], [(None, UNSET, 667, UNSET)]),  # rounded up
+    ([Use(), Use(9_000), Use(500)], [(None, UNSET, 9_000, UNSET)]),
+    ([Use(9_000), Use(mtime_ns=2)], [(None, UNSET, 2_000, UNSET)]),  # other files
+    (
+        [Use(), Use(3_000, 1, 1), Use(9_000, 1, 2), Use(500, 1, 2), Use(4_000, 1, 1)],
+        [(None, UNSET, 2_000, UNSET), (2, UNSET, 9_000, UNSET), (1, UNSET, 4_000, UNSET)],
+    ),
+    # Of a device the last measurement counts, if there is one.
+    (
+        [
+            Use(),
+            *(Use(peak, 2, None, "cuda:0", of) for peak, of in ((9_000, 601), (8_000, 401), (9_500, 501))),
+        ],
+        [(None, UNSET, 2_000, UNSET), (None, "cuda:0", 4_750, 251)],
+    ),
+    (
+        [Use(9_000, 1, None, "cuda:0", 600), Use(8_000, 1, None, "cuda:0", 400)],
+        [(None, "cuda:0", 9_000, 400)],
+    ),
+    *(
+        (
+            [Use(9_000, 1, None, "cuda:0", of) for of in (missing, 600, missing)],
+            [(None, "cuda:0", 9_000, 600)],
+        )
+        for missing in (0, None)
+    ),
+    (
+        [Use(7_000, 1, None, "npu:0"), Use(6_000, 1, None, "cuda:1", 600)],
+        [(None, "npu:0", 7_000, UNSET), (None, "cuda:1", 6_000, 600)],
+    ),
+]
+
+
+@pytest.mark.parametrize(("loads", "footprints"), FOOTPRINTS)
+def test_footprint_is_of_what_a_version_ran_on(
+    loads: list[Use], footprints: list[tuple[object, ...]]
+) -> None:
     history = History()
-    history.ask_load("L", instances=3)
-    history.start_load("L")
-    history.add(model_loaded("w1", "w2", "w3"), "L")  # 2,000 bytes together
-    assert footprints(history) == [(1, 667)]
-
-
-def test_footprint_keeps_highest_peak_of_the_same_files() -> None:
-    history = given("load")
-    for load, peak in (("L4", 9_000), ("L5", 500)):
-        history.ask_load(load)
-        history.start_load(load)
-        history.add(replace(model_loaded(f"w-{load}"), peak_memory_bytes=peak), load)
-    assert footprints(history) == [(1, 9_000)]
-    history.load("L9", mtime_ns=2)  # other files: the footprints of those before are forgotten
-    assert history.model().footprints == (Footprint(1, (file(2),), 2_000),)
-
-
-def test_footprint_is_kept_per_number_of_threads() -> None:
-    history = given("load")
-    for load, threads, peak in (("L4", 1, 3_000), ("L5", 2, 9_000), ("L6", 2, 500), ("L7", 1, 4_000)):
-        history.ask_load(load)
-        history.start_load(load)
-        history.add(replace(model_loaded(f"w-{load}"), threads=threads, peak_memory_bytes=peak), load)
-        assert serving(history).threads == threads
-    found = [(each.threads, each.peak_memory_bytes) for each in history.model().footprints]
-    assert found == [(None, 2_000), (2, 9_000), (1, 4_000)]
-
-
-def test_footprint_is_kept_per_device_with_its_last_measurement() -> None:
-    history, on_npu = given("load"), DeviceUse("npu", "1.0", "npu:0", 69)
-    for load, peak, device_bytes in (("L4", 9_000, 601), ("L5", 8_000, 401), ("L6", 9_500, 501)):
-        use = replace(ON_CUDA, memory_bytes=device_bytes)
-        history.load_on(load, use, ON_CPU, peak_memory_bytes=peak, instances=2, devices=("cuda:0",))
-        assert serving(history).targets == (use, ON_CPU)
-    history.load_on("L7", on_npu, peak_memory_bytes=7_000, devices=("npu:0",))
-    history.load_on("L8", replace(ON_CUDA, device="cuda:1"), peak_memory_bytes=6_000, devices=("cuda:1",))
-    found = [
-        (each.target_name, each.peak_memory_bytes, each.target_bytes) for each in history.model().footprints
-    ]
-    assert found == [
-        (UNSET, 2_000, UNSET),
-        ("cuda:0", 4_750, 251),
-        ("npu:0", 7_000, UNSET),
-        ("cuda:1", 6_000, 600_000_000),
-    ]
-
-
-@pytest.mark.parametrize("missing", [0, None])
-def test_footprint_keeps_what_its_device_measured_before(missing: int | None) -> None:
-    history = History()
-    for load, device_bytes in (("L4", missing), ("L5", 600), ("L6", missing)):
-        history.load_on(load, replace(ON_CUDA, memory_bytes=device_bytes), peak_memory_bytes=9_000)
-    (found,) = history.model().footprints
-    assert found.target_bytes == 600
-
-
-def test_footprint_with_lower_peak_takes_its_device_measurement() -> None:
-    history = History()
-    for load, peak, device_bytes in (("L4", 9_000, 600), ("L5", 8_000, 400)):
-        history.load_on(load, replace(ON_CUDA, memory_bytes=device_bytes), peak_memory_bytes=peak)
-    (found,) = history.model().footprints
-    assert (found.peak_memory_bytes, found.target_bytes) == (9_000, 400)
+    for number, each in enumerate(loads):
+        use = (replace(ON_CUDA, device=each.device, memory_bytes=each.device_bytes), ON_CPU)
+        devices = () if not each.device else (ON_NPU,) if each.device == "npu:0" else use
+        workers = [f"w{number}-{instance}" for instance in range(each.instances)]
+        loaded = replace(
+            model_loaded(*workers, mtime_ns=each.mtime_ns), threads=each.threads, targets=devices
+        )
+        history.ask_load(f"L{number}", instances=each.instances, devices=(each.device,) if devices else UNSET)
+        history.start_load(f"L{number}")
+        history.add(replace(loaded, peak_memory_bytes=each.peak), f"L{number}")
+        assert (serving(history).threads, serving(history).targets) == (each.threads, devices)
+    found = history.model().footprints
+    assert [
+        (each.threads, each.target_name, each.peak_memory_bytes, each.target_bytes) for each in found
+    ] == (footprints)
+    assert all(each.files == (file(loads[-1].mtime_ns),) for each in found)
 
 
 def test_load_on_other_devices_needs_other_workers() -> None:
@@ -542,30 +542,22 @@ def test_fold_of_any_events_stays_coherent(events: list[Draft]) -> None:
         assert active is None or active.phase in {LOADED, UNLOADING}
 
 
-@pytest.mark.parametrize(
-    ("steps", "asked"),
-    [
-        ("load", ("alice", None, None)),
-        ("load restart restore", (SYSTEM, "alice", Cause.RESTART)),
-        ("load restart restore restart again", (SYSTEM, "alice", Cause.RESTART)),
-        ("load crash recover", (SYSTEM, "alice", Cause.RECOVERY)),
-        ("load restart reload", ("alice", None, None)),
-    ],
-)
-def test_reloaded_model_says_who_asked_for_it(
-    steps: str, asked: tuple[str, str | None, Cause | None]
-) -> None:
-    history = History()
-    own: dict[str, Callable[[History], object]] = {
-        "again": lambda h: h.load("L3", cause=Cause.RESTART),
-        "recover": lambda h: h.load("R", cause=Cause.RECOVERY),
-        "reload": lambda h: h.load("L2"),
-    }
-    for step in steps.split():
-        (own.get(step) or STEPS[step])(history)
-    serving = history.model().serving
-    assert serving is not None
-    assert (serving.loaded_by, serving.asked_by, serving.brought_back) == asked
+ASKED = [
+    ("load", ("alice", None, None)),
+    ("load restart restore", (SYSTEM, "alice", Cause.RESTART)),
+    ("load restart restore restart restore", (SYSTEM, "alice", Cause.RESTART)),
+    ("load crash request_recovery start_recovery finish_recovery", (SYSTEM, "alice", Cause.RECOVERY)),
+    ("load restart load_again", ("alice", None, None)),
+]
+
+
+@pytest.mark.parametrize(("facts", "asked"), ASKED)
+def test_reloaded_model_says_who_asked_for_it(facts: str, asked: tuple[object, ...]) -> None:
+    found = serving(given(facts))
+    assert (found.loaded_by, found.asked_by, found.brought_back) == asked
+
+
+# Copies at nodes.
 
 
 def copied(*nodes: str, copies: int = 3) -> History:

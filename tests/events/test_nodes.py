@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 from support.history import DIGEST, MODEL, START, History, at, given, ids, model_loaded, opened, steady
+from support.ledgers import change_ledger
 
 from events.accept import accept
 from events.audit.verify import verify
@@ -17,6 +18,7 @@ from events.jobcommands import RequestUnload
 from events.jobs import JobStatus
 from events.models import ModelState
 from events.registers import Registers
+from events.serving import Serving
 from events.sqlite import queries, storage
 from events.sqlite.schema import connect
 from events.state import Entities, State, Transaction
@@ -27,7 +29,6 @@ from events.types import (
     Event,
     LoadStarted,
     ServerStarted,
-    ServerStopped,
     UnloadRequested,
 )
 from events.values import Credential
@@ -48,6 +49,12 @@ def cluster(*nodes: str) -> History:
 
 def phase_of(history: History, node: str) -> NodePhase:
     return history.state.registers.nodes[node].phase
+
+
+def serving(history: History, model: str = MODEL) -> Serving:
+    found = history.model(model).serving
+    assert found is not None
+    return found
 
 
 def works_on(history: History, node: str) -> tuple[set[str], set[str]]:
@@ -158,41 +165,28 @@ ENDS = {
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_end_of_node_loses_its_models_alone(end: str) -> None:
+def test_end_of_node_ends_all_that_is_there_alone(end: str) -> None:
     history = cluster("a", "b")
     history.load_at("a", "A", of="at_a")
     history.load_at("b", "B", of="at_b")
+    history.ask_load("W", of="waits")
+    history.place("W", "b", of="waits")
+    history.ask_load("L")
+    history.start_at("b", "L")
     before = history.model("at_a")
+    assert (history.job("L").server, history.model().state) == ("b", ModelState.LOADING)
     ENDS[end](history)
     lost = history.model("at_b")
     assert history.model("at_a") is before
     assert (lost.phase, lost.lost_by, lost.lost_at) == (ModelState.LOST, Cause.RESTART, at(history.seconds))
-    assert lost.serving is not None
-    assert lost.serving.server is None
-
-
-@pytest.mark.parametrize(("end", "deaths"), [("leaves", 0), ("is lost", 1), ("joins again", 1)])
-def test_end_of_node_leaves_its_load_to_another(end: str, deaths: int) -> None:
-    history = cluster("a", "b")
-    history.ask_load("L")
-    history.start_at("b", "L")
-    assert (history.job("L").server, history.model().state) == ("b", ModelState.LOADING)
-    ENDS[end](history)
-    job = history.job("L")
-    assert (job.status, job.server, job.attempt, job.server_deaths) == (JobStatus.PENDING, None, 1, deaths)
-    assert history.model().state is ModelState.UNLOADED
+    assert serving(history, "at_b").server is None
+    started, waiting = history.job("L"), history.job("W")
+    deaths = 0 if end == "leaves" else 1
+    assert (started.status, started.server, started.attempt) == (JobStatus.PENDING, None, 1)
+    assert (started.server_deaths, history.model().state) == (deaths, ModelState.UNLOADED)
+    assert (waiting.server, waiting.server_deaths, waiting.position) == (None, 0, history.state.position)
     history.start_at("a", "L")
     assert (history.job("L").attempt, history.job("L").server) == (2, "a")
-
-
-@pytest.mark.parametrize("end", ENDS)
-def test_end_of_node_unplaces_waiting_loads(end: str) -> None:
-    history = cluster("a", "b")
-    history.ask_load("L")
-    history.place("L", "b")
-    ENDS[end](history)
-    job = history.job("L")
-    assert (job.server, job.server_deaths, job.position) == (None, 0, history.state.position)
 
 
 def test_end_of_node_keeps_load_at_another() -> None:
@@ -204,9 +198,7 @@ def test_end_of_node_keeps_load_at_another() -> None:
     assert (history.model().phase, history.job("L").status) == (ModelState.LOST, JobStatus.IN_PROGRESS)
     assert [load.started for load in history.model().loads] == [True]
     history.add(replace(model_loaded("w"), server="a"), "L")
-    serving = history.model().serving
-    assert serving is not None
-    assert (serving.server, history.model().phase) == ("a", ModelState.LOADED)
+    assert (serving(history).server, history.model().phase) == ("a", ModelState.LOADED)
 
 
 def test_dead_worker_keeps_model_at_its_node() -> None:
@@ -228,9 +220,8 @@ def test_drained_and_replaced_load_is_unloaded_apart() -> None:
     assert (works_on(history, "a"), works_on(history, "b")) == (({"U"}, set()), (set(), {MODEL}))
     assert history.state.queue(MODEL) == []
     assert not history.job("U").cancellable
-    serving = history.model().serving
-    assert serving is not None
-    assert (serving.server, serving.asked_by, serving.brought_back) == ("b", "alice", Cause.DRAIN)
+    moved = serving(history)
+    assert (moved.server, moved.asked_by, moved.brought_back) == ("b", "alice", Cause.DRAIN)
     history.start_unload("U")
     history.lose("a")
     assert (history.job("U").status, works_on(history, "b")[0]) == (JobStatus.PENDING, {"U"})
@@ -267,9 +258,7 @@ def test_failed_move_ends_no_repair() -> None:
     incidents = history.model().incidents
     history.fail_load("M", "insufficient_memory")
     model = history.model()
-    assert model.degraded
-    assert model.serving is not None
-    assert (model.serving.kept_as_is, model.incidents) == (False, incidents)
+    assert (model.degraded, serving(history).kept_as_is, model.incidents) == (True, False, incidents)
     assert model.retries is not None
 
 
@@ -302,6 +291,8 @@ def test_deadline_moves_by_time_without_any_node() -> None:
 
 def test_first_node_ends_what_ran_without_nodes() -> None:
     history = given("load request_other start_other")
+    assert ALONE.share(history.state) is history.state  # worked on whole
+    assert find_share(history.state, "a", None, frozenset()).unended() == []
     history.join("a", unclean=True)
     assert history.model().phase is ModelState.LOST
     assert history.job("O").status is JobStatus.PENDING
@@ -313,19 +304,11 @@ def test_server_without_nodes_takes_over_what_they_had() -> None:
     history.load_at("a", "A")
     history.ask_load("L", of="other")
     history.place("L", "b", of="other")
-    history.add(ServerStarted(True, last_seen_at=at(history.seconds)), None, of=None, version=None)
-    serving = history.model().serving
-    assert serving is not None
-    assert (serving.server, history.model().phase) == (None, ModelState.LOST)
-    assert history.job("L").server is None
-
-
-def test_stop_of_a_server_alone_keeps_placements() -> None:
-    history = cluster("b")
-    history.ask_load("L")
-    history.place("L", "b")
-    history.add(ServerStopped(), None, of=None, version=None)
+    history.stop()
     assert history.job("L").server == "b"
+    history.add(ServerStarted(True, last_seen_at=at(history.seconds)), None, of=None, version=None)
+    assert (serving(history).server, history.model().phase) == (None, ModelState.LOST)
+    assert history.job("L").server is None
 
 
 # Which node works on what
@@ -350,11 +333,22 @@ def test_unload_is_worked_on_where_its_load_is() -> None:
     history.load_at("b", "B")
     history.ask_unload("U", "B")
     assert works_on(history, "b")[0] == {"U"}
+    (request,) = facts(decide(history.state, RequestUnload(MODEL, "alice", force=True)))
+    assert isinstance(request, UnloadRequested)
+    assert (request.load_job_id, request.server) == ("B", "b")
     history.ask_load("L", of="other")
     history.ask_unload("V", "L", of="other", force=True)
     assert works_on(history, "a")[0] == {"L", "V"}
     history.place("L", "b", of="other")
     assert works_on(history, "b")[0] == {"U", "L", "V"}
+
+
+def test_untrusted_node_owns_nothing_and_places_nothing() -> None:
+    history = cluster("a", "b")
+    history.load_at("a", "L")
+    assert find_placer(history.state.registers.nodes, {"a"}) == "b"
+    for node, untrusted, models in (("b", "", set()), ("b", "a", {MODEL}), ("a", "a", set())):
+        assert find_share(history.state, node, 1, frozenset(untrusted)).models.keys() == models
 
 
 def test_epoch_that_is_over_works_on_nothing() -> None:
@@ -364,12 +358,6 @@ def test_epoch_that_is_over_works_on_nothing() -> None:
     history.join("a", unclean=True)
     assert find_share(history.state, "a", 1, frozenset()).unended() == []
     assert [job.id for job in find_share(history.state, "a", 2, frozenset()).unended()] == ["L"]
-
-
-def test_state_without_nodes_is_worked_on_whole() -> None:
-    history = given("load request_other")
-    assert ALONE.share(history.state) is history.state
-    assert find_share(history.state, "a", None, frozenset()).unended() == []
 
 
 # Commands
@@ -451,14 +439,6 @@ def test_facts_of_ended_epoch_are_refused() -> None:
     assert isinstance(decide(history.state, current), Refused)
 
 
-def test_unload_names_the_node_of_its_load() -> None:
-    history = cluster("a", "b")
-    history.load_at("b", "B")
-    (request,) = facts(decide(history.state, RequestUnload(MODEL, "alice")))
-    assert isinstance(request, UnloadRequested)
-    assert (request.load_job_id, request.server) == ("B", "b")
-
-
 # How they are stored
 
 
@@ -475,15 +455,13 @@ def test_stored_entities_with_nodes_read_back() -> None:
     history.load_at("a", "A")
     history.ask_load("L", version=2)
     history.start_at("a", "L")
-    for model in history.state.models.values():
-        assert queries.as_model(queries.as_text(model)) == model
-        assert json.loads(queries.as_text(model))["serving"]["node_id"] == "a"
-    for job in history.state.jobs.values():
-        assert queries.as_job(queries.as_text(job)) == job
+    [model], jobs = history.state.models.values(), history.state.jobs.values()
+    assert queries.as_model(queries.as_text(model)) == model
+    assert json.loads(queries.as_text(model))["serving"]["node_id"] == "a"
+    assert [queries.as_job(queries.as_text(job)) for job in jobs] == [*jobs]
 
 
-async def test_nodes_are_stored_and_rebuilt(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.db"
+async def test_nodes_are_stored_rebuilt_and_verified(path: Path) -> None:
     async with opened(path, **steady(lambda: START)) as log:
         await log.submit(JoinNode("a", "http://a", ("zone=eu",)))
         await log.submit(JoinNode("b", "http://b"))
@@ -495,15 +473,8 @@ async def test_nodes_are_stored_and_rebuilt(tmp_path: Path) -> None:
         assert queries.read_state(connection).registers.nodes == nodes
     async with opened(path) as log:
         assert log.state.registers.nodes == nodes
-
-
-async def test_changed_node_is_found_by_verify(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.db"
-    async with opened(path) as log:
-        await log.submit(JoinNode("a", "http://a"))
     assert verify(path).verified
-    with closing(connect(path)) as connection:
-        connection.execute("DELETE FROM nodes")
+    change_ledger(path, "DELETE FROM nodes WHERE id = 'a'", keeps_triggers=True)
     finding = verify(path).finding
     assert finding is not None
     assert "the stored nodes lack 'a'" in finding.problem
@@ -520,17 +491,6 @@ def test_epoch_is_over_once_it_ended_or_the_node_joined_again(steps: str, is_ove
     nodes = history.state.registers.nodes
     assert is_epoch_over(nodes, name) is is_over
     assert not any(is_epoch_over(nodes, other) for other in ("", "a-1", name.removesuffix("-1"), name + "x"))
-
-
-def test_untrusted_node_owns_nothing_and_places_nothing() -> None:
-    history = History()
-    for node in "ab":
-        history.join(node)
-    history.load_at("a", "L")
-    assert find_placer(history.state.registers.nodes, {"a"}) == "b"
-    assert find_share(history.state, "b", 1, frozenset()).models == {}
-    assert find_share(history.state, "b", 1, frozenset("a")).models.keys() == {MODEL}
-    assert find_share(history.state, "a", 1, frozenset("a")).models == {}
 
 
 def test_statement_of_join_names_all_that_is_checked() -> None:

@@ -411,6 +411,8 @@ STEPS: dict[str, Callable[..., object]] = {
     "request_unload_unknown": lambda h: h.ask_unload("U", "unknown"),
     "request_eviction": lambda h: h.ask_unload("U", "L", cause=Cause.EVICTION),
     **{f"evict_{job}": partial(History.unload, job="E", load=job, cause=Cause.EVICTION) for job in LOADS},
+    "add_at_a": lambda h: h.add_version("a"),
+    "add_at_b": lambda h: h.add_version("b"),
     "remove": lambda h: h.remove_version(),
     "start_unload": lambda h: h.start_unload("U"),
     "finish_unload": lambda h: h.end_unload("U"),

@@ -122,7 +122,7 @@ INVALID = [
     changed(lambda d: d.update(mediaType=[])),
     changed(lambda d: d.update(verificationMaterial=None)),
     with_material(),
-    with_material(publicKey={}, x509CertificateChain={"certificates": []}),
+    with_material(publicKey={}, x509CertificateChain={"certificates": [{"rawBytes": ""}]}),
     with_material(x509CertificateChain={"certificates": []}),
     with_material(x509CertificateChain={"certificates": [{"rawBytes": ""}] * (MAX_CERTIFICATES + 1)}),
     with_material(publicKey={"hint": 1}),
