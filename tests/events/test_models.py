@@ -1,8 +1,8 @@
 """The fold of models: after these facts, a model reads so. `support.history.STEPS` explains the words."""
 
 import json
+import re
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from hypothesis import given as given_any
@@ -41,7 +41,6 @@ from events.models import Choice, Model, ModelState
 from events.serving import Serving
 from events.types import SYSTEM, TYPES, Cause, Data, Draft, LoadParameters, ModelSettingsChanged, Unknown
 from events.versioncommands import find_use
-from features.devices.facts import DeviceUse
 
 UNLOADED, LOADING, LOADED = ModelState.UNLOADED, ModelState.LOADING, ModelState.LOADED
 UNLOADING, LOST = ModelState.UNLOADING, ModelState.LOST
@@ -407,74 +406,45 @@ def test_drained_version_is_remembered_until_new_one_loads(end: str) -> None:
 # Footprints: what a version took.
 
 
-class Use(NamedTuple):
-    """A load: its peak, and what it ran on."""
-
-    peak: int = 2_000
-    instances: int = 1
-    threads: int | None = None
-    device: str = ""
-    device_bytes: int | None = None
-    mtime_ns: int = 1
-
-
-ON_NPU = DeviceUse("npu", "1.0", "npu:0", 69)
 FOOTPRINTS = [
-    # loads of the same version; threads, device, peak and the device's bytes of each footprint, of one worker
-    ([Use(2_000, 3)], [(None, UNSET, 667, UNSET)]),  # rounded up
-    ([Use(), Use(9_000), Use(500)], [(None, UNSET, 9_000, UNSET)]),
-    ([Use(9_000), Use(mtime_ns=2)], [(None, UNSET, 2_000, UNSET)]),  # other files
-    (
-        [Use(), Use(3_000, 1, 1), Use(9_000, 1, 2), Use(500, 1, 2), Use(4_000, 1, 1)],
-        [(None, UNSET, 2_000, UNSET), (2, UNSET, 9_000, UNSET), (1, UNSET, 4_000, UNSET)],
-    ),
-    # Of a device the last measurement counts, if there is one.
-    (
-        [
-            Use(),
-            *(Use(peak, 2, None, "cuda:0", of) for peak, of in ((9_000, 601), (8_000, 401), (9_500, 501))),
-        ],
-        [(None, UNSET, 2_000, UNSET), (None, "cuda:0", 4_750, 251)],
-    ),
-    (
-        [Use(9_000, 1, None, "cuda:0", 600), Use(8_000, 1, None, "cuda:0", 400)],
-        [(None, "cuda:0", 9_000, 400)],
-    ),
-    *(
-        (
-            [Use(9_000, 1, None, "cuda:0", of) for of in (missing, 600, missing)],
-            [(None, "cuda:0", 9_000, 600)],
-        )
-        for missing in (0, None)
-    ),
-    (
-        [Use(7_000, 1, None, "npu:0"), Use(6_000, 1, None, "cuda:1", 600)],
-        [(None, "npu:0", 7_000, UNSET), (None, "cuda:1", 6_000, 600)],
-    ),
+    # loads of the same version, and its footprints, each of one worker: peak, instances, threads, device and
+    # what the device measured; an exclamation mark for other files
+    ("2000x3", "667"),  # rounded up
+    ("2000 9000 500", "9000"),
+    ("9000 2000!", "2000!"),
+    ("2000 3000/t1 9000/t2 500/t2 4000/t1", "2000 9000/t2 4000/t1"),
+    ("2000 9000x2@cuda:0=601 8000x2@cuda:0=401 9500x2@cuda:0=501", "2000 4750@cuda:0=251"),
+    ("9000@cuda:0=600 8000@cuda:0=400", "9000@cuda:0=400"),
+    ("9000@cuda:0 9000@cuda:0=600 9000@cuda:0=0 9000@cuda:0", "9000@cuda:0=600"),
+    ("7000@npu:0 6000@cuda:1=600", "7000@npu:0 6000@cuda:1=600"),
 ]
+LOAD = re.compile(r"(\d+)(?:x(\d))?(?:/t(\d))?(?:@(\w+:\d))?(?:=(\d+))?(!)?")
 
 
-@pytest.mark.parametrize(("loads", "footprints"), FOOTPRINTS)
-def test_footprint_is_of_what_a_version_ran_on(
-    loads: list[Use], footprints: list[tuple[object, ...]]
-) -> None:
+@pytest.mark.parametrize(("loads", "expected"), FOOTPRINTS)
+def test_footprint_is_of_what_a_version_ran_on(loads: str, expected: str) -> None:
     history = History()
-    for number, each in enumerate(loads):
-        use = (replace(ON_CUDA, device=each.device, memory_bytes=each.device_bytes), ON_CPU)
-        devices = () if not each.device else (ON_NPU,) if each.device == "npu:0" else use
-        workers = [f"w{number}-{instance}" for instance in range(each.instances)]
-        loaded = replace(
-            model_loaded(*workers, mtime_ns=each.mtime_ns), threads=each.threads, targets=devices
-        )
-        history.ask_load(f"L{number}", instances=each.instances, devices=(each.device,) if devices else UNSET)
+    for number, load in enumerate(loads.split()):
+        peak, instances, threads, device, measured, other = LOAD.fullmatch(load).groups()  # type: ignore[union-attr]
+        use = replace(ON_CUDA, device=device or "", memory_bytes=measured and int(measured))
+        devices = (use, ON_CPU) if device else ()
+        workers = [f"w{number}-{instance}" for instance in range(int(instances or 1))]
+        loaded = replace(model_loaded(*workers, mtime_ns=2 if other else 1), targets=devices)
+        history.ask_load(f"L{number}", instances=len(workers), devices=(device,) if device else UNSET)
         history.start_load(f"L{number}")
-        history.add(replace(loaded, peak_memory_bytes=each.peak), f"L{number}")
-        assert (serving(history).threads, serving(history).targets) == (each.threads, devices)
+        loaded = replace(loaded, threads=threads and int(threads), peak_memory_bytes=int(peak))
+        history.add(loaded, f"L{number}")
+        assert (serving(history).threads, serving(history).targets) == (loaded.threads, devices)
     found = history.model().footprints
-    assert [
-        (each.threads, each.target_name, each.peak_memory_bytes, each.target_bytes) for each in found
-    ] == (footprints)
-    assert all(each.files == (file(loads[-1].mtime_ns),) for each in found)
+    shown = [
+        f"{each.peak_memory_bytes}"
+        + (f"/t{each.threads}" if each.threads is not None else "")
+        + (f"@{each.target_name}" if each.target_name is not UNSET else "")
+        + (f"={each.target_bytes}" if each.target_bytes is not UNSET else "")
+        + ("!" if each.files == (file(2),) else "")
+        for each in found
+    ]
+    assert " ".join(shown) == expected
 
 
 def test_load_on_other_devices_needs_other_workers() -> None:

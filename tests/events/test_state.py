@@ -1,12 +1,13 @@
 """The live state: its queues, the active model, and what holds of folding any events."""
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.history import FEWER, MODEL, History, as_event, fold, opened
@@ -15,13 +16,12 @@ from support.ledgers import FAST_FOLDER, rows_of, sample_history, store_events
 from support.strategies import drafts
 
 from events import jobs, models
-from events.audit.replay import replay
 from events.audit.verify import verify
 from events.codec import encode_event
 from events.jobs import Job
+from events.models import Model
 from events.registers import OF_REGISTERS
 from events.serving import Serving
-from events.sqlite import queries, storage
 from events.sqlite.schema import connect
 from events.state import Entities, State, Transaction, has_turn
 from events.types import SCHEMA, TYPES, Cause, Draft, Event, Unknown
@@ -81,7 +81,7 @@ def test_ended_jobs_may_be_forgotten(events: list[Draft]) -> None:
 
 
 @pytest.mark.parametrize("forget", [False, True])
-def test_repeated_id_after_end_is_newest_job(forget: bool) -> None:  # noqa: FBT001
+def test_repeated_id_after_end_is_newest_job(forget: bool) -> None:
     history = given_facts("request request_v2 cancel_L")
     assert State(jobs=history.state.jobs).queues == {MODEL: (history.job("L2"),)}
     if forget:
@@ -159,7 +159,10 @@ def test_active_model(facts: str, active: str | None) -> None:
 # `Entities` folds the same, faster.
 
 
-def assert_entities_agree(events: Sequence[Event]) -> None:
+@FEWER
+@given(st.lists(drafts(), max_size=30).map(lambda events: fold(events).facts))
+@example(sample_history(rounds=3))
+def test_entities_agree_with_state(events: Sequence[Event]) -> None:
     state, entities = State(), Entities()
     for event in events:
         ended = entities.apply(event)
@@ -169,16 +172,6 @@ def assert_entities_agree(events: Sequence[Event]) -> None:
         assert entities.models == state.models
         assert entities.jobs == state.jobs
         assert entities.registers == state.registers
-
-
-@FEWER
-@given(st.lists(drafts(), max_size=30))
-def test_entities_agree_with_state(events: list[Draft]) -> None:
-    assert_entities_agree(fold(events).facts)
-
-
-def test_entities_agree_on_history() -> None:
-    assert_entities_agree(sample_history(rounds=3))
 
 
 def test_stop_keeps_queue_of_each_model() -> None:
@@ -205,7 +198,7 @@ def test_every_type_has_a_fold() -> None:
     assert not {*models.STEPS, *jobs.STEPS} & OF_REGISTERS
 
 
-# Replays agree, and what this release does not know changes nothing.
+# What this release does not know changes nothing.
 
 HISTORIES = st.lists(drafts(), max_size=30).map(lambda events: fold(events).facts)
 
@@ -217,29 +210,18 @@ def fold_events(events: Sequence[Event]) -> State:
     return state
 
 
-@FEWER
-@given(HISTORIES)
-def test_replay_at_each_position_is_the_fold(events: list[Event]) -> None:
-    with TemporaryDirectory(dir=FAST_FOLDER) as folder:
-        path = Path(folder) / "ledger.db"
-        with closing(connect(path)) as connection:
-            store_events(connection, events)
-            for position in range(len(events) + 1):
-                (_, found), folded = replay(connection, str(position)), fold_events(events[:position])
-                connection.rollback()
-                assert (found.models, found.unended()) == (folded.models, folded.unended())
-                assert (found.position, found.recorded_at) == (folded.position, folded.recorded_at)
-            storage.rebuild(connection)
-            assert queries.read_state(connection).models == fold_events(events).models
-        assert verify(path).verified
-
-
 LEAVES = st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.text(max_size=5)
 OBJECTS = st.dictionaries(st.text(max_size=5), LEAVES | st.lists(LEAVES, max_size=2), max_size=3)
 NEW_NAMES = st.text(min_size=1, max_size=8).map(lambda name: f"new_{name}")
 UNKNOWN = st.builds(Unknown, NEW_NAMES, st.integers(1, 3), OBJECTS) | st.builds(
     Unknown, st.sampled_from(sorted(TYPES)), st.integers(SCHEMA + 1, SCHEMA + 3), OBJECTS
 )
+
+
+async def models_after_start(path: Path) -> Mapping[str, Model]:
+    async with opened(path) as log:
+        await log.server_started()
+        return log.state.models
 
 
 @FEWER
@@ -257,17 +239,4 @@ def test_events_of_later_release_are_kept_and_skipped(events: list[Event], draws
         verification = verify(path)
         assert verification.verified, verification.finding
         assert [body for _, body, _ in rows_of(path)] == list(map(encode_event, written))
-
-
-async def test_ledger_with_events_of_later_release_opens(tmp_path: Path) -> None:
-    history = History()
-    history.load("L")
-    history.add(Unknown("ModelBlessed", 1, {"by": "somebody"}), "L")
-    history.add(Unknown("ModelLoaded", 2, {"files": "elsewhere"}), "L")
-    path = tmp_path / "ledger.db"
-    with closing(connect(path)) as connection:
-        store_events(connection, history.facts)
-    async with opened(path) as log:
-        assert log.state.models == history.state.models
-        await log.server_started()
-    assert verify(path).verified
+        assert asyncio.run(models_after_start(path)) == without.models
