@@ -81,7 +81,7 @@ def test_ended_jobs_may_be_forgotten(events: list[Draft]) -> None:
 
 
 @pytest.mark.parametrize("forget", [False, True])
-def test_repeated_id_after_end_is_newest_job(forget: bool) -> None:
+def test_repeated_id_after_end_is_newest_job(forget: bool) -> None:  # noqa: FBT001
     history = given_facts("request request_v2 cancel_L")
     assert State(jobs=history.state.jobs).queues == {MODEL: (history.job("L2"),)}
     if forget:

@@ -20,11 +20,13 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 from support.clients import printed, printed_json
-from support.history import History, model_loaded, opened
+from support.history import History, at, model_loaded, opened
 from support.ledgers import append_events
 from support.signing import make_authority, make_key, public_pem, sign_version
 
 from events.clock import parse_timestamp
+from events.jobs import Job
+from events.models import RELOADS
 from events.serving import AdmittedBytes
 from events.sqlite.datalock import LEDGER
 from events.state import Entities
@@ -54,6 +56,8 @@ from features.approvals.facts import ApprovalResult, LoadApproval, VersionApprov
 from features.approvals.fold import make_approval
 from features.approvals.rules import AddedMode, ApprovalRule
 from features.audit import MAX_REMARKS, PolicyAudit, RemarkKind
+from features.beforeload import CheckInput, NotLoadable
+from features.checks import check_load
 from features.nodes.facts import NodeSignature
 from features.rules import LoadPolicy, ModelRules
 from features.signatures.facts import MAX_BUNDLES, LoadSignature
@@ -470,6 +474,61 @@ def test_expired_certificate_passes_as_of_the_request() -> None:
     text = sign_version((("model.onnx", ONE),), signer.key, signer.chain).decode()
     story.load_signed("L", text, method="certificate", signer=subject)
     assert audit(story.history.facts)[0] is None
+
+
+# What a load records of its signature, which the audit reads.
+
+SIGNATURES = [
+    # facts up to the request of a load, whether its files are signed; what is recorded, or why it is refused
+    ("policy:trust request", True, "signed, with its bundle"),
+    ("policy:trust request", False, "signature_missing"),
+    ("policy:rekeyed request", True, "signature_untrusted"),
+    (f"{SIGNED} request_again", True, "signed"),  # the ledger has the bundle
+    (f"{SIGNED} restart request_reload", True, "signed"),
+    (f"{SIGNED} policy:rekeyed request_again", True, "signature_untrusted"),
+    (f"{SIGNED} policy:rekeyed restart request_reload", True, "went on"),
+    (f"{SIGNED} policy:distrusted restart request_reload", True, "signature_untrusted"),
+    (f"{SIGNED} {UNRULED_RELOAD} policy:rekeyed restart request_reload_again", True, "went on"),
+    (
+        "policy:warn request load_unenforced policy:rekeyed restart request_reload",
+        True,
+        "signature_untrusted",
+    ),
+    ("policy:warn request", False, "unsigned, signature_missing"),
+    ("policy:warn request", True, "unenforced, with its bundle"),
+]
+
+
+@pytest.mark.parametrize(("words", "is_signed", "expected"), SIGNATURES)
+def test_load_records_signature_that_its_rules_ask_for(words: str, *, is_signed: bool, expected: str) -> None:
+    story, bundle = tell(words), bundle_of(ONE)
+    job, model = next(iter(story.history.state.queue(MODEL))), story.history.model()
+    given = CheckInput(
+        *(story.rules, model, story.history.versions()),
+        contents=contents_of(files_of(ONE, bundle if is_signed else None)),
+        read=lambda *_: bundle.encode(),
+        now=at(story.history.seconds),
+        is_reload=job.cause in RELOADS,
+        is_signed=lambda *_: True,
+    )
+    assert describe_signature(given, job) == expected
+
+
+def describe_signature(given: CheckInput, job: Job) -> str:
+    try:
+        found = check_load(given, job).evidence
+    except NotLoadable as refused:
+        return refused.failure.code
+    said = found.signature
+    assert said is not UNSET
+    assert said.policy == given.rules.digest
+    kind = "went on" if said.was_verified else "signed" if said.is_enforced else "unenforced"
+    words = [
+        "unsigned" if said.signer is None else kind,
+        said.problem,
+        "with its bundle" if found.bundle else "",
+    ]
+    return ", ".join(filter(None, words))
 
 
 # Remarks.
