@@ -106,19 +106,13 @@ def test_label_command_appends_what_is_new(facts: str, command: Command, expecte
 
 
 def test_label_moves_with_outcome_of_load_of_what_serves() -> None:
-    decision = decide("load", load())
+    history, decision = given("load"), decide("load", load())
     assert isinstance(decision, Accepted)
     request, outcome, label = decision.drafts
     assert isinstance(request.data, LoadRequested)
     assert (request.id, request.actor, request.data.version_name) == ("new", "bob", "champion")
-    assert isinstance(outcome.data, ModelSettingsChanged)
-    assert (outcome.actor, label.actor) == (SYSTEM, "bob")
+    assert (type(outcome.data), outcome.actor) == (ModelSettingsChanged, SYSTEM)
     assert label == Draft(label.id, LabelSet("champion", outcome.id), "bob", "new", MODEL, 1)
-
-
-def test_load_with_label_that_serves_completes_at_once() -> None:
-    history, decision = given("load"), decide("load", load())
-    assert isinstance(decision, Accepted)
     for draft in decision.drafts:
         history.add(draft.data, draft.job_id, event_id=draft.id, by=draft.actor)
     assert history.versions().labels == (Label("champion", 1, history.state.position),)
@@ -157,11 +151,9 @@ def test_refused_removal_names_labels_and_what_to_do() -> None:
     assert refused.message.endswith("by the label 'champion', 'stable': move or remove that first")
 
 
-@pytest.mark.parametrize("name", ["champion", "A", "v1", "a.b-c_d", "a" * 63])
-def test_label_begins_with_a_letter(name: str) -> None:
-    assert LABEL_NAME.fullmatch(name)
+NAMES = ["champion", "A", "v1", "a.b-c_d", "a" * 63]
+NO_NAMES = ["", "1", "1a", "-a", ".", "..", "a/b", "a b", "a\n", "ä", "a" * 64, "a%2f"]
 
 
-@pytest.mark.parametrize("name", ["", "1", "1a", "-a", ".", "..", "a/b", "a b", "a\n", "ä", "a" * 64, "a%2f"])
-def test_name_that_is_no_label_does_not_match(name: str) -> None:
-    assert not LABEL_NAME.fullmatch(name)
+def test_label_begins_with_a_letter() -> None:
+    assert [name for name in [*NAMES, *NO_NAMES] if LABEL_NAME.fullmatch(name)] == NAMES

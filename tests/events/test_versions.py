@@ -1,5 +1,7 @@
 """The fold of a model's versions. `support.history.STEPS` explains the words."""
 
+from functools import partial
+
 import msgspec
 import pytest
 from hypothesis import given as given_any
@@ -39,17 +41,16 @@ def test_version_has_holders_from_adds_to_own_repositories(
 ) -> None:
     history = History()
     history.add_version("c", version=2)
+    verbs = {
+        "+": history.add_version,
+        "-": history.remove_version,
+        "!": partial(history.remove_version, reason="not_placed"),
+    }
     for word in words.split():
-        node_id = word[1:] or UNSET
-        match word[0]:
-            case "+":
-                history.add_version(node_id)
-            case "-":
-                history.remove_version(node_id)
-            case "!":
-                history.remove_version(node_id, "not_placed")
-            case _:
-                STEPS[word](history)
+        if word[0] in verbs:
+            verbs[word[0]](word[1:] or UNSET)
+        else:
+            STEPS[word](history)
     versions = history.versions()
     assert " ".join(versions.find_holders(1).servers) == holders
     assert (1 in versions.removed) == is_removed
