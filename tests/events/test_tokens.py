@@ -177,8 +177,8 @@ async def test_revocation_survives_restart_and_rebuild(path: Path) -> None:
     assert last == await write(path, runs=False)
     assert verify(path).verified
     for statement, problem in (
-        ("UPDATE tokens SET body = replace(body, 'carol', 'dave')", "tokens differ"),
         ("DELETE FROM tokens WHERE id = 't1'", "the stored tokens lack 't1'"),
+        ("UPDATE tokens SET body = replace(body, 'carol', 'dave')", "tokens differ"),
         ("UPDATE tokens SET body = '{}'", "tokens differ"),
     ):
         change_ledger(path, statement)

@@ -1,5 +1,6 @@
-"""`verify` compares stored jobs, models and history with a fold of the log, and names what differs."""
+"""Stored jobs, models and history: `verify` names what differs from a fold of the log, a rebuild mends it."""
 
+import logging
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -7,12 +8,27 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.history import FEWER
-from support.ledgers import change_ledger, copy_of, rows_of, sound_ledger
+from support.history import FEWER, History, opened, write
+from support.ledgers import (
+    change_ledger,
+    copy_of,
+    place_of,
+    rows_of,
+    sample_history,
+    sound_ledger,
+    store_events,
+    stored,
+)
 
 from events.audit.verify import Finding, FindingKind, Verification, verify
+from events.errors import LogUnavailable
+from events.sqlite import storage
 from events.sqlite.projections import StoredJobs
-from events.sqlite.storage import rebuild_file
+from events.sqlite.queries import EVENTS_PER_READ
+from events.sqlite.schema import connect
+from events.sqlite.storage import FOLDS, is_current, rebuild_file
+from events.state import State
+from events.types import Event
 
 LEDGER = sound_ledger()
 LONG_LEDGER = sound_ledger(3)
@@ -23,6 +39,9 @@ OPEN_JOBS = (
     "ALTER TABLE forged RENAME TO jobs;"
 )
 """Put a table in the place of the jobs that takes whatever it is given."""
+ADD, KEY_AS_BYTES = "INSERT INTO model_history SELECT", "SET id = CAST(id AS BLOB) WHERE id ="
+SURPLUS = "had, and the log does not give,"
+TABLES = ("models", "jobs", "model_history", "presence", "projected")
 
 
 # Jobs and models.
@@ -49,7 +68,6 @@ def test_missing_projection_is_named_at_the_head(statement: str, problem: str) -
         ("models", "UPDATE models SET body = replace(body, 'loaded', 'failed') WHERE id = 'other'", "other"),
         ("models", "UPDATE models SET body = body || ' '", "digits"),
         ("models", "UPDATE models SET body = CAST(body AS BLOB) WHERE id = 'other'", "other"),
-        ("models", "UPDATE models SET id = CAST(id AS BLOB) WHERE id = 'other'", "other"),
         ("models", "UPDATE models SET body = 'no JSON' WHERE id = 'other'", "other"),
         ("models", "INSERT INTO models VALUES ('ghost', '{}')", "ghost"),
         ("jobs", "UPDATE jobs SET body = replace(body, 'alice', 'mallory') WHERE id = 'L0'", "L0"),
@@ -59,7 +77,6 @@ def test_missing_projection_is_named_at_the_head(statement: str, problem: str) -
         ("jobs", "UPDATE jobs SET landmark = NULL WHERE id = 'L0'", "L0"),
         ("jobs", "UPDATE jobs SET id = 'X' WHERE id = 'L0'", "X"),
         ("jobs", "UPDATE jobs SET id = CAST(x'ff' AS TEXT) WHERE id = 'L0'", "\ufffd"),
-        ("jobs", "UPDATE jobs SET id = CAST(id AS BLOB) WHERE id = 'L0'", "L0"),
         ("jobs", "INSERT INTO jobs (created_position, id, body) SELECT 99, 'X', body FROM jobs LIMIT 1", "X"),
         *(
             ("jobs", f"{OPEN_JOBS} UPDATE jobs SET {value} WHERE id = 'L0'", "L0")
@@ -98,15 +115,6 @@ def test_surplus_jobs_are_read_one_by_one() -> None:
 # History.
 
 
-def difference(path: Path) -> int | None:
-    finding = verify(path).finding
-    if finding is None:
-        return None
-    assert finding.kind is FindingKind.PROJECTIONS
-    assert "history" in finding.problem or "presence" in finding.problem
-    return finding.position
-
-
 @FEWER
 @given(st.data())
 def test_changed_character_of_the_history_is_found(data: st.DataObject) -> None:
@@ -120,28 +128,150 @@ def test_changed_character_of_the_history_is_found(data: st.DataObject) -> None:
                 "UPDATE model_history SET body = ? WHERE position = ? AND model_id = ?",
                 (other, position, model_id),
             )
-        assert difference(path) == position
+        finding = verify(path).finding
+        assert place_of(finding) == (position, FindingKind.PROJECTIONS)
+        assert f"the stored history of the model {model_id!r} differs" in str(finding)
 
 
-@pytest.mark.parametrize(
-    ("statement", "position"),
-    [
-        ("DELETE FROM model_history WHERE position = 14", 14),
-        ("UPDATE model_history SET model_id = 'digits2' WHERE position = 14", 14),
-        ("UPDATE model_history SET is_common = 1 WHERE position = 14", 14),
-        ("UPDATE model_history SET position = 1000 WHERE position = 14", 14),
-        ("INSERT INTO model_history SELECT 14, 'zoo', 0, body FROM model_history LIMIT 1", 15),
-        ("INSERT INTO model_history SELECT 1000, 'zoo', 0, body FROM model_history LIMIT 1", 54),
-        ("INSERT INTO model_history SELECT -1, 'zoo', 0, body FROM model_history LIMIT 1", 2),
-        ("UPDATE presence SET state = 'stopped' WHERE position = 1", 1),
-        ("UPDATE presence SET seen_at = at WHERE position = 1", 1),
-        ("DELETE FROM presence WHERE position = 1", 1),
-        ("INSERT INTO presence VALUES (1000, '', 'running', 'now', NULL)", 54),
-    ],
-)
-def test_tampered_history_is_found_and_a_rebuild_removes_it(statement: str, position: int) -> None:
+AT_14 = "model_history differed at position 14"
+REBUILT: list[tuple[str, int, list[str]]] = [
+    # what somebody did; where `verify` finds that; what the rebuild says of it
+    ("DELETE FROM model_history WHERE position = 14", 14, [AT_14]),
+    ("UPDATE model_history SET model_id = 'digits2' WHERE position = 14", 14, [AT_14]),
+    ("UPDATE model_history SET is_common = 1 WHERE position = 14", 14, [AT_14]),
+    ("UPDATE model_history SET position = 1000 WHERE position = 14", 14, [AT_14]),
+    (f"{ADD} 14, 'zoo', 0, body FROM model_history LIMIT 1", 15, [AT_14]),
+    (
+        f"{ADD} 1000, 'zoo', 0, body FROM model_history LIMIT 1",
+        54,
+        ["model_history differed at position 1000"],
+    ),
+    (f"{ADD} -1, 'zoo', 0, body FROM model_history LIMIT 1", 2, ["model_history differed at position -1"]),
+    ("UPDATE presence SET state = 'stopped' WHERE position = 1", 1, ["presence differed at position 1"]),
+    ("UPDATE presence SET seen_at = at WHERE position = 1", 1, ["presence differed at position 1"]),
+    ("DELETE FROM presence WHERE position = 1", 1, ["presence differed at position 1"]),
+    (
+        "INSERT INTO presence VALUES (1000, '', 'running', 'x', '')",
+        54,
+        ["presence differed at position 1000"],
+    ),
+    ("UPDATE jobs SET landmark = landmark + 1 WHERE id = 'L0'", 54, ["jobs differed at 'L0'"]),
+    (f"UPDATE jobs {KEY_AS_BYTES} 'L0'", 54, ["jobs lacked 'L0'", f"jobs {SURPLUS} b'L0'"]),
+    (f"UPDATE models {KEY_AS_BYTES} 'other'", 54, ["models lacked 'other'", f"models {SURPLUS} b'other'"]),
+]
+
+
+@pytest.mark.parametrize(("statement", "position", "differences"), REBUILT)
+def test_tampered_projection_is_found_and_a_rebuild_mends_it(
+    statement: str, position: int, differences: list[str]
+) -> None:
     with copy_of(LONG_LEDGER) as path:
+        sound = stored(path, *TABLES)
         assert change_ledger(path, statement, keeps_triggers=True) > 0
-        assert difference(path) == position
-        rebuild_file(path)
-        assert difference(path) is None
+        finding = verify(path).finding
+        assert place_of(finding) == (position, FindingKind.PROJECTIONS)
+        assert rebuild_file(path).differences == [f"the stored {each}" for each in differences]
+        assert verify(path).finding is None
+        assert stored(path, *TABLES) == sound
+        assert rebuild_file(path).differences == []
+
+
+# Projections of other folds are made anew before anything uses them.
+
+HISTORY = sample_history()
+
+
+def write_outdated(path: Path, facts: list[Event]) -> None:
+    """Write a ledger whose stored jobs and models are of folds that knew less."""
+    with closing(connect(path)) as connection:
+        store_events(connection, facts)
+        connection.execute("UPDATE jobs SET body = json_remove(body, '$.cancel_requested')")
+        connection.execute("UPDATE models SET body = json_remove(body, '$.incidents')")
+        connection.execute("UPDATE projected SET folds = 0")
+
+
+def projections(path: Path) -> dict[str, list[tuple[object, ...]]]:
+    return stored(path, "jobs", "models", "projected")
+
+
+async def open_once(path: Path) -> None:
+    async with opened(path):
+        pass
+
+
+def long_history() -> list[Event]:
+    history = History()
+    for number in range(EVENTS_PER_READ):
+        history.ask_load(f"L{number}", of=f"m{number % 7}")
+        history.start_load(f"L{number}", of=f"m{number % 7}")
+        if number % 3:
+            history.fail_load(f"L{number}", of=f"m{number % 7}")
+    return history.facts
+
+
+@pytest.mark.parametrize("facts", [HISTORY, [], long_history()], ids=["history", "empty", "pages"])
+async def test_outdated_projections_are_rebuilt_once(
+    path: Path, facts: list[Event], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    write_outdated(path, facts)
+    before, state = verify(path), State()
+    assert before.verified
+    assert not before.compared  # nothing is reported before, and nothing is claimed either
+    for event in facts:
+        state.apply(event)
+    async with opened(path) as log:
+        assert (f"{len(facts)} events are folded anew" in caplog.text) == bool(caplog.text) == bool(facts)
+        assert log.state.models == state.models
+        assert log.state.unended() == state.unended()
+        await write(log, 1)
+    after = verify(path)
+    assert after.verified, after.finding
+    assert after.compared
+    caplog.clear()
+    async with opened(path) as log:
+        assert log.head.position == len(facts) + 1
+    assert not caplog.text
+
+
+async def test_projections_are_rebuilt_for_other_folds_only(path: Path) -> None:
+    with closing(connect(path.with_name("new.db"))) as connection:
+        assert is_current(connection)
+    write_outdated(path, HISTORY)
+    await open_once(path)
+    sound = projections(path)
+    for folds in (0, FOLDS + 1):
+        change_ledger(
+            path,
+            f"UPDATE projected SET folds = {folds}",
+            "DELETE FROM models",
+            "DELETE FROM jobs WHERE id = 'L0'",
+            keeps_triggers=True,
+        )
+        assert not verify(path).compared
+        await open_once(path)
+        assert projections(path) == sound
+    with closing(connect(path)) as connection:
+        assert is_current(connection)
+        storage.rebuild(connection)
+    assert projections(path) == sound
+    change_ledger(path, "DELETE FROM models WHERE id = 'other'")
+    await open_once(path)
+    finding = verify(path).finding  # what somebody changed is not mended in passing
+    assert finding is not None
+    assert finding.problem == "the stored models lack 'other'"
+    change_ledger(path, "DELETE FROM projected")
+    with pytest.raises(LogUnavailable, match="position of the stored projections is missing"):
+        await open_once(path)
+
+
+async def test_failed_rebuild_changes_nothing_and_names_the_event(path: Path) -> None:
+    write_outdated(path, HISTORY)
+    before = stored(path, "jobs", "models")
+    change_ledger(
+        path,
+        "UPDATE events SET body = json_set(body, '$.data', 7, '$.type', 'LoadStarted') WHERE position = 3",
+    )
+    with pytest.raises(LogUnavailable, match="its event 3 is not valid"):
+        await open_once(path)
+    assert stored(path, "jobs", "models") == before
