@@ -1,8 +1,6 @@
 """The log on a real SQLite file: durable, gapless, one chain; what a command or a note comes to."""
 
 import asyncio
-import hashlib
-import json
 import os
 import signal
 import sqlite3
@@ -33,11 +31,12 @@ from events.types import (
     LoadFailed,
     LoadStarted,
     ServerStarted,
-    ServerStopped,
 )
 
 LIMIT_S = 60
 """Only against hanging."""
+
+DAY_S = 86_400
 
 
 def events_of(path: Path) -> list[Event]:
@@ -62,15 +61,6 @@ def load(model_id: str = MODEL) -> RequestLoad:
 
 
 # Appending.
-
-
-async def test_receipt_means_event_is_on_disk(path: Path) -> None:
-    async with opened(path) as log:
-        for number in range(1, 6):
-            assert (await log.submit(fact(f"f{number}"))).position == number
-            assert len(rows_of(path)) == number
-            [(_, position, *_)] = stored(path, "projected")["projected"]
-            assert position == number
 
 
 def test_kill_loses_nothing_acknowledged(path: Path) -> None:
@@ -113,22 +103,21 @@ async def test_concurrent_submits_share_transactions_in_one_gapless_chain(path: 
         await asyncio.gather(*map(log.submit, facts(MAX_GROUP + 1, first=200)))
         assert commits(path) - before >= 2
         head = log.head
-    previous, rows = bytes(32), rows_of(path)
-    for number, (position, body, digest) in enumerate(rows, 1):
-        assert json.loads(body)["position"] == position == number
-        previous = hashlib.sha256(previous + body.encode()).digest()
-        assert digest == previous
-    assert (head.position, head.hash) == (len(rows), previous)
+    assert head.position == len(rows_of(path))
 
 
 async def test_record_is_one_ordered_transaction(path: Path) -> None:
     drafts = tuple(Draft(f"d{number}", LoadStarted(number), SYSTEM) for number in range(1, 101))
     async with opened(path) as log:
-        await write(log, 1)
+        for number in range(1, 6):
+            assert (await log.submit(fact(f"f{number}"))).position == number
+            assert len(rows_of(path)) == number  # a receipt means that it is on disk
+            [(_, position, *_)] = stored(path, "projected")["projected"]
+            assert position == number
         before = commits(path)
-        assert await log.submit(Record(drafts)) == Receipt(None, existing=False, position=101)
+        assert await log.submit(Record(drafts)) == Receipt(None, existing=False, position=105)
         assert commits(path) - before == 1
-    assert [event.id for event in events_of(path)[1:]] == [draft.id for draft in drafts]
+    assert [event.id for event in events_of(path)[5:]] == [draft.id for draft in drafts]
 
 
 async def test_recorded_at_never_goes_back(path: Path) -> None:
@@ -172,21 +161,6 @@ async def test_command_sees_job_ended_in_same_transaction(path: Path) -> None:
     assert verify(path).verified
 
 
-async def test_server_start_names_unclean_end(path: Path) -> None:
-    async with opened(path, now=lambda: START, boottime=float) as log:
-        await log.server_started()
-        await log.server_started()
-        await log.server_stopped()
-        await log.server_started()
-    at = format_timestamp(START)
-    assert [event.data for event in events_of(path)] == [
-        ServerStarted(unclean=False),
-        ServerStarted(unclean=True, last_event_at=at, last_seen_at=at),
-        ServerStopped(),
-        ServerStarted(unclean=False, last_event_at=at, last_seen_at=at),
-    ]
-
-
 async def test_step_of_clock_is_recorded_and_followed_when_it_stands(path: Path) -> None:
     """A clock that is a year ahead for a second leaves no trace in later times, over restarts too."""
     passed, ahead = [0.0], [timedelta()]
@@ -200,30 +174,19 @@ async def test_step_of_clock_is_recorded_and_followed_when_it_stands(path: Path)
         for passed[0], ahead[0] in (
             (10, year),
             (11, timedelta()),
-            (20, day),
-            (50, day),
-            (80, day),
+            *((each, day) for each in (20, 50, 80)),
             (90, -day),
         ):
             log.now()
             await write(log, 1, first=int(passed[0]))
         await log.server_stopped()
         assert log.clock.monotonic_now() == at(90)
-    steps = [
-        (event.recorded_at, event.data) for event in events_of(path) if isinstance(event.data, ClockStepped)
-    ]
-    followed = format_timestamp(START + day + timedelta(seconds=80))
+    steps = [(each.recorded_at, each.data) for each in events_of(path) if isinstance(each.data, ClockStepped)]
+    followed = at(DAY_S + 80)
     assert steps == [
-        (at(11), ClockStepped(at(10), format_timestamp(START + year + timedelta(seconds=10)), taken=False)),
+        (at(11), ClockStepped(at(10), at(365 * DAY_S + 10), taken=False)),
         (followed, ClockStepped(at(80), followed, taken=True)),
-        (
-            followed,  # times stand
-            ClockStepped(
-                format_timestamp(START + day + timedelta(seconds=90)),
-                format_timestamp(START - day + timedelta(seconds=90)),
-                taken=True,
-            ),
-        ),
+        (followed, ClockStepped(at(DAY_S + 90), at(-DAY_S + 90), taken=True)),  # times stand
     ]
     assert [event.recorded_at for event in events_of(path) if event.type == "LoadStarted"] == [
         at(10), at(11), at(20), at(50), followed, followed,

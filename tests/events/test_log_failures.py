@@ -10,18 +10,18 @@ import resource
 import shutil
 import sqlite3
 import subprocess
+from collections.abc import Callable, Coroutine
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.history import MODEL, START, at, child, facts, ids, opened, write
+from support.history import MODEL, at, child, facts, ids, opened, write
 from support.ledgers import change_ledger, database_of, rows_of, run_forked, stored, unwritable
 from support.workers import until
 
 import migrations
 from events.audit.verify import verify
-from events.clock import format_timestamp
 from events.codec import decode_event
 from events.commands import OUTDATED, JobUnchanged, Receipt, Record
 from events.errors import (
@@ -165,17 +165,31 @@ def descriptor_of(file: Path) -> int:
     return next(int(each.name) for each in open_files if each.exists() and each.samefile(file))
 
 
-@pytest.mark.skipif(platform.machine() not in FSYNCS, reason="the system calls' numbers are not known")
+async def lose_fsyncs(log: Log, path: Path, spare: int, *, once: bool) -> None:
+    """Let the next fsync of the WAL fail, or all; `spare` is a descriptor opened before the log."""
+    wal = descriptor_of(path.with_name("ledger.db-wal"))
+    assert wal > spare
+    os.close(spare)  # the WAL has another number when it is opened again, so only one fsync fails
+    await database_of(log).run(lambda: fail_fsync(wal if once else None))
+
+
+def run_without_fsyncs(work: Callable[[int], Coroutine[Any, Any, None]]) -> None:
+    code = run_forked(lambda: asyncio.run(work(os.open("/dev/null", os.O_RDONLY))))
+    if code == NO_FILTER:
+        pytest.skip("this kernel takes no such filter")
+    assert code == 0
+
+
+knows_fsyncs = pytest.mark.skipif(platform.machine() not in FSYNCS, reason="no numbers of system calls")
+
+
+@knows_fsyncs
 @pytest.mark.parametrize("fails_once", [True, False])
 def test_unknown_commit_is_acknowledged_only_when_on_disk(path: Path, fails_once: bool) -> None:  # noqa: FBT001
-    async def write_without_fsync() -> None:
-        spare = os.open("/dev/null", os.O_RDONLY)
+    async def write_without_fsync(spare: int) -> None:
         async with opened(path) as log:
             await write(log, 3)
-            wal = descriptor_of(path.with_name("ledger.db-wal"))
-            assert wal > spare
-            os.close(spare)  # the WAL has another number when it is opened again, so only one fsync fails
-            await database_of(log).run(lambda: fail_fsync(wal if fails_once else None))
+            await lose_fsyncs(log, path, spare, once=fails_once)
             results = await asyncio.gather(*map(log.submit, facts(5, first=4)), return_exceptions=True)
             found = [getattr(result, "position", type(result)) for result in results]
             assert found == ([4, 5, 6, 7, 8] if fails_once else [OutcomeUnknown] * 5)
@@ -183,28 +197,21 @@ def test_unknown_commit_is_acknowledged_only_when_on_disk(path: Path, fails_once
             if fails_once:
                 await write(log, 1, first=9)
 
-    code = run_forked(lambda: asyncio.run(write_without_fsync()))
-    if code == NO_FILTER:
-        pytest.skip("this kernel takes no such filter")
-    assert code == 0
+    run_without_fsyncs(write_without_fsync)
     # What was not acknowledged may be there; what was, is.
     assert len(rows_of(path)) in ({9} if fails_once else {3, 8})
     assert verify(path).verified
 
 
-@pytest.mark.skipif(platform.machine() not in FSYNCS, reason="the system calls' numbers are not known")
+@knows_fsyncs
 def test_fact_of_durable_commit_that_raised_is_not_repeated(path: Path) -> None:
-    async def start_twice() -> None:
-        spare = os.open("/dev/null", os.O_RDONLY)
+    async def start_twice(spare: int) -> None:
         async with opened(path, new_id=ids("j")) as log:
             await log.submit(load())
             job = log.state.jobs["j1"]
             start = Draft("e", LoadStarted(1), SYSTEM, job.id, MODEL, 1)
             command = Record((start,), (JobUnchanged(job.id, job.position),))
-            wal = descriptor_of(path.with_name("ledger.db-wal"))
-            assert wal > spare
-            os.close(spare)  # the WAL has another number when it is opened again, so only one fsync fails
-            await database_of(log).run(lambda: fail_fsync(wal))
+            await lose_fsyncs(log, path, spare, once=True)
             limits = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))  # nothing can be opened to look
             with pytest.raises(LogUnavailable, match="unknown whether the last requests were recorded"):
@@ -215,10 +222,7 @@ def test_fact_of_durable_commit_that_raised_is_not_repeated(path: Path) -> None:
                 await log.submit(command)
             assert (refused.value.code, log.state.jobs["j1"].attempt) == (OUTDATED, 1)
 
-    code = run_forked(lambda: asyncio.run(start_twice()))
-    if code == NO_FILTER:
-        pytest.skip("this kernel takes no such filter")
-    assert code == 0
+    run_without_fsyncs(start_twice)
     assert ids_of(path) == ["j1", "e"]
     assert verify(path).verified
 
@@ -256,6 +260,9 @@ def body_at(position: object) -> str:
     return json.dumps({"position": position, "type": "t", "actor": "a", "recorded_at": "r"})
 
 
+INSERT = "INSERT INTO events (position, body, hash) VALUES"
+
+
 @pytest.fixture(scope="module")
 def three_events(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ledger") / "ledger.db"
@@ -275,28 +282,22 @@ FORBIDDEN = [
     "UPDATE OR REPLACE events SET position = 2 WHERE position = 1",
     "DELETE FROM events",
     "DELETE FROM events WHERE position = 3",
-    f"INSERT INTO events (position, body, hash) VALUES (5, '{body_at(5)}', zeroblob(32))",
-    f"INSERT INTO events (position, body, hash) VALUES (3, '{body_at(3)}', zeroblob(32))",
-    f"INSERT INTO events (position, body, hash) VALUES (0, '{body_at(0)}', zeroblob(32))",
+    *(f"{INSERT} ({position}, '{body_at(position)}', zeroblob(32))" for position in (0, 3, 5)),
     f"INSERT INTO events (body, hash) VALUES ('{body_at(4)}', zeroblob(32))",
-    f"INSERT OR REPLACE INTO events (position, body, hash) VALUES (2, '{body_at(2)}', zeroblob(32))",
-    f"INSERT OR IGNORE INTO events (position, body, hash) VALUES (9, '{body_at(9)}', zeroblob(32))",
-    f"REPLACE INTO events (position, body, hash) VALUES (1, '{body_at(1)}', zeroblob(32))",
+    *(
+        f"{verb} INTO events (position, body, hash) VALUES ({position}, '{body_at(position)}', zeroblob(32))"
+        for verb, position in (("INSERT OR REPLACE", 2), ("INSERT OR IGNORE", 9), ("REPLACE", 1))
+    ),
     """INSERT INTO events (position, body, hash) SELECT position, body, hash FROM events WHERE position = 2
        ON CONFLICT (position) DO UPDATE SET hash = zeroblob(32)""",
     # At the head, but not what may stand there.
-    f"INSERT INTO events (position, body, hash) VALUES (4, '{body_at(5)}', zeroblob(32))",
-    f"INSERT INTO events (position, body, hash) VALUES (4, '{body_at('4')}', zeroblob(32))",
-    f"INSERT INTO events (position, body, hash) VALUES (4, '{body_at(4.0)}', zeroblob(32))",
-    f"INSERT INTO events (position, body, hash) VALUES (4, '{body_at(None)}', zeroblob(32))",
-    f"INSERT INTO events (position, body, hash) VALUES (4, CAST('{body_at(4)}' AS BLOB), zeroblob(32))",
-    """INSERT INTO events (position, body, hash) VALUES (4, '{"position":4}', zeroblob(32))""",
-    """INSERT INTO events (position, body, hash) VALUES (4, '{}', zeroblob(32))""",
-    """INSERT INTO events (position, body, hash) VALUES (4, 'no JSON', zeroblob(32))""",
-    "INSERT INTO events (position, body, hash) VALUES (4, NULL, zeroblob(32))",
-    f"INSERT INTO events (position, body, hash) VALUES (4, '{body_at(4)}', zeroblob(31))",
-    f"INSERT INTO events (position, body, hash) VALUES (4, '{body_at(4)}', '{'x' * 32}')",
-    f"INSERT INTO events (position, body, hash) VALUES (4, '{body_at(4)}', NULL)",
+    *(f"{INSERT} (4, '{body_at(other)}', zeroblob(32))" for other in (5, "4", 4.0, None)),
+    f"{INSERT} (4, CAST('{body_at(4)}' AS BLOB), zeroblob(32))",
+    *(
+        f"{INSERT} (4, {body}, zeroblob(32))"
+        for body in ("""'{"position":4}'""", "'{}'", "'no JSON'", "NULL")
+    ),
+    *(f"{INSERT} (4, '{body_at(4)}', {digest})" for digest in ("zeroblob(31)", f"'{'x' * 32}'", "NULL")),
 ]
 
 
@@ -306,22 +307,12 @@ def test_database_refuses_to_change_events(statement: str, three_events: Path) -
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         with pytest.raises((sqlite3.IntegrityError, sqlite3.OperationalError)):
             connection.execute(statement)
-        sound = f"INSERT INTO events (position, body, hash) VALUES (4, '{body_at(4)}', zeroblob(32))"
         connection.execute("BEGIN")
-        connection.execute(sound)  # so that the refusals above are for what they change
+        connection.execute(
+            f"{INSERT} (4, '{body_at(4)}', zeroblob(32))"
+        )  # so that the refusals above are for what they change
         connection.execute("ROLLBACK")
     assert stored(path, "events") == before
-
-
-async def test_columns_are_computed_from_hashed_body(path: Path) -> None:
-    draft = Draft("e", LoadStarted(1), "é'\U0001f600", "j", "m", 1)
-    async with opened(path, now=lambda: START, boottime=float) as log:
-        await log.submit(Record((draft,)))
-    with closing(sqlite3.connect(path)) as connection:
-        columns = connection.execute(
-            "SELECT type, model_id, job_id, actor, recorded_at FROM events"
-        ).fetchall()
-    assert columns == [("LoadStarted", "m", "j", "é'\U0001f600", format_timestamp(START))]
 
 
 # Files that are not the log's own.
@@ -350,17 +341,6 @@ def test_changed_ledger_is_refused_untouched(
     path.write_bytes(three_events.read_bytes())
     change_ledger(path, statement, keeps_triggers=True)
     assert words in refused(path, problem)
-
-
-def test_empty_file_becomes_ledger(path: Path) -> None:
-    path.touch()
-
-    async def write_one() -> None:
-        async with opened(path) as log:
-            await write(log, 1)
-
-    asyncio.run(write_one())
-    assert verify(path).verified
 
 
 def run(script: str, *arguments: object, first: Path | None = None) -> subprocess.CompletedProcess[str]:
