@@ -129,6 +129,9 @@ LOADS: list[tuple[str, RequestLoad, str]] = [
     ("load", asking(load(), keep_alive_s=-1), "L"),
     ("load", asking(load(), pinned=False), "L"),
     ("load", asking(load(), pinned=True), "settings:L"),
+    ("load", replace(asking(load(), pinned=True), is_checked=True), NEW),  # settings of bytes under rules
+    ("load rules_in_force", asking(load(), pinned=True), NEW),
+    ("load", replace(load(), is_checked=True), "L"),
     ("request", asking(load(), pinned=True), NEW),
     ("request start", asking(load(), pinned=True), NEW),
     ("request start", asking(load(), pinned=False, timeout_s=300, priority="normal"), "L"),

@@ -42,6 +42,7 @@ from events.types import (
     ModelLoaded,
     ModelSettingsChanged,
     ModelUnloaded,
+    PolicyInForce,
     ServerStarted,
     ServerStopped,
     Unknown,
@@ -57,9 +58,11 @@ from events.types import (
 from events.values import Credential, FileHash
 from events.versions import ModelVersions
 from features.approvals.facts import ApprovalWithdrawn, VersionApproved
+from features.approvals.rules import ApprovalRule
 from features.devices.facts import DeviceUse
 from features.labels.facts import LabelRemoved, LabelSet
 from features.nodes.facts import LoadPlaced, NodeData, NodeDraining, NodeJoined, NodeLeft, NodeLost
+from features.rules import LoadPolicy
 from support.fleet import SOAK, of_both
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -373,6 +376,7 @@ TUNED: dict[str, Any] = {
     "threads": 2,
     "node_attributes": ("zone=a",),
 }
+NEEDS_APPROVAL = LoadPolicy(approval=(ApprovalRule(("*",)),))
 ON_CUDA = DeviceUse("cuda", "0.9.0", "cuda:0", 60, 600_000_000)
 ON_CPU = DeviceUse("cpu", "1.30.0", "cpu", 9)
 JOBS = ("A", "L", "L2", "L3", "R", "U", "F", "S")
@@ -447,6 +451,7 @@ STEPS: dict[str, Callable[..., object]] = {
     "approve_again": lambda h: h.approve(by="dave"),
     "approve_other": lambda h: h.approve(2, digest="ef" * 32),
     "withdraw": lambda h: h.withdraw(),
+    "rules_in_force": lambda h: h.add(PolicyInForce(NEEDS_APPROVAL), of=None, version=None),
     "join_L": lambda h: h.add(LoadJoined(), "L", by="bob"),
     "join_U": lambda h: h.add(UnloadJoined(), "U", by="bob"),
     "supersede_recovery": lambda h: h.supersede("R", "L3"),
