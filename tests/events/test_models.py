@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -530,24 +531,70 @@ def test_reloaded_model_says_who_asked_for_it(facts: str, asked: tuple[object, .
 # Copies at nodes.
 
 
-def copied(*nodes: str, copies: int = 3) -> History:
-    """Return a model whose first copy A is at `a`; the load of each other has the name of its node."""
+COPY_WORDS: dict[str, Callable[..., object]] = {
+    "copy": lambda h, node: h.load_at(node, node.upper(), copies=3, cause=Cause.COPY),
+    "copy_pair": lambda h, node: h.load_at(node, node.upper(), instances=2, copies=3, cause=Cause.COPY),
+    "copy_v2": lambda h, node: h.load_at(node, "V2", version=2, copies=3, cause=Cause.COPY),
+    "load": lambda h, node: h.load_at(node, "N", copies=3),
+    "load_alone": lambda h, node: h.load_at(node, "N", copies=1),
+    "lose": History.lose,
+    "leave": History.leave,
+    "kill": History.kill_worker,
+    "replace": lambda h, load: h.ask_unload("S", load, cause=Cause.SWAP, node_id="a"),
+    "unload": lambda h, load: (h.ask_unload("U", load, node_id="a"), h.start_unload("U")),
+}
+
+
+def copied(words: str) -> History:
+    """Return a model whose first load A is at `a`, and what happens then; a copy has the name of its node."""
     history = History()
     for node in "abc":
         history.join(node)
-    history.load_at("a", "A", copies=copies, keep_alive_s=60)
-    for node in nodes:
-        history.load_at(node, node.upper(), copies=copies, cause=Cause.COPY)
+    history.load_at("a", "A", copies=3, keep_alive_s=60)
+    for word in words.split():
+        step, _, given = word.partition(":")
+        COPY_WORDS[step](history, given)
     return history
 
 
-def loads_of(history: History) -> list[str]:
-    return [each.load_job_id for each in history.model().servings]
+def loads_of(history: History) -> str:
+    model = history.model()
+    loads = " ".join(f"{each.load_job_id}{'!' * bool(each.degraded_at)}" for each in model.servings)
+    return loads if model.phase is LOADED else f"{model.phase}: {loads}"
 
 
-def test_copy_serves_beside_the_first_load() -> None:
-    history = copied("b", "c")
-    assert (loads_of(history), history.model().rank) == (["A", "B", "C"], copied().model().rank)
+COPIES = [
+    # what happens; its loads then, the first one first; an exclamation mark for a degraded one
+    ("copy:b copy:c", "A B C"),
+    ("copy:b copy:c copy_v2:b load:a", "N C V2"),
+    *(
+        (f"copy:b copy:c copy_v2:b load:a {end}", "C V2")
+        for end in ("lose:a", "leave:a", "kill:w-N", "replace:N")
+    ),
+    ("copy:b lose:b", "A"),
+    ("copy:b lose:b lose:a", "lost: A"),
+    ("copy_pair:b kill:w-B-2", "A B!"),
+    ("copy_pair:b kill:w-B-2 kill:w-B", "A"),
+    ("copy:b copy:c load_alone:c", "N"),
+    ("unload:A copy:b", "unloading: A"),  # the copy of a model that unloads is not its own
+]
+
+
+@pytest.mark.parametrize(("words", "loads"), COPIES)
+def test_copies_serve_beside_the_first_load_and_after_it(words: str, loads: str) -> None:
+    history = copied(words)
+    model = history.model()
+    assert loads_of(history) == loads
+    assert not model.degraded
+    assert model.loads == ()
+    assert (model.copies is UNSET) == (len(model.servings) == 1)
+    assert serving(history).parameters.wanted_copies == (1 if "alone" in words else 3)
+    assert {each.degraded_at for each in model.servings} - {None} <= {at(history.seconds)}
+
+
+def test_copy_serves_its_node_first() -> None:
+    history = copied("copy:b copy:c")
+    assert history.model().rank == copied("").model().rank
     seen = history.model().view_at("b")
     assert [each.load_job_id for each in seen.servings] == ["B", "A", "C"]
     assert seen.serving is not None
@@ -556,47 +603,8 @@ def test_copy_serves_beside_the_first_load() -> None:
     assert history.model().view_at("d") is history.model()
 
 
-@pytest.mark.parametrize("end", ["lose", "leave", "kill", "swap"])
-def test_copy_takes_the_place_of_what_ended(end: str) -> None:
-    history = copied("b", "c")
-    history.load_at("b", "B2", version=2, copies=3, cause=Cause.COPY)
-    history.load_at("a", "A2", copies=3)
-    assert loads_of(history) == ["A2", "C", "B2"]
-    match end:
-        case "lose":
-            history.lose("a")
-        case "leave":
-            history.leave("a")
-        case "kill":
-            history.kill_worker("w-A2")
-        case "swap":
-            history.ask_unload("U", "A2", cause=Cause.SWAP, node_id="a")
-    model = history.model()
-    assert (model.phase, loads_of(history)) == (LOADED, ["C", "B2"])
-    assert model.serving is not None
-    assert model.serving.parameters.wanted_copies == 3
-
-
-def test_model_is_lost_with_its_last_copy() -> None:
-    history = copied("b")
-    history.lose("b")
-    assert loads_of(history) == ["A"]
-    history.lose("a")
-    assert (history.model().phase, history.model().copies) == (ModelState.LOST, UNSET)
-
-
-def test_copy_with_a_dead_worker_is_kept_degraded() -> None:
-    history = copied()
-    history.load_at("b", "B", instances=2, copies=3, cause=Cause.COPY)
-    history.kill_worker("w-B-2")
-    assert not history.model().degraded
-    assert history.model().servings[1].degraded_at == at(history.seconds)
-    history.kill_worker("w-B")
-    assert loads_of(history) == ["A"]
-
-
 def test_settings_of_a_copied_model_outlive_its_first_load() -> None:
-    history = copied("b")
+    history = copied("copy:b")
     history.ask_load("S", copies=2, keep_alive_s=5)
     history.add(ModelSettingsChanged("B", 5, pinned=True, copies=2), "S")
     history.lose("a")
@@ -604,25 +612,11 @@ def test_settings_of_a_copied_model_outlive_its_first_load() -> None:
     assert (left.load_job_id, left.parameters.keep_alive_s, left.parameters.copies) == ("B", 5, 2)
 
 
-def test_load_of_one_copy_ends_the_others() -> None:
-    history = copied("b", "c")
-    history.load_at("c", "N", copies=1)
-    assert loads_of(history) == ["N"]
-
-
-def test_copy_of_a_model_that_unloads_is_not_its_own() -> None:
-    history = copied()
-    history.ask_unload("U", "A", node_id="a")
-    history.start_unload("U")
-    history.load_at("b", "B", copies=3, cause=Cause.COPY)
-    assert (loads_of(history), history.model().loads) == (["A"], ())
-
-
 def test_version_that_a_swap_goes_on_to_is_held() -> None:
-    history = copied("b")
+    history = copied("copy:b")
     history.load_at("a", "A2", version=2, copies=3)
     history.lose("a")
     model = history.model()
-    assert (loads_of(history), model.target and model.target.load_job_id) == (["B"], "A2")
+    assert (loads_of(history), model.target and model.target.load_job_id) == ("B", "A2")
     assert {each.load_job_id for each in model.held} == {"B", "A2"}
     assert "will be reloaded" in (find_use(history.state, model.id, 2) or "")

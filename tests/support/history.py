@@ -16,10 +16,7 @@ from msgspec.structs import replace
 import events.log
 from events.clock import format_timestamp
 from events.commands import Command, Receipt, Record
-from events.jobs import (
-    INCIDENT_WINDOW_S,
-    Job,
-)
+from events.jobs import INCIDENT_WINDOW_S, Job
 from events.log import Log
 from events.models import Model
 from events.state import State
@@ -177,22 +174,9 @@ class History:
     def end_load(self, job: str, *, mtime_ns: int = 1, **about: Any) -> None:
         self.add(model_loaded(f"w-{job}", mtime_ns=mtime_ns), job, **about)
 
-    def load_on(
-        self,
-        job: str,
-        *devices: DeviceUse,
-        peak_memory_bytes: int = 2_000,
-        instances: int = 1,
-        of: str = MODEL,
-        version: int = 1,
-        **given: Any,
-    ) -> None:
-        """A load of so many workers ends well on a device; what is not supported there runs on the CPU."""
-        self.ask_load(job, of=of, version=version, instances=instances, **given)
-        self.start_load(job, of=of, version=version)
-        workers = (f"w-{job}", *(f"w-{job}-{number}" for number in range(2, instances + 1)))
-        loaded = replace(model_loaded(*workers), targets=devices, peak_memory_bytes=peak_memory_bytes)
-        self.add(loaded, job, of=of, version=version)
+    def load_on(self, job: str, *devices: DeviceUse, peak_memory_bytes: int = 2_000, **given: Any) -> None:
+        """A load ends well on a device; what is not supported there runs on the CPU."""
+        self.load_at(None, job, targets=devices, peak_memory_bytes=peak_memory_bytes, **given)
 
     def load_pair(self, job: str, *, cause: Cause = Cause.REQUEST) -> None:
         """A load of two instances ends well, in the workers `<job>1` and `<job>2`."""
@@ -214,17 +198,8 @@ class History:
         self.ask_load(job, cause=Cause.RECOVERY)
         self.fail_load(job, code)
 
-    def load(
-        self,
-        job: str,
-        *,
-        of: str = MODEL,
-        version: int = 1,
-        cause: Cause = Cause.REQUEST,
-        mtime_ns: int = 1,
-        **given: Any,
-    ) -> None:
-        self.ask_load(job, of=of, version=version, cause=cause, **given)
+    def load(self, job: str, *, of: str = MODEL, version: int = 1, mtime_ns: int = 1, **given: Any) -> None:
+        self.ask_load(job, of=of, version=version, **given)
         self.start_load(job, of=of, version=version)
         self.end_load(job, of=of, version=version, mtime_ns=mtime_ns)
 
@@ -249,18 +224,10 @@ class History:
     def end_unload(self, job: str, **about: Any) -> None:
         self.add(ModelUnloaded(1_000, 0, 0), job, **about)
 
-    def unload(
-        self,
-        job: str,
-        load: str,
-        *,
-        cause: Cause = Cause.REQUEST,
-        node_id: str | UnsetType = UNSET,
-        **about: Any,
-    ) -> None:
-        self.ask_unload(job, load, cause=cause, node_id=node_id, **about)
-        self.start_unload(job, **about)
-        self.end_unload(job, **about)
+    def unload(self, job: str, load: str, *, of: str = MODEL, version: int = 1, **given: Any) -> None:
+        self.ask_unload(job, load, of=of, version=version, **given)
+        self.start_unload(job, of=of, version=version)
+        self.end_unload(job, of=of, version=version)
 
     def ask_cancel(self, job: str, **about: Any) -> None:
         self.add(CancelRequested(), job, by="alice", **about)
@@ -323,20 +290,25 @@ class History:
 
     def load_at(
         self,
-        node: str,
+        node: str | None,
         job: str,
         *,
         of: str = MODEL,
         version: int = 1,
-        cause: Cause = Cause.REQUEST,
         instances: int = 1,
+        targets: tuple[DeviceUse, ...] | UnsetType = UNSET,
+        peak_memory_bytes: int = 2_000,
         **given: Any,
     ) -> None:
-        """A load of one worker `w-<job>`, or of several, `w-<job>-2` and so on, ends well at a node."""
-        self.ask_load(job, of=of, version=version, cause=cause, instances=instances, **given)
-        self.start_at(node, job, of=of, version=version)
+        """A load of a worker `w-<job>`, or of several, `w-<job>-2` and so on, ends well, at a node or not."""
+        self.ask_load(job, of=of, version=version, instances=instances, **given)
+        if node is None:
+            self.start_load(job, of=of, version=version)
+        else:
+            self.start_at(node, job, of=of, version=version)
         workers = (f"w-{job}", *(f"w-{job}-{number}" for number in range(2, instances + 1)))
-        self.add(replace(model_loaded(*workers), server=node), job, of=of, version=version)
+        loaded = replace(model_loaded(*workers), targets=targets, peak_memory_bytes=peak_memory_bytes)
+        self.add(replace(loaded, server=UNSET if node is None else node), job, of=of, version=version)
 
     def start_at(self, node: str, job: str, *, of: str = MODEL, version: int = 1) -> None:
         self.place(job, node, of=of, version=version)
