@@ -215,7 +215,7 @@ NO_BATCHES = {"max_batch_size": 0, "max_queue_delay_us": 0}
 OF_WORKERS: list[dict[str, Any]] = [
     *({"instances": 2}, {"pinned": False, "instances": 2}, {"threads": 4}, {"threads": None}),
     *({"node_attributes": ("gpu=a",)}, {"node_attributes": UNSET}),
-    *({"max_batch_size": 16}, {"max_queue_delay_us": 5}),
+    *({"max_batch_size": 16}, {"max_queue_delay_us": 5}, {"devices": ("cuda:0",)}, {"fallback": "cpu"}),
 ]
 """Parameters that take other workers."""
 PARAMETERS: list[tuple[str, RequestLoad, str | None, dict[str, Any]]] = [

@@ -22,15 +22,7 @@ from events.counters import (
 )
 from events.errors import LogUnavailable
 from events.state import State, Transaction
-from events.types import (
-    AccessDenied,
-    Cause,
-    Draft,
-    Durations,
-    LoadStarted,
-    ModelLoaded,
-    ModelSettingsChanged,
-)
+from events.types import AccessDenied, Cause, Draft, Durations, LoadStarted, ModelLoaded, ModelSettingsChanged
 
 
 def counted(history: History) -> Tally:

@@ -43,7 +43,7 @@ from events.types import (
 )
 
 VECTORS: list[dict[str, str]] = json.loads(
-    Path(__file__).with_name("vectors.json").read_text(encoding="ascii"),
+    Path(__file__).with_name("vectors.json").read_text(encoding="ascii")
 )["vectors"]
 
 

@@ -12,18 +12,7 @@ from hypothesis import example
 from hypothesis import given as given_any
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.history import (
-    FEWER,
-    MODEL,
-    START,
-    History,
-    at,
-    given,
-    ids,
-    load_requested,
-    opened,
-    steady,
-)
+from support.history import FEWER, MODEL, START, History, at, given, ids, load_requested, opened, steady
 from support.ledgers import FAST_FOLDER, database_of
 
 from events.accept import accept
@@ -34,14 +23,7 @@ from events.jobcommands import RequestCancel, RequestLoad, RequestUnload
 from events.log import Log
 from events.sqlite import queries
 from events.state import KEY_LIFETIME_S, Join, State
-from events.types import (
-    CancelRequested,
-    Cause,
-    Data,
-    Idempotency,
-    UnloadRequested,
-    record_draft,
-)
+from events.types import CancelRequested, Cause, Data, Idempotency, UnloadRequested, record_draft
 
 DAY_S = KEY_LIFETIME_S
 KEY = Idempotency("k", "f")

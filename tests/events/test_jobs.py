@@ -8,16 +8,7 @@ from hypothesis import given as given_any
 from hypothesis import strategies as st
 from msgspec import UNSET
 from msgspec.structs import replace
-from support.history import (
-    FEWER,
-    MODEL,
-    History,
-    as_event,
-    at,
-    given,
-    load_requested,
-    model_loaded,
-)
+from support.history import FEWER, MODEL, History, as_event, at, given, load_requested, model_loaded
 from support.strategies import drafts
 
 from events.codec import decode_event

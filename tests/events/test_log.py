@@ -23,15 +23,7 @@ from events.commands import Receipt, Record
 from events.errors import ForeignHead, LogClosed
 from events.jobcommands import RequestCancel, RequestLoad
 from events.log import MAX_GROUP, Log
-from events.types import (
-    SYSTEM,
-    ClockStepped,
-    Draft,
-    Event,
-    LoadFailed,
-    LoadStarted,
-    ServerStarted,
-)
+from events.types import SYSTEM, ClockStepped, Draft, Event, LoadFailed, LoadStarted, ServerStarted
 
 LIMIT_S = 60
 """Only against hanging."""

@@ -29,15 +29,7 @@ from support.strategies import drafts
 from events.clock import seconds_between
 from events.codec import decode_event
 from events.history import make_row
-from events.jobs import (
-    INCIDENT_WINDOW_S,
-    MAX_FOOTPRINTS,
-    Failure,
-    Footprint,
-    JobKind,
-    JobStatus,
-    PendingLoad,
-)
+from events.jobs import INCIDENT_WINDOW_S, MAX_FOOTPRINTS, Failure, Footprint, JobKind, JobStatus, PendingLoad
 from events.models import Choice, Model, ModelState
 from events.serving import Serving
 from events.types import SYSTEM, TYPES, Cause, Data, Draft, LoadParameters, ModelSettingsChanged, Unknown
@@ -309,12 +301,6 @@ def assert_coherent(history: History) -> None:
         assert (model.phase is LOST) == (model.lost_by is not None and model.previous is None)
 
 
-def serving(history: History) -> Serving:
-    found = history.model().serving
-    assert found is not None
-    return found
-
-
 def test_loaded_model_names_files_actor_and_parameters() -> None:
     history = History()
     history.ask_load("L", version=3)
@@ -347,12 +333,11 @@ def test_change_of_settings_leaves_the_rest_of_the_model(load: str) -> None:
     history = given("load request_again")
     before = history.model()
     history.change_settings("L3", load, keep_alive_s=60, pinned=True)
-    assert before.serving is not None
-    settings = replace(before.serving.parameters, keep_alive_s=60, pinned=True)
-    serving = replace(before.serving, parameters=settings if load == "L" else before.serving.parameters)
-    chosen = (
-        Choice("L3", "alice", history.facts[-1].recorded_at, 1, settings) if load == "L" else before.chosen
-    )
+    serving, chosen = history.serving(), before.chosen
+    if load == "L":
+        settings = replace(serving.parameters, keep_alive_s=60, pinned=True)
+        assert serving.parameters == settings
+        chosen = Choice("L3", "alice", history.facts[-1].recorded_at, 1, settings)
     assert history.model() == replace(before, serving=serving, loads=(), chosen=chosen)
     job = history.job("L3")
     assert (job.status, job.attempt, job.started_at) == (JobStatus.COMPLETED, 0, None)
@@ -383,14 +368,14 @@ def test_model_with_one_instance_left_is_degraded() -> None:
     model = history.model()
     assert model.error == Failure("worker_died", "its worker was killed by signal 9; 1 of 2 are left")
     assert model.incidents == (at(4),)
-    left = serving(history)
+    left = history.serving()
     assert (left.worker_ids, left.degraded_at, left.memory_bytes) == (("P2",), at(4), 1_000)
     history.kill_worker("P1")
     assert history.model() == model
     history.kill_worker("P2")
     assert history.model().error == Failure("worker_died", "its worker was killed by signal 9")
     assert given("request fail").model().error == Failure("broken", "because")
-    assert serving(given("load_pair crash_1 recover_pair")).worker_ids == ("R1", "R2")
+    assert given("load_pair crash_1 recover_pair").serving().worker_ids == ("R1", "R2")
 
 
 @pytest.mark.parametrize(
@@ -435,7 +420,7 @@ def test_footprint_is_of_what_a_version_ran_on(loads: str, expected: str) -> Non
         history.start_load(f"L{number}")
         loaded = replace(loaded, threads=threads and int(threads), peak_memory_bytes=int(peak))
         history.add(loaded, f"L{number}")
-        assert (serving(history).threads, serving(history).targets) == (loaded.threads, devices)
+        assert (history.serving().threads, history.serving().targets) == (loaded.threads, devices)
     found = history.model().footprints
     shown = [
         f"{each.peak_memory_bytes}"
@@ -448,14 +433,6 @@ def test_footprint_is_of_what_a_version_ran_on(loads: str, expected: str) -> Non
     assert " ".join(shown) == expected
 
 
-def test_load_on_other_devices_needs_other_workers() -> None:
-    parameters = serving(given("load_on_device")).parameters
-    assert (parameters.devices, parameters.fallback) == (("cuda:*", "cpu"), "cpu")
-    assert parameters.has_same_workers(replace(parameters, pinned=True))
-    for changed in ({"devices": ("cuda:0",)}, {"devices": UNSET}, {"fallback": UNSET}):
-        assert not parameters.has_same_workers(replace(parameters, **changed))
-
-
 def test_footprints_of_latest_versions_outlive_the_model() -> None:
     history = History()
     for version in (1, 2, 3, 4, 5, 2, 6):
@@ -464,7 +441,7 @@ def test_footprints_of_latest_versions_outlive_the_model() -> None:
     assert len(kept) == MAX_FOOTPRINTS
     assert [each.version for each in history.model().footprints] == kept
     history.restart()
-    history.unload("U", serving(history).load_job_id)
+    history.unload("U", history.serving().load_job_id)
     history.ask_load("X", version=11)
     history.fail_load("X", version=11)
     assert [each.version for each in history.model().footprints] == kept
@@ -524,7 +501,7 @@ ASKED = [
 
 @pytest.mark.parametrize(("facts", "asked"), ASKED)
 def test_reloaded_model_says_who_asked_for_it(facts: str, asked: tuple[object, ...]) -> None:
-    found = serving(given(facts))
+    found = given(facts).serving()
     assert (found.loaded_by, found.asked_by, found.brought_back) == asked
 
 
@@ -588,7 +565,7 @@ def test_copies_serve_beside_the_first_load_and_after_it(words: str, loads: str)
     assert not model.degraded
     assert model.loads == ()
     assert (model.copies is UNSET) == (len(model.servings) == 1)
-    assert serving(history).parameters.wanted_copies == (1 if "alone" in words else 3)
+    assert history.serving().parameters.wanted_copies == (1 if "alone" in words else 3)
     assert {each.degraded_at for each in model.servings} - {None} <= {at(history.seconds)}
 
 

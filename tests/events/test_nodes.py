@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,19 +19,10 @@ from events.jobcommands import RequestUnload
 from events.jobs import JobStatus
 from events.models import ModelState
 from events.registers import Registers
-from events.serving import Serving
 from events.sqlite import queries, storage
 from events.sqlite.schema import connect
 from events.state import Entities, State, Transaction
-from events.types import (
-    SYSTEM,
-    Cause,
-    Draft,
-    Event,
-    LoadStarted,
-    ServerStarted,
-    UnloadRequested,
-)
+from events.types import SYSTEM, Cause, Draft, Event, LoadStarted, ServerStarted, UnloadRequested
 from events.values import Credential
 from features.approvals.facts import VersionApproved
 from features.nodes.commands import DrainNode, EndNode, JoinNode, NodeCurrent, NodeUnchanged
@@ -47,16 +39,6 @@ def cluster(*nodes: str) -> History:
     return history
 
 
-def phase_of(history: History, node: str) -> NodePhase:
-    return history.state.registers.nodes[node].phase
-
-
-def serving(history: History, model: str = MODEL) -> Serving:
-    found = history.model(model).serving
-    assert found is not None
-    return found
-
-
 def works_on(history: History, node: str) -> tuple[set[str], set[str]]:
     own = find_share(history.state, node, None, frozenset())
     return {job.id for job in own.unended()}, set(own.models)
@@ -66,20 +48,20 @@ def works_on(history: History, node: str) -> tuple[set[str], set[str]]:
 
 
 def test_node_goes_through_its_phases() -> None:
-    history = cluster("a")
-    assert history.state.registers.nodes["a"] == Node(
-        "a", 1, NodePhase.JOINED, 1, at(1), "http://a", (), None, "1", None
-    )
-    history.drain("a")
-    assert phase_of(history, "a") is NodePhase.DRAINING
-    history.leave("a")
-    assert (phase_of(history, "a"), history.state.registers.nodes["a"].ended_at) == (NodePhase.LEFT, at(3))
-    history.join("a", attributes=("zone=eu",))
-    node = history.state.registers.nodes["a"]
-    assert (node.epoch, node.phase, node.ended_at) == (2, NodePhase.JOINED, None)
-    assert node.attributes == ("zone=eu",)
-    history.lose("a")
-    assert phase_of(history, "a") is NodePhase.LOST
+    history, found = cluster("a"), list[tuple[NodePhase, int, str | None]]()
+    first = Node("a", 1, NodePhase.JOINED, 1, at(1), "http://a", (), None, "1", None)
+    assert history.state.registers.nodes["a"] == first
+    for step in (history.drain, history.leave, partial(history.join, attributes=("zone=eu",)), history.lose):
+        step("a")
+        node = history.state.registers.nodes["a"]
+        found.append((node.phase, node.epoch, node.ended_at))
+    assert found == [
+        (NodePhase.DRAINING, 1, None),
+        (NodePhase.LEFT, 1, at(3)),
+        (NodePhase.JOINED, 2, None),
+        (NodePhase.LOST, 2, at(5)),
+    ]
+    assert history.state.registers.nodes["a"].attributes == ("zone=eu",)
 
 
 @pytest.mark.parametrize("data", [NodeDraining("a", 1), NodeLeft("a", 1), NodeLost("a", 1, at(0))])
@@ -111,18 +93,6 @@ def test_placer_is_lowest_node_that_takes_loads(nodes: str, steps: str, placer: 
     assert find_placer(history.state.registers.nodes) == placer
 
 
-def test_node_that_signed_a_standing_approval_is_not_forgotten() -> None:
-    history = cluster("a", "b")
-    signature = NodeSignature("b", "c2ln")
-    history.add(VersionApproved(DIGEST, (), "fine", Credential(), server_signature=signature), by="carol")
-    history.leave("b")
-    history.join("c", after_s=KEPT_S + 20)
-    assert set(history.state.registers.nodes) == {*"abc"}
-    history.withdraw()
-    history.join("d")
-    assert set(history.state.registers.nodes) == {*"acd"}
-
-
 def test_node_that_ended_long_ago_is_forgotten_when_another_joins() -> None:
     history = cluster("a", "b", "c", "d")
     history.leave("b")
@@ -134,15 +104,24 @@ def test_node_that_ended_long_ago_is_forgotten_when_another_joins() -> None:
     history.join("e", after_s=20)
     changes.apply(history.facts[-1])
     assert set(history.state.registers.nodes) == {*"ade"}
-    assert {key: node is None for key, node in changes.changes.registers["nodes"].items()} == {
-        "e": False,
-        "b": True,
-        "c": True,
-    }
+    changed = changes.changes.registers["nodes"]
+    assert {key: node is None for key, node in changed.items()} == {"e": False, "b": True, "c": True}
     folded = Entities()
     for event in history.facts:
         folded.apply(event)
     assert folded.registers.nodes == history.state.registers.nodes
+
+
+def test_node_that_signed_a_standing_approval_is_not_forgotten() -> None:
+    history = cluster("a", "b")
+    signed = VersionApproved(DIGEST, (), "fine", Credential(), server_signature=NodeSignature("b", "c2ln"))
+    history.add(signed, by="carol")
+    history.leave("b")
+    history.join("c", after_s=KEPT_S + 20)
+    assert set(history.state.registers.nodes) == {*"abc"}
+    history.withdraw()
+    history.join("d")
+    assert set(history.state.registers.nodes) == {*"acd"}
 
 
 def test_node_that_owns_something_or_joins_again_is_remembered() -> None:
@@ -179,7 +158,7 @@ def test_end_of_node_ends_all_that_is_there_alone(end: str) -> None:
     lost = history.model("at_b")
     assert history.model("at_a") is before
     assert (lost.phase, lost.lost_by, lost.lost_at) == (ModelState.LOST, Cause.RESTART, at(history.seconds))
-    assert serving(history, "at_b").server is None
+    assert history.serving("at_b").server is None
     started, waiting = history.job("L"), history.job("W")
     deaths = 0 if end == "leaves" else 1
     assert (started.status, started.server, started.attempt) == (JobStatus.PENDING, None, 1)
@@ -198,7 +177,7 @@ def test_end_of_node_keeps_load_at_another() -> None:
     assert (history.model().phase, history.job("L").status) == (ModelState.LOST, JobStatus.IN_PROGRESS)
     assert [load.started for load in history.model().loads] == [True]
     history.add(replace(model_loaded("w"), server="a"), "L")
-    assert (serving(history).server, history.model().phase) == ("a", ModelState.LOADED)
+    assert (history.serving().server, history.model().phase) == ("a", ModelState.LOADED)
 
 
 def test_dead_worker_keeps_model_at_its_node() -> None:
@@ -220,7 +199,7 @@ def test_drained_and_replaced_load_is_unloaded_apart() -> None:
     assert (works_on(history, "a"), works_on(history, "b")) == (({"U"}, set()), (set(), {MODEL}))
     assert history.state.queue(MODEL) == []
     assert not history.job("U").cancellable
-    moved = serving(history)
+    moved = history.serving()
     assert (moved.server, moved.asked_by, moved.brought_back) == ("b", "alice", Cause.DRAIN)
     history.start_unload("U")
     history.lose("a")
@@ -230,36 +209,26 @@ def test_drained_and_replaced_load_is_unloaded_apart() -> None:
     assert (history.model().phase, history.state.unended()) == (ModelState.LOADED, [])
 
 
-@pytest.mark.parametrize("cancels", [False, True])
-def test_failed_move_is_counted_and_model_serves_on(cancels: bool) -> None:  # noqa: FBT001
+@pytest.mark.parametrize("end", ["invalid_model", "insufficient_memory", "cancelled"])
+@pytest.mark.parametrize("is_degraded", [False, True])
+def test_failed_move_is_counted_and_model_serves_on(end: str, *, is_degraded: bool) -> None:
     history = cluster("a", "b")
-    history.load_at("a", "A")
+    history.load_at("a", "A", instances=2)
+    if is_degraded:
+        history.kill_worker("w-A")
+    incidents = history.model().incidents
     history.ask_load("M", cause=Cause.DRAIN)
     history.start_at("b", "M")
-    if cancels:
+    if end == "cancelled":
         history.ask_cancel("M")
         history.end_cancelled("M")
     else:
-        history.fail_load("M", "invalid_model")
+        history.fail_load("M", end)
     model = history.model()
-    assert (model.phase, model.incidents) == (ModelState.LOADED, ())
+    assert (model.phase, model.incidents, model.degraded) == (ModelState.LOADED, incidents, is_degraded)
+    assert not history.serving().kept_as_is  # the repair goes on
     assert model.retries is not None
     assert (model.retries.count, model.back_off_position) == (1, history.state.position)
-
-
-def test_failed_move_ends_no_repair() -> None:
-    history = cluster("a", "b")
-    history.ask_load("A", instances=2)
-    history.start_at("a", "A")
-    history.add(replace(model_loaded("w1", "w2"), server="a"), "A")
-    history.kill_worker("w1")
-    history.ask_load("M", cause=Cause.DRAIN)
-    history.start_at("b", "M")
-    incidents = history.model().incidents
-    history.fail_load("M", "insufficient_memory")
-    model = history.model()
-    assert (model.degraded, serving(history).kept_as_is, model.incidents) == (True, False, incidents)
-    assert model.retries is not None
 
 
 def test_placement_is_counted_until_a_node_ends() -> None:
@@ -307,7 +276,7 @@ def test_server_without_nodes_takes_over_what_they_had() -> None:
     history.stop()
     assert history.job("L").server == "b"
     history.add(ServerStarted(True, last_seen_at=at(history.seconds)), None, of=None, version=None)
-    assert (serving(history).server, history.model().phase) == (None, ModelState.LOST)
+    assert (history.serving().server, history.model().phase) == (None, ModelState.LOST)
     assert history.job("L").server is None
 
 

@@ -21,7 +21,6 @@ from events.codec import encode_event
 from events.jobs import Job
 from events.models import Model
 from events.registers import OF_REGISTERS
-from events.serving import Serving
 from events.sqlite.schema import connect
 from events.state import Entities, State, Transaction, has_turn
 from events.types import SCHEMA, TYPES, Cause, Draft, Event, Unknown
@@ -93,12 +92,6 @@ def test_repeated_id_after_end_is_newest_job(forget: bool) -> None:  # noqa: FBT
 # The active model.
 
 
-def serving(history: History, model: str) -> Serving:
-    found = history.model(model).serving
-    assert found is not None
-    return found
-
-
 VERBS: dict[str, Callable[[History, str, str], object]] = {
     "load": lambda h, model, job: h.load(job, of=model),
     "demand": lambda h, model, job: h.load(job, of=model, cause=Cause.DEMAND),
@@ -107,10 +100,10 @@ VERBS: dict[str, Callable[[History, str, str], object]] = {
     "return": lambda h, model, job: h.load(job, of=model, cause=Cause.SWAP),
     "request": lambda h, model, job: h.ask_load(job, of=model),
     "start": lambda h, model, job: h.start_load(job, of=model),
-    "request_unload": lambda h, model, job: h.ask_unload(job, serving(h, model).load_job_id, of=model),
+    "request_unload": lambda h, model, job: h.ask_unload(job, h.serving(model).load_job_id, of=model),
     "start_unload": lambda h, model, job: h.start_unload(job, of=model),
-    "unload": lambda h, model, job: h.unload(job, serving(h, model).load_job_id, of=model),
-    "crash": lambda h, model, _: h.kill_worker(*serving(h, model).worker_ids, of=model),
+    "unload": lambda h, model, job: h.unload(job, h.serving(model).load_job_id, of=model),
+    "crash": lambda h, model, _: h.kill_worker(*h.serving(model).worker_ids, of=model),
     "restart": lambda h, *_: h.restart(),
 }
 CONTINUES = {"start", "start_unload", "crash", "restart"}

@@ -19,6 +19,7 @@ from events.commands import Command, Receipt, Record
 from events.jobs import INCIDENT_WINDOW_S, Job
 from events.log import Log
 from events.models import Model
+from events.serving import Serving
 from events.state import State
 from events.types import (
     SYSTEM,
@@ -257,13 +258,7 @@ class History:
         return self.add(data, None, of=None, version=None, **about)
 
     def join(
-        self,
-        node: str,
-        *,
-        epoch: int | None = None,
-        unclean: bool = False,
-        after_s: float = 1,
-        **given: Any,
+        self, node: str, *, epoch: int | None = None, unclean: bool = False, after_s: float = 1, **given: Any
     ) -> None:
         before = self.state.registers.nodes.get(node)
         epoch = epoch or (before.epoch + 1 if before is not None else 1)
@@ -334,6 +329,12 @@ class History:
 
     def model(self, model: str = MODEL) -> Model:
         return self.state.models.get(model) or Model(model)
+
+    def serving(self, model: str = MODEL) -> Serving:
+        """The load that a model serves from, or would return to; it has to have one."""
+        found = self.model(model).serving
+        assert found is not None
+        return found
 
     def versions(self, model: str = MODEL) -> ModelVersions:
         return self.state.registers.find_versions(model)

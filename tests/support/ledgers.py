@@ -26,11 +26,7 @@ from events.sqlite.schema import connect
 from events.sqlite.storage import Database
 from events.state import State, Transaction
 from events.storage import Row
-from events.types import (
-    Draft,
-    Event,
-    Unknown,
-)
+from events.types import Draft, Event, Unknown
 from support import leaks
 from support.history import START, History, opened, steady, write
 
