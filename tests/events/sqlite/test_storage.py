@@ -43,8 +43,8 @@ def refused(path: Path) -> bool:
     return wants_wal(path)
 
 
-async def test_write_ahead_log_is_cut_after_a_long_read(tmp_path: Path) -> None:
-    path, wal = tmp_path / "ledger.db", tmp_path / "ledger.db-wal"
+async def test_write_ahead_log_is_cut_after_a_long_read(path: Path) -> None:
+    wal = path.with_name("ledger.db-wal")
     async with opened(path) as log:
         await write(log, 1)
         with closing(sqlite3.connect(path, isolation_level=None)) as reader:
@@ -63,8 +63,7 @@ async def test_write_ahead_log_is_cut_after_a_long_read(tmp_path: Path) -> None:
 # A file that is complete.
 
 
-async def test_file_of_an_orderly_stop_is_complete(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.db"
+async def test_file_of_an_orderly_stop_is_complete(path: Path) -> None:
     await ledgers.write_ledger(path)
     assert not path.with_name("ledger.db-wal").exists()
     assert not wants_wal(path)
@@ -75,13 +74,12 @@ async def test_file_of_an_orderly_stop_is_complete(tmp_path: Path) -> None:
     rebuild_file(path)
     assert not wants_wal(path)
     with pytest.raises(LogUnavailable):
-        rebuild_file(tmp_path / "none.db")
-    assert not (tmp_path / "none.db").exists()
+        rebuild_file(path.with_name("none.db"))
+    assert not path.with_name("none.db").exists()
 
 
 @pytest.mark.parametrize("events", [0, 7])
-async def test_file_of_a_killed_server_is_complete_with_its_wal(tmp_path: Path, events: int) -> None:
-    path = tmp_path / "ledger.db"
+async def test_file_of_a_killed_server_is_complete_with_its_wal(path: Path, events: int) -> None:
     ledgers.write_and_be_killed(path, events)
     for _ in range(2):
         found = audit(path)
@@ -99,8 +97,7 @@ async def test_file_of_a_killed_server_is_complete_with_its_wal(tmp_path: Path, 
     assert audit(path).finding is None
 
 
-async def test_kept_error_of_a_read_holds_up_no_checkpoint(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.db"
+async def test_kept_error_of_a_read_holds_up_no_checkpoint(path: Path) -> None:
 
     def fail_amid(connection: sqlite3.Connection) -> None:
         cursor = connection.execute("SELECT body FROM events")
@@ -116,8 +113,8 @@ async def test_kept_error_of_a_read_holds_up_no_checkpoint(tmp_path: Path) -> No
         assert await database_of(log).checkpoint(), (kept, kept_too)
 
 
-async def test_reader_holds_up_neither_start_nor_checkpoint_for_ever(tmp_path: Path) -> None:
-    path, copied = tmp_path / "ledger.db", tmp_path / "copy.db"
+async def test_reader_holds_up_neither_start_nor_checkpoint_for_ever(path: Path) -> None:
+    copied = path.with_name("copy.db")
     await ledgers.write_ledger(path)
     head = len(ledgers.rows_of(path))
     with closing(sqlite3.connect(path, isolation_level=None)) as reader:
@@ -132,12 +129,11 @@ async def test_reader_holds_up_neither_start_nor_checkpoint_for_ever(tmp_path: P
             async with asyncio.timeout(30):
                 while not log._is_complete:  # noqa: ASYNC110 - it tells nobody
                     await asyncio.sleep(0.01)
-            copied.write_bytes(path.read_bytes())
+            copied.write_bytes(path.read_bytes())  # noqa: ASYNC240 - nothing else runs
             assert refused(copied)
 
 
-async def test_reader_during_an_orderly_stop_leaves_the_wal(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.db"
+async def test_reader_during_an_orderly_stop_leaves_the_wal(path: Path) -> None:
     async with opened(path) as log:
         await write(log, 2)
         reader = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, isolation_level=None)
@@ -148,8 +144,7 @@ async def test_reader_during_an_orderly_stop_leaves_the_wal(tmp_path: Path) -> N
     assert audit(path).finding is None
 
 
-async def test_open_after_disk_error_waits_for_a_reader_and_syncs_the_wal(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.db"
+async def test_open_after_disk_error_waits_for_a_reader_and_syncs_the_wal(path: Path) -> None:
     error = StorageError("disk I/O error", is_disk_error=True)
     database = Database(path)
     await database.open()
@@ -171,17 +166,17 @@ async def test_open_after_disk_error_waits_for_a_reader_and_syncs_the_wal(tmp_pa
 # A copy without the write-ahead log.
 
 
-async def test_copy_beside_server_is_refused_unless_a_head_is_expected(tmp_path: Path) -> None:
-    path, copied = tmp_path / "ledger.db", tmp_path / "copy.db"
+async def test_copy_beside_server_is_refused_unless_a_head_is_expected(path: Path) -> None:
+    copied = path.with_name("copy.db")
     await ledgers.write_ledger(path)
     async with opened(path) as log:
         await log.server_started()
-        copied.write_bytes(path.read_bytes())
+        copied.write_bytes(path.read_bytes())  # noqa: ASYNC240 - nothing else runs
         assert ledgers.rows_of(copied) == ledgers.rows_of(path)  # a start brings the file up to date
         early = log.head
         await write(log, 20)
         assert audit(path).verification.position == log.head.position
-        copied.write_bytes(path.read_bytes())
+        copied.write_bytes(path.read_bytes())  # noqa: ASYNC240 - nothing else runs
         for _ in range(3):  # looking at it must not make it look complete
             assert refused(copied)
         assert audit(copied, Anchor(early.position, early.hash)).finding is None
