@@ -13,7 +13,7 @@ from hypothesis import given as given_any
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.history import FEWER, MODEL, START, History, at, given, ids, load_requested, opened, steady
-from support.ledgers import FAST_FOLDER, database_of
+from support.ledgers import FAST_FOLDER, connection_of
 
 from events.accept import accept
 from events.audit.verify import verify
@@ -190,8 +190,7 @@ def test_log_answers_as_if_keys_were_in_memory(groups: list[Group]) -> None:
 async def test_failed_write_leaves_key_unused(path: Path) -> None:
     async with opened(path, new_id=ids("j")) as log:
         await log.submit(load(None, "first"))
-        assert database_of(log)._connection is not None
-        database_of(log)._connection.execute("PRAGMA busy_timeout = 20")
+        connection_of(log).execute("PRAGMA busy_timeout = 20")
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             with pytest.raises(LogUnavailable):
@@ -199,8 +198,7 @@ async def test_failed_write_leaves_key_unused(path: Path) -> None:
             other.execute("ROLLBACK")
         assert await outcome(log, load(OTHER_REQUEST, "other")) == "new j3"
         assert await outcome(log, load(KEY)) == "idempotency_mismatch"
-        assert database_of(log)._connection is not None
-        database_of(log)._connection.close()  # the keys cannot be read: the log refuses, and recovers
+        connection_of(log).close()  # the keys cannot be read: the log refuses, and recovers
         with pytest.raises(LogUnavailable):
             await log.submit(load(OTHER_REQUEST))
         assert await outcome(log, load(OTHER_REQUEST)) == "j3"

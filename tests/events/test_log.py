@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.history import FEWER, MODEL, START, at, facts, ids, opened, steady, write
-from support.ledgers import FAST_FOLDER, database_of, rows_of, run_forked, stored
+from support.ledgers import FAST_FOLDER, connection_of, database_of, rows_of, run_forked, stored
 
 from events.audit.verify import verify
 from events.clock import format_timestamp
@@ -79,8 +79,7 @@ def test_kill_loses_nothing_acknowledged(path: Path) -> None:
 
 async def test_concurrent_submits_share_transactions_in_one_gapless_chain(path: Path) -> None:
     async with opened(path) as log:
-        connection = database_of(log)._connection
-        assert connection is not None
+        connection = connection_of(log)
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
         await write(log, 3)

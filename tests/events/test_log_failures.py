@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from support.history import MODEL, at, child, facts, ids, opened, write
-from support.ledgers import change_ledger, database_of, rows_of, run_forked, stored, unwritable
+from support.ledgers import change_ledger, connection_of, database_of, rows_of, run_forked, stored, unwritable
 from support.workers import until
 
 import migrations
@@ -54,12 +54,6 @@ def load(model_id: str = MODEL) -> RequestLoad:
 
 
 # Writes that fail.
-
-
-def connection_of(log: Log) -> sqlite3.Connection:
-    connection = database_of(log)._connection
-    assert connection is not None
-    return connection
 
 
 @pytest.mark.parametrize("failure", ["full disk", "busy database", "lost connection"])

@@ -3,6 +3,7 @@
 `support.history.STEPS` explains the words.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -64,7 +65,7 @@ def test_version_has_holders_from_adds_to_own_repositories(
 ) -> None:
     history = History()
     history.add_version("c", version=2)
-    verbs = {
+    verbs: dict[str, Callable[..., None]] = {
         "+": history.add_version,
         "-": history.remove_version,
         "!": partial(history.remove_version, reason="not_placed"),

@@ -51,6 +51,12 @@ def database_of(log: Log) -> Database:
     return log._storage
 
 
+def connection_of(log: Log) -> sqlite3.Connection:
+    connection = database_of(log)._connection
+    assert connection is not None
+    return connection
+
+
 @contextmanager
 def unwritable(path: Path, event_type: str) -> Iterator[None]:
     """Let a ledger refuse events of a type, as a full disk does."""
