@@ -99,6 +99,7 @@ def test_parsed_bundle_lists_the_files() -> None:
         bundle = parse_bundle(content)
         assert (bundle.resources, bundle.certificates) == (dict(FILES), ())
         assert bundle.key_hint is not None
+    assert parse_bundle(CONTENT + b" " * (MAX_BYTES - len(CONTENT))).resources == dict(FILES)
     for key in ({}, {"hint": ""}, {"hint": None}):
         assert parse_bundle(with_material(publicKey=key)).key_hint is None
     for name in ("a b", "ä/€", ".hidden", "a\\b", "...", "a\nb"):
@@ -133,7 +134,7 @@ INVALID = [
     *(b"", b"\xff", b"1", b"9" * 10_000, b'{"a": NaN}', b"[" * 100_000),
     CONTENT.replace(b'"keyid": ""', b'"keyid": ' + b"[" * 100_000 + b"]" * 100_000),
     b'{"mediaType":' + b"[" * 900 + b"]" * 900 + b"}",
-    CONTENT + b" " * MAX_BYTES,
+    CONTENT + b" " * (MAX_BYTES - len(CONTENT) + 1),
     CONTENT.replace(b'{"mediaType"', b'{"mediaType": "x", "mediaType"'),
     CONTENT.replace(b'"keyid": ""', b'"keyid": "", "keyid": ""'),
     sign_payload(PAYLOAD.replace(b'"name": "model"', b'"name": "model", "name": "model"'), KEY),
