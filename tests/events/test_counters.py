@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.history import FEWER, MODEL, PLAIN, History, fold, opened, write
-from support.ledgers import database_of
+from support.ledgers import connection_of
 from support.strategies import drafts
 
 from events.counters import (
@@ -22,15 +22,7 @@ from events.counters import (
 )
 from events.errors import LogUnavailable
 from events.state import State, Transaction
-from events.types import (
-    AccessDenied,
-    Cause,
-    Draft,
-    Durations,
-    LoadStarted,
-    ModelLoaded,
-    ModelSettingsChanged,
-)
+from events.types import AccessDenied, Cause, Draft, Durations, LoadStarted, ModelLoaded, ModelSettingsChanged
 
 
 def counted(history: History) -> Tally:
@@ -52,29 +44,26 @@ def test_ended_job_is_counted_by_cause_and_status() -> None:
     history.ask_load("c")
     history.end_cancelled("c")
     history.ask_load("waits")
+    history.ask_load("settings")  # a job, but no load
+    history.add(ModelSettingsChanged("a", 60, pinned=True), "settings")
     history.unload("d", "a", cause=Cause.IDLE)
     tally = counted(history)
-    assert tally.loads == {("request", "completed"): 1, ("demand", "failed"): 1, ("request", "cancelled"): 1}
+    assert tally.loads == {("request", "completed"): 2, ("demand", "failed"): 1, ("request", "cancelled"): 1}
     assert tally.unloads == {("idle", "completed"): 1}
     assert tally.failures == {"invalid_model": 1}
-    assert {status: count(each.snapshot()) for status, each in tally.load_s.items()} == {
-        "completed": 1,
-        "failed": 1,
-        "cancelled": 1,
-    }
+    counts = {status: count(each.snapshot()) for status, each in tally.load_s.items()}
+    assert counts == {"completed": 1, "failed": 1, "cancelled": 1}
     assert tally.load_s["completed"].snapshot().total_s == 2  # a second passes before each fact
     assert tally.unload_s["completed"].snapshot().total_s == 2
-    assert tally.events["LoadRequested"] == 4
+    assert tally.events["LoadRequested"] == 5
     assert tally.events.total() == len(history.facts)
 
 
 def test_load_is_counted_by_stage() -> None:
     history = History()
     history.load("a")
-    durations = Durations(1_000_000, 2, 3, 4, 5, 6, 7, 8)
-    data = ModelLoaded((), ("w",), 1, 1, durations)
     history.ask_load("b", of="n")
-    history.add(data, "b", of="n")
+    history.add(ModelLoaded((), ("w",), 1, 1, Durations(1_000_000, 2, 3, 4, 5, 6, 7, 8)), "b", of="n")
     tally = counted(history)
     assert {stage: round(tally.stage_s[stage] * 1e6) for stage in LOAD_STAGES} == {
         "waiting": 1_000_001,
@@ -87,38 +76,21 @@ def test_load_is_counted_by_stage() -> None:
     }
 
 
-def test_change_of_settings_is_job_but_no_load() -> None:
-    history = History()
-    history.load("a")
-    history.ask_load("b")
-    history.add(ModelSettingsChanged("a", 60, pinned=True), "b")
-    tally = counted(history)
-    assert tally.loads == {("request", "completed"): 2}
-    assert count(tally.load_s["completed"].snapshot()) == 1
-
-
-def test_worker_exits_and_restarts_are_counted_by_model() -> None:
+def test_exits_restarts_and_denied_requests_are_counted() -> None:
     history = History()
     history.load("a")
     history.kill_worker("w-a")
     history.load("b", cause=Cause.RECOVERY)
     history.kill_worker("w-b")
     history.ask_load("c", cause=Cause.RECOVERY)
-    history.fail_load("c")
-    tally = counted(history)
-    assert tally.exits == {MODEL: 2}
-    assert tally.restarts == {MODEL: 1}
-
-
-def test_denied_requests_and_codes_beyond_limit_are_counted() -> None:
-    history = History()
+    history.fail_load("c", "code")
     for times in (3, 4):
         history.add(AccessDenied("POST /", times), of=None, version=None, by="eve")
-    for number in range(MAX_CODES + 5):
+    for number in range(MAX_CODES + 4):
         history.ask_load(f"j{number}")
         history.fail_load(f"j{number}", f"code{number}")
     tally = counted(history)
-    assert tally.denied == 7
+    assert (tally.exits, tally.restarts, tally.denied) == ({MODEL: 2}, {MODEL: 1}, 7)
     assert len(tally.failures) == MAX_CODES + 1
     assert tally.failures[OTHER_CODE] == 5
 
@@ -147,15 +119,13 @@ def count_in_groups(recorded: list[Draft], size: int) -> dict[str, Any]:
     }
 
 
-async def test_appends_commits_and_failures_are_counted(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.db"
+async def test_appends_commits_and_failures_are_counted(path: Path) -> None:
     async with opened(path) as log:
         await write(log, 3)
         assert count(log.tally.append_s.snapshot()) == 3
         assert count(log.tally.commit_s.snapshot()) == 3
         assert log.tally.append_s.snapshot().total_s >= log.tally.commit_s.snapshot().total_s > 0
-        assert database_of(log)._connection is not None
-        database_of(log)._connection.close()
+        connection_of(log).close()
         with pytest.raises(LogUnavailable):
             await write(log, 1, first=4)
         assert log.tally.write_failures >= 1

@@ -39,12 +39,7 @@ CHOICES: list[tuple[str, int | None, str, str]] = [
     (f"{HELD} restart", None, "out_of_service", "out_of_service"),
     (f"{HELD} request_again start_again fail_again", None, "out_of_service", "out_of_service"),
     (f"{HELD} load_again evict_L3", 1, "loaded", "model_not_loaded"),
-    (
-        "request start request_force start_force cancel_L finish_force",
-        None,
-        "out_of_service",
-        "out_of_service",
-    ),
+    ("request request_force start_force cancel_L finish_force", None, "out_of_service", "out_of_service"),
     ("load request_unload_until_asked start_unload finish_unload", 1, "loaded", "model_not_loaded"),
     ("load request_unload cancel_U evict_L", 1, "loaded", "model_not_loaded"),
 ]
@@ -66,23 +61,16 @@ def test_demand_loads_what_a_person_chose(facts: str, chosen: int | None, one: s
 
 
 def test_demand_has_the_parameters_of_the_choice() -> None:
-    for version, expected in ((1, TUNED), (2, {})):
-        state = given("load_tuned evict_L label_v2").state
-        decision = decide(state, demand(version))
+    tuned, limited = given("load_tuned evict_L label_v2"), given("request_10s start finish evict_L")
+    for history, version, expected in ((tuned, 1, TUNED), (tuned, 2, {}), (limited, 1, {})):
+        decision = decide(history.state, demand(version))
         assert isinstance(decision, Accepted)
         [draft] = decision.drafts
         assert isinstance(draft.data, LoadRequested)
+        assert draft.data.timeout_s == 300  # at least the server's
         assert {name: value for name, value in asdict(draft.data).items() if name in TUNED} == {
             name: expected.get(name, getattr(demand(version).parameters, name)) for name in TUNED
         }
-
-
-def test_limits_of_a_demand_are_at_least_the_servers() -> None:
-    history = given("request_10s start finish evict_L")
-    decision = decide(history.state, demand(1))
-    assert isinstance(decision, Accepted)
-    assert isinstance(decision.drafts[0].data, LoadRequested)
-    assert decision.drafts[0].data.timeout_s == 300
 
 
 def test_removed_choice_is_named_in_the_refusal() -> None:

@@ -1,4 +1,4 @@
-"""Canonical JSON and the hash chain; the fast writer and the fast check agree with the rule."""
+"""Canonical JSON and its chain, by rule and by the fast writer and check; types against committed bodies."""
 
 import hashlib
 import json
@@ -7,13 +7,15 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from msgspec.structs import replace
+from msgspec import UNSET
+from msgspec.structs import fields, replace
 from support.history import PLAIN, load_requested, model_loaded
 from support.ledgers import sample_history
-from support.strategies import INTEGERS, any_data
+from support.strategies import INTEGERS, TEXTS, any_data, drafts
 
 from events.codec import (
     GENESIS,
@@ -27,10 +29,21 @@ from events.codec import (
     is_canonical,
 )
 from events.errors import NotEncodable
-from events.types import AccessDenied, Event, LoadFailed, WorkerExited
+from events.types import (
+    SCHEMA,
+    TYPES,
+    AccessDenied,
+    Data,
+    Draft,
+    Event,
+    LoadFailed,
+    Unknown,
+    WorkerExited,
+    record_draft,
+)
 
 VECTORS: list[dict[str, str]] = json.loads(
-    Path(__file__).with_name("vectors.json").read_text(encoding="ascii"),
+    Path(__file__).with_name("vectors.json").read_text(encoding="ascii")
 )["vectors"]
 
 
@@ -94,15 +107,11 @@ WITHOUT_FORM = [
 ]
 
 
-@pytest.mark.parametrize("value", WITHOUT_FORM, ids=lambda value: type(value).__name__)
-def test_value_without_canonical_form_is_refused(value: object) -> None:
-    for holder in (value, [value], {"key": [{"deeper": value}]}):
+def test_value_without_canonical_form_is_refused() -> None:
+    for holder in (each for value in WITHOUT_FORM for each in (value, [value], {"key": [{"deeper": value}]})):
         with pytest.raises(NotEncodable) as raised:
             encode_canonical(holder)
         assert raised.value.code == "not_encodable"
-
-
-def test_refusal_names_place_of_value() -> None:
     with pytest.raises(NotEncodable, match=r"\$\.data\.files\[1\]\.bytes: float"):
         encode_canonical({"data": {"files": [{"bytes": 1}, {"bytes": 1.5}]}})
 
@@ -167,13 +176,11 @@ def test_value_of_wrong_type_is_written_or_refused_by_the_rule(odd: Any) -> None
     assert_written_by_the_rule(event(load_requested(), version=odd))
 
 
-@pytest.mark.parametrize(
-    ("number", "fits"), [(-(2**63), True), (2**63 - 1, True), (-(2**63) - 1, False), (2**63, False)]
-)
-def test_fast_writer_takes_integers_of_64_bits(number: int, fits: bool) -> None:  # noqa: FBT001
-    written = event(AccessDenied("x", number))
-    assert (_encode_fast(written) is not None) == fits
-    assert_written_by_the_rule(written)
+def test_fast_writer_takes_integers_of_64_bits() -> None:
+    for number, fits in ((-(2**63), True), (2**63 - 1, True), (-(2**63) - 1, False), (2**63, False)):
+        written = event(AccessDenied("x", number))
+        assert (_encode_fast(written) is not None) == fits
+        assert_written_by_the_rule(written)
 
 
 def test_history_is_written_by_the_rule_and_reads_back() -> None:
@@ -240,3 +247,66 @@ def test_check_of_changed_body(old: str, new: str, holds: bool) -> None:  # noqa
         assert not holds
     else:
         assert EXACTNESS.holds(read, body) == holds
+
+
+# Event types: every release reads and writes the same bytes.
+
+BODIES: dict[str, str] = json.loads(Path(__file__).with_name("bodies.json").read_text(encoding="ascii"))
+
+
+def change(body: str, **changes: Any) -> str:
+    return encode_canonical(json.loads(body) | changes)
+
+
+def data_of(body: str) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(body)["data"]
+    return data
+
+
+@pytest.mark.parametrize("name", sorted(TYPES))
+def test_committed_body_reads_and_writes_as_ever(name: str) -> None:
+    body, read = BODIES[name], decode_event(BODIES[name])
+    assert type(read.data) is TYPES[name]
+    at = "2026-01-01T00:00:00.000001Z"
+    assert read == Event(7, "e7", read.data, "alice", at, "j1", "digits", 2, "w1")
+    assert encode_canonical(json.loads(body)) == body
+    assert encode_event(read) == body
+    later = change(body, data=data_of(body) | {"added_later": {"deep": [1]}}, also_added="yes")
+    assert decode_event(later) == read
+    for field in fields(TYPES[name]):
+        if field.required:
+            lacking = {key: value for key, value in data_of(body).items() if key != field.encode_name}
+            with pytest.raises(
+                msgspec.ValidationError, match=f"missing required field `{field.encode_name}`"
+            ):
+                decode_event(change(body, data=lacking))
+
+
+@PLAIN
+@given(drafts(), any_data(), INTEGERS, TEXTS)
+def test_event_reads_back_and_has_the_same_keys(
+    draft: Draft, data: Data, position: int, recorded_at: str
+) -> None:
+    written = record_draft(replace(draft, data=data), position, recorded_at)
+    read = decode_event(encode_event(written))
+    assert read == written
+    assert hash(read) == hash(written)
+    assert (type(read.data), read.type) == (type(data), data.TYPE)
+    raw = json.loads(encode_event(written))
+    assert sorted(raw) == [
+        *("actor", "data", "id", "job_id", "model_id", "position", "recorded_at"),
+        *("schema", "type", "version", "worker_id"),
+    ]
+    assert (raw["schema"], raw["type"]) == (SCHEMA, data.TYPE)
+    given = {each.encode_name for each in fields(data) if getattr(data, each.name) is not UNSET}
+    assert raw["data"].keys() == given
+
+
+@pytest.mark.parametrize("changes", [{"type": "ModelMoved"}, {"schema": 2}, {"type": "X", "schema": 0}])
+def test_unknown_type_or_schema_is_kept_exactly(changes: dict[str, Any]) -> None:
+    body = change(BODIES["ModelLoaded"], **changes)
+    read = decode_event(body)
+    assert isinstance(read.data, Unknown)
+    assert read.data.data == data_of(body)
+    assert read.type == json.loads(body)["type"]
+    assert encode_event(read) == body

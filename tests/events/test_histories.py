@@ -22,7 +22,7 @@ from events.types import TYPES, ClockStepped, EventsDiscarded, RollbackAccepted
 VERSIONS = {"VersionAdded", "VersionRemoved"}
 """Events of the repository, which change no model and no job."""
 LABELS = {"LabelSet", "LabelRemoved"}
-"""Newer than the recorded histories; `tests/events/test_labels.py` folds them."""
+"""Newer than the recorded histories; `tests/events/test_versions.py` folds them."""
 FOLDER = Path(__file__).parents[1] / "histories"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.jsonl"))
 

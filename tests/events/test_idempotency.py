@@ -12,20 +12,8 @@ from hypothesis import example
 from hypothesis import given as given_any
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.history import (
-    FEWER,
-    MODEL,
-    PLAIN,
-    START,
-    History,
-    at,
-    given,
-    ids,
-    load_requested,
-    opened,
-    steady,
-)
-from support.ledgers import FAST_FOLDER, database_of
+from support.history import FEWER, MODEL, START, History, at, given, ids, load_requested, opened, steady
+from support.ledgers import FAST_FOLDER, connection_of
 
 from events.accept import accept
 from events.audit.verify import verify
@@ -34,15 +22,8 @@ from events.errors import LogUnavailable, RequestRefused
 from events.jobcommands import RequestCancel, RequestLoad, RequestUnload
 from events.log import Log
 from events.sqlite import queries
-from events.state import KEY_LIFETIME_S, Join, KnownKey, State, read_key
-from events.types import (
-    CancelRequested,
-    Cause,
-    Idempotency,
-    LoadRequested,
-    UnloadRequested,
-    record_draft,
-)
+from events.state import KEY_LIFETIME_S, Join, State
+from events.types import CancelRequested, Cause, Data, Idempotency, UnloadRequested, record_draft
 
 DAY_S = KEY_LIFETIME_S
 KEY = Idempotency("k", "f")
@@ -71,31 +52,23 @@ def decide(history: History, command: Command, after_s: float = 0) -> Decision:
 # The decision. The first request, of each kind, has the key `k`.
 
 
-def first_load() -> History:
-    history = History()
-    history.add(replace(load_requested(), idempotency=KEY), "L", by="alice")
+FIRST: dict[str, tuple[str, str, Data]] = {
+    "L": ("", "L", replace(load_requested(), idempotency=KEY)),
+    "U": ("load", "U", UnloadRequested(force=False, load_job_id="L", cause=Cause.REQUEST, idempotency=KEY)),
+    "cancel": ("request", "L", CancelRequested(KEY)),
+}
+
+
+def first(kind: str = "L") -> History:
+    facts, job, data = FIRST[kind]
+    history = given(facts)
+    history.add(data, job, by="alice")
     return history
-
-
-def first_unload() -> History:
-    history = given("load")
-    history.add(UnloadRequested(force=False, load_job_id="L", cause=Cause.REQUEST, idempotency=KEY), "U")
-    return history
-
-
-def first_cancel() -> History:
-    history = given("request")
-    history.add(CancelRequested(KEY), "L")
-    return history
-
-
-FIRST = {"load": (first_load, "L"), "unload": (first_unload, "U"), "cancel": (first_cancel, "L")}
 
 
 @pytest.mark.parametrize("kind", FIRST)
 def test_repeated_key_returns_first_job(kind: str) -> None:
-    first, job = FIRST[kind]
-    history = first()
+    history, (_, job, _) = first(kind), FIRST[kind]
     for command in (load(), unload(), cancel("X")):
         assert decide(history, command) == Existing(job)
     for command in (load(OTHER_REQUEST), unload(OTHER_REQUEST), cancel("L", OTHER_REQUEST)):
@@ -113,25 +86,12 @@ def test_repeated_key_returns_first_job(kind: str) -> None:
     ("after_s", "holds"), [(0, True), (DAY_S - 1e-6, True), (DAY_S, False), (2 * DAY_S, False)]
 )
 def test_key_expires_after_24_hours(after_s: float, holds: bool) -> None:  # noqa: FBT001
-    history = first_load()
+    history = first()
     history.end_load("L")  # a second after the key was used
     for key in (KEY, OTHER_REQUEST):
         assert isinstance(decide(history, unload(key), after_s - 1), Accepted) is not holds
     for other in (None, OTHER_KEY):
         assert isinstance(decide(history, unload(other), after_s - 1), Accepted)
-
-
-@pytest.mark.parametrize(
-    ("facts", "command"), [("", load()), ("load", unload()), ("load request_unload", cancel("U"))]
-)
-def test_accepted_request_records_its_key(facts: str, command: Command) -> None:
-    decision = decide(given(facts), command)
-    assert isinstance(decision, Accepted)
-    (draft,) = decision.drafts
-    assert isinstance(draft.data, LoadRequested | UnloadRequested | CancelRequested)
-    assert draft.data.idempotency == KEY
-    known = read_key(record_draft(draft, 9, at(9)))
-    assert known == ("k", KnownKey("f", decision.job_id or "", at(9)))
 
 
 KEYS = st.builds(Idempotency, st.sampled_from("kl"), st.sampled_from("fg")) | st.none()
@@ -185,12 +145,6 @@ def code_of(decision: Decision) -> str:
             return code
 
 
-@PLAIN
-@given_any(st.lists(st.tuples(COMMANDS.map(lambda command: [command]), PAUSES), max_size=25))
-def test_key_returns_first_job_for_any_requests(groups: list[Group]) -> None:
-    outcomes_in_memory(groups)
-
-
 # The log.
 
 
@@ -236,8 +190,7 @@ def test_log_answers_as_if_keys_were_in_memory(groups: list[Group]) -> None:
 async def test_failed_write_leaves_key_unused(path: Path) -> None:
     async with opened(path, new_id=ids("j")) as log:
         await log.submit(load(None, "first"))
-        assert database_of(log)._connection is not None
-        database_of(log)._connection.execute("PRAGMA busy_timeout = 20")
+        connection_of(log).execute("PRAGMA busy_timeout = 20")
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             with pytest.raises(LogUnavailable):
@@ -245,38 +198,31 @@ async def test_failed_write_leaves_key_unused(path: Path) -> None:
             other.execute("ROLLBACK")
         assert await outcome(log, load(OTHER_REQUEST, "other")) == "new j3"
         assert await outcome(log, load(KEY)) == "idempotency_mismatch"
-        assert database_of(log)._connection is not None
-        database_of(log)._connection.close()  # the keys cannot be read: the log refuses, and recovers
+        connection_of(log).close()  # the keys cannot be read: the log refuses, and recovers
         with pytest.raises(LogUnavailable):
             await log.submit(load(OTHER_REQUEST))
         assert await outcome(log, load(OTHER_REQUEST)) == "j3"
         assert log.healthy
 
 
-async def test_joins_have_an_index_of_their_own(path: Path) -> None:
+async def test_keys_and_joins_have_indexes_of_their_own(path: Path) -> None:
     async with opened(path, new_id=ids("j")) as log:
-        await log.submit(load(None))
+        await log.submit(load(KEY))
         for actor in ("bob", "carol", "bob"):
             await log.submit(load(None, actor=actor))
         await log.submit(cancel("j1", None, "bob"))
     traced: list[str] = []
     with closing(sqlite3.connect(path)) as connection:
+
+        def plan(sql: str) -> str:
+            return str(connection.execute(f"EXPLAIN QUERY PLAN {sql}").fetchone()[3])
+
         connection.set_trace_callback(traced.append)
         joins = queries.read_joins(connection, [("j1", "bob"), ("j1", "alice")])
+        connection.set_trace_callback(None)
         assert joins == {Join("j1", "bob", kind) for kind in ("LoadJoined", "CancelRequested")}
-        [plan] = connection.execute(f"EXPLAIN QUERY PLAN {traced[0]}").fetchall()[:1]
-        assert plan[3] == "SEARCH events USING INDEX events_by_join (job_id=? AND actor=?)"
-
-
-async def test_key_index_holds_events_with_keys_only(path: Path) -> None:
-    async with opened(path) as log:
-        await log.submit(load(KEY))
-        await log.submit(load(None, "other"))
-    with closing(sqlite3.connect(path)) as connection:
-        plan = connection.execute(
-            "EXPLAIN QUERY PLAN SELECT body FROM events WHERE idempotency_key = 'k' ORDER BY position DESC"
-        ).fetchall()
-        assert [row[3] for row in plan] == [
-            "SEARCH events USING INDEX events_by_idempotency_key (idempotency_key=?)"
-        ]
-        assert connection.execute("SELECT idempotency_key FROM events").fetchall() == [("k",), (None,)]
+        assert plan(traced[0]) == "SEARCH events USING INDEX events_by_join (job_id=? AND actor=?)"
+        by_key = "SELECT body FROM events WHERE idempotency_key = 'k' ORDER BY position DESC"
+        assert plan(by_key) == "SEARCH events USING INDEX events_by_idempotency_key (idempotency_key=?)"
+        keys = connection.execute("SELECT idempotency_key FROM events").fetchall()
+        assert keys == [("k",), (None,), (None,), (None,)]

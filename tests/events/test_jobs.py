@@ -8,16 +8,7 @@ from hypothesis import given as given_any
 from hypothesis import strategies as st
 from msgspec import UNSET
 from msgspec.structs import replace
-from support.history import (
-    FEWER,
-    MODEL,
-    History,
-    as_event,
-    at,
-    given,
-    load_requested,
-    model_loaded,
-)
+from support.history import FEWER, MODEL, History, as_event, at, given, load_requested, model_loaded
 from support.strategies import drafts
 
 from events.codec import decode_event
@@ -33,7 +24,6 @@ from events.types import (
     LoadParameters,
     LoadRequested,
     LoadStarted,
-    ModelUnloaded,
     ServerStarted,
     ServerStopped,
     Unknown,
@@ -41,15 +31,6 @@ from events.types import (
     UnloadStarted,
     WorkerExited,
 )
-
-
-def test_unload_keeps_what_its_device_did_not_return() -> None:
-    for unreturned_bytes in (UNSET, 5):
-        history = given("load request_unload start_unload")
-        before = history.job("U")
-        history.add(ModelUnloaded(1, 0, 0, unreturned_bytes), "U")
-        assert history.job("U").unreturned_bytes == unreturned_bytes
-        assert before.unreturned_bytes is UNSET
 
 
 def test_requested_load_is_pending_job_with_deadline() -> None:
@@ -135,6 +116,7 @@ load request_again start_again change_settings -> L3 completed, attempt 1
 load request_unload -> U pending
 load request_unload start_unload -> U in_progress, attempt 1
 load request_unload start_unload finish_unload -> U completed, attempt 1
+load request_unload start_unload leak_on_unload -> U completed, attempt 1, 300000000 bytes left
 load request_unload finish_unload -> U completed
 load request_unload cancel_U -> U cancelled
 load request_unload start_unload restart -> U pending, attempt 1, 1 deaths
@@ -154,6 +136,7 @@ def describe(job: Job) -> str:
         f"{job.server_deaths} deaths" if job.server_deaths else "",
         "cancelling" if job.cancelling else "cancel requested" if job.cancel_requested else "",
         f"superseded by {job.superseded_by}" if job.superseded_by is not None else "",
+        f"{job.unreturned_bytes} bytes left" if job.unreturned_bytes is not UNSET else "",
         f"{job.error.code}: {job.error.message}" if job.error is not None else "",
     ]
     return ", ".join(filter(None, words))
@@ -167,17 +150,15 @@ def test_job_after_facts(facts: str, job: str) -> None:
     assert (found.finished_at is not None) == found.ended
 
 
-@pytest.mark.parametrize("data", [CancelRequested(), WorkerExited(1, None, ())])
-def test_event_of_job_moves_its_position(data: Data) -> None:
-    history = given("request start")
-    history.add(data, "L")
-    assert (history.job("L").position, history.job("L").status) == (3, JobStatus.IN_PROGRESS)
-
-
-def test_second_cancel_request_does_not_move_the_job() -> None:
+def test_event_of_job_moves_its_position() -> None:
+    for data in (CancelRequested(), WorkerExited(1, None, ())):
+        history = given("request start")
+        history.add(data, "L")
+        job = history.job("L")
+        assert (job.position, job.status) == (3, JobStatus.IN_PROGRESS)
     history = given("request request_cancel_L")
     job = history.job("L")
-    history.add(CancelRequested(), "L", by="bob")
+    history.add(CancelRequested(), "L", by="bob")  # a second one
     assert history.job("L") is job
 
 
@@ -211,38 +192,33 @@ def test_request_alone_with_its_own_id_and_model_makes_job() -> None:
     assert not history.state.jobs
 
 
-@pytest.mark.parametrize(
-    ("timeout_s", "pauses_s", "deadline_at"),
-    [
-        (100, [], at(101)),  # requested at 1
-        (100, [1_000], at(1_101)),
-        (100, [50, 70], at(101 + 50 + 70)),
-        (100, [0], at(101)),  # the clock says nothing about the pause
-        (2**63 - 1, [50], "9999-12-31T23:59:59.999999Z"),
-    ],
-)
+START_SEEN = ServerStarted(True, last_event_at=at(1), last_seen_at=at(61))
+CLEAN_START = ServerStarted(False, last_event_at=at(1), last_seen_at=at(1))
+SEEN_LATER = ServerStarted(True, last_seen_at=at(2_000))
+DEADLINES: list[tuple[int, list[int] | ServerStarted, str]] = [
+    # of a load requested at 1 s: its timeout; for how long the server was down, or its start at 1,000 s
+    (100, [], at(101)),
+    (100, [1_000], at(1_101)),
+    (100, [50, 70], at(101 + 50 + 70)),
+    (100, [0], at(101)),  # the clock says nothing about the pause
+    (2**63 - 1, [50], "9999-12-31T23:59:59.999999Z"),
+    (100, START_SEEN, at(101 + 1_000 - 61)),
+    (100, CLEAN_START, at(101 + 1_000 - 1)),
+    (100, SEEN_LATER, at(101)),
+]
+
+
+@pytest.mark.parametrize(("timeout_s", "starts", "deadline_at"), DEADLINES)
 def test_deadline_moves_by_time_server_was_down(
-    timeout_s: int, pauses_s: list[int], deadline_at: str
+    timeout_s: int, starts: list[int] | ServerStarted, deadline_at: str
 ) -> None:
     history = History()
     history.ask_load("L", timeout_s=timeout_s)
-    for pause_s in pauses_s:
-        history.restart(down_s=pause_s)
-    assert history.job("L").deadline_at == deadline_at
-
-
-@pytest.mark.parametrize(
-    ("started", "deadline_at"),
-    [
-        (ServerStarted(True, last_event_at=at(1), last_seen_at=at(61)), at(101 + 1_000 - 61)),
-        (ServerStarted(False, last_event_at=at(1), last_seen_at=at(1)), at(101 + 1_000 - 1)),
-        (ServerStarted(True, last_seen_at=at(2_000)), at(101)),
-    ],
-)
-def test_deadline_moves_by_time_since_server_was_seen(started: ServerStarted, deadline_at: str) -> None:
-    history = History()
-    history.ask_load("L", timeout_s=100)
-    history.add(started, None, of=None, after_s=999)  # at 1,000
+    if isinstance(starts, ServerStarted):
+        history.add(starts, None, of=None, after_s=999)
+    else:
+        for pause_s in starts:
+            history.restart(down_s=pause_s)
     assert history.job("L").deadline_at == deadline_at
 
 

@@ -1,6 +1,7 @@
 """The fold of models: after these facts, a model reads so. `support.history.STEPS` explains the words."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,20 +29,11 @@ from support.strategies import drafts
 from events.clock import seconds_between
 from events.codec import decode_event
 from events.history import make_row
-from events.jobs import (
-    INCIDENT_WINDOW_S,
-    MAX_FOOTPRINTS,
-    Failure,
-    Footprint,
-    JobKind,
-    JobStatus,
-    PendingLoad,
-)
+from events.jobs import INCIDENT_WINDOW_S, MAX_FOOTPRINTS, Failure, Footprint, JobKind, JobStatus, PendingLoad
 from events.models import Choice, Model, ModelState
 from events.serving import Serving
 from events.types import SYSTEM, TYPES, Cause, Data, Draft, LoadParameters, ModelSettingsChanged, Unknown
 from events.versioncommands import find_use
-from features.devices.facts import DeviceUse
 
 UNLOADED, LOADING, LOADED = ModelState.UNLOADED, ModelState.LOADING, ModelState.LOADED
 UNLOADING, LOST = ModelState.UNLOADING, ModelState.LOST
@@ -309,12 +301,6 @@ def assert_coherent(history: History) -> None:
         assert (model.phase is LOST) == (model.lost_by is not None and model.previous is None)
 
 
-def serving(history: History) -> Serving:
-    found = history.model().serving
-    assert found is not None
-    return found
-
-
 def test_loaded_model_names_files_actor_and_parameters() -> None:
     history = History()
     history.ask_load("L", version=3)
@@ -347,12 +333,11 @@ def test_change_of_settings_leaves_the_rest_of_the_model(load: str) -> None:
     history = given("load request_again")
     before = history.model()
     history.change_settings("L3", load, keep_alive_s=60, pinned=True)
-    assert before.serving is not None
-    settings = replace(before.serving.parameters, keep_alive_s=60, pinned=True)
-    serving = replace(before.serving, parameters=settings if load == "L" else before.serving.parameters)
-    chosen = (
-        Choice("L3", "alice", history.facts[-1].recorded_at, 1, settings) if load == "L" else before.chosen
-    )
+    serving, chosen = history.serving(), before.chosen
+    if load == "L":
+        settings = replace(serving.parameters, keep_alive_s=60, pinned=True)
+        assert serving.parameters == settings
+        chosen = Choice("L3", "alice", history.facts[-1].recorded_at, 1, settings)
     assert history.model() == replace(before, serving=serving, loads=(), chosen=chosen)
     job = history.job("L3")
     assert (job.status, job.attempt, job.started_at) == (JobStatus.COMPLETED, 0, None)
@@ -383,14 +368,14 @@ def test_model_with_one_instance_left_is_degraded() -> None:
     model = history.model()
     assert model.error == Failure("worker_died", "its worker was killed by signal 9; 1 of 2 are left")
     assert model.incidents == (at(4),)
-    left = serving(history)
+    left = history.serving()
     assert (left.worker_ids, left.degraded_at, left.memory_bytes) == (("P2",), at(4), 1_000)
     history.kill_worker("P1")
     assert history.model() == model
     history.kill_worker("P2")
     assert history.model().error == Failure("worker_died", "its worker was killed by signal 9")
     assert given("request fail").model().error == Failure("broken", "because")
-    assert serving(given("load_pair crash_1 recover_pair")).worker_ids == ("R1", "R2")
+    assert given("load_pair crash_1 recover_pair").serving().worker_ids == ("R1", "R2")
 
 
 @pytest.mark.parametrize(
@@ -407,82 +392,45 @@ def test_drained_version_is_remembered_until_new_one_loads(end: str) -> None:
 # Footprints: what a version took.
 
 
-def footprints(history: History) -> list[tuple[int, int]]:
-    return [(each.version, each.peak_memory_bytes) for each in history.model().footprints]
+FOOTPRINTS = [
+    # loads of the same version, and its footprints, each of one worker: peak, instances, threads, device and
+    # what the device measured; an exclamation mark for other files
+    ("2000x3", "667"),  # rounded up
+    ("2000 9000 500", "9000"),
+    ("9000 2000!", "2000!"),
+    ("2000 3000/t1 9000/t2 500/t2 4000/t1", "2000 9000/t2 4000/t1"),
+    ("2000 9000x2@cuda:0=601 8000x2@cuda:0=401 9500x2@cuda:0=501", "2000 4750@cuda:0=251"),
+    ("9000@cuda:0=600 8000@cuda:0=400", "9000@cuda:0=400"),
+    ("9000@cuda:0 9000@cuda:0=600 9000@cuda:0=0 9000@cuda:0", "9000@cuda:0=600"),
+    ("7000@npu:0 6000@cuda:1=600", "7000@npu:0 6000@cuda:1=600"),
+]
+LOAD = re.compile(r"(\d+)(?:x(\d))?(?:/t(\d))?(?:@(\w+:\d))?(?:=(\d+))?(!)?")
 
 
-def test_footprint_is_share_of_one_worker_rounded_up() -> None:
+@pytest.mark.parametrize(("loads", "expected"), FOOTPRINTS)
+def test_footprint_is_of_what_a_version_ran_on(loads: str, expected: str) -> None:
     history = History()
-    history.ask_load("L", instances=3)
-    history.start_load("L")
-    history.add(model_loaded("w1", "w2", "w3"), "L")  # 2,000 bytes together
-    assert footprints(history) == [(1, 667)]
-
-
-def test_footprint_keeps_highest_peak_of_the_same_files() -> None:
-    history = given("load")
-    for load, peak in (("L4", 9_000), ("L5", 500)):
-        history.ask_load(load)
-        history.start_load(load)
-        history.add(replace(model_loaded(f"w-{load}"), peak_memory_bytes=peak), load)
-    assert footprints(history) == [(1, 9_000)]
-    history.load("L9", mtime_ns=2)  # other files: the footprints of those before are forgotten
-    assert history.model().footprints == (Footprint(1, (file(2),), 2_000),)
-
-
-def test_footprint_is_kept_per_number_of_threads() -> None:
-    history = given("load")
-    for load, threads, peak in (("L4", 1, 3_000), ("L5", 2, 9_000), ("L6", 2, 500), ("L7", 1, 4_000)):
-        history.ask_load(load)
-        history.start_load(load)
-        history.add(replace(model_loaded(f"w-{load}"), threads=threads, peak_memory_bytes=peak), load)
-        assert serving(history).threads == threads
-    found = [(each.threads, each.peak_memory_bytes) for each in history.model().footprints]
-    assert found == [(None, 2_000), (2, 9_000), (1, 4_000)]
-
-
-def test_footprint_is_kept_per_device_with_its_last_measurement() -> None:
-    history, on_npu = given("load"), DeviceUse("npu", "1.0", "npu:0", 69)
-    for load, peak, device_bytes in (("L4", 9_000, 601), ("L5", 8_000, 401), ("L6", 9_500, 501)):
-        use = replace(ON_CUDA, memory_bytes=device_bytes)
-        history.load_on(load, use, ON_CPU, peak_memory_bytes=peak, instances=2, devices=("cuda:0",))
-        assert serving(history).targets == (use, ON_CPU)
-    history.load_on("L7", on_npu, peak_memory_bytes=7_000, devices=("npu:0",))
-    history.load_on("L8", replace(ON_CUDA, device="cuda:1"), peak_memory_bytes=6_000, devices=("cuda:1",))
-    found = [
-        (each.target_name, each.peak_memory_bytes, each.target_bytes) for each in history.model().footprints
+    for number, load in enumerate(loads.split()):
+        peak, instances, threads, device, measured, other = LOAD.fullmatch(load).groups()  # type: ignore[union-attr]
+        use = replace(ON_CUDA, device=device or "", memory_bytes=measured and int(measured))
+        devices = (use, ON_CPU) if device else ()
+        workers = [f"w{number}-{instance}" for instance in range(int(instances or 1))]
+        loaded = replace(model_loaded(*workers, mtime_ns=2 if other else 1), targets=devices)
+        history.ask_load(f"L{number}", instances=len(workers), devices=(device,) if device else UNSET)
+        history.start_load(f"L{number}")
+        loaded = replace(loaded, threads=threads and int(threads), peak_memory_bytes=int(peak))
+        history.add(loaded, f"L{number}")
+        assert (history.serving().threads, history.serving().targets) == (loaded.threads, devices)
+    found = history.model().footprints
+    shown = [
+        f"{each.peak_memory_bytes}"
+        + (f"/t{each.threads}" if each.threads is not None else "")
+        + (f"@{each.target_name}" if each.target_name is not UNSET else "")
+        + (f"={each.target_bytes}" if each.target_bytes is not UNSET else "")
+        + ("!" if each.files == (file(2),) else "")
+        for each in found
     ]
-    assert found == [
-        (UNSET, 2_000, UNSET),
-        ("cuda:0", 4_750, 251),
-        ("npu:0", 7_000, UNSET),
-        ("cuda:1", 6_000, 600_000_000),
-    ]
-
-
-@pytest.mark.parametrize("missing", [0, None])
-def test_footprint_keeps_what_its_device_measured_before(missing: int | None) -> None:
-    history = History()
-    for load, device_bytes in (("L4", missing), ("L5", 600), ("L6", missing)):
-        history.load_on(load, replace(ON_CUDA, memory_bytes=device_bytes), peak_memory_bytes=9_000)
-    (found,) = history.model().footprints
-    assert found.target_bytes == 600
-
-
-def test_footprint_with_lower_peak_takes_its_device_measurement() -> None:
-    history = History()
-    for load, peak, device_bytes in (("L4", 9_000, 600), ("L5", 8_000, 400)):
-        history.load_on(load, replace(ON_CUDA, memory_bytes=device_bytes), peak_memory_bytes=peak)
-    (found,) = history.model().footprints
-    assert (found.peak_memory_bytes, found.target_bytes) == (9_000, 400)
-
-
-def test_load_on_other_devices_needs_other_workers() -> None:
-    parameters = serving(given("load_on_device")).parameters
-    assert (parameters.devices, parameters.fallback) == (("cuda:*", "cpu"), "cpu")
-    assert parameters.has_same_workers(replace(parameters, pinned=True))
-    for changed in ({"devices": ("cuda:0",)}, {"devices": UNSET}, {"fallback": UNSET}):
-        assert not parameters.has_same_workers(replace(parameters, **changed))
+    assert " ".join(shown) == expected
 
 
 def test_footprints_of_latest_versions_outlive_the_model() -> None:
@@ -493,7 +441,7 @@ def test_footprints_of_latest_versions_outlive_the_model() -> None:
     assert len(kept) == MAX_FOOTPRINTS
     assert [each.version for each in history.model().footprints] == kept
     history.restart()
-    history.unload("U", serving(history).load_job_id)
+    history.unload("U", history.serving().load_job_id)
     history.ask_load("X", version=11)
     history.fail_load("X", version=11)
     assert [each.version for each in history.model().footprints] == kept
@@ -542,50 +490,88 @@ def test_fold_of_any_events_stays_coherent(events: list[Draft]) -> None:
         assert active is None or active.phase in {LOADED, UNLOADING}
 
 
-@pytest.mark.parametrize(
-    ("steps", "asked"),
-    [
-        ("load", ("alice", None, None)),
-        ("load restart restore", (SYSTEM, "alice", Cause.RESTART)),
-        ("load restart restore restart again", (SYSTEM, "alice", Cause.RESTART)),
-        ("load crash recover", (SYSTEM, "alice", Cause.RECOVERY)),
-        ("load restart reload", ("alice", None, None)),
-    ],
-)
-def test_reloaded_model_says_who_asked_for_it(
-    steps: str, asked: tuple[str, str | None, Cause | None]
-) -> None:
-    history = History()
-    own: dict[str, Callable[[History], object]] = {
-        "again": lambda h: h.load("L3", cause=Cause.RESTART),
-        "recover": lambda h: h.load("R", cause=Cause.RECOVERY),
-        "reload": lambda h: h.load("L2"),
-    }
-    for step in steps.split():
-        (own.get(step) or STEPS[step])(history)
-    serving = history.model().serving
-    assert serving is not None
-    assert (serving.loaded_by, serving.asked_by, serving.brought_back) == asked
+ASKED = [
+    ("load", ("alice", None, None)),
+    ("load restart restore", (SYSTEM, "alice", Cause.RESTART)),
+    ("load restart restore restart restore", (SYSTEM, "alice", Cause.RESTART)),
+    ("load crash request_recovery start_recovery finish_recovery", (SYSTEM, "alice", Cause.RECOVERY)),
+    ("load restart load_again", ("alice", None, None)),
+]
 
 
-def copied(*nodes: str, copies: int = 3) -> History:
-    """Return a model whose first copy A is at `a`; the load of each other has the name of its node."""
+@pytest.mark.parametrize(("facts", "asked"), ASKED)
+def test_reloaded_model_says_who_asked_for_it(facts: str, asked: tuple[object, ...]) -> None:
+    found = given(facts).serving()
+    assert (found.loaded_by, found.asked_by, found.brought_back) == asked
+
+
+# Copies at nodes.
+
+
+COPY_WORDS: dict[str, Callable[..., object]] = {
+    "copy": lambda h, node: h.load_at(node, node.upper(), copies=3, cause=Cause.COPY),
+    "copy_pair": lambda h, node: h.load_at(node, node.upper(), instances=2, copies=3, cause=Cause.COPY),
+    "copy_v2": lambda h, node: h.load_at(node, "V2", version=2, copies=3, cause=Cause.COPY),
+    "load": lambda h, node: h.load_at(node, "N", copies=3),
+    "load_alone": lambda h, node: h.load_at(node, "N", copies=1),
+    "lose": History.lose,
+    "leave": History.leave,
+    "kill": History.kill_worker,
+    "replace": lambda h, load: h.ask_unload("S", load, cause=Cause.SWAP, node_id="a"),
+    "unload": lambda h, load: (h.ask_unload("U", load, node_id="a"), h.start_unload("U")),
+}
+
+
+def copied(words: str) -> History:
+    """Return a model whose first load A is at `a`, and what happens then; a copy has the name of its node."""
     history = History()
     for node in "abc":
         history.join(node)
-    history.load_at("a", "A", copies=copies, keep_alive_s=60)
-    for node in nodes:
-        history.load_at(node, node.upper(), copies=copies, cause=Cause.COPY)
+    history.load_at("a", "A", copies=3, keep_alive_s=60)
+    for word in words.split():
+        step, _, given = word.partition(":")
+        COPY_WORDS[step](history, given)
     return history
 
 
-def loads_of(history: History) -> list[str]:
-    return [each.load_job_id for each in history.model().servings]
+def loads_of(history: History) -> str:
+    model = history.model()
+    loads = " ".join(f"{each.load_job_id}{'!' * bool(each.degraded_at)}" for each in model.servings)
+    return loads if model.phase is LOADED else f"{model.phase}: {loads}"
 
 
-def test_copy_serves_beside_the_first_load() -> None:
-    history = copied("b", "c")
-    assert (loads_of(history), history.model().rank) == (["A", "B", "C"], copied().model().rank)
+COPIES = [
+    # what happens; its loads then, the first one first; an exclamation mark for a degraded one
+    ("copy:b copy:c", "A B C"),
+    ("copy:b copy:c copy_v2:b load:a", "N C V2"),
+    *(
+        (f"copy:b copy:c copy_v2:b load:a {end}", "C V2")
+        for end in ("lose:a", "leave:a", "kill:w-N", "replace:N")
+    ),
+    ("copy:b lose:b", "A"),
+    ("copy:b lose:b lose:a", "lost: A"),
+    ("copy_pair:b kill:w-B-2", "A B!"),
+    ("copy_pair:b kill:w-B-2 kill:w-B", "A"),
+    ("copy:b copy:c load_alone:c", "N"),
+    ("unload:A copy:b", "unloading: A"),  # the copy of a model that unloads is not its own
+]
+
+
+@pytest.mark.parametrize(("words", "loads"), COPIES)
+def test_copies_serve_beside_the_first_load_and_after_it(words: str, loads: str) -> None:
+    history = copied(words)
+    model = history.model()
+    assert loads_of(history) == loads
+    assert not model.degraded
+    assert model.loads == ()
+    assert (model.copies is UNSET) == (len(model.servings) == 1)
+    assert history.serving().parameters.wanted_copies == (1 if "alone" in words else 3)
+    assert {each.degraded_at for each in model.servings} - {None} <= {at(history.seconds)}
+
+
+def test_copy_serves_its_node_first() -> None:
+    history = copied("copy:b copy:c")
+    assert history.model().rank == copied("").model().rank
     seen = history.model().view_at("b")
     assert [each.load_job_id for each in seen.servings] == ["B", "A", "C"]
     assert seen.serving is not None
@@ -594,47 +580,8 @@ def test_copy_serves_beside_the_first_load() -> None:
     assert history.model().view_at("d") is history.model()
 
 
-@pytest.mark.parametrize("end", ["lose", "leave", "kill", "swap"])
-def test_copy_takes_the_place_of_what_ended(end: str) -> None:
-    history = copied("b", "c")
-    history.load_at("b", "B2", version=2, copies=3, cause=Cause.COPY)
-    history.load_at("a", "A2", copies=3)
-    assert loads_of(history) == ["A2", "C", "B2"]
-    match end:
-        case "lose":
-            history.lose("a")
-        case "leave":
-            history.leave("a")
-        case "kill":
-            history.kill_worker("w-A2")
-        case "swap":
-            history.ask_unload("U", "A2", cause=Cause.SWAP, node_id="a")
-    model = history.model()
-    assert (model.phase, loads_of(history)) == (LOADED, ["C", "B2"])
-    assert model.serving is not None
-    assert model.serving.parameters.wanted_copies == 3
-
-
-def test_model_is_lost_with_its_last_copy() -> None:
-    history = copied("b")
-    history.lose("b")
-    assert loads_of(history) == ["A"]
-    history.lose("a")
-    assert (history.model().phase, history.model().copies) == (ModelState.LOST, UNSET)
-
-
-def test_copy_with_a_dead_worker_is_kept_degraded() -> None:
-    history = copied()
-    history.load_at("b", "B", instances=2, copies=3, cause=Cause.COPY)
-    history.kill_worker("w-B-2")
-    assert not history.model().degraded
-    assert history.model().servings[1].degraded_at == at(history.seconds)
-    history.kill_worker("w-B")
-    assert loads_of(history) == ["A"]
-
-
 def test_settings_of_a_copied_model_outlive_its_first_load() -> None:
-    history = copied("b")
+    history = copied("copy:b")
     history.ask_load("S", copies=2, keep_alive_s=5)
     history.add(ModelSettingsChanged("B", 5, pinned=True, copies=2), "S")
     history.lose("a")
@@ -642,25 +589,11 @@ def test_settings_of_a_copied_model_outlive_its_first_load() -> None:
     assert (left.load_job_id, left.parameters.keep_alive_s, left.parameters.copies) == ("B", 5, 2)
 
 
-def test_load_of_one_copy_ends_the_others() -> None:
-    history = copied("b", "c")
-    history.load_at("c", "N", copies=1)
-    assert loads_of(history) == ["N"]
-
-
-def test_copy_of_a_model_that_unloads_is_not_its_own() -> None:
-    history = copied()
-    history.ask_unload("U", "A", node_id="a")
-    history.start_unload("U")
-    history.load_at("b", "B", copies=3, cause=Cause.COPY)
-    assert (loads_of(history), history.model().loads) == (["A"], ())
-
-
 def test_version_that_a_swap_goes_on_to_is_held() -> None:
-    history = copied("b")
+    history = copied("copy:b")
     history.load_at("a", "A2", version=2, copies=3)
     history.lose("a")
     model = history.model()
-    assert (loads_of(history), model.target and model.target.load_job_id) == (["B"], "A2")
+    assert (loads_of(history), model.target and model.target.load_job_id) == ("B", "A2")
     assert {each.load_job_id for each in model.held} == {"B", "A2"}
     assert "will be reloaded" in (find_use(history.state, model.id, 2) or "")

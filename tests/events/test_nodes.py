@@ -3,11 +3,13 @@
 import dataclasses
 import json
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 from support.history import DIGEST, MODEL, START, History, at, given, ids, model_loaded, opened, steady
+from support.ledgers import change_ledger
 
 from events.accept import accept
 from events.audit.verify import verify
@@ -20,16 +22,7 @@ from events.registers import Registers
 from events.sqlite import queries, storage
 from events.sqlite.schema import connect
 from events.state import Entities, State, Transaction
-from events.types import (
-    SYSTEM,
-    Cause,
-    Draft,
-    Event,
-    LoadStarted,
-    ServerStarted,
-    ServerStopped,
-    UnloadRequested,
-)
+from events.types import SYSTEM, Cause, Draft, Event, LoadStarted, ServerStarted, UnloadRequested
 from events.values import Credential
 from features.approvals.facts import VersionApproved
 from features.nodes.commands import DrainNode, EndNode, JoinNode, NodeCurrent, NodeUnchanged
@@ -46,10 +39,6 @@ def cluster(*nodes: str) -> History:
     return history
 
 
-def phase_of(history: History, node: str) -> NodePhase:
-    return history.state.registers.nodes[node].phase
-
-
 def works_on(history: History, node: str) -> tuple[set[str], set[str]]:
     own = find_share(history.state, node, None, frozenset())
     return {job.id for job in own.unended()}, set(own.models)
@@ -59,20 +48,20 @@ def works_on(history: History, node: str) -> tuple[set[str], set[str]]:
 
 
 def test_node_goes_through_its_phases() -> None:
-    history = cluster("a")
-    assert history.state.registers.nodes["a"] == Node(
-        "a", 1, NodePhase.JOINED, 1, at(1), "http://a", (), None, "1", None
-    )
-    history.drain("a")
-    assert phase_of(history, "a") is NodePhase.DRAINING
-    history.leave("a")
-    assert (phase_of(history, "a"), history.state.registers.nodes["a"].ended_at) == (NodePhase.LEFT, at(3))
-    history.join("a", attributes=("zone=eu",))
-    node = history.state.registers.nodes["a"]
-    assert (node.epoch, node.phase, node.ended_at) == (2, NodePhase.JOINED, None)
-    assert node.attributes == ("zone=eu",)
-    history.lose("a")
-    assert phase_of(history, "a") is NodePhase.LOST
+    history, found = cluster("a"), list[tuple[NodePhase, int, str | None]]()
+    first = Node("a", 1, NodePhase.JOINED, 1, at(1), "http://a", (), None, "1", None)
+    assert history.state.registers.nodes["a"] == first
+    for step in (history.drain, history.leave, partial(history.join, attributes=("zone=eu",)), history.lose):
+        step("a")
+        node = history.state.registers.nodes["a"]
+        found.append((node.phase, node.epoch, node.ended_at))
+    assert found == [
+        (NodePhase.DRAINING, 1, None),
+        (NodePhase.LEFT, 1, at(3)),
+        (NodePhase.JOINED, 2, None),
+        (NodePhase.LOST, 2, at(5)),
+    ]
+    assert history.state.registers.nodes["a"].attributes == ("zone=eu",)
 
 
 @pytest.mark.parametrize("data", [NodeDraining("a", 1), NodeLeft("a", 1), NodeLost("a", 1, at(0))])
@@ -104,18 +93,6 @@ def test_placer_is_lowest_node_that_takes_loads(nodes: str, steps: str, placer: 
     assert find_placer(history.state.registers.nodes) == placer
 
 
-def test_node_that_signed_a_standing_approval_is_not_forgotten() -> None:
-    history = cluster("a", "b")
-    signature = NodeSignature("b", "c2ln")
-    history.add(VersionApproved(DIGEST, (), "fine", Credential(), server_signature=signature), by="carol")
-    history.leave("b")
-    history.join("c", after_s=KEPT_S + 20)
-    assert set(history.state.registers.nodes) == {*"abc"}
-    history.withdraw()
-    history.join("d")
-    assert set(history.state.registers.nodes) == {*"acd"}
-
-
 def test_node_that_ended_long_ago_is_forgotten_when_another_joins() -> None:
     history = cluster("a", "b", "c", "d")
     history.leave("b")
@@ -127,15 +104,24 @@ def test_node_that_ended_long_ago_is_forgotten_when_another_joins() -> None:
     history.join("e", after_s=20)
     changes.apply(history.facts[-1])
     assert set(history.state.registers.nodes) == {*"ade"}
-    assert {key: node is None for key, node in changes.changes.registers["nodes"].items()} == {
-        "e": False,
-        "b": True,
-        "c": True,
-    }
+    changed = changes.changes.registers["nodes"]
+    assert {key: node is None for key, node in changed.items()} == {"e": False, "b": True, "c": True}
     folded = Entities()
     for event in history.facts:
         folded.apply(event)
     assert folded.registers.nodes == history.state.registers.nodes
+
+
+def test_node_that_signed_a_standing_approval_is_not_forgotten() -> None:
+    history = cluster("a", "b")
+    signed = VersionApproved(DIGEST, (), "fine", Credential(), server_signature=NodeSignature("b", "c2ln"))
+    history.add(signed, by="carol")
+    history.leave("b")
+    history.join("c", after_s=KEPT_S + 20)
+    assert set(history.state.registers.nodes) == {*"abc"}
+    history.withdraw()
+    history.join("d")
+    assert set(history.state.registers.nodes) == {*"acd"}
 
 
 def test_node_that_owns_something_or_joins_again_is_remembered() -> None:
@@ -158,41 +144,28 @@ ENDS = {
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_end_of_node_loses_its_models_alone(end: str) -> None:
+def test_end_of_node_ends_all_that_is_there_alone(end: str) -> None:
     history = cluster("a", "b")
     history.load_at("a", "A", of="at_a")
     history.load_at("b", "B", of="at_b")
+    history.ask_load("W", of="waits")
+    history.place("W", "b", of="waits")
+    history.ask_load("L")
+    history.start_at("b", "L")
     before = history.model("at_a")
+    assert (history.job("L").server, history.model().state) == ("b", ModelState.LOADING)
     ENDS[end](history)
     lost = history.model("at_b")
     assert history.model("at_a") is before
     assert (lost.phase, lost.lost_by, lost.lost_at) == (ModelState.LOST, Cause.RESTART, at(history.seconds))
-    assert lost.serving is not None
-    assert lost.serving.server is None
-
-
-@pytest.mark.parametrize(("end", "deaths"), [("leaves", 0), ("is lost", 1), ("joins again", 1)])
-def test_end_of_node_leaves_its_load_to_another(end: str, deaths: int) -> None:
-    history = cluster("a", "b")
-    history.ask_load("L")
-    history.start_at("b", "L")
-    assert (history.job("L").server, history.model().state) == ("b", ModelState.LOADING)
-    ENDS[end](history)
-    job = history.job("L")
-    assert (job.status, job.server, job.attempt, job.server_deaths) == (JobStatus.PENDING, None, 1, deaths)
-    assert history.model().state is ModelState.UNLOADED
+    assert history.serving("at_b").server is None
+    started, waiting = history.job("L"), history.job("W")
+    deaths = 0 if end == "leaves" else 1
+    assert (started.status, started.server, started.attempt) == (JobStatus.PENDING, None, 1)
+    assert (started.server_deaths, history.model().state) == (deaths, ModelState.UNLOADED)
+    assert (waiting.server, waiting.server_deaths, waiting.position) == (None, 0, history.state.position)
     history.start_at("a", "L")
     assert (history.job("L").attempt, history.job("L").server) == (2, "a")
-
-
-@pytest.mark.parametrize("end", ENDS)
-def test_end_of_node_unplaces_waiting_loads(end: str) -> None:
-    history = cluster("a", "b")
-    history.ask_load("L")
-    history.place("L", "b")
-    ENDS[end](history)
-    job = history.job("L")
-    assert (job.server, job.server_deaths, job.position) == (None, 0, history.state.position)
 
 
 def test_end_of_node_keeps_load_at_another() -> None:
@@ -204,9 +177,7 @@ def test_end_of_node_keeps_load_at_another() -> None:
     assert (history.model().phase, history.job("L").status) == (ModelState.LOST, JobStatus.IN_PROGRESS)
     assert [load.started for load in history.model().loads] == [True]
     history.add(replace(model_loaded("w"), server="a"), "L")
-    serving = history.model().serving
-    assert serving is not None
-    assert (serving.server, history.model().phase) == ("a", ModelState.LOADED)
+    assert (history.serving().server, history.model().phase) == ("a", ModelState.LOADED)
 
 
 def test_dead_worker_keeps_model_at_its_node() -> None:
@@ -228,9 +199,8 @@ def test_drained_and_replaced_load_is_unloaded_apart() -> None:
     assert (works_on(history, "a"), works_on(history, "b")) == (({"U"}, set()), (set(), {MODEL}))
     assert history.state.queue(MODEL) == []
     assert not history.job("U").cancellable
-    serving = history.model().serving
-    assert serving is not None
-    assert (serving.server, serving.asked_by, serving.brought_back) == ("b", "alice", Cause.DRAIN)
+    moved = history.serving()
+    assert (moved.server, moved.asked_by, moved.brought_back) == ("b", "alice", Cause.DRAIN)
     history.start_unload("U")
     history.lose("a")
     assert (history.job("U").status, works_on(history, "b")[0]) == (JobStatus.PENDING, {"U"})
@@ -239,38 +209,26 @@ def test_drained_and_replaced_load_is_unloaded_apart() -> None:
     assert (history.model().phase, history.state.unended()) == (ModelState.LOADED, [])
 
 
-@pytest.mark.parametrize("cancels", [False, True])
-def test_failed_move_is_counted_and_model_serves_on(cancels: bool) -> None:  # noqa: FBT001
+@pytest.mark.parametrize("end", ["invalid_model", "insufficient_memory", "cancelled"])
+@pytest.mark.parametrize("is_degraded", [False, True])
+def test_failed_move_is_counted_and_model_serves_on(end: str, *, is_degraded: bool) -> None:
     history = cluster("a", "b")
-    history.load_at("a", "A")
+    history.load_at("a", "A", instances=2)
+    if is_degraded:
+        history.kill_worker("w-A")
+    incidents = history.model().incidents
     history.ask_load("M", cause=Cause.DRAIN)
     history.start_at("b", "M")
-    if cancels:
+    if end == "cancelled":
         history.ask_cancel("M")
         history.end_cancelled("M")
     else:
-        history.fail_load("M", "invalid_model")
+        history.fail_load("M", end)
     model = history.model()
-    assert (model.phase, model.incidents) == (ModelState.LOADED, ())
+    assert (model.phase, model.incidents, model.degraded) == (ModelState.LOADED, incidents, is_degraded)
+    assert not history.serving().kept_as_is  # the repair goes on
     assert model.retries is not None
     assert (model.retries.count, model.back_off_position) == (1, history.state.position)
-
-
-def test_failed_move_ends_no_repair() -> None:
-    history = cluster("a", "b")
-    history.ask_load("A", instances=2)
-    history.start_at("a", "A")
-    history.add(replace(model_loaded("w1", "w2"), server="a"), "A")
-    history.kill_worker("w1")
-    history.ask_load("M", cause=Cause.DRAIN)
-    history.start_at("b", "M")
-    incidents = history.model().incidents
-    history.fail_load("M", "insufficient_memory")
-    model = history.model()
-    assert model.degraded
-    assert model.serving is not None
-    assert (model.serving.kept_as_is, model.incidents) == (False, incidents)
-    assert model.retries is not None
 
 
 def test_placement_is_counted_until_a_node_ends() -> None:
@@ -302,6 +260,8 @@ def test_deadline_moves_by_time_without_any_node() -> None:
 
 def test_first_node_ends_what_ran_without_nodes() -> None:
     history = given("load request_other start_other")
+    assert ALONE.share(history.state) is history.state  # worked on whole
+    assert find_share(history.state, "a", None, frozenset()).unended() == []
     history.join("a", unclean=True)
     assert history.model().phase is ModelState.LOST
     assert history.job("O").status is JobStatus.PENDING
@@ -313,19 +273,11 @@ def test_server_without_nodes_takes_over_what_they_had() -> None:
     history.load_at("a", "A")
     history.ask_load("L", of="other")
     history.place("L", "b", of="other")
-    history.add(ServerStarted(True, last_seen_at=at(history.seconds)), None, of=None, version=None)
-    serving = history.model().serving
-    assert serving is not None
-    assert (serving.server, history.model().phase) == (None, ModelState.LOST)
-    assert history.job("L").server is None
-
-
-def test_stop_of_a_server_alone_keeps_placements() -> None:
-    history = cluster("b")
-    history.ask_load("L")
-    history.place("L", "b")
-    history.add(ServerStopped(), None, of=None, version=None)
+    history.stop()
     assert history.job("L").server == "b"
+    history.add(ServerStarted(True, last_seen_at=at(history.seconds)), None, of=None, version=None)
+    assert (history.serving().server, history.model().phase) == (None, ModelState.LOST)
+    assert history.job("L").server is None
 
 
 # Which node works on what
@@ -350,11 +302,22 @@ def test_unload_is_worked_on_where_its_load_is() -> None:
     history.load_at("b", "B")
     history.ask_unload("U", "B")
     assert works_on(history, "b")[0] == {"U"}
+    (request,) = facts(decide(history.state, RequestUnload(MODEL, "alice", force=True)))
+    assert isinstance(request, UnloadRequested)
+    assert (request.load_job_id, request.server) == ("B", "b")
     history.ask_load("L", of="other")
     history.ask_unload("V", "L", of="other", force=True)
     assert works_on(history, "a")[0] == {"L", "V"}
     history.place("L", "b", of="other")
     assert works_on(history, "b")[0] == {"U", "L", "V"}
+
+
+def test_untrusted_node_owns_nothing_and_places_nothing() -> None:
+    history = cluster("a", "b")
+    history.load_at("a", "L")
+    assert find_placer(history.state.registers.nodes, {"a"}) == "b"
+    for node, untrusted, models in (("b", "", set()), ("b", "a", {MODEL}), ("a", "a", set())):
+        assert find_share(history.state, node, 1, frozenset(untrusted)).models.keys() == models
 
 
 def test_epoch_that_is_over_works_on_nothing() -> None:
@@ -364,12 +327,6 @@ def test_epoch_that_is_over_works_on_nothing() -> None:
     history.join("a", unclean=True)
     assert find_share(history.state, "a", 1, frozenset()).unended() == []
     assert [job.id for job in find_share(history.state, "a", 2, frozenset()).unended()] == ["L"]
-
-
-def test_state_without_nodes_is_worked_on_whole() -> None:
-    history = given("load request_other")
-    assert ALONE.share(history.state) is history.state
-    assert find_share(history.state, "a", None, frozenset()).unended() == []
 
 
 # Commands
@@ -451,14 +408,6 @@ def test_facts_of_ended_epoch_are_refused() -> None:
     assert isinstance(decide(history.state, current), Refused)
 
 
-def test_unload_names_the_node_of_its_load() -> None:
-    history = cluster("a", "b")
-    history.load_at("b", "B")
-    (request,) = facts(decide(history.state, RequestUnload(MODEL, "alice")))
-    assert isinstance(request, UnloadRequested)
-    assert (request.load_job_id, request.server) == ("B", "b")
-
-
 # How they are stored
 
 
@@ -475,15 +424,13 @@ def test_stored_entities_with_nodes_read_back() -> None:
     history.load_at("a", "A")
     history.ask_load("L", version=2)
     history.start_at("a", "L")
-    for model in history.state.models.values():
-        assert queries.as_model(queries.as_text(model)) == model
-        assert json.loads(queries.as_text(model))["serving"]["node_id"] == "a"
-    for job in history.state.jobs.values():
-        assert queries.as_job(queries.as_text(job)) == job
+    [model], jobs = history.state.models.values(), history.state.jobs.values()
+    assert queries.as_model(queries.as_text(model)) == model
+    assert json.loads(queries.as_text(model))["serving"]["node_id"] == "a"
+    assert [queries.as_job(queries.as_text(job)) for job in jobs] == [*jobs]
 
 
-async def test_nodes_are_stored_and_rebuilt(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.db"
+async def test_nodes_are_stored_rebuilt_and_verified(path: Path) -> None:
     async with opened(path, **steady(lambda: START)) as log:
         await log.submit(JoinNode("a", "http://a", ("zone=eu",)))
         await log.submit(JoinNode("b", "http://b"))
@@ -495,15 +442,8 @@ async def test_nodes_are_stored_and_rebuilt(tmp_path: Path) -> None:
         assert queries.read_state(connection).registers.nodes == nodes
     async with opened(path) as log:
         assert log.state.registers.nodes == nodes
-
-
-async def test_changed_node_is_found_by_verify(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.db"
-    async with opened(path) as log:
-        await log.submit(JoinNode("a", "http://a"))
     assert verify(path).verified
-    with closing(connect(path)) as connection:
-        connection.execute("DELETE FROM nodes")
+    change_ledger(path, "DELETE FROM nodes WHERE id = 'a'", keeps_triggers=True)
     finding = verify(path).finding
     assert finding is not None
     assert "the stored nodes lack 'a'" in finding.problem
@@ -520,17 +460,6 @@ def test_epoch_is_over_once_it_ended_or_the_node_joined_again(steps: str, is_ove
     nodes = history.state.registers.nodes
     assert is_epoch_over(nodes, name) is is_over
     assert not any(is_epoch_over(nodes, other) for other in ("", "a-1", name.removesuffix("-1"), name + "x"))
-
-
-def test_untrusted_node_owns_nothing_and_places_nothing() -> None:
-    history = History()
-    for node in "ab":
-        history.join(node)
-    history.load_at("a", "L")
-    assert find_placer(history.state.registers.nodes, {"a"}) == "b"
-    assert find_share(history.state, "b", 1, frozenset()).models == {}
-    assert find_share(history.state, "b", 1, frozenset("a")).models.keys() == {MODEL}
-    assert find_share(history.state, "a", 1, frozenset("a")).models == {}
 
 
 def test_statement_of_join_names_all_that_is_checked() -> None:

@@ -1,12 +1,13 @@
 """The live state: its queues, the active model, and what holds of folding any events."""
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.history import FEWER, MODEL, History, as_event, fold, opened
@@ -15,13 +16,11 @@ from support.ledgers import FAST_FOLDER, rows_of, sample_history, store_events
 from support.strategies import drafts
 
 from events import jobs, models
-from events.audit.replay import replay
 from events.audit.verify import verify
 from events.codec import encode_event
 from events.jobs import Job
+from events.models import Model
 from events.registers import OF_REGISTERS
-from events.serving import Serving
-from events.sqlite import queries, storage
 from events.sqlite.schema import connect
 from events.state import Entities, State, Transaction, has_turn
 from events.types import SCHEMA, TYPES, Cause, Draft, Event, Unknown
@@ -93,12 +92,6 @@ def test_repeated_id_after_end_is_newest_job(forget: bool) -> None:  # noqa: FBT
 # The active model.
 
 
-def serving(history: History, model: str) -> Serving:
-    found = history.model(model).serving
-    assert found is not None
-    return found
-
-
 VERBS: dict[str, Callable[[History, str, str], object]] = {
     "load": lambda h, model, job: h.load(job, of=model),
     "demand": lambda h, model, job: h.load(job, of=model, cause=Cause.DEMAND),
@@ -107,10 +100,10 @@ VERBS: dict[str, Callable[[History, str, str], object]] = {
     "return": lambda h, model, job: h.load(job, of=model, cause=Cause.SWAP),
     "request": lambda h, model, job: h.ask_load(job, of=model),
     "start": lambda h, model, job: h.start_load(job, of=model),
-    "request_unload": lambda h, model, job: h.ask_unload(job, serving(h, model).load_job_id, of=model),
+    "request_unload": lambda h, model, job: h.ask_unload(job, h.serving(model).load_job_id, of=model),
     "start_unload": lambda h, model, job: h.start_unload(job, of=model),
-    "unload": lambda h, model, job: h.unload(job, serving(h, model).load_job_id, of=model),
-    "crash": lambda h, model, _: h.kill_worker(*serving(h, model).worker_ids, of=model),
+    "unload": lambda h, model, job: h.unload(job, h.serving(model).load_job_id, of=model),
+    "crash": lambda h, model, _: h.kill_worker(*h.serving(model).worker_ids, of=model),
     "restart": lambda h, *_: h.restart(),
 }
 CONTINUES = {"start", "start_unload", "crash", "restart"}
@@ -159,7 +152,10 @@ def test_active_model(facts: str, active: str | None) -> None:
 # `Entities` folds the same, faster.
 
 
-def assert_entities_agree(events: Sequence[Event]) -> None:
+@FEWER
+@given(st.lists(drafts(), max_size=30).map(lambda events: fold(events).facts))
+@example(sample_history(rounds=3))
+def test_entities_agree_with_state(events: Sequence[Event]) -> None:
     state, entities = State(), Entities()
     for event in events:
         ended = entities.apply(event)
@@ -169,16 +165,6 @@ def assert_entities_agree(events: Sequence[Event]) -> None:
         assert entities.models == state.models
         assert entities.jobs == state.jobs
         assert entities.registers == state.registers
-
-
-@FEWER
-@given(st.lists(drafts(), max_size=30))
-def test_entities_agree_with_state(events: list[Draft]) -> None:
-    assert_entities_agree(fold(events).facts)
-
-
-def test_entities_agree_on_history() -> None:
-    assert_entities_agree(sample_history(rounds=3))
 
 
 def test_stop_keeps_queue_of_each_model() -> None:
@@ -205,7 +191,7 @@ def test_every_type_has_a_fold() -> None:
     assert not {*models.STEPS, *jobs.STEPS} & OF_REGISTERS
 
 
-# Replays agree, and what this release does not know changes nothing.
+# What this release does not know changes nothing.
 
 HISTORIES = st.lists(drafts(), max_size=30).map(lambda events: fold(events).facts)
 
@@ -217,29 +203,18 @@ def fold_events(events: Sequence[Event]) -> State:
     return state
 
 
-@FEWER
-@given(HISTORIES)
-def test_replay_at_each_position_is_the_fold(events: list[Event]) -> None:
-    with TemporaryDirectory(dir=FAST_FOLDER) as folder:
-        path = Path(folder) / "ledger.db"
-        with closing(connect(path)) as connection:
-            store_events(connection, events)
-            for position in range(len(events) + 1):
-                (_, found), folded = replay(connection, str(position)), fold_events(events[:position])
-                connection.rollback()
-                assert (found.models, found.unended()) == (folded.models, folded.unended())
-                assert (found.position, found.recorded_at) == (folded.position, folded.recorded_at)
-            storage.rebuild(connection)
-            assert queries.read_state(connection).models == fold_events(events).models
-        assert verify(path).verified
-
-
 LEAVES = st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.text(max_size=5)
 OBJECTS = st.dictionaries(st.text(max_size=5), LEAVES | st.lists(LEAVES, max_size=2), max_size=3)
 NEW_NAMES = st.text(min_size=1, max_size=8).map(lambda name: f"new_{name}")
 UNKNOWN = st.builds(Unknown, NEW_NAMES, st.integers(1, 3), OBJECTS) | st.builds(
     Unknown, st.sampled_from(sorted(TYPES)), st.integers(SCHEMA + 1, SCHEMA + 3), OBJECTS
 )
+
+
+async def models_after_start(path: Path) -> Mapping[str, Model]:
+    async with opened(path) as log:
+        await log.server_started()
+        return log.state.models
 
 
 @FEWER
@@ -257,17 +232,4 @@ def test_events_of_later_release_are_kept_and_skipped(events: list[Event], draws
         verification = verify(path)
         assert verification.verified, verification.finding
         assert [body for _, body, _ in rows_of(path)] == list(map(encode_event, written))
-
-
-async def test_ledger_with_events_of_later_release_opens(tmp_path: Path) -> None:
-    history = History()
-    history.load("L")
-    history.add(Unknown("ModelBlessed", 1, {"by": "somebody"}), "L")
-    history.add(Unknown("ModelLoaded", 2, {"files": "elsewhere"}), "L")
-    path = tmp_path / "ledger.db"
-    with closing(connect(path)) as connection:
-        store_events(connection, history.facts)
-    async with opened(path) as log:
-        assert log.state.models == history.state.models
-        await log.server_started()
-    assert verify(path).verified
+        assert asyncio.run(models_after_start(path)) == without.models

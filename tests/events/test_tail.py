@@ -51,6 +51,11 @@ async def read_until(tail: Tail, last: int) -> list[int]:
     return found
 
 
+async def follow(tails: Tails, after: int, last: int) -> list[int]:
+    with tails.open(after) as tail:
+        return await read_until(tail, last)
+
+
 async def test_tail_catches_up_in_pages_then_follows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "EVENTS_PER_TURN", 3)
     async with opened(path) as log, tailing(log) as tails:
@@ -109,11 +114,7 @@ async def test_tail_misses_and_repeats_nothing(path: Path, size: int) -> None:
             for command in facts(60, first=first):
                 await log.submit(command)
 
-        async def follow() -> list[int]:
-            with tails.open(0) as tail:
-                return await read_until(tail, 240)
-
-        following = [asyncio.create_task(follow()) for _ in range(4)]
+        following = [asyncio.create_task(follow(tails, 0, 240)) for _ in range(4)]
         await asyncio.gather(*(append(1_000 * number) for number in range(4)))
         for found in await asyncio.gather(*following):
             assert found == list(range(1, 241))
@@ -122,12 +123,7 @@ async def test_tail_misses_and_repeats_nothing(path: Path, size: int) -> None:
 async def test_tails_at_same_position_share_batches(path: Path) -> None:
     async with opened(path) as log, tailing(log) as tails:
         await write(log, 5)
-
-        async def follow(after: int) -> list[int]:
-            with tails.open(after) as tail:
-                return await read_until(tail, 60)
-
-        following = [asyncio.create_task(follow(number % 6)) for number in range(100)]
+        following = [asyncio.create_task(follow(tails, number % 6, 60)) for number in range(100)]
         await write(log, 55, first=6)
         for number, found in enumerate(await asyncio.gather(*following)):
             assert found == list(range(number % 6 + 1, 61))
@@ -178,18 +174,13 @@ async def test_slow_tail_reads_log_and_holds_no_snapshot(path: Path) -> None:
 async def test_tails_share_readers_and_cancelled_read_returns_its_own(path: Path) -> None:
     async with opened(path) as log, tailing(log, readers=1) as tails:
         await write(log, 50)
-
-        async def follow() -> list[int]:
-            with tails.open(0) as tail:
-                return await read_until(tail, 50)
-
         for _ in range(5):
             with tails.open(0) as tail:
                 reading = asyncio.create_task(tail.read())
                 await asyncio.sleep(0)
                 reading.cancel()
                 await asyncio.wait([reading])
-        for found in await asyncio.gather(*(follow() for _ in range(20))):
+        for found in await asyncio.gather(*(follow(tails, 0, 50) for _ in range(20))):
             assert found == list(range(1, 51))
 
 

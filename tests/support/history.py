@@ -16,12 +16,10 @@ from msgspec.structs import replace
 import events.log
 from events.clock import format_timestamp
 from events.commands import Command, Receipt, Record
-from events.jobs import (
-    INCIDENT_WINDOW_S,
-    Job,
-)
+from events.jobs import INCIDENT_WINDOW_S, Job
 from events.log import Log
 from events.models import Model
+from events.serving import Serving
 from events.state import State
 from events.types import (
     SYSTEM,
@@ -42,6 +40,7 @@ from events.types import (
     ModelLoaded,
     ModelSettingsChanged,
     ModelUnloaded,
+    PolicyInForce,
     ServerStarted,
     ServerStopped,
     Unknown,
@@ -57,9 +56,11 @@ from events.types import (
 from events.values import Credential, FileHash
 from events.versions import ModelVersions
 from features.approvals.facts import ApprovalWithdrawn, VersionApproved
+from features.approvals.rules import ApprovalRule
 from features.devices.facts import DeviceUse
 from features.labels.facts import LabelRemoved, LabelSet
 from features.nodes.facts import LoadPlaced, NodeData, NodeDraining, NodeJoined, NodeLeft, NodeLost
+from features.rules import LoadPolicy
 from support.fleet import SOAK, of_both
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -174,22 +175,9 @@ class History:
     def end_load(self, job: str, *, mtime_ns: int = 1, **about: Any) -> None:
         self.add(model_loaded(f"w-{job}", mtime_ns=mtime_ns), job, **about)
 
-    def load_on(
-        self,
-        job: str,
-        *devices: DeviceUse,
-        peak_memory_bytes: int = 2_000,
-        instances: int = 1,
-        of: str = MODEL,
-        version: int = 1,
-        **given: Any,
-    ) -> None:
-        """A load of so many workers ends well on a device; what is not supported there runs on the CPU."""
-        self.ask_load(job, of=of, version=version, instances=instances, **given)
-        self.start_load(job, of=of, version=version)
-        workers = (f"w-{job}", *(f"w-{job}-{number}" for number in range(2, instances + 1)))
-        loaded = replace(model_loaded(*workers), targets=devices, peak_memory_bytes=peak_memory_bytes)
-        self.add(loaded, job, of=of, version=version)
+    def load_on(self, job: str, *devices: DeviceUse, peak_memory_bytes: int = 2_000, **given: Any) -> None:
+        """A load ends well on a device; what is not supported there runs on the CPU."""
+        self.load_at(None, job, targets=devices, peak_memory_bytes=peak_memory_bytes, **given)
 
     def load_pair(self, job: str, *, cause: Cause = Cause.REQUEST) -> None:
         """A load of two instances ends well, in the workers `<job>1` and `<job>2`."""
@@ -211,17 +199,8 @@ class History:
         self.ask_load(job, cause=Cause.RECOVERY)
         self.fail_load(job, code)
 
-    def load(
-        self,
-        job: str,
-        *,
-        of: str = MODEL,
-        version: int = 1,
-        cause: Cause = Cause.REQUEST,
-        mtime_ns: int = 1,
-        **given: Any,
-    ) -> None:
-        self.ask_load(job, of=of, version=version, cause=cause, **given)
+    def load(self, job: str, *, of: str = MODEL, version: int = 1, mtime_ns: int = 1, **given: Any) -> None:
+        self.ask_load(job, of=of, version=version, **given)
         self.start_load(job, of=of, version=version)
         self.end_load(job, of=of, version=version, mtime_ns=mtime_ns)
 
@@ -246,18 +225,10 @@ class History:
     def end_unload(self, job: str, **about: Any) -> None:
         self.add(ModelUnloaded(1_000, 0, 0), job, **about)
 
-    def unload(
-        self,
-        job: str,
-        load: str,
-        *,
-        cause: Cause = Cause.REQUEST,
-        node_id: str | UnsetType = UNSET,
-        **about: Any,
-    ) -> None:
-        self.ask_unload(job, load, cause=cause, node_id=node_id, **about)
-        self.start_unload(job, **about)
-        self.end_unload(job, **about)
+    def unload(self, job: str, load: str, *, of: str = MODEL, version: int = 1, **given: Any) -> None:
+        self.ask_unload(job, load, of=of, version=version, **given)
+        self.start_unload(job, of=of, version=version)
+        self.end_unload(job, of=of, version=version)
 
     def ask_cancel(self, job: str, **about: Any) -> None:
         self.add(CancelRequested(), job, by="alice", **about)
@@ -287,13 +258,7 @@ class History:
         return self.add(data, None, of=None, version=None, **about)
 
     def join(
-        self,
-        node: str,
-        *,
-        epoch: int | None = None,
-        unclean: bool = False,
-        after_s: float = 1,
-        **given: Any,
+        self, node: str, *, epoch: int | None = None, unclean: bool = False, after_s: float = 1, **given: Any
     ) -> None:
         before = self.state.registers.nodes.get(node)
         epoch = epoch or (before.epoch + 1 if before is not None else 1)
@@ -320,20 +285,25 @@ class History:
 
     def load_at(
         self,
-        node: str,
+        node: str | None,
         job: str,
         *,
         of: str = MODEL,
         version: int = 1,
-        cause: Cause = Cause.REQUEST,
         instances: int = 1,
+        targets: tuple[DeviceUse, ...] | UnsetType = UNSET,
+        peak_memory_bytes: int = 2_000,
         **given: Any,
     ) -> None:
-        """A load of one worker `w-<job>`, or of several, `w-<job>-2` and so on, ends well at a node."""
-        self.ask_load(job, of=of, version=version, cause=cause, instances=instances, **given)
-        self.start_at(node, job, of=of, version=version)
+        """A load of a worker `w-<job>`, or of several, `w-<job>-2` and so on, ends well, at a node or not."""
+        self.ask_load(job, of=of, version=version, instances=instances, **given)
+        if node is None:
+            self.start_load(job, of=of, version=version)
+        else:
+            self.start_at(node, job, of=of, version=version)
         workers = (f"w-{job}", *(f"w-{job}-{number}" for number in range(2, instances + 1)))
-        self.add(replace(model_loaded(*workers), server=node), job, of=of, version=version)
+        loaded = replace(model_loaded(*workers), targets=targets, peak_memory_bytes=peak_memory_bytes)
+        self.add(replace(loaded, server=UNSET if node is None else node), job, of=of, version=version)
 
     def start_at(self, node: str, job: str, *, of: str = MODEL, version: int = 1) -> None:
         self.place(job, node, of=of, version=version)
@@ -360,6 +330,12 @@ class History:
     def model(self, model: str = MODEL) -> Model:
         return self.state.models.get(model) or Model(model)
 
+    def serving(self, model: str = MODEL) -> Serving:
+        """The load that a model serves from, or would return to; it has to have one."""
+        found = self.model(model).serving
+        assert found is not None
+        return found
+
     def versions(self, model: str = MODEL) -> ModelVersions:
         return self.state.registers.find_versions(model)
 
@@ -373,6 +349,7 @@ TUNED: dict[str, Any] = {
     "threads": 2,
     "node_attributes": ("zone=a",),
 }
+NEEDS_APPROVAL = LoadPolicy(approval=(ApprovalRule(("*",)),))
 ON_CUDA = DeviceUse("cuda", "0.9.0", "cuda:0", 60, 600_000_000)
 ON_CPU = DeviceUse("cpu", "1.30.0", "cpu", 9)
 JOBS = ("A", "L", "L2", "L3", "R", "U", "F", "S")
@@ -411,6 +388,8 @@ STEPS: dict[str, Callable[..., object]] = {
     "request_unload_unknown": lambda h: h.ask_unload("U", "unknown"),
     "request_eviction": lambda h: h.ask_unload("U", "L", cause=Cause.EVICTION),
     **{f"evict_{job}": partial(History.unload, job="E", load=job, cause=Cause.EVICTION) for job in LOADS},
+    "add_at_a": lambda h: h.add_version("a"),
+    "add_at_b": lambda h: h.add_version("b"),
     "remove": lambda h: h.remove_version(),
     "start_unload": lambda h: h.start_unload("U"),
     "finish_unload": lambda h: h.end_unload("U"),
@@ -445,6 +424,7 @@ STEPS: dict[str, Callable[..., object]] = {
     "approve_again": lambda h: h.approve(by="dave"),
     "approve_other": lambda h: h.approve(2, digest="ef" * 32),
     "withdraw": lambda h: h.withdraw(),
+    "rules_in_force": lambda h: h.add(PolicyInForce(NEEDS_APPROVAL), of=None, version=None),
     "join_L": lambda h: h.add(LoadJoined(), "L", by="bob"),
     "join_U": lambda h: h.add(UnloadJoined(), "U", by="bob"),
     "supersede_recovery": lambda h: h.supersede("R", "L3"),

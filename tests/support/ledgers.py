@@ -26,11 +26,7 @@ from events.sqlite.schema import connect
 from events.sqlite.storage import Database
 from events.state import State, Transaction
 from events.storage import Row
-from events.types import (
-    Draft,
-    Event,
-    Unknown,
-)
+from events.types import Draft, Event, Unknown
 from support import leaks
 from support.history import START, History, opened, steady, write
 
@@ -53,6 +49,12 @@ FAST_FOLDER = leaks.fast_folder()
 def database_of(log: Log) -> Database:
     assert isinstance(log._storage, Database)
     return log._storage
+
+
+def connection_of(log: Log) -> sqlite3.Connection:
+    connection = database_of(log)._connection
+    assert connection is not None
+    return connection
 
 
 @contextmanager

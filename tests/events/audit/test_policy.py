@@ -17,19 +17,14 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from hypothesis import given as given_any
-from hypothesis import strategies as st
 from msgspec import UNSET, UnsetType
-from msgspec.structs import asdict, replace
+from msgspec.structs import replace
 from support.clients import printed, printed_json
-from support.history import FEWER, History, at, ids, model_loaded, opened
+from support.history import History, at, model_loaded, opened
 from support.ledgers import append_events
 from support.signing import make_authority, make_key, public_pem, sign_version
 
-from events.accept import accept
 from events.clock import parse_timestamp
-from events.commands import Accepted, Command
-from events.jobcommands import RequestLoad
 from events.jobs import Job
 from events.models import RELOADS
 from events.serving import AdmittedBytes
@@ -48,10 +43,7 @@ from events.types import (
     LoadParameters,
     LoadRequested,
     LoadStarted,
-    ModelLoaded,
-    ModelSettingsChanged,
     PolicyInForce,
-    Unknown,
     VersionAdded,
     VersionRemoved,
     contents_of,
@@ -59,19 +51,18 @@ from events.types import (
     record_draft,
 )
 from events.values import Credential, FileHash
-from features.approvals.commands import ApproveVersion, WithdrawApproval, approval_statement
+from features.approvals.commands import approval_statement
 from features.approvals.facts import ApprovalResult, LoadApproval, VersionApproved
 from features.approvals.fold import make_approval
 from features.approvals.rules import AddedMode, ApprovalRule
 from features.audit import MAX_REMARKS, PolicyAudit, RemarkKind
-from features.beforeload import CheckedLoad, CheckInput, NotLoadable
+from features.beforeload import CheckInput, NotLoadable
 from features.checks import check_load
 from features.nodes.facts import NodeSignature
 from features.rules import LoadPolicy, ModelRules
 from features.signatures.facts import MAX_BUNDLES, LoadSignature
 from features.signatures.rules import TrustedCertificates, TrustMode, TrustRule
 from features.signatures.verification import key_digest
-from runtime.scheduler.admission import find_same_workers
 
 MODEL = "digits"
 ONE, TWO = "ab" * 32, "cd" * 32
@@ -337,11 +328,13 @@ HONEST = [
     f"{SIGNED} policy:rekeyed restart request_reload reload_went_on",
     f"{SIGNED} {UNRULED_RELOAD} policy:rekeyed restart request_reload_again reload_again_went_on",
     "policy:warn request load",
+    "policy:warn request load_unenforced",
     f"join_as_node {APPROVED}",
     f"{NODE} request_emergency load:bypassed:alice",
     f"{NODE} approve other_key join_as_node approve:dave request load:approved:dave",  # carol's is of no node
     "join_as_node request load policy:approval restart request_reload reload:reload",
     "join_as_node:b policy:approval join_as_node:c forget_rules request load",  # no rules at c
+    "request load request_again change_settings",
     f"{APPROVED} request_again change_settings",
     f"{APPROVED} {SETTINGS_IN_EMERGENCY}",
     f"{APPROVED} withdraw request_reload change_settings_at_reload",
@@ -483,6 +476,61 @@ def test_expired_certificate_passes_as_of_the_request() -> None:
     assert audit(story.history.facts)[0] is None
 
 
+# What a load records of its signature, which the audit reads.
+
+SIGNATURES = [
+    # facts up to the request of a load, whether its files are signed; what is recorded, or why it is refused
+    ("policy:trust request", True, "signed, with its bundle"),
+    ("policy:trust request", False, "signature_missing"),
+    ("policy:rekeyed request", True, "signature_untrusted"),
+    (f"{SIGNED} request_again", True, "signed"),  # the ledger has the bundle
+    (f"{SIGNED} restart request_reload", True, "signed"),
+    (f"{SIGNED} policy:rekeyed request_again", True, "signature_untrusted"),
+    (f"{SIGNED} policy:rekeyed restart request_reload", True, "went on"),
+    (f"{SIGNED} policy:distrusted restart request_reload", True, "signature_untrusted"),
+    (f"{SIGNED} {UNRULED_RELOAD} policy:rekeyed restart request_reload_again", True, "went on"),
+    (
+        "policy:warn request load_unenforced policy:rekeyed restart request_reload",
+        True,
+        "signature_untrusted",
+    ),
+    ("policy:warn request", False, "unsigned, signature_missing"),
+    ("policy:warn request", True, "unenforced, with its bundle"),
+]
+
+
+@pytest.mark.parametrize(("words", "is_signed", "expected"), SIGNATURES)
+def test_load_records_signature_that_its_rules_ask_for(words: str, *, is_signed: bool, expected: str) -> None:
+    story, bundle = tell(words), bundle_of(ONE)
+    job, model = next(iter(story.history.state.queue(MODEL))), story.history.model()
+    given = CheckInput(
+        *(story.rules, model, story.history.versions()),
+        contents=contents_of(files_of(ONE, bundle if is_signed else None)),
+        read=lambda *_: bundle.encode(),
+        now=at(story.history.seconds),
+        is_reload=job.cause in RELOADS,
+        is_signed=lambda *_: True,
+    )
+    assert describe_signature(given, job) == expected
+
+
+def describe_signature(given: CheckInput, job: Job) -> str:
+    try:
+        found = check_load(given, job).evidence
+    except NotLoadable as refused:
+        return refused.failure.code
+    said = found.signature
+    assert said is not UNSET
+    assert said.policy == given.rules.digest
+    kind = "went on" if said.was_verified else "signed" if said.is_enforced else "unenforced"
+    words = [
+        "unsigned" if said.signer is None else kind,
+        said.problem,
+        "with its bundle" if found.bundle else "",
+    ]
+    return ", ".join(filter(None, words))
+
+
 # Remarks.
 
 
@@ -562,208 +610,6 @@ def test_audit_keeps_only_bundles_that_matter() -> None:
     found, audited = audit(story.history.facts)
     assert found is None
     assert len(audited._bundles[MODEL]) == MAX_BUNDLES
-
-
-# Histories that the product makes.
-
-
-PERSONS = ("alice", "bob", "carol", "Dave")
-SHAS = (ONE, TWO)
-TOKEN = Credential()
-
-
-class Server:
-    """What a server with a policy does, by its own decisions; its workers always load."""
-
-    def __init__(self) -> None:
-        self.history, self.new_id, self.policy = History(), ids(), LoadPolicy()
-        self.started: tuple[Job, dict[str, Any]] | None = None  # and what its ModelLoaded will say
-
-    @property
-    def rules(self) -> ModelRules | None:
-        return self.policy.of(MODEL)
-
-    def submit(self, command: Command) -> None:
-        seconds = self.history.seconds + 1
-        decision = accept(self.history.state, command, self.new_id, at(seconds))
-        for draft in decision.drafts if isinstance(decision, Accepted) else ():
-            self.history.add(
-                draft.data,
-                draft.job_id,
-                of=draft.model_id,
-                version=draft.version,
-                by=draft.actor,
-                event_id=draft.id,
-            )
-
-    def restart(self, policy: LoadPolicy) -> None:
-        self.history.restart()
-        self.started = None
-        if policy != self.policy:
-            self.policy = policy
-            self.history.add(PolicyInForce(policy), of=None, version=None)
-        model = self.history.model()
-        if model.serving is not None and not model.loads:
-            self.request("system", model.serving.version, cause=model.lost_by or Cause.RESTART)
-
-    def request(
-        self,
-        by: str,
-        version: int,
-        *,
-        emergency: str | None = None,
-        cause: Cause = Cause.REQUEST,
-        pinned: bool = False,
-    ) -> None:
-        digest = UNSET if self.rules is None else self.rules.digest
-        files = digest_of(contents_of(self.files_of(version)))
-        said = Justification(TOKEN, "why", emergency, digest=UNSET if emergency is None else files)
-        command = RequestLoad(
-            *(MODEL, version, contents_of(self.files_of(version)), by, LoadParameters(pinned=pinned)),
-            cause=cause,
-            asked=frozenset({"priority", "pinned"}),
-            policy=digest,
-            is_checked=self.rules is not None and self.rules.persons > 0,
-            justification=UNSET if cause is not Cause.REQUEST else said,
-        )
-        self.submit(command)
-
-    def add(self, by: str, version: int) -> None:
-        files = tuple(AddedFile(each.path, each.bytes, each.sha256) for each in self.files_of(version))
-        self.history.add(VersionAdded(files), version=version, by=by)
-
-    def approve(self, by: str, version: int) -> None:
-        found = contents_of(self.files_of(version))
-        self.submit(ApproveVersion(MODEL, version, digest_of(found), found, by, "fine", TOKEN))
-
-    def withdraw(self, by: str, version: int) -> None:
-        self.submit(WithdrawApproval(MODEL, version, by, "it drifts", TOKEN))
-
-    def files_of(self, version: int) -> tuple[LoadedFile, ...]:
-        return files_of(SHAS[version - 1], bundle_of(SHAS[version - 1]))
-
-    def work(self) -> None:
-        """End the load that has started; else check the next one, and start it or change settings."""
-        if self.started is not None:
-            (started, said), self.started = self.started, None
-            files = self.files_of(started.version or 1)
-            loaded = replace(model_loaded(f"w-{started.id}"), files=files, **said)
-            self.history.add(loaded, started.id, version=started.version)
-            return
-        job = next(iter(self.history.state.queue(MODEL)), None)
-        if job is None or job.version is None:
-            return
-        if job.policy_digest != (None if self.rules is None else self.rules.digest):
-            self.history.fail_load(job.id, "policy_differs", version=job.version)
-            return
-        try:
-            said = {} if self.rules is None else self._check(job, self.rules)
-        except NotLoadable as refused:
-            self.history.fail_load(job.id, refused.failure.code, version=job.version)
-            return
-        if (serving := find_same_workers(self.history.state, job)) is not None and job.load is not None:
-            data = ModelSettingsChanged.of(serving.load_job_id, job.load)
-            self.history.add(data, job.id, version=job.version)
-        else:
-            self.history.start_load(job.id, attempt=job.attempt + 1, version=job.version)
-            self.started = job, said
-
-    def _check(self, job: Job, rules: ModelRules) -> dict[str, Any]:
-        files, model = self.files_of(job.version or 1), self.history.model()
-        given = CheckInput(
-            rules,
-            model,
-            self.history.versions(),
-            contents_of(files),
-            read=lambda *_: bundle_of(files[0].sha256).encode(),
-            now=at(self.history.seconds),
-            is_reload=job.cause in RELOADS and model.serving is not None,
-            is_signed=lambda *_: True,
-        )
-        checked: CheckedLoad = check_load(given, job)
-        return asdict(checked.evidence)
-
-
-BOTH = LoadPolicy(POLICIES["trust"].trust, (ApprovalRule((MODEL,), approvals=2),))
-IN_FORCE = (LoadPolicy(), BOTH, *(POLICIES[name] for name in ("approval", "strict", "recorded", "trust")))
-
-
-@st.composite
-def served(draw: st.DrawFn) -> list[Event]:
-    """Return what a server records that persons use, and that is restarted with other policies."""
-    server = Server()
-    server.restart(draw(st.sampled_from(IN_FORCE)))
-    persons, versions = st.sampled_from(PERSONS), st.sampled_from((1, 2))
-    steps = st.sampled_from(
-        ["request", "emergency", "add", "approve", "withdraw", "work", "work", "all", "all", "all", "restart"]
-    )
-    for step in draw(st.lists(steps, min_size=5, max_size=30)):
-        match step:
-            case "request":
-                server.request(draw(persons), draw(versions), pinned=draw(st.booleans()))
-            case "emergency":
-                server.request(draw(persons), draw(versions), emergency="outage")
-            case "add":
-                server.add(draw(persons), draw(versions))
-            case "approve":
-                server.approve(draw(persons), draw(versions))
-            case "withdraw":
-                server.withdraw(draw(persons), draw(versions))
-            case "work":
-                server.work()
-            case "all":  # a load, up to its end unless its rules or others are in its way
-                version = draw(versions)
-                for person in PERSONS:
-                    server.approve(person, version)
-                server.request(draw(persons), version, pinned=draw(st.booleans()))
-                server.work()
-                server.work()
-            case "restart":
-                server.restart(draw(st.sampled_from(IN_FORCE)))
-    return server.history.facts
-
-
-def forgeries(facts: list[Event]) -> list[tuple[int, Event]]:
-    """Return events that loads rest on, each with its place and as somebody would forge or remove it."""
-    rests_on, bypassed = dict[int, str](), set[str]()
-    requesters = {each.id: each.actor for each in facts}
-    found = list[tuple[int, Event]]()
-
-    def forge(event: Event, **changes: Any) -> None:
-        data: Any = event.data
-        found.append((event.position - 1, replace(event, data=replace(data, **changes))))
-
-    for event in reversed(facts):
-        data, job_id = event.data, event.job_id or ""
-        if isinstance(data, ModelLoaded) and data.approval is not UNSET:
-            forge(event, approval=UNSET)
-            forge(event, approval=replace(data.approval, by=("mallory",)))
-            forge(event, approval=replace(data.approval, positions=(*data.approval.positions, 1)))
-            rests_on |= dict.fromkeys(data.approval.positions, requesters[job_id])
-            bypassed |= {job_id} if data.approval.result is ApprovalResult.BYPASSED else set()
-        if isinstance(data, ModelLoaded) and data.bundle is not UNSET:
-            forge(event, bundle=UNSET)
-            forge(event, bundle=bundle_of(ONE, OTHER_KEY))
-        if isinstance(data, VersionApproved) and event.position in rests_on:
-            forge(event, digest="ef" * 32)
-            found.append((event.position - 1, replace(event, data=Unknown("Removed", 1, {}))))
-            found.append((event.position - 1, replace(event, actor=rests_on[event.position])))
-        if isinstance(data, LoadRequested) and job_id in bypassed:
-            assert data.justification is not UNSET
-            forge(event, justification=replace(data.justification, emergency=None))
-            forge(event, justification=replace(data.justification, digest="ef" * 32))
-    return found
-
-
-@FEWER
-@given_any(served())
-def test_server_that_keeps_its_policy_leaves_no_finding(facts: list[Event]) -> None:
-    found, _ = audit(facts)
-    assert found is None
-    for place, forged in forgeries(facts):
-        found, _ = audit([*facts[:place], forged, *facts[place + 1 :]])
-        assert found is not None, forged
-        assert found[0] >= forged.position
 
 
 # The whole ledger.

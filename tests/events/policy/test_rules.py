@@ -1,6 +1,7 @@
 """Rules: which concern a model, what they digest to, and when a later policy is weaker."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 
 import pytest
@@ -43,9 +44,6 @@ def test_rules_of_a_model_all_count() -> None:
     weaker = LoadPolicy((TRUST,), (other,)).of("fraud-1")
     assert weaker is not None
     assert (weaker.needs_adder, weaker.allows_emergency) == (False, True)
-
-
-def test_model_without_rules_has_none() -> None:
     assert LoadPolicy((OFF,)).of("fraud-1") is None
     assert LoadPolicy((TRUST,), (APPROVAL,)).of("digits") is None
 
@@ -63,76 +61,56 @@ def test_digest_is_of_the_rules_of_the_model_only() -> None:
 
 KEY_2 = hashlib.sha256(b"key 2").hexdigest()
 CERTIFICATES = TrustedCertificates("roots", "CN=a")
+CERTIFIED, MORE_ROOTS = (
+    replace(TRUST, certificates=(replace(CERTIFICATES, roots=roots),)) for roots in ("roots", "more roots")
+)
+WEAK_APPROVAL = replace(APPROVAL, added=AddedMode.ANY, emergency=True)
+NOTHING_SIGNED = "signatures: the mode is off instead of enforce"
 Rule = TrustRule | ApprovalRule
-WEAKENINGS: dict[str, tuple[Sequence[Rule], Sequence[Rule], list[str]]] = {
-    "nothing": ([TRUST, APPROVAL], [TRUST, APPROVAL], []),
-    "another order": ([TRUST, APPROVAL, WARN], [WARN, APPROVAL, TRUST], []),
-    "more rules": ([TRUST], [TRUST, APPROVAL, WARN], []),
-    "stronger mode": ([WARN], [TRUST], []),
-    "off is gone": ([OFF], [], []),
-    "off gets keys": ([OFF], [replace(OFF, keys=("key", "key 2"))], []),
-    "a key less": ([replace(TRUST, keys=("key", "key 2"))], [TRUST], []),
-    "another distrusted": ([TRUST], [replace(TRUST, distrusted=("old", "older"))], []),
-    "stronger approval": (
-        [replace(APPROVAL, added=AddedMode.ANY, emergency=True)],
-        [replace(APPROVAL, approvals=3)],
-        [],
-    ),
-    "trust is gone": ([TRUST], [], ["signatures of fraud-*: the mode is off instead of enforce"]),
-    "other globs": (
-        [TRUST],
-        [replace(TRUST, models=("fraud-1",))],
-        ["signatures of fraud-*: the mode is off instead of enforce"],
-    ),
-    "warn": ([TRUST], [WARN], ["signatures of fraud-*: the mode is warn instead of enforce"]),
-    "off": ([WARN], [OFF], ["signatures of fraud-*: the mode is off instead of warn"]),
-    "key": ([TRUST], [replace(TRUST, keys=("key 2",))], [f"signatures of fraud-*: the key {KEY_2} may sign"]),
-    "certificates": (
-        [TRUST],
-        [replace(TRUST, certificates=(CERTIFICATES,))],
-        ["signatures of fraud-*: other certificates of CN=a may sign"],
-    ),
-    "roots": (
-        [replace(TRUST, certificates=(CERTIFICATES,))],
-        [replace(TRUST, certificates=(replace(CERTIFICATES, roots="more roots"),))],
-        ["signatures of fraud-*: other certificates of CN=a may sign"],
-    ),
-    "trusted again": (
-        [TRUST],
-        [replace(TRUST, distrusted=())],
-        ["signatures of fraud-*: the key old is not distrusted any more"],
-    ),
-    "approval is gone": ([APPROVAL], [TRUST], ["approval for fraud-*: 0 must approve instead of 2"]),
-    "fewer approvals": (
+WEAKENINGS: list[tuple[Sequence[Rule], Sequence[Rule], list[str]]] = [
+    # the rules before, and after; what is weaker, for `fraud-*`
+    ([TRUST, APPROVAL], [TRUST, APPROVAL], []),
+    ([TRUST, APPROVAL, WARN], [WARN, APPROVAL, TRUST], []),
+    ([TRUST], [TRUST, APPROVAL, WARN], []),
+    ([WARN], [TRUST], []),
+    ([OFF], [], []),
+    ([OFF], [replace(OFF, keys=("key", "key 2"))], []),
+    ([replace(TRUST, keys=("key", "key 2"))], [TRUST], []),
+    ([TRUST], [replace(TRUST, distrusted=("old", "older"))], []),
+    ([WEAK_APPROVAL], [replace(APPROVAL, approvals=3)], []),
+    ([TRUST], [], [NOTHING_SIGNED]),
+    ([TRUST], [replace(TRUST, models=("fraud-1",))], [NOTHING_SIGNED]),
+    ([TRUST], [WARN], ["signatures: the mode is warn instead of enforce"]),
+    ([WARN], [OFF], ["signatures: the mode is off instead of warn"]),
+    ([TRUST], [replace(TRUST, keys=("key 2",))], [f"signatures: the key {KEY_2} may sign"]),
+    ([TRUST], [CERTIFIED], ["signatures: other certificates of CN=a may sign"]),
+    ([CERTIFIED], [MORE_ROOTS], ["signatures: other certificates of CN=a may sign"]),
+    ([TRUST], [replace(TRUST, distrusted=())], ["signatures: the key old is not distrusted any more"]),
+    ([APPROVAL], [TRUST], ["approval: 0 must approve instead of 2"]),
+    ([APPROVAL], [replace(APPROVAL, approvals=1)], ["approval: 1 must approve instead of 2"]),
+    (
         [APPROVAL],
-        [replace(APPROVAL, approvals=1)],
-        ["approval for fraud-*: 1 must approve instead of 2"],
+        [WEAK_APPROVAL],
+        [
+            "approval: bytes pass whose adder the ledger does not have",
+            "approval: the role emergency may pass without",
+        ],
     ),
-    "added": (
-        [APPROVAL],
-        [replace(APPROVAL, added=AddedMode.ANY)],
-        ["approval for fraud-*: bytes pass whose adder the ledger does not have"],
-    ),
-    "emergency": (
-        [APPROVAL],
-        [replace(APPROVAL, emergency=True)],
-        ["approval for fraud-*: the role emergency may pass without"],
-    ),
-    "one of two rules": (
+    (
         [TRUST, replace(TRUST, keys=("b",))],
         [TRUST, replace(WARN, keys=("b",))],
-        ["signatures of fraud-*: the mode is warn instead of enforce"],
+        ["signatures: the mode is warn instead of enforce"],
     ),
-    "several": (
+    (
         [TRUST, APPROVAL],
         [replace(WARN, distrusted=())],
         [
-            "signatures of fraud-*: the mode is warn instead of enforce",
-            "signatures of fraud-*: the key old is not distrusted any more",
-            "approval for fraud-*: 0 must approve instead of 2",
+            "signatures: the mode is warn instead of enforce",
+            "signatures: the key old is not distrusted any more",
+            "approval: 0 must approve instead of 2",
         ],
     ),
-}
+]
 
 
 def policy_of(rules: Sequence[Rule]) -> LoadPolicy:
@@ -140,7 +118,10 @@ def policy_of(rules: Sequence[Rule]) -> LoadPolicy:
     return LoadPolicy(trust, tuple(rule for rule in rules if isinstance(rule, ApprovalRule)))
 
 
-@pytest.mark.parametrize("case", WEAKENINGS)
-def test_weakenings_are_listed_in_sentences(case: str) -> None:
-    before, after, expected = WEAKENINGS[case]
-    assert list_weakenings(policy_of(before), policy_of(after)) == expected
+@pytest.mark.parametrize(("before", "after", "weaker"), WEAKENINGS)
+def test_weakenings_are_listed_in_sentences(
+    before: Sequence[Rule], after: Sequence[Rule], weaker: list[str]
+) -> None:
+    found = list_weakenings(policy_of(before), policy_of(after))
+    assert [re.sub(r"( of| for) fraud-\*:", ":", each, count=1) for each in found] == weaker
+    assert all(" fraud-*: " in each for each in found)

@@ -30,7 +30,9 @@ def holder(data: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_second_holder_is_refused_with_pid_of_first(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", [signal.SIGKILL, None])
+def test_second_holder_is_refused_until_the_first_ends(tmp_path: Path, end: signal.Signals | None) -> None:
+    (tmp_path / "lock").write_text("99999999999999999999\n")  # a longer pid leaves nothing behind
     with holder(tmp_path) as process:
         for _ in range(2):
             with pytest.raises(DataInUse) as raised, lock_data(tmp_path):
@@ -39,18 +41,9 @@ def test_second_holder_is_refused_with_pid_of_first(tmp_path: Path) -> None:
             assert f"process {process.pid};" in str(raised.value)
             assert str(tmp_path) in str(raised.value)
         assert (tmp_path / "lock").read_text() == f"{process.pid}\n"
-        process.communicate()
-
-
-@pytest.mark.parametrize("end", [signal.SIGKILL, None])
-def test_lock_is_free_when_holder_ends(tmp_path: Path, end: signal.Signals | None) -> None:
-    (tmp_path / "lock").write_text("99999999999999999999\n")  # a longer pid leaves nothing behind
-    with holder(tmp_path) as process:
         if end is not None:
             process.send_signal(end)
-            process.wait()
-        else:
-            process.communicate()
+        process.communicate()
         with lock_data(tmp_path):
             assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
 

@@ -20,15 +20,7 @@ from events.errors import LogUnavailable
 from events.jobs import JobStatus
 from events.log import Log
 from events.sqlite import listing
-from events.sqlite.listing import (
-    EventFilter,
-    EventQuery,
-    Page,
-    Reader,
-    StoredEvent,
-    StoredEventPage,
-    open_reader,
-)
+from events.sqlite.listing import EventFilter, EventQuery, Page, Reader, StoredEvent, open_reader
 from events.sqlite.queries import JobQuery
 from events.sqlite.timetravel import BeyondHead
 from events.types import AccessDenied, Data, Draft, LoadFailed, LoadRequested, LoadStarted, ServerStopped
@@ -36,11 +28,6 @@ from events.types import AccessDenied, Data, Draft, LoadFailed, LoadRequested, L
 ACTORS, MODELS, JOBS = ("alice", "bob", "é\U0001f600"), ("m", "n", None), ("i", "j", "k", None)
 KINDS = (LoadStarted(1), AccessDenied("load", 2), ServerStopped())
 NUMBER = 120
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "ledger.db"
 
 
 def some(*values: str) -> st.SearchStrategy[tuple[str, ...]]:
@@ -90,14 +77,15 @@ def fits(event: StoredEvent, asked: EventQuery) -> bool:
     return low < event.position <= high and asked.wanted.matches(event)
 
 
-async def walked(reader: Reader, asked: EventQuery) -> tuple[list[StoredEvent], list[StoredEventPage]]:
-    items, pages = list[StoredEvent](), list[StoredEventPage]()
+async def walked(reader: Reader, asked: EventQuery) -> tuple[list[StoredEvent], int]:
+    """Return the events of all pages, and up to where the last one has seen the log."""
+    items = list[StoredEvent]()
     while True:
         page = await reader.event_page(asked)
+        assert len(page.items) <= asked.limit
         items += page.items
-        pages.append(page)
         if page.next_cursor is None:
-            return items, pages
+            return items, page.seen
         cursor = page.next_cursor
         asked = replace(asked, before=cursor) if asked.newest_first else replace(asked, after=cursor)
 
@@ -108,11 +96,10 @@ def test_all_event_pages_together_are_what_was_asked_for(filled: Path, asked: Ev
     async def run() -> None:
         async with open_reader(filled) as reader:
             right = [event for event in await everything(reader) if fits(event, asked)]
-            found, pages = await walked(reader, asked)
+            found, seen = await walked(reader, asked)
             assert found == (right[::-1] if asked.newest_first else right)
-            assert all(len(page.items) <= asked.limit for page in pages)
             if not asked.newest_first and (asked.until, asked.before) == (None, None):
-                assert pages[-1].seen == NUMBER
+                assert seen == NUMBER
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(listing, "SCAN", scan)
@@ -136,10 +123,7 @@ def plan(connection: sqlite3.Connection, sql: str, wanted: EventFilter) -> list[
 @pytest.mark.parametrize("number", [1, 2, 16])
 @pytest.mark.parametrize("leading", sorted(listing.INDEXES))
 def test_event_page_walks_an_index_and_never_sorts(
-    filled: Path,
-    leading: str,
-    number: int,
-    newest_first: bool,  # noqa: FBT001
+    filled: Path, leading: str, number: int, *, newest_first: bool
 ) -> None:
     several = tuple(f"v{each}" for each in range(number)) * 2
     wanted = EventFilter(several, several, several, several)

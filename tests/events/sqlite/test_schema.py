@@ -65,6 +65,10 @@ def test_generated_column_that_lies_is_named() -> None:
         assert difference(path) == "the table 'events' was changed"
 
 
+EDIT = "UPDATE sqlite_schema SET sql = replace(sql"
+GHOST_TRIGGER = "CREATE TRIGGER ghost AFTER INSERT ON jobs BEGIN DELETE FROM models; END"
+
+
 @pytest.mark.parametrize(
     ("statement", "problem"),
     [
@@ -72,21 +76,12 @@ def test_generated_column_that_lies_is_named() -> None:
         ("DROP INDEX events_by_time", "the index 'events_by_time' is missing"),
         ("DROP TABLE last_used", "the table 'last_used' is missing"),
         (
-            "UPDATE sqlite_schema SET sql = replace(sql, 'BEGIN', 'WHEN 0 BEGIN') WHERE name LIKE '%_go'",
+            f"{EDIT}, 'BEGIN', 'WHEN 0 BEGIN') WHERE name LIKE '%_go'",
             "the trigger 'events_never_go' was changed",
         ),
-        (
-            "UPDATE sqlite_schema SET sql = replace(sql, 'events', 'EVENTS') WHERE name = 'events_never_go'",
-            "the trigger 'events_never_go' was changed",
-        ),
-        (
-            "CREATE TRIGGER ghost AFTER INSERT ON jobs BEGIN DELETE FROM models; END",
-            "the trigger 'ghost' is not of a ledger",
-        ),
-        (
-            "CREATE UNIQUE INDEX ghost ON events (actor, position)",
-            "the index 'ghost' is not of a ledger",
-        ),
+        (f"{EDIT}, 'events', 'EVENTS') WHERE name LIKE '%_go'", "the trigger 'events_never_go' was changed"),
+        (GHOST_TRIGGER, "the trigger 'ghost' is not of a ledger"),
+        ("CREATE UNIQUE INDEX ghost ON events (actor, position)", "the index 'ghost' is not of a ledger"),
         ("CREATE VIEW ghost AS SELECT * FROM events", "the view 'ghost' is not of a ledger"),
         ("ALTER TABLE jobs ADD COLUMN ghost", "the table 'jobs' was changed"),
         ("CREATE TABLE _replication (id TEXT PRIMARY KEY)", None),  # plain tables of others are left alone

@@ -1,6 +1,8 @@
 """The timeline: what a lane says of a time is what the fold of the events by then says."""
 
 from bisect import bisect_right
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -22,9 +24,17 @@ from events.types import Cause, Event, ServerStopped
 from features.nodes.facts import NodeLost
 
 
+def spans(segments: Iterable[Any]) -> list[tuple[str, str, str]]:
+    return [(each.state, each.begin, each.end) for each in segments]
+
+
 def read_of(events: list[Event], query: TimelineQuery) -> Timeline:
     with ledger_of(events) as connection:
         return read_timeline(connection, query)
+
+
+def times_in(segment: Any, times: list[str]) -> set[str]:
+    return {segment.begin, *(each for each in times if segment.begin <= each < segment.end)}
 
 
 @FEWER
@@ -33,28 +43,24 @@ def test_lane_is_what_the_fold_gives(history: History, begin: int, last: int) ->
     facts = list(with_own_ids(history.facts))
     if not facts:
         return
-    query = TimelineQuery(now=at(100), begin=at(begin), end=at(begin + last))
-    found = read_of(facts, query)
-    times = [event.recorded_at for event in facts]
-    states = [State()]
+    found = read_of(facts, TimelineQuery(now=at(100), begin=at(begin), end=at(begin + last)))
+    times, states = [event.recorded_at for event in facts], [State()]
     for number in range(1, len(facts) + 1):
-        state = State()
+        states.append(state := State())
         for event in facts[:number]:
             state.apply(event)
-        states.append(state)
     for lane in found.lanes:
         for segment in lane.segments:
             assert segment.begin < segment.end
-            for time in {segment.begin, *(each for each in times if segment.begin <= each < segment.end)}:
+            for time in times_in(segment, times):
                 model = states[bisect_right(times, time)].models[lane.model_id]
                 assert (segment.state, segment.version) == (model.state, model.version)
-        for copies in lane.copies:
-            for segment in copies.segments:
-                for time in {segment.begin, *(each for each in times if segment.begin <= each < segment.end)}:
-                    model = states[bisect_right(times, time)].models[lane.model_id]
-                    own = [each for each in model.servings if each.server == copies.node_id]
-                    shown = [] if segment.load_job_id is None else [(segment.load_job_id, segment.version)]
-                    assert [(each.load_job_id, each.version) for each in own] == shown
+        for node_id, copy in ((copies.node_id, each) for copies in lane.copies for each in copies.segments):
+            for time in times_in(copy, times):
+                model = states[bisect_right(times, time)].models[lane.model_id]
+                own = [each for each in model.servings if each.server == node_id]
+                shown = [] if copy.load_job_id is None else [(copy.load_job_id, copy.version)]
+                assert [(each.load_job_id, each.version) for each in own] == shown
 
 
 def test_model_with_copies_has_a_lane_for_each_node() -> None:
@@ -133,25 +139,15 @@ def test_lost_node_is_unknown_from_its_last_renewal() -> None:
     history.drain("n1")
     history.leave("n1")
     found = read_of(history.facts, TimelineQuery(now=at(30), begin=at(2)))
-    shown = {
-        lane.node_id: [(each.state, each.begin, each.end) for each in lane.segments] for lane in found.nodes
-    }
-    assert shown == {
+    assert {lane.node_id: spans(lane.segments) for lane in found.nodes} == {
         "n1": [("joined", at(2), at(21)), ("draining", at(21), at(22)), ("left", at(22), at(30))],
         "n2": [("joined", at(2), at(10)), ("unknown", at(10), at(20)), ("lost", at(20), at(30))],
     }
-    assert [(each.state, each.begin, each.end) for each in found.server] == [
-        (ServerState.RUNNING, at(2), at(22)),
-        (ServerState.STOPPED, at(22), at(30)),
-    ]
-    later = read_of(history.facts, TimelineQuery(now=at(60), begin=at(40)))
-    assert later.nodes == ()
+    assert spans(found.server) == [("running", at(2), at(22)), ("stopped", at(22), at(30))]
+    assert read_of(history.facts, TimelineQuery(now=at(60), begin=at(40))).nodes == ()
     between = read_of(history.facts, TimelineQuery(now=at(60), begin=at(2), end=at(15)))
     [_, of_n2] = between.nodes  # its end was recorded after the range
-    assert [(each.state, each.begin, each.end) for each in of_n2.segments] == [
-        ("joined", at(2), at(10)),
-        ("unknown", at(10), at(15)),
-    ]
+    assert spans(of_n2.segments) == [("joined", at(2), at(10)), ("unknown", at(10), at(15))]
 
 
 def test_swap_failure_and_loss_are_marked() -> None:
@@ -166,18 +162,16 @@ def test_swap_failure_and_loss_are_marked() -> None:
     history.unload("U", "O", of="other")
     found = read_of(history.facts, TimelineQuery(now=at(60)))
     lane, other = found.lanes
-    kinds = [(mark.kind, mark.version, mark.code) for mark in lane.marks]
-    assert kinds == [
+    assert [(mark.kind, mark.version, mark.code) for mark in lane.marks] == [
         (MarkKind.SWAPPED, 2, None),
         (MarkKind.LOST, 2, "worker_died"),
         (MarkKind.EXITED, 1, "signal 9"),
         (MarkKind.FAILED, 1, "invalid_model"),
     ]
-    assert [each.state for each in other.segments] == [
-        "unloaded", "loading", "loaded", "unloading", "unloaded"
-    ]  # fmt: skip
-    assert [each.by for each in other.segments] == ["alice"] * 5
-    assert [each.is_waiting for each in other.segments] == [True, False, False, False, False]
+    assert [(each.state, each.by, each.is_waiting) for each in other.segments] == [
+        ("unloaded", "alice", True),
+        *((state, "alice", False) for state in ("loading", "loaded", "unloading", "unloaded")),
+    ]
     assert other.segments[-1].end == found.end == at(60)
 
 
@@ -188,11 +182,12 @@ def test_server_that_ended_is_unknown_until_it_starts() -> None:
     history.restart(down_s=100)  # last seen at 4 s
     history.stop()
     found = read_of(history.facts, TimelineQuery(now=at(200)))
-    running, stopped, unknown = ServerState.RUNNING, ServerState.STOPPED, ServerState.UNKNOWN
-    assert [(each.state, each.begin, each.end) for each in found.server] == [
-        (running, at(1), at(4)), (unknown, at(4), at(104)),
-        (running, at(104), at(105)), (stopped, at(105), at(200)),
-    ]  # fmt: skip
+    assert spans(found.server) == [
+        ("running", at(1), at(4)),
+        ("unknown", at(4), at(104)),
+        ("running", at(104), at(105)),
+        ("stopped", at(105), at(200)),
+    ]
     [lane] = found.lanes
     assert lane.segments[-1].state is ModelState.LOST
 
@@ -263,12 +258,8 @@ def test_first_segment_is_by_who_began_its_state() -> None:
     history = History()
     history.load("L")
     history.kill_worker("w-L")
-    history.ask_load("R", cause=Cause.RECOVERY)
-    history.start_load("R")
-    history.end_load("R")
-    history.ask_unload("U", "R")
-    history.start_unload("U")
-    history.end_unload("U")
+    history.load("R", cause=Cause.RECOVERY)
+    history.unload("U", "R")
     shown = []
     for fact in history.facts[:-1]:  # after the last one the model is not active
         query = TimelineQuery(now=at(60), begin=add_seconds(fact.recorded_at, 0.5))
