@@ -1,17 +1,17 @@
 """Which node runs a load: the choice among nodes, and the decisions of the placer and of a full node."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
-from hypothesis import assume
 from hypothesis import given as given_any
 from hypothesis import strategies as st
 from msgspec import UNSET
 from support.clusters import KnownSigning, KnownStanding
-from support.decisions import describe, describe_next, estimate, processes
-from support.history import CONTENTS, MODEL, PLAIN, History, at
+from support.decisions import Scene, describe, processes, read_table
+from support.history import CONTENTS, MODEL, PLAIN, at
 
 from events.jobcommands import RequestLoad
 from events.types import SYSTEM, Cause, PolicyInForce
@@ -23,165 +23,126 @@ from features.nodes.facts import LoadPlaced
 from features.nodes.register import Node, NodePhase, find_placer
 from features.rules import LoadPolicy
 from nodes.decisions import NodePlacement
-from nodes.placement import (
-    MAX_PLACEMENTS,
-    NodeHints,
-    NodeRoom,
-    PlacementReason,
-    PlacementRequest,
-    place,
-)
+from nodes.placement import NodeHints, NodeRoom, PlacementReason, PlacementRequest, place
 from nodes.spread import CopyFigures
 from runtime.process.pool import WorkerPool
 from runtime.rooms import MACHINE
 from runtime.scheduler.actions import Decision, RequestReload, StartLoad, UnloadAutomatically
-from runtime.scheduler.view import LoadView, Observations, Policy, SchedulerView
+from runtime.scheduler.view import Policy, SchedulerView
 from server.config import NODE_ATTRIBUTE
 
-F, ONE_FILE = frozenset({"f1", "f2"}), frozenset({"f1"})
+FILES = frozenset({"f1", "f2"})
 
 
-def node(name: str, *, budget: int = 100, attributes: str = "", phase: str = "joined") -> Node:
-    return Node(
-        name, 1, NodePhase(phase), 1, at(0), f"http://{name}", tuple(attributes.split()), budget, "1", None
+def node(
+    name: str, *, budget: int | None = 100, attributes: Iterable[str] = (), phase: str = "joined"
+) -> Node:
+    return Node(name, 1, NodePhase(phase), 1, at(0), f"http://{name}", tuple(attributes), budget, "1", None)
+
+
+def read_words(text: str) -> tuple[list[str], dict[str, Any]]:
+    """Return the words without `=`, and the options: several values are separated by commas."""
+    plain = [word for word in text.split() if "=" not in word]
+    options = (word.partition("=") for word in text.split() if "=" in word)
+    return plain, {name: value.split(",") for name, _, value in options}
+
+
+def read_request(text: str) -> PlacementRequest:
+    """Read the bytes that a load of `m` needs, and what else it asks; it has the files f1 and f2."""
+    plain, options = read_words(text)
+    return PlacementRequest(
+        "m",
+        int(plain[0]) if plain else None,
+        FILES,
+        frozenset(options.get("attributes", ())),
+        "".join(options.get("home", ())) or None,
+        tuple(options.get("holders", ())),
+        demands=(DeviceDemand(tuple(options["devices"])),) if "devices" in options else (),
     )
 
 
-def room(name: str, free: int | None = None, models: int = 0, **given: Any) -> NodeRoom:
-    about = {key: given.pop(key) for key in ("budget", "attributes", "phase") if key in given}
-    return NodeRoom(node(name, **about), NodeHints(0, free, **given), models)
+def read_room(text: str) -> NodeRoom:
+    """Read a node, its free bytes, and what else is known of it."""
+    (name, free), options = read_words(text)
+    one = {key: int(options[key][0]) for key in ("budget", "slots", "models") if key in options}
+    about = node(
+        name,
+        budget=one.get("budget", 100),
+        attributes=options.get("attributes", ()),
+        phase="".join(options.get("phase", ["joined"])),
+    )
+    hints = NodeHints(
+        0,
+        None if free == "unlimited" else int(free),
+        one.get("slots"),
+        frozenset(options.get("files", ())),
+    )
+    return NodeRoom(about, hints, one.get("models", 0))
 
 
-def chosen(request: PlacementRequest, rooms: list[NodeRoom]) -> str:
+def chosen(request: PlacementRequest, rooms: Iterable[NodeRoom]) -> str:
     """Return the node and the reason, as tables write them."""
     found = place(request, rooms)
     return "none" if found is None else f"{found.node.id} {found.reason}"
 
 
-ONE = PlacementRequest("m", 10, F)
-
-SAME_PERCENT = [room("a", 10_000, budget=10_000, models=2), room("b", 9_960, budget=10_000, models=1)]
-
-CASES = [
-    ("no node", ONE, [], "none"),
-    (
-        "none takes loads",
-        ONE,
-        [room("a", 90, phase="draining"), room("b", 90, phase="lost")],
-        "none",
-    ),
-    ("most free memory", ONE, [room("a", 20), room("b", 90), room("c", 80)], "b room"),
-    ("no limit is the most", ONE, [room("a", 90), room("b", None)], "b room"),
-    ("fewest models", ONE, [room("a", None, models=3), room("b", None, models=1)], "b room"),
-    ("fewest models for the same percent", ONE, SAME_PERCENT, "b room"),
-    ("files", ONE, [room("a", 90), room("b", 20, digests=F)], "b files"),
-    ("some files do not count", ONE, [room("a", 90), room("b", 20, digests=ONE_FILE)], "a room"),
-    ("room before files", ONE, [room("a", 20), room("b", 5, digests=F)], "a room"),
-    (
-        "a slot before files",
-        ONE,
-        [room("a", 20), room("b", 50, digests=F, free_models=0)],
-        "a room",
-    ),
-    ("none has room", ONE, [room("a", 2), room("b", 5), room("c", -4, digests=F)], "c queue"),
-    ("can never fit", ONE, [room("a", 5, budget=50), room("b", 9, budget=9)], "a queue"),
-    ("fits nowhere ever", ONE, [room("a", 4, budget=5), room("b", 9, budget=9)], "b queue"),
-    ("unknown need", PlacementRequest("m"), [room("a", 5), room("b", 9)], "b room"),
-    ("home", PlacementRequest("m", 10, home="b"), [room("a", 90), room("b", 5)], "b serves"),
-    (
-        "home drains",
-        PlacementRequest("m", 10, home="b"),
-        [room("a", 90), room("b", 95, phase="draining")],
-        "a room",
-    ),
-    (
-        "home is too small",
-        PlacementRequest("m", 10, home="b"),
-        [room("a", 90), room("b", 5, budget=5)],
-        "a room",
-    ),
-    (
-        "attributes",
-        PlacementRequest("m", attributes=frozenset({"gpu=a", "zone=x"})),
-        [room("a", 90, attributes="gpu=a"), room("b", 9, attributes="gpu=a os=l zone=x")],
-        "b room",
-    ),
-    (
-        "device",
-        PlacementRequest("m", demands=(DeviceDemand(("cuda:1", "rocm:*")),)),
-        [room("a", 90, attributes="device=cuda device.cuda=0"), room("b", 9, attributes="device.rocm=0")],
-        "b room",
-    ),
-    (
-        "the device that it names first",
-        PlacementRequest("m", demands=(DeviceDemand(("cuda:*", "rocm:0", "cpu")),)),
-        [room("a", 90), room("b", 80, attributes="device.rocm=0"), room("c", 9, attributes="device.cuda=1")],
-        "c room",
-    ),
-    (
-        "room before the first device",
-        PlacementRequest("m", 10, demands=(DeviceDemand(("cuda:0", "cpu")),)),
-        [room("a", 90), room("b", 5, attributes="device.cuda=0")],
-        "a room",
-    ),
-    (
-        "no node has the device",
-        PlacementRequest("m", demands=(DeviceDemand(("cuda:0",)),)),
-        [room("a", 90, attributes="device=cuda device.cuda=1 cuda=0")],
-        "none",
-    ),
-    (
-        "own repositories",
-        PlacementRequest("m", 10, home="c", holders=("a", "b")),
-        [room("a", 20), room("b", 30), room("c", 90)],
-        "b room",
-    ),
-    (
-        "own repository of a node without room",
-        PlacementRequest("m", 10, holders=("a",)),
-        [room("a", 5, budget=9), room("b", 90)],
-        "a queue",
-    ),
-    (
-        "own repositories of nodes that take no loads",
-        PlacementRequest("m", 10, holders=("a", "z")),
-        [room("a", 90, phase="draining"), room("b", 90)],
-        "none",
-    ),
-    (
-        "no node has the attributes",
-        PlacementRequest("m", attributes=frozenset({"gpu=a"}), home="a"),
-        [room("a", 90)],
-        "none",
-    ),
-]
+PLACES = """
+no node | 10 | - | none
+none takes loads | 10 | a 90 phase=draining; b 90 phase=lost | none
+most free memory | 10 | a 20; b 90; c 80 | b room
+no limit is the most | 10 | a 90; b unlimited | b room
+fewest models | 10 | a unlimited models=3; b unlimited models=1 | b room
+fewest models for the same percent | 10 | a 10000 budget=10000 models=2; b 9960 budget=10000 models=1 | b room
+files | 10 | a 90; b 20 files=f1,f2 | b files
+some files do not count | 10 | a 90; b 20 files=f1 | a room
+room before files | 10 | a 20; b 5 files=f1,f2 | a room
+a slot before files | 10 | a 20; b 50 files=f1,f2 slots=0 | a room
+none has room | 10 | a 2; b 5; c -4 files=f1,f2 | c queue
+can never fit | 10 | a 5 budget=50; b 9 budget=9 | a queue
+fits exactly | 10 | a 9 budget=9; b 10 budget=10 | b room
+fits nowhere ever | 10 | a 4 budget=5; b 9 budget=9 | b queue
+unknown need | - | a 5; b 9 | b room
+home | 10 home=b | a 90; b 5 | b serves
+home drains | 10 home=b | a 90; b 95 phase=draining | a room
+home is too small | 10 home=b | a 90; b 5 budget=5 | a room
+attributes | - attributes=gpu=a,zone=x | a 90 attributes=gpu=a; b 9 attributes=gpu=a,os=l,zone=x | b room
+no node has the attributes | - attributes=gpu=a home=a | a 90 | none
+device | - devices=cuda:1,rocm:*
+  | a 90 attributes=device=cuda,device.cuda=0; b 9 attributes=device.rocm=0 | b room
+the device that it names first | - devices=cuda:*,rocm:0,cpu
+  | a 90; b 80 attributes=device.rocm=0; c 9 attributes=device.cuda=1 | c room
+room before the first device | 10 devices=cuda:0,cpu | a 90; b 5 attributes=device.cuda=0 | a room
+no node has the device | - devices=cuda:0 | a 90 attributes=device=cuda,device.cuda=1,cuda=0 | none
+own repositories | 10 home=c holders=a,b | a 20; b 30; c 90 | b room
+own repository of a node without room | 10 holders=a | a 5 budget=9; b 90 | a queue
+own repositories of nodes that take no loads | 10 holders=a,z | a 90 phase=draining; b 90 | none
+"""
 
 
-@pytest.mark.parametrize(
-    ("request_", "rooms", "expected"),
-    [pytest.param(*case[1:], id=f"{case[0]}, {case[3]}") for case in CASES],
-)
-def test_place_chooses_node(request_: PlacementRequest, rooms: list[NodeRoom], expected: str) -> None:
-    assert chosen(request_, rooms) == expected
+@pytest.mark.parametrize(("_", "request_", "rooms", "expected"), read_table(PLACES))
+def test_place_chooses_node(_: str, request_: str, rooms: str, expected: str) -> None:
+    found = chosen(read_request(request_.removeprefix("-")), map(read_room, filter(None, rooms.split(";"))))
+    assert found == expected
 
 
 NAMES = st.sampled_from(["a", "b", "c", "d"])
-DIGESTS = st.frozensets(st.sampled_from(["f1", "f2", "f3"]))
 ROOMS = st.lists(
     st.builds(
-        lambda name, phase, attributes, budget, free, slots, models, digests: NodeRoom(
-            node(name, budget=budget, attributes=attributes, phase=phase),
-            NodeHints(0, free, slots, digests),
-            models,
+        NodeRoom,
+        st.builds(
+            node,
+            NAMES,
+            budget=st.none() | st.integers(0, 100),
+            attributes=st.sampled_from([(), ("gpu=a",), ("gpu=a", "zone=x")]),
+            phase=st.sampled_from(["joined", "joined", "joined", "draining", "left", "lost"]),
         ),
-        NAMES,
-        st.sampled_from(["joined", "joined", "joined", "draining", "left", "lost"]),
-        st.sampled_from(["", "gpu=a", "gpu=a zone=x"]),
-        st.none() | st.integers(0, 100),
-        st.none() | st.integers(-50, 100),
-        st.none() | st.integers(-1, 2),
+        st.builds(
+            partial(NodeHints, 0),
+            st.none() | st.integers(-50, 100),
+            st.none() | st.integers(-1, 2),
+            st.frozensets(st.sampled_from(["f1", "f2", "f3"])),
+        ),
         st.integers(0, 3),
-        DIGESTS,
     ),
     unique_by=lambda room: room.node.id,
 )
@@ -189,7 +150,7 @@ REQUESTS = st.builds(
     PlacementRequest,
     st.sampled_from(["m", "n", "o"]),
     st.none() | st.integers(0, 100),
-    DIGESTS,
+    st.frozensets(st.sampled_from(["f1", "f2", "f3"])),
     st.frozensets(st.sampled_from(["gpu=a", "zone=x"]), max_size=1),
     st.none() | NAMES,
     st.just(()) | st.lists(NAMES, max_size=2, unique=True).map(tuple),
@@ -203,54 +164,33 @@ def is_able(request: PlacementRequest, each: NodeRoom) -> bool:
 
 @PLAIN
 @given_any(REQUESTS, ROOMS, st.randoms())
-def test_place_finds_able_node_in_any_order(
+def test_place_finds_the_best_able_node_in_any_order(
     request: PlacementRequest, rooms: list[NodeRoom], dice: Any
 ) -> None:
-    found = place(request, rooms)
-    able = [each for each in rooms if is_able(request, each)]
+    found, able = place(request, rooms), [each for each in rooms if is_able(request, each)]
     assert (found is None) == (not able)
-    assert found is None or found.node in [each.node for each in able]
     dice.shuffle(rooms)
     assert place(request, rooms) == found
-
-
-@PLAIN
-@given_any(REQUESTS, ROOMS)
-def test_place_passes_no_better_node(request: PlacementRequest, rooms: list[NodeRoom]) -> None:
-    found = place(request, rooms)
-    assume(found is not None and found.reason is not PlacementReason.SERVES)
-    assert found is not None
-    mine = next(each for each in rooms if each.node == found.node)
+    if found is None:
+        return
+    mine = next(each for each in able if each.node == found.node)
     for each in rooms:
-        if is_able(request, each) and each.can_ever_fit(request.need_bytes):
+        if each is not mine:  # the end of another node moves nothing
+            left = place(request, [other for other in rooms if other is not each])
+            assert left is not None
+            assert left.node == found.node
+    for each in able if found.reason is not PlacementReason.SERVES else ():
+        if each.can_ever_fit(request.need_bytes):
             assert mine.can_ever_fit(request.need_bytes)
             assert mine.fits(request.need_bytes) or not each.fits(request.need_bytes)
             assert each.node.id != request.home
 
 
-@PLAIN
-@given_any(REQUESTS, ROOMS, st.integers(0, 3))
-def test_end_of_another_node_moves_no_placement(
-    request: PlacementRequest, rooms: list[NodeRoom], which: int
-) -> None:
-    found = place(request, rooms)
-    assume(found is not None and len(rooms) > 1)
-    assert found is not None
-    gone = [each for each in rooms if each.node != found.node][which % (len(rooms) - 1)]
-    left = place(request, [each for each in rooms if each is not gone])
-    assert left is not None
-    assert left.node == found.node
-
-
-def attributes_of(*devices: str) -> Iterable[str]:
-    """Return the attributes of a node with these devices."""
-    pool = WorkerPool()
-    pool.targets = Devices({name: FoundDevice(name, "1") for name in devices})
-    return list_attributes(pool)
-
-
 def test_attributes_of_devices_name_providers_and_each_device() -> None:
-    attributes = tuple(sorted(attributes_of("openvino:cpu.1", "cuda:1", "cuda:0")))
+    pool = WorkerPool()
+    names = ("openvino:cpu.1", "cuda:1", "cuda:0")
+    pool.targets = Devices({name: FoundDevice(name, "1") for name in names})
+    attributes = tuple(sorted(list_attributes(pool)))
     assert attributes == (
         *("device.cuda=0", "device.cuda=1", "device.openvino=cpu.1"),
         *("device=cuda", "device=openvino"),
@@ -261,480 +201,284 @@ def test_attributes_of_devices_name_providers_and_each_device() -> None:
 
 
 def test_equal_nodes_share_models() -> None:
-    rooms = [room(name) for name in ("a", "b", "c")]
+    rooms = [NodeRoom(node(name), NodeHints(0)) for name in ("a", "b", "c")]
     found = [chosen(PlacementRequest(f"m{number}"), rooms) for number in range(60)]
-    assert {each: found.count(each) > 10 for each in found} == dict.fromkeys(
-        ("a room", "b room", "c room"), True
-    )
+    shares = dict.fromkeys(("a room", "b room", "c room"), True)
+    assert {each: found.count(each) > 10 for each in found} == shares
 
 
 # Decisions of nodes
 
 
-class Cluster:
-    """Nodes `a` and `b` with budgets of 100 bytes; loads are estimated at 40."""
-
-    def __init__(self, budget_bytes: int = 100) -> None:
-        self.history = History()
-        self.hints = dict[str, NodeHints]()
-        self.estimates: dict[str, int | None] = {}
-        self.estimating: Collection[str] = ()
-        for name in ("a", "b"):
-            self.history.join(name, budget_bytes=budget_bytes)
-
-    def decide(
-        self, name: str, running: str | dict[str, LoadView] = "", *, epoch: int | None = None, **policy: Any
-    ) -> Decision:
-        given: dict[str, Any] = {"loads_at_once": 2, "budget_bytes": 100, **policy}
-        standing = KnownStanding(epoch or self.history.state.registers.nodes[name].epoch, self.hints)
-        estimates = self.estimates.items()
-        seen = Observations(
-            estimates={load: None if needs is None else estimate(needs) for load, needs in estimates},
-            estimating=self.estimating,
-        )
-        now = at(self.history.seconds)
-        live = processes(running) if isinstance(running, str) else running
-        view = SchedulerView(self.history.state, live, Policy(**given), now, seen)
-        return NodePlacement(name, standing, KnownSigning(name)).decide(view)
-
-    def set_policy(self, name: str, policy: LoadPolicy) -> None:
-        """The node starts with a policy."""
-        self.history.join(name, budget_bytes=100)
-        self.history.add(PolicyInForce(policy, server=name), of=None, version=None)
-
-    def next(self, name: str, running: str = "", **policy: Any) -> str:
-        return describe_next(self.decide(name, running, **policy))
+def rules_of(persons: int) -> LoadPolicy:
+    """Return the policy by which so many persons approve the model."""
+    return LoadPolicy(approval=(ApprovalRule((MODEL,), persons),) if persons else ())
 
 
-def test_placer_alone_places_load() -> None:
-    cluster = Cluster()
-    cluster.history.ask_load("L")
-    cluster.hints["b"] = NodeHints(9, 100)
-    cluster.hints["a"] = NodeHints(9, 20)
-    assert cluster.next("b") == "nothing"
-    assert cluster.next("a") == "place L at b: room"
-    cluster.history.place("L", "b")
-    assert cluster.next("a") == "nothing"
-    assert cluster.next("b") == "estimate L"
-    cluster.estimates["L"] = 40
-    assert cluster.next("b") == "start L"
-    assert cluster.decide("b", epoch=2) == Decision()
-
-
-def test_loads_placed_since_hint_take_room() -> None:
-    cluster = Cluster()
-    cluster.hints = {"a": NodeHints(0, 60), "b": NodeHints(0, 70)}
-    for number in range(3):
-        cluster.history.ask_load(f"L{number}", of=f"m{number}")
-        cluster.estimates[f"L{number}"] = 40
-    places = []
-    for number in range(3):
-        places.append(cluster.next("a").removesuffix(", and start it"))
-        cluster.history.place(f"L{number}", places[-1].split()[3].rstrip(":"), of=f"m{number}")
-    assert places == ["place L0 at b: room", "place L1 at a: room", "place L2 at b: queue"]
-
-
-def test_placer_starts_load_that_it_places_at_itself() -> None:
-    cluster = Cluster()
-    cluster.hints = {"a": NodeHints(9, 100), "b": NodeHints(9, 20)}
-    cluster.history.ask_load("L")
-    assert cluster.next("a") == "estimate L"
-    cluster.estimates["L"] = None
-    assert cluster.next("a") == "place L at a: room"  # since its files are slow to read
-    cluster.estimating = {"L"}
-    assert cluster.decide("a").waiting_for == {"L": "the estimate of its memory"}
-    cluster.history.ask_load("O", of="other")
-    cluster.hints["b"] = NodeHints(9, 100)
-    cluster.estimates = {"L": None, "O": 90}
-    assert cluster.next("a") == "place O at b: room"  # meanwhile
-    cluster.history.place("O", "b", of="other")
-    cluster.estimates["L"], cluster.estimating = 40, ()
-    assert cluster.next("a") == "place L at a: room, and start it"
-    assert cluster.next("a", "O:loading", loads_at_once=1) == "place L at a: room"
-    cluster.history.place("L", "a")
-    assert cluster.next("a") == "start L"
-
-
-def test_node_that_has_said_nothing_has_its_budget() -> None:
-    cluster = Cluster()
-    cluster.hints = {"a": NodeHints(0), "b": NodeHints(9, 100)}  # its first renewal, before it knows more
-    cluster.history.ask_load("L", of="m0")
-    cluster.history.place("L", "a", of="m0")
-    cluster.estimates["L"] = 40
-    cluster.history.ask_load("L1", of="m1")
-    assert cluster.next("a") == "place L1 at b: room"
-
-
-def test_load_waits_for_node_with_its_attributes() -> None:
-    cluster = Cluster()
-    cluster.history.ask_load("L", timeout_s=10, node_attributes=("gpu=a", "zone=x"))
-    decision = cluster.decide("a")
-    assert decision.waiting_for == {"L": "a node that takes loads and has the attributes gpu=a, zone=x"}
-    assert decision.wake_at == at(13)
-    cluster.history.join("c", attributes=("gpu=a", "os=l", "zone=x"))
-    assert cluster.next("a") == "place L at c: room"
-    cluster.history.leave("c")
-    cluster.history.seconds = 13
-    assert cluster.next("a") == "fail L: timeout"
-
-
-def test_load_waits_for_node_with_its_device() -> None:
-    cluster = Cluster()
-    cluster.history.ask_load("L", timeout_s=10, devices=("cuda:*", "rocm:0"))
-    reason = "a node that takes loads and has one of the devices cuda:*, rocm:0"
-    assert cluster.decide("a").waiting_for == {"L": reason}
-    cluster.history.join("c", attributes=sorted(attributes_of("cuda:1")))
-    assert cluster.next("a") == "place L at c: room"
-
-
-ONE_APPROVAL, TWO_APPROVALS = (LoadPolicy(approval=(ApprovalRule((MODEL,), each),)) for each in (1, 2))
-
-
-def digest_of_rules(policy: LoadPolicy) -> str:
-    rules = policy.of(MODEL)
+def digest_of(persons: int) -> str:
+    rules = rules_of(persons).of(MODEL)
     assert rules is not None
     return rules.digest
 
 
-def test_load_waits_for_node_with_its_rules() -> None:
-    cluster = Cluster()
-    history, digest = cluster.history, digest_of_rules(ONE_APPROVAL)
-    history.ask_load("L", timeout_s=100, policy=digest)
-    where = "a node with the rules by which it was accepted"
-    assert cluster.decide("a").waiting_for == {"L": f"policy_differs: {where}, {digest}"}
-    cluster.set_policy("b", ONE_APPROVAL)
-    assert cluster.next("a") == "place L at b: room"
-    history.place("L", "b")
-    cluster.set_policy("b", ONE_APPROVAL)
-    assert cluster.next("a") == "place L at b: room"  # anew
-    history.ask_load("O", of="other")
-    history.place("O", "b", of="other")
-    assert cluster.next("b") == "estimate O"
+class Cluster(Scene):
+    """Nodes `a` and `b` with a budget; a script also has the steps of `History`.
+
+    Attributes of nodes are written with a colon: `join c attributes=gpu:a,zone:x`.
+    """
+
+    def __init__(self, script: str = "", budget_bytes: int = 100) -> None:
+        super().__init__()
+        self.hints = dict[str, NodeHints]()
+        for name in ("a", "b"):
+            self.join(name, budget_bytes=budget_bytes)
+        self.play(script)
+
+    def __getattr__(self, step: str) -> Any:
+        return getattr(self.history, step)
+
+    def join(self, name: str, *, attributes: str = "", rules: int | None = None, **given: Any) -> None:
+        """A node starts, perhaps with a policy of so many approvals."""
+        self.history.join(name, attributes=read_attributes(attributes), **given)
+        if rules is not None:
+            self.change_rules(name, rules)
+
+    def change_rules(self, name: str, persons: int) -> None:
+        self.history.add(PolicyInForce(rules_of(persons), server=name), of=None, version=None)
+
+    def hint(self, name: str, position: int, free_bytes: int | None = None, **given: Any) -> None:
+        """A node says what is free."""
+        self.hints[name] = NodeHints(position, free_bytes, **given)
+
+    def ask(
+        self, load: str, *, attributes: str = "", devices: str = "", rules: int = 0, **given: Any
+    ) -> None:
+        """A load is requested, by rules of so many approvals."""
+        if attributes:
+            given["node_attributes"] = read_attributes(attributes)
+        if devices:
+            given["devices"] = tuple(devices.split(","))
+        if rules:
+            given["policy"] = digest_of(rules)
+        self.history.ask_load(load, **given)
+
+    def serve(self, name: str, load: str, *, attributes: str = "", **given: Any) -> None:
+        """A load ends well at a node."""
+        if attributes:
+            given["node_attributes"] = read_attributes(attributes)
+        self.history.load_at(name, load, **given)
+
+    def copy(self, name: str) -> None:
+        """A further copy is loaded at a node."""
+        self.serve(name, f"C{name}", cause=Cause.COPY, copies=2)
+
+    def swap(self, name: str) -> None:
+        """The next version is loaded at a node."""
+        self.serve(name, "S", version=2, copies=2)
+
+    def queue(self, name: str) -> None:
+        """A load of another model waits at a node."""
+        self.ask(f"O{name}", of=f"other-{name}")
+        self.history.place(f"O{name}", name, of=f"other-{name}")
+
+    def fail_copy(self, code: str) -> None:
+        """The load of a copy fails."""
+        self.ask("F", cause=Cause.COPY, version=self.history.model().version or 1, copies=2)
+        self.history.fail_load("F", code)
+
+    def at(self, name: str, *running: str, epoch: int = 0, **policy: Any) -> None:
+        """Have a node decide that has these processes, by the usual policy but for this."""
+        self.name, self.epoch = name, epoch or self.history.state.registers.nodes[name].epoch
+        self.running = processes(" ".join(running))
+        self.policy = Policy(**{"loads_at_once": 2, "budget_bytes": 100, **policy})
+
+    @property
+    def placement(self) -> NodePlacement:
+        return NodePlacement(self.name, KnownStanding(self.epoch, self.hints), KnownSigning(self.name))
+
+    def decision(self) -> Decision:
+        now = at(self.history.seconds)
+        view = SchedulerView(self.history.state, self.running, self.policy, now, self.observations)
+        return self.placement.decide(view)
+
+    def _expect(self, expected: str, part: str) -> None:
+        load, waits, words = expected.partition(" waits for ")
+        if waits:
+            assert self.decision().waiting_for.get(load, "").partition(";")[0] == words, part
+        super()._expect(expected, part)
 
 
-def test_load_leaves_node_that_has_other_rules_since() -> None:
-    cluster = Cluster()
-    cluster.history.ask_load("L")
-    cluster.history.place("L", "b")
-    cluster.history.add(PolicyInForce(ONE_APPROVAL, server="b"), of=None, version=None)
-    assert cluster.next("b") == "place L at a: room"
-    cluster.history.drain("a")
-    where = "a node with the rules by which it was accepted, none"
-    assert cluster.decide("b").waiting_for == {"L": f"policy_differs: {where}"}
+def read_attributes(text: str) -> tuple[str, ...]:
+    return tuple(text.replace(":", "=").split(",")) if text else ()
 
 
-def test_reload_by_rules_of_no_node_fails() -> None:
-    cluster = Cluster()
-    cluster.history.load_at("b", "L")
-    for name in ("b", "a"):
-        cluster.history.leave(name)
-    cluster.set_policy("a", TWO_APPROVALS)
-    cluster.history.ask_load("R", cause=Cause.RESTART, policy=digest_of_rules(ONE_APPROVAL))
-    assert cluster.next("a") == "fail R: policy_differs"
-    cluster.history.fail_load("R", "policy_differs")
-    cluster.history.seconds += 60
-    assert cluster.next("a") == f"reload {MODEL}, restart"
+OF_VERSION = "a node that takes loads, of b, where version 1 was added"
+OF_RULES = "policy_differs: a node with the rules by which it was accepted"
+SCENES = {
+    "placer alone places load": (
+        "ask L; hint b 9 100; hint a 9 20; at b -> nothing; at a -> place L at b: room;"
+        "place L b; at a -> nothing; at b -> estimate L;"
+        "estimate L 40; at b -> start L; at b epoch=2 -> nothing"
+    ),
+    "loads placed since hint take room": (
+        "hint a 0 60; hint b 0 70; ask L0 of=m0; ask L1 of=m1; ask L2 of=m2;"
+        "estimate L0 40; estimate L1 40; estimate L2 40;"
+        "at a -> place L0 at b: room; place L0 b of=m0;"
+        "at a -> place L1 at a: room, and start it; place L1 a of=m1; at a -> place L2 at b: queue"
+    ),
+    "placer starts load that it places at itself": (
+        "hint a 9 100; hint b 9 20; ask L; at a -> estimate L;"
+        "estimate L none; at a -> place L at a: room;"  # since its files are slow to read
+        "observe estimating=L+; at a -> L waits for the estimate of its memory;"
+        "ask O of=other; hint b 9 100; estimate O 90; at a -> place O at b: room;"  # meanwhile
+        "place O b of=other; estimate L 40; observe estimating=+; at a -> place L at a: room, and start it;"
+        "at a O:loading loads_at_once=1 -> place L at a: room; place L a; at a -> start L"
+    ),
+    "node that has said nothing has its budget": (
+        "hint a 0; hint b 9 100; ask L of=m0; place L a of=m0; estimate L 40;"
+        "ask L1 of=m1; at a -> place L1 at b: room"
+    ),
+    "load waits for node with its attributes": (
+        "ask L timeout_s=10 attributes=gpu:a,zone:x;"
+        "at a -> L waits for a node that takes loads and has the attributes gpu=a, zone=x;"
+        "at a -> wakes in 10;"
+        "join c attributes=gpu:a,os:l,zone:x; at a -> place L at c: room;"
+        "leave c; wait 8; at a -> fail L: timeout"
+    ),
+    "load waits for node with its device": (
+        "ask L devices=cuda:*,rocm:0;"
+        "at a -> L waits for a node that takes loads and has one of the devices cuda:*, rocm:0;"
+        "join c attributes=device.cuda:1,device:cuda; at a -> place L at c: room"
+    ),
+    "load waits for node with its rules": (
+        f"ask L rules=1; at a -> L waits for {OF_RULES}, {digest_of(1)};"
+        "join b rules=1; at a -> place L at b: room; place L b;"
+        "join b rules=1; at a -> place L at b: room;"  # anew
+        "ask O of=other; place O b of=other; at b -> estimate O"
+    ),
+    "load leaves node that has other rules since": (
+        "ask L; place L b; change_rules b 1; at b -> place L at a: room;"
+        f"drain a; at b -> L waits for {OF_RULES}, none"
+    ),
+    "reload by rules of no node fails": (
+        "serve b L; leave b; leave a; join a rules=2; ask R cause=restart rules=1;"
+        "at a -> fail R: policy_differs; fail_load R policy_differs; wait 60; at a -> reload digits, restart"
+    ),
+    "model with attributes moves to node with them": (
+        "join c attributes=gpu:a; serve c L attributes=gpu:a; drain c; at c L:serving -> nothing;"
+        "join b attributes=gpu:a; at c L:serving -> move digits;"
+        "lose c; ask R cause=restart attributes=gpu:a; at a -> place R at b: room"
+    ),
+    "load with attributes leaves node without them": (
+        "serve b L; join c attributes=gpu:a; ask L2 attributes=gpu:a; at a -> place L2 at c: room;"
+        "place L2 c; estimate L2 60;"
+        "at c budget_bytes=50 -> fail L2: insufficient_memory"  # it would fit at `a`
+    ),
+    "load waits for node where version was added": (
+        "join c attributes=gpu:a budget_bytes=50; add_version c; add_version b; hint b 99 0; hint c 99 0;"
+        "ask L; at a -> place L at c: room; drain c; at a -> place L at b: room;"
+        "leave b; at a -> L waits for a node that takes loads, of b, c, where version 1 was added;"
+        "ask L2 of=other attributes=gpu:a; add_version b of=other; at a -> L2 waits for"
+        " a node that takes loads and has the attributes gpu=a, of b, where version 1 was added;"
+        "add_version a; at a -> estimate L"
+    ),
+    "lost model waits for node where version was added": (
+        "add_version b; serve b L; lose b; at a -> reload digits, restart;"
+        f"ask R cause=restart; at a -> R waits for {OF_VERSION};"
+        "join b budget_bytes=5000; at a -> place R at b: room"
+    ),
+    "model moves to nodes where its version was added": (
+        "add_version b; serve b L; drain b; join c; join d; at b L:serving -> nothing;"
+        "add_version c; at b L:serving -> move digits; ask M cause=drain; at a -> place M at c: room"
+    ),
+    "load without room goes to another node with its version": (
+        "add_version b; ask L; place L b; estimate L 101; join c budget_bytes=200;"
+        "at b -> fail L: insufficient_memory; add_version c; at b -> place L at c: room"
+    ),
+    "next load goes where model is loaded": (
+        "hint a 9 100; serve b L; ask L2 version=2; ask L3 version=3; at a -> place L2 at b: serves;"
+        "drain b; at a -> estimate L2; estimate L2 40; at a -> place L2 at a: room, and start it"
+    ),
+    "load without room goes where it fits": (
+        "serve b O of=other; ask L; place L b; estimate L 101;"
+        "at b O:serving -> fail L: insufficient_memory;"
+        "join c budget_bytes=200; hint c 99 0; at b O:serving -> place L at c: queue;"
+        "estimate L 100; hint c 99 99; hint a 99 100; at b O:serving max_loaded=1 -> place L at a: room;"
+        "hint a 99 100 free_models=0; at b O:serving max_loaded=1 -> nothing"
+    ),
+    "load is placed a few times only": (
+        "hint a 99 100; hint b 99 100; ask L; estimate L 50; place L b; place L a; place L b;"
+        "at b O:serving max_loaded=1 -> place L at a: room;"
+        "place L b; at b O:serving max_loaded=1 -> nothing; at b max_loaded=1 -> start L"
+    ),
+    "reload without room waits for nodes": (
+        "serve b L; lose b; ask R cause=restart; place R a; estimate R 50;"
+        "at a O:serving max_loaded=1 -> R waits for a place among the 1 models that may be loaded"
+    ),
+    "draining node moves its models": (
+        "serve b L; at b L:serving -> nothing;"
+        "drain b; at b L:serving -> nothing;"  # it took more than the budget of `a`
+        "join c; at b L:serving -> move digits; ask M cause=drain; at b L:serving -> nothing;"
+        "estimate M 40; at a -> place M at c: room; start_at c M; fail_load M invalid_model;"
+        "at b L:serving -> wakes in 1; wait 1; at b L:serving -> move digits"
+    ),
+    "waiting load leaves draining node": (
+        "ask L; place L b; drain b; at b -> place L at a: room; leave a; at b -> estimate L"
+    ),
+    "last node keeps its models while it drains": "serve b L; drain b; leave a; at b L:serving -> nothing",
+    "moved load is unloaded at its old node": (
+        "serve b L; serve a M cause=drain; ask_unload U L cause=drain node_id=b; at a M:serving -> nothing;"
+        "at b L:serving -> start U of L; start_unload U; at b L:draining -> nothing;"
+        "at b L:gone -> finish U of L; lose b; at a M:serving -> start U of L"
+    ),
+    "work of ended epoch is left alone": (
+        "ask L; start_at b L; lose b; at b L:loading -> nothing; join b; place L b; estimate L 40;"
+        "at b L:loading! -> nothing; at b L:serving! -> nothing; at b -> start L"
+    ),
+    "force at one node cancels loads at another": (
+        "serve b L; ask M cause=drain; start_at a M; ask_unload F L force=true node_id=b;"
+        "at a M:loading -> nothing; at b L:serving -> cancel M"
+    ),
+    "unneeded demand is left to its timeout": (
+        "ask D cause=demand; place D b; estimate D 1; at b -> start D"
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("a", "b", "attributes", "policy"),
-    [
-        (ONE_APPROVAL, LoadPolicy(), (), ONE_APPROVAL),
-        (ONE_APPROVAL, TWO_APPROVALS, ("gpu=a",), TWO_APPROVALS),
-        (ONE_APPROVAL, LoadPolicy(), ("gpu=a",), None),
-        (ONE_APPROVAL, TWO_APPROVALS, ("gpu=none",), ONE_APPROVAL),
-    ],
-)
-def test_reload_is_requested_by_rules_that_node_has(
-    a: LoadPolicy, b: LoadPolicy, attributes: tuple[str, ...], policy: LoadPolicy | None
-) -> None:
-    history = History()
-    for name, rules, own in (("a", a, ()), ("b", b, ("gpu=a",))):
-        history.join(name, attributes=own)
-        history.add(PolicyInForce(rules, server=name), of=None, version=None)
-    history.load_at("b", "L", node_attributes=attributes)
-    reload = RequestLoad(MODEL, 1, None, SYSTEM, cause=Cause.RECOVERY)
-    placement = NodePlacement("a", KnownStanding(1), KnownSigning("a"))
-    digest = UNSET if policy is None else digest_of_rules(policy)
-    assert placement.complete(reload, history.state).policy == digest
+@pytest.mark.parametrize("scene", SCENES)
+def test_nodes_decide(scene: str) -> None:
+    Cluster(SCENES[scene])
 
 
-def test_model_with_attributes_moves_to_node_with_them() -> None:
-    cluster = Cluster()
-    history = cluster.history
-    history.join("c", attributes=("gpu=a",))
-    history.load_at("c", "L", node_attributes=("gpu=a",))
-    history.drain("c")
-    assert cluster.next("c", "L:serving") == "nothing"
-    history.join("b", attributes=("gpu=a",))
-    assert cluster.next("c", "L:serving") == f"move {MODEL}"
-    history.lose("c")
-    history.ask_load("R", cause=Cause.RESTART, node_attributes=("gpu=a",))
-    assert cluster.next("a") == "place R at b: room"
-
-
-def test_load_with_attributes_leaves_node_without_them() -> None:
-    cluster = Cluster()
-    cluster.history.load_at("b", "L")
-    cluster.history.join("c", attributes=("gpu=a",))
-    cluster.history.ask_load("L2", node_attributes=("gpu=a",))
-    assert cluster.next("a") == "place L2 at c: room"
-    cluster.history.place("L2", "c")
-    cluster.estimates["L2"] = 60
-    assert cluster.next("c", budget_bytes=50) == "fail L2: insufficient_memory"  # it would fit at `a`
-
-
-def test_load_waits_for_node_where_version_was_added() -> None:
-    cluster = Cluster()
-    history = cluster.history
-    history.join("c", attributes=("gpu=a",), budget_bytes=50)
-    for name in ("c", "b"):
-        history.add_version(name)
-    cluster.hints = {"b": NodeHints(99, 0), "c": NodeHints(99, 0)}
-    history.ask_load("L")
-    assert cluster.next("a") == "place L at c: room"
-    history.drain("c")
-    assert cluster.next("a") == "place L at b: room"
-    history.leave("b")
-    where = "of b, c, where version 1 was added"
-    assert cluster.decide("a").waiting_for == {"L": f"a node that takes loads, {where}"}
-    history.ask_load("L2", of="other", node_attributes=("gpu=a",))
-    history.add_version("b", of="other")
-    attributes = "and has the attributes gpu=a, of b, where version 1 was added"
-    assert cluster.decide("a").waiting_for["L2"] == f"a node that takes loads {attributes}"
-    history.add_version("a")
-    assert cluster.next("a") == "estimate L"
-
-
-def test_lost_model_waits_for_node_where_version_was_added() -> None:
-    cluster = Cluster()
-    history = cluster.history
-    history.add_version("b")
-    history.load_at("b", "L")
-    history.lose("b")
-    assert cluster.next("a") == f"reload {MODEL}, restart"
-    history.ask_load("R", cause=Cause.RESTART)
-    assert cluster.next("a") == "nothing"
-    assert cluster.decide("a").waiting_for == {
-        "R": "a node that takes loads, of b, where version 1 was added"
-    }
-    history.join("b", budget_bytes=5_000)
-    assert cluster.next("a") == "place R at b: room"
-
-
-def test_model_moves_to_nodes_where_its_version_was_added() -> None:
-    cluster = Cluster()
-    history = cluster.history
-    history.add_version("b")
-    history.load_at("b", "L")
-    history.drain("b")
-    for name in ("c", "d"):
-        history.join(name)
-    assert cluster.next("b", "L:serving") == "nothing"
-    history.add_version("c")
-    assert cluster.next("b", "L:serving") == f"move {MODEL}"
-    history.ask_load("M", cause=Cause.DRAIN)
-    assert cluster.next("a") == "place M at c: room"
-
-
-def test_load_without_room_goes_to_another_node_with_its_version() -> None:
-    cluster = Cluster()
-    history = cluster.history
-    history.add_version("b")
-    history.ask_load("L")
-    history.place("L", "b")
-    cluster.estimates["L"] = 101
-    history.join("c", budget_bytes=200)
-    assert cluster.next("b") == "fail L: insufficient_memory"
-    history.add_version("c")
-    assert cluster.next("b") == "place L at c: room"
-
-
-def test_next_load_goes_where_model_is_loaded() -> None:
-    cluster = Cluster()
-    cluster.hints["a"] = NodeHints(9, 100)
-    cluster.history.load_at("b", "L")
-    cluster.history.ask_load("L2", version=2)
-    cluster.history.ask_load("L3", version=3)
-    assert cluster.next("a") == "place L2 at b: serves"
-    cluster.history.drain("b")
-    assert cluster.next("a") == "estimate L2"
-    cluster.estimates["L2"] = 40
-    assert cluster.next("a") == "place L2 at a: room, and start it"
-
-
-def test_lost_models_are_reloaded_by_placer() -> None:
-    cluster = Cluster()
-    cluster.history.load_at("b", "L")
-    cluster.history.lose("b")
-    assert cluster.next("a") == f"reload {MODEL}, restart"
-    cluster.history.ask_load("R", cause=Cause.RESTART)
-    cluster.estimates["R"] = 40
-    action = cluster.decide("a").action
+def test_reload_of_lost_model_names_its_files() -> None:
+    cluster = Cluster("serve b L; lose b; at a -> reload digits, restart; ask R cause=restart; estimate R 40")
+    cluster.at("a")
+    action = cluster.decision().action
     assert isinstance(action, StartLoad)
     assert action.before is not None
     assert isinstance(action.before.data, LoadPlaced)
     assert [(file.path, file.sha256) for file in action.before.data.files] == list(CONTENTS)
 
 
-def test_load_without_room_goes_where_it_fits() -> None:
-    cluster = Cluster()
-    cluster.history.load_at("b", "O", of="other")
-    cluster.history.ask_load("L")
-    cluster.history.place("L", "b")
-    cluster.estimates["L"] = 101
-    assert cluster.next("b", "O:serving") == "fail L: insufficient_memory"
-    cluster.history.join("c", budget_bytes=200)
-    cluster.hints["c"] = NodeHints(99, 0)
-    assert cluster.next("b", "O:serving") == "place L at c: queue"
-    cluster.estimates["L"] = 100
-    cluster.hints["c"] = NodeHints(99, 99)
-    cluster.hints["a"] = NodeHints(99, 100)
-    assert cluster.next("b", "O:serving", max_loaded=1) == "place L at a: room"
-    cluster.hints["a"] = NodeHints(99, 100, free_models=0)
-    assert cluster.next("b", "O:serving", max_loaded=1) == "nothing"
-
-
-def test_load_is_placed_a_few_times_only() -> None:
-    cluster = Cluster()
-    cluster.hints = {"a": NodeHints(99, 100), "b": NodeHints(99, 100)}
-    cluster.history.ask_load("L")
-    for number in range(MAX_PLACEMENTS):
-        cluster.history.place("L", "ab"[number % 2])
-    cluster.estimates["L"] = 50
-    assert cluster.next("b", "O:serving", max_loaded=1) == "nothing"
-    assert cluster.next("b", max_loaded=1) == "start L"
-
-
-def test_reload_without_room_waits_for_nodes() -> None:
-    cluster = Cluster()
-    cluster.history.load_at("b", "L")
-    cluster.history.lose("b")
-    cluster.history.ask_load("R", cause=Cause.RESTART)
-    cluster.history.place("R", "a")
-    cluster.estimates["R"] = 50
-    decision = cluster.decide("a", "O:serving", max_loaded=1)
-    assert (decision.action, list(decision.waiting_for)) == (None, ["R"])
-
-
-def test_draining_node_moves_its_models() -> None:
-    cluster = Cluster()
-    history = cluster.history
-    history.load_at("b", "L")
-    assert cluster.next("b", "L:serving") == "nothing"
-    history.drain("b")
-    assert cluster.next("b", "L:serving") == "nothing"  # it took more than the budget of `a`
-    history.join("c")
-    assert cluster.next("b", "L:serving") == f"move {MODEL}"
-    history.ask_load("M", cause=Cause.DRAIN)
-    assert cluster.next("b", "L:serving") == "nothing"
-    cluster.estimates["M"] = 40
-    assert cluster.next("a") == "place M at c: room"
-    history.start_at("c", "M")
-    history.fail_load("M", "invalid_model")
-    assert cluster.decide("b", "L:serving").wake_at == at(history.seconds + 1)
-    history.seconds += 1
-    assert cluster.next("b", "L:serving") == f"move {MODEL}"
-
-
-def test_waiting_load_leaves_draining_node() -> None:
-    cluster = Cluster()
-    cluster.history.ask_load("L")
-    cluster.history.place("L", "b")
-    cluster.history.drain("b")
-    assert cluster.next("b") == "place L at a: room"
-    cluster.history.leave("a")
-    assert cluster.next("b") == "estimate L"
-
-
-def test_last_node_keeps_its_models_while_it_drains() -> None:
-    cluster = Cluster()
-    cluster.history.load_at("b", "L")
-    cluster.history.drain("b")
-    cluster.history.leave("a")
-    assert cluster.next("b", "L:serving") == "nothing"
-
-
-def test_moved_load_is_unloaded_at_its_old_node() -> None:
-    cluster = Cluster()
-    history = cluster.history
-    history.load_at("b", "L")
-    history.load_at("a", "M", cause=Cause.DRAIN)
-    history.ask_unload("U", "L", cause=Cause.DRAIN, node_id="b")
-    assert cluster.next("a", "M:serving") == "nothing"
-    assert cluster.next("b", "L:serving") == "start U of L"
-    history.start_unload("U")
-    assert cluster.next("b", "L:draining") == "nothing"
-    assert cluster.next("b", "L:gone") == "finish U of L"
-    history.lose("b")
-    assert cluster.next("a", "M:serving") == "start U of L"
-
-
-def test_work_of_ended_epoch_is_left_alone() -> None:
-    cluster = Cluster()
-    cluster.history.ask_load("L")
-    cluster.history.start_at("b", "L")
-    cluster.history.lose("b")
-    assert cluster.decide("b", "L:loading") == Decision()
-    cluster.history.join("b")
-    cluster.history.place("L", "b")
-    cluster.estimates["L"] = 40
-    assert cluster.next("b", "L:loading!") == "nothing"
-    assert cluster.next("b", "L:serving!") == "nothing"
-    assert cluster.next("b") == "start L"
-
-
-def test_force_at_one_node_cancels_loads_at_another() -> None:
-    cluster = Cluster()
-    history = cluster.history
-    history.load_at("b", "L")
-    history.ask_load("M", cause=Cause.DRAIN)
-    history.start_at("a", "M")
-    history.ask_unload("F", "L", force=True, node_id="b")
-    assert cluster.next("a", "M:loading") == "nothing"
-    assert cluster.next("b", "L:serving") == "cancel M"
-
-
-def test_unneeded_demand_is_left_to_its_timeout() -> None:
-    cluster = Cluster()
-    cluster.history.ask_load("D", cause=Cause.DEMAND)
-    cluster.history.place("D", "b")
-    cluster.estimates["D"] = 1
-    assert cluster.next("b") == "start D"
+@pytest.mark.parametrize(
+    ("a", "b", "attributes", "persons"),
+    [(1, 0, "", 1), (1, 2, "gpu:a", 2), (1, 0, "gpu:a", 0), (1, 2, "gpu:none", 1)],
+)
+def test_reload_is_requested_by_rules_that_node_has(a: int, b: int, attributes: str, persons: int) -> None:
+    cluster = Cluster(f"join a rules={a}; join b rules={b} attributes=gpu:a; at a")
+    cluster.serve("b", "L", attributes=attributes)
+    reload = RequestLoad(MODEL, 1, None, SYSTEM, cause=Cause.RECOVERY)
+    policy = cluster.placement.complete(reload, cluster.history.state).policy
+    assert policy == (digest_of(persons) if persons else UNSET)
 
 
 # Copies: two are wanted of a model, whose first copy L is at `b`.
 
 
-def copied(*steps: str, copies: int = 2) -> Cluster:
-    """Return nodes `a` to `c` after a load of copies and these steps, each `<verb> <what>`."""
-    cluster = Cluster(budget_bytes=10**9)
-    history = cluster.history
-    history.join("c", budget_bytes=10**9)
-    history.load_at("b", "L", copies=copies)
-    for step in steps:
-        match step.split():
-            case ["copy", node]:
-                history.load_at(node, f"C{node}", cause=Cause.COPY, copies=copies)
-            case ["swap", node]:
-                history.load_at(node, "S", version=2, copies=copies)
-            case ["drain", node]:
-                history.drain(node)
-            case ["lose", node]:
-                history.lose(node)
-            case ["kill", load]:
-                history.kill_worker(f"w-{load}")
-            case ["fill", node]:
-                cluster.hints[node] = NodeHints(99, free_bytes=1)
-            case ["wait", node]:
-                history.ask_load(f"O{node}", of=f"other-{node}")
-                history.place(f"O{node}", node, of=f"other-{node}")
-            case ["fail", code]:
-                history.ask_load("F", cause=Cause.COPY, version=history.model().version or 1, copies=copies)
-                history.fail_load("F", code)
-            case _:
-                pytest.fail(step)
-        history.seconds += 60
+def copied(script: str = "") -> Cluster:
+    """Return nodes `a` to `c` with much room after a load of copies and these steps."""
+    cluster = Cluster("join c budget_bytes=1000000000; serve b L copies=2", 10**9)
+    cluster.play(script)
     return cluster
 
 
@@ -744,97 +488,92 @@ RELOAD, NOTHING = f"reload {MODEL}, copy", "nothing"
 @pytest.mark.parametrize(
     ("steps", "expected"),
     [
-        ([], RELOAD),
-        (["copy a"], NOTHING),
-        (["copy a", "copy c"], "end Cc"),
-        (["copy a", "lose b"], RELOAD),
-        (["copy a", "lose a"], RELOAD),
-        (["copy a", "kill L"], RELOAD),
-        (["copy c", "drain b"], RELOAD),
-        (["copy c", "drain b", "copy a"], "end L"),
-        (["copy c", "drain b", "drain a"], "end L"),
-        (["drain b", "drain a", "drain c"], NOTHING),
-        (["fill a", "fill c"], NOTHING),
-        (["wait a", "wait c"], NOTHING),
-        (["copy c", "swap b"], RELOAD),
-        (["copy c", "swap b", "fail timeout"], "end Cc"),
-        (["copy c", "swap a"], RELOAD),
-        (["fail timeout"], RELOAD),
-        (["fail broken"] * 6, RELOAD),
-        (["copy c", "swap b", "drain b", "fail timeout"], RELOAD),
-        (["copy c", "swap b", "wait c", "fill a"], NOTHING),
-        (["copy c", "swap b", "lose b"], RELOAD),
-        (["copy c", "swap b", "lose b", "copy a"], RELOAD),
+        ("", RELOAD),
+        ("copy a", NOTHING),
+        ("copy a; copy c", "end Cc"),
+        ("copy a; lose b", RELOAD),
+        ("copy a; lose a", RELOAD),
+        ("copy a; kill_worker w-L", RELOAD),
+        ("copy c; drain b", RELOAD),
+        ("copy c; drain b; copy a", "end L"),
+        ("copy c; drain b; drain a", "end L"),
+        ("drain b; drain a; drain c", NOTHING),
+        ("hint a 99 1; hint c 99 1", NOTHING),
+        ("queue a; queue c", NOTHING),
+        ("copy c; swap b", RELOAD),
+        ("copy c; swap b; fail_copy timeout", "end Cc"),
+        ("copy c; swap a", RELOAD),
+        ("fail_copy timeout", RELOAD),
+        ("fail_copy broken;" * 6, RELOAD),
+        ("copy c; swap b; drain b; fail_copy timeout", RELOAD),
+        ("copy c; swap b; queue c; hint a 99 1", NOTHING),
+        ("copy c; swap b; lose b", RELOAD),
+        ("copy c; swap b; lose b; copy a", RELOAD),
     ],
 )
-def test_placer_keeps_copies(steps: list[str], expected: str) -> None:
-    cluster = copied(*steps)
+def test_placer_keeps_copies(steps: str, expected: str) -> None:
+    cluster = copied(f"{steps}; wait 60")
     placer = find_placer(cluster.history.state.registers.nodes) or ""
-    action = cluster.decide(placer).action
-    match action:
+    cluster.at(placer)
+    match cluster.decision().action:
         case UnloadAutomatically(loaded, Cause.COPY):
             assert expected == f"end {loaded.serving.load_job_id}"
-        case _:
+        case action:
             assert describe(action) == expected
-    other = cluster.decide("c" if placer == "a" else "a").action
-    assert not isinstance(other, RequestReload | UnloadAutomatically)
-
-
-def test_copy_goes_to_node_without_one_or_with_older_version() -> None:
-    cluster = copied("copy c", "swap b")
-    cluster.history.ask_load("C2", cause=Cause.COPY, version=2, copies=2)
-    cluster.hints = {name: NodeHints(99, 10**9 if name == "a" else 10**8) for name in "abc"}
-    assert cluster.next("a") == "place C2 at c: serves"
-    cluster.history.drain("c")
-    assert cluster.next("a") == "estimate C2"  # its place is here
-
-
-def test_swap_goes_on_when_its_only_copy_is_lost() -> None:
-    cluster = copied("copy c", "swap b", "lose b")
-    history = cluster.history
-    assert history.model().version == 1
-    action = cluster.decide("a").action
-    assert isinstance(action, RequestReload)
-    assert action.model.serving.version == 2
-    history.load_at("a", "C2", version=2, cause=Cause.COPY, copies=2)
-    assert [each.load_job_id for each in history.model().servings] == ["C2", "Cc"]
-    assert history.model().target is UNSET
-    history.load_at("c", "C3", version=2, cause=Cause.COPY, copies=2)
-    assert cluster.next("a") == "nothing"
-
-
-def test_pending_copy_gives_way_to_reload() -> None:
-    cluster = copied()
-    cluster.history.ask_load("C", cause=Cause.COPY, copies=2)
-    cluster.history.kill_worker("w-L")
-    assert cluster.next("a") == "cancel C"
-    cluster.history.end_cancelled("C")
-    cluster.history.seconds += 60
-    assert cluster.next("b") == f"reload {MODEL}, recovery"
-
-
-def test_drained_node_moves_no_model_with_copies() -> None:
-    assert copied("copy c", "drain b").next("b", "L:serving") == "nothing"
-
-
-def test_eviction_ends_one_copy() -> None:
-    cluster = copied("copy a", "wait a", "fill b", "fill c")
-    cluster.estimates["Oa"] = 90
-    (run,) = processes("Ca:serving").values()
-    decision = cluster.decide("a", {"Ca": replace(run, taken={MACHINE: 40})}, evicts=True)
-    assert isinstance(decision.action, UnloadAutomatically)
-    assert (decision.action.cause, decision.action.cause_event_id) == (Cause.COPY, "Oa")
-    assert decision.action.model.serving.load_job_id == "Ca"
+    cluster.at("c" if placer == "a" else "a")
+    assert not isinstance(cluster.decision().action, RequestReload | UnloadAutomatically)
 
 
 @pytest.mark.parametrize(
-    ("idle_s", "expected"), [(0, "nothing"), (30, "nothing"), (90, f"unload {MODEL}, idle")]
+    "script",
+    [
+        pytest.param(
+            "copy c; swap b; ask C2 cause=copy version=2 copies=2;"
+            "hint a 99 1000000000; hint b 99 100000000; hint c 99 100000000;"
+            "at a -> place C2 at c: serves; drain c; at a -> estimate C2",  # to be placed here
+            id="goes to a node without one or with an older version",
+        ),
+        pytest.param(
+            "ask C cause=copy copies=2; kill_worker w-L; at a -> cancel C;"
+            "end_cancelled C; wait 60; at b -> reload digits, recovery",
+            id="gives way to reload",
+        ),
+        pytest.param("copy c; drain b; at b L:serving -> nothing", id="is not moved"),
+    ],
 )
+def test_copy(script: str) -> None:
+    copied(script)
+
+
+def test_swap_goes_on_when_its_only_copy_is_lost() -> None:
+    cluster = copied("copy c; swap b; lose b; wait 60; at a")
+    history = cluster.history
+    assert history.model().version == 1
+    action = cluster.decision().action
+    assert isinstance(action, RequestReload)
+    assert action.model.serving.version == 2
+    cluster.serve("a", "C2", version=2, cause=Cause.COPY, copies=2)
+    assert [each.load_job_id for each in history.model().servings] == ["C2", "Cc"]
+    assert history.model().target is UNSET
+    cluster.play("serve c C3 version=2 cause=copy copies=2; at a -> nothing")
+
+
+def test_eviction_ends_one_copy() -> None:
+    cluster = copied(
+        "copy a; queue a; hint b 99 1; hint c 99 1; estimate Oa 90; wait 60; at a Ca:serving evicts=true"
+    )
+    cluster.running["Ca"] = replace(cluster.running["Ca"], taken={MACHINE: 40})
+    action = cluster.decision().action
+    assert isinstance(action, UnloadAutomatically)
+    assert (action.cause, action.cause_event_id) == (Cause.COPY, "Oa")
+    assert action.model.serving.load_job_id == "Ca"
+
+
+@pytest.mark.parametrize(("idle_s", "expected"), [(30, "nothing"), (90, f"unload {MODEL}, idle")])
 def test_copied_model_is_idle_when_all_its_copies_are(idle_s: int, expected: str) -> None:
     cluster = Cluster(budget_bytes=10**9)
-    for node, load, cause in (("a", "A", Cause.REQUEST), ("b", "B", Cause.COPY)):
-        cluster.history.load_at(node, load, cause=cause, copies=2, keep_alive_s=60)
-    cluster.history.seconds += 90
-    cluster.hints["b"] = NodeHints(9, 10**9, loads={MODEL: CopyFigures(idle_s=idle_s)})
-    assert cluster.next("a", "A:serving") == expected
-    assert cluster.next("b", "B:serving") == "nothing"
+    for name, load, cause in (("a", "A", Cause.REQUEST), ("b", "B", Cause.COPY)):
+        cluster.serve(name, load, cause=cause, copies=2, keep_alive_s=60)
+    cluster.wait(90)
+    cluster.hint("b", 9, 10**9, loads={MODEL: CopyFigures(idle_s=idle_s)})
+    cluster.play(f"at a A:serving -> {expected}; at b B:serving -> nothing")

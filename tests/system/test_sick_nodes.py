@@ -1,11 +1,10 @@
-"""Nodes whose disk is full or hangs, that lack the database, or that have another server's name."""
+"""Nodes with settings of their own: twins, short outages, hand-over at a stop, unanswered commits, stagings."""
 
 import asyncio
 import random
 import shutil
 import signal
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Coroutine
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -16,7 +15,6 @@ import pytest_asyncio
 from support import cluster as nodes
 from support import models
 from support.cluster import Cluster, ClusterNode, are_elsewhere, clustered, find_places, has_joined, is_lost
-from support.disks import freezable_disk
 from support.fleet import UNLIMITED, new_dice, question
 from support.http import Answer, when
 from support.postgres import PostgresServer, postgres_server
@@ -42,20 +40,6 @@ async def server() -> AsyncIterator[PostgresServer]:
         yield found
 
 
-@contextmanager
-def full_disk(node: ClusterNode) -> Iterator[None]:
-    node.fill_disk()
-    try:
-        yield
-    finally:
-        node.mend_disk()
-
-
-async def is_answered(node: ClusterNode, status: int) -> None:
-    """Wait until a node answers `/health/ready` with this status."""
-    await when(lambda: node.api.get("/health/ready"), lambda answer: answer.status == status)
-
-
 async def in_flight(node: ClusterNode, model_id: str) -> int:
     uses = (await node.api.get("/api/v1/resources")).json["models"]
     return int(next(use["in_flight"] for use in uses if use["model_id"] == model_id))
@@ -65,64 +49,6 @@ async def loaded(cluster: Cluster, name: str) -> tuple[ClusterNode, list[str], i
     """Load models everywhere; return a node with its models and its epoch."""
     state = await cluster.load(*cluster.fleet.ids[:KEPT])
     return cluster.nodes[name], find_places(state, name), state.registers.nodes[name].epoch
-
-
-@pytest.mark.parametrize("name", ["n1", "n2"])  # n1 is the placer
-async def test_node_with_full_disk_is_lost_and_comes_back(
-    server: PostgresServer, tmp_path: Path, name: str
-) -> None:
-    async with clustered(tmp_path, server) as cluster:
-        node, own, epoch = await loaded(cluster, name)
-        other = cluster.nodes["n3"]
-        with full_disk(node):
-            jobs = [
-                await other.api.accepted_load(model_id) for model_id in cluster.fleet.ids[KEPT : KEPT + 2]
-            ]
-            await cluster.until(is_lost(name, epoch), at=other)
-            await cluster.until(are_elsewhere([*own, *(job["model_id"] for job in jobs)], name), at=other)
-            refused = await when(lambda: node.api.get("/health/ready"), lambda answer: answer.status == 503)
-            assert "the lease is not renewed" in refused.json["detail"]
-            await when(node.list_live, lambda live: not live)
-        await cluster.until(has_joined(name, epoch + 1), at=other)
-        await is_answered(node, 200)
-        await cluster.settled()
-
-
-async def test_models_stay_when_all_disks_are_full(server: PostgresServer, tmp_path: Path) -> None:
-    async with clustered(tmp_path, server, names=("n1", "n2")) as cluster:
-        state = await cluster.load(*cluster.fleet.ids[:KEPT])
-        places = [(name, model_id) for name in cluster.nodes for model_id in find_places(state, name)]
-        one, other = cluster.nodes.values()
-        with full_disk(one), full_disk(other):
-            for node in cluster.nodes.values():
-                await is_answered(node, 503)
-            async with cluster.inferring(places, new_dice()):
-                await asyncio.sleep(nodes.LEASE_S)  # twice the lease without a renewal
-        for node in cluster.nodes.values():
-            await is_answered(node, 200)
-        after = await cluster.settled()
-        assert [find_places(after, name) for name in cluster.nodes] == [
-            find_places(state, name) for name in cluster.nodes
-        ]
-
-
-@pytest.mark.parametrize("when_away", ["serve", "stop"])
-async def test_node_whose_disk_hangs_is_lost_and_answers_nothing(
-    server: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when_away: str
-) -> None:
-    monkeypatch.setattr(nodes, "SETTINGS", (*nodes.SETTINGS, f"--when-away={when_away}"))
-    with freezable_disk(tmp_path / "n1") as disk:
-        async with clustered(tmp_path, server, disks={"n1": disk}) as cluster:
-            node, own, epoch = await loaded(cluster, "n1")
-            other = cluster.nodes["n2"]
-            node.freeze_disk()
-            await cluster.until(is_lost("n1", epoch), at=other)
-            await cluster.until(are_elsewhere(own, "n1"), at=other)
-            await when(lambda: node.api.infer(own[0], question(new_dice())), lambda each: each.status == 503)
-            await is_answered(node, 503)
-            node.mend_disk()
-            await cluster.until(has_joined("n1", epoch + 1), at=other)
-            await cluster.settled()
 
 
 async def test_twin_of_a_node_is_refused(server: PostgresServer, tmp_path: Path) -> None:
@@ -153,15 +79,6 @@ async def test_twin_of_a_node_is_refused(server: PostgresServer, tmp_path: Path)
         assert state.registers.nodes["n1"].epoch <= epoch + 1
 
 
-async def test_killed_node_joins_again_at_once(server: PostgresServer, tmp_path: Path) -> None:
-    async with clustered(tmp_path, server, names=("n1", "n2")) as cluster:
-        node, _, epoch = await loaded(cluster, "n1")
-        await node.kill()
-        await node.start()
-        assert has_joined("n1", epoch + 1)(node.read_state())
-        assert node.read_state().registers.nodes["n2"].epoch == 1
-
-
 async def test_short_outages_are_no_incidents(
     server: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,37 +94,6 @@ async def test_short_outages_are_no_incidents(
             await cluster.until(has_joined("n1", epoch + turn))
             assert find_places(await cluster.settled(), "n1") == own
         assert not [event for event in await events(node.config) if event.type == WorkerExited.TYPE]
-
-
-async def test_revoked_token_reads_and_infers_at_a_node_that_is_cut_off(
-    server: PostgresServer, tmp_path: Path
-) -> None:
-    """As `docs/cluster.md` says: such a node cannot know; but nothing that is recorded is done for it."""
-    async with clustered(tmp_path, server, names=("n1", "n2")) as cluster:
-        state = await cluster.load(*cluster.fleet.ids[:KEPT])
-        one, cut_off = cluster.nodes.values()
-        own = find_places(state, cut_off.name)[0]
-        asked = {"subject": "mallory", "roles": ["admin"], "expires_s": 600}
-        issued = (await one.api.post("/api/v1/tokens", json=asked)).json
-        token = {"Authorization": f"Bearer {issued['token']}"}
-
-        async def try_all(node: ClusterNode) -> list[int]:
-            body = {"inputs": [question(new_dice())]}
-            answers = [
-                await node.api.send("GET", "/api/v1/models", roles=(), headers=token),
-                await node.api.send("POST", f"/v2/models/{own}/infer", roles=(), headers=token, json=body),
-                await node.api.send("POST", f"/api/v1/models/{own}/unload", roles=(), headers=token, json={}),
-            ]
-            return [answer.status for answer in answers]
-
-        await cluster.until(lambda state: issued["jti"] in state.registers.tokens, at=cut_off)
-        cut_off.proxy.swallow()
-        assert (await one.api.post(f"/api/v1/tokens/{issued['jti']}/revoke")).status == 200
-        assert await try_all(cut_off) == [200, 200, 503]
-        assert await try_all(one) == [401, 401, 401]
-        cut_off.proxy.heal()
-        await when(lambda: try_all(cut_off), lambda found: found == [401, 401, 401])
-        await cluster.settled()
 
 
 async def test_stopping_node_hands_models_over_while_one_computes(
