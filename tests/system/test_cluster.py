@@ -267,7 +267,7 @@ async def test_killed_database_loses_no_node_and_no_inference(cluster: Cluster, 
     assert not await lost_since(cluster, before, started_at)
 
 
-ROUNDS = of_both(short=3, long=200)
+ROUNDS = of_both(short=2, long=200)
 AUDIT_EVERY = 20
 FAILURES = {"crash_loop", "worker_died"}
 """Codes that loads of good models may fail with while nodes and workers are killed again and again."""

@@ -19,7 +19,7 @@ from support.workers import until
 
 from server.config import Config
 
-KILLS = of_both(short=6, long=500)
+KILLS = of_both(short=3, long=500)
 SOON_S, LATER_S = 0.3, 1.2
 """After the start of a load: half of the kills come so soon."""
 
