@@ -495,15 +495,3 @@ def test_refused_call_names_reason(
     assert found == status
     assert message
     assert words in message
-
-
-def test_unsupported_inference_options_are_refused(client: Any, admin: dict[str, str]) -> None:
-    shared = triton.InferInput("a", [1], "FP32")
-    shared.set_shared_memory("region", 4)
-    for first, options, words in (
-        (floats("a", 1), {"priority": 1}, "priority"),
-        (floats("a", 1), {"sequence_id": 3}, "sequence_id"),
-        (shared, {}, "shared memory"),
-    ):
-        status, message = refusal(client.infer, "subtract", [first, floats("b", 1)], headers=admin, **options)
-        assert (status, words in message) == (400, True)
