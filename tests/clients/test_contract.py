@@ -473,8 +473,6 @@ IDLE = {"model_name": "idle"}
         ("load_model", {**IDLE, "headers": None}, 401, "token"),
         ("load_model", {"model_name": "corrupt"}, 400, "model.onnx ends after"),
         ("load_model", {**IDLE, "config": '{"optimization": {}}'}, 400, "optimization"),
-        ("load_model", {**IDLE, "config": "[]"}, 400, "JSON object"),
-        ("load_model", {**IDLE, "config": "{}", "files": {"file:1/m": b"x"}}, 400, "file:1/m"),
         ("get_model_metadata", {"model_name": "nothing"}, 404, "nothing"),
         ("get_model_config", IDLE, 503, "not loaded"),
         ("get_model_config", {"model_name": "nothing"}, 404, "nothing"),
