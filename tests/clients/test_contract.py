@@ -473,8 +473,6 @@ IDLE = {"model_name": "idle"}
         ("load_model", {**IDLE, "headers": None}, 401, "token"),
         ("load_model", {"model_name": "corrupt"}, 400, "model.onnx ends after"),
         ("load_model", {**IDLE, "config": '{"optimization": {}}'}, 400, "optimization"),
-        ("load_model", {**IDLE, "config": "[]"}, 400, "JSON object"),
-        ("load_model", {**IDLE, "config": "{}", "files": {"file:1/m": b"x"}}, 400, "file:1/m"),
         ("get_model_metadata", {"model_name": "nothing"}, 404, "nothing"),
         ("get_model_config", IDLE, 503, "not loaded"),
         ("get_model_config", {"model_name": "nothing"}, 404, "nothing"),
@@ -495,15 +493,3 @@ def test_refused_call_names_reason(
     assert found == status
     assert message
     assert words in message
-
-
-def test_unsupported_inference_options_are_refused(client: Any, admin: dict[str, str]) -> None:
-    shared = triton.InferInput("a", [1], "FP32")
-    shared.set_shared_memory("region", 4)
-    for first, options, words in (
-        (floats("a", 1), {"priority": 1}, "priority"),
-        (floats("a", 1), {"sequence_id": 3}, "sequence_id"),
-        (shared, {}, "shared memory"),
-    ):
-        status, message = refusal(client.infer, "subtract", [first, floats("b", 1)], headers=admin, **options)
-        assert (status, words in message) == (400, True)

@@ -10,15 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.answers import fill, fill_json
+from support.answers import fill_json
 from support.clients import NDJSON, OutOfAnswers, Played, answer, bookmark, event_lines, job, problem
 from support.history import FEWER
 
-from answers.approvals import ApprovalInfo, VersionApprovals
 from answers.events import EventInfo
 from answers.inference import ModelMetadata
 from answers.models import ModelInfo
-from answers.signatures import VerifiedVersionInfo
 from loadledger import Client, errors
 from loadledger.errors import (
     BadAnswer,
@@ -122,30 +120,6 @@ def test_load_sends_reasons_that_are_given() -> None:
     given = {"version": 2, "reason": "Ticket 7", "emergency": "An outage", "digest": "d"}
     assert first == given | {"priority": "high"}
     assert second == {}
-
-
-def test_approval_names_the_bytes_and_withdrawal_the_version() -> None:
-    given = fill(ApprovalInfo, digest="d", version=2, by="b")
-    members = fill_json(VersionApprovals, model_id="m", version=2, missing=1, approvals=[given])
-    play = Played([answer(members), answer(members | {"approvals": []})])
-    assert [each.by for each in play.client.approve("m", 2, "d", "reviewed").approvals] == ["b"]
-    assert play.client.withdraw_approval("m", 2, "it drifts").approvals == []
-    approval = "/api/v1/models/m/versions/2/approval"
-    sent = [(request.method, request.target) for request in play.requests]
-    assert sent == [("PUT", approval), ("DELETE", f"{approval}?reason=it+drifts")]
-    assert json.loads(play.requests[0].body or b"") == {"digest": "d", "reason": "reviewed"}
-
-
-def test_verification_of_a_model_names_version_that_is_given() -> None:
-    members = fill_json(VerifiedVersionInfo, model_id="m", version=2, digest="d", later=1)
-    refused = {**members, "problem": {"code": "signature_missing", "message": "no"}}
-    play = Played([answer(members), answer(refused)])
-    assert play.client.verify_model("m").problem is None
-    problem = play.client.verify_model("m", 2).problem
-    assert (problem and problem.code) == "signature_missing"
-    assert [request.target for request in play.requests] == [
-        "/api/v1/models/m/verify", "/api/v1/models/m/verify?version=2"
-    ]  # fmt: skip
 
 
 # Waiting

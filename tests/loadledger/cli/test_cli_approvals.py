@@ -162,6 +162,10 @@ async def test_each_client_verifies_approves_and_withdraws(kind: str, guarded: L
             assert (found.version, found.added_by) == (1, None)
             assert found.problem is not None
             assert found.problem.code == "not_approved"
+            assert client.verify_model("free", 1).problem is None
+            with pytest.raises(ServerError) as refusal:
+                client.verify_model("m", 7)
+            assert refusal.value.code == "unknown_version"
             assert client.load("free", reason="a trial", wait=True).reason == "a trial"
             with pytest.raises(ServerError) as refusal:
                 client.approve("m", 1, "0" * 64, "no")

@@ -306,7 +306,7 @@ def test_load_that_changes_settings_says_so(alice: Shell) -> None:
     alice.prints("unload other --wait")
 
 
-def test_failed_commands_print_reason_and_advice(alice: Shell, server: Server) -> None:
+def test_failed_commands_print_reason_and_advice(alice: Shell) -> None:
     reason = alice.refused(1, "load bad -w")
     assert "the load of bad version 1 failed" in reason
     assert "Frobnicate" in reason
@@ -321,20 +321,7 @@ def test_failed_commands_print_reason_and_advice(alice: Shell, server: Server) -
     assert "bad" not in alice.prints("ps")
     assert re.search(r"^bad +failed +invalid_model", alice.prints("top"), re.MULTILINE)
     assert [model["id"] for model in alice.json("top")["wrong"]] == ["bad"]
-
-    token = {role: server.api.token(role) for role in ("audit", "infer")}
-    for command, variables, words in (
-        ("ps m", {}, "`loadledger show m`"),
-        (f"cancel {job['id']}", {}, "already"),
-        ("load ..", {}, "no id of a model"),
-        ("ps", {"LOADLEDGER_TOKEN": "nonsense"}, "answered 401"),
-        ("events", {"LOADLEDGER_TOKEN": "nonsense"}, "answered 401"),
-        ("events --follow", {"LOADLEDGER_TOKEN": "nonsense"}, "answered 401"),
-        ("load m", {"LOADLEDGER_TOKEN": token["audit"]}, "403"),
-        ("events", {"LOADLEDGER_TOKEN": token["infer"]}, "403"),
-        ("events -f", {"LOADLEDGER_TOKEN": token["infer"]}, "403"),
-    ):
-        assert words in alice.refused(2, command, **variables), command
+    assert "answered 401" in alice.refused(2, "events --follow", LOADLEDGER_TOKEN="nonsense")
 
 
 def test_infer_loads_model_on_demand(server: Server, tmp_path: Path) -> None:

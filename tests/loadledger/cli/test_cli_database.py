@@ -61,13 +61,8 @@ def test_migrate_prints_what_it_did(database: Database, data: Path) -> None:
 
 def test_migrate_in_json_names_the_copied_head(database: Database, data: Path) -> None:
     position, digest = head_of(data).split(":")
-    assert printed_json("migrate", "--ledger", database.owner_url, "--data", data) == {
-        "migrations": 1,
-        "server_role": None,
-        "events": HEAD,
-        "position": int(position),
-        "hash": digest,
-    }
+    told = {"migrations": 1, "server_role": None, "events": HEAD, "position": int(position), "hash": digest}
+    assert printed_json("migrate", "--ledger", database.owner_url, "--data", data) == told
 
 
 def test_migrate_refuses_ledgers_it_cannot_copy(database: Database, data: Path) -> None:
@@ -183,8 +178,6 @@ def test_replica_is_written_by_its_servers_only(migrated: Database, data: Path) 
     ("statement", "position", "words"),
     [
         ("UPDATE events SET body = replace(body, 'alice', 'mallory') WHERE position = 2", 2, "hash"),
-        ("UPDATE events SET hash = sha256(hash) WHERE position = 4", 4, "hash"),
-        ("DELETE FROM events WHERE position = 6", 6, "missing"),
         (f"DELETE FROM events WHERE position = {HEAD}", HEAD - 1, "the stored head is"),
     ],
 )

@@ -48,12 +48,10 @@ def test_token_without_a_server_is_refused(tmp_path: Path, command: str) -> None
     assert list(data.iterdir()) == []
 
 
-def test_token_has_lifetime(data: Path) -> None:
-    for expires, seconds in (("90s", 90), ("30m", 1800), ("12h", 43200), ("7d", 604800), ("1s", 1)):
-        made = claims(create(data, "--expires", expires))
-        assert made["exp"] - made["iat"] == seconds
-    made = claims(create(data))
-    assert (made["exp"] - made["iat"], made["aud"], "iss" in made) == (12 * 3600, "loadledger", False)
+def test_token_has_the_given_lifetime_or_twelve_hours(data: Path) -> None:
+    for options, seconds in ((("--expires", "7d"), 604_800), ((), 12 * 3600)):
+        made = claims(create(data, *options))
+        assert (made["exp"] - made["iat"], made["aud"], "iss" in made) == (seconds, "loadledger", False)
 
 
 def test_token_in_json_repeats_its_claims(data: Path) -> None:
@@ -71,15 +69,12 @@ def test_token_in_json_repeats_its_claims(data: Path) -> None:
 
 def test_token_refuses_options(data: Path) -> None:
     there = f"--data={data}"
-    for option, values, words in (
-        ("expires", ["", "0s", "-1h", "1", "h", "1.5h", "1y", "1h30m", " 1h", "\u0661h", "9" * 9 + "d"], ""),
-        ("subject", ["", "SYSTEM ", "a\nb", "x" * 129], "subject"),
-        ("subject", ["al\u00adice"], "must be printable"),
-        ("role", ["", "root"], "is not one of 'admin', 'infer', 'audit'"),
+    for option, value, words in (
+        ("expires", "9" * 9 + "d", "expires"),
+        ("subject", "al\u00adice", "the subject must be printable"),
+        ("role", "", "is not one of 'admin', 'infer', 'audit'"),
     ):
-        for value in values:
-            assert words in refused("token", there, *ALICE, f"--{option}={value}"), value
-    assert "--role" in refused("token", there, "--subject=a")
+        assert words in refused("token", there, *ALICE, f"--{option}={value}"), value
     assert "--subject" in refused("token", there, "--role=admin")
     assert "--data" in refused("token", *ALICE, HOME="")
 

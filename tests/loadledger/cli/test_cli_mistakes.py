@@ -61,6 +61,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
 MISTAKES = [
     # typed, exit code, what is said
     ("laod digits", 2, "there is no command 'laod'; did you mean load or unload?"),
+    ("xyzzy", 2, "`loadledger --help` lists them"),
+    ("key nope", 2, "nope"),
+    ("load .. --wait", 2, "no id of a model"),
     ("load digits --wiat", 2, "No such option '--wiat'. Did you mean '--wait'?"),
     # names of models
     ("show digit", 2, "model 'digit' is not in the repository; did you mean digits? (unknown_model)"),

@@ -5,7 +5,6 @@ import stat
 from pathlib import Path
 
 import pytest
-from support.clients import run_command
 from support.uploads import FILES, MODEL, files_in
 
 from loadledger.sources.folder import write_version
@@ -53,13 +52,3 @@ def test_what_no_server_takes_leaves_nothing(tmp_path: Path, model: str, file: s
     with pytest.raises(ValueError, match=said):
         write_version(version, repository, model, 1)
     assert [path.name for path in repository.rglob("*")] == ["there", "1"]
-
-
-def test_command_writes_a_version_and_says_that_no_ledger_has_it(tmp_path: Path) -> None:
-    repository = tmp_path / "repository"
-    repository.mkdir()
-    (tmp_path / "net.onnx").write_bytes(MODEL)
-    done = run_command("add", "m", str(tmp_path / "net.onnx"), "--into", str(repository))
-    assert "m version 1: added, 1 file" in done.stdout
-    assert "no ledger has a VersionAdded of it: the first load records its files" in done.stdout
-    assert files_in(repository) == {"m/1/model.onnx": MODEL}
