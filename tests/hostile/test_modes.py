@@ -106,11 +106,3 @@ async def test_what_others_may_write_is_refused(config: Config, place: Callable[
         refusal = await refused_start(config, f"--config={config.repository / 'server.toml'}")
         assert f"{path} has mode {mode:04o}" in refusal
         assert "`chmod " in refusal
-
-
-async def test_linked_lock_leaves_its_target_alone(config: Config, tmp_path: Path) -> None:
-    ensure_data_dir(config.data)
-    (tmp_path / "victim").write_text("precious")
-    (config.data / "lock").symlink_to(tmp_path / "victim")
-    assert f"{config.data / 'lock'} is a symbolic link" in await refused_start(config)
-    assert (tmp_path / "victim").read_text() == "precious"

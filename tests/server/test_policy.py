@@ -77,111 +77,87 @@ def test_policy_is_read_from_the_file_with_contents(file: Path) -> None:
 def test_file_without_tables_has_no_policy(file: Path) -> None:
     file.write_text("port = 1\n")
     values, _ = read_settings({"config": str(file)}, {})
-    assert "policy" not in values
+    assert "policy" not in values.keys() | {setting.name for setting in settings()}
     assert Config(repository=file, data=file).policy == LoadPolicy()
 
 
-def test_policy_is_no_option() -> None:
-    assert "policy" not in {setting.name for setting in settings()}
-
-
-TRUST = 'models = ["a"]\nmode = "warn"\n'
-APPROVAL = 'models = ["a"]\n'
 MISTAKES = {
-    "key is missing": (
-        "trust",
-        TRUST + 'keys = ["no.pub"]',
-        ".keys[0]: 'no.pub' cannot be read: No such file",
-    ),
-    "key is a folder": (
-        "trust",
-        TRUST + 'keys = ["keys"]',
-        ".keys[0]: 'keys' cannot be read: Is a directory",
-    ),
-    "key has a NUL": (
-        "trust",
-        TRUST + 'keys = ["a\\u0000"]',
-        ".keys[0]: 'a\\x00' is refused: embedded null byte",
-    ),
-    "key is too large": (
-        "trust",
-        TRUST + 'keys = ["large"]',
-        f".keys[0]: 'large' has more than {MAX_FILE_BYTES} bytes",
-    ),
-    "key is not UTF-8": ("trust", TRUST + 'keys = ["latin"]', ".keys[0]: 'latin' is refused: 'utf-8' codec"),
-    "key is a certificate": (
-        "trust",
-        TRUST + 'keys = ["ca.pem"]',
-        ".keys[0]: 'ca.pem' is refused: there is no public",
-    ),
-    "key of a home": ("trust", TRUST + 'keys = ["~/a"]', ".keys[0]: Must be a path in quotes, and in full"),
-    "key is a number": ("trust", TRUST + "keys = [1]", ".keys[0]: Must be a path in quotes"),
-    "keys are text": ("trust", TRUST + 'keys = "other.pub"', ".keys: Not a valid list"),
-    "roots are a key": (
-        "trust",
-        TRUST + 'certificates = [{roots = "other.pub", subject = "CN=a"}]',
-        ".certificates[0].roots: 'other.pub' is refused: there is no certificate",
-    ),
-    "subject": (
-        "trust",
-        TRUST + 'certificates = [{roots = "ca.pem", subject = "release"}]',
-        ".certificates[0].subject: Is refused: 'release' is no name",
-    ),
-    "no subject": (
-        "trust",
-        TRUST + 'certificates = [{roots = "ca.pem"}]',
-        ".certificates[0].subject: Missing data",
-    ),
-    "unknown below": (
-        "trust",
-        TRUST + 'certificates = [{roots = "ca.pem", subject = "CN=a", subjects = 1}]',
-        ".certificates[0].subjects: there is no such key; did you mean subject?",
-    ),
-    "digest": ("trust", TRUST + 'distrusted = ["abc"]', ".distrusted[0]: Must be a key's SHA-256"),
-    "nobody may sign": ("trust", 'models = ["a"]\nmode = "enforce"', ".keys: Must be given, or certificates"),
-    "mode": ("trust", 'models = ["a"]\nmode = "strict"', ".mode: Must be one of: off, warn, enforce"),
-    "no mode": ("trust", 'models = ["a"]', ".mode: Missing data"),
-    "no models": ("trust", 'mode = "off"', ".models: Missing data"),
-    "empty models": ("trust", 'mode = "off"\nmodels = []', ".models: Shorter than minimum length 1"),
-    "glob": ("trust", 'mode = "off"\nmodels = ["a", "b/1"]', ".models[1]: Must be a model or a glob"),
-    "misspelt": ("trust", TRUST + "key = []", ".key: there is no such key; did you mean keys?"),
-    "setting": (
-        "approval",
-        APPROVAL + "port = 1",
-        ".port: there is no such key; settings stand above the tables",
-    ),
-    "no approvals": (
-        "approval",
-        APPROVAL + "approvals = 0",
-        ".approvals: Must be greater than or equal to 1",
-    ),
-    "approvals are text": ("approval", APPROVAL + 'approvals = "1"', ".approvals: Not a valid integer"),
-    "adders": ("approval", APPROVAL + 'added = "all"', ".added: Must be one of: any, recorded"),
-    "expiry is gone": ("approval", APPROVAL + 'expires = "24h"', ".expires: there is no such key"),
-    "emergency": ("approval", APPROVAL + 'emergency = "no"', ".emergency: Not a valid boolean"),
+    "trust": [
+        ('keys = ["no.pub"]', ".keys[0]: 'no.pub' cannot be read: No such file"),
+        ('keys = ["keys"]', ".keys[0]: 'keys' cannot be read: Is a directory"),
+        ('keys = ["a\\u0000"]', ".keys[0]: 'a\\x00' is refused: embedded null byte"),
+        ('keys = ["large"]', f".keys[0]: 'large' has more than {MAX_FILE_BYTES} bytes"),
+        ('keys = ["latin"]', ".keys[0]: 'latin' is refused: 'utf-8' codec"),
+        ('keys = ["ca.pem"]', ".keys[0]: 'ca.pem' is refused: there is no public"),
+        ('keys = ["~/a"]', ".keys[0]: Must be a path in quotes, and in full"),
+        ("keys = [1]", ".keys[0]: Must be a path in quotes"),
+        ('keys = "other.pub"', ".keys: Not a valid list"),
+        (
+            'certificates = [{roots = "other.pub", subject = "CN=a"}]',
+            ".certificates[0].roots: 'other.pub' is",
+        ),
+        (
+            'certificates = [{roots = "ca.pem", subject = "a"}]',
+            ".certificates[0].subject: Is refused: 'a' is no",
+        ),
+        ('certificates = [{roots = "ca.pem"}]', ".certificates[0].subject: Missing data"),
+        (
+            'certificates = [{roots = "ca.pem", subject = "CN=a", subjects = 1}]',
+            ".certificates[0].subjects: there is no such key; did you mean subject?",
+        ),
+        ('distrusted = ["abc"]', ".distrusted[0]: Must be a key's SHA-256"),
+        ('mode = "enforce"', ".keys: Must be given, or certificates"),
+        ('mode = "strict"', ".mode: Must be one of: off, warn, enforce"),
+        ("mode = ", ".mode: Missing data"),
+        ("models = ", ".models: Missing data"),
+        ("models = []", ".models: Shorter than minimum length 1"),
+        ('models = ["a", "b/1"]', ".models[1]: Must be a model or a glob"),
+        ("key = []", ".key: there is no such key; did you mean keys?"),
+    ],
+    "approval": [
+        ("port = 1", ".port: there is no such key; settings stand above the tables"),
+        ("approvals = 0", ".approvals: Must be greater than or equal to 1"),
+        ('approvals = "1"', ".approvals: Not a valid integer"),
+        ('added = "all"', ".added: Must be one of: any, recorded"),
+        ('expires = "24h"', ".expires: there is no such key"),
+        ('emergency = "no"', ".emergency: Not a valid boolean"),
+    ],
 }
+"""By table: a line, and the mistake in it. A line without a value takes the key away from what is right."""
+RIGHT = {"trust": {"models": '["a"]', "mode": '"warn"'}, "approval": {"models": '["a"]'}}
 
 
-@pytest.mark.parametrize("case", MISTAKES)
-def test_mistake_names_its_place(file: Path, case: str) -> None:
-    table, text, expected = MISTAKES[case]
+@pytest.mark.parametrize(
+    ("table", "line", "expected"),
+    [(table, line, expected) for table, rows in MISTAKES.items() for line, expected in rows],
+)
+def test_mistake_names_its_place(file: Path, table: str, line: str, expected: str) -> None:
     (file.parent / "large").write_text("#" * (MAX_FILE_BYTES + 1))
     (file.parent / "latin").write_bytes(b"\xff")
+    key, _, value = line.partition(" = ")
+    lines = RIGHT[table] | {key: value}
+    text = "\n".join(f"{name} = {given}" for name, given in lines.items() if given)
     file.write_text(f"port = 1\n[[{table}]]\n{text}\n")
     _, [mistake] = read_settings({"config": str(file)}, {})
     assert f"{mistake.place}: {mistake.text}".startswith(f"{file}:2: {table}[0]{expected}")
 
 
-def test_single_table_is_refused(file: Path) -> None:
-    file.write_text('[trust]\nmodels = ["a"]\n')
+@pytest.mark.parametrize(
+    ("text", "place", "words"),
+    [
+        (
+            '[trust]\nmodels = ["a"]',
+            "trust",
+            "Must be a list of tables: write the name in [[double brackets]].",
+        ),
+        ("approval = [1]", "approval[0]", ""),
+    ],
+)
+def test_what_is_no_list_of_tables_is_refused(file: Path, text: str, place: str, words: str) -> None:
+    file.write_text(text)
     _, [mistake] = read_settings({"config": str(file)}, {})
-    assert mistake == (f"{file}:1: trust", "Must be a list of tables: write the name in [[double brackets]].")
-
-
-def test_entry_that_is_no_table_is_refused(file: Path) -> None:
-    file.write_text("approval = [1]\n")
-    _, [mistake] = read_settings({"config": str(file)}, {})
-    assert mistake.place == f"{file}:1: approval[0]"
+    assert mistake.place == f"{file}:1: {place}"
+    assert words in mistake.text
 
 
 def test_all_mistakes_are_reported_together(file: Path) -> None:

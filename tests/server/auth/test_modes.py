@@ -35,7 +35,7 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("mode", [0o400, 0o600, 0o640, 0o644, 0o755])
+@pytest.mark.parametrize("mode", [0o400, 0o600, 0o601, 0o640, 0o644, 0o755])
 def test_safe_mode_is_accepted(path: Path, mode: int) -> None:
     path.chmod(mode)
     assert find_risk(path) is None

@@ -78,22 +78,6 @@ def test_unusable_file_is_refused_by_name(
     assert re.search(reason, refused(files), re.DOTALL)
 
 
-def test_key_that_others_may_read_or_change_is_refused(files: tuple[Path, Path]) -> None:
-    for mode in (0o604, 0o602, 0o601, 0o644, 0o777):
-        files[1].chmod(mode)
-        assert re.search(f"mode {mode:04o}.*chmod 0600", refused(files), re.DOTALL)
-    for mode in (0o400, 0o600, 0o440, 0o640):
-        files[1].chmod(mode)
-        load_context(*files)
-
-
-def test_key_of_another_user_is_refused(files: tuple[Path, Path]) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("only root can give a file away")
-    os.chown(files[1], 12345, -1)
-    assert "another user (12345)" in refused(files)
-
-
 def test_missing_or_special_file_is_refused(files: tuple[Path, Path], tmp_path: Path) -> None:
     os.mkfifo(fifo := tmp_path / "fifo", 0o600)
     for path in (tmp_path / "none", tmp_path, fifo, tmp_path / "n\0"):
