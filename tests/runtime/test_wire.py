@@ -185,11 +185,6 @@ def test_report_that_cannot_be_true_is_malformed(message: wire.Message) -> None:
         read(wire.FROM_LOADING, frame(message))
 
 
-def test_announced_bytes_take_no_memory() -> None:
-    stream = wire.PREFIX.pack(10, wire.MAX_PAYLOAD_BYTES) + b"x"
-    assert read(wire.FROM_SERVING, stream) == []
-
-
 def test_datatypes_have_one_onnx_type_each() -> None:
     assert {datatype.onnx: datatype for datatype in wire.DATATYPES.values()} == wire.BY_ONNX
     assert len(wire.BY_ONNX) == len(wire.DATATYPES) == 14

@@ -15,22 +15,17 @@ from support import models
 from support.history import child
 from support.workers import (
     LIMIT_S,
-    Serve,
-    answer,
     ask,
-    computing,
     descriptors,
     descriptors_left,
     floats,
     fork_server_of,
     freeze,
     load,
-    loaded_memory,
     order_of,
     resume,
     running_pool,
     threads,
-    trips,
     until,
     wait_gone,
     waits_for_its_order,
@@ -139,13 +134,6 @@ def test_worker_imports_no_http_stack_and_no_database() -> None:
     assert imported.isdisjoint(http | {"sqlite3", "aiosqlite", "multiprocessing", "events"})
 
 
-async def test_empty_worker_takes_little_memory(pool: WorkerPool, tmp_path: Path) -> None:
-    models.save(models.add(), tmp_path, "m")
-    assert await (await pool.start("empty")).measure() < 8 * 2**20
-    worker, _ = await load(pool, order_of(tmp_path))
-    assert loaded_memory(worker).memory_bytes < 12 * 2**20
-
-
 async def test_fork_server_starts_in_any_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,18 +237,6 @@ async def test_fork_server_that_dies_during_a_start_fails_it(pool: WorkerPool) -
     with pytest.raises(ForkServerUnavailable, match="ended"):
         await starting
     await until(lambda: pool.healthy)
-
-
-async def test_signals_to_processes_do_not_disturb_inference(serve: Serve, pool: WorkerPool) -> None:
-    worker = await serve(models.counting_loop())
-    running = asyncio.ensure_future(answer(worker, trips(100_000)))
-    await until(computing(worker.pid))
-    for pid in (worker.pid, fork_server_of(pool).pid):
-        assert os.getsid(pid) == pid  # a signal to the server's process group does not come here at all
-        for number in (signal.SIGTERM, signal.SIGINT):
-            os.kill(pid, number)
-    assert await running == 100_000
-    assert pool.healthy
 
 
 # Start that fails

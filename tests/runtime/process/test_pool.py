@@ -82,12 +82,6 @@ async def test_start_cancelled_while_connecting_ends_its_process(pool: WorkerPoo
     assert worker.ended.done()
 
 
-async def test_many_workers_start_at_once(pool: WorkerPool) -> None:
-    workers = await asyncio.gather(*(pool.start(str(number)) for number in range(20)))
-    assert len({worker.pid for worker in workers}) == 20
-    assert set(await asyncio.gather(*(worker.stop(LIMIT_S) for worker in workers))) == {Exit(0, None)}
-
-
 async def test_stopped_fork_server_with_workers_is_waited_for(
     pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

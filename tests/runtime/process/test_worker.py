@@ -78,27 +78,6 @@ async def test_stop_returns_memory_and_frees_channel_buffers(serve: Serve, pool:
     assert [len(channel._reader._chunk) for channel in (worker._data, worker._control)] == [0, 0]
 
 
-async def test_cancelled_inference_makes_way_for_the_next(serve: Serve) -> None:
-    """Whether its caller is cancelled or sets itself a limit, and also while it still waits."""
-    worker = await serve(models.counting_loop())
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.05):
-            await ask(worker, [trips(ENDLESS)])
-    await worker.wait_until_drained()
-    endless, queued, dropped = (
-        asyncio.ensure_future(answer(worker, trips(count))) for count in (ENDLESS, 5, ENDLESS)
-    )
-    await until(computing(worker.pid))
-    assert worker.in_flight == 3
-    dropped.cancel()
-    endless.cancel()
-    assert await queued == 5
-    await worker.wait_until_drained()
-    assert worker.in_flight == 0
-    assert endless.cancelled()
-    assert dropped.cancelled()
-
-
 async def test_stderr_flood_is_bounded(pool: WorkerPool) -> None:
     worker = await pool.start("w")
     await waits_for_its_order(worker.pid)

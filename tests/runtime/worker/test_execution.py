@@ -4,9 +4,7 @@ import asyncio
 import socket
 import time
 import tracemalloc
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -17,9 +15,8 @@ from hypothesis import strategies as st
 from onnx import ModelProto
 from support import models
 from support.history import PLAIN
-from support.models import ENDLESS, INT64, STRING
+from support.models import ENDLESS, STRING
 from support.workers import (
-    FOR_EVER_S,
     LIMIT_S,
     Serve,
     answer,
@@ -263,14 +260,6 @@ def test_needed_time_is_that_of_the_latest_runs(
     assert (runs.longest_ns(600), runs.longest_ns(1024)) == (90, 0)
 
 
-def test_late_cancellation_is_forgotten() -> None:
-    cancellation = Cancellation()
-    assert cancellation.begin([1]) is not None
-    cancellation.cancel(1)
-    cancellation.end()
-    assert not cancellation._cancelled
-
-
 # The executor, without a worker
 
 
@@ -409,18 +398,6 @@ async def test_waiting_requests_run_in_batches(serve: Serve, case: str) -> None:
     assert await run_at_once(serve, model, limit, requests) == (expected, unbatched)
 
 
-@pytest.mark.parametrize(
-    ("model", "datatype"),
-    [(models.rows(), "FP32"), (models.rows(INT64), "INT64"), (models.look_up(), "INT64")],
-)
-async def test_batched_answers_equal_unbatched_ones(serve: Serve, model: ModelProto, datatype: str) -> None:
-    random = np.random.default_rng(7)
-    shapes = [(int(random.integers(0, 4)), int(random.integers(0, 3))) for _ in range(60)]
-    requests = [[tensor("x", datatype, random.integers(0, 4, shape))] for shape in shapes]
-    (_, unbatched), (_, batched) = [await run_at_once(serve, model, limit, requests) for limit in (0, 4)]
-    assert batched == unbatched
-
-
 async def test_json_and_binary_requests_are_batched_apart(serve: Serve) -> None:
     worker = await serve(models.rows(), max_batch_size=4)
     text = Tensor("x", "FP32", (1, 2), b"[1,2.5]", text=True)
@@ -525,26 +502,6 @@ async def test_request_that_cannot_be_in_time_is_not_begun(serve: Serve, batch: 
     with pytest.raises(InferenceTimeout, match="not begun"):
         await worker.infer([tensor("x", "INT64", [LONG])], timeout_s=took_s / 2)
     assert await sizes(await count(5)) == [(1, 1)]
-
-
-async def test_overloaded_worker_answers_requests_in_time(serve: Serve) -> None:
-    """Of clients with deadlines: the oldest requests would else run, each too late and in vain."""
-    worker, ends = await serve(models.counting_rows()), Counter[str]()
-    x = tensor("x", "INT64", [LONG // 40])
-    outcomes = [(await worker.infer([x], timeout_s=FOR_EVER_S))[0] for _ in range(KEPT_RUNS)]
-    usual_s = median(outcome.infer_ns for outcome in outcomes) / 1e9
-
-    async def ask_repeatedly() -> None:
-        for _ in range(12):
-            try:
-                await worker.infer([x], timeout_s=8 * usual_s)
-                ends["answered"] += 1
-            except InferenceTimeout as problem:
-                ends["not begun" if "not begun" in str(problem) else "late"] += 1
-
-    await asyncio.gather(*(ask_repeatedly() for _ in range(16)))
-    assert ends["answered"] > ends["late"]
-    assert ends["not begun"] > 0
 
 
 @pytest.mark.parametrize(

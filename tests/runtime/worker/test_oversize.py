@@ -38,17 +38,6 @@ async def test_output_beyond_the_payload_limit_fails_alone(serve: Serve) -> None
     assert await fill(worker, 3) == 12
 
 
-async def test_json_output_without_memory_for_it_fails_alone(serve: Serve) -> None:
-    worker, failed = await serve(models.filled(), memory_limit_bytes=20_000_000), 0
-    for count in (*range(200_000, 500_000, 20_000), 3_000_000):
-        try:
-            await fill(worker, count, text=True)
-        except InferenceFailed:
-            failed += 1
-    assert 0 < failed < 16
-    assert await fill(worker, 3, text=True) == len("[1.5,1.5,1.5]")
-
-
 async def test_output_too_large_fails_alone_in_a_batch(serve: Serve) -> None:
     worker = await serve(
         models.filled_rows(), max_batch_size=4, memory_limit_bytes=150_000_000, dependent_rows=True

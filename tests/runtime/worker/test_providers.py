@@ -22,9 +22,6 @@ from support.shims import require_compiler
 from support.workers import (
     LAYERS,
     answer,
-    array,
-    ask_all,
-    asked_at_once,
     floats,
     load,
     order_of,
@@ -213,14 +210,6 @@ async def test_model_that_is_not_warmed_up_is_refused(
     assert re.search(advice, str(refused)), str(refused)
 
 
-async def test_given_inputs_warm_a_model_up(pool: WorkerPool, tmp_path: Path) -> None:
-    save(models.reshape(), tmp_path, "m")
-    given = tensor("x", "FP32", range(6)), tensor("sides", "INT64", [2, 3])
-    worker, report = await load(pool, on_device(pool, order_of(tmp_path)), *given)
-    assert report.warming_up_us is not None
-    assert await answer(worker, *given) == [[0, 1, 2], [3, 4, 5]]
-
-
 async def test_load_on_device_is_warmed_up_whatever_its_file_says(pool: WorkerPool, tmp_path: Path) -> None:
     folder = save(models.add(), tmp_path, "m")
     (folder.parent / "loadledger.toml").write_text("[warm_up]\nenabled = false\n")
@@ -273,10 +262,6 @@ def test_openvino_keeps_precision_and_threads(
     assert json.loads(_openvino_options(target, threads)["load_config"]) == {kind: options}
 
 
-def test_other_providers_get_no_options_of_openvino() -> None:
-    assert _openvino_options(TargetDevice("tpu:cpu", ProviderLibrary("tpu", "/", "x")), 1) == {}
-
-
 async def test_memory_limit_leaves_room_for_what_the_provider_maps(pool: WorkerPool, tmp_path: Path) -> None:
     save(models.weights(2), tmp_path, "m")
     await load(pool, on_device(pool, replace(order_of(tmp_path), load_limit_bytes=20 * MB)))
@@ -299,16 +284,6 @@ def test_addresses_of_drivers_have_no_limit(provider: str, *, is_limited: bool) 
     command = [sys.executable, "-I", "-c", LIMITED, provider]
     [limit] = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     assert (int(limit) != resource.RLIM_INFINITY) == is_limited
-
-
-async def test_requests_are_batched_on_device(pool: WorkerPool, tmp_path: Path) -> None:
-    save(models.add(), tmp_path, "m")
-    order = replace(order_of(tmp_path), max_batch_size=4)
-    worker, _ = await load(pool, on_device(pool, order))
-    tasks = await asked_at_once(worker, *(ask_all(worker, [floats("x", n)]) for n in range(3)))
-    done = [await task for task in tasks]
-    assert [array(outputs[0]).tolist() for _, outputs in done] == [[1], [2], [3]]
-    assert sum(outcome.execution_size for outcome, _ in done) == 3
 
 
 async def test_inference_that_ignores_its_cancellation_is_killed(pool: WorkerPool, tmp_path: Path) -> None:
