@@ -79,20 +79,20 @@ async def test_digest_covers_shape_and_replaces_output_of_any_length(serve: Serv
     assert len(await digests(long, [count])) == 1
 
 
-STRINGS = models.strings()
+ADD, STRINGS = models.add(), models.strings()
 REFUSED: list[tuple[ModelProto, list[Tensor], str]] = [
-    (models.add(), [], "no value for input 'x'"),
-    (models.add(), [floats("z", 1)], "no input 'z'"),
-    (models.add(), [floats("x", 1), floats("x", 1)], "twice"),
-    (models.add(), [tensor("x", "FP64", [0])], "is FP32, not FP64"),
-    (models.add(), [tensor("x", "FP32", [[0]])], "rank"),
-    (models.add(), [Tensor("x", "FP32", (0, 2**62, 2**62), b"")], "elements"),
-    (models.add(), [Tensor("x", "FP32", (2,), b"1234")], "not of its shape"),
-    (models.add(), [Tensor("x", "FP31", (1,), b"1234")], "no such datatype"),
-    (models.add(), [Tensor("\ud800", "FP32", (1,), b"1234")], "not Unicode"),
-    (models.add(), [Tensor("x" * 5000, "FP32", (1,), b"1234")], "4096 characters"),
-    (models.add(), [Tensor("x", "FP32", (0, 2**63), b"")], "shape or size"),
-    *((models.add(), [json("x", text)], "input 'x'") for text in (b"[1, 2]", b"[nan]", b"[" * 10_000)),
+    (ADD, [], "no value for input 'x'"),
+    (ADD, [floats("z", 1)], "no input 'z'"),
+    (ADD, [floats("x", 1), floats("x", 1)], "twice"),
+    (ADD, [tensor("x", "FP64", [0])], "is FP32, not FP64"),
+    (ADD, [tensor("x", "FP32", [[0]])], "rank"),
+    (ADD, [Tensor("x", "FP32", (0, 2**62, 2**62), b"")], "elements"),
+    (ADD, [Tensor("x", "FP32", (2,), b"1234")], "not of its shape"),
+    (ADD, [Tensor("x", "FP31", (1,), b"1234")], "no such datatype"),
+    (ADD, [Tensor("\ud800", "FP32", (1,), b"1234")], "not Unicode"),
+    (ADD, [Tensor("x" * 5000, "FP32", (1,), b"1234")], "4096 characters"),
+    (ADD, [Tensor("x", "FP32", (0, 2**63), b"")], "shape or size"),
+    *((ADD, [json("x", text)], "input 'x'") for text in (b"[1, 2]", b"[nan]", b"[" * 10_000)),
     (STRINGS, [Tensor("x", "BYTES", (1,), b"\1\0\0")], "longer than the data"),
     (STRINGS, [Tensor("x", "BYTES", (1,), b"\2\0\0\0a")], "longer than the data"),
     (STRINGS, [Tensor("x", "BYTES", (2,), b"\1\0\0\0a")], "has 1 elements"),
@@ -103,6 +103,8 @@ REFUSED: list[tuple[ModelProto, list[Tensor], str]] = [
     ),
     (STRINGS, [json("x", b'["\\ud800"]', "BYTES")], "'x'"),
     (models.with_default(), [floats("c", 1)], "no value for input 'x'"),
+    (models.identity(shape=(2,)), [floats("x", 1, 2, 3)], "has the length 3 in dimension 0, and .* takes 2"),
+    (models.identity(shape=(2, 2)), [floats("x", 1, 2)], "'x' has 1 dimensions, and the model takes 2"),
 ]
 
 
