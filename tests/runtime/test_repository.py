@@ -212,8 +212,11 @@ def test_version_passed_over_is_named_with_the_reason(tmp_path: Path) -> None:
         return str(repository.find_versions("m").refusal)
 
     assert "version 4 of model 'm' was removed, and its folder has files all the same" in reason()
+    assert repository.versions("m") == [1, 2]
     with pytest.raises(UnknownVersion, match="was removed, and its folder has files"):
         repository.find_version("m", 4)
+    with pytest.raises(UnknownVersion), repository.open_version("m", 4):
+        pass
     (tmp_path / "m/5").mkdir()
     assert "version 5 of model 'm' is not complete: its model.onnx cannot be looked at" in reason()
     for name in ("a.onnx", os.fsdecode(b"\xff.onnx")):
@@ -255,74 +258,43 @@ def test_what_the_server_may_not_read_is_not_missing(tmp_path: Path, path: str, 
             pass
 
 
-def link_out(folder: Path) -> None:
-    (folder / "w.bin").symlink_to("/etc/hostname")
-
-
-def link_folder_out(folder: Path) -> None:
-    (folder / "more").symlink_to("/etc")
-
-
-def link_nowhere(folder: Path) -> None:
-    (folder / "w.bin").symlink_to("nowhere")
-
-
-def link_to_itself(folder: Path) -> None:
-    (folder / "w.bin").symlink_to("w.bin")
-
-
-def link_to_descriptor(folder: Path) -> None:
-    (folder / "w.bin").symlink_to("/proc/self/fd/0")
-
-
-def add_fifo(folder: Path) -> None:
-    os.mkfifo(folder / "w.bin")
-
-
-def add_socket(folder: Path) -> None:
-    bind_socket(folder / "w.bin")
-
-
-def add_bytes_name(folder: Path) -> None:
-    Path(os.fsdecode(os.fsencode(folder) + b"/\xff")).write_bytes(b"")
-
-
-def add_many(folder: Path) -> None:
-    for number in range(20):
-        (folder / str(number)).touch()
-
-
-def add_long_paths(folder: Path) -> None:
-    for name in "ab":
-        (folder / (name * 20)).touch()
-
-
 @pytest.mark.parametrize(
-    ("damage", "reason"),
+    ("name", "make", "reason"),
     [
-        (link_out, "leads out of the repository"),
-        (link_folder_out, "leads out of the repository"),
-        (link_nowhere, "leads nowhere"),
-        (link_to_itself, "symbolic links"),
-        (link_to_descriptor, "leads out of|not a regular file"),
-        (add_fifo, "not a regular file"),
-        (add_socket, "not a regular file"),
-        (add_bytes_name, "not UTF-8"),
-        (add_many, "more than 20 files"),
-        (add_long_paths, "have 50 bytes, and may have 40 together"),
+        ("w.bin", lambda path: path.symlink_to("/etc/hostname"), "leads out of the repository"),
+        ("more", lambda path: path.symlink_to("/etc"), "leads out of the repository"),
+        ("w.bin", lambda path: path.symlink_to("nowhere"), "leads nowhere"),
+        ("w.bin", lambda path: path.symlink_to("w.bin"), "symbolic links"),
+        ("w.bin", lambda path: path.symlink_to("/proc/self/fd/0"), "leads out of|not a regular file"),
+        ("w.bin", os.mkfifo, "not a regular file"),
+        ("w.bin", bind_socket, "not a regular file"),
+        (os.fsdecode(b"\xff"), Path.touch, "not UTF-8"),
+        ("", lambda path: [(path / str(number)).touch() for number in range(20)], "more than 20 files"),
+        ("a" * 40, Path.touch, "have 50 bytes, and may have 49 together"),
+        # The signature bundle beside a version.
+        ("../1.sig", lambda path: path.symlink_to("/etc/hostname"), "leads out of the repository"),
+        ("../1.sig", lambda path: path.symlink_to("nowhere"), "leads nowhere"),
+        ("../1.sig", os.mkfifo, "not a regular file"),
+        ("../1.sig", Path.mkdir, "beside the version is a folder: move it away"),
+        ("../1.sig", lambda path: [path.touch(), path.parent.with_name("1.sig").touch()], "keep one"),
     ],
 )
 def test_unsafe_file_is_refused(
-    tmp_path: Path, damage: Callable[[Path], None], reason: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    name: str,
+    make: Callable[[Path], object],
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("runtime.repository.MAX_FILES", 20)
-    folder = save(add(), tmp_path, "m")
-    if damage is add_long_paths:
-        monkeypatch.setattr("runtime.repository.MAX_PATHS_BYTES", 40)
-    damage(folder)
-    with pytest.raises(LoadRefused, match=reason) as refusal:
-        Repository(tmp_path).stat_version("m", 1)
-    assert refusal.value.code == "unsafe_file"
+    monkeypatch.setattr("runtime.repository.MAX_PATHS_BYTES", 49)
+    make(save(add(), tmp_path, "m") / name)
+    repository = Repository(tmp_path)
+    with pytest.raises(LoadRefused, match=reason) as refused:
+        repository.stat_version("m", 1)
+    with pytest.raises(LoadRefused, match=reason), repository.open_version("m", 1):
+        pass
+    assert refused.value.code == "unsafe_file"
 
 
 async def test_export_with_the_longest_paths_is_read(tmp_path: Path) -> None:
@@ -395,29 +367,6 @@ def test_file_in_the_folder_with_the_name_of_a_bundle_is_read_there(tmp_path: Pa
         opened.open_file("1.sig", files[0]) as file,
     ):
         assert os.read(file, 10) == b"inside"
-
-
-def bundle_inside_too(bundle: Path) -> None:
-    for path in (bundle, bundle.parent / "1" / bundle.name):
-        path.touch()
-
-
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (lambda bundle: bundle.symlink_to("/etc/hostname"), "leads out of the repository"),
-        (lambda bundle: bundle.symlink_to("nowhere"), "leads nowhere"),
-        (os.mkfifo, "not a regular file"),
-        (Path.mkdir, "beside the version is a folder: move it away"),
-        (bundle_inside_too, "is in the version and beside it: keep one"),
-    ],
-)
-def test_unsafe_bundle_beside_is_refused(tmp_path: Path, make: Callable[[Path], None], reason: str) -> None:
-    save(add(), tmp_path, "m")
-    make(tmp_path / "m" / "1.sig")
-    with pytest.raises(LoadRefused, match=reason) as refusal, Repository(tmp_path).open_version("m", 1):
-        pass
-    assert refusal.value.code == "unsafe_file"
 
 
 def test_replaced_bundle_is_not_opened(tmp_path: Path) -> None:
@@ -517,15 +466,6 @@ def test_find_unserved_names_each_model_and_version_with_the_reason(tmp_path: Pa
     assert unserved["inner/1"].endswith("move what is in onnx/ to the version's folder")
     assert unserved["two/1"].endswith("rename one to model.onnx, or give each its own folder")
     assert unserved["good/1"].endswith("model.onnx cannot be looked at: No such file or directory")
-
-
-def test_version_that_is_being_removed_is_not_there(tmp_path: Path) -> None:
-    save(add(), tmp_path, "m", 1)
-    save(add(), tmp_path, "m", 2)
-    repository = Repository(tmp_path, lambda model_id, version: (model_id, version) == ("m", 1))
-    assert repository.versions("m") == [2]
-    with pytest.raises(UnknownVersion), repository.open_version("m", 1):
-        pass
 
 
 def test_only_onnx_file_is_the_model_whatever_its_name(tmp_path: Path) -> None:

@@ -4,16 +4,12 @@ import asyncio
 import contextlib
 import os
 import shutil
-import subprocess
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from support.fleet import new_dice, of_both, tell
-from support.history import child
 from support.mounts import hanging_mounts
 from support.store import blobs, nothing_incoming, opened_store, write_version
 from support.workers import until
@@ -326,60 +322,3 @@ def test_comparison_refuses_files_that_change_meanwhile(
         is_same = HeldVersion(versions, "m", 1, change)._compare(loaded(expected))
         # An exchanged folder is compared as it was when it was opened.
         assert is_same is (how == "exchanged" and expected == OLD)
-
-
-TOGGLE = """
-import os, random, time
-from pathlib import Path
-dice, folder = random.Random(int(sys.argv[2])), Path(sys.argv[1])
-def write(name, content):
-    path = folder / name
-    if dice.random() < 0.2:
-        (folder / "new").write_bytes(content + path.read_bytes()[1:])
-        (folder / "new").replace(path)
-        return
-    seen = path.stat()
-    with path.open("r+b") as file:
-        file.write(content)
-    os.utime(path, ns=(seen.st_atime_ns, seen.st_mtime_ns))
-while True:
-    write("data/w.bin", b"W")
-    write("model.onnx", b"M")
-    time.sleep(dice.expovariate(1 / 0.01))
-    write("model.onnx", b"m")
-    write("data/w.bin", b"w")
-    time.sleep(dice.expovariate(1 / 0.01))
-"""
-
-
-@contextlib.contextmanager
-def toggled(folder: Path, seed: int) -> Iterator[None]:
-    """Write to the files meanwhile, in another process."""
-    process = subprocess.Popen(child(TOGGLE, folder, seed))
-    try:
-        yield
-        assert process.poll() is None
-    finally:
-        process.kill()
-        process.wait()
-
-
-@pytest.mark.parametrize("has_store", [True, False])
-async def test_comparison_is_never_true_for_bytes_never_there(
-    versions: Versions, folder: Path, *, has_store: bool
-) -> None:
-    """Another process writes the data first, and takes it back last: old data never has a new model."""
-    if not has_store:
-        versions.store = None
-    old = {"data/w.bin": b"w" * 2**22, "model.onnx": b"model"}
-    write_version(folder.parent.parent, old)
-    candidates = [loaded({**old, "data/w.bin": b"W" + old["data/w.bin"][1:], "model.onnx": b"Model"})]
-    candidates += [loaded(old), loaded({**old, "model.onnx": b"Model"})]
-    turns, seen = of_both(short=100, long=3_000), Counter[int]()
-    with toggled(folder, new_dice().randrange(2**32)):
-        for turn in range(turns):
-            which = 2 if turn % 2 else turn // 2 % 2
-            seen[which] += await versions.has_bytes_of("m", 1, candidates[which])
-    tell(f"{turns} comparisons: {seen[0]} times all new, {seen[1]} times all old, {seen[2]} times mixed")
-    assert not seen[2]
-    assert seen[0] + seen[1] > 0
