@@ -267,3 +267,18 @@ async def test_stuck_worker_is_killed_and_reloaded(engine: Engine) -> None:
     engine.pass_time(0.5)
     await engine.becomes("loop", ModelState.LOADED)
     assert await seven(engine)
+
+
+async def test_cancel_of_queued_inference_does_not_kill_worker(engine: Engine) -> None:
+    await engine.load("loop")
+    worker = engine.worker("loop")
+    worker._in_flight.patience_s = 0.01
+    [first] = await engine.start_endless()
+    for _ in range(3):
+        with pytest.raises(InferenceTimeout):
+            await engine.infer("loop", trips(1), timeout_s=0.02)
+    assert not first.done()
+    worker._in_flight.patience_s = LIMIT_S  # how soon this one stops is not the question
+    first.cancel()
+    await until(lambda: worker.in_flight == 0)
+    assert engine.worker("loop") is worker

@@ -154,7 +154,7 @@ async def test_fork_server_starts_in_any_working_directory(
 # Death of the server, of the fork server, and signals
 
 
-@pytest.mark.parametrize("stopped", [[], [0], [1], [0, 1]], ids=["none", "fork server", "worker", "both"])
+@pytest.mark.parametrize("stopped", [[], [0, 1]], ids=["none", "fork server and worker"])
 def test_kill_of_the_server_leaves_no_process(tmp_path: Path, stopped: list[int]) -> None:
     """Also: nothing of what the server's main module imported is in the worker."""
     models.save(models.counting_loop(), tmp_path, "loop")

@@ -7,8 +7,8 @@ import os
 import signal
 import socket
 import subprocess
-import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -255,19 +255,25 @@ async def receiving(on_frame: Callable[[], None]) -> AsyncIterator[socket.socket
     await lost.wait()
 
 
+def count_turns() -> Callable[[], int]:
+    """Count the turns of the loop from now on."""
+    turn = 0
+
+    def count_turn() -> None:
+        nonlocal turn
+        turn += 1
+        asyncio.get_running_loop().call_soon(count_turn)
+
+    count_turn()
+    return lambda: turn
+
+
 def test_answers_of_one_turn_are_bounded() -> None:
     """A thousand at once are passed on, a few in each turn of the loop."""
 
     async def send_thousand() -> None:
-        turn, turns = 0, list[int]()
-
-        def count_turn() -> None:
-            nonlocal turn
-            turn += 1
-            asyncio.get_running_loop().call_soon(count_turn)
-
-        count_turn()
-        async with receiving(lambda: turns.append(turn)) as theirs:
+        turn, turns = count_turns(), list[int]()
+        async with receiving(lambda: turns.append(turn())) as theirs:
             theirs.sendall(1000 * encoded(Outcome(0)))
         assert len(turns) == 1000
         assert max(len(list(some)) for _, some in itertools.groupby(turns)) <= FRAMES_PER_TURN
@@ -277,35 +283,22 @@ def test_answers_of_one_turn_are_bounded() -> None:
 
 def test_bytes_of_one_turn_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """However fast the other side writes."""
-    read = list[tuple[int, int]]()
-    turn = 0
-    updated = Channel.buffer_updated
-
-    def noted(channel: Channel, nbytes: int) -> None:
-        read.append((turn, nbytes))
-        updated(channel, nbytes)
-
-    monkeypatch.setattr(Channel, "buffer_updated", noted)
-    data = Tensor("y", "UINT8", (2**26,), bytes(2**26))
+    updated, data = Channel.buffer_updated, Tensor("y", "UINT8", (2**26,), bytes(2**26))
 
     async def send_much() -> None:
-        def count_turn() -> None:
-            nonlocal turn
-            turn += 1
-            asyncio.get_running_loop().call_soon(count_turn)
+        turn, came, by_turn = count_turns(), asyncio.Event(), Counter[int]()
 
-        count_turn()
-        came = asyncio.Event()
+        def noted(channel: Channel, nbytes: int) -> None:
+            by_turn[turn()] += nbytes
+            updated(channel, nbytes)
+
+        monkeypatch.setattr(Channel, "buffer_updated", noted)
         async with receiving(came.set) as theirs:
-            sending = threading.Thread(target=theirs.sendall, args=[answered(data)])
-            sending.start()
-            await came.wait()
-            sending.join()
+            await asyncio.gather(asyncio.to_thread(theirs.sendall, answered(data)), came.wait())
+        assert by_turn.total() > 2**26
+        assert max(by_turn.values()) <= BYTES_PER_TURN + READ_BYTES
 
     run(send_much())
-    by_turn = [sum(n for _, n in some) for _, some in itertools.groupby(read, lambda each: each[0])]
-    assert sum(by_turn) > 2**26
-    assert max(by_turn) <= BYTES_PER_TURN + READ_BYTES
 
 
 # stderr, and the fork server's socket
@@ -321,7 +314,7 @@ async def test_stderr_flood_is_read_by_the_second(monkeypatch: pytest.MonkeyPatc
     """The tail keeps the last lines; the server's reason follows them."""
     most = 2**18
     monkeypatch.setattr(forkclient, "BYTES_PER_S", most)
-    async with impostor(flood=b"a line\n" * 1000, where="stderr") as worker:
+    async with impostor(flood=b"\xff line\n" * 1000, where="stderr") as worker:
         await until(lambda: worker._stderr._pause is not None)
         written = written_bytes(worker.pid)
         assert written < most + 2 * 2**16  # what the pipe holds, and its last read
@@ -329,7 +322,7 @@ async def test_stderr_flood_is_read_by_the_second(monkeypatch: pytest.MonkeyPatc
         worker._data.get_buffer(-1)[:13] = PREFIX.pack(1, 0) + b"?"
         worker._data.buffer_updated(13)
         await ends(worker)
-    assert worker.stderr_tail()[:-1] == 63 * ["a line"]
+    assert worker.stderr_tail()[:-1] == 63 * ["\ufffd line"]
     assert worker.stderr_tail()[-1] == "killed by the server: it sent a message that nothing asked for"
     worker.records_stderr = False
     assert worker.recorded_tail() == worker.stderr_tail()[-1:]

@@ -16,11 +16,10 @@ from runtime.process import pool as pool_module
 from runtime.process.pool import WorkerPool
 from runtime.timeouts import timeout
 
-SHORT_S = 0.4
+SHORT_S = 0.3
 """The limits of these tests. What must end within them takes some milliseconds once it may run."""
-STALLS_S = (0.8, 1.2)
+STALLS_S = (0.5, 1.1)
 """Longer than all of them: one is too short to be counted as a stall."""
-
 
 Step = Callable[[WorkerPool, Path, float], Awaitable[None]]
 

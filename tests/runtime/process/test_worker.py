@@ -18,16 +18,12 @@ from support.workers import (
     tensor,
     trips,
     until,
-    waits_for_its_order,
 )
 
 from runtime.errors import Exit, WorkerDied
 from runtime.process.pool import WorkerPool
 
 KILLED = Exit(None, signal.SIGKILL)
-
-
-# Death, stop and cancellation
 
 
 async def test_crash_at_inference_fails_all_in_flight(serve: Serve) -> None:
@@ -78,30 +74,12 @@ async def test_stop_returns_memory_and_frees_channel_buffers(serve: Serve, pool:
     assert [len(channel._reader._chunk) for channel in (worker._data, worker._control)] == [0, 0]
 
 
-async def test_stderr_flood_is_bounded(pool: WorkerPool) -> None:
-    worker = await pool.start("w")
-    await waits_for_its_order(worker.pid)
-    pipe = os.open(f"/proc/{worker.pid}/fd/2", os.O_WRONLY)
-    for number in range(50):
-        await asyncio.to_thread(os.write, pipe, b"\xff line %d\n" % number * 2000)
-    os.close(pipe)
-    await worker.stop(LIMIT_S)
-    tail = worker.stderr_tail()
-    assert len(tail) == 64
-    assert tail[-1] == "\ufffd line 49"
-    assert len("\n".join(tail)) < 16 * 2**10
-
-
-# Malformed frames
-
-
 @pytest.mark.parametrize("channel", ["data", "control"])
-@pytest.mark.parametrize("junk", [b"GET / HTTP/1.1\r\n\r\n", b"\x01\0\0\0\0\0\0\0\0\0\0\0\xc1"])
-async def test_malformed_frame_ends_this_worker_only(serve: Serve, channel: str, junk: bytes) -> None:
+async def test_malformed_frame_ends_this_worker_only(serve: Serve, channel: str) -> None:
     other, worker = await serve(models.add()), await serve(models.add())
     transport = {"data": worker._data, "control": worker._control}[channel]._transport
     assert transport is not None
-    transport.write(junk)
+    transport.write(b"GET / HTTP/1.1\r\n\r\n")
     assert await asyncio.shield(worker.ended) == Exit(76, None)
     assert any("malformed frame" in line for line in worker.stderr_tail())
     assert await answer(other, floats("x", 1)) == [2]
