@@ -11,12 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from msgspec.structs import replace as replace_footprint
 from support import models
 from support.decisions import estimate
-from support.history import PLAIN
 from support.running import Engine, error_of, job_of, running
 from support.workers import LIMIT_S, until
 
@@ -209,20 +206,6 @@ def test_files_are_proven_by_a_load_on_one_of_the_devices(
 ) -> None:
     targets = [target_device(name, has_memory=False) for name in on.split()]
     assert estimate_memory(BOTH, 1, LoadParameters(), [seen_there], targets=targets).is_proven == proven
-
-
-@PLAIN
-@given(
-    st.lists(st.builds(seen, st.text(max_size=3), st.integers(0, 2**40), st.integers(0, 9)), max_size=4),
-    st.integers(2**20, 2**50) | st.none(),
-    st.integers(1, 64),
-)
-def test_need_is_between_a_worker_and_the_limit(
-    files: list[LoadedFile], limit: int | None, instances: int
-) -> None:
-    needed = need(files=files, limit=limit, instances=instances).bytes
-    assert needed >= WORKER_BYTES * instances
-    assert limit is None or needed <= (WORKER_BYTES + limit) * instances
 
 
 # Found out beside everything else

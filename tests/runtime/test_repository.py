@@ -171,18 +171,6 @@ def test_link_is_followed_anew_by_each_call(tmp_path: Path) -> None:
         repository.find_version("m")
 
 
-def test_version_stays_whole_while_the_root_is_replaced_by_rename(tmp_path: Path) -> None:
-    root = tmp_path / "root"
-    save_bytes(b"old", root, "m")
-    with Repository(root).open_version("m", 1) as (folder, files):
-        root.rename(tmp_path / "before")
-        save_bytes(b"new", root, "m")
-        assert folder.stat_files() == files
-        with folder.open_file("model.onnx", files[0]) as descriptor:
-            assert os.read(descriptor, 9) == b"old"
-    assert Repository(root).stat_version("m", 1) != files
-
-
 def test_folder_named_as_the_model_file_has_the_versions_files(tmp_path: Path) -> None:
     inner = tmp_path / "m/1/model.onnx"
     save(external("weights.bin"), tmp_path / "m", "1", 1).rename(tmp_path / "inner")

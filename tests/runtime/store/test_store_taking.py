@@ -60,28 +60,6 @@ def test_digest_tells_names_with_line_breaks_apart(store: Store, root: Path, pat
     assert digest_of([(name, hash_of(b"1"))]) != digest_of([("a", hash_of(b"1")), ("b", hash_of(b"x"))])
 
 
-def test_links_within_the_repository_are_followed(store: Store, root: Path) -> None:
-    write_version(root, {"w.bin": b"shared", "more/x.bin": b"x"}, "common")
-    folder = write_version(root, {"model.onnx": b"m"})
-    (folder / "w.bin").symlink_to("../../common/1/w.bin")
-    (folder / "more").symlink_to("../../common/1/more")
-    (folder / "again").symlink_to(".")
-    (root / "linked").mkdir()
-    (root / "linked" / "1").symlink_to("../m/1")
-    version = store_version(store, root, root / "linked" / "1")
-    assert [file.path for file in version.files] == ["model.onnx", "more/x.bin", "w.bin"]
-    assert (store.folder_of(version.digest) / "w.bin").read_bytes() == b"shared"
-    assert not (store.folder_of(version.digest) / "w.bin").is_symlink()
-
-
-def test_unsafe_file_is_refused_and_leaves_nothing(store: Store, root: Path) -> None:
-    folder = write_version(root, FILES)
-    os.mkfifo(folder / "w.bin")
-    with pytest.raises(LoadRefused, match="not a regular file"):
-        take(store, root, folder)
-    assert list((store.path / "incoming").iterdir()) == []
-
-
 def change_between_files(change: Callable[[], None]) -> OnPiece:
     """Give an `on_piece` that makes a change when the first file is about to be copied."""
     left = [change]
@@ -123,19 +101,6 @@ def test_file_that_changes_while_it_is_copied_is_refused(
         take(store, root, folder, on_piece=change_between_files(change))
     assert refusal.value.code == "model_changed"
     assert list((store.path / "incoming").iterdir()) == []
-
-
-def test_folder_exchanged_while_it_is_copied_does_no_harm(store: Store, root: Path) -> None:
-    folder = write_version(root, FILES)
-    other = write_version(root, {"model.onnx": b"other", "data/w.bin": b"others!"}, "m", 2)
-
-    def exchange() -> None:
-        folder.rename(root / "m" / "aside")
-        other.rename(folder)
-
-    copy = take(store, root, folder, on_piece=change_between_files(exchange))
-    version = store.settle(copy, hash_files(copy))
-    assert {path: (store.folder_of(version.digest) / path).read_bytes() for path in FILES} == FILES
 
 
 def test_page_dirty_through_a_shared_mapping_changes_nothing_taken(store: Store, root: Path) -> None:

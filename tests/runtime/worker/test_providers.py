@@ -112,7 +112,7 @@ async def test_provider_that_cannot_be_used_takes_no_other_away(
         assert await compiler.wait() == 0
     monkeypatch.syspath_prepend(str(openvino_path(tmp_path)))
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(found, "DEVICES_LIMIT_S", 5.0)
+    monkeypatch.setattr(found, "DEVICES_LIMIT_S", 3.0)
     async with running_pool(visible_devices=[DEVICE, "broken:*"]) as pool:
         assert [each.startswith(problem) for each in pool.targets.problems] == [True]
         assert DEVICE in pool.targets.found
@@ -149,27 +149,15 @@ async def test_nodes_elsewhere_are_refused_or_counted(pool: WorkerPool, tmp_path
     assert [each.provider for each in report.placed] == ["openvino", "cpu"]
 
 
-DOES_NOT_TAKE = "the device of the load does not take the model: load it on cpu. ONNX Runtime says: "
-DOES_NOT_RUN = "the model does not run on zeros or ones .* It says: the model cannot compute .* says: "
-
-
-@pytest.mark.parametrize(
-    ("version", "code", "said"),
-    [
-        (1, "warm_up_failed", f"{DOES_NOT_RUN}Can't set the input tensor .* are incompatible$"),
-        (
-            2,
-            "invalid_model",
-            f"^{DOES_NOT_TAKE}While validating ONNX node '<Node.*>': Axis 1 out of the tensor",
-        ),
-    ],
-)
-async def test_error_of_the_provider_is_one_clear_line(
-    pool: WorkerPool, tmp_path: Path, version: int, code: str, said: str
-) -> None:
+async def test_error_of_the_provider_is_one_clear_line(pool: WorkerPool, tmp_path: Path) -> None:
     shutil.copytree(DIGITS, tmp_path / "digits")
-    refused = await refusal(pool, on_device(pool, order_of(tmp_path, "digits", version), falls_back=True))
-    assert (refused.code, bool(re.search(said, str(refused)))) == (code, True), str(refused)
+    refused = await refusal(pool, on_device(pool, order_of(tmp_path, "digits", 2), falls_back=True))
+    assert refused.code == "invalid_model"
+    assert re.search(
+        r"^the device of the load does not take the model: load it on cpu. ONNX Runtime says: "
+        r"While validating ONNX node '<Node.*>': Axis 1 out of the tensor",
+        str(refused),
+    ), str(refused)
 
 
 async def test_strings_are_refused(pool: WorkerPool, tmp_path: Path) -> None:
