@@ -1,9 +1,13 @@
 """The model repository, on a real folder."""
 
+import asyncio
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ from support.history import model_loaded, opened
 from support.ledgers import SIGN
 from support.models import add, bind_socket, external, external_bytes, save, save_bytes
 from support.modes import unreadable
-from support.workers import TAKE_ALL_MEMORY, descriptors_left
+from support.workers import LIMIT_S, TAKE_ALL_MEMORY, descriptors_left, until
 
 from events.audit.export import JSONL, export
 from events.audit.exportreader import audit_file
@@ -23,6 +27,7 @@ from runtime.repository import (
     MAX_FILES,
     MAX_PATHS_BYTES,
     MAX_VERSION,
+    FileSystemPool,
     Repository,
     RepositoryBusy,
     open_folder,
@@ -464,3 +469,83 @@ def test_only_onnx_file_is_the_model_whatever_its_name(tmp_path: Path) -> None:
     assert repository.find_file("m", 1) == tmp_path / "m/1/silero_vad.onnx"
     with repository.open_version("m", 1) as (_, files):
         assert "silero_vad.onnx" in [file.path for file in files]
+
+
+# Calls of the file system: in their order by model, bounded in all, and nobody waits for one that hangs
+
+
+SHORT_S = 0.05
+
+
+class Hanging:
+    """Calls that hang until they are let go."""
+
+    def __init__(self) -> None:
+        self.began = 0
+        self.may_end = threading.Event()
+
+    def __call__(self) -> str:
+        self.began += 1
+        self.may_end.wait()
+        return "late"
+
+
+async def test_call_returns_or_raises_what_it_finds() -> None:
+    pool = FileSystemPool()
+    assert await pool.run("m", lambda: 3, LIMIT_S) == 3
+    with pytest.raises(ZeroDivisionError):
+        await pool.run("m", lambda: 1 // 0, LIMIT_S)
+    calls = (pool.run("m", partial(abs, number), LIMIT_S) for number in range(99))
+    assert await asyncio.gather(*calls) == [*range(99)]
+
+
+async def test_calls_of_one_model_run_one_after_the_other() -> None:
+    pool, hanging = FileSystemPool(), Hanging()
+    first = asyncio.ensure_future(pool.run("m", hanging, LIMIT_S))
+    second = asyncio.ensure_future(pool.run("m", hanging, LIMIT_S))
+    await until(lambda: hanging.began > 0)
+    assert await pool.run("other", lambda: 3, LIMIT_S) == 3
+    assert hanging.began == 1
+    hanging.may_end.set()
+    assert [await first, await second] == ["late", "late"]
+    assert hanging.began == 2
+
+
+async def test_calls_that_hang_refuse_others_at_the_bound_only() -> None:
+    pool, hanging = FileSystemPool(max_threads=2), Hanging()
+    for key in ("a", "b"):
+        with pytest.raises(RepositoryBusy, match=f"'{key}' did not answer within 0.05 s"):
+            await pool.run(key, hanging, SHORT_S)
+        if key == "a":
+            assert await pool.run("c", lambda: 3, LIMIT_S) == 3
+    with pytest.raises(RepositoryBusy, match="'c' did not answer"):
+        await pool.run("c", lambda: 3, SHORT_S)
+    with pytest.raises(RepositoryBusy, match="'a' has not answered an earlier call yet"):
+        await pool.run("a", lambda: 3, LIMIT_S)
+    assert hanging.began == 2
+    hanging.may_end.set()
+    await until(lambda: not pool._late)
+    assert [await pool.run(key, lambda: 3, LIMIT_S) for key in ("a", "b", "c")] == [3, 3, 3]
+
+
+async def test_calls_wait_for_as_many_as_come_before_them() -> None:
+    pool = FileSystemPool(max_threads=1)
+    calls = [pool.run(f"m{number}", partial(time.sleep, 0.01), LIMIT_S) for number in range(20)]
+    waiting = asyncio.ensure_future(pool.run("m0", lambda: 3, LIMIT_S))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    assert await asyncio.gather(*calls) == [None] * 20
+    assert waiting.cancelled()
+    assert await pool.run("m0", lambda: 3, LIMIT_S) == 3
+
+
+def test_process_ends_though_a_call_hangs() -> None:
+    script = """
+import asyncio, threading
+from runtime.repository import FileSystemPool
+async def main():
+    asyncio.create_task(FileSystemPool().run("m", threading.Event().wait, 99))
+    await asyncio.sleep(0.1)
+asyncio.run(main())
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=LIMIT_S)
