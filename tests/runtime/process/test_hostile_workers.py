@@ -17,12 +17,8 @@ from typing import Any
 import msgspec
 import pytest
 import uvloop
-from hypothesis import given
-from hypothesis import strategies as st
 from support import models
-from support.history import FEWER
 from support.impostors import Impostor, encoded, impostor, silent_worker
-from support.strategies import instances
 from support.workers import (
     FOR_EVER_S,
     LIMIT_S,
@@ -37,7 +33,7 @@ from support.workers import (
 
 from features.devices.wire import ProviderLibrary, TargetDevice
 from runtime import memory, wire
-from runtime.errors import Exit, ForkServerUnavailable, RuntimeProblem, WorkerDied
+from runtime.errors import Exit, ForkServerUnavailable, WorkerDied
 from runtime.process import forkclient
 from runtime.process.channel import BYTES_PER_TURN, FRAMES_PER_TURN, Channel
 from runtime.process.forkclient import ForkServer
@@ -370,50 +366,3 @@ def receive(it: Impostor, data: bytes) -> None:
         buffer[:count] = data[:count]
         channel.buffer_updated(count)
         data = data[count:]
-
-
-ASK = None
-"""In place of words: the server asks the worker for an answer."""
-REPORTS = st.one_of(*(instances(kind) for kind in (StageReached, wire.LoadFailure, wire.Probed)))
-ANSWERS = st.builds(
-    lambda number, tensors: answered(*tensors, number=number),
-    st.integers(0, 3),
-    st.lists(st.sampled_from([Y, OTHER, floats("z", 1.0)]), max_size=2),
-)
-FAILURES = st.builds(
-    lambda number, code, text: encoded(wire.InferenceFailure(number, code, text)),
-    st.integers(0, 3), st.sampled_from(["invalid_input", "no such code"]), st.text(max_size=5),
-)  # fmt: skip
-WORDS = st.one_of(
-    st.sampled_from([LOADING, WARMING_UP, SERVES, ASK, ASK, ASK]),
-    ANSWERS, ANSWERS, FAILURES, REPORTS.map(encoded), st.binary(max_size=40),
-)  # fmt: skip
-
-
-@FEWER
-@given(words=st.lists(WORDS, max_size=12).map(lambda words: [SERVES, *words]) | st.lists(WORDS, max_size=12))
-def test_any_words_are_answers_or_end_the_worker(words: list[bytes | None]) -> None:
-    """Nothing else is raised, and nobody waits for ever."""
-
-    async def listen() -> None:
-        async with silent_worker() as it:
-            loading = asyncio.ensure_future(it.worker.load(ORDER, lambda _: None))
-            asked = list[asyncio.Future[Any]]()
-            await asyncio.sleep(0)
-            for each in words:
-                if each is not ASK:
-                    receive(it, each)
-                elif loading.done() and not loading.exception():
-                    asked.append(asyncio.ensure_future(it.worker.infer((), timeout_s=FOR_EVER_S)))
-                await asyncio.sleep(0)
-            is_refused = it.worker._data._transport.is_closing()  # type: ignore[union-attr]
-            assert is_refused == bool(it.worker.stderr_tail())
-        results = await asyncio.gather(loading, *asked, return_exceptions=True)
-        for result in results:
-            assert isinstance(result, RuntimeProblem | Loaded | tuple)
-            if isinstance(result, tuple):
-                names = [tensor.name for tensor in result[1]]
-                assert len(names) == len(set(names))
-                assert set(names) <= {"y", "z"}
-
-    run(listen())

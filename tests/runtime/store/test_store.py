@@ -1,6 +1,5 @@
 """The store: what is taken into it and refused, its limits, and what it keeps, whole after any death."""
 
-import ctypes
 import json
 import os
 import shutil
@@ -107,23 +106,6 @@ def test_file_that_changes_while_it_is_copied_is_refused(
         take(store, root, folder, on_piece=change_between_files(change))
     assert refusal.value.code == "model_changed"
     assert list((store.path / "incoming").iterdir()) == []
-
-
-def test_page_dirty_through_a_shared_mapping_changes_nothing_taken(store: Store, root: Path) -> None:
-    folder = write_version(root, {"model.onnx": bytes(10_000)})
-    file = os.open(folder / "model.onnx", os.O_RDWR)
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    address = libc.mmap(None, 10_000, 3, 1, file, 0)  # PROT_READ | PROT_WRITE, MAP_SHARED
-    ctypes.memset(address, 1, 1)  # dirty from here on: later writes leave the times as they are
-    copy = take(store, root, folder)
-    ctypes.memset(address, 255, 1)
-    version = store.settle(copy, hash_files(copy))
-    ctypes.memset(address, 7, 10_000)
-    assert (store.folder_of(version.digest) / "model.onnx").read_bytes() == b"\1" + bytes(9_999)
-    assert version.files[0].sha256 == hash_of(b"\1" + bytes(9_999))
-    os.close(file)
-    libc.munmap(ctypes.c_void_p(address), 10_000)
 
 
 def test_each_way_of_copying_gives_the_same_bytes(tmp_path: Path) -> None:
