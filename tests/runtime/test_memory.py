@@ -308,17 +308,6 @@ def test_touched_memory_is_private() -> None:
         assert memory.data_bytes() - data > 0.9 * size
 
 
-def test_mapped_read_only_memory_is_not_private(tmp_path: Path) -> None:
-    size = 32 * 2**20
-    with (tmp_path / "file").open("wb") as written:
-        written.write(os.urandom(size))
-        os.fsync(written.fileno())  # until then, they are not as their file has them
-    private = memory.private_bytes()
-    with (tmp_path / "file").open("rb") as file, mmap.mmap(file.fileno(), size, mmap.MAP_PRIVATE) as block:
-        assert sum(block[::4096]) > 0
-        assert memory.private_bytes() - private < 0.1 * size
-
-
 def test_descendants_are_found() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", NEST], stdin=subprocess.PIPE, stdout=subprocess.PIPE

@@ -74,17 +74,6 @@ def test_defaults_are_read_each_time(root: Path) -> None:
         (b"a = {" + b'", 1.1,".' * 7_000 + b"a = 1}", "more than 1000 dots"),
         (b"#" * (MAX_DEFAULTS_BYTES + 1), f"has more than {MAX_DEFAULTS_BYTES} bytes"),
     ],
-    ids=[
-        "no TOML",
-        "twice",
-        "no UTF-8",
-        "a long number",
-        "deep",
-        "long key",
-        "long table",
-        "quoted key",
-        "large",
-    ],
 )
 def test_invalid_defaults_file_is_refused(root: Path, content: bytes, words: str) -> None:
     assert words in refusal(write(root, content))
@@ -136,7 +125,6 @@ def test_warm_up_can_be_switched(root: Path) -> None:
         (b'[\'\xc3\xa4\', "\\u0000\\""]', '["ä","\\u0000\\""]'.encode()),
         (b"[]", b"[]"),
     ],
-    ids=["flat", "nested", "floats", "booleans", "texts", "empty"],
 )
 def test_warm_up_inputs_are_json_tensors(root: Path, data: bytes, text: bytes) -> None:
     assert read_warm_up(write(root, INPUT % data), "m").inputs == (

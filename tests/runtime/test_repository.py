@@ -34,30 +34,24 @@ from runtime.repository import (
 )
 
 
-def test_models_appear_once_they_are_complete(tmp_path: Path) -> None:
+def test_models_and_versions_appear_once_they_are_complete(tmp_path: Path) -> None:
     repository = Repository(tmp_path)
     assert repository.models() == []
     save(add(), tmp_path, "b")
     save(add(), tmp_path, "a", 2)
-    save(add(), tmp_path, "a", 10)
+    folder = save_bytes(b"model", tmp_path, "a", 10)
+    (folder / "data").mkdir()
+    (folder / "data" / "w.bin").write_bytes(b"123")
     (tmp_path / "a" / "11").mkdir()
     (tmp_path / "empty").mkdir()
     assert repository.models() == ["a", "b"]
     assert repository.versions("a") == [2, 10]
-    save(add(), tmp_path, "a", 11)
-    assert repository.versions("a") == [2, 10, 11]
-
-
-def test_highest_version_is_found_and_its_files(tmp_path: Path) -> None:
-    save_bytes(b"1", tmp_path, "m", 1)
-    folder = save_bytes(b"model", tmp_path, "m", 2)
-    (folder / "data").mkdir()
-    (folder / "data" / "w.bin").write_bytes(b"123")
-    repository = Repository(tmp_path)
-    assert (repository.find_version("m"), repository.find_version("m", 1)) == (2, 1)
-    files = repository.stat_version("m", 2)
+    assert (repository.find_version("a"), repository.find_version("a", 2)) == (10, 2)
+    files = repository.stat_version("a", 10)
     assert [(file.path, file.bytes) for file in files] == [("data/w.bin", 3), ("model.onnx", 5)]
     assert files[1].mtime_ns == (folder / "model.onnx").stat().st_mtime_ns
+    save(add(), tmp_path, "a", 11)
+    assert repository.versions("a") == [2, 10, 11]
 
 
 def test_only_numbers_are_versions_and_only_plain_names_models(tmp_path: Path) -> None:
@@ -136,14 +130,6 @@ def test_links_out_of_the_repository_are_ignored(tmp_path: Path) -> None:
             Repository(root).stat_version(model_id, 1)
 
 
-def test_root_itself_may_be_a_link(tmp_path: Path) -> None:
-    save(add(), tmp_path / "real", "m")
-    (tmp_path / "link").symlink_to(tmp_path / "real")
-    assert len(Repository(tmp_path / "link").stat_version("m", 1)) == 1
-    with pytest.raises(ValueError, match="surrogates"):  # which ONNX Runtime could not open
-        Repository(tmp_path / os.fsdecode(b"\xff"))
-
-
 def point(link: Path, target: Path) -> None:
     """Re-point a link in one step, as git-sync does."""
     (new := link.with_name("new")).symlink_to(target)
@@ -174,6 +160,8 @@ def test_link_is_followed_anew_by_each_call(tmp_path: Path) -> None:
     point(link, tmp_path / "gone")
     with pytest.raises(RepositoryUnreadable, match="the repository's folder cannot be read: No such file"):
         repository.find_version("m")
+    with pytest.raises(ValueError, match="surrogates"):  # which ONNX Runtime could not open
+        Repository(tmp_path / os.fsdecode(b"\xff"))
 
 
 def test_folder_named_as_the_model_file_has_the_versions_files(tmp_path: Path) -> None:

@@ -170,18 +170,10 @@ async def test_outputs_have_the_form_asked_for(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "optional", "answers"),
+    ("model", "name", "length", "without", "given", "with_it"),
     [
-        (
-            models.with_default(),
-            TensorSpec("c", "FP32", (1,), optional=True),
-            [([], [[6]]), ([floats("c", 2)], [[3]]), ([], [[6]])],
-        ),
-        (
-            models.optional_input(),
-            TensorSpec("o", "FP32", (-1,), optional=True),
-            [([], [[1], False]), ([floats("o", 2, 3)], [[2, 3], True]), ([], [[1], False])],
-        ),
+        (models.with_default(), "c", 1, [[6]], [2], [[3]]),
+        (models.optional_input(), "o", -1, [[1], False], [2, 3], [[2, 3], True]),
     ],
     ids=["default", "optional"],
 )
@@ -189,14 +181,21 @@ async def test_optional_input_may_be_omitted(
     pool: WorkerPool,
     tmp_path: Path,
     model: ModelProto,
-    optional: TensorSpec,
-    answers: list[tuple[list[Tensor], list[Any]]],
+    name: str,
+    *,
+    length: int,
+    without: list[Any],
+    given: list[float],
+    with_it: list[Any],
 ) -> None:
     worker, report = await loaded(pool, tmp_path, model)
     declared = [replace(spec, dimensions=(), example=None) for spec in report.inputs]
-    assert declared == [TensorSpec("x", "FP32", (-1,)), optional]
-    for given, expected in answers:
-        outputs = await ask(worker, [floats("x", 1), *given])
+    assert declared == [
+        TensorSpec("x", "FP32", (-1,)),
+        TensorSpec(name, "FP32", (length,), optional=True),
+    ]
+    for more, expected in (([], without), ([floats(name, *given)], with_it), ([], without)):
+        outputs = await ask(worker, [floats("x", 1), *more])
         assert [array(each).tolist() for each in outputs] == expected
 
 
