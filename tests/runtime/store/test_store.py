@@ -65,7 +65,7 @@ def test_digest_tells_names_with_line_breaks_apart(store: Store, root: Path, pat
     assert digest_of([(name, hash_of(b"1"))]) != digest_of([("a", hash_of(b"1")), ("b", hash_of(b"x"))])
 
 
-def change_between_files(change: Callable[[], None]) -> OnPiece:
+def change_between_files(change: Callable[[], object]) -> OnPiece:
     """Give an `on_piece` that makes a change when the first file is about to be copied."""
     left = [change]
 
@@ -76,34 +76,29 @@ def change_between_files(change: Callable[[], None]) -> OnPiece:
     return on_piece
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    path.with_name("new").write_bytes(content)
+    path.with_name("new").replace(path)
+
+
 @pytest.mark.parametrize("name", ["model.onnx", "data/w.bin"])
 @pytest.mark.parametrize(
-    "how", ["unlinked", "truncated", "overwritten", "replaced", "grown", "made a folder"]
+    "change",
+    [
+        pytest.param(Path.unlink, id="unlinked"),
+        pytest.param(lambda path: os.truncate(path, 1), id="truncated"),
+        pytest.param(lambda path: path.write_bytes(path.read_bytes().upper()), id="overwritten"),
+        pytest.param(lambda path: path.write_bytes(path.read_bytes() * 2), id="grown"),
+        pytest.param(lambda path: replace_file(path, path.read_bytes()), id="replaced"),
+        pytest.param(lambda path: [path.unlink(), path.mkdir()], id="made a folder"),
+    ],
 )
 def test_file_that_changes_while_it_is_copied_is_refused(
-    store: Store, root: Path, name: str, how: str
+    store: Store, root: Path, name: str, change: Callable[[Path], object]
 ) -> None:
     folder = write_version(root, FILES)
-    path = folder / name
-
-    def change() -> None:
-        match how:
-            case "truncated":
-                os.truncate(path, 1)
-            case "overwritten":
-                path.write_bytes(path.read_bytes().upper())
-            case "grown":
-                path.write_bytes(path.read_bytes() * 2)
-            case "replaced":
-                (folder / "new").write_bytes(path.read_bytes())
-                (folder / "new").replace(path)
-            case _:
-                path.unlink()
-        if how == "made a folder":
-            path.mkdir()
-
     with pytest.raises(LoadRefused) as refusal:
-        take(store, root, folder, on_piece=change_between_files(change))
+        take(store, root, folder, on_piece=change_between_files(lambda: change(folder / name)))
     assert refusal.value.code == "model_changed"
     assert list((store.path / "incoming").iterdir()) == []
 
@@ -290,26 +285,24 @@ def test_version_is_found_by_digest_and_source_after_a_restart(
     assert store.find("0" * 64) is None
 
 
-@pytest.mark.parametrize("how", ["cp -p", "touch", "chmod", "another file", "renamed"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda model: replace_file(model, b"MODEL"), id="cp -p"),  # the same size and mtime
+        pytest.param(os.utime, id="touch"),
+        pytest.param(lambda model: model.chmod(0o640), id="chmod"),
+        pytest.param(lambda model: model.with_name("more").touch(), id="another file"),
+        pytest.param(lambda model: model.with_name("data").rename(model.with_name("more")), id="renamed"),
+    ],
+)
 def test_source_with_any_other_identity_is_not_the_same(
-    filled: Path, stored: StoredVersion, tmp_path: Path, how: str
+    filled: Path, stored: StoredVersion, tmp_path: Path, change: Callable[[Path], object]
 ) -> None:
-    folder, store = filled / "m" / "1", opened_store(tmp_path)
-    model = folder / "model.onnx"
-    match how:
-        case "cp -p":  # the same size and mtime
-            seen = model.stat()
-            (folder / "new").write_bytes(b"MODEL")
-            (folder / "new").replace(model)
-            os.utime(model, ns=(seen.st_atime_ns, seen.st_mtime_ns))
-        case "touch":
-            os.utime(model)
-        case "chmod":
-            model.chmod(0o640)
-        case "another file":
-            (folder / "more").touch()
-        case _:
-            (folder / "data" / "w.bin").rename(folder / "data" / "v.bin")
+    model, store = filled / "m" / "1" / "model.onnx", opened_store(tmp_path)
+    seen = model.stat()
+    change(model)
+    if change is not os.utime:
+        os.utime(model, ns=(seen.st_atime_ns, seen.st_mtime_ns))
     assert Versions(Repository(filled), store).known_contents("m", 1) is None
     assert store.find(stored.digest) == stored
 
@@ -325,25 +318,22 @@ def test_copied_data_directory_is_hashed_and_used(stored: StoredVersion, tmp_pat
         assert [file.inode for file in found.files] == inodes
 
 
-@pytest.mark.parametrize("how", ["overwritten", "truncated", "missing", "more", "link", "folder gone"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda path: overwrite(path, b"WEIGHTS"), id="overwritten"),
+        pytest.param(lambda path: overwrite(path, b"w"), id="truncated"),
+        pytest.param(Path.unlink, id="missing"),
+        pytest.param(lambda path: path.with_name("more.bin").write_bytes(b"not hashed"), id="more"),
+        pytest.param(lambda path: [path.unlink(), path.symlink_to("/etc/hostname")], id="link"),
+        pytest.param(lambda path: shutil.rmtree(path.parents[1]), id="folder gone"),
+    ],
+)
 def test_version_that_was_changed_is_removed_and_absent(
-    stored: StoredVersion, tmp_path: Path, how: str
+    stored: StoredVersion, tmp_path: Path, change: Callable[[Path], object]
 ) -> None:
-    store, path = opened_store(tmp_path), files_of(tmp_path, stored) / "data" / "w.bin"
-    match how:
-        case "overwritten":
-            overwrite(path, b"WEIGHTS")
-        case "truncated":
-            overwrite(path, b"w")
-        case "missing":
-            path.unlink()
-        case "more":
-            (files_of(tmp_path, stored) / "more.bin").write_bytes(b"not hashed")
-        case "link":
-            path.unlink()
-            path.symlink_to("/etc/hostname")
-        case _:
-            shutil.rmtree(files_of(tmp_path, stored))
+    store = opened_store(tmp_path)
+    change(files_of(tmp_path, stored) / "data" / "w.bin")
     assert store.find(stored.digest) is None
     assert stored.digest not in store.stored_versions()
     assert not files_of(tmp_path, stored).parent.exists()

@@ -63,6 +63,8 @@ from runtime.worker.execution import (
 from runtime.worker.inference import Runner, SelectedOutputs
 from runtime.worker.sharedtensors import SharedTensors
 
+Channel = tuple[socket.socket, socket.socket]
+"""Two ends."""
 ASKED = SelectedOutputs(["y"], [("y", "FP32", False)])
 HOUR_US = 3600 * 10**6
 ALLOW: dict[str, Any] = {"dependent_rows": True}
@@ -264,7 +266,7 @@ def test_needed_time_is_that_of_the_latest_runs(
 
 
 @pytest.fixture
-def channel() -> Iterator[tuple[socket.socket, socket.socket]]:
+def channel() -> Iterator[Channel]:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         yield ours, theirs
@@ -287,9 +289,7 @@ def answers_in(channel: socket.socket, outbox: Outbox) -> list[tuple[int, str]]:
     return failures
 
 
-def test_cancelled_requests_are_neither_decoded_nor_run(
-    channel: tuple[socket.socket, socket.socket], runner: Runner
-) -> None:
+def test_cancelled_requests_are_neither_decoded_nor_run(channel: Channel, runner: Runner) -> None:
     outbox, cancellation = Outbox(channel[1]), Cancellation()
     executor = InferenceExecutor(runner, outbox, cancellation, BatchDimension(4, ["x"]), shared())
     cancellation.cancel(1)
@@ -304,9 +304,7 @@ def test_cancelled_requests_are_neither_decoded_nor_run(
     assert answers_in(channel[0], outbox) == [(3, "inference_cancelled"), (4, "inference_cancelled")]
 
 
-def test_only_a_busy_worker_makes_requests_queue(
-    channel: tuple[socket.socket, socket.socket], runner: Runner
-) -> None:
+def test_only_a_busy_worker_makes_requests_queue(channel: Channel, runner: Runner) -> None:
     """Copying and waking pass between sending and receiving while the worker has nothing to do."""
     executor = InferenceExecutor(runner, Outbox(channel[1]), Cancellation(), None, shared())
     sent_ns = time.monotonic_ns()
@@ -327,9 +325,7 @@ def test_only_a_busy_worker_makes_requests_queue(
 
 
 @pytest.mark.parametrize("refused", [Infer(0), None], ids=["undecodable", "too large"])
-def test_requests_queue_behind_a_refused_one(
-    channel: tuple[socket.socket, socket.socket], runner: Runner, refused: Infer | None
-) -> None:
+def test_requests_queue_behind_a_refused_one(channel: Channel, runner: Runner, refused: Infer | None) -> None:
     executor = InferenceExecutor(runner, Outbox(channel[1]), Cancellation(), None, shared())
     sent_ns = time.monotonic_ns()
     if refused is None:
