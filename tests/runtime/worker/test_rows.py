@@ -1,6 +1,6 @@
 """Whether rows of a batch depend on each other: loads with batching refuse models whose rows may."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, helper, numpy_helper
 from support import models
-from support.models import FLOAT, INT64, model, save, value
+from support.models import FLOAT, INT64, model, save, value, written
 from support.workers import Serve, ask_all, asked_at_once, load, order_of, refusal, tensor
 
 from runtime.errors import InvalidInput
@@ -103,18 +103,10 @@ def test_operators_are_found_by_name(tmp_path_factory: pytest.TempPathFactory, n
 # In a worker
 
 
-def of_nodes(*nodes: NodeProto, weights: Sequence[TensorProto] = ()) -> ModelProto:
-    """A model of rows of 4 elements, from `x` to `y`."""
-    return model(nodes, [value("x", FLOAT, SHAPE)], [value("y", FLOAT, ["rows", None])], weights)
-
-
-def less_its_mean() -> ModelProto:
-    """`y = x` less its mean over the batch."""
-    return of_nodes(
-        helper.make_node("ReduceMean", ["x", "axis"], ["mean"]),
-        helper.make_node("Sub", ["x", "mean"], ["y"]),
-        weights=[helper.make_tensor("axis", INT64, [1], [0])],
-    )
+LESS_ITS_MEAN = written("""(float[batch, 4] x) => (float[batch, 4] y) <int64[1] axis = {0}> {
+    mean = ReduceMean(x, axis)
+    y = Sub(x, mean)
+}""")
 
 
 def in_a_function() -> ModelProto:
@@ -129,7 +121,7 @@ def in_a_function() -> ModelProto:
 DEPENDENT = {
     "one scale": (models.quantised(), "DynamicQuantizeLinear"),
     "random in a function": (in_a_function(), "RandomUniformLike"),
-    "mean of the batch": (less_its_mean(), "another one beside"),
+    "mean of the batch": (LESS_ITS_MEAN, "another one beside"),
 }
 
 
@@ -165,7 +157,8 @@ async def test_inputs_of_the_file_show_it_where_others_are_refused(pool: WorkerP
     cast = helper.make_node("Cast", ["x"], ["i"], to=INT64)
     table = numpy_helper.from_array(np.arange(4000, dtype=np.float32), "table")
     look_up = helper.make_node("Gather", ["table", "i"], ["y"])
-    save(of_nodes(cast, look_up, weights=[table]), tmp_path, "m")
+    x, y = value("x", FLOAT, SHAPE), value("y", FLOAT, SHAPE)
+    save(model([cast, look_up], [x], [y], [table]), tmp_path, "m")
     order = order_of(tmp_path, max_batch_size=2)
     _, report = await load(pool, order, tensor("x", "FP32", [[3, 2, 1, 0]]))
     assert report.dependence is None

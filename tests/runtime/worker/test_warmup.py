@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from onnx import ModelProto, helper, numpy_helper
 from support import models
-from support.models import FLOAT, INT64, model, save, value
+from support.models import FLOAT, INT64, model, save, value, written
 from support.running import Engine
 from support.workers import answer, floats, load, loaded_memory, order_of, refusal, tensor
 
@@ -254,28 +254,20 @@ def volume(channels: int) -> ModelProto:
 
 def endless() -> ModelProto:
     """Counts for ever, whatever it gets."""
-    loop = models.counting_loop().graph
-    far = helper.make_tensor("far", INT64, [], [models.ENDLESS])
-    nodes = [
-        helper.make_node("ReduceMax", ["x"], ["largest"], keepdims=0),
-        helper.make_node("Add", ["largest", "far"], ["trips"]),
-        *loop.node,
-    ]
-    return model(
-        nodes, [value("x", INT64, ["batch", "words"])], [value("count", INT64, [])], [*loop.initializer, far]
-    )
+    loop = models.endless().graph
+    largest = helper.make_node("ReduceMax", ["words"], ["x"], keepdims=0)
+    inputs = [value("words", INT64, ["batch", "length"])]
+    return model([largest, *loop.node], inputs, loop.output, loop.initializer)
 
 
 def filled(count: int) -> ModelProto:
     """The sum of so many zeros, and of `x`."""
-    nodes = [
-        helper.make_node("Shape", ["x"], ["length"]),
-        helper.make_node("Add", ["length", "count"], ["shape"]),
-        helper.make_node("ConstantOfShape", ["shape"], ["zeros"]),
-        helper.make_node("ReduceSum", ["zeros"], ["y"], keepdims=0),
-    ]
-    counts = [helper.make_tensor("count", INT64, [1], [count])]
-    return model(nodes, [value("x", FLOAT, ["length"])], [value("y", FLOAT, [])], counts)
+    return written(f"""(float[length] x) => (float y) <int64[1] count = {{{count}}}> {{
+        length = Shape(x)
+        shape = Add(length, count)
+        zeros = ConstantOfShape(shape)
+        y = ReduceSum <keepdims = 0> (zeros)
+    }}""")
 
 
 async def test_lengths_of_weights_are_read_from_the_file(pool: WorkerPool, tmp_path: Path) -> None:
@@ -285,9 +277,8 @@ async def test_lengths_of_weights_are_read_from_the_file(pool: WorkerPool, tmp_p
 
 
 async def test_refused_lengths_are_reported_as_a_guess(pool: WorkerPool, tmp_path: Path) -> None:
-    nodes = [helper.make_node("Reshape", ["x", "sides"], ["y"])]
-    sides = helper.make_tensor("sides", INT64, [2], [7, 99_991])
-    save(model(nodes, [value("x", FLOAT, ["rows"])], [value("y", FLOAT, None)], [sides]), tmp_path, "m")
+    reshaped = "(float[rows] x) => (float[?, ?] y) <int64[2] sides = {7, 99991}> { y = Reshape(x, sides) }"
+    save(written(reshaped), tmp_path, "m")
     _, report = await load(pool, order_of(tmp_path))
     [guess] = [spec.example for spec in report.inputs]
     assert guess is not None

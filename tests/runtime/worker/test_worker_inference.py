@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from msgspec.structs import replace
-from onnx import ModelProto, helper, numpy_helper
+from onnx import ModelProto
 from support import models
 from support.models import ENDLESS, save
 from support.workers import (
@@ -325,10 +325,11 @@ async def test_request_with_too_many_names_is_refused(serve: Serve) -> None:
 
 def two_copies(count: int) -> ModelProto:
     """`x` so many times, in each of two outputs."""
-    nodes = [helper.make_node("Expand", ["x", "shape"], [name]) for name in ("y", "z")]
-    shape = numpy_helper.from_array(np.array([count], np.int64), "shape")
-    outputs = [models.value(name, models.FLOAT, [count]) for name in ("y", "z")]
-    return models.model(nodes, [models.value("x", models.FLOAT, [1])], outputs, [shape])
+    return models.written(f"""(float[1] x) => (float[{count}] y, float[{count}] z)
+    <int64[1] shape = {{{count}}}> {{
+        y = Expand(x, shape)
+        z = Expand(x, shape)
+    }}""")
 
 
 async def test_answer_too_long_by_its_shapes_is_not_computed(serve: Serve) -> None:
