@@ -79,27 +79,6 @@ def test_every_external_tensor_is_found(tmp_path: Path) -> None:
     assert sorted(locations(model, tmp_path)) == sorted(expected)
 
 
-def test_model_without_external_data_has_none(tmp_path: Path) -> None:
-    for model in (models.weights(1), models.counting_loop(), models.strings(), models.zip_map()):
-        assert locations(model, tmp_path) == []
-
-
-def test_last_of_two_values_counts(tmp_path: Path) -> None:
-    tensor = external_tensor("w", "first")
-    entry = TensorProto(name="w").external_data.add(key="key", value="harmless").SerializeToString()
-    entry += b"\x0a\x08location\x12\x04last"
-    raw = tensor.SerializeToString() + b"\x6a" + bytes([len(entry)]) + entry
-    model = models.external("x")
-    del model.graph.initializer[0]
-    graph = model.graph.SerializeToString() + b"\x2a" + bytes([len(raw)]) + raw
-    model.ClearField("graph")
-    file = model.SerializeToString() + b"\x3a\x80\x80\x80\x00"[:1] + varint(len(graph)) + graph
-    folder = save_bytes(file, tmp_path, "m")
-    parsed = onnx.ModelProto.FromString(file).graph.initializer[0].external_data[-1]
-    assert (parsed.key, parsed.value) == ("location", "last")
-    assert list(external_locations(folder / "model.onnx")) == ["first", "last"]
-
-
 UNPARSABLE = [
     b"",
     models.TEXT,

@@ -350,20 +350,6 @@ def test_file_in_the_folder_with_the_name_of_a_bundle_is_read_there(tmp_path: Pa
         assert os.read(file, 10) == b"inside"
 
 
-def test_replaced_bundle_is_not_opened(tmp_path: Path) -> None:
-    save(add(), tmp_path, "m")
-    bundle = tmp_path / "m" / "1.sig"
-    bundle.write_bytes(b"before")
-    with Repository(tmp_path).open_version("m", 1) as (opened, files):
-        for change, reason in (
-            (lambda: bundle.write_bytes(b"after!"), "changed before it was copied"),
-            (bundle.unlink, "no longer there"),
-        ):
-            change()
-            with pytest.raises(LoadRefused, match=reason), opened.open_file("1.sig", files[0]):
-                pass
-
-
 WITHOUT_MEMORY = f"""
 import os, sys
 from pathlib import Path

@@ -202,15 +202,6 @@ def test_text_beyond_the_data_is_malformed(data: bytes) -> None:
         wire.unpack_texts(data)
 
 
-@PLAIN
-@given(st.binary(max_size=30))
-def test_any_bytes_are_texts_or_malformed(data: bytes) -> None:
-    with suppress(MalformedTexts):
-        elements = wire.unpack_texts(data)
-        encoded = [each if isinstance(each, bytes) else each.encode() for each in elements]
-        assert b"".join(wire.LENGTH.pack(len(each)) + each for each in encoded) == data
-
-
 def test_elements_are_bytes_if_one_is_not_utf8() -> None:
     assert wire.unpack_texts(b"\1\0\0\0a\1\0\0\0\xff") == [b"a", b"\xff"]
 
