@@ -215,11 +215,7 @@ def test_version_passed_over_is_named_with_the_reason(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("path", "shown"),
-    [
-        ("m/2", "version 2 of model 'm'"),
-        ("m", "the folder of model 'm'"),
-        (".", "the repository's folder"),
-    ],
+    [("m/2", "version 2 of model 'm'"), ("m", "the folder of model 'm'"), (".", "the repository's folder")],
 )
 def test_what_the_server_may_not_read_is_not_missing(tmp_path: Path, path: str, shown: str) -> None:
     for model_id, version in (("m", 1), ("m", 2), ("n", 1)):
@@ -261,11 +257,7 @@ def test_what_the_server_may_not_read_is_not_missing(tmp_path: Path, path: str, 
     ],
 )
 def test_unsafe_file_is_refused(
-    tmp_path: Path,
-    name: str,
-    make: Callable[[Path], object],
-    reason: str,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, name: str, make: Callable[[Path], object], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("runtime.repository.MAX_FILES", 20)
     monkeypatch.setattr("runtime.repository.MAX_PATHS_BYTES", 49)

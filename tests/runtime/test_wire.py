@@ -102,11 +102,7 @@ def test_frames_round_trip_in_any_pieces(data: st.DataObject, step: int) -> None
 @pytest.mark.parametrize("step", [1000, CHUNK_BYTES, 2**30])
 def test_long_frames_round_trip(size: int, step: int) -> None:
     content = (Tensor("x", "UINT8", (size,), bytes(range(256)) * (size // 256) + bytes(size % 256)),)
-    sent: list[wire.Frame[Any]] = [
-        (Outcome(0), ()),
-        (Outcome(1, heads(content)), content),
-        (Outcome(2), ()),
-    ]
+    sent: list[wire.Frame[Any]] = [(Outcome(0), ()), (Outcome(1, heads(content)), content), (Outcome(2), ())]
     stream = b"".join(frame(message, parts) for message, parts in sent)
     assert comparable(read(wire.FROM_SERVING, stream, step)) == comparable(sent)
 

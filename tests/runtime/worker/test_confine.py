@@ -99,9 +99,7 @@ ANYWHERE = {
 
 BEYOND: dict[str, set[str]] = {
     "": set(),
-    "openvino": {
-        *("memory made code", "memory beyond the limit, to read only", "raise limit of addresses"),
-    },
+    "openvino": {*("memory made code", "memory beyond the limit, to read only", "raise limit of addresses")},
     "cuda": {
         *("memory made code", "memory beyond the limit, to read only", "raise limit of addresses"),
         *("memory beyond the limit, shared", "memory beyond the limit, as a stack"),

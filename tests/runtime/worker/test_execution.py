@@ -52,14 +52,7 @@ from runtime.worker.batching import (
     join_inputs,
     split_outputs,
 )
-from runtime.worker.execution import (
-    KEPT_RUNS,
-    KNOWN_NS,
-    Cancellation,
-    InferenceExecutor,
-    LatestRuns,
-    Outbox,
-)
+from runtime.worker.execution import KEPT_RUNS, KNOWN_NS, Cancellation, InferenceExecutor, LatestRuns, Outbox
 from runtime.worker.inference import Runner, SelectedOutputs
 from runtime.worker.sharedtensors import SharedTensors
 

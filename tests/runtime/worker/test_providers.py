@@ -19,17 +19,7 @@ from support import models
 from support.models import save
 from support.openvino import DEVICE, openvino_path
 from support.shims import require_compiler
-from support.workers import (
-    LAYERS,
-    answer,
-    floats,
-    load,
-    order_of,
-    refusal,
-    running_pool,
-    tensor,
-    trips,
-)
+from support.workers import LAYERS, answer, floats, load, order_of, refusal, running_pool, tensor, trips
 
 from events.types import LoadParameters
 from features.devices import found

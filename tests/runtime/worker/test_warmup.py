@@ -83,10 +83,7 @@ DECODER = [
         # Lengths of the weights, and those that a refusal names.
         (search([spec("?", "?")], lambda x: x.shape[1] == 13, weights=[13, 2]), [zeros(1, 13)]),
         (search([spec("?", "?")], lambda x: x.shape[1] == 13, "it takes 13"), [zeros(1, 13)]),
-        (
-            search([spec(1, 1, "?", 150)], lambda x: x.shape[2] == 37, weights=[37]),
-            [zeros(1, 1, 37, 150)],
-        ),
+        (search([spec(1, 1, "?", 150)], lambda x: x.shape[2] == 37, weights=[37]), [zeros(1, 1, 37, 150)]),
         (
             search([spec("n", "c", "h", "w")], lambda x: x.shape[1:] == (3, 224, 224), weights=[3]),
             [zeros(1, 3, 224, 224)],

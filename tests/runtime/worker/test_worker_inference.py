@@ -96,11 +96,7 @@ REFUSED: list[tuple[ModelProto, list[Tensor], str]] = [
     (STRINGS, [Tensor("x", "BYTES", (1,), b"\1\0\0")], "longer than the data"),
     (STRINGS, [Tensor("x", "BYTES", (1,), b"\2\0\0\0a")], "longer than the data"),
     (STRINGS, [Tensor("x", "BYTES", (2,), b"\1\0\0\0a")], "has 1 elements"),
-    (
-        STRINGS,
-        [Tensor("x", "BYTES", (2,), b"\1\0\0\0\xff\2\0\0\0a\0")],
-        "'x': elements that are not UTF-8",
-    ),
+    (STRINGS, [Tensor("x", "BYTES", (2,), b"\1\0\0\0\xff\2\0\0\0a\0")], "'x': elements that are not UTF-8"),
     (STRINGS, [json("x", b'["\\ud800"]', "BYTES")], "'x'"),
     (models.with_default(), [floats("c", 1)], "no value for input 'x'"),
     (models.identity(shape=(2,)), [floats("x", 1, 2, 3)], "has the length 3 in dimension 0, and .* takes 2"),
@@ -190,10 +186,7 @@ async def test_optional_input_may_be_omitted(
 ) -> None:
     worker, report = await loaded(pool, tmp_path, model)
     declared = [replace(spec, dimensions=(), example=None) for spec in report.inputs]
-    assert declared == [
-        TensorSpec("x", "FP32", (-1,)),
-        TensorSpec(name, "FP32", (length,), optional=True),
-    ]
+    assert declared == [TensorSpec("x", "FP32", (-1,)), TensorSpec(name, "FP32", (length,), optional=True)]
     for more, expected in (([], without), ([floats(name, *given)], with_it), ([], without)):
         outputs = await ask(worker, [floats("x", 1), *more])
         assert [array(each).tolist() for each in outputs] == expected
