@@ -15,7 +15,10 @@ from support import models
 from support.history import child
 from support.workers import (
     LIMIT_S,
+    Serve,
+    answer,
     ask,
+    computing,
     descriptors,
     descriptors_left,
     floats,
@@ -26,6 +29,7 @@ from support.workers import (
     resume,
     running_pool,
     threads,
+    trips,
     until,
     wait_gone,
     waits_for_its_order,
@@ -236,6 +240,18 @@ async def test_fork_server_that_dies_during_a_start_fails_it(pool: WorkerPool) -
     with pytest.raises(ForkServerUnavailable, match="ended"):
         await starting
     await until(lambda: pool.healthy)
+
+
+async def test_signals_to_processes_do_not_disturb_inference(serve: Serve, pool: WorkerPool) -> None:
+    worker = await serve(models.counting_loop())
+    running = asyncio.ensure_future(answer(worker, trips(100_000)))
+    await until(computing(worker.pid))
+    for pid in (worker.pid, fork_server_of(pool).pid):
+        assert os.getsid(pid) == pid  # a signal to the server's process group does not come here at all
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(pid, number)
+    assert await running == 100_000
+    assert pool.healthy
 
 
 # Start that fails

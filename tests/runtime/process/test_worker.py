@@ -77,6 +77,7 @@ async def test_stop_ends_a_computing_worker(serve: Serve) -> None:
 
 async def test_stop_returns_memory_and_frees_channel_buffers(serve: Serve, pool: WorkerPool) -> None:
     empty = await (await pool.start("empty")).measure()
+    assert empty < 8 * 2**20
     worker = await serve(models.weights(10))
     assert await worker.measure() - empty > 10_000_000
     assert await worker.stop(LIMIT_S) == Exit(0, None)
@@ -151,6 +152,12 @@ async def test_start_cancelled_while_connecting_ends_its_process(pool: WorkerPoo
     with pytest.raises(asyncio.CancelledError):
         await starting
     assert worker.ended.done()
+
+
+async def test_many_workers_start_at_once(pool: WorkerPool) -> None:
+    workers = await asyncio.gather(*(pool.start(str(number)) for number in range(20)))
+    assert len({worker.pid for worker in workers}) == 20
+    assert set(await asyncio.gather(*(worker.stop(LIMIT_S) for worker in workers))) == {Exit(0, None)}
 
 
 async def test_stopped_fork_server_with_workers_is_waited_for(

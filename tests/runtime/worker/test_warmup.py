@@ -41,6 +41,8 @@ def search(
     answers: Callable[..., float],
     refusal: str = "",
     weights: Iterable[int] = (),
+    *,
+    is_batched: bool = False,
 ) -> list[Example] | None:
     """Search an example for a model with these weights' lengths, which refuses where it answers 0."""
 
@@ -49,7 +51,7 @@ def search(
             raise InvalidInput(refusal)
         return [np.array([found], np.float32)]
 
-    found = find_example(inputs, run, lambda: None, lambda: weights, lambda: False, is_batched=False)
+    found = find_example(inputs, run, lambda: None, lambda: weights, lambda: False, is_batched=is_batched)
     return None if found is None else list(found.examples.values())
 
 
@@ -74,6 +76,8 @@ DECODER = [
         (search([spec(2, 3)], takes_all), [zeros(2, 3)]),
         (search([spec("batch", 3)], takes_all), [zeros(1, 3)]),
         (search([spec("length", datatype="BYTES")], takes_all), [zeros(16)]),
+        (search([spec("length")], takes_all), [zeros(16)]),
+        (search([spec("length")], takes_all, is_batched=True), [zeros(1)]),
         # Sides of pictures and volumes, and lengths of sequences.
         (search([spec("?", 3, "height", "width")], takes_all), [zeros(1, 3, 32, 32)]),
         (search([spec(1, 3, "?", "?")], lambda x: x.shape[2] % 128 == 0), [zeros(1, 3, 128, 128)]),

@@ -107,6 +107,9 @@ REFUSED: dict[str, tuple[Callable[[], ModelProto | bytes], int | None, str, str]
     "data outside": (lambda: models.external("../../secret"), None, "unsafe_file", "secret"),
     "missing data": (lambda: models.external("missing"), None, "invalid_model", "data 'missing' is missing"),
     "sequence": (models.sequence_input, None, "invalid_model", "by SequenceConstruct"),
+    "too large a request": (
+        lambda: models.identity(shape=(None, 2**20, 600)), None, "invalid_model", "let it take less at once",
+    ),
     "memory bomb": (models.memory_bomb_on_load, 200_000_000, "out_of_memory", "limit_bytes are 200000000"),
     "limit 0": (lambda: models.weights(8), 0, "out_of_memory", ""),
     "limit below the worker": (lambda: models.weights(8), 100_000, "out_of_memory", ""),
