@@ -37,7 +37,7 @@ soak: install
 	SOAK=all $(BIN)/pytest -n 0 -s $(foreach soak,$(SOAKS),tests/$(soak).py)
 	SOAK=all $(BIN)/pytest tests/events
 
-SOAKS := runtime/scheduler/test_simulation nodes/test_cluster_simulation runtime/store/test_store_keeping \
+SOAKS := runtime/scheduler/test_simulation nodes/test_cluster_simulation runtime/store/test_store \
 	runtime/consumer/test_provenance \
 	$(addprefix system/test_,bench many_models cycles killed_servers killed_processes cluster restore tails)
 

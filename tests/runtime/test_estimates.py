@@ -11,12 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from msgspec.structs import replace as replace_footprint
 from support import models
 from support.decisions import estimate
-from support.history import PLAIN
 from support.running import Engine, error_of, job_of, running
 from support.workers import LIMIT_S, until
 
@@ -29,12 +26,7 @@ from runtime.consumer.loads import describe_failure
 from runtime.process.pool import WorkerPool
 from runtime.repository import FoundFile
 from runtime.rooms import MACHINE, Alternative
-from runtime.scheduler.estimates import (
-    BYTES_PER_MODEL_BYTE,
-    WORKER_BYTES,
-    estimate_memory,
-    file_sizes,
-)
+from runtime.scheduler.estimates import BYTES_PER_MODEL_BYTE, WORKER_BYTES, estimate_memory, file_sizes
 from runtime.scheduler.view import MemoryEstimate, Policy
 
 
@@ -49,12 +41,7 @@ BOTH = (MODEL, WEIGHTS)
 PEAK = 123_456_789
 
 
-def footprint(
-    *files: LoadedFile,
-    version: int = 1,
-    peak: int = PEAK,
-    threads: int | None = 1,
-) -> Footprint:
+def footprint(*files: LoadedFile, version: int = 1, peak: int = PEAK, threads: int | None = 1) -> Footprint:
     """Return what these files took the last time."""
     return Footprint(version, files, peak, threads)
 
@@ -161,10 +148,7 @@ def need_on(
     [
         (need_on(on="cuda:0"), [CUDA_GUESS]),
         (need_on(on="npu:0"), [on_npu(SIZES + PROVIDER_BYTES, guess=True)]),
-        (
-            need_on(on="cuda:0", instances=2),
-            [on_cuda(2 * GUESS, 2 * CUDA_GUESS.bytes, guess=True)],
-        ),
+        (need_on(on="cuda:0", instances=2), [on_cuda(2 * GUESS, 2 * CUDA_GUESS.bytes, guess=True)]),
         (need_on(ON_CUDA, on="cuda:0"), [on_cuda(MEASURED, 300)]),
         (need_on(ON_CUDA, on="cuda:0", instances=3), [on_cuda(3 * MEASURED, 900)]),
         # No worker takes less than its context; what others returned meanwhile was not taken into account.
@@ -177,14 +161,8 @@ def need_on(
         # What files took on one device says nothing of another, or of the CPU.
         (need_on(KNOWN, ON_NPU, on="cuda:0"), [CUDA_GUESS]),
         (need_on(ON_CUDA, on="cuda:1"), [on_cuda(GUESS, CUDA_GUESS.bytes, guess=True, name="cuda:1")]),
-        (
-            need_on(ON_CUDA, KNOWN, on="cuda:0 cpu"),
-            [on_cuda(MEASURED, 300), *known(PEAK).alternatives],
-        ),
-        (
-            need_on(ON_CUDA, on="cpu cuda:0"),
-            [*sizes(1000, 5000).alternatives, on_cuda(MEASURED, 300)],
-        ),
+        (need_on(ON_CUDA, KNOWN, on="cuda:0 cpu"), [on_cuda(MEASURED, 300), *known(PEAK).alternatives]),
+        (need_on(ON_CUDA, on="cpu cuda:0"), [*sizes(1000, 5000).alternatives, on_cuda(MEASURED, 300)]),
         # A load on the CPU alone is as ever.
         (need_on(KNOWN, ON_CUDA, on="cpu"), list(known(PEAK).alternatives)),
         (need(KNOWN, ON_CUDA), known(PEAK)),
@@ -209,20 +187,6 @@ def test_files_are_proven_by_a_load_on_one_of_the_devices(
 ) -> None:
     targets = [target_device(name, has_memory=False) for name in on.split()]
     assert estimate_memory(BOTH, 1, LoadParameters(), [seen_there], targets=targets).is_proven == proven
-
-
-@PLAIN
-@given(
-    st.lists(st.builds(seen, st.text(max_size=3), st.integers(0, 2**40), st.integers(0, 9)), max_size=4),
-    st.integers(2**20, 2**50) | st.none(),
-    st.integers(1, 64),
-)
-def test_need_is_between_a_worker_and_the_limit(
-    files: list[LoadedFile], limit: int | None, instances: int
-) -> None:
-    needed = need(files=files, limit=limit, instances=instances).bytes
-    assert needed >= WORKER_BYTES * instances
-    assert limit is None or needed <= (WORKER_BYTES + limit) * instances
 
 
 # Found out beside everything else

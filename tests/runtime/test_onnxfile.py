@@ -79,27 +79,6 @@ def test_every_external_tensor_is_found(tmp_path: Path) -> None:
     assert sorted(locations(model, tmp_path)) == sorted(expected)
 
 
-def test_model_without_external_data_has_none(tmp_path: Path) -> None:
-    for model in (models.weights(1), models.counting_loop(), models.strings(), models.zip_map()):
-        assert locations(model, tmp_path) == []
-
-
-def test_last_of_two_values_counts(tmp_path: Path) -> None:
-    tensor = external_tensor("w", "first")
-    entry = TensorProto(name="w").external_data.add(key="key", value="harmless").SerializeToString()
-    entry += b"\x0a\x08location\x12\x04last"
-    raw = tensor.SerializeToString() + b"\x6a" + bytes([len(entry)]) + entry
-    model = models.external("x")
-    del model.graph.initializer[0]
-    graph = model.graph.SerializeToString() + b"\x2a" + bytes([len(raw)]) + raw
-    model.ClearField("graph")
-    file = model.SerializeToString() + b"\x3a\x80\x80\x80\x00"[:1] + varint(len(graph)) + graph
-    folder = save_bytes(file, tmp_path, "m")
-    parsed = onnx.ModelProto.FromString(file).graph.initializer[0].external_data[-1]
-    assert (parsed.key, parsed.value) == ("location", "last")
-    assert list(external_locations(folder / "model.onnx")) == ["first", "last"]
-
-
 UNPARSABLE = [
     b"",
     models.TEXT,
@@ -238,42 +217,11 @@ def test_fields_that_are_read_are_bounded(
     assert refusal.value.code == "invalid_model"
 
 
-def test_known_graphs_have_far_fewer_fields_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The networks of the onnx package, and a tree ensemble: its attributes have 13 fields for each node."""
-    files = [*(Path(onnx.__file__).parent / "backend/test/data/light").glob("*.onnx")]
-    ensemble = helper.make_node(
-        "TreeEnsembleRegressor",
-        ["x"],
-        ["y"],
-        nodes_modes=["BRANCH_LEQ", "LEAF"] * 50_000,
-        nodes_values=[0.5] * 100_000,
-        nodes_nodeids=list(range(100_000)),
-        nodes_truenodeids=list(range(100_000)),
-    )
-    files.append(save(models.model([ensemble], [], [], []), tmp_path, "m") / "model.onnx")
-    assert len(files) > 5
-    monkeypatch.setattr(onnxfields, "MAX_FIELDS", onnxfields.MAX_FIELDS // 1_000)
-    for file in files:
-        assert list(external_locations(file)) == []
-
-
 def test_location_before_garbage_is_refused(tmp_path: Path) -> None:
     for location in ("../x", "*/_ORT_MEM_ADDR_/*"):
         folder = save_bytes(models.external(location).SerializeToString() + b"\xff", tmp_path, "m")
         with pytest.raises(LoadRefused):
             check_external_data(folder / "model.onnx", folder, tmp_path)
-
-
-@PLAIN
-@given(cut=st.integers(0, 400), garbage=st.binary(max_size=4))
-def test_damaged_models_are_read_or_refused(
-    tmp_path_factory: pytest.TempPathFactory, cut: int, garbage: bytes
-) -> None:
-    data = models.counting_loop().SerializeToString()
-    path = tmp_path_factory.getbasetemp() / "damaged.onnx"
-    path.write_bytes(data[:cut] + garbage + data[cut + len(garbage) :])
-    with contextlib.suppress(Unparsable):
-        list(external_locations(path))
 
 
 def test_files_beside_the_model_are_allowed(tmp_path: Path) -> None:
@@ -362,16 +310,6 @@ def test_onnx_files_are_not_foreign() -> None:
         assert describe_foreign_content(content[:FOREIGN_HEAD_BYTES], len(content)) is None
 
 
-@PLAIN
-@given(
-    head=st.binary(max_size=300) | st.binary(max_size=30).map(b"\x08\x01\x12".__add__),
-    size=st.integers(0, 2**70),
-)
-def test_any_content_is_described_in_bounds(head: bytes, size: int) -> None:
-    told = describe_foreign_content(head, max(size, len(head)))
-    assert told is None or (len(told) < 250 and told.isprintable())
-
-
 OF_TEST_MODELS = (
     models.add,
     models.strings,
@@ -442,12 +380,25 @@ def test_tensors_of_any_graph_are_what_onnx_parses(
 
 
 @PLAIN
-@given(data=st.binary(max_size=200), cut=st.integers(0, 400), garbage=st.binary(max_size=4))
-def test_tensors_of_any_bytes_are_read_or_refused(data: bytes, cut: int, garbage: bytes) -> None:
+@given(
+    any_bytes=st.binary(max_size=300) | st.binary(max_size=30).map(b"\x08\x01\x12".__add__),
+    cut=st.integers(0, 400),
+    garbage=st.binary(max_size=4),
+    size=st.integers(0, 2**70),
+)
+def test_any_bytes_are_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, any_bytes: bytes, cut: int, garbage: bytes, size: int
+) -> None:
     whole = models.counting_loop().SerializeToString()
-    for content in (data, whole[:cut] + garbage + whole[cut + len(garbage) :], whole[:cut]):
+    path = tmp_path_factory.getbasetemp() / "damaged.onnx"
+    for content in (any_bytes, whole[:cut] + garbage + whole[cut + len(garbage) :], whole[:cut]):
+        path.write_bytes(content)
+        with contextlib.suppress(Unparsable):
+            list(external_locations(path))
         with contextlib.suppress(Unparsable, TooManyFields):
             read_tensors(content, len(content))
+        told = describe_foreign_content(content[:FOREIGN_HEAD_BYTES], max(size, len(content)))
+        assert told is None or (len(told) < 250 and told.isprintable())
 
 
 def nested(depth: int) -> onnx.TypeProto:

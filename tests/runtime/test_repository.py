@@ -1,9 +1,13 @@
 """The model repository, on a real folder."""
 
+import asyncio
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ from support.history import model_loaded, opened
 from support.ledgers import SIGN
 from support.models import add, bind_socket, external, external_bytes, save, save_bytes
 from support.modes import unreadable
-from support.workers import TAKE_ALL_MEMORY, descriptors_left
+from support.workers import LIMIT_S, TAKE_ALL_MEMORY, descriptors_left, until
 
 from events.audit.export import JSONL, export
 from events.audit.exportreader import audit_file
@@ -23,36 +27,31 @@ from runtime.repository import (
     MAX_FILES,
     MAX_PATHS_BYTES,
     MAX_VERSION,
+    FileSystemPool,
     Repository,
     RepositoryBusy,
     open_folder,
 )
 
 
-def test_models_appear_once_they_are_complete(tmp_path: Path) -> None:
+def test_models_and_versions_appear_once_they_are_complete(tmp_path: Path) -> None:
     repository = Repository(tmp_path)
     assert repository.models() == []
     save(add(), tmp_path, "b")
     save(add(), tmp_path, "a", 2)
-    save(add(), tmp_path, "a", 10)
+    folder = save_bytes(b"model", tmp_path, "a", 10)
+    (folder / "data").mkdir()
+    (folder / "data" / "w.bin").write_bytes(b"123")
     (tmp_path / "a" / "11").mkdir()
     (tmp_path / "empty").mkdir()
     assert repository.models() == ["a", "b"]
     assert repository.versions("a") == [2, 10]
-    save(add(), tmp_path, "a", 11)
-    assert repository.versions("a") == [2, 10, 11]
-
-
-def test_highest_version_is_found_and_its_files(tmp_path: Path) -> None:
-    save_bytes(b"1", tmp_path, "m", 1)
-    folder = save_bytes(b"model", tmp_path, "m", 2)
-    (folder / "data").mkdir()
-    (folder / "data" / "w.bin").write_bytes(b"123")
-    repository = Repository(tmp_path)
-    assert (repository.find_version("m"), repository.find_version("m", 1)) == (2, 1)
-    files = repository.stat_version("m", 2)
+    assert (repository.find_version("a"), repository.find_version("a", 2)) == (10, 2)
+    files = repository.stat_version("a", 10)
     assert [(file.path, file.bytes) for file in files] == [("data/w.bin", 3), ("model.onnx", 5)]
     assert files[1].mtime_ns == (folder / "model.onnx").stat().st_mtime_ns
+    save(add(), tmp_path, "a", 11)
+    assert repository.versions("a") == [2, 10, 11]
 
 
 def test_only_numbers_are_versions_and_only_plain_names_models(tmp_path: Path) -> None:
@@ -131,14 +130,6 @@ def test_links_out_of_the_repository_are_ignored(tmp_path: Path) -> None:
             Repository(root).stat_version(model_id, 1)
 
 
-def test_root_itself_may_be_a_link(tmp_path: Path) -> None:
-    save(add(), tmp_path / "real", "m")
-    (tmp_path / "link").symlink_to(tmp_path / "real")
-    assert len(Repository(tmp_path / "link").stat_version("m", 1)) == 1
-    with pytest.raises(ValueError, match="surrogates"):  # which ONNX Runtime could not open
-        Repository(tmp_path / os.fsdecode(b"\xff"))
-
-
 def point(link: Path, target: Path) -> None:
     """Re-point a link in one step, as git-sync does."""
     (new := link.with_name("new")).symlink_to(target)
@@ -169,18 +160,8 @@ def test_link_is_followed_anew_by_each_call(tmp_path: Path) -> None:
     point(link, tmp_path / "gone")
     with pytest.raises(RepositoryUnreadable, match="the repository's folder cannot be read: No such file"):
         repository.find_version("m")
-
-
-def test_version_stays_whole_while_the_root_is_replaced_by_rename(tmp_path: Path) -> None:
-    root = tmp_path / "root"
-    save_bytes(b"old", root, "m")
-    with Repository(root).open_version("m", 1) as (folder, files):
-        root.rename(tmp_path / "before")
-        save_bytes(b"new", root, "m")
-        assert folder.stat_files() == files
-        with folder.open_file("model.onnx", files[0]) as descriptor:
-            assert os.read(descriptor, 9) == b"old"
-    assert Repository(root).stat_version("m", 1) != files
+    with pytest.raises(ValueError, match="surrogates"):  # which ONNX Runtime could not open
+        Repository(tmp_path / os.fsdecode(b"\xff"))
 
 
 def test_folder_named_as_the_model_file_has_the_versions_files(tmp_path: Path) -> None:
@@ -212,8 +193,11 @@ def test_version_passed_over_is_named_with_the_reason(tmp_path: Path) -> None:
         return str(repository.find_versions("m").refusal)
 
     assert "version 4 of model 'm' was removed, and its folder has files all the same" in reason()
+    assert repository.versions("m") == [1, 2]
     with pytest.raises(UnknownVersion, match="was removed, and its folder has files"):
         repository.find_version("m", 4)
+    with pytest.raises(UnknownVersion), repository.open_version("m", 4):
+        pass
     (tmp_path / "m/5").mkdir()
     assert "version 5 of model 'm' is not complete: its model.onnx cannot be looked at" in reason()
     for name in ("a.onnx", os.fsdecode(b"\xff.onnx")):
@@ -231,11 +215,7 @@ def test_version_passed_over_is_named_with_the_reason(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("path", "shown"),
-    [
-        ("m/2", "version 2 of model 'm'"),
-        ("m", "the folder of model 'm'"),
-        (".", "the repository's folder"),
-    ],
+    [("m/2", "version 2 of model 'm'"), ("m", "the folder of model 'm'"), (".", "the repository's folder")],
 )
 def test_what_the_server_may_not_read_is_not_missing(tmp_path: Path, path: str, shown: str) -> None:
     for model_id, version in (("m", 1), ("m", 2), ("n", 1)):
@@ -255,74 +235,39 @@ def test_what_the_server_may_not_read_is_not_missing(tmp_path: Path, path: str, 
             pass
 
 
-def link_out(folder: Path) -> None:
-    (folder / "w.bin").symlink_to("/etc/hostname")
-
-
-def link_folder_out(folder: Path) -> None:
-    (folder / "more").symlink_to("/etc")
-
-
-def link_nowhere(folder: Path) -> None:
-    (folder / "w.bin").symlink_to("nowhere")
-
-
-def link_to_itself(folder: Path) -> None:
-    (folder / "w.bin").symlink_to("w.bin")
-
-
-def link_to_descriptor(folder: Path) -> None:
-    (folder / "w.bin").symlink_to("/proc/self/fd/0")
-
-
-def add_fifo(folder: Path) -> None:
-    os.mkfifo(folder / "w.bin")
-
-
-def add_socket(folder: Path) -> None:
-    bind_socket(folder / "w.bin")
-
-
-def add_bytes_name(folder: Path) -> None:
-    Path(os.fsdecode(os.fsencode(folder) + b"/\xff")).write_bytes(b"")
-
-
-def add_many(folder: Path) -> None:
-    for number in range(20):
-        (folder / str(number)).touch()
-
-
-def add_long_paths(folder: Path) -> None:
-    for name in "ab":
-        (folder / (name * 20)).touch()
-
-
 @pytest.mark.parametrize(
-    ("damage", "reason"),
+    ("name", "make", "reason"),
     [
-        (link_out, "leads out of the repository"),
-        (link_folder_out, "leads out of the repository"),
-        (link_nowhere, "leads nowhere"),
-        (link_to_itself, "symbolic links"),
-        (link_to_descriptor, "leads out of|not a regular file"),
-        (add_fifo, "not a regular file"),
-        (add_socket, "not a regular file"),
-        (add_bytes_name, "not UTF-8"),
-        (add_many, "more than 20 files"),
-        (add_long_paths, "have 50 bytes, and may have 40 together"),
+        ("w.bin", lambda path: path.symlink_to("/etc/hostname"), "leads out of the repository"),
+        ("more", lambda path: path.symlink_to("/etc"), "leads out of the repository"),
+        ("w.bin", lambda path: path.symlink_to("nowhere"), "leads nowhere"),
+        ("w.bin", lambda path: path.symlink_to("w.bin"), "symbolic links"),
+        ("w.bin", lambda path: path.symlink_to("/proc/self/fd/0"), "leads out of|not a regular file"),
+        ("w.bin", os.mkfifo, "not a regular file"),
+        ("w.bin", bind_socket, "not a regular file"),
+        (os.fsdecode(b"\xff"), Path.touch, "not UTF-8"),
+        ("", lambda path: [(path / str(number)).touch() for number in range(20)], "more than 20 files"),
+        ("a" * 40, Path.touch, "have 50 bytes, and may have 49 together"),
+        # The signature bundle beside a version.
+        ("../1.sig", lambda path: path.symlink_to("/etc/hostname"), "leads out of the repository"),
+        ("../1.sig", lambda path: path.symlink_to("nowhere"), "leads nowhere"),
+        ("../1.sig", os.mkfifo, "not a regular file"),
+        ("../1.sig", Path.mkdir, "beside the version is a folder: move it away"),
+        ("../1.sig", lambda path: [path.touch(), path.parent.with_name("1.sig").touch()], "keep one"),
     ],
 )
 def test_unsafe_file_is_refused(
-    tmp_path: Path, damage: Callable[[Path], None], reason: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, name: str, make: Callable[[Path], object], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("runtime.repository.MAX_FILES", 20)
-    folder = save(add(), tmp_path, "m")
-    if damage is add_long_paths:
-        monkeypatch.setattr("runtime.repository.MAX_PATHS_BYTES", 40)
-    damage(folder)
-    with pytest.raises(LoadRefused, match=reason) as refusal:
-        Repository(tmp_path).stat_version("m", 1)
-    assert refusal.value.code == "unsafe_file"
+    monkeypatch.setattr("runtime.repository.MAX_PATHS_BYTES", 49)
+    make(save(add(), tmp_path, "m") / name)
+    repository = Repository(tmp_path)
+    with pytest.raises(LoadRefused, match=reason) as refused:
+        repository.stat_version("m", 1)
+    with pytest.raises(LoadRefused, match=reason), repository.open_version("m", 1):
+        pass
+    assert refused.value.code == "unsafe_file"
 
 
 async def test_export_with_the_longest_paths_is_read(tmp_path: Path) -> None:
@@ -395,43 +340,6 @@ def test_file_in_the_folder_with_the_name_of_a_bundle_is_read_there(tmp_path: Pa
         opened.open_file("1.sig", files[0]) as file,
     ):
         assert os.read(file, 10) == b"inside"
-
-
-def bundle_inside_too(bundle: Path) -> None:
-    for path in (bundle, bundle.parent / "1" / bundle.name):
-        path.touch()
-
-
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (lambda bundle: bundle.symlink_to("/etc/hostname"), "leads out of the repository"),
-        (lambda bundle: bundle.symlink_to("nowhere"), "leads nowhere"),
-        (os.mkfifo, "not a regular file"),
-        (Path.mkdir, "beside the version is a folder: move it away"),
-        (bundle_inside_too, "is in the version and beside it: keep one"),
-    ],
-)
-def test_unsafe_bundle_beside_is_refused(tmp_path: Path, make: Callable[[Path], None], reason: str) -> None:
-    save(add(), tmp_path, "m")
-    make(tmp_path / "m" / "1.sig")
-    with pytest.raises(LoadRefused, match=reason) as refusal, Repository(tmp_path).open_version("m", 1):
-        pass
-    assert refusal.value.code == "unsafe_file"
-
-
-def test_replaced_bundle_is_not_opened(tmp_path: Path) -> None:
-    save(add(), tmp_path, "m")
-    bundle = tmp_path / "m" / "1.sig"
-    bundle.write_bytes(b"before")
-    with Repository(tmp_path).open_version("m", 1) as (opened, files):
-        for change, reason in (
-            (lambda: bundle.write_bytes(b"after!"), "changed before it was copied"),
-            (bundle.unlink, "no longer there"),
-        ):
-            change()
-            with pytest.raises(LoadRefused, match=reason), opened.open_file("1.sig", files[0]):
-                pass
 
 
 WITHOUT_MEMORY = f"""
@@ -519,15 +427,6 @@ def test_find_unserved_names_each_model_and_version_with_the_reason(tmp_path: Pa
     assert unserved["good/1"].endswith("model.onnx cannot be looked at: No such file or directory")
 
 
-def test_version_that_is_being_removed_is_not_there(tmp_path: Path) -> None:
-    save(add(), tmp_path, "m", 1)
-    save(add(), tmp_path, "m", 2)
-    repository = Repository(tmp_path, lambda model_id, version: (model_id, version) == ("m", 1))
-    assert repository.versions("m") == [2]
-    with pytest.raises(UnknownVersion), repository.open_version("m", 1):
-        pass
-
-
 def test_only_onnx_file_is_the_model_whatever_its_name(tmp_path: Path) -> None:
     save(add(), tmp_path, "m", 1).joinpath("model.onnx").rename(tmp_path / "m/1/silero_vad.onnx")
     (tmp_path / "m/1/._silero_vad.onnx").touch()
@@ -536,3 +435,83 @@ def test_only_onnx_file_is_the_model_whatever_its_name(tmp_path: Path) -> None:
     assert repository.find_file("m", 1) == tmp_path / "m/1/silero_vad.onnx"
     with repository.open_version("m", 1) as (_, files):
         assert "silero_vad.onnx" in [file.path for file in files]
+
+
+# Calls of the file system: in their order by model, bounded in all, and nobody waits for one that hangs
+
+
+SHORT_S = 0.05
+
+
+class Hanging:
+    """Calls that hang until they are let go."""
+
+    def __init__(self) -> None:
+        self.began = 0
+        self.may_end = threading.Event()
+
+    def __call__(self) -> str:
+        self.began += 1
+        self.may_end.wait()
+        return "late"
+
+
+async def test_call_returns_or_raises_what_it_finds() -> None:
+    pool = FileSystemPool()
+    assert await pool.run("m", lambda: 3, LIMIT_S) == 3
+    with pytest.raises(ZeroDivisionError):
+        await pool.run("m", lambda: 1 // 0, LIMIT_S)
+    calls = (pool.run("m", partial(abs, number), LIMIT_S) for number in range(99))
+    assert await asyncio.gather(*calls) == [*range(99)]
+
+
+async def test_calls_of_one_model_run_one_after_the_other() -> None:
+    pool, hanging = FileSystemPool(), Hanging()
+    first = asyncio.ensure_future(pool.run("m", hanging, LIMIT_S))
+    second = asyncio.ensure_future(pool.run("m", hanging, LIMIT_S))
+    await until(lambda: hanging.began > 0)
+    assert await pool.run("other", lambda: 3, LIMIT_S) == 3
+    assert hanging.began == 1
+    hanging.may_end.set()
+    assert [await first, await second] == ["late", "late"]
+    assert hanging.began == 2
+
+
+async def test_calls_that_hang_refuse_others_at_the_bound_only() -> None:
+    pool, hanging = FileSystemPool(max_threads=2), Hanging()
+    for key in ("a", "b"):
+        with pytest.raises(RepositoryBusy, match=f"'{key}' did not answer within 0.05 s"):
+            await pool.run(key, hanging, SHORT_S)
+        if key == "a":
+            assert await pool.run("c", lambda: 3, LIMIT_S) == 3
+    with pytest.raises(RepositoryBusy, match="'c' did not answer"):
+        await pool.run("c", lambda: 3, SHORT_S)
+    with pytest.raises(RepositoryBusy, match="'a' has not answered an earlier call yet"):
+        await pool.run("a", lambda: 3, LIMIT_S)
+    assert hanging.began == 2
+    hanging.may_end.set()
+    await until(lambda: not pool._late)
+    assert [await pool.run(key, lambda: 3, LIMIT_S) for key in ("a", "b", "c")] == [3, 3, 3]
+
+
+async def test_calls_wait_for_as_many_as_come_before_them() -> None:
+    pool = FileSystemPool(max_threads=1)
+    calls = [pool.run(f"m{number}", partial(time.sleep, 0.01), LIMIT_S) for number in range(20)]
+    waiting = asyncio.ensure_future(pool.run("m0", lambda: 3, LIMIT_S))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    assert await asyncio.gather(*calls) == [None] * 20
+    assert waiting.cancelled()
+    assert await pool.run("m0", lambda: 3, LIMIT_S) == 3
+
+
+def test_process_ends_though_a_call_hangs() -> None:
+    script = """
+import asyncio, threading
+from runtime.repository import FileSystemPool
+async def main():
+    asyncio.create_task(FileSystemPool().run("m", threading.Event().wait, 99))
+    await asyncio.sleep(0.1)
+asyncio.run(main())
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=LIMIT_S)

@@ -21,6 +21,7 @@ from onnx import (
     ValueInfoProto,
     helper,
     numpy_helper,
+    parser,
 )
 
 IR_VERSION = 10
@@ -86,6 +87,12 @@ def model(
     return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, functions=functions)
 
 
+def written(graph: str) -> ModelProto:
+    """Put a graph in ONNX's own text form into a model."""
+    made = parser.parse_graph(f"graph {graph}")
+    return model(made.node, made.input, made.output, made.initializer)
+
+
 def identity(element: int = FLOAT, shape: Sequence[int | str | None] = (None,)) -> ModelProto:
     """`y = x`, of any element type and shape; the default is a vector of floats of any length."""
     node = helper.make_node("Identity", ["x"], ["y"])
@@ -116,8 +123,7 @@ def add(constant: float = 1.0) -> ModelProto:
 
 def subtract() -> ModelProto:
     """`y = a - b`: two inputs, whose order matters."""
-    nodes = [helper.make_node("Sub", ["a", "b"], ["y"])]
-    return model(nodes, [value("a", FLOAT, [None]), value("b", FLOAT, [None])], [value("y", FLOAT, [None])])
+    return written("(float[?] a, float[?] b) => (float[?] y) { y = Sub(a, b) }")
 
 
 def weights(megabytes: int, *, layers: int = 8, seed: int = 0) -> ModelProto:
@@ -175,19 +181,13 @@ def _folded_chain(side: int, depth: int) -> tuple[list[NodeProto], list[TensorPr
 
 def counting_loop() -> ModelProto:
     """`count = trips`, by counting: runs as long as its input says, so `ENDLESS` never returns by itself."""
-    body = helper.make_graph(
-        [
-            helper.make_node("Identity", ["going"], ["going_out"]),
-            helper.make_node("Add", ["total", "one"], ["total_out"]),
-        ],
-        "body",
-        [value("trip", INT64, []), value("going", BOOL, []), value("total", INT64, [])],
-        [value("going_out", BOOL, []), value("total_out", INT64, [])],
-        [helper.make_tensor("one", INT64, [], [1])],
-    )
-    nodes = [helper.make_node("Loop", ["trips", "go", "zero"], ["count"], body=body)]
-    start = [helper.make_tensor("go", BOOL, [], [True]), helper.make_tensor("zero", INT64, [], [0])]
-    return model(nodes, [value("trips", INT64, [])], [value("count", INT64, [])], start)
+    return written("""(int64 trips) => (int64 count) <bool go = {1}, int64 zero = {0}> {
+        count = Loop (trips, go, zero) <body = body
+            (int64 trip, bool going, int64 total) => (bool going_out, int64 total_out) <int64 one = {1}> {
+                going_out = Identity(going)
+                total_out = Add(total, one)
+            }>
+    }""")
 
 
 def memory_bomb_on_load(count: int = 225_000_000) -> ModelProto:
@@ -204,11 +204,10 @@ def memory_bomb_on_load(count: int = 225_000_000) -> ModelProto:
 
 def memory_bomb_on_run() -> ModelProto:
     """Takes 4 bytes times the product of its input (a shape) to answer with one number."""
-    nodes = [
-        helper.make_node("ConstantOfShape", ["shape"], ["zeros"]),
-        helper.make_node("ReduceSum", ["zeros"], ["sum"], keepdims=0),
-    ]
-    return model(nodes, [value("shape", INT64, [None])], [value("sum", FLOAT, [])])
+    return written("""(int64[?] shape) => (float sum) {
+        zeros = ConstantOfShape(shape)
+        sum = ReduceSum <keepdims = 0> (zeros)
+    }""")
 
 
 def crash_on_load() -> ModelProto:
@@ -220,20 +219,16 @@ def crash_on_load() -> ModelProto:
 
 def crash_on_run() -> ModelProto:
     """`y = a / b` of integers, or a if b is 0: kills its process (SIGFPE on x86) for `LOWEST / -1`."""
-    nodes = [
-        helper.make_node("Equal", ["b", "zero"], ["is_zero"]),
-        helper.make_node("Where", ["is_zero", "one", "b"], ["divisor"]),
-        helper.make_node("Div", ["a", "divisor"], ["y"]),
-    ]
-    numbers = [helper.make_tensor("zero", INT64, [], [0]), helper.make_tensor("one", INT64, [], [1])]
-    inputs = [value("a", INT64, [None]), value("b", INT64, [None])]
-    return model(nodes, inputs, [value("y", INT64, [None])], numbers)
+    return written("""(int64[?] a, int64[?] b) => (int64[?] y) <int64 zero = {0}, int64 one = {1}> {
+        is_zero = Equal(b, zero)
+        divisor = Where(is_zero, one, b)
+        y = Div(a, divisor)
+    }""")
 
 
 def unknown_operator() -> ModelProto:
     """A valid file with an operator that no runtime has."""
-    node = helper.make_node("Frobnicate", ["x"], ["y"])
-    return model([node], [value("x", FLOAT, [None])], [value("y", FLOAT, [None])])
+    return written("(float[?] x) => (float[?] y) { y = Frobnicate(x) }")
 
 
 def external(location: str, *, count: int = 4) -> ModelProto:
@@ -318,20 +313,13 @@ def optional_value(name: str) -> ValueInfoProto:
 
 def optional_input() -> ModelProto:
     """`y = o` if o is given, else x; `given` says which."""
-    then = helper.make_node("OptionalGetElement", ["o"], ["t"])
-    otherwise = helper.make_node("Identity", ["x"], ["e"])
-    nodes = [
-        helper.make_node("OptionalHasElement", ["o"], ["given"]),
-        helper.make_node(
-            "If",
-            ["given"],
-            ["y"],
-            then_branch=helper.make_graph([then], "then", [], [value("t", FLOAT, [None])]),
-            else_branch=helper.make_graph([otherwise], "else", [], [value("e", FLOAT, [None])]),
-        ),
-    ]
-    outputs = [value("y", FLOAT, [None]), value("given", BOOL, [])]
-    return model(nodes, [value("x", FLOAT, [None]), optional_value("o")], outputs)
+    return written("""(float[?] x, optional(float[?]) o) => (float[?] y, bool given) {
+        given = OptionalHasElement(o)
+        y = If (given) <
+            then_branch = then () => (float[?] t) { t = OptionalGetElement(o) },
+            else_branch = else () => (float[?] e) { e = Identity(x) }
+        >
+    }""")
 
 
 def optional_output() -> ModelProto:
@@ -355,18 +343,13 @@ def optional_output() -> ModelProto:
 
 def running_total() -> ModelProto:
     """Adds x, step by step, to the state that goes in; every total, and the state to go on with, come out."""
-    body = helper.make_graph(
-        [
-            helper.make_node("Add", ["before", "step"], ["after"]),
-            helper.make_node("Identity", ["after"], ["t"]),
-        ],
-        "body",
-        [value("before", FLOAT, [2]), value("step", FLOAT, [2])],
-        [value("after", FLOAT, [2]), value("t", FLOAT, [2])],
-    )
-    nodes = [helper.make_node("Scan", ["state", "x"], ["new_state", "totals"], body=body, num_scan_inputs=1)]
-    inputs = [value("state", FLOAT, [2]), value("x", FLOAT, [None, 2])]
-    return model(nodes, inputs, [value("new_state", FLOAT, [2]), value("totals", FLOAT, [None, 2])])
+    return written("""(float[2] state, float[?, 2] x) => (float[2] new_state, float[?, 2] totals) {
+        new_state, totals = Scan (state, x) <num_scan_inputs = 1, body = body
+            (float[2] before, float[2] step) => (float[2] after, float[2] t) {
+                after = Add(before, step)
+                t = Identity(after)
+            }>
+    }""")
 
 
 def rows(element: int = FLOAT) -> ModelProto:
@@ -388,16 +371,15 @@ def quantised() -> ModelProto:
 
 def look_up() -> ModelProto:
     """`y = 10 * x` for rows of x from 0 to 3, by looking it up: fails for any other."""
-    table = numpy_helper.from_array(np.array([0, 10, 20, 30], np.int64), "table")
-    nodes = [helper.make_node("Gather", ["table", "x"], ["y"])]
-    shape = ["batch", "length"]
-    return model(nodes, [value("x", INT64, shape)], [value("y", INT64, shape)], [table])
+    return written("""(int64[batch, length] x) => (int64[batch, length] y)
+    <int64[4] table = {0, 10, 20, 30}> {
+        y = Gather(table, x)
+    }""")
 
 
 def distinct_rows() -> ModelProto:
     """The rows of x, each once: what has a batch dimension of its own length."""
-    nodes = [helper.make_node("Unique", ["x"], ["y"], axis=0, sorted=0)]
-    return model(nodes, [value("x", FLOAT, ["batch", 1])], [value("y", FLOAT, ["any", 1])])
+    return written("(float[batch, 1] x) => (float[any, 1] y) { y = Unique <axis = 0, sorted = 0> (x) }")
 
 
 def counting_rows() -> ModelProto:
@@ -417,47 +399,42 @@ def identity_of_any_shape(element: int) -> ModelProto:
     return model([node], [value("x", element, None)], [value("y", element, None)])
 
 
-def reshape(length: int = 6) -> ModelProto:
+def reshape() -> ModelProto:
     """`y = x` as a matrix whose sides are the second input: zeros are no such sides."""
-    nodes = [helper.make_node("Reshape", ["x", "sides"], ["y"], allowzero=1)]
-    inputs = [value("x", FLOAT, [length]), value("sides", INT64, [2])]
-    return model(nodes, inputs, [value("y", FLOAT, [None, None])])
+    return written(
+        "(float[6] x, int64[2] sides) => (float[?, ?] y) { y = Reshape <allowzero = 1> (x, sides) }"
+    )
 
 
 def divide() -> ModelProto:
     """`y = a / b` of integers: fails where b is 0."""
-    nodes = [helper.make_node("Div", ["a", "b"], ["y"])]
-    return model(nodes, [value("a", INT64, [None]), value("b", INT64, [None])], [value("y", INT64, [None])])
+    return written("(int64[?] a, int64[?] b) => (int64[?] y) { y = Div(a, b) }")
 
 
 def crash_on_zeros() -> ModelProto:
     """Kills the process that runs it (SIGFPE on x86) for 0: it is then `LOWEST / -1`."""
-    nodes = [
-        helper.make_node("Add", ["x", "lowest"], ["a"]),
-        helper.make_node("Sub", ["x", "one"], ["b"]),
-        helper.make_node("Div", ["a", "b"], ["y"]),
-    ]
-    numbers = [helper.make_tensor("lowest", INT64, [], [LOWEST]), helper.make_tensor("one", INT64, [], [1])]
-    return model(nodes, [value("x", INT64, [1])], [value("y", INT64, [1])], numbers)
+    return written(f"""(int64[1] x) => (int64[1] y) <int64 lowest = {{{LOWEST}}}, int64 one = {{1}}> {{
+        a = Add(x, lowest)
+        b = Sub(x, one)
+        y = Div(a, b)
+    }}""")
 
 
 def crash_on_rows(rows: int) -> ModelProto:
     """`y = x`; kills the process that runs it (SIGFPE on x86) for so many: it then divides `LOWEST / -1`."""
-    nodes = [
-        helper.make_node("Shape", ["x"], ["rows"]),
-        helper.make_node("Sub", ["rows", "deadly"], ["more"]),
-        helper.make_node("Mul", ["more", "more"], ["square"]),
-        helper.make_node("Add", ["square", "lowest"], ["a"]),
-        helper.make_node("Sub", ["square", "one"], ["b"]),
-        helper.make_node("Div", ["a", "b"], ["quotient"]),
-        helper.make_node("Mul", ["quotient", "zero"], ["nothing"]),
-        helper.make_node("Add", ["x", "nothing"], ["y"]),
-    ]
-    numbers = [
-        helper.make_tensor(name, INT64, [1], [number])
-        for name, number in {"deadly": rows, "lowest": LOWEST, "one": 1, "zero": 0}.items()
-    ]
-    return model(nodes, [value("x", INT64, [None])], [value("y", INT64, [None])], numbers)
+    return written(f"""(int64[?] x) => (int64[?] y) <
+        int64[1] deadly = {{{rows}}}, int64[1] lowest = {{{LOWEST}}},
+        int64[1] one = {{1}}, int64[1] zero = {{0}}
+    > {{
+        rows = Shape(x)
+        more = Sub(rows, deadly)
+        square = Mul(more, more)
+        a = Add(square, lowest)
+        b = Sub(square, one)
+        quotient = Div(a, b)
+        nothing = Mul(quotient, zero)
+        y = Add(x, nothing)
+    }}""")
 
 
 def endless() -> ModelProto:
@@ -470,23 +447,20 @@ def endless() -> ModelProto:
 
 def filled() -> ModelProto:
     """As many ones and a half as the input says."""
-    half = helper.make_tensor("half", FLOAT, [1], [1.5])
-    node = helper.make_node("ConstantOfShape", ["count"], ["y"], value=half)
-    return model([node], [value("count", INT64, [1])], [value("y", FLOAT, [None])])
+    return written(
+        "(int64[1] count) => (float[?] y) { y = ConstantOfShape <value = float[1] {1.5}> (count) }"
+    )
 
 
 def filled_rows() -> ModelProto:
     """For each row as many tenths as the largest of the batch says."""
-    tenth = helper.make_tensor("tenth", FLOAT, [1], [0.1])
-    nodes = [
-        helper.make_node("ReduceMax", ["x"], ["largest"], keepdims=0),
-        helper.make_node("Reshape", ["largest", "one"], ["length"]),
-        helper.make_node("Shape", ["x"], ["rows"], start=0, end=1),
-        helper.make_node("Concat", ["rows", "length"], ["shape"], axis=0),
-        helper.make_node("ConstantOfShape", ["shape"], ["y"], value=tenth),
-    ]
-    one = numpy_helper.from_array(np.array([1], np.int64), "one")
-    return model(nodes, [value("x", INT64, ["batch", 1])], [value("y", FLOAT, ["batch", "length"])], [one])
+    return written("""(int64[batch, 1] x) => (float[batch, length] y) <int64[1] one = {1}> {
+        largest = ReduceMax <keepdims = 0> (x)
+        length = Reshape(largest, one)
+        rows = Shape <start = 0, end = 1> (x)
+        shape = Concat <axis = 0> (rows, length)
+        y = ConstantOfShape <value = float[1] tenth {0.1}> (shape)
+    }""")
 
 
 def second_column() -> ModelProto:
@@ -498,13 +472,11 @@ def second_column() -> ModelProto:
 
 def memory_bomb_on_zeros(count: int = 250_000_000) -> ModelProto:
     """Takes 4 bytes times count to answer any input with one number."""
-    nodes = [
-        helper.make_node("Add", ["x", "count"], ["shape"]),
-        helper.make_node("ConstantOfShape", ["shape"], ["zeros"]),
-        helper.make_node("ReduceSum", ["zeros"], ["sum"], keepdims=0),
-    ]
-    size = helper.make_tensor("count", INT64, [1], [count])
-    return model(nodes, [value("x", INT64, [1])], [value("sum", FLOAT, [])], [size])
+    return written(f"""(int64[1] x) => (float sum) <int64[1] count = {{{count}}}> {{
+        shape = Add(x, count)
+        zeros = ConstantOfShape(shape)
+        sum = ReduceSum <keepdims = 0> (zeros)
+    }}""")
 
 
 def widened(count: int = 40_000_000) -> ModelProto:

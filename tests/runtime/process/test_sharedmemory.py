@@ -55,6 +55,14 @@ async def reserve(memory: SharedMemory, count: int = KB_600) -> Region:
 # Regions
 
 
+@pytest.fixture
+async def memory() -> AsyncIterator[SharedMemory]:
+    memory, descriptor = SharedMemory.create(writable=True)
+    os.close(descriptor)
+    yield memory
+    memory.close()
+
+
 @PLAIN
 @given(steps=st.lists(st.integers(1, 3 * 2**20) | st.none(), max_size=40))
 async def test_regions_never_overlap(steps: list[int | None]) -> None:
@@ -75,9 +83,7 @@ async def test_regions_never_overlap(steps: list[int | None]) -> None:
     memory.close()
 
 
-async def test_region_is_reserved_while_a_view_exists() -> None:
-    memory, descriptor = SharedMemory.create(writable=True)
-    os.close(descriptor)
+async def test_region_is_reserved_while_a_view_exists(memory: SharedMemory) -> None:
     region = await reserve(memory)
     view = region.buffer[10:20][2:]
     assert region.holds(view)
@@ -86,12 +92,9 @@ async def test_region_is_reserved_while_a_view_exists() -> None:
     assert (await reserve(memory)).start > 0
     del view
     assert (await reserve(memory)).start == 0
-    memory.close()
 
 
-async def test_full_memory_gives_no_region() -> None:
-    memory, descriptor = SharedMemory.create(writable=True)
-    os.close(descriptor)
+async def test_full_memory_gives_no_region(memory: SharedMemory) -> None:
     assert memory.reserve(SHARED_BYTES + 1) is None
     region = await reserve(memory, SHARED_BYTES)
     assert memory.reserve(1) is None

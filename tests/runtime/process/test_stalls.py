@@ -1,6 +1,7 @@
 """A server that was stalled for longer than its timeouts judges no process by what it has not read yet."""
 
 import asyncio
+import errno
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -9,18 +10,17 @@ import pytest
 import uvloop
 from support import models
 from support.models import ENDLESS
-from support.workers import answer, fork_server_of, freeze, load, order_of, resume, trips
+from support.workers import LIMIT_S, answer, fork_server_of, freeze, load, order_of, resume, trips
 
 from runtime.errors import InferenceTimeout
 from runtime.process import pool as pool_module
 from runtime.process.pool import WorkerPool
-from runtime.timeouts import timeout
+from runtime.timeouts import Timeout, TimeoutExpired, timeout
 
-SHORT_S = 0.4
+SHORT_S = 0.3
 """The limits of these tests. What must end within them takes some milliseconds once it may run."""
-STALLS_S = (0.8, 1.2)
+STALLS_S = (0.5, 1.1)
 """Longer than all of them: one is too short to be counted as a stall."""
-
 
 Step = Callable[[WorkerPool, Path, float], Awaitable[None]]
 
@@ -99,3 +99,42 @@ def test_stalled_server_judges_no_process(
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main())
+
+
+# Timeouts without a stall
+
+
+async def test_timeout_without_progress_expires() -> None:
+    with pytest.raises(TimeoutExpired):
+        async with timeout(SHORT_S, lambda: 0):
+            await asyncio.Event().wait()
+
+
+async def test_timeout_begins_anew_with_progress() -> None:
+    checks, ended = 0, asyncio.Event()
+
+    def progress() -> int:
+        nonlocal checks
+        checks += 1
+        if checks == 5:  # each after a tenth of a second
+            ended.set()
+        return checks
+
+    async with timeout(SHORT_S, progress):
+        await ended.wait()
+
+
+async def test_timeout_error_of_the_work_is_raised_as_it_is() -> None:
+    with pytest.raises(TimeoutError, match="of the file system") as raised:
+        async with timeout(LIMIT_S):
+            raise TimeoutError(errno.ETIMEDOUT, "of the file system")
+    assert not isinstance(raised.value, TimeoutExpired)
+
+
+async def test_cancelled_timeout_does_not_call_back() -> None:
+    passed, later = asyncio.Event(), asyncio.Event()
+    cancelled = Timeout(0, passed.set)
+    Timeout(SHORT_S, later.set)
+    cancelled.cancel()
+    await later.wait()
+    assert not passed.is_set()

@@ -9,11 +9,11 @@ import pytest
 from onnx import TensorProto, helper
 from support import models
 from support.models import FLOAT, STRING, save, value
-from support.workers import Serve, answer, ask
+from support.workers import Serve, answer
 
 from runtime.errors import LoadRefused
 from runtime.onnxfile import read_domains
-from runtime.wire import Tensor, pack_texts, unpack_texts
+from runtime.wire import Tensor
 from runtime.worker import extensions, sessions
 
 pytest.importorskip("onnxruntime_extensions", reason="it is made for Python 3.11 to 3.13")
@@ -62,12 +62,6 @@ async def test_model_that_takes_a_jpeg_answers_in_a_confined_worker(serve: Serve
     worker = await serve(mean_colour())  # not warmed up on zeros, which end the process
     [means] = await answer(worker, Tensor("image", "UINT8", (len(JPEG),), JPEG))
     assert means == pytest.approx([25, 50, 100], abs=2)  # the operator has blue first
-
-
-async def test_model_with_text_operators_answers(serve: Serve) -> None:
-    worker = await serve(upper_case())
-    [upper] = await ask(worker, [Tensor("x", "BYTES", (2,), pack_texts(["Ab", "c"]))])
-    assert unpack_texts(upper.data) == ["AB", "C"]
 
 
 def test_without_the_extra_the_error_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

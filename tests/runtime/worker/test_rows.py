@@ -1,6 +1,6 @@
 """Whether rows of a batch depend on each other: loads with batching refuse models whose rows may."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,50 +8,105 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, helper, numpy_helper
 from support import models
-from support.models import BOOL, FLOAT, INT64, STRING, model, save, value
+from support.models import FLOAT, INT64, model, save, value, written
 from support.workers import Serve, ask_all, asked_at_once, load, order_of, refusal, tensor
 
+from runtime.errors import InvalidInput
 from runtime.onnxfile import find_operator
 from runtime.process.pool import WorkerPool
-from runtime.wire import TensorSpec
+from runtime.wire import DATATYPES, TensorSpec
 from runtime.worker.rows import find_dependence
 
-HALF, DOUBLE, BFLOAT16 = TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16
 SHAPE = ("batch", 4)
 
 
-def of_nodes(*nodes: NodeProto, weights: Sequence[TensorProto] = ()) -> ModelProto:
-    """A model of rows of 4 elements, from `x` to `y`."""
-    return model(nodes, [value("x", FLOAT, SHAPE)], [value("y", FLOAT, ["rows", None])], weights)
+# What two rows tell, of which the runs are given
 
 
-def one(operator: str, *inputs: str, **attributes: Any) -> ModelProto:
-    """A model of one operator, on `x` and constants: `0` is a number, `i0` a vector of one."""
-    numbers = [helper.make_tensor(name, INT64, [1] * name.startswith("i"), [0]) for name in ("0", "i0")]
-    return of_nodes(
-        helper.make_node(operator, ["x", *inputs], ["y"], **attributes),
-        weights=[each for each in numbers if each.name in inputs],
-    )
+def find(answer: Callable[[Any], Any], datatype: str = "FP32") -> str | None:
+    """Find the dependence of rows of four elements in a model of one input."""
+    specs = [TensorSpec("x", datatype, (-1, 4))]
+    row = {"x": np.zeros((1, 4), DATATYPES[datatype].numpy)}
+    return find_dependence(specs, specs, row, lambda feed: [answer(feed["x"])], None)
 
 
-def less_its_mean(axis: int) -> ModelProto:
-    """`y = x` less its mean, over the batch or in each row."""
-    return of_nodes(
-        helper.make_node("ReduceMean", ["x", "axis"], ["mean"]),
-        helper.make_node("Sub", ["x", "mean"], ["y"]),
-        weights=[helper.make_tensor("axis", INT64, [1], [axis])],
-    )
+def softmax(x: Any, axis: int) -> Any:
+    powers = np.exp(x - x.max(axis, keepdims=True))
+    return powers / powers.sum(axis, keepdims=True)
 
 
-def normalised(*, training: bool) -> ModelProto:
-    """A normalisation with fixed numbers, or with those of the batch."""
-    names = ["scale", "bias", "mean", "variance"]
-    weights = [numpy_helper.from_array(np.full(4, 1 + at, np.float32), name) for at, name in enumerate(names)]
-    outputs = ["y", "m", "v"] if training else ["y"]
-    node = helper.make_node("BatchNormalization", ["x", *names], outputs, training_mode=int(training))
-    return of_nodes(node, weights=weights)
+def take_one_row(x: Any) -> Any:
+    if len(x) > 1:
+        raise InvalidInput("one row alone")
+    return x
+
+
+def look_up(x: Any) -> Any:
+    if x.min() < 0 or x.max() > 3:
+        raise InvalidInput("out of the table")
+    return 10 * x
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (find(lambda x: x - x.mean(0)), "another one beside"),
+        (find(lambda x: softmax(x, 0)), "another one beside"),
+        (find(lambda x: np.cumsum(x, 0)), "another one beside"),
+        (find(lambda x: np.cumsum(x[::-1], 0)[::-1]), "another one beside"),
+        (find(lambda x: np.sort(x, 0)), "another one beside"),
+        (find(lambda x: x + x.max(), "INT64"), "another one beside"),
+        (find(lambda x: x[:1]), "a row for each row"),
+        (find(take_one_row), "two rows at once: one row alone"),
+        (find(lambda x: x - x), "are the same"),
+        *((find(lambda x: x, datatype), None) for datatype in ("FP16", "BF16", "FP32", "FP64")),
+        *((find(lambda x: x, datatype), None) for datatype in ("INT64", "BOOL", "BYTES")),
+        (find(lambda x: x - x.mean(1, keepdims=True)), None),
+        (find(lambda x: softmax(x, 1)), None),
+        (find(lambda x: x.argmax(1)), None),
+        (find(look_up, "INT64"), None),
+        (find(lambda x: np.clip(np.round(x, 1), -12.8, 12.7)), None),
+        (find(lambda x: np.where(x > 80, np.inf, x)), None),
+        # Last bits that are rounded differently with more rows.
+        (find(lambda x: x * (1 + 0.001 * len(x))), None),
+    ],
+)
+def test_dependence_is_what_another_row_changes(found: str | None, words: str | None) -> None:
+    assert (found is None) if words is None else (words in (found or ""))
+
+
+def test_a_row_that_depends_on_nothing_is_run_as_often_as_needed() -> None:
+    runs = []
+
+    def run(feed: dict[str, Any]) -> list[Any]:
+        runs.append(len(feed["x"]))
+        return [feed["x"] * 2]
+
+    specs = [TensorSpec("x", "FP32", (-1, 3))]
+    assert find_dependence(specs, specs, {"x": np.zeros((1, 3), np.float32)}, run, None) is None
+    assert runs == [1, 1, 2, 2]
+
+
+@given(st.lists(st.sampled_from(["MatMul", "DynamicQuantizeLinear", "RandomNormal", "Add"]), max_size=5))
+def test_operators_are_found_by_name(tmp_path_factory: pytest.TempPathFactory, names: list[str]) -> None:
+    path = tmp_path_factory.mktemp("m") / "model.onnx"
+    nodes = [
+        helper.make_node(name, ["x"], [f"y{at}"], "DynamicQuantizeLinear") for at, name in enumerate(names)
+    ]
+    path.write_bytes(model(nodes, [], []).SerializeToString())
+    wanted = ("DynamicQuantizeLinear", "RandomNormal")
+    assert find_operator(path, wanted) == next((name for name in names if name in wanted), None)
+
+
+# In a worker
+
+
+LESS_ITS_MEAN = written("""(float[batch, 4] x) => (float[batch, 4] y) <int64[1] axis = {0}> {
+    mean = ReduceMean(x, axis)
+    y = Sub(x, mean)
+}""")
 
 
 def in_a_function() -> ModelProto:
@@ -63,86 +118,11 @@ def in_a_function() -> ModelProto:
     return model([call], [value("x", FLOAT, SHAPE)], [value("y", FLOAT, SHAPE)], functions=[function])
 
 
-def classes() -> ModelProto:
-    """The index of the largest number of each row."""
-    node = helper.make_node("ArgMax", ["x"], ["y"], axis=1)
-    return model([node], [value("x", FLOAT, SHAPE)], [value("y", INT64, ["batch", 1])])
-
-
-def statically_quantised() -> ModelProto:
-    """`y = x`, in steps of a tenth from -12.8 on."""
-    weights = [
-        helper.make_tensor("s", FLOAT, [], [0.1]),
-        helper.make_tensor("z", TensorProto.INT8, [], [0]),
-    ]
-    return of_nodes(
-        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
-        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
-        weights=weights,
-    )
-
-
-def sum_of_batch() -> ModelProto:
-    """To each row of whole numbers the largest of all is added."""
-    largest = helper.make_node("ReduceMax", ["x"], ["largest"], keepdims=0)
-    add = helper.make_node("Add", ["x", "largest"], ["y"])
-    return model([largest, add], [value("x", INT64, SHAPE)], [value("y", INT64, SHAPE)])
-
-
-def first_row_only() -> ModelProto:
-    """`y` is the first row of `x`."""
-    yes = helper.make_tensor("yes", BOOL, [1], [1])
-    return of_nodes(helper.make_node("Compress", ["x", "yes"], ["y"], axis=0), weights=[yes])
-
-
-def one_row_only() -> ModelProto:
-    """`y = x`: fails for more rows, where it looks for their number less 1 in a table of one number."""
-    return of_nodes(
-        helper.make_node("Shape", ["x"], ["rows"], start=0, end=1),
-        helper.make_node("Sub", ["rows", "one"], ["place"]),
-        helper.make_node("Gather", ["table", "place"], ["nothing"]),
-        helper.make_node("Add", ["x", "nothing"], ["y"]),
-        weights=[helper.make_tensor("one", INT64, [1], [1]), helper.make_tensor("table", FLOAT, [1], [0])],
-    )
-
-
 DEPENDENT = {
     "one scale": (models.quantised(), "DynamicQuantizeLinear"),
-    "random": (one("RandomNormalLike", seed=1.0), "RandomNormalLike"),
     "random in a function": (in_a_function(), "RandomUniformLike"),
-    "mean of the batch": (less_its_mean(0), "another one beside"),
-    "trained": (normalised(training=True), "another one beside"),
-    "softmax": (one("Softmax", axis=0), "another one beside"),
-    "sum of rows before": (one("CumSum", "0"), "another one beside"),
-    "sum of rows after": (one("CumSum", "0", reverse=1), "another one beside"),
-    "sorted": (one("Unique", axis=0), "another one beside"),
-    "largest": (sum_of_batch(), "another one beside"),
-    "first row only": (first_row_only(), "a row for each row"),
-    "one row only": (one_row_only(), "two rows at once"),
-    "constant": (one("Sub", "x"), "are the same"),
+    "mean of the batch": (LESS_ITS_MEAN, "another one beside"),
 }
-
-
-def independent() -> dict[str, ModelProto]:
-    elements = {
-        "floats": FLOAT,
-        "halves": HALF,
-        "doubles": DOUBLE,
-        "brains": BFLOAT16,
-        "whole numbers": INT64,
-    }
-    return {
-        **{name: models.identity(element, SHAPE) for name, element in elements.items()},
-        "texts": models.identity(STRING, ("batch", "length")),
-        "yes and no": models.identity(BOOL, SHAPE),
-        "mean of a row": less_its_mean(1),
-        "normalised": normalised(training=False),
-        "softmax": one("Softmax", axis=1),
-        "classes": classes(),
-        "looked up": models.look_up(),
-        "quantised statically": statically_quantised(),
-        "infinite": one("Exp"),
-    }
 
 
 async def dependence(pool: WorkerPool, root: Path, onnx_model: ModelProto, **changes: Any) -> str | None:
@@ -167,9 +147,9 @@ async def test_dependent_rows_are_refused_unless_allowed(
         assert report.dependence is None
 
 
-@pytest.mark.parametrize("onnx_model", independent().values(), ids=list(independent()))
-async def test_independent_rows_are_shown(pool: WorkerPool, tmp_path: Path, onnx_model: ModelProto) -> None:
-    assert await dependence(pool, tmp_path, onnx_model) is None
+async def test_independent_rows_are_shown(pool: WorkerPool, tmp_path: Path) -> None:
+    """Of sums that ONNX Runtime rounds differently with more rows."""
+    assert await dependence(pool, tmp_path, models.misaligned()) is None
 
 
 async def test_inputs_of_the_file_show_it_where_others_are_refused(pool: WorkerPool, tmp_path: Path) -> None:
@@ -177,7 +157,8 @@ async def test_inputs_of_the_file_show_it_where_others_are_refused(pool: WorkerP
     cast = helper.make_node("Cast", ["x"], ["i"], to=INT64)
     table = numpy_helper.from_array(np.arange(4000, dtype=np.float32), "table")
     look_up = helper.make_node("Gather", ["table", "i"], ["y"])
-    save(of_nodes(cast, look_up, weights=[table]), tmp_path, "m")
+    x, y = value("x", FLOAT, SHAPE), value("y", FLOAT, SHAPE)
+    save(model([cast, look_up], [x], [y], [table]), tmp_path, "m")
     order = order_of(tmp_path, max_batch_size=2)
     _, report = await load(pool, order, tensor("x", "FP32", [[3, 2, 1, 0]]))
     assert report.dependence is None
@@ -206,33 +187,10 @@ async def test_wrong_inputs_of_the_file_show_nothing_and_fail_no_reload(
 
 async def test_one_scale_changes_an_answer(serve: Serve) -> None:
     """The reason for all this: large numbers of another client turn an answer into zeros."""
-    worker = await serve(models.quantised(), max_batch_size=2, max_queue_delay_us=10**6, dependent_rows=True)
+    worker = await serve(models.quantised(), max_batch_size=2, max_queue_delay_us=10**5, dependent_rows=True)
     small, large = (tensor("x", "FP32", [[size, 2, 3, 4]]) for size in (1, 10**6))
     _, [alone] = await ask_all(worker, [small])
     first, _ = await asked_at_once(worker, ask_all(worker, [small]), ask_all(worker, [large]))
     [beside] = (await first)[1]
     assert np.frombuffer(alone.data, np.float32).any()
     assert not np.frombuffer(beside.data, np.float32).any()
-
-
-@given(st.lists(st.sampled_from(["MatMul", "DynamicQuantizeLinear", "RandomNormal", "Add"]), max_size=5))
-def test_operators_are_found_by_name(tmp_path_factory: pytest.TempPathFactory, names: list[str]) -> None:
-    path = tmp_path_factory.mktemp("m") / "model.onnx"
-    nodes = [
-        helper.make_node(name, ["x"], [f"y{at}"], "DynamicQuantizeLinear") for at, name in enumerate(names)
-    ]
-    path.write_bytes(model(nodes, [], []).SerializeToString())
-    wanted = ("DynamicQuantizeLinear", "RandomNormal")
-    assert find_operator(path, wanted) == next((name for name in names if name in wanted), None)
-
-
-def test_a_row_that_depends_on_nothing_is_run_as_often_as_needed() -> None:
-    runs = []
-
-    def run(feed: dict[str, Any]) -> list[Any]:
-        runs.append(len(feed["x"]))
-        return [feed["x"] * 2]
-
-    specs = [TensorSpec("x", "FP32", (-1, 3))]
-    assert find_dependence(specs, specs, {"x": np.zeros((1, 3), np.float32)}, run, None) is None
-    assert runs == [1, 1, 2, 2]

@@ -1,43 +1,133 @@
-"""Warm-up before a model serves: on zeros, on inputs of its loadledger.toml, or none."""
+"""Warm-up before a model serves: on an example of its inputs that is found, on those of its file, or none."""
 
-import asyncio
+import math
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto, helper, numpy_helper
 from support import models
-from support.models import save
-from support.running import Engine, code_of
-from support.workers import (
-    Serve,
-    answer,
-    computing,
-    floats,
-    load,
-    loaded_memory,
-    order_of,
-    refusal,
-    tensor,
-    until,
-)
+from support.models import FLOAT, INT64, model, save, value, written
+from support.running import Engine
+from support.workers import answer, floats, load, loaded_memory, order_of, refusal, tensor
 
 from events.jobs import JobStatus
 from events.types import LoadParameters, ModelLoaded
+from runtime.errors import InvalidInput
 from runtime.process.pool import WorkerPool
-from runtime.repository import DEFAULTS_FILE
 from runtime.statistics import Statistics
-from runtime.wire import Tensor
-from runtime.worker.examples import MAX_EXAMPLE_BYTES
+from runtime.wire import Example, Tensor, TensorSpec
+from runtime.worker.examples import MAX_EXAMPLE_BYTES, MAX_INPUTS, find_example
 
-GIVEN = """
-[[warm_up.inputs]]
-name = "{}"
-datatype = "{}"
-shape = {}
-data = {}
-"""
 ALL_STAGES = ["loading", "warming_up", "measuring"]
 NO_WARM_UP = ["loading", "measuring"]
+TOO_MANY = MAX_EXAMPLE_BYTES // 4 + 1
+
+
+# The search for an example, of which the runs are given
+
+
+def spec(*shape: int | str, name: str = "x", datatype: str = "FP32") -> TensorSpec:
+    """An input whose open lengths have names, or none where they are `?`."""
+    lengths = tuple(-1 if isinstance(length, str) else length for length in shape)
+    names = tuple(length if isinstance(length, str) and length != "?" else "" for length in shape)
+    return TensorSpec(name, datatype, lengths, dimensions=names)
+
+
+def search(
+    inputs: Sequence[TensorSpec],
+    answers: Callable[..., float],
+    refusal: str = "",
+    weights: Iterable[int] = (),
+    *,
+    is_batched: bool = False,
+) -> list[Example] | None:
+    """Search an example for a model with these weights' lengths, which refuses where it answers 0."""
+
+    def run(feed: dict[str, Any]) -> list[Any]:
+        if not (found := answers(*feed.values())):
+            raise InvalidInput(refusal)
+        return [np.array([found], np.float32)]
+
+    found = find_example(inputs, run, lambda: None, lambda: weights, lambda: False, is_batched=is_batched)
+    return None if found is None else list(found.examples.values())
+
+
+def zeros(*shape: int) -> Example:
+    return Example(shape, "zeros")
+
+
+def takes_all(*_: Any) -> bool:
+    return True
+
+
+DECODER = [
+    spec("batch", "sequence", 3, name="key"),
+    spec("batch", "past_sequence", 3, name="past_key"),
+    spec("batch", "total_sequence", 1, name="mask"),
+]
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (search([spec(2, 3)], takes_all), [zeros(2, 3)]),
+        (search([spec("batch", 3)], takes_all), [zeros(1, 3)]),
+        (search([spec("length", datatype="BYTES")], takes_all), [zeros(16)]),
+        (search([spec("length")], takes_all), [zeros(16)]),
+        (search([spec("length")], takes_all, is_batched=True), [zeros(1)]),
+        # Sides of pictures and volumes, and lengths of sequences.
+        (search([spec("?", 3, "height", "width")], takes_all), [zeros(1, 3, 32, 32)]),
+        (search([spec(1, 3, "?", "?")], lambda x: x.shape[2] % 128 == 0), [zeros(1, 3, 128, 128)]),
+        (search([spec("?", 3, "?", "?")], lambda x: x.shape[2] == 48), [zeros(1, 3, 48, 48)]),
+        (search([spec("batch", 1, "d", "h", "w")], takes_all), [zeros(1, 1, 32, 32, 32)]),
+        (search([spec("?", "?")], lambda x: x.shape[1] == 512), [zeros(1, 512)]),
+        # Lengths of the weights, and those that a refusal names.
+        (search([spec("?", "?")], lambda x: x.shape[1] == 13, weights=[13, 2]), [zeros(1, 13)]),
+        (search([spec("?", "?")], lambda x: x.shape[1] == 13, "it takes 13"), [zeros(1, 13)]),
+        (search([spec(1, 1, "?", 150)], lambda x: x.shape[2] == 37, weights=[37]), [zeros(1, 1, 37, 150)]),
+        (
+            search([spec("n", "c", "h", "w")], lambda x: x.shape[1:] == (3, 224, 224), weights=[3]),
+            [zeros(1, 3, 224, 224)],
+        ),
+        # A state has its batch dimension in the middle; keys of earlier tokens there are none.
+        (
+            search(
+                [spec("?", "?"), spec(1, "?", 4, name="state")],
+                lambda x, state: x.shape[1] == 256 and state.shape[1] == 1,
+            ),
+            [zeros(1, 256), zeros(1, 1, 4)],
+        ),
+        (
+            search(DECODER, lambda key, past, mask: key.shape[1] + past.shape[1] == mask.shape[1]),
+            [zeros(1, 16, 3), zeros(1, 0, 3), zeros(1, 16, 1)],
+        ),
+        # Ones where zeros are refused or give no finite number.
+        (
+            search([spec("batch", "sequence", datatype="INT64")], lambda x: 1 if x.any() else math.nan),
+            [Example((1, 16), "ones")],
+        ),
+        (
+            search([spec("?", name=name, datatype="INT64") for name in "ab"], lambda _, b: b.all()),
+            2 * [Example((1,), "ones")],
+        ),
+        (search([spec("?", 2)], lambda _: math.nan), [zeros(1, 2)]),
+        # No example is made or sent.
+        (search([spec(TOO_MANY)], takes_all), None),
+        (search([spec(TOO_MANY - 1)], takes_all), [zeros(TOO_MANY - 1)]),
+        (search([spec("?", TOO_MANY // 2, 2**5)], takes_all), None),
+        (search([spec(TOO_MANY // 8, datatype="BYTES")], takes_all), None),
+        (search([spec(0, 2**62, 2**62)], takes_all), None),
+        (search([spec(1, name=f"{number}") for number in range(MAX_INPUTS + 1)], takes_all), None),
+    ],
+)
+def test_example_has_lengths_that_the_model_takes(found: object, expected: object) -> None:
+    assert found == expected
+
+
+# In a worker
 
 
 def text(name: str, datatype: str, shape: tuple[int, ...], data: bytes) -> Tensor:
@@ -45,12 +135,7 @@ def text(name: str, datatype: str, shape: tuple[int, ...], data: bytes) -> Tenso
     return Tensor(name, datatype, shape, data, text=True)
 
 
-# In a worker
-
-
-TOO_MANY = MAX_EXAMPLE_BYTES // 4 + 1
 RUN = {
-    "shape": models.identity(shape=(2, 3)),
     "scalar": models.identity(shape=()),
     "no elements": models.identity(shape=(0, 2)),
     "two inputs": models.subtract(),
@@ -60,21 +145,12 @@ RUN = {
     "state": models.running_total(),
     "output that is no tensor": models.zip_map(),
     "loop": models.counting_loop(),
-    "length": models.identity(shape=("batch", "length")),
-    "second": models.identity(shape=(2, None)),
     "ones": models.divide(),
     "no shape": models.identity_of_any_shape(models.FLOAT),
 }
-NOT_RUN = {
-    "too many": models.identity(shape=(TOO_MANY,)),
-    "far too many": models.identity(shape=(None, TOO_MANY // 2, 2**5)),
-    "too many texts": models.identity(models.STRING, (TOO_MANY // 8,)),
-    "none of many": models.identity(shape=(0, 2**62, 2**62)),
-}
+NOT_RUN = {"too many": models.identity(shape=(TOO_MANY,))}
 GIVEN_INPUTS: dict[str, tuple[ModelProto, list[Tensor]]] = {
     "nested": (models.rows(), [text("x", "FP32", (2, 2), b"[[1,2],[3,4]]")]),
-    "flat": (models.rows(), [text("x", "FP32", (2, 2), b"[1,2.5,3,4]")]),
-    "booleans": (models.rows(TensorProto.BOOL), [text("x", "BOOL", (1, 2), b"[true,false]")]),
     "texts": (models.rows(models.STRING), [text("x", "BYTES", (1, 2), '["ä",""]'.encode())]),
     "reshape": (models.reshape(), [text("sides", "INT64", (2,), b"[2,3]"), floats("x", *range(6))]),
     "divide": (models.divide(), [text(name, "INT64", (1,), b"[1]") for name in "ab"]),
@@ -122,10 +198,6 @@ async def test_warm_up_beyond_the_memory_limit_is_refused(pool: WorkerPool, tmp_
     assert (refused.code, "memory_limit_bytes are 200000000" in str(refused)) == ("out_of_memory", True)
 
 
-async def test_batched_model_is_run_on_one_element(serve: Serve) -> None:
-    assert await answer(await serve(models.add(), max_batch_size=1), floats("x", 1)) == [2]
-
-
 async def test_peak_memory_includes_the_warm_up(pool: WorkerPool, tmp_path: Path) -> None:
     save(models.widened(), tmp_path, "m")
     orders = [order_of(tmp_path, warm_up=warms_up) for warms_up in (True, False)]
@@ -159,37 +231,104 @@ async def test_invalid_inputs_refuse_the_load(
     assert [said in str(refused) for said in (words, "correct them")] == [True, True]
 
 
-# From the model's loadledger.toml to the ledger
+def multiplied(rows: int) -> ModelProto:
+    """`y = x · w`, where `w` has these rows: the last length of `x` has to be theirs."""
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    w = numpy_helper.from_array(np.ones((rows, 2), np.float32), "w")
+    return model([node], [value("x", FLOAT, [None, None])], [value("y", FLOAT, None)], [w])
 
 
-async def warmed_up(engine: Engine, model: ModelProto, defaults: str = "", instances: int = 1) -> int | None:
-    """Load a model with this loadledger.toml; returns the recorded duration of its warm-up."""
-    folder = save(model, engine.root, "m").parent
-    await asyncio.to_thread((folder / DEFAULTS_FILE).write_text, defaults)
-    job = await engine.load("m", None, LoadParameters(instances=instances))
-    assert job.status is JobStatus.COMPLETED, job.error
-    return (await engine.facts(ModelLoaded, of="m"))[-1].durations.warming_up_us
+def volume(channels: int) -> ModelProto:
+    """Two convolutions over a volume, and the mean of what they find: 100 times the memory of its input."""
+    weights = [
+        numpy_helper.from_array(np.ones((channels, before, 3, 3, 3), np.float32), name)
+        for name, before in (("v", 1), ("w", channels))
+    ]
+    nodes = [
+        helper.make_node("Conv", ["x", "v"], ["a"], pads=[1] * 6),
+        helper.make_node("Conv", ["a", "w"], ["b"], pads=[1] * 6),
+        helper.make_node("GlobalAveragePool", ["b"], ["y"]),
+    ]
+    inputs = [value("x", FLOAT, ["batch", 1, "depth", "height", "width"])]
+    return model(nodes, inputs, [value("y", FLOAT, None)], weights)
+
+
+def endless() -> ModelProto:
+    """Counts for ever, whatever it gets."""
+    loop = models.endless().graph
+    largest = helper.make_node("ReduceMax", ["words"], ["x"], keepdims=0)
+    inputs = [value("words", INT64, ["batch", "length"])]
+    return model([largest, *loop.node], inputs, loop.output, loop.initializer)
+
+
+def filled(count: int) -> ModelProto:
+    """The sum of so many zeros, and of `x`."""
+    return written(f"""(float[length] x) => (float y) <int64[1] count = {{{count}}}> {{
+        length = Shape(x)
+        shape = Add(length, count)
+        zeros = ConstantOfShape(shape)
+        y = ReduceSum <keepdims = 0> (zeros)
+    }}""")
+
+
+async def test_lengths_of_weights_are_read_from_the_file(pool: WorkerPool, tmp_path: Path) -> None:
+    save(multiplied(13), tmp_path, "m")
+    _, report = await load(pool, order_of(tmp_path))
+    assert [spec.example for spec in report.inputs] == [zeros(1, 13)]
+
+
+async def test_refused_lengths_are_reported_as_a_guess(pool: WorkerPool, tmp_path: Path) -> None:
+    reshaped = "(float[rows] x) => (float[?, ?] y) <int64[2] sides = {7, 99991}> { y = Reshape(x, sides) }"
+    save(written(reshaped), tmp_path, "m")
+    _, report = await load(pool, order_of(tmp_path))
+    [guess] = [spec.example for spec in report.inputs]
+    assert guess is not None
+    assert (guess.shape, report.warming_up_us, report.inputs[0].dimensions) == ((16,), None, ("rows",))
+    assert "cannot be reshaped" in (guess.refusal or "")
+
+
+@pytest.mark.parametrize(
+    ("onnx_model", "words"),
+    [(endless(), "it was stopped"), (filled(2**28), "Failed to allocate memory")],
+    ids=["time", "memory"],
+)
+async def test_a_search_is_bounded_and_the_load_goes_on(
+    pool: WorkerPool, tmp_path: Path, onnx_model: ModelProto, words: str
+) -> None:
+    save(onnx_model, tmp_path, "m")
+    worker, report = await load(pool, order_of(tmp_path))
+    [guess] = [spec.example for spec in report.inputs]
+    assert guess is not None
+    assert words in (guess.refusal or "")
+    assert report.warming_up_us is None
+    assert loaded_memory(worker).memory_bytes < 50_000_000
+
+
+async def test_a_volume_keeps_little_of_its_warm_up(pool: WorkerPool, tmp_path: Path) -> None:
+    save(volume(channels=32), tmp_path, "m")
+    with_it, without = [
+        loaded_memory((await load(pool, order_of(tmp_path, warm_up=warms_up)))[0]).memory_bytes
+        for warms_up in (True, False)
+    ]
+    assert with_it - without < 20_000_000
+
+
+async def test_inputs_of_the_file_are_an_example_that_was_not_tried(pool: WorkerPool, tmp_path: Path) -> None:
+    save(models.identity(shape=(None, None)), tmp_path, "m")
+    _, report = await load(pool, order_of(tmp_path), tensor("x", "FP32", [[0] * 5] * 2))
+    [found] = [spec.example for spec in report.inputs]
+    assert found is not None
+    assert (found.shape, found.values) == ((2, 5), "zeros")
+    assert "loadledger.toml" in (found.refusal or "")
+
+
+# Recorded
 
 
 async def test_warm_up_is_recorded_and_not_counted_as_a_request(engine: Engine) -> None:
-    assert await warmed_up(engine, models.add(), instances=2) in range(1, 10**8)
+    save(models.add(), engine.root, "m")
+    job = await engine.load("m", None, LoadParameters(instances=2))
+    assert job.status is JobStatus.COMPLETED, job.error
+    [loaded] = await engine.facts(ModelLoaded, of="m")
+    assert loaded.durations.warming_up_us in range(1, 10**8)
     assert engine.live("m").statistics == Statistics()
-
-
-async def test_endless_warm_up_ends_at_the_timeout(engine: Engine) -> None:
-    save(models.endless(), engine.root, "m")
-    job_id = await engine.ask_load("m", None, LoadParameters(timeout_s=60))
-    await until(lambda: any(load.stage == "warming_up" for load in engine.consumer.loads.values()))
-    worker = engine.worker("m")
-    await until(computing(worker.pid))
-    engine.pass_time(61)
-    assert code_of(await engine.ended(job_id)) == "timeout"
-    await asyncio.shield(worker.ended)
-
-
-async def test_file_gives_inputs_or_turns_the_warm_up_off(engine: Engine) -> None:
-    inputs = [("x", "FP32", "[6]", "[1, 2, 3, 4, 5, 6]"), ("sides", "INT64", "[2]", "[2, 3]")]
-    given = "".join(GIVEN.format(*each) for each in inputs)
-    for defaults, is_run in ((given, True), ("warm_up.enabled = false", False)):
-        assert (await warmed_up(engine, models.reshape(), defaults) is not None) is is_run
-        await engine.unload("m")

@@ -29,10 +29,10 @@ from support.workers import (
 )
 
 from runtime import wire
-from runtime.errors import InferenceFailed, InvalidInput
+from runtime.errors import InferenceFailed, InvalidInput, NotRepresentable
 from runtime.process.pool import WorkerPool
-from runtime.process.worker import Worker
-from runtime.wire import DATATYPES, Tensor, TensorSpec, WantedOutput
+from runtime.process.worker import SURPLUS_NAMES, Worker
+from runtime.wire import DATATYPES, MAX_PAYLOAD_BYTES, Tensor, TensorSpec, WantedOutput
 
 
 def element_of(datatype: str) -> int:
@@ -79,37 +79,28 @@ async def test_digest_covers_shape_and_replaces_output_of_any_length(serve: Serv
     assert len(await digests(long, [count])) == 1
 
 
-async def test_strings_round_trip_in_json(serve: Serve) -> None:
-    worker = await serve(models.strings())
-    text = json("x", b'["","a\\u0000b","\\ud83d\\ude00"]', "BYTES", 3)
-    (y,) = await ask(worker, [text], text=True)
-    assert bytes(y.data) == '["","a\\u0000b","\U0001f600"]'.encode()
-
-
-STRINGS = models.strings()
+ADD, STRINGS = models.add(), models.strings()
 REFUSED: list[tuple[ModelProto, list[Tensor], str]] = [
-    (models.add(), [], "no value for input 'x'"),
-    (models.add(), [floats("z", 1)], "no input 'z'"),
-    (models.add(), [floats("x", 1), floats("x", 1)], "twice"),
-    (models.add(), [tensor("x", "FP64", [0])], "is FP32, not FP64"),
-    (models.add(), [tensor("x", "FP32", [[0]])], "rank"),
-    (models.add(), [Tensor("x", "FP32", (0, 2**62, 2**62), b"")], "elements"),
-    (models.add(), [Tensor("x", "FP32", (2,), b"1234")], "not of its shape"),
-    (models.add(), [Tensor("x", "FP31", (1,), b"1234")], "no such datatype"),
-    (models.add(), [Tensor("\ud800", "FP32", (1,), b"1234")], "not Unicode"),
-    (models.add(), [Tensor("x" * 5000, "FP32", (1,), b"1234")], "4096 characters"),
-    (models.add(), [Tensor("x", "FP32", (0, 2**63), b"")], "shape or size"),
-    *((models.add(), [json("x", text)], "input 'x'") for text in (b"[1, 2]", b"[nan]", b"[" * 10_000)),
+    (ADD, [], "no value for input 'x'"),
+    (ADD, [floats("z", 1)], "no input 'z'"),
+    (ADD, [floats("x", 1), floats("x", 1)], "twice"),
+    (ADD, [tensor("x", "FP64", [0])], "is FP32, not FP64"),
+    (ADD, [tensor("x", "FP32", [[0]])], "rank"),
+    (ADD, [Tensor("x", "FP32", (0, 2**62, 2**62), b"")], "elements"),
+    (ADD, [Tensor("x", "FP32", (2,), b"1234")], "not of its shape"),
+    (ADD, [Tensor("x", "FP31", (1,), b"1234")], "no such datatype"),
+    (ADD, [Tensor("\ud800", "FP32", (1,), b"1234")], "not Unicode"),
+    (ADD, [Tensor("x" * 5000, "FP32", (1,), b"1234")], "4096 characters"),
+    (ADD, [Tensor("x", "FP32", (0, 2**63), b"")], "shape or size"),
+    *((ADD, [json("x", text)], "input 'x'") for text in (b"[1, 2]", b"[nan]", b"[" * 10_000)),
     (STRINGS, [Tensor("x", "BYTES", (1,), b"\1\0\0")], "longer than the data"),
     (STRINGS, [Tensor("x", "BYTES", (1,), b"\2\0\0\0a")], "longer than the data"),
     (STRINGS, [Tensor("x", "BYTES", (2,), b"\1\0\0\0a")], "has 1 elements"),
-    (
-        STRINGS,
-        [Tensor("x", "BYTES", (2,), b"\1\0\0\0\xff\2\0\0\0a\0")],
-        "'x': elements that are not UTF-8",
-    ),
+    (STRINGS, [Tensor("x", "BYTES", (2,), b"\1\0\0\0\xff\2\0\0\0a\0")], "'x': elements that are not UTF-8"),
     (STRINGS, [json("x", b'["\\ud800"]', "BYTES")], "'x'"),
     (models.with_default(), [floats("c", 1)], "no value for input 'x'"),
+    (models.identity(shape=(2,)), [floats("x", 1, 2, 3)], "has the length 3 in dimension 0, and .* takes 2"),
+    (models.identity(shape=(2, 2)), [floats("x", 1, 2)], "'x' has 1 dimensions, and the model takes 2"),
 ]
 
 
@@ -175,18 +166,10 @@ async def test_outputs_have_the_form_asked_for(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "optional", "answers"),
+    ("model", "name", "length", "without", "given", "with_it"),
     [
-        (
-            models.with_default(),
-            TensorSpec("c", "FP32", (1,), optional=True),
-            [([], [[6]]), ([floats("c", 2)], [[3]]), ([], [[6]])],
-        ),
-        (
-            models.optional_input(),
-            TensorSpec("o", "FP32", (-1,), optional=True),
-            [([], [[1], False]), ([floats("o", 2, 3)], [[2, 3], True]), ([], [[1], False])],
-        ),
+        (models.with_default(), "c", 1, [[6]], [2], [[3]]),
+        (models.optional_input(), "o", -1, [[1], False], [2, 3], [[2, 3], True]),
     ],
     ids=["default", "optional"],
 )
@@ -194,14 +177,18 @@ async def test_optional_input_may_be_omitted(
     pool: WorkerPool,
     tmp_path: Path,
     model: ModelProto,
-    optional: TensorSpec,
-    answers: list[tuple[list[Tensor], list[Any]]],
+    name: str,
+    *,
+    length: int,
+    without: list[Any],
+    given: list[float],
+    with_it: list[Any],
 ) -> None:
     worker, report = await loaded(pool, tmp_path, model)
     declared = [replace(spec, dimensions=(), example=None) for spec in report.inputs]
-    assert declared == [TensorSpec("x", "FP32", (-1,)), optional]
-    for given, expected in answers:
-        outputs = await ask(worker, [floats("x", 1), *given])
+    assert declared == [TensorSpec("x", "FP32", (-1,)), TensorSpec(name, "FP32", (length,), optional=True)]
+    for more, expected in (([], without), ([floats(name, *given)], with_it), ([], without)):
+        outputs = await ask(worker, [floats("x", 1), *more])
         assert [array(each).tolist() for each in outputs] == expected
 
 
@@ -247,3 +234,104 @@ async def test_outcome_has_the_durations_of_each_step(serve: Serve) -> None:
         assert sum(times) <= elapsed
         assert (outcome.batch_size, outcome.execution_size) == (1, 1)
     assert second.queue_ns >= first.infer_ns
+
+
+# What fits nowhere fails alone, and the worker goes on
+
+
+NO_MEMORY = r"(?i)not enough memory|alloc"
+
+
+async def fill(worker: Worker, count: int, *, text: bool = False) -> int:
+    """Ask for so many numbers; return the length of the answer."""
+    (output,) = await ask(worker, [tensor("count", "INT64", [count])], "y", text=text)
+    return len(output.data)
+
+
+async def test_output_beyond_the_payload_limit_fails_alone(serve: Serve) -> None:
+    worker, too_many = await serve(models.filled()), MAX_PAYLOAD_BYTES // 4 + 1
+    with pytest.raises(InferenceFailed, match="larger than"):
+        await fill(worker, too_many)
+    with pytest.raises(NotRepresentable, match="as JSON at most"):
+        await fill(worker, too_many, text=True)
+    with pytest.raises(InferenceFailed, match=NO_MEMORY):
+        await fill(worker, 2**60)
+    assert await fill(worker, 3) == 12
+
+
+async def test_output_too_large_fails_alone_in_a_batch(serve: Serve) -> None:
+    worker = await serve(
+        models.filled_rows(), max_batch_size=4, memory_limit_bytes=150_000_000, dependent_rows=True
+    )
+    rows = [[tensor("x", "INT64", [[length]])] for length in (1, 2, 10**12, 3)]
+    asked = await asked_at_once(worker, *(ask(worker, row) for row in rows))
+    answers = await asyncio.gather(*asked, return_exceptions=True)
+    assert isinstance(answers.pop(2), InferenceFailed)
+    assert [answer[0].shape for answer in answers if isinstance(answer, tuple)] == [(1, 1), (1, 2), (1, 3)]
+
+
+async def test_memory_of_a_large_output_is_free_for_later_ones(serve: Serve) -> None:
+    worker = await serve(models.filled(), memory_limit_bytes=60_000_000)
+    for count in (3, 6_000_000):
+        await fill(worker, count)
+    with pytest.raises(InferenceFailed, match=NO_MEMORY):
+        await fill(worker, 8_000_000, text=True)
+    await fill(worker, 3)
+    assert await fill(worker, 3_000_000, text=True) == 12_000_001
+
+
+@pytest.mark.parametrize(
+    ("model", "small", "large"),
+    [
+        (models.identity(), floats("x", 1), Tensor("x", "FP32", (10_000_000,), bytes(40_000_000))),
+        (models.identity(), json("x", b"[1]"), json("x", b"[" + b"1," * 1_000_000 + b"1]", length=1_000_001)),
+    ],
+    ids=["bytes", "JSON"],
+)
+async def test_input_without_memory_for_it_fails_alone(
+    serve: Serve, model: ModelProto, small: Tensor, large: Tensor
+) -> None:
+    worker = await serve(model, memory_limit_bytes=30_000_000)
+    for _ in range(2):
+        with pytest.raises(InferenceFailed, match=NO_MEMORY):
+            await ask(worker, [large])
+        await ask(worker, [small])
+
+
+async def test_json_strings_without_memory_for_them_fail_alone(serve: Serve) -> None:
+    worker = await serve(models.strings(), memory_limit_bytes=8_000_000)
+    # The steps are shorter than a heap's free end, so one text fits the heap, though there is no room for a
+    # new mapping; the heap then keeps its memory.
+    for count in range(800_000, 2_100_000, 25_000):
+        with pytest.raises(InferenceFailed, match=NO_MEMORY):
+            await ask(worker, [json("x", b"[" + b'"a",' * (count - 1) + b'"a"]', "BYTES", length=count)])
+    await ask(worker, [json("x", b'["a"]', "BYTES")])
+
+
+async def test_request_with_too_many_names_is_refused(serve: Serve) -> None:
+    worker = await serve(models.add())
+    for count in (SURPLUS_NAMES + 2, 100_000):
+        with pytest.raises(InvalidInput, match="more inputs and outputs than the model has"):
+            await worker.infer([floats("x", 1)], (WantedOutput("y"),) * count, timeout_s=60)
+    assert await answer(worker, floats("x", 1)) == [2]
+
+
+def two_copies(count: int) -> ModelProto:
+    """`x` so many times, in each of two outputs."""
+    return models.written(f"""(float[1] x) => (float[{count}] y, float[{count}] z)
+    <int64[1] shape = {{{count}}}> {{
+        y = Expand(x, shape)
+        z = Expand(x, shape)
+    }}""")
+
+
+async def test_answer_too_long_by_its_shapes_is_not_computed(serve: Serve) -> None:
+    large = await serve(two_copies(40_000_000), memory_limit_bytes=100_000_000, warm_up=False)
+    with pytest.raises(InferenceFailed, match="the outputs are larger than 268435456 bytes"):
+        await ask(large, [floats("x", 1)])
+    with pytest.raises(NotRepresentable, match="as JSON at most"):
+        await large.infer([floats("x", 1)], (WantedOutput("y", text=True),), timeout_s=60)
+    with pytest.raises(InferenceFailed, match=NO_MEMORY):  # 160 MB are computed
+        await large.infer([floats("x", 1)], (WantedOutput("y"),), timeout_s=60)
+    warm = await serve(two_copies(40_000_000))
+    assert len(await warm.infer([floats("x", 1)], (WantedOutput("y"),), timeout_s=60)) == 2
