@@ -1,4 +1,4 @@
-"""Nodes with settings of their own: twins, short outages, hand-over at a stop, unanswered commits, stagings."""
+"""Nodes with settings of their own: twins, short outages, a stop, unanswered commits, and what is staged."""
 
 import asyncio
 import random
