@@ -49,7 +49,8 @@ async def test_load_records_hashes_memory_and_durations(engine: Engine) -> None:
     first, again = await engine.facts(ModelLoaded, of="adder")
     assert (first.verified, again.verified) == (True, True)
     assert (first.durations.copying_us is None, again.durations.copying_us) == (False, None)
-    assert again.durations.hashing_us == 0
+    assert (first.durations.copying_us or 0) > 0
+    assert first.durations.hashing_us > again.durations.hashing_us == 0
 
 
 async def test_jobs_report_stage_and_what_they_wait_for(folder: Path, shared_pool: WorkerPool) -> None:

@@ -3,17 +3,13 @@
 import asyncio
 from pathlib import Path
 
-import pytest
 from support import models
-from support.history import History
 from support.running import error_of, running
 from support.workers import computing, until
 
-from events.jobcommands import RequestLoad
 from events.jobs import JobStatus
-from events.types import Cause, LoadParameters
+from events.types import LoadParameters
 from runtime.process.pool import WorkerPool
-from runtime.scheduler.actions import RequestReload, build_request
 from runtime.scheduler.view import Policy
 
 
@@ -65,15 +61,3 @@ async def test_stage_is_progress_once_for_each_worker(tmp_path: Path, shared_poo
         assert load.progress == before
         load.reach_stage("loading", "another")
         assert load.progress > before
-
-
-@pytest.mark.parametrize(("recorded", "expected"), [(None, 300), (10, 300), (500, 500)])
-def test_reload_has_at_least_the_progress_timeout_of_the_server(recorded: int | None, expected: int) -> None:
-    history = History()
-    history.load("L", progress_timeout_s=recorded)
-    history.kill_worker("w-L")
-    lost = history.model().loaded
-    assert lost is not None
-    reload = build_request(RequestReload(lost, Cause.RECOVERY), (), 300)
-    assert isinstance(reload, RequestLoad)
-    assert reload.parameters.progress_timeout_s == expected

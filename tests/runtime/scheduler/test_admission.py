@@ -123,6 +123,10 @@ request a; wait 57; request b priority=high -> start b1
 request a; wait 60; request b priority=high -> start a1
 request a priority=low; wait 57; request b -> start b1
 request a priority=low; wait 60; request b -> start a1
+set evicts=false; load z 60; request a 50 priority=low; wait 120; request b 1 priority=high
+  -> b1 waits for room, which is reserved for job a1, before it
+set evicts=false; load z 60; request a 50 priority=high; wait 120; request b 1 priority=high
+  -> b1 waits for room, which is reserved for job a1, before it
 request a priority=low; wait 117; request b priority=high -> start b1
 request a priority=low; wait 120; request b priority=high -> start a1
 
@@ -230,14 +234,6 @@ def test_admission_decides(script: str) -> None:
 @pytest.mark.parametrize("script", read_table(DEVICES))
 def test_admission_decides_on_devices(script: str) -> None:
     Scene(f"device cuda:0 100; device cuda:1 100; device npu:0 50 own=false; set evicts=false; {script}")
-
-
-@pytest.mark.parametrize("priority", ["low", "normal", "high"])
-def test_load_older_by_two_minutes_is_not_overtaken(priority: str) -> None:
-    Scene(
-        f"set evicts=false; load z 60; request a 50 priority={priority}; wait {2 * PRIORITY_AGING_S};"
-        "request b 1 priority=high -> b1 waits for room, which is reserved for job a1, before it"
-    )
 
 
 def test_scheduler_wakes_when_waiting_load_rises() -> None:

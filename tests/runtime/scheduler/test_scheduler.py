@@ -1,14 +1,18 @@
 """What the scheduler decides about jobs, deaths and time, as tables of facts and processes."""
 
+from typing import Any
+
 import pytest
+from msgspec import structs
 from support.decisions import Scene, decide_on, describe, read_table
-from support.history import MODEL, History, at, given
+from support.history import MODEL, History, at, given, model_loaded
 
 from events.clock import LedgerClock, parse_timestamp
+from events.jobcommands import RequestLoad
 from events.jobs import CRASH_LOOP, FORK_SERVER_DIED, Failure
 from events.models import ModelState
 from events.types import Cause
-from runtime.scheduler.actions import Decision, FailLoad, FailModel
+from runtime.scheduler.actions import Decision, FailLoad, FailModel, RequestReload, build_request
 from runtime.scheduler.scheduler import FORK_SERVER_POLL_S, decide, is_load_current
 from runtime.scheduler.view import Observations, Policy, SchedulerView
 
@@ -52,7 +56,6 @@ load request_force start_force               | L:draining!             | nothing
 load request_force start_force               | L:gone!                 | finish F of L
 request request_force                        |                         | cancel L
 request start request_force                  | L:loading               | cancel L
-request start request_force                  | L:loading               | cancel L
 request start request_force cancel_L         | L:draining              | start F of L
 request start request_force cancel_L start_force | L:draining              | kill L
 request start request_force cancel_L start_force | L:draining!             | nothing
@@ -75,7 +78,6 @@ load crash request_recovery start_recovery request_force | R:loading            
 load request_v2 start_v2 request_force cancel_L2 start_force | L:gone! L2:draining!    | nothing
 # Cancels.
 request request_cancel_L                     |                         | cancel L
-request start request_cancel_L               | L:loading               | cancel L
 request start request_cancel_L               | L:loading               | cancel L
 load request_cancel_L                        | L:serving               | nothing
 load request_v2 start_v2 request_cancel_L2   | L:serving L2:loading    | cancel L2
@@ -348,6 +350,33 @@ def test_restart_reloads_last_loaded_first() -> None:
     scene = Scene("load a; load b; load c; load d; load b version=2; restart", loads_at_once=0)
     for model in "bdca":
         scene.play(f"-> reload {model}, restart; request {model} version=3 cause=restart")
+
+
+@pytest.mark.parametrize(
+    ("asked", "taken", "expected"),
+    [
+        ({}, {"threads": 2}, (None, 300)),  # of the server that reloads it, not of the one that loaded it
+        ({"threads": 3, "progress_timeout_s": 10}, {"threads": 3}, (3, 300)),
+        ({"progress_timeout_s": 500}, {"threads": 2}, (None, 500)),
+    ],
+)
+@pytest.mark.parametrize("cause", [Cause.RECOVERY, Cause.RESTART])
+def test_reload_asks_for_threads_and_no_less_time_than_the_load(
+    asked: dict[str, Any], taken: dict[str, Any], expected: tuple[int | None, int], cause: Cause
+) -> None:
+    history = History()
+    history.ask_load("L", **asked)
+    history.start_load("L")
+    history.add(structs.replace(model_loaded("w-L"), **taken), "L")
+    if cause is Cause.RESTART:
+        history.restart()
+    else:
+        history.kill_worker("w-L")
+    lost = history.model().loaded
+    assert lost is not None
+    reload = build_request(RequestReload(lost, cause), (), 300)
+    assert isinstance(reload, RequestLoad)
+    assert (reload.parameters.threads, reload.parameters.progress_timeout_s) == expected
 
 
 WANTED = """
