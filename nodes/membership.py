@@ -247,7 +247,6 @@ class Membership:
 
         The previous process may have been killed, so the lease of a joined one is watched for as long as a
         renewal and its limit take.
-        renewal and its limit take.
 
         Raises:
             NameInUse: `node_name_in_use`, another process renewed the lease meanwhile.
