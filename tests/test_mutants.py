@@ -5,9 +5,8 @@ from tools.mutants import ROOT, draw_mutants
 KINDS = {"condition negated", "bound off by one", "call dropped", "check skipped"}
 
 
-def test_mutants_are_drawn_again_and_compile() -> None:
+def test_drawn_mutants_are_small_changes_that_compile() -> None:
     drawn = draw_mutants(7, 200)
-    assert drawn == draw_mutants(7, 200)
     assert len(set(drawn)) == 200
     assert {mutant.kind for mutant in drawn} == KINDS
     for mutant in drawn:
