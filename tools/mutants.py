@@ -261,15 +261,16 @@ def try_mutant(mutant: Mutant, calls: Calls, tree: Path) -> str:
     compile(changed, mutant.path, "exec")
     try:
         module.write_bytes(changed)
-        return run_tests(calls.find(mutant), tree)
+        return run_tests(calls.find(mutant), calls.fails, tree)
     finally:
         module.write_bytes(source)
 
 
-def run_tests(tests: list[str], tree: Path) -> str:
-    """Return the first of these tests that fails; "" if all pass."""
+def run_tests(tests: list[str], fails: Iterable[str], tree: Path) -> str:
+    """Return the first of these tests that fails, but for those that fail anyway; "" if all pass."""
+    passed_over = [f"--deselect={name}" for name in fails]
     for names in batches(tests):
-        command = [*PYTEST, "-n", "0", "-x", "--no-header", *names]
+        command = [*PYTEST, "-n", "0", "-x", "--no-header", *passed_over, *names]
         try:
             ran = subprocess.run(  # noqa: S603 - our own command
                 command,

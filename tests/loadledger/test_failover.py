@@ -1,4 +1,4 @@
-"""A client of several servers, and of the nodes behind them, byte by byte."""
+"""A client of several servers, and of the nodes behind them: where each request goes."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ from support.clients import KINDS, connected, job
 from support.connections import OddServer, odd_server, said
 from support.workers import until
 
-from loadledger import Busy, ServerError, ServerUnreachable
+from loadledger import BadAnswer, ClientProblem, ServerUnreachable
 from loadledger.address import Address, ConnectionOptions
 from loadledger.requests import Answer, Request, ResponseStream
 from loadledger.transports import nodes
@@ -28,15 +28,10 @@ INPUT = {"x": np.ones(1, np.float32)}
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def answered(node: str | None = None, address: str | None = None, copies: str | None = None) -> bytes:
-    """Return the answer of a node, which has come from another one if it names an address."""
-    named = {"Loadledger-Node": node, "Loadledger-Node-Address": address, "Loadledger-Copies": copies}
-    return said(ANSWER, "200 OK", *(f"{name}: {value}" for name, value in named.items() if value))
-
-
-def refused(status: str, code: str, node: str | None = None) -> bytes:
-    fields = [] if node is None else [f"Loadledger-Node: {node}"]
-    return said(json.dumps({"code": code, "detail": "no"}).encode(), status, *fields)
+def answered(node: str, **fields: str) -> bytes:
+    """Return the answer of a node as bytes."""
+    named = {"Loadledger-Node": node, **{f"Loadledger-{name}": value for name, value in fields.items()}}
+    return said(ANSWER, "200 OK", *(f"{name}: {value}" for name, value in named.items()))
 
 
 @contextmanager
@@ -70,19 +65,11 @@ def test_urls_are_separated_by_commas() -> None:
 
 @each_kind
 def test_refused_connection_is_retried_at_the_next_url(kind: str) -> None:
-    with absent() as gone, odd_server(JOB, answered()) as server:
+    with absent() as gone, odd_server(JOB, answered("n1")) as server:
         with connected(kind, f"{gone},{server.url}", TOKEN) as client:
             assert client.load("m").status == "completed"
             assert infer(client) == 2.0
         assert heads(server) == ["POST /api/v1/models/m/load HTTP/1.1", INFER]
-
-
-@each_kind
-def test_all_urls_absent_is_unreachable(kind: str) -> None:
-    with absent() as one, absent() as two, connected(kind, f"{one},{two}") as client:
-        for _ in range(2):
-            with pytest.raises(ServerUnreachable, match="cannot be reached"):
-                infer(client)
 
 
 @each_kind
@@ -107,7 +94,7 @@ def test_lost_answer_is_asked_for_elsewhere_only_if_repeatable(kind: str) -> Non
 def test_next_inference_goes_to_the_node_that_answered(kind: str) -> None:
     with odd_server(answered("n2"), answered("n2")) as node:
         with (
-            odd_server(answered("n2", node.url), JOB) as server,
+            odd_server(answered("n2", **{"Node-Address": node.url}), JOB) as server,
             connected(kind, server.url, TOKEN) as client,
         ):
             assert [infer(client) for _ in range(3)] == [2.0] * 3
@@ -118,167 +105,19 @@ def test_next_inference_goes_to_the_node_that_answered(kind: str) -> None:
 
 
 @each_kind
-@pytest.mark.parametrize(
-    "script",
-    [
-        refused("503 Service Unavailable", "model_not_loaded", "n2"),
-        refused("503 Service Unavailable", "shutting_down", "n2"),
-        refused("401 Unauthorized", "invalid_token"),
-        said(b"<html>", media_type="text/html"),
-        b"SSH-2.0-no\r\n\r\n",
-    ],
-    ids=["moved", "stopping", "keys", "foreign", "no-http"],
-)
-def test_configured_server_is_asked_when_the_node_is_not_it(kind: str, script: bytes) -> None:
-    with odd_server(script) as node:
-        here = (answered("n2", node.url), answered("n1"), answered("n1"))
-        with odd_server(*here) as server, connected(kind, server.url) as client:
-            assert [infer(client) for _ in range(3)] == [2.0] * 3
-            assert heads(server) == [INFER] * 3
-        assert heads(node) == [INFER]
-
-
-@each_kind
-def test_absent_node_is_not_tried_again_for_a_while(kind: str) -> None:
-    with absent() as gone, odd_server(*[answered("n2", gone)] * 3) as server:
-        with connected(kind, server.url) as client:
-            assert [infer(client) for _ in range(3)] == [2.0] * 3
-        assert heads(server) == [INFER] * 3
-
-
-@each_kind
-def test_refusal_of_the_node_is_the_answer(kind: str) -> None:
-    with odd_server(refused("503 Service Unavailable", "worker_died", "n2")) as node:
-        with odd_server(answered("n2", node.url)) as server, connected(kind, server.url) as client:
-            assert infer(client) == 2.0
-            with pytest.raises(Busy, match="worker_died"):
-                infer(client)
-        assert heads(node) == [INFER]
-
-
-@each_kind
-def test_node_that_forwards_names_no_address_to_go_to(kind: str) -> None:
-    with odd_server() as third, odd_server(answered("n3", third.url)) as node:
-        here = (answered("n2", node.url), answered("n1"))
-        with odd_server(*here) as server, connected(kind, server.url) as client:
-            assert [infer(client) for _ in range(3)] == [2.0] * 3
-            assert heads(server) == [INFER] * 2
-        assert (heads(node), heads(third)) == ([INFER], [])
-
-
-@contextmanager
-def copies(*scripts: bytes | None) -> Iterator[tuple[list[OddServer], str]]:
-    """Run two nodes that have a model, each of which answers with all, after its script if there is one."""
-    names = list[str]()
-
+def test_other_copy_answers_after_a_lost_connection(kind: str) -> None:
     def answer(connection: socket.socket) -> None:
-        connection.sendall(answered("n", copies=" ".join(names)))
+        connection.sendall(answered("n", Copies=names))
 
-    first, second = ([answer if script is None else script, *[answer] * 40] for script in scripts)
-    with odd_server(*first) as one, odd_server(*second) as two:
-        names += [one.url, two.url]
-        yield [one, two], " ".join(names)
-
-
-@each_kind
-def test_inferences_are_spread_over_copies(kind: str) -> None:
-    with copies(None, None) as (nodes, names), odd_server(answered("n1", copies=names)) as server:
-        with connected(kind, server.url, TOKEN) as client:
-            assert [infer(client) for _ in range(20)] == [2.0] * 20
-        assert heads(server) == [INFER]
-        counts = [len(node.requests) for node in nodes]
-        assert (sum(counts), min(counts) > 0) == (19, True)
-
-
-@each_kind
-@pytest.mark.parametrize(
-    "script",
-    [
-        b"",
-        refused("503 Service Unavailable", "model_unloading", "n2"),
-        refused("503 Service Unavailable", "node_unreachable"),
-        said(b"<html>", media_type="text/html"),
-    ],
-    ids=["lost", "unloading", "unreachable", "foreign"],
-)
-def test_another_copy_is_asked_once(kind: str, script: bytes) -> None:
-    with copies(script, None) as (nodes, names), odd_server(answered("n1", copies=names)) as server:
-        with connected(kind, server.url) as client:
-            assert infer(client) == 2.0
-            while not nodes[0].requests:  # each is as likely to be asked first
+    with odd_server(b"") as lost, odd_server(*[answer] * 40) as copy:
+        names = f"{lost.url} {copy.url}"
+        with odd_server(answered("n1", Copies=names)) as server, connected(kind, server.url) as client:
+            while not lost.requests:  # each is as likely to be asked first
                 assert infer(client) == 2.0
-            before = len(nodes[1].requests)
-            assert [infer(client) for _ in range(9)] == [2.0] * 9
-        assert [len(node.requests) for node in nodes] == [1, before + 9]
         assert heads(server) == [INFER]
 
 
-@each_kind
-@pytest.mark.parametrize("lost", [0, 1, 2])
-def test_inference_may_run_twice_at_most(kind: str, lost: int) -> None:
-    scripts = [b""] * lost + [refused("503 Service Unavailable", "model_unloading", "n2")] * (2 - lost)
-    with (
-        copies(*scripts) as (nodes, names),
-        odd_server(answered("n1", copies=names), answered("n1")) as server,
-        connected(kind, server.url) as client,
-    ):
-        assert infer(client) == 2.0
-        if lost == len(nodes):
-            with pytest.raises(ServerUnreachable, match="lost"):
-                infer(client)
-        else:
-            assert infer(client) == 2.0
-        assert [len(node.requests) for node in nodes] == [1, 1]
-        assert len(server.requests) == (1 if lost == len(nodes) else 2)
-
-
-@each_kind
-@pytest.mark.parametrize(
-    ("status", "code"),
-    [
-        ("429 Too Many Requests", "rate_limited"),
-        ("401 Unauthorized", "invalid_token"),
-        ("403 Forbidden", "forbidden"),
-    ],
-)
-def test_refusal_by_the_gate_of_a_copy_is_the_answer(kind: str, status: str, code: str) -> None:
-    with (
-        copies(refused(status, code), None) as ([refusing, _], names),
-        odd_server(answered("n1", copies=names)) as server,
-        connected(kind, server.url) as client,
-    ):
-        codes = list[str]()
-        while len(refusing.requests) < 2:  # it is not avoided
-            try:
-                infer(client)
-            except ServerError as error:
-                codes.append(error.code)
-        assert codes == [code]
-        assert heads(server) == [INFER]
-
-
-@each_kind
-def test_model_with_other_copies_is_looked_up_anew(kind: str) -> None:
-    with copies(None, None) as (nodes, names):
-        before = names.partition(" ")[0] + " " + names.partition(" ")[0] + "/"
-        with odd_server(answered("n1", copies=before), answered("n1", copies=names)) as server:
-            with connected(kind, server.url) as client:
-                assert [infer(client) for _ in range(20)] == [2.0] * 20
-            assert heads(server) == [INFER] * 2
-        assert min(len(node.requests) for node in nodes) > 0
-
-
-@each_kind
-def test_lost_lookup_of_changed_copies_is_repeated(kind: str) -> None:
-    with copies(None, None) as (_, names):
-        before = names.partition(" ")[0] + " " + names.partition(" ")[0] + "/"
-        with (
-            odd_server(answered("n1", copies=before), b"") as lost,
-            odd_server(answered("n1", copies=names)) as server,
-            connected(kind, f"{lost.url},{server.url}") as client,
-        ):
-            assert [infer(client) for _ in range(4)] == [2.0] * 4
-        assert (heads(lost), heads(server)) == ([INFER] * 2, [INFER])
+# Where an inference goes
 
 
 class Silent:
@@ -304,6 +143,102 @@ class Silent:
     async def call(self, work: Any) -> Any:
         """Refuse."""
         raise NotImplementedError(work)
+
+
+def ok(node: str | None = "n1", **fields: str) -> Answer:
+    """Return an answer: `at` is the address of another node, which has answered; `copies` those of all."""
+    named = {nodes.NODE: node, nodes.NODE_ADDRESS: fields.get("at"), nodes.COPIES: fields.get("copies")}
+    return Answer(200, {name: value for name, value in named.items() if value}, b"")
+
+
+def no(status: int, code: str, node: str | None = None, **fields: str) -> Answer:
+    """Return a refusal."""
+    return Answer(status, ok(node, **fields).headers, json.dumps({"code": code}).encode())
+
+
+GONE = ServerUnreachable("http://h", "connection refused")
+LOST = ServerUnreachable("http://h", "the connection was lost", sent=True, lost=True)
+SLOW = ServerUnreachable("http://h", "it took too long", sent=True)
+FOREIGN = BadAnswer("no HTTP")
+N, BOTH = "http://n", "http://n http://o"
+ONE_NODE = [ok("n2", at=N), ok("n1")]
+"""The server names the node, and the next time itself."""
+COPIES = [ok("n1", copies=BOTH), ok("n1")]
+COPY = [ok("n2", copies=BOTH)]
+UNLOADING = no(503, "model_unloading", "n2")
+STRANGER = ok(None)
+
+
+@pytest.mark.parametrize(
+    ("answers", "ends", "asked"),
+    [
+        # servers a and b
+        ({"a": [GONE], "b": [ok()]}, [200, 200], "abb"),
+        ({"a": [GONE], "b": [GONE]}, [GONE, GONE], "abba"),
+        ({"a": [LOST]}, [LOST, LOST], "aa"),
+        ({"a": [no(503, "inference_failed", "n2", at=N)]}, [503, 503], "aa"),
+        # the node n, to which the server a has forwarded
+        ({"a": ONE_NODE, "n": [ok("n2")]}, [200, 200, 200], "ann"),
+        ({"a": ONE_NODE, "n": [no(503, "model_not_loaded", "n2")]}, [200, 200, 200], "anaa"),
+        ({"a": ONE_NODE, "n": [no(503, "shutting_down", "n2")]}, [200, 200, 200], "anaa"),
+        ({"a": ONE_NODE, "n": [no(401, "invalid_token")]}, [200, 200, 200], "anaa"),
+        ({"a": ONE_NODE, "n": [STRANGER]}, [200, 200, 200], "anaa"),
+        ({"a": ONE_NODE, "n": [FOREIGN]}, [200, 200, 200], "anaa"),
+        ({"a": ONE_NODE[:1], "n": [GONE]}, [200, 200, 200], "anaa"),
+        ({"a": ONE_NODE, "n": [LOST]}, [200, LOST, 200], "ana"),
+        ({"a": ONE_NODE, "n": [no(403, "forbidden")]}, [200, 403, 403], "ann"),
+        ({"a": ONE_NODE, "n": [no(503, "worker_died", "n3")]}, [200, 503, 503], "ann"),
+        ({"a": ONE_NODE, "n": [ok("n3", at="http://o")]}, [200, 200, 200], "ana"),
+        # the copies n and o, of which n is asked first
+        ({"a": COPIES, "n": COPY}, [200, 200, 200], "ann"),
+        ({"a": COPIES, "n": [LOST], "o": COPY}, [200, 200, 200], "anoo"),
+        ({"a": COPIES, "n": [GONE], "o": COPY}, [200, 200, 200], "anoo"),
+        ({"a": COPIES, "n": [UNLOADING], "o": COPY}, [200, 200, 200], "anoo"),
+        ({"a": COPIES, "n": [no(503, "node_unreachable")], "o": COPY}, [200, 200, 200], "anoo"),
+        ({"a": COPIES, "n": [STRANGER], "o": COPY}, [200, 200, 200], "anoo"),
+        ({"a": COPIES, "n": [FOREIGN], "o": COPY}, [200, 200, 200], "anoo"),
+        ({"a": COPIES, "n": [SLOW]}, [200, SLOW], "an"),
+        ({"a": COPIES, "n": [no(429, "rate_limited")]}, [200, 429, 429], "ann"),
+        ({"a": COPIES, "n": [no(401, "invalid_token")]}, [200, 401, 401], "ann"),
+        ({"a": COPIES, "n": [no(403, "forbidden")]}, [200, 403, 403], "ann"),
+        # it may run twice at most
+        ({"a": COPIES, "n": [LOST], "o": [LOST]}, [200, LOST], "ano"),
+        ({"a": COPIES, "n": [LOST], "o": [UNLOADING]}, [200, 200], "anoa"),
+        ({"a": COPIES, "n": [UNLOADING], "o": [LOST]}, [200, 200], "anoa"),
+        ({"a": COPIES, "n": [UNLOADING], "o": [UNLOADING]}, [200, 200], "anoa"),
+        ({"a": [COPIES[0], LOST], "b": COPIES, "n": [UNLOADING], "o": [UNLOADING]}, [200, 200], "anoab"),
+        ({"a": [COPIES[0], LOST], "n": [UNLOADING], "o": [LOST]}, [200, LOST], "anoa"),
+        # a model that has other copies now is looked up anew
+        ({"a": [ok(copies=f"{N} {N}/"), COPIES[0]], "n": COPY}, [200, 200, 200, 200], "anan"),
+        ({"a": [ok(copies=f"{N} {N}/"), LOST], "b": COPIES, "n": COPY}, [200, 200, 200, 200], "anabn"),
+    ],
+)
+async def test_inference_goes_where_its_model_is(
+    answers: dict[str, list[Answer | ClientProblem]], ends: list[Any], asked: str
+) -> None:
+    hosts, left = list[str](), {host: list(given) for host, given in answers.items()}
+
+    class Playing(Silent):
+        async def send(self, request: Request) -> Answer:
+            """Play the next answer of this server, the last one again and again."""
+            assert request.model == "m"
+            host = self.options.address.url.removeprefix("http://")
+            hosts.append(host)
+            given = left[host].pop(0) if len(left[host]) > 1 else left[host][0]
+            if isinstance(given, ClientProblem):
+                raise given
+            return given
+
+    options = [ConnectionOptions(Address.of(url), 30.0) for url in ("http://a", "http://b")]
+    transport, seen = FailoverTransport(options, Playing, lambda: 0.0), list[Any]()
+    for _ in ends:
+        try:
+            seen.append((await transport.send(Request("POST", "/x", repeatable=False, model="m"))).status)
+        except ServerUnreachable as problem:
+            seen.append(problem)
+        if other := transport._nodes.get("http://o"):
+            other.in_flight = 1  # so that n, with none, is asked first
+    assert (seen, "".join(hosts)) == (ends, asked)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import json
-import os
 import shutil
 import socket
 from dataclasses import replace
@@ -26,64 +25,160 @@ from features.approvals.rules import ApprovalRule
 from features.rules import LoadPolicy
 from features.signatures.rules import TrustMode, TrustRule
 from loadledger.cli.main import main
+from nodes.check import check_ledger
 from server.appkeys import CONSUMER, LOG
-from server.check import CheckResult, check_policy, read_ledger
+from server.check import (
+    CheckResult,
+    check_configuration,
+    check_policy,
+    check_references,
+    check_repository,
+    check_version,
+    check_workers,
+    read_ledger,
+)
 from server.config import Config
+
+PROBLEM, NOTE = "problem", "note"
+HASHED = ("--repository", "policy", NOTE)
+"""Says how much is hashed."""
 
 
 def run(*arguments: object, **environment: Any) -> Result:
     return run_command("check", "--port=0", *arguments, **environment)
 
 
-def problems(*arguments: object) -> list[tuple[str, str]]:
-    """Return place and code of each problem; the exit code has to agree."""
-    result = run(*arguments, "--json")
-    told = json.loads(result.stdout)
-    found = [each for each in told["findings"] if each["severity"] == "problem"]
-    assert (result.exit_code, told["fine"]) == ((1, False) if found else (0, True))
-    return [(each["place"], each["code"]) for each in found]
+def found(result: CheckResult, severity: str = PROBLEM) -> list[tuple[str, str]]:
+    """Return place and code of each finding of this severity."""
+    return [(each.place, each.code) for each in result.findings if each.severity == severity]
+
+
+def checked_repository(config: Config) -> CheckResult:
+    result = CheckResult()
+    check_references(config, result, check_repository(config, result, lambda *_: False))
+    return result
+
+
+# The command
 
 
 def test_check_loads_no_model_but_the_named_one(tmp_path: Path) -> None:
     save(models.add(), tmp_path, "m")
     save(models.add(), tmp_path, "m", 2)
     save(models.endless(), tmp_path, "slow")
-    for named, told in (
-        ((), "2 models, 3 versions"),
-        (("m",), "1 model, 1 version, loaded"),
-        (("m/1",), "1 model, 1 version, loaded"),
-    ):
-        result = run(f"--repository={tmp_path}", *named)
+    file = tmp_path.with_suffix(".toml")
+    file.write_text(f'repository = "{tmp_path.name}"\n')
+    for named, told in (((), "2 models, 3 versions"), (("m",), "1 model, 1 version, loaded")):
+        result = run(*named, LOADLEDGER_CONFIG=str(file))
         assert result.exit_code == 0
         assert result.stdout.splitlines()[-1] == f"{told}: no problems"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "slow"]
+    nothing = run(HOME="")
+    assert (nothing.exit_code, nothing.stdout, "LOADLEDGER_REPOSITORY" in nothing.stderr) == (2, "", True)
+
+
+async def test_check_prints_what_each_step_finds(tmp_path: Path) -> None:
+    async with local_server(tmp_path) as api:
+        for version in (1, 2):
+            api.save(models.add(), "m", version)
+        assert (await api.send("DELETE", "/api/v1/models/m/versions/1")).status == 204
+        api.save(models.add(), "m", 1)
+        save(models.external("../../secret"), api.config.repository, "outside")
+    file = tmp_path / "config.toml"
+    file.write_text(f'data = "{api.config.data}"\nloads = 1\n[[approval]]\nmodels = ["m"]\n')
+    with socket.socket() as closed, socket.create_server(("127.0.0.1", 0)) as taken:
+        closed.bind(("127.0.0.1", 0))
+        ledger = f"postgresql://nobody@127.0.0.1:{closed.getsockname()[1]}/none"
+        checked = await asyncio.to_thread(
+            run_command, "check", f"--repository={api.config.repository}", f"--config={file}", "--json",
+            "--evict=all", f"--ledger={ledger}", f"--port={taken.getsockname()[1]}", LOADLEDGER_PROT="1",
+        )  # fmt: skip
+    told = json.loads(checked.stdout)
+    assert (checked.exit_code, told["fine"]) == (1, False)
+    places = [(each["place"], each["code"], each["severity"]) for each in told["findings"]]
+    assert [each for each in places if each[0] != "--confine"] == [
+        (f"{file}:2: loads", "invalid_setting", PROBLEM),
+        ("--evict", "invalid_setting", PROBLEM),
+        ("--port", "no_address", NOTE),
+        ("LOADLEDGER_PROT", "unknown_variable", NOTE),
+        ("--ledger", "log_unavailable", PROBLEM),
+        ("m/1", "not_served", PROBLEM),
+        ("outside/1", "unsafe_file", PROBLEM),
+        HASHED,
+        ("m/2", "not_approved", PROBLEM),
+    ]
+    assert (told["models"], told["versions"], told["loaded"]) == (2, 2, False)
+    assert told["confinement"]
+
+
+def test_check_counts_problems_in_any_encoding_and_on_dumb_terminal(tmp_path: Path) -> None:
+    (tmp_path / "…x.onnx").touch()
+    arguments = ["check", "--port=0", f"--repository={tmp_path}", "--evict=all", "--threads=-1"]
+    result = CliRunner(charset="latin-1").invoke(main, arguments, env=NO_SETTINGS, color=True)
+    assert (result.exit_code, "?x.onnx" in result.stdout, "\x1b" in result.stdout) == (1, True, True)
+    result = run_command(*arguments, color=True, TERM="dumb")
+    assert (result.exit_code, "\x1b" in result.stdout) == (1, False)
+    for line in ("problem: --evict: ", "problem: --threads: ", "note: …x.onnx: "):
+        assert line in result.stdout
+    assert result.stdout.endswith("\n0 models, 0 versions: 2 problems\n")
+
+
+# Settings
 
 
 @pytest.mark.parametrize(
-    ("named", "code"),
-    [("none", "unknown_model"), ("m/2", "unknown_version"), ("-", "invalid_model_id")],
-)
-def test_check_of_a_version_that_is_not_there_is_a_problem(named: str, code: str, tmp_path: Path) -> None:
-    save(models.add(), tmp_path, "m")
-    assert problems(f"--repository={tmp_path}", named) == [(named.partition("/")[0], code)]
-
-
-@pytest.mark.parametrize(
-    ("model", "code"),
+    ("flags", "place", "code", "severity"),
     [
-        (models.unknown_operator(), "invalid_model"),
-        (models.crash_on_load(), "worker_died"),
-        (models.memory_bomb_on_load(), "out_of_memory"),
-        (models.reshape(), "warm_up_failed"),
-        (models.endless(), "timeout"),
+        ({"jwt_keys": "{folder}/none"}, "--jwt-keys", "invalid_setting", PROBLEM),
+        ({"host": "host.invalid"}, "--host", "no_address", PROBLEM),
+        ({"host": "192.0.2.1"}, "--port", "no_address", PROBLEM),
+        ({"repository": "{folder}/\udcff"}, "--repository", "invalid_setting", PROBLEM),
+        ({"memory_budget": "999999999999999"}, "--memory-budget", "beyond_limit", NOTE),
     ],
 )
-def test_check_of_a_version_finds_its_failed_load(model: Any, code: str, tmp_path: Path) -> None:
-    save(model, tmp_path, "bad")
-    (tmp_path / "bad" / "loadledger.toml").write_text("timeout_s = 5\n")
-    repository = (f"--repository={tmp_path}", "--memory-budget=400000000")
-    assert problems(*repository, "bad") == [("bad/1", code)]
-    assert problems(*repository) == []
+def test_check_finds_a_setting_that_this_machine_cannot_have(
+    flags: dict[str, str], place: str, code: str, severity: str, tmp_path: Path
+) -> None:
+    named = {name: text.format(folder=tmp_path) for name, text in flags.items()}
+    result = CheckResult()
+    check_configuration({"repository": str(tmp_path), "port": "0", **named}, {}, result)
+    assert found(result, severity) == [(place, code)]
+    assert result.fine is (severity == NOTE)
+
+
+def test_check_finds_unusable_directories(tmp_path: Path) -> None:
+    repository, data, result = tmp_path / "repository", tmp_path / "data", CheckResult()
+    for folder in (repository, data):
+        folder.mkdir()
+    with unreadable(repository), unreadable(data):
+        config = check_configuration(
+            {"repository": str(repository), "data": str(data), "port": "0"}, {}, result
+        )
+        check_repository(config, result, lambda *_: False)
+    assert found(result) == [("--data", "invalid_setting"), ("--repository", "unreadable")]
+    result = CheckResult()
+    assert check_repository(config, result, lambda *_: False) == []
+    assert found(result, NOTE) == [("--repository", "empty")]
+
+
+def test_check_examines_the_database_of_a_ledger(
+    ledger: Database, database: Database, tmp_path: Path
+) -> None:
+    def examined(url: str) -> CheckResult:
+        result = CheckResult()
+        check_ledger(Config(repository=tmp_path, data=tmp_path, ledger=url), result)
+        return result
+
+    sound = examined(ledger.server_url)
+    assert found(sound, NOTE) == [("--ledger", "durability"), ("--ledger", "clock_offset")]
+    durability, clock = sound.findings
+    assert durability.text.startswith("commits wait for no disk: fsync is off")  # of the tests' server
+    assert clock.text.startswith("the database's clock is 0.0")
+    assert found(examined(ledger.owner_url)) == [("--ledger", "unsafe_role")]
+    assert found(examined(database.server_url)) == [("--ledger", "schema_missing")]
+
+
+# The repository
 
 
 def test_check_finds_problems_of_files(tmp_path: Path) -> None:
@@ -92,9 +187,11 @@ def test_check_finds_problems_of_files(tmp_path: Path) -> None:
         save(models.add(), tmp_path, name)
         (tmp_path / name / "loadledger.toml").write_text(f"{line}\n")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "no name").mkdir()
     save_bytes(b"text", tmp_path, "text")
     save(models.external("../../secret"), tmp_path, "outside")
-    assert problems(f"--repository={tmp_path}", "--memory-budget=9000000") == [
+    result = checked_repository(Config(repository=tmp_path, data=tmp_path, memory_budget="9000000"))
+    assert found(result) == [
         ("empty", "not_served"),
         ("delay/loadledger.toml", "invalid_defaults"),
         ("large/1", "insufficient_memory"),
@@ -102,113 +199,71 @@ def test_check_finds_problems_of_files(tmp_path: Path) -> None:
         ("text/1", "invalid_model"),
         ("outside/1", "unsafe_file"),
     ]
+    assert found(result, NOTE) == [("no name", "invalid_model_id")]
 
 
-def test_check_finds_every_wrong_setting(tmp_path: Path) -> None:
-    file = tmp_path / "config.toml"
-    file.write_text('strategy = "sideways"\nloads = 1\n')
-    arguments = (f"--repository={tmp_path / 'none'}", "--evict=all", "--threads=-1", f"--config={file}")
-    told = run(*arguments).stdout
-    for words in ("--evict", "--threads", "config.toml:1", "config.toml:2", "none' is not a directory"):
-        assert words in told
-    assert "5 problems" in told
-    assert [code for _, code in problems(*arguments)] == ["invalid_setting"] * 5
-
-
-def test_check_reads_file_and_variables_as_serve_does(tmp_path: Path) -> None:
-    save(models.add(), tmp_path / "repository", "m")
-    file = tmp_path / "config.toml"
-    file.write_text('repository = "repository"\n')
-    result = run(LOADLEDGER_CONFIG=str(file))
-    assert result.exit_code == 0
-    assert result.stdout.endswith("\n1 model, 1 version: no problems\n")
-    assert run(LOADLEDGER_REPOSITORY=str(tmp_path / "repository")).exit_code == 0
-    result = run(HOME="")
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert "LOADLEDGER_REPOSITORY" in result.stderr
-
-
-def test_check_finds_problems_of_address_data_and_budget(tmp_path: Path) -> None:
-    root = (f"--repository={tmp_path}",)
-    long, odd = str(tmp_path / ("x" * 300)), os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
-    (tmp_path / "file").touch()
-    for argument, found in (
-        ("--host=host.invalid", ("--host", "no_address")),
-        ("--host=192.0.2.1", ("--port", "no_address")),
-        (f"--data={tmp_path / 'file'}", ("--data", "invalid_setting")),
-        (f"--data={long}", ("--data", "invalid_setting")),
-    ):
-        assert found in problems(*root, argument)
-    both = problems(*root, f"--jwt-keys={long}", f"--data={long}")
-    assert [place for place, _ in both] == ["--data", "--jwt-keys"]
-    Path(odd).mkdir()
-    (tmp_path / "link").symlink_to(odd)
-    for name in (odd, tmp_path / "link"):
-        assert problems(f"--repository={name}") == [("--repository", "invalid_setting")]
-    assert "beyond_limit" in run(*root, "--memory-budget=999999999999999").stdout
-
-
-def test_check_notes_taken_port_and_unknown_variables(tmp_path: Path) -> None:
-    root = (f"--repository={tmp_path}",)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        result = run(*root, f"--port={taken.getsockname()[1]}")
-    assert result.exit_code == 0
-    assert "note: --port: 127.0.0.1:" in result.stdout
-    variables = {"LOADLEDGER_PROT": "1", "LOADLEDGER_TOKEN": "t", "LOADLEDGER_X_SERVICE_HOST": "10.0.0.1"}
-    result = run(*root, **variables)
-    assert result.exit_code == 0
-    assert "note: LOADLEDGER_PROT: is unknown; did you mean LOADLEDGER_PORT? (unknown" in result.stdout
-    assert result.stdout.count("LOADLEDGER_") == 2
+def test_check_names_versions_that_cannot_be_read(tmp_path: Path) -> None:
+    config = Config(repository=tmp_path / "repository", data=tmp_path / "data")
+    folder = config.repository / "m"
+    for version in (1, 2, 3):
+        (save(models.add(), config.repository, "m", version) / "more").touch()
+    with unreadable(folder / "1"), unreadable(folder / "2/model.onnx"), unreadable(folder / "3/more"):
+        result = checked_repository(config)
+    cause = "cannot be read: Permission denied; let the server's user read it"
+    assert [f"{each.place}: {each.text}" for each in result.findings] == [
+        f"m/1: {cause}",
+        f"m/2: {cause}",
+        f"m/3: 'more' {cause}",
+    ]
 
 
 def test_check_notes_files_with_hard_links(tmp_path: Path) -> None:
-    repository = tmp_path / "repository"
     for model_id in ("alone", "linked"):
-        save(models.add(), repository, model_id)
-    (repository / "linked/1/data").mkdir()
-    for name in ("data/weights", "model.onnx"):
-        (repository / "linked/1" / name).touch()
-        (tmp_path / Path(name).name).hardlink_to(repository / "linked/1" / name)
-    result = run(f"--repository={repository}")
-    assert result.exit_code == 0
-    assert "note: linked/1: data/weights and 1 more have other names (hard links)" in result.stdout
-    assert "alone" not in result.stdout
+        save(models.add(), tmp_path / "models", model_id)
+    for name in ("weights", "model.onnx"):
+        (tmp_path / "models/linked/1" / name).touch()
+        (tmp_path / name).hardlink_to(tmp_path / "models/linked/1" / name)
+    [note] = checked_repository(Config(repository=tmp_path / "models", data=tmp_path)).findings
+    assert (note.place, note.code, note.severity) == ("linked/1", "hard_link", NOTE)
+    assert note.text.startswith("model.onnx and 1 more have other names (hard links)")
 
 
-def test_check_prints_in_any_encoding_and_on_dumb_terminal(tmp_path: Path) -> None:
-    (tmp_path / "…x.onnx").touch()
-    arguments = ["check", "--port=0", f"--repository={tmp_path}"]
-    result = CliRunner(charset="latin-1").invoke(main, arguments, env=NO_SETTINGS, color=True)
-    assert (result.exit_code, "?x.onnx" in result.stdout, "\x1b" in result.stdout) == (0, True, True)
-    result = run_command(*arguments, color=True, TERM="dumb")
-    assert (result.exit_code, "\x1b" in result.stdout) == (0, False)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="takes a user that may not read everything, and this is root")
-def test_check_finds_unusable_directories(tmp_path: Path) -> None:
-    root, data = tmp_path / "repository", tmp_path / "data"
-    root.mkdir(mode=0o300)
-    data.mkdir(mode=0o500)
-    found = dict(problems(f"--repository={root}", f"--data={data}"))
-    assert found == {"--data": "invalid_setting", "--repository": "unreadable"}
-
-
-async def test_check_examines_the_database_of_a_ledger(
-    ledger: Database, database: Database, tmp_path: Path
+@pytest.mark.parametrize(
+    ("model_id", "version", "loadable", "code"),
+    [
+        ("m", None, ["m/2"], None),
+        ("m", 1, ["m/1"], None),
+        ("m", 3, [], "unknown_version"),
+        ("none", None, [], "unknown_model"),
+        ("-", None, [], "invalid_model_id"),
+    ],
+)
+def test_check_takes_the_version_that_is_named(
+    model_id: str, version: int | None, loadable: list[str], code: str | None, tmp_path: Path
 ) -> None:
-    async def found(url: str) -> list[tuple[str, str]]:
-        return await asyncio.to_thread(problems, f"--repository={tmp_path}", f"--ledger={url}")
+    config, result = Config(repository=tmp_path, data=tmp_path), CheckResult()
+    for number in (1, 2):
+        save(models.add(), tmp_path, "m", number)
+    taken = check_version(config, result, lambda *_: False, model_id, version)
+    assert [each.place for each in taken] == loadable
+    assert found(result) == ([] if code is None else [(model_id, code)])
+    assert (result.models, result.versions) == (len(loadable), len(loadable))
 
-    checked = await asyncio.to_thread(run, f"--repository={tmp_path}", f"--ledger={ledger.server_url}")
-    assert checked.exit_code == 0, checked.output
-    assert "--ledger: commits wait for no disk: fsync is off" in checked.stdout  # of the tests' server
-    assert "the database's clock is 0.0" in checked.stdout
-    assert await found(ledger.owner_url) == [("--ledger", "unsafe_role")]
-    assert await found(database.server_url) == [("--ledger", "schema_missing")]
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        nobody = ledger.url("ledger_server", closed.getsockname())
-        assert await found(nobody) == [("--ledger", "log_unavailable")]
+
+def test_check_of_versions_finds_their_failed_loads(tmp_path: Path) -> None:
+    config = Config(repository=tmp_path, data=tmp_path, memory_budget="400000000", visible_devices="none")
+    failing = {
+        "out_of_memory": models.memory_bomb_on_load(),
+        "timeout": models.endless(),
+        "warm_up_failed": models.reshape(),
+    }
+    for code, model in failing.items():
+        save(model, tmp_path, code)
+    (tmp_path / "timeout" / "loadledger.toml").write_text("timeout_s = 1\n")
+    result = CheckResult()
+    check_workers(config, result, check_repository(config, result, lambda *_: False))
+    assert found(result) == [(f"{code}/1", code) for code in failing]
+    assert not result.loaded
 
 
 # The policy for loads
@@ -218,10 +273,6 @@ APPROVED = LoadPolicy(approval=(ApprovalRule(("m",)),))
 
 def trust(mode: TrustMode, *globs: str, key: Any = None) -> LoadPolicy:
     return LoadPolicy(trust=(TrustRule(globs, mode, () if key is None else (public_pem(key),)),))
-
-
-HASHED = ("--repository", "policy", "note")
-"""Says how much is hashed."""
 
 
 def judged(config: Config, policy: LoadPolicy) -> list[tuple[str, str, str]]:
@@ -256,26 +307,6 @@ def test_check_of_a_policy_without_store_is_a_problem(tmp_path: Path) -> None:
     save(models.add(), tmp_path, "m")
     config = Config(repository=tmp_path, data=tmp_path, store_size="off")
     assert judged(config, APPROVED) == [("--store-size", "policy_needs_store", "problem")]
-
-
-def test_check_names_versions_that_are_back_or_cannot_be_read(tmp_path: Path) -> None:
-    async def remove_version() -> Config:
-        async with local_server(tmp_path) as api:
-            for version in (1, 2, 3, 4, 5):
-                (api.save(models.add(), "m", version) / "more").touch()
-            assert (await api.send("DELETE", "/api/v1/models/m/versions/2")).status == 204
-            api.save(models.add(), "m", 2)
-            return api.config
-
-    config = asyncio.run(remove_version())
-    folder = config.repository / "m"
-    with unreadable(folder / "3"), unreadable(folder / "4/model.onnx"), unreadable(folder / "5/more"):
-        result = run(f"--repository={config.repository}", f"--data={config.data}")
-    assert result.exit_code == 1
-    assert "m/2: was removed, and its folder has files all the same, which are not served" in result.stdout
-    assert "m/3: cannot be read: Permission denied; let the server's user read it" in result.stdout
-    assert "m/4: cannot be read: Permission denied; let the server's user read it" in result.stdout
-    assert "m/5: 'more' cannot be read: Permission denied; let the server's user" in result.stdout
 
 
 async def test_check_reads_signatures_of_repository_and_store(tmp_path: Path) -> None:

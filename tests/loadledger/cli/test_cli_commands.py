@@ -61,7 +61,7 @@ class Shell:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that loads on demand."""
     root = tmp_path_factory.mktemp("commands") / "repository"
-    for model_id in ("guessed", "other", "ready", "shape", "whole", "wrong"):
+    for model_id in ("guessed", "other", "ready", "whole", "wrong"):
         save(models.add(), root, model_id)
     for version in (1, 2):
         save(models.add(version), root, "m", version)
@@ -93,13 +93,7 @@ def test_add_puts_a_version_in_and_rm_takes_it_out(alice: Shell, tmp_path: Path)
     (tmp_path / "net.sig").write_bytes(b"{}")
     signed = alice.json(f"add signed {file} --signature {tmp_path / 'net.sig'}")
     assert [each["path"] for each in signed["files"]] == ["model.onnx", "net.sig"]
-    assert "is for a FILE or DIR" in alice.refused(2, f"add m hf://o/r --signature {tmp_path / 'net.sig'}")
-    assert "version_exists" in alice.refused(2, f"add added {file} --version 2")
-    assert "is a text and no model" in alice.refused(2, f"add added {__file__}")
     assert alice.prints("rm added --version 1") == "added version 1: removed\n"
-    refused = alice.refused(2, "rm added --version 3")
-    assert "version_in_use" in refused
-    assert "`loadledger rm --force` ends its loads" in refused
     assert alice.prints("rm added --version 3 --force") == "added version 3: removed\n"
 
 
@@ -134,7 +128,6 @@ def test_label_names_a_version_in_lists_and_requests(alice: Shell, tmp_path: Pat
     assert "[3.0]" in alice.run("infer", "labelled", "x=[1]", "-v", "champion").stdout
     at_once = alice.prints("load labelled --label latest")
     assert at_once == "labelled version 2: settings changed, latest names it\n"
-    assert "version_in_use" in alice.refused(2, "rm labelled -v 2")
     assert alice.json("label labelled champion --remove") == {"labels": {"latest": 2}}
     alice.prints("unload labelled --wait")
 
@@ -181,7 +174,6 @@ def test_each_command_prints_a_models_life(alice: Shell, tmp_path: Path) -> None
     tensor = {"name": "x", "datatype": "FP32", "shape": [1], "data": [1]}
     body = json.dumps({"inputs": [tensor], "outputs": [{"name": "y"}]})
     assert "[3.0]" in alice.run("infer", "m", "@-", typed=body).stdout
-    assert "no input 'z'; it has x" in alice.refused(2, "infer m z=[1]")
 
     taken = alice.prints("resources")
     assert re.search(r"^ +threads: +2$", alice.prints("show m"), re.MULTILINE)
@@ -199,8 +191,6 @@ def test_each_command_prints_a_models_life(alice: Shell, tmp_path: Path) -> None
     assert len(alice.prints("events -n 2").splitlines()) == 2
     assert len(alice.prints("events -n 1000").splitlines()) == len(alice.prints("events").splitlines())
 
-    assert "the active one, which --active unloads, is m" in alice.refused(2, "stop")
-    assert "not both" in alice.refused(2, "kill m --active")
     assert re.search("m version 2: unload (completed|pending|in_progress)", alice.prints("unload --active"))
     jobs = alice.prints("jobs --model=m").splitlines()
     assert [line.split()[1:3] for line in jobs[1:]] == [["unload", "m/2"], ["load", "m/2"]]
@@ -219,6 +209,7 @@ def test_show_prints_inputs_and_a_command_that_works(alice: Shell) -> None:
     *_, load, infer = shown.splitlines()
     assert (load, infer) == ("loadledger load whole --wait", "loadledger infer whole")
     alice.prints(load.removeprefix("loadledger "))
+    assert alice.prints("load whole --pin --wait") == "whole version 1: settings changed\n"
     listed = alice.prints(infer.removeprefix("loadledger "))
     *_, command, with_file = listed.splitlines()
     assert (command, with_file[:1]) == ("loadledger infer whole x=random:16", "#")
@@ -300,12 +291,6 @@ def test_guessed_sizes_are_named_with_the_reason() -> None:
     assert describe_guess(fill(ModelInfo, id="m", state="loaded", inputs=[PICTURE])) is None
 
 
-def test_load_that_changes_settings_says_so(alice: Shell) -> None:
-    alice.prints("load other --wait")
-    assert alice.prints("load other --pin --wait") == "other version 1: settings changed\n"
-    alice.prints("unload other --wait")
-
-
 def test_failed_commands_print_reason_and_advice(alice: Shell) -> None:
     reason = alice.refused(1, "load bad -w")
     assert "the load of bad version 1 failed" in reason
@@ -321,28 +306,18 @@ def test_failed_commands_print_reason_and_advice(alice: Shell) -> None:
     assert "bad" not in alice.prints("ps")
     assert re.search(r"^bad +failed +invalid_model", alice.prints("top"), re.MULTILINE)
     assert [model["id"] for model in alice.json("top")["wrong"]] == ["bad"]
-    assert "answered 401" in alice.refused(2, "events --follow", LOADLEDGER_TOKEN="nonsense")
 
 
-def test_infer_loads_model_on_demand(server: Server, tmp_path: Path) -> None:
+def test_infer_loads_model_on_demand(server: Server) -> None:
     bob = Shell(server, "infer")
     assert "[2.0]" in bob.prints("infer guessed x=[1.0]")
     # The datatype comes from the model's file: of their own, whole numbers would be INT64.
     assert "[2.0]" in bob.prints("infer whole x=[1]")
-    file = tmp_path / "request.json"
-    tensor = {"name": "x", "datatype": "FP32", "shape": [1], "data": [1]}
-    file.write_text(json.dumps({"inputs": [tensor], "parameters": {"sequence_id": 1}}))
-    for command, words in (
-        ("infer wrong z=[1]", "no input 'z'"),
-        ("infer shape x=[[1],[2,3]]", "same length"),
-        ("infer bad x=[1]", "Frobnicate"),
-        (f"infer shape @{file}", "sequence_id"),
-    ):
-        assert words in bob.refused(2, command)
+    assert "no input 'z'" in bob.refused(2, "infer wrong z=[1]")
+    assert "Frobnicate" in bob.refused(2, "infer bad x=[1]")
     loaded = {each["id"] for each in bob.json("ps")["models"]}
     assert {"guessed", "whole"} <= loaded
     assert "wrong" not in loaded
-    assert "shape" not in loaded
 
 
 def test_infer_reads_and_writes_files_of_numpy(alice: Shell, tmp_path: Path) -> None:
@@ -352,16 +327,8 @@ def test_infer_reads_and_writes_files_of_numpy(alice: Shell, tmp_path: Path) -> 
     done = alice.run("infer", "ready", f"@{file}", "--out", str(out))
     assert done.stderr == f"loadledger: x.npy: int64 [2] -> FP32 [2]\nloadledger: the outputs are in {out}\n"
     assert np.load(out)["y"].tolist() == [2.0, 3.0]
-    for command, words in (
-        (f"infer ready @{file} --out {tmp_path}/y.csv", ".npy or .npz"),
-        (f"infer ready @{file} --out {tmp_path}/no/y.npy", "cannot be written"),
-        (f"infer ready {file}", "is not JSON"),
-        ("infer ready x=[1.5] x=[1]", "'x' is given twice"),
-        ("infer ready @/no/file.npy", "cannot be read"),
-        ("infer ready x=1 --size 0x3", "is not like 224x224"),
-        ("infer ready x=1 --mean a", "is not a number for all channels"),
-    ):
-        assert words in alice.refused(2, command).replace("\n", " "), command
+    refused = alice.refused(2, f"infer ready @{file} --out {tmp_path}/no/y.npy")
+    assert "cannot be written" in refused.replace("\n", " ")
 
 
 # At a terminal
@@ -428,7 +395,6 @@ def test_login_keeps_accepted_token_in_private_profile(alice: Shell, server: Ser
     alice.environment |= {"HOME": str(tmp_path)}
     refused = alice.run("login", typed="nonsense\n")
     assert (refused.exit_code, kept.exists(), "401" in refused.stderr) == (2, False, True)
-    assert alice.run("login", typed="\n").exit_code == 2
     untrusted = alice.run("login", typed="token\n", LOADLEDGER_CA=str(tmp_path / "none.pem"))
     assert (untrusted.exit_code, "none.pem" in untrusted.stderr) == (2, True)
     done = alice.run("login", typed=f"{token}\n")
@@ -437,14 +403,9 @@ def test_login_keeps_accepted_token_in_private_profile(alice: Shell, server: Ser
     assert [stat.S_IMODE(path.stat().st_mode) for path in (kept, kept.parent)] == [0o600, 0o700]
     bare = {"LOADLEDGER_URL": None, "LOADLEDGER_TOKEN": None}
     assert "other" in alice.prints("models", **bare)
-    elsewhere = server.url.replace("127.0.0.1", "localhost")  # the token is for one server only
-    assert "(no_credentials)" in alice.refused(2, f"models --url {elsewhere}", **bare)
     done = alice.run("login", "--profile=two", "--json", typed=token)
     assert json.loads(done.stdout) == {"url": server.url, "profile": str(kept.with_name("two.toml"))}
     assert "other" in alice.prints("models --profile two", **bare)
-    assert "there is no" in alice.refused(2, "models --profile three", **bare)
-    kept.chmod(0o644)
-    assert "chmod 600" in alice.refused(2, "models", **bare)
 
 
 def test_completion_offers_models_and_jobs_of_server(alice: Shell) -> None:
@@ -477,7 +438,5 @@ def test_tokens_of_a_server_are_managed_with_and_without_a_token(server: Server,
     assert alice.prints("models", LOADLEDGER_TOKEN=bob)
     assert alice.prints(f"token revoke {listed['jti']}") == ""
     assert "the token was revoked" in alice.refused(2, "models", LOADLEDGER_TOKEN=bob)
-    assert "`loadledger token list`" in alice.refused(2, "token revoke nope")
     for command in ("console", f"console {data}"):
         assert re.fullmatch(rf"{re.escape(server.url)}/#sign-in=[\w-]{{43}}\n", alice.prints(command))
-    assert "not both" in alice.refused(2, f"token list {data} --url={server.url}")

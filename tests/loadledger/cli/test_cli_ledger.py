@@ -65,7 +65,7 @@ def head_of(data: Path) -> str:
 # verify, of a ledger
 
 
-def test_verify_prints_head_that_can_be_expected(data: Path) -> None:
+def test_verify_prints_head_or_first_finding(data: Path) -> None:
     head = head_of(data)
     assert lines("verify", "--data", data) == [f"verified: {HEAD} events", f"head: {head}"]
     assert printed_json("verify", "--data", data, "--expect", head) == {
@@ -80,9 +80,6 @@ def test_verify_prints_head_that_can_be_expected(data: Path) -> None:
     }
     [beyond] = lines("verify", "--data", data, "--expect", f"{HEAD + 1}:{'ab' * 32}", code=1)[:1]
     assert beyond.startswith(f"NOT verified: position {HEAD + 1}: the log ends at position {HEAD}")
-
-
-def test_verify_names_first_finding(data: Path) -> None:
     change_ledger(data / LEDGER, "DELETE FROM events WHERE position = 6")
     first = lines("verify", "--data", data, code=1)[0]
     assert first.startswith("NOT verified: position 6: ")
@@ -115,9 +112,6 @@ def test_verify_judges_each_file_and_names_its_signer(data: Path, exported: Path
         (False, None),
         (True, None),
     ]
-
-
-def test_verify_of_a_file_in_json(data: Path, exported: Path) -> None:
     audited = audit_file(exported)
     assert audited.head is not None
     assert printed_json("verify", exported, "--key", key_of(data))["files"] == [
@@ -134,6 +128,8 @@ def test_verify_of_a_file_in_json(data: Path, exported: Path) -> None:
             "finding": None,
         }
     ]
+    assert lines("verify", exported, "--data", data)[2] == f"matches the ledger: {exported}"
+    assert "name the data directory of a ledger with --data" in lines("verify", data / LEDGER, code=1)[0]
 
 
 def test_key_may_be_id_or_file_in_any_encoding(data: Path, exported: Path, tmp_path: Path) -> None:
@@ -150,33 +146,6 @@ def test_key_may_be_id_or_file_in_any_encoding(data: Path, exported: Path, tmp_p
     first = lines("verify", exported, "--key", other, code=1)[0]
     assert first.startswith(f"{exported}: NOT verified: position {HEAD}: the head is signed by the key")
     assert printed_json("verify", exported, "--key", other, code=1)["files"][0]["key_expected"] is False
-
-
-def test_verify_compares_files_with_ledger(data: Path, exported: Path) -> None:
-    assert lines("verify", exported, "--data", data)[2] == f"matches the ledger: {exported}"
-    assert len(printed_json("verify", exported, "--data", data)["files"]) == 1
-
-
-def test_verify_refuses_what_it_cannot_judge(data: Path, exported: Path) -> None:
-    for arguments, words in (
-        ("", "name the data directory with --data"),
-        (f"--data {{data}} --key {'0' * 32}", "--key is for signed files"),
-        ("{file} --expect 5", "POSITION:HASH"),
-        (f"{{file}} --expect {HEAD + 1}:{'0' * 64}", f"has position {HEAD + 1}"),
-        ("/dev/null", "not a regular file"),
-        ("{data}/nowhere", "nowhere"),
-        ("{file} --data {data}/..", "ledger.db"),
-        (f"{{file}} --key {'0' * 31}", "neither a key id"),
-        ("{file} --key {data}/ledger.key", "neither a key id"),
-        ("{file} --key {data}", "neither a key id"),
-        ("{file} --key /dev/zero", "neither a key id"),
-    ):
-        named = arguments.format(data=data, file=exported).split()
-        assert words in refused("verify", *named), arguments
-
-
-def test_verify_tells_database_from_export(data: Path) -> None:
-    assert "name the data directory of a ledger with --data" in lines("verify", data / LEDGER, code=1)[0]
 
 
 # replay
@@ -218,9 +187,6 @@ def test_replay_prints_state(two_models: Path) -> None:
         "models: 0",
         "unended jobs: 0",
     ]
-
-
-def test_replay_until_moment_of_one_model(two_models: Path) -> None:
     found = printed_json("replay", "--data", two_models, "--until", 8, "--model", "digits")
     assert [model["id"] for model in found["models"]] == ["digits"]
     assert [job["status"] for job in found["jobs"]] == ["pending"]
@@ -258,37 +224,20 @@ def test_rebuild_prints_and_mends_differences(two_models: Path) -> None:
         ]
         assert printed_json(*rebuild) == {"position": 9, "differ": False, "differences": []}
     assert verify(two_models / LEDGER).verified
-
-
-def test_replay_refuses(two_models: Path) -> None:
-    for arguments, words in (
-        ("--until 10", "the log's head is at position 9"),
-        ("--until noon", "'noon' is refused. Must be 10m, 2h or 3d (ago)"),
-        ("--until 2020-01-01", "is before the first event, of "),
-        ("--rebuild --until 4", "leave out --until and --model"),
-        ("--rebuild --model digits", "leave out --until and --model"),
-    ):
-        assert words in refused("replay", "--data", two_models, *arguments.split()), arguments
-
-
-def test_rebuild_beside_server_names_its_process(two_models: Path) -> None:
     with lock_data(two_models):
-        assert re.search(r"is in use by process \d+", refused("replay", "--data", two_models, "--rebuild"))
+        assert re.search(r"is in use by process \d+", refused(*rebuild))
         assert lines("replay", "--data", two_models)
 
 
-def test_replay_without_ledger_is_refused(tmp_path: Path) -> None:
-    for arguments in ((), ("--rebuild",)):
-        assert "there is no ledger.db" in refused("replay", "--data", tmp_path, *arguments)
+def test_unreadable_ledger_is_refused_in_one_line(tmp_path: Path) -> None:
+    assert "there is no ledger.db" in refused("replay", "--data", tmp_path)
+    assert "there is no ledger.db" in refused("replay", "--data", tmp_path, "--rebuild")
     assert not list(tmp_path.iterdir())
     (tmp_path / LEDGER).write_text("this is no database, it is a sentence\n" * 100)
-    for command, words in (
-        (("replay", "--rebuild"), "cannot be rebuilt: file is not a database"),
-        (("verify",), "not a database"),
-    ):
-        reason = refused(*command, "--data", tmp_path)
-        assert words in reason
-        assert reason.count("\n") == 1
+    assert refused("verify", "--data", tmp_path).count("\n") == 1
+    reason = refused("replay", "--rebuild", "--data", tmp_path)
+    assert "cannot be rebuilt: file is not a database" in reason
+    assert reason.count("\n") == 1
 
 
 # verify, of a store
@@ -320,13 +269,6 @@ def test_verify_store_hashes_everything(data: Path, stored: StoredVersion) -> No
     assert finding["digest"] == stored.digest
 
 
-def test_verify_store_takes_a_data_directory_alone(data: Path, exported: Path) -> None:
-    assert NEW_HOME in refused("verify", "--store", code=2)  # the user's own
-    assert "nothing else" in refused("verify", "--store", "--data", data, exported, code=2)
-    assert "no directory" in refused("verify", "--store", "--data", data / "none", code=2)
-    assert lines("verify", "--store", "--data", data) == ["verified: 0 versions, 0 bytes"]
-
-
 # export, backup
 
 Arguments = Callable[[Path, Path], tuple[object, ...]]
@@ -334,6 +276,8 @@ WRITERS: dict[str, Arguments] = {
     "export": lambda data, file: ("export", "--data", data, file),
     "backup": lambda data, file: ("backup", "--data", data, file),
 }
+LEFTOVERS = ("-wal", "-journal", "-shm")
+"""Suffixes of files of another database, which would be taken for those of the copy."""
 each_writer = pytest.mark.parametrize("command", WRITERS.values(), ids=WRITERS)
 
 
@@ -385,15 +329,6 @@ def test_backup_is_verified_and_prints_head(data: Path, tmp_path: Path) -> None:
     assert (made["verified"], made["position"]) == (True, HEAD)
 
 
-def test_backup_refuses_leftovers_of_other_database(data: Path, tmp_path: Path) -> None:
-    for suffix in ("-wal", "-journal", "-shm"):
-        left = tmp_path / f"backup.db{suffix}"
-        left.touch()
-        assert f"{left} exists" in refused("backup", "--data", data, tmp_path / "backup.db")
-        left.unlink()
-    assert not (tmp_path / "backup.db").exists()
-
-
 def test_running_server_refuses_backup_into_it(data: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
@@ -404,21 +339,6 @@ def test_running_server_refuses_backup_into_it(data: Path, tmp_path: Path) -> No
 
 
 # Both
-
-
-@each_writer
-def test_file_is_refused_where_it_may_not_be_written(data: Path, tmp_path: Path, command: Arguments) -> None:
-    before = (data / LEDGER).read_bytes(), (data / "ledger.key").read_bytes()
-    for name in (LEDGER, "ledger.key", "lock", "new", "../data/new"):
-        assert "data directory" in refused(*command(data, data / name))
-    assert before == ((data / LEDGER).read_bytes(), (data / "ledger.key").read_bytes())
-    assert "nowhere" in refused(*command(data, tmp_path / "nowhere" / "file"))
-    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
-    assert "not a regular file" in refused(*command(data, tmp_path / "link"))
-    os.mkfifo(tmp_path / "pipe")
-    if command is not WRITERS["export"]:
-        assert "not a regular file" in refused(*command(data, tmp_path / "pipe"))
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["data", "link", "pipe"]
 
 
 @each_writer
@@ -449,6 +369,57 @@ def test_sigterm_removes_draft(data: Path, tmp_path: Path) -> None:
     done = subprocess.run(child(script, *WRITERS["export"](data, tmp_path / "file")), check=False, timeout=60)
     assert done.returncode == 128 + signal.SIGTERM
     assert [each.name for each in tmp_path.iterdir()] == ["data"]
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("verify", "name the data directory with --data"),
+        (f"verify --data {{data}} --key {'0' * 32}", "--key is for signed files"),
+        ("verify {file} --expect 5", "POSITION:HASH"),
+        (f"verify {{file}} --expect {HEAD + 1}:{'0' * 64}", f"has position {HEAD + 1}"),
+        ("verify /dev/null", "not a regular file"),
+        ("verify {data}/nowhere", "nowhere"),
+        ("verify {file} --data {data}/..", "ledger.db"),
+        (f"verify {{file}} --key {'0' * 31}", "neither a key id"),
+        ("verify {file} --key {data}/ledger.key", "neither a key id"),
+        ("verify {file} --key {data}", "neither a key id"),
+        ("verify {file} --key /dev/zero", "neither a key id"),
+        ("verify --store", NEW_HOME),  # the user's own
+        ("verify --store --data {data} {file}", "nothing else"),
+        ("verify --store --data {data}/none", "no directory"),
+        (f"replay --data {{data}} --until {HEAD + 1}", f"the log's head is at position {HEAD}"),
+        ("replay --data {data} --until noon", "'noon' is refused. Must be 10m, 2h or 3d (ago)"),
+        ("replay --data {data} --until 2020-01-01", "is before the first event, of "),
+        ("replay --data {data} --rebuild --until 4", "leave out --until and --model"),
+        ("replay --data {data} --rebuild --model digits", "leave out --until and --model"),
+        *(
+            (f"{command} --data {{data}} {{data}}/{name}", "data directory")
+            for command in WRITERS
+            for name in (LEDGER, "ledger.key", "lock", "new", "../data/new")
+        ),
+        *((f"{command} --data {{data}} {{data}}/../nowhere/file", "nowhere") for command in WRITERS),
+        *((f"{command} --data {{data}} {{data}}/../link", "not a regular file") for command in WRITERS),
+        ("backup --data {data} {data}/../pipe", "not a regular file"),
+        *((f"backup --data {{data}} {{data}}/../db{left}", f"{left} exists") for left in LEFTOVERS),
+    ],
+)
+def test_ledger_command_is_refused(data: Path, exported: Path, typed: str, words: str) -> None:
+    folder = data.parent
+    (folder / "link").symlink_to(folder / "elsewhere")
+    os.mkfifo(folder / "pipe")
+    for left in LEFTOVERS:
+        (folder / f"db{left}{left}").touch()
+
+    def files() -> list[tuple[Path, bytes]]:
+        return [(each, each.read_bytes() if each.is_file() else b"") for each in sorted(folder.rglob("*"))]
+
+    before = files()
+    assert words in refused(*typed.format(data=data, file=exported).split())
+    assert files() == before
 
 
 # key ledger

@@ -46,6 +46,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     (folder / "cut.onnx").write_bytes(whole[:-20])
     for name in ("note.txt", "text.onnx"):
         (folder / name).write_text("no model, but a long text\n" * 10)
+    tensor = {"name": "x", "datatype": "FP32", "shape": [1], "data": [1]}
+    request = {"inputs": [tensor], "parameters": {"sequence_id": 1}}
+    (folder / "sequence.json").write_text(json.dumps(request))
     with standing(root / "repository") as server, socket.create_server(("127.0.0.1", 0)) as taken:
         tokens = {role: server.api.token(role) for role in (ADMIN, INFER)}
         ago = int(time.time()) - 7200
@@ -72,6 +75,8 @@ MISTAKES = [
     ("infer ohter x=[1]", 2, "did you mean other?"),
     ("run digts", 1, "did you mean digits?"),
     ("show zzz", 2, "model 'zzz' is not in the repository; `loadledger models` lists them"),
+    ("ps digits", 2, "`loadledger show digits`"),
+    ("load ..", 2, "no id of a model"),
     ("models digits", 2, "this lists all models; for one, `loadledger show digits`"),
     ("add 'my model' digits.onnx", 2, "'my model': Must be 1 to 128 letters, digits, dots"),
     ("load digits/1", 2, "'digits/1': Must be 1 to 128 letters"),
@@ -84,6 +89,7 @@ MISTAKES = [
     ("add m https://u:p@host/m.onnx", 2, "credentials come from variables and files of yours"),
     ("add m digits.onnx --into . --load", 2, "load it once the server has the folder"),
     ("run digits.onnx --digest sha256:0", 2, "--digest is for a SOURCE, which has ://"),
+    ("add m hf://o/m --signature note.txt", 2, "is for a FILE or DIR"),
     ("run ftp://host/m.onnx", 2, "is no source: begin it with https://, hf://"),
     ("run https://host/model.onnx", 2, "has no name for a model: give one with --name"),
     ("run note.txt", 1, "note.txt is a text and no model"),
@@ -96,7 +102,11 @@ MISTAKES = [
     ("load digits -v 7", 2, "model 'digits' has no version 7; `loadledger show digits` lists its versions"),
     ("load digits -v v1", 2, "'v1' is not a valid whole number"),
     ("add digits digits.onnx -v 1", 2, "a version is never overwritten: choose another number"),
-    ("rm digits -v 1", 2, "unload the model, or load another version"),
+    (
+        "rm digits -v 1",
+        2,
+        "or load another version, and remove it then; `loadledger rm --force` ends its loads",
+    ),
     ("rm digits", 2, "Missing option '--version'"),
     ("rm other -v 9", 2, "`loadledger show other` lists its versions"),
     # labels
@@ -118,6 +128,7 @@ MISTAKES = [
     ("load other --priority urgent", 2, "'urgent' is not one of 'high', 'normal', 'low'"),
     ("unload other", 2, "model 'other' is not loaded; `loadledger ps` lists loaded models"),
     ("unload", 2, "name a model; the active one, which --active unloads, is digits"),
+    ("kill digits --active", 2, "not both"),
     ("job digits", 2, "there is no job 'digits'; `loadledger jobs` lists them"),
     (f"job {UNKNOWN}", 2, f"there is no job '{UNKNOWN}'; `loadledger jobs` lists them"),
     ("cancel {job}", 2, "job {job} has ended; `loadledger job {job}` shows how"),
@@ -130,6 +141,13 @@ MISTAKES = [
     ("infer digits image=[1]", 2, "no input 'image'; it has x"),
     ("infer digits x=[[1,2],[3,4]]", 2, "takes [-1]"),
     ("infer digits x=@nope.npy", 2, "nope.npy cannot be read"),
+    ("infer digits x=[[1],[2,3]]", 2, "same length"),
+    ("infer digits x=[1] x=[2]", 2, "'x' is given twice"),
+    ("infer digits x=1 --size 0x3", 2, "is not like 224x224"),
+    ("infer digits x=1 --mean a", 2, "is not a number for all channels"),
+    ("infer digits x=[1] --out y.csv", 2, ".npy or .npz"),
+    ("infer digits note.txt", 2, "is not JSON"),
+    ("infer digits @sequence.json", 2, "sequence_id"),
     ("infer digits x=[1] -v 3", 2, "`loadledger show digits` lists its versions"),
     ("infer other x=[1]", 2, "model 'other' is not loaded; `loadledger load other --wait` loads it"),
     # times and events
@@ -152,6 +170,8 @@ MISTAKES = [
     ("token --data {data}", 2, "Missing option '--role'"),
     ("token --data {data} --role admin --subject x --expires '1 week'", 2, "Must be a duration like 90s"),
     ("token --data nope --role admin --subject x", 2, "start the server first"),
+    ("token revoke nope", 2, "`loadledger token list` lists them"),
+    ("token list --data {data} --url http://h", 2, "not both"),
     ("token revoke nope --data {data}", 2, "`loadledger token list` lists them"),
     ("verify --data nope", 2, "name the data directory with --data"),
     ("backup nope/x.db --data {data}", 2, "nope/x.db: No such file or directory"),
@@ -164,7 +184,7 @@ WITHOUT_RIGHTS = [
     ("nonsense", "get a new one: `loadledger token --role admin --subject NAME` creates one"),
     ("a b", "give it without spaces"),
     (EXPIRED, "the token has expired; get a new one"),
-    (INFER, "this needs one of the roles admin; the token has infer"),
+    (INFER, "this needs one of the roles {roles}; the token has infer"),
 ]
 
 
@@ -181,10 +201,16 @@ def test_mistake_ends_with_its_cure(
         assert word not in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "roles"),
+    [("load digits", "admin"), ("events", "admin, audit"), ("events --follow", "admin, audit")],
+)
 @pytest.mark.parametrize(("token", "said"), WITHOUT_RIGHTS)
-def test_command_without_right_token_says_how_to_get_one(desk: Desk, token: str | None, said: str) -> None:
+def test_command_without_right_token_says_how_to_get_one(
+    desk: Desk, token: str | None, said: str, command: str, roles: str
+) -> None:
     given = None if token is None else desk.tokens.get(token, token)
-    result = run_command("load", "digits", LOADLEDGER_URL=desk.server.url, LOADLEDGER_TOKEN=given)
+    result = run_command(*command.split(), LOADLEDGER_URL=desk.server.url, LOADLEDGER_TOKEN=given)
     assert (result.exit_code, result.stdout) == (2, ""), result.output
-    assert said in result.stderr
+    assert said.format(roles=roles) in result.stderr
     assert "Authorization" not in result.stderr
