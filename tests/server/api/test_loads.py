@@ -333,35 +333,32 @@ async def test_load_beyond_a_full_queue_is_429(start: Start) -> None:
     assert (joined.status, joined.json["id"]) == (202, first["id"])
 
 
-# Warm-up
+# Files of the repository
 
 
-async def test_newer_files_of_the_repository_are_shown(api: LocalApi) -> None:
-    api.save(models.add(1), "m")
-    assert (await api.model("m"))["repository_changed"] is None
-    await api.load("m")
-    position = api.position
-    assert (await api.model("m"))["repository_changed"] is False
-    api.save(models.add(2), "m")
-    assert (await api.model("m"))["repository_changed"] is True
-    (listed,) = (await api.get("/api/v1/models")).json["models"]
-    assert listed["repository_changed"] is True
-    assert (await api.get(f"/api/v1/models/m?at={position}")).json["repository_changed"] is None
-    job = await api.load("m")
-    assert job["started_at"] is not None
-    assert (await api.model("m"))["repository_changed"] is False
+async def test_newer_files_of_the_repository_are_shown(shared: LocalApi) -> None:
+    async def is_changed() -> bool | None:
+        shown: bool | None = (await shared.model("newer"))["repository_changed"]
+        return shown
 
-
-async def test_load_of_equal_bytes_completes_and_restarts_nothing(api: LocalApi) -> None:
-    folder = api.save(models.add(1), "m")
-    first = await api.load("m")
+    folder = shared.save(models.add(1), "newer")
+    assert await is_changed() is None
+    first = await shared.load("newer")
+    position = shared.position
+    assert await is_changed() is False
     os.utime(folder / "model.onnx")
-    assert (await api.model("m"))["repository_changed"] is True
-    job = await api.load("m")
-    assert (job["id"] != first["id"], job["started_at"]) == (True, None)
-    assert (await api.model("m"))["job_id"] == first["id"]
-    assert (await api.model("m"))["repository_changed"] is False
-    assert (await api.load("m"))["id"] == first["id"]
+    assert await is_changed() is True
+    equal = await shared.load("newer")
+    assert (equal["id"] != first["id"], equal["started_at"]) == (True, None)
+    assert ((await shared.model("newer"))["job_id"], await is_changed()) == (first["id"], False)
+    assert (await shared.load("newer"))["id"] == first["id"]
+    shared.save(models.add(2), "newer")
+    assert await is_changed() is True
+    [listed] = [each for each in (await shared.get("/api/v1/models")).json["models"] if each["id"] == "newer"]
+    assert listed["repository_changed"] is True
+    assert (await shared.get(f"/api/v1/models/newer?at={position}")).json["repository_changed"] is None
+    assert (await shared.load("newer"))["started_at"] is not None
+    assert await is_changed() is False
 
 
 async def test_load_without_a_store_takes_the_repositorys_files(start: Start) -> None:

@@ -26,7 +26,6 @@ from support.models import FLOAT, save, save_bytes
 from yarl import URL
 
 from events.types import ModelLoaded
-from runtime.requestjson import SHORT_JSON_BYTES
 
 LENGTH = "Inference-Header-Content-Length"
 MIB = 2**20
@@ -185,16 +184,6 @@ async def test_nan_is_a_number_of_data_alone(shared: LocalApi) -> None:
         answer = await post_text(shared, "add-nan", f'{{"inputs": [{wrong}]}}')
         assert answer.refusal == (400, "invalid_input"), wrong
         assert ("in the data of an input alone" in answer.json["detail"]) is ("INT64" not in wrong)
-
-
-async def test_an_unpaired_surrogate_is_named(shared: LocalApi) -> None:
-    await load(shared, "texts", models.strings())
-    for text, is_lone in ((r"\ud83d\ude00", False), (r"a\ud83d", True), (r"\ude00\ud83d", True)):
-        one = f'{{"name": "x", "datatype": "BYTES", "shape": [1], "data": ["{text}"]}}'
-        for padding in ("", " " * SHORT_JSON_BYTES):
-            answer = await post_text(shared, "texts", f'{{"inputs": [{one}]}}{padding}')
-            assert ("unpaired surrogate" in answer.json.get("detail", "")) is is_lone
-            assert answer.status == (400 if is_lone else 200)
 
 
 async def post_text(api: LocalApi, model_id: str, text: str) -> Answer:
