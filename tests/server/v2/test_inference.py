@@ -166,24 +166,12 @@ def with_one_nan(tensor: Binary) -> Binary:
     return Binary(tensor.datatype, tensor.shape, array.tobytes())
 
 
-async def test_nan_is_a_number_of_data_alone(shared: LocalApi) -> None:
+async def test_nan_comes_back_in_json(shared: LocalApi) -> None:
     await load(shared, "add-nan", models.add())
     one = '{"name": "x", "datatype": "FP32", "shape": [3], "data": [NaN, -Infinity, 1]}'
     answer = await post_text(shared, "add-nan", f'{{"id": "NaN: Infinity", "inputs": [{one}]}}')
     assert answer.json["id"] == "NaN: Infinity"
     assert b'"data":[NaN,-Infinity,2.0]' in answer.body
-    for wrong in (
-        one.replace("[3]", "[NaN]"),
-        one.replace("FP32", "INT64"),
-        one.replace("[NaN,", "NaN, ["),
-        one.replace('"x"', "NaN"),
-        one.replace("1]}", '1], "parameters": {"own": Infinity}}'),
-        one.replace("1]}", '1], "unknown": [NaN]}'),
-        f'{one}], "parameters": {{"own": [NaN]}}, "unknown": [{{}}',
-    ):
-        answer = await post_text(shared, "add-nan", f'{{"inputs": [{wrong}]}}')
-        assert answer.refusal == (400, "invalid_input"), wrong
-        assert ("in the data of an input alone" in answer.json["detail"]) is ("INT64" not in wrong)
 
 
 async def post_text(api: LocalApi, model_id: str, text: str) -> Answer:
