@@ -6,7 +6,7 @@ import re
 import signal
 import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,9 @@ from support.http import LIMIT_S, ONE, LocalApi, when
 from support.ledgers import unwritable
 from support.workers import threads, until
 
-from events.commands import MAX_QUEUE
-from events.jobcommands import RequestLoad
-from events.types import LoadRequested, ModelLoaded, WorkerExited
+from events import jobcommands
+from events.types import Cause, LoadRequested, ModelLoaded, WorkerExited
 from runtime.cgroups import count_usable_cpus
-from server.appkeys import LOG
 from server.check import find_unusable_paths
 from server.config import Config
 
@@ -314,23 +312,18 @@ async def test_no_answer_names_a_folder_of_the_server(shared: LocalApi) -> None:
     assert await shared.types("crashing") == ["LoadRequested", "LoadStarted", "WorkerExited", "LoadFailed"]
 
 
-async def test_load_beyond_a_full_queue_is_429(start: Start) -> None:
-    api = await start(loads_at_once=1)
-    api.save(models.endless_load(), "slow")
-    for name in ("first", "last"):
-        api.save(models.identity(), name)
-    await api.accepted_load("slow")
-    first = await api.accepted_load("first")
-    names = [f"x{number}" for number in range(MAX_QUEUE - 2)]
-    for name in names:
-        (api.config.repository / name).symlink_to("first")
-    others = [RequestLoad(name, 1, None, "alice") for name in names]
-    await asyncio.gather(*map(api.app[LOG].submit, others))
-    answer = await api.post("/api/v1/models/last/load")
+async def test_load_beyond_a_full_queue_is_429(shared: LocalApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = replace(jobcommands.RULES[Cause.REQUEST], most_unended=1)
+    monkeypatch.setitem(jobcommands.RULES, Cause.REQUEST, rule)
+    shared.save(models.endless_load(), "first")
+    shared.save(models.identity(), "beyond")
+    first = await shared.accepted_load("first")
+    answer = await shared.post("/api/v1/models/beyond/load")
     assert answer.refusal == (429, "queue_full")
     assert int(answer.headers["Retry-After"]) >= 1
-    joined = await api.post("/api/v1/models/first/load")
+    joined = await shared.post("/api/v1/models/first/load")
     assert (joined.status, joined.json["id"]) == (202, first["id"])
+    await shared.unload("first", force=True)
 
 
 # Files of the repository

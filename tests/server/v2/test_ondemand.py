@@ -365,6 +365,9 @@ async def test_unload_ends_before_the_model_is_loaded_again(shared: LocalApi) ->
     await until(lambda: worker.in_flight == 1)
     await shared.post("/api/v1/models/loop/unload?until_asked=true")
     await shared.model_when("loop", state="unloading")
+    late = await shared.infer("loop", ENDLESS, parameters=SOON)
+    assert late.refusal == (504, "inference_timeout")
+    assert "it is being unloaded" in late.json["error"]
     waiting = asyncio.create_task(shared.infer("loop", {**ENDLESS, "data": [5]}))
     await until(lambda: shared.app[DEMAND].count_waiting("loop") == 1)
     assert await causes(shared, "loop") == ["request"]
