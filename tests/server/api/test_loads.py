@@ -125,19 +125,6 @@ async def test_wait_answers_202_when_time_is_up_or_server_stops(api: LocalApi) -
 # Settings of a loaded model
 
 
-async def test_load_of_same_version_keeps_parameters_of_loaded_model(shared: LocalApi) -> None:
-    for version in (1, 2):
-        shared.save(models.add(version), "kept", version)
-    named = {"pinned": True, "keep_alive_s": 60, "memory_limit_bytes": 2**30}
-    job = await shared.load("kept", version=1, **named)
-    assert {name: job["parameters"][name] for name in named} == named
-    again = await shared.load("kept", version=1, instances=2)
-    assert again["parameters"] == job["parameters"] | {"instances": 2}
-    other = await shared.load("kept", version=2)
-    usual = {"instances": 1, "pinned": False, "keep_alive_s": None, "memory_limit_bytes": None}
-    assert other["parameters"] == job["parameters"] | usual
-
-
 async def test_load_that_changes_settings_completes_without_a_load(shared: LocalApi) -> None:
     shared.save(models.add(1), "changed")
     loaded = await shared.load("changed", instances=2, memory_limit_bytes=2**30)

@@ -350,13 +350,6 @@ async def test_removal_by_force_ends_loads_of_its_version_only(shared: LocalApi)
     assert (await shared.model("forced"))["state"] == "loaded"
 
 
-async def test_requested_load_is_joined(shared: LocalApi) -> None:
-    save(models.slow_identity(side=400), shared.config.repository, "joined")
-    await shared.accepted_load("joined")
-    assert (await shared.infer("joined", ONE)).json["outputs"][0]["data"] == [1]
-    assert await causes(shared, "joined") == ["request"]
-
-
 async def test_unload_ends_before_the_model_is_loaded_again(shared: LocalApi) -> None:
     save(models.counting_loop(), shared.config.repository, "loop")
     await shared.load("loop")
