@@ -8,7 +8,7 @@ import pytest
 from support import models
 from support.http import ONE, Json, LocalApi
 
-from events.types import LoadRequested, ModelLoaded, ModelSettingsChanged
+from events.types import ModelLoaded, ModelSettingsChanged
 from features.labels.facts import LabelRemoved, LabelSet
 
 Start = Callable[..., Awaitable[LocalApi]]
@@ -66,13 +66,7 @@ REFUSALS: list[tuple[str, dict[str, Any], tuple[int, str]]] = [
     ("text", {"version": "1"}, (400, "invalid_body")),
     ("no version", {"version": None}, (400, "invalid_body")),
     ("a number", {"label": "1"}, INVALID),
-    ("a hyphen", {"label": "-champion"}, INVALID),
-    ("too long", {"label": "a" * 64}, INVALID),
     ("a slash", {"label": "a%2Fb"}, INVALID),
-    ("a line break", {"label": "a%0A"}, INVALID),
-    ("a null", {"label": "a%00"}, INVALID),
-    ("another script", {"label": "%D0%B0dmin"}, INVALID),
-    ("markup", {"label": "a%3Cb%3E"}, INVALID),
     ("role", {"roles": ("infer", "audit", "approve")}, (403, "forbidden")),
 ]
 
@@ -91,23 +85,11 @@ async def test_refused_label_records_nothing(
         assert "begin with a letter" in answer.json["detail"]
 
 
-@pytest.mark.parametrize("label", ["", "1", "a b", "a" * 64, "\u0430", "a\n", None, 3, ["a"], {"a": 1}])
-async def test_load_with_what_is_no_label_is_refused(shared: LocalApi, label: object) -> None:
+async def test_load_with_what_is_no_label_is_refused(shared: LocalApi) -> None:
     save(shared, "refused", 1)
-    answer = await shared.post("/api/v1/models/refused/load", json={"label": label})
-    assert answer.refusal == (400, "invalid_body")
-
-
-async def test_version_that_a_label_names_is_not_removed(shared: LocalApi) -> None:
-    save(shared, "kept", 1, 2)
-    await put(shared, "kept", 1)
-    version = "/api/v1/models/kept/versions/1"
-    refused = await shared.send("DELETE", version)
-    assert refused.refusal == (409, "version_in_use")
-    assert "label 'champion': move or remove that first" in refused.json["detail"]
-    await put(shared, "kept", 2)
-    assert (await shared.send("DELETE", version)).status == 204
-    assert (await put(shared, "kept", 1)).refusal == (404, "unknown_version")
+    for label in ("", "1", "a" * 64, "a\n", None, 3):
+        answer = await shared.post("/api/v1/models/refused/load", json={"label": label})
+        assert answer.refusal == (400, "invalid_body"), label
 
 
 async def test_load_moves_its_label_in_the_append_of_its_outcome(shared: LocalApi) -> None:
@@ -127,18 +109,6 @@ async def test_load_moves_its_label_in_the_append_of_its_outcome(shared: LocalAp
     assert (await shared.post("/api/v1/models/moved/load", **options)).json["id"] == job["id"]
     kinds = [kind for kind in await shared.types("moved") if kind in {"LoadRequested", "LabelSet"}]
     assert kinds == ["LabelSet", "LoadRequested", "LoadRequested", "LabelSet"]
-
-
-async def test_load_of_what_serves_moves_its_label_at_once(shared: LocalApi) -> None:
-    save(shared, "served", 1)
-    first = await shared.load("served")
-    job = await shared.load("served", label="champion", pinned=True)
-    assert (job["status"], job["started_at"], job["id"] != first["id"]) == ("completed", None, True)
-    requested, outcome, label = (await shared.events("served"))[-3:]
-    assert isinstance(requested.data, LoadRequested)
-    assert isinstance(outcome.data, ModelSettingsChanged)
-    assert label.data == LabelSet("champion", outcome.id)
-    assert (await shared.model("served"))["job_id"] == first["id"]
 
 
 async def test_load_behind_one_of_the_same_moves_its_label(shared: LocalApi) -> None:

@@ -6,7 +6,7 @@ import re
 import signal
 import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,9 @@ from support.http import LIMIT_S, ONE, LocalApi, when
 from support.ledgers import unwritable
 from support.workers import threads, until
 
-from events.commands import MAX_QUEUE
-from events.jobcommands import RequestLoad
-from events.types import LoadRequested, ModelLoaded, WorkerExited
+from events import jobcommands
+from events.types import Cause, LoadRequested, ModelLoaded, WorkerExited
 from runtime.cgroups import count_usable_cpus
-from server.appkeys import LOG
 from server.check import find_unusable_paths
 from server.config import Config
 
@@ -125,19 +123,6 @@ async def test_wait_answers_202_when_time_is_up_or_server_stops(api: LocalApi) -
 
 
 # Settings of a loaded model
-
-
-async def test_load_of_same_version_keeps_parameters_of_loaded_model(shared: LocalApi) -> None:
-    for version in (1, 2):
-        shared.save(models.add(version), "kept", version)
-    named = {"pinned": True, "keep_alive_s": 60, "memory_limit_bytes": 2**30}
-    job = await shared.load("kept", version=1, **named)
-    assert {name: job["parameters"][name] for name in named} == named
-    again = await shared.load("kept", version=1, instances=2)
-    assert again["parameters"] == job["parameters"] | {"instances": 2}
-    other = await shared.load("kept", version=2)
-    usual = {"instances": 1, "pinned": False, "keep_alive_s": None, "memory_limit_bytes": None}
-    assert other["parameters"] == job["parameters"] | usual
 
 
 async def test_load_that_changes_settings_completes_without_a_load(shared: LocalApi) -> None:
@@ -314,54 +299,46 @@ async def test_no_answer_names_a_folder_of_the_server(shared: LocalApi) -> None:
     assert await shared.types("crashing") == ["LoadRequested", "LoadStarted", "WorkerExited", "LoadFailed"]
 
 
-async def test_load_beyond_a_full_queue_is_429(start: Start) -> None:
-    api = await start(loads_at_once=1)
-    api.save(models.endless_load(), "slow")
-    for name in ("first", "last"):
-        api.save(models.identity(), name)
-    await api.accepted_load("slow")
-    first = await api.accepted_load("first")
-    names = [f"x{number}" for number in range(MAX_QUEUE - 2)]
-    for name in names:
-        (api.config.repository / name).symlink_to("first")
-    others = [RequestLoad(name, 1, None, "alice") for name in names]
-    await asyncio.gather(*map(api.app[LOG].submit, others))
-    answer = await api.post("/api/v1/models/last/load")
+async def test_load_beyond_a_full_queue_is_429(shared: LocalApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = replace(jobcommands.RULES[Cause.REQUEST], most_unended=1)
+    monkeypatch.setitem(jobcommands.RULES, Cause.REQUEST, rule)
+    shared.save(models.endless_load(), "first")
+    shared.save(models.identity(), "beyond")
+    first = await shared.accepted_load("first")
+    answer = await shared.post("/api/v1/models/beyond/load")
     assert answer.refusal == (429, "queue_full")
     assert int(answer.headers["Retry-After"]) >= 1
-    joined = await api.post("/api/v1/models/first/load")
+    joined = await shared.post("/api/v1/models/first/load")
     assert (joined.status, joined.json["id"]) == (202, first["id"])
+    await shared.unload("first", force=True)
 
 
-# Warm-up
+# Files of the repository
 
 
-async def test_newer_files_of_the_repository_are_shown(api: LocalApi) -> None:
-    api.save(models.add(1), "m")
-    assert (await api.model("m"))["repository_changed"] is None
-    await api.load("m")
-    position = api.position
-    assert (await api.model("m"))["repository_changed"] is False
-    api.save(models.add(2), "m")
-    assert (await api.model("m"))["repository_changed"] is True
-    (listed,) = (await api.get("/api/v1/models")).json["models"]
-    assert listed["repository_changed"] is True
-    assert (await api.get(f"/api/v1/models/m?at={position}")).json["repository_changed"] is None
-    job = await api.load("m")
-    assert job["started_at"] is not None
-    assert (await api.model("m"))["repository_changed"] is False
+async def test_newer_files_of_the_repository_are_shown(shared: LocalApi) -> None:
+    async def is_changed() -> bool | None:
+        shown: bool | None = (await shared.model("newer"))["repository_changed"]
+        return shown
 
-
-async def test_load_of_equal_bytes_completes_and_restarts_nothing(api: LocalApi) -> None:
-    folder = api.save(models.add(1), "m")
-    first = await api.load("m")
+    folder = shared.save(models.add(1), "newer")
+    assert await is_changed() is None
+    first = await shared.load("newer")
+    position = shared.position
+    assert await is_changed() is False
     os.utime(folder / "model.onnx")
-    assert (await api.model("m"))["repository_changed"] is True
-    job = await api.load("m")
-    assert (job["id"] != first["id"], job["started_at"]) == (True, None)
-    assert (await api.model("m"))["job_id"] == first["id"]
-    assert (await api.model("m"))["repository_changed"] is False
-    assert (await api.load("m"))["id"] == first["id"]
+    assert await is_changed() is True
+    equal = await shared.load("newer")
+    assert (equal["id"] != first["id"], equal["started_at"]) == (True, None)
+    assert ((await shared.model("newer"))["job_id"], await is_changed()) == (first["id"], False)
+    assert (await shared.load("newer"))["id"] == first["id"]
+    shared.save(models.add(2), "newer")
+    assert await is_changed() is True
+    [listed] = [each for each in (await shared.get("/api/v1/models")).json["models"] if each["id"] == "newer"]
+    assert listed["repository_changed"] is True
+    assert (await shared.get(f"/api/v1/models/newer?at={position}")).json["repository_changed"] is None
+    assert (await shared.load("newer"))["started_at"] is not None
+    assert await is_changed() is False
 
 
 async def test_load_without_a_store_takes_the_repositorys_files(start: Start) -> None:

@@ -4,7 +4,6 @@ import asyncio
 import os
 import shutil
 import signal
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from support import models
@@ -12,8 +11,6 @@ from support.http import ENDLESS, ONE, LocalApi
 from support.ledgers import unwritable
 from support.models import TEXT
 from support.workers import computing, until
-
-Start = Callable[..., Awaitable[LocalApi]]
 
 
 def exists(pid: int) -> bool:
@@ -128,18 +125,6 @@ async def test_unload_drains_until_force_ends_it(shared: LocalApi) -> None:
     assert (await shared.job(draining["id"]))["status"] == "completed"
     assert getattr(await running, "refusal", None) == (503, "worker_died")
     await until(lambda: not exists(worker.pid))
-
-
-async def test_on_demand_request_to_draining_model_times_out(start: Start) -> None:
-    """llama-swap #946."""
-    api = await start(drain_timeout_s=60.0, on_demand="on")
-    running = await busy(api)
-    await api.post("/api/v1/models/busy/unload")
-    await api.model_when("busy", state="unloading")
-    refused = await api.infer("busy", ENDLESS, parameters={"timeout": 50_000})
-    assert refused.refusal == (504, "inference_timeout")
-    await api.unload("busy", force=True)
-    await running
 
 
 async def test_force_ends_stopped_load_and_serving_version(shared: LocalApi) -> None:

@@ -26,7 +26,6 @@ from support.models import FLOAT, save, save_bytes
 from yarl import URL
 
 from events.types import ModelLoaded
-from runtime.requestjson import SHORT_JSON_BYTES
 
 LENGTH = "Inference-Header-Content-Length"
 MIB = 2**20
@@ -167,34 +166,12 @@ def with_one_nan(tensor: Binary) -> Binary:
     return Binary(tensor.datatype, tensor.shape, array.tobytes())
 
 
-async def test_nan_is_a_number_of_data_alone(shared: LocalApi) -> None:
+async def test_nan_comes_back_in_json(shared: LocalApi) -> None:
     await load(shared, "add-nan", models.add())
     one = '{"name": "x", "datatype": "FP32", "shape": [3], "data": [NaN, -Infinity, 1]}'
     answer = await post_text(shared, "add-nan", f'{{"id": "NaN: Infinity", "inputs": [{one}]}}')
     assert answer.json["id"] == "NaN: Infinity"
     assert b'"data":[NaN,-Infinity,2.0]' in answer.body
-    for wrong in (
-        one.replace("[3]", "[NaN]"),
-        one.replace("FP32", "INT64"),
-        one.replace("[NaN,", "NaN, ["),
-        one.replace('"x"', "NaN"),
-        one.replace("1]}", '1], "parameters": {"own": Infinity}}'),
-        one.replace("1]}", '1], "unknown": [NaN]}'),
-        f'{one}], "parameters": {{"own": [NaN]}}, "unknown": [{{}}',
-    ):
-        answer = await post_text(shared, "add-nan", f'{{"inputs": [{wrong}]}}')
-        assert answer.refusal == (400, "invalid_input"), wrong
-        assert ("in the data of an input alone" in answer.json["detail"]) is ("INT64" not in wrong)
-
-
-async def test_an_unpaired_surrogate_is_named(shared: LocalApi) -> None:
-    await load(shared, "texts", models.strings())
-    for text, is_lone in ((r"\ud83d\ude00", False), (r"a\ud83d", True), (r"\ude00\ud83d", True)):
-        one = f'{{"name": "x", "datatype": "BYTES", "shape": [1], "data": ["{text}"]}}'
-        for padding in ("", " " * SHORT_JSON_BYTES):
-            answer = await post_text(shared, "texts", f'{{"inputs": [{one}]}}{padding}')
-            assert ("unpaired surrogate" in answer.json.get("detail", "")) is is_lone
-            assert answer.status == (400 if is_lone else 200)
 
 
 async def post_text(api: LocalApi, model_id: str, text: str) -> Answer:

@@ -44,7 +44,7 @@ async def test_long_json_is_answered_as_a_short_one(tmp_path: Path) -> None:
     async with local_server(tmp_path) as api:
         api.save(models.identity(), "m")
         await api.load("m")
-        values = [index / 7 for index in range(LONG_JSON_BYTES // 16)]
+        values = [*(index / 7 for index in range(LONG_JSON_BYTES // 16)), float("-inf")]
         one = {"name": "x", "datatype": "FP32", "shape": [len(values)], "data": values}
         request = {"id": "é", "parameters": {"own": 1}, "inputs": [one], "outputs": [{"name": "y"}]}
         text = json.dumps(request).encode()
@@ -55,16 +55,6 @@ async def test_long_json_is_answered_as_a_short_one(tmp_path: Path) -> None:
         packed = {codec.HEADER_LENGTH: str(len(text))}  # JSON alone, of a body that could have more
         assert (await infer(api, text, **packed)).json["outputs"] == answer.json["outputs"]
         assert nothing_is_left(api)
-
-
-async def test_long_json_may_have_infinities(tmp_path: Path) -> None:
-    async with local_server(tmp_path) as api:
-        api.save(models.identity(), "m")
-        await api.load("m")
-        values = [float("-inf")] * (LONG_JSON_BYTES // 8) + [1.0]
-        one = {"name": "x", "datatype": "FP32", "shape": [len(values)], "data": values}
-        answer = await infer(api, json.dumps({"inputs": [one]}).encode())
-        assert answer.json["outputs"][0]["data"] == values
 
 
 HOSTILE: Mapping[str, tuple[bytes, bytes, str]] = {

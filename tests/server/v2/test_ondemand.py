@@ -7,8 +7,8 @@ import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import closing
-from dataclasses import replace
 from datetime import timedelta
+from itertools import product
 
 import pytest
 import pytest_asyncio
@@ -18,7 +18,6 @@ from support.http import ENDLESS, MALFORMED, ONE, Answer, LocalApi, local_server
 from support.models import save, save_bytes
 from support.workers import until
 
-from events import jobcommands
 from events.clock import boottime, utc_now
 from events.commands import Record
 from events.jobcommands import RequestLoad
@@ -33,7 +32,7 @@ from events.versions import ModelVersions
 from features.approvals.rules import ApprovalRule
 from features.ondemand.app import DEMAND
 from features.ondemand.loads import MAX_FAILURES, BackOff, DemandFailed, RecordedModel
-from features.rules import LoadPolicy, ModelRules
+from features.rules import LoadPolicy
 from runtime.errors import InferenceTimeout, QueueFull
 from runtime.repository import DEFAULTS_FILE
 from runtime.scheduler.scheduler import LONGEST_BACK_OFF_S
@@ -41,13 +40,8 @@ from server.appkeys import LOG, ROUTER
 
 Start = Callable[..., Awaitable[LocalApi]]
 
-"""Loads for half a minute: tests wait for its load to begin, never for its end."""
-
-
 SOON = {"timeout": 50_000}
 M = ("m", None, "")
-
-
 NOTHING = RecordedModel(None, None)
 
 
@@ -104,7 +98,8 @@ def test_remembered_failures_are_bounded() -> None:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalApi]:
     """One application with on-demand loads, for tests that do not disturb each other."""
-    async with local_server(tmp_path_factory.mktemp("shared"), on_demand="on") as api:
+    policy = LoadPolicy(approval=(ApprovalRule(("asked*",)),))
+    async with local_server(tmp_path_factory.mktemp("shared"), on_demand="on", policy=policy) as api:
         yield api
 
 
@@ -194,15 +189,6 @@ async def test_waiter_beyond_the_queue_is_refused(
     await shared.unload("queue", force=True)
 
 
-async def test_waiter_that_leaves_takes_nothing_from_others(shared: LocalApi) -> None:
-    add(shared, "common")
-    first, second = await waiting(shared, "common", 2)
-    first.cancel()
-    assert await second
-    assert first.cancelled()
-    assert not shared.app[DEMAND].demand.has("common")
-
-
 async def test_started_load_without_waiters_completes(shared: LocalApi) -> None:
     save(models.slow_identity(side=400), shared.config.repository, "alone")
     [alone] = await waiting(shared, "alone", 1)
@@ -257,22 +243,10 @@ async def test_reads_and_invalid_requests_load_nothing(shared: LocalApi) -> None
         (await shared.infer("nope", ONE), (404, "unknown_model")),
     ):
         assert answer.refusal == expected
-    assert await shared.types("untouched") == await shared.types("nope") == []
-
-
-@pytest.mark.parametrize("path", ["/v2/models/m1/infer", "/v2/models/%6D1/infer"])
-async def test_malformed_body_loads_and_evicts_nothing(start: Start, path: str) -> None:
-    api = await start(on_demand="on", max_loaded=1, evict="idle", min_residency_s=0)
-    for number in range(2):
-        save(models.add(number), api.config.repository, f"m{number}")
-    await api.load("m0")
-    for body, headers in MALFORMED:
-        answer = await api.post(path, data=body, headers=headers, roles=("infer",))
+    for path, (body, headers) in product(("untouched", "%75ntouched"), MALFORMED):
+        answer = await shared.post(f"/v2/models/{path}/infer", data=body, headers=headers, roles=("infer",))
         assert answer.refusal == (400, "invalid_input")
-    assert await api.types("m1") == []
-    assert await api.types("m0") == ["LoadRequested", "LoadStarted", "ModelLoaded"]
-    assert (await api.infer("m1", ONE)).status == 200
-    await api.model_when("m0", state="unloaded")
+    assert await shared.types("untouched") == await shared.types("nope") == []
 
 
 async def test_named_version_is_loaded_and_none_is_replaced(shared: LocalApi) -> None:
@@ -290,16 +264,13 @@ async def test_named_version_is_loaded_and_none_is_replaced(shared: LocalApi) ->
 BATCHES = {"instances": 2, "threads": 1, "max_batch_size": 4}
 
 
-@pytest.mark.parametrize("cause", ["idle", "eviction"])
-async def test_demand_brings_a_rollback_back(start: Start, cause: str) -> None:
-    places = {"max_loaded": 1, "evict": "idle", "min_residency_s": 0} if cause == "eviction" else {}
-    api = await start(on_demand="on", **places)
+async def test_demand_brings_a_rollback_back(start: Start) -> None:
+    api = await start(on_demand="on", max_loaded=1, evict="idle", min_residency_s=0)
     add(api, "m", 1, 2)
     await api.load("m", version=2)
-    await api.load("m", version=1, keep_alive_s=0 if cause == "idle" else -1, **BATCHES)
-    if cause == "eviction":
-        add(api, "other")
-        assert (await api.infer("other", ONE)).status == 200
+    await api.load("m", version=1, **BATCHES)
+    add(api, "other")
+    assert (await api.infer("other", ONE)).status == 200
     shown = await api.model_when("m", state="unloaded")
     assert (shown["chosen"]["version"], shown["chosen"]["by"]) == (1, "alice")
     assert {name: shown["chosen"]["parameters"][name] for name in BATCHES} == BATCHES
@@ -362,19 +333,6 @@ async def test_unloaded_model_stays_out_of_service(shared: LocalApi) -> None:
     assert await causes(shared, "held") == ["demand", "request", "request"]
 
 
-async def test_idle_model_is_taken_out_of_service(shared: LocalApi) -> None:
-    add(shared, "idle")
-    job = await shared.unload("idle")
-    assert job["parameters"] == {"force": False, "load_job_id": None}
-    assert (await shared.infer("idle", ONE)).refusal == (503, "out_of_service")
-    assert (await shared.unload("idle"))["id"] == job["id"]
-    await shared.unload("idle", until_asked=True)
-    assert (await shared.infer("idle", ONE)).refusal == (503, "out_of_service")
-    await shared.load("idle")
-    await shared.unload("idle", until_asked=True)
-    assert (await shared.infer("idle", ONE)).status == 200
-
-
 async def test_removal_by_force_ends_loads_of_its_version_only(shared: LocalApi) -> None:
     for version in (1, 2):
         save(models.add(version), shared.config.repository, "forced", version)
@@ -392,13 +350,6 @@ async def test_removal_by_force_ends_loads_of_its_version_only(shared: LocalApi)
     assert (await shared.model("forced"))["state"] == "loaded"
 
 
-async def test_requested_load_is_joined(shared: LocalApi) -> None:
-    save(models.slow_identity(side=400), shared.config.repository, "joined")
-    await shared.accepted_load("joined")
-    assert (await shared.infer("joined", ONE)).json["outputs"][0]["data"] == [1]
-    assert await causes(shared, "joined") == ["request"]
-
-
 async def test_unload_ends_before_the_model_is_loaded_again(shared: LocalApi) -> None:
     save(models.counting_loop(), shared.config.repository, "loop")
     await shared.load("loop")
@@ -407,6 +358,9 @@ async def test_unload_ends_before_the_model_is_loaded_again(shared: LocalApi) ->
     await until(lambda: worker.in_flight == 1)
     await shared.post("/api/v1/models/loop/unload?until_asked=true")
     await shared.model_when("loop", state="unloading")
+    late = await shared.infer("loop", ENDLESS, parameters=SOON)
+    assert late.refusal == (504, "inference_timeout")
+    assert "it is being unloaded" in late.json["error"]
     waiting = asyncio.create_task(shared.infer("loop", {**ENDLESS, "data": [5]}))
     await until(lambda: shared.app[DEMAND].count_waiting("loop") == 1)
     assert await causes(shared, "loop") == ["request"]
@@ -578,17 +532,6 @@ async def test_timeout_is_504_and_the_load_goes_on(shared: LocalApi) -> None:
     assert not shared.app[DEMAND].demand.has("slow")
 
 
-async def test_full_job_queue_is_429(shared: LocalApi, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(
-        jobcommands.RULES, Cause.DEMAND, replace(jobcommands.RULES[Cause.DEMAND], most_unended=1)
-    )
-    save_bytes(models.endless_load(), shared.config.repository, "busy")
-    add(shared, "refused")
-    await shared.accepted_load("busy")
-    assert (await shared.infer("refused", ONE)).refusal == (429, "queue_full")
-    await shared.unload("busy", force=True)
-
-
 async def test_shutdown_ends_the_wait(start: Start) -> None:
     api = await start(on_demand="on")
     save_bytes(models.endless_load(), api.config.repository, "m")
@@ -596,9 +539,6 @@ async def test_shutdown_ends_the_wait(start: Start) -> None:
     await api.app.shutdown()
     for answer in [*await asyncio.gather(*waiting), await api.infer("m", ONE)]:
         assert answer.refusal == (503, "shutting_down")
-
-
-RULES = ModelRules(approval=(ApprovalRule(("m",)),))
 
 
 async def approve(api: LocalApi, model_id: str) -> None:
@@ -610,29 +550,25 @@ async def approve(api: LocalApi, model_id: str) -> None:
     assert answer.status == 200, answer.body
 
 
-async def test_approval_ends_the_back_off_of_a_refused_demand(start: Start) -> None:
-    api = await start(on_demand="on", policy=LoadPolicy(approval=RULES.approval))
-    add(api, "m")
-    add(api, "free")
-    refused = await api.infer("m", ONE)
+async def test_approval_ends_the_back_off_of_a_refused_demand(shared: LocalApi) -> None:
+    add(shared, "asked")
+    refused = await shared.infer("asked", ONE)
     assert refused.refusal == (503, "load_failed")
     assert "1 more approval, by others than 'pia', who asks" in refused.json["detail"]
-    assert (await api.infer("free", ONE)).status == 200
-    await approve(api, "m")
-    assert (await api.infer("m", ONE)).status == 200
-    requests = [data for data in await api.data_of(LoadRequested) if data.policy]
+    await approve(shared, "asked")
+    assert (await shared.infer("asked", ONE)).status == 200
+    requests = [data for data in await shared.data_of(LoadRequested) if data.policy]
     assert {(data.cause, data.justification) for data in requests} == {(Cause.DEMAND, UNSET)}
-    assert (await api.model("m"))["approval"]["by"] == ["bob"]
+    assert (await shared.model("asked"))["approval"]["by"] == ["bob"]
 
 
-async def test_refusal_of_one_caller_is_not_that_of_another(start: Start) -> None:
-    api = await start(on_demand="on", policy=LoadPolicy(approval=RULES.approval))
-    add(api, "m")
-    await approve(api, "m")
+async def test_refusal_of_one_caller_is_not_that_of_another(shared: LocalApi) -> None:
+    add(shared, "asked-twice")
+    await approve(shared, "asked-twice")
 
     async def ask(subject: str) -> int:
-        path, body = "/v2/models/m/infer", {"inputs": [ONE]}
-        return (await api.post(path, json=body, roles=("infer",), subject=subject)).status
+        path, body = "/v2/models/asked-twice/infer", {"inputs": [ONE]}
+        return (await shared.post(path, json=body, roles=("infer",), subject=subject)).status
 
     assert [*await asyncio.gather(ask("bob"), ask("bob"))] == [503, 503]  # who approved asks, too
     assert await ask("pia") == 200
