@@ -193,9 +193,8 @@ class Calls:
         self._tests: dict[tuple[str, str], set[str]] = defaultdict(set)
         self._sizes: dict[str, int] = defaultdict(int)
         failed = folder / CACHE / "v" / "cache" / "lastfailed"
-        fails = (
-            {name.partition("[")[0] for name in json.loads(failed.read_text())} if failed.exists() else set()
-        )
+        self.fails = list(json.loads(failed.read_text())) if failed.exists() else list[str]()
+        fails = {name.partition("[")[0] for name in self.fails}
         for record in filter(Path.is_file, folder.iterdir()):
             for line in record.read_text().splitlines():
                 test, path, function = line.split("\t")
