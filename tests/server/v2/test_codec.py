@@ -254,8 +254,9 @@ def test_nan_and_infinities_are_read_in_data_alone(padding: int) -> None:
     for members in ({"parameters": {"timeout": math.inf}}, {"mine": math.nan}, {"id": math.nan}):
         wrong, _ = request_of(tensor(data=[math.nan]), **members)
         assert "invalid character" in refusal(wrong + b" " * padding)
-    wrong, _ = request_of(tensor(shape=[math.nan]))
-    assert "NaN and Infinity are allowed in the data of an input alone" in refusal(wrong + b" " * padding)
+    for misplaced in ({"shape": [math.nan]}, {"name": math.nan}):
+        wrong, _ = request_of(tensor(**misplaced))
+        assert "NaN and Infinity are allowed in the data of an input alone" in refusal(wrong + b" " * padding)
     twice = b'"data": [NaN, 1], "data": [NaN, 2]'
     assert refusal(body.replace(b'"data": [NaN, -Infinity]', twice, 1) + b" " * padding)
 
