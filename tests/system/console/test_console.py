@@ -161,7 +161,6 @@ async def test_model_page_shows_bytes_charts_and_programs(server: Server, admin:
     await expect(page.locator(".traffic .summary").nth(1)).to_contain_text("in the last hour")
     await page.get_by_role("button", name="Show the last 24 hours").last.click()
     await expect(page.locator(".traffic .summary").nth(1)).to_contain_text("answered in the last 24 hours")
-    await check_accessibility(admin)
     await page.set_viewport_size(PHONE)
     await admin.fits()
     await page.reload()
@@ -312,22 +311,18 @@ async def test_dropped_files_become_a_version_and_are_loaded(server: Server, adm
     await expect(page.locator("dialog[open] .refusal")).to_contain_text("exists")
 
 
-@pytest.mark.parametrize("resolved", [RESOLVED, NAMED], ids=["resolved", "as named"])
-async def test_version_shows_where_its_uploader_said_it_came_from(
-    server: Server, admin: Console, resolved: str
-) -> None:
-    model_id = f"said-{len(resolved)}"
-    said = {"source": NAMED, "resolved": resolved}
-    await server.api.add_by_upload(model_id, 1, models.add().SerializeToString(), **said)
-    await admin.go(f"#/models/{model_id}")
+async def test_version_shows_where_its_uploader_said_it_came_from(server: Server, admin: Console) -> None:
     version = admin.page.locator(".its-versions tbody > tr")
-    named = "" if resolved == NAMED else f" (named {NAMED})"
-    await expect(version).to_contain_text(f" by alice, who said that it came from {resolved}{named}.")
-    await expect(version.get_by_role("link")).to_have_count(0)
+    for resolved, named in ((RESOLVED, f" (named {NAMED})"), (NAMED, "")):
+        model_id = f"said-{len(resolved)}"
+        said = {"source": NAMED, "resolved": resolved}
+        await server.api.add_by_upload(model_id, 1, models.add().SerializeToString(), **said)
+        await admin.go(f"#/models/{model_id}")
+        await expect(version).to_contain_text(f" by alice, who said that it came from {resolved}{named}.")
+        await expect(version.get_by_role("link")).to_have_count(0)
     await admin.page.get_by_role("button", name="Add a version…").click()
     command = f"loadledger add {model_id} hf://ORG/REPO"
     await expect(admin.page.locator("#upload-by-name code")).to_have_text(command)
-    assert await admin.serious() == []
     await admin.page.set_viewport_size(PHONE)
     await admin.fits()
 
@@ -520,6 +515,8 @@ async def test_page_of_an_unknown_model_says_only_so(admin: Console) -> None:
 
 
 PAGES = ("#/", "#/timeline", "#/at/3", "#/ledger", "#/jobs", "#/models/fraud-check")
+OPENED = {"#/timeline", "#/ledger"}
+"""Pages that test_console_timeline.py checks with their parts open."""
 
 
 async def test_axe_finds_nothing_serious_in_pages(busy_server: Server, browser: BrowserContext) -> None:
@@ -530,7 +527,8 @@ async def test_axe_finds_nothing_serious_in_pages(busy_server: Server, browser: 
         for address in PAGES:
             await console.page.goto(f"{busy_server.url}/{address}")
             await expect(console.page.locator("main h2").first).to_be_visible()
-            await check_accessibility(console)
+            if address not in OPENED:
+                await check_accessibility(console)
             for size in (PHONE, TABLET):
                 await console.page.set_viewport_size(size)
                 await console.fits()

@@ -81,7 +81,6 @@ async def test_nodes_show_what_runs_where_and_are_drained(
             "href", "http://loadledger-2/"
         )
         await page.screenshot(path=Path(PICTURES or tmp_path) / "nodes.png", full_page=True)
-        assert await console.serious() == []
 
         await row(console, "loadledger-2").get_by_role("button", name="Drain… loadledger-2").click()
         has = len(listed["loadledger-2"]["models"])
