@@ -313,15 +313,14 @@ async def test_dropped_files_become_a_version_and_are_loaded(server: Server, adm
 
 async def test_version_shows_where_its_uploader_said_it_came_from(server: Server, admin: Console) -> None:
     version = admin.page.locator(".its-versions tbody > tr")
-    for resolved, named in ((RESOLVED, f" (named {NAMED})"), (NAMED, "")):
-        model_id = f"said-{len(resolved)}"
+    for model_id, resolved, named in (("said", RESOLVED, f" (named {NAMED})"), ("named", NAMED, "")):
         said = {"source": NAMED, "resolved": resolved}
         await server.api.add_by_upload(model_id, 1, models.add().SerializeToString(), **said)
         await admin.go(f"#/models/{model_id}")
         await expect(version).to_contain_text(f" by alice, who said that it came from {resolved}{named}.")
         await expect(version.get_by_role("link")).to_have_count(0)
     await admin.page.get_by_role("button", name="Add a version…").click()
-    command = f"loadledger add {model_id} hf://ORG/REPO"
+    command = "loadledger add named hf://ORG/REPO"
     await expect(admin.page.locator("#upload-by-name code")).to_have_text(command)
     await admin.page.set_viewport_size(PHONE)
     await admin.fits()
