@@ -19,15 +19,15 @@ IR_VERSION = 8
 STAGES = ((64, 3), (128, 4), (256, 3), (512, 2))
 CLASSES = 1000
 ADD_ONE = "add-one"
+# As many as the network has weights.
 TABLE_ELEMENTS = 13_500_000
-# Of 4 MB, multiplied so often that an inference takes about 3 ms of one core.
-SLOW_SIDE, SLOW_LAYERS = 1024, 64
-# Of 4 MB, multiplied so often that an inference takes about 3 ms of one core.
-SLOW_SIDE, SLOW_LAYERS = 1024, 64
 
 
-class ConvNet:
-    """Builds a residual network node by node; the weights are random, with a fixed seed."""
+Shape = Sequence[int | str]
+
+
+class Layers:
+    """Builds a network node by node; the weights are random, with a fixed seed."""
 
     def __init__(self, seed: int) -> None:
         self._random: Generator = np.random.default_rng(seed)
@@ -65,28 +65,16 @@ class ConvNet:
         inner = self.node("Relu", [self.conv(source, inputs, outputs, kernel=3, stride=stride)])
         return self.node("Relu", [self.node("Add", [self.conv(inner, outputs, outputs, kernel=3), shortcut])])
 
-    def layers(self) -> str:
-        """Append the whole network, from `image` on, and return the name of its result."""
-        channels = STAGES[0][0]
-        last = self.node("Relu", [self.conv("image", 3, channels, kernel=7, stride=2)])
-        for outputs, blocks in STAGES:
-            for index in range(blocks):
-                last = self.block(last, channels, outputs, stride=2 if index == 0 else 1)
-                channels = outputs
-        pooled = self.node("Flatten", [self.node("GlobalAveragePool", [last])])
-        return self.node("Gemm", [pooled, self.weight(CLASSES, channels), self.weight(CLASSES)], transB=1)
-
-    def model(self) -> bytes:
-        """Return the network from `image` [N, 3, 224, 224] FP32 to its scores [N, 1000] FP32."""
-        output = self.layers()
-        graph = helper.make_graph(
-            self._nodes,
-            "convnet",
-            [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", 3, 224, 224])],
-            [helper.make_tensor_value_info(output, TensorProto.FLOAT, ["N", CLASSES])],
-            self._weights,
+    def model(self, name: str, inputs: Mapping[str, Shape], outputs: Mapping[str, Shape]) -> bytes:
+        """Return the network as a file; all that goes in and comes out is FP32."""
+        given, results = (
+            [
+                helper.make_tensor_value_info(key, TensorProto.FLOAT, list(shape))
+                for key, shape in each.items()
+            ]
+            for each in (inputs, outputs)
         )
-        return _serialised(graph)
+        return _serialised(helper.make_graph(self._nodes, name, given, results, self._weights))
 
 
 def _serialised(graph: onnx.GraphProto) -> bytes:
@@ -97,8 +85,17 @@ def _serialised(graph: onnx.GraphProto) -> bytes:
 
 
 def convnet(seed: int = 0) -> bytes:
-    """Return a convolutional network of 54 MB."""
-    return ConvNet(seed).model()
+    """Return a residual convolutional network of 54 MB."""
+    layers, channels = Layers(seed), STAGES[0][0]
+    last = layers.node("Relu", [layers.conv("image", 3, channels, kernel=7, stride=2)])
+    for outputs, blocks in STAGES:
+        for index in range(blocks):
+            last = layers.block(last, channels, outputs, stride=2 if index == 0 else 1)
+            channels = outputs
+    pooled = layers.node("Flatten", [layers.node("GlobalAveragePool", [last])])
+    weights = layers.weight(CLASSES, channels), layers.weight(CLASSES)
+    scores = layers.node("Gemm", [pooled, *weights], transB=1)
+    return layers.model("convnet", {"image": ("N", 3, 224, 224)}, {scores: ("N", CLASSES)})
 
 
 def renamed(model: bytes, name: str) -> bytes:
@@ -146,33 +143,7 @@ def write(repository: Path, model_id: str, model: bytes, *, version: int = 1) ->
     return path
 
 
-Shape = Sequence[int | str]
-
-
-class Layers(ConvNet):
-    """Builds a network of other layers, too."""
-
-    def network(self, name: str, inputs: Mapping[str, Shape], outputs: Mapping[str, Shape]) -> bytes:
-        """Return the network as a file; all that goes in and comes out is FP32."""
-        given, results = (
-            [
-                helper.make_tensor_value_info(key, TensorProto.FLOAT, list(shape))
-                for key, shape in each.items()
-            ]
-            for each in (inputs, outputs)
-        )
-        graph = helper.make_graph(self._nodes, name, given, results, self._weights)
-        model = helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION
-        )
-        onnx.checker.check_model(model)
-        content: bytes = model.SerializeToString()
-        return content
-
-
 MLP_LAYERS = (1024, 3072, 3072, 3072, 1024, 1000)
-
-
 LARGE_SIDE, LARGE_LAYERS = 4096, 16
 WEIGHTS = "weights.bin"
 
@@ -216,7 +187,7 @@ def mlp() -> bytes:
         if index:
             last = layers.node("Relu", [last])
         last = layers.node("Gemm", [last, layers.weight(outputs, inputs), layers.weight(outputs)], transB=1)
-    return layers.network("mlp", {"x": ("N", MLP_LAYERS[0])}, {last: ("N", MLP_LAYERS[-1])})
+    return layers.model("mlp", {"x": ("N", MLP_LAYERS[0])}, {last: ("N", MLP_LAYERS[-1])})
 
 
 NETWORKS = (

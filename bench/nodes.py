@@ -43,19 +43,14 @@ class Fleet:
     Args:
         folder: An empty directory.
         address: Of the ledger.
-        names: Of all nodes that it may have.
-        lease_s: Of the nodes.
     """
 
-    def __init__(
-        self, folder: Path, address: str, names: Sequence[str] = NAMES, lease_s: float | None = None
-    ) -> None:
+    def __init__(self, folder: Path, address: str) -> None:
         self._folder = folder
         self._address = address
-        self._lease_s = LEASE_S if lease_s is None else lease_s
         self.repository = folder / "repository"
         self.nodes: dict[str, Node] = {}
-        self._ports = {name: find_free_port() for name in names}
+        self._ports = {name: find_free_port() for name in NAMES}
 
     def start(self, name: str) -> Server:
         """Start a node, or start it again; return when it is ready."""
@@ -65,7 +60,7 @@ class Fleet:
                 driver.run("key", "rotate", "--data", shared)
             shutil.copytree(shared / "keys", data / "keys")
         port = self._ports[name]
-        node = ("--ledger", self._address, "--node-name", name, "--lease-s", f"{self._lease_s:g}")
+        node = ("--ledger", self._address, "--node-name", name, "--lease-s", f"{LEASE_S:g}")
         where = ("--port", str(port), "--node-address", self.url(name))
         options = (*driver.UNLIMITED, *node, *where)
         process = driver.serve(self.repository, data, output, options)
