@@ -569,7 +569,9 @@ def test_eviction_ends_one_copy() -> None:
     assert action.model.serving.load_job_id == "Ca"
 
 
-@pytest.mark.parametrize(("idle_s", "expected"), [(30, "nothing"), (90, f"unload {MODEL}, idle")])
+@pytest.mark.parametrize(
+    ("idle_s", "expected"), [(0, "nothing"), (30, "nothing"), (90, f"unload {MODEL}, idle")]
+)
 def test_copied_model_is_idle_when_all_its_copies_are(idle_s: int, expected: str) -> None:
     cluster = Cluster(budget_bytes=10**9)
     for name, load, cause in (("a", "A", Cause.REQUEST), ("b", "B", Cause.COPY)):

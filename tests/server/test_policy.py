@@ -94,11 +94,11 @@ MISTAKES = {
         ('keys = "other.pub"', ".keys: Not a valid list"),
         (
             'certificates = [{roots = "other.pub", subject = "CN=a"}]',
-            ".certificates[0].roots: 'other.pub' is",
+            ".certificates[0].roots: 'other.pub' is refused: there is no certificate",
         ),
         (
-            'certificates = [{roots = "ca.pem", subject = "a"}]',
-            ".certificates[0].subject: Is refused: 'a' is no",
+            'certificates = [{roots = "ca.pem", subject = "release"}]',
+            ".certificates[0].subject: Is refused: 'release' is no name",
         ),
         ('certificates = [{roots = "ca.pem"}]', ".certificates[0].subject: Missing data"),
         (

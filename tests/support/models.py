@@ -87,8 +87,8 @@ def model(
     return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, functions=functions)
 
 
-def written(graph: str) -> ModelProto:
-    """Put a graph in ONNX's own text form into a model."""
+def parse_model(graph: str) -> ModelProto:
+    """Return a model with a graph in ONNX's own text form."""
     made = parser.parse_graph(f"graph {graph}")
     return model(made.node, made.input, made.output, made.initializer)
 
@@ -123,7 +123,7 @@ def add(constant: float = 1.0) -> ModelProto:
 
 def subtract() -> ModelProto:
     """`y = a - b`: two inputs, whose order matters."""
-    return written("(float[?] a, float[?] b) => (float[?] y) { y = Sub(a, b) }")
+    return parse_model("(float[?] a, float[?] b) => (float[?] y) { y = Sub(a, b) }")
 
 
 def weights(megabytes: int, *, layers: int = 8, seed: int = 0) -> ModelProto:
@@ -181,7 +181,7 @@ def _folded_chain(side: int, depth: int) -> tuple[list[NodeProto], list[TensorPr
 
 def counting_loop() -> ModelProto:
     """`count = trips`, by counting: runs as long as its input says, so `ENDLESS` never returns by itself."""
-    return written("""(int64 trips) => (int64 count) <bool go = {1}, int64 zero = {0}> {
+    return parse_model("""(int64 trips) => (int64 count) <bool go = {1}, int64 zero = {0}> {
         count = Loop (trips, go, zero) <body = body
             (int64 trip, bool going, int64 total) => (bool going_out, int64 total_out) <int64 one = {1}> {
                 going_out = Identity(going)
@@ -204,7 +204,7 @@ def memory_bomb_on_load(count: int = 225_000_000) -> ModelProto:
 
 def memory_bomb_on_run() -> ModelProto:
     """Takes 4 bytes times the product of its input (a shape) to answer with one number."""
-    return written("""(int64[?] shape) => (float sum) {
+    return parse_model("""(int64[?] shape) => (float sum) {
         zeros = ConstantOfShape(shape)
         sum = ReduceSum <keepdims = 0> (zeros)
     }""")
@@ -219,7 +219,7 @@ def crash_on_load() -> ModelProto:
 
 def crash_on_run() -> ModelProto:
     """`y = a / b` of integers, or a if b is 0: kills its process (SIGFPE on x86) for `LOWEST / -1`."""
-    return written("""(int64[?] a, int64[?] b) => (int64[?] y) <int64 zero = {0}, int64 one = {1}> {
+    return parse_model("""(int64[?] a, int64[?] b) => (int64[?] y) <int64 zero = {0}, int64 one = {1}> {
         is_zero = Equal(b, zero)
         divisor = Where(is_zero, one, b)
         y = Div(a, divisor)
@@ -228,7 +228,7 @@ def crash_on_run() -> ModelProto:
 
 def unknown_operator() -> ModelProto:
     """A valid file with an operator that no runtime has."""
-    return written("(float[?] x) => (float[?] y) { y = Frobnicate(x) }")
+    return parse_model("(float[?] x) => (float[?] y) { y = Frobnicate(x) }")
 
 
 def external(location: str, *, count: int = 4) -> ModelProto:
@@ -313,7 +313,7 @@ def optional_value(name: str) -> ValueInfoProto:
 
 def optional_input() -> ModelProto:
     """`y = o` if o is given, else x; `given` says which."""
-    return written("""(float[?] x, optional(float[?]) o) => (float[?] y, bool given) {
+    return parse_model("""(float[?] x, optional(float[?]) o) => (float[?] y, bool given) {
         given = OptionalHasElement(o)
         y = If (given) <
             then_branch = then () => (float[?] t) { t = OptionalGetElement(o) },
@@ -343,7 +343,7 @@ def optional_output() -> ModelProto:
 
 def running_total() -> ModelProto:
     """Adds x, step by step, to the state that goes in; every total, and the state to go on with, come out."""
-    return written("""(float[2] state, float[?, 2] x) => (float[2] new_state, float[?, 2] totals) {
+    return parse_model("""(float[2] state, float[?, 2] x) => (float[2] new_state, float[?, 2] totals) {
         new_state, totals = Scan (state, x) <num_scan_inputs = 1, body = body
             (float[2] before, float[2] step) => (float[2] after, float[2] t) {
                 after = Add(before, step)
@@ -371,7 +371,7 @@ def quantised() -> ModelProto:
 
 def look_up() -> ModelProto:
     """`y = 10 * x` for rows of x from 0 to 3, by looking it up: fails for any other."""
-    return written("""(int64[batch, length] x) => (int64[batch, length] y)
+    return parse_model("""(int64[batch, length] x) => (int64[batch, length] y)
     <int64[4] table = {0, 10, 20, 30}> {
         y = Gather(table, x)
     }""")
@@ -379,7 +379,7 @@ def look_up() -> ModelProto:
 
 def distinct_rows() -> ModelProto:
     """The rows of x, each once: what has a batch dimension of its own length."""
-    return written("(float[batch, 1] x) => (float[any, 1] y) { y = Unique <axis = 0, sorted = 0> (x) }")
+    return parse_model("(float[batch, 1] x) => (float[any, 1] y) { y = Unique <axis = 0, sorted = 0> (x) }")
 
 
 def counting_rows() -> ModelProto:
@@ -401,19 +401,19 @@ def identity_of_any_shape(element: int) -> ModelProto:
 
 def reshape() -> ModelProto:
     """`y = x` as a matrix whose sides are the second input: zeros are no such sides."""
-    return written(
+    return parse_model(
         "(float[6] x, int64[2] sides) => (float[?, ?] y) { y = Reshape <allowzero = 1> (x, sides) }"
     )
 
 
 def divide() -> ModelProto:
     """`y = a / b` of integers: fails where b is 0."""
-    return written("(int64[?] a, int64[?] b) => (int64[?] y) { y = Div(a, b) }")
+    return parse_model("(int64[?] a, int64[?] b) => (int64[?] y) { y = Div(a, b) }")
 
 
 def crash_on_zeros() -> ModelProto:
     """Kills the process that runs it (SIGFPE on x86) for 0: it is then `LOWEST / -1`."""
-    return written(f"""(int64[1] x) => (int64[1] y) <int64 lowest = {{{LOWEST}}}, int64 one = {{1}}> {{
+    return parse_model(f"""(int64[1] x) => (int64[1] y) <int64 lowest = {{{LOWEST}}}, int64 one = {{1}}> {{
         a = Add(x, lowest)
         b = Sub(x, one)
         y = Div(a, b)
@@ -422,7 +422,7 @@ def crash_on_zeros() -> ModelProto:
 
 def crash_on_rows(rows: int) -> ModelProto:
     """`y = x`; kills the process that runs it (SIGFPE on x86) for so many: it then divides `LOWEST / -1`."""
-    return written(f"""(int64[?] x) => (int64[?] y) <
+    return parse_model(f"""(int64[?] x) => (int64[?] y) <
         int64[1] deadly = {{{rows}}}, int64[1] lowest = {{{LOWEST}}},
         int64[1] one = {{1}}, int64[1] zero = {{0}}
     > {{
@@ -447,14 +447,14 @@ def endless() -> ModelProto:
 
 def filled() -> ModelProto:
     """As many ones and a half as the input says."""
-    return written(
+    return parse_model(
         "(int64[1] count) => (float[?] y) { y = ConstantOfShape <value = float[1] {1.5}> (count) }"
     )
 
 
 def filled_rows() -> ModelProto:
     """For each row as many tenths as the largest of the batch says."""
-    return written("""(int64[batch, 1] x) => (float[batch, length] y) <int64[1] one = {1}> {
+    return parse_model("""(int64[batch, 1] x) => (float[batch, length] y) <int64[1] one = {1}> {
         largest = ReduceMax <keepdims = 0> (x)
         length = Reshape(largest, one)
         rows = Shape <start = 0, end = 1> (x)
@@ -472,7 +472,7 @@ def second_column() -> ModelProto:
 
 def memory_bomb_on_zeros(count: int = 250_000_000) -> ModelProto:
     """Takes 4 bytes times count to answer any input with one number."""
-    return written(f"""(int64[1] x) => (float sum) <int64[1] count = {{{count}}}> {{
+    return parse_model(f"""(int64[1] x) => (float sum) <int64[1] count = {{{count}}}> {{
         shape = Add(x, count)
         zeros = ConstantOfShape(shape)
         sum = ReduceSum <keepdims = 0> (zeros)

@@ -165,8 +165,8 @@ async def test_node_cut_off_for_a_moment_stays(cluster: Cluster, dice: random.Ra
     assert not await lost_since(cluster, before, healed_at)
 
 
-async def is_answered(node: ClusterNode, status: int) -> Answer:
-    """Wait until a node answers `/health/ready` with this status."""
+async def await_readiness(node: ClusterNode, status: int) -> Answer:
+    """Wait until a node answers `/health/ready` with this status; return the answer."""
     return await when(lambda: node.api.get("/health/ready"), lambda answer: answer.status == status)
 
 
@@ -176,11 +176,11 @@ async def test_node_with_full_disk_is_lost_and_comes_back(cluster: Cluster, dice
         node.fill_disk()
         await cluster.until(is_lost(node.name, epoch))
         await cluster.until(are_elsewhere(models, node.name))
-        assert "the lease is not renewed" in (await is_answered(node, 503)).json["detail"]
+        assert "the lease is not renewed" in (await await_readiness(node, 503)).json["detail"]
         await when(node.list_live, lambda live: not live)
         node.mend_disk()
         await cluster.until(has_joined(node.name, epoch + 1))
-    await is_answered(node, 200)
+    await await_readiness(node, 200)
 
 
 async def test_node_whose_disk_hangs_is_lost_and_answers_nothing(
@@ -195,7 +195,7 @@ async def test_node_whose_disk_hangs_is_lost_and_answers_nothing(
     await cluster.until(is_lost(node.name, epoch))
     await cluster.until(are_elsewhere(models, node.name))
     await when(lambda: node.api.infer(models[0], question(dice)), lambda answer: answer.status == 503)
-    await is_answered(node, 503)
+    await await_readiness(node, 503)
     node.mend_disk()
     await cluster.until(has_joined(node.name, epoch + 1))
 
@@ -205,13 +205,13 @@ async def test_models_stay_when_all_disks_are_full(cluster: Cluster, dice: rando
     for node in cluster.nodes.values():
         node.fill_disk()
     for node in cluster.nodes.values():
-        await is_answered(node, 503)
+        await await_readiness(node, 503)
     async with cluster.inferring([(name, model_id) for name, model_id, _ in list_places(before)], dice):
         await asyncio.sleep(LEASE_S)  # twice the lease without a renewal
     for node in cluster.nodes.values():
         node.mend_disk()
     for node in cluster.nodes.values():
-        await is_answered(node, 200)
+        await await_readiness(node, 200)
     assert set(list_places(await cluster.settled())) == set(list_places(before))
 
 

@@ -15,7 +15,7 @@ from support.workers import LIMIT_S, answer, fork_server_of, freeze, load, order
 from runtime.errors import InferenceTimeout
 from runtime.process import pool as pool_module
 from runtime.process.pool import WorkerPool
-from runtime.timeouts import Timeout, TimeoutExpired, timeout
+from runtime.timeouts import LAST_READ_S, Timeout, TimeoutExpired, timeout
 
 SHORT_S = 0.3
 """The limits of these tests. What must end within them takes some milliseconds once it may run."""
@@ -116,7 +116,7 @@ async def test_timeout_begins_anew_with_progress() -> None:
     def progress() -> int:
         nonlocal checks
         checks += 1
-        if checks == 5:  # each after a tenth of a second
+        if checks == 2 + 2 * SHORT_S / LAST_READ_S:  # far later than the timeout would have passed
             ended.set()
         return checks
 

@@ -1,4 +1,4 @@
-"""The server's side of a worker: its death, cancelled inferences and stop."""
+"""The server's side of workers: their death, cancelled inferences and stop; the pool that starts them."""
 
 import asyncio
 import os
@@ -97,10 +97,7 @@ async def test_malformed_frame_ends_this_worker_only(serve: Serve, channel: str)
     assert await answer(other, floats("x", 1)) == [2]
 
 
-# The pool: cancelled starts, and either event loop
-
-
-# Start
+# The pool: starts, cancelled ones too, on either event loop
 
 
 @pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop])
@@ -175,7 +172,7 @@ async def test_stopped_fork_server_with_workers_is_waited_for(
     assert fork_server_of(pool) is first
 
 
-def shown(pid: int) -> tuple[str, list[bytes]]:
+def read_names(pid: int) -> tuple[str, list[bytes]]:
     """Return what `ps` shows of a process: its short name, and its command line."""
     folder = Path(f"/proc/{pid}")
     return (folder / "comm").read_text().strip(), (folder / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
@@ -183,10 +180,10 @@ def shown(pid: int) -> tuple[str, list[bytes]]:
 
 async def test_processes_say_what_they_serve(serve: Serve, pool: WorkerPool) -> None:
     worker = await serve(models.add(), "a-model-with-a-long-name")
-    short, told = shown(worker.pid)
+    short, told = read_names(worker.pid)
     assert short == "a-model-..ame/1"
     assert told[1:] == [b"loadledger", b"a-model-with-a-long-name/1", b"of", b"server", b"%d" % os.getpid()]
-    assert shown(fork_server_of(pool).pid)[0] == "fork server"
+    assert read_names(fork_server_of(pool).pid)[0] == "fork server"
 
 
 # Work that a cancelled task completes

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import ModelProto, helper, numpy_helper
 from support import models
-from support.models import FLOAT, INT64, model, save, value, written
+from support.models import FLOAT, INT64, model, parse_model, save, value
 from support.workers import Serve, ask_all, asked_at_once, load, order_of, refusal, tensor
 
 from runtime.errors import InvalidInput
@@ -103,7 +103,7 @@ def test_operators_are_found_by_name(tmp_path_factory: pytest.TempPathFactory, n
 # In a worker
 
 
-LESS_ITS_MEAN = written("""(float[batch, 4] x) => (float[batch, 4] y) <int64[1] axis = {0}> {
+LESS_ITS_MEAN = parse_model("""(float[batch, 4] x) => (float[batch, 4] y) <int64[1] axis = {0}> {
     mean = ReduceMean(x, axis)
     y = Sub(x, mean)
 }""")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from onnx import ModelProto, helper, numpy_helper
 from support import models
-from support.models import FLOAT, INT64, model, save, value, written
+from support.models import FLOAT, INT64, model, parse_model, save, value
 from support.running import Engine
 from support.workers import answer, floats, load, loaded_memory, order_of, refusal, tensor
 
@@ -263,7 +263,7 @@ def endless() -> ModelProto:
 
 def filled(count: int) -> ModelProto:
     """The sum of so many zeros, and of `x`."""
-    return written(f"""(float[length] x) => (float y) <int64[1] count = {{{count}}}> {{
+    return parse_model(f"""(float[length] x) => (float y) <int64[1] count = {{{count}}}> {{
         length = Shape(x)
         shape = Add(length, count)
         zeros = ConstantOfShape(shape)
@@ -279,7 +279,7 @@ async def test_lengths_of_weights_are_read_from_the_file(pool: WorkerPool, tmp_p
 
 async def test_refused_lengths_are_reported_as_a_guess(pool: WorkerPool, tmp_path: Path) -> None:
     reshaped = "(float[rows] x) => (float[?, ?] y) <int64[2] sides = {7, 99991}> { y = Reshape(x, sides) }"
-    save(written(reshaped), tmp_path, "m")
+    save(parse_model(reshaped), tmp_path, "m")
     _, report = await load(pool, order_of(tmp_path))
     [guess] = [spec.example for spec in report.inputs]
     assert guess is not None

@@ -318,7 +318,7 @@ async def test_request_with_too_many_names_is_refused(serve: Serve) -> None:
 
 def two_copies(count: int) -> ModelProto:
     """`x` so many times, in each of two outputs."""
-    return models.written(f"""(float[1] x) => (float[{count}] y, float[{count}] z)
+    return models.parse_model(f"""(float[1] x) => (float[{count}] y, float[{count}] z)
     <int64[1] shape = {{{count}}}> {{
         y = Expand(x, shape)
         z = Expand(x, shape)

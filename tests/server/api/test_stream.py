@@ -227,7 +227,7 @@ async def test_streams_of_a_subject_are_limited(start: Start) -> None:
 
 async def test_stream_ends_when_its_token_expires(shared: LocalApi) -> None:
     config = shared.config
-    token = sign_token(config.data, "alice", ["audit"], expires_s=2, audience=config.jwt_audience)
+    token = sign_token(config.data, "alice", ["audit"], expires_s=3, audience=config.jwt_audience)
     async with following(shared, token=token) as client:
         assert "token" in (await client.rest())[-1].comment
 
