@@ -47,7 +47,7 @@ hostile: install
 	rm -rf build
 	SOAK=all $(BIN)/pytest -n 0 -s tests/hostile
 
-# Changes the product at random places, one at a time, and prints which changes no test notices: two hours or more.
+# Changes the product at random places, one at a time, and prints which changes no test notices: an hour or more.
 # Another SEED draws other places. CALLS names a folder for the first run's records, to use them again.
 SEED ?= 1
 mutants: install

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tools.mutants import ROOT, Places
+from tools.mutants import ROOT, MutantFinder
 
 KINDS = {"condition negated", "bound off by one", "call dropped", "check skipped"}
 
@@ -10,7 +10,7 @@ KINDS = {"condition negated", "bound off by one", "call dropped", "check skipped
 @pytest.mark.parametrize("path", ["events/log.py", "server/http/connection.py"])
 def test_mutants_are_small_changes_that_compile(path: str) -> None:
     source = (ROOT / path).read_bytes()
-    found = Places(path, source).found
+    found = MutantFinder(path, source).found
     assert {mutant.kind for mutant in found} == KINDS
     for mutant in found:
         assert source[mutant.start : mutant.end].decode() == mutant.before

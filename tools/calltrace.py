@@ -21,10 +21,10 @@ HIGH = 500
 
 
 class Recorder:
-    """Writes a line for each function that a test is the first to enter: test, path, qualified name.
+    """Writes a line for each function when a test first enters it: the test, the path, the qualified name.
 
-    The test has a `=` before it if the function was entered in pytest's process: in another one, it is the
-    test that started the process, and a later one of its module may have entered the function.
+    A `=` before the test says that the function was entered in pytest's process. In another process, the test
+    is the one that started it: a later test of the same module may have entered the function.
     """
 
     _mark = ""

@@ -25,6 +25,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from tempfile import TemporaryDirectory
 
+import pytest
+
 from tools.calltrace import FOLDER, PACKAGES
 
 ROOT = Path(__file__).parent.parent
@@ -40,9 +42,11 @@ TRACED = ("-p", "tools.calltrace", "-W", "ignore::pytest.PytestAssertRewriteWarn
 CACHE = "cache"
 """pytest's, in the folder of the records: it has the tests that fail without a mutant."""
 LIMIT_S = 900
-"""For the tests of one mutant, which may hang for it."""
-MAX_ARGUMENTS = 400
-"""Tests of one run of pytest: a command line has a limit."""
+"""For one run of pytest, in which a mutant may hang."""
+FIRST_BATCH, GROWTH, LARGEST_BATCH = 8, 4, 400
+"""Tests in a run of pytest: few at first, as most mutants are found soon; a command line has a limit."""
+FILE_COST = 20
+"""How many times later a whole file of tests is run than a test that enters as many functions."""
 BOUNDS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,
     ast.LtE: ast.Lt,
@@ -71,7 +75,7 @@ class Mutant:
         return f"{self.path}:{self.line} {self.function or '(module)'}: {self.kind}: {before} -> {after}"
 
 
-class Places(ast.NodeVisitor):
+class MutantFinder(ast.NodeVisitor):
     """Collects all mutants of a module."""
 
     def __init__(self, path: str, source: bytes) -> None:
@@ -94,7 +98,7 @@ class Places(ast.NodeVisitor):
         function = ".".join(names) if self._functions else ""
         self.found.append(Mutant(self._path, function, node.lineno, kind, before, after, start, end))
 
-    def _visit_test(self, test: ast.expr) -> None:
+    def _negate(self, test: ast.expr) -> None:
         self._add(test, "condition negated", f"(not ({ast.unparse(test)}))")
 
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
@@ -116,23 +120,23 @@ class Places(ast.NodeVisitor):
         self._names.pop()
 
     def visit_If(self, node: ast.If) -> None:
-        self._visit_test(node.test)
+        self._negate(node.test)
         if not node.orelse and isinstance(node.body[-1], ast.Raise | ast.Return):
             self._add(node.test, "check skipped", "False")
         self.generic_visit(node)
 
     def visit_While(self, node: ast.While) -> None:
         if not isinstance(node.test, ast.Constant):
-            self._visit_test(node.test)
+            self._negate(node.test)
         self.generic_visit(node)
 
     def visit_IfExp(self, node: ast.IfExp) -> None:
-        self._visit_test(node.test)
+        self._negate(node.test)
         self.generic_visit(node)
 
     def visit_comprehension(self, node: ast.comprehension) -> None:
         for test in node.ifs:
-            self._visit_test(test)
+            self._negate(test)
         self.generic_visit(node)
 
     def visit_Compare(self, node: ast.Compare) -> None:
@@ -173,7 +177,7 @@ def draw_mutants(seed: int, count: int) -> list[Mutant]:
     left: dict[str, dict[str, list[Mutant]]] = {package: defaultdict(list) for package in PACKAGES}
     for package, kinds in left.items():
         for path in sorted((ROOT / package).rglob("*.py")):
-            for mutant in Places(str(path.relative_to(ROOT)), path.read_bytes()).found:
+            for mutant in MutantFinder(str(path.relative_to(ROOT)), path.read_bytes()).found:
                 kinds[mutant.kind].append(mutant)
     drawn: list[Mutant] = []
     while len(drawn) < count and any(left.values()):
@@ -211,7 +215,9 @@ class Calls:
             found = self._tests[mutant.path, mutant.function]
         else:
             found = set().union(*(tests for (path, _), tests in self._tests.items() if path == mutant.path))
-        ordered = sorted(found, key=lambda name: (self._sizes[name] * (1 if "::" in name else 20), name))
+        ordered = sorted(
+            found, key=lambda name: (self._sizes[name] * (1 if "::" in name else FILE_COST), name)
+        )
         return [name for name in ordered if "::" not in name or name.partition("::")[0] not in found]
 
 
@@ -245,11 +251,17 @@ def environment(tree: Path) -> dict[str, str]:
 
 
 def record_calls(tree: Path, folder: Path) -> None:
-    """Run all tests, and record which functions they enter, and which tests fail already."""
+    """Run all tests; record which functions they enter, and which tests fail already.
+
+    Raises:
+        SystemExit: pytest could not run them.
+    """
     folder.mkdir(parents=True)
     traced = environment(tree) | {FOLDER: str(folder)}
     cached = ("-p", "cacheprovider", "-o", f"cache_dir={folder / CACHE}")
-    subprocess.run([*PYTEST, *TRACED, *cached], cwd=tree, check=False, env=traced)  # noqa: S603 - our own command
+    ran = subprocess.run([*PYTEST, *TRACED, *cached], cwd=tree, check=False, env=traced)  # noqa: S603 - our own
+    if ran.returncode not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        raise SystemExit("pytest could not run the tests, so none is known that enters a mutant")
 
 
 def try_mutant(mutant: Mutant, calls: Calls, tree: Path) -> str:
@@ -267,9 +279,9 @@ def try_mutant(mutant: Mutant, calls: Calls, tree: Path) -> str:
 
 def run_tests(tests: list[str], fails: Iterable[str], tree: Path) -> str:
     """Return the first of these tests that fails, but for those that fail anyway; "" if all pass."""
-    passed_over = [f"--deselect={name}" for name in fails]
+    deselected = [f"--deselect={name}" for name in fails]
     for names in batches(tests):
-        command = [*PYTEST, "-n", "0", "-x", "--no-header", *passed_over, *names]
+        command = [*PYTEST, "-n", "0", "-x", "--no-header", *deselected, *names]
         try:
             ran = subprocess.run(  # noqa: S603 - our own command
                 command,
@@ -291,21 +303,21 @@ def run_tests(tests: list[str], fails: Iterable[str], tree: Path) -> str:
 
 
 def batches(tests: list[str]) -> Iterator[list[str]]:
-    """Return the tests in runs of pytest: few at first, as most mutants are found soon."""
-    size = 8
+    """Yield the tests of each run of pytest."""
+    size = FIRST_BATCH
     while tests:
         yield tests[:size]
         tests = tests[size:]
-        size = min(size * 4, MAX_ARGUMENTS)
+        size = min(size * GROWTH, LARGEST_BATCH)
 
 
-def report(mutants: Iterable[Mutant], calls: Calls, trees: list[Path]) -> int:
+def try_mutants(mutants: Iterable[Mutant], calls: Calls, trees: list[Path]) -> int:
     """Try mutants, one at a time in each tree; print what found each, and return how many survived."""
     free: SimpleQueue[Path] = SimpleQueue()
     for tree in trees:
         free.put(tree)
 
-    def one(mutant: Mutant) -> bool:
+    def survives(mutant: Mutant) -> bool:
         tree = free.get()
         try:
             found = try_mutant(mutant, calls, tree)
@@ -315,7 +327,7 @@ def report(mutants: Iterable[Mutant], calls: Calls, trees: list[Path]) -> int:
         return not found
 
     with ThreadPoolExecutor(len(trees)) as pool:
-        return sum(pool.map(one, mutants))
+        return sum(pool.map(survives, mutants))
 
 
 def main() -> None:
@@ -345,7 +357,7 @@ def main() -> None:
             records = options.calls or Path(work, "calls")
             if not records.exists():
                 record_calls(trees[0], records)
-            survived = report(mutants, Calls(records), trees)
+            survived = try_mutants(mutants, Calls(records), trees)
     finally:
         hook.unlink()
     print(f"{len(mutants) - survived} of {len(mutants)} found, {survived} survived")  # noqa: T201
