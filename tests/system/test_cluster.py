@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -184,11 +185,12 @@ async def test_node_with_full_disk_is_lost_and_comes_back(cluster: Cluster, dice
 
 
 async def test_node_whose_disk_hangs_is_lost_and_answers_nothing(
-    cluster: Cluster, dice: random.Random
+    cluster: Cluster, dice: random.Random, tmp_path: Path
 ) -> None:
     node = cluster.nodes["n1"]
     if node.disk is None:
-        pytest.skip("no disk can be frozen here")
+        with freezable_disk(tmp_path / "n1"):  # says why not
+            pytest.fail("there is a disk that can be frozen, but n1 is not on it")
     state = node.read_state()
     models, epoch = find_places(state, node.name), state.registers.nodes[node.name].epoch
     node.freeze_disk()
