@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.crashes import run_counted
+from support.fleet import of_both
 from support.history import MODEL, facts, opened, write
 from support.ledgers import (
     SIGN,
@@ -278,6 +279,10 @@ def test_read_only_file_fails_requests_until_it_is_writable(tmp_path: Path) -> N
 # A process that is killed at any call of SQLite.
 
 LEDGER = sound_ledger(1)
+SWITCH_CALLS = 16
+"""The first and the last ones, which open and close the write-ahead log: a process dies before each."""
+STRIDE = of_both(short=5, long=1)
+"""Of how many of the others it dies before one."""
 
 
 def serve(path: Path) -> None:
@@ -306,10 +311,12 @@ def read(path: Path) -> None:
 
 
 def kill_at_each_call(work: Callable[[Path], None], ledger: bytes) -> Iterator[Path]:
-    """Have a process die before each call in turn; yield the ledger that it left."""
+    """Have a process die before each call in turn, or most; yield the ledger that it left."""
     with copy_of(ledger) as path:
         calls = run_counted(lambda: work(path))
     for call in range(1, calls + 1):
+        if call % STRIDE and SWITCH_CALLS < call <= calls - SWITCH_CALLS:
+            continue
         with copy_of(ledger) as path:
             assert run_forked(partial(run_counted, partial(work, path), call)) == -signal.SIGKILL
             yield path
