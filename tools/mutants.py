@@ -43,6 +43,8 @@ CACHE = "cache"
 """pytest's, in the folder of the records: it has the tests that fail without a mutant."""
 LIMIT_S = 900
 """For one run of pytest, in which a mutant may hang."""
+MISSING = ("ERROR: not found: ", "ERROR: file or directory not found: ")
+"""What pytest prints of a test that is not there."""
 FIRST_BATCH, GROWTH, LARGEST_BATCH = 8, 4, 400
 """Tests in a run of pytest: few at first, as most mutants are found soon; a command line has a limit."""
 FILE_COST = 20
@@ -278,7 +280,11 @@ def try_mutant(mutant: Mutant, calls: Calls, tree: Path) -> str:
 
 
 def run_tests(tests: list[str], fails: Iterable[str], tree: Path) -> str:
-    """Return the first of these tests that fails, but for those that fail anyway; "" if all pass."""
+    """Return the first of these tests that fails, but for those that fail anyway; "" if all pass.
+
+    Raises:
+        SystemExit: one of them is not there.
+    """
     deselected = [f"--deselect={name}" for name in fails]
     for names in batches(tests):
         command = [*PYTEST, "-n", "0", "-x", "--no-header", *deselected, *names]
@@ -294,8 +300,10 @@ def run_tests(tests: list[str], fails: Iterable[str], tree: Path) -> str:
             )
         except subprocess.TimeoutExpired:
             return f"no end within {LIMIT_S} s"
+        lines = ran.stdout.splitlines() + ran.stderr.splitlines()
+        if any(line.startswith(MISSING) for line in lines):
+            raise SystemExit("the records name a test that is not there: they are of other tests")
         if ran.returncode:
-            lines = ran.stdout.splitlines() + ran.stderr.splitlines()
             return next(
                 (line for line in lines if line.startswith(("FAILED", "ERROR"))), lines[-1] if lines else "?"
             )
