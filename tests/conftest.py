@@ -20,6 +20,7 @@ from support.nvml import build_nvml
 from support.postgres import Database, PostgresServer, end_shared_server, join_shared_server
 from support.replicas import make_ledger
 from support.running import Engine, end_workers, running, save_models
+from support.servers import NO_AUTHORITIES
 from support.shims import Shim
 from support.workers import Serve, order_of, running_pool, until
 
@@ -34,7 +35,11 @@ Start = Callable[..., Awaitable[LocalApi]]
 
 
 def pytest_configure() -> None:
-    """Restore SIGINT for the processes that tests start: a shell ignores it for background jobs."""
+    """Restore SIGINT for the processes that tests start: a shell ignores it for background jobs.
+
+    They have none of this machine's authorities.
+    """
+    os.environ.update(NO_AUTHORITIES)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

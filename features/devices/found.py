@@ -201,6 +201,8 @@ async def find_providers(visible: Sequence[str] = ALL_DEVICES) -> Devices:
         visible: names of devices; the packages of other providers are left alone.
     """
     libraries, problems = dict[str, ProviderLibrary](), list[str]()
+    if not visible:  # to look through all installed packages takes tens of milliseconds
+        return Devices(visible=visible)
     names, included = await asyncio.to_thread(_look_for_packages)
     names = [name for name in names if _is_visible(name.removeprefix(PACKAGE_PREFIX), visible)]
     for read in await asyncio.gather(*map(_try_package, names)):

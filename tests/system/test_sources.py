@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from support.clouds import running_fake_cloud, running_s3
 from support.http import ONE
-from support.origins import COMMIT, Hub, RangedFile, serving_site
+from support.origins import COMMIT, Hub, RangedFile, serving_site, write_authority
 from support.pages import ROOT
 from support.registries import TITLE, running_registry
 from support.servers import MODULE, clean_environment, serving
@@ -121,7 +121,8 @@ async def test_one_line_adds_and_one_loads(kind: str, config: Config, tmp_path: 
     folder.mkdir()
     async with offered(kind, folder) as offer, serving(config) as server:
         me = {"LOADLEDGER_URL": server.url, "LOADLEDGER_TOKEN": server.api.token("admin")}
-        me |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), **offer.environment}
+        me |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "SSL_CERT_FILE": write_authority(tmp_path)}
+        me |= offer.environment
         _, *command, name, source = PRINTED[kind.partition(" ")[0]]
         source = re.sub(r"\w+\.example\.com", offer.host, source)
         added = await run(*command, name, source, environment=me)
