@@ -32,6 +32,7 @@ from tools.calltrace import FOLDER, PACKAGES
 ROOT = Path(__file__).parent.parent
 TREE = "LC_MUTANTS"
 """The environment variable for the copy of the tree that Python processes import the product from."""
+WRITES_NOTHING = "PYTHONDONTWRITEBYTECODE"
 HOOK = (
     f'import os, sys; tree = os.environ.get("{TREE}"); tree and sys.path.insert(0, tree);'
     f' tree and "{FOLDER}" in os.environ and __import__("tools.calltrace")\n'
@@ -247,9 +248,19 @@ def copy_tree(folder: Path) -> None:
             shutil.copy2(ROOT / name, folder / name)
 
 
+def compile_tree(tree: Path) -> None:
+    """Write the compiled form of product and tests: later processes write none, also not of mutants."""
+    writing = {name: value for name, value in environment(tree).items() if name != WRITES_NOTHING}
+    for command in (
+        [sys.executable, "-m", "compileall", "-q", *PACKAGES],
+        [*PYTEST, "-n", "0", "--collect-only"],
+    ):
+        subprocess.run(command, cwd=tree, check=False, env=writing, capture_output=True)  # noqa: S603 - our own
+
+
 def environment(tree: Path) -> dict[str, str]:
     """Return the environment of tests of a tree."""
-    return os.environ | {TREE: str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    return os.environ | {TREE: str(tree), WRITES_NOTHING: "1"}
 
 
 def record_calls(tree: Path, folder: Path) -> None:
@@ -362,6 +373,7 @@ def main() -> None:
             trees = [Path(work, str(number)) for number in range(len(os.sched_getaffinity(0)))]
             for tree in trees:
                 copy_tree(tree)
+                compile_tree(tree)
             records = options.calls or Path(work, "calls")
             if not records.exists():
                 record_calls(trees[0], records)
