@@ -31,6 +31,11 @@ DESKTOP = ViewportSize(width=1280, height=1000)
 TABLET = ViewportSize(width=820, height=1100)
 PHONE = ViewportSize(width=375, height=812)
 BLANK = "about:blank"
+FORGET = """async () => {
+  (await import("/console/ui.js")).notices.value = [];
+  dispatchEvent(new Event("online")); // a lost connection is tried again at once
+}"""
+"""Has a page show no results of requests any more, and wait for nothing."""
 
 LIMIT_MS = 30_000
 """Nothing takes this long; a bug fails a test instead of hanging it."""
@@ -79,25 +84,50 @@ class Console:
         """
         left = [page for page in browser.pages if page.url == BLANK]
         console = cls(left[0] if left else await browser.new_page(), url)
-        listeners = console._listen()
-        await console.page.set_viewport_size(size)
-        await console.page.goto(url)
-        try:
+        async with console._used(BLANK):
+            await console.page.set_viewport_size(size)
+            await console.page.goto(url)
             yield console
+            await console.page.evaluate("sessionStorage.clear()")
+
+    @classmethod
+    @asynccontextmanager
+    async def kept(
+        cls, browser: BrowserContext, api: Api, *roles: str, subject: str = "alice"
+    ) -> AsyncIterator["Console"]:
+        """Lend the console of somebody who stays signed in; in the end, there are no errors.
+
+        Its page is kept for the next test, as good as new: to load one and to sign in costs a second of computing.
+        """
+        away = f"{api.url}/#/jobs?left={subject}"
+        left = [page for page in browser.pages if page.url == away]
+        console = cls(left[0] if left else await browser.new_page(), api.url)
+        async with console._used(away):
+            await console.page.set_viewport_size(DESKTOP)
+            if left:
+                await console.go("#/")
+                await expect(console.connection).to_have_text("Live")
+            else:
+                await console.page.goto(api.url)
+                await console.sign_in(api.token(*roles, subject=subject))
+            yield console
+            await console.page.evaluate(FORGET)
+
+    @asynccontextmanager
+    async def _used(self, away: str) -> AsyncIterator[None]:
+        """Listen to the page, and leave it at another address; a page that fails is closed."""
+        listeners = self._listen()
+        try:
+            yield
+            await self.page.unroute_all(behavior="ignoreErrors")
+            await self.page.emulate_media(color_scheme="null", reduced_motion="null")
+            await self.page.goto(away)
         except BaseException:
-            await console.page.close()
+            await self.page.close()
             raise
         for event, listener in listeners.items():
-            console.page.remove_listener(event, listener)
-        await console._leave()
-        assert not console.mistakes, console.mistakes
-
-    async def _leave(self) -> None:
-        """Leave a page that is as good as new."""
-        await self.page.unroute_all(behavior="ignoreErrors")
-        await self.page.evaluate("sessionStorage.clear()")
-        await self.page.goto(BLANK)
-        await self.page.emulate_media(color_scheme="null", reduced_motion="null")
+            self.page.remove_listener(event, listener)
+        assert not self.mistakes, self.mistakes
 
     def _listen(self) -> dict[Any, Callable[..., Any]]:
         """Listen to the page; return the listener of each event."""

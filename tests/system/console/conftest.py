@@ -1,4 +1,4 @@
-"""A browser for the tests of a module, and a page of its console for each."""
+"""A browser for the tests of a module, and the console of an admin for each."""
 
 from collections.abc import AsyncIterator
 
@@ -17,7 +17,6 @@ async def browser() -> AsyncIterator[BrowserContext]:
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def admin(server: Server, browser: BrowserContext) -> AsyncIterator[Console]:
-    """An admin's console of the module's server, in a page of its own for each test."""
-    async with Console.opened(browser, server.url) as console:
-        await console.sign_in(server.api.token("admin"))
+    """An admin's console of the module's server, as good as new for each test."""
+    async with Console.kept(browser, server.api, "admin") as console:
         yield console

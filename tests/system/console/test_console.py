@@ -86,9 +86,8 @@ async def busy_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def busy_admin(busy_server: Server, browser: BrowserContext) -> AsyncIterator[Console]:
-    """An admin's console of the busy server, in a page of its own for each test."""
-    async with Console.opened(browser, busy_server.url) as console:
-        await console.sign_in(busy_server.api.token("admin"))
+    """An admin's console of the busy server, as good as new for each test."""
+    async with Console.kept(browser, busy_server.api, "admin") as console:
         yield console
 
 

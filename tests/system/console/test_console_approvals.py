@@ -56,8 +56,7 @@ async def server(repository: Path) -> AsyncIterator[Server]:
 @pytest_asyncio.fixture(loop_scope="module")
 async def carol(server: Server, browser: BrowserContext) -> AsyncIterator[Console]:
     """The console of carol, who may approve and read the ledger."""
-    async with Console.opened(browser, server.url) as console:
-        await console.sign_in(server.api.token("approve", "audit", subject="carol"))
+    async with Console.kept(browser, server.api, "approve", "audit", subject="carol") as console:
         yield console
 
 
