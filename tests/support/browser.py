@@ -97,7 +97,7 @@ class Console:
     ) -> AsyncIterator["Console"]:
         """Lend the console of somebody who stays signed in; in the end, there are no errors.
 
-        Its page is kept for the next test, as good as new: to load one and sign in costs a second of computing.
+        Its page is kept for the next test, as good as new: one more costs a second of computing.
         """
         away = f"{api.url}/#/jobs?left={subject}"
         left = [page for page in browser.pages if page.url == away]

@@ -22,8 +22,8 @@ const { html, render } = await import("/console/ui.js");
 const soon = (ms) => new Promise((done) => setTimeout(done, ms));
 const confinement = { not_prevented: [] };
 const RESOURCES = { models: [], waiting: [], confinement, devices: [], device_problems: [] };
-const NOTHING = { models: [], jobs: [], failed_jobs: [], nodes: [], resources: RESOURCES, server_started: null,
-  next_cursor: null, as_of: 0 };
+const NOTHING = { models: [], jobs: [], failed_jobs: [], nodes: [], server_started: null,
+  resources: RESOURCES, next_cursor: null, as_of: 0 };
 const follow = () => {
   location.hash = "#/jobs"; // which asks for nothing itself
   state.session.value = { audits: true, roles: [] };
@@ -371,6 +371,7 @@ CASES: dict[str, tuple[object, str]] = {
             "2 of 3 copies ready",
             "a, b (v1)",
             9,
+            ["Copies0 of 3 copies ready", "None is loaded."],
         ],
         """
         const { ModelPage } = await import("/console/modelpage.js");
@@ -396,9 +397,15 @@ CASES: dict[str, tuple[object, str]] = {
         const texts = (selector) => all(selector).map((each) => each.textContent.trim());
         const fact = texts(".facts > div").find((text) => text.startsWith("Copies"));
         const cell = node.querySelector("#models-rows [data-label=Node]");
-        return [fact, texts(".its-copies tbody th"),
+        const found = [fact, texts(".its-copies tbody th"),
           texts(".its-copies [data-label=Version]"), cell.textContent.trim(), cell.title,
           state.useOf(model).serving.in_flight];
+        const lost = { ...model, state: "lost", version: null, copies_ready: 0, copies_waiting_for: null,
+          copies_at: [] };
+        state.models.value = new Map([["m", lost]]);
+        await soon(50);
+        const none = texts(".its-copies").map((text) => text.slice(-15));
+        return [...found, [texts(".facts > div").find((text) => text.startsWith("Copies")), ...none]];
         """,
     ),
     "addresses are read as they were written": (

@@ -123,16 +123,3 @@ async def test_nodes_show_what_runs_where_and_are_drained(
         await row(console, "loadledger-0").locator(".at-node a").first.click()
         facts = page.locator(".facts > div", has=page.get_by_text("Node", exact=True))
         await expect(facts).to_contain_text("loadledger-0")
-
-
-async def test_role_infer_sees_nodes_and_drains_none(
-    nodes: dict[str, LocalApi], browser: BrowserContext
-) -> None:
-    api = nodes["loadledger-0"]
-    async with Console.opened(browser, api.url) as console:
-        await console.sign_in(api.token("infer"), says="Every 3 s")
-        await console.go("#/nodes")
-        await expect(row(console, "loadledger-1")).to_be_visible()
-        await expect(
-            console.page.locator("#nodes").get_by_role("button", name=re.compile("Drain"))
-        ).to_have_count(0)
