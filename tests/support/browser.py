@@ -31,6 +31,12 @@ DESKTOP = ViewportSize(width=1280, height=1000)
 TABLET = ViewportSize(width=820, height=1100)
 PHONE = ViewportSize(width=375, height=812)
 BLANK = "about:blank"
+TOO_WIDE = """() => {
+  const parts = [...document.querySelectorAll("dialog[open] *")];
+  const isOut = (each) => each.getBoundingClientRect().right > innerWidth;
+  return parts.some(isOut) || document.documentElement.scrollWidth > innerWidth;
+}"""
+"""Whether a part of the page, or of a dialog, is out of the window."""
 FORGET = """async () => {
   (await import("/console/ui.js")).notices.value = [];
   dispatchEvent(new Event("online")); // a lost connection is tried again at once
@@ -75,20 +81,17 @@ class Console:
 
     @classmethod
     @asynccontextmanager
-    async def opened(
-        cls, browser: BrowserContext, url: str, size: ViewportSize = DESKTOP
-    ) -> AsyncIterator["Console"]:
+    async def opened(cls, browser: BrowserContext, url: str) -> AsyncIterator["Console"]:
         """Open the console in a page with a session of its own; in the end, there are no errors.
 
         It is a page that an earlier console has left, if there is one: a new one costs a second of computing.
         """
         left = [page for page in browser.pages if page.url == BLANK]
         console = cls(left[0] if left else await browser.new_page(), url)
-        async with console._used(BLANK):
-            await console.page.set_viewport_size(size)
+        async with console._used(BLANK, "sessionStorage.clear()"):
+            await console.page.set_viewport_size(DESKTOP)
             await console.page.goto(url)
             yield console
-            await console.page.evaluate("sessionStorage.clear()")
 
     @classmethod
     @asynccontextmanager
@@ -102,7 +105,7 @@ class Console:
         away = f"{api.url}/#/jobs?left={subject}"
         left = [page for page in browser.pages if page.url == away]
         console = cls(left[0] if left else await browser.new_page(), api.url)
-        async with console._used(away):
+        async with console._used(away, FORGET):
             await console.page.set_viewport_size(DESKTOP)
             if left:
                 await console.go("#/")
@@ -111,15 +114,15 @@ class Console:
                 await console.page.goto(api.url)
                 await console.sign_in(api.token(*roles, subject=subject))
             yield console
-            await console.page.evaluate(FORGET)
 
     @asynccontextmanager
-    async def _used(self, away: str) -> AsyncIterator[None]:
-        """Listen to the page, and leave it at another address; a page that fails is closed."""
+    async def _used(self, away: str, forget: str) -> AsyncIterator[None]:
+        """Listen to the page; leave it as it was, at another address, or closed where something failed."""
         listeners = self._listen()
         try:
             yield
             await self.page.unroute_all(behavior="ignoreErrors")
+            await self.page.evaluate(forget)
             await self.page.emulate_media(color_scheme="null", reduced_motion="null")
             await self.page.goto(away)
         except BaseException:
@@ -193,10 +196,17 @@ class Console:
         await self.page.locator("dialog[open]").get_by_role("button", name=button, exact=True).click()
 
     async def fits(self) -> None:
-        """Wait until the page is no wider than the window: charts follow its width a moment later."""
+        """Wait until the page and a dialog are no wider than the window: charts follow it a moment later."""
         async with asyncio.timeout(LIMIT_MS / 1000):
-            while await self.page.evaluate("document.documentElement.scrollWidth > innerWidth"):
+            while await self.page.evaluate(TOO_WIDE):
                 await self.page.wait_for_timeout(50)
+
+    async def check_accessibility(self, part: str | None = None) -> None:
+        """Check that there are no serious findings in the page or a part of it, in each colour scheme."""
+        await self.page.emulate_media(color_scheme="light", reduced_motion="reduce")
+        assert await self.serious(part) == []
+        await self.page.emulate_media(color_scheme="dark")
+        assert await self.serious(part, "color-contrast") == []  # the rest is the same
 
     async def serious(self, part: str | None = None, *rules: str) -> list[str]:
         """Return the serious and critical findings of axe-core in the page or a part of it.

@@ -129,9 +129,7 @@ async def test_added_version_waits_until_another_approves(
     await carol.fits()
 
 
-async def test_withdrawn_approval_refuses_next_load(
-    server: Server, admin: Console, carol: Console, repository: Path
-) -> None:
+async def test_withdrawn_approval_refuses_next_load(server: Server, admin: Console, carol: Console) -> None:
     digest = (await server.api.get("/api/v1/models/changed/verify", roles=("audit",))).json["digest"]
     path, body = "/api/v1/models/changed/versions/1/approval", {"digest": digest, "reason": "as before"}
     answer = await server.api.send("PUT", path, roles=("approve",), subject="erin", json=body)
@@ -145,18 +143,24 @@ async def test_withdrawn_approval_refuses_next_load(
     await expect(carol.page.locator("#notices")).to_contain_text("version 1 of changed is withdrawn")
     await expect(given).to_have_count(0)
     await expect(carol.page.locator(".its-events")).to_contain_text("it was too early")
-    await carol.page.get_by_role("button", name="Approve… version 1").click()
-    await expect(opened(carol)).to_contain_text("Version 1; none is loaded.")
-    models.save(models.add(3.0), repository, "changed")
-    await server.api.get("/api/v1/models/changed/verify?version=1")
-    await carol.page.get_by_label("Reason").fill("too late")
-    await carol.choose("Approve")
-    await expect(opened(carol).locator(".refusal")).to_contain_text("has the digest")
-    await carol.choose("Not now")
     await ask_for_load(admin, "changed", 1)
     await admin.see("changed", "failed")
     await carol.go("#/")
     await expect(unapproved(carol, "changed")).to_contain_text("The ledger does not have who added")
+
+
+async def test_approval_is_of_the_files_that_its_dialog_showed(
+    server: Server, carol: Console, repository: Path
+) -> None:
+    await carol.go("#/models/urgent")
+    await carol.page.get_by_role("button", name="Approve… version 1").click()
+    await expect(opened(carol)).to_contain_text("Version 1; none is loaded.")
+    models.save(models.add(3.0), repository, "urgent")
+    await server.api.get("/api/v1/models/urgent/verify?version=1")
+    await carol.page.get_by_label("Reason").fill("too late")
+    await carol.choose("Approve")
+    await expect(opened(carol).locator(".refusal")).to_contain_text("has the digest")
+    await carol.choose("Not now")
 
 
 async def test_models_show_their_signature_now_and_then(

@@ -128,32 +128,26 @@ FUNCTIONS: dict[str, tuple[object, str]] = {
           duration(0.0851), duration(7200)];
         """,
     ),
-    "curl sends a long request as zeros in binary": (
-        ["it's", 4000, 4000, True],
+    "programs send zeros in binary, keep what JSON has not, and refuse what is too large": (
+        [
+            ["it's", 4000, 4000, True],
+            [True, {"binary_data_output": True}],
+            ["# x has 4.0 TB; a server takes 67 MB, or its --max-request-size\n"] * 3,
+        ],
         """
         const { snippets } = await import("/console/snippets.js");
+        const shown = (input, output) => snippets("http://h", "m", [input], [output]).map(({ text }) => text);
         const input = { name: "it's", datatype: "FP32", shape: [-1, 1000] };
-        const [{ text }] = snippets("http://h", "m", [input], [input]);
-        const [, head, zeros] = /printf %s '([^']*)'; head -c ([0-9]+) /.exec(text);
+        const [long] = shown(input, input), one = { ...input, shape: [1] };
+        const [, head, zeros] = /printf %s '([^']*)'; head -c ([0-9]+) /.exec(long);
         const { name, parameters } = JSON.parse(head).inputs[0];
-        return [name, parameters.binary_data_size, Number(zeros), text.includes(`Length: ${head.length}"`)];
-        """,
-    ),
-    "curl keeps an answer that JSON cannot represent in a file": (
-        [True, {"binary_data_output": True}],
-        """
-        const { snippets } = await import("/console/snippets.js");
-        const input = { name: "x", datatype: "FP32", shape: [1] }, output = { ...input, datatype: "BF16" };
-        const [{ text }] = snippets("http://h", "m", [input], [output]);
-        return [text.includes("--output answer.bin"), JSON.parse(/-d '([^']*)'/.exec(text)[1]).parameters];
-        """,
-    ),
-    "no program is shown for a request that is too large": (
-        ["# x has 4.0 TB; a server takes 67 MB, or its --max-request-size\n"] * 3,
-        """
-        const { snippets } = await import("/console/snippets.js");
-        const input = { name: "x", datatype: "FP32", shape: [1, 1000000, 1000000] };
-        return snippets("http://h", "m", [input], [input]).map(({ text }) => text);
+        const [kept] = shown({ ...one, name: "x" }, { ...one, datatype: "BF16" });
+        const large = { ...one, name: "x", shape: [1, 1000000, 1000000] };
+        return [
+          [name, parameters.binary_data_size, Number(zeros), long.includes(`Length: ${head.length}"`)],
+          [kept.includes("--output answer.bin"), JSON.parse(/-d '([^']*)'/.exec(kept)[1]).parameters],
+          shown(large, large),
+        ];
         """,
     ),
     "sizes have names, and are guesses where the model refused them": (

@@ -88,8 +88,7 @@ async def test_nodes_show_what_runs_where_and_are_drained(
         await expect(page.locator("#drain-text")).to_have_text(re.compile(told))
         assert await console.serious("dialog[open]") == []
         await page.set_viewport_size(PHONE)
-        wide = "parts => parts.filter((each) => each.getBoundingClientRect().right > innerWidth).length"
-        assert await page.locator("dialog[open] *").evaluate_all(wide) == 0
+        await console.fits()
         await console.choose("Drain")
         await expect(row(console, "loadledger-2").locator(".pill")).to_have_text("draining")
         await expect(row(console, "loadledger-2").locator(".at-node li")).to_have_count(0)
