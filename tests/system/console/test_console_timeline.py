@@ -344,7 +344,7 @@ async def test_opened_parts_are_accessible_and_no_wider_than_a_phone(server: Ser
         await server.api.load("past")
         await server.api.unload("past")
     await page.set_viewport_size(PHONE)
-    for address, part in (("#/ledger", "#ledger-list"), ("#/at/3", "#timeline-text")):
+    for address, part in (("#/ledger", "#ledger-list"), ("#/at/3?find=past", "#timeline-text")):
         await admin.go(address)
         await page.locator(f"{part} summary").first.click()
         await expect(page.locator("#timeline-table, #ledger-list pre")).not_to_be_empty()
