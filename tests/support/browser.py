@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from axe_playwright_python.async_playwright import Axe  # type: ignore[import-untyped]
 from playwright.async_api import (
+    Browser,
     BrowserContext,
     Dialog,
     Locator,
@@ -50,17 +51,30 @@ expect.set_options(timeout=LIMIT_MS)
 
 
 @asynccontextmanager
-async def chromium() -> AsyncIterator[BrowserContext]:
-    """Start the browser, without a sandbox, which root in a container cannot have; return a profile of it."""
+async def launched() -> AsyncIterator[Browser]:
+    """Start the browser, without a sandbox, which root in a container cannot have."""
     async with async_playwright() as playwright:
         arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic"]
         browser = await playwright.chromium.launch(executable_path=BROWSER, args=arguments)
         try:
-            context = await browser.new_context(timezone_id="UTC")
-            context.set_default_timeout(LIMIT_MS)
-            yield context
+            yield browser
         finally:
             await browser.close()
+
+
+@asynccontextmanager
+async def new_profile(browser: Browser) -> AsyncIterator[BrowserContext]:
+    """Return a profile of the browser, without pages."""
+    async with await browser.new_context(timezone_id="UTC") as context:
+        context.set_default_timeout(LIMIT_MS)
+        yield context
+
+
+@asynccontextmanager
+async def chromium() -> AsyncIterator[BrowserContext]:
+    """Start the browser; return a profile of it."""
+    async with launched() as browser, new_profile(browser) as context:
+        yield context
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ from support.signing import make_key, public_pem, sign_folder
 from features.signatures.verification import key_digest
 from server.config import Config
 
-pytestmark = [needs_browser, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [needs_browser, pytest.mark.asyncio(loop_scope="session")]
 
 KEY = make_key()
 SIGNER = key_digest(public_pem(KEY))
@@ -43,7 +43,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def server(repository: Path) -> AsyncIterator[Server]:
     """A server with rules for its models, OpenVINO's plugin, and a budget for its device."""
     root = repository.parent
@@ -56,7 +56,7 @@ async def server(repository: Path) -> AsyncIterator[Server]:
         yield running
 
 
-@pytest_asyncio.fixture(loop_scope="module")
+@pytest_asyncio.fixture(loop_scope="session")
 async def carol(server: Server, browser: BrowserContext) -> AsyncIterator[Console]:
     """The console of carol, who may approve and read the ledger."""
     async with Console.kept(browser, server.api, "approve", "audit", subject="carol") as console:
@@ -188,22 +188,27 @@ async def test_models_show_their_signature_now_and_then(
 
 
 async def test_bypassed_approval_needs_attention(server: Server, browser: BrowserContext) -> None:
+    dora, reason = "<img src=/x onerror=alert(1)>", "<b>payments</b> fail"  # markup is shown as text
     async with Console.opened(browser, server.url) as console:
-        await console.sign_in(server.api.token("admin", "emergency", subject="dora"))
+        await console.sign_in(server.api.token("admin", "emergency", subject=dora))
         await console.press("urgent", "Load")
-        await console.page.get_by_label("Emergency: why it must not wait").fill("payments fail")
+        await console.page.get_by_label("Emergency: why it must not wait").fill(reason)
         await console.choose("Load")
         await console.see("urgent", "loaded")
         badge = console.row("urgent").get_by_text("bypassed", exact=True)
-        await expect(badge).to_have_attribute("title", "Loaded without approval: bypassed by dora")
+        await expect(badge).to_have_attribute("title", f"Loaded without approval: bypassed by {dora}")
         bypassed = console.attention.filter(has_text="urgent was loaded without approval")
-        await expect(bypassed).to_contain_text("for dora")
+        await expect(bypassed).to_contain_text(f"for {dora}")
         await console.go("#/jobs")
         job = console.page.locator(".ended-jobs .job", has_text="Load urgent")
-        await expect(job).to_contain_text("emergency: payments fail")
+        await expect(console.page.locator(".page")).to_contain_text(dora)
+        await expect(job).to_contain_text(f"emergency: {reason}")
+        await console.go("#/ledger")
+        await expect(console.page.locator(".page")).to_contain_text(dora)
         await console.go("#/")
         await bypassed.get_by_role("button", name="Acknowledge").click()
         await expect(bypassed).to_have_count(0)
+        assert f"{server.url}/x" not in console.urls
 
 
 async def test_model_loads_on_the_chosen_device(admin: Console) -> None:

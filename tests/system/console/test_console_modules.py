@@ -6,12 +6,13 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 from aiohttp.test_utils import TestServer
-from support.browser import LIMIT_MS, Console, chromium, needs_browser
+from playwright.async_api import BrowserContext
+from support.browser import LIMIT_MS, Console, needs_browser
 from support.http import small_app, small_config
 
 from server.api import pages
 
-pytestmark = [needs_browser, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [needs_browser, pytest.mark.asyncio(loop_scope="session")]
 
 PRELUDE = """
 const state = await import("/console/state.js");
@@ -562,13 +563,14 @@ CASES: dict[str, tuple[object, str]] = {
 }
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def console(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Console]:
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def console(
+    browser: BrowserContext, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Console]:
     """The console's files, and nothing else."""
     app = small_app(pages.routes, small_config(tmp_path_factory.mktemp("files") / "data"))
     async with (
         TestServer(app) as server,
-        chromium() as browser,
         Console.opened(browser, str(server.make_url("/"))) as console,
     ):
         yield console

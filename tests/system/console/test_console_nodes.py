@@ -23,19 +23,19 @@ from support.workers import until
 
 from features.nodes.facts import NodeJoined
 
-pytestmark = [needs_browser, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [needs_browser, pytest.mark.asyncio(loop_scope="session")]
 
 PICTURES = os.environ.get("SCREENSHOTS")
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def database() -> AsyncIterator[Database]:
     """A ledger for the module's nodes."""
     async with (await join_shared_server()).database(make_ledger) as made:
         yield made
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def nodes(
     database: Database, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[dict[str, LocalApi]]:

@@ -13,13 +13,13 @@ from support.servers import Server, serving
 
 from server.config import Config
 
-pytestmark = [needs_browser, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [needs_browser, pytest.mark.asyncio(loop_scope="session")]
 
 KEPT, PAGE = 400, 50
 """Events on the page of the ledger: those that it keeps, and those that "Older" adds."""
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Server]:
     """A server; each test has models of its own."""
     root = tmp_path_factory.mktemp("timeline")
