@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from axe_playwright_python.async_playwright import Axe  # type: ignore[import-untyped]
 from playwright.async_api import (
+    Browser,
     BrowserContext,
     Dialog,
     Locator,
@@ -31,6 +32,17 @@ DESKTOP = ViewportSize(width=1280, height=1000)
 TABLET = ViewportSize(width=820, height=1100)
 PHONE = ViewportSize(width=375, height=812)
 BLANK = "about:blank"
+TOO_WIDE = """() => {
+  const parts = [...document.querySelectorAll("dialog[open] *")];
+  const isOut = (each) => each.getBoundingClientRect().right > innerWidth;
+  return parts.some(isOut) || document.documentElement.scrollWidth > innerWidth;
+}"""
+"""Whether a part of the page, or of a dialog, is out of the window."""
+FORGET = """async () => {
+  (await import("/console/ui.js")).notices.value = [];
+  dispatchEvent(new Event("online")); // a lost connection is tried again at once
+}"""
+"""Has a page show no results of requests any more, and wait for nothing."""
 
 LIMIT_MS = 30_000
 """Nothing takes this long; a bug fails a test instead of hanging it."""
@@ -39,17 +51,30 @@ expect.set_options(timeout=LIMIT_MS)
 
 
 @asynccontextmanager
-async def chromium() -> AsyncIterator[BrowserContext]:
-    """Start the browser, without a sandbox, which root in a container cannot have; return a profile of it."""
+async def launched() -> AsyncIterator[Browser]:
+    """Start the browser, without a sandbox, which root in a container cannot have."""
     async with async_playwright() as playwright:
         arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic"]
         browser = await playwright.chromium.launch(executable_path=BROWSER, args=arguments)
         try:
-            context = await browser.new_context(timezone_id="UTC")
-            context.set_default_timeout(LIMIT_MS)
-            yield context
+            yield browser
         finally:
             await browser.close()
+
+
+@asynccontextmanager
+async def new_profile(browser: Browser) -> AsyncIterator[BrowserContext]:
+    """Return a profile of the browser, without pages."""
+    async with await browser.new_context(timezone_id="UTC") as context:
+        context.set_default_timeout(LIMIT_MS)
+        yield context
+
+
+@asynccontextmanager
+async def chromium() -> AsyncIterator[BrowserContext]:
+    """Start the browser; return a profile of it."""
+    async with launched() as browser, new_profile(browser) as context:
+        yield context
 
 
 @dataclass(slots=True)
@@ -70,34 +95,56 @@ class Console:
 
     @classmethod
     @asynccontextmanager
-    async def opened(
-        cls, browser: BrowserContext, url: str, size: ViewportSize = DESKTOP
-    ) -> AsyncIterator["Console"]:
+    async def opened(cls, browser: BrowserContext, url: str) -> AsyncIterator["Console"]:
         """Open the console in a page with a session of its own; in the end, there are no errors.
 
         It is a page that an earlier console has left, if there is one: a new one costs a second of computing.
         """
         left = [page for page in browser.pages if page.url == BLANK]
         console = cls(left[0] if left else await browser.new_page(), url)
-        listeners = console._listen()
-        await console.page.set_viewport_size(size)
-        await console.page.goto(url)
-        try:
+        async with console._used(BLANK, "sessionStorage.clear()"):
+            await console.page.set_viewport_size(DESKTOP)
+            await console.page.goto(url)
             yield console
+
+    @classmethod
+    @asynccontextmanager
+    async def kept(
+        cls, browser: BrowserContext, api: Api, *roles: str, subject: str = "alice"
+    ) -> AsyncIterator["Console"]:
+        """Lend the console of somebody who stays signed in; in the end, there are no errors.
+
+        Its page is kept for the next test, as good as new: one more costs a second of computing.
+        """
+        away = f"{api.url}/#/jobs?left={subject}"
+        left = [page for page in browser.pages if page.url == away]
+        console = cls(left[0] if left else await browser.new_page(), api.url)
+        async with console._used(away, FORGET):
+            await console.page.set_viewport_size(DESKTOP)
+            if left:
+                await console.go("#/")
+                await expect(console.connection).to_have_text("Live")
+            else:
+                await console.page.goto(api.url)
+                await console.sign_in(api.token(*roles, subject=subject))
+            yield console
+
+    @asynccontextmanager
+    async def _used(self, away: str, forget: str) -> AsyncIterator[None]:
+        """Listen to the page; leave it as it was, at another address, or closed where something failed."""
+        listeners = self._listen()
+        try:
+            yield
+            await self.page.unroute_all(behavior="ignoreErrors")
+            await self.page.evaluate(forget)
+            await self.page.emulate_media(color_scheme="null", reduced_motion="null")
+            await self.page.goto(away)
         except BaseException:
-            await console.page.close()
+            await self.page.close()
             raise
         for event, listener in listeners.items():
-            console.page.remove_listener(event, listener)
-        await console._leave()
-        assert not console.mistakes, console.mistakes
-
-    async def _leave(self) -> None:
-        """Leave a page that is as good as new."""
-        await self.page.unroute_all(behavior="ignoreErrors")
-        await self.page.evaluate("sessionStorage.clear()")
-        await self.page.goto(BLANK)
-        await self.page.emulate_media(color_scheme="null", reduced_motion="null")
+            self.page.remove_listener(event, listener)
+        assert not self.mistakes, self.mistakes
 
     def _listen(self) -> dict[Any, Callable[..., Any]]:
         """Listen to the page; return the listener of each event."""
@@ -163,10 +210,17 @@ class Console:
         await self.page.locator("dialog[open]").get_by_role("button", name=button, exact=True).click()
 
     async def fits(self) -> None:
-        """Wait until the page is no wider than the window: charts follow its width a moment later."""
+        """Wait until the page and a dialog are no wider than the window: charts follow it a moment later."""
         async with asyncio.timeout(LIMIT_MS / 1000):
-            while await self.page.evaluate("document.documentElement.scrollWidth > innerWidth"):
+            while await self.page.evaluate(TOO_WIDE):
                 await self.page.wait_for_timeout(50)
+
+    async def check_accessibility(self, part: str | None = None) -> None:
+        """Check that there are no serious findings in the page or a part of it, in each colour scheme."""
+        await self.page.emulate_media(color_scheme="light", reduced_motion="reduce")
+        assert await self.serious(part) == []
+        await self.page.emulate_media(color_scheme="dark")
+        assert await self.serious(part, "color-contrast") == []  # the rest is the same
 
     async def serious(self, part: str | None = None, *rules: str) -> list[str]:
         """Return the serious and critical findings of axe-core in the page or a part of it.

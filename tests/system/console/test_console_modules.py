@@ -1,4 +1,4 @@
-"""The console's modules, each in a page of its own: a script in the browser returns what is compared."""
+"""The console's modules in a browser: a script returns what is compared."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -6,144 +6,32 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 from aiohttp.test_utils import TestServer
-from support.browser import LIMIT_MS, Console, chromium, needs_browser
+from playwright.async_api import BrowserContext
+from support.browser import LIMIT_MS, Console, needs_browser
 from support.http import small_app, small_config
 
 from server.api import pages
 
-pytestmark = [needs_browser, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [needs_browser, pytest.mark.asyncio(loop_scope="session")]
 
 PRELUDE = """
 const state = await import("/console/state.js");
-const { api } = await import("/console/api.js");
+const { api, Refusal } = await import("/console/api.js");
+const { run, stop } = await import("/console/live.js");
+const { problems } = await import("/console/problems.js");
 const { html, render } = await import("/console/ui.js");
 const soon = (ms) => new Promise((done) => setTimeout(done, ms));
 const confinement = { not_prevented: [] };
 const RESOURCES = { models: [], waiting: [], confinement, devices: [], device_problems: [] };
+const NOTHING = { models: [], jobs: [], failed_jobs: [], nodes: [], server_started: null,
+  resources: RESOURCES, next_cursor: null, as_of: 0 };
+const follow = () => {
+  location.hash = "#/jobs"; // which asks for nothing itself
+  state.session.value = { audits: true, roles: [] };
+  run();
+};
 """
-CASES: dict[str, tuple[object, str]] = {
-    "stream continues anew where its position is another log's": (
-        [["6", "7", "9"], "live", 2],
-        """
-        const { run, stop } = await import("/console/live.js");
-        const { Refusal } = await import("/console/api.js");
-        const asked = [], resources = { ...RESOURCES };
-        const answers = [
-          () => new Response('{"position": 7}\\n'), // and the connection ends
-          () => { throw new Refusal(400, { code: "beyond_head" }); },
-          () => new Response(new ReadableStream({ start: (body) =>
-            body.enqueue(new TextEncoder().encode('{"stream": "live", "position": 9}\\n')) })),
-        ];
-        api.send = async (path) => answers[asked.push(path.split("=")[1]) - 1]();
-        location.hash = "#/jobs"; // which asks for nothing itself
-        api.get = async () => ({ models: [], jobs: [], failed_jobs: [], nodes: [], server_started: null,
-          resources, next_cursor: null, as_of: asked.length ? 9 : 6 });
-        state.session.value = { audits: true, roles: [] };
-        run();
-        while (state.connection.value.mode !== "live") await soon(20);
-        stop();
-        return [asked, state.connection.value.mode, state.epoch.value];
-        """,
-    ),
-    "a long Retry-After waits at most a minute": (
-        [1, 6],
-        """
-        const { run, stop } = await import("/console/live.js");
-        const { Refusal } = await import("/console/api.js");
-        let times = 0;
-        api.get = async () => { times += 1; throw new Refusal(429, {}, 1e10); }; // no timer goes as far
-        state.session.value = { audits: true, roles: [] };
-        run();
-        await soon(200);
-        stop();
-        return [times, Math.round((state.connection.value.retryAt - Date.now()) / 10_000)];
-        """,
-    ),
-    "a burst of events is one look, and ten renderings a second at most": (
-        [1, 500, 500],
-        """
-        const { run, stop } = await import("/console/live.js");
-        const resources = { ...RESOURCES };
-        const line = (position) => JSON.stringify({ position, model_id: "m" }) + "\\n";
-        const lines = Array.from({ length: 500 }, (_, at) => line(at + 1)).join("");
-        let looks = 0, told = 0, calls = 0;
-        location.hash = "#/jobs"; // which asks for nothing itself
-        api.get = async () => (looks++, { models: [], jobs: [], failed_jobs: [], nodes: [],
-          server_started: null, resources, next_cursor: null, as_of: 0 });
-        api.send = async () => new Response(new ReadableStream({ start: (body) =>
-          body.enqueue(new TextEncoder().encode(lines)) }));
-        state.subscribe((events) => (calls++, told += events.length));
-        state.session.value = { audits: true, roles: [] };
-        run();
-        await soon(900);
-        stop();
-        return [looks - 1, told, calls <= 2 ? state.head.value : calls];
-        """,
-    ),
-    "lost and late nodes, and vain drains, need somebody": (
-        [
-            ["Node b is late", None],
-            ["Node a is lost", "1"],
-            ["Node c drains, and its models stay there", None],
-        ],
-        """
-        const { problems } = await import("/console/problems.js");
-        const none = { epoch: 1, models: [], jobs: [], renewed_at: null, late: false };
-        const model = { id: "m", version: 1, state: "loaded" };
-        state.nodes.value = [
-          { ...none, id: "a", phase: "lost" },
-          { ...none, id: "b", phase: "draining", late: true },
-          { ...none, id: "c", phase: "draining", models: [model] },
-          { ...none, id: "d", phase: "left" },
-        ];
-        const found = problems.value.map(({ title, occurrence }) => [title, occurrence]);
-        state.nodes.value = [...state.nodes.value, { ...none, id: "e", phase: "joined" }];
-        return problems.value.length === 2 ? found : problems.value;
-        """,
-    ),
-    "the next stage of a job is looked at": (
-        ["starting", "loading"],
-        """
-        const { run, stop } = await import("/console/live.js");
-        const resources = { ...RESOURCES };
-        const job = { id: "j", kind: "load", model_id: "m", status: "in_progress", stage: "starting",
-          requested_by: "alice", finished_at: null };
-        let body;
-        location.hash = "#/jobs"; // which asks for nothing itself
-        api.get = async () => ({ models: [], jobs: [{ ...job }], failed_jobs: [], nodes: [],
-          server_started: null, resources, next_cursor: null, as_of: 0 });
-        api.send = async () => new Response(new ReadableStream({ start: (opened) => { body = opened; } }));
-        state.session.value = { audits: true, roles: [] };
-        run();
-        while (!body) await soon(20);
-        const before = state.jobs.value[0].stage;
-        job.stage = "loading";
-        const line = JSON.stringify({ stream: "stage", job_id: "j", stage: "loading" }) + "\\n";
-        body.enqueue(new TextEncoder().encode(line));
-        // The page asks again by itself, too, but later.
-        for (let times = 0; times < 500 && state.jobs.value[0].stage === before; times++) await soon(20);
-        stop();
-        return [before, state.jobs.value[0].stage];
-        """,
-    ),
-    "ages follow the server's clock": (
-        [["2", 0], ["2", 0], ["1", 0]],
-        """
-        const { ago, learnClock, serverNow } = await import("/console/format.js");
-        const { problems } = await import("/console/problems.js");
-        const hence = (seconds) => new Date(Date.now() + seconds * 1000);
-        const job = { id: "j", kind: "unload", model_id: "m", status: "in_progress", finished_at: null };
-        const ages = [];
-        for (const seconds of [-3600, 3600, 1]) {
-          learnClock(hence(seconds).toUTCString());
-          state.now.value = serverNow();
-          state.jobs.value = [{ ...job, started_at: hence(seconds - 2).toISOString() }];
-          ages.push([ago(hence(seconds - 20.8).toISOString()).slice(0, 1), problems.value.length]);
-        }
-        learnClock(null);
-        return ages;
-        """,
-    ),
+FUNCTIONS: dict[str, tuple[object, str]] = {
     "a bar that goes on is found where it is drawn, long after it was asked for": (
         ["s2026-01-31T14:00:00Z", None, "s2026-01-31T14:00:00Z"],
         """
@@ -180,105 +68,6 @@ CASES: dict[str, tuple[object, str]] = {
         });
         """,
     ),
-    "the copies of a model are on its page and in the list": (
-        [
-            "Copies2 of 3 copies ready: waits for room",
-            ["a", "b"],
-            ["2", "1"],
-            "2 of 3 copies ready",
-            "a, b (v1)",
-            9,
-        ],
-        """
-        const { ModelPage } = await import("/console/modelpage.js");
-        const { ModelsList } = await import("/console/models.js");
-        const { Boundary } = await import("/console/ui.js");
-        const copy = (node, version) => ({ node, version, position: 1, job_id: node, workers: 1,
-          loaded_at: "2026-01-31T14:00:00Z", memory_bytes: 5e6 });
-        const model = { id: "m", state: "loaded", version: 2, versions: [1, 2], node: "a", job_id: "a",
-          files: [], error: null, copies: 3, copies_ready: 2, copies_waiting_for: "waits for room",
-          copies_at: [copy("a", 2), copy("b", 1)] };
-        api.get = () => new Promise(() => {});
-        location.hash = "#/models/m";
-        state.session.value = { roles: [] };
-        state.nodes.value = [{ id: "a", phase: "joined", models: [], jobs: [], attributes: [] }];
-        state.models.value = new Map([["m", model]]);
-        const use = { model_id: "m", job_id: "b", in_flight: 9, memory_bytes: 1, reserved_bytes: 0 };
-        state.resources.value = { ...RESOURCES, models: [use] };
-        await soon(50);
-        const node = document.body.appendChild(document.createElement("div"));
-        render(html`<${Boundary}><${ModelsList} /><${ModelPage} /><//>`, node);
-        await soon(50);
-        const all = (selector) => [...node.querySelectorAll(selector)];
-        const texts = (selector) => all(selector).map((each) => each.textContent.trim());
-        const fact = texts(".facts > div").find((text) => text.startsWith("Copies"));
-        const cell = node.querySelector("#models-rows [data-label=Node]");
-        return [fact, texts(".its-copies tbody th"),
-          texts(".its-copies [data-label=Version]"), cell.textContent.trim(), cell.title,
-          state.useOf(model).serving.in_flight];
-        """,
-    ),
-    "addresses are read as they were written": (
-        [
-            ["#/models/a%20b%2F%3F", "models", "a b/?"],
-            ["#/at/2026-01-31T14%3A02%3A00Z?last=60", "timeline", "2026-01-31T14:02:00Z"],
-            ["#/", "", None],
-            ["", "", "models/", "other/1", "at/%E0"],
-            ["timeline", {"from": "1", "find": "x y"}],
-            ["ledger", {"model": "m"}],
-            ["models m", "jobs j", "jobs j", "#/jobs/j?last=all"],
-        ],
-        """
-        const { address, href, parse, replace } = await import("/console/router.js");
-        const { effect } = await import("/console/ui.js");
-        const time = "2026-01-31T14:02:00Z";
-        const written = [href("models", "a b/?"), href("timeline", time, { last: 60, from: null }), href()];
-        const told = written.map((text) => [text, parse(text).page, parse(text).id]);
-        const none = ["", "#", "#/models/", "#/other/1", "#/at/%E0"]
-          .filter((text) => parse(text).page === "");
-        const range = parse("#/timeline?from=1&find=x+y"), events = parse("#/ledger?model=m"), seen = [];
-        replace(); // an earlier case has left the page elsewhere
-        const changed = () => new Promise((done) =>
-          addEventListener("hashchange", () => setTimeout(done), { once: true }));
-        effect(() => address.value.page && seen.push(`${address.value.page} ${address.value.id}`));
-        location.hash = href("models", "m");
-        await changed();
-        replace("jobs", "j");
-        replace("jobs", "j", { last: "all" });
-        const shown = location.hash;
-        history.back();
-        await changed();
-        return [...told, none.map((text) => text.slice(2)), [range.page, range.query],
-          [events.page, events.query], [...seen.slice(0, 3), shown]];
-        """,
-    ),
-    "focus stays when rows move": (
-        ["b", "bd"],
-        """
-        const { useKeptFocus } = await import("/console/ui.js");
-        const list = document.body.appendChild(document.createElement("ul"));
-        const List = ({ keys }) => (useKeptFocus(), keys.map((key) =>
-          html`<li key=${key}><button>${key}</button></li>`));
-        const show = (...keys) => render(html`<${List} keys=${keys} />`, list);
-        show("a", "b", "c");
-        list.children[1].firstChild.focus();
-        show("c", "b", "d", "a");
-        show("b", "d");
-        return [document.activeElement.textContent, list.textContent];
-        """,
-    ),
-    "a part that fails leaves the others": (
-        "This part of the page failed: no. Reload the page.rest",
-        """
-        const { Boundary } = await import("/console/ui.js");
-        const node = document.body.appendChild(document.createElement("div"));
-        const Broken = () => { throw new Error("no"); };
-        console.error = () => {};
-        render(html`<${Boundary}><${Broken} /><//><p>rest</p>`, node);
-        await soon(50);
-        return node.textContent;
-        """,
-    ),
     "requests without an answer are found": (
         [[], [4000], [4000], [], [10_000]],
         """
@@ -295,86 +84,6 @@ CASES: dict[str, tuple[object, str]] = {
           told.push([...last.since.values()]);
         }
         return told;
-        """,
-    ),
-    "problems: unanswered, over budget, unclean, grouped by cause": (
-        [
-            [],
-            [["critical", "m does not answer", "2 requests in flight, none answered for 13 s.", "unload"]],
-            [["critical", "Memory is over budget", "By 7 B of 100 B: models have grown.", None]],
-            [["warning", "The server ended unexpectedly", "The last event was recorded", None]],
-            ["critical", "3 models failed: invalid_model", "Asked for by alice, bob.", "j1,j2,j3", 3],
-        ],
-        """
-        const { problems } = await import("/console/problems.js");
-        const use = { job_id: "j", model_id: "m", in_flight: 2 };
-        const resources = { models: [use], waiting: [], budget_bytes: 100, free_bytes: 50 };
-        const failed = (id) => ({ id, state: "failed", error: { code: "invalid_model", message: "no" } });
-        const told = (each) => [each.level, each.title, each.why, each.actions[0]?.do];
-        const at = (now) => (state.now.value = now, problems.value.map(told));
-        state.models.value = new Map([["m", { id: "m", state: "loaded", error: null }]]);
-        state.unanswered.value = { since: new Map([["j", 1000]]) };
-        state.resources.value = resources;
-        const found = [at(10_000), at(14_000)];
-        state.resources.value = { ...resources, free_bytes: -7 };
-        found.push(at(9000));
-        state.resources.value = resources;
-        const seen = { unclean: true, last_event_at: "2026-01-01T00:00:00Z", last_seen_at: null };
-        state.started.value = { position: 9, recorded_at: "2026-01-01T00:01:00Z", data: seen };
-        found.push(at(9000).map(([level, title, why]) => [level, title, why.slice(0, 27), null]));
-        state.started.value = null;
-        const jobs = [[1, "bob"], [2, "alice"], [3, "bob"]].map(([number, requested_by]) =>
-          ({ id: `j${number}`, model_id: `broken${number}`, requested_by, finished_at: null }));
-        state.models.value = new Map(jobs.map((job) => [job.model_id, failed(job.model_id)]));
-        state.failures.value = new Map(jobs.map((job) => [job.model_id, job]));
-        const [{ level, title, why, occurrence, members }] = problems.value;
-        return [...found, [level, title, why, occurrence, members.length]];
-        """,
-    ),
-    "problems: approvals that others may give, bypasses, exchanged keys": (
-        [
-            ["Version 2 of m waits for approval", "Version 1 of n waits for approval"],
-            ["n/1", "m/2"],
-            [["n/1"], ["m/2"], ["m/2"], []],
-            [
-                ["r failed", "detail says what is missing"],
-                ["Version 3 of r waits for approval", "Approve it."],
-                ["r failed", "It has its approvals now: load it again"],
-            ],
-            [
-                ["warning", "m was loaded without approval", "The role emergency let it pass", "j"],
-                ["warning", "m serves with a signature that today's rules refuse", "Its signer is s", "j p"],
-            ],
-        ],
-        """
-        const { problems } = await import("/console/problems.js");
-        const unapproved = (version, digest, added_by, position) => [
-          { version, digest, added_by, position, is_refused: false }];
-        const given = { version: 1, digest: "d", by: "erin" };
-        const idle = { state: "unloaded", error: null };
-        state.models.value = new Map([
-          ["m", { ...idle, id: "m", unapproved: unapproved(2, "d", "alice", 7), approvals: [given] }],
-          ["n", { ...idle, id: "n", unapproved: unapproved(1, "d", "bob", 9), approvals: [given] }],
-        ]);
-        const listed = (subject, approves) => {
-          state.session.value = { subject, approves, roles: [] };
-          return state.unapproved.value.map(({ model, version }) => `${model.id}/${version}`);
-        };
-        const newest = listed("carol", true), titles = problems.value.map(({ title }) => title);
-        const people = [["alice", true], ["bob", true], ["erin", true], ["dora", false]];
-        const told = people.map((who) => listed(...who));
-        const refused = { version: 3, digest: null, added_by: null, position: null, is_refused: true };
-        const failed = { id: "r", state: "failed", error: { code: "not_approved", message: "no" } };
-        const steps = [[false, [refused]], [true, [refused]], [true, []]].map(([approves, waiting]) => {
-          state.session.value = { subject: "carol", approves, roles: [] };
-          state.models.value = new Map([["r", { ...failed, unapproved: waiting }]]);
-          return problems.value.flatMap(({ title, todo }) => [title, todo.split(",")[0]]);
-        });
-        const signature = { signer: "s", was_verified: true, policy: "p" };
-        state.models.value = new Map([["m", { id: "m", state: "loaded", error: null, job_id: "j", signature,
-          approval: { result: "bypassed", by: ["dora"] } }]]);
-        return [titles, newest, told, steps, problems.value.map(({ level, title, why, occurrence }) =>
-          [level, title, why.split(/[,.] ?/)[0], occurrence])];
         """,
     ),
     "files become tensors": (
@@ -420,32 +129,26 @@ CASES: dict[str, tuple[object, str]] = {
           duration(0.0851), duration(7200)];
         """,
     ),
-    "curl sends a long request as zeros in binary": (
-        ["it's", 4000, 4000, True],
+    "programs send zeros in binary, keep what JSON has not, and refuse what is too large": (
+        [
+            ["it's", 4000, 4000, True],
+            [True, {"binary_data_output": True}],
+            ["# x has 4.0 TB; a server takes 67 MB, or its --max-request-size\n"] * 3,
+        ],
         """
         const { snippets } = await import("/console/snippets.js");
+        const shown = (input, output) => snippets("http://h", "m", [input], [output]).map(({ text }) => text);
         const input = { name: "it's", datatype: "FP32", shape: [-1, 1000] };
-        const [{ text }] = snippets("http://h", "m", [input], [input]);
-        const [, head, zeros] = /printf %s '([^']*)'; head -c ([0-9]+) /.exec(text);
+        const [long] = shown(input, input), one = { ...input, shape: [1] };
+        const [, head, zeros] = /printf %s '([^']*)'; head -c ([0-9]+) /.exec(long);
         const { name, parameters } = JSON.parse(head).inputs[0];
-        return [name, parameters.binary_data_size, Number(zeros), text.includes(`Length: ${head.length}"`)];
-        """,
-    ),
-    "curl keeps an answer that JSON cannot represent in a file": (
-        [True, {"binary_data_output": True}],
-        """
-        const { snippets } = await import("/console/snippets.js");
-        const input = { name: "x", datatype: "FP32", shape: [1] }, output = { ...input, datatype: "BF16" };
-        const [{ text }] = snippets("http://h", "m", [input], [output]);
-        return [text.includes("--output answer.bin"), JSON.parse(/-d '([^']*)'/.exec(text)[1]).parameters];
-        """,
-    ),
-    "no program is shown for a request that is too large": (
-        ["# x has 4.0 TB; a server takes 67 MB, or its --max-request-size\n"] * 3,
-        """
-        const { snippets } = await import("/console/snippets.js");
-        const input = { name: "x", datatype: "FP32", shape: [1, 1000000, 1000000] };
-        return snippets("http://h", "m", [input], [input]).map(({ text }) => text);
+        const [kept] = shown({ ...one, name: "x" }, { ...one, datatype: "BF16" });
+        const large = { ...one, name: "x", shape: [1, 1000000, 1000000] };
+        return [
+          [name, parameters.binary_data_size, Number(zeros), long.includes(`Length: ${head.length}"`)],
+          [kept.includes("--output answer.bin"), JSON.parse(/-d '([^']*)'/.exec(kept)[1]).parameters],
+          shown(large, large),
+        ];
         """,
     ),
     "sizes have names, and are guesses where the model refused them": (
@@ -525,26 +228,371 @@ CASES: dict[str, tuple[object, str]] = {
         return [small.inputs, large, half, refused.includes("too large"), exact.includes("9007199254740993")];
         """,
     ),
+    "an axis names round times that are apart": (
+        [["00:00:10", 7], ["14:30", 9], ["12 Jan", 8], ["1 Feb", 8], ["2026", 5], ["2030", 8]],
+        """
+        const { DAY, HOUR, MINUTE, Scale, ticks, YEAR } = await import("/console/lanes.js");
+        const named = (from, span, index) => {
+          const scale = new Scale(from, from + span, 900), found = ticks(scale);
+          const places = found.map((tick) => scale.x(tick.time));
+          const apart = places.slice(1).every((place, before) => place - places[before] >= 40);
+          return [found[index].label, apart ? found.length : 0];
+        };
+        const at = (...parts) => new Date(2026, ...parts).getTime();
+        return [named(at(0, 12), MINUTE, 1), named(at(0, 12, 14), 4 * HOUR, 1), named(at(0, 12), 7 * DAY, 0),
+          named(at(0, 12), 60 * DAY, 2), named(at(0, 1), 5 * YEAR, 0), named(at(0, 1), 40 * YEAR, 0)];
+        """,
+    ),
+    "a chart's lines break where samples are missing": (
+        [[90, 80, 70, 20, 10], [1, 3, None, None, 2], [4]],
+        """
+        const { alone, columnsOf } = await import("/console/charts.js");
+        const start = Date.UTC(2026, 0, 1), at = (seconds) => new Date(start - seconds * 1000).toISOString();
+        const samples = [[90, 1], [80, 3], [20, null], [10, 2]];
+        const points = samples.map(([ago, value]) => ({ at: at(ago), value }));
+        const [times, values] = columnsOf({ interval_s: 10, points }, [{ of: (point) => point.value }]);
+        return [times.map((time) => start / 1000 - time), values, alone(values)];
+        """,
+    ),
+}
+CASES: dict[str, tuple[object, str]] = {
+    "stream continues anew where its position is another log's": (
+        [["6", "7", "9"], "live", 2],
+        """
+        const asked = [];
+        const answers = [
+          () => new Response('{"position": 7}\\n'), // and the connection ends
+          () => { throw new Refusal(400, { code: "beyond_head" }); },
+          () => new Response(new ReadableStream({ start: (body) =>
+            body.enqueue(new TextEncoder().encode('{"stream": "live", "position": 9}\\n')) })),
+        ];
+        api.send = async (path) => answers[asked.push(path.split("=")[1]) - 1]();
+        api.get = async () => ({ ...NOTHING, as_of: asked.length ? 9 : 6 });
+        follow();
+        while (state.connection.value.mode !== "live") await soon(20);
+        stop();
+        return [asked, state.connection.value.mode, state.epoch.value];
+        """,
+    ),
+    "a long Retry-After waits at most a minute": (
+        [1, 6],
+        """
+        let times = 0;
+        api.get = async () => { times += 1; throw new Refusal(429, {}, 1e10); }; // no timer goes as far
+        follow();
+        await soon(100);
+        stop();
+        return [times, Math.round((state.connection.value.retryAt - Date.now()) / 10_000)];
+        """,
+    ),
+    "a burst of events is one look, and ten renderings a second at most": (
+        [1, 500, 500],
+        """
+        const line = (position) => JSON.stringify({ position, model_id: "m" }) + "\\n";
+        const lines = Array.from({ length: 500 }, (_, at) => line(at + 1)).join("");
+        let looks = 0, told = 0, calls = 0;
+        api.get = async () => (looks++, NOTHING);
+        api.send = async () => new Response(new ReadableStream({ start: (body) =>
+          body.enqueue(new TextEncoder().encode(lines)) }));
+        state.subscribe((events) => (calls++, told += events.length));
+        follow();
+        await soon(900);
+        stop();
+        return [looks - 1, told, calls <= 2 ? state.head.value : calls];
+        """,
+    ),
+    "lost and late nodes, and vain drains, need somebody": (
+        [
+            ["Node b is late", None],
+            ["Node a is lost", "1"],
+            ["Node c drains, and its models stay there", None],
+        ],
+        """
+        const none = { epoch: 1, models: [], jobs: [], renewed_at: null, late: false };
+        const model = { id: "m", version: 1, state: "loaded" };
+        state.nodes.value = [
+          { ...none, id: "a", phase: "lost" },
+          { ...none, id: "b", phase: "draining", late: true },
+          { ...none, id: "c", phase: "draining", models: [model] },
+          { ...none, id: "d", phase: "left" },
+        ];
+        const found = problems.value.map(({ title, occurrence }) => [title, occurrence]);
+        state.nodes.value = [...state.nodes.value, { ...none, id: "e", phase: "joined" }];
+        return problems.value.length === 2 ? found : problems.value;
+        """,
+    ),
+    "the next stage of a job is looked at": (
+        ["starting", "loading"],
+        """
+        const job = { id: "j", kind: "load", model_id: "m", status: "in_progress", stage: "starting",
+          requested_by: "alice", finished_at: null };
+        let body;
+        api.get = async () => ({ ...NOTHING, jobs: [{ ...job }] });
+        api.send = async () => new Response(new ReadableStream({ start: (opened) => { body = opened; } }));
+        follow();
+        while (!body) await soon(20);
+        const before = state.jobs.value[0].stage;
+        job.stage = "loading";
+        const line = JSON.stringify({ stream: "stage", job_id: "j", stage: "loading" }) + "\\n";
+        body.enqueue(new TextEncoder().encode(line));
+        // The page asks again by itself, too, but later.
+        for (let times = 0; times < 500 && state.jobs.value[0].stage === before; times++) await soon(20);
+        stop();
+        return [before, state.jobs.value[0].stage];
+        """,
+    ),
+    "ages follow the server's clock": (
+        [["2", 0], ["2", 0], ["1", 0]],
+        """
+        const { ago, learnClock, serverNow } = await import("/console/format.js");
+        const hence = (seconds) => new Date(Date.now() + seconds * 1000);
+        const job = { id: "j", kind: "unload", model_id: "m", status: "in_progress", finished_at: null };
+        const ages = [];
+        for (const seconds of [-3600, 3600, 1]) {
+          learnClock(hence(seconds).toUTCString());
+          state.now.value = serverNow();
+          state.jobs.value = [{ ...job, started_at: hence(seconds - 2).toISOString() }];
+          ages.push([ago(hence(seconds - 20.8).toISOString()).slice(0, 1), problems.value.length]);
+        }
+        learnClock(null);
+        return ages;
+        """,
+    ),
+    "the copies of a model are on its page and in the list": (
+        [
+            "Copies2 of 3 copies ready: waits for room",
+            ["a", "b"],
+            ["2", "1"],
+            "2 of 3 copies ready",
+            "a, b (v1)",
+            9,
+            ["Copies0 of 3 copies ready", "None is loaded."],
+        ],
+        """
+        const { ModelPage } = await import("/console/modelpage.js");
+        const { ModelsList } = await import("/console/models.js");
+        const { Boundary } = await import("/console/ui.js");
+        const copy = (node, version) => ({ node, version, position: 1, job_id: node, workers: 1,
+          loaded_at: "2026-01-31T14:00:00Z", memory_bytes: 5e6 });
+        const model = { id: "m", state: "loaded", version: 2, versions: [1, 2], node: "a", job_id: "a",
+          files: [], error: null, copies: 3, copies_ready: 2, copies_waiting_for: "waits for room",
+          copies_at: [copy("a", 2), copy("b", 1)] };
+        api.get = () => new Promise(() => {});
+        location.hash = "#/models/m";
+        state.session.value = { roles: [] };
+        state.nodes.value = [{ id: "a", phase: "joined", models: [], jobs: [], attributes: [] }];
+        state.models.value = new Map([["m", model]]);
+        const use = { model_id: "m", job_id: "b", in_flight: 9, memory_bytes: 1, reserved_bytes: 0 };
+        state.resources.value = { ...RESOURCES, models: [use] };
+        await soon(50);
+        const node = document.body.appendChild(document.createElement("div"));
+        render(html`<${Boundary}><${ModelsList} /><${ModelPage} /><//>`, node);
+        await soon(50);
+        const all = (selector) => [...node.querySelectorAll(selector)];
+        const texts = (selector) => all(selector).map((each) => each.textContent.trim());
+        const fact = texts(".facts > div").find((text) => text.startsWith("Copies"));
+        const cell = node.querySelector("#models-rows [data-label=Node]");
+        const found = [fact, texts(".its-copies tbody th"),
+          texts(".its-copies [data-label=Version]"), cell.textContent.trim(), cell.title,
+          state.useOf(model).serving.in_flight];
+        const lost = { ...model, state: "lost", version: null, copies_ready: 0, copies_waiting_for: null,
+          copies_at: [] };
+        state.models.value = new Map([["m", lost]]);
+        await soon(50);
+        const none = texts(".its-copies").map((text) => text.slice(-15));
+        return [...found, [texts(".facts > div").find((text) => text.startsWith("Copies")), ...none]];
+        """,
+    ),
+    "addresses are read as they were written": (
+        [
+            ["#/models/a%20b%2F%3F", "models", "a b/?"],
+            ["#/at/2026-01-31T14%3A02%3A00Z?last=60", "timeline", "2026-01-31T14:02:00Z"],
+            ["#/", "", None],
+            ["", "", "models/", "other/1", "at/%E0"],
+            ["timeline", {"from": "1", "find": "x y"}],
+            ["ledger", {"model": "m"}],
+            ["models m", "jobs j", "jobs j", "#/jobs/j?last=all"],
+        ],
+        """
+        const { address, href, parse, replace } = await import("/console/router.js");
+        const { effect } = await import("/console/ui.js");
+        const time = "2026-01-31T14:02:00Z";
+        const written = [href("models", "a b/?"), href("timeline", time, { last: 60, from: null }), href()];
+        const told = written.map((text) => [text, parse(text).page, parse(text).id]);
+        const none = ["", "#", "#/models/", "#/other/1", "#/at/%E0"]
+          .filter((text) => parse(text).page === "");
+        const range = parse("#/timeline?from=1&find=x+y"), events = parse("#/ledger?model=m"), seen = [];
+        replace(); // an earlier case has left the page elsewhere
+        const changed = () => new Promise((done) =>
+          addEventListener("hashchange", () => setTimeout(done), { once: true }));
+        effect(() => address.value.page && seen.push(`${address.value.page} ${address.value.id}`));
+        location.hash = href("models", "m");
+        await changed();
+        replace("jobs", "j");
+        replace("jobs", "j", { last: "all" });
+        const shown = location.hash;
+        history.back();
+        await changed();
+        return [...told, none.map((text) => text.slice(2)), [range.page, range.query],
+          [events.page, events.query], [...seen.slice(0, 3), shown]];
+        """,
+    ),
+    "focus stays when rows move": (
+        ["b", "bd"],
+        """
+        const { useKeptFocus } = await import("/console/ui.js");
+        const list = document.body.appendChild(document.createElement("ul"));
+        const List = ({ keys }) => (useKeptFocus(), keys.map((key) =>
+          html`<li key=${key}><button>${key}</button></li>`));
+        const show = (...keys) => render(html`<${List} keys=${keys} />`, list);
+        show("a", "b", "c");
+        list.children[1].firstChild.focus();
+        show("c", "b", "d", "a");
+        show("b", "d");
+        return [document.activeElement.textContent, list.textContent];
+        """,
+    ),
+    "a part that fails leaves the others": (
+        "This part of the page failed: no. Reload the page.rest",
+        """
+        const { Boundary } = await import("/console/ui.js");
+        const node = document.body.appendChild(document.createElement("div"));
+        const Broken = () => { throw new Error("no"); };
+        console.error = () => {};
+        render(html`<${Boundary}><${Broken} /><//><p>rest</p>`, node);
+        await soon(50);
+        return node.textContent;
+        """,
+    ),
+    "problems: unanswered, over budget, unclean, grouped by cause": (
+        [
+            [],
+            [["critical", "m does not answer", "2 requests in flight, none answered for 13 s.", "unload"]],
+            [["critical", "Memory is over budget", "By 7 B of 100 B: models have grown.", None]],
+            [["warning", "The server ended unexpectedly", "The last event was recorded", None]],
+            ["critical", "3 models failed: invalid_model", "Asked for by alice, bob.", "j1,j2,j3", 3],
+        ],
+        """
+        const use = { job_id: "j", model_id: "m", in_flight: 2 };
+        const resources = { models: [use], waiting: [], budget_bytes: 100, free_bytes: 50 };
+        const failed = (id) => ({ id, state: "failed", error: { code: "invalid_model", message: "no" } });
+        const told = (each) => [each.level, each.title, each.why, each.actions[0]?.do];
+        const at = (now) => (state.now.value = now, problems.value.map(told));
+        state.models.value = new Map([["m", { id: "m", state: "loaded", error: null }]]);
+        state.unanswered.value = { since: new Map([["j", 1000]]) };
+        state.resources.value = resources;
+        const found = [at(10_000), at(14_000)];
+        state.resources.value = { ...resources, free_bytes: -7 };
+        found.push(at(9000));
+        state.resources.value = resources;
+        const seen = { unclean: true, last_event_at: "2026-01-01T00:00:00Z", last_seen_at: null };
+        state.started.value = { position: 9, recorded_at: "2026-01-01T00:01:00Z", data: seen };
+        found.push(at(9000).map(([level, title, why]) => [level, title, why.slice(0, 27), null]));
+        state.started.value = null;
+        const jobs = [[1, "bob"], [2, "alice"], [3, "bob"]].map(([number, requested_by]) =>
+          ({ id: `j${number}`, model_id: `broken${number}`, requested_by, finished_at: null }));
+        state.models.value = new Map(jobs.map((job) => [job.model_id, failed(job.model_id)]));
+        state.failures.value = new Map(jobs.map((job) => [job.model_id, job]));
+        const [{ level, title, why, occurrence, members }] = problems.value;
+        return [...found, [level, title, why, occurrence, members.length]];
+        """,
+    ),
+    "problems: approvals that others may give, bypasses, exchanged keys": (
+        [
+            ["Version 2 of m waits for approval", "Version 1 of n waits for approval"],
+            ["n/1", "m/2"],
+            [["n/1"], ["m/2"], ["m/2"], []],
+            [
+                ["r failed", "detail says what is missing"],
+                ["Version 3 of r waits for approval", "Approve it."],
+                ["r failed", "It has its approvals now: load it again"],
+            ],
+            [
+                ["warning", "m was loaded without approval", "The role emergency let it pass", "j"],
+                ["warning", "m serves with a signature that today's rules refuse", "Its signer is s", "j p"],
+            ],
+        ],
+        """
+        const unapproved = (version, digest, added_by, position) => [
+          { version, digest, added_by, position, is_refused: false }];
+        const given = { version: 1, digest: "d", by: "erin" };
+        const idle = { state: "unloaded", error: null };
+        state.models.value = new Map([
+          ["m", { ...idle, id: "m", unapproved: unapproved(2, "d", "alice", 7), approvals: [given] }],
+          ["n", { ...idle, id: "n", unapproved: unapproved(1, "d", "bob", 9), approvals: [given] }],
+        ]);
+        const listed = (subject, approves) => {
+          state.session.value = { subject, approves, roles: [] };
+          return state.unapproved.value.map(({ model, version }) => `${model.id}/${version}`);
+        };
+        const newest = listed("carol", true), titles = problems.value.map(({ title }) => title);
+        const people = [["alice", true], ["bob", true], ["erin", true], ["dora", false]];
+        const told = people.map((who) => listed(...who));
+        const refused = { version: 3, digest: null, added_by: null, position: null, is_refused: true };
+        const failed = { id: "r", state: "failed", error: { code: "not_approved", message: "no" } };
+        const steps = [[false, [refused]], [true, [refused]], [true, []]].map(([approves, waiting]) => {
+          state.session.value = { subject: "carol", approves, roles: [] };
+          state.models.value = new Map([["r", { ...failed, unapproved: waiting }]]);
+          return problems.value.flatMap(({ title, todo }) => [title, todo.split(",")[0]]);
+        });
+        const signature = { signer: "s", was_verified: true, policy: "p" };
+        state.models.value = new Map([["m", { id: "m", state: "loaded", error: null, job_id: "j", signature,
+          approval: { result: "bypassed", by: ["dora"] } }]]);
+        return [titles, newest, told, steps, problems.value.map(({ level, title, why, occurrence }) =>
+          [level, title, why.split(/[,.] ?/)[0], occurrence])];
+        """,
+    ),
+    "a node's address is a link only if a browser can open it, and admins alone drain": (
+        [["http://a:8080/", None, None], ["http://a:8080", "javascript:alert(1)", "http://"], [0, 3]],
+        """
+        const { NodesPage } = await import("/console/nodes.js");
+        const addresses = ["http://a:8080", "javascript:alert(1)", "http://"];
+        const none = { phase: "joined", epoch: 1, models: [], jobs: [], attributes: [], release: "1" };
+        state.nodes.value = addresses.map((address, id) => ({ ...none, id: String(id), address }));
+        const place = document.createElement("div");
+        const buttons = [false, true].map((manages) => {
+          state.session.value = { manages, roles: [] };
+          render(html`<${NodesPage} key=${manages} />`, place);
+          return place.querySelectorAll("button").length;
+        });
+        const cells = [...place.querySelectorAll("[data-label=Address]")];
+        return [cells.map((cell) => cell.querySelector("a")?.href ?? null),
+          cells.map((cell) => cell.firstChild.firstChild.data), buttons];
+        """,
+    ),
 }
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def console(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Console]:
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def console(
+    browser: BrowserContext, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Console]:
     """The console's files, and nothing else."""
     app = small_app(pages.routes, small_config(tmp_path_factory.mktemp("files") / "data"))
     async with (
         TestServer(app) as server,
-        chromium() as browser,
         Console.opened(browser, str(server.make_url("/"))) as console,
     ):
         yield console
 
 
+async def returned(console: Console, script: str) -> object:
+    """Return what a script returns in the page."""
+    console.mistakes.clear()  # of a case that failed
+    async with asyncio.timeout(LIMIT_MS / 1000):
+        found: object = await console.page.evaluate(f"async () => {{ {script} }}")
+    assert not console.mistakes
+    return found
+
+
+@pytest.mark.parametrize("case", FUNCTIONS)
+async def test_function(console: Console, case: str) -> None:
+    expected, script = FUNCTIONS[case]
+    assert await returned(console, script) == expected
+
+
 @pytest.mark.parametrize("case", CASES)
 async def test_module(console: Console, case: str) -> None:
     expected, script = CASES[case]
-    console.mistakes.clear()  # of a case that failed
-    await console.page.reload()
-    async with asyncio.timeout(LIMIT_MS / 1000):
-        assert await console.page.evaluate(f"async () => {{ {PRELUDE} {script} }}") == expected
-    assert not console.mistakes
+    await console.page.reload()  # the state is that of a new page
+    assert await returned(console, PRELUDE + script) == expected

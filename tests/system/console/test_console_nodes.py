@@ -23,19 +23,19 @@ from support.workers import until
 
 from features.nodes.facts import NodeJoined
 
-pytestmark = [needs_browser, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [needs_browser, pytest.mark.asyncio(loop_scope="session")]
 
 PICTURES = os.environ.get("SCREENSHOTS")
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def database() -> AsyncIterator[Database]:
     """A ledger for the module's nodes."""
     async with (await join_shared_server()).database(make_ledger) as made:
         yield made
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def nodes(
     database: Database, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[dict[str, LocalApi]]:
@@ -88,8 +88,7 @@ async def test_nodes_show_what_runs_where_and_are_drained(
         await expect(page.locator("#drain-text")).to_have_text(re.compile(told))
         assert await console.serious("dialog[open]") == []
         await page.set_viewport_size(PHONE)
-        wide = "parts => parts.filter((each) => each.getBoundingClientRect().right > innerWidth).length"
-        assert await page.locator("dialog[open] *").evaluate_all(wide) == 0
+        await console.fits()
         await console.choose("Drain")
         await expect(row(console, "loadledger-2").locator(".pill")).to_have_text("draining")
         await expect(row(console, "loadledger-2").locator(".at-node li")).to_have_count(0)
@@ -123,16 +122,3 @@ async def test_nodes_show_what_runs_where_and_are_drained(
         await row(console, "loadledger-0").locator(".at-node a").first.click()
         facts = page.locator(".facts > div", has=page.get_by_text("Node", exact=True))
         await expect(facts).to_contain_text("loadledger-0")
-
-
-async def test_role_infer_sees_nodes_and_drains_none(
-    nodes: dict[str, LocalApi], browser: BrowserContext
-) -> None:
-    api = nodes["loadledger-0"]
-    async with Console.opened(browser, api.url) as console:
-        await console.sign_in(api.token("infer"), says="Every 3 s")
-        await console.go("#/nodes")
-        await expect(row(console, "loadledger-1")).to_be_visible()
-        await expect(
-            console.page.locator("#nodes").get_by_role("button", name=re.compile("Drain"))
-        ).to_have_count(0)

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import AsyncIterator
-from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -14,13 +13,13 @@ from support.servers import Server, serving
 
 from server.config import Config
 
-pytestmark = [needs_browser, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [needs_browser, pytest.mark.asyncio(loop_scope="session")]
 
 KEPT, PAGE = 400, 50
 """Events on the page of the ledger: those that it keeps, and those that "Older" adds."""
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Server]:
     """A server; each test has models of its own."""
     root = tmp_path_factory.mktemp("timeline")
@@ -34,16 +33,6 @@ async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Serv
     models.save_bytes(models.endless_load(), repository, "slow")
     async with serving(Config(repository=repository, data=root / "data")) as running:
         yield running
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def polling(server: Server, browser: BrowserContext) -> AsyncIterator[Console]:
-    """An admin's console that gets no stream, and asks every 3 s."""
-    refusal = {"status": 503, "code": "too_many_streams", "title": "Too many streams"}
-    async with Console.opened(browser, server.url) as console:
-        await console.page.route("**/events/stream*", lambda route: route.fulfill(status=503, json=refusal))
-        await console.sign_in(server.api.token("admin"), says="Every 3 s: no stream")
-        yield console
 
 
 def past_row(console: Console, model_id: str) -> Locator:
@@ -67,6 +56,8 @@ async def test_timeline_leads_to_the_moment_and_its_address(server: Server, admi
     await expect(lane(admin, "drawn").locator(".seg-label").last).to_have_text("v2")
     await page.locator("#timeline-find").fill("DRAW")
     await expect(page.locator("#timeline-rows > .lane")).to_have_count(2)  # the server's and the model's
+    fill = "bars => bars.map((bar) => getComputedStyle(bar).fill)"  # which says the state, of either version
+    assert len(set(await lane(admin, "drawn").locator(".seg.loaded").evaluate_all(fill))) == 1
     await expect(page).to_have_url(re.compile(r"find=DRAW"))
     await page.locator("#timeline-text summary").click()
     first = table.locator("tr", has_text=f"{loaded['job_id']}").filter(has_text="drawn 1 loaded").first
@@ -85,17 +76,6 @@ async def test_timeline_leads_to_the_moment_and_its_address(server: Server, admi
     await page.locator("#past").get_by_role("button", name="Now", exact=True).click()
     await expect(page).to_have_url(f"{admin.url}/#/timeline?find=DRAW&last=all")
     await expect(page.locator("#past-when")).to_contain_text("which is now")
-
-
-async def test_bars_are_coloured_by_state_at_any_version(server: Server, admin: Console) -> None:
-    for version in (1, 2):
-        await server.api.load("drawn", version=version)
-    await server.api.failed_load("broken")
-    await admin.go("#/timeline?last=60")
-    await expect(lane(admin, "broken").locator(".seg.failed")).to_be_visible()
-    await expect(lane(admin, "broken").locator(".mark.failed text")).to_have_text("✕")
-    fill = "bars => bars.map((bar) => getComputedStyle(bar).fill)"
-    assert len(set(await lane(admin, "drawn").locator(".seg.loaded").evaluate_all(fill))) == 1
 
 
 async def test_range_with_too_many_changes_is_zoomed(admin: Console) -> None:
@@ -153,16 +133,20 @@ async def test_time_travel_shows_actor_and_hash(server: Server, admin: Console) 
     page = admin.page
     await server.api.load("past", version=1)
     then = await server.api.model("past")
-    await server.api.load("past", version=2)
     await admin.go("#/timeline")
     row, when = past_row(admin, "past"), page.locator("#past-when")
+    slider = page.get_by_label("Position of the ledger")
     await expect(when).to_contain_text("which is now")
-    await page.get_by_label("Position", exact=True).fill(str(then["position"]))
+    await page.get_by_label("Position", exact=True).select_text()
+    head = await slider.get_attribute("max")
+    await server.api.load("past", version=2)  # the ledger grows, and what is selected stays so
+    await expect(slider).not_to_have_attribute("max", str(head))
+    await page.keyboard.type(str(then["position"]))
     await page.keyboard.press("Enter")
+    await expect(when).to_contain_text(f"position {then['position']},")
     await expect(row.locator("code")).to_have_text(then["files"][0]["sha256"])
     await expect(row.locator("[data-label='Loaded by']")).to_contain_text("alice")
     await expect(page.locator("#past-event")).to_contain_text("ModelLoaded past 1")
-    slider = page.get_by_label("Position of the ledger")
     await slider.press("ArrowLeft")
     await expect(row.locator(".pill")).to_have_text("loading")
     await page.get_by_label("or time").fill("2026-01-01T00:00:00")
@@ -175,38 +159,6 @@ async def test_time_travel_shows_actor_and_hash(server: Server, admin: Console) 
     await expect(when).to_have_text("before everything")
     await slider.press("End")
     await expect(when).to_contain_text("which is now")
-
-
-async def test_position_keeps_what_is_selected_in_it_while_the_ledger_grows(
-    server: Server, admin: Console
-) -> None:
-    page = admin.page
-    await admin.go("#/timeline")
-    position, slider = page.get_by_label("Position", exact=True), page.get_by_label("Position of the ledger")
-    await position.select_text()
-    before = await slider.get_attribute("max")
-    for version in (1, 2):  # one of them at most is loaded
-        await server.api.load("past", version=version)
-    await expect(slider).not_to_have_attribute("max", str(before))
-    await page.keyboard.type("1")  # replaces what is selected
-    await page.keyboard.press("Enter")
-    await expect(page.locator("#past-when")).to_contain_text("position 1,")
-
-
-async def test_slider_reaches_moment_that_the_page_had_not_heard_of(server: Server, polling: Console) -> None:
-    page = polling.page
-    await polling.go("#/timeline")
-    await expect(page.locator("#past-when")).to_contain_text("which is now")
-    await page.route(re.compile("/api/v1/(overview|resources)"), lambda _: None)  # nothing more is heard
-    for version in (1, 2):  # one of them at most is loaded
-        await server.api.load("past", version=version)
-    then: int = (await server.api.model("past"))["position"]
-    await page.get_by_label("Position", exact=True).fill(str(then))
-    await page.keyboard.press("Enter")
-    slider = page.get_by_label("Position of the ledger")
-    await expect(slider).to_have_value(str(then))
-    await slider.press("ArrowLeft")
-    await expect(page.locator("#past-when")).to_contain_text(f"position {then - 1},")
 
 
 async def test_time_travel_lists_loaded_models_of_all_pages_first(admin: Console) -> None:
@@ -293,15 +245,31 @@ async def test_ledger_keeps_its_newest_events_and_fetches_older(admin: Console) 
     await expect(items.last).to_have_attribute("data-position", str(501 - PAGE))
     await page.get_by_label("Follow").uncheck()
     await page.evaluate(HEAR, [1000])
-    await page.wait_for_timeout(300)
+    await expect(page.locator(".page-head .count")).to_have_text("1,000 events")
     await expect(items.first).to_have_attribute("data-position", str(500 + KEPT))
+    await page.reload()  # which forgets what never happened
 
 
-async def test_ledger_without_a_stream_is_fetched_as_it_grows(server: Server, polling: Console) -> None:
-    await polling.go("#/ledger?model=unheard")
-    await expect(polling.page.get_by_text("No event matches.")).to_be_visible()
-    await server.api.load("unheard")
-    await expect(polling.page.locator("#ledger-list")).to_contain_text("ModelLoaded")
+async def test_console_without_a_stream_asks_for_what_is_new(server: Server, browser: BrowserContext) -> None:
+    refusal = {"status": 503, "code": "too_many_streams", "title": "Too many streams"}
+    async with Console.opened(browser, server.url) as console:
+        page = console.page
+        await page.route("**/events/stream*", lambda route: route.fulfill(status=503, json=refusal))
+        await console.sign_in(server.api.token("admin"), says="Every 3 s: no stream")
+        await console.go("#/ledger?model=unheard")
+        await expect(page.get_by_text("No event matches.")).to_be_visible()
+        await server.api.load("unheard")
+        await expect(page.locator("#ledger-list")).to_contain_text("ModelLoaded")
+        await console.go("#/timeline")
+        await expect(page.locator("#past-when")).to_contain_text("which is now")
+        await page.route(re.compile("/api/v1/(overview|resources)"), lambda _: None)  # nothing more is heard
+        then = (await server.api.unload("unheard"))["position"]
+        await page.get_by_label("Position", exact=True).fill(str(then))
+        await page.keyboard.press("Enter")
+        slider = page.get_by_label("Position of the ledger")
+        await expect(slider).to_have_value(str(then))
+        await slider.press("ArrowLeft")
+        await expect(page.locator("#past-when")).to_contain_text(f"position {then - 1},")
 
 
 # Jobs.
@@ -326,22 +294,15 @@ async def test_job_shows_its_stages_and_is_cancelled(server: Server, admin: Cons
     await expect(page.locator("#past-event")).to_contain_text("JobCancelled slow")
 
 
-async def test_failed_job_has_its_reason_at_its_own_address(server: Server, admin: Console) -> None:
+async def test_failed_job_is_marked_and_has_its_reason(server: Server, admin: Console) -> None:
     failed = await server.api.failed_load("broken")
-    await admin.page.goto(f"{admin.url}/#/jobs/{failed['id']}")
+    await admin.go("#/timeline?last=60")
+    await expect(lane(admin, "broken").locator(".seg.failed")).to_be_visible()
+    await expect(lane(admin, "broken").locator(".mark.failed text")).to_have_text("✕")
+    await admin.go(f"#/jobs/{failed['id']}")
     await expect(admin.page.locator("#job .why")).to_contain_text("invalid_model: ")
     await admin.page.goto(f"{admin.url}/#/jobs/none")
     await expect(admin.page.locator("#job .refusal")).to_contain_text("none")
-
-
-async def test_role_infer_sees_jobs_without_events(server: Server, browser: BrowserContext) -> None:
-    job = await server.api.load("listed")
-    async with Console.opened(browser, server.url) as console:
-        await console.sign_in(server.api.token("infer"), says="Every 3 s")
-        await console.go(f"#/jobs/{job['id']}")
-        await expect(console.page.locator("#job")).to_contain_text("Load listed 1")
-        await expect(console.page.locator("#ledger-list")).to_have_count(0)
-        await expect(console.page.get_by_role("link", name="As of its last event")).to_have_count(0)
 
 
 # Charts.
@@ -367,94 +328,28 @@ async def test_charts_are_read_by_keyboard_and_in_either_range(server: Server, a
     await expect(page.locator(".chart .summary").nth(1)).to_contain_text("answered in the last 24 hours")
 
 
-# Modules, called in the page.
-
-CASES: dict[str, tuple[object, str]] = {
-    "an axis names round times that are apart": (
-        [["00:00:10", 7], ["14:30", 9], ["12 Jan", 8], ["1 Feb", 8], ["2026", 5], ["2030", 8]],
-        """
-        const { DAY, HOUR, MINUTE, Scale, ticks, YEAR } = await import("/console/lanes.js");
-        const named = (from, span, index) => {
-          const scale = new Scale(from, from + span, 900), found = ticks(scale);
-          const places = found.map((tick) => scale.x(tick.time));
-          const apart = places.slice(1).every((place, before) => place - places[before] >= 40);
-          return [found[index].label, apart ? found.length : 0];
-        };
-        const at = (...parts) => new Date(2026, ...parts).getTime();
-        return [named(at(0, 12), MINUTE, 1), named(at(0, 12, 14), 4 * HOUR, 1), named(at(0, 12), 7 * DAY, 0),
-          named(at(0, 12), 60 * DAY, 2), named(at(0, 1), 5 * YEAR, 0), named(at(0, 1), 40 * YEAR, 0)];
-        """,
-    ),
-    "a chart's lines break where samples are missing": (
-        [[90, 80, 70, 20, 10], [1, 3, None, None, 2], [4]],
-        """
-        const { alone, columnsOf } = await import("/console/charts.js");
-        const start = Date.UTC(2026, 0, 1), at = (seconds) => new Date(start - seconds * 1000).toISOString();
-        const samples = [[90, 1], [80, 3], [20, null], [10, 2]];
-        const points = samples.map(([ago, value]) => ({ at: at(ago), value }));
-        const [times, values] = columnsOf({ interval_s: 10, points }, [{ of: (point) => point.value }]);
-        return [times.map((time) => start / 1000 - time), values, alone(values)];
-        """,
-    ),
-    "a node's address is a link only if a browser can open it": (
-        [["http://a:8080/", None, None], ["http://a:8080", "javascript:alert(1)", "http://"]],
-        """
-        const { NodesPage } = await import("/console/nodes.js");
-        const { nodes } = await import("/console/state.js");
-        const { html, render } = await import("/console/ui.js");
-        const addresses = ["http://a:8080", "javascript:alert(1)", "http://"];
-        const place = document.createElement("div");
-        const none = { phase: "joined", epoch: 1, models: [], jobs: [], attributes: [], release: "1" };
-        const before = nodes.value;
-        nodes.value = addresses.map((address, id) => ({ ...none, id: String(id), address }));
-        render(html`<${NodesPage} />`, place);
-        const cells = [...place.querySelectorAll("[data-label=Address]")];
-        const found = [cells.map((cell) => cell.querySelector("a")?.href ?? null),
-          cells.map((cell) => cell.firstChild.firstChild.data)];
-        render(null, place);
-        nodes.value = before;
-        return found;
-        """,
-    ),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-async def test_module(admin: Console, case: str) -> None:
-    expected, script = CASES[case]
-    found: Any = await admin.page.evaluate(f"async () => {{ {script} }}")
-    assert found == expected
-
-
 # Looks.
+
+
+BELOW = """document.documentElement.scrollHeight
+    - Math.max(...[...document.querySelectorAll("main section")].map(
+        (part) => part.getBoundingClientRect().bottom + scrollY))
+    - parseFloat(getComputedStyle(document.querySelector("main")).paddingBottom)"""
+"""Pixels between the last part of a page and its end."""
 
 
 async def test_opened_parts_are_accessible_and_no_wider_than_a_phone(server: Server, admin: Console) -> None:
     page = admin.page
-    await server.api.load("past", version=1)
-    await page.set_viewport_size(PHONE)
-    for address, part in (("#/timeline", "#timeline-text summary"), ("#/ledger", "#ledger-list summary")):
-        await admin.go(address)
-        await page.locator(part).first.click()
-        await expect(page.locator("#timeline-table, #ledger-list pre")).not_to_be_empty()
-        await page.emulate_media(color_scheme="light", reduced_motion="reduce")
-        assert await admin.serious() == []
-        await page.emulate_media(color_scheme="dark")
-        assert await admin.serious(None, "color-contrast") == []
-        await admin.fits()
-
-
-async def test_page_ends_with_its_last_part(server: Server, admin: Console) -> None:
     for _ in range(3):
         await server.api.load("past")
         await server.api.unload("past")
-    await admin.page.set_viewport_size(PHONE)  # on which the page is longer than the window
-    await admin.go("#/timeline")
-    await admin.page.locator("#timeline-text summary").click()
-    await expect(admin.page.locator("#timeline-table > tr").nth(5)).to_be_attached()
-    below = """document.documentElement.scrollHeight
-        - Math.max(...[...document.querySelectorAll("main section")].map(
-            (part) => part.getBoundingClientRect().bottom + scrollY))
-        - parseFloat(getComputedStyle(document.querySelector("main")).paddingBottom)"""
-    assert await admin.page.evaluate("document.documentElement.scrollHeight > innerHeight")
-    assert await admin.page.evaluate(below) <= 1
+    await page.set_viewport_size(PHONE)
+    for address, part in (("#/ledger", "#ledger-list"), ("#/at/3?find=past", "#timeline-text")):
+        await admin.go(address)
+        await page.locator(f"{part} summary").first.click()
+        await expect(page.locator("#timeline-table, #ledger-list pre")).not_to_be_empty()
+        await admin.check_accessibility()
+        await admin.fits()
+    await expect(page.locator("#timeline-table > tr").nth(5)).to_be_attached()
+    assert await page.evaluate("document.documentElement.scrollHeight > innerHeight")
+    assert await page.evaluate(BELOW) <= 1

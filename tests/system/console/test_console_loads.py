@@ -1,4 +1,4 @@
-"""The console in a real browser: approvals of versions, and what models show of them."""
+"""The console in a real browser: what loads need and get: approvals, signatures, devices."""
 
 import re
 from collections.abc import AsyncIterator
@@ -9,13 +9,14 @@ import pytest_asyncio
 from playwright.async_api import BrowserContext, Locator, expect
 from support import models
 from support.browser import PHONE, Console, needs_browser
+from support.openvino import DEVICE, openvino_environment
 from support.servers import Server, serving
 from support.signing import make_key, public_pem, sign_folder
 
 from features.signatures.verification import key_digest
 from server.config import Config
 
-pytestmark = [needs_browser, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [needs_browser, pytest.mark.asyncio(loop_scope="session")]
 
 KEY = make_key()
 SIGNER = key_digest(public_pem(KEY))
@@ -34,30 +35,31 @@ models = ["guarded", "changed", "urgent"]
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of models."""
-    root = tmp_path_factory.mktemp("approvals") / "repository"
+    root = tmp_path_factory.mktemp("loads") / "repository"
     for model_id in ("guarded", "changed", "urgent", "signed", "unsigned"):
         models.save(models.add(), root, model_id)
+    models.save(models.weights(4), root, "ranker")
     sign_folder(root / "signed" / "1", KEY)
     return root
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def server(repository: Path) -> AsyncIterator[Server]:
-    """A server with rules for its models."""
+    """A server with rules for its models, OpenVINO's plugin, and a budget for its device."""
     root = repository.parent
     (root / "release.pem").write_text(public_pem(KEY))
     rules = root / "loadledger.toml"
     rules.write_text(RULES)
     config = Config(repository=repository, data=root / "data")
-    async with serving(config, f"--config={rules}") as running:
+    settings = (f"--config={rules}", f"--device-memory={DEVICE}=2GB")
+    async with serving(config, *settings, environment=openvino_environment(root)) as running:
         yield running
 
 
-@pytest_asyncio.fixture(loop_scope="module")
+@pytest_asyncio.fixture(loop_scope="session")
 async def carol(server: Server, browser: BrowserContext) -> AsyncIterator[Console]:
     """The console of carol, who may approve and read the ledger."""
-    async with Console.opened(browser, server.url) as console:
-        await console.sign_in(server.api.token("approve", "audit", subject="carol"))
+    async with Console.kept(browser, server.api, "approve", "audit", subject="carol") as console:
         yield console
 
 
@@ -147,26 +149,18 @@ async def test_withdrawn_approval_refuses_next_load(server: Server, admin: Conso
     await expect(unapproved(carol, "changed")).to_contain_text("The ledger does not have who added")
 
 
-async def test_refused_approval_says_why(server: Server, browser: BrowserContext, repository: Path) -> None:
-    await server.api.add_by_upload("changed", 2, models.add(2.0).SerializeToString())
-    async with Console.opened(browser, server.url) as console:
-        await console.sign_in(server.api.token("approve"), says="Every 3 s")
-        await expect(unapproved(console, "changed version 2")).to_have_count(0)  # alice has added it
-        await console.go("#/models/changed")
-        refused = opened(console).locator(".refusal")
-        versions = console.page.locator(".its-versions")
-        await versions.get_by_role("button", name="Approve… version 2").click()
-        await console.page.get_by_label("Reason").fill("my own")
-        await console.choose("Approve")
-        await expect(refused).to_contain_text("'alice' added these files")
-        await console.choose("Not now")
-        await versions.get_by_role("button", name="Approve… version 1").click()
-        await expect(opened(console)).to_contain_text("Version 1; none is loaded.")
-        models.save(models.add(3.0), repository, "changed")
-        await console.page.get_by_label("Reason").fill("too late")
-        await server.api.get("/api/v1/models/changed/verify?version=1")
-        await console.choose("Approve")
-        await expect(refused).to_contain_text("has the digest")
+async def test_approval_is_of_the_files_that_its_dialog_showed(
+    server: Server, carol: Console, repository: Path
+) -> None:
+    await carol.go("#/models/urgent")
+    await carol.page.get_by_role("button", name="Approve… version 1").click()
+    await expect(opened(carol)).to_contain_text("Version 1; none is loaded.")
+    models.save(models.add(3.0), repository, "urgent")
+    await server.api.get("/api/v1/models/urgent/verify?version=1")
+    await carol.page.get_by_label("Reason").fill("too late")
+    await carol.choose("Approve")
+    await expect(opened(carol).locator(".refusal")).to_contain_text("has the digest")
+    await carol.choose("Not now")
 
 
 async def test_models_show_their_signature_now_and_then(
@@ -194,19 +188,40 @@ async def test_models_show_their_signature_now_and_then(
 
 
 async def test_bypassed_approval_needs_attention(server: Server, browser: BrowserContext) -> None:
+    dora, reason = "<img src=/x onerror=alert(1)>", "<b>payments</b> fail"  # markup is shown as text
     async with Console.opened(browser, server.url) as console:
-        await console.sign_in(server.api.token("admin", "emergency", subject="dora"))
+        await console.sign_in(server.api.token("admin", "emergency", subject=dora))
         await console.press("urgent", "Load")
-        await console.page.get_by_label("Emergency: why it must not wait").fill("payments fail")
+        await console.page.get_by_label("Emergency: why it must not wait").fill(reason)
         await console.choose("Load")
         await console.see("urgent", "loaded")
         badge = console.row("urgent").get_by_text("bypassed", exact=True)
-        await expect(badge).to_have_attribute("title", "Loaded without approval: bypassed by dora")
+        await expect(badge).to_have_attribute("title", f"Loaded without approval: bypassed by {dora}")
         bypassed = console.attention.filter(has_text="urgent was loaded without approval")
-        await expect(bypassed).to_contain_text("for dora")
+        await expect(bypassed).to_contain_text(f"for {dora}")
         await console.go("#/jobs")
         job = console.page.locator(".ended-jobs .job", has_text="Load urgent")
-        await expect(job).to_contain_text("emergency: payments fail")
+        await expect(console.page.locator(".page")).to_contain_text(dora)
+        await expect(job).to_contain_text(f"emergency: {reason}")
+        await console.go("#/ledger")
+        await expect(console.page.locator(".page")).to_contain_text(dora)
         await console.go("#/")
         await bypassed.get_by_role("button", name="Acknowledge").click()
         await expect(bypassed).to_have_count(0)
+        assert f"{server.url}/x" not in console.urls
+
+
+async def test_model_loads_on_the_chosen_device(admin: Console) -> None:
+    page = admin.page
+    await expect(page.locator("#devices")).to_contain_text(f"{DEVICE} (")
+    await expect(page.locator("#devices")).to_contain_text("budget 2.0 GB; 0 models")
+    await admin.press("ranker", "Load")
+    await page.locator("#load-device").select_option(DEVICE)
+    await page.locator("#load-fallback").select_option("refuse")
+    assert await admin.serious("dialog[open]") == []
+    await admin.choose("Load")
+    await admin.see("ranker", "loaded")
+    await expect(page.locator("#devices")).to_contain_text("; 1 model")
+    await admin.go("#/models/ranker")
+    await expect(page.locator(".page")).to_contain_text(f"8 nodes of its graph on {DEVICE} (openvino ")
+    assert await admin.serious(".facts") == []
