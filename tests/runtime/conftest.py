@@ -1,12 +1,21 @@
 """The models of `support.running` for tests that start the runtime themselves."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
-from support.running import save_models
+from support.running import Run, running, save_models
+
+from runtime.process.pool import WorkerPool
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder with the models of `save_models`, for `running`."""
     return save_models(tmp_path)
+
+
+@pytest.fixture
+def run(folder: Path, shared_pool: WorkerPool) -> Run:
+    """A function that starts the runtime over `folder` with these settings."""
+    return partial(running, folder, pool=shared_pool)

@@ -105,31 +105,6 @@ async def test_load_without_any_of_its_devices_does_not_start(engine: Engine) ->
     assert await engine.ask("adder", 1) == 2
 
 
-async def test_new_version_replaces_the_one_on_the_device(engine: Engine) -> None:
-    await engine.load("adder", 1, ON_DEVICE)
-    await engine.load("adder", 2, structs.replace(ON_DEVICE, devices=("openvino:*",)))
-    assert await engine.ask("adder", 1) == 3
-    assert (await loaded(engine)).targets is not UNSET
-
-
-async def test_full_device_evicts_the_idle_model(tmp_path: Path, shared_pool: WorkerPool) -> None:
-    models.save(models.add(7), save_models(tmp_path) / "models", "third")
-    async with running(tmp_path, policy=on_device(80 * MB), pool=shared_pool) as engine:
-        await engine.load("adder", 1)
-        await engine.load("other", parameters=ON_DEVICE)  # which takes less than it reserved
-        assert (await engine.load("third", parameters=ON_DEVICE)).status is JobStatus.COMPLETED
-        assert engine.model("other").state is ModelState.UNLOADED
-        assert engine.model("adder").state is ModelState.LOADED  # it takes nothing there
-
-
-async def test_killed_worker_is_reloaded_on_the_device(engine: Engine) -> None:
-    await engine.load("adder", 1, ON_DEVICE)
-    await engine.die("adder")
-    await engine.becomes("adder", ModelState.LOADED)
-    assert (await loaded(engine)).targets is not UNSET
-    assert await engine.ask("adder", 1) == 2
-
-
 # A device with memory of its own: what is free there is what the test says.
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from support import models
-from support.workers import load, loaded_memory, order_of, until
+from support.workers import hang_measurement, load, loaded_memory, order_of, until
 
 from runtime import memory
 from runtime.errors import ForkServerUnavailable
@@ -151,12 +151,8 @@ async def test_stuck_measurement_counts_all_anonymous_memory(
     pool: WorkerPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models.save(models.table(16), tmp_path, "m")
-    worker, proc = await pool.start("w"), tmp_path / "proc"
-    stuck = proc / str(worker.pid) / "smaps_rollup"  # as if the kernel did not answer
-    stuck.parent.mkdir(parents=True)
-    os.mkfifo(stuck)
-    (stuck.parent / "status").symlink_to(f"/proc/{worker.pid}/status")
-    monkeypatch.setattr(memory, "PROC", proc)
+    worker = await pool.start("w")
+    stuck = hang_measurement(tmp_path, monkeypatch, worker.pid)
     monkeypatch.setattr(worker_module, "MEASURE_LIMIT_S", 0.1)
     await worker.load(order_of(tmp_path), lambda _: None)
     assert loaded_memory(worker).memory_bytes > mmap.PAGESIZE * 1000 + 16e6  # with the fork server's pages
