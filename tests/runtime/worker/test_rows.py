@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from onnx import ModelProto, helper, numpy_helper
 from support import models
 from support.models import FLOAT, INT64, model, parse_model, save, value
-from support.workers import Serve, ask_all, asked_at_once, load, order_of, refusal, tensor
+from support.workers import load, order_of, refusal, tensor
 
 from runtime.errors import InvalidInput
 from runtime.onnxfile import find_operator
@@ -183,14 +183,3 @@ async def test_wrong_inputs_of_the_file_show_nothing_and_fail_no_reload(
     order = order_of(tmp_path, max_batch_size=2, warm_up_required=False)
     _, report = await load(pool, order, tensor("nothing", "FP32", [[1]]))
     assert "cannot be shown: the model has no input 'nothing'" in (report.dependence or "")
-
-
-async def test_one_scale_changes_an_answer(serve: Serve) -> None:
-    """The reason for all this: large numbers of another client turn an answer into zeros."""
-    worker = await serve(models.quantised(), max_batch_size=2, max_queue_delay_us=10**5, dependent_rows=True)
-    small, large = (tensor("x", "FP32", [[size, 2, 3, 4]]) for size in (1, 10**6))
-    _, [alone] = await ask_all(worker, [small])
-    first, _ = await asked_at_once(worker, ask_all(worker, [small]), ask_all(worker, [large]))
-    [beside] = (await first)[1]
-    assert np.frombuffer(alone.data, np.float32).any()
-    assert not np.frombuffer(beside.data, np.float32).any()
