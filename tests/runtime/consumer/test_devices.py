@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from msgspec import UNSET, structs
-from support import models
 from support.nvml import PCI_BUS_IDS, hanging
 from support.openvino import DEVICE, openvino_path
 from support.running import Engine, code_of, error_of, running, save_models
@@ -80,20 +79,6 @@ async def test_load_on_device_records_what_runs_there(engine: Engine) -> None:
     await engine.load("adder", 1)  # the footprint there is none of the CPU
     assert (await loaded(engine)).targets is UNSET
     assert len(engine.model("adder").footprints) == 2
-
-
-async def test_nodes_beside_the_device_need_leave_to_fall_back(engine: Engine) -> None:
-    models.save(models.zip_map(), engine.root, "partly")
-    refused = error_of(await engine.load("partly", parameters=ON_DEVICE))
-    assert refused.code == "fallback_refused"
-    assert "1 of the 2 nodes" in refused.message
-    with_fallback = structs.replace(ON_DEVICE, fallback="cpu")
-    assert (await engine.load("partly", parameters=with_fallback)).status is JobStatus.COMPLETED
-    uses = (await loaded(engine, "partly")).targets or ()
-    assert [(use.provider, use.device, use.nodes) for use in uses] == [
-        ("openvino", DEVICE, 1),
-        ("cpu", "cpu", 1),
-    ]
 
 
 async def test_load_without_any_of_its_devices_does_not_start(engine: Engine) -> None:
