@@ -70,8 +70,6 @@ async def test_jobs_report_stage_and_what_they_wait_for(run: Run) -> None:
     ("content", "code", "words"),
     [
         pytest.param(models.CORRUPT, "invalid_model", "ends after", id="corrupt"),
-        pytest.param(b"", "invalid_model", "", id="empty"),
-        pytest.param(models.TEXT, "invalid_model", "", id="text"),
         pytest.param(models.unknown_operator(), "invalid_model", "Frobnicate", id="unknown operator"),
         pytest.param(models.external("../../../../etc/passwd"), "unsafe_file", "passwd", id="data of others"),
         pytest.param(models.memory_bomb_on_load(), "out_of_memory", "limit", id="memory bomb"),

@@ -4,13 +4,11 @@ import asyncio
 import os
 import signal
 import sqlite3
-from collections.abc import AsyncIterator
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
-import pytest_asyncio
 from support import models
 from support.running import Engine, Run
 from support.workers import FOR_EVER_S, LIMIT_S, freeze, hang_measurement, loaded_memory, tensor, until
@@ -44,12 +42,6 @@ def folder(tmp_path: Path) -> Path:
     models.save(models.table(4, 1), root, "old")
     models.save(models.table(4, 2), root, "new")
     return tmp_path
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def engine(run: Run) -> AsyncIterator[Engine]:
-    async with run() as engine:
-        yield engine
 
 
 def upkeep(engine: Engine) -> WorkerMonitor:

@@ -73,52 +73,51 @@ async def loaded(engine: Engine, **parameters: object) -> Job:
     return job
 
 
-async def test_external_data_overwritten_after_the_load_changes_no_answer(folder: Path, run: Run) -> None:
-    async with run() as engine:
-        await loaded(engine, instances=3)
-        assert len(blobs(folder)) == 2
-        with data_file(folder).open("r+b") as file:
-            file.write(weights(666))
-        assert [await number(engine) for _ in range(6)] == [1] * 6
-        os.truncate(data_file(folder), 4)
-        assert [await number(engine) for _ in range(6)] == [1] * 6
-        assert recorded(engine) == sha256(weights(1)).hexdigest()
-        assert engine.versions.has_changed("m", 1, engine.model("m").serving.files)  # type: ignore[union-attr]
+async def test_external_data_overwritten_after_the_load_changes_no_answer(
+    folder: Path, engine: Engine
+) -> None:
+    await loaded(engine, instances=3)
+    assert len(blobs(folder)) == 2
+    with data_file(folder).open("r+b") as file:
+        file.write(weights(666))
+    assert [await number(engine) for _ in range(6)] == [1] * 6
+    os.truncate(data_file(folder), 4)
+    assert [await number(engine) for _ in range(6)] == [1] * 6
+    assert recorded(engine) == sha256(weights(1)).hexdigest()
+    assert engine.versions.has_changed("m", 1, engine.model("m").serving.files)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("how", ["cp -p", "in place"])
-async def test_other_bytes_of_same_size_and_time_are_loaded(folder: Path, run: Run, how: str) -> None:
-    async with run() as engine:
-        first = await loaded(engine)
-        assert await engine.ask_load("m") == first.id
-        path = data_file(folder)
-        seen = path.stat()
-        if how == "cp -p":
-            path.with_name("new").write_bytes(weights(2))
-            path.with_name("new").replace(path)
-        else:
-            path.write_bytes(weights(2))
-        os.utime(path, ns=(seen.st_atime_ns, seen.st_mtime_ns))
-        assert (await loaded(engine)).id != first.id
-        assert await number(engine) == 2
-        assert recorded(engine) == sha256(weights(2)).hexdigest()
-        _, event = await engine.facts(ModelLoaded)
-        assert event.durations.copying_us is not None  # of the copy that was compared
-        await nothing_incoming(folder)
+async def test_other_bytes_of_same_size_and_time_are_loaded(folder: Path, engine: Engine, how: str) -> None:
+    first = await loaded(engine)
+    assert await engine.ask_load("m") == first.id
+    path = data_file(folder)
+    seen = path.stat()
+    if how == "cp -p":
+        path.with_name("new").write_bytes(weights(2))
+        path.with_name("new").replace(path)
+    else:
+        path.write_bytes(weights(2))
+    os.utime(path, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+    assert (await loaded(engine)).id != first.id
+    assert await number(engine) == 2
+    assert recorded(engine) == sha256(weights(2)).hexdigest()
+    _, event = await engine.facts(ModelLoaded)
+    assert event.durations.copying_us is not None  # of the copy that was compared
+    await nothing_incoming(folder)
 
 
-async def test_load_of_touched_files_restarts_nothing(folder: Path, run: Run) -> None:
-    async with run() as engine:
-        first = await loaded(engine)
-        worker = engine.worker("m")
-        os.utime(data_file(folder))
-        job = await loaded(engine)
-        assert job.id != first.id
-        assert engine.worker("m") is worker
-        assert len(await engine.facts(ModelLoaded)) == len(await engine.facts(LoadStarted)) == 1
-        assert len(await engine.facts(ModelSettingsChanged)) == 1
-        assert await engine.ask_load("m") == first.id  # the files are known from here on
-        await nothing_incoming(folder)
+async def test_load_of_touched_files_restarts_nothing(folder: Path, engine: Engine) -> None:
+    first = await loaded(engine)
+    worker = engine.worker("m")
+    os.utime(data_file(folder))
+    job = await loaded(engine)
+    assert job.id != first.id
+    assert engine.worker("m") is worker
+    assert len(await engine.facts(ModelLoaded)) == len(await engine.facts(LoadStarted)) == 1
+    assert len(await engine.facts(ModelSettingsChanged)) == 1
+    assert await engine.ask_load("m") == first.id  # the files are known from here on
+    await nothing_incoming(folder)
 
 
 # Reloads by the system.
@@ -217,15 +216,14 @@ async def test_load_beyond_the_limit_fails_with_both_figures(folder: Path, run: 
         await nothing_incoming(folder)
 
 
-async def test_load_onto_a_full_disk_says_what_is_missing(folder: Path, run: Run) -> None:
-    async with run() as engine:
-        seen = os.statvfs(folder)
-        with data_file(folder).with_name("padding").open("wb") as file:
-            file.truncate(min(2 * seen.f_blocks * seen.f_frsize, 2**43))
-        job = await engine.load("m")
-        assert code_of(job) == "disk_full"
-        assert "bytes are missing" in error_of(job).message
-        await nothing_incoming(folder)
+async def test_load_onto_a_full_disk_says_what_is_missing(folder: Path, engine: Engine) -> None:
+    seen = os.statvfs(folder)
+    with data_file(folder).with_name("padding").open("wb") as file:
+        file.truncate(min(2 * seen.f_blocks * seen.f_frsize, 2**43))
+    job = await engine.load("m")
+    assert code_of(job) == "disk_full"
+    assert "bytes are missing" in error_of(job).message
+    await nothing_incoming(folder)
 
 
 # Limits, and no store.
