@@ -76,7 +76,13 @@ async def test_router_refuses_what_is_not_loaded(engine: Engine) -> None:
     await engine.load("bad")
     assert await refusal(engine, "bad") == not_loaded("bad")
     await engine.load("loop")
-    await engine.unload("loop")
+    [asked] = await engine.start_endless()
+    await engine.ask_unload("loop")
+    await engine.becomes("loop", ModelState.UNLOADING)
+    assert await refusal(engine, "loop") == (ModelUnloading, "model 'loop' is being unloaded")
+    await engine.unload("loop", force=True)
+    with pytest.raises(WorkerDied):
+        await asked
     assert await refusal(engine, "loop") == not_loaded("loop")
     (engine.root / "loop/1/model.onnx").unlink()
     assert (await refusal(engine, "loop"))[0] is UnknownModel
@@ -119,18 +125,6 @@ async def test_router_refuses_during_in_place_swap(engine: Engine) -> None:
     await engine.ended(swap)
     await engine.becomes("adder", ModelState.LOADED)
     assert (await engine.router.find("adder")).version == 1
-
-
-async def test_router_refuses_during_unload(engine: Engine) -> None:
-    await engine.load("loop")
-    [asked] = await engine.start_endless()
-    await engine.ask_unload("loop")
-    await engine.becomes("loop", ModelState.UNLOADING)
-    assert await refusal(engine, "loop") == (ModelUnloading, "model 'loop' is being unloaded")
-    await engine.unload("loop", force=True)
-    with pytest.raises(WorkerDied):
-        await asked
-    assert await refusal(engine, "loop") == not_loaded("loop")
 
 
 async def test_router_refuses_until_lost_model_is_reloaded(run: Run) -> None:

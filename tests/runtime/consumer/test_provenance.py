@@ -141,18 +141,6 @@ async def test_reload_after_a_crash_or_restart_has_the_same_bytes(folder: Path, 
         assert len({event.files for event in await engine.facts(ModelLoaded)}) == 1
 
 
-async def test_restart_without_a_store_reloads_from_the_same_files(folder: Path, run: Run) -> None:
-    """As with the data directory of a release that had no store."""
-    async with run() as engine:
-        await loaded(engine)
-    shutil.rmtree(folder / "store")
-    os.utime(data_file(folder))
-    async with run() as engine:
-        await engine.becomes("m", ModelState.LOADED)
-        assert await number(engine) == 1
-        assert len(blobs(folder)) == 2
-
-
 @pytest.mark.parametrize("has", ["other bytes", "other version", "unsafe"])
 async def test_reload_of_bytes_that_are_gone_fails_for_good(folder: Path, run: Run, has: str) -> None:
     async with run() as engine:
@@ -199,9 +187,11 @@ async def test_reload_waits_for_a_repository_that_cannot_be_read(
         else:
             root.unlink()
         (folder / "aside").rename(root)
+        os.utime(data_file(folder))
         engine.pass_time(60)
         await engine.becomes("m", ModelState.LOADED)
         assert await number(engine) == 1
+        assert len(blobs(folder)) == 2
 
 
 async def test_load_beyond_the_limit_fails_with_both_figures(folder: Path, run: Run) -> None:

@@ -111,11 +111,10 @@ def test_worker_can_only_read_requests_and_resize_nothing() -> None:
             os.ftruncate(descriptor, 0)
     with pytest.raises(PermissionError):
         mmap.mmap(requests, 4096)
-    with mmap.mmap(requests, 4096, prot=mmap.PROT_READ) as mapped:
-        libc = ctypes.CDLL(None, use_errno=True)
-        address = np.frombuffer(mapped, np.uint8).ctypes.data
-        assert libc.mprotect(ctypes.c_void_p(address), 4096, mmap.PROT_READ | mmap.PROT_WRITE) == -1
-        gc.collect()
+    mapped = mmap.mmap(requests, 4096, prot=mmap.PROT_READ)
+    address = np.frombuffer(mapped, np.uint8).ctypes.data
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(address), 4096, mmap.PROT_READ | mmap.PROT_WRITE) == -1
     shared = SharedTensors(requests, answers)
     assert shared.locate(0, 0, 8).readonly
     with pytest.raises(MalformedFrame):
