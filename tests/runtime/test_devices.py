@@ -104,7 +104,7 @@ async def test_package_that_hangs_takes_no_other_away(
     add_package(tmp_path, "onnxruntime_ep_tpu", PACKAGE)
     add_package(tmp_path, "onnxruntime_ep_asleep", "import threading\nthreading.Event().wait()")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(devices, "DEVICES_LIMIT_S", 2.0)
+    monkeypatch.setattr(devices, "DEVICES_LIMIT_S", 1.0)
     found = await find_providers(["tpu:*", "asleep:*"])
     assert found.problems == ["asleep: the package onnxruntime_ep_asleep does not answer"]
     assert "tpu" in found.libraries
