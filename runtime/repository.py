@@ -729,8 +729,8 @@ def _stat(path: Path, root: Path) -> os.stat_result | str:
 
 
 def _is_readable(file: Path) -> bool:
-    """Whether a file can be read. It may be missing for a moment in which its folder is exchanged."""
-    return any(os.access(file, os.R_OK, effective_ids=True) for _ in range(2))
+    """Whether a file may be read. It may be missing for a moment in which it or its folder is exchanged."""
+    return any(os.access(file, os.R_OK, effective_ids=True) for _ in range(2)) or not file.exists()
 
 
 def _cure_model(folder: Path, model_id: str) -> str:

@@ -19,7 +19,7 @@ from support.http import LocalApi, local_server
 from support.nvml import build_nvml
 from support.postgres import Database, PostgresServer, end_shared_server, join_shared_server
 from support.replicas import make_ledger
-from support.running import Engine, end_workers, running, save_models
+from support.running import end_workers
 from support.servers import NO_AUTHORITIES
 from support.shims import Shim
 from support.workers import Serve, order_of, running_pool, until
@@ -154,13 +154,6 @@ async def pool(shared_pool: WorkerPool) -> AsyncIterator[WorkerPool]:
     yield shared_pool
     await end_workers(shared_pool)
     await until(lambda: not shared_pool._workers)
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def engine(tmp_path: Path, shared_pool: WorkerPool) -> AsyncIterator[Engine]:
-    """The runtime without HTTP, over a new ledger and the models of `save_models`."""
-    async with running(save_models(tmp_path), pool=shared_pool) as engine:
-        yield engine
 
 
 @pytest_asyncio.fixture(loop_scope="module")

@@ -104,7 +104,7 @@ async def test_package_that_hangs_takes_no_other_away(
     add_package(tmp_path, "onnxruntime_ep_tpu", PACKAGE)
     add_package(tmp_path, "onnxruntime_ep_asleep", "import threading\nthreading.Event().wait()")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(devices, "DEVICES_LIMIT_S", 2.0)
+    monkeypatch.setattr(devices, "DEVICES_LIMIT_S", 1.0)
     found = await find_providers(["tpu:*", "asleep:*"])
     assert found.problems == ["asleep: the package onnxruntime_ep_asleep does not answer"]
     assert "tpu" in found.libraries
@@ -140,11 +140,6 @@ def test_candidates_are_in_the_order_of_the_load(
 def test_error_without_a_candidate_says_what_to_do(wanted: tuple[str, ...], advice: str) -> None:
     with pytest.raises(DeviceUnavailable, match=advice):
         DEVICES.find_candidates(wanted)
-
-
-def test_error_without_cuda_names_the_documentation() -> None:
-    with pytest.raises(DeviceUnavailable, match="cuda is not installed: the documentation says"):
-        Devices().find_candidates(["cuda:0"])
 
 
 def test_target_bounds_the_arena_of_cuda() -> None:

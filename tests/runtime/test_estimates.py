@@ -14,7 +14,7 @@ import pytest
 from msgspec.structs import replace as replace_footprint
 from support import models
 from support.decisions import estimate
-from support.running import Engine, error_of, job_of, running
+from support.running import Engine, Run, error_of, job_of
 from support.workers import LIMIT_S, until
 
 from events.jobcommands import RequestLoad
@@ -23,7 +23,6 @@ from events.types import LoadedFile, LoadParameters, LoadStarted, ModelLoaded
 from features.devices.room import CONTEXT_BYTES, DEVICE_BYTES_PER_FILE_BYTE, PROVIDER_BYTES, target_device
 from runtime.consumer import loads
 from runtime.consumer.loads import describe_failure
-from runtime.process.pool import WorkerPool
 from runtime.repository import FoundFile
 from runtime.rooms import MACHINE, Alternative
 from runtime.scheduler.estimates import BYTES_PER_MODEL_BYTE, WORKER_BYTES, estimate_memory, file_sizes
@@ -214,14 +213,13 @@ def replace_folder(folder: Path) -> None:
     ],
 )
 async def test_load_of_files_that_cannot_be_looked_at_fails(
-    tmp_path: Path, shared_pool: WorkerPool, change: Callable[[Path], None], code: str
+    folder: Path, engine: Engine, change: Callable[[Path], None], code: str
 ) -> None:
-    folder = models.save(models.add(1), tmp_path / "models", "m")
-    async with running(tmp_path, pool=shared_pool) as engine:
-        change(folder)
-        receipt = await engine.log.submit(RequestLoad("m", 1, None, "alice"))
-        assert error_of(await engine.ended(job_of(receipt))).code == code
-        assert await engine.story(of="m") == ["LoadRequested", "LoadFailed"]
+    folder = models.save(models.add(1), folder / "models", "m")
+    change(folder)
+    receipt = await engine.log.submit(RequestLoad("m", 1, None, "alice"))
+    assert error_of(await engine.ended(job_of(receipt))).code == code
+    assert await engine.story(of="m") == ["LoadRequested", "LoadFailed"]
 
 
 @pytest.mark.parametrize(
@@ -239,12 +237,12 @@ def test_failed_look_says_why(error: Exception, code: str, words: str) -> None:
 
 
 async def test_hanging_look_delays_others_for_a_while_only(
-    tmp_path: Path, shared_pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
+    folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loads, "ESTIMATE_WAIT_S", 0.05)
     for name in ("m", "other"):
-        models.save(models.add(1), tmp_path / "models", name)
-    async with running(tmp_path, pool=shared_pool) as engine:
+        models.save(models.add(1), folder / "models", name)
+    async with run() as engine:
         hangs = threading.Event()
         file_system = engine.repository.file_system
         hanging = asyncio.create_task(file_system.run("m", hangs.wait, LIMIT_S))
@@ -284,33 +282,33 @@ def open_slots(engine: Engine) -> None:
     engine.log.notify()
 
 
-@pytest.mark.parametrize("budget_mb", [200, 50])
+@pytest.mark.parametrize("budget_mb", [200, 40])
 async def test_files_that_grew_after_their_estimate_are_estimated_anew(
-    tmp_path: Path, shared_pool: WorkerPool, budget_mb: int
+    folder: Path, run: Run, budget_mb: int
 ) -> None:
-    models.save(models.table(1), tmp_path / "models", "m")
+    models.save(models.table(1), folder / "models", "m")
     policy = Policy(loads_at_once=0, budget_bytes=budget_mb * 10**6)
-    async with running(tmp_path, policy=policy, pool=shared_pool) as engine:
+    async with run(policy=policy) as engine:
         job_id = await estimated(engine)
-        models.save(models.table(40), tmp_path / "models", "m")
+        models.save(models.table(20), folder / "models", "m")
         open_slots(engine)
         job = await engine.ended(job_id)
         story = await engine.story(of="m")
-        if budget_mb == 50:
+        if budget_mb == 40:
             assert error_of(job).code == "insufficient_memory"
             assert story == ["LoadRequested", "LoadStarted", "LoadFailed"]
             return
         assert (job.status, job.attempt) == (JobStatus.COMPLETED, 1)
         assert story == ["LoadRequested", "LoadStarted", "LoadStarted", "ModelLoaded"]
-        assert engine.live("m").reserved_bytes > 100_000_000
+        assert engine.live("m").reserved_bytes > 50_000_000
 
 
 async def test_files_that_change_with_each_attempt_fail_the_load(
-    tmp_path: Path, shared_pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
+    folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = models.save(models.table(1), tmp_path / "models", "m")
+    folder = models.save(models.table(1), folder / "models", "m")
     policy = Policy(loads_at_once=0, budget_bytes=10**9)
-    async with running(tmp_path, policy=policy, pool=shared_pool) as engine:
+    async with run(policy=policy) as engine:
         job_id = await estimated(engine)
         stat = engine.versions.stat
 
@@ -327,20 +325,18 @@ async def test_files_that_change_with_each_attempt_fail_the_load(
         assert [fact.attempt for fact in await engine.facts(LoadStarted)] == 4 * [1]
 
 
-async def test_reservation_is_the_last_peak_after_a_restart_too(
-    tmp_path: Path, shared_pool: WorkerPool
-) -> None:
-    file = models.save(models.table(4), tmp_path / "models", "m") / "model.onnx"
+async def test_reservation_is_the_last_peak_after_a_restart_too(folder: Path, run: Run) -> None:
+    file = models.save(models.table(4), folder / "models", "m") / "model.onnx"
     estimate = WORKER_BYTES + math.ceil(BYTES_PER_MODEL_BYTE * file.stat().st_size)
     policy = Policy(loads_at_once=2, budget_bytes=10**9)
-    async with running(tmp_path, policy=policy, pool=shared_pool) as engine:
+    async with run(policy=policy) as engine:
         assert await reserved(engine) == estimate
         [first] = engine.model("m").footprints
         await engine.unload("m")
         assert await reserved(engine) == first.peak_memory_bytes < estimate
         await engine.unload("m")
         [last] = engine.model("m").footprints
-    async with running(tmp_path, policy=policy, pool=shared_pool) as engine:
+    async with run(policy=policy) as engine:
         assert await reserved(engine) == last.peak_memory_bytes
         await engine.unload("m")
         os.utime(file, ns=(1, 1))

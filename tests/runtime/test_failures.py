@@ -6,24 +6,16 @@ import pytest
 
 from events.errors import NotEncodable
 from events.jobs import CONSEQUENCES
-from runtime.errors import (
-    DiskFull,
-    ForkServerUnavailable,
-    LoadCode,
-    RepositoryUnreadable,
-    StoreUnavailable,
-    UnknownModel,
-    UnknownVersion,
-    WorkerDied,
-    hide_folders,
-)
+from runtime import errors
+from runtime.errors import LoadCode, hide_folders
 from runtime.repository import InvalidDefaults, RepositoryBusy
 
 
 def test_every_code_of_a_failed_load_has_a_consequence() -> None:
     problems = (
-        *(ForkServerUnavailable, UnknownModel, UnknownVersion, WorkerDied, InvalidDefaults),
-        *(DiskFull, RepositoryBusy, RepositoryUnreadable, StoreUnavailable, NotEncodable),
+        *(errors.ForkServerUnavailable, errors.UnknownModel, errors.UnknownVersion, errors.WorkerDied),
+        *(errors.DiskFull, errors.RepositoryUnreadable, errors.StoreUnavailable, NotEncodable),
+        *(InvalidDefaults, RepositoryBusy),
     )
     refusals = set(get_args(LoadCode))
     assert {problem.code for problem in problems} | refusals | {"store_full"} <= CONSEQUENCES.keys()

@@ -310,23 +310,19 @@ def test_onnx_files_are_not_foreign() -> None:
         assert describe_foreign_content(content[:FOREIGN_HEAD_BYTES], len(content)) is None
 
 
-OF_TEST_MODELS = (
-    models.add,
-    models.strings,
-    models.zip_map,
-    models.with_default,
-    models.optional_input,
-    models.optional_output,
-    models.counting_loop,
-)
-
-
 def tensors(model: onnx.ModelProto) -> ModelTensors:
     data = model.SerializeToString()
     return read_tensors(data, len(data))
 
 
-@pytest.mark.parametrize("made", OF_TEST_MODELS, ids=lambda made: str(made.__name__))
+@pytest.mark.parametrize(
+    "made",
+    [
+        models.add, models.strings, models.zip_map, models.with_default, models.optional_input,
+        models.optional_output, models.counting_loop,
+    ],
+    ids=lambda made: str(made.__name__),
+)  # fmt: skip
 def test_tensors_are_what_onnx_runtime_reports(made: Callable[[], onnx.ModelProto]) -> None:
     model = made()
     session = InferenceSession(model.SerializeToString(), session_options(1))

@@ -4,12 +4,11 @@ import asyncio
 import os
 import signal
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from support import models
-from support.running import Engine, running, stopped_clock
+from support.running import Engine, Run, stopped_clock
 from support.workers import LIMIT_S, array, floats, tensor, trips, until
 
 from events.models import ModelState
@@ -24,7 +23,6 @@ from runtime.errors import (
     UnknownModel,
     WorkerDied,
 )
-from runtime.process.pool import WorkerPool
 from runtime.router import (
     Absent,
     Answered,
@@ -78,7 +76,13 @@ async def test_router_refuses_what_is_not_loaded(engine: Engine) -> None:
     await engine.load("bad")
     assert await refusal(engine, "bad") == not_loaded("bad")
     await engine.load("loop")
-    await engine.unload("loop")
+    [asked] = await engine.start_endless()
+    await engine.ask_unload("loop")
+    await engine.becomes("loop", ModelState.UNLOADING)
+    assert await refusal(engine, "loop") == (ModelUnloading, "model 'loop' is being unloaded")
+    await engine.unload("loop", force=True)
+    with pytest.raises(WorkerDied):
+        await asked
     assert await refusal(engine, "loop") == not_loaded("loop")
     (engine.root / "loop/1/model.onnx").unlink()
     assert (await refusal(engine, "loop"))[0] is UnknownModel
@@ -123,20 +127,8 @@ async def test_router_refuses_during_in_place_swap(engine: Engine) -> None:
     assert (await engine.router.find("adder")).version == 1
 
 
-async def test_router_refuses_during_unload(engine: Engine) -> None:
-    await engine.load("loop")
-    [asked] = await engine.start_endless()
-    await engine.ask_unload("loop")
-    await engine.becomes("loop", ModelState.UNLOADING)
-    assert await refusal(engine, "loop") == (ModelUnloading, "model 'loop' is being unloaded")
-    await engine.unload("loop", force=True)
-    with pytest.raises(WorkerDied):
-        await asked
-    assert await refusal(engine, "loop") == not_loaded("loop")
-
-
-async def test_router_refuses_until_lost_model_is_reloaded(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, clock=stopped_clock(), pool=shared_pool) as engine:
+async def test_router_refuses_until_lost_model_is_reloaded(run: Run) -> None:
+    async with run(clock=stopped_clock()) as engine:
         await engine.load("adder")
         await engine.die("adder")
         assert "is being loaded again" in (await refusal(engine, "adder"))[1]
@@ -213,8 +205,8 @@ async def test_wrong_input_is_refused_and_counted(engine: Engine) -> None:
     assert counted.total_ns >= counted.infer_ns > 0
 
 
-async def test_full_queue_refuses_at_once(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, max_queue=2, pool=shared_pool) as engine:
+async def test_full_queue_refuses_at_once(run: Run) -> None:
+    async with run(max_queue=2) as engine:
         await engine.load("loop")
         asked = [*await engine.start_endless(), asyncio.create_task(engine.infer("loop", trips(1)))]
         await until(lambda: engine.worker("loop").in_flight == 2)
@@ -227,10 +219,8 @@ async def test_full_queue_refuses_at_once(folder: Path, shared_pool: WorkerPool)
 
 
 @pytest.mark.parametrize("unloaded", [False, True])
-async def test_queued_inferences_wait_for_the_reload_of_their_model(
-    folder: Path, shared_pool: WorkerPool, *, unloaded: bool
-) -> None:
-    async with running(folder, clock=stopped_clock(), pool=shared_pool) as engine:
+async def test_queued_inferences_wait_for_the_reload_of_their_model(run: Run, *, unloaded: bool) -> None:
+    async with run(clock=stopped_clock()) as engine:
         await engine.load("loop")
         worker = engine.worker("loop")
         [first] = await engine.start_endless()

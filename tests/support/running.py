@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -43,6 +43,9 @@ from support.store import opened_store
 from support.workers import LIMIT_S, array, floats, trips, unhurried, until
 
 D = TypeVar("D", bound=Data)
+
+Run = Callable[..., AbstractAsyncContextManager["Engine"]]
+"""Start the runtime over the test's folder, with its module's pool and these settings: the fixture `run`."""
 
 
 @dataclass

@@ -17,6 +17,7 @@ import pytest
 from msgspec.structs import replace
 
 from features.devices.found import Devices
+from runtime import memory
 from runtime.errors import Exit, LoadRefused
 from runtime.process import pool as pool_module
 from runtime.process import worker as workers_module
@@ -181,6 +182,18 @@ def computing(pid: int) -> Callable[[], bool]:
     """Tell later whether a process has used more processor time than now."""
     before = _ticks(pid)
     return lambda: _ticks(pid) > before
+
+
+def hang_measurement(folder: Path, patch: pytest.MonkeyPatch, pid: int, *others: int) -> Path:
+    """Have the kernel not say what a process takes, but others; return the FIFO that stands for it."""
+    process = folder / "proc" / str(pid)
+    process.mkdir(parents=True)
+    (process / "status").symlink_to(f"/proc/{pid}/status")
+    for other in others:
+        process.with_name(str(other)).symlink_to(f"/proc/{other}")
+    os.mkfifo(process / "smaps_rollup")
+    patch.setattr(memory, "PROC", process.parent)
+    return process / "smaps_rollup"
 
 
 def threads(pid: int) -> int:

@@ -9,11 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import models
 from support.history import PLAIN
-from support.running import error_of, running
+from support.running import Run, error_of
 
 from events.jobs import JobStatus
 from events.types import LoadParameters
-from runtime.process.pool import WorkerPool
 from runtime.scheduler.view import PEAK_VARIATION, Policy, load_allowance
 
 MB = 1_000_000
@@ -56,30 +55,28 @@ def test_loads_stay_within_the_budget_however_they_grow(
 
 
 def save_ballast(root: Path) -> None:
-    """Save a model that takes 360 MB in many steps, and less than its limit, which counts a large file."""
-    folder = models.save(models.slow_to_fold(600, 250), root, "big")
+    """Save a model that takes 216 MB in many steps, and less than its limit, which counts a large file."""
+    folder = models.save(models.slow_to_fold(300, 600), root, "big")
     with (folder / "weights.bin").open("wb") as file:
-        file.truncate(180 * MB)
+        file.truncate(100 * MB)
 
 
 @pytest.mark.parametrize(
     ("by", "budget_mb", "words"),
     [
         pytest.param("its limit", 400, "it may take, the memory budget leaves it no more: ", id="limit"),
-        pytest.param("the server", 300, "the load took ", id="measured"),
+        pytest.param("the server", 160, "the load took ", id="measured"),
     ],
 )
 async def test_load_that_takes_more_than_is_free_fails(
-    tmp_path: Path, shared_pool: WorkerPool, by: str, budget_mb: int, words: str
+    folder: Path, run: Run, by: str, budget_mb: int, words: str
 ) -> None:
-    root = tmp_path / "models"
-    models.save(models.add(1), root, "adder")
+    root = folder / "models"
     if by == "the server":
         save_ballast(root)
     else:
         models.save(models.memory_bomb_on_load(250 * MB), root, "big")  # a file of 300 bytes
-    policy = Policy(loads_at_once=2, budget_bytes=budget_mb * MB)
-    async with running(tmp_path, policy=policy, pool=shared_pool) as engine:
+    async with run(policy=Policy(loads_at_once=2, budget_bytes=budget_mb * MB)) as engine:
         await engine.load("adder")
         one_thread = LoadParameters(threads=1)  # several wait for each other, on a busy machine for minutes
         error = error_of(await engine.load("big", parameters=one_thread))
@@ -88,25 +85,21 @@ async def test_load_that_takes_more_than_is_free_fails(
         assert "; it may take " in error.message
         assert error.message.endswith("and what is free of the memory budget")
         assert await engine.story(of="big") == ["LoadRequested", "LoadStarted", "LoadFailed"]
-        assert await engine.ask("adder", 1) == 2
+        assert await engine.ask("adder", 1) == 3
 
 
-async def test_load_beyond_its_own_limit_names_that_alone(tmp_path: Path, shared_pool: WorkerPool) -> None:
-    models.save(models.memory_bomb_on_load(), tmp_path / "models", "big")
-    policy = Policy(loads_at_once=1, budget_bytes=1000 * MB)
-    async with running(tmp_path, policy=policy, pool=shared_pool) as engine:
+async def test_load_beyond_its_own_limit_names_that_alone(folder: Path, run: Run) -> None:
+    models.save(models.memory_bomb_on_load(), folder / "models", "big")
+    async with run(policy=Policy(loads_at_once=1, budget_bytes=1000 * MB)) as engine:
         limited = LoadParameters(threads=1, memory_limit_bytes=200 * MB)
         message = error_of(await engine.load("big", parameters=limited)).message
         assert "than it may take, its memory_limit_bytes are 200000000: " in message
         assert "memory budget" not in message
 
 
-async def test_limit_of_a_load_ends_with_it_and_known_peaks_suffice(
-    tmp_path: Path, shared_pool: WorkerPool
-) -> None:
-    models.save(models.weights(20), tmp_path / "models", "m")
-    policy = Policy(loads_at_once=1, budget_bytes=1000 * MB)
-    async with running(tmp_path, policy=policy, pool=shared_pool) as engine:
+async def test_limit_of_a_load_ends_with_it_and_known_peaks_suffice(folder: Path, run: Run) -> None:
+    models.save(models.weights(20), folder / "models", "m")
+    async with run(policy=Policy(loads_at_once=1, budget_bytes=1000 * MB)) as engine:
         await engine.load("m")
         [first] = engine.model("m").footprints
         await engine.unload("m")

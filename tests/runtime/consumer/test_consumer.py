@@ -10,15 +10,14 @@ from pathlib import Path
 import pytest
 from onnx import ModelProto
 from support import models
-from support.running import Engine, error_of, gone, running
-from support.workers import freeze, is_stopped, running_pool, threads, until
+from support.running import Engine, Run, error_of, gone
+from support.workers import computing, freeze, is_stopped, threads, until
 
 from events.jobs import Failure, JobStatus
 from events.models import ModelState
 from events.types import Cause, LoadParameters, ModelLoaded, ModelUnloaded, UnloadRequested, WorkerExited
 from runtime.errors import WorkerDied
-from runtime.process.pool import WorkerPool
-from runtime.scheduler.view import Phase
+from runtime.scheduler.view import Phase, Policy
 
 # Loads.
 
@@ -43,6 +42,7 @@ async def test_load_records_hashes_memory_and_durations(engine: Engine) -> None:
     assert all(part > 0 for part in parts)
     assert sum(parts) <= durations.total_us
     assert await engine.ask("adder", 1) == 2
+    assert engine.live("adder").pieces > 0
     await engine.unload("adder")
     await engine.load("adder", 1)  # from the store
     assert [each.files for each in await engine.facts(ModelLoaded, of="adder")] == [(file,)] * 2
@@ -53,8 +53,8 @@ async def test_load_records_hashes_memory_and_durations(engine: Engine) -> None:
     assert first.durations.hashing_us > again.durations.hashing_us == 0
 
 
-async def test_jobs_report_stage_and_what_they_wait_for(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, loads_at_once=1, pool=shared_pool) as engine:
+async def test_jobs_report_stage_and_what_they_wait_for(run: Run) -> None:
+    async with run(loads_at_once=1) as engine:
         slow = await engine.ask_load("slow")
         await engine.loading("slow")
         waiting = await engine.ask_load("adder")
@@ -70,8 +70,6 @@ async def test_jobs_report_stage_and_what_they_wait_for(folder: Path, shared_poo
     ("content", "code", "words"),
     [
         pytest.param(models.CORRUPT, "invalid_model", "ends after", id="corrupt"),
-        pytest.param(b"", "invalid_model", "", id="empty"),
-        pytest.param(models.TEXT, "invalid_model", "", id="text"),
         pytest.param(models.unknown_operator(), "invalid_model", "Frobnicate", id="unknown operator"),
         pytest.param(models.external("../../../../etc/passwd"), "unsafe_file", "passwd", id="data of others"),
         pytest.param(models.memory_bomb_on_load(), "out_of_memory", "limit", id="memory bomb"),
@@ -92,8 +90,8 @@ async def test_bad_model_fails_its_load_with_the_reason(
     assert await engine.ask("adder", 1) == 3
 
 
-async def test_load_of_removed_model_fails(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, loads_at_once=0, pool=shared_pool) as engine:
+async def test_load_of_removed_model_fails(folder: Path, run: Run) -> None:
+    async with run(loads_at_once=0) as engine:
         job_id = await engine.ask_load("other")
         (folder / "models/other/1/model.onnx").unlink()
         engine.consumer.policy = replace(engine.consumer.policy, loads_at_once=1)
@@ -104,11 +102,11 @@ async def test_load_of_removed_model_fails(folder: Path, shared_pool: WorkerPool
         await engine.nothing_left()
 
 
-async def test_workers_have_threads_of_pool_or_load(folder: Path) -> None:
-    async with running_pool(threads=3) as pool, running(folder, pool=pool) as engine:
-        await engine.load("adder")
-        await engine.load("loop", parameters=LoadParameters(threads=2))
-        assert [threads(engine.worker(name).pid) for name in ("adder", "loop")] == [4, 3]  # and control
+async def test_workers_have_threads_of_pool_or_load(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.pool, "threads", 3)
+    await engine.load("adder")
+    await engine.load("loop", parameters=LoadParameters(threads=2))
+    assert [threads(engine.worker(name).pid) for name in ("adder", "loop")] == [4, 3]  # and control
 
 
 async def test_load_that_cannot_be_recorded_fails_alone(engine: Engine) -> None:
@@ -149,6 +147,23 @@ async def test_worker_killed_during_load_fails_it(engine: Engine) -> None:
     exited = (await engine.events(of="slow"))[2]
     assert (exited.worker_id, exited.data) == (load.worker_id, WorkerExited(None, signal.SIGKILL, ()))
     await engine.nothing_left()
+
+
+async def test_load_without_progress_fails_and_frees_its_memory(folder: Path, run: Run) -> None:
+    """The worker computes all the time, which is no progress: an endless loop does so, too."""
+    models.save(models.endless(), folder / "models", "m")
+    async with run(policy=Policy(loads_at_once=1, budget_bytes=10**9)) as engine:
+        job_id = await engine.ask_load("m", None, LoadParameters(progress_timeout_s=1))
+        await until(lambda: any(load.stage == "warming_up" for load in engine.consumer.loads.values()))
+        worker = engine.worker("m")
+        await until(computing(worker.pid))
+        error = error_of(await engine.ended(job_id))
+        assert error.code == "no_progress"
+        assert "for 1 s: all that time its stage was 'warming_up'" in error.message
+        assert "greater progress_timeout_s" in error.message
+        await asyncio.shield(worker.ended)
+        await until(lambda: not engine.consumer.loads)
+        assert await engine.story(of="m") == ["LoadRequested", "LoadStarted", "LoadFailed"]
 
 
 # Swaps.
@@ -236,17 +251,16 @@ async def test_unload_force_ends_a_load_in_progress(engine: Engine) -> None:
     assert engine.model("slow").state is ModelState.UNLOADED
 
 
-async def test_unload_force_does_not_wait_for_stopped_fork_server(folder: Path) -> None:
-    async with running(folder) as engine:
-        fork_server = engine.fork_server_pid
-        await freeze(fork_server)
-        await engine.ask_load("adder")
-        await engine.becomes("adder", ModelState.LOADING)
-        await engine.unload("adder", force=True)
-        assert is_stopped(fork_server)
-        os.kill(fork_server, signal.SIGCONT)
-        await engine.nothing_left()
-        assert (await engine.load("adder")).status is JobStatus.COMPLETED
+async def test_unload_force_does_not_wait_for_stopped_fork_server(engine: Engine) -> None:
+    fork_server = engine.fork_server_pid
+    await freeze(fork_server)
+    await engine.ask_load("adder")
+    await engine.becomes("adder", ModelState.LOADING)
+    await engine.unload("adder", force=True)
+    assert is_stopped(fork_server)
+    os.kill(fork_server, signal.SIGCONT)
+    await engine.nothing_left()
+    assert (await engine.load("adder")).status is JobStatus.COMPLETED
 
 
 async def test_unload_force_ends_a_drain_and_both_jobs(engine: Engine) -> None:

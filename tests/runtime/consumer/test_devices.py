@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from msgspec import UNSET, structs
-from support import models
 from support.nvml import PCI_BUS_IDS, hanging
 from support.openvino import DEVICE, openvino_path
 from support.running import Engine, code_of, error_of, running, save_models
@@ -82,51 +81,12 @@ async def test_load_on_device_records_what_runs_there(engine: Engine) -> None:
     assert len(engine.model("adder").footprints) == 2
 
 
-async def test_nodes_beside_the_device_need_leave_to_fall_back(engine: Engine) -> None:
-    models.save(models.zip_map(), engine.root, "partly")
-    refused = error_of(await engine.load("partly", parameters=ON_DEVICE))
-    assert refused.code == "fallback_refused"
-    assert "1 of the 2 nodes" in refused.message
-    with_fallback = structs.replace(ON_DEVICE, fallback="cpu")
-    assert (await engine.load("partly", parameters=with_fallback)).status is JobStatus.COMPLETED
-    uses = (await loaded(engine, "partly")).targets or ()
-    assert [(use.provider, use.device, use.nodes) for use in uses] == [
-        ("openvino", DEVICE, 1),
-        ("cpu", "cpu", 1),
-    ]
-
-
 async def test_load_without_any_of_its_devices_does_not_start(engine: Engine) -> None:
     job = await engine.load("adder", 1, LoadParameters(devices=("cuda:0", "openvino:gpu")))
     assert code_of(job) == "device_unavailable"
     assert await engine.facts(LoadStarted) == []
     await engine.load("adder", 1, LoadParameters(devices=("cuda:*", "cpu")))
     assert (await loaded(engine)).targets is UNSET
-    assert await engine.ask("adder", 1) == 2
-
-
-async def test_new_version_replaces_the_one_on_the_device(engine: Engine) -> None:
-    await engine.load("adder", 1, ON_DEVICE)
-    await engine.load("adder", 2, structs.replace(ON_DEVICE, devices=("openvino:*",)))
-    assert await engine.ask("adder", 1) == 3
-    assert (await loaded(engine)).targets is not UNSET
-
-
-async def test_full_device_evicts_the_idle_model(tmp_path: Path, shared_pool: WorkerPool) -> None:
-    models.save(models.add(7), save_models(tmp_path) / "models", "third")
-    async with running(tmp_path, policy=on_device(80 * MB), pool=shared_pool) as engine:
-        await engine.load("adder", 1)
-        await engine.load("other", parameters=ON_DEVICE)  # which takes less than it reserved
-        assert (await engine.load("third", parameters=ON_DEVICE)).status is JobStatus.COMPLETED
-        assert engine.model("other").state is ModelState.UNLOADED
-        assert engine.model("adder").state is ModelState.LOADED  # it takes nothing there
-
-
-async def test_killed_worker_is_reloaded_on_the_device(engine: Engine) -> None:
-    await engine.load("adder", 1, ON_DEVICE)
-    await engine.die("adder")
-    await engine.becomes("adder", ModelState.LOADED)
-    assert (await loaded(engine)).targets is not UNSET
     assert await engine.ask("adder", 1) == 2
 
 

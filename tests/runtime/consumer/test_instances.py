@@ -3,12 +3,10 @@
 import asyncio
 import os
 import signal
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from support import models
-from support.running import Engine, code_of, error_of, gone, running, stopped_clock
+from support.running import Engine, Run, code_of, error_of, gone, stopped_clock
 from support.workers import computing, freeze, is_stopped, loaded_memory, until
 
 from events.jobs import JobStatus
@@ -16,7 +14,6 @@ from events.models import ModelState
 from events.types import Cause, LoadParameters, LoadRequested, ModelLoaded, ModelUnloaded, WorkerExited
 from runtime.consumer.running import RunningLoad
 from runtime.errors import WorkerDied
-from runtime.process.pool import WorkerPool
 from runtime.process.worker import Worker
 
 TWO = LoadParameters(instances=2)
@@ -76,10 +73,8 @@ async def test_load_of_instances_is_one_fact_and_each_answers(engine: Engine) ->
     assert await stuck == 2
 
 
-async def test_instances_compute_side_by_side_and_drain_together(
-    folder: Path, shared_pool: WorkerPool
-) -> None:
-    async with running(folder, drain_timeout_s=0.05, pool=shared_pool) as engine:
+async def test_instances_compute_side_by_side_and_drain_together(run: Run) -> None:
+    async with run(drain_timeout_s=0.05) as engine:
         await engine.load("loop", parameters=TWO)
         asked = await engine.start_endless()
         loaded = [loaded_memory(worker).memory_bytes for worker in engine.workers("loop")]
@@ -132,30 +127,21 @@ async def test_load_that_ends_while_an_instance_starts_takes_no_more(
     await engine.nothing_left()
 
 
-async def test_fork_server_dying_during_the_load_is_the_reason(folder: Path) -> None:
-    async with running(folder) as engine:
-        job_id, _, _ = await half_load(engine, TWO)
-        os.kill(engine.fork_server_pid, signal.SIGKILL)
-        assert code_of(await engine.ended(job_id)) == "fork_server_died"
+async def test_fork_server_dying_during_the_load_is_the_reason(engine: Engine) -> None:
+    job_id, _, _ = await half_load(engine, TWO)
+    os.kill(engine.fork_server_pid, signal.SIGKILL)
+    assert code_of(await engine.ended(job_id)) == "fork_server_died"
 
 
-@pytest.mark.parametrize(
-    "change",
-    [lambda path: path.unlink(), lambda path: path.write_bytes(models.add(7).SerializeToString())],
-    ids=["removed", "replaced"],
-)
-async def test_files_changed_between_instances_change_nothing(
-    folder: Path, change: Callable[[Path], object]
-) -> None:
-    async with running(folder) as engine:
-        job_id, load = await start_load(engine, TWO)
-        os.kill(engine.fork_server_pid, signal.SIGSTOP)  # so that there is no second worker yet
-        os.kill(load.workers[0].pid, signal.SIGCONT)
-        await until(lambda: load.worker_id in load.reports)
-        change(folder / "models/adder/1/model.onnx")
-        os.kill(engine.fork_server_pid, signal.SIGCONT)
-        assert code_of(await engine.ended(job_id)) is None
-        assert [await engine.ask("adder", 1) for _ in range(4)] == [2] * 4
+async def test_files_replaced_between_instances_change_nothing(engine: Engine) -> None:
+    job_id, load = await start_load(engine, TWO)
+    os.kill(engine.fork_server_pid, signal.SIGSTOP)  # so that there is no second worker yet
+    os.kill(load.workers[0].pid, signal.SIGCONT)
+    await until(lambda: load.worker_id in load.reports)
+    (engine.root / "adder/1/model.onnx").write_bytes(models.add(7).SerializeToString())
+    os.kill(engine.fork_server_pid, signal.SIGCONT)
+    assert code_of(await engine.ended(job_id)) is None
+    assert [await engine.ask("adder", 1) for _ in range(4)] == [2] * 4
 
 
 @pytest.mark.parametrize("end", ["timeout", "force"])
@@ -171,8 +157,8 @@ async def test_half_loaded_instances_end_with_their_load(engine: Engine, end: st
     assert len(load.workers) <= 3
 
 
-async def test_degraded_model_serves_while_it_is_repaired(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, pool=shared_pool, clock=stopped_clock()) as engine:
+async def test_degraded_model_serves_while_it_is_repaired(run: Run) -> None:
+    async with run(clock=stopped_clock()) as engine:
         await engine.load("adder", 1, TWO)
         first, second = engine.workers("adder")
         os.kill(first.pid, signal.SIGKILL)

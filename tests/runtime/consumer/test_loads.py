@@ -72,3 +72,11 @@ def test_load_is_finished_when_its_device_has_the_memory_back() -> None:
     assert not run(exited=BOTH, allocation=Held()).is_finished
     assert run(exited=BOTH).is_finished
     assert run((), allocation=Held()).is_finished  # no worker took anything
+
+
+def test_stage_is_progress_once_for_each_worker() -> None:
+    load, seen = run(), list[tuple[int, int, int]]()
+    for worker_id in ("w0", "w0", "w1"):
+        load.reach_stage("loading", worker_id)
+        seen.append(load.progress)
+    assert seen[0] == seen[1] < seen[2]

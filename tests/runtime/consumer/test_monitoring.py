@@ -4,26 +4,22 @@ import asyncio
 import os
 import signal
 import sqlite3
-from collections.abc import AsyncIterator
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
-import pytest_asyncio
 from support import models
-from support.running import Engine, running
-from support.workers import FOR_EVER_S, LIMIT_S, freeze, loaded_memory, tensor, until
+from support.running import Engine, Run
+from support.workers import FOR_EVER_S, LIMIT_S, freeze, hang_measurement, loaded_memory, tensor, until
 
 from events.errors import LogUnavailable
 from events.models import ModelState
 from events.types import Cause, LoadParameters, ModelUnloaded, UnloadRequested
-from runtime import memory
 from runtime.consumer import consumer as consumer_module
 from runtime.consumer import loads
 from runtime.consumer.consumer import WorkerMonitor
 from runtime.errors import Exit
-from runtime.process.pool import WorkerPool
 from runtime.scheduler.view import Policy
 
 GROWTH_BYTES = 33_500_000
@@ -46,12 +42,6 @@ def folder(tmp_path: Path) -> Path:
     models.save(models.table(4, 1), root, "old")
     models.save(models.table(4, 2), root, "new")
     return tmp_path
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def engine(folder: Path, shared_pool: WorkerPool) -> AsyncIterator[Engine]:
-    async with running(folder, pool=shared_pool) as engine:
-        yield engine
 
 
 def upkeep(engine: Engine) -> WorkerMonitor:
@@ -98,9 +88,9 @@ async def test_measured_growth_counts_against_the_budget(engine: Engine) -> None
     assert uses == {"grows": load.memory_bytes, "old": pair.memory_bytes}
 
 
-async def test_growth_beyond_the_budget_evicts(folder: Path, shared_pool: WorkerPool) -> None:
+async def test_growth_beyond_the_budget_evicts(run: Run) -> None:
     policy = Policy(2, budget_bytes=GROWTH_BYTES + 10_000_000, evicts=True, min_residency_s=0)
-    async with running(folder, policy=policy, pool=shared_pool) as engine:
+    async with run(policy=policy) as engine:
         await engine.load("old")
         await engine.load("grows")
         await use(engine, "old")
@@ -113,32 +103,25 @@ async def test_growth_beyond_the_budget_evicts(folder: Path, shared_pool: Worker
         assert engine.model("grows").state is ModelState.LOADED
 
 
-async def test_dead_worker_is_not_measured(folder: Path) -> None:
-    async with running(folder) as engine:
-        await engine.load("old")
-        await engine.load("new")
-        engine.worker("new").memory_bytes = 0
-        await freeze(engine.fork_server_pid)  # so that nobody hears of the death yet
-        engine.kill("old")
-        measuring = asyncio.create_task(upkeep(engine).measure())
-        os.kill(engine.fork_server_pid, signal.SIGCONT)
-        await measuring
-        assert engine.live("new").measured_bytes > 0
+async def test_dead_worker_is_not_measured(engine: Engine) -> None:
+    await engine.load("old")
+    await engine.load("new")
+    engine.worker("new").memory_bytes = 0
+    await freeze(engine.fork_server_pid)  # so that nobody hears of the death yet
+    engine.kill("old")
+    measuring = asyncio.create_task(upkeep(engine).measure())
+    os.kill(engine.fork_server_pid, signal.SIGCONT)
+    await measuring
+    assert engine.live("new").measured_bytes > 0
 
 
 async def test_stuck_measurement_delays_no_other_worker(
     engine: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    proc = folder / "proc"
     await engine.load("old")
     await engine.load("new")
     stuck, well = engine.worker("old"), engine.worker("new")
-    fifo = proc / str(stuck.pid) / "smaps_rollup"  # as if the kernel did not answer
-    fifo.parent.mkdir(parents=True)
-    os.mkfifo(fifo)
-    (fifo.parent / "status").symlink_to(f"/proc/{stuck.pid}/status")
-    (proc / str(well.pid)).symlink_to(f"/proc/{well.pid}")
-    monkeypatch.setattr(memory, "PROC", proc)
+    fifo = hang_measurement(folder, monkeypatch, stuck.pid, well.pid)
     monkeypatch.setattr(consumer_module, "MEASURE_LIMIT_S", 0.1)
     for _ in range(3):
         well.memory_bytes = 0
@@ -179,21 +162,19 @@ async def test_only_new_uses_are_noted(engine: Engine, folder: Path) -> None:
     assert engine.log.head.position == position
 
 
-async def test_stop_notes_the_last_uses(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, pool=shared_pool, stops_cleanly=True) as engine:
+async def test_stop_notes_the_last_uses(folder: Path, run: Run) -> None:
+    async with run(stops_cleanly=True) as engine:
         await engine.load("old")
         await use(engine, "old")
         assert noted(folder) == {}
     assert set(noted(folder)) == {"old"}
-    async with running(folder, pool=shared_pool) as engine:
+    async with run() as engine:
         assert engine.log.last_used == noted(folder)
 
 
-async def test_upkeep_runs_periodically(
-    folder: Path, shared_pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_upkeep_runs_periodically(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(consumer_module, "MEASURE_EVERY_S", 0.01)
-    async with running(folder, pool=shared_pool) as engine:
+    async with run() as engine:
         await engine.load("old")
         await use(engine, "old")
         engine.worker("old").memory_bytes = 0
@@ -201,20 +182,15 @@ async def test_upkeep_runs_periodically(
 
 
 async def test_unload_ends_without_a_measurement(
-    tmp_path: Path, shared_pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    models.save(models.add(), tmp_path / "models", "m")
-    async with running(tmp_path, pool=shared_pool) as engine:
-        await engine.load("m")
-        worker = engine.worker("m")
-        fifo = tmp_path / "proc" / str(worker.pid) / "smaps_rollup"  # as if the kernel did not answer
-        fifo.parent.mkdir(parents=True)
-        os.mkfifo(fifo)
-        monkeypatch.setattr(memory, "PROC", tmp_path / "proc")
-        monkeypatch.setattr(loads, "MEASURE_LIMIT_S", 0.05)
-        monkeypatch.setattr(loads, "STOP_GRACE_S", LIMIT_S)
-        await engine.unload("m")
-        (unloaded,) = await engine.facts(ModelUnloaded)
-        assert unloaded.freed_bytes == loaded_memory(worker).memory_bytes
-        assert worker.ended.result() == Exit(0, None)
-        os.close(await asyncio.to_thread(os.open, fifo, os.O_WRONLY))  # lets the thread go that reads
+    await engine.load("old")
+    worker = engine.worker("old")
+    fifo = hang_measurement(folder, monkeypatch, worker.pid)
+    monkeypatch.setattr(loads, "MEASURE_LIMIT_S", 0.05)
+    monkeypatch.setattr(loads, "STOP_GRACE_S", LIMIT_S)
+    await engine.unload("old")
+    (unloaded,) = await engine.facts(ModelUnloaded)
+    assert unloaded.freed_bytes == loaded_memory(worker).memory_bytes
+    assert worker.ended.result() == Exit(0, None)
+    os.close(await asyncio.to_thread(os.open, fifo, os.O_WRONLY))  # lets the thread go that reads

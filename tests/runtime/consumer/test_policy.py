@@ -6,10 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 from msgspec import UNSET, structs
 from support import models
-from support.running import Engine, code_of, error_of, job_of, running, save_models
+from support.running import Engine, Run, code_of, error_of, job_of
 from support.signing import make_key, public_pem, sign_folder
 from support.workers import until
 
@@ -41,20 +40,14 @@ from runtime.scheduler.view import Policy
 
 KEY, OTHER = make_key(), make_key()
 ENFORCE = TrustRule(("adder",), TrustMode.ENFORCE, (public_pem(KEY),))
-APPROVAL = ApprovalRule(("adder",))
 
 
 def under(*, trust: tuple[TrustRule, ...] = (), approval: tuple[ApprovalRule, ...] = ()) -> Policy:
     return Policy(2, loads=LoadPolicy(trust, approval))
 
 
-def sign(folder: Path, version: int = 1, *, key: Any = KEY, model_id: str = "adder") -> Path:
-    return sign_folder(folder / "models" / model_id / str(version), key)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return save_models(tmp_path)
+def sign(folder: Path, version: int = 1, *, key: Any = KEY) -> Path:
+    return sign_folder(folder / "models" / "adder" / str(version), key)
 
 
 async def loaded(engine: Engine) -> ModelLoaded:
@@ -76,9 +69,9 @@ async def approval_of(engine: Engine) -> LoadApproval:
 # Signatures.
 
 
-async def test_signed_version_loads_and_records_who_signed(folder: Path) -> None:
+async def test_signed_version_loads_and_records_who_signed(folder: Path, run: Run) -> None:
     bundle = sign(folder)
-    async with running(folder, policy=under(trust=(ENFORCE,))) as engine:
+    async with run(policy=under(trust=(ENFORCE,))) as engine:
         assert (await engine.load("adder", 1)).status is JobStatus.COMPLETED
         first, signature = await loaded(engine), await signature_of(engine)
         assert signature.is_enforced
@@ -89,75 +82,65 @@ async def test_signed_version_loads_and_records_who_signed(folder: Path) -> None
         await engine.unload("adder")
         await engine.load("adder", 1)
         assert (await loaded(engine)).bundle is UNSET  # the ledger has it
+        other_rules = await engine.submit_load("adder", 2, policy="00" * 32)
+        assert code_of(await engine.ended(job_of(other_rules))) == "policy_differs"
 
 
-def change_file(folder: Path) -> None:
-    sign(folder)
-    models.save(models.add(7), folder / "models", "adder", 1)
+def change_file(folder: Path, version: int = 1) -> None:
+    sign(folder, version)
+    models.save(models.add(7), folder / "models", "adder", version)
 
 
-def add_file(folder: Path) -> None:
-    sign(folder)
-    (folder / "models" / "adder" / "1" / "extra.bin").write_bytes(b"x")
+def add_file(folder: Path, version: int) -> None:
+    sign(folder, version)
+    (folder / "models" / "adder" / str(version) / "extra.bin").write_bytes(b"x")
 
 
-def break_bundle(folder: Path) -> None:
-    bundle = sign(folder)
+def break_bundle(folder: Path, version: int) -> None:
+    bundle = sign(folder, version)
     bundle.write_bytes(bundle.read_bytes()[:-20])
 
 
-@pytest.mark.parametrize(
-    ("happens", "code", "names"),
-    [
-        (lambda _: None, "signature_missing", ""),
-        (lambda folder: sign(folder, key=OTHER), "signature_untrusted", ""),
-        (change_file, "signature_mismatch", ""),
-        (add_file, "signature_mismatch", "extra.bin"),
-        (break_bundle, "signature_invalid", ""),
-    ],
-)
-async def test_version_without_trusted_signature_starts_no_worker(
-    folder: Path, happens: Callable[[Path], object], code: str, names: str
-) -> None:
-    happens(folder)
-    async with running(folder, policy=under(trust=(ENFORCE,))) as engine:
-        job = await engine.load("adder", 1)
-        assert code_of(job) == code
-        assert names in error_of(job).message
+REFUSED: list[tuple[Callable[[Path, int], object], str, str]] = [
+    (lambda *_: None, "signature_missing", ""),
+    (lambda folder, version: sign(folder, version, key=OTHER), "signature_untrusted", ""),
+    (change_file, "signature_mismatch", ""),
+    (add_file, "signature_mismatch", "extra.bin"),
+    (break_bundle, "signature_invalid", ""),
+]
+"""What happens to a version, the code of its load, and a name in the message."""
+
+
+async def test_version_without_trusted_signature_starts_no_worker(folder: Path, run: Run) -> None:
+    for version, (happens, _, _) in enumerate(REFUSED, 1):
+        models.save(models.add(), folder / "models", "adder", version)
+        happens(folder, version)
+    async with run(policy=under(trust=(ENFORCE,))) as engine:
+        for version, (_, code, name) in enumerate(REFUSED, 1):
+            error = error_of(await engine.load("adder", version))
+            assert (error.code, name in error.message) == (code, True)
         assert await engine.facts(LoadStarted) == []
         assert engine.worker_pids() == []
         assert (await engine.load("other")).status is JobStatus.COMPLETED  # no rule is for it
 
 
-async def test_warn_loads_and_records_the_problem(folder: Path) -> None:
+async def test_warn_loads_and_records_the_problem(folder: Path, run: Run) -> None:
     change_file(folder)
     rule = TrustRule(("a*",), TrustMode.WARN, (public_pem(KEY),))
-    async with running(folder, policy=under(trust=(rule,))) as engine:
+    async with run(policy=under(trust=(rule,))) as engine:
         assert (await engine.load("adder", 1)).status is JobStatus.COMPLETED
-        signature = await signature_of(engine)
-        assert (signature.problem, signature.signer, signature.is_enforced) == (
-            "signature_mismatch",
-            None,
-            False,
-        )
+        found = await signature_of(engine)
+        assert (found.problem, found.signer, found.is_enforced) == ("signature_mismatch", None, False)
 
 
-async def test_load_of_other_rules_is_refused(folder: Path) -> None:
+async def test_reload_goes_on_after_key_was_exchanged(folder: Path, run: Run) -> None:
     sign(folder)
-    async with running(folder, policy=under(trust=(ENFORCE,))) as engine:
-        job = await engine.ended(job_of(await engine.submit_load("adder", 1, policy="00" * 32)))
-        assert code_of(job) == "policy_differs"
-
-
-@pytest.mark.parametrize("mode", [TrustMode.WARN, TrustMode.ENFORCE])
-async def test_reload_goes_on_after_key_was_exchanged(folder: Path, mode: TrustMode) -> None:
-    sign(folder)
-    async with running(folder, policy=under(trust=(structs.replace(ENFORCE, mode=mode),))) as engine:
+    async with run(policy=under(trust=(structs.replace(ENFORCE, mode=TrustMode.WARN),))) as engine:
         await engine.load("adder", 1)
-    async with running(folder, policy=under(trust=(ENFORCE,))) as engine:
+    async with run(policy=under(trust=(ENFORCE,))) as engine:
         await engine.becomes("adder", ModelState.LOADED)  # which enforces what only warned before
     exchanged = structs.replace(ENFORCE, keys=(public_pem(OTHER),))
-    async with running(folder, policy=under(trust=(exchanged,))) as engine:
+    async with run(policy=under(trust=(exchanged,))) as engine:
         await engine.becomes("adder", ModelState.LOADED)
         signature = await signature_of(engine)
         assert (signature.was_verified, signature.is_enforced) == (True, True)
@@ -166,40 +149,32 @@ async def test_reload_goes_on_after_key_was_exchanged(folder: Path, mode: TrustM
         assert code_of(job) == "signature_untrusted"  # a person's load obeys today's rules
 
 
-DISTRUST = structs.replace(ENFORCE, distrusted=(key_digest(ENFORCE.keys[0]),))
-
-
-@pytest.mark.parametrize(
-    ("is_signed", "before", "rule", "code"),
-    [
-        pytest.param(True, (ENFORCE,), DISTRUST, "signature_untrusted", id="distrusted key"),
-        pytest.param(False, (), ENFORCE, "signature_missing", id="never verified"),
-    ],
-)
-async def test_reload_without_trusted_signature_is_refused(
-    folder: Path, before: tuple[TrustRule, ...], rule: TrustRule, code: str, *, is_signed: bool
-) -> None:
-    if is_signed:
-        sign(folder)
-    async with running(folder, policy=under(trust=before)) as engine:
-        await engine.load("adder", 1)
-    async with running(folder, policy=under(trust=(rule,))) as engine:
-        model = await engine.becomes("adder", ModelState.FAILED)
-        assert model.error is not None
-        assert model.error.code == code
+async def test_reload_without_trusted_signature_is_refused(folder: Path, run: Run) -> None:
+    """Of a key that is distrusted since, and of a model for which there was no rule."""
+    sign(folder)
+    async with run(policy=under(trust=(ENFORCE,))) as engine:
+        for name in ("adder", "other"):
+            await engine.load(name, 1)
+    distrust = structs.replace(ENFORCE, distrusted=(key_digest(ENFORCE.keys[0]),))
+    new = structs.replace(ENFORCE, models=("other",))
+    async with run(policy=under(trust=(distrust, new))) as engine:
+        for name, code in (("adder", "signature_untrusted"), ("other", "signature_missing")):
+            model = await engine.becomes(name, ModelState.FAILED)
+            assert model.error is not None
+            assert model.error.code == code
 
 
 # Approval.
 
-ASKS = under(approval=(APPROVAL,))
+ASKS = under(approval=(ApprovalRule(("adder",)),))
 
 
 async def refusal_of(engine: Engine, version: int = 1, parameters: LoadParameters | None = None) -> str:
     return code_of(await engine.load("adder", version, parameters)) or "none"
 
 
-async def test_unapproved_load_fails_at_once_and_touches_nothing(folder: Path) -> None:
-    async with running(folder, policy=ASKS) as engine:
+async def test_unapproved_load_fails_at_once_and_touches_nothing(run: Run) -> None:
+    async with run(policy=ASKS) as engine:
         await engine.approve("adder", 1)
         await engine.load("adder", 1)
         served = engine.model("adder").serving
@@ -211,8 +186,8 @@ async def test_unapproved_load_fails_at_once_and_touches_nothing(folder: Path) -
         assert await engine.ask("adder", 1) == 2
 
 
-async def test_approval_is_of_bytes_and_holds_for_each_load(folder: Path) -> None:
-    async with running(folder, policy=ASKS) as engine:
+async def test_approval_is_of_bytes_and_holds_for_each_load(folder: Path, run: Run) -> None:
+    async with run(policy=ASKS) as engine:
         await engine.approve("adder", 1)
         for _ in range(2):
             assert (await engine.load("adder", 1)).status is JobStatus.COMPLETED
@@ -225,8 +200,8 @@ async def test_approval_is_of_bytes_and_holds_for_each_load(folder: Path) -> Non
         assert (await engine.load("adder", 1)).status is JobStatus.COMPLETED
 
 
-async def test_load_that_waits_is_refused_when_its_approval_is_withdrawn(folder: Path) -> None:
-    async with running(folder, policy=replace(ASKS, loads_at_once=1)) as engine:
+async def test_load_that_waits_is_refused_when_its_approval_is_withdrawn(run: Run) -> None:
+    async with run(policy=replace(ASKS, loads_at_once=1)) as engine:
         await engine.approve("adder", 1)
         slow = await engine.ask_load("slow")
         await engine.loading("slow")
@@ -241,8 +216,8 @@ async def test_load_that_waits_is_refused_when_its_approval_is_withdrawn(folder:
         assert await engine.facts(LoadStarted, of="adder") == []
 
 
-async def test_withdrawn_version_serves_on_and_comes_back(folder: Path) -> None:
-    async with running(folder, policy=ASKS) as engine:
+async def test_withdrawn_version_serves_on_and_comes_back(folder: Path, run: Run) -> None:
+    async with run(policy=ASKS) as engine:
         for version in (1, 2):
             await engine.approve("adder", version)
         await engine.load("adder", 1)
@@ -261,44 +236,42 @@ async def test_withdrawn_version_serves_on_and_comes_back(folder: Path) -> None:
         assert await refusal_of(engine) == NOT_APPROVED
 
 
-async def test_rule_on_a_running_server_takes_no_model_away(folder: Path) -> None:
-    names = [f"m{number:02}" for number in range(3)]
-    for number, name in enumerate(names):
-        models.save(models.add(number), folder / "models", name)
-    async with running(folder) as engine:
-        for name in names:
+async def test_rule_on_a_running_server_takes_no_model_away(folder: Path, run: Run) -> None:
+    async with run() as engine:
+        for name in ("adder", "other"):
             assert (await engine.load(name)).status is JobStatus.COMPLETED
-    rules = LoadPolicy(approval=(ApprovalRule(("m*",)),))
-    async with running(folder, policy=Policy(2, loads=rules)) as engine:
+    rules = LoadPolicy(approval=(ApprovalRule(("*",)),))
+    async with run(policy=Policy(2, loads=rules)) as engine:
         await engine.log.submit(Record((Draft(uuid7(), PolicyInForce(rules), SYSTEM),)))
-        for name in names:
+        for name in ("adder", "other"):
             await engine.becomes(name, ModelState.LOADED)
-        await engine.die("m01")
-        await engine.becomes("m01", ModelState.LOADED)
-        assert await engine.ask("m01", 1) == 2
-        await engine.unload("m01")
-        assert code_of(await engine.load("m01")) == NOT_APPROVED
-        await engine.approve("m01")
-        assert (await engine.load("m01")).status is JobStatus.COMPLETED
+        await engine.die("other")
+        await engine.becomes("other", ModelState.LOADED)
+        assert await engine.ask("other", 1) == 101
+        await engine.unload("other")
+        assert code_of(await engine.load("other")) == NOT_APPROVED
+        await engine.approve("other")
+        assert (await engine.load("other")).status is JobStatus.COMPLETED
     verification = verify(folder / "ledger.db")
     assert verification.verified, verification.finding
     kinds = [remark.kind for remark in verification.remarks]
-    assert kinds == [*[RemarkKind.RELOADED] * 4, RemarkKind.NO_ADDER]
+    assert kinds == [*[RemarkKind.RELOADED] * 3, RemarkKind.NO_ADDER]
 
 
-@pytest.mark.parametrize("allowed", [True, False])
-async def test_emergency_passes_without_approval_if_allowed(folder: Path, *, allowed: bool) -> None:
-    rule = ApprovalRule(("adder",), emergency=allowed)
+async def test_emergency_passes_without_approval_if_allowed(folder: Path, run: Run) -> None:
+    allowed, strict = ApprovalRule(("adder",), emergency=True), ApprovalRule(("other",), emergency=False)
     content = (folder / "models" / "adder" / "1" / "model.onnx").read_bytes()
     digest = digest_of((("model.onnx", hashlib.sha256(content).hexdigest()),))
     said = Justification(Credential(), emergency="the old version answers nonsense", digest=digest)
-    async with running(folder, policy=under(approval=(rule,))) as engine:
-        job = await engine.ended(job_of(await engine.submit_load("adder", 1, justification=said)))
-        if not allowed:
-            assert code_of(job) == "emergency_forbidden"
-            return
+    async with run(policy=under(approval=(allowed, strict))) as engine:
+
+        async def try_load(model_id: str, version: int) -> str | None:
+            receipt = await engine.submit_load(model_id, version, justification=said)
+            return code_of(await engine.ended(job_of(receipt)))
+
+        assert await try_load("other", 1) == "emergency_forbidden"
+        assert await try_load("adder", 1) is None
         assert (await approval_of(engine)).result is ApprovalResult.BYPASSED
         await engine.unload("adder")
         assert await refusal_of(engine) == NOT_APPROVED  # bypassed is not approved
-        others = await engine.submit_load("adder", 2, justification=said)
-        assert code_of(await engine.ended(job_of(others))) == "model_changed"
+        assert await try_load("adder", 2) == "model_changed"

@@ -15,28 +15,24 @@ from pathlib import Path
 import pytest
 from msgspec import structs
 from support import models
-from support.history import History, model_loaded
 from support.ledgers import database_of, unwritable
-from support.running import Engine, code_of, gone, running, stopped_clock
+from support.running import Engine, Run, code_of, gone, stopped_clock
 from support.workers import freeze, until
 
 from events.commands import OUTDATED
 from events.errors import LogUnavailable, RequestRefused
-from events.jobcommands import RequestCancel, RequestLoad
+from events.jobcommands import RequestCancel
 from events.jobs import MAX_RETRIES, JobKind, JobStatus, UnloadParameters
 from events.models import ModelState
 from events.types import Cause, ClockStepped, LoadParameters, LoadRequested, LoadStarted, WorkerExited
 from runtime.consumer import consumer, loads
 from runtime.errors import WorkerDied
-from runtime.process.pool import WorkerPool
 from runtime.repository import DEFAULTS_FILE
 from runtime.scheduler.actions import (
     RELOAD_TIMEOUT_S,
     ChangeSettings,
     FailLoad,
-    RequestReload,
     StartUnload,
-    build_request,
 )
 from runtime.scheduler.admission import MAX_SERVER_DEATHS
 from runtime.scheduler.scheduler import MAX_INCIDENTS
@@ -66,8 +62,8 @@ async def test_dead_worker_is_replaced_after_the_back_off(engine: Engine) -> Non
     assert requested.timeout_s == RELOAD_TIMEOUT_S  # at least
 
 
-async def test_fork_server_death_is_no_incident_of_a_model(folder: Path) -> None:
-    async with running(folder, clock=stopped_clock()) as engine:
+async def test_fork_server_death_is_no_incident_of_a_model(run: Run) -> None:
+    async with run(clock=stopped_clock()) as engine:
         await asyncio.gather(engine.load("adder"), engine.load("other"))
         slow = await engine.ask_load("slow")
         await engine.loading("slow")
@@ -82,26 +78,24 @@ async def test_fork_server_death_is_no_incident_of_a_model(folder: Path) -> None
         assert await engine.ask("adder", 1) == 3
 
 
-async def test_back_off_passes_while_clock_is_set_back(folder: Path) -> None:
-    async with running(folder, clock=stopped_clock()) as engine:
+async def test_back_off_passes_while_clock_is_set_back(run: Run) -> None:
+    async with run(clock=stopped_clock()) as engine:
         await engine.load("adder")
         engine.clock.wrong = timedelta(days=-1)
-        os.kill(engine.fork_server_pid, signal.SIGKILL)
-        await engine.recorded(lambda: engine.model("adder").lost_at is not None)
+        await engine.die("adder")
         engine.pass_time(0.5)
         await engine.becomes("adder", ModelState.LOADED)
         [stepped] = await engine.facts(ClockStepped)
         assert stepped.taken
 
 
-async def test_load_without_worker_survives_the_fork_server(folder: Path) -> None:
-    async with running(folder) as engine:
-        os.kill(engine.fork_server_pid, signal.SIGSTOP)
-        job_id = await engine.ask_load("adder")
-        await engine.becomes("adder", ModelState.LOADING)
-        await until(lambda: engine.live("adder").stage == "starting")
-        os.kill(engine.fork_server_pid, signal.SIGKILL)
-        assert (await engine.ended(job_id)).status is JobStatus.COMPLETED
+async def test_load_without_worker_survives_the_fork_server(engine: Engine) -> None:
+    os.kill(engine.fork_server_pid, signal.SIGSTOP)
+    job_id = await engine.ask_load("adder")
+    await engine.becomes("adder", ModelState.LOADING)
+    await until(lambda: engine.live("adder").stage == "starting")
+    os.kill(engine.fork_server_pid, signal.SIGKILL)
+    assert (await engine.ended(job_id)).status is JobStatus.COMPLETED
 
 
 @contextmanager
@@ -114,8 +108,8 @@ def slow_commit(engine: Engine) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("force", [False, True])
-async def test_unload_before_the_back_off_ends_prevents_reload(folder: Path, *, force: bool) -> None:
-    async with running(folder, clock=stopped_clock()) as engine:
+async def test_unload_before_the_back_off_ends_prevents_reload(run: Run, *, force: bool) -> None:
+    async with run(clock=stopped_clock()) as engine:
         await engine.load("adder")
         await engine.die("adder")
         with slow_commit(engine):
@@ -173,13 +167,8 @@ async def test_load_with_a_defect_fails_once(
 async def test_refused_starts_change_nothing(engine: Engine) -> None:
     ended = await engine.load("adder")
     pending = structs.replace(ended, status=JobStatus.PENDING)
-    unload = structs.replace(
-        pending,
-        id="U",
-        kind=JobKind.UNLOAD,
-        load=None,
-        unload=UnloadParameters(force=False, load_job_id=ended.id),
-    )
+    of_load = UnloadParameters(force=False, load_job_id=ended.id)
+    unload = structs.replace(pending, id="U", kind=JobKind.UNLOAD, load=None, unload=of_load)
     loads, head = dict(engine.consumer.loads), engine.log.head
     for action in (
         ChangeSettings(pending, ended.id),
@@ -197,8 +186,8 @@ async def test_refused_starts_change_nothing(engine: Engine) -> None:
 # The server ends and starts again.
 
 
-async def test_restart_ends_every_job_and_reloads_models(folder: Path, shared_pool: WorkerPool) -> None:
-    async with running(folder, loads_at_once=1, pool=shared_pool) as engine:
+async def test_restart_ends_every_job_and_reloads_models(folder: Path, run: Run) -> None:
+    async with run(loads_at_once=1) as engine:
         await engine.load("loop")
         await engine.load("other", 1)
         await engine.load("adder", 1)
@@ -221,7 +210,7 @@ async def test_restart_ends_every_job_and_reloads_models(folder: Path, shared_po
             await inference
     assert all(gone(pid) for pid in pids)
     models.save(models.add(3), folder / "models", "slow")
-    async with running(folder, loads_at_once=1, pool=shared_pool) as engine:
+    async with run(loads_at_once=1) as engine:
         jobs = [await engine.ended(job) for job in (in_progress, pending, unload)]
         assert [job.status for job in jobs] == [JobStatus.COMPLETED] * 3
         assert [job.attempt for job in jobs] == [2, 1, 2]
@@ -241,44 +230,29 @@ async def test_restart_ends_every_job_and_reloads_models(folder: Path, shared_po
     ("stops_cleanly", "attempts", "code"), [(False, [1, 2, 3], "crash_loop"), (True, [1, 2, 3, 4], None)]
 )
 async def test_load_fails_after_three_unclean_ends_only(
-    folder: Path, shared_pool: WorkerPool, *, stops_cleanly: bool, attempts: list[int], code: str | None
+    folder: Path, run: Run, *, stops_cleanly: bool, attempts: list[int], code: str | None
 ) -> None:
-    async with running(folder, pool=shared_pool, stops_cleanly=stops_cleanly) as engine:
+    async with run(stops_cleanly=stops_cleanly) as engine:
         job_id = await engine.ask_load("slow")
         await engine.loading("slow")
     for _ in range(MAX_SERVER_DEATHS - 1):
-        async with running(folder, pool=shared_pool, stops_cleanly=stops_cleanly) as engine:
+        async with run(stops_cleanly=stops_cleanly) as engine:
             await engine.loading("slow")
     models.save(models.add(3), folder / "models", "slow")
-    async with running(folder, pool=shared_pool) as engine:
+    async with run() as engine:
         assert code_of(await engine.ended(job_id)) == code
         starts = await engine.facts(LoadStarted, of="slow")
         assert [start.attempt for start in starts] == attempts
 
 
-@pytest.mark.parametrize("asked", [None, 3])
-def test_reload_asks_for_the_threads_that_the_load_asked_for(asked: int | None) -> None:
-    """None is the setting of the server that reloads it, not of the one that loaded it."""
-    history = History()
-    history.ask_load("L", threads=asked)
-    history.start_load("L")
-    history.add(structs.replace(model_loaded("w-L"), threads=asked or 2), "L")
-    history.restart()
-    lost = history.model().loaded
-    assert lost is not None
-    reload = build_request(RequestReload(lost, Cause.RESTART), ())
-    assert isinstance(reload, RequestLoad)
-    assert reload.parameters.threads == asked
-
-
-async def test_failing_reloads_are_a_crash_loop(folder: Path, shared_pool: WorkerPool) -> None:
+async def test_failing_reloads_are_a_crash_loop(folder: Path, run: Run) -> None:
     defaults = models.save(models.crash_on_zeros(), folder / "models", "m").parent / DEFAULTS_FILE
     defaults.write_text("warm_up.enabled = false")
-    async with running(folder, pool=shared_pool) as engine:
+    async with run() as engine:
         for name in ("m", "adder"):
             await engine.load(name)
     defaults.unlink()
-    async with running(folder, pool=shared_pool, clock=stopped_clock()) as engine:
+    async with run(clock=stopped_clock()) as engine:
 
         def failed(times: int) -> bool:
             return len(engine.model("m").incidents) == times
@@ -299,8 +273,8 @@ async def test_failing_reloads_are_a_crash_loop(folder: Path, shared_pool: Worke
         ]  # fmt: skip
 
 
-async def test_missing_files_are_no_reason_to_give_up(folder: Path) -> None:
-    async with running(folder, clock=stopped_clock()) as engine:
+async def test_missing_files_are_no_reason_to_give_up(folder: Path, run: Run) -> None:
+    async with run(clock=stopped_clock()) as engine:
         await engine.load("other")
         await until(lambda: not engine.consumer._loader.syncs)  # which write to the store
         shutil.rmtree(folder / "store")
@@ -323,22 +297,16 @@ def has_retries(engine: Engine, model_id: str, count: int) -> bool:
     return retries is not None and retries.count == count
 
 
-@pytest.mark.parametrize(
-    "typo",
-    [
-        "this is no TOML",
-        "[[warm_up.inputs]]\nname = 'x'\ndatatype = 'FP23'\nshape = [1]\ndata = [1]",
-        "[[warm_up.inputs]]\nname = 'misspelt'\ndatatype = 'FP32'\nshape = [1]\ndata = [1]",
-    ],
-)
-async def test_typo_in_defaults_fails_no_reload(folder: Path, shared_pool: WorkerPool, typo: str) -> None:
-    async with running(folder, pool=shared_pool, clock=stopped_clock()) as engine:
+async def test_typo_in_defaults_fails_no_reload(folder: Path, run: Run) -> None:
+    warm_up = "[[warm_up.inputs]]\nname = '{}'\ndatatype = '{}'\nshape = [1]\ndata = [1]"
+    async with run(clock=stopped_clock()) as engine:
         await engine.load("other")
-        (folder / "models" / "other" / DEFAULTS_FILE).write_text(typo)
-        await engine.die("other")
-        engine.pass_time(0.5)
-        await engine.becomes("other", ModelState.LOADED)
-        assert await engine.ask("other", 1) == 101
+        for typo in ("this is no TOML", warm_up.format("x", "FP23"), warm_up.format("misspelt", "FP32")):
+            (folder / "models" / "other" / DEFAULTS_FILE).write_text(typo)
+            await engine.die("other")
+            engine.pass_time(BACK_OFF_S)
+            await engine.becomes("other", ModelState.LOADED)
+            assert await engine.ask("other", 1) == 101
         assert "LoadFailed" not in await engine.story(of="other")
 
 

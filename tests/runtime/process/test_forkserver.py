@@ -45,24 +45,8 @@ from runtime.process.pool import WorkerPool
 
 ENDED = Exit(0, None)
 FORK_SERVER = "runtime.process.forkserver"
-PARENT = """
-import asyncio, sqlite3
-import aiohttp.web
-from pathlib import Path
-from support.workers import ask, fork_server_of, load, order_of, running_pool, trips
 
-async def main(root):
-    async with running_pool() as pool:
-        worker, _ = await load(pool, order_of(root, "loop"))
-        running = asyncio.ensure_future(ask(worker, [trips(2**62)]))
-        await asyncio.sleep(0)
-        print(fork_server_of(pool).pid, worker.pid, flush=True)
-        await running
-
-asyncio.run(main(Path(sys.argv[1])))
-"""
-
-REAPER = """
+SERVER = """
 import asyncio, ctypes, os
 from support.workers import fork_server_of, running_pool, waits_for_its_order
 
@@ -71,10 +55,14 @@ ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 async def main():
     async with running_pool() as pool:
+        orphan = await pool.start("orphan")
+        await waits_for_its_order(orphan.pid)
+        fork_server_of(pool).kill()
+        print(await asyncio.shield(orphan.ended), os.path.exists(f"/proc/{orphan.pid}"), flush=True)
         worker = await pool.start("w")
         await waits_for_its_order(worker.pid)
-        fork_server_of(pool).kill()
-        print(await asyncio.shield(worker.ended), os.path.exists(f"/proc/{worker.pid}"))
+        print(fork_server_of(pool).pid, worker.pid, flush=True)
+        await worker.ended
 
 asyncio.run(main())
 """
@@ -87,8 +75,8 @@ async def start_and_stop(pool: WorkerPool) -> Exit:
 # What processes have
 
 
-def environment_of(pid: int) -> bytes:
-    return Path(f"/proc/{pid}/environ").read_bytes()
+def read_of(pid: int, name: str) -> bytes:
+    return Path(f"/proc/{pid}/{name}").read_bytes()
 
 
 async def test_processes_have_only_their_own_descriptors_and_variables(
@@ -106,10 +94,12 @@ async def test_processes_have_only_their_own_descriptors_and_variables(
         last = workers[-1]
         await waits_for_its_order(last.pid)
         assert threads(last.pid) == 1  # until it is confined
+        mapped = read_of(last.pid, "maps")
+        assert [name in mapped for name in (b"onnxruntime", b"aiohttp", b"sqlite")] == [True, False, False]
         assert set(list_descendants(os.getpid())) - before[1] == {pid, *(worker.pid for worker in workers)}
         for each in (pid, last.pid):
-            assert b"sesame" not in environment_of(each)
-            assert b"ORT_DISABLE_TELEMETRY=1" in environment_of(each)
+            assert b"sesame" not in read_of(each, "environ")
+            assert b"ORT_DISABLE_TELEMETRY=1" in read_of(each, "environ")
         assert await workers[0].stop(LIMIT_S) == ENDED
         await until(lambda: len(descriptors(pid)) == len(clean) + 2)
     assert [worker.ended.result() for worker in workers] == [ENDED, Exit(None, 9), Exit(None, 9)]
@@ -158,24 +148,17 @@ async def test_fork_server_starts_in_any_working_directory(
 # Death of the server, of the fork server, and signals
 
 
-def test_kill_of_the_server_leaves_no_process(tmp_path: Path) -> None:
-    """Though they are stopped; and nothing of what the server's main module imported is in the worker."""
-    models.save(models.counting_loop(), tmp_path, "loop")
-    with subprocess.Popen(child(PARENT, tmp_path), stdout=subprocess.PIPE) as parent:
-        assert parent.stdout is not None
-        pids = [int(word) for word in parent.stdout.readline().split()]
-        mapped = Path(f"/proc/{pids[1]}/maps").read_text()
-        assert [name in mapped for name in ("onnxruntime", "aiohttp", "sqlite")] == [True, False, False]
+def test_server_reaps_orphans_and_its_kill_leaves_no_process() -> None:
+    """Though the processes are stopped."""
+    with subprocess.Popen(child(SERVER), stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == "was killed by signal 9 False\n"
+        pids = [int(word) for word in server.stdout.readline().split()]
         pidfds = [os.pidfd_open(pid) for pid in pids]
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
-        parent.kill()
+        server.kill()
         assert wait_gone(pidfds)
-
-
-def test_subreaper_reaps_orphaned_workers() -> None:
-    done = subprocess.run(child(REAPER), check=True, capture_output=True, text=True)
-    assert done.stdout == "was killed by signal 9 False\n"
 
 
 def test_fork_server_of_another_parent_ends_at_once() -> None:

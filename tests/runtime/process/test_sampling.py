@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from support import models
-from support.workers import load, loaded_memory, order_of, until
+from support.workers import hang_measurement, load, loaded_memory, order_of, until
 
 from runtime import memory
 from runtime.errors import ForkServerUnavailable
@@ -139,10 +139,10 @@ async def test_worker_without_a_descriptor_to_watch_is_unavailable(
 
 
 async def test_loaded_worker_is_recorded_with_what_it_takes(pool: WorkerPool, tmp_path: Path) -> None:
-    models.save(models.table(16), tmp_path, "m")
+    models.save(models.table(8), tmp_path, "m")
     worker, _ = await load(pool, order_of(tmp_path))
     taken = loaded_memory(worker)
-    assert 16e6 < taken.memory_bytes < 16e6 + 12 * 2**20
+    assert 8e6 < taken.memory_bytes < 8e6 + 12 * 2**20
     assert taken.peak_memory_bytes >= taken.memory_bytes == worker.memory_bytes
     assert not pool._sampler._watched
 
@@ -150,15 +150,11 @@ async def test_loaded_worker_is_recorded_with_what_it_takes(pool: WorkerPool, tm
 async def test_stuck_measurement_counts_all_anonymous_memory(
     pool: WorkerPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    models.save(models.table(16), tmp_path, "m")
-    worker, proc = await pool.start("w"), tmp_path / "proc"
-    stuck = proc / str(worker.pid) / "smaps_rollup"  # as if the kernel did not answer
-    stuck.parent.mkdir(parents=True)
-    os.mkfifo(stuck)
-    (stuck.parent / "status").symlink_to(f"/proc/{worker.pid}/status")
-    monkeypatch.setattr(memory, "PROC", proc)
+    models.save(models.table(8), tmp_path, "m")
+    worker = await pool.start("w")
+    stuck = hang_measurement(tmp_path, monkeypatch, worker.pid)
     monkeypatch.setattr(worker_module, "MEASURE_LIMIT_S", 0.1)
     await worker.load(order_of(tmp_path), lambda _: None)
-    assert loaded_memory(worker).memory_bytes > mmap.PAGESIZE * 1000 + 16e6  # with the fork server's pages
+    assert loaded_memory(worker).memory_bytes > mmap.PAGESIZE * 1000 + 8e6  # with the fork server's pages
     with await asyncio.to_thread(stuck.open, "w") as file:
         file.write("Private_Dirty: 5 kB\n")

@@ -8,7 +8,6 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,19 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import models
 from support.history import PLAIN
-from support.models import save
-from support.workers import (
-    LIMIT_S,
-    array,
-    ask_all,
-    freeze,
-    load,
-    order_of,
-    resume,
-    running_pool,
-    tensor,
-    until,
-)
+from support.workers import LIMIT_S, Serve, array, ask_all, freeze, resume, tensor, until
 
 from runtime.errors import InferenceTimeout, WorkerDied
 from runtime.process import sharedmemory
@@ -124,11 +111,10 @@ def test_worker_can_only_read_requests_and_resize_nothing() -> None:
             os.ftruncate(descriptor, 0)
     with pytest.raises(PermissionError):
         mmap.mmap(requests, 4096)
-    with mmap.mmap(requests, 4096, prot=mmap.PROT_READ) as mapped:
-        libc = ctypes.CDLL(None, use_errno=True)
-        address = np.frombuffer(mapped, np.uint8).ctypes.data
-        assert libc.mprotect(ctypes.c_void_p(address), 4096, mmap.PROT_READ | mmap.PROT_WRITE) == -1
-        gc.collect()
+    mapped = mmap.mmap(requests, 4096, prot=mmap.PROT_READ)
+    address = np.frombuffer(mapped, np.uint8).ctypes.data
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(address), 4096, mmap.PROT_READ | mmap.PROT_WRITE) == -1
     shared = SharedTensors(requests, answers)
     assert shared.locate(0, 0, 8).readonly
     with pytest.raises(MalformedFrame):
@@ -156,12 +142,10 @@ async def test_answer_outside_of_its_room_is_malformed(at: int) -> None:
 # Inferences
 
 
-@pytest_asyncio.fixture
-async def worker(tmp_path: Path) -> AsyncIterator[Worker]:
+@pytest_asyncio.fixture(loop_scope="module")
+async def worker(serve: Serve) -> Worker:
     """A worker that adds one."""
-    save(models.add(), tmp_path, "m")
-    async with running_pool() as pool:
-        yield (await load(pool, order_of(tmp_path)))[0]
+    return await serve(models.add())
 
 
 async def in_region(worker: Worker, *values: np.ndarray) -> tuple[Region, list[Tensor]]:

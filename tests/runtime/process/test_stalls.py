@@ -3,7 +3,6 @@
 import asyncio
 import errno
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -21,8 +20,6 @@ SHORT_S = 0.3
 """The limits of these tests. What must end within them takes some milliseconds once it may run."""
 STALLS_S = (0.5, 1.1)
 """Longer than all of them: one is too short to be counted as a stall."""
-
-Step = Callable[[WorkerPool, Path, float], Awaitable[None]]
 
 
 def stall(seconds: float) -> None:
@@ -83,9 +80,8 @@ async def load_model(pool: WorkerPool, folder: Path, stall_s: float) -> None:
 
 
 @pytest.mark.parametrize("stall_s", STALLS_S)
-@pytest.mark.parametrize("step", [cancel_inference, expire_inference, fork_worker, load_model])
 def test_stalled_server_judges_no_process(
-    step: Step, stall_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stall_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subtests: pytest.Subtests
 ) -> None:
     monkeypatch.setattr(pool_module, "FORK_LIMIT_S", SHORT_S)
 
@@ -93,7 +89,9 @@ def test_stalled_server_judges_no_process(
         pool = WorkerPool(patience_s=SHORT_S)
         await pool.open()
         try:
-            await step(pool, tmp_path, stall_s)
+            for step in (cancel_inference, expire_inference, fork_worker, load_model):
+                with subtests.test(step.__name__):
+                    await step(pool, tmp_path / step.__name__, stall_s)
         finally:
             await pool.close()
 

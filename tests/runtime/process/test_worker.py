@@ -4,7 +4,6 @@ import asyncio
 import os
 import signal
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -100,10 +99,8 @@ async def test_malformed_frame_ends_this_worker_only(serve: Serve, channel: str)
 # The pool: starts, cancelled ones too, on either event loop
 
 
-@pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop])
-def test_pool_works_on_either_loop_in_any_thread(
-    loop_factory: Callable[[], asyncio.AbstractEventLoop], tmp_path: Path
-) -> None:
+def test_pool_works_on_the_servers_loop_in_any_thread(tmp_path: Path) -> None:
+    """Other tests have asyncio's own loop."""
     models.save(models.add(), tmp_path, "m")
     ends: list[Exit] = []
 
@@ -115,7 +112,7 @@ def test_pool_works_on_either_loop_in_any_thread(
             ends.append(await worker.stop(LIMIT_S))
 
     def run() -> None:
-        with asyncio.Runner(loop_factory=loop_factory) as runner:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(main())
 
     thread = threading.Thread(target=run)

@@ -359,20 +359,6 @@ async def test_concurrent_uploads_of_a_version_have_one_winner(folder: Path) -> 
         assert log.head.position == 3
 
 
-async def test_body_that_ends_early_leaves_nothing(folder: Path) -> None:
-    async def endless() -> AsyncIterator[bytes]:
-        yield MODEL[:50]
-        await asyncio.Event().wait()
-
-    async with opened_uploads(folder) as (uploads, log):
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.2):
-                await uploads.add(*M1, UploadBody(endless()))
-        assert staged(folder / "repository") == []
-        assert log.head.position == 0
-        await uploads.add(*M1, body_of(MODEL))
-
-
 async def test_cancelled_request_does_not_stop_a_durable_upload(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -482,14 +468,6 @@ async def test_removal_does_not_follow_links(folder: Path) -> None:
         (folder / "repository" / "m").symlink_to(folder / "outside")
         with pytest.raises(RepositoryReadOnly, match="is not on the repository's file system"):
             await uploads.add(*M1, body_of(MODEL))
-
-
-async def test_body_that_is_no_model_is_refused(folder: Path) -> None:
-    async with opened_uploads(folder) as (uploads, _):
-        with pytest.raises(RuntimeProblem, match=r"model\.onnx ends after 50") as refused:
-            await uploads.add(*M1, body_of(MODEL[:50]))
-        assert refused.value.code == "not_onnx"
-        assert files_in(folder / "repository") == {}
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,7 @@ import re
 import resource
 import socket
 import struct
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,14 +42,6 @@ def {name}(order, *_):
     raise LoadRefused("invalid_model", "SUCCEEDED " + _json.dumps(succeeded))
 """
 """In place of the function that reads a model's bytes: try everything, and report what succeeded."""
-
-
-@asynccontextmanager
-async def taken_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[WorkerPool]:
-    """Open a pool whose workers try everything instead of creating a session."""
-    patch_runtime(folder, monkeypatch, {"loading": PATCH.format(name="_create_session")})
-    async with running_pool() as pool:
-        yield pool
 
 
 @pytest.fixture
@@ -112,23 +103,23 @@ BEYOND: dict[str, set[str]] = {
 of root has no capabilities, and so no say over other processes of root."""
 
 
-@pytest.mark.parametrize("provider", BEYOND)
 async def test_taken_over_worker_succeeds_at_little(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, port: int, provider: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, port: int, subtests: pytest.Subtests
 ) -> None:
     if LAYERS != ("landlock", "seccomp"):
         pytest.skip("this kernel has no Landlock; its files are then open to workers")
-    async with taken_over(tmp_path, monkeypatch) as pool:
+    patch_runtime(tmp_path, monkeypatch, {"loading": PATCH.format(name="_create_session")})
+    async with running_pool() as pool:
         root = await prepared_world(pool, tmp_path, port)
         order = order_of(root, ceiling_bytes=500 * MB)
         order = replace(order, root=order.folder)  # as in the store
-        if provider:
+        assert await succeeded(pool, replace(order, layers=(), ceiling_bytes=None)) >= ANYWHERE
+        for provider, beyond in BEYOND.items():
             library = ProviderLibrary(provider, str(tmp_path / "library" / "plugin.so"), "Plugin")
-            order = replace(order, target=TargetDevice(f"{provider}:0", library))
-        else:
-            assert await succeeded(pool, replace(order, layers=(), ceiling_bytes=None)) >= ANYWHERE
-        found = await succeeded(pool, order)
-        assert BEYOND[provider] & {"memory made code"} <= found <= BEYOND[provider]
+            target = TargetDevice(f"{provider}:0", library) if provider else None
+            found = await succeeded(pool, replace(order, target=target))
+            with subtests.test(provider):
+                assert beyond & {"memory made code"} <= found <= beyond
 
 
 MEMORY = {"read_memory"} if os.geteuid() else set()

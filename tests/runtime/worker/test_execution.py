@@ -61,7 +61,7 @@ Channel = tuple[socket.socket, socket.socket]
 ASKED = SelectedOutputs(["y"], [("y", "FP32", False)])
 HOUR_US = 3600 * 10**6
 ALLOW: dict[str, Any] = {"dependent_rows": True}
-LONG = 200_000
+LONG = 120_000
 """For `counting_rows`: counting so far takes some tenths of a second."""
 NO_NUMBERS = Tensor("x", "FP32", (1,), b'["none"]', text=True)
 

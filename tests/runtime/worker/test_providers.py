@@ -38,9 +38,10 @@ LIMITED = """
 import resource, sys
 from features.devices.wire import ProviderLibrary, TargetDevice
 from runtime.worker.sessions import limit_memory
-target = TargetDevice("it:0", ProviderLibrary(sys.argv[1], "/", "x"))
-limit_memory(2**30, mapped_bytes=0, threads=1, address_bytes=target.address_bytes)
-print(resource.getrlimit(resource.RLIMIT_AS)[1])
+for provider in sys.argv[1:]:
+    target = TargetDevice("it:0", ProviderLibrary(provider, "/", "x"))
+    limit_memory(2**30, mapped_bytes=0, threads=1, address_bytes=target.address_bytes)
+    print(resource.getrlimit(resource.RLIMIT_AS)[1])
 """
 MANY_TRIPS = 2**31 - 1
 """Hours of a loop. OpenVINO computes whole numbers with 32 bits on the CPU."""
@@ -75,36 +76,39 @@ async def test_throw_away_worker_finds_the_device(pool: WorkerPool) -> None:
     assert beyond == {"run_code"}
 
 
-ABORT = "void abort(void); __attribute__((constructor)) static void begin(void) { abort(); }"
-HANG = "int pause(void); __attribute__((constructor)) static void begin(void) { for (;;) pause(); }"
+BEGIN = "__attribute__((constructor)) static void begin(void)"
+BROKEN = {
+    "missing": (None, "missing: its library cannot be registered: "),
+    "aborts": (f"void abort(void); {BEGIN} {{ abort(); }}", "aborts: the test failed: "),
+    "hangs": (
+        f"int pause(void); {BEGIN} {{ for (;;) pause(); }}",
+        "hangs: the test failed: the worker did not answer",
+    ),
+}
+"""Code of providers' libraries, and what is said of each."""
 
 
-@pytest.mark.parametrize(
-    ("code", "problem"),
-    [
-        (None, "broken: its library cannot be registered: "),
-        (ABORT, "broken: the test failed: "),
-        (HANG, "broken: the test failed: the worker did not answer"),
-    ],
-)
 async def test_provider_that_cannot_be_used_takes_no_other_away(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str | None, problem: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    package = tmp_path / "onnxruntime_ep_broken"
-    package.mkdir()
-    library, source = package / "broken.so", tmp_path / "broken.c"
-    says = f"def get_library_path(): return {str(library)!r}\ndef get_ep_name(): return 'Broken'\n"
-    (package / "__init__.py").write_text(says)
-    if code is not None:
-        require_compiler()
-        source.write_text(code)
-        compiler = await asyncio.create_subprocess_exec("cc", "-shared", "-fPIC", "-o", library, source)
-        assert await compiler.wait() == 0
+    require_compiler()
+    for name, (code, _) in BROKEN.items():
+        package = tmp_path / f"onnxruntime_ep_{name}"
+        package.mkdir()
+        library, source = package / "broken.so", tmp_path / "broken.c"
+        says = f"def get_library_path(): return {str(library)!r}\ndef get_ep_name(): return 'Broken'\n"
+        (package / "__init__.py").write_text(says)
+        if code is not None:
+            source.write_text(code)
+            compiler = await asyncio.create_subprocess_exec("cc", "-shared", "-fPIC", "-o", library, source)
+            assert await compiler.wait() == 0
     monkeypatch.syspath_prepend(str(openvino_path(tmp_path)))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(found, "DEVICES_LIMIT_S", 3.0)
-    async with running_pool(visible_devices=[DEVICE, "broken:*"]) as pool:
-        assert [each.startswith(problem) for each in pool.targets.problems] == [True]
+    async with running_pool(visible_devices=[DEVICE, *(f"{name}:*" for name in BROKEN)]) as pool:
+        problems = sorted(pool.targets.problems)
+        words = sorted(problem for _, problem in BROKEN.values())
+        assert [problem.startswith(said) for problem, said in zip(problems, words, strict=True)] == [True] * 3
         assert DEVICE in pool.targets.found
         assert {*pool.applied.layers} == {*pool.targets.applied.layers} == {*LAYERS}
         could, could_beside = (
@@ -238,13 +242,12 @@ def test_openvino_alone_is_told_to_keep_precision_and_threads(name: str, options
 
 async def test_memory_limit_leaves_room_for_what_the_provider_maps(pool: WorkerPool, tmp_path: Path) -> None:
     save(models.weights(2), tmp_path, "m")
-    await load(pool, on_device(pool, replace(order_of(tmp_path), load_limit_bytes=20 * MB)))
+    await load(pool, on_device(pool, order_of(tmp_path, load_limit_bytes=20 * MB)))
 
 
 async def test_memory_limit_counts_data_and_addresses(pool: WorkerPool, tmp_path: Path) -> None:
     save(models.filled(), tmp_path, "m")
-    order = replace(order_of(tmp_path), memory_limit_bytes=300 * MB)
-    worker, _ = await load(pool, on_device(pool, order))
+    worker, _ = await load(pool, on_device(pool, order_of(tmp_path, memory_limit_bytes=300 * MB)))
     assert resource.prlimit(worker.pid, resource.RLIMIT_AS)[1] != resource.RLIM_INFINITY
     assert resource.prlimit(worker.pid, resource.RLIMIT_DATA)[1] < 600 * MB
     with pytest.raises(InferenceFailed, match="Failed to allocate"):
@@ -252,12 +255,11 @@ async def test_memory_limit_counts_data_and_addresses(pool: WorkerPool, tmp_path
     assert await answer(worker, tensor("count", "INT64", [4])) == [1.5] * 4
 
 
-@pytest.mark.parametrize(("provider", "is_limited"), [("openvino", True), ("cuda", False)])
-def test_addresses_of_drivers_have_no_limit(provider: str, *, is_limited: bool) -> None:
+def test_addresses_of_drivers_have_no_limit() -> None:
     """In a process of its own, since the limit is for good."""
-    command = [sys.executable, "-I", "-c", LIMITED, provider]
-    [limit] = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    assert (int(limit) != resource.RLIM_INFINITY) == is_limited
+    command = [sys.executable, "-I", "-c", LIMITED, "cuda", "openvino"]
+    limits = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    assert [int(limit) == resource.RLIM_INFINITY for limit in limits] == [True, False]
 
 
 async def test_inference_that_ignores_its_cancellation_is_killed(pool: WorkerPool, tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from onnx import ModelProto, helper, numpy_helper
 from support import models
 from support.models import FLOAT, INT64, model, parse_model, save, value
-from support.workers import Serve, ask_all, asked_at_once, load, order_of, refusal, tensor
+from support.workers import load, order_of, refusal, tensor
 
 from runtime.errors import InvalidInput
 from runtime.onnxfile import find_operator
 from runtime.process.pool import WorkerPool
-from runtime.wire import DATATYPES, TensorSpec
+from runtime.wire import DATATYPES, Tensor, TensorSpec
 from runtime.worker.rows import find_dependence
 
 SHAPE = ("batch", 4)
@@ -170,27 +170,21 @@ async def test_nothing_is_shown_without_a_warm_up(pool: WorkerPool, tmp_path: Pa
     assert "cannot be shown, without inputs" in str(refused)
 
 
-async def test_reload_reports_and_refuses_nothing(pool: WorkerPool, tmp_path: Path) -> None:
-    save(models.quantised(), tmp_path, "m")
-    _, report = await load(pool, order_of(tmp_path, max_batch_size=2, warm_up_required=False))
-    assert "one scale" in (report.dependence or "")
-
-
-async def test_wrong_inputs_of_the_file_show_nothing_and_fail_no_reload(
-    pool: WorkerPool, tmp_path: Path
+@pytest.mark.parametrize(
+    ("onnx_model", "given", "words"),
+    [
+        (models.quantised(), [], "one scale"),
+        (
+            models.rows(),
+            [tensor("nothing", "FP32", [[1]])],
+            "cannot be shown: the model has no input 'nothing'",
+        ),
+    ],
+    ids=["dependent rows", "wrong inputs of the file"],
+)
+async def test_reload_reports_and_refuses_nothing(
+    pool: WorkerPool, tmp_path: Path, onnx_model: ModelProto, given: list[Tensor], words: str
 ) -> None:
-    save(models.rows(), tmp_path, "m")
-    order = order_of(tmp_path, max_batch_size=2, warm_up_required=False)
-    _, report = await load(pool, order, tensor("nothing", "FP32", [[1]]))
-    assert "cannot be shown: the model has no input 'nothing'" in (report.dependence or "")
-
-
-async def test_one_scale_changes_an_answer(serve: Serve) -> None:
-    """The reason for all this: large numbers of another client turn an answer into zeros."""
-    worker = await serve(models.quantised(), max_batch_size=2, max_queue_delay_us=10**5, dependent_rows=True)
-    small, large = (tensor("x", "FP32", [[size, 2, 3, 4]]) for size in (1, 10**6))
-    _, [alone] = await ask_all(worker, [small])
-    first, _ = await asked_at_once(worker, ask_all(worker, [small]), ask_all(worker, [large]))
-    [beside] = (await first)[1]
-    assert np.frombuffer(alone.data, np.float32).any()
-    assert not np.frombuffer(beside.data, np.float32).any()
+    save(onnx_model, tmp_path, "m")
+    _, report = await load(pool, order_of(tmp_path, max_batch_size=2, warm_up_required=False), *given)
+    assert words in (report.dependence or "")

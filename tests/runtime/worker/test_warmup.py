@@ -17,6 +17,7 @@ from events.jobs import JobStatus
 from events.types import LoadParameters, ModelLoaded
 from runtime.errors import InvalidInput
 from runtime.process.pool import WorkerPool
+from runtime.process.worker import WorkerMemory
 from runtime.statistics import Statistics
 from runtime.wire import Example, Tensor, TensorSpec
 from runtime.worker.examples import MAX_EXAMPLE_BYTES, MAX_INPUTS, find_example
@@ -198,10 +199,15 @@ async def test_warm_up_beyond_the_memory_limit_is_refused(pool: WorkerPool, tmp_
     assert (refused.code, "memory_limit_bytes are 200000000" in str(refused)) == ("out_of_memory", True)
 
 
+async def loaded_with_and_without(pool: WorkerPool, root: Path, onnx_model: ModelProto) -> list[WorkerMemory]:
+    """Return what a model takes with a warm-up, and without."""
+    save(onnx_model, root, "m")
+    orders = [order_of(root, warm_up=warms_up) for warms_up in (True, False)]
+    return [loaded_memory((await load(pool, order))[0]) for order in orders]
+
+
 async def test_peak_memory_includes_the_warm_up(pool: WorkerPool, tmp_path: Path) -> None:
-    save(models.widened(), tmp_path, "m")
-    orders = [order_of(tmp_path, warm_up=warms_up) for warms_up in (True, False)]
-    with_it, without = [loaded_memory((await load(pool, order))[0]) for order in orders]
+    with_it, without = await loaded_with_and_without(pool, tmp_path, models.widened())
     assert with_it.peak_memory_bytes - without.peak_memory_bytes > 50_000_000
     assert with_it.peak_memory_bytes >= with_it.memory_bytes
 
@@ -305,12 +311,8 @@ async def test_a_search_is_bounded_and_the_load_goes_on(
 
 
 async def test_a_volume_keeps_little_of_its_warm_up(pool: WorkerPool, tmp_path: Path) -> None:
-    save(volume(channels=32), tmp_path, "m")
-    with_it, without = [
-        loaded_memory((await load(pool, order_of(tmp_path, warm_up=warms_up)))[0]).memory_bytes
-        for warms_up in (True, False)
-    ]
-    assert with_it - without < 20_000_000
+    with_it, without = await loaded_with_and_without(pool, tmp_path, volume(channels=32))
+    assert with_it.memory_bytes - without.memory_bytes < 20_000_000
 
 
 async def test_inputs_of_the_file_are_an_example_that_was_not_tried(pool: WorkerPool, tmp_path: Path) -> None:
