@@ -20,7 +20,7 @@ from support import models
 from support.clients import KINDS, connected
 from support.http import LIMIT_S, when
 from support.models import save
-from support.servers import APART, Server, serving, standing
+from support.servers import APART, Server, serving
 
 from loadledger import (
     AsyncClient,
@@ -39,15 +39,14 @@ T = TypeVar("T")
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(server: Server) -> Server:
     """A server with a few models."""
-    repository = tmp_path_factory.mktemp("client") / "repository"
+    repository = server.api.config.repository
     for number in (1, 2):
         save(models.add(number), repository, "add", number)
     save(models.add(1), repository, "b")
     save(models.slow_model(700, 12), repository, "slow")
-    with standing(repository) as server:
-        yield server
+    return server
 
 
 @pytest.fixture(params=KINDS)

@@ -5,10 +5,10 @@ import json
 import re
 import shlex
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 from click.testing import Result
 from support.clients import KINDS, connected, run_command
 from support.http import LocalApi, local_server
@@ -20,21 +20,22 @@ from features.rules import LoadPolicy
 from features.signatures.rules import TrustMode, TrustRule
 from loadledger import ServerError
 
+GUARDED = ("m", "two", "asked", "urgent", "verified", *KINDS)
 POLICY = LoadPolicy(
     trust=(TrustRule(("signed",), TrustMode.ENFORCE),),
     approval=(
-        ApprovalRule(("m", "two")),
+        ApprovalRule(GUARDED),
         ApprovalRule(("two",), approvals=2),
         ApprovalRule(("strict",), emergency=False),
     ),
 )
 
 
-@pytest.fixture
-async def guarded(tmp_path: Path) -> AsyncIterator[LocalApi]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalApi]:
     """A server whose policy demands approvals, and a signature of one model."""
-    async with local_server(tmp_path, policy=POLICY) as api:
-        for model_id in ("m", "two", "strict", "signed", "free"):
+    async with local_server(tmp_path_factory.mktemp("guarded"), policy=POLICY) as api:
+        for model_id in (*GUARDED, "strict", "signed", "free"):
             api.save(add(1), model_id)
         yield api
 
@@ -61,13 +62,13 @@ async def refused(api: LocalApi, code: int, command: str, subject: str = "alice"
     return result.stderr
 
 
-async def test_load_is_refused_until_another_person_approves(guarded: LocalApi) -> None:
-    told = await refused(guarded, 1, "load m --wait --reason 'Ticket 7'")
+async def test_load_is_refused_but_while_another_person_approves(shared: LocalApi) -> None:
+    told = await refused(shared, 1, "load m --wait --reason 'Ticket 7'")
     assert re.search(r"need 1 more approval, by others than 'alice', .* `loadledger approve m/1`", told)
-    assert re.search(r"^  unapproved: +version 1, refused$", await prints(guarded, "show m"), re.MULTILINE)
+    assert re.search(r"^  unapproved: +version 1, refused$", await prints(shared, "show m"), re.MULTILINE)
     approve = "approve m/1 --reason reviewed --yes"
-    assert "(forbidden)" in (await run(guarded, approve, "bob", "admin")).stderr
-    told = await prints(guarded, approve, "bob", "admin", "approve")
+    assert "(forbidden)" in (await run(shared, approve, "bob", "admin")).stderr
+    told = await prints(shared, approve, "bob", "admin", "approve")
     assert told.startswith("m version 1: the model serves nothing now\n")
     for fact in (
         r"digest: +[0-9a-f]{64}",
@@ -76,106 +77,101 @@ async def test_load_is_refused_until_another_person_approves(guarded: LocalApi) 
     ):
         assert re.search(rf"^  {fact}", told, re.MULTILINE), told
     assert told.endswith("  added: model.onnx\nm version 1: approved\n")
-    assert "completed" in await prints(guarded, "load m --wait")
-    shown = await prints(guarded, "show m")
+    assert "completed" in await prints(shared, "load m --wait")
+    shown = await prints(shared, "show m")
     assert re.search(r"^  policy: +signature off, 1 approval$", shown, re.MULTILINE)
     assert re.search(r"^  approval: +approved by bob$", shown, re.MULTILINE)
     assert re.search(r"^  approved: +version 1 by bob \(reviewed\)$", shown, re.MULTILINE)
-
-
-async def test_withdrawn_approval_refuses_the_next_load(guarded: LocalApi) -> None:
-    await prints(guarded, "approve m/1 --reason fine --yes", "bob", "approve")
-    await prints(guarded, "load m --wait")
     withdraw = "approve m/1 --withdraw --reason 'It drifts' --yes"
-    assert await prints(guarded, withdraw, "eve", "approve") == "m version 1: approval withdrawn\n"
-    assert "(unknown_approval)" in await refused(guarded, 2, withdraw, "eve", "approve")
-    assert "(not_approved)" in await refused(guarded, 1, "load m --pin --wait")
+    assert await prints(shared, withdraw, "eve", "approve") == "m version 1: approval withdrawn\n"
+    assert "(unknown_approval)" in await refused(shared, 2, withdraw, "eve", "approve")
+    assert "(not_approved)" in await refused(shared, 1, "load m --pin --wait")
 
 
-async def test_approval_of_two_persons_says_how_many_are_left(guarded: LocalApi) -> None:
+async def test_approval_of_two_persons_says_how_many_are_left(shared: LocalApi) -> None:
     approve = "approve two/1 --reason fine --yes"
-    assert (await prints(guarded, approve, "bob", "approve")).endswith("approved; 1 approval left\n")
-    answered = await run(guarded, f"{approve} --json", "carol", "approve")
+    assert (await prints(shared, approve, "bob", "approve")).endswith("approved; 1 approval left\n")
+    answered = await run(shared, f"{approve} --json", "carol", "approve")
     assert [each["by"] for each in json.loads(answered.stdout)["approvals"]] == ["bob", "carol"]
     assert "the model serves nothing now" in answered.stderr
-    await guarded.load("two")
-    guarded.save(add(2), "two", 2)
-    told = await prints(guarded, "approve two/2 --reason fine --yes", "bob", "approve")
+    await shared.load("two")
+    shared.save(add(2), "two", 2)
+    told = await prints(shared, "approve two/2 --reason fine --yes", "bob", "approve")
     assert "two version 2: the model serves version 1 now" in told
     assert "  changed: model.onnx\n" in told
 
 
-async def test_approve_at_terminal_asks_for_confirmation_and_reason(guarded: LocalApi) -> None:
-    bob = environment(guarded, "bob", "approve")
-    with at_terminal("approve", "m/1", environment=bob) as terminal:
+async def test_approve_at_terminal_asks_for_confirmation_and_reason(shared: LocalApi) -> None:
+    bob = environment(shared, "bob", "approve")
+    with at_terminal("approve", "asked/1", environment=bob) as terminal:
         await terminal.until(r"Approve it\? \[y/N\]")
         terminal.press(b"n\n")
         assert await terminal.end() == 130
-    with at_terminal("approve", "m/1", environment=bob) as terminal:
+    with at_terminal("approve", "asked/1", environment=bob) as terminal:
         await terminal.until(r"added: model\.onnx[^$]*Approve it\?")
         terminal.press(b"y\n")
         await terminal.until("Reason:")
         terminal.press(b"reviewed\n")
         assert await terminal.end() == 0
-    await guarded.load("m")
+    await shared.load("asked")
 
 
-async def test_emergency_passes_where_role_and_rule_allow_it(guarded: LocalApi) -> None:
-    assert "(forbidden)" in await refused(guarded, 2, "load m --emergency 'An outage'")
+async def test_emergency_passes_where_role_and_rule_allow_it(shared: LocalApi) -> None:
+    assert "(forbidden)" in await refused(shared, 2, "load urgent --emergency 'An outage'")
     helper = ("alice", "admin", "emergency")
-    told = await run(guarded, "load m --wait --emergency 'An outage'", *helper)
+    told = await run(shared, "load urgent --wait --emergency 'An outage'", *helper)
     assert "completed" in told.stdout
     assert re.search(r"emergency: version 1, files [0-9a-f]{64}", told.stderr)
-    [job] = await guarded.jobs("?model=m")
-    shown = await prints(guarded, f"job {job['id']}")
+    [job] = await shared.jobs("?model=urgent")
+    shown = await prints(shared, f"job {job['id']}")
     assert re.search(r"^  emergency: +An outage$", shown, re.MULTILINE)
-    assert "approval:       bypassed by alice" in await prints(guarded, "show m")
-    strict = await refused(guarded, 2, "load strict --emergency 'An outage'", *helper)
+    assert "approval:       bypassed by alice" in await prints(shared, "show urgent")
+    strict = await refused(shared, 2, "load strict --emergency 'An outage'", *helper)
     assert "(emergency_forbidden)" in strict
 
 
-async def test_verify_model_prints_facts_and_ends_with_problem(guarded: LocalApi) -> None:
-    unapproved = await run(guarded, "verify-model m/1", "eve", "audit")
+async def test_verify_model_prints_facts_and_ends_with_problem(shared: LocalApi) -> None:
+    unapproved = await run(shared, "verify-model verified/1", "eve", "audit")
     assert unapproved.exit_code == 1
     assert re.fullmatch(
-        r"m version 1:\n  digest:    [0-9a-f]{64}\n  added by:  nobody that the ledger has\n"
+        r"verified version 1:\n  digest:    [0-9a-f]{64}\n  added by:  nobody that the ledger has\n"
         r"  problem:   not_approved: the files [0-9a-f]{64} need 1 more approval; .*\n"
         r"  model\.onnx: sha256 [0-9a-f]{64}\n",
         unapproved.stdout,
     )
-    assert "problem" not in await prints(guarded, "verify-model free")
-    unsigned = await run(guarded, "verify-model signed")
+    assert "problem" not in await prints(shared, "verify-model free")
+    unsigned = await run(shared, "verify-model signed")
     assert unsigned.exit_code == 1
     assert re.search(r"^  problem: +signature_missing: ", unsigned.stdout, re.MULTILINE)
-    found = await run(guarded, "verify-model signed --json")
+    found = await run(shared, "verify-model signed --json")
     assert (found.exit_code, json.loads(found.stdout)["problem"]["code"]) == (1, "signature_missing")
-    assert "(unknown_version)" in await refused(guarded, 2, "verify-model m/7")
-    assert (await guarded.model("m"))["state"] == "unloaded"
+    assert "(unknown_version)" in await refused(shared, 2, "verify-model verified/7")
+    assert (await shared.model("verified"))["state"] == "unloaded"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_each_client_verifies_approves_and_withdraws(kind: str, guarded: LocalApi) -> None:
+async def test_each_client_verifies_approves_and_withdraws(kind: str, shared: LocalApi) -> None:
     def approve() -> str:
-        token = guarded.token("admin", "approve", subject="bob")
-        with connected(kind, guarded.url, token) as client:
-            found = client.verify_model("m")
+        token = shared.token("admin", "approve", subject="bob")
+        with connected(kind, shared.url, token) as client:
+            found = client.verify_model(kind)
             assert (found.version, found.added_by) == (1, None)
             assert found.problem is not None
             assert found.problem.code == "not_approved"
             assert client.verify_model("free", 1).problem is None
             with pytest.raises(ServerError) as refusal:
-                client.verify_model("m", 7)
+                client.verify_model(kind, 7)
             assert refusal.value.code == "unknown_version"
             assert client.load("free", reason="a trial", wait=True).reason == "a trial"
             with pytest.raises(ServerError) as refusal:
-                client.approve("m", 1, "0" * 64, "no")
+                client.approve(kind, 1, "0" * 64, "no")
             assert refusal.value.code == "digest_differs"
-            given = client.approve("m", 1, found.digest, "reviewed")
+            given = client.approve(kind, 1, found.digest, "reviewed")
             assert ([each.by for each in given.approvals], given.missing) == (["bob"], 0)
-            assert [each.reason for each in client.model("m").approvals] == ["reviewed"]
-            assert client.withdraw_approval("m", 1, "it drifts").approvals == []
+            assert [each.reason for each in client.model(kind).approvals] == ["reviewed"]
+            assert client.withdraw_approval(kind, 1, "it drifts").approvals == []
             with pytest.raises(ServerError) as refusal:
-                client.withdraw_approval("m", 1, "again")
+                client.withdraw_approval(kind, 1, "again")
             return refusal.value.code
 
     assert await asyncio.to_thread(approve) == "unknown_approval"

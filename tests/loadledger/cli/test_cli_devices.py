@@ -12,7 +12,7 @@ from support import models
 from support.answers import fill
 from support.clients import run_command
 from support.models import save
-from support.openvino import DEVICE, PRESENT, openvino_environment, visible_devices
+from support.openvino import DEVICE, openvino_environment, visible_devices
 from support.servers import Server, standing
 
 from answers.jobs import JobInfo
@@ -67,30 +67,20 @@ def test_report_says_what_a_device_has_not_returned(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == told
 
 
-@pytest.mark.parametrize("present", PRESENT)
-def test_check_lists_the_devices(tmp_path: Path, present: list[str]) -> None:
-    (tmp_path / "repository").mkdir()
-    with visible_devices(present, tmp_path) as settings:
-        given = [
-            f"--visible-devices={settings['visible_devices']}",
-            f"--repository={tmp_path / 'repository'}",
-        ]
-        result = run_command("check", "--port=0", *given)
-    assert re.findall(r"^device (\S+): ", result.stdout, re.MULTILINE) == present[1:]
-
-
-def test_check_loads_on_the_default_devices(tmp_path: Path) -> None:
+def test_check_lists_devices_and_loads_on_the_default_ones(tmp_path: Path) -> None:
     root = tmp_path / "repository"
     save(models.add(), root, "m")
     save(models.add(), root, "elsewhere")
     (root / "elsewhere" / "loadledger.toml").write_text('devices = ["rocm:0"]\n')
+    command = ("check", "--port=0", f"--repository={root}")
+    assert not re.search("^device ", run_command(*command, "--visible-devices=cpu").stdout, re.MULTILINE)
     used = (f"--visible-devices={DEVICE}", f"--devices={DEVICE}")
-    arguments = ("check", "--port=0", f"--repository={root}", *used)
     with visible_devices([DEVICE], tmp_path):
-        result = run_command(*arguments, "m")
-        absent = run_command(*arguments, "elsewhere")
-        wrong = run_command(*arguments, "--device-memory=rocm:0=1GB", "--json")
-    assert re.search(rf"^device {DEVICE}: .*no memory budget$", result.stdout, re.MULTILINE)
+        result = run_command(*command, *used, "m")
+        absent = run_command(*command, *used, "elsewhere")
+        wrong = run_command(*command, *used, "--device-memory=rocm:0=1GB", "--json")
+    listed = re.findall(r"^device (\S+): .*(no memory budget)$", result.stdout, re.MULTILINE)
+    assert listed == [(DEVICE, "no memory budget")]
     assert "1 model, 1 version, loaded: no problems" in result.stdout
     assert "(device_unavailable)" in absent.stdout
     assert (wrong.exit_code, json.loads(wrong.stdout)["devices"]) == (1, [])

@@ -1,7 +1,6 @@
 """`loadledger token` and `key`: what they create, print and refuse."""
 
 import re
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -9,20 +8,17 @@ from typing import Any
 import jwt
 import pytest
 from support.clients import printed, printed_json, refused
-from support.servers import standing
+from support.servers import Server
 
 from server.auth.keys import ensure_data_dir, list_keys
 
 ALICE = ("--subject=alice", "--role=admin")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+@pytest.fixture
+def data(server: Server) -> Path:
     """The data directory of a running server."""
-    repository = tmp_path_factory.mktemp("keys") / "repository"
-    repository.mkdir()
-    with standing(repository):
-        yield repository.with_name("data")
+    return server.api.config.data
 
 
 def create(data: Path, *arguments: str, **environment: Any) -> str:

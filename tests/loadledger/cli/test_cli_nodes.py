@@ -58,7 +58,7 @@ async def test_nodes_lists_what_runs_where_and_drain_waits(ledger: Database, tmp
         assert {node["id"]: len(node["models"]) for node in found} == {home: 0, other: 1}
 
 
-async def test_last_node_is_not_drained_in_vain(ledger: Database, tmp_path: Path) -> None:
+async def test_last_node_is_drained_only_once_it_has_no_model(ledger: Database, tmp_path: Path) -> None:
     async with local_node(ledger, tmp_path, "a") as a:
         a.save(add(), "m")
         await a.load("m")
@@ -70,12 +70,10 @@ async def test_last_node_is_not_drained_in_vain(ledger: Database, tmp_path: Path
         unknown = await run(a, "drain never")
         assert (unknown.exit_code, "`loadledger nodes` lists them" in unknown.stderr) == (2, True)
         assert (await run(a, "drain a --timeout-s 9")).exit_code == 2
-
-
-async def test_drain_through_the_data_directory_needs_no_token(ledger: Database, tmp_path: Path) -> None:
-    async with local_node(ledger, tmp_path, "a") as a:
+        await a.unload("m")
+        # through the data directory, without a token
         data, local = a.config.data, {"LOADLEDGER_TOKEN": "", "LOADLEDGER_URL": ""}
-        assert re.search(r"^a \* +joined", await prints(a, f"nodes --data {data}", **local), re.MULTILINE)
+        assert re.search(r"^a \* +draining", await prints(a, f"nodes --data {data}", **local), re.MULTILINE)
         named = {**local, "LOADLEDGER_DATA": str(data), "LOADLEDGER_NODE_NAME": "a"}
         assert re.fullmatch(r"a: drained in \d.*\n", await prints(a, "drain --wait", **named))
         unknown = await run(a, f"drain never --data {data}", **local)
