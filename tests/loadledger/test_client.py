@@ -21,6 +21,7 @@ from support.clients import KINDS, connected
 from support.http import LIMIT_S, when
 from support.models import save
 from support.servers import APART, Server, serving
+from support.sources import MODEL, SHA256, environment_of, standing_site
 
 from loadledger import (
     AsyncClient,
@@ -31,6 +32,7 @@ from loadledger import (
     NotFound,
     ProfileProblem,
     ServerError,
+    SourceProblem,
 )
 from loadledger.profiles import ServerTarget, write_profile
 from server.config import Config
@@ -60,19 +62,19 @@ def test_version_is_added_and_removed(client: Client, tmp_path: Path) -> None:
     file, seen = tmp_path / "net.onnx", list[tuple[int, int]]()
     file.write_bytes(models.external("w.bin").SerializeToString())
     (tmp_path / "w.bin").write_bytes(models.external_bytes())
-    model_id = f"added-{type(client).__name__}"
-    added = client.add(model_id, file, on_progress=lambda sent, total: seen.append((sent, total)))
+    (tmp_path / "bundle.json").write_bytes(b"{}")
+    model_id, signature = f"added-{type(client).__name__}", str(tmp_path / "bundle.json")
+    added = client.add(
+        model_id, file, signature=signature, on_progress=lambda sent, total: seen.append((sent, total))
+    )
     assert (added.model_id, added.version) == (model_id, 1)
-    assert {each.path for each in added.files} == {"model.onnx", "w.bin"}
+    assert {each.path for each in added.files} == {"model.onnx", "w.bin", "model.sig"}
     assert seen[-1] == (added.bytes, added.bytes)
     assert client.add(model_id, tmp_path).version == 2
-    for version, code in ((2, "version_exists"), (7, None)):
-        if code is None:
-            assert client.add(model_id, str(file), version).version == version
-            continue
-        with pytest.raises(ServerError) as refused:
-            client.add(model_id, file, version)
-        assert refused.value.code == code
+    with pytest.raises(ServerError) as refused:
+        client.add(model_id, file, 2)
+    assert refused.value.code == "version_exists"
+    assert client.add(model_id, str(file), 7).version == 7
     client.remove(model_id, 2)
     assert client.model(model_id).versions == [1, 7]
     with pytest.raises(NotFound):
@@ -94,19 +96,6 @@ def test_label_is_set_by_itself_and_with_a_load(client: Client, server: Server) 
     with pytest.raises(NotFound) as refused:
         client.remove_label(model_id, "shadow")
     assert refused.value.code == "unknown_label"
-
-
-def test_version_is_added_with_its_signature(client: Client, tmp_path: Path) -> None:
-    (tmp_path / "net.onnx").write_bytes(models.add(1).SerializeToString())
-    signature = tmp_path / "bundle.json"
-    signature.write_bytes(b"{}")
-    model_id = f"signed-{type(client).__name__}"
-    added = client.add(model_id, tmp_path / "net.onnx", signature=signature)
-    assert [each.path for each in added.files] == ["model.onnx", "model.sig"]
-    signature.rename(tmp_path / "net.sig")
-    with pytest.raises(ValueError, match=r"net\.sig signs the version already"):
-        client.add(model_id, tmp_path, signature=str(tmp_path / "net.sig"))
-    assert client.model(model_id).versions == [1]
 
 
 def test_interrupted_addition_goes_on_with_what_is_missing(server: Server, tmp_path: Path) -> None:
@@ -169,6 +158,37 @@ def test_block_loads_model_and_unloads_it_again(client: Client) -> None:
             assert again.job_id == model.job_id
         assert client.model("b").state == "loaded"
     assert client.model("b").state == "unloaded"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_version_is_added_with_where_it_comes_from(
+    kind: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, told = tmp_path / "own.onnx", list[tuple[int, int]]()
+    own.write_bytes(MODEL)
+    with standing_site() as site, connected(kind, server.url, server.api.token("admin")) as client:
+        for name, value in environment_of(site, tmp_path).items():
+            monkeypatch.setenv(name, value)
+        url, m = site.url("/files/m.onnx"), f"sourced-{kind}"
+        added = client.add(
+            m, source=url, digest=f"sha256:{SHA256}", on_progress=lambda *counts: told.append(counts)
+        )
+        assert (added.version, added.files[0].sha256) == (1, SHA256)
+        assert told[-1] == (len(MODEL), len(MODEL))
+        assert client.add(m, own, source="mlflow://runs/42/model").version == 2
+        assert client.add(m, own).version == 3
+        found = [(each.version, each.source, each.resolved) for each in client.model(m).sources]
+        assert found == [
+            (1, url, f"{url}#sha256={SHA256}"),
+            (2, "mlflow://runs/42/model", "mlflow://runs/42/model"),
+        ]
+        with pytest.raises(SourceProblem) as problem:
+            client.add(m, source=site.url("/none.onnx"))
+        assert problem.value.code == "source_not_found"
+        with pytest.raises(ValueError, match="give a path, or a source"):
+            client.add(m)
+        with pytest.raises(ValueError, match="whose signature comes along"):
+            client.add(m, source=url, signature=own)
 
 
 def token_of(client: Client | AsyncClient) -> str | None:

@@ -146,6 +146,3 @@ async def test_follow_file_begins_at_head(tmp_path: Path) -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
     assert [json.loads(line)["position"] for line in lines] == [4]
-
-
-# A server

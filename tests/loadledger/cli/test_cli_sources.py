@@ -1,7 +1,6 @@
 """`add` and `run` with the name of a source, on a real server, and a hub and a site here."""
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,24 +25,6 @@ def alice(server: Server, site: Site, tmp_path: Path) -> dict[str, Any]:
     """The variables of an admin's commands."""
     own = {"LOADLEDGER_URL": server.url, "LOADLEDGER_TOKEN": server.api.token("admin")}
     return own | environment_of(site, tmp_path)
-
-
-def test_add_prints_what_came_and_show_where_from(alice: dict[str, Any], site: Site, tmp_path: Path) -> None:
-    url = site.url("/files/net.onnx")
-    added = run_command("add", "shown", url, "--digest", f"sha256:{SHA256}", **alice)
-    assert re.fullmatch(
-        rf"shown version 1: added, 1 file, \d+ bytes\n  from {url}#sha256={SHA256}\n"
-        rf"  model\.onnx: \d+ bytes, sha256 {SHA256}\n"
-        r"to load it: loadledger load shown --version 1\n",
-        added.stdout,
-    )
-    assert (added.exit_code, added.stderr) == (0, "")
-    came = rf"^  version 1: from {url}#sha256={SHA256} \(asked as {url}\), added by alice, \d+\.\ds ago$"
-    assert re.search(came, printed("show", "shown", **alice), re.MULTILINE)
-    assert f"from {url}#sha256={SHA256}" in printed("events", "--type", "VersionAdded", **alice)
-    loaded = run_command("add", "shown", url, "--version", "7", "--load", **alice)
-    assert "shown version 7: load completed in " in loaded.stdout
-    assert [*(tmp_path / "cache/loadledger").iterdir()] == []
 
 
 def test_add_that_fails_says_why_and_sends_nothing(alice: dict[str, Any], site: Site) -> None:
@@ -75,7 +56,7 @@ async def test_add_at_terminal_shows_bytes_and_goes_on_after_ctrl_c(alice: dict[
         return RangedFile(MODEL)(asked)
 
     with standing_site(reply) as slow:
-        command = ("add", "hung", slow.url("/m.onnx"), "--digest", f"sha256:{SHA256}")
+        command = ("add", "hung", slow.url("/m.onnx"), "--digest", f"sha256:{SHA256}", "--version", "7")
         with at_terminal(*command, environment=alice) as terminal:
             await terminal.until(r"hung: downloading")
             await terminal.until(r"[12]\.\d/4\.\d MB")
@@ -83,7 +64,7 @@ async def test_add_at_terminal_shows_bytes_and_goes_on_after_ctrl_c(alice: dict[
             assert await terminal.end() == 130
         assert "interrupted: the same command goes on where this one was" in terminal.plain
         held[0] = False
-        assert "hung version 1: added" in printed(*command, **alice)
+        assert "hung version 7: added" in printed(*command, **alice)
         [begun] = [each.headers["range"] for each in slow.asked if "range" in each.headers]
     assert 0 < int(begun.removeprefix("bytes=").removesuffix("-")) <= half
 
