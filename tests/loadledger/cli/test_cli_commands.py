@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import Result
 from msgspec.structs import replace
 from support import models
 from support.answers import fill
-from support.clients import run_command
+from support.clients import Shell, run_command
 from support.models import save
 from support.servers import APART, CTRL_C, Server, at_terminal, serving, standing
 
@@ -26,34 +25,6 @@ from loadledger.cli.snippets import describe_guess, format_infer
 from server.config import Config
 
 JOB = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-
-
-class Shell:
-    """Runs commands in this process, with a server's URL and a token."""
-
-    def __init__(self, server: Server, *roles: str) -> None:
-        token = server.api.token(*roles)
-        self.environment: dict[str, Any] = {"LOADLEDGER_URL": server.url, "LOADLEDGER_TOKEN": token}
-
-    def run(self, *arguments: str, typed: str | None = None, **environment: Any) -> Result:
-        """Run a command."""
-        return run_command(*arguments, typed=typed, **{**self.environment, **environment})
-
-    def prints(self, command: str, **environment: Any) -> str:
-        """Return the output of a command that must succeed."""
-        result = self.run(*command.split(), **environment)
-        assert result.exit_code == 0, result.output
-        return result.stdout
-
-    def json(self, command: str) -> Any:
-        """Return the JSON that a command prints, which must succeed."""
-        return json.loads(self.prints(f"{command} --json"))
-
-    def refused(self, code: int, command: str, **environment: Any) -> str:
-        """Return the reason of a command that must end with this code and print nothing else."""
-        result = self.run(*command.split(), **environment)
-        assert (result.exit_code, result.stdout) == (code, ""), result.output
-        return result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +43,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def alice(server: Server) -> Shell:
-    return Shell(server, "admin")
+    return Shell(server.api, "admin")
 
 
 def test_add_puts_a_version_in_and_rm_takes_it_out(alice: Shell, tmp_path: Path) -> None:
@@ -292,7 +263,7 @@ def test_failed_commands_print_reason_and_advice(alice: Shell) -> None:
 
 
 def test_infer_loads_model_on_demand(server: Server) -> None:
-    bob = Shell(server, "infer")
+    bob = Shell(server.api, "infer")
     assert "[2.0]" in bob.prints("infer guessed x=[1.0]")
     # The datatype comes from the model's file: of their own, whole numbers would be INT64.
     assert "[2.0]" in bob.prints("infer whole x=[1]")
@@ -337,7 +308,7 @@ async def test_top_and_followed_events_survive_restart(tmp_path: Path) -> None:
     config = Config(repository=tmp_path / "repository", data=tmp_path / "data")
     config.repository.mkdir()
     async with serving(config, APART) as server:
-        alice, port = Shell(server, "admin"), server.url.rpartition(":")[2]
+        alice, port = Shell(server.api, "admin"), server.url.rpartition(":")[2]
         assert alice.prints("models") == "the repository has no models\n"
         save(models.add(), config.repository, "m")
         assert alice.prints("ps") == "no model is loaded\n"

@@ -4,13 +4,12 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from msgspec.structs import replace
 from support import models
 from support.answers import fill
-from support.clients import run_command
+from support.clients import Shell, run_command
 from support.models import save
 from support.openvino import DEVICE, openvino_environment, visible_devices
 from support.servers import Server, standing
@@ -29,18 +28,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def test_devices_are_listed_and_loaded_on(server: Server) -> None:
-    where: dict[str, Any] = {"LOADLEDGER_URL": server.url, "LOADLEDGER_TOKEN": server.api.token("admin")}
-
-    def prints(*words: str) -> str:
-        result = run_command(*words, **where)
-        assert result.exit_code == 0, result.output
-        return result.stdout
-
-    assert "load completed" in prints("load", "m", "--device", DEVICE, "--device=cpu", "--fallback=cpu", "-w")
-    shown = prints("show", "m")
+    alice = Shell(server.api, "admin")
+    assert "load completed" in alice.prints(f"load m --device {DEVICE} --device=cpu --fallback=cpu -w")
+    shown = alice.prints("show m")
     assert re.search(rf"devices: +1 node of its graph on {DEVICE} \(openvino 1\.\S+\)", shown)
     assert re.search(rf"parameters: .*devices {DEVICE} cpu, fallback cpu", shown)
-    taken = prints("resources")
+    taken = alice.prints("resources")
     assert re.search(r"^workers on devices confined by .*; not prevented: .*run_code", taken, re.MULTILINE)
     head, cpu, device, *rest = taken.split("\n\n")[1].splitlines()
     assert head.split() == [
@@ -49,14 +42,11 @@ def test_devices_are_listed_and_loaded_on(server: Server) -> None:
     assert re.fullmatch(r"cpu +cpu 1\.\S+ +- .*MB +- +\S+ GB +- +0", cpu)
     assert re.fullmatch(rf"{DEVICE} +openvino 1\.\S+ +\S.* MB +- +2\.00 GB +- +1", device)
     assert rest == []
-    told = json.loads(prints("resources", "--json"))
+    told = alice.json("resources")
     assert [each["device"] for each in told["devices"]] == ["cpu", DEVICE]
     assert told["device_problems"] == []
-    refused = run_command("load", "m", "--device", "rocm:0", **where)
-    assert (refused.exit_code, refused.stdout) == (2, "")
-    assert "device_unavailable" in refused.stderr
-    events = prints("events", "--model", "m")
-    assert f"on {DEVICE} (1 graph nodes)" in events
+    assert "device_unavailable" in alice.refused(2, "load m --device rocm:0")
+    assert f"on {DEVICE} (1 graph nodes)" in alice.prints("events --model m")
 
 
 def test_report_says_what_a_device_has_not_returned(capsys: pytest.CaptureFixture[str]) -> None:

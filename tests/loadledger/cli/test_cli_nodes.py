@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 from support.answers import fill
-from support.clients import run_command
+from support.clients import Shell
 from support.http import LocalApi
 from support.models import add
 from support.nodes import list_nodes, local_node
@@ -21,8 +21,7 @@ from features.nodes.cli import _wait_until_drained
 
 async def run(api: LocalApi, command: str, **environment: Any) -> Result:
     """Run a command against a server of this process."""
-    given = {"LOADLEDGER_URL": api.url, "LOADLEDGER_TOKEN": api.token("admin"), **environment}
-    return await asyncio.to_thread(run_command, *command.split(), **given)
+    return await asyncio.to_thread(Shell(api, "admin").run, *command.split(), **environment)
 
 
 async def prints(api: LocalApi, command: str, **environment: Any) -> str:
