@@ -3,13 +3,14 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Awaitable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ from support import models
 from support.clients import KINDS, connected
 from support.http import LIMIT_S, when
 from support.models import save
-from support.servers import APART, Server, serving
+from support.servers import APART, CTRL_C, Server, at_terminal, serving
 from support.sources import MODEL, SHA256, environment_of, standing_site
 
 from loadledger import (
@@ -311,7 +312,7 @@ async def unended_load(client: AsyncClient, model_id: str) -> JobInfo | None:
 # Restarts
 
 
-async def test_wait_and_follow_survive_killed_server(tmp_path: Path) -> None:
+async def test_clients_and_commands_survive_killed_server(tmp_path: Path) -> None:
     repository = tmp_path / "repository"
     for model_id in KINDS:
         save(models.slow_model(700, 12), repository, model_id)
@@ -332,22 +333,39 @@ async def test_wait_and_follow_survive_killed_server(tmp_path: Path) -> None:
         with connected(kind, url, token) as client:
             return client.load(kind, wait=True, wait_s=LIMIT_S, on_stage=lambda _: loading[kind].set())
 
-    async with serving(config, APART) as server:
+    async with serving(config, APART) as server, AsyncExitStack() as stack:
         url, token, port = server.url, server.api.token("admin"), server.url.rpartition(":")[2]
+        me, follows_too = {"LOADLEDGER_URL": url, "LOADLEDGER_TOKEN": token}, ("-f", "--json", "--after=0")
+        top = stack.enter_context(at_terminal("top", environment=me))
+        events = stack.enter_context(at_terminal("events", *follows_too, environment=me))
+        await top.until(r"Z  position \d+\s+memory")
+        await events.until('"position":1')
         follows = [asyncio.create_task(asyncio.to_thread(follow, kind)) for kind in KINDS]
         loads = [asyncio.create_task(asyncio.to_thread(load, kind)) for kind in KINDS]
         for each in (*following.values(), *loading.values()):
             assert await asyncio.to_thread(each.wait, LIMIT_S)
         await server.kill()
-    async with serving(config, APART, f"--port={port}") as server, asyncio.timeout(2 * LIMIT_S):
+        await top.until("unreachable, retrying")
+        top.shown = ""
+        terminals = stack.pop_all()
+    async with terminals, serving(config, APART, f"--port={port}") as server, asyncio.timeout(2 * LIMIT_S):
         assert [job.status for job in await asyncio.gather(*loads)] == ["completed", "completed"]
+        await top.until(rf"{KINDS[0]} +1 +serving")
         await server.api.unload(KINDS[0])
         await asyncio.gather(*follows)
+        await events.until("UnloadRequested")
+        for terminal in (top, events):
+            terminal.press(CTRL_C)
+        assert (await top.end(), await events.end()) == (0, 130)
     first, second = seen.values()
     assert first == second
     assert [event.position for event in first] == list(range(1, len(first) + 1))
     assert [event.type for event in first].count("ServerStarted") == 2
     assert len(away) <= 2
+    positions = [str(event.position) for event in first]
+    assert re.findall(r'"position":(\d+)', events.plain)[: len(first)] == positions
+    assert events.plain.count("retrying") <= 1
+    assert "Traceback" not in top.plain
 
 
 # Importing

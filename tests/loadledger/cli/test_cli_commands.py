@@ -14,15 +14,14 @@ import pytest
 from msgspec.structs import replace
 from support import models
 from support.answers import fill
-from support.clients import Shell, run_command
+from support.clients import Shell
 from support.models import save
-from support.servers import APART, CTRL_C, Server, at_terminal, serving, standing
+from support.servers import CTRL_C, Server, at_terminal, standing
 
 from answers.models import ModelInfo
 from answers.tensors import ModelTensor, TensorExample
 from loadledger.cli.inputs import GivenInput, parse_input
 from loadledger.cli.snippets import describe_guess, format_infer
-from server.config import Config
 
 JOB = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -302,43 +301,6 @@ async def test_wait_shows_stages_and_ctrl_c_detaches(alice: Shell) -> None:
         assert "endless" in alice.prints(f"cancel {again[1]}")
         assert await terminal.end() == 1
     assert "was cancelled" in terminal.plain
-
-
-async def test_top_and_followed_events_survive_restart(tmp_path: Path) -> None:
-    config = Config(repository=tmp_path / "repository", data=tmp_path / "data")
-    config.repository.mkdir()
-    async with serving(config, APART) as server:
-        alice, port = Shell(server.api, "admin"), server.url.rpartition(":")[2]
-        assert alice.prints("models") == "the repository has no models\n"
-        save(models.add(), config.repository, "m")
-        assert alice.prints("ps") == "no model is loaded\n"
-        assert "`loadledger ps`" in alice.refused(2, "unload --active")
-        assert "none is loaded now" in alice.refused(2, "unload")
-        await server.api.load("m")
-        assert "\x1b" not in alice.prints("models")
-        for no_color, colour in (("", "\x1b[32mloaded\x1b[0m"), ("1", "m *")):
-            result = run_command("models", color=True, NO_COLOR=no_color, **alice.environment)
-            assert colour in result.stdout
-            assert ("\x1b" in result.stdout) is not bool(no_color)
-        with (
-            at_terminal("top", environment=alice.environment) as top,
-            at_terminal("events", "-f", "--json", "--after=2", environment=alice.environment) as events,
-        ):
-            await top.until(r"m +1 +serving")
-            await events.until('"position":4')
-            assert await server.stop() == 0
-            await top.until("unreachable, retrying")
-            top.shown = ""
-            async with serving(config, APART, f"--port={port}") as again:
-                await again.api.load("m")
-                await top.until(r"Z  position \d+\s+memory")
-                await events.until('"position":8')
-                for terminal in (top, events):
-                    terminal.press(CTRL_C)
-                assert (await top.end(), await events.end()) == (0, 130)
-        assert "Traceback" not in top.plain
-        assert re.findall(r'"position":(\d+)', events.plain)[:6] == ["3", "4", "5", "6", "7", "8"]
-        assert events.plain.count("retrying") <= 1
 
 
 # Profiles and completion

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import Result
 from support.answers import fill
@@ -81,12 +82,20 @@ async def test_last_node_is_drained_only_once_it_has_no_model(ledger: Database, 
     assert (stopped.exit_code, "no server runs there" in stopped.stderr) == (2, True)
 
 
-async def test_server_alone_shows_no_nodes(api: LocalApi) -> None:
+async def test_server_alone_shows_no_nodes_and_a_new_one_no_models(api: LocalApi) -> None:
+    assert await prints(api, "models") == "the repository has no models\n"
     api.save(add(), "m")
+    assert await prints(api, "ps") == "no model is loaded\n"
+    assert "`loadledger ps`" in (await run(api, "unload --active")).stderr
+    assert "none is loaded now" in (await run(api, "unload")).stderr
     await api.load("m")
     assert await prints(api, "nodes") == "this server is alone: servers with --ledger are nodes\n"
     for command in ("models", "jobs", "show m"):
-        assert "node" not in (await prints(api, command)).lower()
+        shown = await prints(api, command)
+        assert ("node" in shown.lower(), "\x1b" in shown) == (False, False)
+    coloured = await prints(api, "models", color=True, NO_COLOR="")
+    assert "\x1b[32mloaded\x1b[0m" in coloured
+    assert click.unstyle(coloured) == await prints(api, "models", color=True, NO_COLOR="1")
 
 
 # What ends a wait
