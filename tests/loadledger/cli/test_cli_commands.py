@@ -344,15 +344,3 @@ def test_completion_offers_models_and_jobs_of_server(alice: Shell) -> None:
     assert offered("loadledger load ", LOADLEDGER_URL="no url") == []
     assert {"load", "ps"} & set(offered("loadledger ")) == {"load"}
     alice.prints("kill ready")
-
-
-def test_tokens_of_a_server_are_managed_with_and_without_a_token(server: Server, alice: Shell) -> None:
-    data = f"--data={server.api.config.data}"
-    bob = alice.prints(f"token {data} --role audit --subject bob").strip()
-    [listed] = [each for each in alice.json("token list")["tokens"] if each["subject"] == "bob"]
-    assert listed in alice.json(f"token list {data}")["tokens"]
-    assert alice.prints("models", LOADLEDGER_TOKEN=bob)
-    assert alice.prints(f"token revoke {listed['jti']}") == ""
-    assert "the token was revoked" in alice.refused(2, "models", LOADLEDGER_TOKEN=bob)
-    for command in ("console", f"console {data}"):
-        assert re.fullmatch(rf"{re.escape(server.url)}/#sign-in=[\w-]{{43}}\n", alice.prints(command))

@@ -7,7 +7,7 @@ from typing import Any
 
 import jwt
 import pytest
-from support.clients import printed, printed_json, refused
+from support.clients import Shell, printed, printed_json, refused
 from support.servers import Server
 
 from server.auth.keys import ensure_data_dir, list_keys
@@ -75,21 +75,28 @@ def test_token_refuses_options(data: Path) -> None:
     assert "--data" in refused("token", *ALICE, HOME="")
 
 
-def test_tokens_are_listed_and_revoked(data: Path) -> None:
-    option = f"--data={data}"
-    first, second = (claims(create(data))["jti"] for _ in range(2))
+def test_tokens_are_listed_and_revoked_with_and_without_a_token(data: Path, server: Server) -> None:
+    option, alice = f"--data={data}", Shell(server.api, "admin")
+    tokens = [create(data) for _ in range(3)]
+    first, second, third = (claims(token)["jti"] for token in tokens)
+    assert alice.prints("models", LOADLEDGER_TOKEN=tokens[2])
+    assert alice.prints(f"token revoke {third}") == ""
+    assert "the token was revoked" in alice.refused(2, "models", LOADLEDGER_TOKEN=tokens[2])
     assert printed("token", "revoke", option, first) == ""
     again = printed_json("token", "revoke", option, first)
     assert again["revoked_by"].startswith("local:")
     head, *rows = printed("token", "list", LOADLEDGER_DATA=str(data)).splitlines()
     assert head.split()[:3] == ["ID", "SUBJECT", "ROLES"]
-    assert [(row.split()[0], row.split()[-1]) for row in rows[:2]] == [(second, "valid"), (first, "revoked")]
+    told = [(row.split()[0], row.split()[-1]) for row in rows[:3]]
+    assert told == [(third, "revoked"), (second, "valid"), (first, "revoked")]
     assert again.pop("issued") == []
-    assert printed_json("token", "list", option)["tokens"][1] == again
+    assert (
+        printed_json("token", "list", option)["tokens"][2] == again == alice.json("token list")["tokens"][2]
+    )
     assert "unknown_token" in refused("token", "revoke", option, "nope")
     assert printed_json("token", "revoke", option, "idp", "--expires=1h")["subject"] is None
-    link = printed("console", "--print", option)
-    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/#sign-in=[\w-]+\n", link)
+    for link in (printed("console", "--print", option), printed("console", option), alice.prints("console")):
+        assert re.fullmatch(rf"{re.escape(server.url)}/#sign-in=[\w-]{{43}}\n", link)
 
 
 @pytest.mark.parametrize(

@@ -123,15 +123,12 @@ class Scripted:
         return next(node for node in self.nodes() if node.id == node_id)
 
 
-def test_wait_goes_on_until_nothing_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+def test_wait_goes_on_until_nothing_is_left_or_the_node_has_left(capsys: pytest.CaptureFixture[str]) -> None:
     fewer = fill(NodeInfo, id="a", phase="draining", models=HERE.models)
     empty = fill(NodeInfo, id="a", phase="draining")
     nodes = Scripted([HERE, OTHER], [fewer, OTHER], [empty, OTHER])
     assert _wait_until_drained(nodes, HERE, None) is empty
     assert re.findall(r"a: (.+) \(", capsys.readouterr().err) == ["1 model and 1 job left", "1 model left"]
-
-
-def test_wait_ends_when_the_node_has_left() -> None:
     left = fill(NodeInfo, id="a", phase="left")
     assert _wait_until_drained(Scripted([left]), HERE, None) is left
 

@@ -66,7 +66,7 @@ def registry(auth: Auth, running: Start, monkeypatch: pytest.MonkeyPatch) -> Reg
     """A registry to which the user has logged in."""
     registry = running(auth)
     registry.tokens.clear()
-    for name, value in registry.environment(with_login=True).items():
+    for name, value in registry.environment().items():
         monkeypatch.setenv(name, value)
     return registry
 
