@@ -19,9 +19,9 @@ import pytest
 from msgspec.structs import replace
 from support import models
 from support.clients import KINDS, connected
-from support.http import LIMIT_S, when
+from support.http import LIMIT_S, LocalApi, when
 from support.models import save
-from support.servers import APART, CTRL_C, Server, at_terminal, serving
+from support.servers import APART, CTRL_C, at_terminal, serving
 from support.sources import MODEL, SHA256, environment_of, standing_site
 
 from loadledger import (
@@ -36,15 +36,16 @@ from loadledger import (
     SourceProblem,
 )
 from loadledger.profiles import ServerTarget, write_profile
+from server.appkeys import POOL
 from server.config import Config
 
 T = TypeVar("T")
 
 
 @pytest.fixture(scope="module")
-def server(server: Server) -> Server:
+def server(server: LocalApi) -> LocalApi:
     """A server with a few models."""
-    repository = server.api.config.repository
+    repository = server.config.repository
     for number in (1, 2):
         save(models.add(number), repository, "add", number)
     save(models.add(1), repository, "b")
@@ -53,9 +54,9 @@ def server(server: Server) -> Server:
 
 
 @pytest.fixture(params=KINDS)
-def client(server: Server, request: pytest.FixtureRequest) -> Iterator[Client]:
+def client(server: LocalApi, request: pytest.FixtureRequest) -> Iterator[Client]:
     """Each of the clients, as an administrator."""
-    with connected(request.param, server.url, server.api.token("admin")) as client:
+    with connected(request.param, server.url, server.token("admin")) as client:
         yield client
 
 
@@ -82,10 +83,10 @@ def test_version_is_added_and_removed(client: Client, tmp_path: Path) -> None:
         client.remove(model_id, 2)
 
 
-def test_label_is_set_by_itself_and_with_a_load(client: Client, server: Server) -> None:
+def test_label_is_set_by_itself_and_with_a_load(client: Client, server: LocalApi) -> None:
     model_id = f"labelled-{type(client).__name__}"
     for version in (1, 2):
-        save(models.add(version), server.api.config.repository, model_id, version)
+        save(models.add(version), server.config.repository, model_id, version)
     client.set_label(model_id, "champion", 1)
     client.set_label(model_id, "shadow", 2)
     assert client.model(model_id).labels == {"champion": 1, "shadow": 2}
@@ -99,7 +100,7 @@ def test_label_is_set_by_itself_and_with_a_load(client: Client, server: Server) 
     assert refused.value.code == "unknown_label"
 
 
-def test_interrupted_addition_goes_on_with_what_is_missing(server: Server, tmp_path: Path) -> None:
+def test_interrupted_addition_goes_on_with_what_is_missing(server: LocalApi, tmp_path: Path) -> None:
     (tmp_path / "net.onnx").write_bytes(models.external("w.bin").SerializeToString())
     (tmp_path / "w.bin").write_bytes(models.external_bytes())
     first, seen = (tmp_path / "net.onnx").stat().st_size, list[int]()
@@ -108,7 +109,7 @@ def test_interrupted_addition_goes_on_with_what_is_missing(server: Server, tmp_p
         if sent > first:
             raise KeyboardInterrupt
 
-    with connected("Client", server.url, server.api.token("admin")) as client:
+    with connected("Client", server.url, server.token("admin")) as client:
         with pytest.raises(KeyboardInterrupt):
             client.add("interrupted", tmp_path, on_progress=interrupt)
         added = client.add("interrupted", tmp_path, on_progress=lambda sent, _: seen.append(sent))
@@ -116,10 +117,10 @@ def test_interrupted_addition_goes_on_with_what_is_missing(server: Server, tmp_p
     assert min(seen) > first
 
 
-def test_addition_without_its_upload_is_the_next_version(server: Server, tmp_path: Path) -> None:
+def test_addition_without_its_upload_is_the_next_version(server: LocalApi, tmp_path: Path) -> None:
     (tmp_path / "net.onnx").write_bytes(models.external("w.bin").SerializeToString())
     (tmp_path / "w.bin").write_bytes(models.external_bytes())
-    token, versions = server.api.token("admin"), list[int]()
+    token, versions = server.token("admin"), list[int]()
     with connected("Client", server.url, token) as client, connected("Client", server.url, token) as other:
 
         def add_first(_: int, __: int) -> None:
@@ -163,11 +164,11 @@ def test_block_loads_model_and_unloads_it_again(client: Client) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_version_is_added_with_where_it_comes_from(
-    kind: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, server: LocalApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own, told = tmp_path / "own.onnx", list[tuple[int, int]]()
     own.write_bytes(MODEL)
-    with standing_site() as site, connected(kind, server.url, server.api.token("admin")) as client:
+    with standing_site() as site, connected(kind, server.url, server.token("admin")) as client:
         for name, value in environment_of(site, tmp_path).items():
             monkeypatch.setenv(name, value)
         url, m = site.url("/files/m.onnx"), f"sourced-{kind}"
@@ -241,9 +242,9 @@ def test_lists_page_and_filter_now_and_in_the_past(client: Client, monkeypatch: 
     assert next(client.jobs(at=last.position)).id == jobs[0].id
 
 
-def test_threads_share_a_client(server: Server) -> None:
+def test_threads_share_a_client(server: LocalApi) -> None:
     with (
-        Client(server.url, token=server.api.token("admin")) as client,
+        Client(server.url, token=server.token("admin")) as client,
         ThreadPoolExecutor(6) as threads,
     ):
         client.load("add", 1, wait=True)
@@ -253,8 +254,8 @@ def test_threads_share_a_client(server: Server) -> None:
         client.unload("add", wait=True)
 
 
-def test_closed_connection_is_not_reused(server: Server) -> None:
-    with Client(server.url, token=server.api.token("admin")) as client:
+def test_closed_connection_is_not_reused(server: LocalApi) -> None:
+    with Client(server.url, token=server.token("admin")) as client:
         client.health()
         [connection] = client._transport.servers[0]._idle
         client.health()
@@ -268,8 +269,8 @@ def test_closed_connection_is_not_reused(server: Server) -> None:
 # Event loops
 
 
-async def test_cancellation_closes_stream_and_leaves_job(server: Server) -> None:
-    async with AsyncClient(server.url, token=server.api.token("admin", subject="sue")) as client:
+async def test_cancellation_closes_stream_and_leaves_job(server: LocalApi) -> None:
+    async with AsyncClient(server.url, token=server.token("admin", subject="sue")) as client:
         for _ in range(12):  # more than a subject may have at once
             streaming = asyncio.Event()
 
@@ -279,13 +280,14 @@ async def test_cancellation_closes_stream_and_leaves_job(server: Server) -> None
                         streaming.set()
 
             await cancel_once(streaming.wait(), follow())
-        fork_server = server.children()[0]
-        os.kill(fork_server, signal.SIGSTOP)  # so that the load does not end before it was seen
+        fork_server = server.app[POOL]._fork_server
+        assert fork_server is not None
+        os.kill(fork_server.pid, signal.SIGSTOP)  # so that the load does not end before it was seen
         try:
             running = when(lambda: unended_load(client, "slow"), lambda job: job is not None)
             job = await cancel_once(running, client.load("slow", wait=True))
         finally:
-            os.kill(fork_server, signal.SIGCONT)
+            os.kill(fork_server.pid, signal.SIGCONT)
         assert job is not None
         assert (await client.wait_for(job.id)).status == "completed"
         await client.unload("slow", wait=True)

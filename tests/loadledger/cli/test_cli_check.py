@@ -15,7 +15,9 @@ import pytest_asyncio
 from click.testing import CliRunner, Result
 from support import models
 from support.clients import NO_SETTINGS, run_command
+from support.history import History, opened
 from support.http import LocalApi, local_server
+from support.ledgers import append_events
 from support.models import save, save_bytes
 from support.modes import unreadable
 from support.postgres import Database
@@ -80,20 +82,24 @@ def test_check_loads_no_model_but_the_named_one(tmp_path: Path) -> None:
     assert (nothing.exit_code, nothing.stdout, "LOADLEDGER_REPOSITORY" in nothing.stderr) == (2, "", True)
 
 
-async def test_check_prints_what_each_step_finds(tmp_path: Path) -> None:
-    async with local_server(tmp_path) as api:
-        for version in (1, 2):
-            api.save(models.add(), "m", version)
-        assert (await api.send("DELETE", "/api/v1/models/m/versions/1")).status == 204
-        api.save(models.add(), "m", 1)
-        save(models.external("../../secret"), api.config.repository, "outside")
+async def test_check_prints_what_each_step_finds(repository: Path, tmp_path: Path) -> None:
+    history = History()
+    history.restart()
+    history.remove_version(of="m")
+    data = tmp_path / "data"
+    data.mkdir()
+    async with opened(data / LEDGER) as log:
+        await append_events(log, history.facts)
+    for version in (1, 2):
+        save(models.add(), repository, "m", version)
+    save(models.external("../../secret"), repository, "outside")
     file = tmp_path / "config.toml"
-    file.write_text(f'data = "{api.config.data}"\nloads = 1\n[[approval]]\nmodels = ["m"]\n')
+    file.write_text(f'data = "{data}"\nloads = 1\n[[approval]]\nmodels = ["m"]\n')
     with socket.socket() as closed, socket.create_server(("127.0.0.1", 0)) as taken:
         closed.bind(("127.0.0.1", 0))
         ledger = f"postgresql://nobody@127.0.0.1:{closed.getsockname()[1]}/none"
         checked = await asyncio.to_thread(
-            run_command, "check", f"--repository={api.config.repository}", f"--config={file}", "--json",
+            run_command, "check", f"--repository={repository}", f"--config={file}", "--json",
             "--evict=all", f"--ledger={ledger}", f"--port={taken.getsockname()[1]}", LOADLEDGER_PROT="1",
         )  # fmt: skip
     told = json.loads(checked.stdout)

@@ -15,8 +15,10 @@ from msgspec.structs import replace
 from support import models
 from support.answers import fill
 from support.clients import Shell
+from support.http import LocalApi, local_server
 from support.models import save
-from support.servers import CTRL_C, Server, at_terminal, standing
+from support.servers import CTRL_C, at_terminal
+from support.sources import in_thread
 
 from answers.models import ModelInfo
 from answers.tensors import ModelTensor, TensorExample
@@ -27,22 +29,23 @@ JOB = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalApi]:
     """A server that loads on demand."""
-    root = tmp_path_factory.mktemp("commands") / "repository"
+    folder = tmp_path_factory.mktemp("commands")
+    root = folder / "repository"
     for model_id in ("guessed", "other", "ready", "whole", "wrong"):
         save(models.add(), root, model_id)
     for version in (1, 2):
         save(models.add(version), root, "m", version)
     save(models.unknown_operator(), root, "bad")
     save(models.endless(), root, "endless")
-    with standing(root, "--on-demand=on") as server:
+    with in_thread(local_server(folder, on_demand="on")) as server:
         yield server
 
 
 @pytest.fixture
-def alice(server: Server) -> Shell:
-    return Shell(server.api, "admin")
+def alice(server: LocalApi) -> Shell:
+    return Shell(server, "admin")
 
 
 def test_add_puts_a_version_in_and_rm_takes_it_out(alice: Shell, tmp_path: Path) -> None:
@@ -66,9 +69,9 @@ def test_add_puts_a_version_in_and_rm_takes_it_out(alice: Shell, tmp_path: Path)
     assert alice.prints("rm added --version 3 --force") == "added version 3: removed\n"
 
 
-def test_load_says_which_version_it_passed_over(alice: Shell, server: Server) -> None:
-    save(models.add(), server.api.config.repository, "newest")
-    (server.api.config.repository / "newest" / "2").mkdir()
+def test_load_says_which_version_it_passed_over(alice: Shell, server: LocalApi) -> None:
+    save(models.add(), server.config.repository, "newest")
+    (server.config.repository / "newest" / "2").mkdir()
     reason = "version 2 of model 'newest' is not complete: its model.onnx cannot be looked at"
     for outcome in ("load completed", "nothing to do"):
         loaded = alice.run("load", "newest", "--wait")
@@ -82,9 +85,9 @@ def test_load_says_which_version_it_passed_over(alice: Shell, server: Server) ->
     alice.prints("unload newest --wait")
 
 
-def test_label_names_a_version_in_lists_and_requests(alice: Shell, server: Server) -> None:
+def test_label_names_a_version_in_lists_and_requests(alice: Shell, server: LocalApi) -> None:
     for number in (1, 2):
-        save(models.add(number), server.api.config.repository, "labelled", number)
+        save(models.add(number), server.config.repository, "labelled", number)
     assert alice.prints("label labelled") == "no labels\n"
     assert "version 1: load completed" in alice.prints("load labelled -v 1 --label champion --wait")
     assert "champion" in alice.prints("jobs --model labelled --json")
@@ -261,8 +264,8 @@ def test_failed_commands_print_reason_and_advice(alice: Shell) -> None:
     assert [model["id"] for model in alice.json("top")["wrong"]] == ["bad"]
 
 
-def test_infer_loads_model_on_demand(server: Server) -> None:
-    bob = Shell(server.api, "infer")
+def test_infer_loads_model_on_demand(server: LocalApi) -> None:
+    bob = Shell(server, "infer")
     assert "[2.0]" in bob.prints("infer guessed x=[1.0]")
     # The datatype comes from the model's file: of their own, whole numbers would be INT64.
     assert "[2.0]" in bob.prints("infer whole x=[1]")
@@ -306,8 +309,10 @@ async def test_wait_shows_stages_and_ctrl_c_detaches(alice: Shell) -> None:
 # Profiles and completion
 
 
-def test_login_keeps_accepted_token_in_private_profile(alice: Shell, server: Server, tmp_path: Path) -> None:
-    token, kept = server.api.token("infer"), tmp_path / ".config" / "loadledger" / "profile.toml"
+def test_login_keeps_accepted_token_in_private_profile(
+    alice: Shell, server: LocalApi, tmp_path: Path
+) -> None:
+    token, kept = server.token("infer"), tmp_path / ".config" / "loadledger" / "profile.toml"
     alice.environment |= {"HOME": str(tmp_path)}
     refused = alice.run("login", typed="nonsense\n")
     assert (refused.exit_code, kept.exists(), "401" in refused.stderr) == (2, False, True)

@@ -8,17 +8,18 @@ from typing import Any
 import jwt
 import pytest
 from support.clients import Shell, printed, printed_json, refused
-from support.servers import Server
+from support.http import LocalApi
 
 from server.auth.keys import ensure_data_dir, list_keys
+from server.auth.tokens import TOKENS
 
 ALICE = ("--subject=alice", "--role=admin")
 
 
 @pytest.fixture
-def data(server: Server) -> Path:
+def data(server: LocalApi) -> Path:
     """The data directory of a running server."""
-    return server.api.config.data
+    return server.config.data
 
 
 def create(data: Path, *arguments: str, **environment: Any) -> str:
@@ -75,8 +76,8 @@ def test_token_refuses_options(data: Path) -> None:
     assert "--data" in refused("token", *ALICE, HOME="")
 
 
-def test_tokens_are_listed_and_revoked_with_and_without_a_token(data: Path, server: Server) -> None:
-    option, alice = f"--data={data}", Shell(server.api, "admin")
+def test_tokens_are_listed_and_revoked_with_and_without_a_token(data: Path, server: LocalApi) -> None:
+    option, alice = f"--data={data}", Shell(server, "admin")
     tokens = [create(data) for _ in range(3)]
     first, second, third = (claims(token)["jti"] for token in tokens)
     assert alice.prints("models", LOADLEDGER_TOKEN=tokens[2])
@@ -95,6 +96,8 @@ def test_tokens_are_listed_and_revoked_with_and_without_a_token(data: Path, serv
     )
     assert "unknown_token" in refused("token", "revoke", option, "nope")
     assert printed_json("token", "revoke", option, "idp", "--expires=1h")["subject"] is None
+    assert "the server does not listen yet" in refused("console", option)
+    server.app[TOKENS].server_url = server.url  # as `serve` does
     for link in (printed("console", "--print", option), printed("console", option), alice.prints("console")):
         assert re.fullmatch(rf"{re.escape(server.url)}/#sign-in=[\w-]{{43}}\n", link)
 

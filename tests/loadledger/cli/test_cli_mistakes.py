@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from support import models
 from support.clients import run_command
+from support.http import LocalApi
 from support.models import save
-from support.servers import Server
 
 from server.auth.keys import sign_token
 
@@ -24,7 +24,7 @@ UNKNOWN = "00000000-0000-0000-0000-000000000000"
 class Desk:
     """A server with the models `digits`, which is loaded, and `other`; and files to make mistakes with."""
 
-    server: Server
+    server: LocalApi
     folder: Path
     tokens: dict[str, str]
     values: dict[str, object]
@@ -32,10 +32,10 @@ class Desk:
 
 
 @pytest.fixture(scope="module")
-def desk(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Desk:
-    folder, data = tmp_path_factory.mktemp("work"), server.api.config.data
+def desk(server: LocalApi, tmp_path_factory: pytest.TempPathFactory) -> Desk:
+    folder, data = tmp_path_factory.mktemp("work"), server.config.data
     for model_id in ("digits", "other"):
-        save(models.add(), server.api.config.repository, model_id)
+        save(models.add(), server.config.repository, model_id)
     for name in ("empty", "two"):
         (folder / name).mkdir(parents=True)
     whole = models.add().SerializeToString()
@@ -47,7 +47,7 @@ def desk(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Desk:
     tensor = {"name": "x", "datatype": "FP32", "shape": [1], "data": [1]}
     request = {"inputs": [tensor], "parameters": {"sequence_id": 1}}
     (folder / "sequence.json").write_text(json.dumps(request))
-    tokens = {role: server.api.token(role) for role in (ADMIN, INFER)}
+    tokens = {role: server.token(role) for role in (ADMIN, INFER)}
     ago = int(time.time()) - 7200
     tokens[EXPIRED] = sign_token(data, "alice", [ADMIN], expires_s=60, audience="loadledger", now_s=ago)
     variables: dict[str, Any] = {"LOADLEDGER_URL": server.url, "LOADLEDGER_TOKEN": tokens[ADMIN]}

@@ -14,17 +14,18 @@ from click.testing import Result
 from onnx import ModelProto, TensorProto, helper
 from support import models
 from support.clients import printed_json, run_command
+from support.http import LocalApi
 from support.models import FLOAT, model, save, value
-from support.servers import CTRL_C, Server, at_terminal
+from support.servers import CTRL_C, at_terminal
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(scope="module")
-def alice(server: Server) -> dict[str, Any]:
+def alice(server: LocalApi) -> dict[str, Any]:
     """The variables of an admin's commands."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.defpath])
-    return {"LOADLEDGER_URL": server.url, "LOADLEDGER_TOKEN": server.api.token("admin"), "PATH": path}
+    return {"LOADLEDGER_URL": server.url, "LOADLEDGER_TOKEN": server.token("admin"), "PATH": path}
 
 
 def write(path: Path, onnx_model: ModelProto) -> Path:
@@ -135,8 +136,8 @@ def test_a_link_has_the_name_that_was_typed(alice: dict[str, Any], tmp_path: Pat
     assert names_in(run_command("run", link, **alice)) == "tiny-bert version 1"
 
 
-def test_a_version_that_lies_in_the_repository_is_used(alice: dict[str, Any], server: Server) -> None:
-    repository = server.api.config.repository
+def test_a_version_that_lies_in_the_repository_is_used(alice: dict[str, Any], server: LocalApi) -> None:
+    repository = server.config.repository
     for name in ("laid", "best"):  # the second says nothing
         for number in (1, 2):
             save(models.add(number), repository, name, number)

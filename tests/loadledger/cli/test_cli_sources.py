@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 from support.clients import printed, refused, run_command
+from support.http import LocalApi
 from support.origins import HANG, Asked, RangedFile, Site, answer
-from support.servers import CTRL_C, Server, at_terminal
+from support.servers import CTRL_C, at_terminal
 from support.sources import MODEL, NAMED, RESOLVED, SHA256, environment_of, standing_site
 
 from loadledger.sources.terminal import print_upload_size
@@ -21,9 +22,9 @@ def site() -> Iterator[Site]:
 
 
 @pytest.fixture
-def alice(server: Server, site: Site, tmp_path: Path) -> dict[str, Any]:
+def alice(server: LocalApi, site: Site, tmp_path: Path) -> dict[str, Any]:
     """The variables of an admin's commands."""
-    own = {"LOADLEDGER_URL": server.url, "LOADLEDGER_TOKEN": server.api.token("admin")}
+    own = {"LOADLEDGER_URL": server.url, "LOADLEDGER_TOKEN": server.token("admin")}
     return own | environment_of(site, tmp_path)
 
 
