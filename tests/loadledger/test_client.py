@@ -3,13 +3,14 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Awaitable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,9 +19,10 @@ import pytest
 from msgspec.structs import replace
 from support import models
 from support.clients import KINDS, connected
-from support.http import LIMIT_S, when
+from support.http import LIMIT_S, LocalApi, when
 from support.models import save
-from support.servers import APART, Server, serving, standing
+from support.servers import APART, CTRL_C, at_terminal, serving
+from support.sources import MODEL, SHA256, environment_of, standing_site
 
 from loadledger import (
     AsyncClient,
@@ -31,29 +33,30 @@ from loadledger import (
     NotFound,
     ProfileProblem,
     ServerError,
+    SourceProblem,
 )
 from loadledger.profiles import ServerTarget, write_profile
+from server.appkeys import POOL
 from server.config import Config
 
 T = TypeVar("T")
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(server: LocalApi) -> LocalApi:
     """A server with a few models."""
-    repository = tmp_path_factory.mktemp("client") / "repository"
+    repository = server.config.repository
     for number in (1, 2):
         save(models.add(number), repository, "add", number)
     save(models.add(1), repository, "b")
     save(models.slow_model(700, 12), repository, "slow")
-    with standing(repository) as server:
-        yield server
+    return server
 
 
 @pytest.fixture(params=KINDS)
-def client(server: Server, request: pytest.FixtureRequest) -> Iterator[Client]:
+def client(server: LocalApi, request: pytest.FixtureRequest) -> Iterator[Client]:
     """Each of the clients, as an administrator."""
-    with connected(request.param, server.url, server.api.token("admin")) as client:
+    with connected(request.param, server.url, server.token("admin")) as client:
         yield client
 
 
@@ -61,29 +64,29 @@ def test_version_is_added_and_removed(client: Client, tmp_path: Path) -> None:
     file, seen = tmp_path / "net.onnx", list[tuple[int, int]]()
     file.write_bytes(models.external("w.bin").SerializeToString())
     (tmp_path / "w.bin").write_bytes(models.external_bytes())
-    model_id = f"added-{type(client).__name__}"
-    added = client.add(model_id, file, on_progress=lambda sent, total: seen.append((sent, total)))
+    (tmp_path / "bundle.json").write_bytes(b"{}")
+    model_id, signature = f"added-{type(client).__name__}", str(tmp_path / "bundle.json")
+    added = client.add(
+        model_id, file, signature=signature, on_progress=lambda sent, total: seen.append((sent, total))
+    )
     assert (added.model_id, added.version) == (model_id, 1)
-    assert {each.path for each in added.files} == {"model.onnx", "w.bin"}
+    assert {each.path for each in added.files} == {"model.onnx", "w.bin", "model.sig"}
     assert seen[-1] == (added.bytes, added.bytes)
     assert client.add(model_id, tmp_path).version == 2
-    for version, code in ((2, "version_exists"), (7, None)):
-        if code is None:
-            assert client.add(model_id, str(file), version).version == version
-            continue
-        with pytest.raises(ServerError) as refused:
-            client.add(model_id, file, version)
-        assert refused.value.code == code
+    with pytest.raises(ServerError) as refused:
+        client.add(model_id, file, 2)
+    assert refused.value.code == "version_exists"
+    assert client.add(model_id, str(file), 7).version == 7
     client.remove(model_id, 2)
     assert client.model(model_id).versions == [1, 7]
     with pytest.raises(NotFound):
         client.remove(model_id, 2)
 
 
-def test_label_is_set_by_itself_and_with_a_load(client: Client, server: Server) -> None:
+def test_label_is_set_by_itself_and_with_a_load(client: Client, server: LocalApi) -> None:
     model_id = f"labelled-{type(client).__name__}"
     for version in (1, 2):
-        save(models.add(version), server.api.config.repository, model_id, version)
+        save(models.add(version), server.config.repository, model_id, version)
     client.set_label(model_id, "champion", 1)
     client.set_label(model_id, "shadow", 2)
     assert client.model(model_id).labels == {"champion": 1, "shadow": 2}
@@ -97,20 +100,7 @@ def test_label_is_set_by_itself_and_with_a_load(client: Client, server: Server) 
     assert refused.value.code == "unknown_label"
 
 
-def test_version_is_added_with_its_signature(client: Client, tmp_path: Path) -> None:
-    (tmp_path / "net.onnx").write_bytes(models.add(1).SerializeToString())
-    signature = tmp_path / "bundle.json"
-    signature.write_bytes(b"{}")
-    model_id = f"signed-{type(client).__name__}"
-    added = client.add(model_id, tmp_path / "net.onnx", signature=signature)
-    assert [each.path for each in added.files] == ["model.onnx", "model.sig"]
-    signature.rename(tmp_path / "net.sig")
-    with pytest.raises(ValueError, match=r"net\.sig signs the version already"):
-        client.add(model_id, tmp_path, signature=str(tmp_path / "net.sig"))
-    assert client.model(model_id).versions == [1]
-
-
-def test_interrupted_addition_goes_on_with_what_is_missing(server: Server, tmp_path: Path) -> None:
+def test_interrupted_addition_goes_on_with_what_is_missing(server: LocalApi, tmp_path: Path) -> None:
     (tmp_path / "net.onnx").write_bytes(models.external("w.bin").SerializeToString())
     (tmp_path / "w.bin").write_bytes(models.external_bytes())
     first, seen = (tmp_path / "net.onnx").stat().st_size, list[int]()
@@ -119,7 +109,7 @@ def test_interrupted_addition_goes_on_with_what_is_missing(server: Server, tmp_p
         if sent > first:
             raise KeyboardInterrupt
 
-    with connected("Client", server.url, server.api.token("admin")) as client:
+    with connected("Client", server.url, server.token("admin")) as client:
         with pytest.raises(KeyboardInterrupt):
             client.add("interrupted", tmp_path, on_progress=interrupt)
         added = client.add("interrupted", tmp_path, on_progress=lambda sent, _: seen.append(sent))
@@ -127,10 +117,10 @@ def test_interrupted_addition_goes_on_with_what_is_missing(server: Server, tmp_p
     assert min(seen) > first
 
 
-def test_addition_without_its_upload_is_the_next_version(server: Server, tmp_path: Path) -> None:
+def test_addition_without_its_upload_is_the_next_version(server: LocalApi, tmp_path: Path) -> None:
     (tmp_path / "net.onnx").write_bytes(models.external("w.bin").SerializeToString())
     (tmp_path / "w.bin").write_bytes(models.external_bytes())
-    token, versions = server.api.token("admin"), list[int]()
+    token, versions = server.token("admin"), list[int]()
     with connected("Client", server.url, token) as client, connected("Client", server.url, token) as other:
 
         def add_first(_: int, __: int) -> None:
@@ -170,6 +160,37 @@ def test_block_loads_model_and_unloads_it_again(client: Client) -> None:
             assert again.job_id == model.job_id
         assert client.model("b").state == "loaded"
     assert client.model("b").state == "unloaded"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_version_is_added_with_where_it_comes_from(
+    kind: str, server: LocalApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, told = tmp_path / "own.onnx", list[tuple[int, int]]()
+    own.write_bytes(MODEL)
+    with standing_site() as site, connected(kind, server.url, server.token("admin")) as client:
+        for name, value in environment_of(site, tmp_path).items():
+            monkeypatch.setenv(name, value)
+        url, m = site.url("/files/m.onnx"), f"sourced-{kind}"
+        added = client.add(
+            m, source=url, digest=f"sha256:{SHA256}", on_progress=lambda *counts: told.append(counts)
+        )
+        assert (added.version, added.files[0].sha256) == (1, SHA256)
+        assert told[-1] == (len(MODEL), len(MODEL))
+        assert client.add(m, own, source="mlflow://runs/42/model").version == 2
+        assert client.add(m, own).version == 3
+        found = [(each.version, each.source, each.resolved) for each in client.model(m).sources]
+        assert found == [
+            (1, url, f"{url}#sha256={SHA256}"),
+            (2, "mlflow://runs/42/model", "mlflow://runs/42/model"),
+        ]
+        with pytest.raises(SourceProblem) as problem:
+            client.add(m, source=site.url("/none.onnx"))
+        assert problem.value.code == "source_not_found"
+        with pytest.raises(ValueError, match="give a path, or a source"):
+            client.add(m)
+        with pytest.raises(ValueError, match="whose signature comes along"):
+            client.add(m, source=url, signature=own)
 
 
 def token_of(client: Client | AsyncClient) -> str | None:
@@ -221,9 +242,9 @@ def test_lists_page_and_filter_now_and_in_the_past(client: Client, monkeypatch: 
     assert next(client.jobs(at=last.position)).id == jobs[0].id
 
 
-def test_threads_share_a_client(server: Server) -> None:
+def test_threads_share_a_client(server: LocalApi) -> None:
     with (
-        Client(server.url, token=server.api.token("admin")) as client,
+        Client(server.url, token=server.token("admin")) as client,
         ThreadPoolExecutor(6) as threads,
     ):
         client.load("add", 1, wait=True)
@@ -233,8 +254,8 @@ def test_threads_share_a_client(server: Server) -> None:
         client.unload("add", wait=True)
 
 
-def test_closed_connection_is_not_reused(server: Server) -> None:
-    with Client(server.url, token=server.api.token("admin")) as client:
+def test_closed_connection_is_not_reused(server: LocalApi) -> None:
+    with Client(server.url, token=server.token("admin")) as client:
         client.health()
         [connection] = client._transport.servers[0]._idle
         client.health()
@@ -248,8 +269,8 @@ def test_closed_connection_is_not_reused(server: Server) -> None:
 # Event loops
 
 
-async def test_cancellation_closes_stream_and_leaves_job(server: Server) -> None:
-    async with AsyncClient(server.url, token=server.api.token("admin", subject="sue")) as client:
+async def test_cancellation_closes_stream_and_leaves_job(server: LocalApi) -> None:
+    async with AsyncClient(server.url, token=server.token("admin", subject="sue")) as client:
         for _ in range(12):  # more than a subject may have at once
             streaming = asyncio.Event()
 
@@ -259,13 +280,14 @@ async def test_cancellation_closes_stream_and_leaves_job(server: Server) -> None
                         streaming.set()
 
             await cancel_once(streaming.wait(), follow())
-        fork_server = server.children()[0]
-        os.kill(fork_server, signal.SIGSTOP)  # so that the load does not end before it was seen
+        fork_server = server.app[POOL]._fork_server
+        assert fork_server is not None
+        os.kill(fork_server.pid, signal.SIGSTOP)  # so that the load does not end before it was seen
         try:
             running = when(lambda: unended_load(client, "slow"), lambda job: job is not None)
             job = await cancel_once(running, client.load("slow", wait=True))
         finally:
-            os.kill(fork_server, signal.SIGCONT)
+            os.kill(fork_server.pid, signal.SIGCONT)
         assert job is not None
         assert (await client.wait_for(job.id)).status == "completed"
         await client.unload("slow", wait=True)
@@ -292,7 +314,7 @@ async def unended_load(client: AsyncClient, model_id: str) -> JobInfo | None:
 # Restarts
 
 
-async def test_wait_and_follow_survive_killed_server(tmp_path: Path) -> None:
+async def test_clients_and_commands_survive_killed_server(tmp_path: Path) -> None:
     repository = tmp_path / "repository"
     for model_id in KINDS:
         save(models.slow_model(700, 12), repository, model_id)
@@ -313,22 +335,39 @@ async def test_wait_and_follow_survive_killed_server(tmp_path: Path) -> None:
         with connected(kind, url, token) as client:
             return client.load(kind, wait=True, wait_s=LIMIT_S, on_stage=lambda _: loading[kind].set())
 
-    async with serving(config, APART) as server:
+    async with serving(config, APART) as server, AsyncExitStack() as stack:
         url, token, port = server.url, server.api.token("admin"), server.url.rpartition(":")[2]
+        me, follows_too = {"LOADLEDGER_URL": url, "LOADLEDGER_TOKEN": token}, ("-f", "--json", "--after=0")
+        top = stack.enter_context(at_terminal("top", environment=me))
+        events = stack.enter_context(at_terminal("events", *follows_too, environment=me))
+        await top.until(r"Z  position \d+\s+memory")
+        await events.until('"position":1')
         follows = [asyncio.create_task(asyncio.to_thread(follow, kind)) for kind in KINDS]
         loads = [asyncio.create_task(asyncio.to_thread(load, kind)) for kind in KINDS]
         for each in (*following.values(), *loading.values()):
             assert await asyncio.to_thread(each.wait, LIMIT_S)
         await server.kill()
-    async with serving(config, APART, f"--port={port}") as server, asyncio.timeout(2 * LIMIT_S):
+        await top.until("unreachable, retrying")
+        top.shown = ""
+        terminals = stack.pop_all()
+    async with terminals, serving(config, APART, f"--port={port}") as server, asyncio.timeout(2 * LIMIT_S):
         assert [job.status for job in await asyncio.gather(*loads)] == ["completed", "completed"]
+        await top.until(rf"{KINDS[0]} +1 +serving")
         await server.api.unload(KINDS[0])
         await asyncio.gather(*follows)
+        await events.until("UnloadRequested")
+        for terminal in (top, events):
+            terminal.press(CTRL_C)
+        assert (await top.end(), await events.end()) == (0, 130)
     first, second = seen.values()
     assert first == second
     assert [event.position for event in first] == list(range(1, len(first) + 1))
     assert [event.type for event in first].count("ServerStarted") == 2
     assert len(away) <= 2
+    positions = [str(event.position) for event in first]
+    assert re.findall(r'"position":(\d+)', events.plain)[: len(first)] == positions
+    assert events.plain.count("retrying") <= 1
+    assert "Traceback" not in top.plain
 
 
 # Importing

@@ -104,19 +104,6 @@ def test_next_inference_goes_to_the_node_that_answered(kind: str) -> None:
         assert all(f"Bearer {TOKEN}".encode() in request for request in node.requests)
 
 
-@each_kind
-def test_other_copy_answers_after_a_lost_connection(kind: str) -> None:
-    def answer(connection: socket.socket) -> None:
-        connection.sendall(answered("n", Copies=names))
-
-    with odd_server(b"") as lost, odd_server(*[answer] * 40) as copy:
-        names = f"{lost.url} {copy.url}"
-        with odd_server(answered("n1", Copies=names)) as server, connected(kind, server.url) as client:
-            while not lost.requests:  # each is as likely to be asked first
-                assert infer(client) == 2.0
-        assert heads(server) == [INFER]
-
-
 # Where an inference goes
 
 

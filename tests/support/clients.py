@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shlex
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ from loadledger.operations import Operations
 from loadledger.requests import Answer, CallContext, Request, T
 from server.config import settings
 from support.answers import fill_json
+from support.http import Api
 
 LIMIT_S = 60.0
 """Nothing takes this long; a bug fails a test instead of hanging it."""
@@ -74,6 +76,32 @@ def refused(*arguments: object, code: int = 2, **environment: Any) -> str:
     assert (result.exit_code, result.stdout) == (code, ""), (arguments, result.output)
     assert result.stderr.strip(), arguments
     return result.stderr
+
+
+class Shell:
+    """Runs commands in this process as a person: with a server's URL, and a token of this subject."""
+
+    def __init__(self, api: Api, *roles: str, subject: str = "alice") -> None:
+        token = api.token(*roles, subject=subject)
+        self.environment: dict[str, Any] = {"LOADLEDGER_URL": api.url, "LOADLEDGER_TOKEN": token}
+
+    def run(self, *arguments: str, typed: str | None = None, **environment: Any) -> Result:
+        """Run a command."""
+        return run_command(*arguments, typed=typed, **{**self.environment, **environment})
+
+    def prints(self, command: str, **environment: Any) -> str:
+        """Return the output of a command that must succeed."""
+        result = self.run(*shlex.split(command), **environment)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    def json(self, command: str) -> Any:
+        """Return the JSON that a command prints, which must succeed."""
+        return json.loads(self.prints(f"{command} --json"))
+
+    def refused(self, code: int, command: str, **environment: Any) -> str:
+        """Return the reason of a command that must end with this code and print nothing else."""
+        return refused(*shlex.split(command), code=code, **{**self.environment, **environment})
 
 
 # Both clients

@@ -6,7 +6,7 @@ There is no emulator of the other two clouds that can be installed with the test
 import email.utils
 import hashlib
 import ssl
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -68,7 +68,7 @@ class FakeCloud:
     Attributes:
         url: where it is; a metadata service, too, that knows nothing.
         objects: contents by key.
-        requests: methods and paths, with the Authorization header; `queries` are theirs.
+        requests: methods and paths, with the Authorization header.
         listing: the status of listings.
         changes_once_seen: whether an object is another one once its head was asked for.
     """
@@ -76,15 +76,11 @@ class FakeCloud:
     url: str = ""
     objects: dict[str, bytes] = field(default_factory=dict)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
-    queries: list[Mapping[str, str]] = field(default_factory=list)
     listing: HTTPStatus = HTTPStatus.OK
     changes_once_seen: bool = False
 
     async def answer(self, request: web.Request) -> web.Response:
         self.requests.append((request.method, request.path, request.headers.get("Authorization")))
-        self.queries.append(
-            {**request.query, **{name: str(value) for name, value in (await request.post()).items()}}
-        )
         bucket, _, key = request.path.removeprefix("/").partition("/")
         if bucket != "models":
             return web.Response(status=404)

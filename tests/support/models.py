@@ -104,16 +104,6 @@ def strings() -> ModelProto:
     return identity(STRING)
 
 
-def is_one_of(texts: Sequence[bytes]) -> ModelProto:
-    """`y` says of each element of a vector of strings, which may be a batch, whether it is one of these."""
-    table: dict[str, Any] = {"keys_strings": list(texts), "values_int64s": [1] * len(texts)}
-    nodes = [
-        helper.make_node("LabelEncoder", ["x"], ["found"], domain="ai.onnx.ml", default_int64=0, **table),
-        helper.make_node("Cast", ["found"], ["y"], to=BOOL),
-    ]
-    return model(nodes, [value("x", STRING, ["batch"])], [value("y", BOOL, ["batch"])])
-
-
 def add(constant: float = 1.0) -> ModelProto:
     """`y = x + constant`, on a vector of floats: tells versions of a model apart by their answers."""
     nodes = [helper.make_node("Add", ["x", "c"], ["y"])]

@@ -73,11 +73,10 @@ class Registry:
     def certificate(self) -> Path:
         return self.folder / "certificate.pem"
 
-    def environment(self, *, with_login: bool = True) -> dict[str, str]:
-        """Return the variables of a command, with docker's file in the registry's folder."""
-        if with_login:
-            config = {"auths": {f"https://{self.host}/v2/": {"auth": BASIC.removeprefix("Basic ")}}}
-            (self.folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    def environment(self) -> dict[str, str]:
+        """Return the variables of a command that has logged in; docker's file is in the registry's folder."""
+        config = {"auths": {f"https://{self.host}/v2/": {"auth": BASIC.removeprefix("Basic ")}}}
+        (self.folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
         return {"SSL_CERT_FILE": str(self.certificate), "DOCKER_CONFIG": str(self.folder)}
 
     async def push(self, repository: str, tag: str, layers: Sequence[Document]) -> str:

@@ -1,14 +1,17 @@
-"""A hub with models in a thread, for commands and clients that block."""
+"""Servers in a thread, for commands and clients that block: a hub with models, for one."""
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
 from hashlib import sha256
 from pathlib import Path
 from threading import Thread
+from typing import TypeVar
 
 from support import models
 from support.origins import COMMIT, Asked, Hub, RangedFile, Reply, Site, serving_site, write_authority
+
+T = TypeVar("T")
 
 MODEL = models.weights(4).SerializeToString()
 SHA256 = sha256(MODEL).hexdigest()
@@ -33,9 +36,9 @@ def environment_of(site: Site, folder: Path) -> dict[str, str]:
 
 
 @contextmanager
-def standing_site(answer: Reply = reply) -> Iterator[Site]:
-    """Serve a site in a thread."""
-    loop, context = asyncio.new_event_loop(), serving_site(answer)
+def in_thread(context: AbstractAsyncContextManager[T]) -> Iterator[T]:
+    """Enter a context in a thread, whose loop runs until it is left."""
+    loop = asyncio.new_event_loop()
     thread = Thread(target=loop.run_forever)
     thread.start()
     try:
@@ -45,3 +48,8 @@ def standing_site(answer: Reply = reply) -> Iterator[Site]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+def standing_site(answer: Reply = reply) -> AbstractContextManager[Site]:
+    """Return what serves a site in a thread."""
+    return in_thread(serving_site(answer))

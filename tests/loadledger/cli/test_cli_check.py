@@ -5,20 +5,25 @@ import hashlib
 import json
 import shutil
 import socket
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 from click.testing import CliRunner, Result
 from support import models
 from support.clients import NO_SETTINGS, run_command
-from support.http import local_server
+from support.history import History, opened
+from support.http import LocalApi, local_server
+from support.ledgers import append_events
 from support.models import save, save_bytes
 from support.modes import unreadable
 from support.postgres import Database
 from support.signing import make_key, public_pem, sign_version
 
+from events.sqlite.datalock import LEDGER
 from events.values import Credential
 from features.approvals.commands import ApproveVersion
 from features.approvals.rules import ApprovalRule
@@ -77,20 +82,24 @@ def test_check_loads_no_model_but_the_named_one(tmp_path: Path) -> None:
     assert (nothing.exit_code, nothing.stdout, "LOADLEDGER_REPOSITORY" in nothing.stderr) == (2, "", True)
 
 
-async def test_check_prints_what_each_step_finds(tmp_path: Path) -> None:
-    async with local_server(tmp_path) as api:
-        for version in (1, 2):
-            api.save(models.add(), "m", version)
-        assert (await api.send("DELETE", "/api/v1/models/m/versions/1")).status == 204
-        api.save(models.add(), "m", 1)
-        save(models.external("../../secret"), api.config.repository, "outside")
+async def test_check_prints_what_each_step_finds(repository: Path, tmp_path: Path) -> None:
+    history = History()
+    history.restart()
+    history.remove_version(of="m")
+    data = tmp_path / "data"
+    data.mkdir()
+    async with opened(data / LEDGER) as log:
+        await append_events(log, history.facts)
+    for version in (1, 2):
+        save(models.add(), repository, "m", version)
+    save(models.external("../../secret"), repository, "outside")
     file = tmp_path / "config.toml"
-    file.write_text(f'data = "{api.config.data}"\nloads = 1\n[[approval]]\nmodels = ["m"]\n')
+    file.write_text(f'data = "{data}"\nloads = 1\n[[approval]]\nmodels = ["m"]\n')
     with socket.socket() as closed, socket.create_server(("127.0.0.1", 0)) as taken:
         closed.bind(("127.0.0.1", 0))
         ledger = f"postgresql://nobody@127.0.0.1:{closed.getsockname()[1]}/none"
         checked = await asyncio.to_thread(
-            run_command, "check", f"--repository={api.config.repository}", f"--config={file}", "--json",
+            run_command, "check", f"--repository={repository}", f"--config={file}", "--json",
             "--evict=all", f"--ledger={ledger}", f"--port={taken.getsockname()[1]}", LOADLEDGER_PROT="1",
         )  # fmt: skip
     told = json.loads(checked.stdout)
@@ -303,56 +312,61 @@ def test_check_says_what_the_policy_does_to_the_highest_version(
     assert judged(config, policy) == found
 
 
-def test_check_of_a_policy_without_store_is_a_problem(tmp_path: Path) -> None:
-    save(models.add(), tmp_path, "m")
-    config = Config(repository=tmp_path, data=tmp_path, store_size="off")
-    assert judged(config, APPROVED) == [("--store-size", "policy_needs_store", "problem")]
+def test_check_of_a_policy_that_cannot_be_judged_is_a_problem(tmp_path: Path) -> None:
+    save(models.add(), tmp_path / "repository", "m")
+    config = Config(repository=tmp_path / "repository", data=tmp_path)
+    without_store = judged(replace(config, store_size="off"), APPROVED)
+    assert without_store == [("--store-size", "policy_needs_store", "problem")]
+    (tmp_path / LEDGER).write_bytes(b"no ledger")
+    assert judged(config, APPROVED)[0][::2] == ("--data", "problem")
 
 
-async def test_check_reads_signatures_of_repository_and_store(tmp_path: Path) -> None:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalApi]:
+    """A server whose policy demands the approval of one model."""
+    async with local_server(tmp_path_factory.mktemp("judged"), policy=APPROVED) as api:
+        yield api
+
+
+async def test_check_reads_signatures_of_repository_and_store(shared: LocalApi) -> None:
     signer, other = make_key(), make_key()
-    async with local_server(tmp_path) as api:
-        [file] = api.save(models.add(), "m").glob("*.onnx")
-        contents = ((file.name, hashlib.sha256(file.read_bytes()).hexdigest()),)
-        (api.config.repository / "m" / "1.sig").write_bytes(sign_version(contents, signer))
-        await api.load("m")
+    [file] = shared.save(models.add(), "signed").glob("*.onnx")
+    contents = ((file.name, hashlib.sha256(file.read_bytes()).hexdigest()),)
+    (file.parents[1] / "1.sig").write_bytes(sign_version(contents, signer))
+    await shared.load("signed")
 
     async def found(key: Any) -> list[tuple[str, str, str]]:
-        return await asyncio.to_thread(judged, api.config, trust(TrustMode.ENFORCE, "m", key=key))
+        policy = trust(TrustMode.ENFORCE, "signed", key=key)
+        return await asyncio.to_thread(judged, shared.config, policy)
 
-    refused = ("m/1", "signature_untrusted", "problem")
-    assert await found(signer) == [("m/1", "policy", "note")]
+    refused = ("signed/1", "signature_untrusted", "problem")
+    assert await found(signer) == [("signed/1", "policy", "note")]
     assert await found(other) == [refused, refused]
-    shutil.rmtree(api.config.repository / "m")
+    shutil.rmtree(file.parents[1])
     assert await found(signer) == []
     assert await found(other) == [refused]
 
 
-async def test_check_names_loaded_models_that_a_restart_would_not_load(tmp_path: Path) -> None:
-    async with local_server(tmp_path, policy=APPROVED) as api:
-        api.save(models.add(), "m")
-        checked = await api.app[CONSUMER].check_version("m", 1)
-        contents = tuple((file.path, file.sha256) for file in checked.files)
-        said = "bob", "reviewed", Credential()
-        await api.app[LOG].submit(ApproveVersion("m", 1, checked.digest, contents, *said))
-        await api.load("m")
-        for policy, found in [
-            (APPROVED, [("m/1", "policy", "note")]),
-            (LoadPolicy(approval=(ApprovalRule(("m",), 2),)), [("m/1", "not_approved", "problem")]),
-            (trust(TrustMode.WARN, "m"), [("m/1", "signature_missing", "note")]),
-            (trust(TrustMode.ENFORCE, "m"), [("m/1", "signature_missing", "problem")] * 2),
-        ]:
-            assert await asyncio.to_thread(judged, api.config, policy) == found
-        api.save(models.add(2), "m", 2)
-        strict = LoadPolicy(approval=(ApprovalRule(("m",), 2),))
-        back = [("m/2", "not_approved", "problem"), ("m/1", "not_approved", "note")]
-        assert await asyncio.to_thread(judged, api.config, strict) == back
-        shutil.rmtree(api.config.repository / "m" / "2")
-        result = CheckResult()
-        await asyncio.to_thread(check_policy, api.config, result, read_ledger(api.config, result))
-        outcome = "[[approval]] m: no signature is needed; other persons that it needs: 1"
-        hashed, outcomes = result.findings
-        assert hashed.text.endswith(" GB of 1 version are hashed, to check the rules for loads")
-        assert outcomes.text.endswith(outcome)
-    (tmp_path / "data" / "ledger.db").write_bytes(b"no ledger")
-    assert (await asyncio.to_thread(judged, api.config, APPROVED))[0][::2] == ("--data", "problem")
+async def test_check_names_loaded_models_that_a_restart_would_not_load(shared: LocalApi) -> None:
+    shared.save(models.add(), "m")
+    checked = await shared.app[CONSUMER].check_version("m", 1)
+    contents = tuple((file.path, file.sha256) for file in checked.files)
+    said = "bob", "reviewed", Credential()
+    await shared.app[LOG].submit(ApproveVersion("m", 1, checked.digest, contents, *said))
+    await shared.load("m")
+    strict = LoadPolicy(approval=(ApprovalRule(("m",), 2),))
+    for policy, found in [
+        (APPROVED, [("m/1", "policy", "note")]),
+        (strict, [("m/1", "not_approved", "problem")]),
+        (trust(TrustMode.WARN, "m"), [("m/1", "signature_missing", "note")]),
+        (trust(TrustMode.ENFORCE, "m"), [("m/1", "signature_missing", "problem")] * 2),
+    ]:
+        assert await asyncio.to_thread(judged, shared.config, policy) == found
+    result = CheckResult()
+    await asyncio.to_thread(check_policy, shared.config, result, read_ledger(shared.config, result))
+    hashed, outcomes = result.findings
+    assert hashed.text.endswith(" GB of 1 version are hashed, to check the rules for loads")
+    assert outcomes.text.endswith("[[approval]] m: no signature is needed; other persons that it needs: 1")
+    shared.save(models.add(2), "m", 2)
+    back = [("m/2", "not_approved", "problem"), ("m/1", "not_approved", "note")]
+    assert await asyncio.to_thread(judged, shared.config, strict) == back

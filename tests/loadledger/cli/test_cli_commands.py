@@ -11,68 +11,40 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import Result
 from msgspec.structs import replace
-from PIL import Image
 from support import models
 from support.answers import fill
-from support.clients import run_command
+from support.clients import Shell
+from support.http import LocalApi, local_server
 from support.models import save
-from support.servers import APART, CTRL_C, Server, at_terminal, serving, standing
+from support.servers import CTRL_C, at_terminal
+from support.sources import in_thread
 
 from answers.models import ModelInfo
 from answers.tensors import ModelTensor, TensorExample
 from loadledger.cli.inputs import GivenInput, parse_input
 from loadledger.cli.snippets import describe_guess, format_infer
-from server.config import Config
 
 JOB = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
-class Shell:
-    """Runs commands in this process, with a server's URL and a token."""
-
-    def __init__(self, server: Server, *roles: str) -> None:
-        token = server.api.token(*roles)
-        self.environment: dict[str, Any] = {"LOADLEDGER_URL": server.url, "LOADLEDGER_TOKEN": token}
-
-    def run(self, *arguments: str, typed: str | None = None, **environment: Any) -> Result:
-        """Run a command."""
-        return run_command(*arguments, typed=typed, **{**self.environment, **environment})
-
-    def prints(self, command: str, **environment: Any) -> str:
-        """Return the output of a command that must succeed."""
-        result = self.run(*command.split(), **environment)
-        assert result.exit_code == 0, result.output
-        return result.stdout
-
-    def json(self, command: str) -> Any:
-        """Return the JSON that a command prints, which must succeed."""
-        return json.loads(self.prints(f"{command} --json"))
-
-    def refused(self, code: int, command: str, **environment: Any) -> str:
-        """Return the reason of a command that must end with this code and print nothing else."""
-        result = self.run(*command.split(), **environment)
-        assert (result.exit_code, result.stdout) == (code, ""), result.output
-        return result.stderr
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalApi]:
     """A server that loads on demand."""
-    root = tmp_path_factory.mktemp("commands") / "repository"
+    folder = tmp_path_factory.mktemp("commands")
+    root = folder / "repository"
     for model_id in ("guessed", "other", "ready", "whole", "wrong"):
         save(models.add(), root, model_id)
     for version in (1, 2):
         save(models.add(version), root, "m", version)
     save(models.unknown_operator(), root, "bad")
     save(models.endless(), root, "endless")
-    with standing(root, "--on-demand=on") as server:
+    with in_thread(local_server(folder, on_demand="on")) as server:
         yield server
 
 
 @pytest.fixture
-def alice(server: Server) -> Shell:
+def alice(server: LocalApi) -> Shell:
     return Shell(server, "admin")
 
 
@@ -97,9 +69,9 @@ def test_add_puts_a_version_in_and_rm_takes_it_out(alice: Shell, tmp_path: Path)
     assert alice.prints("rm added --version 3 --force") == "added version 3: removed\n"
 
 
-def test_load_says_which_version_it_passed_over(alice: Shell, server: Server) -> None:
-    save(models.add(), server.api.config.repository, "newest")
-    (server.api.config.repository / "newest" / "2").mkdir()
+def test_load_says_which_version_it_passed_over(alice: Shell, server: LocalApi) -> None:
+    save(models.add(), server.config.repository, "newest")
+    (server.config.repository / "newest" / "2").mkdir()
     reason = "version 2 of model 'newest' is not complete: its model.onnx cannot be looked at"
     for outcome in ("load completed", "nothing to do"):
         loaded = alice.run("load", "newest", "--wait")
@@ -113,34 +85,18 @@ def test_load_says_which_version_it_passed_over(alice: Shell, server: Server) ->
     alice.prints("unload newest --wait")
 
 
-def test_label_names_a_version_in_lists_and_requests(alice: Shell, tmp_path: Path) -> None:
-    file = tmp_path / "net.onnx"
+def test_label_names_a_version_in_lists_and_requests(alice: Shell, server: LocalApi) -> None:
     for number in (1, 2):
-        file.write_bytes(models.add(number).SerializeToString())
-        alice.prints(f"add labelled {file}")
+        save(models.add(number), server.config.repository, "labelled", number)
     assert alice.prints("label labelled") == "no labels\n"
-    assert re.fullmatch(r"LABEL +VERSION\nchampion +1\n", alice.prints("label labelled champion 1"))
-    assert "version 2: load completed" in alice.prints("load labelled --label champion --wait")
+    assert "version 1: load completed" in alice.prints("load labelled -v 1 --label champion --wait")
     assert "champion" in alice.prints("jobs --model labelled --json")
-    assert alice.json("label labelled") == {"labels": {"champion": 2}}
-    assert re.search(r"^ +labels: +champion 2$", alice.prints("show labelled"), re.MULTILINE)
-    assert re.search(r"^labelled .* 1, 2 \(champion 2\) ", alice.prints("models"), re.MULTILINE)
-    assert "[3.0]" in alice.run("infer", "labelled", "x=[1]", "-v", "champion").stdout
-    at_once = alice.prints("load labelled --label latest")
-    assert at_once == "labelled version 2: settings changed, latest names it\n"
+    assert re.search(r"^ +labels: +champion 1$", alice.prints("show labelled"), re.MULTILINE)
+    assert re.search(r"^labelled .* 1, 2 \(champion 1\) ", alice.prints("models"), re.MULTILINE)
+    assert "[2.0]" in alice.run("infer", "labelled", "x=[1]", "-v", "champion").stdout
+    alice.prints("label labelled latest 2")
     assert alice.json("label labelled champion --remove") == {"labels": {"latest": 2}}
     alice.prints("unload labelled --wait")
-
-
-def test_picture_for_an_input_of_texts_is_sent_as_it_is(alice: Shell, server: Server, tmp_path: Path) -> None:
-    picture = tmp_path / "red.png"
-    Image.new("RGB", (2, 2), "red").save(picture)
-    assert b"\0" in picture.read_bytes()
-    save(models.is_one_of([picture.read_bytes()]), server.api.config.repository, "pictures")
-    alice.prints("load pictures --wait")
-    assert re.search(r"y +BOOL +\[1\] +\[true\]", alice.run("infer", "pictures", f"@{picture}").stdout)
-    assert "[false]" in alice.run("infer", "pictures", 'x=["red"]').stdout
-    alice.prints("unload pictures --wait")
 
 
 def test_each_command_prints_a_models_life(alice: Shell, tmp_path: Path) -> None:
@@ -308,7 +264,7 @@ def test_failed_commands_print_reason_and_advice(alice: Shell) -> None:
     assert [model["id"] for model in alice.json("top")["wrong"]] == ["bad"]
 
 
-def test_infer_loads_model_on_demand(server: Server) -> None:
+def test_infer_loads_model_on_demand(server: LocalApi) -> None:
     bob = Shell(server, "infer")
     assert "[2.0]" in bob.prints("infer guessed x=[1.0]")
     # The datatype comes from the model's file: of their own, whole numbers would be INT64.
@@ -350,48 +306,13 @@ async def test_wait_shows_stages_and_ctrl_c_detaches(alice: Shell) -> None:
     assert "was cancelled" in terminal.plain
 
 
-async def test_top_and_followed_events_survive_restart(tmp_path: Path) -> None:
-    config = Config(repository=tmp_path / "repository", data=tmp_path / "data")
-    config.repository.mkdir()
-    async with serving(config, APART) as server:
-        alice, port = Shell(server, "admin"), server.url.rpartition(":")[2]
-        assert alice.prints("models") == "the repository has no models\n"
-        save(models.add(), config.repository, "m")
-        assert alice.prints("ps") == "no model is loaded\n"
-        assert "`loadledger ps`" in alice.refused(2, "unload --active")
-        assert "none is loaded now" in alice.refused(2, "unload")
-        await server.api.load("m")
-        assert "\x1b" not in alice.prints("models")
-        for no_color, colour in (("", "\x1b[32mloaded\x1b[0m"), ("1", "m *")):
-            result = run_command("models", color=True, NO_COLOR=no_color, **alice.environment)
-            assert colour in result.stdout
-            assert ("\x1b" in result.stdout) is not bool(no_color)
-        with (
-            at_terminal("top", environment=alice.environment) as top,
-            at_terminal("events", "-f", "--json", "--after=2", environment=alice.environment) as events,
-        ):
-            await top.until(r"m +1 +serving")
-            await events.until('"position":4')
-            assert await server.stop() == 0
-            await top.until("unreachable, retrying")
-            top.shown = ""
-            async with serving(config, APART, f"--port={port}") as again:
-                await again.api.load("m")
-                await top.until(r"Z  position \d+\s+memory")
-                await events.until('"position":8')
-                for terminal in (top, events):
-                    terminal.press(CTRL_C)
-                assert (await top.end(), await events.end()) == (0, 130)
-        assert "Traceback" not in top.plain
-        assert re.findall(r'"position":(\d+)', events.plain)[:6] == ["3", "4", "5", "6", "7", "8"]
-        assert events.plain.count("retrying") <= 1
-
-
 # Profiles and completion
 
 
-def test_login_keeps_accepted_token_in_private_profile(alice: Shell, server: Server, tmp_path: Path) -> None:
-    token, kept = server.api.token("infer"), tmp_path / ".config" / "loadledger" / "profile.toml"
+def test_login_keeps_accepted_token_in_private_profile(
+    alice: Shell, server: LocalApi, tmp_path: Path
+) -> None:
+    token, kept = server.token("infer"), tmp_path / ".config" / "loadledger" / "profile.toml"
     alice.environment |= {"HOME": str(tmp_path)}
     refused = alice.run("login", typed="nonsense\n")
     assert (refused.exit_code, kept.exists(), "401" in refused.stderr) == (2, False, True)
@@ -428,15 +349,3 @@ def test_completion_offers_models_and_jobs_of_server(alice: Shell) -> None:
     assert offered("loadledger load ", LOADLEDGER_URL="no url") == []
     assert {"load", "ps"} & set(offered("loadledger ")) == {"load"}
     alice.prints("kill ready")
-
-
-def test_tokens_of_a_server_are_managed_with_and_without_a_token(server: Server, alice: Shell) -> None:
-    data = f"--data={server.api.config.data}"
-    bob = alice.prints(f"token {data} --role audit --subject bob").strip()
-    [listed] = [each for each in alice.json("token list")["tokens"] if each["subject"] == "bob"]
-    assert listed in alice.json(f"token list {data}")["tokens"]
-    assert alice.prints("models", LOADLEDGER_TOKEN=bob)
-    assert alice.prints(f"token revoke {listed['jti']}") == ""
-    assert "the token was revoked" in alice.refused(2, "models", LOADLEDGER_TOKEN=bob)
-    for command in ("console", f"console {data}"):
-        assert re.fullmatch(rf"{re.escape(server.url)}/#sign-in=[\w-]{{43}}\n", alice.prints(command))

@@ -131,7 +131,7 @@ def dump_into(source: Database, target: Database) -> None:
 
 def test_restore_to_an_earlier_point_is_noticed(ledger: Database, database: Database, tmp_path: Path) -> None:
     async def back_up_while_served() -> None:
-        async with local_server(tmp_path, ledger=ledger.server_url):
+        async with local_server(tmp_path, ledger=ledger.server_url, lease_s=1.0):
             await asyncio.to_thread(dump_into, ledger, database)
 
     async def begin() -> None:
@@ -142,7 +142,7 @@ def test_restore_to_an_earlier_point_is_noticed(ledger: Database, database: Data
             await log.close()
 
     async def accept() -> None:
-        config = Config(repository=repository, data=data, ledger=database.server_url)
+        config = Config(repository=repository, data=data, ledger=database.server_url, lease_s=1.0)
         async with TestClient(TestServer(create_app(config, accepts_rollback=True))):
             pass
 

@@ -4,15 +4,14 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from msgspec.structs import replace
 from support import models
 from support.answers import fill
-from support.clients import run_command
+from support.clients import Shell, run_command
 from support.models import save
-from support.openvino import DEVICE, PRESENT, openvino_environment, visible_devices
+from support.openvino import DEVICE, openvino_environment, visible_devices
 from support.servers import Server, standing
 
 from answers.jobs import JobInfo
@@ -29,18 +28,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def test_devices_are_listed_and_loaded_on(server: Server) -> None:
-    where: dict[str, Any] = {"LOADLEDGER_URL": server.url, "LOADLEDGER_TOKEN": server.api.token("admin")}
-
-    def prints(*words: str) -> str:
-        result = run_command(*words, **where)
-        assert result.exit_code == 0, result.output
-        return result.stdout
-
-    assert "load completed" in prints("load", "m", "--device", DEVICE, "--device=cpu", "--fallback=cpu", "-w")
-    shown = prints("show", "m")
+    alice = Shell(server.api, "admin")
+    assert "load completed" in alice.prints(f"load m --device {DEVICE} --device=cpu --fallback=cpu -w")
+    shown = alice.prints("show m")
     assert re.search(rf"devices: +1 node of its graph on {DEVICE} \(openvino 1\.\S+\)", shown)
     assert re.search(rf"parameters: .*devices {DEVICE} cpu, fallback cpu", shown)
-    taken = prints("resources")
+    taken = alice.prints("resources")
     assert re.search(r"^workers on devices confined by .*; not prevented: .*run_code", taken, re.MULTILINE)
     head, cpu, device, *rest = taken.split("\n\n")[1].splitlines()
     assert head.split() == [
@@ -49,14 +42,11 @@ def test_devices_are_listed_and_loaded_on(server: Server) -> None:
     assert re.fullmatch(r"cpu +cpu 1\.\S+ +- .*MB +- +\S+ GB +- +0", cpu)
     assert re.fullmatch(rf"{DEVICE} +openvino 1\.\S+ +\S.* MB +- +2\.00 GB +- +1", device)
     assert rest == []
-    told = json.loads(prints("resources", "--json"))
+    told = alice.json("resources")
     assert [each["device"] for each in told["devices"]] == ["cpu", DEVICE]
     assert told["device_problems"] == []
-    refused = run_command("load", "m", "--device", "rocm:0", **where)
-    assert (refused.exit_code, refused.stdout) == (2, "")
-    assert "device_unavailable" in refused.stderr
-    events = prints("events", "--model", "m")
-    assert f"on {DEVICE} (1 graph nodes)" in events
+    assert "device_unavailable" in alice.refused(2, "load m --device rocm:0")
+    assert f"on {DEVICE} (1 graph nodes)" in alice.prints("events --model m")
 
 
 def test_report_says_what_a_device_has_not_returned(capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,30 +57,20 @@ def test_report_says_what_a_device_has_not_returned(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == told
 
 
-@pytest.mark.parametrize("present", PRESENT)
-def test_check_lists_the_devices(tmp_path: Path, present: list[str]) -> None:
-    (tmp_path / "repository").mkdir()
-    with visible_devices(present, tmp_path) as settings:
-        given = [
-            f"--visible-devices={settings['visible_devices']}",
-            f"--repository={tmp_path / 'repository'}",
-        ]
-        result = run_command("check", "--port=0", *given)
-    assert re.findall(r"^device (\S+): ", result.stdout, re.MULTILINE) == present[1:]
-
-
-def test_check_loads_on_the_default_devices(tmp_path: Path) -> None:
+def test_check_lists_devices_and_loads_on_the_default_ones(tmp_path: Path) -> None:
     root = tmp_path / "repository"
     save(models.add(), root, "m")
     save(models.add(), root, "elsewhere")
     (root / "elsewhere" / "loadledger.toml").write_text('devices = ["rocm:0"]\n')
+    command = ("check", "--port=0", f"--repository={root}")
+    assert not re.search("^device ", run_command(*command, "--visible-devices=cpu").stdout, re.MULTILINE)
     used = (f"--visible-devices={DEVICE}", f"--devices={DEVICE}")
-    arguments = ("check", "--port=0", f"--repository={root}", *used)
     with visible_devices([DEVICE], tmp_path):
-        result = run_command(*arguments, "m")
-        absent = run_command(*arguments, "elsewhere")
-        wrong = run_command(*arguments, "--device-memory=rocm:0=1GB", "--json")
-    assert re.search(rf"^device {DEVICE}: .*no memory budget$", result.stdout, re.MULTILINE)
+        result = run_command(*command, *used, "m")
+        absent = run_command(*command, *used, "elsewhere")
+        wrong = run_command(*command, *used, "--device-memory=rocm:0=1GB", "--json")
+    listed = re.findall(r"^device (\S+): .*(no memory budget)$", result.stdout, re.MULTILINE)
+    assert listed == [(DEVICE, "no memory budget")]
     assert "1 model, 1 version, loaded: no problems" in result.stdout
     assert "(device_unavailable)" in absent.stdout
     assert (wrong.exit_code, json.loads(wrong.stdout)["devices"]) == (1, [])

@@ -4,8 +4,8 @@ import asyncio
 import hashlib
 import json
 import signal
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from asyncio.subprocess import PIPE
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,64 +88,46 @@ def test_events_refuses(tmp_path: Path) -> None:
         assert words in refused("events", *arguments.split(), LOADLEDGER_TOKEN="x"), arguments
 
 
-@asynccontextmanager
-async def follower(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Run the installed command as a process; it is killed in the end."""
-    process = await asyncio.create_subprocess_exec(
-        *(*MODULE, "events", "--json", "--follow", *arguments),
-        env=clean_environment(),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.communicate()
-
-
-async def positions(process: asyncio.subprocess.Process, count: int) -> list[int]:
-    """Read so many events."""
-    assert process.stdout is not None
-    async with asyncio.timeout(LIMIT_S):
-        lines = [await process.stdout.readline() for _ in range(count)]
-    return [json.loads(line)["position"] for line in lines]
-
-
 async def test_follow_file_until_interrupt(tmp_path: Path) -> None:
-    data = f"--data={tmp_path}"
+    command = (*MODULE, "events", "--json", "--follow", f"--data={tmp_path}", "--tail=2")
     async with opened(tmp_path / LEDGER) as log:
         await write(log, 3)
-        begins = ("--after=1", "--since=2", "--tail=2")
-        async with AsyncExitStack() as stack:
-            processes = [await stack.enter_async_context(follower(data, begin)) for begin in begins]
-            for process in processes:
-                assert await positions(process, 2) == [2, 3]
-            await write(log, 2, first=4)
-            for process in processes:
-                assert await positions(process, 2) == [4, 5]
+        process = await asyncio.create_subprocess_exec(
+            *command, env=clean_environment(), stdout=PIPE, stderr=PIPE
+        )
+        assert process.stdout is not None
+        try:
+            async with asyncio.timeout(LIMIT_S):
+                lines = [await process.stdout.readline() for _ in range(2)]
+                await write(log, 2, first=4)
+                lines += [await process.stdout.readline() for _ in range(2)]
                 process.send_signal(signal.SIGINT)
-                async with asyncio.timeout(LIMIT_S):
-                    assert await process.communicate() == (b"", b"")
-                assert process.returncode == 130
+                assert await process.communicate() == (b"", b"")
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.communicate()
+    assert [json.loads(line)["position"] for line in lines] == [2, 3, 4, 5]
+    assert process.returncode == 130
 
 
-async def test_follow_file_begins_at_head(tmp_path: Path) -> None:
-    shown: asyncio.Queue[Sequence[bytes]] = asyncio.Queue()
-    unset: dict[str, Any] = dict.fromkeys(("after", "since", "until", "tail"))
+@pytest.mark.parametrize(
+    ("begin", "expected"), [({}, [4]), ({"after": 1}, [2, 3, 4]), ({"since": "2"}, [2, 3, 4])]
+)
+async def test_follow_file_begins_at_head_or_as_told(
+    begin: dict[str, Any], expected: list[int], tmp_path: Path
+) -> None:
+    shown, positions = asyncio.Queue[Sequence[bytes]](), list[int]()
+    options: dict[str, Any] = dict.fromkeys(("after", "since", "until", "tail")) | begin
     async with opened(tmp_path / LEDGER) as log, asyncio.timeout(LIMIT_S):
         await write(log, 3)
-        follow = show_events(tmp_path / LEDGER, shown.put_nowait, EventFilter(), follow=True, **unset)
+        follow = show_events(tmp_path / LEDGER, shown.put_nowait, EventFilter(), follow=True, **options)
         task = asyncio.create_task(follow)
-        assert await shown.get() == []
+        positions += [json.loads(line)["position"] for line in await shown.get()]
         await write(log, 1, first=4)
-        while not (lines := await shown.get()):
-            pass
+        while positions[-1:] != [4]:
+            positions += [json.loads(line)["position"] for line in await shown.get()]
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-    assert [json.loads(line)["position"] for line in lines] == [4]
-
-
-# A server
+    assert positions == expected

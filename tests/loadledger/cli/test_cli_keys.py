@@ -1,28 +1,25 @@
 """`loadledger token` and `key`: what they create, print and refuse."""
 
 import re
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jwt
 import pytest
-from support.clients import printed, printed_json, refused
-from support.servers import standing
+from support.clients import Shell, printed, printed_json, refused
+from support.http import LocalApi
 
 from server.auth.keys import ensure_data_dir, list_keys
+from server.auth.tokens import TOKENS
 
 ALICE = ("--subject=alice", "--role=admin")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+@pytest.fixture
+def data(server: LocalApi) -> Path:
     """The data directory of a running server."""
-    repository = tmp_path_factory.mktemp("keys") / "repository"
-    repository.mkdir()
-    with standing(repository):
-        yield repository.with_name("data")
+    return server.config.data
 
 
 def create(data: Path, *arguments: str, **environment: Any) -> str:
@@ -79,21 +76,30 @@ def test_token_refuses_options(data: Path) -> None:
     assert "--data" in refused("token", *ALICE, HOME="")
 
 
-def test_tokens_are_listed_and_revoked(data: Path) -> None:
-    option = f"--data={data}"
-    first, second = (claims(create(data))["jti"] for _ in range(2))
+def test_tokens_are_listed_and_revoked_with_and_without_a_token(data: Path, server: LocalApi) -> None:
+    option, alice = f"--data={data}", Shell(server, "admin")
+    tokens = [create(data) for _ in range(3)]
+    first, second, third = (claims(token)["jti"] for token in tokens)
+    assert alice.prints("models", LOADLEDGER_TOKEN=tokens[2])
+    assert alice.prints(f"token revoke {third}") == ""
+    assert "the token was revoked" in alice.refused(2, "models", LOADLEDGER_TOKEN=tokens[2])
     assert printed("token", "revoke", option, first) == ""
     again = printed_json("token", "revoke", option, first)
     assert again["revoked_by"].startswith("local:")
     head, *rows = printed("token", "list", LOADLEDGER_DATA=str(data)).splitlines()
     assert head.split()[:3] == ["ID", "SUBJECT", "ROLES"]
-    assert [(row.split()[0], row.split()[-1]) for row in rows[:2]] == [(second, "valid"), (first, "revoked")]
+    told = [(row.split()[0], row.split()[-1]) for row in rows[:3]]
+    assert told == [(third, "revoked"), (second, "valid"), (first, "revoked")]
     assert again.pop("issued") == []
-    assert printed_json("token", "list", option)["tokens"][1] == again
+    assert (
+        printed_json("token", "list", option)["tokens"][2] == again == alice.json("token list")["tokens"][2]
+    )
     assert "unknown_token" in refused("token", "revoke", option, "nope")
     assert printed_json("token", "revoke", option, "idp", "--expires=1h")["subject"] is None
-    link = printed("console", "--print", option)
-    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/#sign-in=[\w-]+\n", link)
+    assert "the server does not listen yet" in refused("console", option)
+    server.app[TOKENS].server_url = server.url  # as `serve` does
+    for link in (printed("console", "--print", option), printed("console", option), alice.prints("console")):
+        assert re.fullmatch(rf"{re.escape(server.url)}/#sign-in=[\w-]{{43}}\n", link)
 
 
 @pytest.mark.parametrize(

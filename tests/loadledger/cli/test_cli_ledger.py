@@ -19,12 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    PublicFormat,
-    load_der_public_key,
-    load_pem_public_key,
-)
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
 from support import models
 from support.clients import NEW_HOME, printed, printed_json, refused, run_command
 from support.history import History, child, opened
@@ -132,12 +127,17 @@ def test_verify_judges_each_file_and_names_its_signer(data: Path, exported: Path
     assert "name the data directory of a ledger with --data" in lines("verify", data / LEDGER, code=1)[0]
 
 
-def test_key_may_be_id_or_file_in_any_encoding(data: Path, exported: Path, tmp_path: Path) -> None:
+def test_printed_key_is_expected_in_any_encoding(data: Path, exported: Path, tmp_path: Path) -> None:
     public = open_signer(data).public_key
     pem = load_der_public_key(public).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     keys: list[object] = [key_of(data).upper()]
-    shown = printed("key", "ledger", "--data", data).encode()
-    for name, content in (("printed", shown), ("key.pem", pem), ("key.der", public)):
+    shown = printed("key", "ledger", "--data", data)
+    assert shown == f"{pem.decode()}key id: {key_of(data)}\n"
+    assert printed_json("key", "ledger", "--data", data) == {
+        "public_key": pem.decode(),
+        "key_id": key_of(data),
+    }
+    for name, content in (("printed", shown.encode()), ("key.pem", pem), ("key.der", public)):
         (tmp_path / name).write_bytes(content)
         keys.append(tmp_path / name)
     for key in keys:
@@ -423,14 +423,6 @@ def test_ledger_command_is_refused(data: Path, exported: Path, typed: str, words
 
 
 # key ledger
-
-
-def test_key_ledger_prints_public_key_and_id(data: Path) -> None:
-    pem, _, name = printed("key", "ledger", "--data", data).rpartition("key id: ")
-    load_pem_public_key(pem.encode())
-    assert name.strip() == key_id(open_signer(data).public_key)
-    found = printed_json("key", "ledger", "--data", data)
-    assert found == {"public_key": pem, "key_id": name.strip()}
 
 
 def test_lost_ledger_key_is_refused_until_made_anew(

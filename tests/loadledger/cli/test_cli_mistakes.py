@@ -4,7 +4,6 @@ import json
 import shlex
 import socket
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ from typing import Any
 import pytest
 from support import models
 from support.clients import run_command
+from support.http import LocalApi
 from support.models import save
-from support.servers import Server, standing
 
 from server.auth.keys import sign_token
 
@@ -25,7 +24,7 @@ UNKNOWN = "00000000-0000-0000-0000-000000000000"
 class Desk:
     """A server with the models `digits`, which is loaded, and `other`; and files to make mistakes with."""
 
-    server: Server
+    server: LocalApi
     folder: Path
     tokens: dict[str, str]
     values: dict[str, object]
@@ -33,11 +32,10 @@ class Desk:
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
-    root = tmp_path_factory.mktemp("mistakes")
-    folder, data = root / "work", root / "data"
+def desk(server: LocalApi, tmp_path_factory: pytest.TempPathFactory) -> Desk:
+    folder, data = tmp_path_factory.mktemp("work"), server.config.data
     for model_id in ("digits", "other"):
-        save(models.add(), root / "repository", model_id)
+        save(models.add(), server.config.repository, model_id)
     for name in ("empty", "two"):
         (folder / name).mkdir(parents=True)
     whole = models.add().SerializeToString()
@@ -49,16 +47,16 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     tensor = {"name": "x", "datatype": "FP32", "shape": [1], "data": [1]}
     request = {"inputs": [tensor], "parameters": {"sequence_id": 1}}
     (folder / "sequence.json").write_text(json.dumps(request))
-    with standing(root / "repository") as server, socket.create_server(("127.0.0.1", 0)) as taken:
-        tokens = {role: server.api.token(role) for role in (ADMIN, INFER)}
-        ago = int(time.time()) - 7200
-        tokens[EXPIRED] = sign_token(data, "alice", [ADMIN], expires_s=60, audience="loadledger", now_s=ago)
-        variables: dict[str, Any] = {"LOADLEDGER_URL": server.url, "LOADLEDGER_TOKEN": tokens[ADMIN]}
-        loaded = run_command("load", "digits", "--wait", "--json", **variables)
-        job, port = json.loads(loaded.stdout)["id"], server.url.rpartition(":")[2]
-        taken_port = taken.getsockname()[1]
-        taken.close()  # from here nobody listens there
-        yield Desk(server, folder, tokens, {"job": job, "port": port, "free": taken_port, "data": data})
+    tokens = {role: server.token(role) for role in (ADMIN, INFER)}
+    ago = int(time.time()) - 7200
+    tokens[EXPIRED] = sign_token(data, "alice", [ADMIN], expires_s=60, audience="loadledger", now_s=ago)
+    variables: dict[str, Any] = {"LOADLEDGER_URL": server.url, "LOADLEDGER_TOKEN": tokens[ADMIN]}
+    run_command("unload", "digits", **variables)  # another process may have stolen the first tests
+    job = json.loads(run_command("load", "digits", "--wait", "--json", **variables).stdout)["id"]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        free = taken.getsockname()[1]  # nobody listens there once it is closed
+    port = server.url.rpartition(":")[2]
+    return Desk(server, folder, tokens, {"job": job, "port": port, "free": free, "data": data})
 
 
 MISTAKES = [

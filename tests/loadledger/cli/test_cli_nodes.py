@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import Result
 from support.answers import fill
-from support.clients import run_command
+from support.clients import Shell
 from support.http import LocalApi
 from support.models import add
 from support.nodes import list_nodes, local_node
@@ -21,8 +22,7 @@ from features.nodes.cli import _wait_until_drained
 
 async def run(api: LocalApi, command: str, **environment: Any) -> Result:
     """Run a command against a server of this process."""
-    given = {"LOADLEDGER_URL": api.url, "LOADLEDGER_TOKEN": api.token("admin"), **environment}
-    return await asyncio.to_thread(run_command, *command.split(), **given)
+    return await asyncio.to_thread(Shell(api, "admin").run, *command.split(), **environment)
 
 
 async def prints(api: LocalApi, command: str, **environment: Any) -> str:
@@ -58,7 +58,7 @@ async def test_nodes_lists_what_runs_where_and_drain_waits(ledger: Database, tmp
         assert {node["id"]: len(node["models"]) for node in found} == {home: 0, other: 1}
 
 
-async def test_last_node_is_not_drained_in_vain(ledger: Database, tmp_path: Path) -> None:
+async def test_last_node_is_drained_only_once_it_has_no_model(ledger: Database, tmp_path: Path) -> None:
     async with local_node(ledger, tmp_path, "a") as a:
         a.save(add(), "m")
         await a.load("m")
@@ -70,12 +70,10 @@ async def test_last_node_is_not_drained_in_vain(ledger: Database, tmp_path: Path
         unknown = await run(a, "drain never")
         assert (unknown.exit_code, "`loadledger nodes` lists them" in unknown.stderr) == (2, True)
         assert (await run(a, "drain a --timeout-s 9")).exit_code == 2
-
-
-async def test_drain_through_the_data_directory_needs_no_token(ledger: Database, tmp_path: Path) -> None:
-    async with local_node(ledger, tmp_path, "a") as a:
+        await a.unload("m")
+        # through the data directory, without a token
         data, local = a.config.data, {"LOADLEDGER_TOKEN": "", "LOADLEDGER_URL": ""}
-        assert re.search(r"^a \* +joined", await prints(a, f"nodes --data {data}", **local), re.MULTILINE)
+        assert re.search(r"^a \* +draining", await prints(a, f"nodes --data {data}", **local), re.MULTILINE)
         named = {**local, "LOADLEDGER_DATA": str(data), "LOADLEDGER_NODE_NAME": "a"}
         assert re.fullmatch(r"a: drained in \d.*\n", await prints(a, "drain --wait", **named))
         unknown = await run(a, f"drain never --data {data}", **local)
@@ -84,12 +82,20 @@ async def test_drain_through_the_data_directory_needs_no_token(ledger: Database,
     assert (stopped.exit_code, "no server runs there" in stopped.stderr) == (2, True)
 
 
-async def test_server_alone_shows_no_nodes(api: LocalApi) -> None:
+async def test_server_alone_shows_no_nodes_and_a_new_one_no_models(api: LocalApi) -> None:
+    assert await prints(api, "models") == "the repository has no models\n"
     api.save(add(), "m")
+    assert await prints(api, "ps") == "no model is loaded\n"
+    assert "`loadledger ps`" in (await run(api, "unload --active")).stderr
+    assert "none is loaded now" in (await run(api, "unload")).stderr
     await api.load("m")
     assert await prints(api, "nodes") == "this server is alone: servers with --ledger are nodes\n"
     for command in ("models", "jobs", "show m"):
-        assert "node" not in (await prints(api, command)).lower()
+        shown = await prints(api, command)
+        assert ("node" in shown.lower(), "\x1b" in shown) == (False, False)
+    coloured = await prints(api, "models", color=True, NO_COLOR="")
+    assert "\x1b[32mloaded\x1b[0m" in coloured
+    assert click.unstyle(coloured) == await prints(api, "models", color=True, NO_COLOR="1")
 
 
 # What ends a wait
@@ -117,15 +123,12 @@ class Scripted:
         return next(node for node in self.nodes() if node.id == node_id)
 
 
-def test_wait_goes_on_until_nothing_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+def test_wait_goes_on_until_nothing_is_left_or_the_node_has_left(capsys: pytest.CaptureFixture[str]) -> None:
     fewer = fill(NodeInfo, id="a", phase="draining", models=HERE.models)
     empty = fill(NodeInfo, id="a", phase="draining")
     nodes = Scripted([HERE, OTHER], [fewer, OTHER], [empty, OTHER])
     assert _wait_until_drained(nodes, HERE, None) is empty
     assert re.findall(r"a: (.+) \(", capsys.readouterr().err) == ["1 model and 1 job left", "1 model left"]
-
-
-def test_wait_ends_when_the_node_has_left() -> None:
     left = fill(NodeInfo, id="a", phase="left")
     assert _wait_until_drained(Scripted([left]), HERE, None) is left
 

@@ -3,9 +3,9 @@
 import asyncio
 import json
 import os
+import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +13,19 @@ import pytest
 from click.testing import Result
 from onnx import ModelProto, TensorProto, helper
 from support import models
-from support.clients import run_command
+from support.clients import printed_json, run_command
+from support.http import LocalApi
 from support.models import FLOAT, model, save, value
-from support.servers import CTRL_C, Server, at_terminal, standing
+from support.servers import CTRL_C, at_terminal
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    repository = tmp_path_factory.mktemp("run") / "repository"
-    repository.mkdir()
-    return repository
-
-
-@pytest.fixture(scope="module")
-def server(repository: Path) -> Iterator[Server]:
-    with standing(repository) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def alice(server: Server) -> dict[str, Any]:
+def alice(server: LocalApi) -> dict[str, Any]:
     """The variables of an admin's commands."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.defpath])
-    return {"LOADLEDGER_URL": server.url, "LOADLEDGER_TOKEN": server.api.token("admin"), "PATH": path}
+    return {"LOADLEDGER_URL": server.url, "LOADLEDGER_TOKEN": server.token("admin"), "PATH": path}
 
 
 def write(path: Path, onnx_model: ModelProto) -> Path:
@@ -148,7 +136,8 @@ def test_a_link_has_the_name_that_was_typed(alice: dict[str, Any], tmp_path: Pat
     assert names_in(run_command("run", link, **alice)) == "tiny-bert version 1"
 
 
-def test_a_version_that_lies_in_the_repository_is_used(alice: dict[str, Any], repository: Path) -> None:
+def test_a_version_that_lies_in_the_repository_is_used(alice: dict[str, Any], server: LocalApi) -> None:
+    repository = server.config.repository
     for name in ("laid", "best"):  # the second says nothing
         for number in (1, 2):
             save(models.add(number), repository, name, number)
@@ -170,10 +159,8 @@ CURLS = {
 @pytest.mark.parametrize("name", CURLS)
 def test_printed_commands_answer(alice: dict[str, Any], tmp_path: Path, name: str) -> None:
     ran = run_command("run", write(tmp_path / f"{name}.onnx", CURLS[name]), **alice)
-    printed = ran.stdout.partition("\n\n")[2]
-    lines = printed.strip().split("\n\n")
     [infer, *_] = [line for line in ran.stdout.splitlines() if line.startswith("loadledger infer")]
-    command = lines[-1]
+    command = ran.stdout.strip().split("\n\n")[-1]
     is_binary = not name.startswith("equals")
     assert ("--output answer.bin" in command) is command.startswith("# answer.bin gets ") is is_binary
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=alice, capture_output=True, check=False)
@@ -181,7 +168,5 @@ def test_printed_commands_answer(alice: dict[str, Any], tmp_path: Path, name: st
     answered = (tmp_path / "answer.bin").read_bytes() if is_binary else done.stdout
     head, _ = json.JSONDecoder().raw_decode(answered.decode("latin-1"))  # binary outputs follow
     assert {each["name"] for each in head["outputs"]} >= {"y"}
-    words = ["-c", f"{infer} --json"]
-    asked = subprocess.run(["bash", *words], env=alice, capture_output=True, check=False)
-    assert asked.returncode == 0, asked.stderr
-    assert {each["name"] for each in json.loads(asked.stdout)["outputs"]} >= {"y"}
+    _, *words = shlex.split(infer)
+    assert {each["name"] for each in printed_json(*words, **alice)["outputs"]} >= {"y"}

@@ -15,11 +15,11 @@ from server.serve import RunningServer
 
 
 @pytest.fixture
-def server(api: LocalApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunningServer:
+def server(shared: LocalApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunningServer:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for name in ("XDG_CONFIG_HOME", "LOADLEDGER_PROFILE"):
         monkeypatch.delenv(name, raising=False)
-    return RunningServer(api.app, api.url.rstrip("/"), lambda: None)
+    return RunningServer(shared.app, shared.url.rstrip("/"), lambda: None)
 
 
 async def sign_in(server: RunningServer) -> SignedIn:
@@ -30,13 +30,13 @@ async def sign_in(server: RunningServer) -> SignedIn:
 
 
 async def test_profile_has_an_admins_token_until_that_stops_working(
-    server: RunningServer, api: LocalApi
+    server: RunningServer, shared: LocalApi
 ) -> None:
     first = await sign_in(server)
     async with AsyncClient(server.url, token=first.token) as client:
         await client.resources()
     assert (await sign_in(server)).token == first.token
-    [issued] = await api.data_of(TokenIssued)
+    [issued] = await shared.data_of(TokenIssued)
     assert (issued.roles, issued.via) == (("admin",), "serve")
     await server.app[TOKENS].revoke(issued.jti, actor="alice")
     assert (await sign_in(server)).token != first.token

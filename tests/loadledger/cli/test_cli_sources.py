@@ -1,15 +1,15 @@
 """`add` and `run` with the name of a source, on a real server, and a hub and a site here."""
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.clients import printed, refused, run_command
+from support.http import LocalApi
 from support.origins import HANG, Asked, RangedFile, Site, answer
-from support.servers import CTRL_C, Server, at_terminal, standing
+from support.servers import CTRL_C, at_terminal
 from support.sources import MODEL, NAMED, RESOLVED, SHA256, environment_of, standing_site
 
 from loadledger.sources.terminal import print_upload_size
@@ -21,37 +21,11 @@ def site() -> Iterator[Site]:
         yield site
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    root = tmp_path_factory.mktemp("server")
-    (root / "repository").mkdir()
-    with standing(root / "repository") as server:
-        yield server
-
-
 @pytest.fixture
-def alice(server: Server, site: Site, tmp_path: Path) -> dict[str, Any]:
+def alice(server: LocalApi, site: Site, tmp_path: Path) -> dict[str, Any]:
     """The variables of an admin's commands."""
-    own = {"LOADLEDGER_URL": server.url, "LOADLEDGER_TOKEN": server.api.token("admin")}
+    own = {"LOADLEDGER_URL": server.url, "LOADLEDGER_TOKEN": server.token("admin")}
     return own | environment_of(site, tmp_path)
-
-
-def test_add_prints_what_came_and_show_where_from(alice: dict[str, Any], site: Site, tmp_path: Path) -> None:
-    url = site.url("/files/net.onnx")
-    added = run_command("add", "shown", url, "--digest", f"sha256:{SHA256}", **alice)
-    assert re.fullmatch(
-        rf"shown version 1: added, 1 file, \d+ bytes\n  from {url}#sha256={SHA256}\n"
-        rf"  model\.onnx: \d+ bytes, sha256 {SHA256}\n"
-        r"to load it: loadledger load shown --version 1\n",
-        added.stdout,
-    )
-    assert (added.exit_code, added.stderr) == (0, "")
-    came = rf"^  version 1: from {url}#sha256={SHA256} \(asked as {url}\), added by alice, \d+\.\ds ago$"
-    assert re.search(came, printed("show", "shown", **alice), re.MULTILINE)
-    assert f"from {url}#sha256={SHA256}" in printed("events", "--type", "VersionAdded", **alice)
-    loaded = run_command("add", "shown", url, "--version", "7", "--load", **alice)
-    assert "shown version 7: load completed in " in loaded.stdout
-    assert [*(tmp_path / "cache/loadledger").iterdir()] == []
 
 
 def test_add_that_fails_says_why_and_sends_nothing(alice: dict[str, Any], site: Site) -> None:
@@ -83,15 +57,15 @@ async def test_add_at_terminal_shows_bytes_and_goes_on_after_ctrl_c(alice: dict[
         return RangedFile(MODEL)(asked)
 
     with standing_site(reply) as slow:
-        command = ("add", "slow", slow.url("/m.onnx"), "--digest", f"sha256:{SHA256}")
+        command = ("add", "hung", slow.url("/m.onnx"), "--digest", f"sha256:{SHA256}", "--version", "7")
         with at_terminal(*command, environment=alice) as terminal:
-            await terminal.until(r"slow: downloading")
+            await terminal.until(r"hung: downloading")
             await terminal.until(r"[12]\.\d/4\.\d MB")
             terminal.press(CTRL_C)
             assert await terminal.end() == 130
         assert "interrupted: the same command goes on where this one was" in terminal.plain
         held[0] = False
-        assert "slow version 1: added" in printed(*command, **alice)
+        assert "hung version 7: added" in printed(*command, **alice)
         [begun] = [each.headers["range"] for each in slow.asked if "range" in each.headers]
     assert 0 < int(begun.removeprefix("bytes=").removesuffix("-")) <= half
 
@@ -110,17 +84,17 @@ def test_run_downloads_what_is_not_there_for_certain(alice: dict[str, Any], site
 
 
 async def test_run_at_terminal_brings_the_model_to_its_own_server(site: Site, tmp_path: Path) -> None:
-    environment = environment_of(site, tmp_path) | {"HOME": str(tmp_path), "LOADLEDGER_PORT": "0"}
-    for added in (True, False):
-        with at_terminal("run", NAMED, environment=environment) as terminal:
-            await terminal.until("Ctrl-C stops the server")
-            assert ("repo version 1: added" in terminal.plain) is added
-            assert "repo version 1: loaded" in terminal.plain
-            terminal.press(CTRL_C)
-            assert await terminal.end() == 0
-    with at_terminal("run", f"{RESOLVED}/none.onnx", environment=environment) as terminal:
-        await terminal.until("source_not_found")
-        assert await terminal.end() == 2
+    environment: dict[str, Any] = environment_of(site, tmp_path) | {
+        "HOME": str(tmp_path),
+        "LOADLEDGER_PORT": "0",
+    }
+    with at_terminal("run", NAMED, environment=environment) as terminal:
+        await terminal.until("Ctrl-C stops the server")
+        assert "repo version 1: added" in terminal.plain
+        assert "repo version 1: loaded" in terminal.plain
+        terminal.press(CTRL_C)
+        assert await terminal.end() == 0
+    assert "source_not_found" in refused("run", f"{RESOLVED}/none.onnx", **environment)
 
 
 @pytest.mark.parametrize(

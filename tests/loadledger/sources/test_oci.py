@@ -3,7 +3,9 @@
 import json
 import os
 import tarfile
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from support import models, registries
 from support.origins import answer, serving_site
 from support.registries import BASIC, EMPTY, IMAGE_INDEX, TITLE, Auth, Registry, running_registry
+from support.sources import in_thread
 
 from loadledger.errors import SourceProblem
 from loadledger.sources import oci
@@ -38,26 +41,41 @@ HEX = "0" * 64
 AUTH = BASIC.removeprefix("Basic ")
 
 
+Start = Callable[[Auth], Registry]
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """What returns the module's registry with a kind of authentication."""
+    with ExitStack() as registries:
+
+        @cache
+        def start(auth: Auth) -> Registry:
+            return registries.enter_context(in_thread(running_registry(tmp_path_factory.mktemp(auth), auth)))
+
+        yield start
+
+
 @pytest.fixture
 def auth() -> Auth:
     return "none"
 
 
 @pytest.fixture
-async def registry(auth: Auth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Registry]:
-    folder = tmp_path / "registry"
-    folder.mkdir()
-    async with running_registry(folder, auth) as running:
-        for name, value in running.environment(with_login=True).items():
-            monkeypatch.setenv(name, value)
-        yield running
+def registry(auth: Auth, running: Start, monkeypatch: pytest.MonkeyPatch) -> Registry:
+    """A registry to which the user has logged in."""
+    registry = running(auth)
+    registry.tokens.clear()
+    for name, value in registry.environment().items():
+        monkeypatch.setenv(name, value)
+    return registry
 
 
-async def push(registry: Registry, repository: str = "team/model", tag: str = "v1") -> str:
-    """Push a ModelPack artifact of a model and its weights; return its digest."""
+async def push(registry: Registry, repository: str = "team/model", tag: str = "v1", **others: bytes) -> str:
+    """Push a ModelPack artifact of a model and its weights, or of others; return its digest."""
     layers = [
         await registry.push_blob(repository, content, RAW, **{PATH: f"models/{name}"})
-        for name, content in FILES.items()
+        for name, content in (others or FILES).items()
     ]
     return await registry.push(repository, tag, layers)
 
@@ -77,14 +95,17 @@ async def test_artifact_is_resolved_to_its_digest_and_files(registry: Registry, 
 
 
 async def test_other_bytes_than_those_of_a_digest_are_refused(registry: Registry, fetch: Fetch) -> None:
-    digest, source = await push(registry), f"oci://{registry.host}/team/model"
+    digest, source = (
+        await push(registry, "team/damaged", a=b"to be damaged"),
+        f"oci://{registry.host}/team/damaged",
+    )
     with pytest.raises(SourceProblem, match=rf"has the digest {digest}.*\(digest_mismatch\)"):
         await fetch(f"{source}:v1", f"sha256:{HEX}")
     for name in (f"{source}:v2", f"{source}@sha256:{HEX}"):
         with pytest.raises(SourceProblem, match="source_not_found"):
             await fetch(name)
     described = json.loads(stored(registry, digest).read_bytes())["layers"][0]
-    stored(registry, described["digest"]).write_bytes(MODEL[:-1] + b"x")
+    stored(registry, described["digest"]).write_bytes(b"damaged bytes")
     with pytest.raises(SourceProblem, match="digest_mismatch"):
         await fetch(f"{source}:v1")
 

@@ -196,7 +196,7 @@ MEMBERS = st.tuples(
 )
 MANY = settings(
     PLAIN,
-    max_examples=of_both(short=200, long=5000),
+    max_examples=of_both(short=50, long=5000),
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 

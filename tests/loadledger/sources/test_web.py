@@ -1,8 +1,7 @@
 """Files of the web: redirects, credentials, connections that break, and downloads that go on."""
 
 import asyncio
-import multiprocessing
-import os
+import sys
 from hashlib import sha256
 from pathlib import Path
 
@@ -63,21 +62,22 @@ async def test_other_file_begins_anew(fetch: Fetch, cache: Path) -> None:
         assert (await fetch(site.url()))[1] == {"model.onnx": MODEL}
 
 
-def fetch_until_killed(url: str) -> None:
-    def end(done: int, _: int | None) -> None:
-        if done > 2_000_000:
-            os._exit(9)
-
-    with Downloads() as arriving:
-        fetch_version(resolve_source(url, PINNED), arriving, end)
+FETCH_UNTIL_KILLED = """
+import os, sys
+from loadledger.sources.downloads import Downloads
+from loadledger.sources.fetch import fetch_version, resolve_source
+def end(done, _):
+    if done > 2_000_000:
+        os._exit(9)
+with Downloads() as arriving:
+    fetch_version(resolve_source(*sys.argv[1:]), arriving, end)
+"""
 
 
 async def test_part_of_a_killed_command_is_gone_on_with(fetch: Fetch, cache: Path) -> None:
     async with serving_site(RangedFile(MODEL)) as site:
-        process = multiprocessing.get_context("spawn").Process(target=fetch_until_killed, args=(site.url(),))
-        await asyncio.to_thread(process.start)
-        await asyncio.to_thread(process.join)
-        assert process.exitcode == 9
+        command = (sys.executable, "-c", FETCH_UNTIL_KILLED, site.url(), PINNED)
+        assert await (await asyncio.create_subprocess_exec(*command)).wait() == 9
         [part] = parts(cache)
         there = part.stat().st_size
         assert await fetch(site.url(), PINNED) == (f"{site.url()}#sha256={SHA256}", {"model.onnx": MODEL})
