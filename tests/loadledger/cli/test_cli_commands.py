@@ -241,9 +241,11 @@ def test_picture_is_proposed_where_pillow_is_installed(
 
 def test_guessed_sizes_are_named_with_the_reason() -> None:
     guess = TensorExample(shape=[1, 16], values="zeros", refusal="it wants 7")
-    guessed = ModelTensor(name="x", datatype="FP32", shape=[-1, -1], dimensions=["batch", ""], example=guess)
+    guessed = ModelTensor(
+        name="x", datatype="FP32", shape=[-1, -1, 0], dimensions=["batch", "", "n"], example=guess
+    )
     said = describe_guess(fill(ModelInfo, id="m", state="loaded", inputs=[guessed, PICTURE]))
-    assert said == "the answer may be a refusal (sizes are guesses: x [batch, -1]): it wants 7"
+    assert said == "the answer may be a refusal (sizes are guesses: x [batch, -1, 0]): it wants 7"
     assert describe_guess(fill(ModelInfo, id="m", state="loaded", inputs=[PICTURE])) is None
 
 
