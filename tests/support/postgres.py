@@ -231,6 +231,7 @@ class PostgresServer:
         finally:
             if self.is_running:
                 async with self.connection() as superuser:
+                    await superuser.execute("SET synchronous_commit = local")  # its standby may be gone
                     await superuser.execute(f"DROP DATABASE IF EXISTS {made.name} WITH (FORCE)")
 
     async def _initialise(self) -> None:
