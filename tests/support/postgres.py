@@ -80,8 +80,8 @@ def require_programs() -> Path:
 
 
 @cache
-def _parent(*, on_disk: bool = False) -> Path:
-    if on_disk or not os.access(MEMORY, os.W_OK) or shutil.disk_usage(MEMORY).total < MIN_MEMORY_BYTES:
+def _parent() -> Path:
+    if not os.access(MEMORY, os.W_OK) or shutil.disk_usage(MEMORY).total < MIN_MEMORY_BYTES:
         return DISK
     return MEMORY
 
@@ -146,10 +146,6 @@ class PostgresServer:
         self._write_settings()
         wait = ("-w", "-t", str(int(LIMIT_S)))
         await self._run("pg_ctl", "start", "-D", str(self.data), "-l", str(self.log), "-s", *wait)
-
-    async def stop(self, mode: Literal["smart", "fast", "immediate"] = "fast") -> None:
-        """Stop the server as an operator does; `fast` ends its clients' connections."""
-        await self._run("pg_ctl", "stop", "-D", str(self.data), "-m", mode, "-s", "-w")
 
     async def kill(self) -> None:
         """Kill all processes of the server with SIGKILL, and wait until they are gone."""
@@ -324,20 +320,18 @@ class Database:
 
 @asynccontextmanager
 async def postgres_server(
-    *, auth: Literal["trust", "scram-sha-256"] = "trust", **settings: str
+    auth: Literal["trust", "scram-sha-256"] = "trust",
 ) -> AsyncIterator[PostgresServer]:
     """Start a server for one test, which may kill it; its standbys end with it.
 
-    Args:
-        auth: how roles that come over TCP prove who they are.
-        settings: of postgresql.conf. With `fsync="on"` its folder is on the disk.
+    `auth` is how roles that come over TCP prove who they are.
     """
     require_programs()
-    home = Path(tempfile.mkdtemp(prefix=PREFIX, dir=_parent(on_disk=settings.get("fsync") == "on")))
+    home = Path(tempfile.mkdtemp(prefix=PREFIX, dir=_parent()))
     own(home)
     _start_keeper(home, os.getpid())
     try:
-        server = PostgresServer.placed(home, "main", settings, auth)
+        server = PostgresServer.placed(home, "main", {}, auth)
         await server.create()
         yield server
     finally:

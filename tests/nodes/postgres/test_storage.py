@@ -156,7 +156,7 @@ async def test_killed_database_loses_nothing_acknowledged(tmp_path: Path) -> Non
     async with postgres_server() as server, server.database(make_ledger) as database:
         async with opened_replica(database.server_url, tmp_path / "a") as log:
             acknowledged: list[Receipt] = []
-            for round_ in range(3):
+            for round_ in range(2):
                 acknowledged += await write(log, 20, first=1 + 100 * round_)
                 await server.kill()
                 refused = await asyncio.gather(
@@ -166,7 +166,7 @@ async def test_killed_database_loses_nothing_acknowledged(tmp_path: Path) -> Non
                 assert not log.healthy
                 await server.start()
                 await until(lambda: log.healthy)
-            assert [receipt.position for receipt in acknowledged] == list(range(1, 61))
+            assert [receipt.position for receipt in acknowledged] == list(range(1, 41))
         assert await rows_in(database) == rows_of(tmp_path / "a" / "ledger.db")
 
 
@@ -188,41 +188,15 @@ SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'
 """
 
 
-@pytest.mark.parametrize("ends", ["limit", "administrator"])
 async def test_append_that_no_standby_has_is_not_acknowledged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
-) -> None:
-    monkeypatch.setattr("nodes.postgres.connection.COMMAND_S", 0.5 if ends == "limit" else 2.0)
-    async with postgres_server() as server, server.database(make_ledger) as database:
-        standby = await server.standby()
-        address = database.url("ledger_server", server.address, standby.address)
-        async with opened_replica(f"{address}?target_session_attrs=primary", tmp_path / "a") as log:
-            await write(log, 1)
-            await standby.stop("immediate")
-            waiting = asyncio.create_task(log.submit(load("1")))
-            if ends == "administrator":
-                async with server.connection() as superuser:
-                    while not await superuser.fetchval(CANCEL_WAIT):  # noqa: ASYNC110 - no event
-                        await asyncio.sleep(0.01)
-            with pytest.raises(OutcomeUnknown, match="it is unknown whether"):
-                await waiting
-            await server.kill()
-            await standby.start()
-            await standby.promote()
-            assert (
-                await rows_in(Database(standby, database.name)) == rows_of(tmp_path / "a" / "ledger.db")[:1]
-            )
-
-
-async def test_append_waits_for_a_standby_that_comes_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nodes.postgres.connection.COMMAND_S", 0.5)
     async with postgres_server() as server, server.database(make_ledger) as database:
         standby = await server.standby()
         async with opened_replica(database.server_url, tmp_path / "a") as log:
             await write(log, 1)
-            await standby.stop("immediate")
+            monkeypatch.setattr("nodes.postgres.connection.COMMAND_S", 0.5)
+            await standby.kill()
             with pytest.raises(OutcomeUnknown):
                 await log.submit(load("1"))
             assert await rows_in(database) == rows_of(tmp_path / "a" / "ledger.db")
@@ -230,6 +204,20 @@ async def test_append_waits_for_a_standby_that_comes_back(
             await standby.start()
             await until(lambda: log.healthy)
             assert (await log.submit(load("1"))) == Receipt(ANY, existing=True, position=2)
+
+            monkeypatch.setattr("nodes.postgres.connection.COMMAND_S", 2.0)
+            await standby.kill()
+            waiting = asyncio.create_task(write(log, 1, first=2))
+            async with server.connection() as superuser:
+                while not await superuser.fetchval(CANCEL_WAIT):  # noqa: ASYNC110 - no event
+                    await asyncio.sleep(0.01)
+            with pytest.raises(OutcomeUnknown, match="it is unknown whether"):
+                await waiting
+            await server.kill()
+            await standby.start()
+            await standby.promote()
+            left = await rows_in(Database(standby, database.name))
+            assert left == rows_of(tmp_path / "a" / "ledger.db")[:2]
 
 
 async def test_head_never_goes_back_after_an_uncertain_commit(ledger: Database, tmp_path: Path) -> None:
