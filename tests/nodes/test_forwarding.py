@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import pytest_asyncio
 from support import models
 from support.connections import odd_server, said
-from support.cutting import CuttingProxy, cutting_proxy
+from support.cutting import cutting_proxy
 from support.http import ENDLESS, MALFORMED, ONE, Answer, LocalApi, when
 from support.models import save
 from support.postgres import Database, join_shared_server
@@ -506,58 +507,42 @@ async def test_good_body_loads_on_demand_where_the_model_fits(ledger: Database, 
         assert {"ModelUnloaded"}.isdisjoint([event.type for event in await roomy.api.events()])
 
 
-Far = tuple[Pair, tuple[CuttingProxy, CuttingProxy]]
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def far(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Far]:
-    """Two nodes, of which the first has a model, and the proxies between them and the database."""
-    postgres, folder = await join_shared_server(), tmp_path_factory.mktemp("far")
+async def test_nodes_answer_while_the_database_is_away(ledger: Database, tmp_path: Path) -> None:
+    """Also for a token revoked since, as `docs/cluster.md` says; but nothing is recorded for it."""
     async with (
-        postgres.database(make_ledger) as ledger,
-        cutting_proxy(postgres.address) as first,
-        cutting_proxy(postgres.address) as second,
-        reachable_node(ledger.url("ledger_server", first.address), folder, "a", lease_s=3.0) as owner,
+        cutting_proxy(ledger.server.address) as first,
+        cutting_proxy(ledger.server.address) as second,
+        reachable_node(ledger.url("ledger_server", first.address), tmp_path, "a", lease_s=3.0) as owner,
     ):
-        save(models.add(1), folder / "repository", "m")
+        save(models.add(1), tmp_path / "repository", "m")
         await owner.api.load("m")
         url = ledger.url("ledger_server", second.address)
-        async with reachable_node(url, folder, "b", lease_s=3.0) as other:
-            yield (owner, other), (first, second)
+        async with reachable_node(url, tmp_path, "b", lease_s=3.0) as other:
+            asked = {"subject": "mallory", "roles": ["admin"], "expires_s": 600}
+            issued = (await other.api.post("/api/v1/tokens", json=asked)).json
+            token = {"Authorization": f"Bearer {issued['token']}"}
 
+            async def try_all(node: ReachableNode) -> list[int]:
+                send = partial(node.api.send, roles=(), headers=token)
+                answers = (
+                    await send("GET", "/api/v1/models"),
+                    await send("POST", PATHS[0], json={"inputs": [ONE]}),
+                    await send("POST", "/api/v1/models/m/unload", json={}),
+                )
+                return [answer.status for answer in answers]
 
-async def test_nodes_answer_while_the_database_is_away(far: Far) -> None:
-    nodes, proxies = far
-    for proxy in proxies:
-        await proxy.cut()
-    await until(lambda: all(node.node.membership.is_late for node in nodes))
-    assert [(await ask(node)).headers["Loadledger-Node"] for node in nodes] == [nodes[0].name] * 2
-    for proxy in proxies:
-        proxy.heal()
-    await until(lambda: all(not node.node.membership.is_late for node in nodes))
-    assert (await ask(nodes[1])).status == 200
+            await until(lambda: issued["jti"] in owner.app[LOG].state.registers.tokens)
+            await first.cut()
+            assert (await other.api.post(f"/api/v1/tokens/{issued['jti']}/revoke")).status == 200
+            assert await try_all(owner) == [200, 200, 503]
+            assert await try_all(other) == [401, 401, 401]
 
-
-async def test_revoked_token_reads_and_infers_at_a_node_that_is_cut_off(far: Far) -> None:
-    """As `docs/cluster.md` says: such a node cannot know; but nothing that is recorded is done for it."""
-    (cut_off, other), (proxy, _) = far
-    asked = {"subject": "mallory", "roles": ["admin"], "expires_s": 600}
-    issued = (await other.api.post("/api/v1/tokens", json=asked)).json
-    token = {"Authorization": f"Bearer {issued['token']}"}
-
-    async def try_all(node: ReachableNode) -> list[int]:
-        body = {"inputs": [ONE]}
-        answers = [
-            await node.api.send("GET", "/api/v1/models", roles=(), headers=token),
-            await node.api.send("POST", PATHS[0], roles=(), headers=token, json=body),
-            await node.api.send("POST", "/api/v1/models/m/unload", roles=(), headers=token, json={}),
-        ]
-        return [answer.status for answer in answers]
-
-    await until(lambda: issued["jti"] in cut_off.app[LOG].state.registers.tokens)
-    await proxy.cut()
-    assert (await other.api.post(f"/api/v1/tokens/{issued['jti']}/revoke")).status == 200
-    assert await try_all(cut_off) == [200, 200, 503]
-    assert await try_all(other) == [401, 401, 401]
-    proxy.heal()
-    await when(lambda: try_all(cut_off), lambda found: found == [401, 401, 401])
+            await second.cut()
+            nodes = owner, other
+            await until(lambda: all(node.node.membership.is_late for node in nodes))
+            assert [(await ask(node)).headers["Loadledger-Node"] for node in nodes] == ["a", "a"]
+            for proxy in (first, second):
+                proxy.heal()
+            await until(lambda: all(not node.node.membership.is_late for node in nodes))
+            assert (await ask(other)).status == 200
+            await when(lambda: try_all(owner), lambda found: found == [401, 401, 401])
