@@ -13,7 +13,6 @@ import itertools
 import random
 import resource
 import signal
-import socket
 import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -37,7 +36,7 @@ from support.disks import FreezableDisk
 from support.fleet import UNLIMITED, Fleet, Source, check_inference, question
 from support.http import Answer, Api, Json, when
 from support.nodes import share_keys
-from support.postgres import Address, Database, PostgresServer
+from support.postgres import Address, Database, PostgresServer, free_address
 from support.replicas import change, make_ledger
 from support.servers import Server, limited, serving
 
@@ -73,14 +72,6 @@ class NodeAnswer:
 LOST_CONNECTION = (aiohttp.ClientError, TimeoutError, OSError)
 
 
-def _free_address() -> Address:
-    """Return a free port at a loopback address that nothing else uses."""
-    host = f"127.{random.randint(64, 254)}.{random.randint(0, 254)}.{random.randint(1, 254)}"
-    with closing(socket.socket()) as free:
-        free.bind((host, 0))
-        return host, free.getsockname()[1]
-
-
 @dataclass(slots=True)
 class ClusterNode:
     """One node, running or not.
@@ -105,7 +96,7 @@ class ClusterNode:
     is_frozen: bool = False
     has_frozen_disk: bool = False
     _was_ended: bool = True
-    _address: Address = field(default_factory=_free_address)
+    _address: Address = field(default_factory=free_address)
     _server: Server | None = None
     _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
 

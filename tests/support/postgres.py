@@ -86,6 +86,14 @@ def _parent() -> Path:
     return MEMORY
 
 
+def free_address() -> Address:
+    """Return a free port at a loopback address that nothing else uses."""
+    host = f"127.{random.randint(64, 254)}.{random.randint(0, 254)}.{random.randint(1, 254)}"
+    with closing(socket.socket()) as free:
+        free.bind((host, 0))
+        return host, free.getsockname()[1]
+
+
 @dataclass(slots=True)
 class PostgresServer:
     """One data directory, and the server that runs on it.
@@ -109,10 +117,7 @@ class PostgresServer:
     @classmethod
     def placed(cls, home: Path, name: str, settings: dict[str, str], auth: str) -> "PostgresServer":
         """Choose an address for a server; nothing runs yet."""
-        host = f"127.{random.randint(64, 254)}.{random.randint(0, 254)}.{random.randint(1, 254)}"
-        with closing(socket.socket()) as free:
-            free.bind((host, 0))
-            return cls(home, name, host, free.getsockname()[1], settings, auth)
+        return cls(home, name, *free_address(), settings, auth)
 
     @property
     def data(self) -> Path:
