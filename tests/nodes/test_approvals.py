@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from msgspec import structs
+from msgspec import UNSET, structs
 from support import models
 from support.history import model_loaded
 from support.http import LocalApi, when
@@ -32,7 +32,7 @@ from events.types import (
 )
 from events.values import Credential
 from features.approvals.commands import ApproveVersion, WithdrawApproval
-from features.approvals.facts import ApprovalResult
+from features.approvals.facts import ApprovalResult, VersionApproved
 from features.approvals.rules import NOT_APPROVED, ApprovalRule
 from features.rules import LoadPolicy
 from server.appkeys import CONSUMER, LOG
@@ -79,6 +79,10 @@ async def approve(api: LocalApi) -> None:
     await api.app[LOG].submit(ApproveVersion("m", 1, digest_of(FILES), FILES, *said, api.app[CLUSTER].sign))
 
 
+async def withdraw(api: LocalApi) -> None:
+    await api.app[LOG].submit(WithdrawApproval("m", 1, "dave", "it drifts", Credential()))
+
+
 async def forge(ledger: Database, folder: Path, *drafts: Draft) -> None:
     """Append events as the role of the database."""
     async with opened_replica(ledger.server_url, folder / "forger") as log:
@@ -105,10 +109,28 @@ async def test_approval_at_one_node_counts_at_another_and_for_reloads(
         assert await load(b) is None
         assert await list_results(b) == [ApprovalResult.APPROVED]
         assert {each.server for each in await b.data_of(ModelLoaded)} == {"b"}
-        await b.app[LOG].submit(WithdrawApproval("m", 1, "dave", "it drifts", Credential()))
+        await withdraw(b)
     async with local_node(ledger, tmp_path, "c", policy=POLICY) as c:
         await c.model_when("m", state="loaded")
         assert await list_results(c) == [ApprovalResult.APPROVED, ApprovalResult.RELOAD]
+
+
+async def test_forged_approval_does_not_count(ledger: Database, tmp_path: Path) -> None:
+    async with local_node(ledger, tmp_path, "a", policy=POLICY) as a:
+        await approve(a)
+        assert await load(a) is None
+        await unload(a)
+        (signed,) = await a.data_of(VersionApproved)
+        for forged in (signed, structs.replace(signed, server_signature=UNSET)):  # replayed, unsigned
+            await withdraw(a)
+            await forge(ledger, tmp_path, Draft(uuid7(), forged, "carol", None, "m", 1))
+            assert await load(a) == NOT_APPROVED
+        approved = [each.position for each in await a.events() if isinstance(each.data, VersionApproved)]
+        finding = verify(a.app[LOG].path).finding
+        assert finding is not None
+        assert finding.position == approved[1]
+        await approve(a)
+        assert await load(a) is None
 
 
 async def test_emergency_passes_if_a_node_has_seen_the_role(ledger: Database, tmp_path: Path) -> None:

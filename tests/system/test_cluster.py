@@ -242,7 +242,7 @@ async def test_killed_database_loses_no_node_and_no_inference(cluster: Cluster, 
     assert not await lost_since(cluster, before, started_at)
 
 
-ROUNDS = of_both(short=3, long=200)
+ROUNDS = of_both(short=2, long=200)
 FAULT_S = of_both(short=2.0, long=LEASE_S)
 AUDIT_EVERY = 20
 FAILURES = {"crash_loop", "worker_died"}
