@@ -13,8 +13,8 @@ import pytest_asyncio
 import tritonclient.http as triton
 from support import models
 from support.models import save
+from support.nodes import share_keys
 from support.postgres import join_shared_server
-from support.reachable import share_keys
 from support.replicas import make_ledger
 from support.servers import Server, address, bearer, serving
 from tritonclient.http import aio

@@ -96,7 +96,9 @@ async def list_results(api: LocalApi) -> list[ApprovalResult]:
     return [each.approval.result for each in loaded if each.approval]
 
 
-async def test_approval_at_one_node_counts_at_another(ledger: Database, tmp_path: Path) -> None:
+async def test_approval_at_one_node_counts_at_another_and_for_reloads(
+    ledger: Database, tmp_path: Path
+) -> None:
     async with (
         local_node(ledger, tmp_path, "a", policy=POLICY) as a,
         local_node(ledger, tmp_path, "b", policy=POLICY) as b,
@@ -107,52 +109,39 @@ async def test_approval_at_one_node_counts_at_another(ledger: Database, tmp_path
         assert await load(b) is None
         assert await list_results(b) == [ApprovalResult.APPROVED]
         assert {each.server for each in await b.data_of(ModelLoaded)} == {"b"}
+        await withdraw(b)
+    async with local_node(ledger, tmp_path, "c", policy=POLICY) as c:
+        await c.model_when("m", state="loaded")
+        assert await list_results(c) == [ApprovalResult.APPROVED, ApprovalResult.RELOAD]
 
 
-@pytest.mark.parametrize("is_replayed", [True, False])
-async def test_forged_approval_does_not_count(ledger: Database, tmp_path: Path, *, is_replayed: bool) -> None:
+async def test_forged_approval_does_not_count(ledger: Database, tmp_path: Path) -> None:
     async with local_node(ledger, tmp_path, "a", policy=POLICY) as a:
         await approve(a)
         assert await load(a) is None
         await unload(a)
-        (data,) = await a.data_of(VersionApproved)
-        await withdraw(a)
-        if not is_replayed:
-            data = structs.replace(data, server_signature=UNSET)
-        await forge(ledger, tmp_path, Draft(uuid7(), data, "carol", None, "m", 1))
-        assert await load(a) == NOT_APPROVED
-        await approve(a)
-        assert await load(a) is None
-        positions = [each.approval.positions for each in await a.data_of(ModelLoaded) if each.approval]
+        (signed,) = await a.data_of(VersionApproved)
+        for forged in (signed, structs.replace(signed, server_signature=UNSET)):  # replayed, unsigned
+            await withdraw(a)
+            await forge(ledger, tmp_path, Draft(uuid7(), forged, "carol", None, "m", 1))
+            assert await load(a) == NOT_APPROVED
         approved = [each.position for each in await a.events() if isinstance(each.data, VersionApproved)]
-        assert positions == [(approved[0],), (approved[2],)]
         finding = verify(a.app[LOG].path).finding
         assert finding is not None
         assert finding.position == approved[1]
-
-
-@pytest.mark.parametrize("is_forged", [True, False])
-async def test_emergency_passes_if_a_node_has_seen_the_role(
-    ledger: Database, tmp_path: Path, *, is_forged: bool
-) -> None:
-    said = Justification(Credential(), emergency="an outage", digest=digest_of(FILES))
-    async with local_node(ledger, tmp_path, "a", policy=POLICY) as a:
-        sign = None if is_forged else a.app[CLUSTER].sign  # without, as the database's role can append it
-        code = await load(a, justification=said, sign=sign)
-        assert (code, await list_results(a)) == (
-            (NOT_APPROVED, []) if is_forged else (None, [ApprovalResult.BYPASSED])
-        )
-        assert verify(a.app[LOG].path).verified
-
-
-async def test_reload_at_another_node_needs_no_approval(ledger: Database, tmp_path: Path) -> None:
-    async with local_node(ledger, tmp_path, "a", policy=POLICY) as a:
         await approve(a)
         assert await load(a) is None
-        await withdraw(a)
-    async with local_node(ledger, tmp_path, "b", policy=POLICY) as b:
-        await b.model_when("m", state="loaded")
-        assert await list_results(b) == [ApprovalResult.APPROVED, ApprovalResult.RELOAD]
+
+
+async def test_emergency_passes_if_a_node_has_seen_the_role(ledger: Database, tmp_path: Path) -> None:
+    said = Justification(Credential(), emergency="an outage", digest=digest_of(FILES))
+    async with local_node(ledger, tmp_path, "a", policy=POLICY) as a:
+        # Without a signature, as the database's role can append it.
+        assert await load(a, justification=said, sign=None) == NOT_APPROVED
+        assert await list_results(a) == []
+        assert await load(a, justification=said, sign=a.app[CLUSTER].sign) is None
+        assert await list_results(a) == [ApprovalResult.BYPASSED]
+        assert verify(a.app[LOG].path).verified
 
 
 async def test_reload_of_load_that_no_node_signed_is_refused(ledger: Database, tmp_path: Path) -> None:

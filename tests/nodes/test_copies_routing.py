@@ -5,16 +5,14 @@ import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
 import pytest_asyncio
-from onnx import ModelProto
 from support import models
 from support.http import ENDLESS, ONE, Answer, when
 from support.models import save
-from support.postgres import Database, join_shared_server
+from support.postgres import join_shared_server
 from support.reachable import (
     ReachableNode,
     forwarded,
@@ -31,7 +29,7 @@ from features.nodes.facts import NodeLeft
 from loadledger import AsyncClient
 from server.appkeys import CONSUMER, LOG
 
-INFER, MAX_QUEUE = "/v2/models/m/infer", 2
+INFER, MAX_QUEUE = "/v2/models/m/infer", 50
 BODY = json.dumps({"inputs": [ONE]}).encode()
 COPIES, LOAD, NODE, ADDRESS = (
     "Loadledger-Copies",
@@ -39,6 +37,15 @@ COPIES, LOAD, NODE, ADDRESS = (
     "Loadledger-Node",
     "Loadledger-Node-Address",
 )
+
+DEADLY = {"name": "x", "shape": [5], "datatype": "INT64", "data": [1] * 5}
+"""Input that kills a worker of `crash_on_rows(5)`."""
+MODELS = {
+    "m": models.add(1),
+    "loop": models.counting_loop(),
+    **dict.fromkeys(("crash-a", "crash-c"), models.crash_on_rows(5)),
+    **dict.fromkeys(("dying-a", "dying-c", "lost"), models.counting_loop()),
+}
 
 Nodes = Sequence[ReachableNode]
 
@@ -51,9 +58,9 @@ async def nodes(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Nodes
     postgres, folder = await join_shared_server(), tmp_path_factory.mktemp("nodes")
     async with (
         postgres.database(make_ledger) as ledger,
-        reachable_nodes(ledger.server_url, folder, "a", "b") as owners,
+        reachable_nodes(ledger.server_url, folder, "a", "b", inference_queue=MAX_QUEUE) as owners,
     ):
-        for model_id, model in {"m": models.add(1), "loop": models.counting_loop()}.items():
+        for model_id, model in MODELS.items():
             save(model, folder / "repository", model_id)
             await loaded_at_all(owners, model_id)
         async with reachable_node(ledger.server_url, folder, "c") as other:
@@ -64,8 +71,8 @@ async def ask(node: ReachableNode, path: str = INFER, body: bytes = BODY) -> Ans
     return await node.api.post(path, data=body, roles=("infer",), subject="pia")
 
 
-def in_flight(node: ReachableNode) -> int:
-    return node.api.worker("loop").in_flight
+def in_flight(node: ReachableNode, model_id: str = "loop") -> int:
+    return node.api.worker(model_id).in_flight
 
 
 def position_at(node: ReachableNode, model_id: str = "m") -> str:
@@ -111,11 +118,13 @@ async def four_inferences(busy: ReachableNode, idle: ReachableNode, trips: int) 
     await until(lambda: not in_flight(busy))
 
 
-async def send_loop(node: ReachableNode, sender: ReachableNode, trips: int = ENDLESS["data"][0]) -> Answer:
+async def send_loop(
+    node: ReachableNode, sender: ReachableNode, trips: int = ENDLESS["data"][0], model_id: str = "loop"
+) -> Answer:
     """Have a node run an inference, as if another one had forwarded it."""
-    fields = forwarded(sender, node, model_id="loop")
+    fields = forwarded(sender, node, model_id=model_id)
     body = {"inputs": [{**ENDLESS, "data": [trips]}]}
-    return await node.api.send("POST", "/v2/models/loop/infer", roles=(), headers=fields, json=body)
+    return await node.api.send("POST", f"/v2/models/{model_id}/infer", roles=(), headers=fields, json=body)
 
 
 async def test_busy_copy_leaves_requests_to_the_other(nodes: Nodes) -> None:
@@ -177,74 +186,53 @@ def served(node: ReachableNode) -> int:
     return sum(load.statistics.requests for load in node.app[CONSUMER].loads.values() if load.model_id == "m")
 
 
-@asynccontextmanager
-async def two_copies(
-    ledger: Database, folder: Path, model_id: str, model: ModelProto
-) -> AsyncIterator[Nodes]:
-    """Serve three nodes; a model is loaded at the first two."""
-    async with reachable_nodes(ledger.server_url, folder, "a", "b", inference_queue=MAX_QUEUE) as owners:
-        save(model, folder / "repository", model_id)
-        await loaded_at_all(owners, model_id)
-        async with reachable_node(ledger.server_url, folder, "c") as other:
-            yield *owners, other
+@pytest.mark.parametrize("asked", ["a", "c"])
+async def test_inference_that_kills_its_worker_spares_the_other_copy(nodes: Nodes, asked: str) -> None:
+    model_id, [node] = f"crash-{asked}", [each for each in nodes if each.name == asked]
+    workers = [each.api.worker(model_id) for each in nodes[:2]]
+    assert (await node.api.infer(model_id, DEADLY)).refusal == (503, "worker_died")
+    assert sorted(worker.dying for worker in workers) == [False, True]
+    assert (await node.api.infer(model_id, {**DEADLY, "shape": [1], "data": [1]})).status == 200
 
 
 @pytest.mark.parametrize("asked", ["a", "c"])
-async def test_inference_that_kills_its_worker_spares_the_other_copy(
-    ledger: Database, tmp_path: Path, asked: str
-) -> None:
-    async with two_copies(ledger, tmp_path, "crash", models.crash_on_rows(5)) as nodes:
-        [node] = [each for each in nodes if each.name == asked]
-        workers = [each.api.worker("crash") for each in nodes[:2]]
-        deadly = {"name": "x", "shape": [5], "datatype": "INT64", "data": [1] * 5}
-        answer = await node.api.infer("crash", deadly)
-        assert answer.refusal == (503, "worker_died")
-        assert sorted(worker.dying for worker in workers) == [False, True]
-        answer = await node.api.infer("crash", {**deadly, "shape": [1], "data": [1]})
-        assert answer.status == 200
+async def test_queued_inference_of_dead_worker_moves_to_another_copy(nodes: Nodes, asked: str) -> None:
+    dying, left, other = nodes
+    model_id, [node] = f"dying-{asked}", [each for each in nodes if each.name == asked]
+    begun = asyncio.create_task(send_loop(dying, other, model_id=model_id))
+    await until(lambda: in_flight(dying, model_id) == 1)
+    other.node.spread.avoid(left.name, time.monotonic() + 60)
+    queued = asyncio.create_task(node.api.infer(model_id, {**ENDLESS, "data": [5]}))
+    await until(lambda: in_flight(dying, model_id) == 2)
+    dying.api.worker(model_id).kill()
+    assert (await begun).refusal == (503, "worker_died")
+    answer = await queued
+    assert (answer.status, answer.headers[NODE]) == (200, left.name)
+    other.node.spread.avoid(left.name, 0.0)  # no more
 
 
-@pytest.mark.parametrize("asked", ["a", "c"])
-async def test_queued_inference_of_dead_worker_moves_to_another_copy(
-    ledger: Database, tmp_path: Path, asked: str
-) -> None:
-    async with two_copies(ledger, tmp_path, "loop", models.counting_loop()) as nodes:
-        dying, left, other = nodes
-        [node] = [each for each in nodes if each.name == asked]
-        begun = asyncio.create_task(send_loop(dying, other))
-        await until(lambda: in_flight(dying) == 1)
-        other.node.spread.avoid(left.name, time.monotonic() + 60)
-        queued = asyncio.create_task(node.api.infer("loop", {**ENDLESS, "data": [5]}))
-        await until(lambda: in_flight(dying) == 2)
-        dying.api.worker("loop").kill()
-        assert (await begun).refusal == (503, "worker_died")
-        answer = await queued
-        assert (answer.status, answer.headers[NODE]) == (200, left.name)
+async def test_full_queue_of_a_copy_leaves_requests_to_the_other(nodes: Nodes) -> None:
+    busy, idle, other = nodes
+    running = [asyncio.create_task(send_loop(busy, other)) for _ in range(MAX_QUEUE)]
+    await until(lambda: in_flight(busy) == MAX_QUEUE)
+    assert (await send_loop(busy, other)).refusal == (503, "inference_queue_full")
+    for node in (busy, other):
+        answer = await node.api.infer("loop", {**ENDLESS, "data": [5]})
+        assert (answer.status, answer.headers[NODE]) == (200, idle.name)
+    for task in running:
+        task.cancel()
+    await until(lambda: not in_flight(busy))
 
 
-async def test_full_queue_of_a_copy_leaves_requests_to_the_other(ledger: Database, tmp_path: Path) -> None:
-    async with two_copies(ledger, tmp_path, "loop", models.counting_loop()) as nodes:
-        busy, idle, other = nodes
-        running = [asyncio.create_task(send_loop(busy, other)) for _ in range(MAX_QUEUE)]
-        await until(lambda: in_flight(busy) == MAX_QUEUE)
-        assert (await send_loop(busy, other)).refusal == (503, "inference_queue_full")
-        for node in (busy, other):
-            answer = await node.api.infer("loop", {**ENDLESS, "data": [5]})
-            assert (answer.status, answer.headers[NODE]) == (200, idle.name)
-        for task in running:
-            task.cancel()
-
-
-async def test_wait_for_a_lost_node_ends_at_another_copy(ledger: Database, tmp_path: Path) -> None:
-    async with two_copies(ledger, tmp_path, "loop", models.counting_loop()) as nodes:
-        gone, left, other = nodes
-        log, sent = other.app[LOG], other.node.spread._sent
-        gone.proxy.swallow()
-        running = list[asyncio.Task[Answer]]()
-        while (gone.name, "loop") not in sent:
-            running.append(asyncio.create_task(other.api.infer("loop", {**ENDLESS, "data": [5]})))
-            await until(lambda: (gone.name, "loop") in sent or running[-1].done())
-        await log.submit(EndNode(NodeLeft(gone.name, log.state.registers.nodes[gone.name].epoch)))
-        answers = await asyncio.gather(*running)
-        assert {(answer.status, answer.headers[NODE]) for answer in answers} == {(200, left.name)}
-        gone.proxy.heal()
+async def test_wait_for_a_lost_node_ends_at_another_copy(nodes: Nodes) -> None:
+    gone, left, other = nodes  # the last test: the model's copy at the first one ends
+    log, sent = other.app[LOG], other.node.spread._sent
+    gone.proxy.swallow()
+    running = list[asyncio.Task[Answer]]()
+    while (gone.name, "lost") not in sent:
+        running.append(asyncio.create_task(other.api.infer("lost", {**ENDLESS, "data": [5]})))
+        await until(lambda: (gone.name, "lost") in sent or running[-1].done())
+    await log.submit(EndNode(NodeLeft(gone.name, log.state.registers.nodes[gone.name].epoch)))
+    answers = await asyncio.gather(*running)
+    assert {(answer.status, answer.headers[NODE]) for answer in answers} == {(200, left.name)}
+    gone.proxy.heal()

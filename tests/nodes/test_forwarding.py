@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +91,12 @@ async def pair(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pair]:
     loaded = {"m": models.add(1), "loop": models.counting_loop(), "subtract": models.subtract()}
     async with (
         postgres.database(make_ledger) as ledger,
-        reachable_node(ledger.server_url, folder, "a") as owner,
+        reachable_node(ledger.server_url, folder, "a", repository_writable="on") as owner,
     ):
         for model_id, model in loaded.items():
             save(model, folder / "repository", model_id)
             await owner.api.load(model_id)
-        async with reachable_node(ledger.server_url, folder, "b") as other:
+        async with reachable_node(ledger.server_url, folder, "b", repository_writable="on") as other:
             yield owner, other
 
 
@@ -212,31 +213,12 @@ async def test_forwarding_needs_a_token_of_the_role(pair: Pair) -> None:
     for path in PATHS:
         assert (await other.api.post(path, data=BODY, roles=("audit",))).status == 403
         assert (await send(owner, path, forwarded(other, owner, "audit"))).status == 403
-        assert (await send(owner, path, {"Loadledger-Forwarded": "b"})).refusal == (401, "no_credentials")
-
-
-async def test_token_of_a_client_is_no_nodes(pair: Pair) -> None:
-    owner, _ = pair
-    for path in PATHS:
         from_b: dict[str, Any] = {"Loadledger-Forwarded": "b"}
-        refused = await ask(owner, path, **from_b)
-        assert refused.refusal == (401, "invalid_token")
+        assert (await send(owner, path, from_b)).refusal == (401, "no_credentials")
+        assert (await ask(owner, path, **from_b)).refusal == (401, "invalid_token")  # a client's
 
 
-async def test_forwarded_token_ends_with_the_clients(pair: Pair) -> None:
-    owner, other = pair
-    assert read_claims(forwarded(other, owner, expires_s=5))["exp"] <= time.time() + 5
-    assert read_claims(forwarded(other, owner, expires_s=5)) != read_claims(forwarded(other, owner))
-    good = forwarded(other, owner)
-    assert (await send(owner, PATHS[0], good)).status == 200
-    later = timestamp_in(3600)
-    await owner.app[LOG].submit(RevokeToken("j", "alice", later))
-    refused = await send(owner, PATHS[0], good)
-    assert refused.refusal == (401, "invalid_token")
-    assert "revoked" in refused.json["detail"]
-
-
-async def test_forwarded_token_names_the_issuer_of_the_clients(pair: Pair) -> None:
+async def test_forwarded_token_ends_with_the_clients_and_names_its_issuer(pair: Pair) -> None:
     owner, other = pair
     sender, receiver = (node.node.peers for node in (other, owner))
     to = other.app[LOG].state.registers.nodes[owner.name]
@@ -244,6 +226,16 @@ async def test_forwarded_token_names_the_issuer_of_the_clients(pair: Pair) -> No
         client = Principal("pia", frozenset({"infer"}), "jti", time.time() + 3600, issuer)
         seen = receiver.verify(sender.make_token(to, "m", client), "m")
         assert (seen, seen.jti, seen.issuer) == (client, "jti", issuer)
+
+    assert read_claims(forwarded(other, owner, expires_s=5))["exp"] <= time.time() + 5
+    assert read_claims(forwarded(other, owner, expires_s=5)) != read_claims(forwarded(other, owner))
+    good = forwarded(other, owner, jti="revoked")
+    assert (await send(owner, PATHS[0], good)).status == 200
+    later = timestamp_in(3600)
+    await owner.app[LOG].submit(RevokeToken("revoked", "alice", later))
+    refused = await send(owner, PATHS[0], good)
+    assert refused.refusal == (401, "invalid_token")
+    assert "revoked" in refused.json["detail"]
 
 
 async def test_only_some_header_fields_are_forwarded(pair: Pair) -> None:
@@ -374,70 +366,94 @@ async def endless_body() -> AsyncIterator[bytes]:
     await asyncio.Event().wait()
 
 
-async def test_requests_about_an_upload_go_to_its_node(
-    ledger: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with reachable_nodes(ledger.server_url, tmp_path, "a", "b", repository_writable="on") as nodes:
-        owner, other = nodes
-        uploads = "/api/v1/models/uploaded/versions/1/uploads"
-        begun = await owner.api.post(uploads)
-        upload = begun.headers["Location"]
-        assert upload.endswith(".a")
-        for path, data in FILES.items():
-            digest = base64.b64encode(hashlib.sha256(data).digest()).decode()
-            for of, status in ((b"", 400), (data, 201)):
-                fields = {"Repr-Digest": f"sha-256=:{digest}:"}
-                answer = await other.api.send("PUT", f"{upload}/files/{path}", data=of, headers=fields)
-                assert answer.status == status
-        part = {"Content-Range": "bytes 0-0/2"}
-        answer = await other.api.send("PUT", f"{upload}/files/part", data=b"1", headers=part)
-        assert answer.refusal == (400, "invalid_parameter")
-        monkeypatch.setattr(iterate_body, "__defaults__", (0.1,))
+async def test_requests_about_an_upload_go_to_its_node(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, other = pair
+    before = files_in(owner.api.config.repository)
+    uploads = "/api/v1/models/uploaded/versions/1/uploads"
+    begun = await owner.api.post(uploads)
+    upload = begun.headers["Location"]
+    assert upload.endswith(".a")
+    for path, data in FILES.items():
+        digest = base64.b64encode(hashlib.sha256(data).digest()).decode()
+        for of, status in ((b"", 400), (data, 201)):
+            fields = {"Repr-Digest": f"sha-256=:{digest}:"}
+            answer = await other.api.send("PUT", f"{upload}/files/{path}", data=of, headers=fields)
+            assert answer.status == status
+    part = {"Content-Range": "bytes 0-0/2"}
+    answer = await other.api.send("PUT", f"{upload}/files/part", data=b"1", headers=part)
+    assert answer.refusal == (400, "invalid_parameter")
+    with monkeypatch.context() as patch:
+        patch.setattr(iterate_body, "__defaults__", (0.1,))
         answer = await other.api.send("PUT", f"{upload}/files/part", data=endless_body())
-        assert answer.refusal == (408, "body_timeout")
-        shown = await other.api.get(upload, roles=("admin",))
-        assert {each["path"] for each in shown.json["files"]} == FILES.keys()
-        unknown = (404, "unknown_upload")
-        assert (await other.api.get(upload, roles=("admin",), subject="bob")).refusal == unknown
-        own = forwarded(owner, other, "admin", model_id="uploaded")
-        assert (await other.api.get(upload, roles=(), headers=own)).refusal == unknown
-        await owner.proxy.cut()
-        assert (await other.api.post(f"{upload}/commit")).refusal == (503, "node_unreachable")
-        owner.proxy.heal()
-        refused = await other.api.post(f"{upload}/commit", json={"source": "https://alice:secret@host/m"})
-        assert refused.refusal == (400, "invalid_body")
-        coded = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
-        refused = await other.api.post(f"{upload}/commit", data=gzip.compress(b"{}"), headers=coded)
-        assert refused.refusal == (415, "unsupported_media_type")
-        statement = {"source": "hf://org/repo@main", "resolved": "hf://org/repo@c0ffee"}
-        answer = await other.api.post(f"{upload}/commit", json=statement)
-        assert (answer.status, answer.headers["Location"]) == (201, "/api/v1/models/uploaded")
-        [shown] = (await owner.api.model("uploaded"))["sources"]
-        assert shown.items() >= {**statement, "added_by": "alice"}.items()
-        added = {f"uploaded/1/{path}": data for path, data in FILES.items()}
-        assert files_in(tmp_path / "repository") == added
-        second = (await other.api.post(uploads.replace("/1/", "/2/"))).headers["Location"]
-        assert (await owner.api.send("DELETE", second)).status == 204
-        assert (await owner.api.send("DELETE", f"{second}x")).refusal == unknown
+    assert answer.refusal == (408, "body_timeout")
+    shown = await other.api.get(upload, roles=("admin",))
+    assert {each["path"] for each in shown.json["files"]} == FILES.keys()
+    unknown = (404, "unknown_upload")
+    assert (await other.api.get(upload, roles=("admin",), subject="bob")).refusal == unknown
+    own = forwarded(owner, other, "admin", model_id="uploaded")
+    assert (await other.api.get(upload, roles=(), headers=own)).refusal == unknown
+    await owner.proxy.cut()
+    assert (await other.api.post(f"{upload}/commit")).refusal == (503, "node_unreachable")
+    owner.proxy.heal()
+    refused = await other.api.post(f"{upload}/commit", json={"source": "https://alice:secret@host/m"})
+    assert refused.refusal == (400, "invalid_body")
+    coded = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    refused = await other.api.post(f"{upload}/commit", data=gzip.compress(b"{}"), headers=coded)
+    assert refused.refusal == (415, "unsupported_media_type")
+    statement = {"source": "hf://org/repo@main", "resolved": "hf://org/repo@c0ffee"}
+    answer = await other.api.post(f"{upload}/commit", json=statement)
+    assert (answer.status, answer.headers["Location"]) == (201, "/api/v1/models/uploaded")
+    [shown] = (await owner.api.model("uploaded"))["sources"]
+    assert shown.items() >= {**statement, "added_by": "alice"}.items()
+    added = {f"uploaded/1/{path}": data for path, data in FILES.items()}
+    assert files_in(owner.api.config.repository) == before | added
+    second = (await other.api.post(uploads.replace("/1/", "/2/"))).headers["Location"]
+    assert (await owner.api.send("DELETE", second)).status == 204
+    assert (await owner.api.send("DELETE", f"{second}x")).refusal == unknown
 
 
-async def drain(node: ReachableNode) -> None:
-    await node.app[LOG].submit(DrainNode(node.name, "alice"))
+async def test_forwarded_request_waits_for_what_its_sender_knows(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, node = pair  # at which the next model is loaded, since it has none
+    monkeypatch.setattr(forwarding, "CATCH_UP_S", 0.0)  # which is for models that are here
+    monkeypatch.setattr(forwarding, "CATCH_UP_OR_REFUSE_S", 60.0)
+    save(models.add(1), node.api.config.repository, "late")
+    await until(lambda: node.app[LOG].state.position == owner.app[LOG].state.position)
+    loaded_at = node.app[LOG].state.position + 4  # after the request, the placement and the start
+    path, own = "/v2/models/late/infer", forwarded(owner, node, model_id="late")
+    assert (await send(node, path, own)).refusal == (503, "model_not_loaded")
+    asking = asyncio.create_task(send(node, path, {**own, "Loadledger-Position": str(loaded_at)}))
+    await node.api.load("late")
+    assert (await asking).status == 200
+    serving = node.app[LOG].state.models["late"].serving
+    assert serving is not None
+    assert (serving.server, serving.position) == (node.name, loaded_at)
+    ahead = str(loaded_at + 1000)
+    assert (await send(node, path, {**own, "Loadledger-Position": ahead})).status == 200
 
 
 async def test_no_inference_fails_while_its_model_moves(ledger: Database, tmp_path: Path) -> None:
     async with reachable_nodes(ledger.server_url, tmp_path, "a", "b", "c") as nodes:
         save(models.add(1), tmp_path / "repository", "m")
         owner, _ = await loaded_beside(nodes, "m")
+        (body, fields), arriving = binary(150_000), asyncio.Event()
         stopping, answers = asyncio.Event(), list[Answer]()
 
         async def keep_asking(node: ReachableNode) -> None:
             while not stopping.is_set():
                 answers.append(await ask(node))
 
+        async def parts() -> AsyncIterator[bytes]:
+            yield body[:-1]
+            await arriving.wait()
+            yield body[-1:]
+
+        begun = {**fields, "Content-Length": str(len(body))}
+        slow = asyncio.create_task(owner.api.post(PATHS[0], data=parts(), headers=begun, roles=INFER))
         asking = [asyncio.create_task(keep_asking(node)) for node in nodes]
-        await until(lambda: len(answers) > 20)
-        await drain(owner)
+        await until(lambda: len(answers) > 20 and owner.app[BODIES].taken_bytes > len(body) // 2)
+        await owner.app[LOG].submit(DrainNode(owner.name, "alice"))
         moved_to = await _moved(nodes, owner)
         count = len(answers)
         await until(lambda: len(answers) > count + 20)
@@ -445,6 +461,12 @@ async def test_no_inference_fails_while_its_model_moves(ledger: Database, tmp_pa
         await asyncio.gather(*asking)
         assert [answer.body for answer in answers if answer.status != 200] == []
         assert {answer.headers["Loadledger-Node"] for answer in answers} == {owner.name, moved_to}
+
+        arriving.set()
+        answer = await slow
+        assert (answer.status, answer.headers["Loadledger-Node"]) == (200, moved_to)
+        assert np.frombuffer(answer.body[-600_000:], "<f4")[-1] == 150_000
+        assert not owner.app[BODIES].taken_bytes
 
 
 async def _moved(nodes: Sequence[ReachableNode], owner: ReachableNode) -> str:
@@ -459,60 +481,12 @@ async def _moved(nodes: Sequence[ReachableNode], owner: ReachableNode) -> str:
     return name
 
 
-async def test_forwarded_request_waits_for_what_its_sender_knows(
-    ledger: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(forwarding, "CATCH_UP_S", 0.0)  # which is for models that are here
-    monkeypatch.setattr(forwarding, "CATCH_UP_OR_REFUSE_S", 60.0)
-    async with reachable_node(ledger.server_url, tmp_path, "a") as node:
-        save(models.add(1), tmp_path / "repository", "m")
-        loaded_at = node.app[LOG].state.position + 4  # after the request, the placement and the start
-        own = forwarded(node, node)
-        assert (await send(node, PATHS[0], own)).refusal == (503, "model_not_loaded")
-        asking = asyncio.create_task(send(node, PATHS[0], {**own, "Loadledger-Position": str(loaded_at)}))
-        await node.api.load("m")
-        assert (await asking).status == 200
-        serving = node.app[LOG].state.models["m"].serving
-        assert serving is not None
-        assert serving.position == loaded_at
-        ahead = str(loaded_at + 1000)
-        assert (await send(node, PATHS[0], {**own, "Loadledger-Position": ahead})).status == 200
-
-
-async def test_body_that_arrives_while_its_model_moves_is_forwarded(ledger: Database, tmp_path: Path) -> None:
-    async with reachable_nodes(ledger.server_url, tmp_path, "a", "b") as nodes:
-        save(models.add(1), tmp_path / "repository", "m")
-        owner, other = await loaded_beside(nodes, "m")
-        body, fields = binary(150_000)
-        arriving = asyncio.Event()
-
-        async def parts() -> AsyncIterator[bytes]:
-            yield body[:-1]
-            await arriving.wait()
-            yield body[-1:]
-
-        answering = asyncio.create_task(
-            owner.api.post(
-                PATHS[0], data=parts(), headers={**fields, "Content-Length": str(len(body))}, roles=INFER
-            )
-        )
-        await until(lambda: owner.app[BODIES].taken_bytes > 0)
-        await drain(owner)
-        await other.knows("m", other.name)
-        await owner.knows("m", other.name)
-        arriving.set()
-        answer = await answering
-        assert answer.status == 200
-        assert answer.headers["Loadledger-Node"] == other.name
-        assert np.frombuffer(answer.body[-600_000:], "<f4")[-1] == 150_000
-        assert not owner.app[BODIES].taken_bytes
-
-
-async def test_model_is_loaded_on_demand_where_it_fits(ledger: Database, tmp_path: Path) -> None:
+async def test_good_body_loads_on_demand_where_the_model_fits(ledger: Database, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"on_demand": "on", "max_loaded": 2, "evict": "idle", "min_residency_s": 0}
     url = ledger.server_url
     async with (
-        reachable_node(url, tmp_path, "a", on_demand="on") as roomy,
-        reachable_node(url, tmp_path, "b", on_demand="on", memory_budget="1000000") as small,
+        reachable_node(url, tmp_path, "a", **options) as roomy,
+        reachable_node(url, tmp_path, "b", **options, memory_budget="1000000") as small,
     ):
         for index, node in enumerate((small, roomy)):
             save(models.add(index), tmp_path / "repository", f"m{index}")
@@ -521,34 +495,54 @@ async def test_model_is_loaded_on_demand_where_it_fits(ledger: Database, tmp_pat
             assert answer.headers["Loadledger-Node"] == roomy.name
             assert (ADDRESS in answer.headers) is (node is small)
 
-
-async def test_malformed_body_loads_nothing_at_any_node(ledger: Database, tmp_path: Path) -> None:
-    options = {"on_demand": "on", "max_loaded": 1, "evict": "idle", "min_residency_s": 0}
-    async with reachable_nodes(ledger.server_url, tmp_path, "a", "b", **options) as nodes:
-        for model_id in ("m", "other", "third"):
-            save(models.add(1), tmp_path / "repository", model_id)
-        for model_id in ("other", "third"):  # there is no room without an eviction
-            assert (await ask(nodes[0], f"/v2/models/{model_id}/infer")).status == 200
-        for sender, node in (nodes, nodes[::-1]):
+        save(models.add(1), tmp_path / "repository", "m")  # now there is no room without an eviction
+        for sender, node in ((roomy, small), (small, roomy)):
             for body, headers in MALFORMED:
                 answer = await ask(node, body=body, **headers)
                 assert answer.refusal == (400, "invalid_input")
                 fields = {**forwarded(sender, node), **headers}
                 answer = await node.api.post(PATHS[0], data=body, headers=fields, roles=())
                 assert answer.refusal == (400, "invalid_input")
-        assert await nodes[0].api.types("m") == []
-        assert {"ModelUnloaded"}.isdisjoint([event.type for event in await nodes[0].api.events()])
+        assert await roomy.api.types("m") == []
+        assert {"ModelUnloaded"}.isdisjoint([event.type for event in await roomy.api.events()])
 
 
 async def test_nodes_answer_while_the_database_is_away(ledger: Database, tmp_path: Path) -> None:
-    async with cutting_proxy(ledger.server.address) as proxy:
-        url = ledger.url("ledger_server", (proxy.address[0], proxy.address[1]))
-        async with reachable_nodes(url, tmp_path, "a", "b", lease_s=3.0) as nodes:
-            save(models.add(1), tmp_path / "repository", "m")
-            owner, other = await loaded_beside(nodes, "m")
-            await proxy.cut()
+    """Also for a token revoked since, as `docs/cluster.md` says; but nothing is recorded for it."""
+    async with (
+        cutting_proxy(ledger.server.address) as first,
+        cutting_proxy(ledger.server.address) as second,
+        reachable_node(ledger.url("ledger_server", first.address), tmp_path, "a", lease_s=3.0) as owner,
+    ):
+        save(models.add(1), tmp_path / "repository", "m")
+        await owner.api.load("m")
+        url = ledger.url("ledger_server", second.address)
+        async with reachable_node(url, tmp_path, "b", lease_s=3.0) as other:
+            asked = {"subject": "mallory", "roles": ["admin"], "expires_s": 600}
+            issued = (await other.api.post("/api/v1/tokens", json=asked)).json
+            token = {"Authorization": f"Bearer {issued['token']}"}
+
+            async def try_all(node: ReachableNode) -> list[int]:
+                send = partial(node.api.send, roles=(), headers=token)
+                answers = (
+                    await send("GET", "/api/v1/models"),
+                    await send("POST", PATHS[0], json={"inputs": [ONE]}),
+                    await send("POST", "/api/v1/models/m/unload", json={}),
+                )
+                return [answer.status for answer in answers]
+
+            await until(lambda: issued["jti"] in owner.app[LOG].state.registers.tokens)
+            await first.cut()
+            assert (await other.api.post(f"/api/v1/tokens/{issued['jti']}/revoke")).status == 200
+            assert await try_all(owner) == [200, 200, 503]
+            assert await try_all(other) == [401, 401, 401]
+
+            await second.cut()
+            nodes = owner, other
             await until(lambda: all(node.node.membership.is_late for node in nodes))
-            assert [(await ask(node)).headers["Loadledger-Node"] for node in nodes] == [owner.name] * 2
-            proxy.heal()
+            assert [(await ask(node)).headers["Loadledger-Node"] for node in nodes] == ["a", "a"]
+            for proxy in (first, second):
+                proxy.heal()
             await until(lambda: all(not node.node.membership.is_late for node in nodes))
             assert (await ask(other)).status == 200
+            await when(lambda: try_all(owner), lambda found: found == [401, 401, 401])

@@ -11,13 +11,13 @@ from support.history import History, at, opened
 from support.http import Json, LocalApi, local_server, when
 from support.models import add
 from support.nodes import list_nodes, local_node
-from support.openvino import DEVICE, PRESENT, visible_devices
+from support.openvino import DEVICE, visible_devices
 from support.postgres import Database
 from support.reachable import reachable_node
 from support.workers import until
 
 from answers.nodes import NodeModel
-from events.errors import LogUnavailable, NameInUse
+from events.errors import LogUnavailable
 from events.sqlite.datalock import LEDGER
 from features.nodes.commands import EndNode, JoinNode
 from features.nodes.facts import NodeDraining, NodeLeft
@@ -55,13 +55,11 @@ async def test_server_alone_shows_the_nodes_that_its_ledger_had(tmp_path: Path) 
         assert b"\nloadledger_nodes{" not in (await alone.get("/metrics")).body
 
 
-@pytest.mark.parametrize("present", PRESENT)
-async def test_node_has_attributes_of_devices(ledger: Database, tmp_path: Path, present: list[str]) -> None:
-    with visible_devices(present, tmp_path) as visible:
+async def test_node_has_attributes_of_devices(ledger: Database, tmp_path: Path) -> None:
+    with visible_devices([DEVICE], tmp_path) as visible:
         async with local_node(ledger, tmp_path, "a", node_attributes="zone=eu", **visible) as a:
             attributes = (await list_nodes(a))["a"]["attributes"]
-    of_devices = ["device.openvino=cpu", "device=openvino"] if DEVICE in present else []
-    assert attributes == [*of_devices, "zone=eu"]
+    assert attributes == ["device.openvino=cpu", "device=openvino", "zone=eu"]
 
 
 async def test_drained_node_gives_its_models_away(ledger: Database, tmp_path: Path) -> None:
@@ -100,10 +98,18 @@ async def test_drained_node_gives_its_models_away(ledger: Database, tmp_path: Pa
         past = (await b.get(f"/api/v1/models/m?at={job['position']}")).json
         assert (past["node"], past["state"]) == (home, "loaded")
 
+        with Client.of_data(a.config.data) as client:  # over its socket
+            assert (await asyncio.to_thread(client.drain, other)).phase == "draining"
+            shown = {each.id: each.phase for each in await asyncio.to_thread(client.nodes)}
+        assert shown == {"a": "draining", "b": "draining"}
 
-async def test_load_runs_at_node_with_its_attributes(ledger: Database, tmp_path: Path) -> None:
+
+async def test_load_runs_at_node_with_its_attributes_and_device(ledger: Database, tmp_path: Path) -> None:
     async with local_node(ledger, tmp_path, "a") as a:
         a.save(add(), "m")
+        on_device = {"node_attributes": [], "devices": ["rocm:*"]}
+        refused = await a.post("/api/v1/models/m/load", json=on_device)
+        assert refused.refusal == (409, "device_unavailable")
         (tmp_path / "repository" / "m" / "loadledger.toml").write_text('node_attributes = ["gpu=a"]')
         assert (await a.load("m", node_attributes=[]))["node"] == "a"
         job = (await a.post("/api/v1/models/m/load", json={"node_attributes": ["gpu=a"]})).json
@@ -111,25 +117,19 @@ async def test_load_runs_at_node_with_its_attributes(ledger: Database, tmp_path:
             job["id"], waiting_for="a node that takes loads and has the attributes gpu=a"
         )
         assert waiting["parameters"]["node_attributes"] == ["gpu=a"]
-        async with local_node(ledger, tmp_path, "b", node_attributes="gpu=a,zone=eu") as b:
+        attributes = "device.rocm=0,gpu=a,zone=eu"  # as if it had one
+        async with local_node(ledger, tmp_path, "b", node_attributes=attributes) as b:
+            assert (await list_nodes(a))["b"]["attributes"] == attributes.split(",")
             await a.job_when(job["id"], status="completed", node="b")
             await b.unload("m")
+            failed = await a.failed_load("m", **on_device)
+            assert (failed["node"], failed["error"]["code"]) == ("b", "device_unavailable")
             assert (await a.load("m"))["node"] == "b"
             assert (await a.post("/api/v1/nodes/b/drain")).status == 202
         seen = await when(a.jobs, lambda jobs: jobs[0]["cause"] == "restart" and jobs[0]["waiting_for"])
         assert seen[0]["waiting_for"] == "a node that takes loads and has the attributes gpu=a"
-
-
-async def test_load_on_device_goes_to_a_node_that_has_it(ledger: Database, tmp_path: Path) -> None:
-    async with local_node(ledger, tmp_path, "a") as a:
-        a.save(add(), "m")
-        body = {"devices": ["rocm:*"]}
-        assert (await a.post("/api/v1/models/m/load", json=body)).refusal == (409, "device_unavailable")
-        async with local_node(ledger, tmp_path, "b", node_attributes="device.rocm=0"):  # as if it had one
-            assert "device.rocm=0" in (await list_nodes(a))["b"]["attributes"]
-            job = await a.failed_load("m", **body)
-            assert (job["node"], job["error"]["code"]) == ("b", "device_unavailable")
-        assert (await a.load("m", devices=["rocm:*", "cpu"]))["node"] == "a"
+        a.save(add(), "other")
+        assert (await a.load("other", devices=["rocm:*", "cpu"]))["node"] == "a"
 
 
 async def test_node_without_keys_does_not_start(ledger: Database, tmp_path: Path) -> None:
@@ -170,14 +170,6 @@ async def test_nodes_without_common_keys_do_nothing_together(ledger: Database, t
         assert (await b.api.load("m"))["node"] == "b"
 
 
-async def test_second_server_of_a_name_is_refused(ledger: Database, tmp_path: Path) -> None:
-    async with local_node(ledger, tmp_path, "a") as a:
-        with pytest.raises(NameInUse, match="at http://a, and renews its lease: give this server another"):
-            async with reachable_node(ledger.server_url, tmp_path, "a"):
-                pytest.fail("it started")
-        assert (await list_nodes(a))["a"]["epoch"] == 1
-
-
 async def test_node_starts_over_slow_connection_to_its_database(ledger: Database, tmp_path: Path) -> None:
     """To connect takes longer than a renewal may, which is a third of the lease."""
     async with cutting_proxy(ledger.server.address) as proxy:
@@ -186,14 +178,6 @@ async def test_node_starts_over_slow_connection_to_its_database(ledger: Database
         async with reachable_node(url, tmp_path, "a", lease_s=1.0) as a:
             proxy.heal()
             assert (await list_nodes(a.api))["a"]["phase"] == "joined"
-
-
-async def test_socket_lists_and_drains_nodes(ledger: Database, tmp_path: Path) -> None:
-    async with local_node(ledger, tmp_path, "a") as a:
-        with Client.of_data(a.config.data) as client:
-            asked = await asyncio.to_thread(client.drain, "a")
-            [shown] = await asyncio.to_thread(client.nodes)
-        assert (asked.phase, shown.phase) == ("draining", "draining")
 
 
 # What is shown of a node's lease

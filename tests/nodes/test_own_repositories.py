@@ -20,9 +20,11 @@ async def put(api: LocalApi, model_id: str, data: bytes = MODEL) -> Any:
 
 
 async def test_version_loads_where_it_was_added(ledger: Database, tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        (tmp_path / name / "repository").mkdir(parents=True)
-    async with local_node(ledger, tmp_path, "a", **OWN) as a, local_node(ledger, tmp_path, "b", **OWN) as b:
+    own = {name: tmp_path / f"repository-{name}" for name in ("a", "b")}
+    async with (
+        local_node(ledger, tmp_path, "a", repository=own["a"], **OWN) as a,
+        local_node(ledger, tmp_path, "b", repository=own["b"], **OWN) as b,
+    ):
         for model_id in ("first", "second"):
             assert (await put(a, model_id)).status == 201
             assert (await a.load(model_id))["node"] == "a"  # `b` has more room for the second

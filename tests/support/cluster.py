@@ -12,9 +12,7 @@ import asyncio
 import itertools
 import random
 import resource
-import shutil
 import signal
-import socket
 import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -32,14 +30,14 @@ from events.state import State
 from events.storage import LogHead
 from features.nodes.register import NodePhase
 from runtime.scheduler.scheduler import is_crash_loop
-from server.auth.keys import ensure_data_dir, keys_folder
 from server.config import Config
 from support.cutting import CuttingProxy, cutting_proxy
 from support.disks import FreezableDisk
 from support.fleet import UNLIMITED, Fleet, Source, check_inference, question
 from support.http import Answer, Api, Json, when
-from support.postgres import Address, Database, PostgresServer
-from support.replicas import make_ledger
+from support.nodes import share_keys
+from support.postgres import Address, Database, PostgresServer, free_address
+from support.replicas import change, make_ledger
 from support.servers import Server, limited, serving
 
 LEASE_S = 8.0
@@ -74,14 +72,6 @@ class NodeAnswer:
 LOST_CONNECTION = (aiohttp.ClientError, TimeoutError, OSError)
 
 
-def _free_address() -> Address:
-    """Return a free port at a loopback address that nothing else uses."""
-    host = f"127.{random.randint(64, 254)}.{random.randint(0, 254)}.{random.randint(1, 254)}"
-    with closing(socket.socket()) as free:
-        free.bind((host, 0))
-        return host, free.getsockname()[1]
-
-
 @dataclass(slots=True)
 class ClusterNode:
     """One node, running or not.
@@ -91,8 +81,9 @@ class ClusterNode:
         config: its data directory, and the repository.
         database: of the ledger.
         proxy: between the node and the database.
-        is_frozen: whether its server process was stopped with SIGSTOP.
+        settings: of its server, beside and before the usual ones.
         disk: on which its data directory is, if a test may freeze that.
+        is_frozen: whether its server process was stopped with SIGSTOP.
         has_frozen_disk: whether it is frozen; who reads the replica then would hang, too.
     """
 
@@ -100,11 +91,12 @@ class ClusterNode:
     config: Config
     database: Database
     proxy: CuttingProxy
-    is_frozen: bool = False
+    settings: tuple[str, ...] = ()
     disk: FreezableDisk | None = None
+    is_frozen: bool = False
     has_frozen_disk: bool = False
     _was_ended: bool = True
-    _address: Address = field(default_factory=_free_address)
+    _address: Address = field(default_factory=free_address)
     _server: Server | None = None
     _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
 
@@ -146,7 +138,7 @@ class ClusterNode:
         ledger = self.database.url("ledger_server", self.proxy.address)
         arguments = (f"--ledger={ledger}", f"--node-name={self.name}", f"--host={host}", f"--port={port}")
         own = f"--node-address=http://{host}:{port}"
-        started = serving(self.config, *arguments, own, *SETTINGS, command=limited())
+        started = serving(self.config, *arguments, own, *SETTINGS, *self.settings, command=limited())
         self._server = await self._stack.enter_async_context(started)
         self.is_frozen = self._was_ended = False
 
@@ -261,9 +253,10 @@ class Cluster:
                 node.thaw()
         await asyncio.gather(*(node.start() for node in self.nodes.values() if not node.is_running))
 
-    def follow(self, server: PostgresServer) -> None:
-        """Let the nodes reach another server of the database from their next connection on."""
+    async def follow(self, server: PostgresServer) -> None:
+        """Let the nodes reach another server of the database, after an outage longer than their leases."""
         self.database = Database(server, self.database.name)
+        await self.pass_lease(*self.nodes.values())
         for node in self.nodes.values():
             node.proxy.target = server.address
 
@@ -280,6 +273,21 @@ class Cluster:
             return await when(look, holds)
         except AssertionError:
             raise AssertionError(f"{what or 'the state did not come'}: {self.describe()}") from None
+
+    async def pass_lease(self, *nodes: ClusterNode) -> None:
+        """Let a lease pass by the database's clock, in which these nodes have not renewed theirs."""
+        names = ", ".join(f"'{node.name}'" for node in nodes)
+        await change(
+            self.database,
+            "UPDATE nodes SET steady_since = steady_since - lease_s * interval '1 second'",
+            "UPDATE nodes SET renewed_at = renewed_at - lease_s * interval '1 second'"
+            f" WHERE node_id IN ({names})",
+        )
+
+    async def until_lost(self, node: ClusterNode, epoch: int) -> None:
+        """Wait until a node that cannot renew its lease is lost, as if a lease had passed since."""
+        await self.pass_lease(node)
+        await self.until(is_lost(node.name, epoch))
 
     async def settled(self) -> State:
         """Wait until nodes have joined, nothing is under way, and replicas and processes are as recorded."""
@@ -456,17 +464,22 @@ def find_nodes(state: State, model_ids: list[str]) -> dict[str, str]:
 
 def is_lost(name: str, epoch: int) -> Callable[[State], bool]:
     """Return whether this epoch of a node is recorded as lost, and no later one has begun."""
-    return partial(_is_in, NodePhase.LOST, name, epoch)
+
+    def holds(state: State) -> bool:
+        node = state.registers.nodes[name]
+        return node.phase is NodePhase.LOST and node.epoch == epoch
+
+    return holds
 
 
 def has_joined(name: str, epoch: int) -> Callable[[State], bool]:
-    """Return whether this epoch of a node has begun, and has not ended."""
-    return partial(_is_in, NodePhase.JOINED, name, epoch)
+    """Return whether this epoch of a node, or a later one, has begun and not ended."""
 
+    def holds(state: State) -> bool:
+        node = state.registers.nodes[name]
+        return node.phase is NodePhase.JOINED and node.epoch >= epoch
 
-def _is_in(phase: NodePhase, name: str, epoch: int, state: State) -> bool:
-    node = state.registers.nodes[name]
-    return (node.phase, node.epoch) == (phase, epoch)
+    return holds
 
 
 def are_elsewhere(model_ids: list[str], name: str) -> Callable[[State], bool]:
@@ -510,13 +523,15 @@ def _list_uneven_copies(model: Model, takers: int) -> Iterator[str]:
 async def clustered(
     folder: Path,
     server: PostgresServer,
+    *,
     names: tuple[str, ...] = ("n1", "n2", "n3"),
     disks: Mapping[str, FreezableDisk] | None = None,
     versions: tuple[int, ...] = (1,),
+    settings: tuple[str, ...] = (),
 ) -> AsyncIterator[Cluster]:
     """Run nodes over a new ledger in a PostgreSQL server; kill them after the block.
 
-    Those named in `disks` have their data there.
+    Those named in `disks` have their data there. Settings go before the usual ones.
 
     The ledger's database stays, since the server may be another one by then: it ends with its server.
     """
@@ -525,15 +540,11 @@ async def clustered(
     async with AsyncExitStack() as stack:
         database = await stack.enter_async_context(server.database(make_ledger))
         cluster = Cluster(database, fleet, {})
-        first = Config(repository=repository, data=folder / names[0])
-        ensure_data_dir(first.data)
         for name in names:
             config = Config(repository=repository, data=folder / name)
-            if name != names[0]:
-                config.data.mkdir(mode=0o700, exist_ok=True)
-                shutil.copytree(keys_folder(first.data), keys_folder(config.data))
+            share_keys(folder, config.data)
             proxy = await stack.enter_async_context(cutting_proxy(server.address))
-            node = ClusterNode(name, config, database, proxy, disk=(disks or {}).get(name))
+            node = ClusterNode(name, config, database, proxy, settings, (disks or {}).get(name))
             stack.push_async_callback(node.close)
             cluster.nodes[name] = node
         await cluster.restore()

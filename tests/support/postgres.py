@@ -80,10 +80,18 @@ def require_programs() -> Path:
 
 
 @cache
-def _parent(*, on_disk: bool = False) -> Path:
-    if on_disk or not os.access(MEMORY, os.W_OK) or shutil.disk_usage(MEMORY).total < MIN_MEMORY_BYTES:
+def _parent() -> Path:
+    if not os.access(MEMORY, os.W_OK) or shutil.disk_usage(MEMORY).total < MIN_MEMORY_BYTES:
         return DISK
     return MEMORY
+
+
+def free_address() -> Address:
+    """Return a free port at a loopback address that nothing else uses."""
+    host = f"127.{random.randint(64, 254)}.{random.randint(0, 254)}.{random.randint(1, 254)}"
+    with closing(socket.socket()) as free:
+        free.bind((host, 0))
+        return host, free.getsockname()[1]
 
 
 @dataclass(slots=True)
@@ -109,10 +117,7 @@ class PostgresServer:
     @classmethod
     def placed(cls, home: Path, name: str, settings: dict[str, str], auth: str) -> "PostgresServer":
         """Choose an address for a server; nothing runs yet."""
-        host = f"127.{random.randint(64, 254)}.{random.randint(0, 254)}.{random.randint(1, 254)}"
-        with closing(socket.socket()) as free:
-            free.bind((host, 0))
-            return cls(home, name, host, free.getsockname()[1], settings, auth)
+        return cls(home, name, *free_address(), settings, auth)
 
     @property
     def data(self) -> Path:
@@ -146,10 +151,6 @@ class PostgresServer:
         self._write_settings()
         wait = ("-w", "-t", str(int(LIMIT_S)))
         await self._run("pg_ctl", "start", "-D", str(self.data), "-l", str(self.log), "-s", *wait)
-
-    async def stop(self, mode: Literal["smart", "fast", "immediate"] = "fast") -> None:
-        """Stop the server as an operator does; `fast` ends its clients' connections."""
-        await self._run("pg_ctl", "stop", "-D", str(self.data), "-m", mode, "-s", "-w")
 
     async def kill(self) -> None:
         """Kill all processes of the server with SIGKILL, and wait until they are gone."""
@@ -231,6 +232,7 @@ class PostgresServer:
         finally:
             if self.is_running:
                 async with self.connection() as superuser:
+                    await superuser.execute("SET synchronous_commit = local")  # its standby may be gone
                     await superuser.execute(f"DROP DATABASE IF EXISTS {made.name} WITH (FORCE)")
 
     async def _initialise(self) -> None:
@@ -323,20 +325,18 @@ class Database:
 
 @asynccontextmanager
 async def postgres_server(
-    *, auth: Literal["trust", "scram-sha-256"] = "trust", **settings: str
+    auth: Literal["trust", "scram-sha-256"] = "trust",
 ) -> AsyncIterator[PostgresServer]:
     """Start a server for one test, which may kill it; its standbys end with it.
 
-    Args:
-        auth: how roles that come over TCP prove who they are.
-        settings: of postgresql.conf. With `fsync="on"` its folder is on the disk.
+    `auth` is how roles that come over TCP prove who they are.
     """
     require_programs()
-    home = Path(tempfile.mkdtemp(prefix=PREFIX, dir=_parent(on_disk=settings.get("fsync") == "on")))
+    home = Path(tempfile.mkdtemp(prefix=PREFIX, dir=_parent()))
     own(home)
     _start_keeper(home, os.getpid())
     try:
-        server = PostgresServer.placed(home, "main", settings, auth)
+        server = PostgresServer.placed(home, "main", {}, auth)
         await server.create()
         yield server
     finally:

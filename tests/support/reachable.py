@@ -1,6 +1,5 @@
 """Nodes that reach each other: applications in this process, each behind a proxy at its address."""
 
-import shutil
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -10,16 +9,14 @@ from typing import Any
 
 import jwt
 from aiohttp import web
-from aiohttp.test_utils import TestServer
 
 from nodes.thisnode import ThisNode
 from server.appkeys import LOG
 from server.auth.gate import Principal
-from server.auth.keys import ensure_data_dir, keys_folder
 from server.cluster import CLUSTER
-from server.config import Config
 from support.cutting import CuttingProxy, cutting_proxy
-from support.http import ONE, Answer, LocalApi, application
+from support.http import ONE, Answer, LocalApi
+from support.nodes import local_node
 from support.workers import until
 
 
@@ -73,34 +70,13 @@ class ReachableNode:
 async def reachable_node(
     ledger: str, folder: Path, name: str, **settings: Any
 ) -> AsyncIterator[ReachableNode]:
-    """Serve a node over `repository` and `keys` in a folder; its data are in a folder of its name.
-
-    `ledger` is the URL of the database for servers.
-    """
-    data = folder / name
+    """Serve a node as `local_node` does, behind a proxy; `ledger` is the URL of the database for servers."""
     async with cutting_proxy(("127.0.0.1", 0)) as proxy:
-        config = Config(
-            repository=folder / "repository",
-            data=data,
-            node_name=name,
-            node_address=f"http://{proxy.address[0]}:{proxy.address[1]}",
-            ledger=ledger,
-            **{"visible_devices": "none", **settings},
-        )
-        config.repository.mkdir(exist_ok=True)
-        share_keys(folder, data)
-        async with application(config) as api:
-            assert isinstance(api.client.server, TestServer)
+        address = f"http://{proxy.address[0]}:{proxy.address[1]}"
+        async with local_node(ledger, folder, name, node_address=address, **settings) as api:
             assert api.client.port is not None
             proxy.target = ("127.0.0.1", api.client.port)
             yield ReachableNode(name, api, proxy)
-
-
-def share_keys(folder: Path, data: Path) -> None:
-    """Give a data directory the keys of tokens that all nodes of a folder have."""
-    ensure_data_dir(folder / "keys")
-    if not keys_folder(data).exists():
-        shutil.copytree(keys_folder(folder / "keys"), keys_folder(data))
 
 
 @asynccontextmanager
@@ -126,12 +102,17 @@ async def loaded_beside(nodes: Sequence[ReachableNode], model_id: str) -> tuple[
 
 
 def forwarded(
-    sender: ReachableNode, receiver: ReachableNode, *roles: str, model_id: str = "m", expires_s: float = 3600
+    sender: ReachableNode,
+    receiver: ReachableNode,
+    *roles: str,
+    model_id: str = "m",
+    jti: str = "j",
+    expires_s: float = 3600,
 ) -> dict[str, str]:
     """Return the header fields with which a node forwards a request about a model to another one."""
     to, client = (
         sender.app[LOG].state.registers.nodes[receiver.name],
-        Principal("pia", frozenset(roles or ("infer",)), "j"),
+        Principal("pia", frozenset(roles or ("infer",)), jti),
     )
     token = sender.node.peers.make_token(to, model_id, replace(client, expires_at=time.time() + expires_s))
     return {"Loadledger-Forwarded": sender.name, "Authorization": f"Bearer {token}"}
