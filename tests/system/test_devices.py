@@ -70,7 +70,7 @@ class Running(NamedTuple):
 
 
 def with_models(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """Return a repository with the versions 1 and 2 of `a`, and with `b`: each with 20 MB of its own weights."""
+    """Return a repository with the versions 1 and 2 of `a`, and `b`: each has 20 MB of weights of its own."""
     folder = tmp_path_factory.mktemp("device")
     config = Config(repository=folder / "repository", data=folder / "data")
     for seed, (model_id, version) in enumerate((("a", 1), ("a", 2), ("b", 1))):

@@ -14,6 +14,7 @@ from support.servers import Server, events, refused_start, serving, verified
 from events.audit.kepthead import KEPT_HEAD
 from events.sqlite.datalock import LEDGER
 from events.types import RollbackAccepted
+from server.auth.keys import LEDGER_KEY
 from server.config import Config
 
 
@@ -85,20 +86,17 @@ async def test_server_recovers_each_time_the_ledger_can_be_written_again(config:
     assert [event.model_id for event in log if event.type == "LoadRequested"] == ["m", "n", "n"]
 
 
-async def test_start_with_an_unreadable_key_changes_nothing(config: Config) -> None:
+async def test_start_without_key_or_kept_head_is_refused_until_accepted(config: Config) -> None:
     async with loaded(config) as server:
         await server.kill()
     before = (config.data / LEDGER).read_bytes()
-    (config.data / "ledger.key").write_text("no key")
+    key = (config.data / LEDGER_KEY).read_text()
+    (config.data / LEDGER_KEY).write_text("no key")
     assert "ledger.key is not a readable private key" in await refused_start(config)
-    assert (config.data / LEDGER).read_bytes() == before
-
-
-async def test_ledger_without_its_kept_head_is_served_once_accepted(config: Config) -> None:
-    async with loaded(config) as server:
-        assert await server.stop() == 0
+    (config.data / LEDGER_KEY).write_text(key)
     (config.data / KEPT_HEAD).unlink()
     assert "is missing" in await refused_start(config)
+    assert (config.data / LEDGER).read_bytes() == before
     async with serving(config, "--accept-rollback") as server:
         assert await server.stop() == 0
     assert RollbackAccepted.TYPE in [event.type for event in await events(config)]
