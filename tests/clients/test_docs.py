@@ -12,7 +12,8 @@ from support.pages import ROOT, blocks, expected, printed_as, run_page
 from support.servers import Server, clean_environment, copy_examples, standing
 from yarl import URL
 
-PAGES = ("curl", "tritonclient", "kserve")
+PAGES = ("kserve", "curl", "tritonclient")
+"""In the order in which they run: the first shows the position of its load."""
 PERF_ANALYZER = os.environ.get("PERF_ANALYZER") or shutil.which("perf_analyzer")
 NUMBER = re.compile(r"\d+(\.\d+)?")
 

@@ -37,14 +37,9 @@ COMMAND = limited(limit_auth_failures="20000/minute", head_timeout_s=2.0, timeou
 LIMIT_BYTES = 200_000_000
 """Of each mutated model."""
 CODES = {
-    "invalid_model",
-    "unsafe_file",
-    "warm_up_failed",
-    "out_of_memory",
-    "worker_died",
-    "insufficient_memory",
+    "invalid_model", "unsafe_file", "warm_up_failed", "out_of_memory", "worker_died", "insufficient_memory",
     "timeout",
-}
+}  # fmt: skip
 """With which a mutated model may fail to load."""
 MUTATED = "mutated"
 """How the names of mutated models begin."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support import models
-from support.fleet import Fleet, agreed, check_inference, new_dice, of_both, question, settled, soak_only
+from support.fleet import Fleet, agreed, check_inference, new_dice, of_both, question, settled
 from support.http import when
 from support.models import save, save_bytes
 from support.servers import Server, events, serving, verified
@@ -103,18 +103,6 @@ async def test_restart_with_smaller_budget_reloads_most_recently_used(
         await server.api.load("m02")
         assert set(await agreed(server)) == {"m03", "m02"}
         assert await server.stop() == 0
-    verified(config)
-
-
-@soak_only  # the order is the scheduler's, whose table has this case
-async def test_kill_before_uses_are_stored_reloads_last_loaded(config: Config, fleet: Fleet) -> None:
-    async with serving(config) as server:
-        for model_id in fleet.ids:
-            await server.api.load(model_id)
-        await server.kill()
-    async with serving(config, f"--memory-budget={await budget_for_two(config)}") as server:
-        await settled(server)
-        assert set(await agreed(server)) == {"m04", "m03"}
     verified(config)
 
 
