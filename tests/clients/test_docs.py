@@ -12,18 +12,15 @@ from support.pages import ROOT, blocks, expected, printed_as, run_page
 from support.servers import Server, clean_environment, copy_examples, standing
 from yarl import URL
 
-PAGES = ("kserve", "curl", "tritonclient")
-"""In the order in which they run: the first shows the position of its load."""
+PAGES = ("curl", "tritonclient", "kserve")
 PERF_ANALYZER = os.environ.get("PERF_ANALYZER") or shutil.which("perf_analyzer")
 NUMBER = re.compile(r"\d+(\.\d+)?")
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server of the example models, for all pages."""
-    folder = tmp_path_factory.mktemp("clients")
-    copy_examples(folder)
-    with standing(folder / "examples") as server:
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    copy_examples(tmp_path)
+    with standing(tmp_path / "examples") as server:
         yield server
 
 
@@ -34,16 +31,15 @@ def environment(*folders: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_example_of_a_page_does_what_the_page_says(page: str, server: Server) -> None:
+def test_every_example_of_a_page_does_what_the_page_says(page: str, server: Server, tmp_path: Path) -> None:
     wanted = re.findall(r"\b(curl|jq)\b", (ROOT / f"docs/clients/{page}.md").read_text(encoding="utf-8"))
     if missing := sorted({name for name in wanted if shutil.which(name) is None}):
         pytest.skip(f"the page uses {' and '.join(missing)}, not installed here")
     if page == "kserve":
         pytest.importorskip("kserve", reason="KServe's client is not made for this Python")
     port = str(URL(server.url).port)
-    folder = server.api.config.data.parent
     compared = 0
-    for block, printed in run_page(f"docs/clients/{page}.md", folder, port, environment()):
+    for block, printed in run_page(f"docs/clients/{page}.md", tmp_path, port, environment()):
         if block.answer is not None:
             assert printed_as(block, printed.replace(f":{port}", ":8080")) == expected(block), block.text
             compared += 1
@@ -55,10 +51,11 @@ def test_every_example_of_a_page_does_what_the_page_says(page: str, server: Serv
 )
 def test_perf_analyzer_prints_what_its_page_shows_but_for_the_numbers(server: Server, tmp_path: Path) -> None:
     assert PERF_ANALYZER is not None
-    programs, folder = tmp_path, server.api.config.data.parent
-    (programs / "perf_analyzer").symlink_to(Path(PERF_ANALYZER).absolute())
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "perf_analyzer").symlink_to(Path(PERF_ANALYZER).absolute())
     port = str(URL(server.url).port)
-    ran = list(run_page("docs/clients/perf_analyzer.md", folder, port, environment(programs)))
+    ran = list(run_page("docs/clients/perf_analyzer.md", tmp_path, port, environment(folder)))
     block, printed = ran[-1]
     assert block.answer is not None
     assert NUMBER.sub("N", printed).split() == NUMBER.sub("N", block.answer).split()

@@ -56,9 +56,9 @@ async def test_server_records_what_confines_its_workers(
         await api.load("m")
         assert (await api.infer("m", ONE)).status == 200
         shown = (await api.get("/api/v1/resources")).json["confinement"]
-        facts = [*await api.data_of(ServerStarted), *await api.data_of(ModelLoaded)]
+        started, loaded = await api.data_of(ServerStarted), await api.data_of(ModelLoaded)
     assert shown == {**asdict(recorded), "not_prevented": [*recorded.not_prevented]}
-    assert [fact.confinement for fact in facts] == [recorded, recorded]
+    assert [started[0].confinement, loaded[0].confinement] == [recorded, recorded]
 
 
 def test_check_says_what_confines_workers(config: Config) -> None:

@@ -284,10 +284,10 @@ async def test_add_job_goes_on_with_its_download(api: LocalApi, tmp_path: Path) 
             "XDG_CACHE_HOME": str(cache),
         }
         assert given.keys() == job_variables().keys()
-        trust = {"SSL_CERT_FILE": write_authority(tmp_path)}
+        variables: dict[str, Any] = {**given, "SSL_CERT_FILE": write_authority(tmp_path)}
         arguments = [site.url() if "://" in each else each for each in container("add.yaml")["args"]]
         arguments += ["--digest", f"sha256:{sha256(file.content).hexdigest()}"]
-        ended = [await asyncio.to_thread(run_command, *arguments, **given, **trust) for _ in range(2)]
+        ended = [await asyncio.to_thread(run_command, *arguments, **variables) for _ in range(2)]
     assert [each.exit_code == 0 for each in ended] == [False, True]
     assert (await api.model(arguments[1]))["versions"] == [1]
     assert [asked.headers.get("range") for asked in site.asked] == [None, "bytes=10-", "bytes=10-"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support import models
 from support.fleet import Fleet, agreed, check_inference, new_dice, of_both, question, settled
-from support.http import when
+from support.http import local_server, when
 from support.models import save, save_bytes
 from support.servers import Server, events, serving, verified
 
@@ -129,29 +129,26 @@ async def test_restore_none_unloads_models_and_continues_jobs(config: Config, fl
     assert {(event.data.cause, event.actor) for event in asked} == {(Cause.RESTART, "system")}  # type: ignore[union-attr]
 
 
-async def test_protocol_readiness_waits_for_reloads_after_a_start(config: Config) -> None:
+async def test_protocol_readiness_waits_for_reloads_after_a_start(tmp_path: Path) -> None:
     """As Triton's does by default; `/health/ready` says whether requests are answered at all."""
 
     async def is_ready(path: str) -> tuple[int, str]:
-        answer = await server.api.get(path, roles=())
+        answer = await api.get(path, roles=())
         return answer.status, answer.json.get("detail", "")
 
-    save(models.add(1), config.repository, "m")
-    save(models.counting_loop(), config.repository, "slow")
-    async with serving(config) as server:
+    async with local_server(tmp_path) as api:
+        api.save(models.add(1), "m")
+        api.save(models.counting_loop(), "slow")
         for model_id in ("m", "slow"):
-            await server.api.load(model_id)
-        assert await server.stop() == 0
-    (config.repository / "slow" / "loadledger.toml").write_text(ENDLESS_WARM_UP)
-    async with serving(config) as server:
-        await server.api.model_when("m", state="loaded")
-        [job] = await server.api.jobs("?model=slow&limit=1")
-        await server.api.job_when(job["id"], stage="warming_up")
+            await api.load(model_id)
+    (api.config.repository / "slow" / "loadledger.toml").write_text(ENDLESS_WARM_UP)
+    async with local_server(tmp_path) as api:
+        await api.model_when("m", state="loaded")
+        [job] = await api.jobs("?model=slow&limit=1")
+        await api.job_when(job["id"], stage="warming_up")
         detail = "not well: models; models from before the start that are not back yet: 1"
         assert await is_ready("/v2/health/ready") == (503, detail)
         assert (await is_ready("/health/ready"))[0] == (await is_ready("/v2/health/live"))[0] == 200
-        assert (await server.api.post(f"/api/v1/jobs/{job['id']}/cancel")).status == 202
+        assert (await api.post(f"/api/v1/jobs/{job['id']}/cancel")).status == 202
         await when(lambda: is_ready("/v2/health/ready"), lambda seen: seen[0] == 200)
-        assert (await server.api.model("slow"))["state"] == "unloaded"
-        assert await server.stop() == 0
-    verified(config)
+        assert (await api.model("slow"))["state"] == "unloaded"

@@ -14,18 +14,16 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
-import pytest_asyncio
 from support.clouds import running_fake_cloud, running_s3
-from support.http import ONE
+from support.http import ONE, LocalApi
 from support.origins import COMMIT, Hub, RangedFile, serving_site
 from support.pages import ROOT
 from support.registries import TITLE, running_registry
-from support.servers import MODULE, Server, clean_environment, events, serving
+from support.servers import MODULE, clean_environment
 from support.sources import environment_of
 from support.uploads import FILES, MODEL, staged
 
 from events.types import VersionAdded
-from server.config import Config
 
 RAW, PATH = "application/vnd.cncf.model.weight.v1.raw", "org.cncf.model.filepath"
 LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
@@ -116,23 +114,12 @@ async def run(*arguments: str, environment: Mapping[str, str]) -> str:
     return printed.decode()
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Server]:
-    """A server for the models of all sources."""
-    folder = tmp_path_factory.mktemp("sources")
-    config = Config(repository=folder / "repository", data=folder / "data")
-    config.repository.mkdir()
-    async with serving(config) as server:
-        yield server
-
-
-@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("kind", ["https", "hf", "oci", "oci image", "s3", "gs", "az"])
-async def test_one_line_adds_and_one_loads(kind: str, server: Server, tmp_path: Path) -> None:
+async def test_one_line_adds_and_one_loads(kind: str, shared: LocalApi, tmp_path: Path) -> None:
     folder = tmp_path / "source"
     folder.mkdir()
     async with offered(kind, folder) as offer:
-        me = {"LOADLEDGER_URL": server.url, "LOADLEDGER_TOKEN": server.api.token("admin")}
+        me = {"LOADLEDGER_URL": shared.url, "LOADLEDGER_TOKEN": shared.token("admin")}
         me |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), **offer.environment}
         _, *command, named, source = PRINTED[kind.partition(" ")[0]]
         name = f"{named}-{kind.replace(' ', '-')}"
@@ -140,15 +127,14 @@ async def test_one_line_adds_and_one_loads(kind: str, server: Server, tmp_path: 
         added = await run(*command, name, source, environment=me)
         assert f"{name} version 1: added" in added
         assert offer.resolved in added
-        assert staged(server.api.config.repository) == []
+        assert staged(shared.config.repository) == []
         assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
         if kind == "https":
             await run("load", name, "--wait", environment=me)
-            assert (await server.api.infer(name, ONE)).json["outputs"][0]["data"] == [2]
+            assert (await shared.infer(name, ONE)).json["outputs"][0]["data"] == [2]
         else:
-            await server.api.load(name)
-        [origin] = (await server.api.model(name))["sources"]
+            await shared.load(name)
+        [origin] = (await shared.model(name))["sources"]
         assert (origin["source"], origin["added_by"]) == (source, "alice")
         assert origin["resolved"].startswith(offer.resolved)
-    recorded = [event.type for event in await events(server.api.config) if event.model_id == name]
-    assert recorded.count(VersionAdded.TYPE) == 1
+    assert (await shared.types(name)).count(VersionAdded.TYPE) == 1
