@@ -53,11 +53,6 @@ async def refuses_connections(server: Server) -> None:
             writer.close()
 
 
-async def check_second_server_names_the_first(server: Server, config: Config) -> None:
-    assert f"is in use by process {server.pid};" in await refused_start(config)
-    assert (await server.api.get("/health/ready")).status == 200
-
-
 async def test_serve_prints_its_address_and_children_have_no_http_stack(
     config: Config, tmp_path: Path
 ) -> None:
@@ -82,7 +77,8 @@ async def test_serve_prints_its_address_and_children_have_no_http_stack(
             assert "onnxruntime" in mapped
             for library in ("aiohttp", "yarl", "uvloop", "sqlite"):
                 assert library not in mapped
-        await check_second_server_names_the_first(server, config)
+        assert f"is in use by process {server.pid};" in await refused_start(config)
+        assert (await server.api.get("/health/ready")).status == 200
         assert await server.stop() == 0
         await server.nothing_left()
         assert server.process.stdout is not None
