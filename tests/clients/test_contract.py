@@ -250,8 +250,6 @@ def dialect(request: pytest.FixtureRequest, server: Server) -> Iterator[Dialect]
             yield Triton(server, resources, request.param.split()[1])
 
 
-ROW = np.array([[5, 7]], np.float32)
-
 # The contract
 
 
@@ -437,34 +435,12 @@ def test_repository_index_follows_load_and_unload(
     assert indexed() == {"name": name, "version": "1", "state": "UNAVAILABLE", "reason": "unloaded"}
 
 
-def test_changed_configuration_is_loaded(
-    client: Any, server: Server, admin: dict[str, str], request: pytest.FixtureRequest
-) -> None:
-    name = f"changed-{request.node.callspec.id}"
-    models.save(models.identity(models.FLOAT, [None, 2]), server.api.config.repository, name)
-    client.load_model(name, headers=admin)
-    config: Any = {}
-    for size in (0, 8, 8, 4, 0):
-        config = client.get_model_config(name, headers=admin)
-        config["max_batch_size"] = size
-        client.load_model(name, headers=admin, config=json.dumps(config))
-        assert client.get_model_config(name, headers=admin)["max_batch_size"] == size
-        assert (
-            client.infer(name, [tensor("x", ROW)], headers=dict(admin)).as_numpy("y").tolist() == ROW.tolist()
-        )
-    config["input"][0]["dims"] = [-1, 3]
-    status, message = refusal(client.load_model, name, headers=admin, config=json.dumps(config))
-    assert (status, "input 'x': dims: [-1, 3] contradicts version 1" in message) == (400, True)
-    client.unload_model(name, headers=admin)
-
-
 IDLE = {"model_name": "idle"}
 
 
 @pytest.mark.parametrize(
     ("call", "arguments", "status", "words"),
     [
-        ("load_model", {"model_name": "nothing"}, 404, "nothing"),
         ("load_model", {**IDLE, "headers": None}, 401, "token"),
         ("load_model", {"model_name": "corrupt"}, 400, "model.onnx ends after"),
         ("get_model_config", IDLE, 503, "not loaded"),
