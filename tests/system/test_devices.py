@@ -224,7 +224,6 @@ async def restarted(
 ) -> AsyncIterator[Restarted]:
     """A server after one that measured `a` and `b`, and was killed when `a` was loaded."""
     config = with_models(tmp_path_factory)
-    save(models.weights(4 * MEGABYTES), config.repository, "large")
     async with serving(config, APART, environment=environment) as server:
         await server.api.load("b", **ON_DEVICE)
         await server.api.unload("b")
@@ -233,7 +232,9 @@ async def restarted(
         await server.kill()
     loads = [event.data for event in await events(config) if isinstance(event.data, ModelLoaded)]
     needs = [data.targets[0].memory_bytes or data.peak_memory_bytes for data in loads if data.targets]
-    options = (f"--device-memory={DEVICE}={max(needs) * 3 // 2}", "--evict=idle", "--min-residency-s=0")
+    room_bytes = max(needs) * 3 // 2
+    save(models.weights(room_bytes // 1_000_000 + MEGABYTES), config.repository, "large")
+    options = (f"--device-memory={DEVICE}={room_bytes}", "--evict=idle", "--min-residency-s=0")
     async with serving(config, APART, *options, environment=environment) as server:
         yield Restarted(server, answered)
         assert await server.stop() == 0
