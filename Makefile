@@ -39,7 +39,7 @@ soak: install
 
 SOAKS := runtime/scheduler/test_simulation nodes/test_cluster_simulation runtime/store/test_store \
 	runtime/consumer/test_provenance \
-	$(addprefix system/test_,bench many_models cycles killed_servers killed_processes cluster restore tails)
+	$(addprefix system/test_,bench many_models cycles killed_servers cluster tails)
 
 # Attacks on a server with a good model, in their long forms: some minutes each, with figures.
 hostile: install

@@ -28,21 +28,12 @@ from support.clients import Value
 from tritonclient.utils import serialize_byte_tensor
 
 NAMES: dict[int, str] = {
-    TensorProto.BOOL: "BOOL",
-    TensorProto.UINT8: "UINT8",
-    TensorProto.UINT16: "UINT16",
-    TensorProto.UINT32: "UINT32",
-    TensorProto.UINT64: "UINT64",
-    TensorProto.INT8: "INT8",
-    TensorProto.INT16: "INT16",
-    TensorProto.INT32: "INT32",
-    TensorProto.INT64: "INT64",
-    TensorProto.FLOAT16: "FP16",
-    TensorProto.BFLOAT16: "BF16",
-    TensorProto.FLOAT: "FP32",
-    TensorProto.DOUBLE: "FP64",
-    TensorProto.STRING: "BYTES",
-}
+    TensorProto.BOOL: "BOOL", TensorProto.UINT8: "UINT8", TensorProto.UINT16: "UINT16",
+    TensorProto.UINT32: "UINT32", TensorProto.UINT64: "UINT64", TensorProto.INT8: "INT8",
+    TensorProto.INT16: "INT16", TensorProto.INT32: "INT32", TensorProto.INT64: "INT64",
+    TensorProto.FLOAT16: "FP16", TensorProto.BFLOAT16: "BF16", TensorProto.FLOAT: "FP32",
+    TensorProto.DOUBLE: "FP64", TensorProto.STRING: "BYTES",
+}  # fmt: skip
 """What the protocol calls ONNX's element types; it has no name for the others."""
 
 
@@ -87,43 +78,23 @@ class Case:
 
 
 SAMPLE = {
-    "abs": "abs",
-    "affinegrid": "affine_grid_3d_align_corners_expanded",
+    "abs": "abs", "affinegrid": "affine_grid_3d_align_corners_expanded",
     "ai_onnx_ml.label_encoder": "ai_onnx_ml_label_encoder_string_int_no_default",
-    "castlike": "castlike_FLOAT_to_BFLOAT16 castlike_DOUBLE_to_FLOAT16_expanded"
-    " castlike_FLOAT8E4M3FN_to_FLOAT16",
-    "concat": "concat_1d_axis_0",
-    "elu": "elu_example",
-    "flatten": "flatten_axis2",
-    "flexattention": "flexattention_soft_cap_expanded_ver26",
-    "gelu": "gelu_tanh_1_expanded",
-    "globalaveragepool": "globalaveragepool_precomputed",
-    "gridsample": "gridsample_zeros_padding",
-    "hardswish": "hardswish_expanded",
-    "isinf": "isinf_positive",
-    "leakyrelu": "leakyrelu_expanded",
-    "lrn": "lrn_default",
-    "matmulinteger": "matmulinteger",
-    "max": "max_int8 max_uint32 max_uint64",
-    "negativeloglikelihoodloss": "nllloss_NCd1d2_with_weight_expanded",
-    "pad": "edge_pad",
-    "prelu": "prelu_broadcast_expanded",
-    "reducel2": "reduce_l2_default_axes_keepdims_example_expanded",
-    "reducemax": "reduce_max_keepdims_random",
-    "regex_full_match": "regex_full_match_basic",
-    "resize": "resize_upsample_sizes_nearest",
-    "rnn": "simple_rnn_bidirectional",
-    "roialign": "roialign_mode_max",
-    "sequenceinsert": "sequence_insert_at_back",
-    "shrink": "shrink_hard",
-    "slice": "slice_default_axes",
-    "softmax": "softmax_axis_1",
-    "softplus": "softplus_example",
-    "split": "split_equal_parts_default_axis_opset13",
-    "string_split": "string_split_no_delimiter",
-    "topk": "top_k_same_values_2d",
-    "transpose": "transpose_all_permutations_3",
-}
+    "castlike": "castlike_FLOAT_to_BFLOAT16 castlike_DOUBLE_to_FLOAT16 castlike_FLOAT8E4M3FN_to_FLOAT16",
+    "concat": "concat_1d_axis_0", "elu": "elu_example", "flatten": "flatten_axis2",
+    "flexattention": "flexattention_soft_cap_expanded_ver26", "gelu": "gelu_tanh_1_expanded",
+    "globalaveragepool": "globalaveragepool_precomputed", "gridsample": "gridsample_zeros_padding",
+    "hardswish": "hardswish_expanded", "isinf": "isinf_positive", "leakyrelu": "leakyrelu_expanded",
+    "lrn": "lrn_default", "matmulinteger": "matmulinteger", "max": "max_int8 max_uint32 max_uint64",
+    "negativeloglikelihoodloss": "nllloss_NCd1d2_with_weight_expanded", "pad": "edge_pad",
+    "prelu": "prelu_broadcast_expanded", "reducel2": "reduce_l2_default_axes_keepdims_example_expanded",
+    "reducemax": "reduce_max_keepdims_random", "regex_full_match": "regex_full_match_basic",
+    "resize": "resize_upsample_sizes_nearest", "rnn": "simple_rnn_bidirectional",
+    "roialign": "roialign_mode_max", "sequenceinsert": "sequence_insert_at_back", "shrink": "shrink_hard",
+    "slice": "slice_default_axes", "softmax": "softmax_axis_1", "softplus": "softplus_example",
+    "split": "split_equal_parts_default_axis_opset13", "string_split": "string_split_no_delimiter",
+    "topk": "top_k_same_values_2d", "transpose": "transpose_all_permutations_3",
+}  # fmt: skip
 """Cases by the module of their operator: kinds of operators and datatypes of tensors; a sequence and an 8-bit
 float, which the protocol has no name for; and one case that ONNX Runtime does not implement."""
 

@@ -17,69 +17,22 @@ from runtime.wire import DATATYPES
 from server.v2.codec import HEADER_LENGTH
 
 NUMBERS: tuple[Any, ...] = (
-    0,
-    -0.0,
-    1.5,
-    1e308,
-    -1e-320,
-    2**53 + 1,
-    *EDGES,
-    10**30,
-    True,
-    None,
-    "",
-    "1",
-    "\ud800",
-    "é" * 40,
-    float("nan"),
-    float("inf"),
-    -float("inf"),
-)
+    0, -0.0, 1.5, 1e308, -1e-320, 2**53 + 1, *EDGES, 10**30, True, None, "", "1", "\ud800", "é" * 40,
+    float("nan"), float("inf"), -float("inf"),
+)  # fmt: skip
 """Elements of tensors; `json.dumps` writes NaN and Infinity, which are numbers in data alone."""
 SHAPES: tuple[Any, ...] = (
-    [],
-    [0],
-    [1],
-    [2],
-    [3],
-    [1, 1],
-    [2, 2],
-    [64],
-    [1, 64],
-    [-1],
-    [0, 2**31 - 1],
-    [2**31],
-    [2**31 - 1] * 8,
-    [2**32, 2**32],
-    [2**62, 4],
-    [1] * 64,
-    [1] * 65,
-    [1] * 100_000,
-    [True],
-    [1.0],
-    ["1"],
-    [None],
-    [[1]],
-    None,
-    "1",
-    {},
-)
+    [], [0], [1], [2], [3], [1, 1], [2, 2], [64], [1, 64], [-1], [0, 2**31 - 1], [2**31], [2**31 - 1] * 8,
+    [2**32, 2**32], [2**62, 4], [1] * 64, [1] * 65, [1] * 100_000, [True], [1.0], ["1"], [None], [[1]],
+    None, "1", {},
+)  # fmt: skip
 """Shapes that overflow 32 or 64 bits, are empty or have too many dimensions, and values that are no shape."""
 TEXTS: tuple[Any, ...] = ("", "x", "y", "\0", "x" * 5000, "\udfff", "\u202ex", "../x", "id", 1, None, [], {})
 """Names and ids."""
 PARAMETERS = (
-    "binary_data_size",
-    "binary_data_output",
-    "binary_data",
-    "timeout",
-    "sequence_id",
-    "priority",
-    "classification",
-    "shared_memory_region",
-    "shared_memory_byte_size",
-    "triton_x",
-    "unknown",
-)
+    "binary_data_size", "binary_data_output", "binary_data", "timeout", "sequence_id", "priority",
+    "classification", "shared_memory_region", "shared_memory_byte_size", "triton_x", "unknown",
+)  # fmt: skip
 LENGTHS: tuple[str, ...] = (
     "", "0", "1", "-1", "+1", " 7", "1.5", "1e3", "0x10", "9" * 5000, "\u00b2", "00000000000012",
 )  # fmt: skip

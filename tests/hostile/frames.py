@@ -45,19 +45,8 @@ CODES: tuple[LoadCode, ...] = ("invalid_model", "unsafe_file", "warm_up_failed")
 PLACES = (0, 1, 2**20, 2**25 - 8, 2**25, 2**62)
 """In shared memory, and beyond it."""
 VALUES: tuple[Any, ...] = (
-    "",
-    "x" * 5000,
-    "Infer",
-    "INT64",
-    None,
-    True,
-    1.5,
-    b"\xff",
-    [],
-    {},
-    [[]],
-    [[0]] * 500,
-)
+    "", "x" * 5000, "Infer", "INT64", None, True, 1.5, b"\xff", [], {}, [[]], [[0]] * 500,
+)  # fmt: skip
 
 
 def frame(message: Message, tensors: Sequence[Tensor] = ()) -> bytes:

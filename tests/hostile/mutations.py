@@ -15,23 +15,10 @@ EDGES = (
 )
 """Around the ends of what integers hold."""
 NAMES = (
-    b"",
-    b"\0",
-    b"/etc/passwd",
-    b"../../../../etc/passwd",
-    b"/proc/self/environ",
-    b"*/_ORT_MEM_ADDR_/*",
-    b".",
-    b"model.onnx",
-    b"%s%n%x",
-    b"\xff\xfe\x80",
-    b"\xed\xa0\x80",
-    b"\xe2\x80\xae\xe2\x80\x8b",
-    b"a" * 5000,
-    b"-1",
-    b"18446744073709551615",
-    b"9223372036854775807",
-)
+    b"", b"\0", b"/etc/passwd", b"../../../../etc/passwd", b"/proc/self/environ", b"*/_ORT_MEM_ADDR_/*",
+    b".", b"model.onnx", b"%s%n%x", b"\xff\xfe\x80", b"\xed\xa0\x80", b"\xe2\x80\xae\xe2\x80\x8b",
+    b"a" * 5000, b"-1", b"18446744073709551615", b"9223372036854775807",
+)  # fmt: skip
 """Texts for names, locations, offsets and lengths: empty, not UTF-8, of other files, endless."""
 OPERATORS = tuple(
     b"""

@@ -39,8 +39,10 @@ for take in (lambda: "", lambda: "guessed", lambda: open(f"{folder}/{key_name}")
         found.append(ask(take()))
     except OSError as error:
         found.append(type(error).__name__)
-print(json.dumps(found))
+print(json.dumps(found), flush=True)
+os._exit(0)
 """
+"""It ends as a worker does, without the interpreter's own end, which takes 20 s there."""
 
 
 async def attack(data: Path, process: str) -> list[int | str]:

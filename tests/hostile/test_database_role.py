@@ -45,7 +45,7 @@ from features.rules import LoadPolicy
 from server.appkeys import LOG
 
 INFER = "/v2/models/m/infer"
-MODELS = "mnopqrst"
+MODELS = "mnop"
 
 
 MakeBody = Callable[[int, str], str]

@@ -1,4 +1,4 @@
-"""A disk with errors, a clock that jumps, and no more descriptors, processes or threads, for one server.
+"""A disk with errors or full, a clock that jumps, and no more descriptors, processes or threads.
 
 Traffic goes on all the time; a fault may refuse loads, and fails no inference of a loaded model.
 """
@@ -13,14 +13,15 @@ import socket
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 from support.campaign import Attack, attacked
+from support.disks import SmallDisk, small_disk
 from support.fleet import Fleet, new_dice, of_both
-from support.servers import address, limited
+from support.servers import MODULE, address, limited, refused_start
 from support.shims import Shim, build_shim, environment_of
 from support.traffic import traffic
 from support.workers import LIMIT_S
@@ -85,6 +86,41 @@ async def test_io_errors_fail_no_inference(faulty: Faulty) -> None:
             await attack.work_again()
     attack.counts["failed calls"] = failed = disk.numbers[-1]
     assert failed
+
+
+# A full disk, of the ledger and the private copies of models.
+
+DISK_BYTES = 96 * 2**20
+"""Room for the models here, and for what traffic adds to the ledger."""
+FREE_BYTES = (0, 0, 4096, 65536, 2**20, 6 * 2**20)
+"""Free space on the disk: too little for an event, for a group of events, or for a model."""
+
+
+async def test_full_disk_refuses_loads_and_fails_no_inference(config: Config, tmp_path: Path) -> None:
+    dice, fleet = new_dice(), Fleet(config.repository, 3)
+    with small_disk(tmp_path / "data", DISK_BYTES) as disk:
+        config = replace(config, data=disk.folder)
+        await _check_start(config, disk)
+        command = (*disk.prefix, *MODULE)
+        async with (
+            attacked(config, command=command, expected_errors=ERRORS, see_data=disk.copy_ledger) as attack,
+            traffic(attack, fleet, dice),
+        ):
+            for _ in range(ROUNDS):
+                disk.fill(dice.choice(FREE_BYTES))
+                await asyncio.sleep(dice.uniform(0, FAULT_S))  # a random moment
+                disk.drain()
+                await attack.work_again()
+                attack.counts["disk full"] += 1
+
+
+async def _check_start(config: Config, disk: SmallDisk) -> None:
+    """Check that a server which has no room for its keys says so, and leaves none half-written."""
+    disk.fill()
+    said = await refused_start(config, command=(*disk.prefix, *MODULE))
+    disk.drain()
+    assert "No space left on device" in said
+    assert list((config.data / "keys").iterdir()) == []
 
 
 # Jumps of the wall clock.

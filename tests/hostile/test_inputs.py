@@ -37,14 +37,9 @@ COMMAND = limited(limit_auth_failures="20000/minute", head_timeout_s=2.0, timeou
 LIMIT_BYTES = 200_000_000
 """Of each mutated model."""
 CODES = {
-    "invalid_model",
-    "unsafe_file",
-    "warm_up_failed",
-    "out_of_memory",
-    "worker_died",
-    "insufficient_memory",
+    "invalid_model", "unsafe_file", "warm_up_failed", "out_of_memory", "worker_died", "insufficient_memory",
     "timeout",
-}
+}  # fmt: skip
 """With which a mutated model may fail to load."""
 MUTATED = "mutated"
 """How the names of mutated models begin."""
@@ -54,28 +49,16 @@ SERVER_STATUSES = {501, 503, 505}
 """Answers of the server to what it does not know, or not now."""
 
 FILES: dict[str, ModelProto] = {
-    "add": models.add(),
-    "subtract": models.subtract(),
-    "maps": models.zip_map(),
-    "optional": models.optional_input(),
-    "options": models.optional_output(),
-    "scan": models.running_total(),
-    "loop": models.counting_loop(),
-    "unique": models.distinct_rows(),
-    "sequence": models.sequence_input(),
-    "default": models.with_default(),
-    "grown": models.grown(1000),
-    "widened": models.widened(1000),
-    "texts": models.strings(),
-    "layers": models.misaligned(side=20),
-    "table": models.look_up(),
-    "zeros": models.memory_bomb_on_zeros(1000),
-    "external": models.external("w.bin"),
-    "crash": models.crash_on_load(),
-    "crash on zeros": models.crash_on_zeros(),
-    "bomb": models.memory_bomb_on_load(),
+    "add": models.add(), "subtract": models.subtract(), "maps": models.zip_map(),
+    "optional": models.optional_input(), "options": models.optional_output(),
+    "scan": models.running_total(), "loop": models.counting_loop(), "unique": models.distinct_rows(),
+    "sequence": models.sequence_input(), "default": models.with_default(), "grown": models.grown(1000),
+    "widened": models.widened(1000), "texts": models.strings(), "layers": models.misaligned(side=20),
+    "table": models.look_up(), "zeros": models.memory_bomb_on_zeros(1000),
+    "external": models.external("w.bin"), "crash": models.crash_on_load(),
+    "crash on zeros": models.crash_on_zeros(), "bomb": models.memory_bomb_on_load(),
     "bomb on zeros": models.memory_bomb_on_zeros(),
-}
+}  # fmt: skip
 ORIGINALS = {name: model.SerializeToString() for name, model in FILES.items()} | {
     f"digits {version}": (ROOT / f"examples/digits/{version}/model.onnx").read_bytes() for version in (1, 2)
 }

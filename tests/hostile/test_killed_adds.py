@@ -14,13 +14,14 @@ from pathlib import Path
 
 from support import models
 from support.fleet import as_text, new_dice, of_both, tell
+from support.http import LocalApi
 from support.origins import HANG, Asked, RangedFile, serving_site
-from support.servers import MODULE, Server, clean_environment, serving, verified
+from support.servers import MODULE, clean_environment
 from support.sources import environment_of
 from support.uploads import staged
 from support.workers import until
 
-from server.config import Config
+from events.audit.verify import verify
 
 KILLS = of_both(short=3, long=50)
 SOON_S, LATE_S, UPLOAD_S = 0.3, 1.0, 0.15
@@ -52,13 +53,12 @@ class Source:
 class Adder:
     """Runs the command, again and again."""
 
-    server: Server
-    repository: Path
+    api: LocalApi
     source: str
     environment: dict[str, str]
 
     async def start(self) -> Process:
-        me = {"LOADLEDGER_URL": self.server.url, "LOADLEDGER_TOKEN": self.server.api.token("admin")}
+        me = {"LOADLEDGER_URL": self.api.url, "LOADLEDGER_TOKEN": self.api.token("admin")}
         command = (*MODULE, "add", "m", self.source, "--version", "1", "--digest", PINNED)
         environment = clean_environment() | self.environment | me
         return await create_subprocess_exec(*command, env=environment, stdout=DEVNULL)
@@ -67,7 +67,7 @@ class Adder:
         """Kill it so long after its start, or after its upload's; return whether it had ended before."""
         process = await self.start()
         if uploads:
-            await until(lambda: bool(staged(self.repository)) or process.returncode is not None)
+            await until(lambda: bool(staged(self.api.config.repository)) or process.returncode is not None)
         await asyncio.sleep(life_s)  # a random moment
         if process.returncode is None:
             process.kill()
@@ -80,28 +80,28 @@ def visible(repository: Path) -> dict[str, bytes]:
     return {each.relative_to(repository).as_posix(): each.read_bytes() for each in shown if each.is_file()}
 
 
-async def test_killed_add_leaves_no_half_version_and_goes_on(config: Config, tmp_path: Path) -> None:
+async def test_killed_add_leaves_no_half_version_and_goes_on(api: LocalApi, tmp_path: Path) -> None:
+    repository = api.config.repository
     dice, whole = new_dice(), {"m/1/model.onnx": MODEL}
     slow = Source(dice)
-    async with serving_site(slow) as site, serving(config) as server:
-        adder = Adder(server, config.repository, site.url(), environment_of(site, tmp_path))
+    async with serving_site(slow) as site:
+        adder = Adder(api, site.url(), environment_of(site, tmp_path))
         while slow.counts["kills"] < KILLS:
             slow.is_open = dice.random() < 1 / 2  # then it is killed in its upload
             life_s = dice.uniform(0, UPLOAD_S) if slow.is_open else dice.uniform(SOON_S, LATE_S)
             has_ended = await adder.kill_after(life_s, uploads=slow.is_open)
             slow.counts["ended" if has_ended else "kills"] += 1
-            found = visible(config.repository)
+            found = visible(repository)
             assert found in (whole, {})
             assert found == whole or not has_ended
-            slow.counts["in mid-upload"] += not found and bool(staged(config.repository))
+            slow.counts["in mid-upload"] += not found and bool(staged(repository))
             if found:  # the answer to its commit may have been lost
                 slow.counts["added"] += 1
-                assert (await server.api.send("DELETE", VERSION)).status == 204
+                assert (await api.send("DELETE", VERSION)).status == 204
         slow.is_open = True
         while await (await adder.start()).wait():  # a commit that was on its way has come
-            assert (await server.api.send("DELETE", VERSION)).status == 204
-        assert visible(config.repository) == whole
+            assert (await api.send("DELETE", VERSION)).status == 204
+        assert visible(repository) == whole
         assert [*(tmp_path / "cache/loadledger").iterdir()] == []
-        await server.stop()
-    verified(config)
+    assert verify(api.ledger).finding is None
     tell(f"adds that were killed: {as_text(slow.counts)}")

@@ -4,19 +4,29 @@
 """
 
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.clients import run_command
 from support.fleet import of_both
 from support.http import LocalApi, application, when
 from support.servers import refused_start
 from support.signing import make_key, public_pem
 
 from events.sqlite.datalock import LEDGER
-from server.auth.keys import LEDGER_KEY, create_key, ensure_data_dir, keys_folder, list_keys, sign_token
+from server.auth.keys import (
+    LEDGER_KEY,
+    KeyProblem,
+    create_key,
+    ensure_data_dir,
+    keys_folder,
+    list_keys,
+    sign_token,
+)
 from server.config import Config
 
 NOBODY = 65534
@@ -47,14 +57,20 @@ async def status_of(api: LocalApi, token: str) -> int:
     return (await api.send("GET", "/api/v1/models", roles=(), headers=headers)).status
 
 
+async def test_writable_data_directory_refuses_the_start(config: Config) -> None:
+    ensure_data_dir(config.data)
+    config.data.chmod(0o777)
+    assert f"{config.data} has mode 0777: every user of this machine" in await refused_start(config)
+
+
 @as_nobody
-async def test_replaced_keys_are_refused_at_start(config: Config) -> None:
+def test_keys_of_another_user_are_refused(config: Config) -> None:
     ensure_data_dir(config.data)
     config.data.chmod(0o777)
     attack(config.data, REPLACE_KEYS)
-    assert f"{config.data} has mode 0777: every user of this machine" in await refused_start(config)
     config.data.chmod(0o700)  # as the message says; the keys are still nobody's
-    assert f"{config.data / 'keys'} belongs to another user ({NOBODY})" in await refused_start(config)
+    with pytest.raises(KeyProblem, match=rf"keys belongs to another user \({NOBODY}\)"):
+        ensure_data_dir(config.data)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +109,8 @@ MODES = of_both(short=(0o666,), long=tuple(0o600 | bits for bits in range(0o100)
 
 
 @pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
-async def test_what_others_may_write_is_refused(config: Config, place: Callable[[Config], Path]) -> None:
+def test_what_others_may_write_is_refused(config: Config, place: Callable[[Config], Path]) -> None:
+    """`serve` refuses what `check` does."""
     ensure_data_dir(config.data)
     (config.data / LEDGER).touch(0o600)
     for name in ("rule.pub", "provider.pem"):
@@ -103,6 +120,7 @@ async def test_what_others_may_write_is_refused(config: Config, place: Callable[
     path = place(config)
     for mode in (each | (0o111 if path.is_dir() else 0) for each in MODES):
         path.chmod(mode)
-        refusal = await refused_start(config, f"--config={config.repository / 'server.toml'}")
-        assert f"{path} has mode {mode:04o}" in refusal
-        assert "`chmod " in refusal
+        folders = (f"--repository={config.repository}", f"--data={config.data}", "--port=0")
+        found = run_command("check", *folders, f"--config={config.repository / 'server.toml'}")
+        assert found.exit_code == 1
+        assert re.search(rf"{path} has mode {mode:04o}: .*; `chmod ", found.output)

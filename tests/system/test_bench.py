@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.connections import odd_server
-from support.fleet import soak_only
+from support.fleet import of_both, soak_only
 from support.postgres import require_programs
 from support.servers import clean_environment
 from yarl import URL
@@ -63,7 +63,10 @@ PARTS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     ),
     "policies": (FEWER_LOADS, ("--only=policies", *ONCE, "--swaps=3")),
     "compute": (None, ("--only=compute", "--rounds=1", "--seconds=2")),
-    "tails": (None, ("--only=tails", "--tails=20", "--tail-seconds=1")),
+    "tails": (
+        None,
+        ("--only=tails", *of_both(short=("--tails=50", "--tail-seconds=1"), long=("--tails=1000",))),
+    ),
     "ledger": (None, ("--only=ledger", "--facts=2000", "--rounds=1")),
     "cluster": (
         SMALL_CLUSTER,

@@ -3,13 +3,15 @@
 import os
 import re
 import sys
+from pathlib import Path
 
 import pytest
+from msgspec.structs import asdict
 from playwright.async_api import expect
 from support import models
 from support.browser import Console, chromium, needs_browser
 from support.clients import run_command
-from support.http import ONE
+from support.http import ONE, local_server
 from support.models import save
 from support.servers import MODULE, events, refused_start, serving
 
@@ -37,34 +39,26 @@ ACTS = ("read_files", *(("read_memory",) if os.geteuid() else ()))
 OPEN = Confinement("auto", 0, seccomp=True, not_prevented=ACTS)
 
 
-async def test_confined_server_records_it(config: Config) -> None:
-    if not find_abi():
-        pytest.skip("this kernel has no Landlock")
-    save(models.add(), config.repository, "m")
-    async with serving(config, "--confine=require") as server:
-        await server.api.load("m")
-        resources = (await server.api.get("/api/v1/resources")).json
-    assert resources["confinement"] == {
-        "mode": "require", "landlock_abi": find_abi(), "seccomp": True, "not_prevented": [],
-    }  # fmt: skip
-    recorded = [
-        event.data.confinement
-        for event in await events(config)
-        if isinstance(event.data, ServerStarted | ModelLoaded)
-    ]
-    assert recorded == [FULL, FULL]
-
-
-async def test_unconfined_server_loads_and_records_it(config: Config) -> None:
-    save(models.add(), config.repository, "m")
-    async with serving(config, "--confine=off") as server:
-        await server.api.load("m")
-        assert (await server.api.infer("m", ONE)).status == 200
-        assert await server.stop() == 0
-    [recorded] = [
-        event.data.confinement for event in await events(config) if isinstance(event.data, ModelLoaded)
-    ]
-    assert recorded == Confinement("off", 0, seccomp=False, not_prevented=ALL_ACTS)
+@pytest.mark.parametrize(
+    ("mode", "recorded"),
+    [
+        pytest.param(
+            "require", FULL, marks=pytest.mark.skipif(not find_abi(), reason="this kernel has no Landlock")
+        ),
+        ("off", Confinement("off", 0, seccomp=False, not_prevented=ALL_ACTS)),
+    ],
+)
+async def test_server_records_what_confines_its_workers(
+    tmp_path: Path, mode: str, recorded: Confinement
+) -> None:
+    async with local_server(tmp_path, confine=mode) as api:
+        api.save(models.add(), "m")
+        await api.load("m")
+        assert (await api.infer("m", ONE)).status == 200
+        shown = (await api.get("/api/v1/resources")).json["confinement"]
+        started, loaded = await api.data_of(ServerStarted), await api.data_of(ModelLoaded)
+    assert shown == {**asdict(recorded), "not_prevented": [*recorded.not_prevented]}
+    assert [started[0].confinement, loaded[0].confinement] == [recorded, recorded]
 
 
 def test_check_says_what_confines_workers(config: Config) -> None:

@@ -10,15 +10,16 @@ import aiohttp
 import pytest
 from support import models
 from support.fleet import settled
-from support.http import ENDLESS, ONE
+from support.http import ENDLESS, LIMIT_S, ONE, Api, LocalApi
 from support.models import save, save_bytes
-from support.servers import Server, events, limited, serving, verified
+from support.servers import events, limited, serving, verified
 from support.streams import following
 from support.workers import computing, until
 
 from events.sqlite.datalock import LEDGER
 from events.types import Event, ServerStarted
 from server.config import Config
+from server.serve import _wait_for_end
 
 
 def types(log: list[Event], job_id: str) -> list[str]:
@@ -93,13 +94,12 @@ JOB_WITHOUT_EVENT: dict[str, object] = {
     "created_at": "2026-01-01T00:00:00.000000Z", "created_position": 1000, "position": 1000,
     "requested_by": "nobody", "cause": "request", "load": {}, "deadline_at": "then",
 }  # fmt: skip
-EVENT_WITHOUT_TIME = {
+EVENT_WITHOUT_TIME: dict[str, object] = {
     "position": 2, "id": "x", "type": "ServerStopped", "schema": 1, "job_id": None, "model_id": None,
     "version": None, "worker_id": None, "actor": "system", "recorded_at": "never", "data": {},
 }  # fmt: skip
 INSERT_JOB = "INSERT INTO jobs (created_position, id, body) VALUES (1000, 'x', ?)"
 INSERT_EVENT = "INSERT INTO events (position, body, hash) VALUES (2, ?, zeroblob(32))"
-DAMAGE = {"consumer": (INSERT_JOB, JOB_WITHOUT_EVENT), "writer": (INSERT_EVENT, EVENT_WITHOUT_TIME)}
 
 
 def recorded(ledger: Path) -> list[str]:
@@ -109,27 +109,30 @@ def recorded(ledger: Path) -> list[str]:
         return [kind for (kind,) in connection.execute(query)]
 
 
-async def request_load(server: Server, model_id: str) -> None:
+async def request_load(api: Api, model_id: str) -> None:
     """Request a load that cannot be recorded; the server may end before it answers."""
     with suppress(aiohttp.ClientError):
-        assert (await server.api.post(f"/api/v1/models/{model_id}/load")).status == 503
+        assert (await api.post(f"/api/v1/models/{model_id}/load")).status == 503
 
 
-@pytest.mark.parametrize("part", DAMAGE)
-async def test_death_of_a_part_ends_the_server_uncleanly(config: Config, part: str) -> None:
+def damage(ledger: Path, statement: str, body: dict[str, object]) -> None:
+    """Have the next load of `breaks` fail, and add what cannot be read then."""
+    with closing(sqlite3.connect(ledger, isolation_level=None, timeout=60)) as connection:
+        connection.execute("PRAGMA ignore_check_constraints = ON")
+        connection.execute(FAIL_LOADS)
+        connection.execute(statement, (json.dumps(body),))
+
+
+async def test_death_of_the_writer_ends_the_process_uncleanly(config: Config) -> None:
     for model_id in ("breaks", "m"):
         save(models.add(1), config.repository, model_id)
-    ledger, (statement, body) = config.data / LEDGER, DAMAGE[part]
+    ledger = config.data / LEDGER
     async with serving(config) as server:
-        with closing(sqlite3.connect(ledger, isolation_level=None, timeout=60)) as connection:
-            connection.execute("PRAGMA ignore_check_constraints = ON")
-            connection.execute(FAIL_LOADS)
-            connection.execute(statement, (json.dumps(body),))
-        await request_load(server, "breaks")
-        if part == "writer":
-            await request_load(server, "m")
+        damage(ledger, INSERT_EVENT, EVENT_WITHOUT_TIME)
+        for model_id in ("breaks", "m"):
+            await request_load(server.api, model_id)
         assert await server.ended() == 1
-        assert f"{part} ended; the server stops" in server.output.read_text()
+        assert "writer ended; the server stops" in server.output.read_text()
     assert recorded(ledger) == ["ServerStarted"]  # no ServerStopped: the next start is unclean
 
 
@@ -142,16 +145,30 @@ END
 """
 
 
-async def test_death_of_the_tails_ends_the_server_uncleanly(config: Config) -> None:
-    save(models.add(1), config.repository, "m")
-    ledger = config.data / LEDGER
-    async with serving(config) as server, following(server.api) as stream:
-        await server.api.load("m")
-        await stream.until("live")
-        with closing(sqlite3.connect(ledger, isolation_level=None, timeout=60)) as connection:
-            connection.executescript(LEAVE_GAP)
-        with suppress(aiohttp.ClientError):  # the server may end before it answers
-            await server.api.post("/api/v1/models/m/load", json={"pinned": True})
-        assert await server.ended() == 1
-        assert "tails ended; the server stops" in server.output.read_text()
-    assert "ServerStopped" not in recorded(ledger)
+async def exit_code(api: LocalApi) -> int:
+    """Wait for the end of a part, and return the code with which the process would exit."""
+    async with asyncio.timeout(LIMIT_S):
+        return await _wait_for_end(api.app, asyncio.Event())
+
+
+@pytest.mark.parametrize("part", ["consumer", "tails"])
+async def test_death_of_consumer_or_tails_ends_serving(
+    api: LocalApi, caplog: pytest.LogCaptureFixture, part: str
+) -> None:
+    api.save(models.add(1), "breaks")
+    if part == "consumer":
+        damage(api.ledger, INSERT_JOB, JOB_WITHOUT_EVENT)
+        await request_load(api, "breaks")
+        code = await exit_code(api)
+    else:
+        async with following(api) as stream:
+            await api.load("breaks")
+            await stream.until("live")
+            with closing(sqlite3.connect(api.ledger, isolation_level=None, timeout=60)) as connection:
+                connection.executescript(LEAVE_GAP)
+            await api.post("/api/v1/models/breaks/load", json={"pinned": True})
+            code = await exit_code(api)
+    assert code == 1
+    assert f"{part} ended; the server stops" in caplog.text
+    await api.client.close()
+    assert "ServerStopped" not in recorded(api.ledger)

@@ -10,10 +10,11 @@ import re
 import signal
 import threading
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from typing import NamedTuple
 
 import numpy as np
 import pytest
+import pytest_asyncio
 import tritonclient.http as triton
 from onnx import ModelProto, helper
 from support import models
@@ -25,11 +26,11 @@ from support.servers import APART, Server, address, bearer, events, serving, ver
 from support.workers import computing, until
 
 from events.types import ModelLoaded, ModelUnloaded
-from features.devices.facts import DeviceUse
 from features.devices.names import CPU, provider_of
 from runtime.memory import tree_bytes
 from server.config import Config
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 DEVICE = os.environ.get("DEVICE", "openvino:cpu")
 ON_DEVICE: Json = {"devices": [DEVICE]}
 CYCLES = of_both(short=3, long=200)
@@ -53,12 +54,42 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return openvino_environment(tmp_path_factory.mktemp("openvino"))
 
 
-@pytest.fixture
-def weights(config: Config) -> Config:
-    """A repository with the versions 1 and 2 of `a`, and with `b`: each with 20 MB of weights of its own."""
+class Running(NamedTuple):
+    """A server with `DEVICE`, which tests share, and its directories."""
+
+    server: Server
+    config: Config
+
+    async def taken_bytes(self) -> int:
+        """Return the memory in use of the device, or of the processes where it has none of its own."""
+        device = await device_of(self.server.api)
+        if device["total_bytes"] is None:
+            return tree_bytes(self.server.pid)
+        used: int = device["total_bytes"] - device["free_bytes"]
+        return used
+
+
+def with_models(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Return a repository with the versions 1 and 2 of `a`, and `b`: each has 20 MB of weights of its own."""
+    folder = tmp_path_factory.mktemp("device")
+    config = Config(repository=folder / "repository", data=folder / "data")
     for seed, (model_id, version) in enumerate((("a", 1), ("a", 2), ("b", 1))):
         save(models.weights(MEGABYTES, seed=seed), config.repository, model_id, version)
     return config
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def running(
+    environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Running]:
+    """A server with `DEVICE`; each test leaves no model on it, and it stops with a sound ledger."""
+    config = with_models(tmp_path_factory)
+    save(half_on_device(), config.repository, "half")
+    save(models.counting_loop(), config.repository, "loop")
+    async with serving(config, "--limit-management=off", environment=environment) as server:
+        yield Running(server, config)
+        assert await server.stop() == 0
+    verified(config)
 
 
 def half_on_device() -> ModelProto:
@@ -85,44 +116,35 @@ async def device_of(api: Api) -> Json:
     return next(each for each in found if each["device"] == DEVICE)
 
 
-async def loaded_uses(config: Config) -> list[Sequence[DeviceUse]]:
-    """Return the devices of each load on one, from the ledger."""
-    log = await events(config)
-    return [event.data.targets for event in log if isinstance(event.data, ModelLoaded) and event.data.targets]
-
-
 def assert_close(found: Sequence[float], expected: Sequence[float]) -> None:
     largest = np.max(np.abs(expected))
     assert largest > 0
     assert np.max(np.abs(np.subtract(found, expected))) <= TOLERANCE * largest
 
 
-async def test_load_infer_swap_and_unload_on_device(weights: Config, environment: dict[str, str]) -> None:
-    async with serving(weights, environment=environment) as server:
-        await server.api.load("a", version=1)
-        on_cpu = await answer(server.api, "a")
-        await server.api.load("a", version=1, **ON_DEVICE)
-        assert_close(await answer(server.api, "a"), on_cpu)
-        model = await server.api.model("a")
-        assert [(use["device"], use["provider"]) for use in model["devices"]] == [
-            (DEVICE, provider_of(DEVICE))
-        ]
-        assert (await device_of(server.api))["models"] == 1
+async def test_load_infer_swap_and_unload_on_device(running: Running) -> None:
+    server, config = running
+    await server.api.load("a", version=1)
+    on_cpu = await answer(server.api, "a")
+    await server.api.load("a", version=1, **ON_DEVICE)
+    assert_close(await answer(server.api, "a"), on_cpu)
+    model = await server.api.model("a")
+    assert [(use["device"], use["provider"]) for use in model["devices"]] == [(DEVICE, provider_of(DEVICE))]
+    assert (await device_of(server.api))["models"] == 1
 
-        is_swapped = threading.Event()
-        asked = asyncio.create_task(asyncio.to_thread(ask_triton, server, is_swapped))
-        await server.api.load("a", version=2, **ON_DEVICE)
-        is_swapped.set()
-        await asked
-        model = await server.api.model("a")
-        assert (model["version"], model["devices"][0]["device"]) == (2, DEVICE)
-        await server.api.unload("a")
-        await when(lambda: device_of(server.api), lambda device: device["models"] == 0)
-        assert await server.stop() == 0
-    verified(weights)
-    unloads = [event.data for event in await events(weights) if isinstance(event.data, ModelUnloaded)]
-    assert not any(data.unreturned_bytes for data in unloads)
-    assert all(uses[0].nodes > 0 and uses[0].version for uses in await loaded_uses(weights))
+    is_swapped = threading.Event()
+    asked = asyncio.create_task(asyncio.to_thread(ask_triton, server, is_swapped))
+    await server.api.load("a", version=2, **ON_DEVICE)
+    is_swapped.set()
+    await asked
+    model = await server.api.model("a")
+    assert (model["version"], model["devices"][0]["device"]) == (2, DEVICE)
+    await server.api.unload("a")
+    await when(lambda: device_of(server.api), lambda device: device["models"] == 0)
+    facts = [event.data for event in await events(config) if event.model_id == "a"]
+    assert not any(fact.unreturned_bytes for fact in facts if isinstance(fact, ModelUnloaded))
+    uses = [fact.targets[0] for fact in facts if isinstance(fact, ModelLoaded) and fact.targets]
+    assert all(use.nodes > 0 and use.version for use in uses)
 
 
 def ask_triton(server: Server, is_swapped: threading.Event) -> None:
@@ -135,128 +157,112 @@ def ask_triton(server: Server, is_swapped: threading.Event) -> None:
         client.infer("a", [row], headers=bearer(server, "infer"))
 
 
-async def test_nodes_the_device_lacks_are_refused_or_recorded(
-    config: Config, environment: dict[str, str]
-) -> None:
-    save(half_on_device(), config.repository, "half")
-    async with serving(config, environment=environment) as server:
-        refused = await server.api.failed_load("half", **ON_DEVICE)
-        assert refused["error"]["code"] == "fallback_refused"
-        assert "Normalizer" in refused["error"]["message"]
-        await server.api.load("half", **ON_DEVICE, fallback=CPU)
-        uses = (await server.api.model("half"))["devices"]
-        assert [use["device"] for use in uses] == [DEVICE, CPU]
-        missing = await server.api.post("/api/v1/models/half/load", json={"devices": ["abacus:0"]})
-        assert missing.refusal == (409, "device_unavailable")
-        assert DEVICE in missing.json["detail"]
-        assert await server.stop() == 0
-    verified(config)
+async def test_nodes_the_device_lacks_are_refused_or_recorded(running: Running) -> None:
+    api = running.server.api
+    refused = await api.failed_load("half", **ON_DEVICE)
+    assert refused["error"]["code"] == "fallback_refused"
+    assert "Normalizer" in refused["error"]["message"]
+    await api.load("half", **ON_DEVICE, fallback=CPU)
+    uses = (await api.model("half"))["devices"]
+    assert [use["device"] for use in uses] == [DEVICE, CPU]
+    missing = await api.post("/api/v1/models/half/load", json={"devices": ["abacus:0"]})
+    assert missing.refusal == (409, "device_unavailable")
+    assert DEVICE in missing.json["detail"]
+    await api.unload("half")
 
 
-@asynccontextmanager
-async def with_room_for_one(weights: Config, environment: dict[str, str]) -> AsyncIterator[Server]:
-    """Run a server on whose device one and a half of `a` have room, as an earlier server has measured it."""
-    async with serving(weights, environment=environment) as server:
-        await server.api.load("a", version=1, **ON_DEVICE)
-        await server.api.unload("a")
+async def test_killed_worker_and_stuck_worker_leave_the_device(running: Running) -> None:
+    server = running.server
+    await server.api.load("loop", **ON_DEVICE, fallback=CPU)
+    before = await server.api.model("loop")
+    os.kill(server.worker(), signal.SIGKILL)
+    after = await when(
+        lambda: server.api.model("loop"),
+        lambda model: model["state"] == "loaded" and model["job_id"] != before["job_id"],
+    )
+    assert after["devices"][0]["device"] == DEVICE
+    is_computing = computing(server.worker())
+    endless = asyncio.create_task(server.api.infer("loop", MANY_TRIPS))
+    await until(is_computing)
+    await server.api.unload("loop", force=True)
+    assert (await endless).status >= 500
+    await when(lambda: device_of(server.api), lambda device: device["models"] == 0)
+
+
+async def test_loads_and_unloads_on_device_leave_its_memory_flat(running: Running) -> None:
+    api = running.server.api
+
+    async def cycle() -> None:
+        await api.load("a", version=1, **ON_DEVICE)
+        await answer(api, "a")
+        await api.unload("a")
+
+    await cycle()
+    before = await running.taken_bytes()
+    for _ in range(CYCLES):
+        await cycle()
+    lost_each_time = CYCLES * MEGABYTES * 1_000_000
+    most = of_both(short=before + lost_each_time // 2, long=before * MEMORY_GOAL)
+    assert await running.taken_bytes() <= most
+
+
+class Restarted(NamedTuple):
+    """A server on whose device one and a half of `a` have room, after one that was killed.
+
+    Attributes:
+        server: the second one.
+        answered: by `a` on the device, before the first was killed.
+    """
+
+    server: Server
+    answered: list[float]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def restarted(
+    environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Restarted]:
+    """A server after one that measured `a` and `b`, and was killed when `a` was loaded."""
+    config = with_models(tmp_path_factory)
+    async with serving(config, APART, environment=environment) as server:
         await server.api.load("b", **ON_DEVICE)
         await server.api.unload("b")
-        assert await server.stop() == 0
-    loads = [event.data for event in await events(weights) if isinstance(event.data, ModelLoaded)]
-    needs = [data.targets[0].memory_bytes or data.peak_memory_bytes for data in loads if data.targets]
-    options = (f"--device-memory={DEVICE}={max(needs) * 3 // 2}", "--evict=idle", "--min-residency-s=0")
-    async with serving(weights, *options, environment=environment) as server:
-        yield server
-
-
-async def test_models_beyond_device_memory_evict_each_other(
-    weights: Config, environment: dict[str, str]
-) -> None:
-    async with with_room_for_one(weights, environment) as server:
-        for model_id, other in (("a", "b"), ("b", "a"), ("a", "b")):
-            await server.api.load(model_id, version=1, **ON_DEVICE)
-            await server.api.model_when(other, state="unloaded")
-            assert (await device_of(server.api))["models"] == 1
-        await server.api.load("b")  # the CPU has room beside it
-        assert (await server.api.model("a"))["state"] == "loaded"
-        assert await server.stop() == 0
-    verified(weights)
-
-
-async def test_model_that_exhausts_device_fails_with_the_numbers(
-    config: Config, environment: dict[str, str]
-) -> None:
-    save(models.weights(MEGABYTES), config.repository, "a")
-    async with serving(config, f"--device-memory={DEVICE}=5MB", environment=environment) as server:
-        failed = await server.api.failed_load("a", **ON_DEVICE)
-        assert failed["error"]["code"] == "insufficient_memory"
-        needed = rf"it needs [\d,]+ MB \(estimated from its files\) of memory .*{DEVICE}.* 5.0 MB in all"
-        assert re.search(needed, failed["error"]["message"]), failed["error"]
-        await server.api.load("a", devices=[DEVICE, CPU])  # the second has room
-        assert (await server.api.model("a")).get("devices") is None
-        assert await server.stop() == 0
-    verified(config)
-
-
-async def test_killed_worker_and_stuck_worker_leave_the_device(
-    config: Config, environment: dict[str, str]
-) -> None:
-    save(models.counting_loop(), config.repository, "loop")
-    async with serving(config, environment=environment) as server:
-        await server.api.load("loop", **ON_DEVICE, fallback=CPU)
-        before = await server.api.model("loop")
-        os.kill(server.worker(), signal.SIGKILL)
-        after = await when(
-            lambda: server.api.model("loop"),
-            lambda model: model["state"] == "loaded" and model["job_id"] != before["job_id"],
-        )
-        assert after["devices"][0]["device"] == DEVICE
-        is_computing = computing(server.worker())
-        endless = asyncio.create_task(server.api.infer("loop", MANY_TRIPS))
-        await until(is_computing)
-        await server.api.unload("loop", force=True)
-        assert (await endless).status >= 500
-        await when(lambda: device_of(server.api), lambda device: device["models"] == 0)
-        assert await server.stop() == 0
-    verified(config)
-
-
-async def test_killed_server_restores_model_on_device(weights: Config, environment: dict[str, str]) -> None:
-    async with serving(weights, APART, environment=environment) as server:
         await server.api.load("a", version=1, **ON_DEVICE)
-        expected = await answer(server.api, "a")
+        answered = await answer(server.api, "a")
         await server.kill()
-    async with serving(weights, APART, environment=environment) as server:
-        await server.api.model_when("a", state="loaded")
-        assert_close(await answer(server.api, "a"), expected)
-        assert (await server.api.model("a"))["devices"][0]["device"] == DEVICE
+    loads = [event.data for event in await events(config) if isinstance(event.data, ModelLoaded)]
+    needs = [data.targets[0].memory_bytes or data.peak_memory_bytes for data in loads if data.targets]
+    room_bytes = max(needs) * 3 // 2
+    save(models.weights(room_bytes // 1_000_000 + MEGABYTES), config.repository, "large")
+    options = (f"--device-memory={DEVICE}={room_bytes}", "--evict=idle", "--min-residency-s=0")
+    async with serving(config, APART, *options, environment=environment) as server:
+        yield Restarted(server, answered)
         assert await server.stop() == 0
-    verified(weights)
-    assert len(await loaded_uses(weights)) == 2
+    verified(config)
 
 
-async def test_loads_and_unloads_on_device_leave_its_memory_flat(
-    weights: Config, environment: dict[str, str]
-) -> None:
-    async with serving(weights, "--limit-management=off", environment=environment) as server:
+async def test_killed_server_restores_model_on_device(restarted: Restarted) -> None:
+    api = restarted.server.api
+    model = await api.model_when("a", state="loaded")
+    assert_close(await answer(api, "a"), restarted.answered)
+    assert model["devices"][0]["device"] == DEVICE
 
-        async def cycle() -> None:
-            await server.api.load("a", version=1, **ON_DEVICE)
-            await answer(server.api, "a")
-            await server.api.unload("a")
 
-        async def taken() -> int:
-            device = await device_of(server.api)
-            if device["total_bytes"] is None:
-                return tree_bytes(server.pid)
-            used: int = device["total_bytes"] - device["free_bytes"]
-            return used
+async def test_models_beyond_device_memory_evict_each_other(restarted: Restarted) -> None:
+    api = restarted.server.api
+    for model_id, other in (("a", "b"), ("b", "a"), ("a", "b")):
+        await api.load(model_id, version=1, **ON_DEVICE)
+        await api.model_when(other, state="unloaded")
+        assert (await device_of(api))["models"] == 1
+    await api.load("b")  # the CPU has room beside it
+    assert (await api.model("a"))["state"] == "loaded"
 
-        await cycle()
-        before = await taken()
-        for _ in range(CYCLES):
-            await cycle()
-        lost_each_time = CYCLES * MEGABYTES * 1_000_000
-        assert await taken() <= of_both(short=before + lost_each_time // 2, long=before * MEMORY_GOAL)
-        assert await server.stop() == 0
-    verified(weights)
+
+async def test_model_that_exhausts_device_fails_with_the_numbers(restarted: Restarted) -> None:
+    api = restarted.server.api
+    failed = await api.failed_load("large", **ON_DEVICE)
+    assert failed["error"]["code"] == "insufficient_memory"
+    needed = rf"it needs [\d,]+ MB \(estimated from its files\) of memory .*{DEVICE}.* [\d,.]+ MB in all"
+    assert re.search(needed, failed["error"]["message"]), failed["error"]
+    await api.load("large", devices=[DEVICE, CPU])  # the second has room
+    assert (await api.model("large")).get("devices") is None

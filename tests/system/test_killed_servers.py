@@ -1,15 +1,20 @@
 """kill -9 of the server at random moments; `make soak` does so 200 times.
 
-Each start checks what the one before accepted: every job ends, and an idempotency key finds its job again.
+It leaves no process, whatever its workers do. Each start checks what the one before accepted: every job ends,
+and an idempotency key finds its job again.
 """
 
 import asyncio
+import os
 import random
+import signal
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
+from uuid import uuid4
 
 import aiohttp
+from support import leaks
 from support.fleet import (
     UNLIMITED,
     Fleet,
@@ -27,6 +32,7 @@ from support.fleet import (
 )
 from support.servers import Server, events, serving, verified
 from support.traffic import KeyedRequest, Traffic
+from support.workers import until
 
 from events.types import CancelRequested, Event, LoadRequested, UnloadRequested
 from server.config import Config
@@ -101,14 +107,19 @@ async def ask_until_gone(traffic: Traffic, dice: random.Random) -> None:
 async def live(lives: Lives, config: Config) -> None:
     """Start a server, check what the last one left, send requests, and kill it."""
     dice = lives.dice
-    async with serving(config, *SETTINGS) as server:
+    run = uuid4().hex
+    async with serving(config, *SETTINGS, environment={leaks.MARK: run}) as server:
         clients, traffic = list[asyncio.Task[None]](), Traffic(server, lives.fleet)
         if dice.random() < 0.75:  # else it is killed while it recovers
             await lives.check(server, config)
             own = [random.Random(dice.random()) for _ in range(CLIENTS)]
             clients = [asyncio.create_task(ask_until_gone(traffic, each)) for each in own]
         await asyncio.sleep(dice.uniform(0, LIFE_S if clients else RECOVERY_S))  # a random moment
-        await server.kill()
+        if len(server.children()) > 1 and dice.random() < 0.5:
+            os.kill(server.children()[-1], signal.SIGSTOP)
+        server.send(signal.SIGKILL)
+        await server.ended()
+        await until(lambda: not list(leaks.find_processes(run)))
         await asyncio.gather(*clients)
     lives.add(traffic)
     lives.counts["killed"] += 1

@@ -13,12 +13,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 from support import models
-from support.http import Api, when
-from support.models import save
-from support.servers import LIMIT_S, Server, serving
+from support.http import LIMIT_S, Api, LocalApi, local_server, when
 from yarl import URL
-
-from server.config import Config
 
 PAGE = Path(__file__).parents[2] / "docs" / "deployment.md"
 MAIN = """
@@ -45,7 +41,7 @@ def page_configuration(**changes: str) -> str:
 
 
 @asynccontextmanager
-async def proxied(server: Server, config: Config, folder: Path, **changes: str) -> AsyncIterator[Api]:
+async def proxied(server: LocalApi, folder: Path, **changes: str) -> AsyncIterator[Api]:
     """Run nginx before a server, and yield a client of it."""
     program = os.environ.get("NGINX") or shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
     if program is None:
@@ -59,7 +55,7 @@ async def proxied(server: Server, config: Config, folder: Path, **changes: str) 
     process = await asyncio.create_subprocess_exec(program, "-c", folder / "nginx.conf", "-p", folder)
     try:
         async with aiohttp.ClientSession() as session:
-            api = Api(session, f"http://127.0.0.1:{port}", config)
+            api = Api(session, f"http://127.0.0.1:{port}", server.config)
             await when(lambda: is_up(api), bool)
             yield api
     finally:
@@ -81,13 +77,13 @@ async def status(api: Api) -> int:
         return response.status
 
 
-async def test_nginx_passes_tensors_and_events_and_limits_clients(config: Config, tmp_path: Path) -> None:
-    save(models.identity(shape=[None]), config.repository, "m")
+async def test_nginx_passes_tensors_and_events_and_limits_clients(tmp_path: Path) -> None:
     changes = {"limit_conn addresses": "1", "client_header_timeout": "1s"}
     async with (
-        serving(config, "--trusted-proxies=127.0.0.1") as server,
-        proxied(server, config, tmp_path, **changes) as api,
+        local_server(tmp_path, trusted_proxies="127.0.0.1") as server,
+        proxied(server, tmp_path, **changes) as api,
     ):
+        server.save(models.identity(shape=[None]), "m")
         await api.load("m")
         floats = [float(number) for number in range(100_000)]
         tensor = {"name": "x", "shape": [len(floats)], "datatype": "FP32", "data": floats}

@@ -1,20 +1,37 @@
-"""The examples of the documentation are run, and their output is compared."""
+"""The examples of the documentation and of `examples/` are run, and their output is compared."""
 
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import yaml
 from support.openvino import openvino_environment
-from support.pages import FAMILIES, ROOT, Block, blocks, expected, printed_as, run_alone, run_page, says
+from support.pages import (
+    FAMILIES,
+    LIMIT_S,
+    ROOT,
+    Block,
+    blocks,
+    expected,
+    printed_as,
+    run_alone,
+    run_page,
+    says,
+)
 from support.servers import QUIET, bare_environment, copy_examples, copy_tree, fresh_environment, standing
 from yarl import URL
 
 QUICK_START = "docs/quick-start.md"
+EXAMPLES = "examples/README.md"
+NOTEBOOK = ROOT / "examples/pictures.ipynb"
 GUIDES = {
     "docs/how-to/add-a-model-by-name.md": 5,
     "docs/how-to/add-an-optimised-file.md": 2,
@@ -35,18 +52,20 @@ GUIDES = {
 PACKAGES = {
     "docs/how-to/get-a-model-into-onnx.md": ("lightgbm", "onnxmltools", "skl2onnx", "xgboost"),
     "docs/how-to/use-tritons-client.md": ("tritonclient",),
+    EXAMPLES: ("skl2onnx", "sklearn"),
+    "the notebook": ("ipykernel", "nbclient", "PIL", "sklearn"),
 }
 """Packages that pages import besides ours and its requirements."""
-STANDING = {
-    "docs/models.md": ("", 11),
-    "docs/events.md": ("", 5),
-    "docs/memory.md": ("--max-loaded 1 --evict idle --min-residency-s 0 --on-demand on", 5),
-    "docs/time-travel.md": ("", 5),
-    "docs/client.md": ("", 9),
-    "docs/devices.md": ("", 6),
-    "docs/verify-it-yourself.md": ("", 7),
+STANDING: dict[str, tuple[str, dict[str, int]]] = {
+    "events": ("", {"docs/events.md": 5, "docs/time-travel.md": 5, "docs/verify-it-yourself.md": 7}),
+    "client": ("", {"docs/client.md": 9, "docs/models.md": 11}),
+    "devices": ("", {"docs/devices.md": 6}),
+    "memory": (
+        "--max-loaded 1 --evict idle --min-residency-s 0 --on-demand on",
+        {"docs/memory.md": 5},
+    ),
 }
-"""Pages that need the quick start's server: its options, and how many answers are compared."""
+"""Options of a server, and the pages that need it, one after the other: how many answers are compared."""
 MIGRATIONS = [page for page in GUIDES if "come-from" in page]
 """Guides whose tables have another server's words in the first column and ours beside them."""
 ELSEWHERE = {
@@ -72,29 +91,31 @@ def search_path() -> str:
     return os.pathsep.join([os.environ["PATH"], *([str(Path(SIGNING).parent)] if SIGNING else [])])
 
 
-def skip_without_programs(page: str) -> None:
-    text = (ROOT / page).read_text(encoding="utf-8")
+def skip_without_needs(page: str, text: str | None = None) -> None:
+    """Skip the test if there is not what a page uses."""
+    text = text or (ROOT / page).read_text(encoding="utf-8")
     found = [name for name in PROGRAMS if re.search(rf"\b{name}\b", text)]
     missing = [name for name in found if shutil.which(name, path=search_path()) is None]
+    missing += [name for name in PACKAGES.get(page, ()) if find_spec(name) is None]
     if missing:
         pytest.skip(f"the page uses {' and '.join(missing)}, not installed here")
 
 
-@pytest.mark.parametrize(
-    ("page", "options", "comparisons"), [(page, *rest) for page, rest in STANDING.items()]
-)
-def test_examples_print_what_the_page_says(tmp_path: Path, page: str, options: str, comparisons: int) -> None:
-    assert not options or f"`{options}`" in (ROOT / page).read_text()
-    skip_without_programs(page)
+@pytest.mark.parametrize(("options", "pages"), STANDING.values(), ids=STANDING)
+def test_examples_print_what_the_page_says(tmp_path: Path, options: str, pages: dict[str, int]) -> None:
+    for page in pages:
+        skip_without_needs(page)
     copy_examples(tmp_path)
-    plugin = openvino_environment(tmp_path) if "openvino" in (ROOT / page).read_text() else None
+    plugin = openvino_environment(tmp_path) if "docs/devices.md" in pages else None
     with standing(tmp_path / "examples", *options.split(), environment=plugin) as server:
-        port = str(URL(server.url).port)
-        ran = run_page(page, tmp_path, port, fresh_environment(tmp_path / "home"))
-        answers = [(block, printed) for block, printed in ran if block.answer is not None]
-    for block, printed in answers:
-        assert printed_as(block, printed) == expected(block), block.text
-    assert len(answers) == comparisons
+        for page, comparisons in pages.items():
+            assert not options or f"`{options}`" in (ROOT / page).read_text()
+            port = str(URL(server.url).port)
+            ran = run_page(page, tmp_path, port, fresh_environment(tmp_path / "home"))
+            answers = [(block, printed) for block, printed in ran if block.answer is not None]
+            for block, printed in answers:
+                assert printed_as(block, printed) == expected(block), f"{page}: {block.text}"
+            assert len(answers) == comparisons, page
 
 
 def compared(ran: Iterable[tuple[Block, str]]) -> int:
@@ -107,28 +128,66 @@ def compared(ran: Iterable[tuple[Block, str]]) -> int:
 
 @pytest.mark.parametrize("page", GUIDES)
 def test_guide_prints_what_it_says(tmp_path: Path, page: str) -> None:
-    skip_without_programs(page)
-    if missing := [name for name in PACKAGES.get(page, ()) if find_spec(name) is None]:
-        pytest.skip(f"the page uses {' and '.join(missing)}, not installed here")
+    skip_without_needs(page)
     environment = fresh_environment(tmp_path / "home") | QUIET
     environment["PATH"] = os.pathsep.join([environment["PATH"], search_path()])
-    ran = run_alone(page, tmp_path, environment)
-    assert compared(ran) == GUIDES[page]
+    assert compared(run_alone(page, tmp_path, environment)) == GUIDES[page]
 
 
-@pytest.mark.parametrize("page", GUIDES)
-def test_guide_names_its_starting_point(page: str) -> None:
-    before, _, _ = (ROOT / page).read_text(encoding="utf-8").partition("```sh")
-    assert "in the environment of the [quick start](../quick-start.md)" in before.replace("\n", " ")
+def test_guides_name_their_starting_point() -> None:
+    for page in GUIDES:
+        before, _, _ = (ROOT / page).read_text(encoding="utf-8").partition("```sh")
+        assert "in the environment of the [quick start](../quick-start.md)" in before.replace("\n", " "), page
 
 
 def test_quick_start_works_in_a_copy_of_the_tree(tmp_path: Path) -> None:
-    skip_without_programs(QUICK_START)
+    skip_without_needs(QUICK_START)
     assert compared(run_alone(QUICK_START, tmp_path, bare_environment(tmp_path), copy_tree)) == 8
 
 
+def test_readme_of_the_examples_prints_what_it_says(tmp_path: Path) -> None:
+    skip_without_needs(EXAMPLES)
+
+    def copy(here: Path) -> None:
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / "examples", here / "examples", ignore=ignored)
+
+    assert compared(run_alone(EXAMPLES, tmp_path, fresh_environment(tmp_path / "home") | QUIET, copy)) == 4
+
+
+def cell_outputs(notebook: Path) -> Iterator[tuple[int, str]]:
+    """Yield the number of each cell that printed something, and what it printed."""
+    for number, cell in enumerate(json.loads(notebook.read_text(encoding="utf-8"))["cells"]):
+        streams = [
+            "".join(each["text"]) for each in cell.get("outputs", ()) if each["output_type"] == "stream"
+        ]
+        if streams:
+            yield number, "".join(streams).replace("\r\n", "\n")
+
+
+def test_notebook_in_jupyter_prints_what_it_shows(tmp_path: Path) -> None:
+    """`jupyter execute` runs all cells in a kernel of its own, and fails at the first error."""
+    skip_without_needs("the notebook", "python")
+    ran = tmp_path / "ran.ipynb"
+    jupyter = Path(sys.executable).with_name("jupyter-execute")
+    finished = subprocess.run(
+        [jupyter, f"--timeout={LIMIT_S:.0f}", f"--output={ran}", NOTEBOOK],
+        cwd=tmp_path,
+        env=fresh_environment(tmp_path / "home") | QUIET,
+        capture_output=True,
+        text=True,
+        timeout=2 * LIMIT_S,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    shown = list(cell_outputs(NOTEBOOK))
+    assert len(shown) == 8
+    assert list(cell_outputs(ran)) == shown
+
+
 def test_every_page_with_commands_is_run() -> None:
-    run = {QUICK_START, *GUIDES, *STANDING, *ELSEWHERE}
+    on_servers = {page for _, pages in STANDING.values() for page in pages}
+    run = {QUICK_START, *GUIDES, *on_servers, *ELSEWHERE}
     have = {
         page.relative_to(ROOT).as_posix()
         for page in (ROOT / "docs").rglob("*.md")
@@ -151,6 +210,16 @@ def test_block_without_a_test_says_so_and_names_versions() -> None:
         assert re.search(r"\d+\.\d+\.\d+|the same versions", line), line
 
 
+@cache
+def operations() -> set[tuple[str, str]]:
+    """Return the methods and paths of the API, with a star for each parameter."""
+    text = (ROOT / "openapi.yaml").read_text(encoding="utf-8")
+    paths = yaml.load(text, yaml.CSafeLoader)["paths"]
+    return {
+        (method.upper(), re.sub(r"\{\w+\}", "*", path)) for path, item in paths.items() for method in item
+    }
+
+
 @pytest.mark.parametrize("page", MIGRATIONS)
 def test_tables_beside_another_server_name_what_exists(page: str) -> None:
     ours = "\n".join(
@@ -160,16 +229,12 @@ def test_tables_beside_another_server_name_what_exists(page: str) -> None:
     )
     reference = "".join((ROOT / f"docs/{name}.md").read_text("utf-8") for name in ("cli", "configuration"))
     options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours))
+    assert options
     assert {name for name in options if f"`{name}" not in reference} == set()
     series = {name for family in FAMILIES for name in (family.name, *family.series)}
     assert set(re.findall(r"loadledger_\w+", ours)) <= series
-    routes = yaml.safe_load((ROOT / "openapi.yaml").read_text(encoding="utf-8"))["paths"]
-    have = {
-        (method.upper(), re.sub(r"\{\w+\}", "*", path)) for path, item in routes.items() for method in item
-    }
     named = re.findall(r"`([A-Z]+) (/[\w/]+)`", ours)
-    assert {(method, re.sub(r"/(m|\d+)(?=/|$)", "/*", path)) for method, path in named} <= have
-    assert options
+    assert {(method, re.sub(r"/(m|\d+)(?=/|$)", "/*", path)) for method, path in named} <= operations()
 
 
 def test_readme_and_quick_start_install_alike() -> None:

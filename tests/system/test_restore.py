@@ -1,23 +1,17 @@
 """`--restore`: models reloaded after a restart, the most recently used first, or none."""
 
-import asyncio
-import sqlite3
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 from support import models
-from support.fleet import Fleet, agreed, check_inference, new_dice, of_both, question, settled, soak_only
-from support.http import when
+from support.fleet import Fleet, agreed, check_inference, new_dice, question, settled
+from support.http import local_server, when
 from support.models import save, save_bytes
 from support.servers import Server, events, serving, verified
 
-from events.sqlite.datalock import LEDGER
 from events.types import Cause, ModelLoaded, UnloadRequested
 from server.config import Config
 
-KILLED = "killed"
-STOPPED = "stopped"
 USED = ("m01", "m04", "m00", "m03")
 """In this order; `m02` is loaded before them and not used."""
 ENDLESS_WARM_UP = f"""
@@ -36,21 +30,7 @@ def fleet(repository: Path) -> Fleet:
     return Fleet(repository, 5, versions=(1,), table_mb=TABLE_MB)
 
 
-async def end(server: Server, how: str) -> None:
-    if how == KILLED:
-        await server.kill()
-    else:
-        assert await server.stop() == 0
-        await server.nothing_left()
-
-
-def noted(config: Config) -> dict[str, str]:
-    """Return when models were last used, as the ledger's file says."""
-    with closing(sqlite3.connect(config.data / LEDGER)) as connection:
-        return dict(connection.execute("SELECT model_id, used_at FROM last_used"))
-
-
-async def load_and_use(server: Server, config: Config, fleet: Fleet, how: str) -> None:
+async def load_and_use(server: Server, fleet: Fleet) -> None:
     """Load all models in the order of their names, and use all but one in another order."""
     for model_id in fleet.ids:
         await server.api.load(model_id)
@@ -58,12 +38,6 @@ async def load_and_use(server: Server, config: Config, fleet: Fleet, how: str) -
     for model_id in USED:
         asked = question(dice)
         check_inference(model_id, asked, await server.api.infer(model_id, asked))
-    if how == KILLED:  # wait until the uses are stored; an orderly stop stores them itself
-
-        async def look() -> set[str]:
-            return set(await asyncio.to_thread(noted, config))
-
-        await when(look, lambda found: found == set(USED))
 
 
 async def budget_for_two(config: Config) -> int:
@@ -80,13 +54,10 @@ async def budget_for_two(config: Config) -> int:
     return (enough + too_much) // 2
 
 
-@pytest.mark.parametrize("how", of_both(short=[STOPPED], long=[STOPPED, KILLED]))
-async def test_restart_with_smaller_budget_reloads_most_recently_used(
-    config: Config, fleet: Fleet, how: str
-) -> None:
+async def test_restart_with_smaller_budget_reloads_most_recently_used(config: Config, fleet: Fleet) -> None:
     async with serving(config) as server:
-        await load_and_use(server, config, fleet, how)
-        await end(server, how)
+        await load_and_use(server, fleet)
+        assert await server.stop() == 0
     budget = await budget_for_two(config)
     async with serving(config, f"--memory-budget={budget}") as server:
         await settled(server)
@@ -106,27 +77,14 @@ async def test_restart_with_smaller_budget_reloads_most_recently_used(
     verified(config)
 
 
-@soak_only  # the order is the scheduler's, whose table has this case
-async def test_kill_before_uses_are_stored_reloads_last_loaded(config: Config, fleet: Fleet) -> None:
-    async with serving(config) as server:
-        for model_id in fleet.ids:
-            await server.api.load(model_id)
-        await server.kill()
-    async with serving(config, f"--memory-budget={await budget_for_two(config)}") as server:
-        await settled(server)
-        assert set(await agreed(server)) == {"m04", "m03"}
-    verified(config)
-
-
-@pytest.mark.parametrize("how", of_both(short=[KILLED], long=[STOPPED, KILLED]))
-async def test_restore_none_unloads_models_and_continues_jobs(config: Config, fleet: Fleet, how: str) -> None:
+async def test_restore_none_unloads_models_and_continues_jobs(config: Config, fleet: Fleet) -> None:
     save_bytes(models.endless_load(), config.repository, "slow")
     async with serving(config) as server:
         for model_id in fleet.ids[:2]:
             await server.api.load(model_id)
         job = await server.api.accepted_load("slow")
         await server.api.job_when(job["id"], stage="loading")
-        await end(server, how)
+        await server.kill()
     save(models.add(1), config.repository, "slow")
     async with serving(config, "--restore=none") as server:
         ended = await settled(server)
@@ -141,29 +99,26 @@ async def test_restore_none_unloads_models_and_continues_jobs(config: Config, fl
     assert {(event.data.cause, event.actor) for event in asked} == {(Cause.RESTART, "system")}  # type: ignore[union-attr]
 
 
-async def test_protocol_readiness_waits_for_reloads_after_a_start(config: Config) -> None:
+async def test_protocol_readiness_waits_for_reloads_after_a_start(tmp_path: Path) -> None:
     """As Triton's does by default; `/health/ready` says whether requests are answered at all."""
 
     async def is_ready(path: str) -> tuple[int, str]:
-        answer = await server.api.get(path, roles=())
+        answer = await api.get(path, roles=())
         return answer.status, answer.json.get("detail", "")
 
-    save(models.add(1), config.repository, "m")
-    save(models.counting_loop(), config.repository, "slow")
-    async with serving(config) as server:
+    async with local_server(tmp_path) as api:
+        api.save(models.add(1), "m")
+        api.save(models.counting_loop(), "slow")
         for model_id in ("m", "slow"):
-            await server.api.load(model_id)
-        assert await server.stop() == 0
-    (config.repository / "slow" / "loadledger.toml").write_text(ENDLESS_WARM_UP)
-    async with serving(config) as server:
-        await server.api.model_when("m", state="loaded")
-        [job] = await server.api.jobs("?model=slow&limit=1")
-        await server.api.job_when(job["id"], stage="warming_up")
+            await api.load(model_id)
+    (api.config.repository / "slow" / "loadledger.toml").write_text(ENDLESS_WARM_UP)
+    async with local_server(tmp_path) as api:
+        await api.model_when("m", state="loaded")
+        [job] = await api.jobs("?model=slow&limit=1")
+        await api.job_when(job["id"], stage="warming_up")
         detail = "not well: models; models from before the start that are not back yet: 1"
         assert await is_ready("/v2/health/ready") == (503, detail)
         assert (await is_ready("/health/ready"))[0] == (await is_ready("/v2/health/live"))[0] == 200
-        assert (await server.api.post(f"/api/v1/jobs/{job['id']}/cancel")).status == 202
+        assert (await api.post(f"/api/v1/jobs/{job['id']}/cancel")).status == 202
         await when(lambda: is_ready("/v2/health/ready"), lambda seen: seen[0] == 200)
-        assert (await server.api.model("slow"))["state"] == "unloaded"
-        assert await server.stop() == 0
-    verified(config)
+        assert (await api.model("slow"))["state"] == "unloaded"

@@ -6,25 +6,19 @@ import json
 import os
 import resource
 import signal
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
 import pytest
+import pytest_asyncio
 from support import models
 from support.clients import Value, binary_request
 from support.http import LIMIT_S, ONE, Json, when
 from support.models import save, save_bytes
-from support.servers import (
-    SCRIPT,
-    Server,
-    events,
-    limited,
-    refused_start,
-    serving,
-    verified,
-)
+from support.servers import SCRIPT, Server, events, limited, refused_start, serving, verified
 from support.workers import computing, freeze, until
 from yarl import URL
 
@@ -38,9 +32,9 @@ def trips(count: int) -> Json:
 
 
 async def in_flight(server: Server) -> int:
-    [use] = (await server.api.get("/api/v1/resources")).json["models"]
-    number: int = use["in_flight"]
-    return number
+    """Return how many inferences run."""
+    uses = (await server.api.get("/api/v1/resources")).json["models"]
+    return sum(use["in_flight"] for use in uses)
 
 
 def mapped_files(pid: int) -> str:
@@ -57,11 +51,6 @@ async def refuses_connections(server: Server) -> None:
             except ConnectionError:  # refused, or reset when it was in the backlog
                 return
             writer.close()
-
-
-async def check_second_server_names_the_first(server: Server, config: Config) -> None:
-    assert f"is in use by process {server.pid};" in await refused_start(config)
-    assert (await server.api.get("/health/ready")).status == 200
 
 
 async def test_serve_prints_its_address_and_children_have_no_http_stack(
@@ -88,7 +77,8 @@ async def test_serve_prints_its_address_and_children_have_no_http_stack(
             assert "onnxruntime" in mapped
             for library in ("aiohttp", "yarl", "uvloop", "sqlite"):
                 assert library not in mapped
-        await check_second_server_names_the_first(server, config)
+        assert f"is in use by process {server.pid};" in await refused_start(config)
+        assert (await server.api.get("/health/ready")).status == 200
         assert await server.stop() == 0
         await server.nothing_left()
         assert server.process.stdout is not None
@@ -103,14 +93,8 @@ async def test_serve_prints_its_address_and_children_have_no_http_stack(
     assert (config.data.stat().st_mode & 0o777) == 0o700
 
 
-@pytest.mark.parametrize(
-    ("number", "to_group"),
-    [(signal.SIGTERM, False), (signal.SIGINT, True)],
-    ids=["SIGTERM of a service manager", "SIGINT of a terminal"],
-)
-async def test_stop_finishes_inferences_and_answers_202_to_waiting_clients(
-    config: Config, number: signal.Signals, *, to_group: bool
-) -> None:
+async def test_stop_finishes_inferences_and_answers_202_to_waiting_clients(config: Config) -> None:
+    """A terminal sends SIGINT to all processes."""
     save(models.counting_loop(), config.repository, "m")
     save_bytes(models.endless_load(), config.repository, "slow")
     async with serving(config) as server:
@@ -121,7 +105,7 @@ async def test_stop_finishes_inferences_and_answers_202_to_waiting_clients(
         await when(lambda: in_flight(server), bool)
         waiting = asyncio.create_task(server.api.post("/api/v1/models/slow/load", wait=60))
         await when(server.api.jobs, lambda jobs: jobs[0]["stage"] == "loading")
-        stopping = asyncio.create_task(server.stop(number, to_group=to_group))
+        stopping = asyncio.create_task(server.stop(signal.SIGINT, to_group=True))
         await refuses_connections(server)
         assert not inference.done()
         os.kill(worker, signal.SIGCONT)
@@ -204,45 +188,50 @@ def inference(server: Server, count: int) -> bytes:
     """Return an inference that counts so far, as bytes."""
     body = json.dumps({"inputs": [trips(count)]}).encode()
     token = server.api.token("infer").encode()
-    head = b"POST /v2/models/m/infer HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer %b\r\n" % token
+    head = b"POST /v2/models/loop/infer HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer %b\r\n" % token
     return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
 
-async def test_half_closed_client_is_answered_and_closed_one_cancelled(config: Config) -> None:
-    save(models.counting_loop(), config.repository, "m")
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Server]:
+    """A server of the models `loop` and `same`, which are loaded."""
+    folder = tmp_path_factory.mktemp("serve")
+    config = Config(repository=folder / "repository", data=folder / "data")
+    save(models.counting_loop(), config.repository, "loop")
+    save(models.identity(), config.repository, "same")
     async with serving(config) as server:
-        await server.api.load("m")
-        for sent in (HEALTH, inference(server, 3), inference(server, 3) + inference(server, 3)):
-            reader, writer = await connect(server, sent)
-            writer.write_eof()
-            answer = await response(reader, writer)
-            assert answer.count(b"HTTP/1.1 200 OK") == sent.count(b"HTTP/1.1")
-        reader, writer = await connect(server, inference(server, models.ENDLESS))
-        await when(lambda: in_flight(server), lambda count: count == 1)
-        writer.close()
-        await when(lambda: in_flight(server), lambda count: count == 0)
-        cut_off = inference(server, 3)[:-1]
-        reader, writer = await connect(server, cut_off)
+        await server.api.load("loop")
+        await server.api.load("same")
+        yield server
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_half_closed_client_is_answered_and_closed_one_cancelled(server: Server) -> None:
+    for sent in (HEALTH, inference(server, 3), inference(server, 3) + inference(server, 3)):
+        reader, writer = await connect(server, sent)
         writer.write_eof()
-        assert await response(reader, writer) == b""
-        assert (await server.api.infer("m", trips(3))).status == 200
-        assert await server.stop() == 0
-        assert server.warnings() == []
+        answer = await response(reader, writer)
+        assert answer.count(b"HTTP/1.1 200 OK") == sent.count(b"HTTP/1.1")
+    reader, writer = await connect(server, inference(server, models.ENDLESS))
+    await when(lambda: in_flight(server), lambda count: count == 1)
+    writer.close()
+    await when(lambda: in_flight(server), lambda count: count == 0)
+    cut_off = inference(server, 3)[:-1]
+    reader, writer = await connect(server, cut_off)
+    writer.write_eof()
+    assert await response(reader, writer) == b""
+    assert (await server.api.infer("loop", trips(3))).status == 200
+    assert server.warnings() == []
 
 
-async def test_memory_of_large_bodies_is_given_back(config: Config) -> None:
+@pytest.mark.asyncio(loop_scope="module")
+async def test_memory_of_large_bodies_is_given_back(server: Server) -> None:
     """Also that of bodies that are longer than the memory which a worker shares with the server."""
-    save(models.identity(), config.repository, "m")
     headers, body = binary_request([Value("x", "FP32", (11_000_000,), bytes(44_000_000))])
-    async with serving(config) as server:
-        await server.api.load("m")
 
-        async def infer() -> int:
-            return (
-                await server.api.post("/v2/models/m/infer", data=io.BytesIO(body), headers=headers)
-            ).status
+    async def infer() -> int:
+        return (await server.api.post("/v2/models/same/infer", data=io.BytesIO(body), headers=headers)).status
 
-        before = private_bytes(server.pid)
-        for _ in range(2):
-            assert await asyncio.gather(*(infer() for _ in range(4))) == [200] * 4
-        await until(lambda: private_bytes(server.pid) < before + 10_000_000)
+    before = private_bytes(server.pid)
+    assert await asyncio.gather(*(infer() for _ in range(4))) == [200] * 4
+    await until(lambda: private_bytes(server.pid) < before + 10_000_000)

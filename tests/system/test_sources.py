@@ -15,16 +15,15 @@ from pathlib import Path
 
 import pytest
 from support.clouds import running_fake_cloud, running_s3
-from support.http import ONE
+from support.http import ONE, LocalApi
 from support.origins import COMMIT, Hub, RangedFile, serving_site, write_authority
 from support.pages import ROOT
 from support.registries import TITLE, running_registry
-from support.servers import MODULE, clean_environment, serving
+from support.servers import MODULE, clean_environment
 from support.sources import environment_of
 from support.uploads import FILES, MODEL, staged
 
 from events.types import VersionAdded
-from server.config import Config
 
 RAW, PATH = "application/vnd.cncf.model.weight.v1.raw", "org.cncf.model.filepath"
 LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
@@ -116,24 +115,27 @@ async def run(*arguments: str, environment: Mapping[str, str]) -> str:
 
 
 @pytest.mark.parametrize("kind", ["https", "hf", "oci", "oci image", "s3", "gs", "az"])
-async def test_one_line_adds_and_one_loads(kind: str, config: Config, tmp_path: Path) -> None:
+async def test_one_line_adds_and_one_loads(kind: str, shared: LocalApi, tmp_path: Path) -> None:
     folder = tmp_path / "source"
     folder.mkdir()
-    async with offered(kind, folder) as offer, serving(config) as server:
-        me = {"LOADLEDGER_URL": server.url, "LOADLEDGER_TOKEN": server.api.token("admin")}
+    async with offered(kind, folder) as offer:
+        me = {"LOADLEDGER_URL": shared.url, "LOADLEDGER_TOKEN": shared.token("admin")}
         me |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "SSL_CERT_FILE": write_authority(tmp_path)}
         me |= offer.environment
-        _, *command, name, source = PRINTED[kind.partition(" ")[0]]
+        _, *command, named, source = PRINTED[kind.partition(" ")[0]]
+        name = f"{named}-{kind.replace(' ', '-')}"
         source = re.sub(r"\w+\.example\.com", offer.host, source)
         added = await run(*command, name, source, environment=me)
         assert f"{name} version 1: added" in added
         assert offer.resolved in added
-        await run("load", name, "--wait", environment=me)
-        [origin] = (await server.api.model(name))["sources"]
+        assert staged(shared.config.repository) == []
+        assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+        if kind == "https":
+            await run("load", name, "--wait", environment=me)
+            assert (await shared.infer(name, ONE)).json["outputs"][0]["data"] == [2]
+        else:
+            await shared.load(name)
+        [origin] = (await shared.model(name))["sources"]
         assert (origin["source"], origin["added_by"]) == (source, "alice")
         assert origin["resolved"].startswith(offer.resolved)
-        if kind == "https":
-            assert (await server.api.infer(name, ONE)).json["outputs"][0]["data"] == [2]
-        assert staged(config.repository) == []
-        assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
-        assert VersionAdded.TYPE in await run("events", "--model", name, environment=me)
+    assert (await shared.types(name)).count(VersionAdded.TYPE) == 1

@@ -1,39 +1,29 @@
-"""Event streams: connections cut at random, and many at once.
-
-`make soak` cuts 1,000 times, and opens 1,000 streams for 30 s.
-"""
+"""Event streams whose connections are cut at random; `make soak` cuts 1,000 times."""
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from support import models
-from support.fleet import SOAK, new_dice, of_both, tell
-from support.models import save
-from support.servers import Server, events, limited, serving
+from support.fleet import new_dice, of_both, tell
+from support.http import LocalApi
 from support.streams import following
 
-from bench import driver, streams
-from server.config import Config
-
 CUTS = of_both(short=25, long=1000)
-TAILS = of_both(short=50, long=1000)
-SECONDS = of_both(short=1.0, long=30.0)
 
 
 @asynccontextmanager
-async def appending(server: Server) -> AsyncIterator[None]:
+async def appending(api: LocalApi) -> AsyncIterator[None]:
     """Append events all the time: a loaded model is pinned and unpinned."""
 
     async def pin_and_unpin() -> None:
         pinned = False
         while True:
             pinned = not pinned
-            await server.api.load("m", pinned=pinned)
+            await api.load("m", pinned=pinned)
 
-    await server.api.load("m")
+    await api.load("m")
     task = asyncio.create_task(pin_and_unpin())
     try:
         yield
@@ -43,14 +33,15 @@ async def appending(server: Server) -> AsyncIterator[None]:
         await asyncio.wait([task])
 
 
-async def test_reconnecting_client_sees_every_event_once(config: Config) -> None:
-    save(models.add(1), config.repository, "m")
+async def test_reconnecting_client_sees_every_event_once(start: Callable[..., Awaitable[LocalApi]]) -> None:
+    # The server notices a cut at its next write.
+    api = await start(streams_per_subject=1000, limit_reads="off", limit_management="off")
+    api.save(models.add(1), "m")
     dice = new_dice()
     seen, last, messages = list[int](), 0, 0
-    command = limited(streams_per_subject=1000)  # the server notices a cut at its next write
-    async with serving(config, *driver.UNLIMITED, command=command) as server, appending(server):
+    async with appending(api):
         for _ in range(CUTS):
-            async with following(server.api, "?after=0", headers={"Last-Event-ID": str(last)}) as client:
+            async with following(api, "?after=0", headers={"Last-Event-ID": str(last)}) as client:
                 for _ in range(cut(dice)):
                     message = await client.message()
                     messages += 1
@@ -58,10 +49,10 @@ async def test_reconnecting_client_sees_every_event_once(config: Config) -> None
                         seen.append(message.json["position"])
                     last = client.last_id or 0
                 client.response.close()  # amid whatever is on its way
-        async with following(server.api, headers={"Last-Event-ID": str(last)}) as client:
+        async with following(api, headers={"Last-Event-ID": str(last)}) as client:
             head = (await client.until("live"))[-1].json["position"]
             assert head >= last
-    recorded = [event.position for event in await events(config)]
+    recorded = [event.position for event in await api.events()]
     tell(f"{CUTS} cuts, {messages} messages, {len(seen)} events of {len(recorded)}")
     assert seen == recorded[: len(seen)]
     assert len(seen) > CUTS
@@ -70,15 +61,3 @@ async def test_reconnecting_client_sees_every_event_once(config: Config) -> None
 def cut(dice: random.Random) -> int:
     """Return after how many messages the connection is cut: mostly few, sometimes none."""
     return int(dice.expovariate(1 / 8))
-
-
-async def test_many_tails_get_every_event(tmp_path: Path) -> None:
-    def measured() -> list[str]:
-        with driver.running(tmp_path, *driver.UNLIMITED) as server:
-            rows = streams.measure(server, tails=TAILS, seconds=SECONDS)
-        return [f"{row.what} {row.ours}" for row in rows]
-
-    told = await asyncio.to_thread(measured)  # which ends with an error if one misses or repeats an event
-    tell("; ".join(told))
-    assert len(told) == 3
-    assert not SOAK or "late by more than 1 s 0 of" in told[0]

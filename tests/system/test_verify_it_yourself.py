@@ -74,7 +74,7 @@ with copy() as _path:
     ROWS = rows_of(_path)
 HEAD = len(ROWS)
 POSITIONS = st.integers(1, HEAD)
-MANY = settings(PLAIN, max_examples=150)
+MANY = settings(PLAIN, max_examples=60)
 
 
 def flip(data: bytes, index: int, bits: int) -> bytes:
@@ -131,12 +131,3 @@ def test_removed_and_swapped_events_are_located(position: int, other: int) -> No
     with copy(b"".join(swapped), "export.jsonl") as path:
         first = min(position, other)
         assert complaint(path) == (None if position == other else f"position {first} is not what it was")
-
-
-@PLAIN
-@given(st.integers(0, HEAD - 1))
-def test_truncated_ledger_lacks_an_anchor(length: int) -> None:
-    with copy() as path:
-        change(path, "DELETE FROM events WHERE position > ?", length)
-        assert complaint(path) is None
-        assert complaint(path, head_at(HEAD)) == f"not here: {head_at(HEAD)}"

@@ -1,4 +1,4 @@
-"""A server that was stopped for longer than all limits goes on with the same processes."""
+"""What hangs: folders of the repository, and the whole server for longer than all limits."""
 
 import asyncio
 import os
@@ -7,6 +7,7 @@ import signal
 from support import models
 from support.http import ENDLESS, ONE
 from support.models import save
+from support.mounts import hanging_mounts
 from support.servers import Server, events, serving
 from support.workers import freeze, resume
 
@@ -14,6 +15,7 @@ from events.types import LoadFailed, WorkerExited
 from runtime.timeouts import FORK_LIMIT_S, INFERENCE_GRACE_S
 from server.config import Config
 
+HANGING = [f"h{number}" for number in range(6)]
 STALL_S = max(FORK_LIMIT_S, INFERENCE_GRACE_S) + 1
 
 
@@ -52,3 +54,29 @@ async def test_stopped_server_accuses_no_process_when_it_goes_on(config: Config)
         assert set(processes) <= set(server.children())
     log = await events(config)
     assert not [event for event in log if isinstance(event.data, WorkerExited | LoadFailed)]
+
+
+async def test_folders_that_hang_hold_up_their_models_only(config: Config) -> None:
+    for model_id in (*HANGING, "well", "other"):
+        save(models.add(1), config.repository, model_id)
+    async with serving(config) as server:
+        api = server.api
+        await api.load(HANGING[0])
+        with hanging_mounts(*(config.repository / model_id for model_id in HANGING)):
+            refused = await asyncio.gather(*(api.post(f"/api/v1/models/{each}/load") for each in HANGING[1:]))
+            assert {answer.refusal for answer in refused} == {(503, "repository_busy")}
+            assert all(int(answer.headers["Retry-After"]) >= 1 for answer in refused)
+            await api.load("well")
+            listed = (await api.get("/api/v1/models")).json["models"]
+            assert [(model["id"], model["versions"]) for model in listed] == [
+                (HANGING[0], []),  # as recorded
+                ("other", [1]),
+                ("well", [1]),
+            ]
+            index = (await api.post("/v2/repository/index")).json
+            assert [entry["name"] for entry in index] == [HANGING[0], "other", "well"]
+            assert (await api.get(f"/api/v1/models/{HANGING[1]}")).refusal == (503, "repository_busy")
+            assert (await api.infer(HANGING[0], ONE)).status == 200
+            await api.unload(HANGING[0])
+            assert (await api.infer(HANGING[0], ONE)).refusal == (503, "model_not_loaded")
+            assert await server.stop() == 0
