@@ -6,87 +6,40 @@ import json
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from onnx import helper, numpy_helper
 from support import models
-from support.http import ENDLESS, ONE, Answer, Json, LocalApi, local_server, when
+from support.http import ENDLESS, ONE, Answer, LocalApi, local_server, when
 from support.models import save
-from support.workers import computing, until
+from support.workers import until
 
-from events.types import WorkerExited
 from server.appkeys import BODIES
-from server.http.bodies import Bodies
+from server.http.bodies import LARGEST_BODIES, MAX_BODIES_BYTES, Bodies
 
-Start = Callable[..., Awaitable[LocalApi]]
-
+LENGTH = "Inference-Header-Content-Length"
 SHORT = {**ENDLESS, "data": [5]}
 STOPPED = {"timeout": 50_000}
 TIMEOUT, QUEUE_FULL = (504, "inference_timeout"), (503, "inference_queue_full")
 
 
-def quotient(a: int, b: int) -> list[Json]:
-    """Return the inputs of `crash_on_run`."""
-    numbers = (("a", a), ("b", b))
-    return [{"name": name, "shape": [1], "datatype": "INT64", "data": [number]} for name, number in numbers]
-
-
-async def load_loop(api: LocalApi, model_id: str) -> None:
-    save(models.counting_loop(), api.config.repository, model_id)
-    await api.load(model_id)
-
-
-async def begin(api: LocalApi, model_id: str, *, count: int = 1) -> list[asyncio.Task[Answer]]:
-    """Send so many endless inferences and wait until the worker has them."""
-    worker = api.worker(model_id)
-    running = [asyncio.create_task(api.infer(model_id, ENDLESS)) for _ in range(count)]
-    await until(lambda: worker.in_flight == count)
-    return running
-
-
 async def test_run_without_time_or_client_is_stopped(shared: LocalApi) -> None:
-    await load_loop(shared, "stopped")
+    save(models.counting_loop(), shared.config.repository, "stopped")
+    await shared.load("stopped")
     worker = shared.worker("stopped")
     answer = await shared.infer("stopped", ENDLESS, parameters=STOPPED)
     assert answer.refusal == TIMEOUT
     assert "0.05 s" in answer.json["error"]
     assert (await shared.infer("stopped", SHORT)).json["outputs"][0]["data"] == [5]
-    [running] = await begin(shared, "stopped")
+    running = asyncio.create_task(shared.infer("stopped", ENDLESS))
+    await until(lambda: worker.in_flight == 1)
     running.cancel()
     await until(lambda: worker.in_flight == 0)
     assert (await shared.infer("stopped", SHORT)).status == 200
     assert shared.worker("stopped") is worker
-
-
-async def test_long_inference_holds_up_nothing_else(shared: LocalApi) -> None:
-    await load_loop(shared, "long")
-    await load_loop(shared, "quick")
-    is_computing = computing(shared.worker("long").pid)
-    [running] = await begin(shared, "long")
-    await until(is_computing)
-    assert (await shared.infer("quick", SHORT)).json["outputs"][0]["data"] == [5]
-    assert (await shared.get("/health/ready")).status == 200
-    assert not running.done()
-    await shared.unload("long", force=True)
-    assert (await running).refusal == (503, "worker_died")
-
-
-async def test_dead_worker_fails_its_requests_and_is_replaced(shared: LocalApi) -> None:
-    await load_loop(shared, "other")
-    save(models.crash_on_run(), shared.config.repository, "crashing")
-    await shared.load("crashing")
-    answer = await shared.infer("crashing", *quotient(models.LOWEST, -1))
-    assert answer.refusal == (503, "worker_died")
-    assert f"signal {signal.SIGFPE}" in answer.json["error"]
-    assert (await shared.infer("other", SHORT)).status == 200
-    answer = await when(lambda: shared.infer("crashing", *quotient(-5, -1)), lambda seen: seen.status == 200)
-    assert answer.json["outputs"][0]["data"] == [5]
-    [exited] = await shared.data_of(WorkerExited)
-    assert exited.signal == signal.SIGFPE
-    assert (await shared.jobs("?model=crashing"))[0]["cause"] == "recovery"
 
 
 async def load_adder(api: LocalApi, model_id: str, version: int) -> None:
@@ -106,8 +59,8 @@ async def test_no_inference_fails_during_swaps(shared: LocalApi) -> None:
             assert answer.json["outputs"][0]["data"] == [1 + version]
             seen.add(version)
 
-    clients = [asyncio.create_task(infer()) for _ in range(4)]
-    for turn in range(8):
+    clients = [asyncio.create_task(infer()) for _ in range(2)]
+    for turn in range(4):
         await load_adder(shared, "swapped", 1 + (turn + 1) % 2)
     is_swapping = False
     await asyncio.gather(*clients)
@@ -132,7 +85,7 @@ async def test_swap_while_a_body_arrives_is_not_noticed(shared: LocalApi, count:
         await swapped.wait()
         yield data[2:]
 
-    fields = {"Inference-Header-Content-Length": str(len(head)), "Content-Length": str(len(head + data))}
+    fields = {LENGTH: str(len(head)), "Content-Length": str(len(head + data))}
     running = asyncio.create_task(shared.post(f"/v2/models/{model_id}/infer", data=body(), headers=fields))
     await until(lambda: count == 1 or old.tensor_memory.requests.regions == 1)
     await load_adder(shared, model_id, 2)
@@ -142,16 +95,15 @@ async def test_swap_while_a_body_arrives_is_not_noticed(shared: LocalApi, count:
 
 
 async def test_bodies_beyond_the_budget_are_refused(
-    start: Start, repository: Path, monkeypatch: pytest.MonkeyPatch
+    shared: LocalApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.http.bodies.MAX_BODIES_BYTES", 2**20)
-    monkeypatch.setattr("server.http.bodies.LARGEST_BODIES", 0)
-    save(models.add(), repository, "m")
-    api, more, body = await start(), asyncio.Event(), json.dumps({"inputs": [ONE]}).encode()
-    await api.load("m")
+    bodies = shared.app[BODIES]
+    monkeypatch.setattr(bodies, "_max_bytes", 2**20)
+    await load_adder(shared, "budget", 1)
+    more, body = asyncio.Event(), json.dumps({"inputs": [ONE]}).encode()
 
     async def infer(data: object, subject: str = "alice") -> Answer:
-        return await api.post("/v2/models/m/infer", data=data, subject=subject)
+        return await shared.post("/v2/models/budget/infer", data=data, subject=subject)
 
     async def endless() -> AsyncIterator[bytes]:
         for _ in range(32):
@@ -164,14 +116,14 @@ async def test_bodies_beyond_the_budget_are_refused(
 
     for _ in range(2):
         assert (await infer(endless())).refusal == (503, "bodies_full")
-        await until(lambda: api.app[BODIES].taken_bytes == 0)
+        await until(lambda: bodies.taken_bytes == 0)
     half = asyncio.create_task(infer(slow()))  # of the budget, which one subject may have
-    await until(lambda: api.app[BODIES].taken_bytes == 2**19)
+    await until(lambda: bodies.taken_bytes == 2**19)
     large = body.replace(b'"data": [', b'"data": [' + b" " * 2**18)
     assert [(await infer(large, subject)).status for subject in ("alice", "bob")] == [503, 200]
     more.set()
     assert (await half).refusal == (503, "bodies_full")
-    await until(lambda: api.app[BODIES].taken_bytes == 0)
+    await until(lambda: bodies.taken_bytes == 0)
     assert (await infer(body)).status == 200
 
 
@@ -184,32 +136,42 @@ async def test_json_part_has_the_limit_of_a_body(shared: LocalApi) -> None:
         await answered.wait()
 
     length = 64 * 2**20 + 1
-    fields = {"Inference-Header-Content-Length": str(length), "Content-Length": str(length + 2**20)}
+    fields = {LENGTH: str(length), "Content-Length": str(length + 2**20)}
     answer = await shared.post("/v2/models/headed/infer", data=body(), headers=fields)
     answered.set()
     assert answer.refusal == (413, "body_too_large")
     assert "not be larger than 67108864 bytes; the server's --max-request-size" in answer.json["error"]
 
 
-async def test_request_above_the_default_limit_is_taken_where_allowed(start: Start, repository: Path) -> None:
+async def test_request_above_the_default_limit_is_taken_where_allowed(
+    shared: LocalApi, tmp_path: Path
+) -> None:
     """A picture of 4K in FP32 has 99.5 MB."""
     axes = numpy_helper.from_array(np.array([2, 3], np.int64), "axes")
     node = helper.make_node("ReduceMean", ["x", "axes"], ["y"], keepdims=0)
     shape = [1, 3, 2160, 3840]
     x, y = models.value("x", models.FLOAT, shape), models.value("y", models.FLOAT, [1, 3])
-    save(models.model([node], [x], [y], [axes]), repository, "picture")
-    async with local_server(repository.parent) as small:
-        job = await small.failed_load("picture")
-        assert job["error"]["code"] == "invalid_model"
-        assert job["error"]["message"].endswith("start the server with --max-request-size=95MiB")
-    api = await start(max_request_size="95MiB")
-    await api.load("picture")
+    model = models.model([node], [x], [y], [axes])
+    save(model, shared.config.repository, "picture")
+    job = await shared.failed_load("picture")
+    assert job["error"]["code"] == "invalid_model"
+    assert job["error"]["message"].endswith("start the server with --max-request-size=95MiB")
     data = np.full(shape, 2, "<f4").tobytes()
     tensor = {"name": "x", "shape": shape, "datatype": "FP32", "parameters": {"binary_data_size": len(data)}}
     head = json.dumps({"inputs": [tensor]}).encode()
-    fields = {"Inference-Header-Content-Length": str(len(head))}
-    answer = await api.post("/v2/models/picture/infer", data=io.BytesIO(head + data), headers=fields)
+    fields = {LENGTH: str(len(head))}
+    async with local_server(tmp_path, max_request_size="95MiB") as large:
+        save(model, large.config.repository, "picture")
+        await large.load("picture")
+        answer = await large.post("/v2/models/picture/infer", data=io.BytesIO(head + data), headers=fields)
     assert answer.json["outputs"][0]["data"] == [2, 2, 2]
+
+
+def test_subject_has_half_of_the_budget() -> None:
+    large = 2 * MAX_BODIES_BYTES // LARGEST_BODIES
+    for largest, budget in ((2**20, MAX_BODIES_BYTES), (large, 2 * MAX_BODIES_BYTES)):
+        rooms = [Bodies(largest).has_room("alice", budget // 2 + more) for more in (0, 1)]
+        assert rooms == [True, False]
 
 
 async def test_turns_of_a_subject_leave_time_to_others() -> None:
@@ -241,7 +203,7 @@ async def test_data_that_a_worker_does_not_read_is_bounded(
     os.kill(pid, signal.SIGSTOP)
     tensor = {"name": "x", "shape": [2**20], "datatype": "FP32", "parameters": {"binary_data_size": 2**22}}
     head = json.dumps({"inputs": [tensor], "parameters": {"timeout": 20_000}}).encode()
-    headers = {"Inference-Header-Content-Length": str(len(head))}
+    headers = {LENGTH: str(len(head))}
     for expected in (TIMEOUT, QUEUE_FULL):
         body = io.BytesIO(head + bytes(2**22))
         assert (await shared.post("/v2/models/unread/infer", data=body, headers=headers)).refusal == expected

@@ -7,11 +7,11 @@ import os
 import re
 import signal
 import tracemalloc
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import AsyncIterator, Mapping
 
 import numpy as np
 import pytest
+import pytest_asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 from support import models
@@ -27,34 +27,52 @@ from server.appkeys import BODIES, POOL
 from server.v2 import codec
 
 LONG = LONG_JSON_BYTES + 1
-SPACED = json.dumps({"inputs": [ONE]}).replace("[1]}", "[1" + " " * LONG + "]}").encode()
 HEAD = b'{"inputs": [{"name": "x", "shape": [1], "datatype": "BYTES", "data": ["'
 
 
-async def infer(api: LocalApi, body: bytes, **headers: str) -> Answer:
-    return await api.post("/v2/models/m/infer", data=io.BytesIO(body), headers=headers)
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalApi]:
+    """One application with `y = x` of numbers and of strings."""
+    async with local_server(tmp_path_factory.mktemp("shared")) as api:
+        for model_id, model in (("numbers", models.identity()), ("strings", models.strings())):
+            api.save(model, model_id)
+            await api.load(model_id)
+        yield api
+
+
+async def infer(api: LocalApi, model_id: str, body: bytes, **headers: str) -> Answer:
+    return await api.post(f"/v2/models/{model_id}/infer", data=io.BytesIO(body), headers=headers)
 
 
 def nothing_is_left(api: LocalApi) -> bool:
-    """Whether no bytes are counted, and no process but the model's is left; else it may be on its way."""
-    return api.app[BODIES].taken_bytes == 0 and len(api.app[POOL]._workers) <= 2
+    """Whether no bytes are counted, and no process but the models' is left; else it may be on its way."""
+    return api.app[BODIES].taken_bytes == 0 and len(api.app[POOL]._workers) <= 3
 
 
-async def test_long_json_is_answered_as_a_short_one(tmp_path: Path) -> None:
-    async with local_server(tmp_path) as api:
-        api.save(models.identity(), "m")
-        await api.load("m")
-        values = [*(index / 7 for index in range(LONG_JSON_BYTES // 16)), float("-inf")]
-        one = {"name": "x", "datatype": "FP32", "shape": [len(values)], "data": values}
-        request = {"id": "é", "parameters": {"own": 1}, "inputs": [one], "outputs": [{"name": "y"}]}
-        text = json.dumps(request).encode()
-        assert len(text) > LONG
-        answer = await infer(api, text)
-        assert (answer.status, answer.json["id"]) == (200, "é")
-        assert answer.json["outputs"][0]["data"] == np.array(values, np.float32).tolist()
-        packed = {codec.HEADER_LENGTH: str(len(text))}  # JSON alone, of a body that could have more
-        assert (await infer(api, text, **packed)).json["outputs"] == answer.json["outputs"]
-        assert nothing_is_left(api)
+async def test_long_json_is_answered_as_a_short_one(shared: LocalApi) -> None:
+    one = {"name": "x", "datatype": "FP32", "shape": [2], "data": [1 / 7, float("-inf")]}
+    request = {"id": "é", "parameters": {"own": 1}, "inputs": [one], "outputs": [{"name": "y"}]}
+    text = json.dumps(request).replace(", -Inf", f",{' ' * LONG}-Inf").encode()
+    output = {
+        "name": "y",
+        "datatype": "FP32",
+        "shape": [2],
+        "data": [float(np.float32(1 / 7)), float("-inf")],
+    }
+    expected = {"model_name": "numbers", "model_version": "1", "id": "é", "outputs": [output]}
+    assert (await infer(shared, "numbers", text)).json == expected
+    packed = {codec.HEADER_LENGTH: str(len(text))}  # JSON alone, of a body that could have more
+    assert (await infer(shared, "numbers", text, **packed)).json == expected
+    assert nothing_is_left(shared)
+
+
+async def test_reading_counts_in_the_body_budget(shared: LocalApi) -> None:
+    spaced = json.dumps({"inputs": [ONE]}).replace("[1]}", f"[1{' ' * LONG}]}}").encode()
+    bodies = shared.app[BODIES]
+    bodies.add("alice", bodies._max_bytes // 2 - 3 * LONG)  # room for the body, and not for reading it
+    assert (await infer(shared, "numbers", spaced)).refusal == (503, "bodies_full")
+    bodies.add("alice", 3 * LONG - bodies._max_bytes // 2)
+    assert (await infer(shared, "numbers", spaced)).status == 200
 
 
 HOSTILE: Mapping[str, tuple[bytes, bytes, str]] = {
@@ -68,42 +86,26 @@ HOSTILE: Mapping[str, tuple[bytes, bytes, str]] = {
 
 
 async def test_hostile_text_is_refused_and_another_subject_is_answered(
-    tmp_path: Path, subtests: pytest.Subtests
+    shared: LocalApi, subtests: pytest.Subtests
 ) -> None:
-    async with local_server(tmp_path) as api:
-        api.save(models.strings(), "m")
-        await api.load("m")
-        fine = {"name": "x", "datatype": "BYTES", "shape": [1], "data": ["a"]}
-        for name, (head, repeated, reason) in HOSTILE.items():
-            with subtests.test(name):
-                refused = asyncio.ensure_future(infer(api, head + repeated * (LONG * 2 // len(repeated))))
-                other = await api.post("/v2/models/m/infer", json={"inputs": [fine]}, subject="bob")
-                assert other.status == 200
-                assert (await refused).refusal == (400, "invalid_input")
-                assert reason in (await refused).json["detail"]
-                assert nothing_is_left(api)
+    fine = {"name": "x", "datatype": "BYTES", "shape": [1], "data": ["a"]}
+    for name, (head, repeated, reason) in HOSTILE.items():
+        with subtests.test(name):
+            body = head + repeated * (LONG // len(repeated) + 1)
+            refused = asyncio.ensure_future(infer(shared, "strings", body))
+            other = await shared.post("/v2/models/strings/infer", json={"inputs": [fine]}, subject="bob")
+            assert other.status == 200
+            assert (await refused).refusal == (400, "invalid_input")
+            assert reason in (await refused).json["detail"]
+            assert nothing_is_left(shared)
 
 
-async def test_reading_counts_in_the_body_budget(tmp_path: Path) -> None:
-    async with local_server(tmp_path) as api:
-        api.save(models.identity(), "m")
-        await api.load("m")
-        bodies = api.app[BODIES]
-        bodies.add("alice", bodies._max_bytes // 2 - 3 * LONG)  # room for the body, and not for reading it
-        assert (await infer(api, SPACED)).refusal == (503, "bodies_full")
-        bodies.add("alice", 3 * LONG - bodies._max_bytes // 2)
-        assert (await infer(api, SPACED)).status == 200
-
-
-async def test_end_of_the_fork_server_is_no_mistake_of_the_client(tmp_path: Path) -> None:
-    async with local_server(tmp_path) as api:
-        api.save(models.strings(), "m")
-        await api.load("m")
-        pool = api.app[POOL]
-        asked = asyncio.ensure_future(infer(api, HEAD + b":" * (60 * 2**20)))  # takes a second to read
-        await until(lambda: any(worker.worker_id == "JSON" for worker in pool._workers))
-        os.kill(fork_server_of(pool).pid, signal.SIGKILL)
-        assert (await asked).refusal == (503, "fork_server_unavailable")
+async def test_end_of_the_fork_server_is_no_mistake_of_the_client(shared: LocalApi) -> None:
+    pool = shared.app[POOL]
+    asked = asyncio.ensure_future(infer(shared, "strings", HEAD + b":" * (16 * 2**20)))
+    await until(lambda: any(worker.worker_id == "JSON" for worker in pool._workers))
+    os.kill(fork_server_of(pool).pid, signal.SIGKILL)
+    assert (await asked).refusal == (503, "fork_server_unavailable")
 
 
 def read(text: bytes) -> JsonRead:
