@@ -2,15 +2,16 @@
 
 import ipaddress
 from collections.abc import Awaitable, Callable
-from pathlib import Path
+from dataclasses import dataclass
 
 import pytest
+from aiohttp import web
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support import models
+from multidict import CIMultiDict
 from support.history import PLAIN
 from support.http import LocalApi
-from support.models import TEXT, save, save_bytes
+from support.models import TEXT
 
 from server.auth import proxies
 
@@ -18,8 +19,7 @@ Start = Callable[..., Awaitable[LocalApi]]
 
 PROXY = "10.0.0.1"
 TRUSTED = proxies.parse_networks("10.0.0.0/8, fd00::/8")
-LIMITED = (429, "too_many_failures")
-INVALID = {"Authorization": "Bearer a.b.c"}
+REFUSED, LIMITED = (401, "invalid_token"), (429, "too_many_failures")
 
 
 def peer(*fields: str) -> str:
@@ -102,50 +102,75 @@ def test_invalid_or_universal_network_is_refused() -> None:
                 proxies.parse_networks(text)
 
 
-async def fail(api: LocalApi, forwarded_for: str = "", **headers: str) -> tuple[int, str]:
-    if forwarded_for:
-        headers["X-Forwarded-For"] = forwarded_for
-    return (await api.get("/api/v1/models", roles=(), headers=INVALID | headers)).refusal
-
-
-REFUSED = (401, "invalid_token")
-
-
 PREFIXES = {
     "/ml": "/ml", "/ml/": "/ml", "/a/b-c.d": "/a/b-c.d", "/": "", "": "", "ml": "", "//evil.example": "",
     "https://evil.example": "", "/a/../b": "", "/a b": "",
 }  # fmt: skip
 
 
-async def test_fields_of_a_trusted_proxy_are_read(start: Start, repository: Path) -> None:
-    save(models.add(1), repository, "m")
-    save_bytes(TEXT, repository, "text")
-    api = await start(limit_auth_failures="1/hour", trusted_proxies="127.0.0.1", on_demand="on")
-    for prefix, expected in PREFIXES.items():
-        answer = await api.post("/api/v1/models/m/load", wait=30, headers={"X-Forwarded-Prefix": prefix})
-        assert answer.headers["Location"] == f"{expected}/api/v1/jobs/{answer.json['id']}", prefix
-    headers = {"X-Forwarded-Prefix": "/ml"}
-    failed = await api.post("/v2/models/text/infer", json={"inputs": []}, headers=headers)  # the fast path
-    assert failed.headers["Location"].startswith("/ml/api/v1/jobs/")
-    assert await fail(api, "9.9.9.9, 192.0.2.1") == REFUSED
-    assert await fail(api, "8.8.8.8, 192.0.2.1") == LIMITED
-    client = INVALID | {"X-Forwarded-For": "192.0.2.1"}
-    assert (
-        await api.post("/v2/models/m/infer", roles=(), headers=client)
-    ).refusal == LIMITED  # the fast path
-    assert await fail(api, Forwarded="for=192.0.2.7") == REFUSED  # which no proxy overwrites
-    assert await fail(api, Forwarded="for=192.0.2.8") == LIMITED
-    assert (await api.get("/api/v1/models", headers={"X-Forwarded-For": "192.0.2.2"})).status == 200
+@dataclass
+class Request:
+    """What is read of a request."""
+
+    remote: str | None
+    headers: CIMultiDict[str]
 
 
 @pytest.mark.parametrize(
-    "trusted", [{}, {"trusted_proxies": "192.0.2.1"}], ids=["nobody is trusted", "another is trusted"]
+    ("trusted", "direct", "client", "prefix"),
+    [
+        (TRUSTED, PROXY, "192.0.2.1", "/ml"),
+        (TRUSTED, "192.0.2.9", "192.0.2.9", ""),
+        (TRUSTED, None, None, ""),
+        ((), PROXY, PROXY, ""),
+    ],
+    ids=["trusted", "another is trusted", "no address", "nobody is trusted"],
 )
-async def test_fields_of_anybody_else_are_ignored(
-    start: Start, repository: Path, trusted: dict[str, str]
+def test_fields_of_a_trusted_proxy_alone_are_read(
+    trusted: tuple[proxies.Network, ...], direct: str | None, client: str | None, prefix: str
 ) -> None:
-    save(models.add(1), repository, "m")
-    api = await start(limit_auth_failures="1/hour", **trusted)
-    answer = await api.post("/api/v1/models/m/load", headers={"X-Forwarded-Prefix": "/ml"})
-    assert answer.headers["Location"].startswith("/api/v1/jobs/")
-    assert [await fail(api, client) for client in ("192.0.2.1", "192.0.2.2")] == [REFUSED, LIMITED]
+    chosen = proxies.Proxies(trusted)
+    fields = {"X-Forwarded-For": "192.0.2.1", "X-Forwarded-Prefix": "/ml"}
+    request, response = Request(direct, CIMultiDict(fields)), web.Response(headers={"Location": "/api"})
+    assert chosen.peer(request) == client
+    chosen.relocate(request, response)
+    assert response.headers["Location"] == f"{prefix}/api"
+
+
+@pytest.mark.parametrize(("prefix", "expected"), PREFIXES.items())
+def test_prefix_that_is_a_path_relocates(prefix: str, expected: str) -> None:
+    request = Request(PROXY, CIMultiDict({"X-Forwarded-Prefix": prefix}))
+    for location, relocated in (("/api", f"{expected}/api"), ("https://a/b", "https://a/b")):
+        response = web.Response(headers={"Location": location})
+        proxies.Proxies(TRUSTED).relocate(request, response)
+        assert response.headers["Location"] == relocated
+    request.headers.add("X-Forwarded-Prefix", prefix)
+    response = web.Response(headers={"Location": "/api"})
+    proxies.Proxies(TRUSTED).relocate(request, response)
+    assert response.headers["Location"] == "/api"  # given twice
+
+
+async def test_server_reads_the_fields_of_its_proxy_on_both_paths(start: Start) -> None:
+    """The fast path of inferences, and that of all requests."""
+    api = await start(limit_auth_failures="1/hour", trusted_proxies="127.0.0.1", on_demand="on")
+    api.save(TEXT, "text")
+    behind = {"X-Forwarded-Prefix": "/ml"}
+    load = await api.post("/api/v1/models/text/load", headers=behind)
+    infer = await api.post("/v2/models/text/infer", json={"inputs": []}, headers=behind)
+    assert load.headers["Location"] == f"/ml/api/v1/jobs/{load.json['id']}"
+    assert infer.headers["Location"].startswith("/ml/api/v1/jobs/")
+
+    async def fail(path: str, **fields: str) -> tuple[int, str]:
+        headers = {"Authorization": "Bearer a.b.c", **fields}
+        return (await api.post(path, roles=(), headers=headers)).refusal
+
+    models, inference = "/api/v1/models/m/load", "/v2/models/m/infer"
+    for path, fields, expected in (
+        (models, {"X-Forwarded-For": "9.9.9.9, 192.0.2.1"}, REFUSED),
+        (models, {"X-Forwarded-For": "8.8.8.8, 192.0.2.1"}, LIMITED),
+        (inference, {"X-Forwarded-For": "192.0.2.1"}, LIMITED),
+        (models, {"Forwarded": "for=192.0.2.7"}, REFUSED),  # which no proxy overwrites
+        (models, {"Forwarded": "for=192.0.2.8"}, LIMITED),
+    ):
+        assert await fail(path, **fields) == expected
+    assert (await api.get("/api/v1/models", headers={"X-Forwarded-For": "192.0.2.2"})).status == 200

@@ -15,7 +15,6 @@ import pytest
 import yaml
 from support import models
 from support.http import ONE, LocalApi
-from support.models import save
 from support.pages import FAMILIES
 
 ROOT = Path(__file__).parents[3]
@@ -68,13 +67,13 @@ def test_queries_name_existing_metrics_and_labels() -> None:
             assert {label.strip() for label in labels.split(",") if label.strip()} <= of_all, query
 
 
-async def test_alerts_select_existing_label_values(api: LocalApi) -> None:
+async def test_alerts_select_existing_label_values(shared: LocalApi) -> None:
     text = ALERTS.read_text(encoding="utf-8")
     checks = {name for value in re.findall(r'check[!=]~?"([\w|]+)"', text) for name in value.split("|")}
     for label, values, existing in (
         ("outcome", re.findall(r'outcome="(\w+)"', text), {"completed", "failed", "cancelled"}),
         ("resource", re.findall(r'resource="(\w+)"', text), {"memory", "cpu"}),
-        ("check", checks, (await api.get("/health/ready")).json["checks"].keys()),
+        ("check", checks, (await shared.get("/health/ready")).json["checks"].keys()),
     ):
         assert values, label
         assert set(values) <= existing, label
@@ -113,9 +112,7 @@ def test_every_metric_is_on_the_dashboard_or_in_an_alert() -> None:
     assert {family.name for family in FAMILIES} - used == unused
 
 
-async def test_promtool_accepts_rules_queries_and_metrics(
-    api: LocalApi, repository: Path, tmp_path: Path
-) -> None:
+async def test_promtool_accepts_rules_queries_and_metrics(shared: LocalApi, tmp_path: Path) -> None:
     program = os.environ.get("PROMTOOL") or shutil.which("promtool")
     if program is None:
         pytest.skip("promtool is not here: .ci/promtool fetches it, and PROMTOOL names it")
@@ -125,10 +122,10 @@ async def test_promtool_accepts_rules_queries_and_metrics(
     ]
     dashboard = tmp_path / "queries.yaml"
     dashboard.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}), encoding="utf-8")
-    save(models.add(), repository, "m")
-    await api.load("m")
-    assert (await api.infer("m", ONE)).status == 200
-    metrics = (await api.get("/metrics")).body
+    shared.save(models.add(), "m")
+    await shared.load("m")
+    assert (await shared.infer("m", ONE)).status == 200
+    metrics = (await shared.get("/metrics")).body
     for command, file, given in (
         ("check rules", ALERTS, b""),
         ("test rules", ALERTS_TEST, b""),
