@@ -181,10 +181,10 @@ def test_configured_issuer_is_required(tmp_path: Path) -> None:
     assert [is_valid(verifier, signed(config, iss=issuer)) for issuer in issuers] == [True] + [False] * 3
 
 
-@pytest.mark.parametrize("issuer", ["https://issuer", None])
-def test_credential_has_issuer_and_id(config: Config, issuer: str | None) -> None:
-    principal = create_verifier(config).verify(signed(config, iss=issuer, jti="j"), time.time())
-    assert credential_of(principal) == Credential(issuer, "j")
+def test_credential_has_issuer_and_id(config: Config) -> None:
+    for issuer in ("https://issuer", None):
+        principal = create_verifier(config).verify(signed(config, iss=issuer, jti="j"), time.time())
+        assert credential_of(principal) == Credential(issuer, "j")
 
 
 @pytest.mark.parametrize(
