@@ -113,26 +113,12 @@ async def test_json_tensors_come_back_flat_and_complete(shared: LocalApi) -> Non
     assert "id" not in answer.json
 
 
-@pytest.mark.parametrize(
-    "tensor",
-    [
-        Binary("FP32", (2, 0), b""),
-        Binary("FP32", (), b"\0\0\x80\x7f"),
-        Binary("FP16", (1, 2), bytes(range(4))),
-        texts(b"", "é".encode()),
-        Binary("FP32", (10**6,), Random(0).randbytes(4 * 10**6)),  # too large for a single write
-    ],
-    ids=lambda tensor: f"{tensor.datatype} {tensor.shape}",
-)
-async def test_binary_tensor_comes_back_bit_for_bit(shared: LocalApi, tensor: Binary) -> None:
-    assert outputs_of(await infer_binary(shared, tensor.datatype, tensor)) == [tensor]
-
-
 async def test_long_tensors_of_several_instances_come_back(shared: LocalApi) -> None:
     """Each through the memory of the worker that it was received into."""
     await load(shared, "instances", models.identity(), instances=2)
     rng = Random(0)
-    sent = [Binary("FP32", (2**16,), rng.randbytes(4 * 2**16)) for _ in range(12)]
+    lengths = [*[2**16] * 12, 2**20]  # the last is too large for a single write
+    sent = [Binary("FP32", (length,), rng.randbytes(4 * length)) for length in lengths]
     for _ in range(2):
         answers = await asyncio.gather(*(infer_binary(shared, "instances", each) for each in sent))
         assert [outputs_of(answer) for answer in answers] == [[each] for each in sent]
@@ -171,25 +157,6 @@ async def test_answer_has_the_type_of_its_outputs(shared: LocalApi) -> None:
     assert refused.refusal == (400, "not_representable")
 
 
-async def test_raw_body_is_answered_raw(shared: LocalApi) -> None:
-    await load(shared, "raw", models.identity())
-    path, body = "/v2/models/raw/infer", struct.pack("<3f", 1, 2, 3)
-    answer = await shared.post(path, data=body, headers=RAW, roles=("infer",))
-    assert outputs_of(answer) == [Binary("FP32", (3,), body)]
-    odd = await shared.post(path, data=b"12345", headers=RAW, roles=("infer",))
-    assert odd.refusal == (400, "invalid_input")
-
-
-async def test_request_and_answer_are_compressed(shared: LocalApi) -> None:
-    tensor = Binary("FP32", (1000,), bytes(4000))
-    head = json.dumps({"inputs": [tensor.head()]}).encode()
-    headers = {LENGTH: str(len(head)), "Content-Encoding": "deflate", "Accept-Encoding": "gzip"}
-    packed = zlib.compress(head + tensor.data)
-    answer = await shared.post("/v2/models/FP32/infer", data=packed, headers=headers)
-    assert (answer.status, answer.headers["Content-Encoding"]) == (200, "gzip")
-    assert answer.json["outputs"][0]["data"] == [0.0] * 1000  # the test's client has unpacked it
-
-
 async def test_failed_inference_is_400_and_appends_nothing(shared: LocalApi) -> None:
     await load(shared, "subtract", models.subtract())
     largest = 3.4e38
@@ -210,12 +177,6 @@ async def test_answer_names_the_load_behind_it(shared: LocalApi) -> None:
             assert answer.headers["Loadledger-Model"] == f"versions/{number};position={events[-1].position}"
             assert answer.json["model_version"] == str(number)
             assert answer.json["outputs"][0]["data"] == [1 + number]
-
-
-async def test_concurrent_requests_get_their_own_answers(shared: LocalApi) -> None:
-    answers = await asyncio.gather(*(shared.infer("FP32", floats(n), id=str(n)) for n in range(100)))
-    found = [(answer.json["id"], answer.json["outputs"][0]["data"]) for answer in answers]
-    assert found == [(str(n), [float(n)]) for n in range(100)]
 
 
 # test_codec.py and the worker's tests have the other refusals
@@ -267,16 +228,11 @@ INVALID = (400, "invalid_parameter")
 
 
 async def test_model_or_version_that_is_not_loaded_is_refused(shared: LocalApi) -> None:
-    for number in (1, 2):
-        save(models.identity(), shared.config.repository, "idle", number)
+    save(models.identity(), shared.config.repository, "idle")
     await load(shared, "one", models.identity())
-    save(models.identity(), shared.config.repository, "one", 2)
     for path, expected in (
         ("idle", NOT_LOADED),
-        ("idle/versions/1", NOT_LOADED),
         ("one/versions/2", NOT_LOADED),
-        ("one/versions/3", NOT_LOADED),
-        ("nope", UNKNOWN),
         ("nope/versions/1", UNKNOWN),
     ):
         answer = await shared.post(f"/v2/models/{path}/infer", json={"inputs": [ONE]})
@@ -286,8 +242,7 @@ async def test_model_or_version_that_is_not_loaded_is_refused(shared: LocalApi) 
             assert (await shared.get(f"/v2/models/{path}{rest}")).refusal == expected, path
         assert (await shared.get(f"/v2/models/{path}/ready")).refusal == (400, "not_ready"), path
     for text in ("0", "-1", "01x", "1v", "1.0", "9999999999999999999", "%00", "+1", "%2B1"):
-        for rest in ("", "/ready", "/config", "/stats"):
-            assert (await shared.get(f"/v2/models/one/versions/{text}{rest}")).refusal == INVALID, text
+        assert (await shared.get(f"/v2/models/one/versions/{text}/ready")).refusal == INVALID, text
     idle = await shared.infer("idle", ONE)
     assert "POST /api/v1/models/idle/load" in idle.json["error"]
     assert "Retry-After" in idle.headers

@@ -1,45 +1,44 @@
-"""Inference under pressure: deadlines, queues, body budget, dying workers, swaps, clients that leave."""
+"""Inference under pressure: body budget, long bodies, swaps during a body, workers that do not read."""
 
 import asyncio
 import io
 import json
+import math
 import os
 import signal
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import numpy as np
 import pytest
+import pytest_asyncio
 from onnx import helper, numpy_helper
 from support import models
-from support.http import ENDLESS, ONE, Answer, LocalApi, local_server, when
+from support.http import ONE, Answer, Json, LocalApi, local_server, when
 from support.models import save
 from support.workers import until
 
 from server.appkeys import BODIES
+from server.config import parse_size
 from server.http.bodies import LARGEST_BODIES, MAX_BODIES_BYTES, Bodies
 
+LARGEST = "95MiB"
 LENGTH = "Inference-Header-Content-Length"
-SHORT = {**ENDLESS, "data": [5]}
-STOPPED = {"timeout": 50_000}
 TIMEOUT, QUEUE_FULL = (504, "inference_timeout"), (503, "inference_queue_full")
 
 
-async def test_run_without_time_or_client_is_stopped(shared: LocalApi) -> None:
-    save(models.counting_loop(), shared.config.repository, "stopped")
-    await shared.load("stopped")
-    worker = shared.worker("stopped")
-    answer = await shared.infer("stopped", ENDLESS, parameters=STOPPED)
-    assert answer.refusal == TIMEOUT
-    assert "0.05 s" in answer.json["error"]
-    assert (await shared.infer("stopped", SHORT)).json["outputs"][0]["data"] == [5]
-    running = asyncio.create_task(shared.infer("stopped", ENDLESS))
-    await until(lambda: worker.in_flight == 1)
-    running.cancel()
-    await until(lambda: worker.in_flight == 0)
-    assert (await shared.infer("stopped", SHORT)).status == 200
-    assert shared.worker("stopped") is worker
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalApi]:
+    """One application that takes larger requests than by default."""
+    async with local_server(tmp_path_factory.mktemp("shared"), max_request_size=LARGEST) as api:
+        yield api
+
+
+def binary_head(*shape: int, **members: Json) -> bytes:
+    """Return the JSON of a request with one binary tensor."""
+    size = {"binary_data_size": 4 * math.prod(shape)}
+    tensor = {"name": "x", "shape": shape, "datatype": "FP32", "parameters": size}
+    return json.dumps({"inputs": [tensor], **members}).encode()
 
 
 async def load_adder(api: LocalApi, model_id: str, version: int) -> None:
@@ -47,38 +46,12 @@ async def load_adder(api: LocalApi, model_id: str, version: int) -> None:
     await api.load(model_id, version=version)
 
 
-async def test_no_inference_fails_during_swaps(shared: LocalApi) -> None:
-    await load_adder(shared, "swapped", 1)
-    is_swapping, seen = True, set[int]()
-
-    async def infer() -> None:
-        while is_swapping:
-            answer = await shared.infer("swapped", ONE)
-            assert answer.status == 200, answer.body
-            version = int(answer.json["model_version"])
-            assert answer.json["outputs"][0]["data"] == [1 + version]
-            seen.add(version)
-
-    clients = [asyncio.create_task(infer()) for _ in range(2)]
-    for turn in range(4):
-        await load_adder(shared, "swapped", 1 + (turn + 1) % 2)
-    is_swapping = False
-    await asyncio.gather(*clients)
-    assert seen == {1, 2}
-
-
 @pytest.mark.parametrize("count", [1, 150_000], ids=["short", "in a worker's memory"])
 async def test_swap_while_a_body_arrives_is_not_noticed(shared: LocalApi, count: int) -> None:
     model_id = f"slow-{count}"
     await load_adder(shared, model_id, 1)
     old, swapped = shared.worker(model_id), asyncio.Event()
-    tensor = {
-        "name": "x",
-        "shape": [count],
-        "datatype": "FP32",
-        "parameters": {"binary_data_size": 4 * count},
-    }
-    head, data = json.dumps({"inputs": [tensor]}).encode(), np.ones(count, "<f4").tobytes()
+    head, data = binary_head(count), np.ones(count, "<f4").tobytes()
 
     async def body() -> AsyncIterator[bytes]:
         yield head + data[:2]
@@ -135,35 +108,27 @@ async def test_json_part_has_the_limit_of_a_body(shared: LocalApi) -> None:
         yield b" " * 2**16
         await answered.wait()
 
-    length = 64 * 2**20 + 1
+    length = parse_size(LARGEST) + 1
     fields = {LENGTH: str(length), "Content-Length": str(length + 2**20)}
     answer = await shared.post("/v2/models/headed/infer", data=body(), headers=fields)
     answered.set()
     assert answer.refusal == (413, "body_too_large")
-    assert "not be larger than 67108864 bytes; the server's --max-request-size" in answer.json["error"]
+    assert f"not be larger than {length - 1} bytes; the server's --max-request-size" in answer.json["error"]
 
 
-async def test_request_above_the_default_limit_is_taken_where_allowed(
-    shared: LocalApi, tmp_path: Path
-) -> None:
+async def test_request_above_the_default_limit_is_taken_where_allowed(shared: LocalApi) -> None:
     """A picture of 4K in FP32 has 99.5 MB."""
     axes = numpy_helper.from_array(np.array([2, 3], np.int64), "axes")
     node = helper.make_node("ReduceMean", ["x", "axes"], ["y"], keepdims=0)
     shape = [1, 3, 2160, 3840]
     x, y = models.value("x", models.FLOAT, shape), models.value("y", models.FLOAT, [1, 3])
-    model = models.model([node], [x], [y], [axes])
-    save(model, shared.config.repository, "picture")
-    job = await shared.failed_load("picture")
-    assert job["error"]["code"] == "invalid_model"
-    assert job["error"]["message"].endswith("start the server with --max-request-size=95MiB")
+    save(models.model([node], [x], [y], [axes]), shared.config.repository, "picture")
+    await shared.load("picture")
     data = np.full(shape, 2, "<f4").tobytes()
-    tensor = {"name": "x", "shape": shape, "datatype": "FP32", "parameters": {"binary_data_size": len(data)}}
-    head = json.dumps({"inputs": [tensor]}).encode()
-    fields = {LENGTH: str(len(head))}
-    async with local_server(tmp_path, max_request_size="95MiB") as large:
-        save(model, large.config.repository, "picture")
-        await large.load("picture")
-        answer = await large.post("/v2/models/picture/infer", data=io.BytesIO(head + data), headers=fields)
+    head = binary_head(*shape)
+    answer = await shared.post(
+        "/v2/models/picture/infer", data=io.BytesIO(head + data), headers={LENGTH: str(len(head))}
+    )
     assert answer.json["outputs"][0]["data"] == [2, 2, 2]
 
 
@@ -201,8 +166,7 @@ async def test_data_that_a_worker_does_not_read_is_bounded(
     await shared.load("unread")
     pid = shared.worker("unread").pid
     os.kill(pid, signal.SIGSTOP)
-    tensor = {"name": "x", "shape": [2**20], "datatype": "FP32", "parameters": {"binary_data_size": 2**22}}
-    head = json.dumps({"inputs": [tensor], "parameters": {"timeout": 20_000}}).encode()
+    head = binary_head(2**20, parameters={"timeout": 20_000})
     headers = {LENGTH: str(len(head))}
     for expected in (TIMEOUT, QUEUE_FULL):
         body = io.BytesIO(head + bytes(2**22))

@@ -111,7 +111,7 @@ async def small(one_place: LocalApi) -> AsyncIterator[LocalApi]:
     """That application; the model that a test leaves loaded is unloaded after it."""
     yield one_place
     for model in (await one_place.get("/api/v1/models")).json["models"]:
-        if model["state"] != "unloaded":
+        if model["state"] not in {"unloaded", "failed"}:
             await one_place.unload(model["id"], force=True)
 
 
@@ -398,29 +398,28 @@ async def test_lost_model_is_waited_for(shared: LocalApi) -> None:
     assert await causes(shared, "lost") == ["request", "recovery"]
 
 
-async def test_lost_model_that_is_given_up_fails_its_waiters(
-    start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    api = await start(on_demand="on")
-    log, ahead_s = api.app[LOG], 0
-    monkeypatch.setattr(log.clock, "_wall", lambda: utc_now() + timedelta(seconds=ahead_s))
-    monkeypatch.setattr(log.clock, "_boottime", lambda: boottime() + ahead_s)
-    defaults = save(models.crash_on_zeros(), api.config.repository, "m").parent / DEFAULTS_FILE
+@on_the_modules_loop
+async def test_lost_model_that_is_given_up_fails_its_waiters(small: LocalApi) -> None:
+    log, ahead_s = small.app[LOG], 0
+    log.clock._wall = lambda: utc_now() + timedelta(seconds=ahead_s)  # from now on
+    log.clock._boottime = lambda: boottime() + ahead_s
+    defaults = save(models.crash_on_zeros(), small.config.repository, "given-up").parent / DEFAULTS_FILE
     defaults.write_text("warm_up.enabled = false")
-    await api.load("m")
+    await small.load("given-up")
     defaults.unlink()
-    os.kill(api.worker("m").pid, signal.SIGKILL)
-    await recorded(api, "m", "WorkerExited")
-    waiting = asyncio.create_task(api.infer("m", ONE))
-    await until(lambda: api.app[DEMAND].count_waiting("m") == 1)
+    os.kill(small.worker("given-up").pid, signal.SIGKILL)
+    await recorded(small, "given-up", "WorkerExited")
+    waiting = asyncio.create_task(small.infer("given-up", ONE))
+    await until(lambda: small.app[DEMAND].count_waiting("given-up") == 1)
+    incidents = log.state.models["given-up"].incidents
     while not waiting.done():  # the reload is tried again after growing pauses
         ahead_s += 30
-        incidents = len(log.state.models["m"].incidents)
         log.notify()
-        await until(lambda count=incidents: waiting.done() or len(log.state.models["m"].incidents) != count)  # type: ignore[misc]
+        await until(lambda seen=incidents: waiting.done() or log.state.models["given-up"].incidents != seen)  # type: ignore[misc]
+        incidents = log.state.models["given-up"].incidents
     assert (await waiting).refusal == (503, "load_failed")
-    assert log.state.models["m"].state is ModelState.FAILED
-    assert set(await causes(api, "m")) == {"request", "recovery"}
+    assert log.state.models["given-up"].state is ModelState.FAILED
+    assert set(await causes(small, "given-up")) == {"request", "recovery"}
 
 
 async def test_swap_in_place_is_waited_for(shared: LocalApi) -> None:
