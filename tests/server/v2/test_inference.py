@@ -180,28 +180,19 @@ async def test_answer_names_the_load_behind_it(shared: LocalApi) -> None:
 
 
 # test_codec.py and the worker's tests have the other refusals
-@pytest.mark.parametrize(
-    ("body", "length", "reason"),
-    [
-        (b"[" * 100_000, None, "not an inference request"),
-        (b'{"inputs": []}', None, "no value for input 'x'"),
-        (json.dumps({"inputs": [{**ONE, "data": ["1"]}]}).encode(), None, "Expected `float`, got `str`"),
-        (json.dumps({"inputs": [ONE], "outputs": [{"name": "z"}]}).encode(), None, "no output 'z'"),
-        (b"{}", "9" * 5000, LENGTH),
-        (b"{}", "3", "but the body has 2 bytes"),
-    ],
-    ids=["nested", "input", "element", "output", "length", "short"],
-)
-async def test_invalid_request_is_refused_with_the_reason(
-    shared: LocalApi, body: bytes, length: str | None, reason: str
-) -> None:
-    pid = shared.worker("FP32").pid
-    headers = {LENGTH: length} if length is not None else {}
-    answer = await shared.post("/v2/models/FP32/infer", data=body, headers=headers)
-    assert answer.refusal == (400, "invalid_input")
-    assert reason in answer.json["error"]
-    assert answer.json["error"] == answer.json["detail"]
-    assert len(answer.body) < 5_000
+async def test_invalid_request_is_refused_with_the_reason(shared: LocalApi) -> None:
+    pid, wrong = shared.worker("FP32").pid, {**ONE, "data": ["1"]}
+    for body, headers, reason in (
+        (b"[" * 100_000, {}, "not an inference request"),
+        (json.dumps({"inputs": [wrong]}).encode(), {}, "Expected `float`, got `str`"),
+        (b"{}", {LENGTH: "9" * 5000}, LENGTH),
+        (b"{}", {LENGTH: "3"}, "but the body has 2 bytes"),
+    ):
+        answer = await shared.post("/v2/models/FP32/infer", data=body, headers=headers)
+        assert answer.refusal == (400, "invalid_input")
+        assert reason in answer.json["error"]
+        assert answer.json["error"] == answer.json["detail"]
+        assert len(answer.body) < 5_000
     assert (await shared.infer("FP32", ONE)).status == 200
     assert shared.worker("FP32").pid == pid
 
@@ -374,8 +365,6 @@ async def test_statistics_count_each_phase_of_a_load_s_inferences(shared: LocalA
     counts = after["inference_stats"]
     assert [counts[each]["count"] for each in ("fail", "success", *PHASES)] == [1, 2, 2, 2, 2, 2, 2]
     assert counts["success"]["ns"] >= counts["compute_infer"]["ns"] > 0
-    [batch] = after["batch_stats"]
-    assert (batch["batch_size"], batch["compute_infer"]["count"]) == (1, 2)
     memory_bytes = (await shared.model("counted"))["memory_at_load_bytes"]
     assert after["memory_usage"] == [{"type": "CPU", "id": 0, "byte_size": memory_bytes}]
     await load(shared, "counted", models.subtract(), 4)

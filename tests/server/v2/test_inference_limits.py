@@ -1,27 +1,41 @@
-"""Inference under pressure: body budget, long bodies, swaps during a body, workers that do not read."""
+"""Inference under pressure: body budget, long bodies, swaps during a body, workers that do not read.
+
+Long JSON is read in a process of its own, however hostile it is, and within the body budget.
+"""
 
 import asyncio
 import io
 import json
 import math
 import os
+import re
 import signal
 import time
-from collections.abc import AsyncIterator
+import tracemalloc
+from collections.abc import AsyncIterator, Mapping
 
 import numpy as np
 import pytest
 import pytest_asyncio
+from hypothesis import given
+from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 from support import models
+from support.history import PLAIN
 from support.http import ONE, Answer, Json, LocalApi, local_server, when
 from support.models import save
-from support.workers import until
+from support.workers import fork_server_of, until
 
-from server.appkeys import BODIES
+from runtime.errors import InvalidInput
+from runtime.requestjson import LONG_JSON_BYTES, assemble, decode_json, describe
+from runtime.wire import JsonRead, MalformedFrame
+from runtime.worker.main import find_address
+from server.appkeys import BODIES, POOL
 from server.config import parse_size
 from server.http.bodies import LARGEST_BODIES, MAX_BODIES_BYTES, Bodies
 
+LONG = LONG_JSON_BYTES + 1
+HEAD = b'{"inputs": [{"name": "x", "shape": [1], "datatype": "BYTES", "data": ["'
 LARGEST = "95MiB"
 LENGTH = "Inference-Header-Content-Length"
 TIMEOUT, QUEUE_FULL = (504, "inference_timeout"), (503, "inference_queue_full")
@@ -29,8 +43,11 @@ TIMEOUT, QUEUE_FULL = (504, "inference_timeout"), (503, "inference_queue_full")
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalApi]:
-    """One application that takes larger requests than by default."""
+    """One application that takes larger requests than by default, with `y = x` of numbers and of strings."""
     async with local_server(tmp_path_factory.mktemp("shared"), max_request_size=LARGEST) as api:
+        for model_id, model in (("numbers", models.identity()), ("strings", models.strings())):
+            api.save(model, model_id)
+            await api.load(model_id)
         yield api
 
 
@@ -72,11 +89,10 @@ async def test_bodies_beyond_the_budget_are_refused(
 ) -> None:
     bodies = shared.app[BODIES]
     monkeypatch.setattr(bodies, "_max_bytes", 2**20)
-    await load_adder(shared, "budget", 1)
     more, body = asyncio.Event(), json.dumps({"inputs": [ONE]}).encode()
 
     async def infer(data: object, subject: str = "alice") -> Answer:
-        return await shared.post("/v2/models/budget/infer", data=data, subject=subject)
+        return await shared.post("/v2/models/numbers/infer", data=data, subject=subject)
 
     async def endless() -> AsyncIterator[bytes]:
         for _ in range(32):
@@ -101,7 +117,6 @@ async def test_bodies_beyond_the_budget_are_refused(
 
 
 async def test_json_part_has_the_limit_of_a_body(shared: LocalApi) -> None:
-    await load_adder(shared, "headed", 1)
     answered = asyncio.Event()
 
     async def body() -> AsyncIterator[bytes]:
@@ -110,7 +125,7 @@ async def test_json_part_has_the_limit_of_a_body(shared: LocalApi) -> None:
 
     length = parse_size(LARGEST) + 1
     fields = {LENGTH: str(length), "Content-Length": str(length + 2**20)}
-    answer = await shared.post("/v2/models/headed/infer", data=body(), headers=fields)
+    answer = await shared.post("/v2/models/numbers/infer", data=body(), headers=fields)
     answered.set()
     assert answer.refusal == (413, "body_too_large")
     assert f"not be larger than {length - 1} bytes; the server's --max-request-size" in answer.json["error"]
@@ -173,3 +188,117 @@ async def test_data_that_a_worker_does_not_read_is_bounded(
         assert (await shared.post("/v2/models/unread/infer", data=body, headers=headers)).refusal == expected
     os.kill(pid, signal.SIGCONT)
     await when(lambda: shared.infer("unread", ONE), lambda seen: seen.status == 200)
+
+
+async def infer(api: LocalApi, model_id: str, body: bytes, **headers: str) -> Answer:
+    return await api.post(f"/v2/models/{model_id}/infer", data=io.BytesIO(body), headers=headers)
+
+
+async def test_long_json_is_answered_as_a_short_one(shared: LocalApi) -> None:
+    one = {"name": "x", "datatype": "FP32", "shape": [2], "data": [1 / 7, float("-inf")]}
+    request = {"id": "é", "parameters": {"own": 1}, "inputs": [one], "outputs": [{"name": "y"}]}
+    text = json.dumps(request).replace(", -Inf", f",{' ' * LONG}-Inf").encode()
+    output = {**one, "name": "y", "data": [float(np.float32(1 / 7)), float("-inf")]}
+    expected = {"model_name": "numbers", "model_version": "1", "id": "é", "outputs": [output]}
+    for fields in ({}, {LENGTH: str(len(text))}):  # JSON alone, of a body that could have more
+        assert (await infer(shared, "numbers", text, **fields)).json == expected
+    assert shared.app[BODIES].taken_bytes == 0
+
+
+async def test_reading_counts_in_the_body_budget(shared: LocalApi) -> None:
+    spaced = json.dumps({"inputs": [ONE]}).replace("[1]}", f"[1{' ' * LONG}]}}").encode()
+    bodies = shared.app[BODIES]
+    bodies.add("alice", bodies._max_bytes // 2 - 3 * LONG)  # room for the body, and not for reading it
+    assert (await infer(shared, "numbers", spaced)).refusal == (503, "bodies_full")
+    bodies.add("alice", 3 * LONG - bodies._max_bytes // 2)
+    assert (await infer(shared, "numbers", spaced)).status == 200
+
+
+HOSTILE: Mapping[str, tuple[bytes, bytes, str]] = {
+    "nothing": (b"", b" ", "the body is not an inference request"),
+    "brackets": (HEAD[:-2], b"[", "the body is not an inference request"),
+    "objects": (b'{"inputs": [', b"{},", "inputs; no more are allowed"),
+    "members": (b"{", b'"x": 1,', "the body is not an inference request"),
+    "names": (b'{"inputs": [{"name": "', b"n", "the body is not an inference request"),
+    "escapes": (HEAD, rb"\u003a", "the body is not an inference request"),
+}
+
+
+async def test_hostile_text_is_refused_and_another_subject_is_answered(
+    shared: LocalApi, subtests: pytest.Subtests
+) -> None:
+    fine = {"name": "x", "datatype": "BYTES", "shape": [1], "data": ["a"]}
+    for name, (head, repeated, reason) in HOSTILE.items():
+        with subtests.test(name):
+            body = head + repeated * (LONG // len(repeated) + 1)
+            refused = asyncio.ensure_future(infer(shared, "strings", body))
+            other = await shared.post("/v2/models/strings/infer", json={"inputs": [fine]}, subject="bob")
+            assert other.status == 200
+            assert (await refused).refusal == (400, "invalid_input")
+            assert reason in (await refused).json["detail"]
+            assert shared.app[BODIES].taken_bytes == 0
+            assert not [worker for worker in shared.app[POOL]._workers if worker.worker_id == "JSON"]
+
+
+def read(text: bytes) -> JsonRead:
+    return describe(text, find_address)
+
+
+@PLAIN
+@given(
+    data=st.recursive(st.integers() | st.text(), st.lists, max_leaves=9).map(json.dumps),
+    count=st.integers(0, 3),
+    padding=st.text(" \n", max_size=3),
+    ends=st.sampled_from(("", "}", "x")),
+)
+def test_text_read_elsewhere_is_the_one_read_here(data: str, count: int, padding: str, ends: str) -> None:
+    one = f'{{"name":{padding}"é","shape":[2], "data":{padding}{data}{padding},"datatype":"FP32"}}'
+    bare = '{"name": "b", "shape": [], "datatype": "FP32", "parameters": {"binary_data_size": 4}}'
+    text = f'{{"id":"1","inputs":[{",".join([*[one] * count, bare])}]}}{ends}'.encode()
+    if ends:
+        with pytest.raises(InvalidInput) as here:
+            decode_json(text)
+        with pytest.raises(InvalidInput, match=re.escape(str(here.value))):
+            assemble(text, read(text))
+    else:
+        expected, found = decode_json(text), assemble(text, read(text))
+        assert [bytes(each.data) for each in found.inputs] == [bytes(each.data) for each in expected.inputs]
+        assert (found.id, found.inputs[-1].parameters) == (expected.id, expected.inputs[-1].parameters)
+
+
+@pytest.mark.parametrize("element", [b"NaN,", b"-Infinity,"])
+def test_nan_is_read_within_two_copies_of_the_text(element: bytes) -> None:
+    text = TEXT.replace(b"[1]}", b"[" + element * (LONG // len(element)) + b"1]}")
+    tracemalloc.start()
+    try:
+        assert not read(text).problem
+        assert tracemalloc.get_traced_memory()[1] < 2.1 * len(text)  # `reading_bytes` has room for no more
+    finally:
+        tracemalloc.stop()
+
+
+TEXT = b'{"inputs":[{"name":"x","shape":[1],"datatype":"FP32","data":[1]}]}'
+
+
+@pytest.mark.parametrize(
+    "untrue",
+    [
+        JsonRead(b"{", ()),
+        JsonRead(b"\xff", ()),
+        JsonRead(b'{"inputs":[]}', ((0, 1),)),
+        JsonRead(read(TEXT).head, ()),
+        JsonRead(read(TEXT).head, ((0, len(TEXT) + 1),)),
+        JsonRead(read(TEXT).head, ((2**62, 1),)),
+    ],
+)
+def test_untrue_words_of_the_reading_process_are_refused(untrue: JsonRead) -> None:
+    with pytest.raises(MalformedFrame):
+        assemble(TEXT, untrue)
+
+
+async def test_end_of_the_fork_server_is_no_mistake_of_the_client(shared: LocalApi) -> None:
+    pool = shared.app[POOL]
+    asked = asyncio.ensure_future(infer(shared, "strings", HEAD + b":" * (16 * 2**20)))
+    await until(lambda: any(worker.worker_id == "JSON" for worker in pool._workers))
+    os.kill(fork_server_of(pool).pid, signal.SIGKILL)
+    assert (await asked).refusal == (503, "fork_server_unavailable")
