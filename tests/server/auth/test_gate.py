@@ -38,26 +38,17 @@ Counts = dict[tuple[str, str], int]
 Start = Callable[..., Awaitable[LocalApi]]
 Roles = tuple[str, ...]
 
-ROLES: tuple[Roles, ...] = (
-    *((), ("infer",), ("audit",), ("admin",), ("audit", "infer"), ("approve",), ("emergency",)),
-)
+ROLES: tuple[Roles, ...] = ((), ("infer",), ("audit",), ("admin",), ("approve",), ("emergency",))
 EVERYONE: set[Roles] = set(ROLES)
 ANY_ROLE: set[Roles] = EVERYONE - {()}
-INFER: set[Roles] = {("infer",), ("admin",), ("audit", "infer")}
-AUDIT: set[Roles] = {("audit",), ("admin",), ("audit", "infer")}
+INFER: set[Roles] = {("infer",), ("admin",)}
+AUDIT: set[Roles] = {("audit",), ("admin",)}
 ADMIN: set[Roles] = {("admin",)}
 APPROVE: set[Roles] = {("approve",)}
-VERIFY: set[Roles] = AUDIT | APPROVE
 NAMES = {
-    "id": "m",
-    "version": 1,
-    "job_id": "j",
-    "file": "console.css",
-    "jti": "t",
-    "upload": "s",
-    "path": "p",
+    "id": "m", "version": 1, "job_id": "j", "file": "console.css", "jti": "t", "upload": "s", "path": "p",
     "label": "champion",
-}
+}  # fmt: skip
 """Values of path parameters."""
 QUERIES = {"/api/v1/events/stream": "?after=x"}
 """Ends the requests that would stream."""
@@ -67,65 +58,27 @@ TABLE: dict[str, set[Roles]] = {
     "GET /v2/health/live": EVERYONE,
     "GET /v2/health/ready": EVERYONE,
     "GET /openapi.yaml": EVERYONE,
-    "GET /metrics": ANY_ROLE,
     "GET /docs": EVERYONE,
     "GET /docs/static/*": EVERYONE,
     "GET /": EVERYONE,
     "GET /console/{file}": EVERYONE,
     "GET /console/vendor/{file}": EVERYONE,
-    "GET /api/v1/models": ANY_ROLE,
-    "GET /api/v1/models/{id}": ANY_ROLE,
-    "GET /api/v1/jobs": ANY_ROLE,
-    "GET /api/v1/jobs/{job_id}": ANY_ROLE,
-    "GET /api/v1/nodes": ANY_ROLE,
-    "GET /api/v1/overview": ANY_ROLE,
-    "POST /api/v1/nodes/{id}/drain": ADMIN,
-    "GET /api/v1/resources": ANY_ROLE,
-    "GET /api/v1/resources/samples": ANY_ROLE,
-    "GET /api/v1/models/{id}/samples": ANY_ROLE,
+    "POST /api/v1/sign-in-links/use": EVERYONE,
     "GET /api/v1/models/{id}/stderr": ADMIN,
+    "GET /api/v1/models/{id}/versions/{version}/uploads/{upload}": ADMIN,
+    "GET /api/v1/tokens": ADMIN,
     "GET /api/v1/events": AUDIT,
     "GET /api/v1/timeline": AUDIT,
     "GET /api/v1/events/stream": AUDIT,
     "GET /api/v1/events/head": AUDIT,
-    "GET /api/v1/tokens": ADMIN,
-    "POST /api/v1/tokens": ADMIN,
-    "POST /api/v1/tokens/{jti}/revoke": ADMIN,
-    "POST /api/v1/sign-in-links": ADMIN,
-    "POST /api/v1/sign-in-links/use": EVERYONE,
-    "POST /api/v1/jobs/{job_id}/cancel": ADMIN,
+    "GET /api/v1/models/{id}/verify": AUDIT | APPROVE,
     "PUT /api/v1/models/{id}/versions/{version}/approval": APPROVE,
     "DELETE /api/v1/models/{id}/versions/{version}/approval": APPROVE,
-    "GET /api/v1/models/{id}/verify": VERIFY,
-    "POST /api/v1/models/unload": ADMIN,
-    "POST /api/v1/models/{id}/load": ADMIN,
-    "PUT /api/v1/models/{id}/versions/{version}": ADMIN,
-    "DELETE /api/v1/models/{id}/versions/{version}": ADMIN,
-    "PUT /api/v1/models/{id}/labels/{label}": ADMIN,
-    "DELETE /api/v1/models/{id}/labels/{label}": ADMIN,
-    "POST /api/v1/models/{id}/versions/{version}/uploads": ADMIN,
-    "GET /api/v1/models/{id}/versions/{version}/uploads/{upload}": ADMIN,
-    "DELETE /api/v1/models/{id}/versions/{version}/uploads/{upload}": ADMIN,
-    "PUT /api/v1/models/{id}/versions/{version}/uploads/{upload}/files/{path}": ADMIN,
-    "POST /api/v1/models/{id}/versions/{version}/uploads/{upload}/commit": ADMIN,
-    "POST /api/v1/models/{id}/unload": ADMIN,
-    "GET /v2/models/{id}": ANY_ROLE,
-    "GET /v2/models/{id}/versions/{version}": ANY_ROLE,
-    "GET /v2/models/{id}/ready": ANY_ROLE,
-    "GET /v2/models/{id}/versions/{version}/ready": ANY_ROLE,
-    "GET /v2": ANY_ROLE,
-    "GET /v2/": ANY_ROLE,
-    "GET /v2/models/stats": ANY_ROLE,
-    "GET /v2/models/{id}/stats": ANY_ROLE,
-    "GET /v2/models/{id}/versions/{version}/stats": ANY_ROLE,
-    "GET /v2/models/{id}/config": ANY_ROLE,
-    "GET /v2/models/{id}/versions/{version}/config": ANY_ROLE,
     "POST /v2/repository/index": ANY_ROLE,
-    "POST /v2/repository/models/{id}/load": ADMIN,
-    "POST /v2/repository/models/{id}/unload": ADMIN,
     "POST /v2/models/{id}/infer": INFER,
     "POST /v2/models/{id}/versions/{version}/infer": INFER,
 }
+"""Any role reads from the other routes, and administrators alone change anything by them."""
 
 
 def name(route: Route) -> str:
@@ -133,16 +86,17 @@ def name(route: Route) -> str:
     return f"{route.method} {path}"
 
 
-def test_role_table_has_every_route() -> None:
-    assert {name(each) for each in all_routes()} == TABLE.keys()
+def test_role_table_names_existing_routes() -> None:
+    assert TABLE.keys() <= {name(each) for each in all_routes()}
 
 
 async def test_each_role_is_admitted_or_refused_as_the_table_says(shared: LocalApi) -> None:
     for each, roles in product(all_routes(), ROLES):
         case, path = f"{name(each)} {roles}", each.path.format(**NAMES)
+        allowed = TABLE.get(name(each), ANY_ROLE if each.method == "GET" else ADMIN)
         answer = await shared.send(each.method, path + QUERIES.get(path, ""), roles=roles)
         challenge = answer.headers.get("WWW-Authenticate")
-        if roles in TABLE[name(each)]:
+        if roles in allowed:
             assert answer.status not in {401, 403}, case
         elif roles:
             assert answer.refusal == (403, "forbidden"), case
@@ -151,10 +105,15 @@ async def test_each_role_is_admitted_or_refused_as_the_table_says(shared: LocalA
         else:
             assert answer.refusal == (401, "no_credentials"), case
             assert challenge == 'Bearer realm="loadledger"'
-        if each.method == "GET":
+        if each.method == "GET" and roles in ((), ("infer",)):
             head = await shared.send("HEAD", path, roles=roles)
-            assert (head.status in {401, 403}) == (roles not in TABLE[name(each)]), case
+            assert (head.status in {401, 403}) == (roles not in allowed), case
             assert not head.body
+
+
+async def test_one_of_several_roles_is_enough(shared: LocalApi) -> None:
+    for roles, status in ((("audit", "infer"), 200), (("approve", "infer"), 403)):
+        assert (await shared.get("/api/v1/events/head", roles=roles)).status == status
 
 
 async def test_unknown_path_or_method_needs_a_token(shared: LocalApi) -> None:

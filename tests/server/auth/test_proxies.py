@@ -2,15 +2,16 @@
 
 import ipaddress
 from collections.abc import Awaitable, Callable
-from pathlib import Path
+from dataclasses import dataclass
 
 import pytest
+from aiohttp import web
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support import models
+from multidict import CIMultiDict
 from support.history import PLAIN
 from support.http import LocalApi
-from support.models import TEXT, save, save_bytes
+from support.models import TEXT
 
 from server.auth import proxies
 
@@ -18,12 +19,12 @@ Start = Callable[..., Awaitable[LocalApi]]
 
 PROXY = "10.0.0.1"
 TRUSTED = proxies.parse_networks("10.0.0.0/8, fd00::/8")
-LIMITED = (429, "too_many_failures")
-INVALID = {"Authorization": "Bearer a.b.c"}
+BEHIND = proxies.Proxies(TRUSTED)
+REFUSED, LIMITED = (401, "invalid_token"), (429, "too_many_failures")
 
 
 def peer(*fields: str) -> str:
-    return proxies.Proxies(TRUSTED).client_address(PROXY, fields)
+    return BEHIND.client_address(PROXY, fields)
 
 
 @pytest.mark.parametrize(
@@ -102,50 +103,64 @@ def test_invalid_or_universal_network_is_refused() -> None:
                 proxies.parse_networks(text)
 
 
-async def fail(api: LocalApi, forwarded_for: str = "", **headers: str) -> tuple[int, str]:
-    if forwarded_for:
-        headers["X-Forwarded-For"] = forwarded_for
-    return (await api.get("/api/v1/models", roles=(), headers=INVALID | headers)).refusal
+@dataclass
+class Request:
+    """What is read of a request."""
+
+    remote: str | None
+    headers: CIMultiDict[str]
 
 
-REFUSED = (401, "invalid_token")
+def relocated(
+    *prefixes: str, by: proxies.Proxies = BEHIND, direct: str | None = PROXY, to: str = "/api"
+) -> str:
+    """Return the location of an answer to a request with these prefixes."""
+    request = Request(direct, CIMultiDict(("X-Forwarded-Prefix", each) for each in prefixes))
+    response = web.Response(headers={"Location": to})
+    by.relocate(request, response)
+    return response.headers["Location"]
 
 
-PREFIXES = {
-    "/ml": "/ml", "/ml/": "/ml", "/a/b-c.d": "/a/b-c.d", "/": "", "": "", "ml": "", "//evil.example": "",
-    "https://evil.example": "", "/a/../b": "", "/a b": "",
-}  # fmt: skip
-
-
-async def test_fields_of_a_trusted_proxy_are_read(start: Start, repository: Path) -> None:
-    save(models.add(1), repository, "m")
-    save_bytes(TEXT, repository, "text")
-    api = await start(limit_auth_failures="1/hour", trusted_proxies="127.0.0.1", on_demand="on")
-    for prefix, expected in PREFIXES.items():
-        answer = await api.post("/api/v1/models/m/load", wait=30, headers={"X-Forwarded-Prefix": prefix})
-        assert answer.headers["Location"] == f"{expected}/api/v1/jobs/{answer.json['id']}", prefix
-    headers = {"X-Forwarded-Prefix": "/ml"}
-    failed = await api.post("/v2/models/text/infer", json={"inputs": []}, headers=headers)  # the fast path
-    assert failed.headers["Location"].startswith("/ml/api/v1/jobs/")
-    assert await fail(api, "9.9.9.9, 192.0.2.1") == REFUSED
-    assert await fail(api, "8.8.8.8, 192.0.2.1") == LIMITED
-    client = INVALID | {"X-Forwarded-For": "192.0.2.1"}
-    assert (
-        await api.post("/v2/models/m/infer", roles=(), headers=client)
-    ).refusal == LIMITED  # the fast path
-    assert await fail(api, Forwarded="for=192.0.2.7") == REFUSED  # which no proxy overwrites
-    assert await fail(api, Forwarded="for=192.0.2.8") == LIMITED
-    assert (await api.get("/api/v1/models", headers={"X-Forwarded-For": "192.0.2.2"})).status == 200
+def test_one_prefix_that_is_a_path_relocates() -> None:
+    for prefix, path in (("/ml", "/ml"), ("/ml/", "/ml"), ("/a/b-c.d", "/a/b-c.d")):
+        assert relocated(prefix) == f"{path}/api"
+    for prefix in ("/", "", "ml", "//evil.example", "https://evil.example", "/a/../b", "/a b"):
+        assert relocated(prefix) == "/api"
+    assert relocated("/ml", "/ml") == relocated() == "/api"
+    assert relocated("/ml", to="https://a/b") == "https://a/b"
 
 
 @pytest.mark.parametrize(
-    "trusted", [{}, {"trusted_proxies": "192.0.2.1"}], ids=["nobody is trusted", "another is trusted"]
+    ("by", "direct"),
+    [(BEHIND, "192.0.2.9"), (BEHIND, None), (proxies.Proxies(), PROXY)],
+    ids=["another is trusted", "no address", "nobody is trusted"],
 )
-async def test_fields_of_anybody_else_are_ignored(
-    start: Start, repository: Path, trusted: dict[str, str]
-) -> None:
-    save(models.add(1), repository, "m")
-    api = await start(limit_auth_failures="1/hour", **trusted)
-    answer = await api.post("/api/v1/models/m/load", headers={"X-Forwarded-Prefix": "/ml"})
-    assert answer.headers["Location"].startswith("/api/v1/jobs/")
-    assert [await fail(api, client) for client in ("192.0.2.1", "192.0.2.2")] == [REFUSED, LIMITED]
+def test_fields_of_anybody_else_are_ignored(by: proxies.Proxies, direct: str | None) -> None:
+    assert by.peer(Request(direct, CIMultiDict({"X-Forwarded-For": "192.0.2.1"}))) == direct
+    assert relocated("/ml", by=by, direct=direct) == "/api"
+
+
+async def test_server_reads_the_fields_of_its_proxy_on_both_paths(start: Start) -> None:
+    """The fast path of inferences, and that of all requests."""
+    api = await start(limit_auth_failures="1/hour", trusted_proxies="127.0.0.1", on_demand="on")
+    api.save(TEXT, "text")
+    behind = {"X-Forwarded-Prefix": "/ml"}
+    load = await api.post("/api/v1/models/text/load", headers=behind)
+    infer = await api.post("/v2/models/text/infer", json={"inputs": []}, headers=behind)
+    assert load.headers["Location"] == f"/ml/api/v1/jobs/{load.json['id']}"
+    assert infer.headers["Location"].startswith("/ml/api/v1/jobs/")
+
+    async def fail(path: str, **fields: str) -> tuple[int, str]:
+        headers = {"Authorization": "Bearer a.b.c", **fields}
+        return (await api.post(path, roles=(), headers=headers)).refusal
+
+    models, inference = "/api/v1/models/m/load", "/v2/models/m/infer"
+    for path, fields, expected in (
+        (models, {"X-Forwarded-For": "9.9.9.9, 192.0.2.1"}, REFUSED),
+        (models, {"X-Forwarded-For": "8.8.8.8, 192.0.2.1"}, LIMITED),
+        (inference, {"X-Forwarded-For": "192.0.2.1"}, LIMITED),
+        (models, {"Forwarded": "for=192.0.2.7"}, REFUSED),  # which no proxy overwrites
+        (models, {"Forwarded": "for=192.0.2.8"}, LIMITED),
+    ):
+        assert await fail(path, **fields) == expected
+    assert (await api.get("/api/v1/models", headers={"X-Forwarded-For": "192.0.2.2"})).status == 200

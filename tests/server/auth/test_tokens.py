@@ -158,8 +158,7 @@ async def test_authorization_field_is_checked(
         {"exp": float("nan")}, {"exp": 10**400}, {"exp": -1},
         {"aud": "other"}, {"aud": None}, {"aud": []}, {"aud": ["other"]}, {"aud": 7},
         {"nbf": 2**40}, {"iat": 2**40}, {"nbf": "now"}, {"iat": [1]},
-        {"sub": None}, {"sub": ""}, {"sub": 7}, {"sub": "system"}, {"sub": "System "}, {"sub": "x" * 129},
-        {"sub": "a\nb"}, {"sub": "\ud800"}, {"sub": "al\u200bice"},
+        {"sub": None}, {"sub": 7}, {"sub": "system"}, {"sub": "\ud800"},
         {"roles": "admin"}, {"roles": {"admin": True}}, {"roles": 1},
     ],
 )  # fmt: skip
@@ -181,10 +180,10 @@ def test_configured_issuer_is_required(tmp_path: Path) -> None:
     assert [is_valid(verifier, signed(config, iss=issuer)) for issuer in issuers] == [True] + [False] * 3
 
 
-@pytest.mark.parametrize("issuer", ["https://issuer", None])
-def test_credential_has_issuer_and_id(config: Config, issuer: str | None) -> None:
-    principal = create_verifier(config).verify(signed(config, iss=issuer, jti="j"), time.time())
-    assert credential_of(principal) == Credential(issuer, "j")
+def test_credential_has_issuer_and_id(config: Config) -> None:
+    for issuer in ("https://issuer", None):
+        principal = create_verifier(config).verify(signed(config, iss=issuer, jti="j"), time.time())
+        assert credential_of(principal) == Credential(issuer, "j")
 
 
 @pytest.mark.parametrize(

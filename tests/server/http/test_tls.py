@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption
 from onnx import TensorProto
 from support import models
-from support.connections import make_pair, replace
+from support.connections import LIMIT_S, make_pair, replace
 from support.http import when
 from support.models import save
 from support.servers import serving
@@ -26,7 +26,6 @@ from server.check import load_config
 from server.config import Config, ConfigError
 from server.http.tls import Certificate, TlsProblem, load_context
 
-LIMIT_S = 30.0
 HEALTH_CHECK = Path(__file__).parents[3] / "deploy" / "healthcheck.py"
 
 

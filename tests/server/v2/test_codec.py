@@ -82,15 +82,20 @@ def written(item: Tensor) -> str:
 
 
 @PLAIN
-@given(st.lists(tensors(), max_size=5))
-def test_request_is_decoded_as_written(drawn: list[Tensor]) -> None:
-    text = f'{{"id": "7", "inputs": [{", ".join(map(written, drawn))}]}}'.encode()
+@given(st.lists(tensors(), max_size=5), st.dictionaries(NAMES, NAMES | st.integers(0, 9), max_size=3))
+def test_request_is_decoded_as_written(drawn: list[Tensor], custom: dict[str, Any]) -> None:
+    """A long text as a short one."""
+    escaped = json.dumps({f"mine:{name}": value for name, value in custom.items()})
+    inputs = ", ".join(map(written, drawn))
+    text = f'{{"id": ":7", "inputs": [{inputs}], "parameters": {escaped}}}'.encode()
     payload = b"".join(item.data for item in drawn if not item.text)
     request = codec.decode_request(text + payload, len(text))
-    assert request == InferenceRequest("7", None, tuple(drawn), (), text=True)
+    assert request == InferenceRequest(":7", None, tuple(drawn), (), text=True)
     assert encode(Infer(1, heads(request.tensors)), request.tensors)
     if not payload:
         assert codec.decode_request(text) == request
+    long = text + b" " * requestjson.SHORT_JSON_BYTES
+    assert codec.decode_request(long + payload, len(long)) == request
 
 
 def test_decoded_tensors_are_views_of_the_body() -> None:
@@ -200,16 +205,15 @@ def test_unsupported_request_parameter_is_refused(name: str, value: object) -> N
     assert f"the parameter '{name}'" in refused(tensor(), parameters={"a": 1, name: value})
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
+def test_unsupported_output_parameter_is_refused() -> None:
+    wrong: list[tuple[str, Any]] = [
         ("classification", 3), ("binary_data", 1), ("binary_data", "false"), ("shared_memory_region", "r"),
         ("shared_memory_byte_size", 8), ("triton_x", 1),
-    ],
-)  # fmt: skip
-def test_unsupported_output_parameter_is_refused(name: str, value: object) -> None:
-    for more in ({}, {"a": 1}, {"binary_data": True}):
-        text = refused(tensor(), outputs=[{"name": "z"}, {"name": "y", "parameters": {**more, name: value}}])
+    ]  # fmt: skip
+    others: list[dict[str, Any]] = [{}, {"a": 1}, {"binary_data": True}]
+    for (name, value), more in product(wrong, others):
+        parameters = {**more, name: value}
+        text = refused(tensor(), outputs=[{"name": "z"}, {"name": "y", "parameters": parameters}])
         assert text.startswith("output 'y': ")
         assert name in text
 
@@ -280,15 +284,11 @@ def test_unpaired_surrogate_is_refused_as_such(name: bytes, padding: int) -> Non
         ('{"inputs": [{IN}], "inputs": [{IN}]}', "inputs"),
         ('{"inputs": [{IN}], "parameters": {}, "parameters": null}', "parameters"),
         ('{"inputs": [{IN}], "parameters": {"a": 1, "b": 2, "a": 1}}', "a"),
-        ('{"inputs": [{"data": [2], IN}]}', "data"),
         ('{"inputs": [{"data": [":"], IN}]}', "data"),
-        ('{"inputs": [{"data": [1, 2, 3], IN}]}', "data"),
         ('{"inputs": [{"data": [1, 2], IN}]}', "data"),
         ('{"inputs": [{IN}, {"name": "y", IN}]}', "name"),
         ('{"inputs": [{"parameters": {}, "parameters": {}, IN}]}', "parameters"),
         ('{"inputs": [{"d\\u0061ta": [2], IN}]}', "data"),
-        ('{"inputs": [{"parameters": {"\\u003a": 1, "b": 1, "b": 1}, IN}]}', "b"),
-        ('{"inputs": [{"parameters": {"b": "\\u003a", "b": "\\u003A"}, IN}]}', "b"),
         ('{"inputs": [{"parameters": {"\\\\\\u003a": 1, "b": 1, "b": 1}, IN}]}', "b"),
         ('{"inputs": [{"parameters": {"\\\\u003a": ":", "b": 1, "b": 1}, IN}]}', "b"),
         ('{"inputs": [{IN}], "outputs": [{"name": "y", "name": "y"}]}', "name"),
@@ -345,27 +345,25 @@ def test_keys_that_appear_twice_and_no_others_are_refused(
 
 
 @pytest.mark.parametrize(
-    "unit", [b'"data":[1],', b'"":0,', b'"name":"x",', b'"mine":[{}],'], ids=lambda unit: unit.decode()
+    ("unit", "reason", "most_bytes"),
+    [
+        (b'"data":[1],', "are allowed", 2**20),
+        (b'"":0,', "are allowed", 2**20),
+        (b'"name":"x",', "are allowed", 2**20),
+        (b'"mine":[{}],', "are allowed", 2**20),
+        (b"},{", f"more than {requestjson.MAX_INPUTS} inputs; no more are allowed", 2**23),
+    ],
+    ids=lambda case: case.decode() if isinstance(case, bytes) else "",
 )
-def test_repeated_key_is_refused_without_taking_memory(unit: bytes) -> None:
+def test_repeated_part_is_refused_without_taking_memory(unit: bytes, reason: str, most_bytes: int) -> None:
     body = b'{"inputs":[{' + unit * (2**20 // len(unit)) + json.dumps(tensor())[1:].encode() + b"]}"
     tracemalloc.start()
     try:
-        assert "are allowed" in refusal(body)
-        assert tracemalloc.get_traced_memory()[1] < 2**20
+        for _ in range(2):
+            assert reason in refusal(body)
+        assert tracemalloc.get_traced_memory()[1] < most_bytes
     finally:
         tracemalloc.stop()
-
-
-@PLAIN
-@given(st.lists(tensors(), min_size=1, max_size=3), st.dictionaries(NAMES, NAMES | st.integers(0, 9)))
-def test_long_text_is_decoded_as_a_short_one(drawn: list[Tensor], custom: dict[str, Any]) -> None:
-    escaped = json.dumps({f"mine:{name}": value for name, value in custom.items()})
-    text = f'{{"id": ":", "inputs": [{", ".join(map(written, drawn))}], "parameters": {escaped}}}'.encode()
-    payload = b"".join(item.data for item in drawn if not item.text)
-    long = text + b" " * requestjson.SHORT_JSON_BYTES
-    expected = codec.decode_request(text + payload, len(text))
-    assert codec.decode_request(long + payload, len(long)) == expected
 
 
 def test_refusal_shortens_a_long_name() -> None:
@@ -393,17 +391,6 @@ def test_head_is_limited_and_data_is_not() -> None:
         > requestjson.MAX_HEAD_BYTES
     )
     assert "not an inference request" in refusal(b"[" * requestjson.MAX_HEAD_BYTES + b"]")
-
-
-def test_too_many_inputs_are_refused_without_taking_memory() -> None:
-    body = b'{"inputs":[' + b"{}," * 2**20 + b"{}]}"
-    tracemalloc.start()
-    try:
-        for _ in range(2):
-            assert f"more than {requestjson.MAX_INPUTS} inputs; no more are allowed" in refusal(body)
-        assert tracemalloc.get_traced_memory()[1] < 2**23
-    finally:
-        tracemalloc.stop()
 
 
 SCRAPS = st.sampled_from(
@@ -441,16 +428,6 @@ def test_invalid_header_length_is_refused(fields: Any) -> None:
     with pytest.raises(InvalidInput, match="Inference-Header-Content-Length") as refused:
         codec.header_length(fields)
     assert len(str(refused.value)) < 300
-
-
-@PLAIN
-@given(st.none() | st.text(max_size=20) | st.lists(st.text(max_size=20), max_size=3))
-def test_any_field_is_a_length_or_refused(fields: Any) -> None:
-    try:
-        length = codec.header_length(fields)
-    except InvalidInput:
-        return
-    assert length is None or length >= 0
 
 
 def spec(*shape: int, datatype: str = "FP32", optional: bool = False) -> TensorSpec:
@@ -498,20 +475,6 @@ def test_raw_body_needs_exactly_one_required_input() -> None:
     ):
         with pytest.raises(InvalidInput, match=reason):
             codec.decode_raw(bytes(4), inputs)
-
-
-@PLAIN
-@given(
-    st.sampled_from([*DATATYPES, "seq(x)"]),
-    st.lists(st.integers(-1, 3) | st.just(2**62), max_size=3),
-    st.binary(max_size=40),
-)
-def test_any_raw_body_is_decoded_or_refused(datatype: str, shape: list[int], body: bytes) -> None:
-    try:
-        request = codec.decode_raw(body, [spec(*shape, datatype=datatype)])
-    except InvalidInput:
-        return
-    assert heads(request.tensors)
 
 
 def read(body: bytes, header_bytes: int | None) -> tuple[dict[str, Any], list[Tensor]]:

@@ -22,12 +22,7 @@ from events.clock import boottime, utc_now
 from events.commands import Record
 from events.jobcommands import RequestLoad
 from events.models import Model, ModelState
-from events.types import (
-    AccessDenied,
-    Cause,
-    Draft,
-    LoadRequested,
-)
+from events.types import AccessDenied, Cause, Draft, LoadRequested, ModelLoaded
 from events.versions import ModelVersions
 from features.approvals.rules import ApprovalRule
 from features.ondemand.app import DEMAND
@@ -101,6 +96,26 @@ async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Loca
     policy = LoadPolicy(approval=(ApprovalRule(("asked*",)),))
     async with local_server(tmp_path_factory.mktemp("shared"), on_demand="on", policy=policy) as api:
         yield api
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def one_place(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalApi]:
+    """One application with room for one loaded model."""
+    small = {"max_loaded": 1, "evict": "idle", "min_residency_s": 0}
+    async with local_server(tmp_path_factory.mktemp("small"), on_demand="on", **small) as api:
+        yield api
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def small(one_place: LocalApi) -> AsyncIterator[LocalApi]:
+    """That application; the model that a test leaves loaded is unloaded after it."""
+    yield one_place
+    for model in (await one_place.get("/api/v1/models")).json["models"]:
+        if model["state"] not in {"unloaded", "failed"}:
+            await one_place.unload(model["id"], force=True)
+
+
+on_the_modules_loop = pytest.mark.asyncio(loop_scope="module")
 
 
 def add(api: LocalApi, model_id: str, *versions: int) -> None:
@@ -223,8 +238,12 @@ async def test_inference_loads_its_model(shared: LocalApi) -> None:
     assert (answer.status, answer.json["outputs"][0]["data"]) == (200, [2])
     [requested, *_, loaded] = await shared.events("m")
     assert isinstance(requested.data, LoadRequested)
+    assert isinstance(loaded.data, ModelLoaded)
     assert (requested.data.cause, requested.actor, requested.version) == (Cause.DEMAND, "pia", 1)
     assert answer.headers["Loadledger-Model"] == f"m/1;position={loaded.position}"
+    [stats] = (await shared.get("/v2/models/m/stats")).json["model_stats"]
+    spent_ns = {name: each["ns"] for name, each in stats["inference_stats"].items()}
+    assert loaded.data.durations.loading_us * 1000 <= spent_ns["queue"] <= spent_ns["success"]
     assert (await shared.infer("m", ONE)).status == 200
     assert await shared.types("m") == ["LoadRequested", "LoadStarted", "ModelLoaded"]
     assert not shared.app[DEMAND].demand.has("m")
@@ -264,72 +283,45 @@ async def test_named_version_is_loaded_and_none_is_replaced(shared: LocalApi) ->
 BATCHES = {"instances": 2, "threads": 1, "max_batch_size": 4}
 
 
-async def test_demand_brings_a_rollback_back(start: Start) -> None:
-    api = await start(on_demand="on", max_loaded=1, evict="idle", min_residency_s=0)
-    add(api, "m", 1, 2)
-    await api.load("m", version=2)
-    await api.load("m", version=1, **BATCHES)
-    add(api, "other")
-    assert (await api.infer("other", ONE)).status == 200
-    shown = await api.model_when("m", state="unloaded")
+@on_the_modules_loop
+async def test_demand_brings_a_rollback_back(small: LocalApi) -> None:
+    add(small, "back", 1, 2)
+    await small.load("back", version=2)
+    await small.load("back", version=1, **BATCHES)
+    add(small, "other")
+    assert (await small.infer("other", ONE)).status == 200
+    shown = await small.model_when("back", state="unloaded")
     assert (shown["chosen"]["version"], shown["chosen"]["by"]) == (1, "alice")
     assert {name: shown["chosen"]["parameters"][name] for name in BATCHES} == BATCHES
-    add(api, "m", 3)
-    answer = await api.infer("m", ONE)
+    add(small, "back", 3)
+    answer = await small.infer("back", ONE)
     assert (answer.json["model_version"], answer.json["outputs"][0]["data"]) == ("1", [2])
-    request = (await api.data_of(LoadRequested))[-1]
+    request = (await small.data_of(LoadRequested))[-1]
     assert request.cause is Cause.DEMAND
     assert {name: getattr(request, name) for name in BATCHES} == BATCHES
-    assert (await api.infer("m", ONE, version=2)).refusal == (503, "model_not_loaded")
+    assert (await small.infer("back", ONE, version=2)).refusal == (503, "model_not_loaded")
 
 
-async def test_unloaded_model_stays_out_of_service(shared: LocalApi) -> None:
+async def test_unloaded_or_removed_model_stays_out_of_service(shared: LocalApi) -> None:
     add(shared, "held", 1, 2)
+    versions = "/api/v1/models/held/versions"
     assert (await shared.infer("held", ONE)).status == 200
-    asked = 0
-    seen = set()
-
-    async def ask() -> None:
-        nonlocal asked
-        while True:
-            answer = await shared.infer("held", ONE)
-            asked += 1
-            seen.add("answered" if answer.status == 200 else answer.json["code"])
-
-    async def answers(more: int) -> None:
-        await until(lambda before=asked: asked >= before + more)  # type: ignore[misc]
-
-    clients = [asyncio.create_task(ask()) for _ in range(4)]
-    try:
-        await answers(20)
-        job = await shared.unload("held")
-        refused = await shared.infer("held", ONE)
-        assert refused.refusal == (503, "out_of_service")
-        assert (
-            f"out of service: unloaded by alice at {job['finished_at']} (job {job['id']})"
-            in refused.json["error"]
-        )
-        await answers(20)
-        assert (await shared.model("held"))["state"] == "unloaded"
-        assert (await shared.model("held"))["chosen"]["version"] is None
-        assert (await shared.send("DELETE", "/api/v1/models/held/versions/2")).status == 204
-        await shared.load("held")
-        await answers(20)
-        assert (await shared.infer("held", ONE)).json["model_version"] == "1"
-        assert (await shared.post("/v2/repository/models/held/unload")).status == 200
-        await answers(20)
-        assert (await shared.infer("held", ONE)).refusal == (503, "out_of_service")
-        await shared.load("held")
-        assert (await shared.send("DELETE", "/api/v1/models/held/versions/1")).refusal[0] == 409
-        assert (await shared.send("DELETE", "/api/v1/models/held/versions/1?force=true")).status == 204
-        await answers(20)
-    finally:
-        for client in clients:
-            client.cancel()
-        ends = await asyncio.gather(*clients, return_exceptions=True)
-    assert {type(end) for end in ends} == {asyncio.CancelledError}
-    # An unload refuses the requests that come meanwhile; a removal with force ends those under way.
-    assert seen - {"model_unloading", "worker_died"} == {"answered", "out_of_service"}
+    job = await shared.unload("held")
+    refused = await shared.infer("held", ONE)
+    assert refused.refusal == (503, "out_of_service")
+    by = f"out of service: unloaded by alice at {job['finished_at']} (job {job['id']})"
+    assert by in refused.json["error"]
+    shown = await shared.model("held")
+    assert (shown["state"], shown["chosen"]["version"]) == ("unloaded", None)
+    assert (await shared.send("DELETE", f"{versions}/2")).status == 204
+    await shared.load("held")
+    assert (await shared.infer("held", ONE)).json["model_version"] == "1"
+    assert (await shared.post("/v2/repository/models/held/unload")).status == 200
+    assert (await shared.infer("held", ONE)).refusal == (503, "out_of_service")
+    await shared.load("held")
+    assert (await shared.send("DELETE", f"{versions}/1")).refusal[0] == 409
+    assert (await shared.send("DELETE", f"{versions}/1?force=true")).status == 204
+    assert (await shared.infer("held", ONE)).refusal == (503, "out_of_service")
     assert await causes(shared, "held") == ["demand", "request", "request"]
 
 
@@ -379,29 +371,28 @@ async def test_lost_model_is_waited_for(shared: LocalApi) -> None:
     assert await causes(shared, "lost") == ["request", "recovery"]
 
 
-async def test_lost_model_that_is_given_up_fails_its_waiters(
-    start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    api = await start(on_demand="on")
-    log, ahead_s = api.app[LOG], 0
-    monkeypatch.setattr(log.clock, "_wall", lambda: utc_now() + timedelta(seconds=ahead_s))
-    monkeypatch.setattr(log.clock, "_boottime", lambda: boottime() + ahead_s)
-    defaults = save(models.crash_on_zeros(), api.config.repository, "m").parent / DEFAULTS_FILE
+@on_the_modules_loop
+async def test_lost_model_that_is_given_up_fails_its_waiters(small: LocalApi) -> None:
+    log, ahead_s = small.app[LOG], 0
+    log.clock._wall = lambda: utc_now() + timedelta(seconds=ahead_s)  # from now on
+    log.clock._boottime = lambda: boottime() + ahead_s
+    defaults = save(models.crash_on_zeros(), small.config.repository, "given-up").parent / DEFAULTS_FILE
     defaults.write_text("warm_up.enabled = false")
-    await api.load("m")
+    await small.load("given-up")
     defaults.unlink()
-    os.kill(api.worker("m").pid, signal.SIGKILL)
-    await recorded(api, "m", "WorkerExited")
-    waiting = asyncio.create_task(api.infer("m", ONE))
-    await until(lambda: api.app[DEMAND].count_waiting("m") == 1)
+    os.kill(small.worker("given-up").pid, signal.SIGKILL)
+    await recorded(small, "given-up", "WorkerExited")
+    waiting = asyncio.create_task(small.infer("given-up", ONE))
+    await until(lambda: small.app[DEMAND].count_waiting("given-up") == 1)
+    incidents = log.state.models["given-up"].incidents
     while not waiting.done():  # the reload is tried again after growing pauses
         ahead_s += 30
-        incidents = len(log.state.models["m"].incidents)
         log.notify()
-        await until(lambda count=incidents: waiting.done() or len(log.state.models["m"].incidents) != count)  # type: ignore[misc]
+        await until(lambda seen=incidents: waiting.done() or log.state.models["given-up"].incidents != seen)  # type: ignore[misc]
+        incidents = log.state.models["given-up"].incidents
     assert (await waiting).refusal == (503, "load_failed")
-    assert log.state.models["m"].state is ModelState.FAILED
-    assert set(await causes(api, "m")) == {"request", "recovery"}
+    assert log.state.models["given-up"].state is ModelState.FAILED
+    assert set(await causes(small, "given-up")) == {"request", "recovery"}
 
 
 async def test_swap_in_place_is_waited_for(shared: LocalApi) -> None:
@@ -415,34 +406,41 @@ async def test_swap_in_place_is_waited_for(shared: LocalApi) -> None:
     assert await causes(shared, "swap") == ["request", "request"]
 
 
-async def test_one_place_is_waited_for_and_taken_in_turns(start: Start) -> None:
-    api = await start(on_demand="on", max_loaded=1, evict="idle", min_residency_s=0, keep_alive_s=0)
+@on_the_modules_loop
+async def test_one_place_is_waited_for_and_taken_in_turns(small: LocalApi) -> None:
     for number in range(3):
-        save(models.add(number), api.config.repository, f"m{number}")
-    await api.load("m0", pinned=True)
-    leaving = asyncio.create_task(api.infer("m1", ONE))
-    [job] = await when(lambda: api.jobs("?model=m1"), bool)
-    refused = await api.infer("m1", ONE, parameters=SOON)
+        folder = save(models.add(number), small.config.repository, f"m{number}").parent
+        (folder / DEFAULTS_FILE).write_text("keep_alive_s = 0")
+    await small.load("m0", pinned=True)
+    leaving = asyncio.create_task(small.infer("m1", ONE))
+    [job] = await when(lambda: small.jobs("?model=m1"), bool)
+    refused = await small.infer("m1", ONE, parameters=SOON)
     assert refused.refusal == (504, "inference_timeout")
     assert f"job {job['id']} is pending and waits for " in refused.json["error"]
     leaving.cancel()
-    assert (await api.ended(job["id"]))["status"] == "cancelled"
-    await api.load("m0", pinned=False)
-    await api.unload("m0", until_asked=True)
-    answers = await asyncio.gather(*(api.infer(f"m{n % 3}", ONE) for n in range(30)))
+    assert (await small.ended(job["id"]))["status"] == "cancelled"
+    await small.load("m0", pinned=False)
+    await small.unload("m0", until_asked=True)
+    answers = await asyncio.gather(*(small.infer(f"m{n % 3}", ONE) for n in range(30)))
     assert [answer.json["outputs"][0]["data"] for answer in answers] == [[1.0 + n % 3] for n in range(30)]
-    assert set(await causes(api, "m1")) == {"demand"}
-    await api.model_when("m0", state="unloaded")
+    assert set(await causes(small, "m1")) == {"demand"}
+    await small.model_when("m0", state="unloaded")
 
 
-async def test_load_cancelled_for_lack_of_demand_is_asked_again(start: Start) -> None:
-    api = await start(on_demand="on", max_loaded=1)
-    add(api, "m0")
-    add(api, "m1")
-    await api.load("m0", pinned=True)
-    leaving = asyncio.create_task(api.infer("m1", ONE))
-    [job] = await when(lambda: api.jobs("?model=m1"), bool)
-    log = api.app[LOG]
+@pytest_asyncio.fixture(loop_scope="module")
+async def full(small: LocalApi) -> LocalApi:
+    """That application with the only place taken by `pinned`."""
+    add(small, "pinned")
+    await small.load("pinned", pinned=True)
+    return small
+
+
+@on_the_modules_loop
+async def test_load_cancelled_for_lack_of_demand_is_asked_again(full: LocalApi) -> None:
+    add(full, "again")
+    leaving = asyncio.create_task(full.infer("again", ONE))
+    [job] = await when(lambda: full.jobs("?model=again"), bool)
+    log = full.app[LOG]
     with closing(sqlite3.connect(log.path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         denied = asyncio.create_task(log.submit(Record((Draft("e", AccessDenied("x", 1), "bob"),))))
@@ -450,38 +448,36 @@ async def test_load_cancelled_for_lack_of_demand_is_asked_again(start: Start) ->
         await until(lambda: log.waiting == 0)  # the writer has it, and waits
         leaving.cancel()
         await until(lambda: log.waiting == 1)  # the cancellation is decided
-        staying = [asyncio.create_task(api.infer("m1", ONE)) for _ in range(3)]
-        await until(lambda: api.app[DEMAND].count_waiting("m1") == 3)
+        staying = [asyncio.create_task(full.infer("again", ONE)) for _ in range(3)]
+        await until(lambda: full.app[DEMAND].count_waiting("again") == 3)
         other.execute("ROLLBACK")
     await denied
-    assert (await api.ended(job["id"]))["status"] == "cancelled"
-    await api.unload("m0")
+    assert (await full.ended(job["id"]))["status"] == "cancelled"
+    await full.unload("pinned")
     for answer in await asyncio.gather(*staying):
         assert answer.json["outputs"][0]["data"] == [2]
-    assert await causes(api, "m1") == ["demand", "demand"]
+    assert await causes(full, "again") == ["demand", "demand"]
 
 
-async def test_requested_load_takes_the_place_of_a_pending_on_demand_load(start: Start) -> None:
-    api = await start(on_demand="on", max_loaded=1)
-    add(api, "m0")
-    add(api, "m1")
-    await api.load("m0", pinned=True)
-    leaving, staying = (asyncio.create_task(api.infer("m1", ONE)) for _ in range(2))
-    await until(lambda: api.app[DEMAND].count_waiting("m1") == 2)
-    [on_demand] = await when(lambda: api.jobs("?model=m1"), bool)
-    requested = await api.accepted_load("m1", keep_alive_s=60)
-    superseded = await api.ended(on_demand["id"])
+@on_the_modules_loop
+async def test_requested_load_takes_the_place_of_a_pending_on_demand_load(full: LocalApi) -> None:
+    add(full, "asked-for")
+    leaving, staying = (asyncio.create_task(full.infer("asked-for", ONE)) for _ in range(2))
+    await until(lambda: full.app[DEMAND].count_waiting("asked-for") == 2)
+    [on_demand] = await when(lambda: full.jobs("?model=asked-for"), bool)
+    requested = await full.accepted_load("asked-for", keep_alive_s=60)
+    superseded = await full.ended(on_demand["id"])
     assert (superseded["status"], superseded["superseded_by"]) == ("cancelled", requested["id"])
     leaving.cancel()
-    await until(lambda: api.app[DEMAND].count_waiting("m1") == 1)
+    await until(lambda: full.app[DEMAND].count_waiting("asked-for") == 1)
     staying.cancel()  # with the last inference the on-demand load would have been cancelled
-    late = asyncio.create_task(api.infer("m1", ONE))
-    await until(lambda: api.app[DEMAND].count_waiting("m1") == 1)
-    await api.unload("m0")
+    late = asyncio.create_task(full.infer("asked-for", ONE))
+    await until(lambda: full.app[DEMAND].count_waiting("asked-for") == 1)
+    await full.unload("pinned")
     assert (await late).json["outputs"][0]["data"] == [2]
-    ended = await api.ended(requested["id"])
+    ended = await full.ended(requested["id"])
     assert (ended["status"], ended["parameters"]["keep_alive_s"]) == ("completed", 60)
-    assert await causes(api, "m1") == ["demand", "request"]
+    assert await causes(full, "asked-for") == ["demand", "request"]
 
 
 async def test_failed_load_is_told_to_all_and_retried_later(shared: LocalApi) -> None:
@@ -532,13 +528,18 @@ async def test_timeout_is_504_and_the_load_goes_on(shared: LocalApi) -> None:
     assert not shared.app[DEMAND].demand.has("slow")
 
 
-async def test_shutdown_ends_the_wait(start: Start) -> None:
+async def test_shutdown_ends_the_wait_for_a_load(start: Start) -> None:
+    """That of inferences, and that of a load of the repository extension."""
     api = await start(on_demand="on")
-    save_bytes(models.endless_load(), api.config.repository, "m")
+    for model_id in ("m", "n"):
+        save_bytes(models.endless_load(), api.config.repository, model_id)
     waiting = await begin(api, "m", 2)
+    load = asyncio.create_task(api.post("/v2/repository/models/n/load"))
+    [job] = await when(lambda: api.jobs("?model=n"), bool)
     await api.app.shutdown()
-    for answer in [*await asyncio.gather(*waiting), await api.infer("m", ONE)]:
+    for answer in [*await asyncio.gather(*waiting, load), await api.infer("m", ONE)]:
         assert answer.refusal == (503, "shutting_down")
+    assert (await load).headers["Location"] == f"/api/v1/jobs/{job['id']}"
 
 
 async def approve(api: LocalApi, model_id: str) -> None:

@@ -3,17 +3,17 @@
 import asyncio
 import io
 import json
-import os
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
+import pytest_asyncio
 from msgspec.structs import replace
 from onnx import ModelProto
 from support import models
-from support.http import LIMIT_S, Answer, Json, LocalApi, when
-from support.models import FLOAT, TEXT, save, save_bytes
+from support.http import Answer, Json, LocalApi, local_server, when
+from support.models import FLOAT, save, save_bytes
 from support.running import gone
 
 from answers.inference import IndexEntry
@@ -27,7 +27,13 @@ from server.http.validation import MAX_JSON_BYTES
 from server.v2 import repository as extension
 from server.v2.repository import MAX_INDEX_BYTES
 
-Start = Callable[..., Awaitable[LocalApi]]
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalApi]:
+    """One application in which loads of `asked` need an approval."""
+    policy = LoadPolicy(approval=(ApprovalRule(("asked",)),))
+    async with local_server(tmp_path_factory.mktemp("shared"), policy=policy) as api:
+        yield api
 
 
 async def load(api: LocalApi, model_id: str, **config: Any) -> Answer:
@@ -99,30 +105,10 @@ async def test_load_is_answered_when_the_model_is_ready(shared: LocalApi) -> Non
 
 async def test_content_type_and_preferences_are_ignored(shared: LocalApi) -> None:
     save(models.identity(), shared.config.repository, "typed")
-    for body, declared in (
-        (b"", {}),
-        (b"{}", {"Content-Type": "text/plain"}),
-        (b'{"parameters": {}}', {"Content-Type": "application/json"}),
-        (b"{}", {"Content-Type": "x"}),
-    ):
+    for body, declared in ((b"", {}), (b'{"parameters": {}}', {"Content-Type": "x"})):
         for verb in ("load", "unload"):
             headers = {"Prefer": "respond-async, wait=0", **declared}
             job_of(await send(shared, f"models/typed/{verb}", body, headers=headers))
-
-
-async def test_load_of_changed_files_or_a_new_version_swaps(shared: LocalApi) -> None:
-    repository = shared.config.repository
-    save(models.add(1.0), repository, "changed")
-    jobs = [job_of(await load(shared, "changed"))]
-    save(models.add(22.0), repository, "changed")
-    os.utime(repository / "changed" / "1" / "model.onnx", ns=(1, 1))
-    jobs.append(job_of(await load(shared, "changed")))
-    save(models.add(3.0), repository, "changed", 2)
-    jobs.append(job_of(await load(shared, "changed")))
-    assert len(set(jobs)) == 3
-    assert (await shared.model("changed"))["version"] == 2
-    both = await asyncio.gather(*(load(shared, "changed", version_policy=version(n)) for n in (1, 2)))
-    assert {(await shared.job(job_of(answer)))["version"] for answer in both} == {1, 2}
 
 
 async def test_load_goes_on_when_its_client_leaves(shared: LocalApi) -> None:
@@ -135,35 +121,19 @@ async def test_load_goes_on_when_its_client_leaves(shared: LocalApi) -> None:
     assert job_of(await load(shared, "left")) == job["id"]
 
 
-async def test_shutdown_answers_who_waits_for_a_load(api: LocalApi) -> None:
-    waiting = await begin_load(api, "m")
-    [job] = await api.jobs()
-    async with asyncio.timeout(LIMIT_S):
-        await api.client.server.close()
-    answer = await waiting
-    assert answer.refusal == (503, "shutting_down")
-    assert job_id_of(answer) == job["id"]
-
-
 @pytest.mark.parametrize(
     ("model", "expected", "reason"),
     [
-        (lambda: TEXT, (400, "invalid_model"), ""),
         (models.unknown_operator, (400, "invalid_model"), "Frobnicate"),
-        (lambda: models.external("../../secret"), (400, "unsafe_file"), "not inside the model's folder"),
         (models.crash_on_load, (503, "worker_died"), "killed by signal"),
     ],
-    ids=["text", "operator", "outside", "crash"],
+    ids=["operator", "crash"],
 )
 async def test_failed_load_has_its_reason(
-    shared: LocalApi,
-    model: Callable[[], ModelProto | bytes],
-    expected: tuple[int, str],
-    reason: str,
+    shared: LocalApi, model: Callable[[], ModelProto], expected: tuple[int, str], reason: str
 ) -> None:
-    made, model_id = model(), expected[1]
-    data = made if isinstance(made, bytes) else made.SerializeToString()
-    save_bytes(data, shared.config.repository, model_id)
+    model_id = expected[1]
+    save(model(), shared.config.repository, model_id)
     answer = await load(shared, model_id)
     assert answer.refusal == expected
     job = await shared.job(job_id_of(answer))
@@ -201,6 +171,11 @@ async def test_invalid_configuration_is_refused_by_name(shared: LocalApi) -> Non
         ({"instance_group": [{"count": 65}]}, (400, "invalid_body"), "instances"),
         ({"sequence_batching": {}}, (400, "not_supported"), "sequence_batching"),
         ({"version_policy": version(2)}, (404, "unknown_version"), "2"),
+        (
+            {"output": [{"name": "none"}]},
+            (400, "not_supported"),
+            "output: 'none' contradicts version 1 of the model",
+        ),
     ):
         answer = await load(shared, "unset", **config)
         assert answer.refusal == expected
@@ -223,14 +198,12 @@ async def test_configuration_and_model_file_set_the_parameters(shared: LocalApi)
     assert (await shared.model("set"))["version"] == 1
 
 
-async def test_reported_configuration_can_be_sent_back(shared: LocalApi) -> None:
-    save(models.identity(FLOAT, (None, 4)), shared.config.repository, "back")
-    first = job_of(await load(shared, "back", max_batch_size=4))
-    config = (await shared.get("/v2/models/back/config")).json
-    assert job_of(await load(shared, "back", **config)) == first
-    second = job_of(await load(shared, "back", max_batch_size=8))
+async def test_load_without_configuration_keeps_what_is_loaded(shared: LocalApi) -> None:
+    save(models.identity(FLOAT, (None, 4)), shared.config.repository, "kept")
+    first = job_of(await load(shared, "kept", max_batch_size=4))
+    second = job_of(await load(shared, "kept", max_batch_size=8))
     assert second != first
-    assert job_of(await load(shared, "back")) == second
+    assert job_of(await load(shared, "kept")) == second
 
 
 def as_protobuf(value: Any) -> Any:
@@ -247,31 +220,25 @@ def as_protobuf(value: Any) -> Any:
     }
 
 
-async def test_configuration_of_any_model_can_be_sent_back(shared: LocalApi) -> None:
+async def test_reported_configuration_can_be_sent_back(shared: LocalApi) -> None:
     without_output_shape = models.identity(FLOAT, (None, 4))
     without_output_shape.graph.output[0].type.tensor_type.ClearField("shape")
-    made = {
-        "scalars": models.counting_loop(),
-        "maps": models.zip_map(),
-        "default": models.with_default(),
-        "optional": models.optional_input(),
-        "texts": models.strings(),
-        "any-shape": models.identity_of_any_shape(FLOAT),
-        "no-output-shape": without_output_shape,
+    made: dict[str, tuple[ModelProto, Json]] = {
+        "batches": (models.identity(FLOAT, (None, 4)), {"max_batch_size": 4}),
+        "scalars": (models.counting_loop(), {}),
+        "maps": (models.zip_map(), {}),
+        "default": (models.with_default(), {}),
+        "optional": (models.optional_input(), {}),
+        "texts": (models.strings(), {}),
+        "any-shape": (models.identity_of_any_shape(FLOAT), {}),
+        "no-output-shape": (without_output_shape, {}),
     }
-    for model_id, model in made.items():
+    for model_id, (model, given) in made.items():
         save(model, shared.config.repository, model_id)
-        job = job_of(await load(shared, model_id))
+        job = job_of(await load(shared, model_id, **given))
         config = (await shared.get(f"/v2/models/{model_id}/config")).json
-        assert job_of(await load(shared, model_id, **config)) == job
-        assert job_of(await load(shared, model_id, **as_protobuf(config))) == job
-        await unload(shared, model_id)
-        types = await shared.types(model_id)
-        wrong = await load(shared, model_id, **{**config, "output": [{"name": "none"}]})
-        assert wrong.refusal == (400, "not_supported")
-        assert "output: 'none' contradicts version 1 of the model" in wrong.json["error"]
-        assert await shared.types(model_id) == types
-        await load(shared, model_id, **config)
+        for reported in (config, as_protobuf(config)):
+            assert job_of(await load(shared, model_id, **reported)) == job, model_id
 
 
 async def test_unload_is_answered_when_the_process_is_gone(shared: LocalApi) -> None:
@@ -348,21 +315,15 @@ def test_index_is_sorted_and_leaves_out_models_that_are_gone() -> None:
     assert extension.index({"m": READY}, []) == extension.index({"m": READY}, [], only_ready=True)
 
 
-async def test_index_lists_ready_unloaded_and_unknown_models(shared: LocalApi) -> None:
-    names = ("ready", "unloaded", "never", "deleted")
+async def test_index_lists_ready_and_other_models(shared: LocalApi) -> None:
+    names = ("deleted", "never", "ready")
     for name in names:
         save(models.identity(), shared.config.repository, name, 3)
     (shared.config.repository / "empty").mkdir()
-    for name in ("ready", "unloaded", "deleted"):
+    for name in ("deleted", "ready"):
         job_of(await load(shared, name))
-    job_of(await unload(shared, "unloaded"))
     (shared.config.repository / "deleted" / "3" / "model.onnx").unlink()
-    expected = [
-        entry("deleted", 3, "READY"),
-        {"name": "never"},
-        entry("ready", 3, "READY"),
-        entry("unloaded", 3, "UNAVAILABLE", reason="unloaded"),
-    ]
+    expected = [entry("deleted", 3, "READY"), {"name": "never"}, entry("ready", 3, "READY")]
     assert await index(shared, *names, "empty") == expected
     assert await index(shared, *names, body=b'{"ready": false}') == expected
     assert await index(shared, *names, body=b'{"ready": true}') == [expected[0], expected[2]]
@@ -370,10 +331,9 @@ async def test_index_lists_ready_unloaded_and_unknown_models(shared: LocalApi) -
     assert await index(shared, "deleted") == []
 
 
-async def test_load_of_unapproved_bytes_is_refused_at_once(start: Start) -> None:
-    api = await start(policy=LoadPolicy(approval=(ApprovalRule(("m",)),)))
-    save(models.identity(), api.config.repository, "m")
-    answer = await load(api, "m")
+async def test_load_of_unapproved_bytes_is_refused_at_once(shared: LocalApi) -> None:
+    save(models.identity(), shared.config.repository, "asked")
+    answer = await load(shared, "asked")
     assert answer.refusal == (400, "not_approved")
-    assert "`loadledger approve m/1`" in answer.json["error"]
-    assert (await api.job(job_id_of(answer)))["error"]["code"] == "not_approved"
+    assert "`loadledger approve asked/1`" in answer.json["error"]
+    assert (await shared.job(job_id_of(answer)))["error"]["code"] == "not_approved"
