@@ -5,14 +5,15 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 from support import models
-from support.http import LIMIT_S, ONE, LocalApi, when
+from support.http import LIMIT_S, ONE, LocalApi, local_server, when
 from support.ledgers import unwritable
 from support.workers import threads, until
 
@@ -21,8 +22,6 @@ from events.types import Cause, LoadRequested, ModelLoaded, WorkerExited
 from runtime.cgroups import count_usable_cpus
 from server.check import find_unusable_paths
 from server.config import Config
-
-Start = Callable[..., Awaitable[LocalApi]]
 
 JOB = {
     "id", "kind", "model_id", "version", "status", "stage", "waiting_for", "created_at", "started_at",
@@ -188,12 +187,20 @@ async def uses(api: LocalApi, model_id: str) -> list[dict[str, Any]]:
 # Workers that die
 
 
-@pytest.mark.parametrize("setting", ["on", "off"])
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def bare(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalApi]:
+    """A server without a store, whose ledger has nothing that a worker printed."""
+    settings = {"store_size": "off", "ledger_stderr": "off"}
+    async with local_server(tmp_path_factory.mktemp("bare"), **settings) as api:
+        yield api
+
+
+@pytest.mark.parametrize("is_recorded", [True, False])
 async def test_printed_input_of_a_client_is_recorded_if_on(
-    start: Start, caplog: pytest.LogCaptureFixture, setting: str
+    shared: LocalApi, bare: LocalApi, caplog: pytest.LogCaptureFixture, *, is_recorded: bool
 ) -> None:
     """With off, the ledger has nothing that a worker printed; the operator's log has it."""
-    api = await start(ledger_stderr=setting)
+    api = shared if is_recorded else bare
     api.save(models.look_up(), "table")
     api.save(models.crash_on_load(), "crash")
     await api.load("table")
@@ -202,13 +209,37 @@ async def test_printed_input_of_a_client_is_recorded_if_on(
     api.worker("table").kill()
     error = (await api.failed_load("crash"))["error"]
     assert error["message"].startswith("the worker was killed by signal 8 while it loaded the model")
-    exits = await when(lambda: api.data_of(WorkerExited), lambda exits: len(exits) == 2)
-    recorded = "\n".join([error["message"], *(line for each in exits for line in each.stderr)])
+
+    async def exits() -> list[WorkerExited]:
+        events = [*await api.events("table"), *await api.events("crash")]
+        return [event.data for event in events if isinstance(event.data, WorkerExited)]
+
+    found = await when(exits, lambda found: len(found) == 2)
+    recorded = "\n".join([error["message"], *(line for each in found for line in each.stderr)])
     words = ("idx=4711", "Fatal Python error: Floating")
-    assert [word in recorded for word in words] == 2 * [setting == "on"]
-    assert [word in caplog.text for word in words] == 2 * [setting == "off"]
-    if setting == "off":
-        assert [each.stderr for each in exits] == 2 * [()]
+    assert [word in recorded for word in words] == 2 * [is_recorded]
+    assert [word in caplog.text for word in words] == 2 * [not is_recorded]
+    assert is_recorded or [each.stderr for each in found] == 2 * [()]
+
+
+async def test_stderr_shows_running_and_last_exited_worker(shared: LocalApi) -> None:
+    shared.save(models.crash_on_run(), "divide")
+    await shared.load("divide")
+    worker = shared.worker("divide")
+    inputs = {"a": models.LOWEST, "b": -1}
+    tensors = [{"name": name, "datatype": "INT64", "shape": [1], "data": [n]} for name, n in inputs.items()]
+    assert (await shared.infer("divide", *tensors)).status == 503
+
+    async def printed() -> Any:
+        return (await shared.get("/api/v1/models/divide/stderr")).json
+
+    seen = await when(printed, lambda seen: seen["last_exited"] is not None and len(seen["workers"]) > 0)
+    assert seen["recorded"] is True
+    assert [(each["version"], each["lines"]) for each in seen["workers"]] == [(1, [])]
+    assert (seen["last_exited"]["worker_id"], seen["last_exited"]["version"]) == (worker.worker_id, 1)
+    assert any("point exception" in line for line in seen["last_exited"]["lines"])
+    denied = await shared.get("/api/v1/models/divide/stderr", roles=("audit", "infer"))
+    assert denied.refusal == (403, "forbidden")
 
 
 async def test_swap_serves_old_version_until_new_one_is_loaded(shared: LocalApi) -> None:
@@ -341,15 +372,29 @@ async def test_newer_files_of_the_repository_are_shown(shared: LocalApi) -> None
     assert await is_changed() is False
 
 
-async def test_load_without_a_store_takes_the_repositorys_files(start: Start) -> None:
-    api = await start(store_size="off")
-    folder = api.save(models.add(1), "m")
+@pytest.mark.asyncio(loop_scope="module")
+async def test_load_without_a_store_takes_the_repositorys_files(bare: LocalApi) -> None:
+    folder = bare.save(models.add(1), "m")
     (folder.parent / "1.sig").write_bytes(b"signature")
-    await api.load("m")
-    (event,) = await api.data_of(ModelLoaded)
-    assert not event.verified
-    assert [file.path for file in event.files] == ["1.sig", "model.onnx"]
-    assert not (api.config.data / "store").exists()
+    await bare.load("m")
+    loaded = (await bare.events("m"))[-1].data
+    assert isinstance(loaded, ModelLoaded)
+    assert (loaded.verified, [file.path for file in loaded.files]) == (False, ["1.sig", "model.onnx"])
+    assert not (bare.config.data / "store").exists()
     writable = Config(repository=Path(), data=Path(), store_size="off", repository_writable="on")
     mistakes = [place for place, _ in find_unusable_paths(asdict(writable))]
     assert "--repository-writable" in mistakes
+
+
+async def test_files_in_a_folder_named_as_the_model_are_served(shared: LocalApi, bare: LocalApi) -> None:
+    for api in (shared, bare):
+        inner = api.config.repository / "inner/1/model.onnx"
+        inner.mkdir(parents=True)
+        (inner / "model.onnx").write_bytes(models.external("data/w.bin").SerializeToString())
+        (inner / "data").mkdir()
+        (inner / "data/w.bin").write_bytes(models.external_bytes())
+        await api.load("inner")
+        loaded = await api.model("inner")
+        assert [file["path"] for file in loaded["files"]] == ["data/w.bin", "model.onnx"]
+        assert loaded["repository_changed"] is False
+        assert loaded["inputs"]

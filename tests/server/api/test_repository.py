@@ -190,18 +190,3 @@ async def test_version_that_is_a_time_is_served(shared: LocalApi) -> None:
     assert (await shared.infer("dated", ONE, version=version)).json["model_version"] == str(version)
     (entry,) = [each for each in (await shared.post("/v2/repository/index")).json if each["name"] == "dated"]
     assert entry["version"] == str(version)
-
-
-@pytest.mark.parametrize("store_size", ["auto", "off"])
-async def test_files_in_a_folder_named_as_the_model_are_served(tmp_path: Path, store_size: str) -> None:
-    async with local_server(tmp_path, store_size=store_size) as api:
-        inner = api.config.repository / "m/1/model.onnx"
-        inner.mkdir(parents=True)
-        (inner / "model.onnx").write_bytes(models.external("data/w.bin").SerializeToString())
-        (inner / "data").mkdir()
-        (inner / "data/w.bin").write_bytes(models.external_bytes())
-        await api.load("m")
-        loaded = await api.model("m")
-        assert [file["path"] for file in loaded["files"]] == ["data/w.bin", "model.onnx"]
-        assert loaded["repository_changed"] is False
-        assert loaded["inputs"]

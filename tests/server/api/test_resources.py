@@ -3,20 +3,18 @@
 import asyncio
 import math
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 
 import pytest
 import pytest_asyncio
 from support import models
 from support.http import ENDLESS, Json, LocalApi, local_server, when
-from support.openvino import DEVICE, PRESENT, visible_devices
 from support.workers import computing, until
 
 from runtime.cgroups import count_usable_cpus
 from runtime.memory import private_bytes
 from runtime.scheduler.estimates import BYTES_PER_MODEL_BYTE, WORKER_BYTES
 from runtime.worker.landlock import find_abi
-from server.appkeys import CONSUMER
+from server.appkeys import CONSUMER, LIMIT
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -52,37 +50,23 @@ async def resources_when(api: LocalApi, holds: Callable[[Json], bool]) -> Json:
     return await when(lambda: resources(api), holds)
 
 
-@pytest.mark.parametrize("present", PRESENT)
-@pytest.mark.parametrize(("budget", "max_loaded"), [("80%", 0), (str(BUDGET), 7)])
-async def test_idle_server_has_its_whole_budget_free(
-    tmp_path: Path, present: list[str], budget: str, max_loaded: int
-) -> None:
-    settings = {"memory_budget": budget, "max_loaded": max_loaded}
-    with visible_devices(present, tmp_path) as visible:
-        async with local_server(tmp_path, **settings, **visible) as api:
-            seen, position = await resources(api), api.position
-    pressure = seen.pop("pressure")
-    assert pressure is None or set(pressure) == {"memory_some_percent", "cpu_some_percent"}
-    assert seen.pop("limit_source") in {"cgroup v2", "cgroup v1", "machine"}
-    limit_bytes = seen.pop("limit_bytes")
-    assert limit_bytes > BUDGET
-    expected = limit_bytes * 80 // 100 if budget == "80%" else BUDGET
-    confinement, of_devices = seen.pop("confinement"), seen.pop("confinement_of_devices")
-    assert confinement["landlock_abi"] == find_abi()
-    assert (confinement["mode"], confinement["seccomp"]) == ("auto", True)
-    assert (of_devices is not None) == (DEVICE in present)
-    devices = seen.pop("devices")
-    assert [each["device"] for each in devices] == present
-    assert (devices[0]["total_bytes"], devices[0]["budget_bytes"]) == (limit_bytes, expected)
-    assert seen == {
-        "budget_bytes": expected, "reserved_bytes": 0, "used_bytes": 0, "free_bytes": expected,
-        "max_loaded": max_loaded or None, "threads": count_usable_cpus(), "models": [], "waiting": [],
-        "as_of": position, "repository_writable": True, "device_problems": [],
-    }  # fmt: skip
-
-
-async def test_unknown_parameter_is_refused(shared: LocalApi) -> None:
-    assert (await shared.get("/api/v1/resources?model=m")).refusal == (400, "invalid_parameter")
+async def test_idle_server_has_its_whole_budget_free(shared: LocalApi, small: LocalApi) -> None:
+    limit_bytes = shared.app[LIMIT].bytes
+    for api, budget, max_loaded in ((shared, limit_bytes * 80 // 100, None), (small, BUDGET, 7)):
+        seen = await resources(api)
+        pressure = seen.pop("pressure")
+        assert pressure is None or set(pressure) == {"memory_some_percent", "cpu_some_percent"}
+        assert seen.pop("limit_source") in {"cgroup v2", "cgroup v1", "machine"}
+        confinement, [cpu] = seen.pop("confinement"), seen.pop("devices")
+        assert confinement["landlock_abi"] == find_abi()
+        assert (confinement["mode"], confinement["seccomp"]) == ("auto", True)
+        assert (cpu["device"], cpu["total_bytes"], cpu["budget_bytes"]) == ("cpu", limit_bytes, budget)
+        assert seen == {
+            "limit_bytes": limit_bytes, "budget_bytes": budget, "reserved_bytes": 0, "used_bytes": 0,
+            "free_bytes": budget, "max_loaded": max_loaded, "threads": count_usable_cpus(), "models": [],
+            "waiting": [], "as_of": api.position, "repository_writable": True, "device_problems": [],
+            "confinement_of_devices": None,
+        }  # fmt: skip
 
 
 async def test_loaded_model_uses_the_memory_of_its_workers(shared: LocalApi) -> None:
@@ -167,3 +151,26 @@ async def test_load_without_room_waits_and_says_for_what(small: LocalApi) -> Non
     assert (await small.ended(job["id"]))["status"] == "completed"
     assert (await resources(small))["waiting"] == []
     await small.unload("larger")
+
+
+async def test_queued_jobs_say_what_they_wait_for(small: LocalApi) -> None:
+    small.save(models.endless_load(), "slow")
+    slow = await small.job_when((await small.accepted_load("slow"))["id"], stage="loading")
+    assert slow["waiting_for"] is None
+    for version in (1, 2):
+        small.save(models.identity(), "m", version)
+    first, second = [await small.accepted_load("m", version=version) for version in (1, 2)]
+    waiting = await when(lambda: small.job(first["id"]), lambda job: job["waiting_for"] is not None)
+    assert "1 may run at once" in waiting["waiting_for"]
+    assert (waiting["status"], waiting["stage"]) == ("pending", None)
+    await small.job_when(second["id"], waiting_for=f"job {first['id']} of the same model")
+    await small.post(f"/api/v1/jobs/{second['id']}/cancel")
+    cancelled = await small.ended(second["id"])
+    assert (cancelled["status"], cancelled["started_at"]) == ("cancelled", None)
+    again = await small.accepted_load("m", version=2)
+    assert again["id"] != second["id"]
+    await small.post(f"/api/v1/jobs/{slow['id']}/cancel")
+    for job in (first, again):
+        ended = await small.ended(job["id"])
+        assert (ended["status"], ended["waiting_for"]) == ("completed", None)
+    await small.unload("m")
