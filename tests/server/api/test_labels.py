@@ -1,7 +1,6 @@
 """`PUT` and `DELETE …/labels/{label}`, loads with a label, and requests that name a version by it."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ from support.http import ONE, Json, LocalApi
 from events.types import ModelLoaded, ModelSettingsChanged
 from features.labels.facts import LabelRemoved, LabelSet
 
-Start = Callable[..., Awaitable[LocalApi]]
 INVALID = (400, "invalid_parameter")
 NOT_LOADED = (503, "model_not_loaded")
 
@@ -183,13 +181,6 @@ async def test_label_that_moves_with_a_load_always_answers(shared: LocalApi) -> 
     seen.append(await answered(shared, "swapped", "champion"))
     assert seen[-1] == ("2", "swapped/2")
     assert {version for version, _ in seen} <= {"1", "2"}
-
-
-async def test_named_version_is_loaded_on_demand(start: Start) -> None:
-    api = await start(on_demand="on")
-    save(api, "m", 1, 2)
-    await put(api, "m", 1)
-    assert await answered(api, "m", "champion") == ("1", "m/1")
 
 
 async def test_past_has_the_labels_of_then(shared: LocalApi) -> None:

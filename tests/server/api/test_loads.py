@@ -189,8 +189,8 @@ async def uses(api: LocalApi, model_id: str) -> list[dict[str, Any]]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def bare(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalApi]:
-    """A server without a store, whose ledger has nothing that a worker printed."""
-    settings = {"store_size": "off", "ledger_stderr": "off"}
+    """A server without a store, that only reads its repository and records nothing that workers print."""
+    settings = {"store_size": "off", "ledger_stderr": "off", "repository_writable": "off"}
     async with local_server(tmp_path_factory.mktemp("bare"), **settings) as api:
         yield api
 
@@ -398,3 +398,15 @@ async def test_files_in_a_folder_named_as_the_model_are_served(shared: LocalApi,
         assert [file["path"] for file in loaded["files"]] == ["data/w.bin", "model.onnx"]
         assert loaded["repository_changed"] is False
         assert loaded["inputs"]
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_server_that_only_reads_refuses_changes(bare: LocalApi) -> None:
+    bare.save(models.add(1), "there")
+    binary = {"Content-Type": "application/octet-stream"}
+    for method, version, sent in (
+        ("PUT", "m/versions/1", {"data": b"x", "headers": binary}),
+        ("DELETE", "there/versions/1", {}),
+    ):
+        answer = await bare.send(method, f"/api/v1/models/{version}", **sent)
+        assert answer.refusal == (409, "repository_read_only")

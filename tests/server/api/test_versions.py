@@ -3,13 +3,14 @@
 import asyncio
 import base64
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+import pytest_asyncio
 from msgspec import UNSET, UnsetType
 from support import models
-from support.http import ONE, LocalApi
+from support.http import ONE, LocalApi, local_server
 from support.uploads import FILES, MODEL, staged
 from support.workers import until
 
@@ -17,7 +18,15 @@ from events.types import AddedFile, Provenance, VersionAdded, VersionRemoved
 from server.appkeys import LOG, UPLOADS
 
 FILE = {"Content-Type": "application/octet-stream"}
-Start = Callable[..., Awaitable[LocalApi]]
+LIMIT = 100_000
+"""Bytes of an upload."""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalApi]:
+    """One application that takes uploads of this many bytes."""
+    async with local_server(tmp_path_factory.mktemp("shared"), max_upload_bytes=LIMIT) as api:
+        yield api
 
 
 def path(model_id: str, version: object = 1) -> str:
@@ -273,17 +282,10 @@ async def test_load_and_removal_at_once_have_one_winner(shared: LocalApi) -> Non
     assert shared.app[LOG].healthy
 
 
-async def test_settings_limit_uploads(start: Start) -> None:
-    api = await start(max_upload_bytes=100)
-    assert (await put(api, "m")).refusal == (413, "body_too_large")
-    upload = await begin(api, "m")
-    assert (await send(api, upload, "a", bytes(60))).status == 201
-    assert (await send(api, upload, "b", bytes(41))).refusal == (413, "body_too_large")
-    assert (await send(api, upload, "b", bytes(40))).status == 201
-
-
-async def test_server_that_only_reads_refuses_changes(start: Start) -> None:
-    api = await start(repository_writable="off")
-    api.save(MODEL, "there")
-    assert (await put(api, "m")).refusal == (409, "repository_read_only")
-    assert (await api.send("DELETE", path("there"))).refusal == (409, "repository_read_only")
+async def test_setting_limits_uploads(shared: LocalApi) -> None:
+    assert (await put(shared, "large", bytes(LIMIT + 1))).refusal == (413, "body_too_large")
+    upload = await begin(shared, "large")
+    assert (await send(shared, upload, "a", bytes(LIMIT - 40))).status == 201
+    assert (await send(shared, upload, "b", bytes(41))).refusal == (413, "body_too_large")
+    assert (await send(shared, upload, "b", bytes(40))).status == 201
+    assert (await shared.send("DELETE", upload)).status == 204
