@@ -240,13 +240,14 @@ async def test_emergency_is_refused(
     assert alone.refusal == (403, "forbidden")
 
 
-async def test_denied_emergency_is_counted(start: Start) -> None:
-    api = await start()
-    api.save(models.add(), "m")
-    assert (await load(api, "m", **EMERGENCY)).refusal == (403, "forbidden")
-    counts = api.app[GATE].denials._counts
-    assert counts == {("alice", "POST /api/v1/models/{id}/load (emergency)"): 1}
-    assert not await api.data_of(AccessDenied)
+async def test_denied_emergency_is_counted(shared: LocalApi) -> None:
+    shared.save(models.add(), "free-denied")
+    path, denied = "/api/v1/models/free-denied/load", "POST /api/v1/models/{id}/load (emergency)"
+    assert (await shared.post(path, json=EMERGENCY, subject="erin")).refusal == (403, "forbidden")
+    counts = shared.app[GATE].denials._counts.items()  # which are recorded each minute
+    pending = [AccessDenied(action, count) for (subject, action), count in counts if subject == "erin"]
+    recorded = [event.data for event in await shared.events() if event.actor == "erin"]
+    assert [*pending, *recorded] == [AccessDenied(denied, 1)]
 
 
 # The check of a version
