@@ -99,16 +99,6 @@ async def test_repeated_load_returns_first_job_whatever_changed(shared: LocalApi
     assert (await send(shared, path, "r")).refusal == (404, "unknown_model")
 
 
-async def test_repeated_unload_leaves_later_load_alone(shared: LocalApi) -> None:
-    shared.save(models.add(1), "later")
-    for path in ("models/later/unload", "models/unload", "models/later/unload?force=true"):
-        await shared.load("later")
-        first = job_of(await send(shared, path, f'"{path}"'))
-        await shared.load("later")
-        assert job_of(await send(shared, path, f'"{path}"')) == first
-        assert (await shared.model("later"))["state"] == "loaded"
-
-
 async def test_fingerprint_ignores_form_and_heeds_content(shared: LocalApi) -> None:
     shared.save(models.add(1), "m")
     body = b'{"timeout_s": 50, "priority": "high"}'
@@ -136,18 +126,6 @@ async def test_key_of_another_request_is_422(shared: LocalApi) -> None:
     assert shared.position == head
     job = (await send(shared, "models/other/load", "k", subject="Bob")).json
     assert (job["model_id"], job["requested_by"], job["status"]) == ("other", "Bob", "completed")
-
-
-async def test_refused_request_does_not_use_key(shared: LocalApi) -> None:
-    shared.save(models.add(1), "unused")
-    for path, body, refusal in (
-        ("unload", b"", (409, "not_loaded")),
-        ("load", b'{"version": 2}', (404, "unknown_version")),
-        ("load", b'{"version": 0}', (400, "invalid_body")),
-    ):
-        assert (await send(shared, f"models/unused/{path}", "n", body)).refusal == refusal
-    await shared.load("unused")
-    assert (await send(shared, "models/unused/unload", "n")).json["kind"] == "unload"
 
 
 async def test_ledger_keeps_hash_of_key_and_fingerprint(shared: LocalApi) -> None:

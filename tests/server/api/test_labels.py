@@ -7,7 +7,7 @@ import pytest
 from support import models
 from support.http import ONE, Json, LocalApi
 
-from events.types import ModelLoaded, ModelSettingsChanged
+from events.types import ModelLoaded
 from features.labels.facts import LabelRemoved, LabelSet
 
 INVALID = (400, "invalid_parameter")
@@ -83,13 +83,6 @@ async def test_refused_label_records_nothing(
         assert "begin with a letter" in answer.json["detail"]
 
 
-async def test_load_with_what_is_no_label_is_refused(shared: LocalApi) -> None:
-    save(shared, "refused", 1)
-    for label in ("", "1", "a" * 64, "a\n", None, 3):
-        answer = await shared.post("/api/v1/models/refused/load", json={"label": label})
-        assert answer.refusal == (400, "invalid_body"), label
-
-
 async def test_load_moves_its_label_in_the_append_of_its_outcome(shared: LocalApi) -> None:
     save(shared, "moved", 1, 2)
     await put(shared, "moved", 1)
@@ -107,30 +100,6 @@ async def test_load_moves_its_label_in_the_append_of_its_outcome(shared: LocalAp
     assert (await shared.post("/api/v1/models/moved/load", **options)).json["id"] == job["id"]
     kinds = [kind for kind in await shared.types("moved") if kind in {"LoadRequested", "LabelSet"}]
     assert kinds == ["LabelSet", "LoadRequested", "LoadRequested", "LabelSet"]
-
-
-async def test_load_behind_one_of_the_same_moves_its_label(shared: LocalApi) -> None:
-    shared.save(models.slow_model(700, 12), "queued")
-    first = await shared.accepted_load("queued")
-    job = await shared.load("queued", label="champion")
-    *_, loaded, outcome, label = await shared.events("queued")
-    assert (loaded.job_id, outcome.job_id, label.job_id) == (first["id"], job["id"], job["id"])
-    assert isinstance(outcome.data, ModelSettingsChanged)
-    assert (label.data, label.actor) == (LabelSet("champion", outcome.id), "alice")
-
-
-async def test_label_stays_where_a_load_fails_or_is_cancelled(shared: LocalApi) -> None:
-    save(shared, "stays", 1)
-    await shared.load("stays", label="champion")
-    shared.save(models.TEXT, "stays", 2)
-    await shared.failed_load("stays", version=2, label="champion")
-    shared.save(models.endless_load(), "stays", 3)
-    job = await shared.accepted_load("stays", version=3, label="champion")
-    await shared.job_when(job["id"], stage="loading")
-    assert await answered(shared, "stays", "champion") == ("1", "stays/1")
-    await shared.post(f"/api/v1/jobs/{job['id']}/cancel")
-    assert (await shared.ended(job["id"]))["status"] == "cancelled"
-    assert (await shared.model("stays"))["labels"] == {"champion": 1}
 
 
 async def test_label_of_another_version_is_refused_with_advice(shared: LocalApi) -> None:

@@ -15,10 +15,10 @@ import pytest_asyncio
 from support import models
 from support.http import LIMIT_S, ONE, LocalApi, local_server, when
 from support.ledgers import unwritable
-from support.workers import threads, until
+from support.workers import until
 
 from events import jobcommands
-from events.types import Cause, LoadRequested, ModelLoaded, WorkerExited
+from events.types import Cause, ModelLoaded, WorkerExited
 from runtime.cgroups import count_usable_cpus
 from server.check import find_unusable_paths
 from server.config import Config
@@ -148,22 +148,6 @@ async def test_load_that_changes_settings_completes_without_a_load(shared: Local
     assert (await shared.load("changed", pinned=False, keep_alive_s=60))["id"] != pinned["id"]
     assert [(use["pinned"], use["keep_alive_s"]) for use in await uses(shared, "changed")] == [(False, 60)]
     assert shared.worker("changed").pid == pid
-
-
-async def test_load_computes_with_the_threads_that_it_names(shared: LocalApi) -> None:
-    shared.save(models.add(1), "threaded")
-    usual = count_usable_cpus()
-    jobs = set()
-    for asked, used in (({"threads": 1}, 1), ({"threads": 2}, 2), ({}, 2), ({"threads": None}, usual)):
-        job = await shared.load("threaded", **asked)
-        jobs.add(job["id"])
-        [*_, loaded] = await shared.data_of(ModelLoaded)
-        assert (loaded.threads, (await shared.model("threaded"))["threads"]) == (used, used)
-        assert threads(shared.worker("threaded").pid) == used + 1  # one reads what cancels
-        assert (await shared.infer("threaded", ONE)).status == 200
-    assert len(jobs) == 3  # a load that names none keeps them
-    requested = [event.data for event in await shared.events("threaded")]
-    assert [each.threads for each in requested if isinstance(each, LoadRequested)] == [1, 2, None]
 
 
 async def test_changed_settings_of_dead_worker_start_another(shared: LocalApi) -> None:

@@ -125,22 +125,3 @@ async def test_unload_drains_until_force_ends_it(shared: LocalApi) -> None:
     assert (await shared.job(draining["id"]))["status"] == "completed"
     assert getattr(await running, "refusal", None) == (503, "worker_died")
     await until(lambda: not exists(worker.pid))
-
-
-async def test_force_ends_stopped_load_and_serving_version(shared: LocalApi) -> None:
-    shared.save(models.add(1), "both")
-    shared.save(models.endless_load(), "both", 2)
-    await shared.load("both", version=1)
-    serving = shared.worker("both").pid
-    swap = (await shared.accepted_load("both", version=2))["id"]
-    await shared.job_when(swap, stage="loading")
-    loading = shared.worker("both").pid
-    os.kill(loading, signal.SIGSTOP)
-    unload = await shared.unload("both", force=True)
-    assert unload["parameters"]["force"]
-    assert (await shared.job(swap))["status"] == "cancelled"
-    await until(lambda: not exists(serving) and not exists(loading))
-    assert (await shared.model("both"))["state"] == "unloaded"
-    assert (await shared.types("both"))[5:] == [
-        "UnloadRequested", "JobCancelled", "UnloadStarted", "ModelUnloaded",
-    ]  # fmt: skip
