@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from marshmallow import ValidationError
 from msgspec import UNSET
 from support import models
 from support.http import LocalApi
@@ -169,9 +168,7 @@ REFUSED: dict[str, tuple[object, ...]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_invalid_value_is_refused_by_its_name(name: str) -> None:
     for value in REFUSED[name]:
-        with pytest.raises(ValidationError) as refused:
-            LoadBodySchema().load({name: value})
-        assert list(refused.value.normalized_messages()) == [name], value
+        assert list(LoadBodySchema().validate({name: value})) == [name], value
 
 
 MISTAKES: dict[str, tuple[str, ...]] = {

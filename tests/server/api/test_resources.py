@@ -94,20 +94,34 @@ async def test_loaded_model_uses_the_memory_of_its_workers(shared: LocalApi) -> 
     assert (await running).refusal == (503, "worker_died")
 
 
-async def test_loading_model_reserves_its_estimate(small: LocalApi) -> None:
+async def test_queued_jobs_wait_for_the_loading_model_and_say_so(small: LocalApi) -> None:
     small.save(models.endless_load(), "slow")
-    for model_id in ("a", "b"):
-        small.save(models.add(1), model_id)
-    job = await small.accepted_load("slow")
-    await small.job_when(job["id"], stage="loading")
+    for model_id, version in (("a", 1), ("b", 1), ("b", 2)):
+        small.save(models.add(1), model_id, version)
+    slow = await small.job_when((await small.accepted_load("slow"))["id"], stage="loading")
+    assert slow["waiting_for"] is None
     [use] = (await resources(small))["models"]
     assert (use["model_id"], use["phase"]) == ("slow", "loading")
-    assert (use["job_id"], use["workers"], use["memory_bytes"]) == (job["id"], 1, 0)
+    assert (use["job_id"], use["workers"], use["memory_bytes"]) == (slow["id"], 1, 0)
     assert use["reserved_bytes"] == estimate(small, "slow")
-    queued = [(await small.accepted_load(model_id))["id"] for model_id in ("b", "a")]  # oldest first
-    await resources_when(small, lambda seen: [wait["job_id"] for wait in seen["waiting"]] == queued)
+    asked = [("b", 1), ("b", 2), ("a", 1)]
+    queued = [(await small.accepted_load(model_id, version=version))["id"] for model_id, version in asked]
+    first, second, _ = queued
+    await resources_when(  # oldest first
+        small, lambda seen: [wait["job_id"] for wait in seen["waiting"]] == queued
+    )
+    waiting = await small.job(first)
+    assert "1 may run at once" in waiting["waiting_for"]
+    assert (waiting["status"], waiting["stage"]) == ("pending", None)
+    await small.job_when(second, waiting_for=f"job {first} of the same model")
+    cancelled = (await small.post(f"/api/v1/jobs/{second}/cancel", wait=60)).json
+    assert (cancelled["status"], cancelled["started_at"]) == ("cancelled", None)
+    again = (await small.accepted_load("b", version=2))["id"]
+    assert again != second
     await small.unload("slow", force=True)
-    assert [(await small.ended(job_id))["status"] for job_id in queued] == ["completed", "completed"]
+    for job_id in (first, queued[2], again):
+        ended = await small.ended(job_id)
+        assert (ended["status"], ended["waiting_for"]) == ("completed", None)
     for model_id in ("a", "b"):
         await small.unload(model_id)
     await resources_when(small, lambda seen: seen["models"] == [] and seen["free_bytes"] == BUDGET)
@@ -151,26 +165,3 @@ async def test_load_without_room_waits_and_says_for_what(small: LocalApi) -> Non
     assert (await small.ended(job["id"]))["status"] == "completed"
     assert (await resources(small))["waiting"] == []
     await small.unload("larger")
-
-
-async def test_queued_jobs_say_what_they_wait_for(small: LocalApi) -> None:
-    small.save(models.endless_load(), "slow")
-    slow = await small.job_when((await small.accepted_load("slow"))["id"], stage="loading")
-    assert slow["waiting_for"] is None
-    for version in (1, 2):
-        small.save(models.identity(), "m", version)
-    first, second = [await small.accepted_load("m", version=version) for version in (1, 2)]
-    waiting = await when(lambda: small.job(first["id"]), lambda job: job["waiting_for"] is not None)
-    assert "1 may run at once" in waiting["waiting_for"]
-    assert (waiting["status"], waiting["stage"]) == ("pending", None)
-    await small.job_when(second["id"], waiting_for=f"job {first['id']} of the same model")
-    await small.post(f"/api/v1/jobs/{second['id']}/cancel")
-    cancelled = await small.ended(second["id"])
-    assert (cancelled["status"], cancelled["started_at"]) == ("cancelled", None)
-    again = await small.accepted_load("m", version=2)
-    assert again["id"] != second["id"]
-    await small.post(f"/api/v1/jobs/{slow['id']}/cancel")
-    for job in (first, again):
-        ended = await small.ended(job["id"])
-        assert (ended["status"], ended["waiting_for"]) == ("completed", None)
-    await small.unload("m")
