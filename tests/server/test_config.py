@@ -13,6 +13,7 @@ from support.history import PLAIN
 
 from loadledger import profiles
 from loadledger.cli.main import SECTIONS, find_command, main
+from runtime.uploads.staging import UploadPolicy
 from server.check import find_unusable_paths, load_config
 from server.config import (
     Config,
@@ -400,3 +401,10 @@ def test_one_of_several_servers_has_to_say_whose_repository_it_is(writable: str,
     )
     refusal = config.upload_policy().unshared
     assert ("on if the" in refusal and "--repository-writable=own if" in refusal) is is_refused
+
+
+def test_settings_decide_whether_versions_may_be_added() -> None:
+    config = Config(
+        repository=Path(), data=Path(), store_size="off", repository_writable="off", max_upload_bytes=7
+    )
+    assert config.upload_policy() == UploadPolicy("off", is_immutable=True, max_bytes=7)
