@@ -13,6 +13,7 @@ from support.history import PLAIN
 
 from loadledger import profiles
 from loadledger.cli.main import SECTIONS, find_command, main
+from runtime.uploads.staging import UploadPolicy
 from server.check import find_unusable_paths, load_config
 from server.config import (
     Config,
@@ -34,11 +35,9 @@ VALUES = {
     "repository": "/models", "data": "/data", "host": "::1", "port": "0",
     "tls_cert": "/cert.pem", "tls_key": "/key.pem", "trusted_proxies": "10.0.0.0/8,::1",
     "threads": "2", "drain_timeout_s": "0.5", "inference_timeout_s": "1.5",
-
-
     "devices": "cuda:*,cpu", "device_memory": "cuda:0=20GB,cuda:1=50%",
-    "visible_devices": "cuda:1,openvino:*",
-    "memory_budget": "12.5%", "max_loaded": "4", "evict": "idle", "min_residency_s": "0.5",
+    "visible_devices": "cuda:1,openvino:*", "memory_budget": "12.5%",
+    "max_loaded": "4", "evict": "idle", "min_residency_s": "0.5",
     "keep_alive_s": "90", "on_demand": "on",
     "confine": "require-cpu", "restore": "none",
     "ledger_stderr": "off",
@@ -48,7 +47,6 @@ VALUES = {
     "trace_inferences": "1.0", "metrics": "open", "jwt_audience": "a",
     "jwt_issuer": "https://issuer", "jwt_keys": "/keys.json", "jwt_roles_claim": "groups",
     "limit_management": "1/second", "limit_inference": "7 per 2 minutes",
-
 }  # fmt: skip
 """A valid value for each setting, other than its default."""
 
@@ -120,7 +118,6 @@ REFUSED = {
     "node_address": "a:8080 http:// http://a/b ftp://a", "node_attributes": "zone zone= =a a=b=c",
     "when_away": "die",
     "port": "65536 -1 http 8080.5 tcp://10.0.0.1:8080", "threads": "-1 1025 auto",
-
     "drain_timeout_s": "-1 nan", "inference_timeout_s": "0 inf",
     "limit_inference": "many 0/minute 1/second;10/minute 1/eon 1/minutely OFF", "max_loaded": "-1 1.5",
     "memory_budget": "0 -1 0.0% 100.1% 80_% 1.5 8gb nan% " + "9" * 5000,
@@ -404,3 +401,10 @@ def test_one_of_several_servers_has_to_say_whose_repository_it_is(writable: str,
     )
     refusal = config.upload_policy().unshared
     assert ("on if the" in refusal and "--repository-writable=own if" in refusal) is is_refused
+
+
+def test_settings_decide_whether_versions_may_be_added() -> None:
+    config = Config(
+        repository=Path(), data=Path(), store_size="off", repository_writable="off", max_upload_bytes=7
+    )
+    assert config.upload_policy() == UploadPolicy("off", is_immutable=True, max_bytes=7)

@@ -1,16 +1,13 @@
 """Limits of devices at the start, devices whose workers are confined too little, and sentences about them."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from msgspec.structs import replace as replace_struct
-from support.nvml import PCI_BUS_IDS, build_nvml, hanging
-from support.shims import Shim, environment_of
+from support.nvml import PCI_BUS_IDS, hanging
+from support.shims import Shim
 
 from events.values import Confinement
 from features.devices import setup as devices_module
@@ -67,32 +64,13 @@ async def test_settings_limit_devices(
     assert found == {name: limit_device(name, limit) for name, limit in (("npu:0", first), ("npu:1", second))}
 
 
-OWN_MEMORY = """
-import asyncio
-import sys
-from pathlib import Path
-from features.devices.found import Devices
-from runtime.process.pool import WorkerPool
-from features.devices.wire import FoundDevice
-from server.config import Config
-from features.devices.setup import limit_devices
-buses = {f"cuda:{number}": bus for number, bus in enumerate(sys.argv[1:])}
-found = {name: FoundDevice(name, "1", pci_bus_id=bus) for name, bus in buses.items()}
-config = Config(repository=Path("/r"), data=Path("/d"), device_memory="cuda:1=50%")
-pool = WorkerPool()
-pool.targets = Devices(found)
-for limits in asyncio.run(limit_devices(config, pool, 1000)).values():
-    print(limits.budget_bytes, limits.is_measured)
-"""
-
-
-def test_device_with_own_memory_has_most_of_it_as_budget(tmp_path: Path) -> None:
-    shim = build_nvml(tmp_path)
-    shim.set(24 * 10**9, 20 * 10**9, 8 * 10**9, 8 * 10**9)
-    command = [sys.executable, "-c", OWN_MEMORY, *PCI_BUS_IDS]
-    environment = {**os.environ, **environment_of([shim])}
-    printed = subprocess.check_output(command, env=environment, text=True, timeout=120)
-    assert printed.splitlines() == ["21600000000 True", "4000000000 True"]
+async def test_device_with_own_memory_has_most_of_it_as_budget(driver: Shim) -> None:
+    driver.set(24 * 10**9, 20 * 10**9, 8 * 10**9, 8 * 10**9)
+    limits = await limit_devices(config(device_memory="cuda:1=50%"), pool_of(Devices(GPUS)), MACHINE_BYTES)
+    assert [(limits[name].budget_bytes, limits[name].is_measured) for name in GPUS] == [
+        (21_600_000_000, True),
+        (4_000_000_000, True),
+    ]
 
 
 async def test_limit_of_missing_device_is_refused() -> None:

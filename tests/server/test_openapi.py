@@ -151,9 +151,9 @@ TRIED = {
 
 
 async def test_examples_are_requests_and_answers_of_a_server(
-    committed: dict[str, Any], api: LocalApi
+    committed: dict[str, Any], shared: LocalApi
 ) -> None:
-    shutil.copytree(DIGITS, api.config.repository / "digits")
+    shutil.copytree(DIGITS, shared.config.repository / "digits")
     documented = {operation["operationId"]: operation for operation in operations_of(committed)}
     job = ""
     for name, request in TRIED.items():
@@ -161,7 +161,7 @@ async def test_examples_are_requests_and_answers_of_a_server(
         operation = documented.pop(name)
         [(status, expected)] = examples_of(operation)
         body = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
-        answer = await api.send(method, path, roles=ROLES, wait=60, json=body.get("example"))
+        answer = await shared.send(method, path, roles=ROLES, wait=60, json=body.get("example"))
         assert answer.status == int(status), name
         assert outline(answer.json) == outline(expected), name
         job = answer.json["id"] if name == "load_model" else job

@@ -1,4 +1,4 @@
-"""`Idempotency-Key`: a repeated request is answered with the job of the first."""
+"""`Idempotency-Key`, and joins: a repeated request is answered with the job of the first."""
 
 import asyncio
 import shutil
@@ -99,16 +99,6 @@ async def test_repeated_load_returns_first_job_whatever_changed(shared: LocalApi
     assert (await send(shared, path, "r")).refusal == (404, "unknown_model")
 
 
-async def test_repeated_unload_leaves_later_load_alone(shared: LocalApi) -> None:
-    shared.save(models.add(1), "later")
-    for path in ("models/later/unload", "models/unload", "models/later/unload?force=true"):
-        await shared.load("later")
-        first = job_of(await send(shared, path, f'"{path}"'))
-        await shared.load("later")
-        assert job_of(await send(shared, path, f'"{path}"')) == first
-        assert (await shared.model("later"))["state"] == "loaded"
-
-
 async def test_fingerprint_ignores_form_and_heeds_content(shared: LocalApi) -> None:
     shared.save(models.add(1), "m")
     body = b'{"timeout_s": 50, "priority": "high"}'
@@ -138,28 +128,35 @@ async def test_key_of_another_request_is_422(shared: LocalApi) -> None:
     assert (job["model_id"], job["requested_by"], job["status"]) == ("other", "Bob", "completed")
 
 
-async def test_refused_request_does_not_use_key(shared: LocalApi) -> None:
-    shared.save(models.add(1), "unused")
-    for path, body, refusal in (
-        ("unload", b"", (409, "not_loaded")),
-        ("load", b'{"version": 2}', (404, "unknown_version")),
-        ("load", b'{"version": 0}', (400, "invalid_body")),
-    ):
-        assert (await send(shared, f"models/unused/{path}", "n", body)).refusal == refusal
-    await shared.load("unused")
-    assert (await send(shared, "models/unused/unload", "n")).json["kind"] == "unload"
-
-
-async def test_ledger_keeps_hash_of_key_and_fingerprint(api: LocalApi) -> None:
-    api.save(models.add(1), "m")
+async def test_ledger_keeps_hash_of_key_and_fingerprint(shared: LocalApi) -> None:
+    shared.save(models.add(1), "hashed")
     for path in ("load", "unload"):
-        job = (await send(api, f"models/m/{path}", f'"secret {path}"')).json
+        job = (await send(shared, f"models/hashed/{path}", f'"secret {path}"')).json
         assert "idempotency" not in {*job, *job["parameters"]}
-    requested: list[LoadRequested | UnloadRequested] = [*await api.data_of(LoadRequested)]
-    requested += await api.data_of(UnloadRequested)
-    keys = [each.idempotency for each in requested if each.idempotency is not None]
-    assert len({text for key in keys for text in (key.key_hash, key.fingerprint)}) == 4
-    assert "secret" not in repr(await api.events())
+    data = [event.data for event in await shared.events("hashed")]
+    keys = [each.idempotency for each in data if isinstance(each, LoadRequested | UnloadRequested)]
+    assert len({text for key in keys if key for text in (key.key_hash, key.fingerprint)}) == 4
+    assert "secret" not in repr(data)
+
+
+async def test_load_of_loaded_model_records_each_actor_and_key_once(shared: LocalApi) -> None:
+    shared.save(models.add(1), "held")
+    path, job = "models/held/load", (await shared.load("held"))["id"]
+    for subject in ("alice", "Bob", "Bob", "alice", "Bob"):
+        answer = await shared.post(f"/api/v1/{path}", subject=subject)
+        assert (answer.status, answer.json["id"]) == (200, job)
+    for _ in range(2):
+        assert (await shared.post("/v2/repository/models/held/load", subject="Carol")).status == 200
+    for key in ("one", "one", "two"):
+        assert job_of(await send(shared, path, key)) == job
+    joined = [event for event in await shared.events("held") if event.type == "LoadJoined"]
+    assert [(event.actor, event.job_id) for event in joined] == [
+        ("Bob", job), ("Carol", job), ("alice", job), ("alice", job),
+    ]  # fmt: skip
+    await shared.unload("held")
+    head = shared.position
+    assert (job_of(await send(shared, path, "two")), shared.position) == (job, head)
+    assert (await send(shared, path, "two", b'{"pinned": true}')).refusal == MISMATCH
 
 
 async def test_repeated_cancel_returns_the_cancelled_job(shared: LocalApi) -> None:

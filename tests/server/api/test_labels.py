@@ -1,17 +1,14 @@
 """`PUT` and `DELETE …/labels/{label}`, loads with a label, and requests that name a version by it."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from typing import Any
 
-import pytest
 from support import models
-from support.http import ONE, Json, LocalApi
+from support.http import ONE, LocalApi
 
-from events.types import ModelLoaded, ModelSettingsChanged
+from events.types import ModelLoaded
 from features.labels.facts import LabelRemoved, LabelSet
 
-Start = Callable[..., Awaitable[LocalApi]]
 INVALID = (400, "invalid_parameter")
 NOT_LOADED = (503, "model_not_loaded")
 
@@ -59,37 +56,26 @@ async def test_label_names_version_until_it_is_removed(shared: LocalApi) -> None
     ]
 
 
-REFUSALS: list[tuple[str, dict[str, Any], tuple[int, str]]] = [
-    ("unknown model", {"model_id": "nobody"}, (404, "unknown_model")),
-    ("unknown version", {"version": 3}, (404, "unknown_version")),
-    ("version 0", {"version": 0}, (400, "invalid_body")),
-    ("text", {"version": "1"}, (400, "invalid_body")),
-    ("no version", {"version": None}, (400, "invalid_body")),
-    ("a number", {"label": "1"}, INVALID),
-    ("a slash", {"label": "a%2Fb"}, INVALID),
-    ("role", {"roles": ("infer", "audit", "approve")}, (403, "forbidden")),
+REFUSALS: list[tuple[dict[str, Any], tuple[int, str]]] = [
+    ({"model_id": "nobody"}, (404, "unknown_model")),
+    ({"version": 3}, (404, "unknown_version")),
+    ({"version": 0}, (400, "invalid_body")),
+    ({"version": "1"}, (400, "invalid_body")),
+    ({"version": None}, (400, "invalid_body")),
+    ({"label": "1"}, INVALID),
+    ({"label": "a%2Fb"}, INVALID),
+    ({"roles": ("infer", "audit", "approve")}, (403, "forbidden")),
 ]
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"), [row[1:] for row in REFUSALS], ids=[row[0] for row in REFUSALS]
-)
-async def test_refused_label_records_nothing(
-    shared: LocalApi, given: dict[str, Any], expected: tuple[int, str]
-) -> None:
+async def test_refused_label_records_nothing(shared: LocalApi) -> None:
     save(shared, "refused", 1)
-    answer = await put(shared, **{"model_id": "refused", "version": 1, **given})
-    assert answer.refusal == expected
-    assert "labels" not in await shared.model("refused")
-    if expected == INVALID:
-        assert "begin with a letter" in answer.json["detail"]
-
-
-async def test_load_with_what_is_no_label_is_refused(shared: LocalApi) -> None:
-    save(shared, "refused", 1)
-    for label in ("", "1", "a" * 64, "a\n", None, 3):
-        answer = await shared.post("/api/v1/models/refused/load", json={"label": label})
-        assert answer.refusal == (400, "invalid_body"), label
+    head = shared.position
+    for given, refusal in REFUSALS:
+        answer = await put(shared, **{"model_id": "refused", "version": 1, **given})
+        assert answer.refusal == refusal, given
+        assert ("begin with a letter" in answer.json["detail"]) is (refusal == INVALID)
+    assert shared.position == head
 
 
 async def test_load_moves_its_label_in_the_append_of_its_outcome(shared: LocalApi) -> None:
@@ -97,7 +83,12 @@ async def test_load_moves_its_label_in_the_append_of_its_outcome(shared: LocalAp
     await put(shared, "moved", 1)
     await shared.load("moved", version=1)
     options = {"json": {"version": 2, "label": "champion"}, "subject": "Ann", "wait": 60}
-    job = (await shared.post("/api/v1/models/moved/load", **options)).json
+    loading = asyncio.create_task(shared.post("/api/v1/models/moved/load", **options))
+    seen = [await answered(shared, "moved", "champion")]
+    while not loading.done():  # the label always answers
+        seen.append(await answered(shared, "moved", "champion"))
+    assert {version for version, _ in seen} <= {"1", "2"}
+    job = (await loading).json
     assert (job["status"], job["label"]) == ("completed", "champion")
     events = await shared.events("moved")
     [loaded] = [each for each in events if isinstance(each.data, ModelLoaded) and each.version == 2]
@@ -105,34 +96,10 @@ async def test_load_moves_its_label_in_the_append_of_its_outcome(shared: LocalAp
     assert (label.position, label.recorded_at) == (loaded.position + 1, loaded.recorded_at)
     assert (label.data, label.actor, label.job_id) == (LabelSet("champion", loaded.id), "Ann", job["id"])
     assert loaded.actor == "system"
-    assert (await answered(shared, "moved", "champion")) == ("2", "moved/2")
+    assert await answered(shared, "moved", "champion") == ("2", "moved/2")
+    head = shared.position
     assert (await shared.post("/api/v1/models/moved/load", **options)).json["id"] == job["id"]
-    kinds = [kind for kind in await shared.types("moved") if kind in {"LoadRequested", "LabelSet"}]
-    assert kinds == ["LabelSet", "LoadRequested", "LoadRequested", "LabelSet"]
-
-
-async def test_load_behind_one_of_the_same_moves_its_label(shared: LocalApi) -> None:
-    shared.save(models.slow_model(700, 12), "queued")
-    first = await shared.accepted_load("queued")
-    job = await shared.load("queued", label="champion")
-    *_, loaded, outcome, label = await shared.events("queued")
-    assert (loaded.job_id, outcome.job_id, label.job_id) == (first["id"], job["id"], job["id"])
-    assert isinstance(outcome.data, ModelSettingsChanged)
-    assert (label.data, label.actor) == (LabelSet("champion", outcome.id), "alice")
-
-
-async def test_label_stays_where_a_load_fails_or_is_cancelled(shared: LocalApi) -> None:
-    save(shared, "stays", 1)
-    await shared.load("stays", label="champion")
-    shared.save(models.TEXT, "stays", 2)
-    await shared.failed_load("stays", version=2, label="champion")
-    shared.save(models.endless_load(), "stays", 3)
-    job = await shared.accepted_load("stays", version=3, label="champion")
-    await shared.job_when(job["id"], stage="loading")
-    assert await answered(shared, "stays", "champion") == ("1", "stays/1")
-    await shared.post(f"/api/v1/jobs/{job['id']}/cancel")
-    assert (await shared.ended(job["id"]))["status"] == "cancelled"
-    assert (await shared.model("stays"))["labels"] == {"champion": 1}
+    assert shared.position == head
 
 
 async def test_label_of_another_version_is_refused_with_advice(shared: LocalApi) -> None:
@@ -150,18 +117,16 @@ async def test_label_of_another_version_is_refused_with_advice(shared: LocalApi)
     assert "GET /api/v1/models/other shows" in unknown.json["error"]
 
 
-@pytest.mark.parametrize("end", ["", "/ready", "/config", "/stats"])
-async def test_reads_of_a_label_are_those_of_its_version(shared: LocalApi, end: str) -> None:
+async def test_reads_of_a_label_are_those_of_its_version(shared: LocalApi) -> None:
     save(shared, "read", 1)
     await shared.load("read", label="v1.stable")
-    by_label, by_number = [
-        await shared.get(f"/v2/models/read/versions/{each}{end}") for each in ("v1.stable", 1)
-    ]
-    assert (by_label.status, by_label.json) == (200, by_number.json)
-    unknown = await shared.get(f"/v2/models/read/versions/nobody{end}")
-    assert unknown.refusal == (404, "unknown_label")
-    for text in ("-a", "a%2Fb", "a%20", "%C3%A4", "a" * 64, "1a"):
-        assert (await shared.get(f"/v2/models/read/versions/{text}{end}")).refusal == INVALID, text
+    of = "/v2/models/read/versions"
+    for end in ("", "/ready", "/config", "/stats"):
+        by_label, by_number = [await shared.get(f"{of}/{each}{end}") for each in ("v1.stable", 1)]
+        assert (by_label.status, by_label.json) == (200, by_number.json)
+        assert (await shared.get(f"{of}/nobody{end}")).refusal == (404, "unknown_label")
+        for text in ("-a", "a%2Fb", "a%20", "%C3%A4", "a" * 64, "1a"):
+            assert (await shared.get(f"{of}/{text}{end}")).refusal == INVALID, text
 
 
 async def test_metadata_of_a_label_is_of_its_file_before_a_load(shared: LocalApi) -> None:
@@ -170,26 +135,6 @@ async def test_metadata_of_a_label_is_of_its_file_before_a_load(shared: LocalApi
     answer = await shared.get("/v2/models/unloaded/versions/champion")
     assert (answer.status, answer.json["versions"]) == (200, ["1"])
     assert (await shared.infer("unloaded", ONE, version="champion")).refusal == NOT_LOADED
-
-
-async def test_label_that_moves_with_a_load_always_answers(shared: LocalApi) -> None:
-    save(shared, "swapped", 1, 2)
-    await shared.load("swapped", version=1, label="champion")
-    job = asyncio.create_task(shared.load("swapped", version=2, label="champion"))
-    seen = list[Json]()
-    while not job.done() or not seen:
-        seen.append(await answered(shared, "swapped", "champion"))
-    await job
-    seen.append(await answered(shared, "swapped", "champion"))
-    assert seen[-1] == ("2", "swapped/2")
-    assert {version for version, _ in seen} <= {"1", "2"}
-
-
-async def test_named_version_is_loaded_on_demand(start: Start) -> None:
-    api = await start(on_demand="on")
-    save(api, "m", 1, 2)
-    await put(api, "m", 1)
-    assert await answered(api, "m", "champion") == ("1", "m/1")
 
 
 async def test_past_has_the_labels_of_then(shared: LocalApi) -> None:

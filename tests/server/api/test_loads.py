@@ -5,24 +5,22 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 from support import models
-from support.http import LIMIT_S, ONE, LocalApi, when
+from support.http import LIMIT_S, ONE, LocalApi, local_server, when
 from support.ledgers import unwritable
-from support.workers import threads, until
 
 from events import jobcommands
-from events.types import Cause, LoadRequested, ModelLoaded, WorkerExited
+from events.types import Cause, ModelLoaded, WorkerExited
 from runtime.cgroups import count_usable_cpus
 from server.check import find_unusable_paths
 from server.config import Config
-
-Start = Callable[..., Awaitable[LocalApi]]
 
 JOB = {
     "id", "kind", "model_id", "version", "status", "stage", "waiting_for", "created_at", "started_at",
@@ -129,42 +127,22 @@ async def test_load_that_changes_settings_completes_without_a_load(shared: Local
     shared.save(models.add(1), "changed")
     loaded = await shared.load("changed", instances=2, memory_limit_bytes=2**30)
     pid, before = shared.worker("changed").pid, await shared.model("changed")
-    answer = await shared.post("/api/v1/models/changed/load", json={"pinned": True})
+    answer = await shared.post("/api/v1/models/changed/load", json={"pinned": True, "keep_alive_s": 60})
     assert (answer.status, answer.json["status"], answer.json["started_at"]) == (200, "completed", None)
     pinned = answer.json
     assert pinned["id"] != loaded["id"]
-    assert pinned["parameters"] == loaded["parameters"] | {"pinned": True}
+    assert pinned["parameters"] == loaded["parameters"] | {"pinned": True, "keep_alive_s": 60}
     chosen = {"version": 1, "parameters": pinned["parameters"], "by": "alice", "job_id": pinned["id"]}
     assert await shared.model("changed") == before | {
         "parameters": pinned["parameters"], "chosen": chosen | {"at": pinned["finished_at"]},
     }  # fmt: skip
-    assert [(use["pinned"], use["keep_alive_s"]) for use in await uses(shared, "changed")] == [(True, None)]
-    story = [event.type for event in await shared.events("changed")]
-    assert story == [
-        *("LoadRequested", "LoadStarted", "ModelLoaded"),
-        *("LoadRequested", "ModelSettingsChanged"),
+    used = (await shared.get("/api/v1/resources")).json["models"]
+    assert [(use["pinned"], use["keep_alive_s"]) for use in used if use["model_id"] == "changed"] == [
+        (True, 60)
     ]
-    for same in ({}, {"pinned": True}, {"priority": "high"}):
-        assert (await shared.load("changed", **same))["id"] == loaded["id"]
-    assert (await shared.load("changed", pinned=False, keep_alive_s=60))["id"] != pinned["id"]
-    assert [(use["pinned"], use["keep_alive_s"]) for use in await uses(shared, "changed")] == [(False, 60)]
+    assert (await shared.types("changed"))[3:] == ["LoadRequested", "ModelSettingsChanged"]
+    assert (await shared.load("changed", pinned=True))["id"] == loaded["id"]
     assert shared.worker("changed").pid == pid
-
-
-async def test_load_computes_with_the_threads_that_it_names(shared: LocalApi) -> None:
-    shared.save(models.add(1), "threaded")
-    usual = count_usable_cpus()
-    jobs = set()
-    for asked, used in (({"threads": 1}, 1), ({"threads": 2}, 2), ({}, 2), ({"threads": None}, usual)):
-        job = await shared.load("threaded", **asked)
-        jobs.add(job["id"])
-        [*_, loaded] = await shared.data_of(ModelLoaded)
-        assert (loaded.threads, (await shared.model("threaded"))["threads"]) == (used, used)
-        assert threads(shared.worker("threaded").pid) == used + 1  # one reads what cancels
-        assert (await shared.infer("threaded", ONE)).status == 200
-    assert len(jobs) == 3  # a load that names none keeps them
-    requested = [event.data for event in await shared.events("threaded")]
-    assert [each.threads for each in requested if isinstance(each, LoadRequested)] == [1, 2, None]
 
 
 async def test_changed_settings_of_dead_worker_start_another(shared: LocalApi) -> None:
@@ -179,21 +157,23 @@ async def test_changed_settings_of_dead_worker_start_another(shared: LocalApi) -
     assert (await shared.infer("dead", ONE)).status == 200
 
 
-async def uses(api: LocalApi, model_id: str) -> list[dict[str, Any]]:
-    answer = await api.get("/api/v1/resources")
-    found: list[dict[str, Any]] = answer.json["models"]
-    return [use for use in found if use["model_id"] == model_id]
-
-
 # Workers that die
 
 
-@pytest.mark.parametrize("setting", ["on", "off"])
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def bare(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalApi]:
+    """A server without a store, that only reads its repository and records nothing that workers print."""
+    settings = {"store_size": "off", "ledger_stderr": "off", "repository_writable": "off"}
+    async with local_server(tmp_path_factory.mktemp("bare"), **settings) as api:
+        yield api
+
+
+@pytest.mark.parametrize("is_recorded", [True, False])
 async def test_printed_input_of_a_client_is_recorded_if_on(
-    start: Start, caplog: pytest.LogCaptureFixture, setting: str
+    shared: LocalApi, bare: LocalApi, caplog: pytest.LogCaptureFixture, *, is_recorded: bool
 ) -> None:
     """With off, the ledger has nothing that a worker printed; the operator's log has it."""
-    api = await start(ledger_stderr=setting)
+    api = shared if is_recorded else bare
     api.save(models.look_up(), "table")
     api.save(models.crash_on_load(), "crash")
     await api.load("table")
@@ -202,22 +182,44 @@ async def test_printed_input_of_a_client_is_recorded_if_on(
     api.worker("table").kill()
     error = (await api.failed_load("crash"))["error"]
     assert error["message"].startswith("the worker was killed by signal 8 while it loaded the model")
-    exits = await when(lambda: api.data_of(WorkerExited), lambda exits: len(exits) == 2)
-    recorded = "\n".join([error["message"], *(line for each in exits for line in each.stderr)])
+
+    async def exits() -> list[WorkerExited]:
+        events = [*await api.events("table"), *await api.events("crash")]
+        return [event.data for event in events if isinstance(event.data, WorkerExited)]
+
+    found = await when(exits, lambda found: len(found) == 2)
+    recorded = "\n".join([error["message"], *(line for each in found for line in each.stderr)])
     words = ("idx=4711", "Fatal Python error: Floating")
-    assert [word in recorded for word in words] == 2 * [setting == "on"]
-    assert [word in caplog.text for word in words] == 2 * [setting == "off"]
-    if setting == "off":
-        assert [each.stderr for each in exits] == 2 * [()]
+    assert [word in recorded for word in words] == 2 * [is_recorded]
+    assert [word in caplog.text for word in words] == 2 * [not is_recorded]
+    assert is_recorded or [each.stderr for each in found] == 2 * [()]
+
+
+async def test_stderr_shows_running_and_last_exited_worker(shared: LocalApi) -> None:
+    shared.save(models.crash_on_run(), "divide")
+    await shared.load("divide")
+    worker = shared.worker("divide")
+    inputs = {"a": models.LOWEST, "b": -1}
+    tensors = [{"name": name, "datatype": "INT64", "shape": [1], "data": [n]} for name, n in inputs.items()]
+    assert (await shared.infer("divide", *tensors)).status == 503
+
+    async def printed() -> Any:
+        return (await shared.get("/api/v1/models/divide/stderr")).json
+
+    seen = await when(printed, lambda seen: seen["last_exited"] is not None and len(seen["workers"]) > 0)
+    assert seen["recorded"] is True
+    assert [(each["version"], each["lines"]) for each in seen["workers"]] == [(1, [])]
+    assert (seen["last_exited"]["worker_id"], seen["last_exited"]["version"]) == (worker.worker_id, 1)
+    assert any("point exception" in line for line in seen["last_exited"]["lines"])
+    denied = await shared.get("/api/v1/models/divide/stderr", roles=("audit", "infer"))
+    assert denied.refusal == (403, "forbidden")
 
 
 async def test_swap_serves_old_version_until_new_one_is_loaded(shared: LocalApi) -> None:
     """TensorFlow Serving #2017."""
-    shared.save(models.add(1), "swapped", 1)
-    shared.save(models.endless_load(), "swapped", 2)
-    shared.save(models.add(3), "swapped", 3)
+    for version, model in ((1, models.add(1)), (2, models.endless_load()), (3, models.add(3))):
+        shared.save(model, "swapped", version)
     await shared.load("swapped", version=1)
-    old = shared.worker("swapped").pid
     swap = await shared.accepted_load("swapped", version=2)
     await shared.job_when(swap["id"], stage="loading")
     model = await shared.model("swapped")
@@ -231,14 +233,9 @@ async def test_swap_serves_old_version_until_new_one_is_loaded(shared: LocalApi)
     assert await result_of(shared, "swapped") == 2
     load = await shared.load("swapped", version=3)
     assert await result_of(shared, "swapped") == 4
-    await until(lambda: not Path(f"/proc/{old}").exists())
-    [unload, *_] = await when(
-        lambda: shared.jobs("?model=swapped"), lambda jobs: all(job["finished_at"] for job in jobs)
-    )
-    shown = {name: unload[name] for name in ("kind", "cause", "status", "version", "requested_by")}
-    assert shown == {
-        "kind": "unload", "cause": "swap", "status": "completed", "version": 1, "requested_by": "system",
-    }  # fmt: skip
+    [unload, *_] = await shared.jobs("?model=swapped")
+    shown = {name: unload[name] for name in ("kind", "cause", "version", "requested_by")}
+    assert shown == {"kind": "unload", "cause": "swap", "version": 1, "requested_by": "system"}
     assert (await shared.model("swapped"))["job_id"] == load["id"]
 
 
@@ -341,15 +338,40 @@ async def test_newer_files_of_the_repository_are_shown(shared: LocalApi) -> None
     assert await is_changed() is False
 
 
-async def test_load_without_a_store_takes_the_repositorys_files(start: Start) -> None:
-    api = await start(store_size="off")
-    folder = api.save(models.add(1), "m")
+@pytest.mark.asyncio(loop_scope="module")
+async def test_load_without_a_store_takes_the_repositorys_files(bare: LocalApi) -> None:
+    folder = bare.save(models.add(1), "m")
     (folder.parent / "1.sig").write_bytes(b"signature")
-    await api.load("m")
-    (event,) = await api.data_of(ModelLoaded)
-    assert not event.verified
-    assert [file.path for file in event.files] == ["1.sig", "model.onnx"]
-    assert not (api.config.data / "store").exists()
+    await bare.load("m")
+    loaded = (await bare.events("m"))[-1].data
+    assert isinstance(loaded, ModelLoaded)
+    assert (loaded.verified, [file.path for file in loaded.files]) == (False, ["1.sig", "model.onnx"])
+    assert not (bare.config.data / "store").exists()
     writable = Config(repository=Path(), data=Path(), store_size="off", repository_writable="on")
     mistakes = [place for place, _ in find_unusable_paths(asdict(writable))]
     assert "--repository-writable" in mistakes
+
+
+async def test_files_in_a_folder_named_as_the_model_are_served(shared: LocalApi, bare: LocalApi) -> None:
+    for api in (shared, bare):
+        inner = api.config.repository / "inner/1/model.onnx"
+        inner.mkdir(parents=True)
+        (inner / "model.onnx").write_bytes(models.external("data/w.bin").SerializeToString())
+        (inner / "data").mkdir()
+        (inner / "data/w.bin").write_bytes(models.external_bytes())
+        await api.load("inner")
+        loaded = await api.model("inner")
+        assert [file["path"] for file in loaded["files"]] == ["data/w.bin", "model.onnx"]
+        assert loaded["repository_changed"] is False
+        assert loaded["inputs"]
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_server_that_only_reads_refuses_changes(bare: LocalApi) -> None:
+    bare.save(models.add(1), "there")
+    binary = {"Content-Type": "application/octet-stream"}
+    for answer in (
+        await bare.send("PUT", "/api/v1/models/m/versions/1", data=b"x", headers=binary),
+        await bare.send("DELETE", "/api/v1/models/there/versions/1"),
+    ):
+        assert answer.refusal == (409, "repository_read_only")

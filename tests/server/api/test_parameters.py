@@ -1,5 +1,6 @@
 """Parameters of a load: from the request, the model's loadledger.toml or the server's settings."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ from support.models import save
 
 from events.types import LoadRequested, ModelLoaded
 from runtime.process.pool import WorkerPool
-from runtime.repository import DEFAULTS_FILE, Repository
+from runtime.repository import DEFAULTS_FILE, InvalidDefaults, Repository
 from runtime.scheduler.view import Policy
 from runtime.store.versions import Versions
-from server.api.loads import make_load_command
+from server.api.loads import LoadBodySchema, make_load_command
 from server.app import create_app
-from server.appkeys import POLICY, POOL, VERSIONS
+from server.appkeys import CONFIG, POLICY, POOL, VERSIONS
 from server.config import Config
 
 RECORDED: dict[str, Any] = {
@@ -26,101 +27,89 @@ RECORDED: dict[str, Any] = {
     "progress_timeout_s": 120, "threads": None,
 }  # fmt: skip
 USUAL = RECORDED | {"node_attributes": UNSET}
-NOTHING = "nothing"
+BATCHES = "max_batch_size = 4\nmax_queue_delay_us = 5"
+SIZES = "timeout_s = 50\nmemory_limit_bytes = 1000000000\ninstances = 2"
 
 
 def write(repository: Path, content: str) -> None:
     """Write the defaults file of a model `m`, and the model."""
     save(models.add(), repository, "m")
-    (repository / "m" / "loadledger.toml").write_text(content, encoding="utf-8")
+    (repository / "m" / DEFAULTS_FILE).write_text(content, encoding="utf-8")
 
 
-def application(repository: Path, **settings: Any) -> web.Application:
-    """Return an application that is not started, since a command needs no worker."""
-    write(repository, "")
-    app = create_app(Config(repository=repository, data=repository / "data", **settings))
-    app[VERSIONS] = Versions(Repository(repository), None)
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> web.Application:
+    """An application that is not started, since a command needs no worker."""
+    folder = tmp_path_factory.mktemp("repository")
+    app = create_app(Config(repository=folder, data=folder / "data"))
+    app[VERSIONS] = Versions(Repository(folder), None)
     app[POOL], app[POLICY] = WorkerPool(threads=1), Policy(loads_at_once=1)
     return app
 
 
-async def changes(app: web.Application, **body: Any) -> dict[str, Any]:
-    """Return the parameters that a load is requested with and that differ from a plain load's."""
-    parameters = (await make_load_command(app, "m", body, "Ann")).parameters
-    return {name: getattr(parameters, name) for name in USUAL if getattr(parameters, name) != USUAL[name]}
+Row = tuple[dict[str, Any], str, dict[str, Any], dict[str, Any]]
+ROWS: list[Row] = [
+    # The settings, the file, the request, and how the load differs from a usual one.
+    ({}, SIZES, {}, {"timeout_s": 50, "memory_limit_bytes": 10**9, "instances": 2}),
+    ({}, SIZES, {"instances": 1, "timeout_s": 60}, {"timeout_s": 60, "memory_limit_bytes": 10**9}),
+    ({}, f"\ufeff{SIZES}", {"memory_limit_bytes": None}, {"timeout_s": 50, "instances": 2}),
+    ({}, 'priority = "high"\nstrategy = "auto"', {}, {"priority": "high", "strategy": "auto"}),
+    ({}, 'priority = "high"\nstrategy = "auto"', {"priority": "normal", "strategy": "beside"}, {}),
+    ({}, "pinned = true", {}, {"pinned": True}),
+    ({}, "pinned = true", {"pinned": False}, {}),
+    ({}, BATCHES, {}, {"max_batch_size": 4, "max_queue_delay_us": 5}),
+    ({}, BATCHES, {"max_batch_size": 0}, {}),
+    ({}, BATCHES, {"max_queue_delay_us": 0}, {"max_batch_size": 4}),
+    ({}, "max_batch_size = 4", {"max_queue_delay_us": 5}, {"max_batch_size": 4, "max_queue_delay_us": 5}),
+    ({}, "threads = 3", {}, {"threads": 3}),
+    ({}, "threads = 3", {"threads": 1024}, {"threads": 1024}),
+    ({}, "threads = 3", {"threads": None}, {}),
+    ({"threads": 5}, "", {}, {}),  # the setting when the load starts
+    ({}, 'node_attributes = ["z=a", "g=n", "z=a"]', {}, {"node_attributes": ("g=n", "z=a")}),
+    ({}, 'node_attributes = ["z=a"]', {"node_attributes": ["d=f"]}, {"node_attributes": ("d=f",)}),
+    ({}, 'node_attributes = ["z=a"]', {"node_attributes": []}, {}),
+    ({}, 'node_attributes = ["z=a"]', {"node_attributes": None}, {}),
+    ({"timeout_s": 12, "progress_timeout_s": 14}, "", {}, {"timeout_s": 12, "progress_timeout_s": 14}),
+    ({"timeout_s": 12, "progress_timeout_s": 14}, "", {"progress_timeout_s": 120}, {"timeout_s": 12}),
+    ({"timeout_s": 12}, "timeout_s = 13\nthreads = 5", {}, {"timeout_s": 13, "threads": 5}),
+    ({"progress_timeout_s": 14}, "progress_timeout_s = 15", {}, {"progress_timeout_s": 15}),
+    # Null means the setting in each source, and never is recorded as null if that is the setting.
+    ({"keep_alive_s": -1}, "", {"keep_alive_s": None}, {}),
+    ({"keep_alive_s": -1}, "", {"keep_alive_s": -1}, {"keep_alive_s": -1}),
+    ({"keep_alive_s": -1}, "keep_alive_s = 60", {}, {"keep_alive_s": 60}),
+    ({"keep_alive_s": -1}, "keep_alive_s = 60", {"keep_alive_s": None}, {}),
+    ({"keep_alive_s": -1}, "keep_alive_s = 60", {"keep_alive_s": 0}, {"keep_alive_s": 0}),
+    ({"keep_alive_s": 300}, "", {}, {"keep_alive_s": 300}),
+    ({"keep_alive_s": 300}, "keep_alive_s = 60", {}, {"keep_alive_s": 60}),
+    ({"keep_alive_s": 300}, "keep_alive_s = 60", {"keep_alive_s": None}, {"keep_alive_s": 300}),
+    ({"keep_alive_s": 300}, "keep_alive_s = -1", {}, {"keep_alive_s": -1}),
+    ({"keep_alive_s": 0}, "", {}, {"keep_alive_s": 0}),
+]  # fmt: skip
 
 
-async def refused(api: LocalApi, code: str, **body: Any) -> str:
-    head = api.position
-    answer = await api.post("/api/v1/models/m/load", json=body)
-    assert answer.refusal == (400, code), answer.body
-    assert api.position == head
-    detail: str = answer.json["detail"]
-    return detail
-
-
-async def test_file_applies_where_request_says_nothing(tmp_path: Path) -> None:
-    app = application(tmp_path)
-    write(tmp_path, "timeout_s = 50\nmemory_limit_bytes = 1000000000\ninstances = 2\n")
-    assert await changes(app) == {"timeout_s": 50, "memory_limit_bytes": 10**9, "instances": 2}
-    assert await changes(app, instances=1, timeout_s=60) == {"timeout_s": 60, "memory_limit_bytes": 10**9}
-    write(
-        tmp_path, "\ufefftimeout_s = 50\nmemory_limit_bytes = 1000000000\ninstances = 2\n"
-    )  # Windows editors
-    assert await changes(app, memory_limit_bytes=None) == {"timeout_s": 50, "instances": 2}
-    command = await make_load_command(app, "m", {"max_batch_size": 3, "priority": "low"}, "Ann")
-    assert (command.model_id, command.version, command.actor) == ("m", 1, "Ann")
-    save(models.add(), tmp_path, "m", 10)
-    for body, version in (({}, 10), ({"version": 1}, 1)):
-        assert (await make_load_command(app, "m", body, "Ann")).version == version
-    assert command.asked == {"max_batch_size", "priority"}
-    assert (command.parameters.instances, command.parameters.max_batch_size) == (2, 3)
-    write(tmp_path, 'priority = "high"\nkeep_alive_s = 600\nstrategy = "auto"\npinned = true')
-    assert await changes(app) == {
-        "priority": "high", "keep_alive_s": 600, "strategy": "auto", "pinned": True,
-    }  # fmt: skip
-    over = {"priority": "normal", "keep_alive_s": -1, "strategy": "in_place", "pinned": False}
-    assert await changes(app, **over) == {"keep_alive_s": -1, "strategy": "in_place"}
-    write(tmp_path, "max_batch_size = 4\nmax_queue_delay_us = 5")
-    assert await changes(app, max_batch_size=0) == {}
-    assert await changes(app, max_queue_delay_us=0) == {"max_batch_size": 4}
-    write(tmp_path, "max_batch_size = 4")
-    assert await changes(app, max_queue_delay_us=5) == {"max_batch_size": 4, "max_queue_delay_us": 5}
-    write(tmp_path, "threads = 3")
-    assert await changes(app) == {"threads": 3}
-    assert await changes(app, threads=1024) == {"threads": 1024}
-    assert await changes(app, threads=None) == {}
-    write(tmp_path, 'node_attributes = ["zone=a", "gpu=none", "zone=a"]')
-    assert await changes(app) == {"node_attributes": ("gpu=none", "zone=a")}
-    assert await changes(app, node_attributes=["disk=fast"]) == {"node_attributes": ("disk=fast",)}
-    assert await changes(app, node_attributes=[]) == await changes(app, node_attributes=None) == {}
-
-
-async def test_setting_applies_where_nobody_says(tmp_path: Path) -> None:
-    app = application(tmp_path, timeout_s=12, progress_timeout_s=14)
-    assert await changes(app) == {"timeout_s": 12, "progress_timeout_s": 14}
-    assert await changes(app, progress_timeout_s=120) == {"timeout_s": 12}
-    write(tmp_path, 'timeout_s = 13\nstrategy = "in_place"\nprogress_timeout_s = 15')
-    assert await changes(app) == {"timeout_s": 13, "strategy": "in_place", "progress_timeout_s": 15}
-    assert await changes(application(tmp_path, threads=5)) == {}  # the setting when the load starts
-
-
-@pytest.mark.parametrize(
-    ("setting", "file", "named", "recorded"),
-    [
-        (-1, NOTHING, NOTHING, None), (-1, NOTHING, None, None), (-1, NOTHING, -1, -1), (-1, 60, NOTHING, 60),
-        (-1, 60, None, None), (-1, 60, 0, 0), (300, NOTHING, NOTHING, 300), (300, 60, NOTHING, 60),
-        (300, 60, None, 300), (300, -1, NOTHING, -1), (300, 60, -1, -1), (0, NOTHING, NOTHING, 0),
-    ],
-)  # fmt: skip
-async def test_null_keep_alive_means_the_setting(
-    tmp_path: Path, setting: int, file: object, named: object, recorded: int | None
+@pytest.mark.parametrize(("settings", "file", "body", "expected"), ROWS)
+async def test_request_goes_before_file_before_setting(
+    app: web.Application,
+    settings: dict[str, Any],
+    file: str,
+    body: dict[str, Any],
+    expected: dict[str, Any],
 ) -> None:
-    app = application(tmp_path, keep_alive_s=setting)
-    write(tmp_path, "" if file is NOTHING else f"keep_alive_s = {file}")
-    body = {} if named is NOTHING else {"keep_alive_s": named}
+    repository = app[CONFIG].repository
+    app[CONFIG] = replace(Config(repository=repository, data=repository / "data"), **settings)
+    write(repository, file)
     command = await make_load_command(app, "m", body, "Ann")
-    assert (command.parameters.keep_alive_s, command.asked) == (recorded, frozenset(body))
+    recorded = {name: getattr(command.parameters, name) for name in USUAL}
+    assert recorded == USUAL | expected
+    assert (command.model_id, command.actor, command.asked) == ("m", "Ann", frozenset(body))
+
+
+async def test_load_is_of_the_highest_version_unless_it_names_one(app: web.Application) -> None:
+    write(app[CONFIG].repository, "")
+    save(models.add(), app[CONFIG].repository, "m", 10)
+    for body, version in (({}, 10), ({"version": 1}, 1)):
+        command = await make_load_command(app, "m", body, "Ann")
+        assert (command.version, command.asked) == (version, frozenset())
 
 
 async def test_parameters_are_recorded_and_outlast_the_file(shared: LocalApi) -> None:
@@ -146,63 +135,76 @@ async def test_dependent_rows_are_refused_or_recorded(shared: LocalApi) -> None:
     await shared.unload("q")
 
 
-WRONG_FILES: list[tuple[str, tuple[str, ...]]] = [
-    ("instnces = 2", ("instnces: Unknown field", "known are", "instances")),
-    ("version = 2", ("version: Unknown field",)),
-    ("instances = 65", ("instances: Must be", "1", "64")),
-    ('instances = "2"', ("instances: Must be an integer",)),
-    ("threads = 0", ("threads: Must be", "1", "1024")),
-    ("threads = 1025", ("threads: Must be", "1", "1024")),
-    ('threads = "2"', ("threads: Must be an integer",)),
-    ('node_attributes = "zone=a"', ("node_attributes: Not a valid list",)),
-    ('node_attributes = ["zone=a", "gpu"]', ("node_attributes", "1", "Must be like zone=a")),
-    (f"node_attributes = {[f'a={number}' for number in range(17)]}", ("node_attributes: Longer than", "16")),
-    ("instances = true", ("instances: Must be an integer",)),
-    ("instances = 2.0", ("instances: Must be an integer",)),
-    ("instances = 99999999999999999999", ("instances: Must be an integer",)),
-    ("instances.of = 2", ("instances: Must be an integer",)),
-    ("timeout_s = 1979-05-27", ("timeout_s: Must be an integer",)),
-    ("timeout_s = 0", ("timeout_s: Must be",)),
-    ("progress_timeout_s = 3601", ("progress_timeout_s: Must be", "1", "3600")),
-    ("memory_limit_bytes = 5", ("memory_limit_bytes: Must be",)),
-    ("max_batch_size = -1", ("max_batch_size: Must be", "65536")),
-    ('priority = "urgent"', ("priority: Must be one of", "normal")),
-    ('strategy = "fast"', ("strategy: Must be one of", "in_place")),
-    ("keep_alive_s = -2", ("keep_alive_s: Must be", "-1")),
-    ("keep_alive_s = 31536001", ("keep_alive_s: Must be", "31536000")),
-    ('pinned = "true"', ("pinned: Must be true or false",)),
-    ("max_queue_delay_us = 5", ("max_queue_delay_us", "max_batch_size")),
-    ('dependent_rows = "yes"', ("dependent_rows: Must be one of", "refuse", "allow")),
-    ("x", ("TOML",)),
-]
+# Mistakes
+
+TEXTS = ("", " ", "x" * 1001, None, 7)
+REFUSED: dict[str, tuple[object, ...]] = {
+    "version": ("1", 1.5, True, None, 0, 10**20),
+    "timeout_s": (0, 3601, True, 2.0, 10**20, {"of": 2}),
+    "progress_timeout_s": (0, 3601, None),
+    "memory_limit_bytes": (1, 2**20 - 1),
+    "pinned": (0, None, "true"),
+    "priority": ("urgent", None),
+    "strategy": ("fast",),
+    "keep_alive_s": (-2, 1.5, 31536001),
+    "max_batch_size": (65_537, -1, 1.0, None),
+    "max_queue_delay_us": (1_000_001,),
+    "instances": (0, 65, "2"),
+    "threads": (0, 1025, "2", 1.0, True),
+    "node_attributes": (
+        "zone=a", ["zone"], [f"{'a' * 64}=b"], ["a=b\n"], [1], [f"a={number}" for number in range(17)],
+    ),
+    "dependent_rows": ("yes",),
+    "devices": ([], ["cuda"], ["CUDA:0"]),
+    "fallback": ("gpu",),
+    "label": ("", "1", "a" * 64, "a\n", None, 3),
+    "reason": TEXTS,
+    "emergency": TEXTS,
+    "digest": ("x" * 64, "0" * 63, None),
+    "verson": (1,),
+}  # fmt: skip
 
 
-async def test_invalid_file_is_400_and_named(shared: LocalApi) -> None:
-    for content, words in WRONG_FILES:
-        write(shared.config.repository, content)
-        detail = await refused(shared, "invalid_defaults")
-        for word in ("m/loadledger.toml", *words):
-            assert word in detail, content
-    write(shared.config.repository, "".join(f"k{number} = 1\n" for number in range(4_000)))
-    assert len(await refused(shared, "invalid_defaults")) < 1_000
+@pytest.mark.parametrize("name", REFUSED)
+def test_invalid_value_is_refused_by_its_name(name: str) -> None:
+    for value in REFUSED[name]:
+        assert list(LoadBodySchema().validate({name: value})) == [name], value
 
 
-OUT_OF_RANGE: list[dict[str, Any]] = [
-    {"version": "1"}, {"version": 1.5}, {"version": True}, {"version": None}, {"version": 0},
-    {"version": 10**20}, {"timeout_s": 0}, {"timeout_s": 3601}, {"progress_timeout_s": 0},
-    {"progress_timeout_s": None}, {"memory_limit_bytes": 1}, {"pinned": 0},
-    {"pinned": None}, {"priority": "urgent"}, {"priority": None}, {"strategy": "fast"}, {"keep_alive_s": -2},
-    {"keep_alive_s": 1.5}, {"keep_alive_s": 31536001}, {"max_batch_size": 65_537}, {"max_batch_size": -1},
-    {"max_batch_size": 1.0}, {"max_batch_size": None}, {"max_batch_size": 1, "max_queue_delay_us": 1_000_001},
-    {"max_queue_delay_us": 5}, {"max_batch_size": 0, "max_queue_delay_us": 5}, {"instances": 0},
-    {"instances": 65}, {"instances": "2"}, {"threads": 0}, {"threads": 1025}, {"threads": "2"},
-    {"threads": 1.0}, {"threads": True}, {"node_attributes": "zone=a"}, {"node_attributes": ["zone"]},
-    {"node_attributes": [f"{'a' * 64}=b"]}, {"node_attributes": ["a=b\n"]}, {"node_attributes": [1]},
-    {"verson": 1},
-]  # fmt: skip
+MISTAKES: dict[str, tuple[str, ...]] = {
+    "max_queue_delay_us = 5": (": max_queue_delay_us", "max_batch_size"),
+    "instnces = 2": (": instnces: Unknown field", "known are", "instances"),
+    "version = 2": (": version: Unknown field",),
+    "instances = 65": (": instances: Must be", "1", "64"),
+    "timeout_s = 1979-05-27": (": timeout_s: Must be an integer",),
+    'node_attributes = ["zone=a", "gpu"]': (": node_attributes", "1", "Must be like zone=a"),
+    'priority = "urgent"': (": priority: Must be one of", "normal"),
+    "x": ("TOML",),
+}
 
 
-async def test_parameter_out_of_range_is_400_and_named(shared: LocalApi) -> None:
-    write(shared.config.repository, "")
-    for body in OUT_OF_RANGE:
-        assert next(reversed(body)) in await refused(shared, "invalid_body", **body), body
+@pytest.mark.parametrize("line", MISTAKES)
+async def test_mistake_in_a_file_is_named_with_its_key(app: web.Application, line: str) -> None:
+    write(app[CONFIG].repository, line)
+    with pytest.raises(InvalidDefaults) as refused:
+        await make_load_command(app, "m", {}, "Ann")
+    assert str(refused.value).startswith("m/loadledger.toml")
+    for word in MISTAKES[line]:
+        assert word in str(refused.value)
+
+
+async def test_invalid_body_or_file_is_400_and_records_nothing(shared: LocalApi) -> None:
+    head, long = shared.position, "".join(f"k{number} = 1\n" for number in range(4_000))
+    for file, body, code, words in (
+        ("", {"verson": 1}, "invalid_body", "verson"),
+        ("", {"max_queue_delay_us": 5}, "invalid_body", "max_queue_delay_us"),
+        ("", {"max_batch_size": 0, "max_queue_delay_us": 5}, "invalid_body", "max_queue_delay_us"),
+        ("x", {}, "invalid_defaults", "m/loadledger.toml"),
+        (long, {}, "invalid_defaults", "m/loadledger.toml"),
+    ):
+        write(shared.config.repository, file)
+        answer = await shared.post("/api/v1/models/m/load", json=body)
+        assert answer.refusal == (400, code)
+        assert words in answer.json["detail"]
+        assert len(answer.json["detail"]) < 1_000
+    assert shared.position == head

@@ -1,11 +1,13 @@
 """The repository through the API: a link that is re-pointed, and versions that cannot be served."""
 
 import shutil
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 from support import models
-from support.http import ONE, LocalApi, local_server
+from support.http import ONE, Answer, LocalApi, local_server
 from support.models import save
 from support.modes import unreadable
 
@@ -14,7 +16,7 @@ from server.appkeys import UPLOADS
 
 FILE = {"Content-Type": "application/octet-stream"}
 MODEL = models.add(9).SerializeToString()
-UPLOADS_PATH = "/api/v1/models/m/versions/7/uploads"
+VERSION, EIGHTH = "/api/v1/models/m/versions/7", "/api/v1/models/m/versions/8"
 UNREADABLE = (503, "repository_unreadable")
 
 
@@ -29,6 +31,17 @@ async def answer_of(api: LocalApi, model_id: str = "m") -> float:
     return answer
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalApi]:
+    """One application that loads models on demand."""
+    async with local_server(tmp_path_factory.mktemp("shared"), on_demand="on") as api:
+        yield api
+
+
+async def put_file(api: LocalApi, path: str) -> Answer:
+    return await api.send("PUT", path, data=MODEL, headers=FILE)
+
+
 async def test_repository_that_is_a_link_is_followed_when_it_is_re_pointed(tmp_path: Path) -> None:
     link, old, new = tmp_path / "repository", tmp_path / "old", tmp_path / "new release"
     save(models.add(1), old, "m")
@@ -37,61 +50,45 @@ async def test_repository_that_is_a_link_is_followed_when_it_is_re_pointed(tmp_p
     point(link, old)
     async with local_server(tmp_path) as api:
         await api.load("m")
-        upload = (await api.post(UPLOADS_PATH)).json["id"]
+        upload = (await api.post(f"{VERSION}/uploads")).json["id"]
+        uploads = api.app[UPLOADS]
+        begun, _ = await uploads.begin_upload("m", 8, "alice", "key")
+        assert (await put_file(api, f"{EIGHTH}/uploads/{begun.id}/files/model.onnx")).status == 201
         point(link, new)
         assert (await api.model("m"))["repository_changed"] is True
         assert await answer_of(api) == 2
         await api.load("n")
-        assert (
-            await api.send("PUT", f"{UPLOADS_PATH}/{upload}/files/model.onnx", data=MODEL, headers=FILE)
-        ).refusal == (
-            404,
-            "unknown_upload",
-        )
-        assert (
-            await api.send("PUT", UPLOADS_PATH.removesuffix("/uploads"), data=MODEL, headers=FILE)
-        ).status == 201
+        head = api.position
+        with pytest.raises(Exception, match="leads to another folder since this began") as refused:
+            await uploads.commit(begun)
+        assert (getattr(refused.value, "code", None), api.position) == ("repository_unreadable", head)
+        answer = await put_file(api, f"{VERSION}/uploads/{upload}/files/model.onnx")
+        assert answer.refusal == (404, "unknown_upload")
+        again, is_new = await uploads.begin_upload("m", 8, "alice", "key")
+        assert (again.id != begun.id, is_new, again.files) == (True, True, {})
+        assert (await put_file(api, VERSION)).status == 201
         assert (new / "m/7/model.onnx").read_bytes() == MODEL
         shutil.rmtree(old)
         await api.load("m", version=1)
         assert await answer_of(api) == 3
         assert (await api.model("m"))["repository_changed"] is False
-        assert (await api.send("DELETE", UPLOADS_PATH.removesuffix("/uploads"))).status == 204
+        assert (await api.send("DELETE", VERSION)).status == 204
         assert not (new / "m/7").exists()
 
 
-async def test_commit_of_upload_of_an_earlier_repository_is_refused(tmp_path: Path) -> None:
-    link = tmp_path / "repository"
-    for name in ("old", "new release"):
-        (tmp_path / name).mkdir()
-    point(link, tmp_path / "old")
-    async with local_server(tmp_path) as api:
-        uploads = api.app[UPLOADS]
-        upload, _ = await uploads.begin_upload("m", 7, "alice", "key")
-        (tmp_path / "model").write_bytes(MODEL)
-        answer = await api.send(
-            "PUT", f"{UPLOADS_PATH}/{upload.id}/files/model.onnx", data=MODEL, headers=FILE
-        )
-        assert answer.status == 201
-        point(link, tmp_path / "new release")
-        with pytest.raises(Exception, match="leads to another folder since this began") as refused:
-            await uploads.commit(upload)
-        assert getattr(refused.value, "code", None) == "repository_unreadable"
-        assert await api.types("m") == []
-        begun, is_new = await uploads.begin_upload("m", 7, "alice", "key")
-        assert (begun.id != upload.id, is_new, begun.files) == (True, True, {})
-
-
-async def test_loaded_models_serve_while_the_repository_is_gone(tmp_path: Path) -> None:
-    async with local_server(tmp_path, on_demand="on") as api:
-        repository = api.config.repository
-        for model_id in ("m", "n"):
-            api.save(models.add(1), model_id)
-        repository.rename(tmp_path / "away")
+async def test_loaded_models_serve_while_the_repository_is_gone(shared: LocalApi) -> None:
+    api, repository = shared, shared.config.repository
+    away = repository.with_name("away")
+    for model_id in ("m", "n"):
+        api.save(models.add(1), model_id)
+    repository.rename(away)
+    try:
         assert (await api.get("/api/v1/models")).refusal == UNREADABLE
-        (tmp_path / "away").rename(repository)
-        await api.load("m")
-        repository.rename(tmp_path / "away")
+    finally:
+        away.rename(repository)
+    await api.load("m")
+    repository.rename(away)
+    try:
         for answer in (
             await api.post("/api/v1/models/n/load"),
             await api.post("/api/v1/models/m/load", json={"version": 1}),
@@ -110,76 +107,72 @@ async def test_loaded_models_serve_while_the_repository_is_gone(tmp_path: Path) 
         assert listed["not_served"].startswith("the repository's folder cannot be read")
         assert (await api.get("/api/v1/overview")).json["models"][0]["not_served"] == listed["not_served"]
         assert [each["name"] for each in (await api.post("/v2/repository/index")).json] == ["m"]
-        (tmp_path / "away").rename(repository)
-        await api.load("n")
-        assert (await api.model("m"))["not_served"] is None
+    finally:
+        away.rename(repository)
+    await api.load("n")
+    assert (await api.model("m"))["not_served"] is None
 
 
-async def test_load_without_a_number_says_which_version_it_passed_over(tmp_path: Path) -> None:
-    async with local_server(tmp_path) as api:
-        api.save(models.add(1), "m")
-        reason = "version 2 of model 'm' cannot be read: Permission denied; let the server's user read it"
-        with unreadable(api.save(models.add(2), "m", 2)):
-            job = await api.load("m")
-            assert (job["version"], job["passed_over"]) == (1, reason)
-            assert (await api.job(job["id"]))["passed_over"] == reason
-            assert [each.passed_over for each in await api.data_of(LoadRequested)] == [reason]
-            again = await api.load("m")  # is answered with the job of the first
-            assert (again["id"], again["passed_over"]) == (job["id"], reason)
-            assert (await api.model("m"))["not_served"] == reason
-            refused = await api.post("/api/v1/models/m/load", json={"version": 2})
-            assert (refused.refusal, refused.json["detail"]) == (UNREADABLE, reason)
-        assert (await api.load("m"))["version"] == 2
-        assert (await api.model("m"))["not_served"] is None
+async def test_load_without_a_number_says_which_version_it_passed_over(shared: LocalApi) -> None:
+    shared.save(models.add(1), "over")
+    reason = "version 2 of model 'over' cannot be read: Permission denied; let the server's user read it"
+    with unreadable(shared.save(models.add(2), "over", 2)):
+        job = await shared.load("over")
+        assert (job["version"], job["passed_over"]) == (1, reason)
+        assert (await shared.job(job["id"]))["passed_over"] == reason
+        requested = [event.data for event in await shared.events("over")]
+        assert [each.passed_over for each in requested if isinstance(each, LoadRequested)] == [reason]
+        again = await shared.load("over")  # is answered with the job of the first
+        assert (again["id"], again["passed_over"]) == (job["id"], reason)
+        assert (await shared.model("over"))["not_served"] == reason
+        refused = await shared.post("/api/v1/models/over/load", json={"version": 2})
+        assert (refused.refusal, refused.json["detail"]) == (UNREADABLE, reason)
+    assert (await shared.load("over"))["version"] == 2
+    assert (await shared.model("over"))["not_served"] is None
 
 
-async def test_model_that_cannot_be_read_is_worth_a_retry(tmp_path: Path) -> None:
-    async with local_server(tmp_path) as api:
-        api.save(models.add(1), "m")
-        api.save(models.add(1), "n")
-        with unreadable(api.config.repository / "m"):
-            for answer in (
-                await api.post("/api/v1/models/m/load"),
-                await api.get("/api/v1/models/m"),
-                await api.infer("m", ONE),
-                await api.get("/v2/models/m"),
-            ):
-                assert answer.status == 503
-                assert "the folder of model 'm' cannot be read: Permission denied" in answer.body.decode()
-            listed = (await api.get("/api/v1/models")).json["models"]
-            assert [(each["id"], each["not_served"] is None) for each in listed] == [
-                ("m", False),
-                ("n", True),
-            ]
-        await api.load("m")
+async def test_model_that_cannot_be_read_is_worth_a_retry(shared: LocalApi) -> None:
+    for model_id in ("hidden", "seen"):
+        shared.save(models.add(1), model_id)
+    with unreadable(shared.config.repository / "hidden"):
+        for answer in (
+            await shared.post("/api/v1/models/hidden/load"),
+            await shared.get("/api/v1/models/hidden"),
+            await shared.infer("hidden", ONE),
+            await shared.get("/v2/models/hidden"),
+        ):
+            assert answer.status == 503
+            assert "the folder of model 'hidden' cannot be read: Permission denied" in answer.body.decode()
+        listed = {each["id"]: each for each in (await shared.get("/api/v1/models")).json["models"]}
+        assert listed["hidden"]["not_served"] is not None
+        assert listed["seen"]["not_served"] is None
+    await shared.load("hidden")
 
 
 async def test_files_that_are_back_under_a_removed_number_are_not_served(shared: LocalApi) -> None:
-    api, version = shared, "/api/v1/models/back/versions/2"
+    api, version, load = shared, "/api/v1/models/back/versions/2", "/api/v1/models/back/load"
     api.save(models.add(1), "back")
     folder = api.save(models.add(2), "back", 2)
     assert (await api.send("DELETE", version)).status == 204
-    assert (await api.post("/api/v1/models/back/load", json={"version": 2})).json["detail"] == (
-        "model 'back' has no version 2"
-    )
+    assert (await api.post(load, json={"version": 2})).json["detail"] == "model 'back' has no version 2"
     save(models.add(2), api.config.repository, "back", 2)
     says = (
         "version 2 of model 'back' was removed, and its folder has files all the same, which are not served"
     )
-    refused = await api.post("/api/v1/models/back/load", json={"version": 2})
+    refused = await api.post(load, json={"version": 2})
     assert refused.refusal == (404, "unknown_version")
     assert refused.json["detail"].startswith(says)
     assert (await api.model("back"))["not_served"].startswith(says)
     job = await api.load("back")
     assert (job["version"], job["passed_over"].startswith(says)) == (1, True)
-    refused = await api.send("PUT", version, data=MODEL, headers=FILE)
+    refused = await put_file(api, version)
     assert refused.refusal == (409, "version_exists")
     assert "was removed, and its folder has files all the same" in refused.json["detail"]
     folder.rename(folder.with_name("3"))  # the one way out
     assert (await api.load("back"))["version"] == 3
     save(models.add(2), api.config.repository, "back", 2)
     assert (await api.send("DELETE", version)).status == 204  # the other one
-    assert (await api.send("PUT", version, data=MODEL, headers=FILE)).status == 201
+    assert (await put_file(api, version)).status == 201
     assert (await api.load("back", version=2))["version"] == 2
 
 
@@ -192,16 +185,8 @@ async def test_version_that_is_a_time_is_served(shared: LocalApi) -> None:
     assert entry["version"] == str(version)
 
 
-@pytest.mark.parametrize("store_size", ["auto", "off"])
-async def test_files_in_a_folder_named_as_the_model_are_served(tmp_path: Path, store_size: str) -> None:
-    async with local_server(tmp_path, store_size=store_size) as api:
-        inner = api.config.repository / "m/1/model.onnx"
-        inner.mkdir(parents=True)
-        (inner / "model.onnx").write_bytes(models.external("data/w.bin").SerializeToString())
-        (inner / "data").mkdir()
-        (inner / "data/w.bin").write_bytes(models.external_bytes())
-        await api.load("m")
-        loaded = await api.model("m")
-        assert [file["path"] for file in loaded["files"]] == ["data/w.bin", "model.onnx"]
-        assert loaded["repository_changed"] is False
-        assert loaded["inputs"]
+async def test_version_named_by_a_label_is_loaded_on_demand(shared: LocalApi) -> None:
+    for version in (1, 2):
+        shared.save(models.add(version), "named", version)
+    await shared.send("PUT", "/api/v1/models/named/labels/champion", json={"version": 1})
+    assert (await shared.infer("named", ONE, version="champion")).json["model_version"] == "1"

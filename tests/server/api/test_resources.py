@@ -3,20 +3,18 @@
 import asyncio
 import math
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 
 import pytest
 import pytest_asyncio
 from support import models
 from support.http import ENDLESS, Json, LocalApi, local_server, when
-from support.openvino import DEVICE, PRESENT, visible_devices
 from support.workers import computing, until
 
 from runtime.cgroups import count_usable_cpus
 from runtime.memory import private_bytes
 from runtime.scheduler.estimates import BYTES_PER_MODEL_BYTE, WORKER_BYTES
 from runtime.worker.landlock import find_abi
-from server.appkeys import CONSUMER
+from server.appkeys import CONSUMER, LIMIT
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -52,37 +50,23 @@ async def resources_when(api: LocalApi, holds: Callable[[Json], bool]) -> Json:
     return await when(lambda: resources(api), holds)
 
 
-@pytest.mark.parametrize("present", PRESENT)
-@pytest.mark.parametrize(("budget", "max_loaded"), [("80%", 0), (str(BUDGET), 7)])
-async def test_idle_server_has_its_whole_budget_free(
-    tmp_path: Path, present: list[str], budget: str, max_loaded: int
-) -> None:
-    settings = {"memory_budget": budget, "max_loaded": max_loaded}
-    with visible_devices(present, tmp_path) as visible:
-        async with local_server(tmp_path, **settings, **visible) as api:
-            seen, position = await resources(api), api.position
-    pressure = seen.pop("pressure")
-    assert pressure is None or set(pressure) == {"memory_some_percent", "cpu_some_percent"}
-    assert seen.pop("limit_source") in {"cgroup v2", "cgroup v1", "machine"}
-    limit_bytes = seen.pop("limit_bytes")
-    assert limit_bytes > BUDGET
-    expected = limit_bytes * 80 // 100 if budget == "80%" else BUDGET
-    confinement, of_devices = seen.pop("confinement"), seen.pop("confinement_of_devices")
-    assert confinement["landlock_abi"] == find_abi()
-    assert (confinement["mode"], confinement["seccomp"]) == ("auto", True)
-    assert (of_devices is not None) == (DEVICE in present)
-    devices = seen.pop("devices")
-    assert [each["device"] for each in devices] == present
-    assert (devices[0]["total_bytes"], devices[0]["budget_bytes"]) == (limit_bytes, expected)
-    assert seen == {
-        "budget_bytes": expected, "reserved_bytes": 0, "used_bytes": 0, "free_bytes": expected,
-        "max_loaded": max_loaded or None, "threads": count_usable_cpus(), "models": [], "waiting": [],
-        "as_of": position, "repository_writable": True, "device_problems": [],
-    }  # fmt: skip
-
-
-async def test_unknown_parameter_is_refused(shared: LocalApi) -> None:
-    assert (await shared.get("/api/v1/resources?model=m")).refusal == (400, "invalid_parameter")
+async def test_idle_server_has_its_whole_budget_free(shared: LocalApi, small: LocalApi) -> None:
+    limit_bytes = shared.app[LIMIT].bytes
+    for api, budget, max_loaded in ((shared, limit_bytes * 80 // 100, None), (small, BUDGET, 7)):
+        seen = await resources(api)
+        pressure = seen.pop("pressure")
+        assert pressure is None or set(pressure) == {"memory_some_percent", "cpu_some_percent"}
+        assert seen.pop("limit_source") in {"cgroup v2", "cgroup v1", "machine"}
+        confinement, [cpu] = seen.pop("confinement"), seen.pop("devices")
+        assert confinement["landlock_abi"] == find_abi()
+        assert (confinement["mode"], confinement["seccomp"]) == ("auto", True)
+        assert (cpu["device"], cpu["total_bytes"], cpu["budget_bytes"]) == ("cpu", limit_bytes, budget)
+        assert seen == {
+            "limit_bytes": limit_bytes, "budget_bytes": budget, "reserved_bytes": 0, "used_bytes": 0,
+            "free_bytes": budget, "max_loaded": max_loaded, "threads": count_usable_cpus(), "models": [],
+            "waiting": [], "as_of": api.position, "repository_writable": True, "device_problems": [],
+            "confinement_of_devices": None,
+        }  # fmt: skip
 
 
 async def test_loaded_model_uses_the_memory_of_its_workers(shared: LocalApi) -> None:
@@ -110,20 +94,34 @@ async def test_loaded_model_uses_the_memory_of_its_workers(shared: LocalApi) -> 
     assert (await running).refusal == (503, "worker_died")
 
 
-async def test_loading_model_reserves_its_estimate(small: LocalApi) -> None:
+async def test_queued_jobs_wait_for_the_loading_model_and_say_so(small: LocalApi) -> None:
     small.save(models.endless_load(), "slow")
-    for model_id in ("a", "b"):
-        small.save(models.add(1), model_id)
-    job = await small.accepted_load("slow")
-    await small.job_when(job["id"], stage="loading")
+    for model_id, version in (("a", 1), ("b", 1), ("b", 2)):
+        small.save(models.add(1), model_id, version)
+    slow = await small.job_when((await small.accepted_load("slow"))["id"], stage="loading")
+    assert slow["waiting_for"] is None
     [use] = (await resources(small))["models"]
     assert (use["model_id"], use["phase"]) == ("slow", "loading")
-    assert (use["job_id"], use["workers"], use["memory_bytes"]) == (job["id"], 1, 0)
+    assert (use["job_id"], use["workers"], use["memory_bytes"]) == (slow["id"], 1, 0)
     assert use["reserved_bytes"] == estimate(small, "slow")
-    queued = [(await small.accepted_load(model_id))["id"] for model_id in ("b", "a")]  # oldest first
-    await resources_when(small, lambda seen: [wait["job_id"] for wait in seen["waiting"]] == queued)
+    asked = [("b", 1), ("b", 2), ("a", 1)]
+    queued = [(await small.accepted_load(model_id, version=version))["id"] for model_id, version in asked]
+    first, second, _ = queued
+    await resources_when(  # oldest first
+        small, lambda seen: [wait["job_id"] for wait in seen["waiting"]] == queued
+    )
+    waiting = await small.job(first)
+    assert "1 may run at once" in waiting["waiting_for"]
+    assert (waiting["status"], waiting["stage"]) == ("pending", None)
+    await small.job_when(second, waiting_for=f"job {first} of the same model")
+    cancelled = (await small.post(f"/api/v1/jobs/{second}/cancel", wait=60)).json
+    assert (cancelled["status"], cancelled["started_at"]) == ("cancelled", None)
+    again = (await small.accepted_load("b", version=2))["id"]
+    assert again != second
     await small.unload("slow", force=True)
-    assert [(await small.ended(job_id))["status"] for job_id in queued] == ["completed", "completed"]
+    for job_id in (first, queued[2], again):
+        ended = await small.ended(job_id)
+        assert (ended["status"], ended["waiting_for"]) == ("completed", None)
     for model_id in ("a", "b"):
         await small.unload(model_id)
     await resources_when(small, lambda seen: seen["models"] == [] and seen["free_bytes"] == BUDGET)

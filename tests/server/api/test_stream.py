@@ -4,11 +4,12 @@ import asyncio
 import json
 import re
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import aiohttp
 import pytest
+import pytest_asyncio
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from support import models
@@ -25,11 +26,11 @@ from server.appkeys import LOG, STREAMS
 from server.auth.keys import ensure_data_dir, list_keys, revoke, sign_token
 from server.config import Config
 
-Start = Callable[..., Awaitable[LocalApi]]
-
 PATH = "/api/v1/events/stream"
 SSE = {"Accept": "text/event-stream"}
 NDJSON = {"Accept": "application/x-ndjson"}
+HANDLERS_S = 30.0
+"""Half of the time that aiohttp gives handlers at the stop of a server."""
 
 
 async def add(api: LocalApi, number: int) -> int:
@@ -205,21 +206,19 @@ async def test_invalid_stream_request_is_400(shared: LocalApi) -> None:
     assert (await shared.get(f"{PATH}?after={beyond}")).refusal == (400, "beyond_head")
 
 
-async def test_streams_of_a_subject_are_limited(start: Start) -> None:
-    api = await start(streams_per_subject=2)
+async def test_streams_of_a_subject_are_limited(shared: LocalApi) -> None:
     async with AsyncExitStack() as stack:
-        for _ in range(2):
-            await stack.enter_async_context(following(api))
-        answer = await api.get(PATH, roles=("audit",))
+        for _ in range(shared.config.streams_per_subject):
+            await stack.enter_async_context(following(shared, subject="lou"))
+        answer = await shared.get(PATH, roles=("audit",), subject="lou")
         assert answer.refusal == (429, "too_many_streams")
         assert int(answer.headers["Retry-After"]) > 0
-        await stack.enter_async_context(following(api, subject="bob"))
-    await none_open(api)
-    async with following(api) as client:
+        await stack.enter_async_context(following(shared, subject="bob"))
+    await add(shared, 1)  # a write shows the server that the clients have gone
+    await none_open(shared)
+    assert not list(shared.app[STREAMS].tails)
+    async with following(shared, subject="lou") as client:
         await client.until("live")
-    await add(api, 1)  # a write shows the server that the client has gone
-    await none_open(api)
-    assert not list(api.app[STREAMS].tails)
 
 
 # The end
@@ -232,28 +231,38 @@ async def test_stream_ends_when_its_token_expires(shared: LocalApi) -> None:
         assert "token" in (await client.rest())[-1].comment
 
 
-@pytest.mark.parametrize("heartbeat_s", [0.0, 1000.0])
-async def test_stream_ends_when_its_key_is_revoked(
-    api: LocalApi, monkeypatch: pytest.MonkeyPatch, heartbeat_s: float
-) -> None:
-    monkeypatch.setattr(stream, "HEARTBEAT_S", heartbeat_s)
-    async with following(api) as client:
-        await client.until("live")
+async def test_streams_end_when_their_key_is_revoked(api: LocalApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with AsyncExitStack() as stack:
+        clients = []
+        for heartbeat_s in (1000.0, 0.0):
+            monkeypatch.setattr(stream, "HEARTBEAT_S", heartbeat_s)
+            clients.append(await stack.enter_async_context(following(api)))
+            await clients[-1].until("live")
         [key] = list_keys(api.config.data)
         revoke(api.config.data, key.kid)
         await when(lambda: api.get("/api/v1/models", roles=("audit",)), lambda answer: answer.status == 401)
-        if heartbeat_s:
+        at_event, at_heartbeat = clients
+        for client in (at_heartbeat, at_event):
+            messages = await client.rest()
+            assert "token" in messages[-1].comment
+            assert not any(message.event for message in messages)
             await add(api, 1)
-        messages = await client.rest()
-        assert "token" in messages[-1].comment
-        assert not any(message.event for message in messages)
 
 
-async def test_stop_of_server_ends_streams_in_order(api: LocalApi) -> None:
-    async with following(api, headers=SSE) as events, following(api, headers=NDJSON) as lines:
+async def test_stop_of_server_ends_streams_in_order(api: LocalApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    await add_many(api)
+    monkeypatch.setattr(stream, "STALLED_S", 10.0 * LIMIT_S)
+    monkeypatch.setattr(stream, "STOPPING_S", 0.1)
+    async with (
+        silent(api),
+        following(api, headers=SSE) as events,
+        following(api, headers=NDJSON) as lines,
+    ):
         await asyncio.gather(events.until("live"), lines.line())
+        await until(lambda: any(each._writing is not None for each in api.app[STREAMS]._open))
         reading = (client.response.content.read() for client in (events, lines))
-        of_events, of_lines, _ = await asyncio.gather(*reading, api.client.server.close())
+        async with asyncio.timeout(HANDLERS_S):
+            of_events, of_lines, _ = await asyncio.gather(*reading, api.client.server.close())
     assert of_events == b": the server stops\n\n"
     assert of_lines is not None
     assert json.loads(of_lines.splitlines()[-1]) == {"stream": "end", "reason": "the server stops"}
@@ -280,8 +289,15 @@ async def silent(api: LocalApi) -> AsyncIterator[socket.socket]:
         yield connection
 
 
-async def test_slow_reader_lags_alone_and_misses_nothing(api: LocalApi) -> None:
-    await add_many(api)
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def crowded(shared: LocalApi) -> LocalApi:
+    """The module's application, with so many events that a client has to read them."""
+    await add_many(shared)
+    return shared
+
+
+async def test_slow_reader_lags_alone_and_misses_nothing(crowded: LocalApi) -> None:
+    api = crowded
     async with silent(api) as connection, following(api) as client:
         for _ in range(5):
             head = await add(api, 20)
@@ -296,22 +312,13 @@ async def test_slow_reader_lags_alone_and_misses_nothing(api: LocalApi) -> None:
     assert found == list(range(1, head + 1))
 
 
-async def test_stalled_reader_is_disconnected_and_delays_no_shutdown(
-    api: LocalApi, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await add_many(api)
+async def test_stalled_reader_is_disconnected(crowded: LocalApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    await add(crowded, 1)
+    await none_open(crowded)
     monkeypatch.setattr(stream, "STALLED_S", 0.1)
-    async with silent(api):
-        await until(lambda: len(list(api.app[STREAMS].tails)) == 1)
-        await until(lambda: not list(api.app[STREAMS].tails))
-    monkeypatch.setattr(stream, "STALLED_S", 10.0 * LIMIT_S)
-    monkeypatch.setattr(stream, "STOPPING_S", 0.1)
-    async with silent(api), following(api) as client:
-        await client.until("live")
-        await until(lambda: any(each._writing is not None for each in api.app[STREAMS]._open))
-        async with asyncio.timeout(LIMIT_S):
-            api.app[STREAMS].tails.close()
-            await none_open(api)
+    async with silent(crowded):
+        await until(lambda: len(list(crowded.app[STREAMS].tails)) == 1)
+        await until(lambda: not list(crowded.app[STREAMS].tails))
 
 
 async def test_client_that_leaves_as_a_stream_begins_is_no_error(

@@ -45,21 +45,6 @@ async def test_answer_of_inference_leads_to_its_load_and_files(past: LocalApi) -
     assert (then["as_of"], then["as_of_time"]) == (position, event.recorded_at)
 
 
-async def test_load_of_an_inference_and_key_are_found_after_restart(start: Start) -> None:
-    api = await start()
-    api.save(models.add(), "m")
-    request = {"headers": {"Idempotency-Key": "k"}, "wait": 60}
-    job_id = (await api.post("/api/v1/models/m/load", **request)).json["id"]
-    position = (await api.infer("m", ONE)).headers["Loadledger-Model"].rpartition("=")[2]
-    then = await found(api, f"models/m?at={position}")
-    assert then["job_id"] == job_id
-    await api.client.close()
-    again = await start()
-    assert await found(again, f"models/m?at={position}") == then
-    assert (await again.post("/api/v1/models/m/load", **request)).json["id"] == job_id
-    assert (await again.post("/api/v1/models/m/unload", **request)).refusal == (422, "idempotency_mismatch")
-
-
 async def test_before_the_first_event_there_is_nothing(past: LocalApi) -> None:
     listed = await found(past, "models?at=0")
     assert listed == {
@@ -79,16 +64,21 @@ async def test_time_before_the_first_event_is_refused_with_its_time(past: LocalA
         assert first in answer.json["detail"]
 
 
-async def test_answer_of_the_past_names_the_server(start: Start) -> None:
+async def test_past_before_a_restart_is_found_with_its_server_and_key(start: Start) -> None:
     api = await start()
     api.save(models.add(), "m")
-    await api.load("m")
-    position = api.position
+    request = {"headers": {"Idempotency-Key": "k"}, "wait": 60}
+    job_id = (await api.post("/api/v1/models/m/load", **request)).json["id"]
+    position = (await api.infer("m", ONE)).headers["Loadledger-Model"].rpartition("=")[2]
+    before = await found(api, f"models/m?at={position}")
+    assert (before["job_id"], before["server"]["state"]) == (job_id, "running")
     await api.client.close()  # in order
     again = await start()
+    assert await found(again, f"models/m?at={position}") == before
+    assert (await again.post("/api/v1/models/m/load", **request)).json["id"] == job_id
+    assert (await again.post("/api/v1/models/m/unload", **request)).refusal == (422, "idempotency_mismatch")
     stopped = next(event for event in await again.events() if isinstance(event.data, ServerStopped))
-    job = (await again.jobs())[-1]["id"]
-    for path in ("models?", "models/m?", "jobs?", f"jobs/{job}?"):
+    for path in ("models?", "models/m?", "jobs?", f"jobs/{job_id}?"):
         then = await found(again, f"{path}at={position}")
         assert then["server"]["state"] == "running"
         then = await found(again, f"{path}at={quote(stopped.recorded_at)}")

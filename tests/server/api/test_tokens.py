@@ -71,6 +71,7 @@ async def test_issued_token_works_until_it_is_revoked(shared: LocalApi) -> None:
 
 async def test_what_a_token_issued_is_named_and_revoked_with_it(shared: LocalApi) -> None:
     new = await issued(shared, roles=["admin"])
+    link = (await send(shared, new["token"], "POST", "/api/v1/sign-in-links")).json
     child = (await send(shared, new["token"], "POST", "/api/v1/tokens", json=BOB)).json
     [listed, *_] = (await shared.get("/api/v1/tokens")).json["tokens"]
     assert (listed["jti"], listed["issued_with"]) == (child["jti"], new["jti"])
@@ -79,6 +80,13 @@ async def test_what_a_token_issued_is_named_and_revoked_with_it(shared: LocalApi
     assert (await send(shared, child["token"])).status == 200
     assert (await shared.post(path, json={"issued": True})).json["issued"] == []
     assert (await send(shared, child["token"])).refusal == (401, "invalid_token")
+    assert (await use(shared, link)).refusal == (401, "invalid_token")
+
+
+async def use(api: LocalApi, link: Mapping[str, Any]) -> Answer:
+    """Sign in with a link."""
+    code = link["path"].removeprefix("/#sign-in=")
+    return await api.post("/api/v1/sign-in-links/use", roles=(), json={"code": code})
 
 
 async def test_tokens_are_listed_in_pages_newest_first(shared: LocalApi) -> None:
@@ -92,52 +100,39 @@ async def test_tokens_are_listed_in_pages_newest_first(shared: LocalApi) -> None
     assert "token" not in token
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "refusal"),
-    [
-        ("/api/v1/tokens", {}, (400, "invalid_body")),
-        ("/api/v1/tokens", BOB | {"roles": []}, (400, "invalid_body")),
-        ("/api/v1/tokens", BOB | {"roles": ["root"]}, (400, "invalid_body")),
-        ("/api/v1/tokens", BOB | {"subject": "SYSTEM"}, (400, "invalid_body")),
-        ("/api/v1/tokens", BOB | {"subject": "local:root"}, (400, "invalid_body")),
-        ("/api/v1/tokens", BOB | {"expires_s": 0}, (400, "invalid_body")),
-        ("/api/v1/tokens", BOB | {"expires_s": 2**40}, (400, "invalid_body")),
-        ("/api/v1/tokens", BOB | {"expires_s": MAX_TOKEN_S + 1}, (400, "invalid_body")),
-        ("/api/v1/tokens/nope/revoke", {"issued": "yes"}, (400, "invalid_body")),
-        ("/api/v1/tokens/nope/revoke", {}, (404, "unknown_token")),
-        (f"/api/v1/tokens/{'x' * 256}/revoke", {}, (400, "invalid_parameter")),
-        ("/api/v1/sign-in-links", {"x": 1}, (400, "invalid_body")),
-        ("/api/v1/sign-in-links/use", {}, (400, "invalid_body")),
-        ("/api/v1/sign-in-links/use", {"code": "nope"}, (401, "invalid_token")),
-    ],
-)
-async def test_invalid_request_about_tokens_is_refused(
-    shared: LocalApi, path: str, body: Mapping[str, Any], refusal: tuple[int, str]
-) -> None:
-    assert (await shared.post(path, json=body)).refusal == refusal
+REFUSED: list[tuple[str, Mapping[str, Any], tuple[int, str]]] = [
+    ("tokens", {}, (400, "invalid_body")),
+    ("tokens", BOB | {"roles": []}, (400, "invalid_body")),
+    ("tokens", BOB | {"roles": ["root"]}, (400, "invalid_body")),
+    ("tokens", BOB | {"subject": "SYSTEM"}, (400, "invalid_body")),
+    ("tokens", BOB | {"subject": "local:root"}, (400, "invalid_body")),
+    ("tokens", BOB | {"expires_s": 0}, (400, "invalid_body")),
+    ("tokens", BOB | {"expires_s": 2**40}, (400, "invalid_body")),
+    ("tokens", BOB | {"expires_s": MAX_TOKEN_S + 1}, (400, "invalid_body")),
+    ("tokens/nope/revoke", {"issued": "yes"}, (400, "invalid_body")),
+    ("tokens/nope/revoke", {}, (404, "unknown_token")),
+    (f"tokens/{'x' * 256}/revoke", {}, (400, "invalid_parameter")),
+    ("sign-in-links", {"x": 1}, (400, "invalid_body")),
+    ("sign-in-links/use", {}, (400, "invalid_body")),
+    ("sign-in-links/use", {"code": "nope"}, (401, "invalid_token")),
+]
+
+
+async def test_invalid_request_about_tokens_is_refused(shared: LocalApi) -> None:
+    for path, body, refusal in REFUSED:
+        assert (await shared.post(f"/api/v1/{path}", json=body)).refusal == refusal, (path, body)
 
 
 async def test_sign_in_link_works_once(shared: LocalApi) -> None:
     link = (await shared.post("/api/v1/sign-in-links", subject="dora")).json
-    code = link["path"].removeprefix("/#sign-in=")
-    used = await shared.post("/api/v1/sign-in-links/use", roles=(), json={"code": code})
+    used = await use(shared, link)
     assert (used.status, used.json["subject"], used.json["roles"]) == (201, "dora", ["admin"])
     assert (await send(shared, used.json["token"])).status == 200
-    again = await shared.post("/api/v1/sign-in-links/use", roles=(), json={"code": code})
-    assert again.refusal == (401, "invalid_token")
+    assert (await use(shared, link)).refusal == (401, "invalid_token")
     events = [event for event in await shared.events() if event.actor == "dora"]
     assert [type(event.data) for event in events] == [SignInLinkIssued, SignInLinkUsed, TokenIssued]
     assert {getattr(event.data, "link_id", link["link_id"]) for event in events} == {link["link_id"]}
-    assert code not in str(events)
-
-
-async def test_link_of_revoked_token_is_refused(shared: LocalApi) -> None:
-    new = await issued(shared, roles=["admin"])
-    link = (await send(shared, new["token"], "POST", "/api/v1/sign-in-links")).json
-    await shared.post(f"/api/v1/tokens/{new['jti']}/revoke")
-    code = link["path"].removeprefix("/#sign-in=")
-    answer = await shared.post("/api/v1/sign-in-links/use", roles=(), json={"code": code})
-    assert answer.refusal == (401, "invalid_token")
+    assert link["path"].partition("=")[2] not in str(events)
 
 
 def test_links_end_in_time_and_are_bounded() -> None:
@@ -151,15 +146,6 @@ def test_links_end_in_time_and_are_bounded() -> None:
             links.take(code)
 
 
-async def test_wrong_codes_count_as_failed_authentications(tmp_path: Path) -> None:
-    async with local_server(tmp_path, limit_auth_failures="2/minute") as api:
-        answers = [
-            await api.post("/api/v1/sign-in-links/use", roles=(), json={"code": "no"}) for _ in range(3)
-        ]
-    codes = [answer.refusal for answer in answers]
-    assert codes == [(401, "invalid_token")] * 2 + [(429, "too_many_failures")]
-
-
 async def test_provider_issues_tokens_and_ledger_revokes_them(tmp_path: Path) -> None:
     key, keys = Ed25519PrivateKey.generate(), tmp_path / "keys.pem"
     keys.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
@@ -170,8 +156,7 @@ async def test_provider_issues_tokens_and_ledger_revokes_them(tmp_path: Path) ->
             return jwt.encode(claims, key, "EdDSA")
 
         token = signed("idp/1")
-        for path in ("/api/v1/tokens", "/api/v1/sign-in-links"):
-            body = BOB if path.endswith("tokens") else {}
+        for path, body in (("/api/v1/tokens", BOB), ("/api/v1/sign-in-links", {})):
             refused = await send(api, token, "POST", path, json=body)
             assert refused.refusal == (400, "not_supported")
         path = "/api/v1/tokens/idp%2F1/revoke"
@@ -215,8 +200,7 @@ async def test_socket_manages_tokens_within_limits(deep: LocalApi) -> None:
     assert revoked["revoked_by"] == ME
     assert (await send(deep, token)).status == 401
     link = await asyncio.to_thread(local.post, "/api/v1/sign-in-links", {})
-    code = link["path"].removeprefix("/#sign-in=")
-    used = await deep.post("/api/v1/sign-in-links/use", roles=(), json={"code": code})
+    used = await use(deep, link)
     assert (used.json["subject"], (await send(deep, used.json["token"])).status) == (ME, 200)
     made = await deep.app[TOKENS].issue("eve", ["admin"], expires_s=60, actor="eve", via="serve")
     assert deep.app[LOG].state.registers.tokens[made.jti].via == "serve"
@@ -233,18 +217,18 @@ async def test_socket_manages_tokens_within_limits(deep: LocalApi) -> None:
 
 async def test_server_runs_where_no_socket_can_be(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "data" / SOCKET).mkdir(parents=True)
-    async with local_server(tmp_path) as api:
+    async with local_server(tmp_path, limit_auth_failures="2/minute") as api:
         assert (await api.get("/api/v1/tokens")).status == 200
-    assert "tokens and nodes are managed over HTTP only" in caplog.text
+        assert "tokens and nodes are managed over HTTP only" in caplog.text
+        path, body = "/api/v1/sign-in-links/use", {"code": "no"}  # wrong codes count as failed tokens do
+        refusals = [(await api.post(path, roles=(), json=body)).refusal for _ in range(3)]
+        assert refusals == [(401, "invalid_token")] * 2 + [(429, "too_many_failures")]
 
 
-@pytest.mark.parametrize(
-    ("listening", "reached"),
-    [
+def test_server_is_reached_on_its_own_machine() -> None:
+    for listening, reached in (
         ("http://0.0.0.0:80", "http://127.0.0.1:80"),
         ("http://[::]:80", "http://[::1]:80"),
         ("https://10.0.0.1:8080", "https://10.0.0.1:8080"),
-    ],
-)
-def test_server_is_reached_on_its_own_machine(listening: str, reached: str) -> None:
-    assert local_url(listening) == reached
+    ):
+        assert local_url(listening) == reached

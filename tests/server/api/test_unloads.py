@@ -47,10 +47,10 @@ async def test_unload_ends_the_process_and_its_job(shared: LocalApi) -> None:
     assert (await shared.types("m"))[3:] == ["UnloadRequested", "UnloadStarted", "ModelUnloaded"]
 
 
-async def test_unload_without_name_ends_active_model(api: LocalApi) -> None:
+async def test_unload_without_name_ends_active_model(shared: LocalApi) -> None:
     for model_id in ("a", "b"):
-        api.save(models.identity(), model_id)
-    head = api.position
+        shared.save(models.identity(), model_id)
+    head = shared.position
     for path, refusal in (
         ("a/unload", (409, "not_loaded")),
         ("a/unload?force=true", (409, "not_loaded")),
@@ -59,15 +59,15 @@ async def test_unload_without_name_ends_active_model(api: LocalApi) -> None:
         ("unload?force=true", (409, "nothing_loaded")),
         ("nope/unload", (404, "unknown_model")),
     ):
-        assert (await api.post(f"/api/v1/models/{path}")).refusal == refusal
-    assert api.position == head
+        assert (await shared.post(f"/api/v1/models/{path}")).refusal == refusal
+    assert shared.position == head
     for model_id in ("a", "b", "a"):  # the last one changes nothing, so "b" stays the active model
-        await api.load(model_id)
+        await shared.load(model_id)
     for model_id in ("b", "a"):
-        listed = (await api.get("/api/v1/models")).json["models"]
+        listed = (await shared.get("/api/v1/models")).json["models"]
         assert [model["id"] for model in listed if model["active"]] == [model_id]
-        assert (await api.post("/api/v1/models/unload", wait=60)).json["model_id"] == model_id
-    assert (await api.post("/api/v1/models/unload")).refusal == (409, "nothing_loaded")
+        assert (await shared.post("/api/v1/models/unload", wait=60)).json["model_id"] == model_id
+    assert (await shared.post("/api/v1/models/unload")).refusal == (409, "nothing_loaded")
 
 
 async def test_loaded_model_without_files_can_be_unloaded(shared: LocalApi) -> None:
@@ -125,22 +125,3 @@ async def test_unload_drains_until_force_ends_it(shared: LocalApi) -> None:
     assert (await shared.job(draining["id"]))["status"] == "completed"
     assert getattr(await running, "refusal", None) == (503, "worker_died")
     await until(lambda: not exists(worker.pid))
-
-
-async def test_force_ends_stopped_load_and_serving_version(shared: LocalApi) -> None:
-    shared.save(models.add(1), "both")
-    shared.save(models.endless_load(), "both", 2)
-    await shared.load("both", version=1)
-    serving = shared.worker("both").pid
-    swap = (await shared.accepted_load("both", version=2))["id"]
-    await shared.job_when(swap, stage="loading")
-    loading = shared.worker("both").pid
-    os.kill(loading, signal.SIGSTOP)
-    unload = await shared.unload("both", force=True)
-    assert unload["parameters"]["force"]
-    assert (await shared.job(swap))["status"] == "cancelled"
-    await until(lambda: not exists(serving) and not exists(loading))
-    assert (await shared.model("both"))["state"] == "unloaded"
-    assert (await shared.types("both"))[5:] == [
-        "UnloadRequested", "JobCancelled", "UnloadStarted", "ModelUnloaded",
-    ]  # fmt: skip

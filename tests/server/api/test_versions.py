@@ -3,13 +3,14 @@
 import asyncio
 import base64
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+import pytest_asyncio
 from msgspec import UNSET, UnsetType
 from support import models
-from support.http import ONE, LocalApi
+from support.http import ONE, LocalApi, local_server
 from support.uploads import FILES, MODEL, staged
 from support.workers import until
 
@@ -17,7 +18,15 @@ from events.types import AddedFile, Provenance, VersionAdded, VersionRemoved
 from server.appkeys import LOG, UPLOADS
 
 FILE = {"Content-Type": "application/octet-stream"}
-Start = Callable[..., Awaitable[LocalApi]]
+LIMIT = 100_000
+"""Bytes of an upload."""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalApi]:
+    """One application that takes uploads of this many bytes."""
+    async with local_server(tmp_path_factory.mktemp("shared"), max_upload_bytes=LIMIT) as api:
+        yield api
 
 
 def path(model_id: str, version: object = 1) -> str:
@@ -59,34 +68,30 @@ async def test_added_version_loads_and_a_removed_one_does_not(shared: LocalApi) 
     ]
 
 
-REFUSALS: list[tuple[str, dict[str, Any], tuple[int, str]]] = [
-    ("a web page", {"data": b"<html>"}, (400, "not_onnx")),
-    ("wrong digest", {"headers": {"Repr-Digest": digest(b"other")}}, (400, "digest_mismatch")),
-    (
-        "wrong digest of two",
-        {"headers": {"Content-Digest": f"{digest(MODEL)}, {digest(b'', 'sha-512')}"}},
-        (400, "digest_mismatch"),
-    ),
-    ("no digest", {"headers": {"Repr-Digest": "sha-256=1"}}, (400, "invalid_parameter")),
-    ("entity tag", {"headers": {"If-None-Match": '"x"'}}, (400, "invalid_parameter")),
-    ("a part", {"headers": {"Content-Range": "bytes 0-9/20"}}, (400, "invalid_parameter")),
-    ("version 0", {"version": 0}, (400, "invalid_parameter")),
-    ("tar", {"headers": {"Content-Type": "application/x-tar"}}, (415, "unsupported_media_type")),
-    ("coding", {"headers": {"Content-Encoding": "gzip"}}, (415, "unsupported_media_type")),
-    ("role", {"roles": ("infer",)}, (403, "forbidden")),
+def headers(**fields: str) -> dict[str, Any]:
+    return {"headers": {name.replace("_", "-"): text for name, text in fields.items()}}
+
+
+TWO_DIGESTS = f"{digest(MODEL)}, {digest(b'', 'sha-512')}"
+REFUSALS: list[tuple[dict[str, Any], tuple[int, str]]] = [
+    ({"data": b"<html>"}, (400, "not_onnx")),
+    (headers(Repr_Digest=digest(b"other")), (400, "digest_mismatch")),
+    (headers(Content_Digest=TWO_DIGESTS), (400, "digest_mismatch")),
+    (headers(Repr_Digest="sha-256=1"), (400, "invalid_parameter")),
+    (headers(If_None_Match='"x"'), (400, "invalid_parameter")),
+    (headers(Content_Range="bytes 0-9/20"), (400, "invalid_parameter")),
+    ({"version": 0}, (400, "invalid_parameter")),
+    (headers(Content_Type="application/x-tar"), (415, "unsupported_media_type")),
+    (headers(Content_Encoding="gzip"), (415, "unsupported_media_type")),
+    ({"roles": ("infer",)}, (403, "forbidden")),
 ]
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"), [row[1:] for row in REFUSALS], ids=[row[0] for row in REFUSALS]
-)
-async def test_refused_upload_leaves_nothing(
-    shared: LocalApi, options: dict[str, Any], expected: tuple[int, str]
-) -> None:
-    answer = await put(shared, "refused", **options)
-    assert answer.refusal == expected
-    assert not (shared.config.repository / "refused").exists()
-    assert staged(shared.config.repository) == []
+async def test_refused_upload_leaves_nothing(shared: LocalApi) -> None:
+    for options, refusal in REFUSALS:
+        assert (await put(shared, "refused", **options)).refusal == refusal, options
+        assert not (shared.config.repository / "refused").exists()
+        assert staged(shared.config.repository) == []
 
 
 async def begin(api: LocalApi, model_id: str, **options: Any) -> str:
@@ -127,21 +132,20 @@ async def test_files_of_an_upload_become_a_version(shared: LocalApi) -> None:
     assert (await shared.post(f"{path('uploaded')}/uploads")).refusal == (409, "version_exists")
 
 
-UPLOAD_REFUSALS: dict[str, tuple[dict[str, Any], tuple[int, str]]] = {
-    "wrong digest": ({"headers": {"Repr-Digest": digest(b"other")}}, (400, "digest_mismatch")),
-    "an archive": ({"headers": {"Content-Type": "application/x-tar"}}, (415, "unsupported_media_type")),
-    "path upwards": ({"name": "a%2F%2E%2E/..%2Fa"}, (400, "invalid_parameter")),
-    "line break": ({"name": "a%0A"}, (400, "invalid_parameter")),
-    "another subject": ({"subject": "bob"}, (404, "unknown_upload")),
-}
+FILE_REFUSALS: list[tuple[dict[str, Any], tuple[int, str]]] = [
+    (headers(Repr_Digest=digest(b"other")), (400, "digest_mismatch")),
+    (headers(Content_Type="application/x-tar"), (415, "unsupported_media_type")),
+    ({"name": "a%2F%2E%2E/..%2Fa"}, (400, "invalid_parameter")),
+    ({"name": "a%0A"}, (400, "invalid_parameter")),
+    ({"subject": "bob"}, (404, "unknown_upload")),
+]
 
 
-@pytest.mark.parametrize("name", UPLOAD_REFUSALS)
-async def test_refused_file_is_not_in_the_upload(shared: LocalApi, name: str) -> None:
+async def test_refused_file_is_not_in_the_upload(shared: LocalApi) -> None:
     upload = await begin(shared, "refused")
-    options, expected = UPLOAD_REFUSALS[name]
-    assert (await send(shared, upload, **{"name": "model.onnx", **options})).refusal == expected
-    assert (await shared.get(upload, roles=("admin",))).json["files"] == []
+    for options, refusal in FILE_REFUSALS:
+        assert (await send(shared, upload, **{"name": "model.onnx", **options})).refusal == refusal, options
+        assert (await shared.get(upload, roles=("admin",))).json["files"] == []
     assert (await shared.post(f"{upload}/commit")).refusal == (400, "not_onnx")
     assert (await shared.send("DELETE", upload)).status == 204
     assert staged(shared.config.repository) == []
@@ -155,70 +159,65 @@ async def complete_upload(api: LocalApi, model_id: str) -> str:
 
 
 NAME, PINNED = "hf://org/repo@main", "https://host/m.onnx#sha256=4481"
-STATEMENTS: dict[str, tuple[dict[str, Any], Provenance | UnsetType]] = {
-    "nothing": ({}, UNSET),
-    "empty object": ({"json": {}}, UNSET),
-    "source": ({"json": {"source": NAME}}, Provenance(NAME, NAME)),
-    "both": (
-        {"json": {"source": NAME, "resolved": "hf://org/repo@c0ffee"}},
-        Provenance(NAME, "hf://org/repo@c0ffee"),
-    ),
-    "fragment of resolved": (
+STATEMENTS: list[tuple[dict[str, Any], Provenance | UnsetType]] = [
+    ({}, UNSET),
+    ({"json": {}}, UNSET),
+    ({"json": {"source": NAME}}, Provenance(NAME, NAME)),
+    (
         {"json": {"source": "https://host/m.onnx", "resolved": PINNED}},
         Provenance("https://host/m.onnx", PINNED),
     ),
-    "longest": ({"json": {"source": f"s3://{'a' * 2043}"}}, Provenance(*[f"s3://{'a' * 2043}"] * 2)),
-}
+]
 
 
-@pytest.mark.parametrize("name", STATEMENTS)
-async def test_added_version_has_what_its_sender_says_of_its_origin(shared: LocalApi, name: str) -> None:
-    request, said = STATEMENTS[name]
-    model_id = name.replace(" ", "-")
-    upload = await complete_upload(shared, model_id)
-    assert (await shared.post(f"{upload}/commit", **request)).status == 201
+async def test_added_version_has_what_its_sender_says_of_its_origin(shared: LocalApi) -> None:
     files = (AddedFile("model.onnx", len(MODEL), hashlib.sha256(MODEL).hexdigest()),)
-    added = [(each.data, each.actor) for each in await shared.events(model_id) if each.type == "VersionAdded"]
-    assert added == [(VersionAdded(files, said), "alice")]
-    sources = (await shared.model(model_id)).get("sources", [])
-    assert [(each["source"], each["resolved"], each["added_by"]) for each in sources] == (
-        [] if said is UNSET else [(said.uri, said.resolved, "alice")]
-    )
+    for number, (request, said) in enumerate(STATEMENTS):
+        model_id = f"said-{number}"
+        upload = await complete_upload(shared, model_id)
+        assert (await shared.post(f"{upload}/commit", **request)).status == 201
+        [added] = [event for event in await shared.events(model_id) if event.type == "VersionAdded"]
+        assert (added.data, added.actor) == (VersionAdded(files, said), "alice")
+        sources = (await shared.model(model_id)).get("sources", [])
+        assert [(each["source"], each["resolved"], each["added_by"]) for each in sources] == (
+            [] if said is UNSET else [(said.uri, said.resolved, "alice")]
+        )
 
 
-KEEPS = "the ledger keeps it, and would keep a secret in it"
-STATEMENT_REFUSALS: dict[str, tuple[Any, str]] = {
-    "no scheme": ({"source": "org/repo"}, KEEPS),
-    "only a scheme": ({"source": "hf://"}, KEEPS),
-    "empty": ({"source": ""}, KEEPS),
-    "space": ({"source": "hf://org/a b"}, KEEPS),
-    "line break at the end": ({"source": f"{NAME}\n"}, KEEPS),
-    "umlaut": ({"source": "hf://org/müll"}, KEEPS),
-    "user": ({"source": "https://alice@host/m.onnx"}, KEEPS),
-    "password": ({"source": "https://alice:secret@host/m.onnx"}, KEEPS),
-    "password of resolved": ({"source": NAME, "resolved": "https://alice:secret@host/m"}, KEEPS),
-    "query": ({"source": "https://host/m.onnx?signature=secret"}, KEEPS),
-    "query of resolved": ({"source": NAME, "resolved": "https://host/m?a=secret#sha256=1"}, KEEPS),
-    "fragment of source": ({"source": PINNED}, KEEPS),
-    "too long": ({"source": f"s3://{'a' * 2044}"}, "Longer than maximum length 2048"),
-    "number": ({"source": 1}, "Not a valid string"),
-    "null": ({"source": None}, "null"),
-    "only resolved": ({"resolved": NAME}, "source: Must be given with resolved"),
-    "another member": ({"source": NAME, "digest": "0"}, "known are resolved, source"),
-    "a list": ([NAME], "Must be a JSON object"),
+LONGEST = f"s3://{'a' * 2043}"
+STATEMENT_REFUSALS: dict[str, tuple[Any, ...]] = {
+    "the ledger keeps it, and would keep a secret in it": (
+        *(
+            {"source": name}
+            for name in ("org/repo", "hf://", "", "hf://org/a b", f"{NAME}\n", "hf://org/müll")
+        ),
+        {"source": "https://alice@host/m.onnx"},
+        {"source": "https://alice:secret@host/m.onnx"},
+        {"source": NAME, "resolved": "https://alice:secret@host/m"},
+        {"source": "https://host/m.onnx?signature=secret"},
+        {"source": NAME, "resolved": "https://host/m?a=secret#sha256=1"},
+        {"source": PINNED},
+    ),
+    "Longer than maximum length 2048": ({"source": f"{LONGEST}a"},),
+    "Not a valid string": ({"source": 1},),
+    "null": ({"source": None},),
+    "source: Must be given with resolved": ({"resolved": NAME},),
+    "known are resolved, source": ({"source": NAME, "digest": "0"},),
+    "Must be a JSON object": ([NAME],),
 }
 
 
 async def test_statement_that_the_ledger_must_not_keep_is_refused(shared: LocalApi) -> None:
     upload = await complete_upload(shared, "said")
-    for name, (body, words) in STATEMENT_REFUSALS.items():
-        answer = await shared.post(f"{upload}/commit", json=body)
-        assert answer.refusal == (400, "invalid_body"), name
-        assert words in answer.json["detail"], name
-        assert "secret@" not in answer.json["detail"]
+    for words, bodies in STATEMENT_REFUSALS.items():
+        for body in bodies:
+            answer = await shared.post(f"{upload}/commit", json=body)
+            assert answer.refusal == (400, "invalid_body"), body
+            assert words in answer.json["detail"], body
+            assert "secret@" not in answer.json["detail"]
     answer = await shared.post(f"{upload}/commit", data=b"source=hf://org/repo")
     assert answer.refusal == (415, "unsupported_media_type")
-    assert (await shared.send("DELETE", upload)).status == 204
+    assert (await shared.post(f"{upload}/commit", json={"source": LONGEST})).status == 201
 
 
 async def test_put_of_a_name_is_told_the_command(shared: LocalApi) -> None:
@@ -273,17 +272,10 @@ async def test_load_and_removal_at_once_have_one_winner(shared: LocalApi) -> Non
     assert shared.app[LOG].healthy
 
 
-async def test_settings_limit_uploads(start: Start) -> None:
-    api = await start(max_upload_bytes=100)
-    assert (await put(api, "m")).refusal == (413, "body_too_large")
-    upload = await begin(api, "m")
-    assert (await send(api, upload, "a", bytes(60))).status == 201
-    assert (await send(api, upload, "b", bytes(41))).refusal == (413, "body_too_large")
-    assert (await send(api, upload, "b", bytes(40))).status == 201
-
-
-async def test_server_that_only_reads_refuses_changes(start: Start) -> None:
-    api = await start(repository_writable="off")
-    api.save(MODEL, "there")
-    assert (await put(api, "m")).refusal == (409, "repository_read_only")
-    assert (await api.send("DELETE", path("there"))).refusal == (409, "repository_read_only")
+async def test_setting_limits_uploads(shared: LocalApi) -> None:
+    assert (await put(shared, "large", bytes(LIMIT + 1))).refusal == (413, "body_too_large")
+    upload = await begin(shared, "large")
+    assert (await send(shared, upload, "a", bytes(LIMIT - 40))).status == 201
+    assert (await send(shared, upload, "b", bytes(41))).refusal == (413, "body_too_large")
+    assert (await send(shared, upload, "b", bytes(40))).status == 201
+    assert (await shared.send("DELETE", upload)).status == 204
