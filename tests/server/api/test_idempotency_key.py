@@ -128,6 +128,18 @@ async def test_key_of_another_request_is_422(shared: LocalApi) -> None:
     assert (job["model_id"], job["requested_by"], job["status"]) == ("other", "Bob", "completed")
 
 
+async def test_refused_request_does_not_use_key(shared: LocalApi) -> None:
+    shared.save(models.add(1), "unused")
+    for path, body, refusal in (
+        ("unload", b"", (409, "not_loaded")),
+        ("load", b'{"version": 2}', (404, "unknown_version")),
+        ("load", b'{"version": 0}', (400, "invalid_body")),
+    ):
+        assert (await send(shared, f"models/unused/{path}", "n", body)).refusal == refusal
+    await shared.load("unused")
+    assert (await send(shared, "models/unused/unload", "n")).json["kind"] == "unload"
+
+
 async def test_ledger_keeps_hash_of_key_and_fingerprint(shared: LocalApi) -> None:
     shared.save(models.add(1), "hashed")
     for path in ("load", "unload"):

@@ -54,6 +54,16 @@ async def test_cancel_ends_a_load_and_its_process(shared: LocalApi) -> None:
     assert (events[2].actor, events[2].job_id) == ("Bob", job["id"])
 
 
+async def test_cancel_of_swap_keeps_serving_version(shared: LocalApi) -> None:
+    shared.save(models.add(1), "swapped")
+    first = await shared.load("swapped")
+    await cancelled(shared, await loading(shared, "swapped", version=2))
+    model = await shared.model("swapped")
+    kept = {"state": "loaded", "version": 1, "next_version": None, "job_id": first["id"]}
+    assert {name: model[name] for name in kept} == kept
+    assert (await shared.infer("swapped", ONE)).status == 200
+
+
 async def test_cancel_of_a_load_under_v2_is_400(shared: LocalApi) -> None:
     shared.save(models.endless_load(), "v2")
     waiting = asyncio.create_task(shared.post("/v2/repository/models/v2/load", data=b""))

@@ -12,7 +12,7 @@ import re
 import signal
 import time
 import tracemalloc
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
 import numpy as np
 import pytest
@@ -33,6 +33,8 @@ from runtime.worker.main import find_address
 from server.appkeys import BODIES, POOL
 from server.config import parse_size
 from server.http.bodies import LARGEST_BODIES, MAX_BODIES_BYTES, Bodies
+
+Start = Callable[..., Awaitable[LocalApi]]
 
 LONG = LONG_JSON_BYTES + 1
 HEAD = b'{"inputs": [{"name": "x", "shape": [1], "datatype": "BYTES", "data": ["'
@@ -296,9 +298,12 @@ def test_untrue_words_of_the_reading_process_are_refused(untrue: JsonRead) -> No
         assemble(TEXT, untrue)
 
 
-async def test_end_of_the_fork_server_is_no_mistake_of_the_client(shared: LocalApi) -> None:
-    pool = shared.app[POOL]
-    asked = asyncio.ensure_future(infer(shared, "strings", HEAD + b":" * (16 * 2**20)))
+async def test_end_of_the_fork_server_is_no_mistake_of_the_client(start: Start) -> None:
+    api = await start()
+    api.save(models.strings(), "strings")
+    await api.load("strings")
+    pool = api.app[POOL]
+    asked = asyncio.ensure_future(infer(api, "strings", HEAD + b":" * (16 * 2**20)))
     await until(lambda: any(worker.worker_id == "JSON" for worker in pool._workers))
     os.kill(fork_server_of(pool).pid, signal.SIGKILL)
     assert (await asked).refusal == (503, "fork_server_unavailable")
