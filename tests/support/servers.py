@@ -211,9 +211,9 @@ NO_DEVICES = {"LOADLEDGER_VISIBLE_DEVICES": "none"}
 """A server has the devices that its test gives it, and not those of this machine."""
 
 
-NO_AUTHORITIES = {"SSL_CERT_FILE": os.devnull}
-"""A process trusts whom its test says. aiohttp's client, which each server imports, reads them all: the
-150 of this machine in a tenth of a second."""
+NO_AUTHORITIES = {"SSL_CERT_FILE": str(Path(__file__).with_name("authority.pem"))}
+"""A process trusts whom its test says, else one whose key is thrown away. aiohttp's client, which each server
+imports, reads all authorities: the 150 of this machine in a tenth of a second."""
 
 
 def clean_environment() -> dict[str, str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from support.clouds import running_fake_cloud, running_s3
 from support.http import ONE, LocalApi
-from support.origins import COMMIT, Hub, RangedFile, serving_site, write_authority
+from support.origins import COMMIT, Hub, RangedFile, serving_site
 from support.pages import ROOT
 from support.registries import TITLE, running_registry
 from support.servers import MODULE, clean_environment
@@ -120,8 +120,7 @@ async def test_one_line_adds_and_one_loads(kind: str, shared: LocalApi, tmp_path
     folder.mkdir()
     async with offered(kind, folder) as offer:
         me = {"LOADLEDGER_URL": shared.url, "LOADLEDGER_TOKEN": shared.token("admin")}
-        me |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "SSL_CERT_FILE": write_authority(tmp_path)}
-        me |= offer.environment
+        me |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), **offer.environment}
         _, *command, named, source = PRINTED[kind.partition(" ")[0]]
         name = f"{named}-{kind.replace(' ', '-')}"
         source = re.sub(r"\w+\.example\.com", offer.host, source)

@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 from support import models
-from support.http import ONE, LocalApi
+from support.http import ONE, LocalApi, when
 
 from events.types import ModelLoaded
 from features.labels.facts import LabelRemoved, LabelSet
@@ -97,6 +97,7 @@ async def test_load_moves_its_label_in_the_append_of_its_outcome(shared: LocalAp
     assert (label.data, label.actor, label.job_id) == (LabelSet("champion", loaded.id), "Ann", job["id"])
     assert loaded.actor == "system"
     assert await answered(shared, "moved", "champion") == ("2", "moved/2")
+    await when(lambda: shared.types("moved"), lambda types: "ModelUnloaded" in types)  # version 1
     head = shared.position
     assert (await shared.post("/api/v1/models/moved/load", **options)).json["id"] == job["id"]
     assert shared.position == head
