@@ -67,8 +67,8 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Run three processes on two cores: a fifth of the time, a test waits for a server, worker or browser."""
-    return len(os.sched_getaffinity(0)) * 3 // 2
+    """Run four processes on two cores: half of the time, a test waits for a server, worker or browser."""
+    return len(os.sched_getaffinity(0)) * 2
 
 
 @pytest.fixture
