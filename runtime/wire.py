@@ -440,8 +440,8 @@ FromLoading = StageReached | Loaded | Probed | JsonRead | LoadFailure
 FromServing = Outcome | InferenceFailure
 FromWorker = FromLoading | FromServing
 TO_WORKER = msgspec.msgpack.Decoder(ToWorker)
-FROM_LOADING = msgspec.msgpack.Decoder(FromLoading)
-FROM_SERVING = msgspec.msgpack.Decoder(FromServing)
+FROM_LOADING: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromLoading)
+FROM_SERVING: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromServing)
 CONTROL = msgspec.msgpack.Decoder(Cancel)
 """One decoder for each direction and phase: unknown messages do not belong there."""
 _ENCODER = msgspec.msgpack.Encoder()
