@@ -45,7 +45,7 @@ CACHE = "cache"
 LIMIT_S = 900
 """For one run of pytest, in which a mutant may hang."""
 MISSING = ("ERROR: not found: ", "ERROR: file or directory not found: ")
-"""What pytest prints of a test that is not there."""
+"""Beginnings of lines that pytest prints for a test that is not there."""
 FIRST_BATCH, GROWTH, LARGEST_BATCH = 8, 4, 400
 """Tests in a run of pytest: few at first, as most mutants are found soon; a command line has a limit."""
 FILE_COST = 20

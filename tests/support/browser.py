@@ -116,7 +116,7 @@ class Console:
 
         Its page is kept for the next test, as good as new: one more costs a second of computing.
         """
-        away = f"{api.url}/#/jobs?left={subject}"
+        away = f"{api.url}/#/jobs?left={'.'.join((subject, *roles))}"
         left = [page for page in browser.pages if page.url == away]
         console = cls(left[0] if left else await browser.new_page(), api.url)
         async with console._used(away, FORGET):

@@ -1,4 +1,4 @@
-"""What hangs: folders of the repository, and the whole server for longer than all limits."""
+"""Stalls: of folders of the repository, and of the whole server for longer than all limits."""
 
 import asyncio
 import os

@@ -77,7 +77,7 @@ PROBLEMS: dict[str, tuple[Reply, str, str, str]] = {
     ),
     "out-of-order": (lambda _: answer(503), "", "source_unreachable", "503"),
 }  # fmt: skip
-"""What the hub answers of a repository, the rest of the source, and what is said of it."""
+"""The hub's answer about a repository, the rest of the source, the code of the problem, and words of it."""
 HUBS: dict[str, Reply] = {name: Hub(dict.fromkeys(paths, MODEL)) for name, (paths, *_) in FOLDERS.items()}
 HUBS |= {name: reply for name, (reply, *_) in PROBLEMS.items()}
 
@@ -91,7 +91,7 @@ def reply(asked: Asked) -> bytes:
 
 @pytest.fixture(scope="module")
 def resolved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What is said of each repository, by one process."""
+    """The answer about each repository, from one process."""
     rests = {name: rest for name, (_, rest, *_) in [*FOLDERS.items(), *PROBLEMS.items()]}
     with standing_site(reply) as site:
         sources = [f"hf://org/{name}{rest}" for name, rest in rests.items()]

@@ -46,7 +46,7 @@ Start = Callable[[Auth], Registry]
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """What returns the module's registry with a kind of authentication."""
+    """A function that returns the module's registry with a kind of authentication."""
     with ExitStack() as registries:
 
         @cache

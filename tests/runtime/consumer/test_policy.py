@@ -108,7 +108,7 @@ REFUSED: list[tuple[Callable[[Path, int], object], str, str]] = [
     (add_file, "signature_mismatch", "extra.bin"),
     (break_bundle, "signature_invalid", ""),
 ]
-"""What happens to a version, the code of its load, and a name in the message."""
+"""A change of a version, the code of its load, and a name in the message."""
 
 
 async def test_version_without_trusted_signature_starts_no_worker(folder: Path, run: Run) -> None:

@@ -15,7 +15,7 @@ OVERVIEW = "/api/v1/overview"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def made(shared: LocalApi) -> list[Json]:
+async def all_jobs(shared: LocalApi) -> list[Json]:
     """The jobs of a server with one loaded model, `b`, and one, `a`, that failed twice; newest first."""
     for name in NAMES:
         shared.save(TEXT if name == "a" else models.add(), name)
@@ -26,7 +26,9 @@ async def made(shared: LocalApi) -> list[Json]:
     return jobs[::-1]
 
 
-async def test_models_and_jobs_are_listed_in_pages_with_filters(shared: LocalApi, made: list[Json]) -> None:
+async def test_models_and_jobs_are_listed_in_pages_with_filters(
+    shared: LocalApi, all_jobs: list[Json]
+) -> None:
     """MLServer #957: index, jobs and models are folds of one state."""
     seen = await pages(shared, "models", limit=2, count=3)
     assert [model["id"] for model in seen] == NAMES
@@ -40,8 +42,8 @@ async def test_models_and_jobs_are_listed_in_pages_with_filters(shared: LocalApi
     }  # fmt: skip
     assert (await shared.get("/api/v1/models?limit=5")).json["next_cursor"] is None
     assert (await shared.get("/api/v1/models?cursor=zzz")).json["models"] == []
-    assert await pages(shared, "jobs", limit=2, count=3) == made
-    ids = [job["id"] for job in made]
+    assert await pages(shared, "jobs", limit=2, count=3) == all_jobs
+    ids = [job["id"] for job in all_jobs]
     for query, expected in (
         ("?model=b", [ids[0], ids[1], ids[4]]),
         ("?status=failed", [ids[2], ids[3]]),
@@ -73,14 +75,14 @@ async def pages(api: LocalApi, kind: str, limit: int, count: int) -> list[Json]:
     return seen
 
 
-async def test_overview_has_what_single_resources_have(shared: LocalApi, made: list[Json]) -> None:
+async def test_overview_has_what_single_resources_have(shared: LocalApi, all_jobs: list[Json]) -> None:
     seen = (await shared.get(OVERVIEW)).json
     assert seen["models"] == (await shared.get("/api/v1/models")).json["models"]
-    assert seen["jobs"] == made
+    assert seen["jobs"] == all_jobs
     resources = (await shared.get("/api/v1/resources")).json
     assert seen["resources"]["models"] == resources["models"]
     assert seen["resources"].keys() == resources.keys()
-    assert (seen["nodes"], seen["failed_jobs"], seen["as_of"]) == ([], [made[2]], shared.position)
+    assert (seen["nodes"], seen["failed_jobs"], seen["as_of"]) == ([], [all_jobs[2]], shared.position)
     first = (await shared.get(f"{OVERVIEW}?limit=2")).json
     rest = (await shared.get(f"/api/v1/models?cursor={first['next_cursor']}")).json
     assert [model["id"] for page in (first, rest) for model in page["models"]] == NAMES
@@ -96,7 +98,7 @@ async def test_overview_shows_the_start_to_readers_of_events(shared: LocalApi) -
         assert overview.json["resources"]["budget_bytes"] > 0
 
 
-@pytest.mark.usefixtures("made")
+@pytest.mark.usefixtures("all_jobs")
 async def test_timeline_shows_loads(shared: LocalApi) -> None:
     loaded = await shared.model("b")
     answer = await shared.get("/api/v1/timeline?find=b&limit=2", roles=("audit",))
@@ -109,7 +111,7 @@ async def test_timeline_shows_loads(shared: LocalApi) -> None:
     assert answer.json["as_of"] == shared.position
 
 
-@pytest.mark.usefixtures("made")
+@pytest.mark.usefixtures("all_jobs")
 async def test_samples_have_latencies_and_memory(shared: LocalApi) -> None:
     for _ in range(3):
         assert (await shared.infer("b", ONE)).status == 200

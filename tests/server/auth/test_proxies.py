@@ -105,7 +105,7 @@ def test_invalid_or_universal_network_is_refused() -> None:
 
 @dataclass
 class Request:
-    """What is read of a request."""
+    """The members of a request that are read."""
 
     remote: str | None
     headers: CIMultiDict[str]
