@@ -140,6 +140,7 @@ async def test_request_job_and_stages_join_the_callers_trace(config: Config) -> 
     assert (request.parent_id, request.kind) == (SPAN_ID, SERVER_KIND)
     assert (inference.parent_id, inference.kind) == (SPAN_ID, SERVER_KIND)
     assert load_job.parent_id == request.span_id
+    assert request.began_ns <= load_job.began_ns <= load_job.ended_ns <= request.ended_ns
     for span in (request, inference):
         assert span.attributes["client.address"] == "192.0.2.1"  # whom the proxy names, and not the proxy
         assert "loadledger.subject" in span.attributes
