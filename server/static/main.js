@@ -14,7 +14,7 @@ import { address, href } from "./router.js";
 import { cleanToken, isSignInLink, keep, keepToken, keptToken, readSession, recall, takeSignInCode } from "./session.js";
 import { connection, heardAt, nodes, now, resources, session } from "./state.js";
 import { TimelinePage } from "./timeline.js";
-import { Boundary, computed, effect, html, notices, render, signal, useEffect, useKeptFocus, useRef } from "./ui.js";
+import { Boundary, computed, effect, html, notices, render, signal, useEffect, useKeptFocus, useLayoutEffect, useRef } from "./ui.js";
 
 const WHY = "loadledger.why"; // why the token was given up, over the reload that forgets everything else
 const LOUD_AFTER_MS = 1500; // a server that starts again is back by then, and nobody needs to know
@@ -55,11 +55,12 @@ function Navigation() {
     </nav>`;
 }
 
-// The page of the address. Its heading gets the focus when the page changes, and an open dialog is closed.
+// The page of the address. Its heading gets the focus when the page changes, and an open dialog is closed: before the
+// page is painted, so that a dialog of the new page is not.
 function Page() {
   const { page, id } = address.value, isReady = resources.value !== null, key = page === "models" ? `models ${id}` : page;
   const shown = useRef(key);
-  useEffect(() => {
+  useLayoutEffect(() => {
     if (!isReady || shown.current === key) return;
     shown.current = key;
     closeDialog();

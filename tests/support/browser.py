@@ -44,6 +44,13 @@ FORGET = """async () => {
 }"""
 """Has a page show no results of requests any more, and wait for nothing."""
 
+GO = """(address) => new Promise((done) => {
+  if (location.hash === address) return done();
+  addEventListener("hashchange", () => done(), { once: true });
+  location.hash = address;
+})"""
+"""Changes the address; returns once its page is there: the focus may still be on the heading of the last."""
+
 LIMIT_MS = 30_000
 """Nothing takes this long; a bug fails a test instead of hanging it."""
 
@@ -180,7 +187,7 @@ class Console:
 
     async def go(self, address: str) -> None:
         """Change the address, such as `#/jobs`, and wait until its page has the focus."""
-        await self.page.evaluate("address => { location.hash = address; }", address)
+        await self.page.evaluate(GO, address)
         await expect(self.page.locator("main h2").first).to_be_focused()
 
     @property

@@ -521,6 +521,17 @@ async def test_dialogs_are_accessible_and_no_wider_than_a_phone(busy_admin: Cons
         await page.set_viewport_size(DESKTOP)
 
 
+UNLOAD_AT_ONCE = """async (address) => {
+  const changed = new Promise((done) => addEventListener("hashchange", () => done(), { once: true }));
+  location.hash = address;
+  await changed;
+  const buttons = [...document.querySelectorAll(".model-head button")];
+  buttons.find((each) => each.textContent.startsWith("Unload")).click();
+  await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done))));
+}"""
+"""Opens a model's page and a dialog of it before the page is painted; waits until it is."""
+
+
 async def test_dialogs_open_and_close_by_keyboard_or_with_their_page(busy_admin: Console) -> None:
     page = busy_admin.page
     swap = busy_admin.row("fraud-check").get_by_role("button", name="Swap… fraud-check")
@@ -544,6 +555,9 @@ async def test_dialogs_open_and_close_by_keyboard_or_with_their_page(busy_admin:
     await page.go_back()
     await busy_admin.see("ranker", "loaded")
     await expect(page.locator("dialog")).to_have_count(0)
+    await page.evaluate(UNLOAD_AT_ONCE, "#/models/ranker")
+    await expect(page.locator("dialog[open]")).to_be_visible()
+    await busy_admin.choose("Keep it")
 
 
 async def test_focus_stays_in_the_page_when_its_button_is_gone(busy_admin: Console) -> None:
