@@ -14,13 +14,14 @@ from server.config import Config
 
 async def test_all_processes_of_a_server_are_found(config: Config) -> None:
     models.save(models.add(), config.repository, "m")
-    async with serving(config, environment={leaks.MARK: "another"}) as server:
+    another = f"{leaks.RUN}-another"
+    async with serving(config, environment={leaks.MARK: another}) as server:
         await server.api.load("m")
-        found = [pid for pid, _ in leaks.find_processes("another")]
+        found = [pid for pid, _ in leaks.find_processes(another)]
         assert {server.pid, *list_descendants(server.pid)} <= {*found}
         assert len(found) >= 3
         assert await server.stop() == 0
-    assert list(leaks.find_processes("another")) == []
+    assert list(leaks.find_processes(another)) == []
 
 
 def test_file_in_memory_is_found_once_no_process_has_it() -> None:
