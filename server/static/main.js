@@ -55,8 +55,8 @@ function Navigation() {
     </nav>`;
 }
 
-// The page of the address. Its heading gets the focus when the page changes, and an open dialog is closed: before the
-// page is painted, so that a dialog of the new page is not.
+// The page of the address. When it changes, its heading gets the focus, and a dialog of the page before is closed: both
+// before the page is painted, when nobody can have opened a dialog of its own.
 function Page() {
   const { page, id } = address.value, isReady = resources.value !== null, key = page === "models" ? `models ${id}` : page;
   const shown = useRef(key);

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 ROUNDS = of_both(short=2, long=40)
 FAULT_S = 0.7
-"""For which a fault lasts at most; one of the disk, until it fails something."""
+"""How long a fault lasts at most; one of the disk lasts at least until a call has failed."""
 ERRORS = ("the ledger cannot be written",)
 FAILURES = 5
 """Refused credentials a second."""
@@ -80,7 +80,7 @@ async def test_io_errors_fail_no_inference(faulty: Faulty) -> None:
     disk, dice, attack = faulty.shim("disk"), new_dice(), faulty.attack
     async with traffic(attack, faulty.fleet, dice):
         for number in range(ROUNDS):
-            disk.set(*RATES[number % len(RATES)], 0)
+            disk.set(*RATES[number % len(RATES)], 0)  # and no call has failed yet
             await asyncio.sleep(dice.uniform(0, FAULT_S))  # a random moment
             await until(lambda: disk.numbers[-1] > 0)
             attack.counts["failed calls"] += disk.numbers[-1]

@@ -49,7 +49,8 @@ GO = """(address) => new Promise((done) => {
   addEventListener("hashchange", () => done(), { once: true });
   location.hash = address;
 })"""
-"""Changes the address; returns once its page is there: the focus may still be on the heading of the last."""
+"""Changes the address, and waits until its page is there: until then, the heading of the page before may have
+the focus."""
 
 LIMIT_MS = 30_000
 """Nothing takes this long; a bug fails a test instead of hanging it."""

@@ -33,16 +33,16 @@ from runtime.scheduler.scheduler import is_crash_loop
 from server.config import Config
 from support.cutting import CuttingProxy, cutting_proxy
 from support.disks import FreezableDisk
-from support.fleet import UNLIMITED, Fleet, Source, check_inference, question
+from support.fleet import UNLIMITED, Fleet, Source, check_inference, of_both, question
 from support.http import Answer, Api, Json, when
 from support.nodes import share_keys
 from support.postgres import Address, Database, PostgresServer, free_address
 from support.replicas import change, make_ledger
 from support.servers import Server, limited, serving
 
-LEASE_S = 16.0
+LEASE_S = of_both(short=16.0, long=8.0)
 """As little as a busy machine allows: a third of it is the time limit of a renewal, connecting included. With
-8 s, nodes were lost beside two other whole suites on two cores. Most tests let it pass at once."""
+8 s, which are enough for a long run alone, nodes were lost beside two other suites on two cores."""
 REQUEST_S = 30.0
 """How long a client waits for a server that may be frozen or cut off."""
 SETTINGS = (f"--lease-s={LEASE_S}", "--drain-timeout-s=5", *UNLIMITED)

@@ -243,7 +243,7 @@ async def test_killed_database_loses_no_node_and_no_inference(cluster: Cluster, 
 
 
 ROUNDS = of_both(short=2, long=200)
-FAULT_S = of_both(short=2.0, long=LEASE_S / 2)
+FAULT_S = of_both(short=2.0, long=LEASE_S)
 AUDIT_EVERY = 20
 FAILURES = {"crash_loop", "worker_died"}
 """Codes that loads of good models may fail with while nodes and workers are killed again and again."""

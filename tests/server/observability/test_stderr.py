@@ -42,6 +42,7 @@ def small_pipe() -> Iterator[tuple[int, int]]:
 
 
 def join_writers() -> None:
+    """Wait until the last lines of handlers are written."""
     for thread in threading.enumerate():
         if thread.name == LAST_LINES:
             thread.join(LIMIT_S)

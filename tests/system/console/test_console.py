@@ -18,7 +18,7 @@ import pytest_asyncio
 from onnx import ModelProto, TensorProto, helper
 from playwright.async_api import BrowserContext, Page, Route, ViewportSize, expect
 from support import models
-from support.browser import DESKTOP, PHONE, TABLET, Console, needs_browser, tokens_in
+from support.browser import DESKTOP, GO, PHONE, TABLET, Console, needs_browser, tokens_in
 from support.http import ONE, when
 from support.servers import Server, serving
 
@@ -521,14 +521,12 @@ async def test_dialogs_are_accessible_and_no_wider_than_a_phone(busy_admin: Cons
         await page.set_viewport_size(DESKTOP)
 
 
-UNLOAD_AT_ONCE = """async (address) => {
-  const changed = new Promise((done) => addEventListener("hashchange", () => done(), { once: true }));
-  location.hash = address;
-  await changed;
+UNLOAD_AT_ONCE = f"""async (address) => {{
+  await ({GO})(address);
   const buttons = [...document.querySelectorAll(".model-head button")];
   buttons.find((each) => each.textContent.startsWith("Unload")).click();
   await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done))));
-}"""
+}}"""
 """Opens a model's page and a dialog of it before the page is painted; waits until it is."""
 
 
