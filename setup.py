@@ -85,6 +85,7 @@ setup(
         "PyYAML>=6",
         "aiohttp>=3.14.1,<4",  # 3.14.0 keeps any number of pipelined requests of a connection in memory
         "aiohttp-apispec==3.0.0b2",  # the only release that works with marshmallow 4 and Python >= 3.12
+        "aiosqlite>=0.22.1",
         "apispec>=6.9,<7",
         "click>=8.4.2",  # as huggingface_hub
         "marshmallow>=4,<5",

@@ -51,13 +51,13 @@ class KnownKey:
 def read_key(event: Event) -> tuple[str, KnownKey] | None:
     """Return the hash of the event's idempotency key and the key's request, or None without a key."""
     data = event.data
-    if not isinstance(data, _REQUESTS) or data.idempotency is None or event.job_id is None:
+    if not isinstance(data, REQUESTS) or data.idempotency is None or event.job_id is None:
         return None
     given = data.idempotency
     return given.key_hash, KnownKey(given.fingerprint, event.job_id, event.recorded_at)
 
 
-_REQUESTS = (LoadRequested, UnloadRequested, CancelRequested, LoadJoined, UnloadJoined)
+REQUESTS = (LoadRequested, UnloadRequested, CancelRequested, LoadJoined, UnloadJoined)
 """The events that can carry an idempotency key."""
 
 JOINS = (LoadJoined, UnloadJoined, CancelRequested)

@@ -24,6 +24,7 @@ from events.errors import LedgerProblem, RolledBack
 from events.log import Log
 from events.sqlite.datalock import LEDGER, lock_data, lock_ledger, refuse_replica
 from events.sqlite.listing import open_reader
+from events.sqlite.readonly import Past
 from events.sqlite.timetravel import NOTE_EVERY_S
 from events.types import SYSTEM, Draft, PolicyInForce, RollbackAccepted, contents_of, digest_of
 from features.approvals import routes as approvals
@@ -66,7 +67,7 @@ from server.api.events import HEAD_KEEPER, PROVER, Prover, open_streams
 from server.api.health import failed_tasks
 from server.api.jobs import JOB_REQUESTS, JobRequests
 from server.api.resources import RESOURCES_CACHE, ResourcesCache
-from server.api.timetravel import open_time_travel
+from server.api.timetravel import TIME_TRAVEL
 from server.appkeys import (
     BODIES,
     CONFIG,
@@ -168,9 +169,8 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
             _data_directory,
             _workers,
             ledger,
-            _reader,
+            _readers,
             _uploads,
-            open_time_travel,
             _consumer,
             _forwarding,
             _time_series,
@@ -313,9 +313,9 @@ async def _note_presence(log: Log, prover: Prover, keeper: HeadKeeper) -> None:
             await keeper.keep(prover.head(log))
 
 
-async def _reader(app: web.Application) -> AsyncIterator[None]:
+async def _readers(app: web.Application) -> AsyncIterator[None]:
     async with open_reader(app[LOG].path) as reader:
-        app[READER] = reader
+        app[READER], app[TIME_TRAVEL] = reader, Past(app[LOG].path)
         yield
 
 

@@ -10,31 +10,12 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable, Sequence
 
-from events.history import ModelRow, decode_row, encode_row, has_row, make_row
+from events.history import ModelRow, decode_row
 from events.presence import SERVER, ServerState, Transition
-from events.state import Changes
-from events.types import Event
 from features.facts import STORED_NAMES, SharingState
 
-_INSERT_MODELS = "INSERT INTO model_history (position, model_id, is_common, body) VALUES (?, ?, ?, ?)"
 _NAME = STORED_NAMES["server"]
 """The column with the name of a server."""
-
-_INSERT_TRANSITIONS = f"INSERT INTO presence (position, {_NAME}, state, at, seen_at) VALUES (?, ?, ?, ?, ?)"  # noqa: S608
-
-
-def write_steps(connection: sqlite3.Connection, steps: Iterable[tuple[Event, Changes]]) -> None:
-    """Store the changes of events; the caller holds their transaction."""
-    rows, transitions = [], list[Transition]()
-    for event, changes in steps:
-        for model in changes.models.values():
-            if has_row(event, model):
-                body = encode_row(make_row(model)).decode()
-                rows.append((event.position, model.id, model.id != event.model_id, body))
-        transitions += changes.transitions
-    connection.executemany(_INSERT_MODELS, rows)
-    if transitions:
-        connection.executemany(_INSERT_TRANSITIONS, transitions)
 
 
 # Models.

@@ -11,21 +11,26 @@ Events are returned as the stored text, without decoding and encoding.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar, cast
 
+import aiosqlite
 import msgspec
 
 from events.codec import decode_event
 from events.errors import LogUnavailable
 from events.jobs import Job
-from events.sqlite.queries import EVENTS_PER_READ, JobQuery, read_job, select_jobs
-from events.sqlite.readonly import ReaderThread, open_reader_thread
+from events.sqlite.queries import EVENTS_PER_READ, JobQuery, as_job, jobs_sql
+from events.sqlite.readonly import address_of, open_read_only
+from events.sqlite.schema import BUSY_S, Parameters, fetch_all
 from events.sqlite.timetravel import BeyondHead
 from events.types import Event, VersionAdded, VersionRemoved
+
+_CACHE = "PRAGMA cache_size = -512"
+"""KiB of pages cached by a server's reader: the ends of log and indexes; the kernel caches the rest."""
 
 SCAN = 10_000
 """Candidates that one page reads, some microseconds each, if the filter has several fields."""
@@ -41,8 +46,7 @@ INDEXES = {
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class StoredEvent:
+class StoredEvent(msgspec.Struct, frozen=True, gc=False):
     """An event as stored, with the members that a filter tests.
 
     Attributes:
@@ -154,16 +158,28 @@ class _Span:
     cut: bool = False
 
 
-def read_event_page(connection: sqlite3.Connection, query: EventQuery) -> StoredEventPage:
-    """Return a page of events, in the transaction of a connection.
+Steps: TypeAlias = Generator[tuple[str, Parameters], list[Any], T]
+"""The statements of an answer, to which their rows are sent; whoever runs them has the connection.
+
+The log only grows, so the later ones see the events that the first one saw, without a transaction.
+"""
+
+
+def find_event_page(query: EventQuery) -> Steps[StoredEventPage]:
+    """Find a page of events.
 
     Raises:
         BeyondHead: `beyond_head`, there is no event `after`.
         LogUnavailable: `log_unavailable`, an event is damaged.
     """
-    span = _choose_index(connection, query, _find_span(connection, query))
+    span = yield from _find_span(query)
+    columns = list(query.wanted.columns)
+    if len(columns) > 1:
+        span = yield from _choose_index(query, span)
+    else:
+        span = replace(span, leading=next(iter(columns), None))
     sql = page_sql(query.wanted, span.leading, newest_first=query.newest_first)
-    rows = connection.execute(sql, _parameters(query.wanted, span, query.limit + 1)).fetchall()
+    rows = yield sql, _parameters(query.wanted, span, query.limit + 1)
     try:
         found = [stored_event(body, digest) for body, digest, _ in rows]
     except ValueError as error:
@@ -175,6 +191,16 @@ def read_event_page(connection: sqlite3.Connection, query: EventQuery) -> Stored
         cursor = span.low + 1 if query.newest_first else span.high
     seen = max(span.low, span.high) if cursor is None else cursor
     return StoredEventPage(items, span.head, cursor, seen)
+
+
+def read(connection: sqlite3.Connection, steps: Steps[T]) -> T:
+    """Run the statements of an answer, and return it."""
+    try:
+        statement = next(steps)
+        while True:
+            statement = steps.send(connection.execute(*statement).fetchall())
+    except StopIteration as end:
+        return cast("T", end.value)
 
 
 def page_sql(wanted: EventFilter, leading: str | None, *, newest_first: bool) -> str:
@@ -232,19 +258,17 @@ def beyond_head(after: int, head: int) -> BeyondHead:
     )
 
 
-def _find_span(connection: sqlite3.Connection, query: EventQuery) -> _Span:
-    """Return the positions that a query allows, with its times resolved."""
+_SPAN_SQL = """SELECT coalesce((SELECT max(position) FROM events), 0),
+(SELECT position FROM events WHERE recorded_at >= :since ORDER BY recorded_at, position LIMIT 1),
+(SELECT position FROM events WHERE recorded_at <= :until ORDER BY recorded_at DESC, position DESC LIMIT 1)"""
+
+
+def _find_span(query: EventQuery) -> Steps[_Span]:
+    """Find the positions that a query allows, with its times resolved."""
     since, until = query.since, query.until
-    head, first, last = connection.execute(
-        "SELECT coalesce((SELECT max(position) FROM events), 0),"
-        " (SELECT position FROM events WHERE recorded_at >= :since ORDER BY recorded_at, position LIMIT 1),"
-        " (SELECT position FROM events WHERE recorded_at <= :until"
-        "  ORDER BY recorded_at DESC, position DESC LIMIT 1)",
-        {
-            "since": since if isinstance(since, str) else None,
-            "until": until if isinstance(until, str) else None,
-        },
-    ).fetchone()
+    bounds = {"since": since, "until": until}
+    times = {name: bound if isinstance(bound, str) else None for name, bound in bounds.items()}
+    [(head, first, last)] = yield _SPAN_SQL, times
     if isinstance(since, str):
         since = head + 1 if first is None else int(first)
     if isinstance(until, str):
@@ -256,13 +280,10 @@ def _find_span(connection: sqlite3.Connection, query: EventQuery) -> _Span:
     return _Span(low, min(each for each in highs if each is not None), head)
 
 
-def _choose_index(connection: sqlite3.Connection, query: EventQuery, span: _Span) -> _Span:
+def _choose_index(query: EventQuery, span: _Span) -> Steps[_Span]:
     """Choose the index that the page walks, and how far."""
-    columns = list(query.wanted.columns)
-    if len(columns) < 2:  # noqa: PLR2004 - nothing to choose
-        return replace(span, leading=next(iter(columns), None))
     sql = probe_sql(query.wanted, newest_first=query.newest_first)
-    found = connection.execute(sql, _parameters(query.wanted, span, SCAN)).fetchall()
+    found = yield sql, _parameters(query.wanted, span, SCAN)
     toward = -1 if query.newest_first else 1
     column, count, far = min(found, key=lambda row: (row[1], -toward * (row[2] or 0)))
     if count < SCAN:
@@ -296,23 +317,17 @@ class Reader:
     Every method raises LogUnavailable (`log_unavailable`) if the file cannot be read.
     """
 
-    def __init__(self, thread: ReaderThread) -> None:
-        self._thread = thread
+    def __init__(self, connection: aiosqlite.Connection) -> None:
+        self._connection = connection
 
     async def events(self, after: int, limit: int = EVENTS_PER_READ) -> list[Event]:
-        def read(connection: sqlite3.Connection) -> list[Event]:
-            sql = "SELECT body FROM events WHERE position > ? ORDER BY position LIMIT ?"
-            return [decode_event(body) for (body,) in connection.execute(sql, (after, limit)).fetchall()]
-
-        return await self._thread.run(read)
+        sql = "SELECT body FROM events WHERE position > ? ORDER BY position LIMIT ?"
+        return [decode_event(body) for (body,) in await self._select(sql, (after, limit))]
 
     async def version_event(self, event_id: str) -> Event | None:
-        def read(connection: sqlite3.Connection) -> Event | None:
-            sql = "SELECT body FROM events WHERE type IN (?, ?) AND json_extract(body, '$.id') = ?"
-            row = connection.execute(sql, (VersionAdded.TYPE, VersionRemoved.TYPE, event_id)).fetchone()
-            return None if row is None else decode_event(row[0])
-
-        return await self._thread.run(read)
+        sql = "SELECT body FROM events WHERE type IN (?, ?) AND json_extract(body, '$.id') = ?"
+        rows = await self._select(sql, (VersionAdded.TYPE, VersionRemoved.TYPE, event_id))
+        return decode_event(rows[0][0]) if rows else None
 
     async def latest_changes(self, model_id: str) -> list[Event]:
         """Return the latest `VersionAdded` or `VersionRemoved` of each version of a model."""
@@ -320,30 +335,45 @@ class Reader:
             "SELECT body, MAX(position) FROM events WHERE model_id = ? AND type IN (?, ?)"
             " GROUP BY json_extract(body, '$.version') ORDER BY json_extract(body, '$.version')"
         )
-        kinds = (VersionAdded.TYPE, VersionRemoved.TYPE)
-        return await self._thread.run(
-            lambda connection: [decode_event(body) for body, _ in connection.execute(sql, (model_id, *kinds))]
-        )
+        rows = await self._select(sql, (model_id, VersionAdded.TYPE, VersionRemoved.TYPE))
+        return [decode_event(body) for body, _ in rows]
 
     async def event_page(self, query: EventQuery) -> StoredEventPage:
-        return await self._thread.run(lambda connection: read_event_page(connection, query))
+        steps = find_event_page(query)
+        try:
+            statement = next(steps)
+            while True:
+                statement = steps.send(await self._select(*statement))
+        except StopIteration as end:
+            return cast("StoredEventPage", end.value)
 
     async def job(self, job_id: str) -> Job | None:
-        return await self._thread.run(lambda connection: read_job(connection, job_id))
+        rows = await self._select("SELECT body FROM jobs WHERE id = ?", (job_id,))
+        return as_job(rows[0][0]) if rows else None
 
     async def jobs(self, query: JobQuery) -> Page[Job]:
-        return await self._thread.run(lambda connection: read_jobs(connection, query))
+        """Return a page of jobs with the position of the stored projections."""
+        sql, parameters = jobs_sql(query)
+        as_of = "SELECT position, NULL FROM projected"
+        [(position, _), *rows] = await self._select(f"{as_of} UNION ALL SELECT * FROM ({sql})", parameters)  # noqa: S608 - as it was made
+        found = [as_job(body) for _, body in rows]
+        items = found[: query.limit]
+        return Page(items, position, items[-1].created_position if len(found) > query.limit else None)
 
-
-def read_jobs(connection: sqlite3.Connection, query: JobQuery) -> Page[Job]:
-    """Return a page of jobs with the position of the stored projections."""
-    (position,) = connection.execute("SELECT position FROM projected").fetchone()
-    found = select_jobs(connection, query)
-    items = found[: query.limit]
-    return Page(items, position, items[-1].created_position if len(found) > query.limit else None)
+    async def _select(self, sql: str, parameters: Parameters) -> list[Any]:
+        try:
+            return await fetch_all(self._connection, sql, parameters)
+        except sqlite3.Error as error:
+            raise LogUnavailable(f"the ledger cannot be read: {error}") from error
 
 
 @asynccontextmanager
 async def open_reader(path: Path) -> AsyncIterator[Reader]:
-    async with open_reader_thread(path, "ledger-reader") as thread:
-        yield Reader(thread)
+    """Open a ledger for a server. Raises as `open_read_only` does."""
+    with open_read_only(path, problem="cannot be opened"):  # completes what a process left that died
+        pass
+    async with aiosqlite.connect(
+        address_of(path, "ro"), timeout=BUSY_S, uri=True, isolation_level=None
+    ) as connection:
+        await fetch_all(connection, _CACHE)
+        yield Reader(connection)

@@ -10,19 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
 from events.errors import IncompleteCopy, LogUnavailable
-from events.sqlite.schema import BUSY_TIMEOUT, check_readable, refuse_foreign, release_cursors
+from events.sqlite.schema import BUSY_S, check_readable, refuse_foreign, release_cursors
 from events.storage import StorageError
 from events.types import ServerStopped
-
-_CACHE = "PRAGMA cache_size = -512"
-"""KiB of pages cached by a server's reader: the ends of log and indexes; the kernel caches the rest."""
 
 _READ_VERSION = 19
 """Offset of the header's byte that says how to read the file (SQLite file format, section 1.3.3)."""
@@ -73,7 +69,7 @@ def copy_ledger(path: Path, draft: Path) -> None:
     """
     with (
         open_read_only(path, problem="cannot be copied", refuses_incomplete=True) as source,
-        closing(sqlite3.connect(f"{draft.absolute().as_uri()}?mode=rw", uri=True)) as copy,
+        closing(sqlite3.connect(address_of(draft, "rw"), uri=True)) as copy,
     ):
         source.backup(copy)  # in one step: between steps, each commit of the server would restart the copy
         copy.execute("PRAGMA journal_mode = DELETE")
@@ -89,11 +85,15 @@ def _connect(path: Path) -> sqlite3.Connection:
     return _connect_as(path, "ro")
 
 
+def address_of(path: Path, mode: str) -> str:
+    return f"{path.absolute().as_uri()}?mode={mode}"
+
+
 def _connect_as(path: Path, mode: str) -> sqlite3.Connection:
-    address = f"{path.absolute().as_uri()}?mode={mode}"
-    connection = sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
+    connection = sqlite3.connect(
+        address_of(path, mode), timeout=BUSY_S, uri=True, isolation_level=None, check_same_thread=False
+    )
     try:
-        connection.execute(BUSY_TIMEOUT)
         refuse_foreign(connection)
         check_readable(connection)
     except BaseException:
@@ -114,49 +114,34 @@ def _complete(path: Path) -> None:
         ) from error
 
 
-class ReaderThread:
-    """A read-only connection in a thread of its own, which runs one query at a time."""
+class Past:
+    """Queries of a ledger that fold while they read: one at a time, in a thread, each on a new connection."""
 
-    def __init__(self, connection: sqlite3.Connection, thread: ThreadPoolExecutor) -> None:
-        self._connection = connection
-        self._thread = thread
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._turn = asyncio.Lock()
 
     async def run(self, query: Callable[[sqlite3.Connection], T]) -> T:
         """Run a query in one transaction, so that all its statements see the same head.
 
+        The next one waits until it has ended, also if its caller is cancelled.
+
         Raises:
             LogUnavailable: `log_unavailable`, the file cannot be read.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, query)
+        await self._turn.acquire()
+        reading = asyncio.ensure_future(asyncio.to_thread(self._run, query))
+        reading.add_done_callback(lambda _: self._turn.release())
+        return await asyncio.shield(reading)
 
     def _run(self, query: Callable[[sqlite3.Connection], T]) -> T:
-        try:
-            self._connection.execute("BEGIN")
+        with open_read_only(self._path) as connection:
+            connection.execute("BEGIN")
             try:
-                return query(self._connection)
+                return query(connection)
             except BaseException as error:
                 release_cursors(error)
                 raise
-            finally:
-                self._connection.rollback()
-        except sqlite3.Error as error:
-            raise LogUnavailable(f"the ledger cannot be read: {error}") from error
-
-
-@asynccontextmanager
-async def open_reader_thread(path: Path, name: str) -> AsyncIterator[ReaderThread]:
-    """Open a ledger in a thread with this name; closed on exit. Raises as `open_read_only` does."""
-    try:
-        connection = _connect(path)
-        connection.execute(_CACHE)
-    except (sqlite3.Error, UnicodeDecodeError) as error:
-        raise LogUnavailable(f"the ledger {path.name} cannot be opened: {error}") from error
-    thread = ThreadPoolExecutor(1, thread_name_prefix=name)
-    with closing(connection):
-        try:
-            yield ReaderThread(connection, thread)
-        finally:
-            await asyncio.to_thread(thread.shutdown)
 
 
 def wants_wal(path: Path) -> bool:
@@ -189,11 +174,13 @@ def lacks_wal(path: Path) -> bool:
         return True
 
 
-def may_lack_events(connection: sqlite3.Connection) -> bool:
+NEWEST_TYPE = "SELECT CAST(type AS BLOB) FROM events ORDER BY position DESC LIMIT 1"
+"""Selects the type of the last event, if there is one."""
+
+
+def may_lack_events(newest: Sequence[tuple[bytes]]) -> bool:
     """Whether a ledger without its write-ahead log may lack events: its last event is no `ServerStopped`."""
-    newest = "SELECT CAST(type AS BLOB) FROM events ORDER BY position DESC LIMIT 1"
-    last = connection.execute(newest).fetchone()
-    return last is not None and bytes(last[0]) != ServerStopped.TYPE.encode()
+    return newest not in ([], [(ServerStopped.TYPE.encode(),)])
 
 
 def refuse_incomplete(connection: sqlite3.Connection, path: Path) -> None:
@@ -202,7 +189,7 @@ def refuse_incomplete(connection: sqlite3.Connection, path: Path) -> None:
     Raises:
         IncompleteCopy: `incomplete_copy`.
     """
-    if may_lack_events(connection):
+    if may_lack_events(connection.execute(NEWEST_TYPE).fetchall()):
         raise IncompleteCopy(
             f"{path.name} may lack its newest events: {path.name}-wal is missing, and the last event is not "
             "ServerStopped. Copy the ledger of a running server with `loadledger backup`. If this is not a "

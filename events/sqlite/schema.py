@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sqlite3
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
+
+import aiosqlite
 
 from events.errors import DEVELOPMENT, ForeignDatabase, FutureSchema
 from events.sqlite.queries import transaction
+from events.sqlite.writing import VIEWS
 from migrations import read_migrations
 
 APPLICATION_ID = 0x4C4C4631
@@ -20,20 +23,24 @@ APPLICATION_ID = 0x4C4C4631
 _OF_DEVELOPMENT = 0x4C4C6467
 """The application_id of ledgers before format 1, whose events meant other things."""
 
-BUSY_TIMEOUT = "PRAGMA busy_timeout = 5000"
-"""Milliseconds that a connection waits for another one's lock; a longer read of a stopped ledger keeps a
-server from starting."""
+BUSY_S = 5.0
+"""How long a connection waits for another one's lock; a longer read of a stopped ledger keeps a server from
+starting."""
 
-CHECKPOINT = "PRAGMA wal_autocheckpoint = 4000"
+CHECKPOINT_PAGES = 4_000
 """Pages (4 KiB) of the write-ahead log before a checkpoint writes them into the database. Each group writes
 the same pages of stored projections: SQLite's default of 1,000 would copy them four times as often."""
 
 WAL_LIMIT_BYTES = 32 * 2**20
-"""A write-ahead log that grew during a long read is cut to this afterwards: twice `CHECKPOINT`."""
+"""A write-ahead log that grew during a long read is cut to this afterwards: twice `CHECKPOINT_PAGES`."""
 
 
 Connection: TypeAlias = sqlite3.Connection
 """A connection to a ledger's file, which other packages only pass to functions of this one."""
+
+
+Parameters: TypeAlias = Sequence[object] | Mapping[str, object]
+"""Values of a statement's parameters, by number or by name."""
 
 
 class SchemaRow(NamedTuple):
@@ -56,19 +63,40 @@ def connect(path: Path, *, is_replica: bool = False) -> sqlite3.Connection:
         ForeignDatabase: `foreign_database`, another program wrote it.
         sqlite3.Error: the file cannot be opened, or is not a database.
     """
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
     try:
-        connection.execute(BUSY_TIMEOUT)
         refuse_foreign(connection)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute(f"PRAGMA synchronous = {'NORMAL' if is_replica else 'FULL'}")
-        connection.execute(CHECKPOINT)
-        connection.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT_BYTES}")
+        connection.executescript(prepare_writing(is_replica=is_replica))
         migrate(connection)
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def prepare_writing(*, is_replica: bool) -> str:
+    """Return the statements that a connection needs before it writes."""
+    return f"""
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = {"NORMAL" if is_replica else "FULL"};
+PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES};
+PRAGMA journal_size_limit = {WAL_LIMIT_BYTES};
+{VIEWS}"""
+
+
+async def fetch_all(connection: aiosqlite.Connection, sql: str, parameters: Parameters = ()) -> list[Any]:
+    """Run one statement, a transaction of its own, and return its rows.
+
+    It ends also if its caller is cancelled.
+
+    Raises:
+        sqlite3.Error: no cursor is left open.
+    """
+    try:
+        return list(await connection.execute_fetchall(sql, parameters))
+    except BaseException as error:
+        release_cursors(error)
+        raise
 
 
 def release_cursors(error: BaseException) -> None:

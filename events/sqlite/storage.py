@@ -1,8 +1,7 @@
-"""The writer's storage: a connection in a thread of its own, and rebuilding of outdated projections.
+"""The writer's storage: a connection of aiosqlite, and rebuilding of outdated projections.
 
-The thread runs one group at a time: one hop between threads per group, not one per statement. After an error
-of SQLite the connection is closed, and opened anew. Readers have connections of their own
-(`events.sqlite.readonly`).
+Each call is one statement (`events.sqlite.writing`). After an error of SQLite the connection is closed, and
+opened anew. Readers have connections of their own (`events.sqlite.readonly`).
 
 `rebuild` folds the log anew where another release's folds made the stored projections.
 """
@@ -12,23 +11,34 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
+import aiosqlite
+
+from events.codec import decode_event
 from events.errors import LogUnavailable
 from events.registers import ENTRIES
-from events.sqlite import history, queries
-from events.sqlite.queries import transaction
-from events.sqlite.readonly import lacks_wal, may_lack_events, open_read_only
-from events.sqlite.schema import BUSY_TIMEOUT, check_readable, connect, release_cursors
+from events.sqlite import queries
+from events.sqlite.queries import encode, transaction
+from events.sqlite.readonly import NEWEST_TYPE, lacks_wal, may_lack_events, open_read_only
+from events.sqlite.schema import (
+    BUSY_S,
+    Parameters,
+    check_readable,
+    connect,
+    fetch_all,
+    prepare_writing,
+    release_cursors,
+)
 from events.sqlite.timetravel import fold_page
-from events.state import Changes, KnownRequests, State
+from events.sqlite.writing import FIND_JOINS, FIND_KEYS, PROBE, WRITE_GROUP, WRITE_NOTE, group_of, refusal
+from events.state import Changes, Join, KnownRequests, State, read_key
 from events.storage import LogHead, Row, StorageError, StoredLedger
 
 FOLDS = 8
@@ -40,11 +50,6 @@ MAX_NAMED = 100
 _Key = str | bytes
 
 _log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-STATEMENTS_IN_MEMORY = "PRAGMA temp_store = MEMORY"
-"""Keep a statement's journal in memory, some pages for each event of a group, instead of a file."""
 
 
 def is_current(connection: sqlite3.Connection) -> bool:
@@ -71,10 +76,7 @@ def rebuild(connection: sqlite3.Connection) -> None:
         )
         for page in queries.read_pages(connection, 0):
             changes = fold_page(state, page)
-            models, jobs = changes.models.values(), changes.jobs.values()
-            queries.write_projections(connection, models, jobs, state.position)
-            history.write_steps(connection, changes.steps)
-        queries.store_registers(connection, dict(state.registers.items()))
+            connection.execute(WRITE_GROUP, group_of((), changes, LogHead(state.position)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,12 +163,11 @@ class Database:
         is_open: whether the connection is open, and so usable.
     """
 
-    _connection: sqlite3.Connection
+    _connection: aiosqlite.Connection
 
     def __init__(self, path: Path, *, is_replica: bool = False) -> None:
         self._path = path
         self._is_replica = is_replica
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger-writer")
         self.is_open = False
         self._was_open = False
         self._lacked_wal = False
@@ -174,83 +175,92 @@ class Database:
 
     async def open(self) -> StoredLedger:
         try:
-            self._connection, stored = await self.run(self._open_connection)
-        except (StorageError, OSError, ValueError) as error:  # stored content may be damaged
+            prepared, stored = await asyncio.to_thread(self._prepare)
+            with closing(prepared):  # the last connection to be closed would remove the write-ahead log
+                self._connection = await aiosqlite.connect(self._path, timeout=BUSY_S, isolation_level=None)
+                self.is_open = True
+                await self._connection.executescript(prepare_writing(is_replica=self._is_replica))
+        except (sqlite3.Error, StorageError, OSError, ValueError) as error:  # stored content may be damaged
+            await self.close_after_error()
             raise LogUnavailable(f"the ledger {self._path.name} cannot be opened: {error}") from error
-        self.is_open, self._was_open, self._unsynced = True, True, False
+        self._was_open, self._unsynced = True, False
         return stored
 
     async def append(self, rows: Sequence[Row], changes: Changes, after: LogHead) -> None:
-        def append() -> None:
-            queries.write_group(self._connection, rows, changes, after)
-
-        await self.run(append)
+        try:
+            await self._run(WRITE_GROUP, group_of(rows, changes, after))
+        except StorageError as error:
+            raise refusal(str(error), after) or error from error.__cause__
 
     async def contains(self, head: LogHead) -> bool:
-        return head.hash == await self.run(lambda: queries.find_hash(self._connection, head.position))
+        found = await self._run("SELECT hash FROM events WHERE position = ?", [head.position])
+        return found == [(head.hash,)]
 
     async def read_requests(
         self, hashes: AbstractSet[str], joinable: AbstractSet[tuple[str, str]]
     ) -> KnownRequests:
-        def read() -> KnownRequests:
-            keys = queries.read_keys(self._connection, hashes)
-            return KnownRequests(keys, queries.read_joins(self._connection, joinable))
-
-        if not hashes and not joinable:  # the usual case
-            return KnownRequests()
-        try:
-            return await self.run(read)
+        try:  # usually there is nothing to look for
+            keyed = await self._run(FIND_KEYS, [encode([*hashes])]) if hashes else ()
+            joins = await self._run(FIND_JOINS, [encode([*joinable])]) if joinable else ()
         except StorageError as error:
             _log.exception("the idempotency keys and joins of a group could not be read")
             await self.close_after_error()
             raise LogUnavailable from error
+        keys = (read_key(decode_event(body)) for body, _ in keyed)
+        return KnownRequests(dict(filter(None, keys)), {Join(*row) for row in joins})
 
     async def note_last_use(self, used: Mapping[str, str], seen_at: str) -> None:
-        await self.run(lambda: queries.write_note(self._connection, used, seen_at))
+        await self._run(WRITE_NOTE, [encode(used), seen_at])
 
     async def probe(self) -> None:
-        await self.run(lambda: queries.probe(self._connection))
+        await self._run(PROBE)
 
     async def checkpoint(self) -> bool:
+        """Copy the whole WAL into the database; return False if a reader, or a later write, prevents that.
+
+        It does not wait for the reader, since writers wait for this call. The WAL keeps its content: an empty
+        one would look like the one that a reader leaves beside a file copied without its WAL.
+        """
         if not self.is_open:
             return False
         try:
-            return await self.run(lambda: checkpoint(self._connection))  # False while a reader blocks it
+            [(busy, frames, copied)] = await self._run("PRAGMA wal_checkpoint(PASSIVE)")
         except StorageError as error:
             _log.warning("the ledger's file could not be brought up to date yet: %s", error)
             return False
+        return not busy and bool(frames == copied)
 
     async def close_after_error(self, error: StorageError | None = None) -> None:
         """Close the connection after an error; after a disk error, the next `open` syncs the database."""
         if error is not None and error.is_disk_error:
             self._unsynced = True
-        await self.run(self._drop)
+        if self.is_open:
+            self.is_open = False
+            with suppress(sqlite3.Error):
+                await self._connection.close()
 
     async def close(self) -> None:
-        await self.run(self._leave)
-        self._thread.shutdown()
+        if self.is_open:
+            with suppress(StorageError):
+                if not (self._lacked_wal and may_lack_events(await self._run(NEWEST_TYPE))):
+                    for statement in LEAVE_COMPLETE_FILE:
+                        await self._run(statement)
+            await self.close_after_error()
 
-    async def run(self, work: Callable[[], T]) -> T:
-        """Run some work in the thread of the connection.
+    async def _run(self, sql: str, parameters: Parameters = ()) -> list[Any]:
+        """Run one statement, and return its rows.
 
         Raises:
             StorageError: SQLite raised an error.
         """
+        try:
+            return await fetch_all(self._connection, sql, parameters)
+        except sqlite3.Error as error:
+            is_disk_error = queries.kind_of(error) == sqlite3.SQLITE_IOERR
+            raise StorageError(str(error), is_disk_error=is_disk_error) from error
 
-        def run() -> T:
-            try:
-                return work()
-            except sqlite3.Error as error:
-                release_cursors(error)
-                is_disk_error = queries.kind_of(error) == sqlite3.SQLITE_IOERR
-                raise StorageError(str(error), is_disk_error=is_disk_error) from error
-            except BaseException as error:
-                release_cursors(error)
-                raise
-
-        return await asyncio.get_running_loop().run_in_executor(self._thread, run)
-
-    def _open_connection(self) -> tuple[sqlite3.Connection, StoredLedger]:
+    def _prepare(self) -> tuple[sqlite3.Connection, StoredLedger]:
+        """Make the file ready for the writer; return what it holds, and the connection that has read it."""
         if not self._was_open and self._path.exists():
             self._lacked_wal = not self._is_replica and lacks_wal(self._path)
             _check_readable_state(self._path)
@@ -258,24 +268,13 @@ class Database:
         try:
             if self._unsynced:
                 queries.sync(connection)
-            stored = _read_stored(connection)
-            connection.execute(STATEMENTS_IN_MEMORY)
-        except BaseException:
+            return connection, _read_stored(connection)
+        except BaseException as error:
+            release_cursors(error)
             if not self._was_open:
                 leave_complete_file(connection, lacked_wal=self._lacked_wal)
             connection.close()
             raise
-        return connection, stored
-
-    def _leave(self) -> None:
-        if self.is_open:
-            leave_complete_file(self._connection, lacked_wal=self._lacked_wal)
-            self._drop()
-
-    def _drop(self) -> None:
-        self.is_open = False
-        with suppress(sqlite3.Error):
-            self._connection.close()
 
 
 def _check_readable_state(path: Path) -> None:
@@ -299,30 +298,16 @@ def _read_stored(connection: sqlite3.Connection) -> StoredLedger:
     )
 
 
-def checkpoint(connection: sqlite3.Connection) -> bool:
-    """Copy the whole WAL into the database and begin it anew; return False if a reader blocks that.
+LEAVE_COMPLETE_FILE = ("PRAGMA busy_timeout = 0", "PRAGMA journal_mode = DELETE")
+"""Leaves one complete file, which opens on read-only media, before the connection is closed.
 
-    It does not wait for the reader, since writers wait for this call. The new WAL gets a commit without
-    changes: an empty WAL would look like the one that a reader leaves beside a file copied without its WAL.
-
-    Raises:
-        sqlite3.Error: the database cannot be written.
-    """
-    connection.execute("PRAGMA busy_timeout = 0")
-    try:
-        (busy, _, _) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-    finally:
-        connection.execute(BUSY_TIMEOUT)
-    if not busy:
-        queries.probe(connection)
-    return not busy
+Closing alone would remove the WAL, so that the file would look like a copy without it. If a reader prevents
+this, the WAL stays beside the file.
+"""
 
 
-def leave_complete_file(connection: sqlite3.Connection, *, lacked_wal: bool = False) -> None:
-    """Leave one complete file, which opens on read-only media, before the connection is closed.
-
-    Closing alone would remove the WAL, so that the file would look like a copy without it. If a reader
-    prevents this, the WAL stays beside the file.
+def leave_complete_file(connection: sqlite3.Connection, *, lacked_wal: bool) -> None:
+    """Leave one complete file, if that is possible.
 
     Args:
         connection: the writer's.
@@ -330,7 +315,6 @@ def leave_complete_file(connection: sqlite3.Connection, *, lacked_wal: bool = Fa
             then it stays refused until its last event says that the file is complete.
     """
     with suppress(sqlite3.Error):
-        if lacked_wal and may_lack_events(connection):
-            return
-        connection.execute("PRAGMA busy_timeout = 0")
-        connection.execute("PRAGMA journal_mode = DELETE")
+        if not (lacked_wal and may_lack_events(connection.execute(NEWEST_TYPE).fetchall())):
+            for statement in LEAVE_COMPLETE_FILE:
+                connection.execute(statement)

@@ -25,7 +25,7 @@ from events.presence import Liveness, ServerState, find_liveness, unknown_since
 from events.serving import Serving, make_serving
 from events.sqlite import history, queries
 from events.sqlite.history import latest_row
-from events.sqlite.queries import LAST, JobQuery, as_job, read_job, select_jobs
+from events.sqlite.queries import LAST, JobQuery, as_job, jobs_sql, read_job
 from events.state import Changes, State, Transaction
 from events.types import ENDS_OF_PROCESSES, Event, ModelLoaded
 from events.versions import OF_VERSIONS, ModelVersions, evolve_versions
@@ -187,7 +187,7 @@ def jobs_at(connection: sqlite3.Connection, position: int, query: JobQuery) -> l
     stored: Iterable[Job] = (
         _select_unended(connection, query, position)
         if query.status in _UNENDED
-        else select_jobs(connection, query, until=position)
+        else (as_job(body) for _, body in connection.execute(*jobs_sql(query, position)).fetchall())
     )
     past = (_job_then(connection, job, position) for job in stored)
     found = (job for job in past if job is not None and query.status in (None, job.status))

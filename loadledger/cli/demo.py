@@ -6,7 +6,6 @@ differs from its text.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import select
@@ -27,7 +26,8 @@ import click
 
 from events.audit.verify import verify
 from events.sqlite.datalock import LEDGER
-from events.sqlite.listing import EventQuery, open_reader
+from events.sqlite.listing import EventQuery, find_event_page, read
+from events.sqlite.readonly import open_read_only
 from loadledger.cli.events import event_line
 from loadledger.client import Client
 from loadledger.errors import ClientProblem
@@ -233,17 +233,12 @@ def _memory(before: int, with_model: int, after: int) -> None:
 
 def _ledger(path: Path) -> None:
     click.secho("the ledger", bold=True)
-    for line in asyncio.run(_read_lines(path)):
-        click.echo(event_line(line))
+    with open_read_only(path) as ledger:
+        for event in read(ledger, find_event_page(EventQuery())).items:
+            click.echo(event_line(event.line))
     verification = verify(path)
     _require(verification.verified, f"the chain verifies: {verification.finding}")
     click.echo(f"chain verified: {verification.position} events, head {verification.hash.hex()[:16]}…")
-
-
-async def _read_lines(path: Path) -> list[bytes]:
-    """Return the first hundred events of a ledger."""
-    async with open_reader(path) as reader:
-        return [event.line for event in (await reader.event_page(EventQuery())).items]
 
 
 def _is_gone(pid: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,6 @@ def _print_server_events(
 
 
 def _print_file_events(data: Path, show: Show, **chosen: Any) -> None:
-    import asyncio
-
     from events.sqlite.datalock import LEDGER
     from events.sqlite.listing import EventFilter
     from events.types import TYPES
@@ -145,10 +144,10 @@ def _print_file_events(data: Path, show: Show, **chosen: Any) -> None:
     if unknown:
         raise click.BadParameter(f"{min(unknown)!r} is none of {', '.join(TYPES)}", param_hint="--type")
     wanted = EventFilter(**{name: chosen.pop(name) for name in FILTERS})
-    asyncio.run(show_events(data / LEDGER, show, wanted, **chosen))
+    show_events(data / LEDGER, show, wanted, **chosen)
 
 
-async def show_events(
+def show_events(
     path: Path,
     show: Show,
     wanted: Any,
@@ -164,10 +163,10 @@ async def show_events(
     Following begins at the head, unless `after`, `since` or `tail` (a number of latest positions) sets the
     beginning. `since` and `until` are positions or times in UTC, and `wanted` is an `EventFilter`.
     """
-    import asyncio
     from dataclasses import replace
 
-    from events.sqlite.listing import EventQuery, open_reader
+    from events.sqlite.listing import EventQuery, find_event_page, read
+    from events.sqlite.readonly import open_read_only
     from events.sqlite.timetravel import parse_moment
 
     query = EventQuery(
@@ -175,17 +174,17 @@ async def show_events(
     )
     if follow and after is None and since is None and tail is None:
         tail = 0
-    async with open_reader(path) as reader:
+    with open_read_only(path) as ledger:
         if tail is not None:
-            newest = await reader.event_page(EventQuery(limit=1))
+            newest = read(ledger, find_event_page(EventQuery(limit=1)))
             query = replace(query, after=max(newest.as_of - tail, 0))
         while True:
-            page = await reader.event_page(query)
+            page = read(ledger, find_event_page(query))
             show([event.line for event in page.items])
             if page.next_cursor is not None:
                 query = replace(query, after=page.next_cursor)
             elif follow:
                 query = replace(query, after=page.as_of, since=None)
-                await asyncio.sleep(0 if page.items else FILE_POLL_S)
+                time.sleep(0 if page.items else FILE_POLL_S)
             else:
                 return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ from aiohttp import web
 from marshmallow import Schema, fields
 
 from answers.past import PastAnswer, ServerPresence
-from events.sqlite.readonly import ReaderThread, open_reader_thread
+from events.sqlite.readonly import Past
 from events.sqlite.timetravel import Moment, read_moment
 from features.server import OF_MOMENTS, collect
 from server.api.schemas import about
@@ -21,7 +21,7 @@ from server.http.answers import show_optional
 T = TypeVar("T")
 P = TypeVar("P", bound=PastAnswer)
 
-TIME_TRAVEL = web.AppKey("time_travel", ReaderThread)
+TIME_TRAVEL = web.AppKey("time_travel", Past)
 """Reads the past, one query at a time, so that readers of the present do not wait."""
 
 
@@ -41,12 +41,6 @@ class AtQuerySchema(Schema):
             example="2026-01-31T14:02:00Z",
         ),
     )
-
-
-async def open_time_travel(app: web.Application) -> AsyncIterator[None]:
-    async with open_reader_thread(app[LOG].path, "ledger-past") as thread:
-        app[TIME_TRAVEL] = thread
-        yield
 
 
 async def read_past(request: web.Request, at: str, query: Callable[[Any, int], T]) -> tuple[Moment, T]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.history import FEWER, MODEL, PLAIN, History, fold, opened, write
-from support.ledgers import connection_of
+from support.ledgers import lose_connection
 from support.strategies import drafts
 
 from events.counters import (
@@ -125,7 +125,7 @@ async def test_appends_commits_and_failures_are_counted(path: Path) -> None:
         assert count(log.tally.append_s.snapshot()) == 3
         assert count(log.tally.commit_s.snapshot()) == 3
         assert log.tally.append_s.snapshot().total_s >= log.tally.commit_s.snapshot().total_s > 0
-        connection_of(log).close()
+        await lose_connection(log)
         with pytest.raises(LogUnavailable):
             await write(log, 1, first=4)
         assert log.tally.write_failures >= 1

@@ -12,11 +12,12 @@ from events.audit.replay import replay
 from events.audit.verify import verify
 from events.codec import GENESIS, decode_event, encode_event, hash_body
 from events.models import TRANSITIONS, ModelState
-from events.sqlite import queries, storage
+from events.sqlite import storage
 from events.sqlite.schema import connect
 from events.sqlite.storage import FOLDS
+from events.sqlite.writing import WRITE_GROUP, group_of
 from events.state import State, Transaction
-from events.storage import Row
+from events.storage import LogHead, Row
 from events.types import TYPES, ClockStepped, EventsDiscarded, RollbackAccepted
 
 VERSIONS = {"VersionAdded", "VersionRemoved"}
@@ -72,10 +73,10 @@ async def test_recorded_history_is_a_ledger_that_opens_and_verifies(name: str, t
     path, state, digest = tmp_path / "ledger.db", State(), GENESIS
     with closing(connect(path)) as connection:
         for position, body in enumerate(bodies(name), 1):
-            digest = hash_body(digest, body)
+            head, digest = LogHead(state.position, digest), hash_body(digest, body)
             attempt = Transaction(state)
             attempt.apply(decode_event(body))
-            queries.write_group(connection, [Row(position, body, digest)], attempt.changes)
+            connection.execute(WRITE_GROUP, group_of([Row(position, body, digest)], attempt.changes, head))
             attempt.commit()
         storage.rebuild(connection)
         assert replay(connection, None)[1].models == state.models

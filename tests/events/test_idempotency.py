@@ -13,7 +13,7 @@ from hypothesis import given as given_any
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.history import FEWER, MODEL, START, History, at, given, ids, load_requested, opened, steady
-from support.ledgers import FAST_FOLDER, connection_of
+from support.ledgers import FAST_FOLDER, connection_of, lose_connection
 
 from events.accept import accept
 from events.audit.verify import verify
@@ -21,8 +21,8 @@ from events.commands import Accepted, Command, Decision, Existing, Refused
 from events.errors import LogUnavailable, RequestRefused
 from events.jobcommands import RequestCancel, RequestLoad, RequestUnload
 from events.log import Log
-from events.sqlite import queries
-from events.state import KEY_LIFETIME_S, Join, State
+from events.sqlite.writing import FIND_JOINS, FIND_KEYS
+from events.state import KEY_LIFETIME_S, State
 from events.types import CancelRequested, Cause, Data, Idempotency, UnloadRequested, record_draft
 
 DAY_S = KEY_LIFETIME_S
@@ -190,7 +190,7 @@ def test_log_answers_as_if_keys_were_in_memory(groups: list[Group]) -> None:
 async def test_failed_write_leaves_key_unused(path: Path) -> None:
     async with opened(path, new_id=ids("j")) as log:
         await log.submit(load(None, "first"))
-        connection_of(log).execute("PRAGMA busy_timeout = 20")
+        await connection_of(log).execute_fetchall("PRAGMA busy_timeout = 20")
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             with pytest.raises(LogUnavailable):
@@ -198,7 +198,7 @@ async def test_failed_write_leaves_key_unused(path: Path) -> None:
             other.execute("ROLLBACK")
         assert await outcome(log, load(OTHER_REQUEST, "other")) == "new j3"
         assert await outcome(log, load(KEY)) == "idempotency_mismatch"
-        connection_of(log).close()  # the keys cannot be read: the log refuses, and recovers
+        await lose_connection(log)  # the keys cannot be read: the log refuses, and recovers
         with pytest.raises(LogUnavailable):
             await log.submit(load(OTHER_REQUEST))
         assert await outcome(log, load(OTHER_REQUEST)) == "j3"
@@ -211,18 +211,16 @@ async def test_keys_and_joins_have_indexes_of_their_own(path: Path) -> None:
         for actor in ("bob", "carol", "bob"):
             await log.submit(load(None, actor=actor))
         await log.submit(cancel("j1", None, "bob"))
-    traced: list[str] = []
     with closing(sqlite3.connect(path)) as connection:
 
-        def plan(sql: str) -> str:
-            return str(connection.execute(f"EXPLAIN QUERY PLAN {sql}").fetchone()[3])
+        def plan(sql: str) -> list[str]:
+            steps = connection.execute(f"EXPLAIN QUERY PLAN {sql}", ("[]",)).fetchall()
+            return [step for *_, step in steps if "events" in step]
 
-        connection.set_trace_callback(traced.append)
-        joins = queries.read_joins(connection, [("j1", "bob"), ("j1", "alice")])
-        connection.set_trace_callback(None)
-        assert joins == {Join("j1", "bob", kind) for kind in ("LoadJoined", "CancelRequested")}
-        assert plan(traced[0]) == "SEARCH events USING INDEX events_by_join (job_id=? AND actor=?)"
-        by_key = "SELECT body FROM events WHERE idempotency_key = 'k' ORDER BY position DESC"
-        assert plan(by_key) == "SEARCH events USING INDEX events_by_idempotency_key (idempotency_key=?)"
+        joins = connection.execute(FIND_JOINS, ('[["j1", "bob"], ["j1", "alice"]]',)).fetchall()
+        assert sorted(joins) == [("j1", "bob", kind) for kind in ("CancelRequested", "LoadJoined")]
+        assert plan(FIND_JOINS) == ["SEARCH events USING INDEX events_by_join (job_id=? AND actor=?)"]
+        by_key = "SEARCH events USING INDEX events_by_idempotency_key (idempotency_key=?)"
+        assert plan(FIND_KEYS) == [by_key]
         keys = connection.execute("SELECT idempotency_key FROM events").fetchall()
         assert keys == [("k",), (None,), (None,), (None,)]

@@ -14,6 +14,7 @@ from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import aiosqlite
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from events.audit.signing import HeadSigner
@@ -21,11 +22,11 @@ from events.audit.verify import Finding, FindingKind
 from events.codec import GENESIS, encode_event, hash_body
 from events.commands import Record
 from events.log import Log
-from events.sqlite import queries
 from events.sqlite.schema import connect
 from events.sqlite.storage import Database
+from events.sqlite.writing import WRITE_GROUP, group_of
 from events.state import State, Transaction
-from events.storage import Row
+from events.storage import LogHead, Row
 from events.types import Draft, Event, Unknown
 from support import leaks
 from support.history import START, History, opened, steady, write
@@ -51,10 +52,13 @@ def database_of(log: Log) -> Database:
     return log._storage
 
 
-def connection_of(log: Log) -> sqlite3.Connection:
-    connection = database_of(log)._connection
-    assert connection is not None
-    return connection
+def connection_of(log: Log) -> aiosqlite.Connection:
+    return database_of(log)._connection
+
+
+async def lose_connection(log: Log) -> None:
+    """Let each statement of the writer's connection fail, until it is opened anew."""
+    await connection_of(log).set_progress_handler(lambda: 1, 1)
 
 
 @contextmanager
@@ -139,9 +143,10 @@ def store_events(connection: sqlite3.Connection, events: Iterable[Event]) -> Sta
     state, digest = State(), GENESIS
     connection.execute("PRAGMA synchronous = OFF")
     for event in events:
-        digest, attempt = hash_body(digest, body := encode_event(event)), Transaction(state)
+        head, attempt = LogHead(state.position, digest), Transaction(state)
+        digest = hash_body(digest, body := encode_event(event))
         attempt.apply(event)
-        queries.write_group(connection, [Row(event.position, body, digest)], attempt.changes)
+        connection.execute(WRITE_GROUP, group_of([Row(event.position, body, digest)], attempt.changes, head))
         attempt.commit()
     return state
 

@@ -227,4 +227,4 @@ async def test_reader_sees_each_commit_and_writes_nothing(tmp_path: Path) -> Non
         with pytest.raises(BeyondHead, match="position 10"):
             await reader.event_page(EventQuery(after=11))
         with pytest.raises(LogUnavailable, match="readonly"):
-            await reader._thread.run(lambda connection: connection.execute("DELETE FROM jobs"))
+            await reader._select("DELETE FROM jobs", ())

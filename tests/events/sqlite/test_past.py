@@ -22,10 +22,10 @@ from events.errors import LogUnavailable
 from events.history import ShownModel, describe_model, find_landmark, landmarks_around
 from events.jobs import Job, JobStatus
 from events.presence import Liveness, ServerState, SharingLiveness
-from events.sqlite import queries, storage
+from events.sqlite import readonly, storage
 from events.sqlite.history import transitions_between
 from events.sqlite.queries import JobQuery
-from events.sqlite.readonly import open_reader_thread
+from events.sqlite.readonly import Past
 from events.sqlite.timetravel import (
     NOTE_EVERY_S,
     BeforeFirst,
@@ -42,6 +42,7 @@ from events.sqlite.timetravel import (
     parse_time,
     read_moment,
 )
+from events.sqlite.writing import WRITE_NOTE
 from events.state import State
 from events.types import Event, LoadRequested, ServerStarted, TokenRevoked, UnloadRequested, VersionRemoved
 from features.nodes.facts import NodeLost, NodeState
@@ -294,7 +295,7 @@ def node_history() -> tuple[History, float]:
 def noted(told: tuple[History, float]) -> Iterator[sqlite3.Connection]:
     history, noted_s = told
     with ledger_of(history.facts) as connection:
-        queries.write_note(connection, {}, at(noted_s))
+        connection.execute(WRITE_NOTE, ("{}", at(noted_s)))
         yield connection
 
 
@@ -404,11 +405,9 @@ def test_damaged_history_is_named_rebuilt_and_no_part_of_a_replay(damage: str, p
         assert models_at(connection, 3) == before
 
 
-async def test_past_is_read_beside_the_writer(path: Path) -> None:
-    async with (
-        opened(path, now=lambda: START, boottime=float) as log,
-        open_reader_thread(path, "past") as past,
-    ):
+async def test_past_is_read_beside_the_writer(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    past = Past(path)
+    async with opened(path, now=lambda: START, boottime=float) as log:
 
         async def read(at: str, query: Callable[[sqlite3.Connection, int], T]) -> tuple[Moment, T]:
             return await past.run(partial(read_moment, at=at, query=query))
@@ -421,8 +420,7 @@ async def test_past_is_read_beside_the_writer(path: Path) -> None:
         assert (await read("0", partial(jobs_at, query=JobQuery())))[1] == []
         assert await read("4", partial(job_at, job_id="none")) == (Moment(4, log.head.recorded_at), None)
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
-        async with open_reader_thread(path, "past") as past:
-            other.execute("BEGIN EXCLUSIVE")
-            past._connection.execute("PRAGMA busy_timeout = 0")
-            with pytest.raises(LogUnavailable, match="locked"):  # and not damaged
-                await past.run(partial(read_moment, at="4", query=models_at))
+        other.execute("BEGIN EXCLUSIVE")
+        monkeypatch.setattr(readonly, "BUSY_S", 0)
+        with pytest.raises(LogUnavailable, match="locked"):  # and not damaged
+            await past.run(partial(read_moment, at="4", query=models_at))

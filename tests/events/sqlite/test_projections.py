@@ -34,8 +34,9 @@ from events.sqlite.projections import StoredJobs
 from events.sqlite.queries import EVENTS_PER_READ
 from events.sqlite.schema import connect
 from events.sqlite.storage import FOLDS, is_current, rebuild_file
+from events.sqlite.writing import WRITE_GROUP, group_of
 from events.state import Changes, State
-from events.storage import Row
+from events.storage import LogHead, Row
 from events.types import SYSTEM, Draft, Event, LoadFailed
 
 LEDGER = sound_ledger()
@@ -308,7 +309,7 @@ def test_stored_tables_equal_a_fold_of_the_log(groups: list[list[list[Draft]]]) 
         path = Path(folder) / "ledger.db"
         live = asyncio.run(write(path, groups))
         state, jobs = State(), dict[str, Job]()
-        with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        with closing(connect(path)) as connection:
             for body, *columns in connection.execute(
                 "SELECT body, type, model_id, job_id, actor, recorded_at FROM events ORDER BY position"
             ):
@@ -355,8 +356,9 @@ def test_group_beside_the_head_is_not_written() -> None:
     history.ask_load("L")
     one, two = (Row(position, encode_event(history.facts[0]), bytes(32)) for position in (1, 3))
     with closing(connect(Path(":memory:"))) as connection:
+        changes = Changes(history.state.models, history.state.jobs)
         with pytest.raises(sqlite3.IntegrityError):
-            queries.write_group(connection, [one, two], Changes(history.state.models, history.state.jobs))
+            connection.execute(WRITE_GROUP, group_of([one, two], changes, LogHead()))
         assert not connection.in_transaction
         for sql in ("SELECT * FROM events", "SELECT * FROM jobs", "SELECT * FROM projected WHERE position"):
             assert connection.execute(sql).fetchall() == []
@@ -372,8 +374,8 @@ def test_removed_rows_are_stored_again_with_the_next_event() -> None:
         connection.execute("DELETE FROM models")
         history.start_load("L")
         history.start_load("M", of="other")
-        models, jobs = history.state.models.values(), history.state.jobs.values()
-        queries.write_projections(connection, models, jobs, 4)
+        changes = Changes(history.state.models, history.state.jobs)
+        connection.execute(WRITE_GROUP, group_of((), changes, LogHead(4)))
         stored_models = connection.execute("SELECT body FROM models ORDER BY id").fetchall()
         assert stored_models == [(queries.as_text(history.model(each)),) for each in (MODEL, "other")]
         stored_jobs = connection.execute("SELECT created_position, body FROM jobs ORDER BY 1").fetchall()

@@ -16,9 +16,9 @@ from support.history import MODEL, facts, opened, write
 from support.ledgers import (
     SIGN,
     change_ledger,
-    connection_of,
     copy_of,
     database_of,
+    lose_connection,
     place_of,
     rows_of,
     run_forked,
@@ -35,7 +35,8 @@ from events.audit.verify import FindingKind, verify
 from events.clock import uuid7
 from events.commands import Record
 from events.errors import IncompleteCopy, LogUnavailable
-from events.sqlite.readonly import lacks_wal, open_reader_thread, wants_wal
+from events.sqlite.listing import open_reader
+from events.sqlite.readonly import Past, lacks_wal, wants_wal
 from events.sqlite.schema import WAL_LIMIT_BYTES
 from events.sqlite.storage import FOLDS, Database, rebuild_file
 from events.storage import StorageError
@@ -116,19 +117,17 @@ async def test_file_of_a_killed_server_is_complete_with_its_wal(path: Path, even
 
 
 async def test_kept_error_of_a_read_holds_up_no_checkpoint(path: Path) -> None:
-
-    def fail_amid(connection: sqlite3.Connection) -> None:
-        cursor = connection.execute("SELECT body FROM events")
-        assert cursor.fetchone()
-        raise sqlite3.OperationalError("disk I/O error")
-
-    async with opened(path) as log, open_reader_thread(path, "reader") as reader:
+    fails_amid = "SELECT json(iif(position < 5, body, 'no JSON')) FROM events"
+    async with opened(path) as log, open_reader(path) as reader:
         await write(log, 20)
-        with pytest.raises(LogUnavailable, match="disk I/O error") as kept:
-            await reader.run(fail_amid)
-        with pytest.raises(StorageError) as kept_too:
-            await database_of(log).run(lambda: fail_amid(connection_of(log)))
-        assert await database_of(log).checkpoint(), (kept, kept_too)
+        with pytest.raises(LogUnavailable, match="malformed JSON") as kept:
+            await reader._select(fails_amid, ())
+        with pytest.raises(StorageError, match="malformed JSON") as kept_too:
+            await database_of(log)._run(fails_amid)
+        with pytest.raises(LogUnavailable, match="malformed JSON") as kept_as_well:
+            await Past(path).run(lambda connection: connection.execute(fails_amid).fetchall())
+        await write(log, 1, first=21)
+        assert await database_of(log).checkpoint(), (kept, kept_too, kept_as_well)
 
 
 async def test_reader_holds_up_neither_start_nor_checkpoint_for_ever(path: Path) -> None:
@@ -254,7 +253,7 @@ async def write_read_only_file(folder: Path) -> None:
         await write(log, 3)
         folder.chmod(0o500)  # noqa: ASYNC240 - nothing else runs
         path.chmod(0o400)
-        connection_of(log).close()  # whatever makes the writer open the file anew
+        await lose_connection(log)  # whatever makes the writer open the file anew
         for command in facts(2, first=4):
             with pytest.raises(LogUnavailable):
                 await log.submit(command)

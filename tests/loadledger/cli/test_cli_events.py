@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import signal
+import threading
 from asyncio.subprocess import PIPE
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,17 +118,23 @@ async def test_follow_file_until_interrupt(tmp_path: Path) -> None:
 async def test_follow_file_begins_at_head_or_as_told(
     begin: dict[str, Any], expected: list[int], tmp_path: Path
 ) -> None:
-    shown, positions = asyncio.Queue[Sequence[bytes]](), list[int]()
-    options: dict[str, Any] = dict.fromkeys(("after", "since", "until", "tail")) | begin
+    positions, first = list[int](), threading.Event()
+
+    def show(lines: Sequence[bytes]) -> None:
+        positions.extend(json.loads(line)["position"] for line in lines)
+        first.set()
+        if positions[-1:] == [4]:
+            raise KeyboardInterrupt
+
+    def follow() -> None:
+        options: dict[str, Any] = dict.fromkeys(("after", "since", "until", "tail")) | begin
+        with pytest.raises(KeyboardInterrupt):
+            show_events(tmp_path / LEDGER, show, EventFilter(), follow=True, **options)
+
     async with opened(tmp_path / LEDGER) as log, asyncio.timeout(LIMIT_S):
         await write(log, 3)
-        follow = show_events(tmp_path / LEDGER, shown.put_nowait, EventFilter(), follow=True, **options)
-        task = asyncio.create_task(follow)
-        positions += [json.loads(line)["position"] for line in await shown.get()]
+        following = asyncio.create_task(asyncio.to_thread(follow))
+        assert await asyncio.to_thread(first.wait, LIMIT_S)
         await write(log, 1, first=4)
-        while positions[-1:] != [4]:
-            positions += [json.loads(line)["position"] for line in await shown.get()]
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        await following
     assert positions == expected

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from msgspec import structs
 from support import models
-from support.ledgers import database_of, unwritable
+from support.ledgers import connection_of, unwritable
 from support.running import Engine, Run, code_of, gone, stopped_clock
 from support.workers import freeze, until
 
@@ -347,8 +347,7 @@ async def test_unwritable_ledger_starts_no_worker(engine: Engine, caplog: pytest
     engine.consumer.policy = replace(policy, loads_at_once=0)
     job_id = await engine.ask_load("adder")
     head = engine.log.head
-    assert database_of(engine.log)._connection is not None
-    database_of(engine.log)._connection.execute("PRAGMA busy_timeout = 20")
+    await connection_of(engine.log).execute_fetchall("PRAGMA busy_timeout = 20")
     with closing(sqlite3.connect(engine.log.path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")  # nothing can be written at all
         engine.consumer.policy = policy
