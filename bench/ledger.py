@@ -25,7 +25,7 @@ from events.commands import Record
 from events.jobs import JobStatus
 from events.log import Log
 from events.sqlite import queries
-from events.sqlite.readonly import Past, open_read_only
+from events.sqlite.readonly import open_past, open_read_only
 from events.sqlite.schema import Connection, connect
 from events.sqlite.timeline import TimelineQuery, read_timeline
 from events.sqlite.timetravel import active_at, jobs_at, models_at, read_moment
@@ -287,16 +287,16 @@ async def _as_of(path: Path, facts: int) -> list[Row]:
         "the server and nodes": lambda *_: None,
     }
     rows = []
-    past = Past(path)
-    for what, query in queried.items():
-        dice, took_s = random.Random(1), []  # noqa: S311 - the same moments each time
-        for _ in range(MOMENTS):
-            at = str(dice.randint(1, facts))
-            start = time.perf_counter()
-            await past.run(partial(read_moment, at=at, query=query))
-            took_s.append(time.perf_counter() - start)
-        name = f"{what} as of a moment of {facts:,} events, slowest of {MOMENTS}"
-        rows.append(_slowest(name, max(took_s), AS_OF_GOAL_S))
+    async with open_past(path) as past:
+        for what, query in queried.items():
+            dice, took_s = random.Random(1), []  # noqa: S311 - the same moments each time
+            for _ in range(MOMENTS):
+                at = str(dice.randint(1, facts))
+                start = time.perf_counter()
+                await past.run(partial(read_moment, at=at, query=query))
+                took_s.append(time.perf_counter() - start)
+            name = f"{what} as of a moment of {facts:,} events, slowest of {MOMENTS}"
+            rows.append(_slowest(name, max(took_s), AS_OF_GOAL_S))
     return rows
 
 
@@ -308,22 +308,22 @@ async def _timeline(path: Path, facts: int) -> list[Row]:
     """Read a page of the console's timeline: everything, and the middle of it."""
     end = add_seconds(START, APART_S * facts)
     rows = []
-    past = Past(path)
-    for what, span_s in RANGES.items():
-        begin_s = max(0.0, (APART_S * facts - span_s) / 2)
-        query = TimelineQuery(
-            now=end,
-            begin=None if what == "whole history" else add_seconds(START, begin_s),
-            end=None if what == "whole history" else add_seconds(START, begin_s + span_s),
-            limit=LANES,
-        )
-        took_s = []
-        for _ in range(TIMELINES):
-            start = time.perf_counter()
-            await past.run(partial(read_timeline, query=query))
-            took_s.append(time.perf_counter() - start)
-        name = f"timeline of {LANES} models over the {what} of {facts:,} events, slowest of {TIMELINES}"
-        rows.append(_slowest(name, max(took_s), TIMELINE_GOAL_S))
+    async with open_past(path) as past:
+        for what, span_s in RANGES.items():
+            begin_s = max(0.0, (APART_S * facts - span_s) / 2)
+            query = TimelineQuery(
+                now=end,
+                begin=None if what == "whole history" else add_seconds(START, begin_s),
+                end=None if what == "whole history" else add_seconds(START, begin_s + span_s),
+                limit=LANES,
+            )
+            took_s = []
+            for _ in range(TIMELINES):
+                start = time.perf_counter()
+                await past.run(partial(read_timeline, query=query))
+                took_s.append(time.perf_counter() - start)
+            name = f"timeline of {LANES} models over the {what} of {facts:,} events, slowest of {TIMELINES}"
+            rows.append(_slowest(name, max(took_s), TIMELINE_GOAL_S))
     return rows
 
 

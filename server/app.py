@@ -24,7 +24,7 @@ from events.errors import LedgerProblem, RolledBack
 from events.log import Log
 from events.sqlite.datalock import LEDGER, lock_data, lock_ledger, refuse_replica
 from events.sqlite.listing import open_reader
-from events.sqlite.readonly import Past
+from events.sqlite.readonly import open_past
 from events.sqlite.timetravel import NOTE_EVERY_S
 from events.types import SYSTEM, Draft, PolicyInForce, RollbackAccepted, contents_of, digest_of
 from features.approvals import routes as approvals
@@ -314,8 +314,8 @@ async def _note_presence(log: Log, prover: Prover, keeper: HeadKeeper) -> None:
 
 
 async def _readers(app: web.Application) -> AsyncIterator[None]:
-    async with open_reader(app[LOG].path) as reader:
-        app[READER], app[TIME_TRAVEL] = reader, Past(app[LOG].path)
+    path = app[LOG].path
+    async with open_reader(path) as app[READER], open_past(path) as app[TIME_TRAVEL]:
         yield
 
 

@@ -23,14 +23,11 @@ import msgspec
 from events.codec import decode_event
 from events.errors import LogUnavailable
 from events.jobs import Job
-from events.sqlite.queries import EVENTS_PER_READ, JobQuery, as_job, jobs_sql
-from events.sqlite.readonly import address_of, open_read_only
-from events.sqlite.schema import BUSY_S, Parameters, fetch_all
+from events.sqlite.queries import EVENTS_PER_READ, JobQuery, Parameters, as_job, fetch_all, jobs_sql
+from events.sqlite.readonly import CACHE, address_of, open_read_only
+from events.sqlite.schema import BUSY_S
 from events.sqlite.timetravel import BeyondHead
 from events.types import Event, VersionAdded, VersionRemoved
-
-_CACHE = "PRAGMA cache_size = -512"
-"""KiB of pages cached by a server's reader: the ends of log and indexes; the kernel caches the rest."""
 
 SCAN = 10_000
 """Candidates that one page reads, some microseconds each, if the filter has several fields."""
@@ -375,5 +372,5 @@ async def open_reader(path: Path) -> AsyncIterator[Reader]:
     async with aiosqlite.connect(
         address_of(path, "ro"), timeout=BUSY_S, uri=True, isolation_level=None
     ) as connection:
-        await fetch_all(connection, _CACHE)
+        await fetch_all(connection, CACHE)
         yield Reader(connection)

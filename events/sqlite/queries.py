@@ -1,14 +1,16 @@
-"""The SQL of the log: transactions, heads, pages, projections, idempotency keys, joins; writing a group."""
+"""The SQL of the log: statements and transactions, heads, pages, projections."""
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain, starmap
-from typing import Any
+from typing import Any, TypeAlias
 
+import aiosqlite
 import msgspec
 
 from events.codec import GENESIS
@@ -17,7 +19,7 @@ from events.models import Model
 from events.registers import ENTRIES, RegisterEntry, Registers
 from events.state import State
 from events.storage import LogHead, Row
-from events.types import OF_SERVER
+from events.types import OF_SERVER, Data
 from features.facts import OF_SERVERS
 
 EVENTS_PER_READ = 500
@@ -25,6 +27,10 @@ EVENTS_PER_READ = 500
 
 LAST = 2**63 - 1
 """No position is above this."""
+
+
+Parameters: TypeAlias = Sequence[object] | Mapping[str, object]
+"""Values of a statement's parameters, by number or by name."""
 
 
 @contextmanager
@@ -38,6 +44,35 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
         if connection.in_transaction:
             connection.rollback()
         raise
+
+
+async def fetch_all(connection: aiosqlite.Connection, sql: str, parameters: Parameters = ()) -> list[Any]:
+    """Run one statement, a transaction of its own, and return its rows.
+
+    It ends also if its caller is cancelled.
+
+    Raises:
+        sqlite3.Error: no cursor is left open.
+    """
+    try:
+        return list(await connection.execute_fetchall(sql, parameters))
+    except BaseException as error:
+        release_cursors(error)
+        raise
+
+
+def release_cursors(error: BaseException) -> None:
+    """Close the cursors in the frames of an error, which a caller may keep.
+
+    An unfinished cursor keeps its snapshot even after a rollback, and even after its connection is closed
+    (measured); no checkpoint and no sync gets past a snapshot.
+    """
+    traceback.clear_frames(error.__traceback__)
+
+
+def types_sql(kinds: Iterable[type[Data]]) -> str:
+    """Return the types of events for `type IN (…)`."""
+    return ", ".join(f"'{kind.TYPE}'" for kind in kinds)
 
 
 def read_head(connection: sqlite3.Connection) -> LogHead:
@@ -68,12 +103,9 @@ def read_rows(connection: sqlite3.Connection, after: int, until: int) -> Iterato
 
 def read_starts_and_ends(connection: sqlite3.Connection, after: int) -> list[Row]:
     """Return the events after a position that are about a server."""
-    kinds = ", ".join(f"'{kind.TYPE}'" for kind in (*OF_SERVER, *OF_SERVERS))
-    found = connection.execute(
-        f"SELECT position, body, hash FROM events WHERE type IN ({kinds}) AND position > ? ORDER BY position",  # noqa: S608 - literals
-        (after,),
-    )
-    return list(starmap(Row, found))
+    among = f"type IN ({types_sql([*OF_SERVER, *OF_SERVERS])}) AND position > ?"
+    sql = f"SELECT position, body, hash FROM events WHERE {among} ORDER BY position"  # noqa: S608 - literals
+    return list(starmap(Row, connection.execute(sql, (after,))))
 
 
 def read_register(connection: sqlite3.Connection, name: str) -> dict[str, Any]:

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
 from events.errors import IncompleteCopy, LogUnavailable
-from events.sqlite.schema import BUSY_S, check_readable, refuse_foreign, release_cursors
+from events.sqlite.queries import release_cursors
+from events.sqlite.schema import BUSY_S, check_readable, refuse_foreign
 from events.storage import StorageError
 from events.types import ServerStopped
+
+CACHE = "PRAGMA cache_size = -512"
+"""KiB of pages cached by a server's reader: the ends of log and indexes; the kernel caches the rest."""
 
 _READ_VERSION = 19
 """Offset of the header's byte that says how to read the file (SQLite file format, section 1.3.3)."""
@@ -115,10 +119,10 @@ def _complete(path: Path) -> None:
 
 
 class Past:
-    """Queries of a ledger that fold while they read: one at a time, in a thread, each on a new connection."""
+    """Queries that fold while they read: one at a time, in a thread, on one read-only connection."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
         self._turn = asyncio.Lock()
 
     async def run(self, query: Callable[[sqlite3.Connection], T]) -> T:
@@ -135,13 +139,29 @@ class Past:
         return await asyncio.shield(reading)
 
     def _run(self, query: Callable[[sqlite3.Connection], T]) -> T:
-        with open_read_only(self._path) as connection:
-            connection.execute("BEGIN")
+        try:
+            self._connection.execute("BEGIN")
             try:
-                return query(connection)
+                return query(self._connection)
             except BaseException as error:
                 release_cursors(error)
                 raise
+            finally:
+                self._connection.rollback()
+        except sqlite3.Error as error:
+            raise LogUnavailable(f"the ledger cannot be read: {error}") from error
+
+
+@asynccontextmanager
+async def open_past(path: Path) -> AsyncIterator[Past]:
+    """Open a ledger for a server. Raises as `open_read_only` does."""
+    with open_read_only(path, problem="cannot be opened") as connection:
+        connection.execute(CACHE)
+        past = Past(connection)
+        try:
+            yield past
+        finally:
+            await past.run(lambda _: None)  # the queries before it have ended
 
 
 def wants_wal(path: Path) -> bool:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import sqlite3
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
-
-import aiosqlite
+from typing import NamedTuple, TypeAlias
 
 from events.errors import DEVELOPMENT, ForeignDatabase, FutureSchema
 from events.sqlite.queries import transaction
@@ -37,10 +34,6 @@ WAL_LIMIT_BYTES = 32 * 2**20
 
 Connection: TypeAlias = sqlite3.Connection
 """A connection to a ledger's file, which other packages only pass to functions of this one."""
-
-
-Parameters: TypeAlias = Sequence[object] | Mapping[str, object]
-"""Values of a statement's parameters, by number or by name."""
 
 
 class SchemaRow(NamedTuple):
@@ -82,30 +75,6 @@ PRAGMA synchronous = {"NORMAL" if is_replica else "FULL"};
 PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES};
 PRAGMA journal_size_limit = {WAL_LIMIT_BYTES};
 {VIEWS}"""
-
-
-async def fetch_all(connection: aiosqlite.Connection, sql: str, parameters: Parameters = ()) -> list[Any]:
-    """Run one statement, a transaction of its own, and return its rows.
-
-    It ends also if its caller is cancelled.
-
-    Raises:
-        sqlite3.Error: no cursor is left open.
-    """
-    try:
-        return list(await connection.execute_fetchall(sql, parameters))
-    except BaseException as error:
-        release_cursors(error)
-        raise
-
-
-def release_cursors(error: BaseException) -> None:
-    """Close the cursors in the frames of an error, which a caller may keep.
-
-    An unfinished cursor keeps its snapshot even after a rollback, and even after its connection is closed
-    (measured); no checkpoint and no sync gets past a snapshot.
-    """
-    traceback.clear_frames(error.__traceback__)
 
 
 def begin_reading(connection: sqlite3.Connection) -> None:

@@ -25,7 +25,7 @@ from events.presence import Liveness, ServerState, find_liveness, unknown_since
 from events.serving import Serving, make_serving
 from events.sqlite import history, queries
 from events.sqlite.history import latest_row
-from events.sqlite.queries import LAST, JobQuery, as_job, jobs_sql, read_job
+from events.sqlite.queries import LAST, JobQuery, as_job, jobs_sql, read_job, types_sql
 from events.state import Changes, State, Transaction
 from events.types import ENDS_OF_PROCESSES, Event, ModelLoaded
 from events.versions import OF_VERSIONS, ModelVersions, evolve_versions
@@ -77,8 +77,8 @@ _AT = latest_row("models.id", ":position")
 _PAST_MODELS = (
     f"models CROSS JOIN model_history AS history ON history.position = {_AT} AND history.model_id = models.id"
 )
-_KINDS = ", ".join(f"'{kind.TYPE}'" for kind in OF_VERSIONS)
-_VERSIONS_OF = f"events INDEXED BY events_of_versions WHERE type IN ({_KINDS}) AND position <= :position"
+_AMONG = f"type IN ({types_sql(OF_VERSIONS)}) AND position <= :position"
+_VERSIONS_OF = f"events INDEXED BY events_of_versions WHERE {_AMONG}"
 
 
 def models_at(

@@ -6,25 +6,20 @@ takes one hop to the thread of the connection.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from events.errors import ForeignHead
 from events.history import encode_row, find_landmark, has_row, make_row
 from events.models import Model
 from events.presence import Transition
 from events.registers import ENTRIES, RegisterEntry
-from events.sqlite.queries import as_text, encode
+from events.sqlite.queries import as_text, encode, types_sql
 from events.state import JOINS, REQUESTS, Changes
 from events.storage import LogHead, Row, StorageError
-from events.types import Data
 from features.facts import STORED_NAMES
 
 _COLUMNS = ["head", "head_hash", "position", "bodies", "hashes", "models", "jobs", "history", "presence"]
 _FOREIGN = "another process has written into the ledger"
-
-
-def _types(kinds: Iterable[type[Data]]) -> str:
-    return ", ".join(f"'{kind.TYPE}'" for kind in kinds)
 
 
 def _store(table: str) -> str:
@@ -69,16 +64,11 @@ END;
 CREATE TEMP VIEW notes (used, seen_at) AS SELECT NULL, NULL;
 CREATE TEMP TRIGGER write_note INSTEAD OF INSERT ON notes
 BEGIN
-  INSERT INTO last_seen (one, seen_at) VALUES (1, NEW.seen_at)
+  INSERT INTO last_seen (one, seen_at) SELECT 1, NEW.seen_at WHERE NEW.seen_at IS NOT NULL
     ON CONFLICT (one) DO UPDATE SET seen_at = max(seen_at, excluded.seen_at);
   INSERT INTO last_used (model_id, used_at) SELECT key, value FROM json_each(NEW.used) WHERE TRUE
     ON CONFLICT (model_id) DO UPDATE SET used_at = max(used_at, excluded.used_at);
-END;
-
-CREATE TEMP VIEW probes (one) AS SELECT NULL;
-CREATE TEMP TRIGGER write_probe INSTEAD OF INSERT ON probes
-BEGIN
-  UPDATE projected SET position = -1 - position; -- twice, since one that changes nothing writes nothing
+  UPDATE projected SET position = -1 - position; -- twice, since SQLite writes nothing if nothing changes
   UPDATE projected SET position = -1 - position;
 END;
 """  # noqa: S608 - names of tables and columns
@@ -88,19 +78,19 @@ WRITE_GROUP = f"INSERT INTO groups VALUES ({', '.join('?' * len([*_COLUMNS, *ENT
 """Appends one or more events, and stores the entities that they changed."""
 
 WRITE_NOTE = "INSERT INTO notes VALUES (?, ?)"
-"""Stores the models' times of last use (JSON) and the server's note; later stored times stay."""
+"""Stores the models' times of last use (JSON) and the server's note; later stored times stay.
+
+A note of nothing, twice NULL, is a durable write that changes nothing: a probe.
+"""
 
 FIND_KEYS = f"""SELECT body, max(position) FROM events
-WHERE idempotency_key IN (SELECT value FROM json_each(?)) AND +type IN ({_types(REQUESTS)})
+WHERE idempotency_key IN (SELECT value FROM json_each(?)) AND +type IN ({types_sql(REQUESTS)})
 GROUP BY idempotency_key"""  # noqa: S608 - literals; the plus excludes the index of types
 """Finds the latest use of each of some idempotency keys, however long ago."""
 
 FIND_JOINS = f"""SELECT DISTINCT job_id, actor, events.type FROM json_each(?) AS asked CROSS JOIN events
-ON job_id = asked.value ->> 0 AND actor = asked.value ->> 1 AND events.type IN ({_types(JOINS)})"""  # noqa: S608 - literals
+ON job_id = asked.value ->> 0 AND actor = asked.value ->> 1 AND events.type IN ({types_sql(JOINS)})"""  # noqa: S608 - literals
 """Finds who joined which job, of pairs of a job's id and an actor."""
-
-PROBE = "INSERT INTO probes VALUES (NULL)"
-"""Commits a transaction that changes nothing, to see whether the ledger can be written."""
 
 
 def group_of(rows: Sequence[Row], changes: Changes, after: LogHead) -> tuple[object, ...]:

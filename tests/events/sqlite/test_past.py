@@ -2,6 +2,7 @@
 
 import asyncio
 import sqlite3
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
@@ -25,7 +26,7 @@ from events.presence import Liveness, ServerState, SharingLiveness
 from events.sqlite import readonly, storage
 from events.sqlite.history import transitions_between
 from events.sqlite.queries import JobQuery
-from events.sqlite.readonly import Past
+from events.sqlite.readonly import open_past
 from events.sqlite.timetravel import (
     NOTE_EVERY_S,
     BeforeFirst,
@@ -50,6 +51,9 @@ from features.nodes.register import KEPT_S
 from server.api.models import make_model_info
 
 T = TypeVar("T")
+
+LIMIT_S = 60
+"""Only against hanging."""
 
 # At each position.
 
@@ -406,8 +410,7 @@ def test_damaged_history_is_named_rebuilt_and_no_part_of_a_replay(damage: str, p
 
 
 async def test_past_is_read_beside_the_writer(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    past = Past(path)
-    async with opened(path, now=lambda: START, boottime=float) as log:
+    async with opened(path, now=lambda: START, boottime=float) as log, open_past(path) as past:
 
         async def read(at: str, query: Callable[[sqlite3.Connection, int], T]) -> tuple[Moment, T]:
             return await past.run(partial(read_moment, at=at, query=query))
@@ -420,7 +423,31 @@ async def test_past_is_read_beside_the_writer(path: Path, monkeypatch: pytest.Mo
         assert (await read("0", partial(jobs_at, query=JobQuery())))[1] == []
         assert await read("4", partial(job_at, job_id="none")) == (Moment(4, log.head.recorded_at), None)
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
-        other.execute("BEGIN EXCLUSIVE")
         monkeypatch.setattr(readonly, "BUSY_S", 0)
-        with pytest.raises(LogUnavailable, match="locked"):  # and not damaged
-            await past.run(partial(read_moment, at="4", query=models_at))
+        async with open_past(path) as past:
+            other.execute("BEGIN EXCLUSIVE")
+            with pytest.raises(LogUnavailable, match="locked"):  # and not damaged
+                await past.run(partial(read_moment, at="4", query=models_at))
+
+
+async def test_cancelled_query_of_the_past_keeps_its_turn(path: Path) -> None:
+    began, goes_on, ended = threading.Event(), threading.Event(), list[str]()
+
+    def wait(_: sqlite3.Connection) -> None:
+        began.set()
+        assert goes_on.wait(LIMIT_S)
+        ended.append("first")
+
+    async with opened(path), open_past(path) as past:
+        first = asyncio.create_task(past.run(wait))
+        assert await asyncio.to_thread(began.wait, LIMIT_S)
+        second = asyncio.create_task(past.run(lambda _: ended.append("second")))
+        third = asyncio.create_task(past.run(lambda _: ended.append("third")))
+        await asyncio.sleep(0)
+        for task in (first, second):
+            task.cancel()
+        await asyncio.wait([first, second])
+        assert ended == []
+        goes_on.set()
+        await third
+    assert ended == ["first", "third"]

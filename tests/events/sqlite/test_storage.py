@@ -36,7 +36,7 @@ from events.clock import uuid7
 from events.commands import Record
 from events.errors import IncompleteCopy, LogUnavailable
 from events.sqlite.listing import open_reader
-from events.sqlite.readonly import Past, lacks_wal, wants_wal
+from events.sqlite.readonly import lacks_wal, open_past, wants_wal
 from events.sqlite.schema import WAL_LIMIT_BYTES
 from events.sqlite.storage import FOLDS, Database, rebuild_file
 from events.storage import StorageError
@@ -118,14 +118,14 @@ async def test_file_of_a_killed_server_is_complete_with_its_wal(path: Path, even
 
 async def test_kept_error_of_a_read_holds_up_no_checkpoint(path: Path) -> None:
     fails_amid = "SELECT json(iif(position < 5, body, 'no JSON')) FROM events"
-    async with opened(path) as log, open_reader(path) as reader:
+    async with opened(path) as log, open_reader(path) as reader, open_past(path) as past:
         await write(log, 20)
         with pytest.raises(LogUnavailable, match="malformed JSON") as kept:
             await reader._select(fails_amid, ())
         with pytest.raises(StorageError, match="malformed JSON") as kept_too:
             await database_of(log)._run(fails_amid)
         with pytest.raises(LogUnavailable, match="malformed JSON") as kept_as_well:
-            await Past(path).run(lambda connection: connection.execute(fails_amid).fetchall())
+            await past.run(lambda connection: connection.execute(fails_amid).fetchall())
         await write(log, 1, first=21)
         assert await database_of(log).checkpoint(), (kept, kept_too, kept_as_well)
 
