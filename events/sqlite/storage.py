@@ -29,7 +29,7 @@ from events.sqlite.queries import Parameters, encode, fetch_all, release_cursors
 from events.sqlite.readonly import NEWEST_TYPE, lacks_wal, may_lack_events, open_read_only
 from events.sqlite.schema import BUSY_S, check_readable, connect, prepare_writing
 from events.sqlite.timetravel import fold_page
-from events.sqlite.writing import FIND_JOINS, FIND_KEYS, WRITE_GROUP, WRITE_NOTE, group_of, refusal
+from events.sqlite.writing import FIND_JOINS, FIND_KEYS, PROBE, WRITE_GROUP, WRITE_NOTE, group_of, refusal
 from events.state import Changes, Join, KnownRequests, State, read_key
 from events.storage import LogHead, Row, StorageError, StoredLedger
 
@@ -205,7 +205,7 @@ class Database:
         await self._run(WRITE_NOTE, [encode(used), seen_at])
 
     async def probe(self) -> None:
-        await self._run(WRITE_NOTE, [None, None])
+        await self._run(PROBE)
 
     async def checkpoint(self) -> bool:
         """Copy the whole WAL into the database; return False if a reader, or a later write, prevents that.

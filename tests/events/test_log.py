@@ -396,6 +396,18 @@ async def test_failed_transaction_fails_its_group_and_log_recovers(path: Path, f
     assert (verify(path).verified, verify(path).position) == (True, 4)
 
 
+async def test_repeated_id_of_an_event_is_refused_by_name(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with opened(path) as log:
+        await write(log, 2)
+        with pytest.raises(LogUnavailable):
+            await write(log, 1)
+        assert "an event after position 2 has the id of an earlier one" in caplog.text
+        assert [receipt.position for receipt in await write(log, 1, first=3)] == [3]
+    assert verify(path).verified
+
+
 async def test_failing_writes_are_logged_once(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with opened(path) as log:
         with unwritable(path, "LoadFailed"):

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.history import FEWER, MODEL, History, as_event, opened, with_own_ids, write
+from support.history import FEWER, MODEL, History, as_event, at, opened, with_own_ids, write
 from support.ledgers import (
     FAST_FOLDER,
     change_ledger,
@@ -37,7 +37,7 @@ from events.sqlite.storage import FOLDS, is_current, rebuild_file
 from events.sqlite.writing import WRITE_GROUP, group_of
 from events.state import Changes, State
 from events.storage import LogHead, Row
-from events.types import SYSTEM, Draft, Event, LoadFailed
+from events.types import SYSTEM, Draft, Event, LoadFailed, TokenRevoked
 
 LEDGER = sound_ledger()
 LONG_LEDGER = sound_ledger(3)
@@ -296,6 +296,14 @@ GROUPS = st.lists(st.lists(st.lists(drafts(), min_size=1, max_size=3), min_size=
 
 @FEWER
 @given(GROUPS)
+@example(
+    [
+        [
+            [Draft(key, TokenRevoked(jti, at(1)), SYSTEM)]
+            for key, jti in (("1", "a\0b"), ("2", "a\0c"), ("3", "é"))
+        ]
+    ]
+)
 def test_stored_tables_equal_a_fold_of_the_log(groups: list[list[list[Draft]]]) -> None:
     async def write(path: Path, to_write: list[list[list[Draft]]]) -> State:
         known = set[str]()
