@@ -170,11 +170,7 @@ def find_event_page(query: EventQuery) -> Steps[StoredEventPage]:
         LogUnavailable: `log_unavailable`, an event is damaged.
     """
     span = yield from _find_span(query)
-    columns = list(query.wanted.columns)
-    if len(columns) > 1:
-        span = yield from _choose_index(query, span)
-    else:
-        span = replace(span, leading=next(iter(columns), None))
+    span = yield from _choose_index(query, span)
     sql = page_sql(query.wanted, span.leading, newest_first=query.newest_first)
     rows = yield sql, _parameters(query.wanted, span, query.limit + 1)
     try:
@@ -279,6 +275,9 @@ def _find_span(query: EventQuery) -> Steps[_Span]:
 
 def _choose_index(query: EventQuery, span: _Span) -> Steps[_Span]:
     """Choose the index that the page walks, and how far."""
+    columns = list(query.wanted.columns)
+    if len(columns) < 2:  # noqa: PLR2004 - nothing to choose
+        return replace(span, leading=next(iter(columns), None))
     sql = probe_sql(query.wanted, newest_first=query.newest_first)
     found = yield sql, _parameters(query.wanted, span, SCAN)
     toward = -1 if query.newest_first else 1

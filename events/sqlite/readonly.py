@@ -90,6 +90,7 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def address_of(path: Path, mode: str) -> str:
+    """Return the URI with which SQLite opens a file in a mode: `ro` or `rw`."""
     return f"{path.absolute().as_uri()}?mode={mode}"
 
 

@@ -21,7 +21,7 @@ _OF_DEVELOPMENT = 0x4C4C6467
 """The application_id of ledgers before format 1, whose events meant other things."""
 
 BUSY_S = 5.0
-"""How long a connection waits for another one's lock; a longer read of a stopped ledger keeps a server from
+"""Limit of a connection's wait for another one's lock; a longer read of a stopped ledger keeps a server from
 starting."""
 
 CHECKPOINT_PAGES = 4_000
@@ -59,7 +59,7 @@ def connect(path: Path, *, is_replica: bool = False) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
     try:
         refuse_foreign(connection)
-        connection.executescript(prepare_writing(is_replica=is_replica))
+        connection.executescript(writer_sql(is_replica=is_replica))
         migrate(connection)
     except BaseException:
         connection.close()
@@ -67,7 +67,7 @@ def connect(path: Path, *, is_replica: bool = False) -> sqlite3.Connection:
     return connection
 
 
-def prepare_writing(*, is_replica: bool) -> str:
+def writer_sql(*, is_replica: bool) -> str:
     """Return the statements that a connection needs before it writes."""
     return f"""
 PRAGMA journal_mode = WAL;

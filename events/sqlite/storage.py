@@ -27,9 +27,9 @@ from events.registers import ENTRIES
 from events.sqlite import queries
 from events.sqlite.queries import Parameters, encode, fetch_all, release_cursors, transaction
 from events.sqlite.readonly import NEWEST_TYPE, lacks_wal, may_lack_events, open_read_only
-from events.sqlite.schema import BUSY_S, check_readable, connect, prepare_writing
+from events.sqlite.schema import BUSY_S, check_readable, connect, writer_sql
 from events.sqlite.timetravel import fold_page
-from events.sqlite.writing import FIND_JOINS, FIND_KEYS, PROBE, WRITE_GROUP, WRITE_NOTE, group_of, refusal
+from events.sqlite.writing import FIND_JOINS, FIND_KEYS, PROBE, WRITE_GROUP, WRITE_NOTE, group_of, meaning_of
 from events.state import Changes, Join, KnownRequests, State, read_key
 from events.storage import LogHead, Row, StorageError, StoredLedger
 
@@ -171,7 +171,7 @@ class Database:
             with closing(prepared):  # the last connection to be closed would remove the write-ahead log
                 self._connection = await aiosqlite.connect(self._path, timeout=BUSY_S, isolation_level=None)
                 self.is_open = True
-                await self._connection.executescript(prepare_writing(is_replica=self._is_replica))
+                await self._connection.executescript(writer_sql(is_replica=self._is_replica))
         except (sqlite3.Error, StorageError, OSError, ValueError) as error:  # stored content may be damaged
             await self.close_after_error()
             raise LogUnavailable(f"the ledger {self._path.name} cannot be opened: {error}") from error
@@ -182,7 +182,7 @@ class Database:
         try:
             await self._run(WRITE_GROUP, group_of(rows, changes, after))
         except StorageError as error:
-            raise refusal(str(error), after) or error from error.__cause__
+            raise meaning_of(error, after) from error.__cause__
 
     async def contains(self, head: LogHead) -> bool:
         found = await self._run("SELECT hash FROM events WHERE position = ?", [head.position])

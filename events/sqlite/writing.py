@@ -21,7 +21,7 @@ from features.facts import STORED_NAMES
 _BY_ID = ["models", *ENTRIES]
 """The tables of bodies by their ids."""
 
-_LISTS = ["bodies", "jobs", "history", "presence", *_BY_ID]
+_LISTS = ["events", "jobs", "history", "presence", *_BY_ID]
 _COLUMNS = ["head", "head_hash", "position", "texts", "hashes", *_LISTS]
 _FOREIGN = "another process has written into the ledger"
 
@@ -32,12 +32,13 @@ def _text(number: int) -> str:
 
 
 def _store(table: str) -> str:
-    """Return the statements that store bodies by their ids, and delete the entries without one."""
+    """Return the statements that store bodies by their ids, and delete from a register what has none."""
+    given = f"FROM json_each(NEW.{table}) WHERE value ->> 2 IS"
+    deletion = f"DELETE FROM {table} WHERE id IN (SELECT {_text(0)} {given} NULL);"  # noqa: S608 - names of tables
     return f"""
-  DELETE FROM {table} WHERE id IN (SELECT {_text(0)} FROM json_each(NEW.{table}) WHERE value ->> 2 IS NULL);
-  INSERT INTO {table} (id, body)
-    SELECT {_text(0)}, {_text(2)} FROM json_each(NEW.{table}) WHERE value ->> 2 IS NOT NULL
-    ON CONFLICT (id) DO UPDATE SET body = excluded.body;"""  # noqa: S608 - names of tables
+  {deletion if table in ENTRIES else ""}
+  INSERT INTO {table} (id, body) SELECT {_text(0)}, {_text(2)} {given} NOT NULL
+    ON CONFLICT (id) DO UPDATE SET body = excluded.body;"""
 
 
 VIEWS = f"""
@@ -47,12 +48,12 @@ AS SELECT {", ".join(["NULL"] * len(_COLUMNS))};
 
 CREATE TEMP TRIGGER write_group INSTEAD OF INSERT ON groups
 BEGIN
-  SELECT RAISE(ABORT, '{_FOREIGN}') WHERE NEW.bodies <> '[]' AND (
+  SELECT RAISE(ABORT, '{_FOREIGN}') WHERE NEW.events <> '[]' AND (
     NEW.head IS NOT coalesce((SELECT max(position) FROM events), 0)
     OR NEW.head_hash IS NOT coalesce((SELECT hash FROM events WHERE position = NEW.head), NEW.head_hash)
   );
   INSERT INTO events (position, body, hash)
-    SELECT NEW.head + 1 + key, {_text(0)}, substr(NEW.hashes, 1 + 32 * key, 32) FROM json_each(NEW.bodies);
+    SELECT NEW.head + 1 + key, {_text(0)}, substr(NEW.hashes, 1 + 32 * key, 32) FROM json_each(NEW.events);
   UPDATE projected SET position = NEW.position;
   INSERT INTO jobs (created_position, landmark, id, body)
     SELECT value ->> 0, value ->> 1, {_text(2)}, {_text(4)} FROM json_each(NEW.jobs) WHERE TRUE
@@ -134,16 +135,16 @@ def group_of(rows: Sequence[Row], changes: Changes, after: LogHead) -> tuple[obj
     return after.position, after.hash, position, b"".join(texts), hashes, *map(encode, lists)
 
 
-def refusal(problem: str, after: LogHead) -> Exception | None:
-    """Return what SQLite's message about `WRITE_GROUP` means, if it is about the events."""
-    if problem == _FOREIGN:
+def meaning_of(error: StorageError, after: LogHead) -> Exception:
+    """Return what an error of `WRITE_GROUP` says about the events, or else the error."""
+    if str(error) == _FOREIGN:
         return ForeignHead(
             f"the ledger's head is not the event at {after.position}, the last one that this server wrote: "
             "another process has written into its file"
         )
-    if problem == "UNIQUE constraint failed: events.id":
+    if str(error) == "UNIQUE constraint failed: events.id":
         return StorageError(
             f"an event after position {after.position} has the id of an earlier one, and no release "
             "writes that: `loadledger verify --ledger` names it"
         )
-    return None
+    return error
