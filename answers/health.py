@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from answers.answer import AnswerBody
+from typing import Annotated
+
+from answers.answer import AnswerBody, about
 
 
 class Health(AnswerBody, frozen=True, kw_only=True):
@@ -10,6 +12,14 @@ class Health(AnswerBody, frozen=True, kw_only=True):
 
     status: str
     checks: dict[str, bool]
+
+
+class NotReady(AnswerBody, frozen=True, kw_only=True):
+    """A failed check of `/health/ready`."""
+
+    check: Annotated[str, about("Its name, as in `checks`.")]
+    cause: str
+    cure: Annotated[str, about("What an operator can do.")]
 
 
 class ServerLive(AnswerBody, frozen=True, kw_only=True):

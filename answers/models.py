@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from answers.answer import AS_OF, AnswerBody, about, one_of
 from answers.approvals import ApprovalInfo, LoadApprovalInfo, UnapprovedVersion
 from answers.errors import ErrorInfo
+from answers.jobs import JobInfo
 from answers.past import PastAnswer
 from answers.signatures import LoadSignatureInfo
 from answers.tensors import ModelTensor
@@ -115,6 +116,13 @@ class ModelInfo(PastAnswer, frozen=True, kw_only=True):
         one_of("recovery", "restart", "swap", "drain", "copy"),
     ]
     job_id: str | None
+    open_load: Annotated[
+        JobInfo | None,
+        about(
+            "Its load that has not ended, with what it waits for or its stage; missing without one, and "
+            "with `at`."
+        ),
+    ] = None
     node: Annotated[
         str | None,
         about(

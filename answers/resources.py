@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from answers.answer import AS_OF, AnswerBody, about, one_of
+from answers.health import NotReady
 
 
 class LoadUsage(AnswerBody, frozen=True, kw_only=True):
@@ -71,8 +72,11 @@ class Device(AnswerBody, frozen=True, kw_only=True):
 
 
 class Resources(AnswerBody, frozen=True, kw_only=True):
-    """The memory budget of workers and its use."""
+    """The memory budget of workers and its use, and whether the server is ready."""
 
+    not_ready: Annotated[
+        list[NotReady], about("The failed checks of `/health/ready`; missing if it answers 200.")
+    ] = []
     limit_bytes: Annotated[int, about("Of this container or machine.")]
     limit_source: Annotated[str, about("cgroup v2, cgroup v1 or machine.")]
     budget_bytes: int

@@ -19,7 +19,7 @@ class NotEncodable(LedgerProblem):
 
 
 class LogUnavailable(LedgerProblem):
-    """The ledger cannot be written at the moment, so nothing was accepted; try again shortly."""
+    """The ledger cannot be read or written, so nothing was accepted; the server's log says why."""
 
     code = "log_unavailable"
 

@@ -89,6 +89,11 @@ def answer(done: asyncio.Future[T], outcome: T | Exception) -> None:
         done.set_result(outcome)
 
 
+def refusal_of(error: StorageError) -> LogUnavailable:
+    """Return the answer to commands of which none was written."""
+    return LogUnavailable(f"the ledger cannot be written, so nothing was accepted: {error}; {error.cure}")
+
+
 def fail_callers(group: Iterable[PendingCommand | PendingNote], error: Exception) -> None:
     for pending in group:
         done: asyncio.Future[Any] = pending.done
@@ -142,6 +147,7 @@ class Log:
         last_seen: the server's latest earlier note that it was alive; empty without one.
         tally: counters of the events since the start.
         clock: the ledger's times, and the monotonic time by which deadlines run.
+        problem: why the last write, or the last probe, failed; None after a success.
     """
 
     def __init__(
@@ -161,7 +167,7 @@ class Log:
         self._wakeups: set[asyncio.Event] = set()
         self._closing = False
         self._is_complete = True
-        self._can_write = True
+        self.problem: StorageError | None = None
         self.state = State()
         self.head = LogHead()
         self.last_used: Mapping[str, str] = {}
@@ -175,7 +181,7 @@ class Log:
     @property
     def healthy(self) -> bool:
         """Whether the last write, or the last probe after a failed one, succeeded."""
-        return self._storage.is_open and self._can_write and not self._closing
+        return self._storage.is_open and self.problem is None and not self._closing
 
     @property
     def waiting(self) -> int:
@@ -422,9 +428,9 @@ class Log:
         except StorageError as error:
             await self._close_after(error)
             if error.is_refusal:
-                raise LogUnavailable(f"{error}; nothing was accepted") from error
+                raise refusal_of(error) from error
             self._uncertain_head = decided.head
-            await self._check_written(decided)
+            await self._check_written(decided, error)
         else:
             self.tally.commit_s.observe(time.monotonic() - began)
             self._advance(decided)
@@ -459,10 +465,10 @@ class Log:
         self.last_used, self.last_seen = stored.last_used, stored.last_seen
         self.notify()  # after an error in COMMIT the file may have new events
 
-    async def _check_written(self, decided: DecidedGroup) -> None:
-        """Read the log again; without the group's head in it, the group was not written."""
+    async def _check_written(self, decided: DecidedGroup, error: StorageError) -> None:
+        """Read the log again after an error; without the group's head in it, the group was not written."""
         if not await self._is_written(decided.head):
-            raise LogUnavailable
+            raise refusal_of(error) from error
         self._count(decided)
 
     async def _is_written(self, head: LogHead) -> bool:
@@ -482,7 +488,11 @@ class Log:
             if not self._storage.is_open:
                 await self._open()
             await self._storage.probe()
-        except (StorageError, LedgerProblem):
+        except LedgerProblem:
+            await self._storage.close_after_error()
+            return
+        except StorageError as error:
+            self.problem = error
             await self._storage.close_after_error()
             return
         self._note_success()
@@ -494,15 +504,15 @@ class Log:
 
     def _note_failure(self, error: StorageError) -> None:
         """Count a failed write; only the first is logged, since every request on a full disk causes one."""
-        if self._can_write:
+        if self.problem is None:
             _log.error("the ledger cannot be written, and requests that need it are refused: %s", error)
         self.tally.write_failures += 1
-        self._can_write = False
+        self.problem = error
 
     def _note_success(self) -> None:
-        if not self._can_write:
+        if self.problem is not None:
             _log.warning("the ledger can be written again")
-        self._can_write = True
+        self.problem = None
 
     async def _note(self, note: PendingNote) -> None:
         try:
@@ -518,7 +528,7 @@ class Log:
 
     async def _fail_note(self, note: PendingNote, error: Exception) -> None:
         """Log a failed note, and probe whether the log itself can be written."""
-        if self._can_write:
+        if self.problem is None:
             _log.warning(
                 "the last uses of models, and that the server is there, could not be noted: %s", error
             )

@@ -53,10 +53,19 @@ class StorageError(Exception):
     Attributes:
         is_disk_error: whether the disk failed: readable data need not be on it then.
         is_refusal: whether the storage answered that nothing was written.
+        cure: what an operator can do.
     """
 
-    def __init__(self, message: str, *, is_disk_error: bool = False, is_refusal: bool = False) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        is_disk_error: bool = False,
+        is_refusal: bool = False,
+        cure: str = "see the server's log",
+    ) -> None:
         super().__init__(message)
+        self.cure = cure
         self.is_disk_error = is_disk_error
         self.is_refusal = is_refusal
 

@@ -14,6 +14,7 @@ from typing import TypeVar
 from aiohttp import web
 from msgspec.structs import replace
 
+from answers.health import NotReady
 from answers.models import ModelInfo
 from answers.nodes import NodeInfo
 from events.clock import seconds_between
@@ -161,9 +162,15 @@ class ThisNode(Forwarder):
         log = self.log.healthy or self.membership.may_serve
         return {"log": log, "lease": not self.membership.is_sick}
 
-    def reason(self) -> str:
+    def problem(self) -> NotReady | None:
         problem = self.membership.problem
-        return f"; the lease is not renewed: {problem}" if problem else ""
+        if problem is None:
+            return None
+        return NotReady(
+            check="lease",
+            cause=f"the node's lease is not renewed: {problem}",
+            cure="check the ledger's database, and the network to it",
+        )
 
     def count_missing(self, models: Iterable[Model]) -> int:  # noqa: ARG002 - others have them
         return 0

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from answers.health import NotReady
 from answers.models import ModelInfo
 from answers.nodes import NodeInfo
 from events.commands import Receipt
@@ -114,9 +115,9 @@ class Cluster(Elsewhere):
         """Return further checks of whether this server is ready, or others of the same name."""
         return {}
 
-    def reason(self) -> str:
-        """Return why these checks fail, as the end of a message."""
-        return ""
+    def problem(self) -> NotReady | None:
+        """Return why these checks fail, or None."""
+        return None
 
     def count_missing(self, models: Iterable[Model]) -> int:
         """Count the models without which it is not ready: those to be reloaded since its start.

@@ -210,6 +210,22 @@ def kind_of(error: sqlite3.Error) -> int:
     return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
 
 
+def cure_of(kind: int) -> str:
+    """Return what an operator can do about an error of the ledger's file, by its primary result code."""
+    match kind:
+        case sqlite3.SQLITE_FULL:
+            return "free space on the disk of the data directory"
+        case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM:
+            return "make the data directory writable for the server's user: its disk may be mounted read-only"
+        case sqlite3.SQLITE_IOERR:
+            return "check the disk of the data directory: the machine's log has its errors"
+        case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
+            return "end the other program that holds the ledger's file"
+        case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
+            return "run `loadledger verify`, and restore a backup"
+    return "see the server's log"
+
+
 def sync(connection: sqlite3.Connection) -> None:
     """Checkpoint and sync the whole WAL, and begin the WAL anew; wait for a reader that blocks this.
 

@@ -197,7 +197,7 @@ class Database:
         except StorageError as error:
             _log.exception("the idempotency keys and joins of a group could not be read")
             await self.close_after_error()
-            raise LogUnavailable from error
+            raise LogUnavailable(f"the ledger cannot be read: {error}; {error.cure}") from error
         keys = (read_key(decode_event(body)) for body, _ in keyed)
         return KnownRequests(dict(filter(None, keys)), {Join(*row) for row in joins})
 
@@ -248,8 +248,9 @@ class Database:
         try:
             return await fetch_all(self._connection, sql, parameters)
         except sqlite3.Error as error:
-            is_disk_error = queries.kind_of(error) == sqlite3.SQLITE_IOERR
-            raise StorageError(str(error), is_disk_error=is_disk_error) from error
+            kind = queries.kind_of(error)
+            is_disk_error, cure = kind == sqlite3.SQLITE_IOERR, queries.cure_of(kind)
+            raise StorageError(str(error), is_disk_error=is_disk_error, cure=cure) from error
 
     def _prepare(self) -> tuple[sqlite3.Connection, StoredLedger]:
         """Make the file ready for the writer; return what it holds, and the connection that has read it."""

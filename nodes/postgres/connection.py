@@ -52,6 +52,8 @@ errors mean that the transaction was rolled back."""
 _NOTICE = "00000"
 """The SQLSTATE of a message that is no warning."""
 
+_CURE = "check the ledger's database, and the network to it"
+
 T = TypeVar("T")
 
 _SETTINGS = {
@@ -101,10 +103,11 @@ def translated_errors(what: str) -> Iterator[None]:
         if refusal is not None:
             raise refusal(str(error)) from error
         is_refusal = not (error.sqlstate or "XX").startswith(_UNCERTAIN)
-        raise StorageError(f"the ledger's database {what}: {error}", is_refusal=is_refusal) from error
+        message = f"the ledger's database {what}: {error}"
+        raise StorageError(message, is_refusal=is_refusal, cure=_CURE) from error
     except Exception as error:
         reason = str(error) or type(error).__name__
-        raise StorageError(f"the ledger's database {what}: {reason}") from error
+        raise StorageError(f"the ledger's database {what}: {reason}", cure=_CURE) from error
 
 
 async def connect(address: str, *, command_s: float | None = COMMAND_S, **settings: str) -> Connection:

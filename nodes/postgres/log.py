@@ -16,7 +16,7 @@ from events.clock import boottime, uuid7
 from events.codec import decode_event
 from events.commands import OUTDATED, Receipt
 from events.errors import LogUnavailable, OutcomeUnknown, RequestRefused, UnreadableEvent
-from events.log import DecidedGroup, Log, PendingCommand, answer
+from events.log import DecidedGroup, Log, PendingCommand, answer, refusal_of
 from events.sqlite.datalock import LEDGER
 from events.state import State, Transaction
 from events.storage import LogHead, Row, StorageError
@@ -114,7 +114,7 @@ class SharedLog(Log):
                 self.notify()
         except StorageError as error:
             await self._close_after(error)
-            raise LogUnavailable(f"{error}; nothing was accepted") from error
+            raise refusal_of(error) from error
 
     async def _append(self, group: Sequence[PendingCommand]) -> None:
         """Decide and commit a group; if another server was first, repeat that while others cannot append.
@@ -148,9 +148,9 @@ class SharedLog(Log):
                     await super()._append(group)
             except StorageError as error:
                 await self._close_after(error)
-                raise LogUnavailable(f"{error}; nothing was accepted") from error
+                raise refusal_of(error) from error
 
-    async def _check_written(self, decided: DecidedGroup) -> None:
+    async def _check_written(self, decided: DecidedGroup, error: StorageError) -> None:
         """Read the log again; without the group's head in it, the group was not written.
 
         An append on its way to the database may still arrive there until another one is appended. A group
@@ -160,12 +160,12 @@ class SharedLog(Log):
         is_written = await self._is_written(decided.head)
         try:
             await self._catch_up()  # events that waited for a standby when the log was opened are there now
-        except LogUnavailable as error:
+        except LogUnavailable as unread:
             raise OutcomeUnknown(
-                f"it is unknown whether the last requests were recorded: {error.__cause__ or error}"
-            ) from error
+                f"it is unknown whether the last requests were recorded: {unread.__cause__ or unread}"
+            ) from unread
         if not is_written:
-            raise LogUnavailable if self.head != before else OutcomeUnknown
+            raise refusal_of(error) if self.head != before else OutcomeUnknown
 
 
 def fold_rows(rows: Sequence[Row], state: State) -> DecidedGroup:

@@ -7,11 +7,12 @@ the models that are reloaded after a start.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from functools import cache
 
 from aiohttp import hdrs, web
 
-from answers.health import Health, ServerLive, ServerReady
+from answers.health import Health, NotReady, ServerLive, ServerReady
 from server.appkeys import CONSUMER_TASK, LOG, POOL, STOPPING, STREAMS
 from server.auth.access import Access
 from server.cluster import CLUSTER
@@ -32,7 +33,7 @@ routes = Routes(tag="health")
 )
 async def live(request: web.Request) -> web.Response:
     """Answer 200 while all vital tasks run; when one ends, the process ends, too."""
-    return _answer(live_checks(request.app))
+    return _answer(live_checks(request.app), list_not_live(request.app))
 
 
 @routes.get(
@@ -44,7 +45,7 @@ async def live(request: web.Request) -> web.Response:
 )
 async def ready(request: web.Request) -> web.Response:
     """Answer 200 when the log can be written, the consumer works and workers can be started."""
-    return _answer(ready_checks(request.app), request.app[CLUSTER].reason())
+    return _answer(ready_checks(request.app), list_not_ready(request.app))
 
 
 @routes.get(
@@ -56,7 +57,7 @@ async def ready(request: web.Request) -> web.Response:
 )
 async def v2_live(request: web.Request) -> web.Response:
     """Answer as `live` does; KServe's client looks for the member `live`, Triton's only at the status."""
-    _refuse_failed(live_checks(request.app))
+    _refuse(list_not_live(request.app))
     return respond(ServerLive(live=True))
 
 
@@ -76,10 +77,7 @@ async def v2_ready(request: web.Request) -> web.Response:
     """
     app, cluster = request.app, request.app[CLUSTER]
     missing = cluster.count_missing(app[LOG].state.models.values())
-    reason = (
-        f"; models from before the start that are not back yet: {missing}" if missing else cluster.reason()
-    )
-    _refuse_failed({**ready_checks(app), "models": not missing}, reason)
+    _refuse([*list_not_ready(app), *([_missing_models(missing)] if missing else [])])
     return respond(ServerReady(ready=True))
 
 
@@ -141,12 +139,56 @@ def ready_checks(app: web.Application) -> dict[str, bool]:
     }
 
 
-def _answer(checks: dict[str, bool], reason: str = "") -> web.Response:
-    _refuse_failed(checks, reason)
+def list_not_live(app: web.Application) -> list[NotReady]:
+    """Return the vital tasks that have ended, with the exceptions that ended them."""
+    errors = failed_tasks(app)
+    return [
+        NotReady(
+            check=name,
+            cause=f"the task {name} has ended{f': {errors[name]!r}' if name in errors else ''}",
+            cure="the server ends by itself: see its log, and start it again",
+        )
+        for name, well in live_checks(app).items()
+        if not well
+    ]
+
+
+def list_not_ready(app: web.Application) -> list[NotReady]:
+    """Return the failed checks of readiness with cause and cure, the most serious first."""
+    checks, log = ready_checks(app), app[LOG]
+    why = "" if log.problem is None else f": {log.problem}"
+    known = (
+        NotReady(
+            check="log",
+            cause=f"the ledger cannot be written{why}",
+            cure="see the server's log" if log.problem is None else log.problem.cure,
+        ),
+        NotReady(
+            check="fork_server",
+            cause="the fork server is down, so no model can be loaded",
+            cure="the server starts another one: if it stays away, see the server's log",
+        ),
+        NotReady(check="serving", cause="the server is stopping", cure="start it again, or ask another one"),
+    )
+    of_cluster = filter(None, [app[CLUSTER].problem()])
+    found = {each.check: each for each in (*list_not_live(app), *known, *of_cluster)}
+    return [found[name] for name, well in checks.items() if not well]
+
+
+def _missing_models(count: int) -> NotReady:
+    return NotReady(
+        check="models",
+        cause=f"models from before the start that are not back yet: {count}",
+        cure="their jobs say what they wait for",
+    )
+
+
+def _answer(checks: dict[str, bool], failed: Sequence[NotReady]) -> web.Response:
+    _refuse(failed)
     return respond(Health(status="ok", checks=checks))
 
 
-def _refuse_failed(checks: dict[str, bool], reason: str = "") -> None:
-    failed = [name for name, well in checks.items() if not well]
+def _refuse(failed: Sequence[NotReady]) -> None:
     if failed:
-        raise ServerProblem(f"not well: {', '.join(failed)}{reason}", code="unhealthy")
+        reasons = "; ".join(f"{each.check}: {each.cause}: {each.cure}" for each in failed)
+        raise ServerProblem(f"not ready: {reasons}", code="unhealthy")

@@ -20,6 +20,7 @@ from marshmallow import fields
 from answers.approvals import ApprovalInfo, LoadApprovalInfo
 from answers.errors import ErrorInfo
 from answers.events import EventInfo
+from answers.jobs import JobInfo
 from answers.models import (
     ExitedWorkerStderr,
     LoadedFileInfo,
@@ -48,6 +49,7 @@ from runtime.onnxfile import ModelTensors
 from runtime.repository import REQUEST_LIMIT_S, RepositoryBusy, refuse_unserved
 from runtime.router import Here, Version
 from runtime.store.versions import Versions
+from server.api.jobs import present_job
 from server.api.schemas import ModelPathSchema, PageQuerySchema, about
 from server.api.timetravel import PAST_ERRORS, AtQuerySchema, at_moment, read_past
 from server.appkeys import CONFIG, CONSUMER, LOG, POOL, READER, ROUTER, VERSIONS
@@ -237,9 +239,17 @@ def _show_present(app: web.Application, seen: ListedModel, active: Model | None)
         shown,
         policy=None if rules is None else _show_rules(rules),
         chosen=None if model is None else _show_choice(model),
+        open_load=None if model is None else _show_open_load(app, model),
         unapproved=list_unapproved(model, versions, rules),
     )
     return shown if model is None else app[CLUSTER].complete_answer(shown, model)
+
+
+def _show_open_load(app: web.Application, model: Model) -> JobInfo | None:
+    """Return the load of a model that runs, or else the one that runs next."""
+    load = model.started_load or next(iter(model.loads), None)
+    job = None if load is None else app[LOG].state.jobs.get(load.job_id)
+    return None if job is None else present_job(app, job)
 
 
 def _show_choice(model: Model) -> ModelChoice | None:

@@ -11,6 +11,7 @@ from aiohttp import web
 from answers.resources import ConfinementInfo, PressureInfo, Resources
 from features.server import read_resources
 from runtime.memory import read_pressure
+from server.api.health import list_not_ready
 from server.appkeys import CONFIG, CONSUMER, LIMIT, LOG, POOL
 from server.auth.access import Access
 from server.config import OFF
@@ -66,6 +67,7 @@ def _resources(app: web.Application, of_features: Mapping[str, Any]) -> Resource
     consumer, limit, config = app[CONSUMER], app[LIMIT], app[CONFIG]
     taken = measure(consumer, limit)
     return Resources(
+        not_ready=list_not_ready(app),
         limit_bytes=limit.bytes,
         limit_source=limit.source,
         budget_bytes=taken.budget_bytes,

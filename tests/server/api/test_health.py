@@ -10,6 +10,7 @@ from support.models import TEXT
 
 from server.appkeys import CONSUMER_TASK, POOL, STOPPING, STREAMS
 
+STOPS = "serving: the server is stopping: start it again, or ask another one"
 LIVE = ("/health/live", "/v2/health/live")
 READY = ("/health/ready", "/v2/health/ready")
 
@@ -42,7 +43,7 @@ async def test_server_without_fork_server_is_not_ready(shared: LocalApi) -> None
     fork_server = shared.app[POOL]._fork_server
     assert fork_server is not None
     os.kill(fork_server.pid, signal.SIGKILL)
-    await when(lambda: status_of(shared, "/health/ready"), lambda seen: seen == "not well: fork_server")
+    await when(lambda: status_of(shared, "/health/ready"), lambda seen: "the fork server is down" in seen)
     assert await status_of(shared, "/health/live") == "ok"
     await when(lambda: status_of(shared, "/health/ready"), lambda seen: seen == "ok")
 
@@ -65,7 +66,9 @@ async def test_loads_do_not_change_health(shared: LocalApi) -> None:
 async def test_stopping_server_is_unready_and_a_dead_task_ends_liveness(api: LocalApi) -> None:
     api.app[STOPPING].set()
     for path in READY:
-        assert await status_of(api, path) == "not well: serving"
+        assert await status_of(api, path) == f"not ready: {STOPS}"
+    [failed] = (await api.get("/api/v1/resources")).json["not_ready"]
+    assert ": ".join(failed.values()) == STOPS
     for path in LIVE:
         assert await status_of(api, path) == "ok"
     for name, task in {"consumer": api.app[CONSUMER_TASK], **api.app[STREAMS].tasks}.items():
