@@ -30,7 +30,8 @@ from features.nodes.register import Node
 from nodes.decisions import NodePlacement, Standing
 from nodes.peers import CATCH_UP_S, Peers, read_position
 from nodes.spread import measure_copy
-from runtime.errors import InferenceTimeout, WorkerDied
+from runtime.errors import InferenceTimeout
+from runtime.lostmodels import CRASHES
 from runtime.router import Here, Router, There
 from runtime.timeouts import TimeoutExpired, timeout
 from runtime.wire import Buffer
@@ -411,7 +412,8 @@ def _refuses_token(response: aiohttp.ClientResponse) -> bool:
 
 def _has_killed_worker(reply: _Reply) -> bool:
     """Whether a request was being computed when its worker died, by the code in the JSON of the refusal."""
-    return f'"{WorkerDied.code}"'.encode() in b"".join(reply.parts)
+    text = b"".join(reply.parts)
+    return any(f'"{code}"'.encode() in text for code in CRASHES)
 
 
 def _payload(body: Buffer | AsyncIterator[bytes] | None) -> Any:

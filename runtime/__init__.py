@@ -2,7 +2,7 @@
 
 The way of a load: `repository` resolves a version, the `scheduler` decides what happens next, the `consumer`
 does it, `store` holds the files, and `process` starts a worker, which runs `worker`; both speak `wire`. Then
-the `router` finds the load for an inference.
+the `router` finds the load for an inference, and `lostmodels` says how one lost it.
 
 To change:
 

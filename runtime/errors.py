@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 LoadCode = Literal[
     "invalid_model",
@@ -22,6 +22,8 @@ LoadCode = Literal[
 ]
 """Codes with which a worker refuses to load a model."""
 
+
+OUT_OF_MEMORY: Final = "out_of_memory"
 
 CODE_FOLDERS = {str(Path(__file__).parents[1]), sys.prefix, sys.base_prefix}
 """Where the code lies: a worker that crashes prints where it was."""
@@ -56,6 +58,14 @@ class Exit:
             return f"was killed by signal {self.signal}"
         how = "for an unknown reason" if self.exit_code is None else f"with exit code {self.exit_code}"
         return f"ended {how}"
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """Why the server killed a worker, and the error code of the inferences that it had."""
+
+    reason: str
+    code: str = "worker_died"
 
 
 class RuntimeProblem(Exception):
@@ -163,14 +173,25 @@ class WorkerDied(RuntimeProblem):
     Args:
         end: how.
         begun: whether it may have begun the request; otherwise the request was still queued.
+        kill: why the server killed it; None if it did not, or for an unload.
+        worker_id: the worker's.
     """
 
     code = "worker_died"
 
-    def __init__(self, end: Exit, *, begun: bool = True) -> None:
+    def __init__(
+        self,
+        end: Exit,
+        *,
+        begun: bool = True,
+        kill: Kill | None = None,
+        worker_id: str = "",
+    ) -> None:
         super().__init__(f"the worker {end}")
         self.end = end
         self.begun = begun
+        self.kill = kill
+        self.worker_id = worker_id
 
 
 class InvalidInput(RuntimeProblem):

@@ -10,11 +10,13 @@ from functools import partial
 
 import msgspec
 
+from events.jobs import Job
 from events.log import Log
 from events.models import Model, ModelState
 from runtime.consumer.running import RunningLoad
 from runtime.elsewhere import ALONE, Elsewhere
 from runtime.errors import ModelNotLoaded, QueueFull, RuntimeProblem, WorkerDied
+from runtime.lostmodels import describe_unload, explain_loss
 from runtime.process.inflight import Answer
 from runtime.process.sharedmemory import Region
 from runtime.process.worker import Worker
@@ -210,7 +212,7 @@ class Router:
             return Absent(OtherVersionLoaded(self._describe_other(here, version, number)))
         if not here.load.serving:
             if here.load.draining:
-                return Absent(ModelUnloading(f"model '{model_id}' is being unloaded"))
+                return Absent(_unloading(model_id, here.load.unload))
             return _just_died(model_id)
         return here
 
@@ -286,7 +288,7 @@ class Router:
                 outcome, outputs = await self._ask(here, request, timeout_s, worker)
             except (QueueFull, WorkerDied) as problem:
                 if isinstance(problem, WorkerDied) and problem.begun:
-                    raise  # the request may be what killed the worker
+                    raise _explain(here, problem) from problem  # the request may be what killed the worker
                 named = None if version is None else here.version
                 other = self._find_copy(here.model_id, named) if here.has_copies and spreads else None
                 if other is not None:
@@ -296,7 +298,7 @@ class Router:
                     raise
                 left_s = timeout_s - (time.monotonic_ns() - began_ns) / 1e9
                 if not await self._is_reloaded(here.model_id, version, left_s):
-                    raise
+                    raise _explain(here, problem) from problem
                 times.asked_ns = time.monotonic_ns()
                 times.waited_ns += times.asked_ns - began_ns
                 target = self.resolve(here.model_id, version)
@@ -341,7 +343,7 @@ class Router:
         seen = None if model is None else self._elsewhere.view(model)
         serving = seen.serving if seen is not None else None
         if model is None or seen is None or serving is None or model.phase is not ModelState.LOADED:
-            return Absent(_not_loaded(model_id, model))
+            return Absent(_not_loaded(model_id, model, self._log.state.jobs))
         server = self._elsewhere.locate(seen, self._log.state)
         if server is not None:
             return There(server)
@@ -355,19 +357,33 @@ class Router:
         return here
 
 
-def _not_loaded(model_id: str, model: Model | None) -> ModelNotLoaded | ModelUnloading:
+def _not_loaded(
+    model_id: str, model: Model | None, jobs: Mapping[str, Job]
+) -> ModelNotLoaded | ModelUnloading:
     state = model.state if model is not None else ModelState.UNLOADED
     if model is not None and model.previous is not None:
         return ModelReplaced(f"model '{model_id}' is being replaced by another version")
-    if state is ModelState.UNLOADING:
-        return ModelUnloading(f"model '{model_id}' is being unloaded")
+    if model is not None and state is ModelState.UNLOADING:
+        return _unloading(model_id, next((jobs[each] for each in model.unloads if each in jobs), None))
     if model is not None and model.phase is ModelState.LOST:
         return ModelRecovering(f"model '{model_id}' lost its worker and is being loaded again")
     if state is ModelState.LOADING:
         return ModelNotLoaded(f"model '{model_id}' is still loading")
+    chosen = model.chosen or None if model is not None else None
+    by = f": {chosen.by} unloaded it {chosen.at}" if chosen is not None and chosen.version is None else ""
     return ModelNotLoaded(
-        f"model '{model_id}' is not loaded; load it with POST /api/v1/models/{model_id}/load"
+        f"model '{model_id}' is not loaded{by}; load it with POST /api/v1/models/{model_id}/load"
     )
+
+
+def _unloading(model_id: str, unload: Job | None) -> ModelUnloading:
+    return ModelUnloading(f"model '{model_id}' is being unloaded{describe_unload(unload)}")
+
+
+def _explain(here: Here, death: WorkerDied) -> RuntimeProblem:
+    """Return the error of an inference whose worker has died."""
+    is_expected = death.worker_id in here.load.expected_exits
+    return explain_loss(here.model_id, death, here.load.unload, is_expected=is_expected)
 
 
 def _just_died(model_id: str) -> Absent:

@@ -310,7 +310,7 @@ class Consumer:
     async def _start_unload(self, job: Job, load_job_id: str, conditions: Conditions) -> None:
         load = self.loads.get(load_job_id)
         if load is not None:
-            load.draining = True  # routing stops before the fact is recorded
+            load.draining, load.unload = True, job  # routing stops before the fact is recorded
             load.stage = "draining"
         if job.status is JobStatus.PENDING:  # otherwise an append recorded the start, although it raised
             started = draft_fact(job, UnloadStarted(), self._only_worker_of(load_job_id))
@@ -318,7 +318,7 @@ class Consumer:
                 await self._recorder.record(started, conditions=conditions)
             except LedgerProblem:
                 if load is not None:  # the unload can be cancelled until it is recorded
-                    load.draining, load.stage = False, None
+                    load.draining, load.unload, load.stage = False, None, None
                 raise
         if load is not None and not job.forced and not load.unloading:
             load.unloading = True

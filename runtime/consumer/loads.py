@@ -45,9 +45,10 @@ from features.checks import CheckedVersion, check_load, survey_version
 from features.rooms import TARGETS
 from features.rules import ModelRules
 from runtime.cgroups import count_usable_cpus
-from runtime.consumer.running import OUT_OF_MEMORY, LoadEnded, RunningLoad
+from runtime.consumer.running import LoadEnded, RunningLoad
 from runtime.elsewhere import Elsewhere
 from runtime.errors import (
+    OUT_OF_MEMORY,
     Exit,
     ForkServerUnavailable,
     LoadRefused,

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, field
-from typing import Final
 
 from msgspec.structs import replace
 
@@ -16,7 +15,7 @@ from events.clock import add_seconds
 from events.jobs import FORK_SERVER_DIED, Failure, Job
 from events.types import LoadedFile, LoadParameters
 from features.beforeload import CheckedLoad
-from runtime.errors import LoadRefused, RuntimeProblem, WorkerDied
+from runtime.errors import OUT_OF_MEMORY, LoadRefused, RuntimeProblem, WorkerDied
 from runtime.memory import thread_bytes
 from runtime.process.worker import Worker, WorkerMemory
 from runtime.repository import SizedFile
@@ -29,8 +28,6 @@ from runtime.timeouts import PROGRESS_TIMEOUT_S
 from runtime.wire import Load, Loaded
 
 _log = logging.getLogger(__name__)
-
-OUT_OF_MEMORY: Final = "out_of_memory"
 
 
 class LoadEnded(Exception):
@@ -67,6 +64,7 @@ class RunningLoad:
         failure: why the load fails.
         has_other_files: than it was granted for, so that this attempt ends, and it is estimated anew.
         draining: whether routing to it has stopped.
+        unload: the job for which routing to it has stopped.
         unloading: whether `run_unload` has begun.
         expected_exits: ids of workers that the server stopped, or that refused to load.
         killed: whether its workers were killed.
@@ -103,6 +101,7 @@ class RunningLoad:
     pieces: int = 0
     starting_us: int = 0
     draining: bool = False
+    unload: Job | None = None
     unloading: bool = False
     expected_exits: set[str] = field(default_factory=set)
     killed: bool = False

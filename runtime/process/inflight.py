@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 from features.wire import Target
-from runtime.errors import Exit, InferenceTimeout, LoadRefused, RuntimeProblem, WorkerDied
+from runtime.errors import InferenceTimeout, LoadRefused, RuntimeProblem, WorkerDied
 from runtime.timeouts import Timeout
 from runtime.wire import (
     FROM_LOADING,
@@ -210,12 +210,16 @@ class InFlight:
         else:
             answer.set_result(result)
 
-    def abandon(self, end: Exit) -> None:
-        """Fail all inferences because the worker has ended; the first may have been running."""
+    def abandon(self, describe_end: Callable[[bool], WorkerDied]) -> None:
+        """Fail all inferences because the worker has ended; the first may have been running.
+
+        Args:
+            describe_end: returns the error of an inference, by whether it may have begun.
+        """
         first = next(iter(self._pending), None)
         for number, (_, answer) in self._pending.items():
             if not answer.done():
-                answer.set_exception(WorkerDied(end, begun=number == first))
+                answer.set_exception(describe_end(number == first))
         self._pending.clear()
         self._cancelled.clear()
         self._stop_watching()

@@ -15,12 +15,14 @@ from msgspec.structs import replace
 
 from runtime import memory
 from runtime.errors import (
+    OUT_OF_MEMORY,
     Exit,
     ForkServerUnavailable,
     InferenceCancelled,
     InferenceFailed,
     InferenceTimeout,
     InvalidInput,
+    Kill,
     NotRepresentable,
     QueueFull,
     RuntimeProblem,
@@ -239,6 +241,7 @@ class Worker:
         self._most_names = SURPLUS_NAMES
         self._max_unsent_bytes = 0
         self._stopping = False
+        self._kill: Kill | None = None
         self._exit_timer: Timeout | None = None
         self._empty_bytes = 0
         self._most_bytes: int | None = None
@@ -415,7 +418,7 @@ class Worker:
         added, most = taken - self._empty_bytes, self._most_bytes
         if most is not None and added > most:
             took = f"it took {added // MB} MB of memory, with swapped pages and page tables"
-            self._kill_for(f"{took}, and may take {most // MB} MB")
+            self._kill_for(f"{took}, and may take {most // MB} MB", OUT_OF_MEMORY)
         return measured
 
     async def stop(self, grace_s: float = 1.0) -> Exit:
@@ -463,7 +466,8 @@ class Worker:
     def _on_malformed(self, reason: str) -> None:
         self._kill_for(f"it sent {reason}")
 
-    def _kill_for(self, reason: str) -> None:
+    def _kill_for(self, reason: str, code: str = WorkerDied.code) -> None:
+        self._kill = Kill(reason, code)
         self._stderr.note(f"killed by the server: {reason}")
         self.kill()
 
@@ -534,6 +538,8 @@ class Worker:
         self._stderr.close()
         self.tensor_memory.close()
         self.ended.set_result(end)
-        self._in_flight.abandon(end)
+        self._in_flight.abandon(
+            lambda begun: WorkerDied(end, begun=begun, kill=self._kill, worker_id=self.worker_id)
+        )
         if self._pending is not None:
             self._pending.settle(WorkerDied(end))

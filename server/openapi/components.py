@@ -42,7 +42,8 @@ _RESPONSE_NAMES: Mapping[frozenset[str], str] = {
         (
             (
                 "inference_queue_full bodies_full model_not_loaded load_failed out_of_service"
-                " model_unloading node_unreachable worker_died fork_server_unavailable"
+                " model_unloading model_unloaded model_replaced model_evicted model_moved node_unreachable"
+                " worker_died out_of_memory fork_server_died fork_server_unavailable"
                 " repository_unreadable log_unavailable shutting_down"
             ),
             "InferenceUnavailable",

@@ -57,7 +57,8 @@ routes = Routes(tag="inference")
 _INFER_ERRORS = (
     "invalid_input", "inference_failed", "not_representable", "unknown_model", "unknown_version",
     "unknown_label", "body_too_large", "body_timeout", "model_not_loaded", "out_of_service",
-    "model_unloading", "worker_died", "inference_queue_full", "inference_timeout", "inference_cancelled",
+    "model_unloading", "model_unloaded", "model_replaced", "model_evicted", "model_moved", "worker_died",
+    "out_of_memory", "fork_server_died", "inference_queue_full", "inference_timeout", "inference_cancelled",
     "bodies_full", "unsupported_media_type", "load_failed", "queue_full",
     "log_unavailable", "shutting_down", "node_unreachable", "fork_server_unavailable",
     "repository_unreadable",

@@ -21,8 +21,8 @@ from runtime.errors import (
     QueueFull,
     RuntimeProblem,
     UnknownModel,
-    WorkerDied,
 )
+from runtime.lostmodels import ModelLost
 from runtime.router import (
     Absent,
     Answered,
@@ -79,11 +79,12 @@ async def test_router_refuses_what_is_not_loaded(engine: Engine) -> None:
     [asked] = await engine.start_endless()
     await engine.ask_unload("loop")
     await engine.becomes("loop", ModelState.UNLOADING)
-    assert await refusal(engine, "loop") == (ModelUnloading, "model 'loop' is being unloaded")
+    assert await refusal(engine, "loop") == (ModelUnloading, "model 'loop' is being unloaded by alice")
     await engine.unload("loop", force=True)
-    with pytest.raises(WorkerDied):
+    with pytest.raises(ModelLost):
         await asked
-    assert await refusal(engine, "loop") == not_loaded("loop")
+    problem, message = await refusal(engine, "loop")
+    assert (problem, "is not loaded: alice unloaded it 2" in message) == (ModelNotLoaded, True)
     (engine.root / "loop/1/model.onnx").unlink()
     assert (await refusal(engine, "loop"))[0] is UnknownModel
     await engine.ask_load("slow")
@@ -227,7 +228,7 @@ async def test_queued_inferences_wait_for_the_reload_of_their_model(run: Run, *,
         queued = [asyncio.create_task(engine.infer("loop", trips(number))) for number in range(3)]
         await until(lambda: worker.in_flight == 4)
         await engine.die("loop")
-        with pytest.raises(WorkerDied):
+        with pytest.raises(ModelLost, match="probably the kernel's"):
             await first
         assert not any(task.done() for task in queued)
         if unloaded:

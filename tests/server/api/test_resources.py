@@ -91,7 +91,7 @@ async def test_loaded_model_uses_the_memory_of_its_workers(shared: LocalApi) -> 
     running = asyncio.create_task(shared.infer("m", ENDLESS))
     await resources_when(shared, lambda seen: seen["models"][0]["in_flight"] == 1)
     await shared.unload("m", force=True)
-    assert (await running).refusal == (503, "worker_died")
+    assert (await running).refusal == (503, "model_unloaded")
 
 
 async def test_queued_jobs_wait_for_the_loading_model_and_say_so(small: LocalApi) -> None:

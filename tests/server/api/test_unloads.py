@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 from support import models
 from support.http import ENDLESS, ONE, LocalApi
@@ -123,5 +124,8 @@ async def test_unload_drains_until_force_ends_it(shared: LocalApi) -> None:
     forced = await shared.unload("busy", force=True)
     assert forced["id"] != draining["id"]
     assert (await shared.job(draining["id"]))["status"] == "completed"
-    assert getattr(await running, "refusal", None) == (503, "worker_died")
+    lost: Any = await running
+    assert lost.refusal == (503, "model_unloaded")
+    said = "model 'busy' was unloaded by alice, by force, before the inference had ended"
+    assert (lost.json["error"], "Retry-After" in lost.headers) == (said, False)
     await until(lambda: not exists(worker.pid))

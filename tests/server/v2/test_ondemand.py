@@ -358,7 +358,7 @@ async def test_unload_ends_before_the_model_is_loaded_again(shared: LocalApi) ->
     assert await causes(shared, "loop") == ["request"]
     await shared.unload("loop", force=True, until_asked=True)
     assert (await waiting).json["outputs"][0]["data"] == [5]
-    assert (await running).refusal == (503, "worker_died")
+    assert (await running).refusal == (503, "model_unloaded")
     assert await causes(shared, "loop") == ["request", "demand"]
 
 
