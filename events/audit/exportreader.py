@@ -113,8 +113,6 @@ def _parse_first_line(first: bytes) -> Anchor:
 
 
 def _describe_other_file(first: bytes) -> str:
-    if first.startswith(b"SQLite format 3"):
-        return "this is a database, not an export: name the data directory of a ledger with --data"
     if first.startswith(b'{"specversion"'):
         return (
             "these are CloudEvents, which loadledger does not read: export the ledger with `--format jsonl`, "

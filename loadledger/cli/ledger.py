@@ -54,7 +54,8 @@ def verify(
     Remarks are no findings: they name, for example, emergencies.
 
     Each FILE, a jsonl export, is verified by itself: its chain and its signed head. With --data,
-    its events are also compared with the ledger's. Use --key to check who signed.
+    its events are also compared with the ledger's. Use --key to check who signed. A FILE that `backup` made
+    is verified as the ledger, without the kept head.
 
     With --ledger, a ledger in a PostgreSQL database is verified in the same way; it has no stored
     projections. A server's replica of it is in the server's --data.
@@ -84,7 +85,7 @@ def verify(
 
         checked = VerifyResult(import_admin().verify_address(address, expected), (), None)
     else:
-        ledger = None if data is None else _ledger_in(data)
+        ledger = None if data is None else _ledger_in(data).parent
         checked = verify_ledger_and_files(ledger, files, key, expected)
     output.print_result(checked.members(), checked.lines(), as_json=as_json)
     sys.exit(0 if checked.verified else output.NEGATIVE_RESULT)

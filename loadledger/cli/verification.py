@@ -15,12 +15,17 @@ from events.audit.exportreader import FileAudit, audit_file
 from events.audit.signing import key_id
 from events.audit.verify import Finding
 from events.errors import NothingThere
+from events.sqlite.datalock import LEDGER
 from events.types import Anchor
 from features.audit import MAX_REMARKS, Remark
 from loadledger.cli.output import count_of, to_printable
 from runtime.store.folder import STORE
 from runtime.store.store import verify_store
 from server.auth.keys import KeyProblem, expected_key, open_signer
+
+_SQLITE = b"SQLite format 3\0"
+_COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ", b"PK\x03\x04")
+"""Beginnings of files of gzip, zstd, xz and zip."""
 
 
 def format_audit(found: Audit, files: Sequence[FileAudit] = ()) -> list[str]:
@@ -116,11 +121,15 @@ def _finding(finding: Finding | None, at: Path | None) -> dict[str, Any] | None:
 
 @dataclass(frozen=True, slots=True)
 class VerifyResult:
-    """Result of `verify`: the audits of a ledger and of files, and the expected key."""
+    """Result of `verify`: the audits of a ledger and of files, and the expected key.
+
+    `may_lack_end` is True of a ledger that was compared with no head that somebody kept.
+    """
 
     ledger: Audit | None
     files: Sequence[FileAudit]
     key: str | None
+    may_lack_end: bool = False
 
     @property
     def verified(self) -> bool:
@@ -129,6 +138,8 @@ class VerifyResult:
 
     def lines(self) -> list[str]:
         lines = [] if self.ledger is None else format_audit(self.ledger, self.files)
+        if self.may_lack_end and self.verified:
+            lines.append("not compared: a head that was kept; --expect HEAD shows that no events are missing")
         return lines + [line for file in self.files for line in _format_file_audit(file, key=self.key)]
 
     def members(self) -> dict[str, Any]:
@@ -139,18 +150,27 @@ class VerifyResult:
 
 
 def verify_ledger_and_files(
-    ledger: Path | None, files: Sequence[Path], key: str | None, expected: Anchor | None
+    data: Path | None, files: Sequence[Path], key: str | None, expected: Anchor | None
 ) -> VerifyResult:
     """Verify a ledger, files by themselves, or both against each other.
 
-    The expected `key` is an id or a file. The ledger, or without one a file, has to contain
-    the anchor `expected`.
+    Args:
+        data: the data directory of the ledger; None takes a copy of a ledger among the files, if any.
+        files: exports.
+        key: the expected key of the exports: an id, or a file.
+        expected: an anchor that the ledger, or without one a file, has to contain.
 
     Raises:
+        UsageError: there are two ledgers, or a file is compressed.
         KeyProblem: the key is invalid.
         LedgerProblem: verification is impossible.
         OSError: a file cannot be read.
     """
+    copies = [each for each in files if _is_database(each)]
+    if len(copies) > (data is None):
+        raise UsageError(f"{copies[-1]} is a second ledger: verify one at a time")
+    ledger = data / LEDGER if data is not None else next(iter(copies), None)
+    files = [each for each in files if each not in copies]
     wanted = None if key is None else expected_key(key)
     alone = expected if ledger is None else None
     checked = [audit_file(each, key=wanted, expected=alone) for each in files]
@@ -158,12 +178,27 @@ def verify_ledger_and_files(
         sound = [each for each in checked if each.finding is None]
         kept = None
         with suppress(KeyProblem):  # a folder with only a copy of the ledger has no key
-            kept = ledger.parent, open_signer(ledger.parent).public_key
+            kept = None if data is None else (data, open_signer(data).public_key)
         found = audit(ledger, expected, files=sound, kept_in=kept)
-        return VerifyResult(found, checked, wanted)
+        return VerifyResult(found, checked, wanted, may_lack_end=kept is None and expected is None)
     if expected is not None and not any(each.has_expected or each.finding for each in checked):
         raise NothingThere(f"none of these files has position {expected.position}: name one that has it")
     return VerifyResult(None, checked, wanted)
+
+
+def _is_database(path: Path) -> bool:
+    """Whether a file is a ledger's, and no export.
+
+    Raises:
+        UsageError: it is compressed.
+    """
+    if not path.is_file():  # `audit_file` refuses a pipe
+        return False
+    with path.open("rb") as file:
+        begin = file.read(len(_SQLITE))
+    if begin.startswith(_COMPRESSED):
+        raise UsageError(f"{path} is compressed: unpack it first")
+    return begin == _SQLITE
 
 
 @dataclass(slots=True)
