@@ -22,6 +22,8 @@ STAGES_OF_KIND = {
 COLUMNS = ("JOB", "KIND", "MODEL", "STATUS", "CAUSE", "BY", "AGE", "TOOK", "DETAIL")
 STATUSES = ("pending", "in_progress", "completed", "failed", "cancelled")
 SHOWN = 20
+MAX_DETAIL = 130
+"""Longest last cell of a line: a reason of waiting with its advice."""
 _wait_option = click.option(
     "--wait", "-w", is_flag=True, help="Wait until the job ends; Ctrl-C leaves it running."
 )
@@ -113,7 +115,7 @@ def describe_progress(job: Any) -> str:
     if job.status == "in_progress":
         return output.to_printable((job.stage or "in progress").replace("_", " "))
     if job.status == "pending" and job.waiting_for:
-        return f"waits: {output.to_printable(job.waiting_for)}"
+        return f"waits for {output.to_printable(job.waiting_for)}"
     return output.to_printable(job.status)
 
 
@@ -232,7 +234,7 @@ def _row(job: Any) -> tuple[str, ...]:
         output.format_cell(job.requested_by, most=24),
         output.format_age(job.created_at, datetime.now(UTC)),
         output.format_elapsed(job.created_at, job.finished_at),
-        output.format_cell(detail or (None if job.ended else describe_progress(job)), most=60),
+        output.format_cell(detail or (None if job.ended else describe_progress(job)), most=MAX_DETAIL),
     )
 
 

@@ -16,12 +16,12 @@ import msgspec
 from features.approvals.cli import model_facts
 from loadledger.cli import options, output
 from loadledger.cli.completion import models_of_server
-from loadledger.cli.jobs import report_request
+from loadledger.cli.jobs import MAX_DETAIL, describe_progress, report_request
 from loadledger.cli.output import format_cell, format_size, format_table, to_printable
 from loadledger.cli.snippets import DATATYPES, describe_guess, format_infer
 from loadledger.errors import ClientProblem
 
-COLUMNS = ("MODEL", "STATE", "VERSION", "VERSIONS", "MEMORY", "LOADED", "BY", "ERROR")
+COLUMNS = ("MODEL", "STATE", "VERSION", "VERSIONS", "MEMORY", "LOADED", "BY", "DETAIL")
 HAVE_PROCESS = ("loading", "loaded", "unloading")
 MAX_VERSIONS = 4
 """Versions in a cell: the highest ones."""
@@ -48,7 +48,7 @@ at_option = click.option(
 
 
 @click.command(context_settings={"allow_extra_args": True})
-@click.option("--loaded", is_flag=True, help="Only models that have a process.")
+@click.option("--loaded", is_flag=True, help="Only models that have a process, or wait for one.")
 @at_option
 @options.json_option
 @options.server_options
@@ -63,7 +63,11 @@ def models(
     if context.args:
         raise click.UsageError(f"this lists all models; for one, `loadledger show {context.args[0]}`")
     with options.open_chosen_client(where) as client:
-        rows = [each for each in client.models(at=at) if not loaded or each.state in HAVE_PROCESS]
+        rows = [
+            each
+            for each in client.models(at=at)
+            if not loaded or each.state in HAVE_PROCESS or each.open_load is not None
+        ]
         server = client.model(rows[0].id, at=at).server if at is not None and rows else None
     if server is not None and server.state != "running":
         output.print_note(f"the server then: {format_presence(server)}")
@@ -93,7 +97,21 @@ def show(model: str, *, at: str | None, as_json: bool, where: options.ServerChoi
     output.print_result(shown, _details(shown, where.words), as_json=as_json)
 
 
+def describe_state(model: Any, now: datetime) -> tuple[str, str]:
+    """Return a model's state in one word, and what it waits for, its stage, or why it failed."""
+    load, failure = model.open_load, ""
+    if model.error is not None:
+        failure = f"{model.error.code}: {model.error.message}"
+    if load is None:
+        return model.state, failure or model.not_served or ""
+    doing = f"{output.format_age(load.started_at or load.created_at, now)}: {describe_progress(load)}"
+    if model.state in {"unloaded", "failed", "loading"}:
+        return ("waiting" if load.status == "pending" else "loading"), f"for {doing}"
+    return model.state, f"version {load.version} for {doing}{f'; {failure}' if failure else ''}"
+
+
 def _row(model: Any) -> tuple[str, ...]:
+    state, detail = describe_state(model, datetime.now(UTC))
     version = output.NOTHING if model.version is None else str(model.version)
     if model.next_version is not None:
         version += f" → {model.next_version}"
@@ -101,15 +119,13 @@ def _row(model: Any) -> tuple[str, ...]:
         version += " (newer files)"
     return (
         format_cell(model.id) + (" *" if model.active else ""),
-        model.state,
+        state,
         version,
         _versions(model.versions) + (f" ({format_cell(_labels(model), most=60)})" if model.labels else ""),
         format_size(model.memory_bytes),
         output.format_age(model.loaded_at, datetime.now(UTC)),
         format_cell(model.loaded_by, most=24) + (f" ({model.brought_back})" if model.brought_back else ""),
-        format_cell(
-            model.not_served if model.error is None else f"{model.error.code}: {model.error.message}", most=60
-        ),
+        format_cell(detail, most=MAX_DETAIL),
     )
 
 
@@ -143,8 +159,11 @@ def _labels(model: Any) -> str:
 
 
 def _details(model: Any, words: Sequence[str] = ()) -> Iterator[str]:
-    yield f"{format_cell(model.id)}: {output.format_state(model.state)}{', active' if model.active else ''}"
+    state, detail = describe_state(model, datetime.now(UTC))
+    yield f"{format_cell(model.id)}: {output.format_state(state)}{', active' if model.active else ''}"
+    load = model.open_load
     facts = {
+        "load": load and f"{detail}; job {load.id} by {format_cell(load.requested_by)}",
         "version": model.version,
         "next version": model.next_version,
         "repository": "has newer files than those that are loaded" if model.repository_changed else None,

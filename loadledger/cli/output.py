@@ -21,6 +21,7 @@ COLOURS = {
     "draining": "yellow",
     "completed": "green",
     "loading": "yellow",
+    "waiting": "yellow",
     "unloading": "yellow",
     "in_progress": "yellow",
     "pending": "yellow",

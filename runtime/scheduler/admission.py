@@ -388,7 +388,7 @@ class _PendingLoad:
         if job.cause is Cause.RESTART and not view.will_free_more and view.share.is_whole:
             code = INSUFFICIENT_MEMORY if missing.lacks_bytes else TOO_MANY_LOADED
             lack = self._describe(missing_now)
-            return actions.FailLoad(job, code, f"not reloaded after the server's start: it needs {lack}")
+            return actions.FailLoad(job, code, f"not reloaded after the server's start for want of {lack}")
         has_priority = self.rank == _BEFORE_ALL or view.queued_at(job) <= view.earlier_by(OVERTAKING_LIMIT_S)
         may_reserve = job.cause not in _RESERVES_NOTHING
         return Waiting(
@@ -406,28 +406,29 @@ class _PendingLoad:
     def _describe_wait(self, missing: _Shortage) -> str:
         first, alternative = self._reservations.first, missing.alternative
         if first is not None and self._find_shortage(alternative, missing.replaced, reserved={}).is_none:
-            return f"room, which is reserved for job {first.id}, before it"
+            return f"room, which is reserved for model {first.model_id!r}, before it"
         shortage_text = self._describe(missing)
-        return f"{shortage_text}; {self._advise()}" if missing.measured is None else shortage_text
+        return f"{shortage_text}: {self._advise()}" if missing.measured is None else shortage_text
 
     def _describe(self, shortage: _Shortage) -> str:
         first = self._reservations.first
         if shortage.measured is not None:
             room, measured = shortage.measured
             is_gone = "whose memory is being released"
-            is_loading = f"on which job {measured.load_job_id} is loading"
+            is_loading = f"on which model {measured.model_id!r} is loading"
             return f"{room.limits.title}, {is_gone if measured.killed else is_loading}"
-        kept = f", some reserved for job {first.id}, before it" if first is not None else ""
+        kept = f", some reserved for model {first.model_id!r}, before it" if first is not None else ""
         room, missing = next(iter(shortage.rooms.items()))
         budget, free = room.limits.budget_bytes, room.free_bytes
         if budget is None or free is None or missing.bytes <= 0:
             return f"a place among the {room.max_loaded} models that may be loaded{kept}"
-        need, left = _describe_need(room, shortage.alternative), format_megabytes(max(0, free))
-        return f"{need}, and of {room.budget_name} of {format_megabytes(budget)} {left} are free{kept}"
+        needed, left = format_megabytes(shortage.alternative.needs[room.name]), format_megabytes(max(0, free))
+        needs = f"memory{room.where}: needs {'about ' if shortage.alternative.is_guess else ''}{needed}"
+        return f"{needs}, {left.removesuffix(' MB')} of {format_megabytes(budget)} are free{kept}"
 
     def _advise(self) -> str:
         if not self._view.policy.evicts:
-            return "unload a model, or use --evict idle"
+            return "unload a model, or start with --evict idle"
         if not self._may_evict:
             return "a copy, or a reload after a start of the server, evicts no model"
         return "the idle models are not enough: the others are busy, pinned, or were loaded just now"

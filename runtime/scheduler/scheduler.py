@@ -257,7 +257,7 @@ def _waiting_for(view: SchedulerView, admission: Decision) -> dict[str, str]:
     waiting = dict(admission.waiting_for)
     for job in view.unended:
         if job.status is JobStatus.PENDING and not view.is_first_in_queue(job):
-            waiting[job.id] = f"job {view.queues[job.model_id][0].id} of the same model"
+            waiting[job.id] = f"the {view.queues[job.model_id][0].kind} of the same model, before it"
         elif job.id in view.share.held:
             waiting[job.id] = view.share.held[job.id]
     return waiting

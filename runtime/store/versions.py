@@ -154,11 +154,18 @@ class Versions:
         """Return the identities of a version's files; for errors see `Repository.open_version`.
 
         Raises:
+            LoadRefused: `invalid_model`, the model's file has another format, or is not complete.
             RepositoryBusy: `repository_busy`, the identities are not known within `LOAD_LIMIT_S`.
         """
 
         def find_files() -> tuple[FoundFile, ...]:
-            with self.repository.open_version(model_id, version) as (_, found):
+            with self.repository.open_version(model_id, version) as (folder, found):
+                name = find_model_file(each.path for each in found)
+                file = next(each for each in found if each.path == name)
+                with folder.open_file(file.path, file) as descriptor:
+                    foreign = describe_foreign_content(_read_head(descriptor), file.bytes)
+                if foreign is not None:  # a worker would refuse it, but only once there is room for one
+                    raise LoadRefused("invalid_model", f"{file.path} {foreign}")
                 return found
 
         return await self.repository.file_system.run(model_id, find_files, LOAD_LIMIT_S)
@@ -470,10 +477,14 @@ def _read_tensors(descriptor: int, file: FoundFile) -> ModelTensors | str:
     except TooManyFields as problem:
         return f"{file.path}: {problem}"
     except Unparsable:
-        head = os.pread(descriptor, FOREIGN_HEAD_BYTES, 0)
-        return f"{file.path} {describe_foreign_content(head, file.bytes) or 'is not an ONNX file'}"
+        foreign = describe_foreign_content(_read_head(descriptor), file.bytes)
+        return f"{file.path} {foreign or 'is not an ONNX file'}"
     except OSError as error:
         raise RepositoryUnreadable(f"{file.path!r} cannot be read: {error.strerror}") from None
+
+
+def _read_head(descriptor: int) -> bytes:
+    return os.pread(descriptor, FOREIGN_HEAD_BYTES, 0)
 
 
 def _check_mounted(root: Path) -> None:

@@ -111,7 +111,38 @@ def test_job_progress_in_steps_and_words(status: str, stage: str | None, done: i
     job = fill(JobInfo, id="j", kind="load", model_id="m", status=status, stage=stage)
     assert (count_steps(job), describe_progress(job)) == ((done, 6), told)
     job = fill(JobInfo, id="j", kind="load", model_id="m", status="pending", waiting_for="20 MB of memory")
-    assert describe_progress(job) == "waits: 20 MB of memory"
+    assert describe_progress(job) == "waits for 20 MB of memory"
+
+
+ROOM = "memory: needs 168 MB, 55 of 300 MB are free"
+WAITS = {"status": "pending", "created_at": STAMP, "waiting_for": ROOM}
+WARMS_UP = {"status": "in_progress", "created_at": STAMP, "started_at": STAMP, "stage": "warming_up"}
+FOR_MEMORY = f"1m: waits for {ROOM}"
+FAILED = ErrorInfo(code="worker_died", message="it died")
+
+
+@pytest.mark.parametrize(
+    ("state", "load", "error", "shown"),
+    [
+        ("unloaded", None, None, ("unloaded", "")),
+        ("unloaded", WAITS, None, ("waiting", f"for {FOR_MEMORY}")),
+        ("failed", WAITS, FAILED, ("waiting", f"for {FOR_MEMORY}")),
+        ("loading", WARMS_UP, None, ("loading", "for 1m: warming up")),
+        ("failed", None, FAILED, ("failed", "worker_died: it died")),
+        ("lost", WAITS, FAILED, ("lost", f"version 2 for {FOR_MEMORY}; worker_died: it died")),
+        ("loaded", WAITS, None, ("loaded", f"version 2 for {FOR_MEMORY}")),
+        ("loaded", WARMS_UP, None, ("loaded", "version 2 for 1m: warming up")),
+    ],
+)
+def test_state_of_a_model_says_what_it_waits_for_or_why(
+    state: str, load: dict[str, str] | None, error: ErrorInfo | None, shown: tuple[str, str]
+) -> None:
+    job = load and fill(JobInfo, id="j", kind="load", model_id="m", version=2, requested_by="alice", **load)
+    model = fill(ModelInfo, id="m", state=state, open_load=job, error=error)
+    now = datetime.fromisoformat(STAMP) + timedelta(seconds=60)
+    assert models.describe_state(model, now) == shown
+    assert shown[0] in next(models._details(model))
+    assert models._row(model)[1] == shown[0]
 
 
 def test_versions_from_sources_have_a_line_each() -> None:

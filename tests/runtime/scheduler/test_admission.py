@@ -55,7 +55,7 @@ set evicts=false; load a 80; request b 50; request c 20; unload a -> start c1
 set evicts=false; load a 80; request b 50; request c 21; unload a -> c1 waits for being released
 set evicts=false; load a 80; request b 50; request c 50; unload a -> c1 waits for being released
 set evicts=false; load a 80; request b 50; request c 51; unload a
-  -> c1 waits for some reserved for job b1, before it
+  -> c1 waits for some reserved for model 'b', before it
 
 # The model limit.
 set max_loaded=2 evicts=false; load a; request c -> start c1
@@ -69,12 +69,12 @@ set max_loaded=1; load a version=2; kill a1 a 10; unload a version=2; request b
   -> b1 waits for it is being released; exit a version=2 -> nothing; forget a1 -> start b1
 set max_loaded=2 evicts=false; load a 10; kill x1 b 10; request b 10 -> start b1
 set max_loaded=2 evicts=false; load a 10; kill x1 b 10; request c 10; request b 10
-  -> c1 waits for it is being released; -> b1 waits for room, which is reserved for job c1, before it
+  -> c1 waits for it is being released; -> b1 waits for room, which is reserved for model 'c', before it
 
 # A load that waits for room is overtaken for a while; then its room is kept until it ends.
 set evicts=false; load a 80; request b 50; wait 28; request c 10 -> start c1
 set evicts=false; load a 80; request b 50; wait 30; request c 10
-  -> c1 waits for room, which is reserved for job b1
+  -> c1 waits for room, which is reserved for model 'b'
 set evicts=false; load a 80; request b 50 timeout_s=40; wait 38; request c 10; wait 1 -> fail b1: timeout;
   fail b timeout -> start c1
 set evicts=false; load z 60; request big 90 timeout_s=3600; wait 30; request small 10 -> nothing; wait 90;
@@ -124,9 +124,9 @@ request a; wait 60; request b priority=high -> start a1
 request a priority=low; wait 57; request b -> start b1
 request a priority=low; wait 60; request b -> start a1
 set evicts=false; load z 60; request a 50 priority=low; wait 120; request b 1 priority=high
-  -> b1 waits for room, which is reserved for job a1, before it
+  -> b1 waits for room, which is reserved for model 'a', before it
 set evicts=false; load z 60; request a 50 priority=high; wait 120; request b 1 priority=high
-  -> b1 waits for room, which is reserved for job a1, before it
+  -> b1 waits for room, which is reserved for model 'a', before it
 request a priority=low; wait 117; request b priority=high -> start b1
 request a priority=low; wait 120; request b priority=high -> start a1
 
@@ -144,16 +144,16 @@ load z 10 on=cuda:0 there=60; request a 10 on=cuda:0,cuda:1 there=40 -> start a1
 load z 10 on=cuda:0 there=60; request a 10 on=cuda:0,cuda:1 there=41 -> start a1 on cuda:1
 load z 10 on=cuda:0 there=60; request a 10 on=cuda:0,cpu there=41 -> start a1
 load z 10 on=cuda:0 there=60; request a 10 on=cpu,cuda:0 there=41 -> start a1
-load z 95; request a 10 on=cuda:0 there=10 -> a1 waits for 0.0 MB of memory, and of the budget of
+load z 95; request a 10 on=cuda:0 there=10 -> a1 waits for memory: needs 0.0 MB,
 load z 95; request a 10 on=cuda:0,cuda:1 there=10 -> nothing
 load z 10 on=cuda:0 there=60; request a 10 on=cuda:0 there=41
-  -> a1 waits for 0.0 MB of memory on cuda:0, and of its budget of 0.0 MB 0.0 MB are free
+  -> a1 waits for memory on cuda:0: needs 0.0 MB, 0.0 of 0.0 MB are free
 load z 30 on=npu:0; request a 20 on=npu:0 -> start a1 on npu:0
-load z 30 on=npu:0; request a 21 on=npu:0 -> a1 waits for 0.0 MB of memory on npu:0
-load z 60; request a 41 on=npu:0 -> a1 waits for 0.0 MB of memory, and of the budget
+load z 30 on=npu:0; request a 21 on=npu:0 -> a1 waits for memory on npu:0: needs 0.0 MB
+load z 60; request a 41 on=npu:0 -> a1 waits for memory: needs 0.0 MB,
 
 # What runs on a device takes of the machine's memory, and nothing of another device.
-load z 60 on=cuda:0 there=60; request a 41 -> a1 waits for 0.0 MB of memory, and of the budget
+load z 60 on=cuda:0 there=60; request a 41 -> a1 waits for memory: needs 0.0 MB,
 load z 60 on=cuda:0 there=60; request a 40 -> start a1
 load z 10 on=cuda:1 there=100; request a 10 on=cuda:0 there=100 -> start a1 on cuda:0
 
@@ -162,11 +162,11 @@ request a 10 on=cuda:0,cpu there=101 -> start a1
 request a 10 on=cuda:0,cuda:1 there=101 -> fail a1: insufficient_memory
 request a 51 on=npu:0 -> fail a1: insufficient_memory
 request a 101 on=cuda:0 there=10 -> fail a1: insufficient_memory
-load z 95; request a 10 on=cuda:0,cpu there=101 -> a1 waits for 0.0 MB of memory, and of the budget
+load z 95; request a 10 on=cuda:0,cpu there=101 -> a1 waits for memory: needs 0.0 MB,
 
 # One load at a time runs on a device with memory of its own, until a killed one is gone.
 start z 10; begin z on=cuda:0 there=10; request a 10 on=cuda:0 there=10
-  -> a1 waits for the device cuda:0, on which job z1 is loading; complete z 10 -> start a1 on cuda:0
+  -> a1 waits for the device cuda:0, on which model 'z' is loading; complete z 10 -> start a1 on cuda:0
 start z 10; begin z on=cuda:0 there=10; request a 10 on=cuda:0,cuda:1 there=10 -> start a1 on cuda:1
 start z 10; begin z on=cuda:0 there=10; request a 10 on=npu:0,cuda:0 there=10 -> start a1 on npu:0
 start z 10; begin z on=cuda:0 there=10; request a 10 on=cpu,cuda:0 there=10 -> start a1
@@ -182,21 +182,21 @@ load z 10 on=cuda:0 there=10; unload z; request a 10 on=cuda:0 there=10 -> start
 # another of the same provider. If it lacks room there, too, it starts on the next device.
 run z1 z draining killed=true on=cuda:0 there=60; request a 10 on=cuda:0,cpu there=50 -> start a1
 start z 10; begin z on=cuda:0 there=10; request a 10 on=cuda:0,cpu there=90
-  -> a1 waits for the device cuda:0, on which job z1 is loading; complete z 10 -> start a1 on cuda:0
+  -> a1 waits for the device cuda:0, on which model 'z' is loading; complete z 10 -> start a1 on cuda:0
 start z 10; begin z on=cuda:0 there=10; request a 10 on=cuda:0,npu:0 there=10
-  -> a1 waits for the device cuda:0, on which job z1 is loading
+  -> a1 waits for the device cuda:0, on which model 'z' is loading
 start z 10; begin z on=cuda:0 there=10; request a 10 on=cuda:0,cpu there=91 -> start a1
 start z 10; begin z on=cuda:0 there=10; request a 10 on=cuda:0,cpu,cuda:1 there=10 -> start a1 on cuda:1
 start z 10; begin z on=cuda:0 there=10; load y 10 on=cuda:1 there=91;
-  request a 10 on=cuda:0,cuda:1,cpu there=10 -> a1 waits for the device cuda:0, on which job z1 is loading
+  request a 10 on=cuda:0,cuda:1,cpu there=10 -> a1 waits for the device cuda:0, on which model 'z' is loading
 start z 10; begin z on=cuda:0 there=10; load y 10 on=npu:0;
-  request a 45 on=npu:0,cuda:0,cpu there=10 -> a1 waits for the device cuda:0, on which job z1 is loading
+  request a 45 on=npu:0,cuda:0,cpu there=10 -> a1 waits for the device cuda:0, on which model 'z' is loading
 set loads_at_once=4; request a 10 on=cuda:0,cuda:1,cpu there=10; request b 10 on=cuda:0,cuda:1,cpu there=10;
   request c 10 on=cuda:0,cuda:1,cpu there=10 -> start a1 on cuda:0; begin a on=cuda:0 there=10
-  -> start b1 on cuda:1; begin b on=cuda:1 there=10 -> c1 waits for job a1 is loading;
+  -> start b1 on cuda:1; begin b on=cuda:1 there=10 -> c1 waits for model 'a' is loading;
   complete b 10 -> start c1 on cuda:1
 set evicts=true; load y 10 on=npu:0; start z 10; begin z on=cuda:0 there=10; wait 20;
-  request a 45 on=npu:0,cuda:0 there=10 -> a1 waits for the device cuda:0, on which job z1 is loading
+  request a 45 on=npu:0,cuda:0 there=10 -> a1 waits for the device cuda:0, on which model 'z' is loading
 start z 10; begin z on=cuda:0 there=10; request a 10 on=cuda:0,cpu there=60; wait 31;
   request b 10 on=cuda:0,cpu there=60 -> start b1
 
@@ -204,7 +204,7 @@ start z 10; begin z on=cuda:0 there=10; request a 10 on=cuda:0,cpu there=60; wai
 load z 10 on=cuda:0 there=80; request b 10 on=cuda:0 there=50; request c 10 on=cuda:0 there=20; unload z
   -> start c1 on cuda:0
 load z 10 on=cuda:0 there=80; request b 10 on=cuda:0 there=50; request c 10 on=cuda:0 there=51; unload z
-  -> b1 waits for it is being released; -> c1 waits for some reserved for job b1, before it
+  -> b1 waits for it is being released; -> c1 waits for some reserved for model 'b', before it
 load z 10 on=cuda:0 there=80; request b 10 on=cuda:0,cuda:1 there=50; load y 10 on=cuda:1 there=90;
   unload z; request c 10 on=cuda:1 there=10 -> start c1 on cuda:1
 
@@ -212,16 +212,16 @@ load z 10 on=cuda:0 there=80; request b 10 on=cuda:0,cuda:1 there=50; load y 10 
 load z 10 on=cuda:0 there=80; request b 10 on=cuda:0 there=50; wait 28;
   request c 10 on=cuda:0 there=10 -> start c1 on cuda:0
 load z 10 on=cuda:0 there=80; request b 10 on=cuda:0 there=50; wait 30;
-  request c 10 on=cuda:0 there=10 -> c1 waits for room, which is reserved for job b1
+  request c 10 on=cuda:0 there=10 -> c1 waits for room, which is reserved for model 'b'
 load z 10 on=cuda:0 there=80; load y 10 on=cuda:1 there=80;
   request b 10 on=cuda:0,cuda:1 there=50; wait 30; request c 10 on=cuda:1 there=10
-  -> c1 waits for room, which is reserved for job b1
+  -> c1 waits for room, which is reserved for model 'b'
 load z 10 on=cuda:0 there=80; request b 10 on=cuda:0 there=50; wait 30;
   request c 10 on=cuda:1 there=10 -> start c1 on cuda:1
 load z 10 on=cuda:0 there=80; request b 10 on=cuda:0 there=50; wait 30;
-  request c 81 on=cuda:1 there=10 -> c1 waits for room, which is reserved for job b1
+  request c 81 on=cuda:1 there=10 -> c1 waits for room, which is reserved for model 'b'
 start z 10; begin z on=cuda:0 there=10; request b 60 on=cuda:0 there=10; wait 30; request c 40
-  -> c1 waits for room, which is reserved for job b1
+  -> c1 waits for room, which is reserved for model 'b'
 """
 
 
@@ -282,8 +282,8 @@ def test_load_that_fits_on_no_device_reports_each() -> None:
 
 def test_load_without_memory_reports_free_bytes_and_advice() -> None:
     scene = Scene("load a 80000000; request b 30000000", budget_bytes=100_000_000, evicts=False)
-    text = "30 MB of memory, and of the budget of 100 MB 20 MB are free; "
-    assert scene.decision().waiting_for == {"b1": text + "unload a model, or use --evict idle"}
+    text = "memory: needs 30 MB, 20 of 100 MB are free: "
+    assert scene.decision().waiting_for == {"b1": text + "unload a model, or start with --evict idle"}
     scene.wait(300)
     assert text in message(scene)  # of the timeout
 
@@ -312,7 +312,7 @@ RESTARTED = (
 
 def test_restart_reloads_what_fits_and_fails_the_rest() -> None:
     scene = Scene(RESTARTED + "-> start c1; begin c -> start b1; begin b; set loads_at_once=3")
-    scene.play("-> a1 waits for 0.0 MB of memory")  # the two may keep less than was reserved for them
+    scene.play("-> a1 waits for memory: needs 0.0 MB")  # the two may keep less than was reserved for them
     scene.play("complete c 45; complete b 45; wait 100 -> fail a1: insufficient_memory")
 
 

@@ -83,7 +83,7 @@ device cuda:0 100; device cuda:1 100; load a 10 on=cuda:0 there=90; load b 10 on
 
 # Nothing is evicted from a device where a load is running; its memory is being measured.
 device cuda:0 100; load a 10 on=cuda:0 there=50; start z 10; begin z on=cuda:0 there=40; wait 10;
-  request x 10 on=cuda:0 there=50 -> x1 waits for the device cuda:0, on which job z1 is loading;
+  request x 10 on=cuda:0 there=50 -> x1 waits for the device cuda:0, on which model 'z' is loading;
   complete z 10 -> unload a, eviction for x1
 
 # Workers that outgrew the budget of their device.

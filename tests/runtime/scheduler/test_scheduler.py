@@ -154,7 +154,10 @@ def test_pending_jobs_report_what_they_wait_for() -> None:
     decision = decide_on("request start request_other", "L:loading", policy=Policy(1))
     assert decision == Decision(None, at(301), {"O": "a free load slot: at most 1 may run at once"})
     decision = decide_on("load request_unload start_unload request_v2 request_again", "L:draining")
-    assert decision.waiting_for == {"L2": "job U of the same model", "L3": "job U of the same model"}
+    assert decision.waiting_for == {
+        "L2": "the unload of the same model, before it",
+        "L3": "the unload of the same model, before it",
+    }
 
 
 DOWN = Observations(fork_server_up=False)
@@ -184,7 +187,12 @@ def test_missing_fork_server_delays_loads_only() -> None:
             "a free load slot: at most 1 may run at once",
         ),
         ("load_other request_10s", "", None, "its turn"),
-        ("request_again start_again request_10s", "L3:loading", None, "job L3 of the same model"),
+        (
+            "request_again start_again request_10s",
+            "L3:loading",
+            None,
+            "the load of the same model, before it",
+        ),
         ("request_10s", "", DOWN, "the fork server, which is being started again"),
     ],
 )

@@ -162,26 +162,26 @@ device cuda:0 100; load z 10 on=cuda:0 there=60; load a 60; request a 10 version
 device cuda:0 100; device cuda:1 100; load a 10 on=cuda:0 there=60;
   request a 10 version=2 strategy=auto on=cuda:0,cuda:1 there=41 -> start a2 on cuda:1
 device cuda:0 100; start z 10; begin z on=cuda:0 there=10; load a 10 on=cuda:0 there=60;
-  request a 10 version=2 strategy=in_place on=cuda:0 there=41 -> a2 waits for job z1 is loading
+  request a 10 version=2 strategy=in_place on=cuda:0 there=41 -> a2 waits for model 'z' is loading
 device cuda:0 100; start z 10; begin z on=cuda:0 there=10; load a 10 on=cuda:0 there=60;
-  request a 10 version=2 strategy=in_place on=cuda:0,cpu there=41 -> a2 waits for job z1 is loading;
+  request a 10 version=2 strategy=in_place on=cuda:0,cpu there=41 -> a2 waits for model 'z' is loading;
   complete z 10 -> replace a1 by a2
 device cuda:0 100; start z 10; begin z on=cuda:0 there=10; load a 10 on=cuda:0 there=60;
-  request a 10 version=2 strategy=auto on=cuda:0,cpu there=30 -> a2 waits for job z1 is loading;
+  request a 10 version=2 strategy=auto on=cuda:0,cpu there=30 -> a2 waits for model 'z' is loading;
   complete z 10 -> start a2 on cuda:0
 device cuda:0 100; start z 10; begin z on=cuda:0 there=10; load a 10 on=cuda:0 there=60;
   request a 10 version=2 strategy=auto on=cuda:0,cpu there=41 -> start a2
 device cuda:0 100; load a 10 on=cuda:0 there=60;
   request a 10 version=2 strategy=in_place on=cuda:0 there=100; unload a cause=swap;
-  request b 10 on=cuda:0 there=10 priority=high -> b1 waits for room, which is reserved for job a2, before it;
+  request b 10 on=cuda:0 there=10 priority=high -> b1 waits for room, which is reserved for model 'a';
   exit a -> start a2 on cuda:0
 
 # A model between two versions goes before everything, and its room is kept.
 {GAP} request b 30 priority=high -> a2 waits for the unload of the version that it replaces;
-  -> b1 waits for room, which is reserved for job a2, before it; exit a -> start a2
+  -> b1 waits for room, which is reserved for model 'a', before it; exit a -> start a2
 set budget_bytes=none; {GAP} request b -> start b1
 {GAP} run z1 z memory_bytes=50; exit a; request b 30 priority=high
-  -> b1 waits for room, which is reserved for job a2
+  -> b1 waits for room, which is reserved for model 'a'
 {GAP} exit a; fail a version=2 -> reload a, swap; request b 60 priority=high;
   request a 60 version=3 cause=swap priority=low -> start a3
 {GAP} exit a; observe under_pressure=true -> start a2

@@ -113,7 +113,7 @@ async def test_queued_jobs_wait_for_the_loading_model_and_say_so(small: LocalApi
     waiting = await small.job(first)
     assert "1 may run at once" in waiting["waiting_for"]
     assert (waiting["status"], waiting["stage"]) == ("pending", None)
-    await small.job_when(second, waiting_for=f"job {first} of the same model")
+    await small.job_when(second, waiting_for="the load of the same model, before it")
     cancelled = (await small.post(f"/api/v1/jobs/{second}/cancel", wait=60)).json
     assert (cancelled["status"], cancelled["started_at"]) == ("cancelled", None)
     again = (await small.accepted_load("b", version=2))["id"]
@@ -152,7 +152,7 @@ async def test_load_without_room_waits_and_says_for_what(small: LocalApi) -> Non
     await small.load("large")
     job = await small.accepted_load("larger")
     seen = await resources_when(
-        small, lambda seen: any("budget" in wait["waiting_for"] for wait in seen["waiting"])
+        small, lambda seen: any("memory: needs" in wait["waiting_for"] for wait in seen["waiting"])
     )
     needs = estimate(small, "larger")
     reason = (await small.job_when(job["id"], status="pending"))["waiting_for"]
@@ -161,6 +161,14 @@ async def test_load_without_room_waits_and_says_for_what(small: LocalApi) -> Non
     ]
     for words in (f"{needs / 1e6:.0f} MB", "50 MB", "--evict idle"):
         assert words in reason
+    waiting = await small.model("larger")
+    assert (waiting["state"], waiting["open_load"]["waiting_for"]) == ("unloaded", reason)
+    text = small.config.repository / "text" / "1" / "model.onnx"
+    text.parent.mkdir(parents=True)
+    text.write_bytes(b"no model" * 1000)
+    broken = await small.ended((await small.accepted_load("text"))["id"])  # it does not queue for room
+    assert broken["error"]["message"].startswith("model.onnx is a text and no model")
+    assert "open_load" not in await small.model("text")
     await small.unload("large")
     assert (await small.ended(job["id"]))["status"] == "completed"
     assert (await resources(small))["waiting"] == []

@@ -136,7 +136,7 @@ async def test_stages_are_sent_without_id(shared: LocalApi) -> None:
         waits = {
             **of_job,
             "stage": None,
-            "waiting_for": f"job {first['id']} of the same model",
+            "waiting_for": "the load of the same model, before it",
         }
         loads = {**of_job, "stage": "loading", "waiting_for": None}
         for expected in (waits, loads):
