@@ -69,6 +69,8 @@ def models(
             if not loaded or each.state in HAVE_PROCESS or each.open_load is not None
         ]
         server = client.model(rows[0].id, at=at).server if at is not None and rows else None
+        if at is None:
+            note_not_ready(client.resources())
     if server is not None and server.state != "running":
         output.print_note(f"the server then: {format_presence(server)}")
     shown = output.with_column(
@@ -95,6 +97,12 @@ def show(model: str, *, at: str | None, as_json: bool, where: options.ServerChoi
             with suppress(ClientProblem):  # its server cannot be reached: the file's are shown
                 shown = replace_tensors(shown, client.metadata(model))
     output.print_result(shown, _details(shown, where.words), as_json=as_json)
+
+
+def note_not_ready(found: Any) -> None:
+    """Print why the server is not ready, before anything else, with what to do."""
+    for each in found.not_ready:
+        output.print_note(f"the server is NOT READY: {each.cause}: {each.cure}")
 
 
 def describe_state(model: Any, now: datetime) -> tuple[str, str]:
@@ -387,6 +395,7 @@ def resources(*, as_json: bool, where: options.ServerChoice) -> None:
     """
     with options.open_chosen_client(where) as client:
         found = client.resources()
+    note_not_ready(found)
     output.print_result(found, _resource_lines(found), as_json=as_json)
 
 

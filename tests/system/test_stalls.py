@@ -3,12 +3,17 @@
 import asyncio
 import os
 import signal
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 from support import models
-from support.http import ENDLESS, ONE
+from support.clients import run_command
+from support.disks import small_disk
+from support.http import ENDLESS, ONE, when
 from support.models import save
 from support.mounts import hanging_mounts
-from support.servers import Server, events, serving
+from support.servers import MODULE, Server, events, serving
 from support.workers import freeze, resume
 
 from events.types import LoadFailed, WorkerExited
@@ -54,6 +59,37 @@ async def test_stopped_server_accuses_no_process_when_it_goes_on(config: Config)
         assert set(processes) <= set(server.children())
     log = await events(config)
     assert not [event for event in log if isinstance(event.data, WorkerExited | LoadFailed)]
+
+
+async def test_full_disk_is_the_first_thing_that_commands_say(config: Config, tmp_path: Path) -> None:
+    save(models.add(1), config.repository, "m")
+    full = "database or disk is full"
+    cure = "free space on the disk of the data directory"
+    with small_disk(tmp_path / "small", 16 * 2**20) as disk:
+        config = replace(config, data=disk.folder)
+        async with serving(config, command=(*disk.prefix, *MODULE)) as server:
+            token, url = server.api.token("admin"), server.url
+
+            async def say(*words: str) -> str:
+                result = await asyncio.to_thread(
+                    run_command, *words, LOADLEDGER_URL=url, LOADLEDGER_TOKEN=token
+                )
+                return str(result.output)
+
+            disk.fill()
+            seconds, said = 0, ""
+            while "accepted" not in said:  # the write-ahead log has some room left
+                seconds += 1
+                said = await say("load", "m", f"--keep-alive-s={seconds}")
+            assert f"so nothing was accepted: {full}; {cure} (log_unavailable)" in said
+            for command in ("ps", "models", "resources"):
+                said = await when(partial(say, command), lambda said: "NOT READY" in said)
+                assert f"the ledger cannot be written: {full}: {cure}" in "\n".join(said.splitlines()[:4])
+            refused = await server.api.get("/health/ready", roles=())
+            assert refused.json["detail"] == f"not ready: log: the ledger cannot be written: {full}: {cure}"
+            disk.drain()
+            await when(partial(say, "ps"), lambda said: "NOT READY" not in said)
+            await server.api.load("m")
 
 
 async def test_folders_that_hang_hold_up_their_models_only(config: Config) -> None:
