@@ -233,9 +233,8 @@ class RequestCancel(Command):
         state, new_id = at.state, at.new_id
         job = state.unended_job(self.job_id)
         if job is None:
-            return Refused(
-                "already_finished", f"job {self.job_id} has ended; GET /api/v1/jobs/{{id}} shows how"
-            )
+            shown = f"GET /api/v1/jobs/{self.job_id} shows how"
+            return Refused("already_finished", f"job {self.job_id} has ended; {shown}")
         if not job.cancellable:
             return Refused("already_started", _why_not_cancelled(job))
         data = CancelRequested(self.idempotency)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote, urlencode, urlsplit
 
+from loadledger import errors
 from loadledger.errors import BadAnswer, ServerUnreachable, failure_reason
 
 _VISIBLE = re.compile(r"[!-~]+")
@@ -156,12 +157,26 @@ class ConnectionOptions:
         except OSError as error:
             raise ValueError(f"ca_file {self.ca_file} has no certificates in PEM: {error}") from error
 
-    def unreachable(self, error: Exception, *, sent: bool = True) -> ServerUnreachable:
-        """Return the exception for a connection that failed; with `sent`, the request may have arrived."""
-        if isinstance(error, TimeoutError):
-            return ServerUnreachable(self.address.url, "it took too long", sent=sent)
-        what = "the connection was lost: " if sent else ""
-        return ServerUnreachable(self.address.url, f"{what}{failure_reason(error)}", sent=sent, lost=sent)
+    def unreachable(
+        self, error: Exception, *, limit_s: float | None = None, sent: bool = True
+    ) -> ServerUnreachable:
+        """Return the exception for a connection that failed.
+
+        Args:
+            error: the failure.
+            limit_s: limit of the wait for an answer.
+            sent: whether the request may have arrived.
+        """
+        url, is_late = self.address.url, isinstance(error, TimeoutError)
+        if not sent:
+            late = f"no connection within {self.connect_s:g} s", errors.CHECK_NETWORK
+            return ServerUnreachable(url, *(late if is_late else (failure_reason(error), errors.CHECK_URL)))
+        if is_late:
+            within = f" within {limit_s:g} s" if limit_s is not None else ""
+            reason = f"the request was sent, and no answer came{within}"
+            return ServerUnreachable(url, reason, errors.WAIT_LONGER, sent=True)
+        reason = f"the connection was lost: {failure_reason(error)}"
+        return ServerUnreachable(url, reason, errors.CHECK_LOG, sent=True, lost=True)
 
     def no_http(self) -> BadAnswer:
         """Return the exception for bytes that are no HTTP/1.1."""

@@ -19,6 +19,7 @@ REASON_CHARACTERS = 4096
 ID_CHARACTERS = 100
 """Longest id and status of a job; a real server's are shorter."""
 _ENDS = {"failed": "failed", "cancelled": "was cancelled"}
+OTHER_RELEASE = "this client is of another release than the server, or this is not its URL"
 ADVICE = {
     "no_credentials": "set LOADLEDGER_TOKEN, or save one with `loadledger login`"
     " (`loadledger token --role admin --subject NAME` creates one)",
@@ -26,21 +27,34 @@ ADVICE = {
     "forbidden": "use a token with that role (`loadledger token --role …`)",
     "unknown_model": "`loadledger models` lists them",
     "unknown_version": "`loadledger show MODEL` lists its versions",
-    "unknown_label": "`loadledger label MODEL` lists its labels",
-    "unknown_job": "`loadledger jobs` lists them",
-    "already_finished": "`loadledger job JOB` shows how",
-    "digest_differs": "`loadledger verify-model MODEL/VERSION` shows its files",
     "unknown_node": "`loadledger nodes` lists them",
     "unknown_token": "`loadledger token list` lists them",
     "not_loaded": "`loadledger ps` lists loaded models",
-    "nothing_loaded": "`loadledger ps` lists loaded models",
-    "model_not_loaded": "`loadledger load MODEL --wait` loads it",
+    "not_found": OTHER_RELEASE,
+    "method_not_allowed": OTHER_RELEASE,
     "out_of_service": "`loadledger load MODEL --wait` loads it",
     "version_in_use": "`loadledger rm --force` ends its loads",
 }
-"""Advice, by the server's error codes, in the command's words."""
-_OF_HTTP = re.compile(r"[;:] [^;:]*\b(?:(?:GET|POST) /|Authorization: )[^;]*")
-"""The server's advice in HTTP, which the command's advice replaces."""
+"""Advice, by the server's error codes, in the command's words; MODEL is the model that the detail names."""
+_COMMANDS = {
+    r'POST /api/v1/models/([\w.-]+)/load and body \{"version": (\d+)\}': r"`loadledger load \1/\2 --wait`",
+    r"POST /api/v1/models/([\w.-]+)/load": r"`loadledger load \1 --wait`",
+    r"GET /api/v1/models/([\w.-]+)/verify\?version=(\d+)": r"`loadledger verify-model \1/\2`",
+    r"GET \.\.\./verify": "`loadledger verify-model`",
+    r"GET /api/v1/models/([\w.-]+)": r"`loadledger show \1`",
+    r"GET /api/v1/models": "`loadledger models`",
+    r"GET /api/v1/jobs/([\w.-]+)": r"`loadledger job \1`",
+    r"GET /api/v1/jobs": "`loadledger jobs`",
+    r"add \?force=true": "add --force",
+    "(no route has this path|[A-Z]+ is not a method of this route).*": "the server has no such request",
+    "Authorization field, of the form Bearer <token>": "token",
+    "Idempotency-Key": "idempotency key",
+}
+"""Requests that a server's details name, as patterns, and the commands that send them."""
+_OF_HTTP = re.compile(
+    r"[;:,] [^;:,]*(?:\b(?:GET|POST|PUT|DELETE|PATCH) /|\b(?:Authorization|Content-(?:Type|Encoding))\b)[^;]*"
+)
+"""Advice in HTTP without a command, which is left out."""
 
 
 class ClientProblem(Exception):
@@ -51,6 +65,11 @@ class ClientProblem(Exception):
 
 
 CHECK_URL = "is the server running, and is this its URL?"
+CHECK_NETWORK = "is its machine up, and does a firewall let this one through?"
+CHECK_LOG = "it or a proxy before it has stopped: see its log; is this its URL?"
+WAIT_LONGER = (
+    "see what it does (`loadledger top`), or wait longer (`loadledger infer --timeout`, or timeout_s)"
+)
 
 
 class ServerUnreachable(ClientProblem):
@@ -95,8 +114,10 @@ class ServerError(ClientProblem):
         instance: str | None = None,
         advice: str = "",
     ) -> None:
-        text = _OF_HTTP.sub("", detail).rstrip(".") if advice else detail
-        hint = f"; {advice}" if advice and not text.endswith("?") else ""
+        text = in_commands(detail).rstrip("." if advice else "")
+        named = re.search(r"model '([^']+)'", detail)
+        advice = advice.replace("MODEL", named[1]) if named else advice
+        hint = f"; {advice}" if advice and "`loadledger " not in text and not text.endswith("?") else ""
         super().__init__(f"the server answered {status}: {text}{hint} ({code})")
         self.status = status
         self.code = code
@@ -169,6 +190,13 @@ class JobUnfinished(ClientProblem):
         why = f" ({reason})" if reason else ""
         what = " is still ".join(printable(hide(text), ID_CHARACTERS) for text in (job.id, job.status))
         super().__init__(f"job {what} after {waited_s:g} s{why}; it continues: wait for it again")
+
+
+def in_commands(detail: str) -> str:
+    """Return a server's detail with commands in place of the requests that it names."""
+    for request, command in _COMMANDS.items():
+        detail = re.sub(request, command, detail)
+    return _OF_HTTP.sub("", detail)
 
 
 def printable(text: str, most: int) -> str:

@@ -10,19 +10,19 @@ import click
 
 from features.signatures.cli import describe_signature, name_adders, verified_facts
 from loadledger.cli import options, output
-from loadledger.cli.completion import models_of_server
 
 
 @click.command()
-@click.argument("version_name", metavar="MODEL/VERSION", shell_complete=models_of_server)
+@options.model_argument(needs_version=True)
 @click.option("--reason", metavar="TEXT", help="Why, for the ledger; asked for if it is not given.")
 @click.option("--withdraw", is_flag=True, help="Withdraw the approval of all persons instead.")
 @click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @options.json_option
 @options.server_options
 def approve(
-    version_name: str,
+    model: str,
     *,
+    version: int,
     reason: str | None,
     withdraw: bool,
     yes: bool,
@@ -37,23 +37,20 @@ def approve(
 
     What is loaded serves on when its approval is withdrawn; the next load of it is refused.
     """
-    model_id, version = options.parse_version_name(version_name)
-    if version is None:
-        raise click.UsageError("name the version, too: MODEL/VERSION")
     if not sys.stdin.isatty() and (reason is None or not yes):
         raise click.UsageError("there is no terminal to ask at: give --reason TEXT and --yes")
     verb = "Withdraw its approval?" if withdraw else "Approve it?"
     with options.open_chosen_client(where) as client:
-        found = None if withdraw else client.verify_model(model_id, version)
+        found = None if withdraw else client.verify_model(model, version)
         if found is not None:
-            click.echo("\n".join(_describe(found, client.model(model_id))), err=as_json)
+            click.echo("\n".join(_describe(found, client.model(model))), err=as_json)
         if not yes:
             click.confirm(verb, abort=True, err=True)
         given = click.prompt("Reason", err=True) if reason is None else reason
         if found is None:
-            answer = client.withdraw_approval(model_id, version, given)
+            answer = client.withdraw_approval(model, version, given)
         else:
-            answer = client.approve(model_id, version, found.digest, given)
+            answer = client.approve(model, version, found.digest, given)
     output.print_result(answer, [_describe_answer(answer, withdraw=withdraw)], as_json=as_json)
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import click
 
 from loadledger.cli import options, output
-from loadledger.cli.completion import models_of_server
 
 
 @click.command("label")
-@click.argument("model", shell_complete=models_of_server)
+@options.model_argument()
 @click.argument("label", required=False)
 @click.argument("version", required=False, type=click.IntRange(min=1))
 @click.option("--remove", "removes", is_flag=True, help="Remove LABEL; its version stays.")
@@ -38,7 +37,8 @@ def label_model(
             client.remove_label(model, label)
         elif label is not None and version is not None:
             client.set_label(model, label, version)
-        labels = client.model(model).labels
+        known = client.model(model).labels
+    labels = {each: known[each] for each in known if version in (None, known[each])}
     table = output.format_table(
         ("LABEL", "VERSION"), [(output.format_cell(each), str(labels[each])) for each in labels]
     )

@@ -9,14 +9,13 @@ from typing import Any
 import click
 
 from loadledger.cli import options, output
-from loadledger.cli.completion import models_of_server
 
 
 @click.command("verify-model")
-@click.argument("model", metavar="MODEL[/VERSION]", shell_complete=models_of_server)
+@options.model_argument()
 @options.json_option
 @options.server_options
-def verify_model(model: str, *, as_json: bool, where: options.ServerChoice) -> None:
+def verify_model(model: str, *, version: int | None, as_json: bool, where: options.ServerChoice) -> None:
     """Hash a version and check it by the policy; nothing is loaded.
 
     It says what the policy would do to a load of it now. VERSION is by default the highest. Your token needs
@@ -24,9 +23,8 @@ def verify_model(model: str, *, as_json: bool, where: options.ServerChoice) -> N
 
     Exit code: 0 if the policy lets it load, 1 if not, 2 if it cannot be checked.
     """
-    named = options.parse_version_name(model)
     with options.open_chosen_client(where) as client:
-        found = client.verify_model(*named)
+        found = client.verify_model(model, version)
     output.print_result(found, _verified_lines(found), as_json=as_json)
     sys.exit(0 if found.problem is None else output.NEGATIVE_RESULT)
 

@@ -10,6 +10,7 @@ from urllib.parse import unquote
 
 import click
 
+from loadledger.cli.options import parse_version_name
 from loadledger.cli.output import exit_with_error, to_printable
 from loadledger.uploads import LocalVersion
 
@@ -63,6 +64,9 @@ def choose_model(given: str, name: str | None, digest: str | None = None) -> Cho
         guess = name_model(Path(os.path.abspath(path)))  # noqa: PTH100 - as typed: `resolve` follows links
         is_guessed = guess != _own_name(path)
         return ChosenModel(name or guess, path, is_named=name is not None, is_guessed=is_guessed)
+    if name is None and re.fullmatch(r"[^/]+/[1-9][0-9]*", given):
+        model_id, version = parse_version_name(given)
+        return ChosenModel(model_id, version=version)
     if name is not None or "/" in given or path.suffix:
         exit_with_error(f"there is no file or folder {to_printable(given)}")
     return ChosenModel(given)

@@ -71,7 +71,7 @@ def _repeatable(flag: str, text: str, **settings: Any) -> Callable[[options.Comm
 
 
 @click.command()
-@click.argument("named", metavar="[MODEL]...", nargs=-1, shell_complete=models_of_server)
+@click.argument("named", metavar="[MODEL[/VERSION]]...", nargs=-1, shell_complete=models_of_server)
 @click.option("--follow", "-f", is_flag=True, help="Continue with new events: from now, or from --after.")
 @options.int_option("--tail", "-n", metavar="N", least=0, text="Only the last N positions.")
 @options.int_option("--after", metavar="POSITION", least=0, text="Only events above this position.")
@@ -93,9 +93,13 @@ def events(
     the role audit or admin.
     """
     _check(data, where, chosen)
-    chosen["models"] += named  # as in `docker logs`
+    names = {*chosen["models"], *named}  # as in `docker logs`
+    chosen["models"] = tuple({options.parse_version_name(each)[0] for each in names})
 
     def show(lines: Sequence[bytes]) -> None:
+        if any("/" in each for each in names):
+            found = ((line, _object(line)) for line in lines)
+            lines = [line for line, event in found if names & {_model(event), event.get("model_id")}]
         if lines:
             click.echo(b"\n".join(lines) if as_json else "\n".join(map(event_line, lines)))
 

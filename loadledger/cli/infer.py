@@ -7,14 +7,15 @@ from typing import Any
 
 import click
 
+from loadledger.cli import options
 from loadledger.cli.completion import loaded_models
 from loadledger.cli.inputs import GivenInput, parse_input, whole_request
-from loadledger.cli.options import ServerChoice, json_option, open_chosen_client, server_options
 from loadledger.cli.output import exit_with_error, print_json, print_note, print_result
 
 MAX_SIDE = 16_384
 """Longest side of a picture, in pixels: the limit of Pillow's JPEG and WebP."""
 SUFFIXES = (".npy", ".npz")
+TIMEOUT_S = 120
 
 
 def _parse_size(
@@ -43,7 +44,7 @@ def _parse_numbers(
 
 
 @click.command()
-@click.argument("model", shell_complete=loaded_models)
+@options.model_argument(completes=loaded_models)
 @click.argument("inputs", nargs=-1, metavar="[INPUT]...")
 @click.option("--version", "-v", metavar="N|LABEL", help="Version, or a label; it has to be the loaded one.")
 @click.option(
@@ -65,23 +66,25 @@ def _parse_numbers(
 )
 @click.option("--mean", callback=_parse_numbers, metavar="M,…", help="Subtracted from the scaled values.")
 @click.option("--std", callback=_parse_numbers, metavar="S,…", help="Divisor of the values after that.")
+@options.int_option("--timeout", metavar="SECONDS", text="Longest wait for the answer.", default=TIMEOUT_S)
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
     help="Write the outputs to a file of numpy: one to .npy, any number to .npz.",
 )
-@json_option
-@server_options
+@options.json_option
+@options.server_options
 def infer(
     model: str,
     *,
     inputs: tuple[str, ...],
     version: str | None,
     outputs: tuple[str, ...],
+    timeout: int,
     out: Path | None,
     as_json: bool,
-    where: ServerChoice,
+    where: options.ServerChoice,
     **picture: Any,
 ) -> None:
     """Run an inference on a model.
@@ -105,7 +108,7 @@ def infer(
     given = [parse_input(text) for text in inputs]
     if out is not None and (as_json or out.suffix not in SUFFIXES):
         raise click.BadParameter("give it a name with .npy or .npz, and no --json", param_hint="--out")
-    with open_chosen_client(where, timeout_s=120.0) as client:
+    with options.open_chosen_client(where, timeout_s=timeout) as client:
         request = whole_request(given) or {
             "inputs": _find_inputs(client, model, version, given=given, picture=picture)
         }
@@ -131,10 +134,10 @@ def infer(
         click.echo("\n".join(arrays.result_lines(result)))
 
 
-def _list_inputs(model: str, where: ServerChoice, *, as_json: bool) -> None:
+def _list_inputs(model: str, where: options.ServerChoice, *, as_json: bool) -> None:
     from loadledger.cli.models import format_tensors, replace_tensors
 
-    with open_chosen_client(where) as client:
+    with options.open_chosen_client(where) as client:
         shown, metadata = client.model(model), client.metadata(model)
     lines = format_tensors(replace_tensors(shown, metadata), where.words)
     print_result(metadata, list(lines)[1:], as_json=as_json)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Any, NoReturn
 
 import click
@@ -20,17 +22,22 @@ STAGES_OF_KIND = {
 }
 """The stages of a job, in order; a pending job has no stage yet."""
 COLUMNS = ("JOB", "KIND", "MODEL", "STATUS", "CAUSE", "BY", "AGE", "TOOK", "DETAIL")
-STATUSES = ("pending", "in_progress", "completed", "failed", "cancelled")
+NO_JOB = "{} has no job; `loadledger jobs` lists them"
+OPEN = ("pending", "in_progress")
+STATUSES = (*OPEN, "completed", "failed", "cancelled")
 SHOWN = 20
 MAX_DETAIL = 130
 """Longest last cell of a line: a reason of waiting with its advice."""
+PATIENCE_S = 3.0
+"""Longer waits for running inferences are offered to be ended by force."""
+_JOB_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _wait_option = click.option(
     "--wait", "-w", is_flag=True, help="Wait until the job ends; Ctrl-C leaves it running."
 )
 
 
-JobDisplay = tuple[Callable[[Any], None], Callable[[Exception], None]]
-"""Callbacks that display a job's changes and an unreachable server."""
+JobDisplay = tuple[Callable[[Any], None], Callable[[str], None]]
+"""Callbacks that display a job's changes, and a note beside them."""
 
 
 def report_request(client: Any, job: Any, *, wait: bool, as_json: bool) -> None:
@@ -60,8 +67,8 @@ def wait_until_ended(client: Any, job: Any) -> Any:
     Ctrl-C ends only the wait, and prints how to resume it.
     """
     try:
-        with display_job(job) as (on_change, on_away):
-            return client.wait_for(job.id, on_change=on_change, on_away=on_away)
+        with display_job(job) as (on_change, note):
+            return _wait_for(client, job, on_change, note)
     except KeyboardInterrupt:
         output.print_note(
             f"detached: the {job.kind} of {model_of(job)} continues as job {job.id}\n"
@@ -69,6 +76,25 @@ def wait_until_ended(client: Any, job: Any) -> Any:
             f"  to stop it:           loadledger cancel {job.id}"
         )
         sys.exit(output.INTERRUPTED)
+
+
+def _wait_for(client: Any, job: Any, on_change: Callable[[Any], None], note: Callable[[str], None]) -> Any:
+    """Wait until a job has ended; an unload that drains for a while is offered to be forced."""
+    from loadledger import ClientProblem, JobUnfinished
+
+    callbacks = {"on_change": on_change, "on_away": lambda problem: note(output.retry_message(problem))}
+    if job.kind == "unload":
+        try:
+            return client.wait_for(job.id, timeout_s=PATIENCE_S, **callbacks)
+        except JobUnfinished as problem:
+            job = problem.job
+    if job.stage == "draining":
+        with suppress(ClientProblem):
+            uses = [each for each in client.resources().models if each.model_id == job.model_id]
+            running = output.count_of(sum(each.in_flight for each in uses), "running inference")
+            name = output.to_printable(job.model_id)
+            note(f"{model_of(job)} waits for {running}; to end them: loadledger unload {name} --force")
+    return client.wait_for(job.id, **callbacks)
 
 
 def report_job(job: Any, *, as_json: bool) -> None:
@@ -137,7 +163,7 @@ def display_job(job: Any) -> Iterator[JobDisplay]:
                 f"{model_of(seen)}: {describe_progress(seen)} ({time.monotonic() - began:.1f}s)"
             )
 
-    yield on_change, output.note_retry
+    yield on_change, output.print_note
 
 
 @contextmanager
@@ -163,12 +189,10 @@ def _progress_bar(job: Any) -> Iterator[JobDisplay]:
             done, total = count_steps(seen)
             progress.update(task, description=escape(describe_progress(seen)), completed=done, total=total)
 
-        def on_away(problem: Exception) -> None:
-            progress.console.print(
-                f"loadledger: {output.retry_message(problem)}", markup=False, soft_wrap=True
-            )
+        def note(text: str) -> None:
+            progress.console.print(f"loadledger: {output.to_printable(text)}", markup=False, soft_wrap=True)
 
-        yield on_change, on_away
+        yield on_change, note
 
 
 @click.command()
@@ -178,28 +202,55 @@ def _progress_bar(job: Any) -> Iterator[JobDisplay]:
 @click.option("--at", type=options.MOMENT, help="Past state: a position or a time.")
 @options.json_option
 @options.server_options
-def jobs(*, limit: int, as_json: bool, where: options.ServerChoice, **filters: str | None) -> None:
+def jobs(
+    *, model: str | None, limit: int, as_json: bool, where: options.ServerChoice, **filters: str | None
+) -> None:
     """List the jobs, newest first."""
     with options.open_chosen_client(where) as client:
-        found = list(client.jobs(limit=limit, **filters))
+        found = _find_jobs(client, model, limit, **filters)
     rows = output.with_column(COLUMNS, [_row(job) for job in found], "NODE", [job.node for job in found])
     table = output.format_table(*rows, right={"AGE", "TOOK"})
     output.print_result({"jobs": found}, table if found else ["no jobs"], as_json=as_json)
 
 
+def _find_jobs(client: Any, model: str | None, most: int, **filters: Any) -> list[Any]:
+    """Return the newest jobs of MODEL or MODEL/VERSION, or of all models."""
+    model_id, version = options.parse_version_name(model or "")
+    found = client.jobs(model=model_id or None, limit=most if version is None else None, **filters)
+    return list(islice((each for each in found if version in (None, each.version)), most))
+
+
+def _find_job_id(client: Any, named: str) -> str:
+    """Return the id of a job that is named itself, or by its model, of which it is the only open job."""
+    if _JOB_ID.fullmatch(named):
+        return named
+    unended = [job for status in OPEN for job in _find_jobs(client, named, SHOWN, status=status)]
+    if len(unended) != 1:
+        found = unended or _find_jobs(client, named, 1)
+        verb = click.get_current_context().info_name if unended else "job"
+        which = "several open jobs" if unended else "no open job; its last one is" if found else "no job"
+        jobs = [f"  loadledger {verb} {each.id}  ({each.kind} of {model_of(each)})" for each in found]
+        output.exit_with_error(
+            "\n".join([f"{named} has {which}:", *jobs] if found else [NO_JOB.format(named)])
+        )
+    return str(unended[0].id)
+
+
 @click.command()
-@click.argument("job_id", metavar="JOB", shell_complete=latest_jobs)
+@click.argument("job_id", metavar="JOB|MODEL", shell_complete=latest_jobs)
 @_wait_option
 @options.json_option
 @options.server_options
 def job(job_id: str, *, wait: bool, as_json: bool, where: options.ServerChoice) -> None:
     """Show a job, or wait for it.
 
+    MODEL or MODEL/VERSION stands for its only job that has not ended.
+
     With --wait, the exit code is 1 if the job fails or is cancelled. If a person's load superseded the
     job, the command waits for that load.
     """
     with options.open_chosen_client(where) as client:
-        seen = client.job(job_id)
+        seen = client.job(_find_job_id(client, job_id))
         if wait:
             wait_and_report(client, seen, as_json=as_json)
         else:
@@ -207,13 +258,16 @@ def job(job_id: str, *, wait: bool, as_json: bool, where: options.ServerChoice) 
 
 
 @click.command()
-@click.argument("job_id", metavar="JOB", shell_complete=latest_jobs)
+@click.argument("job_id", metavar="JOB|MODEL", shell_complete=latest_jobs)
 @options.json_option
 @options.server_options
 def cancel(job_id: str, *, as_json: bool, where: options.ServerChoice) -> None:
-    """Cancel a job that has not ended."""
+    """Cancel a job that has not ended.
+
+    MODEL or MODEL/VERSION stands for its only one.
+    """
     with options.open_chosen_client(where) as client:
-        seen = client.cancel(job_id)
+        seen = client.cancel(_find_job_id(client, job_id))
     if as_json:
         output.print_json(seen)
     elif seen.status == "cancelled":
@@ -266,7 +320,7 @@ def _split_attributes(_: click.Context, __: click.Parameter, value: str | None) 
 
 
 @click.command()
-@click.argument("model", shell_complete=models_of_server)
+@options.model_argument()
 @options.int_option("--version", "-v", metavar="N", text="Version. [default: the highest]")
 @_wait_option
 @click.option("--priority", type=click.Choice(["high", "normal", "low"]), help="Order among waiting jobs.")
@@ -341,7 +395,7 @@ def load(
 
 
 @click.command()
-@click.argument("model", required=False, shell_complete=loaded_models)
+@options.model_argument(completes=loaded_models, is_required=False)
 @click.option("--active", is_flag=True, help="Unload the active model, which was loaded last.")
 @click.option("--force", "-f", is_flag=True, help="Do not wait for running requests.")
 @click.option("--until-asked", is_flag=True, help="Let the next inference load it again.")
@@ -351,6 +405,7 @@ def load(
 def unload(
     model: str | None,
     *,
+    version: int | None,
     active: bool,
     force: bool,
     until_asked: bool,
@@ -369,6 +424,9 @@ def unload(
     with options.open_chosen_client(where) as client:
         if model is None and not active:
             _refuse_nameless(client)
+        if version is not None:
+            found = client.model(model)
+            options.check_version(found, version, found.version or found.next_version)
         job = client.unload(model, force=force, until_asked=until_asked)
         report_request(client, job, wait=wait, as_json=as_json)
 

@@ -114,6 +114,8 @@ def replay(data: Path, until: str | None, model_id: str | None, *, as_json: bool
     """
     if rebuilds and (until is not None or model_id is not None):
         raise click.UsageError("--rebuild takes the whole log: leave out --until and --model")
+    if options.parse_version_name(model_id or "")[1] is not None:
+        raise click.UsageError("the state is of all versions of a model: give --model without /VERSION")
     ledger = _ledger_in(data)
     if rebuilds:
         _rebuild(data, ledger, as_json=as_json)

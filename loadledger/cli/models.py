@@ -15,7 +15,6 @@ import msgspec
 
 from features.approvals.cli import model_facts
 from loadledger.cli import options, output
-from loadledger.cli.completion import models_of_server
 from loadledger.cli.jobs import MAX_DETAIL, describe_progress, report_request
 from loadledger.cli.output import format_cell, format_size, format_table, to_printable
 from loadledger.cli.snippets import DATATYPES, describe_guess, format_infer
@@ -82,17 +81,20 @@ def models(
 
 
 @click.command()
-@click.argument("model", shell_complete=models_of_server)
+@options.model_argument()
 @at_option
 @options.json_option
 @options.server_options
-def show(model: str, *, at: str | None, as_json: bool, where: options.ServerChoice) -> None:
+def show(
+    model: str, *, version: int | None, at: str | None, as_json: bool, where: options.ServerChoice
+) -> None:
     """Show a model: its state, files, inputs and outputs.
 
     At the end it prints a command line for a first inference.
     """
     with options.open_chosen_client(where) as client:
         shown = client.model(model, at=at)
+        options.check_version(shown, version, shown.version or shown.inputs_of_version or version)
         if shown.state == "loaded" and at is None:
             with suppress(ClientProblem):  # its server cannot be reached: the file's are shown
                 shown = replace_tensors(shown, client.metadata(model))
@@ -289,7 +291,7 @@ class _FileOrSource(click.Path):
 
 
 @click.command()
-@click.argument("model")
+@options.model_argument(completes=None)
 @click.argument("source", type=_FileOrSource(path_type=Path, exists=True), metavar="FILE|DIR|SOURCE")
 @options.int_option("--version", "-v", metavar="N", text="Version; default: the highest plus 1.")
 @click.option("--load", "loads", is_flag=True, help="Load it, and wait.")
@@ -369,8 +371,8 @@ def add(
 
 
 @click.command("rm")
-@click.argument("model", shell_complete=models_of_server)
-@options.int_option("--version", "-v", metavar="N", text="Version that goes.", required=True)
+@options.model_argument(needs_version=True)
+@options.int_option("--version", "-v", metavar="N", text="Version that goes, if MODEL does not name it.")
 @click.option("--force", "-f", is_flag=True, help="First end its loads, without waiting for requests.")
 @options.server_options
 def remove(model: str, *, version: int, force: bool, where: options.ServerChoice) -> None:

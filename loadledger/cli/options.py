@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from loadledger.cli.completion import models_of_server
 from loadledger.cli.output import exit_with_error, to_printable
 from loadledger.profiles import ServerTarget, find_target
 
@@ -45,6 +45,40 @@ def parse_version_name(text: str) -> tuple[str, int | None]:
     if slash and not re.fullmatch("[1-9][0-9]{0,18}", version):
         raise click.UsageError(f"{version!r} is no version: give MODEL, or MODEL/VERSION such as digits/2")
     return model_id, int(version) if slash else None
+
+
+def model_argument(
+    *, completes: Any = models_of_server, is_required: bool = True, needs_version: bool = False
+) -> Callable[[Command], Command]:
+    """Add the argument MODEL[/VERSION], passed as `model` and `version`, which may be an option, too."""
+    name = "MODEL/VERSION" if needs_version else "MODEL[/VERSION]"
+
+    def add(command: Command) -> Command:
+        @wraps(command)
+        def call(*arguments: Any, model: str | None, version: int | str | None = None, **others: Any) -> None:
+            model_id, named = (None, None) if model is None else parse_version_name(model)
+            if None not in (named, version) and str(named) != str(version):
+                raise click.UsageError(f"{model} names another version than {version}: give one of them")
+            version = version if named is None else named
+            if needs_version and version is None:
+                raise click.UsageError(f"name the version, too: {model_id}/VERSION")
+            command(*arguments, model=model_id, version=version, **others)
+
+        metavar = name if is_required else f"[{name}]"
+        return click.argument("model", metavar=metavar, required=is_required, shell_complete=completes)(call)
+
+    return add
+
+
+def check_version(model: Any, version: int | None, present: int | None) -> None:
+    """Refuse the version of an argument MODEL/VERSION if the command would be about another one."""
+    if version in (None, present):
+        return
+    name, command = to_printable(model.id), click.get_current_context().info_name
+    is_known = version in (model.versions or ())
+    files = f"; `loadledger verify-model {name}/{version}` shows its files" if is_known else ""
+    other = f"; `loadledger {command} {name}` is about version {present}" if present else ""
+    exit_with_error(f"version {version} of {name} is not loaded{other}{files}")
 
 
 def server_options(command: Command) -> Command:
@@ -87,7 +121,7 @@ def open_client(place: ServerTarget, *, timeout_s: float = 30.0) -> Iterator[Any
             yield client
         except ServerError as problem:
             if problem.code == "unknown_model":
-                typed = str(click.get_current_context().params.get("model"))
+                typed = str(click.get_current_context().params.get("model")).partition("/")[0]
                 problem.args = (name_similar(problem, typed, [each.id for each in client.models()]),)
             raise
 
@@ -121,9 +155,7 @@ def _show_typed(text: str, parameter: click.Parameter, typed: str) -> str:
     """Return a refusal with the typed argument in place of the server's name of its parameter."""
     name = parameter.opts[0]
     if isinstance(parameter, click.Argument):
-        word = parameter.human_readable_name
-        text = re.sub(rf"\bpath: (id|{name}):", lambda _: f"{typed!r}:", text)
-        return re.sub("`loadledger [^`]*`", lambda found: found[0].replace(word, shlex.quote(typed)), text)
+        return re.sub(rf"\bpath: (id|{name}):", lambda _: f"{typed!r}:", text)
     field = name.lstrip("-").replace("-", "_")
     return re.sub(rf"\b(body|query|path): {field}(_s|\.\d+)?:", lambda _: f"{name} {typed}:", text)
 

@@ -74,7 +74,7 @@ def _settings_options() -> list[click.Option]:
 
 
 @click.command()
-@click.argument("model", metavar="FILE|FOLDER|SOURCE|MODEL")
+@click.argument("model", metavar="FILE|FOLDER|SOURCE|MODEL[/VERSION]")
 @click.option(
     "--name", metavar="NAME", help="Name of the model. [default: of the file, folder or repository]"
 )

@@ -133,7 +133,7 @@ class AioTransport:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             if self._closed:
                 raise RuntimeError(CLOSED) from None
-            raise self._problem(error) from _safe_cause(error)
+            raise self._problem(error, limit_s) from _safe_cause(error)
         finally:
             self._waits.discard(wait)
 
@@ -150,14 +150,15 @@ class AioTransport:
             )
         return self._session
 
-    def _problem(self, error: Exception) -> ClientProblem:
+    def _problem(self, error: Exception, limit_s: float | None) -> ClientProblem:
         if isinstance(error, aiohttp.ClientConnectorCertificateError):
             return self.options.unreachable(error.certificate_error, sent=False)
         if isinstance(error, aiohttp.ClientConnectorError):
             return self.options.unreachable(error.os_error, sent=False)
         if isinstance(error, aiohttp.ClientResponseError):
             return self.options.no_http()
-        return self.options.unreachable(error, sent=not isinstance(error, aiohttp.ConnectionTimeoutError))
+        is_sent = not isinstance(error, aiohttp.ConnectionTimeoutError)
+        return self.options.unreachable(error, limit_s=limit_s, sent=is_sent)
 
 
 async def _read_in_thread(body: FileBody) -> AsyncGenerator[bytes, None]:

@@ -166,7 +166,7 @@ class BlockingStream:
         try:
             return self._read_chunk() if self._chunks else self._read_plain()
         except (MalformedResponse, OSError) as error:
-            raise self._transport.problem(error) from _safe_cause(error)
+            raise self._transport.problem(error, self._silence_s) from _safe_cause(error)
 
     async def read_all(self, until: float) -> Answer:
         """Return the answer with its whole body, read before a deadline."""
@@ -202,7 +202,7 @@ class BlockingStream:
                     raise ConnectionResetError
                 position += received
         except OSError as error:
-            raise self._transport.problem(error) from error
+            raise self._transport.problem(error, self._silence_s) from error
         self._is_read = True
         return body
 
@@ -297,7 +297,7 @@ class BlockingTransport:
             return BlockingStream(self, connection, silence_s)
         except (MalformedResponse, OSError) as error:
             connection.close()
-            raise self.problem(error) from _safe_cause(error)
+            raise self.problem(error, silence_s) from _safe_cause(error)
         except BaseException:
             connection.close()
             raise
@@ -309,8 +309,10 @@ class BlockingTransport:
         line = f"{request.method} {self._path}{request.target} HTTP/1.1\r\n"
         return f"{line}{fields}\r\n".encode("latin-1")
 
-    def problem(self, error: Exception) -> ClientProblem:
-        return self.options.unreachable(error) if isinstance(error, OSError) else self.options.no_http()
+    def problem(self, error: Exception, limit_s: float) -> ClientProblem:
+        if not isinstance(error, OSError):
+            return self.options.no_http()
+        return self.options.unreachable(error, limit_s=limit_s)
 
     def _connection(self) -> Connection:
         """Return an idle connection that the server has not closed, or a new one."""

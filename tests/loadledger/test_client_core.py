@@ -1,12 +1,14 @@
 """The client's pure parts: addresses, answers, lines and tensors, hostile ones among them."""
 
+import ast
 import copy
 import math
 import pickle
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -46,8 +48,10 @@ from loadledger.stream import LineSplitter, parse_line
 from loadledger.tensors import FORMS, unpack
 from loadledger.transports.http1 import ChunkedDecoder, MalformedResponse, format_fields, parse_head
 from server.api.jobs import unquote_key
+from server.errors import ERRORS
 
 TOKEN = "s3cr3t-token"
+ROOT = Path(__file__).parents[2]
 NAMES = set(vars(loadledger)["__all__"])
 
 # Addresses
@@ -136,6 +140,75 @@ def test_refusal_raises_by_status(status: int, kind: type[ServerError]) -> None:
     found = (error.status, error.code, error.detail, error.instance)
     assert found == (status, "some_code", "because", "urn:uuid:1")
     assert str(error) == f"the server answered {status}: because (some_code)"
+
+
+REQUESTS = re.compile(
+    r"\b(GET|POST|PUT|DELETE|PATCH)\b|\?\w+=|Prefer\b|Retry-After|Authorization|Idempotency-Key|Content-|curl\b"
+    r"|/api/|/v2\b|openapi|\bheaders?\b"
+)
+"""What a message for people at a command line does not have."""
+OTHER_CLIENTS = (
+    # Refusals of requests that are malformed, which the client sends none of; and texts that are no refusals.
+    *("server/http/", "server/api/versions.py", "server/v2/codec.py", "server/v2/tritonconfig.py"),
+    *(
+        "server/observability/",
+        "server/v2/inference.py",
+        "events/sqlite/",
+        "nodes/postgres/",
+        "runtime/wire.py",
+    ),
+)
+
+
+def list_details() -> set[str]:
+    """Return the texts with requests in the server's functions, and in docstrings that are details."""
+    found = set()
+    for package in ("server", "runtime", "events", "features", "nodes"):
+        for file in (ROOT / package).rglob("*.py"):
+            if not file.relative_to(ROOT).as_posix().startswith(OTHER_CLIENTS):
+                for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                    found |= set(list_texts(node))
+    return {text for text in found if " " in text and REQUESTS.search(text)}
+
+
+def list_texts(node: ast.AST) -> Iterator[str]:
+    """Yield the texts in a function's statements, or the docstring of an error with a code."""
+    if isinstance(node, ast.ClassDef) and any(ast.unparse(each).startswith("code = ") for each in node.body):
+        yield ast.get_docstring(node) or ""
+    elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        statements = node.body[1:] if ast.get_docstring(node) else node.body
+        inner = [each for statement in statements for each in ast.walk(statement)]
+        parts = {part for each in inner if isinstance(each, ast.JoinedStr) for part in each.values}
+        yield from (fill_text(each) for each in inner if each not in parts)
+
+
+def fill_text(node: ast.AST) -> str:
+    """Return a text with values in place of its expressions, or an empty one if it is none."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else ""
+    if not isinstance(node, ast.JoinedStr):
+        return ""
+    return "".join(
+        fill_text(part) if isinstance(part, ast.Constant) else fill_value(part) for part in node.values
+    )
+
+
+def fill_value(node: ast.expr) -> str:
+    name = ast.unparse(node)
+    return '{"version": 3}' if "body" in name else "3" if "version" in name else "digits"
+
+
+def test_details_of_server_are_in_the_words_of_commands() -> None:
+    details = sorted(list_details())
+    assert len(details) >= 10, details
+    spoken = {
+        str(requests.decode_refusal(problem(kind.status, code, detail), ADDRESS))
+        for code, kind in ERRORS.items()
+        for detail in (*details, "model 'digits' is as it is")
+    }
+    assert [text for text in sorted(spoken) if REQUESTS.search(text)] == []
+    assert not any("MODEL" in text for text in spoken if "model 'digits'" in text)
+    assert any("load it with `loadledger load digits/3 --wait`" in text for text in spoken)
 
 
 def test_retry_after_is_bounded_seconds() -> None:

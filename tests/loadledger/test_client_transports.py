@@ -6,7 +6,8 @@ import socket
 import ssl
 import threading
 import traceback
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,40 @@ def test_absent_server_is_unreachable(kind: str) -> None:
         assert not caught.value.sent
 
 
+@contextmanager
+def full_queue() -> Iterator[str]:
+    """A server that accepts no connection, and whose queue of them is full."""
+    with ExitStack() as opened, socket.create_server(("127.0.0.1", 0), backlog=0) as server:
+        for _ in range(4):
+            waiting = opened.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(server.getsockname())
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@each_kind
+def test_unanswered_connection_is_no_silent_server(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loadledger.address.ConnectionOptions.connect_s", 0.3)
+    with full_queue() as url, connected(kind, url) as client:
+        with pytest.raises(
+            ServerUnreachable, match=r"no connection within 0\.3 s; is its machine up"
+        ) as caught:
+            client.infer("m", [])
+        assert (caught.value.sent, caught.value.lost) == (False, False)
+
+
+@each_kind
+def test_lost_connection_is_told_from_a_slow_answer(kind: str) -> None:
+    for script, words, lost in (
+        (NOTHING, "the connection was lost: .*; it or a proxy before it has stopped: see its log", True),
+        (staying(NOTHING), r"no answer came within 0\.3 s; .*`loadledger infer --timeout`", False),
+    ):
+        with odd_server(script) as server, connected(kind, server.url, timeout_s=0.3) as client:
+            with pytest.raises(ServerUnreachable, match=words) as caught:
+                client.infer("m", [])
+            assert (caught.value.sent, caught.value.lost) == (True, lost)
+
+
 @each_kind
 def test_load_is_resent_with_its_key_after_lost_connection(kind: str) -> None:
     with odd_server(NOTHING, b"HTTP/1.1 200 OK\r\nContent-Le", JOB[:-1], JOB) as server:
@@ -90,7 +125,12 @@ def test_redirect_is_not_followed(kind: str) -> None:
     ("text", "options", "error", "words"),
     [
         (TOO_LONG, {"max_answer_bytes": 200_000}, BadAnswer, "max_answer_bytes"),
-        (NOTHING, {"timeout_s": 0.2}, ServerUnreachable, "it took too long"),
+        (
+            NOTHING,
+            {"timeout_s": 0.2},
+            ServerUnreachable,
+            "the request was sent, and no answer came within 0.2 s; see what it does",
+        ),
     ],
     ids=["too long", "silent"],
 )

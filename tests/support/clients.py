@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
+import click
 import msgspec
 import numpy as np
 from click.testing import CliRunner, Result
@@ -22,7 +23,7 @@ from answers.events import EventInfo
 from answers.jobs import JobInfo
 from loadledger import AsyncClient, Client
 from loadledger.address import Address
-from loadledger.cli.main import main
+from loadledger.cli.main import SECTIONS, find_command, main
 from loadledger.errors import ClientProblem
 from loadledger.operations import Operations
 from loadledger.requests import Answer, CallContext, Request, T
@@ -76,6 +77,17 @@ def refused(*arguments: object, code: int = 2, **environment: Any) -> str:
     assert (result.exit_code, result.stdout) == (code, ""), (arguments, result.output)
     assert result.stderr.strip(), arguments
     return result.stderr
+
+
+def every_command() -> dict[str, click.Command]:
+    """Return all commands by what is typed."""
+    found: dict[str, click.Command] = {}
+    for name in (name for names in SECTIONS.values() for name in names):
+        command = find_command(name)
+        assert command.name == name
+        inner = command.commands if isinstance(command, click.Group) else {}
+        found |= {f"{name} {each}": inner[each] for each in inner} or {name: command}
+    return found
 
 
 class Shell:

@@ -19,12 +19,14 @@ from support.http import LocalApi, local_server
 from support.models import save
 from support.servers import CTRL_C, at_terminal
 from support.sources import in_thread
+from support.workers import until
 
 from answers.models import ModelInfo
 from answers.tensors import ModelTensor, TensorExample
 from loadledger.cli.inputs import GivenInput, parse_input
 from loadledger.cli.snippets import describe_guess, format_infer
 
+COUNT = f"trips={models.ENDLESS}"
 JOB = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -39,6 +41,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalApi]:
         save(models.add(version), root, "m", version)
     save(models.unknown_operator(), root, "bad")
     save(models.endless(), root, "endless")
+    save(models.counting_loop(), root, "counting")
     with in_thread(local_server(folder, on_demand="on")) as server:
         yield server
 
@@ -292,7 +295,28 @@ def test_infer_reads_and_writes_files_of_numpy(alice: Shell, tmp_path: Path) -> 
 # At a terminal
 
 
-async def test_wait_shows_stages_and_ctrl_c_detaches(alice: Shell) -> None:
+async def test_unload_behind_a_long_inference_offers_force(alice: Shell) -> None:
+    alice.prints("load counting --wait")
+    assert "no answer came within 1 s; see what it does (`loadledger top`), or wait longer" in alice.refused(
+        2, f"infer counting/1 {COUNT} --timeout 1"
+    )
+
+    def is_busy() -> bool:
+        return any(each["in_flight"] for each in alice.json("resources")["models"])
+
+    await until(lambda: not is_busy())  # the first one is cancelled
+    run, offer = ("infer", "counting", COUNT, "--timeout", "600"), "loadledger unload counting --force"
+    with at_terminal(*run, environment=alice.environment) as inference:
+        await until(is_busy)
+        with at_terminal("unload", "counting/1", "--wait", environment=alice.environment) as terminal:
+            await terminal.until(f"version 1 waits for 1 running inference; to end them: {offer}")
+            alice.prints("unload counting --force")
+            assert await terminal.end() == 0
+        assert "counting version 1: unload completed" in terminal.plain
+        assert await inference.end() == 2
+
+
+async def test_wait_shows_stages_and_ctrl_c_detaches(alice: Shell, server: LocalApi) -> None:
     with at_terminal("load", "endless", "--wait", environment=alice.environment) as terminal:
         await terminal.until(r"endless version 1 \S+ warming up 0:\d\d:\d?[1-9]")
         terminal.press(CTRL_C)
@@ -301,9 +325,18 @@ async def test_wait_shows_stages_and_ctrl_c_detaches(alice: Shell) -> None:
     again = re.search(rf"detached: .* loadledger job ({JOB.pattern}) --wait", terminal.plain, re.DOTALL)
     assert again, terminal.plain
     assert alice.json(f"job {again[1]}")["status"] == "in_progress"
+    assert alice.json("job endless")["id"] == alice.json("job endless/1")["id"] == again[1]
+    save(models.add(), server.config.repository, "endless", 2)
+    second = alice.json("load endless/2")["id"]
+    several = alice.refused(2, "cancel endless")
+    assert "endless has several open jobs:\n" in several
+    assert f"loadledger cancel {again[1]}  (load of endless version 1)\n" in several
+    assert f"loadledger cancel {second}  (load of endless version 2)" in several
+    assert "endless version 2: load" in alice.prints("cancel endless/2")
+    assert "was cancelled" in alice.refused(1, f"job {second} --wait").splitlines()[-2]
     with at_terminal("job", again[1], "-w", environment=alice.environment) as terminal:
         await terminal.until("warming up")
-        assert "endless" in alice.prints(f"cancel {again[1]}")
+        assert "endless" in alice.prints("cancel endless")
         assert await terminal.end() == 1
     assert "was cancelled" in terminal.plain
 

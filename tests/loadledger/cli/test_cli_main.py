@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from support.clients import printed, refused
+from support.clients import every_command, printed, refused
 from support.servers import clean_environment
 
 from loadledger.cli.completion import _items
@@ -39,17 +39,6 @@ HEAVY = {
 """What no command may import that only asks a server or explains itself."""
 LIGHT = {"events", "events.eventtext"}
 """Of these packages, what needs the standard library only."""
-
-
-def every_command() -> dict[str, click.Command]:
-    """Return all commands by what is typed."""
-    found: dict[str, click.Command] = {}
-    for name in (name for names in SECTIONS.values() for name in names):
-        command = find_command(name)
-        assert command.name == name
-        inner = command.commands if isinstance(command, click.Group) else {}
-        found |= {f"{name} {each}": inner[each] for each in inner} or {name: command}
-    return found
 
 
 @pytest.mark.parametrize("command", ["", "key", "token", *every_command()])

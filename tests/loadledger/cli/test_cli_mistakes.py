@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from support import models
-from support.clients import run_command
+from support.clients import every_command, run_command
 from support.http import LocalApi
 from support.models import save
 
@@ -56,7 +56,8 @@ def desk(server: LocalApi, tmp_path_factory: pytest.TempPathFactory) -> Desk:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         free = taken.getsockname()[1]  # nobody listens there once it is closed
     port = server.url.rpartition(":")[2]
-    return Desk(server, folder, tokens, {"job": job, "port": port, "free": free, "data": data})
+    places = {"data": data, "repository": server.config.repository}
+    return Desk(server, folder, tokens, {"job": job, "port": port, "free": free, **places})
 
 
 MISTAKES = [
@@ -77,7 +78,16 @@ MISTAKES = [
     ("load ..", 2, "no id of a model"),
     ("models digits", 2, "this lists all models; for one, `loadledger show digits`"),
     ("add 'my model' digits.onnx", 2, "'my model': Must be 1 to 128 letters, digits, dots"),
-    ("load digits/1", 2, "'digits/1': Must be 1 to 128 letters"),
+    ("load digits/1 -v 2", 2, "digits/1 names another version than 2: give one of them"),
+    ("infer digits/1 x=[1] -v 2", 2, "digits/1 names another version than 2: give one of them"),
+    ("load digits/1/2", 2, "'1/2' is no version: give MODEL, or MODEL/VERSION such as digits/2"),
+    ("load digits/", 2, "'' is no version"),
+    ("show digist/1", 2, "did you mean digits?"),
+    (
+        "unload other/1",
+        2,
+        "version 1 of other is not loaded; `loadledger verify-model other/1` shows its files",
+    ),
     # files
     ("run nope.onnx", 2, "there is no file or folder nope.onnx"),
     ("add m nope.onnx", 2, "Path 'nope.onnx' does not exist"),
@@ -105,7 +115,7 @@ MISTAKES = [
         2,
         "or load another version, and remove it then; `loadledger rm --force` ends its loads",
     ),
-    ("rm digits", 2, "Missing option '--version'"),
+    ("rm digits", 2, "name the version, too: digits/VERSION"),
     ("rm other -v 9", 2, "`loadledger show other` lists its versions"),
     # labels
     ("label digits champion", 2, "give LABEL with a VERSION that it names, or with --remove"),
@@ -116,8 +126,8 @@ MISTAKES = [
     ("infer digits x=[1] -v 1x", 2, "--version 1x: Must begin with a letter"),
     ("load digits --label 3", 2, "--label 3: Must begin with a letter"),
     ("label digits champion 7", 2, "`loadledger show digits` lists its versions"),
-    ("label digits champion --remove", 2, "`loadledger label digits` lists its labels"),
-    ("infer digits x=[1] -v champion", 2, "`loadledger label digits` lists its labels"),
+    ("label digits champion --remove", 2, "`loadledger show digits` shows those that it has"),
+    ("infer digits x=[1] -v champion", 2, "`loadledger show digits` shows those that it has"),
     # loads and jobs
     ("load digits", 0, ""),
     ("load other --memory-limit-bytes '2 gigs'", 2, "'2 gigs' is refused. Must be bytes, or a number of MB"),
@@ -127,11 +137,16 @@ MISTAKES = [
     ("unload other", 2, "model 'other' is not loaded; `loadledger ps` lists loaded models"),
     ("unload", 2, "name a model; the active one, which --active unloads, is digits"),
     ("kill digits --active", 2, "not both"),
-    ("job digits", 2, "there is no job 'digits'; `loadledger jobs` lists them"),
+    (
+        "job digits",
+        2,
+        "digits has no open job; its last one is:\n  loadledger job {job}  (load of digits version",
+    ),
+    ("job digist", 2, "digist has no job; `loadledger jobs` lists them"),
     (f"job {UNKNOWN}", 2, f"there is no job '{UNKNOWN}'; `loadledger jobs` lists them"),
     ("cancel {job}", 2, "job {job} has ended; `loadledger job {job}` shows how"),
     ("approve digits/1", 2, "there is no terminal to ask at: give --reason TEXT and --yes"),
-    ("approve digits --reason x --yes", 2, "name the version, too: MODEL/VERSION"),
+    ("approve digits --reason x --yes", 2, "name the version, too: digits/VERSION"),
     ("verify-model digits/v1", 2, "'v1' is no version: give MODEL, or MODEL/VERSION such as digits/2"),
     # inferences
     ("infer digits x=[1,", 2, "is not JSON"),
@@ -147,7 +162,7 @@ MISTAKES = [
     ("infer digits note.txt", 2, "is not JSON"),
     ("infer digits @sequence.json", 2, "sequence_id"),
     ("infer digits x=[1] -v 3", 2, "`loadledger show digits` lists its versions"),
-    ("infer other x=[1]", 2, "model 'other' is not loaded; `loadledger load other --wait` loads it"),
+    ("infer other x=[1]", 2, "model 'other' is not loaded; load it with `loadledger load other --wait`"),
     # times and events
     ("events --since 'last tuesday'", 2, "'last tuesday' is refused. Must be 10m, 2h or 3d (ago), now"),
     ("events --type Loaded", 2, "--type Loaded: Must be one of: LoadRequested"),
@@ -197,6 +212,47 @@ def test_mistake_ends_with_its_cure(
     assert said.format(**desk.values) in result.stderr
     for word in ("GET /", "POST /", "path:", "body:", "query:", "Errno", "None"):
         assert word not in result.stderr
+
+
+OF_VERSIONS = {
+    "run": ("run digits/1", 0, "digits version 1: loaded"),
+    "check": ("check digits/9 --repository {repository}", 1, "version 9"),
+    "add": ("add digits/1 digits.onnx", 2, "a version is never overwritten"),
+    "rm": ("rm digits/9", 2, "model 'digits' has no version 9"),
+    "load": ("load digits/1", 0, "digits version 1: "),
+    "unload": ("unload digits/2", 2, "not loaded; `loadledger unload digits` is about version 1"),
+    "show": ("show digits/1", 0, "digits: loaded"),
+    "label": ("label digits/1", 0, "no labels"),
+    "verify-model": ("verify-model digits/1", 0, "digits version 1:"),
+    "infer": ("infer digits/1 x=[1]", 0, "digits version 1\n"),
+    "job": ("job digits/1", 2, "digits/1 has no open job; its last one is:\n  loadledger job {job}"),
+    "cancel": ("cancel digits/9", 2, "digits/9 has no job"),
+    "approve": ("approve digits/9 --reason x --yes", 2, "model 'digits' has no version 9"),
+    "jobs --model": ("jobs --model digits/9", 0, "no jobs\n"),
+    "events": ("events digits/1 other/9", 0, "ModelLoaded      digits/1"),
+    "events --model": ("events --model digits/9", 0, ""),
+    "replay --model": ("replay --data {data} --model digits/1", 2, "give --model without /VERSION"),
+}
+"""Of each command that takes a model, one with MODEL/VERSION, its exit code, and what is said."""
+
+
+@pytest.mark.parametrize("command", OF_VERSIONS)
+def test_model_is_taken_with_its_version(desk: Desk, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.chdir(desk.folder)
+    typed, code, said = OF_VERSIONS[command]
+    variables: dict[str, Any] = {"LOADLEDGER_URL": desk.server.url, "LOADLEDGER_TOKEN": desk.tokens[ADMIN]}
+    result = run_command(*shlex.split(typed.format(**desk.values)), HOME=str(desk.folder), **variables)
+    assert (result.exit_code, said.format(**desk.values) in result.output) == (code, True), result.output
+
+
+def test_table_of_versions_has_every_command_that_takes_a_model() -> None:
+    found = {
+        f"{name} --model" if "--model" in each.opts else name
+        for name, command in every_command().items()
+        for each in command.params
+        if "--model" in each.opts or "MODEL" in each.human_readable_name.upper() or each.name == "model"
+    }
+    assert found == OF_VERSIONS.keys()
 
 
 @pytest.mark.parametrize(
