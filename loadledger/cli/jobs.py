@@ -207,8 +207,10 @@ def jobs(
 ) -> None:
     """List the jobs, newest first."""
     with options.open_chosen_client(where) as client:
-        found = _find_jobs(client, model, limit, **filters)
-    rows = output.with_column(COLUMNS, [_row(job) for job in found], "NODE", [job.node for job in found])
+        found, at = _find_jobs(client, model, limit, **filters), filters["at"]
+        past = client.job(found[0].id, at=at) if at is not None and found else None
+    now = datetime.now(UTC) if at is None or past is None else output.note_moment(past, at)
+    rows = output.with_column(COLUMNS, [_row(job, now) for job in found], "NODE", [job.node for job in found])
     table = output.format_table(*rows, right={"AGE", "TOOK"})
     output.print_result({"jobs": found}, table if found else ["no jobs"], as_json=as_json)
 
@@ -276,7 +278,7 @@ def cancel(job_id: str, *, as_json: bool, where: options.ServerChoice) -> None:
         report_job(seen, as_json=False)
 
 
-def _row(job: Any) -> tuple[str, ...]:
+def _row(job: Any, now: datetime) -> tuple[str, ...]:
     version = "" if job.version is None else f"/{job.version}"
     detail = f"{job.error.code}: {job.error.message}" if job.error is not None else ""
     return (
@@ -286,7 +288,7 @@ def _row(job: Any) -> tuple[str, ...]:
         job.status,
         output.format_cell(job.cause),
         output.format_cell(job.requested_by, most=24),
-        output.format_age(job.created_at, datetime.now(UTC)),
+        output.format_age(job.created_at, now),
         output.format_elapsed(job.created_at, job.finished_at),
         output.format_cell(detail or (None if job.ended else describe_progress(job)), most=MAX_DETAIL),
     )

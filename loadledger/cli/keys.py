@@ -182,6 +182,30 @@ def login(url: str, profile: str | None, ca: Path | None, *, as_json: bool) -> N
     output.print_result({"url": url, "profile": str(path)}, [text], as_json=as_json)
 
 
+@click.command()
+@options.json_option
+@options.server_options
+def whoami(*, as_json: bool, where: options.ServerChoice) -> None:
+    """Show who you are to the server, by your token."""
+    target = options.find_chosen_target(where)
+    import jwt
+
+    try:
+        claims = jwt.decode(target.token or "", options={"verify_signature": False})
+    except jwt.InvalidTokenError:
+        claims = {}
+    roles, expires = claims.get("roles"), claims.get("exp")
+    facts = {
+        "server": target.url,
+        "subject": claims.get("sub") or ("no token" if target.token is None else "unknown to this command"),
+        "roles": ", ".join(map(str, roles)) if isinstance(roles, list) else None,
+        "expires": f"{datetime.fromtimestamp(expires, UTC):%Y-%m-%d %H:%M:%S}Z"
+        if isinstance(expires, int)
+        else None,
+    }
+    output.print_result(facts, output.format_facts(facts), as_json=as_json)
+
+
 def _read_token() -> str:
     if sys.stdin.isatty():
         text: str = click.prompt("Token", hide_input=True, err=True)

@@ -56,6 +56,7 @@ SECTIONS = {
         "token": "loadledger.cli.keys:token",
         "key": "loadledger.cli.keys:key",
         "login": "loadledger.cli.keys:login",
+        "whoami": "loadledger.cli.keys:whoami",
         "console": "loadledger.cli.keys:console",
         "completion": "loadledger.cli.completion:completion",
     },
@@ -71,8 +72,9 @@ ALIASES = {
     "inspect": ("show",),
     "kill": ("unload", "--force", "--wait"),
     "stats": ("top",),
+    "status": ("resources",),
 }
-"""Aliases from Docker and Ollama."""
+"""Aliases from Docker, Ollama and others."""
 
 EPILOG = """\b
 Name the server by --url or LOADLEDGER_URL, and set the token in

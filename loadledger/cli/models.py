@@ -47,7 +47,7 @@ at_option = click.option(
 
 
 @click.command(context_settings={"allow_extra_args": True})
-@click.option("--loaded", is_flag=True, help="Only models that have a process, or wait for one.")
+@click.option("--loaded/--all", " /-a", help="Only models that have a process, or wait for one.")
 @at_option
 @options.json_option
 @options.server_options
@@ -62,18 +62,20 @@ def models(
     if context.args:
         raise click.UsageError(f"this lists all models; for one, `loadledger show {context.args[0]}`")
     with options.open_chosen_client(where) as client:
-        rows = [
-            each
-            for each in client.models(at=at)
-            if not loaded or each.state in HAVE_PROCESS or each.open_load is not None
-        ]
-        server = client.model(rows[0].id, at=at).server if at is not None and rows else None
+        known = list(client.models(at=at))
+        past = client.model(known[0].id, at=at) if at is not None and known else None
         if at is None:
             note_not_ready(client.resources())
-    if server is not None and server.state != "running":
-        output.print_note(f"the server then: {format_presence(server)}")
+    rows = [
+        each
+        for each in known
+        if not loaded or each.state in HAVE_PROCESS or each.open_load is not None
+    ]
+    now = datetime.now(UTC) if at is None or past is None else output.note_moment(past, at)
+    if past is not None and past.server is not None and past.server.state != "running":
+        output.print_note(f"the server then: {format_presence(past.server)}")
     shown = output.with_column(
-        COLUMNS, [_row(each) for each in rows], "NODE", [_nodes_of(each) for each in rows]
+        COLUMNS, [_row(each, now) for each in rows], "NODE", [_nodes_of(each) for each in rows]
     )
     table = format_table(*shown, right={"MEMORY"})
     none = "no model is loaded" if loaded else "the repository has no models"
@@ -120,8 +122,8 @@ def describe_state(model: Any, now: datetime) -> tuple[str, str]:
     return model.state, f"version {load.version} for {doing}{f'; {failure}' if failure else ''}"
 
 
-def _row(model: Any) -> tuple[str, ...]:
-    state, detail = describe_state(model, datetime.now(UTC))
+def _row(model: Any, now: datetime) -> tuple[str, ...]:
+    state, detail = describe_state(model, now)
     version = output.NOTHING if model.version is None else str(model.version)
     if model.next_version is not None:
         version += f" → {model.next_version}"
@@ -133,7 +135,7 @@ def _row(model: Any) -> tuple[str, ...]:
         version,
         _versions(model.versions) + (f" ({format_cell(_labels(model), most=60)})" if model.labels else ""),
         format_size(model.memory_bytes),
-        output.format_age(model.loaded_at, datetime.now(UTC)),
+        output.format_age(model.loaded_at, now),
         format_cell(model.loaded_by, most=24) + (f" ({model.brought_back})" if model.brought_back else ""),
         format_cell(detail, most=MAX_DETAIL),
     )
@@ -398,7 +400,7 @@ def resources(*, as_json: bool, where: options.ServerChoice) -> None:
     with options.open_chosen_client(where) as client:
         found = client.resources()
     note_not_ready(found)
-    output.print_result(found, _resource_lines(found), as_json=as_json)
+    output.print_result(found, [status_line(client.url, found), *_resource_lines(found)], as_json=as_json)
 
 
 def use_row(use: Any, now: datetime) -> tuple[str, ...]:
@@ -420,6 +422,12 @@ def format_keep_alive(use: Any) -> str:
     if use.pinned:
         return "pinned"
     return "-" if use.keep_alive_s is None or use.keep_alive_s < 0 else f"{use.keep_alive_s}s idle"
+
+
+def status_line(url: str, found: Any) -> str:
+    """Return whether a server is ready, and its counts."""
+    loads = f"{output.count_of(len(found.models), 'load')} with processes, {len(found.waiting)} waiting"
+    return f"{to_printable(url)}: {'NOT ready' if found.not_ready else 'ready'}, {loads}"
 
 
 def budget_line(found: Any) -> str:

@@ -155,6 +155,13 @@ def parse_timestamp(stamp: str) -> datetime | None:
     return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
 
 
+def note_moment(past: Any, at: str) -> datetime:
+    """Print the moment to which an answer about the past belongs, and return it."""
+    stamp = past.as_of_time if at.isdecimal() else at
+    print_note(f"as of {format_timestamp(stamp)}, position {past.as_of}")
+    return (stamp and parse_timestamp(stamp)) or datetime.now(UTC)
+
+
 def format_age(stamp: str | None, now: datetime) -> str:
     """Return the time since a timestamp, in its largest unit."""
     then = None if stamp is None else parse_timestamp(stamp)

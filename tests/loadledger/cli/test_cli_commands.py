@@ -21,9 +21,12 @@ from support.servers import CTRL_C, at_terminal
 from support.sources import in_thread
 from support.workers import until
 
+from answers.health import NotReady
 from answers.models import ModelInfo
+from answers.resources import Resources
 from answers.tensors import ModelTensor, TensorExample
 from loadledger.cli.inputs import GivenInput, parse_input
+from loadledger.cli.models import status_line
 from loadledger.cli.snippets import describe_guess, format_infer
 
 COUNT = f"trips={models.ENDLESS}"
@@ -116,6 +119,7 @@ def test_each_command_prints_a_models_life(alice: Shell, tmp_path: Path) -> None
     assert ["other", "unloaded"] in [words[:2] for words in listed]
     assert re.search(r"^m \*", alice.prints("ps"), re.MULTILINE)
     assert "other" not in alice.prints("ps")
+    assert "other" in alice.prints("ps -a")
     assert {"m", "other"} <= {each["id"] for each in alice.json("ls")["models"]}
     model = alice.json("show m")
     assert model["files"][0]["sha256"] in alice.prints("show m")
@@ -159,6 +163,43 @@ def test_each_command_prints_a_models_life(alice: Shell, tmp_path: Path) -> None
     assert "unload completed" in alice.prints(f"job {unload['id']} --wait")
     assert "cause request" in alice.prints(f"job {load['id']}")
     assert "no jobs" in alice.prints("jobs --status failed --model=m")
+
+
+def test_past_lists_have_the_ages_of_their_moment(alice: Shell) -> None:
+    alice.prints("load other --wait")
+    model = alice.json("show other")
+    job = alice.json(f"job {model['job_id']}")
+    for command, at in (
+        ("models", model["position"]),
+        ("models", model["loaded_at"]),
+        ("jobs --model other", job["created_at"]),
+    ):
+        found = alice.run(*command.split(), "--at", str(at))
+        assert re.search(r"^loadledger: as of 2\d{3}-.*Z, position \d+$", found.stderr, re.MULTILINE)
+        [line] = [each for each in found.stdout.splitlines() if re.search(r"other\b.*(loaded|pending)", each)]
+        assert " 0.0s " in line
+    alice.prints("unload other --wait")
+
+
+def test_status_says_whether_the_server_is_ready_and_why_not(alice: Shell) -> None:
+    url = alice.environment["LOADLEDGER_URL"]
+    ready, budget, *_ = alice.prints("status").splitlines()
+    assert re.fullmatch(rf"{url}: ready, \d+ loads? with processes, 0 waiting", ready)
+    assert budget.startswith("budget ")
+    failed = NotReady(check="writer", cause="the disk is full", cure="free some of it")
+    found = fill(Resources, models=[], waiting=[], not_ready=[failed])
+    assert status_line("http://h", found) == "http://h: NOT ready, 0 loads with processes, 0 waiting"
+
+
+def test_whoami_prints_what_the_token_says(alice: Shell) -> None:
+    url = alice.environment["LOADLEDGER_URL"]
+    assert re.fullmatch(
+        rf"  server: +{url}\n  subject: +alice\n  roles: +admin\n  expires: +2[-\d]+ [:\d]+Z\n",
+        alice.prints("whoami"),
+    )
+    for token, subject in ((None, "no token"), ("opaque", "unknown to this command")):
+        shown = alice.prints("whoami", LOADLEDGER_TOKEN=token)
+        assert [line.split(maxsplit=1)[1] for line in shown.splitlines()] == [url, subject]
 
 
 def test_show_prints_inputs_and_a_command_that_works(alice: Shell) -> None:

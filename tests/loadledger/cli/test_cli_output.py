@@ -283,12 +283,13 @@ def test_hostile_answer_prints_no_control_characters(
     failed = msgspec.structs.replace(job, status="failed")
     shown = [
         *models._details(model),
-        *format_table(models.COLUMNS, [models._row(model)]),
+        *format_table(models.COLUMNS, [models._row(model, NOW)]),
         *jobs._details(job),
         *approvals._describe(version, model),
         approvals._describe_answer(evil(VersionApprovals), withdraw=False),
         *signatures._verified_lines(version),
-        *format_table(jobs.COLUMNS, [jobs._row(job)]),
+        *format_table(jobs.COLUMNS, [jobs._row(job, NOW)]),
+        models.status_line(EVIL, found),
         *models._resource_lines(found),
         *top.lines(top.ServerSnapshot("http://here", found, [job], [model], NOW, 0.1, EVIL)),
     ]
