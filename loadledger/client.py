@@ -71,13 +71,18 @@ class ServerClient:
 
     def __init__(
         self,
-        url: str,
+        url: str = "",
         *,
         token: str | None = None,
         timeout_s: float = 30.0,
         ca_file: Path | str | None = None,
         max_answer_bytes: int = MAX_ANSWER_BYTES,
     ) -> None:
+        if not url:
+            kind = type(self).__name__
+            raise ValueError(
+                f"name the server by its URL, or take that of `loadledger login`: {kind}.from_profile()"
+            )
         self._open(
             [
                 ConnectionOptions(address, timeout_s, ca_file, max_answer_bytes)

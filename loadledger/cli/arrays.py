@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from answers.inference import ModelMetadata
 from answers.tensors import ModelTensor
@@ -355,8 +356,11 @@ def find_image_shape(tensor: ModelTensor, layout: str | None) -> ImageShape:
         ValueError: the shape does not fit pictures, or its layout is ambiguous.
     """
     declared = tensor.shape
-    if len(declared) not in RANKS:
-        raise ValueError(f"input {tensor.name!r} has the shape {declared}, which is none of pictures")
+    if len(declared) not in RANKS or (len(declared) == min(RANKS) and min(declared) <= 1):  # a batch of rows
+        raise ValueError(
+            f"input {tensor.name!r} takes {tensor.datatype} of the shape {tensor.describe_shape()},"
+            f" which is none of pictures: give numbers, as JSON or as {tensor.name}=@FILE.npy"
+        )
     if len(declared) == min(RANKS):  # height and width
         return ImageShape(None, height=_static(declared[0]), width=_static(declared[1]))
     dims = declared[-3:]
@@ -370,6 +374,18 @@ def find_image_shape(tensor: ModelTensor, layout: str | None) -> ImageShape:
     height, width = dims[1:] if first else dims[:2]
     order = ("N" if len(declared) == max(RANKS) else "") + ("CHW" if first else "HWC")
     return ImageShape(order, channels if channels > 0 else 3, _static(height), _static(width))
+
+
+def suggest_size(given: Iterable[GivenInput], metadata: ModelMetadata, options: ImageOptions) -> str | None:
+    """Return advice on the size of a picture that the model failed with: the size that its warm-up ran on."""
+    declared = {tensor.name: tensor for tensor in metadata.inputs}
+    for name, value in _named_values(given, declared):
+        example = declared[name].example
+        if isinstance(value, InputFile) and value.is_image and example is not None and not example.refusal:
+            tried = find_image_shape(replace(declared[name], shape=example.shape), options.layout)
+            size = f"{tried.width}x{tried.height}"
+            return f"it worked with {size} when it was loaded: for {value.label}, add --size {size}"
+    return None
 
 
 def _static(length: int) -> int | None:

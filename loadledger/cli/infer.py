@@ -9,13 +9,15 @@ import click
 
 from loadledger.cli import options
 from loadledger.cli.completion import loaded_models
-from loadledger.cli.inputs import GivenInput, parse_input, whole_request
+from loadledger.cli.inputs import parse_input, whole_request
 from loadledger.cli.output import exit_with_error, print_json, print_note, print_result
 
 MAX_SIDE = 16_384
 """Longest side of a picture, in pixels: the limit of Pillow's JPEG and WebP."""
 SUFFIXES = (".npy", ".npz")
 TIMEOUT_S = 120
+UNFIT = ("inference_failed", "invalid_input")
+"""Codes of a model's refusals of a picture, such as one of another size."""
 
 
 def _parse_size(
@@ -109,18 +111,27 @@ def infer(
     if out is not None and (as_json or out.suffix not in SUFFIXES):
         raise click.BadParameter("give it a name with .npy or .npz, and no --json", param_hint="--out")
     with options.open_chosen_client(where, timeout_s=timeout) as client:
-        request = whole_request(given) or {
-            "inputs": _find_inputs(client, model, version, given=given, picture=picture)
-        }
-        result = client.infer(
-            model,
-            request["inputs"],
-            version=version,
-            outputs=outputs or request.get("outputs"),
-            parameters=request.get("parameters"),
-        )
+        request = whole_request(given)
+        metadata = None if request else _find_metadata(client, model, version)
+        from loadledger import ServerError
+        from loadledger.cli import arrays  # it imports numpy
+
+        size = arrays.ImageOptions(**picture)
+        request = request or {"inputs": arrays.build_inputs(given, metadata, size, print_note)}
+        try:
+            result = client.infer(
+                model,
+                request["inputs"],
+                version=version,
+                outputs=outputs or request.get("outputs"),
+                parameters=request.get("parameters"),
+            )
+        except ServerError as problem:
+            if metadata is not None and problem.code in UNFIT:
+                advice = arrays.suggest_size(given, metadata, size)
+                problem.args = ("; ".join(filter(None, [str(problem), advice])),)
+            raise
     from events.errors import WrongTarget
-    from loadledger.cli import arrays  # it imports numpy
 
     if out is not None:
         try:
@@ -143,18 +154,14 @@ def _list_inputs(model: str, where: options.ServerChoice, *, as_json: bool) -> N
     print_result(metadata, list(lines)[1:], as_json=as_json)
 
 
-def _find_inputs(
-    client: Any, model: str, version: str | None, *, given: list[GivenInput], picture: dict[str, Any]
-) -> dict[str, Any]:
+def _find_metadata(client: Any, model: str, version: str | None) -> Any:
+    """Return the metadata of a model, or None if it is not loaded."""
     from loadledger import ServerError
     from loadledger.inference import NOT_LOADED
 
     try:
-        metadata = client.metadata(model, version=version)
+        return client.metadata(model, version=version)
     except ServerError as problem:
         if problem.code not in NOT_LOADED:
             raise
-        metadata = None
-    from loadledger.cli import arrays  # imports numpy
-
-    return arrays.build_inputs(given, metadata, arrays.ImageOptions(**picture), print_note)
+        return None

@@ -147,7 +147,9 @@ def _reported() -> Iterator[None]:
         context, text = click.get_current_context(), str(problem)
         for each in context.command.params:
             value = context.params.get(each.name or "")
-            text = _show_typed(text, each, " ".join(value) if isinstance(value, tuple) else str(value))
+            text = _show_typed(
+                text, each, " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            )
         exit_with_error(text)
 
 

@@ -85,6 +85,14 @@ def test_secret_is_refused_without_being_repeated(token: str) -> None:
     assert "pa55word" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", [loadledger.Client, loadledger.AsyncClient])
+def test_client_without_url_names_the_profiles(kind: Callable[[], object]) -> None:
+    with pytest.raises(
+        ValueError, match=r"take that of `loadledger login`: (Async)?Client\.from_profile\(\)"
+    ):
+        kind()
+
+
 def test_repr_of_client_hides_token() -> None:
     with loadledger.Client("http://host/", token=TOKEN) as client:
         shown = repr(client) + repr(ADDRESS) + repr(loadledger.AsyncClient("http://h", token=TOKEN))

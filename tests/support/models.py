@@ -396,6 +396,13 @@ def reshape() -> ModelProto:
     )
 
 
+def picture_of_one_size() -> ModelProto:
+    """`y = x` for pictures of 224 by 224 pixels, though it declares any size: fails for others."""
+    return parse_model("""(float[1,3,h,w] x) => (float[1,3,224,224] y) <int64[4] size = {1, 3, 224, 224}> {
+        y = Reshape(x, size)
+    }""")
+
+
 def divide() -> ModelProto:
     """`y = a / b` of integers: fails where b is 0."""
     return parse_model("(int64[?] a, int64[?] b) => (int64[?] y) { y = Div(a, b) }")

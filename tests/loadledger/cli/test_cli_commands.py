@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from msgspec.structs import replace
+from PIL import Image
 from support import models
 from support.answers import fill
 from support.clients import Shell
@@ -45,6 +46,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalApi]:
     save(models.unknown_operator(), root, "bad")
     save(models.endless(), root, "endless")
     save(models.counting_loop(), root, "counting")
+    save(models.picture_of_one_size(), root, "sized")
     with in_thread(local_server(folder, on_demand="on")) as server:
         yield server
 
@@ -331,6 +333,17 @@ def test_infer_reads_and_writes_files_of_numpy(alice: Shell, tmp_path: Path) -> 
     assert np.load(out)["y"].tolist() == [2.0, 3.0]
     refused = alice.refused(2, f"infer ready @{file} --out {tmp_path}/no/y.npy")
     assert "cannot be written" in refused.replace("\n", " ")
+
+
+def test_infer_offers_the_size_that_worked_at_load(alice: Shell, tmp_path: Path) -> None:
+    alice.prints("load sized --wait")
+    Image.new("RGB", (40, 20)).save(tmp_path / "photo.png")
+    command = f"infer sized @{tmp_path / 'photo.png'}"
+    offer = "it worked with 224x224 when it was loaded: for photo.png, add --size 224x224\n"
+    for size in ("", "--size 30x30"):
+        assert alice.refused(2, f"{command} {size}").endswith(offer)
+    assert "[1, 3, 224, 224]" in alice.prints(f"{command} --size 224x224")
+    assert "it worked with" not in alice.refused(2, "infer sized x=zeros:1x3x4x4")
 
 
 # At a terminal

@@ -215,7 +215,10 @@ def test_picture_is_sent_as_it_is_for_bytes() -> None:
     [
         (picture(), (1, 224, 224, 7), {}, "say --layout"),
         (picture(), (1, 7, 2, 4), {"layout": "NCHW"}, "7 channels"),
-        (picture(), (5,), {}, "none of pictures"),
+        *(
+            (picture(), shape, {}, r"takes FP32 of the shape \[.*, which is none of pictures: give numbers")
+            for shape in ((5,), (-1, 5), (1, 5), (-1, -1), (2, 3, 4, 5, 6))
+        ),
         (picture(), (1, 3, -1, -1), {"mean": (1.0, 2.0)}, "one for each of 3 channels"),
         (picture(), (1, 3, 10**6, 10**6), {}, "pixels"),
         (picture(mode="I;16", colour=9), (1, 1, -1, -1), {}, r"beyond 0\.\.255"),

@@ -86,7 +86,7 @@ async def test_server_alone_shows_no_nodes_and_a_new_one_no_models(api: LocalApi
     assert await prints(api, "models") == "the repository has no models\n"
     api.save(add(), "m")
     assert await prints(api, "ps") == "no model is loaded\n"
-    assert "`loadledger ps`" in (await run(api, "unload --active")).stderr
+    assert "`loadledger models`" in (await run(api, "unload --active")).stderr
     assert "none is loaded now" in (await run(api, "unload")).stderr
     await api.load("m")
     assert await prints(api, "nodes") == "this server is alone: servers with --ledger are nodes\n"
