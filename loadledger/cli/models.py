@@ -66,11 +66,7 @@ def models(
         past = client.model(known[0].id, at=at) if at is not None and known else None
         if at is None:
             note_not_ready(client.resources())
-    rows = [
-        each
-        for each in known
-        if not loaded or each.state in HAVE_PROCESS or each.open_load is not None
-    ]
+    rows = [each for each in known if not loaded or each.state in HAVE_PROCESS or each.open_load is not None]
     now = datetime.now(UTC) if at is None or past is None else output.note_moment(past, at)
     if past is not None and past.server is not None and past.server.state != "running":
         output.print_note(f"the server then: {format_presence(past.server)}")

@@ -142,7 +142,7 @@ def test_state_of_a_model_says_what_it_waits_for_or_why(
     now = datetime.fromisoformat(STAMP) + timedelta(seconds=60)
     assert models.describe_state(model, now) == shown
     assert shown[0] in next(models._details(model))
-    assert models._row(model)[1] == shown[0]
+    assert models._row(model, NOW)[1] == shown[0]
 
 
 def test_versions_from_sources_have_a_line_each() -> None:
