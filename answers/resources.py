@@ -21,7 +21,9 @@ class LoadUsage(AnswerBody, frozen=True, kw_only=True):
     memory_at_load_bytes: Annotated[int | None, about("What they took when the model was loaded.")]
     device: Annotated[str | None, about("On which its workers run; null is the CPU.")]
     device_bytes: Annotated[int, about("Memory of the device's own, reserved or measured; 0 if it has none.")]
+    cpu_s: Annotated[float, about("Processor time of its workers so far, user and system.")]
     in_flight: Annotated[int, about("Inferences queued or running.")]
+    oldest_request_s: Annotated[float | None, about("Age of the oldest of these; null without any.")]
     last_used_at: Annotated[str | None, about("The end of its last inference.")]
     pinned: bool
     keep_alive_s: int | None

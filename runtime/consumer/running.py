@@ -184,6 +184,17 @@ class RunningLoad:
     def in_flight(self) -> int:
         return sum(worker.in_flight for worker in self.alive_workers)
 
+    @property
+    def cpu_s(self) -> float:
+        """The processor time of its workers that run."""
+        return sum(worker.cpu_s for worker in self.alive_workers)
+
+    @property
+    def oldest_request_s(self) -> float | None:
+        """The age of the oldest inference in flight, or None without one."""
+        sent = [each for worker in self.alive_workers if (each := worker.oldest_sent_ns) is not None]
+        return (time.monotonic_ns() - min(sent)) / 1e9 if sent else None
+
     def last_used_at(self, now: str) -> str | None:
         """Return the timestamp of the end of the last inference, or None without one."""
         if not self.last_used_ns:

@@ -164,6 +164,12 @@ class InFlight:
     def __len__(self) -> int:
         return len(self._pending)
 
+    @property
+    def oldest_sent_ns(self) -> int | None:
+        """When the oldest inference in flight was sent (CLOCK_MONOTONIC), or None without one."""
+        first = next(iter(self._pending.values()), None)
+        return None if first is None else first[0].sent_ns
+
     def find(self, number: int) -> Infer | None:
         pending = self._pending.get(number)
         return None if pending is None else pending[0]

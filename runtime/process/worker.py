@@ -56,6 +56,8 @@ SAMPLE_INTERVAL_S = 0.005
 """Pause between samples. A sample costs 0.015 ms; the kernel's own peak covers most of the pause."""
 MAX_SHARE = 20
 """Sampling takes at most this fraction of the event loop's time, however many workers load at once."""
+_PROCESS_CPU_CLOCK = 2
+"""Kind of the clock that clock_getcpuclockid(3) makes of a process id, which Python does not have."""
 _STATUS_BYTES = 64 * 2**10
 """Enough for the longest status; one read gives all of it."""
 
@@ -272,6 +274,18 @@ class Worker:
     def in_flight(self) -> int:
         """How many inferences are queued or running, including those whose caller has left."""
         return len(self._in_flight)
+
+    @property
+    def oldest_sent_ns(self) -> int | None:
+        """When the oldest inference in flight was sent (CLOCK_MONOTONIC), or None without one."""
+        return self._in_flight.oldest_sent_ns
+
+    @property
+    def cpu_s(self) -> float:
+        """The processor time of the process, user and system; 0 if it has ended. Reading takes 1.3 µs."""
+        with suppress(OSError):
+            return time.clock_gettime(~self.pid << 3 | _PROCESS_CPU_CLOCK)
+        return 0.0
 
     async def wait_until_drained(self) -> None:
         """Wait until nothing is in flight; a dead worker is drained."""

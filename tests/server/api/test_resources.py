@@ -78,10 +78,11 @@ async def test_loaded_model_uses_the_memory_of_its_workers(shared: LocalApi) -> 
     shown = await shared.model("m")
     assert use.pop("memory_at_load_bytes") == shown["memory_at_load_bytes"] > 0
     assert shown["memory_bytes"] == pytest.approx(sum(map(private_bytes, pids)), rel=0.2)
+    assert use.pop("cpu_s") > 0
     assert use == {
         "model_id": "m", "version": 3, "job_id": job["id"], "phase": "serving", "workers": 2,
-        "reserved_bytes": 0, "in_flight": 0, "last_used_at": None, "pinned": True, "keep_alive_s": 50,
-        "device": None, "device_bytes": 0,
+        "reserved_bytes": 0, "in_flight": 0, "oldest_request_s": None, "last_used_at": None, "pinned": True,
+        "keep_alive_s": 50, "device": None, "device_bytes": 0,
     }  # fmt: skip
     assert (await shared.infer("m", {**ENDLESS, "data": [1]})).status == 200
     seen = await resources_when(shared, lambda seen: seen["models"][0]["last_used_at"] is not None)
@@ -89,9 +90,19 @@ async def test_loaded_model_uses_the_memory_of_its_workers(shared: LocalApi) -> 
     assert use["in_flight"] == 0
     assert use["last_used_at"] >= (await shared.model("m"))["loaded_at"]
     running = asyncio.create_task(shared.infer("m", ENDLESS))
-    await resources_when(shared, lambda seen: seen["models"][0]["in_flight"] == 1)
+    [first] = (await resources_when(shared, lambda seen: seen["models"][0]["in_flight"] == 1))["models"]
+    another = asyncio.create_task(shared.infer("m", ENDLESS))  # the other worker's
+
+    def has_grown(seen: Json) -> bool:
+        [use] = seen["models"]
+        grown = [use[each] > first[each] for each in ("oldest_request_s", "cpu_s")]
+        return use["in_flight"] == 2 and all(grown)
+
+    await resources_when(shared, has_grown)
+    assert first["cpu_s"] >= use["cpu_s"]
     await shared.unload("m", force=True)
     assert (await running).refusal == (503, "model_unloaded")
+    assert (await another).status == 503
 
 
 async def test_queued_jobs_wait_for_the_loading_model_and_say_so(small: LocalApi) -> None:
