@@ -185,11 +185,6 @@ class RunningLoad:
         return sum(worker.in_flight for worker in self.alive_workers)
 
     @property
-    def cpu_s(self) -> float:
-        """The processor time of its workers that run."""
-        return sum(worker.cpu_s for worker in self.alive_workers)
-
-    @property
     def oldest_request_s(self) -> float | None:
         """The age of the oldest inference in flight, or None without one."""
         sent = [each for worker in self.alive_workers if (each := worker.oldest_sent_ns) is not None]

@@ -42,7 +42,7 @@ def _describe_use(load: RunningLoad, state: State, now: str) -> LoadUsage:
         reserved_bytes=run.memory_bytes if is_reserved else 0,
         memory_bytes=0 if is_reserved else run.memory_bytes,
         memory_at_load_bytes=serving.memory_bytes if serving is not None else None,
-        cpu_s=round(load.cpu_s, 3),
+        cpu_s=sum(worker.cpu_s for worker in load.alive_workers),
         in_flight=load.in_flight,
         oldest_request_s=load.oldest_request_s,
         last_used_at=run.last_used_at,

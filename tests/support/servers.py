@@ -8,6 +8,7 @@ import shutil
 import signal
 import ssl
 import sys
+import termios
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -368,6 +369,10 @@ class Terminal:
     def press(self, keys: bytes) -> None:
         """Press keys."""
         os.write(self._descriptor, keys)
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Give the terminal another size, of which LINES and COLUMNS say nothing."""
+        termios.tcsetwinsize(self._descriptor, (rows, columns))
 
     def close(self) -> None:
         """Kill it if it has not ended."""

@@ -291,7 +291,7 @@ def test_hostile_answer_prints_no_control_characters(
         *format_table(jobs.COLUMNS, [jobs._row(job, NOW)]),
         models.status_line(EVIL, found),
         *models._resource_lines(found),
-        *top.lines(top.ServerSnapshot("http://here", found, [job], [model], NOW, 0.1, EVIL)),
+        *top.lay_out(top.ServerSnapshot("http://here", found, [job], [model], NOW, 0.1, EVIL), 200, 60),
     ]
     assert [line for line in map(click.unstyle, shown) if not line.isprintable()] == []
     said = printed(
