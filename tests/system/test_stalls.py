@@ -82,7 +82,7 @@ async def test_full_disk_is_the_first_thing_that_commands_say(config: Config, tm
                 seconds += 1
                 said = await say("load", "m", f"--keep-alive-s={seconds}")
             assert f"so nothing was accepted: {full}; {cure} (log_unavailable)" in said
-            for command in ("ps", "models", "resources"):
+            for command in ("ps", "models", "resources", "top"):
                 said = await when(partial(say, command), lambda said: "NOT READY" in said)
                 assert f"the ledger cannot be written: {full}: {cure}" in "\n".join(said.splitlines()[:4])
             refused = await server.api.get("/health/ready", roles=())

@@ -34,7 +34,7 @@ from loadledger.cli.top import TopView
 from runtime.memory import list_descendants
 
 NOW = datetime.now(UTC)
-WAITS = "needs 168 MB, 55 of 300 MB are free: unload a model, or start with --evict idle"
+WAITS = "memory: needs 168 MB, 55 of 300 MB are free: unload a model, or start with --evict idle"
 NOT_A_MODEL = "model.onnx is a text and no model: 'not a model' are its first bytes; export the model again"
 FULL = NotReady(
     check="log",
@@ -116,7 +116,7 @@ def test_small_terminal_shows_the_trouble_first() -> None:
     text = re.sub(r"\s+", " ", " ".join(lines))
     assert f"broken failed invalid_model: {NOT_A_MODEL} crasher lost worker_died: the worker was" in text
     assert [line.split()[1] for line in lines if line.startswith("load ")] == ["big", "late", "now"]
-    assert text.count(f"waits: {WAITS}") == 2
+    assert text.count(f"waits for {WAITS}") == 2
     assert re.search(
         r"OLDEST .* hangs 1 serving 50\.0 MB 3\.0s 1 12m - busy 1 serving 60\.0 MB 9\.0s 1 2\.0s", text
     )
