@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import quote, urlencode, urlsplit
 
 from loadledger import errors
-from loadledger.errors import BadAnswer, ServerUnreachable, failure_reason
+from loadledger.errors import CHOOSE_URL, BadAnswer, ServerUnreachable, failure_reason
 
 _VISIBLE = re.compile(r"[!-~]+")
 _NEXT_URL = re.compile(r",\s*(?=https?://)")
@@ -180,7 +180,9 @@ class ConnectionOptions:
 
     def no_http(self) -> BadAnswer:
         """Return the exception for bytes that are no HTTP/1.1."""
-        return BadAnswer(f"{self.address.url} does not speak HTTP as this client does: is this its URL?")
+        hint = "" if self.address.is_secure else ", or HTTPS, whose URL begins with https://"
+        what = f"what answers at {self.address.url} is not loadledger"
+        return BadAnswer(f"{what} (it speaks no HTTP/1.1{hint}): {CHOOSE_URL}")
 
     def check(self, length: int) -> None:
         """Check the length of an answer.

@@ -64,11 +64,13 @@ class ClientProblem(Exception):
         return _restore, (type(self), self.args, self.__dict__)
 
 
-CHECK_URL = "is the server running, and is this its URL?"
+CHOOSE_URL = "is this its URL? --url or LOADLEDGER_URL names another"
+CHECK_URL = f"is the server running, and {CHOOSE_URL}"
 CHECK_NETWORK = "is its machine up, and does a firewall let this one through?"
-CHECK_LOG = "it or a proxy before it has stopped: see its log; is this its URL?"
+CHECK_LOG = f"it or a proxy before it has stopped: see its log; {CHOOSE_URL}"
 WAIT_LONGER = (
-    "see what it does (`loadledger top`), or wait longer (`loadledger infer --timeout`, or timeout_s)"
+    "see what it does (`loadledger top`), or wait longer (`loadledger infer --timeout`, or timeout_s);"
+    f" if nothing ever answers, {CHOOSE_URL}"
 )
 
 

@@ -233,7 +233,7 @@ def decode_inference(answer: Answer, address: Address) -> InferenceResult:
     body = memoryview(answer.body)
     start = parse_length(answer.headers.get(HEADER_LENGTH.lower(), str(len(body))))
     if start is None or start > len(body):
-        raise foreign_answer(address, "a length beyond the body")
+        raise foreign_answer(answer, address, "a length beyond the body")
     head = decode_value(Answer(answer.status, answer.headers, body[:start]), InferenceHead, address)
     arrays = dict[str, Any]()
     for output in head.outputs:
@@ -246,7 +246,7 @@ def decode_inference(answer: Answer, address: Address) -> InferenceResult:
             data = body[start : start + size]
             arrays[output.name] = tensors.unpack(output.datatype, data, output.shape)
         except (ValueError, OverflowError, MemoryError) as error:
-            raise foreign_answer(address, str(error)) from None
+            raise foreign_answer(answer, address, str(error)) from None
         start += size
     return InferenceResult(arrays, {output.name: output.datatype for output in head.outputs}, head)
 

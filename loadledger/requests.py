@@ -18,6 +18,7 @@ import msgspec
 from loadledger.address import Address, query
 from loadledger.errors import (
     ADVICE,
+    CHOOSE_URL,
     BadAnswer,
     Busy,
     ClientProblem,
@@ -61,6 +62,8 @@ _KINDS: Mapping[int, type[ServerError]] = {
     503: Busy,
     504: Busy,
 }
+_OF_PROXIES = frozenset({401, 403, 407, 413, 429, 502, 503, 504})
+"""Statuses with which a proxy before loadledger answers in its own words."""
 _CODE = re.compile(r"[a-z0-9_]{1,64}")
 MAX_KEY_CHARACTERS = 255
 
@@ -169,8 +172,8 @@ def decode_value(answer: Answer, kind: type[T], address: Address) -> T:
     try:
         return _decode_json(answer.body, kind)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        media_type = printable(address.hide(answer.headers.get("content-type", "no media type")), 100)
-        raise foreign_answer(address, f"{media_type}: {printable(str(error), 200)}") from None
+        is_json = isinstance(error, msgspec.ValidationError)
+        raise foreign_answer(answer, address, str(error) if is_json else "") from None
 
 
 def _decode_json(body: Buffer, kind: type[T]) -> T:
@@ -188,10 +191,11 @@ def decode_refusal(answer: Answer, address: Address) -> ClientProblem:
         return _redirect_problem(answer, address)
     members = _members(answer.body)
     code, detail = members.get("code"), members.get("detail")
-    if not isinstance(code, str) or not _CODE.fullmatch(code):
-        code = f"http_{answer.status}"
-    if not isinstance(detail, str) or not detail:
-        detail = bytes(answer.body[:200]).decode(errors="replace") or "no reason given"
+    if not isinstance(code, str) or not _CODE.fullmatch(code) or not isinstance(detail, str):
+        if answer.status not in _OF_PROXIES:
+            return foreign_answer(answer, address)
+        code, who = f"http_{answer.status}", "a proxy or another program says so, not loadledger"
+        detail = f"{who}: does a server run behind {address.url}, and {CHOOSE_URL}"
     instance = members.get("instance")
     kind = _KINDS.get(answer.status, ServerError)
     return kind(
@@ -237,8 +241,12 @@ def _members(body: Buffer) -> dict[str, Any]:
     return members if isinstance(members, dict) else {}
 
 
-def foreign_answer(address: Address, why: str) -> BadAnswer:
-    return BadAnswer(f"{address.url} does not answer as loadledger does ({why}): is this its URL?")
+def foreign_answer(answer: Answer, address: Address, why: str = "") -> BadAnswer:
+    """Return the exception for another program's answer, or with `why`, the difference, another release's."""
+    what = "loadledger of this release" if why else "loadledger"
+    kind = address.hide(answer.headers.get("content-type", "no media type"))
+    found = f"status {answer.status}, {printable(kind, 100)}{': ' if why else ''}{printable(why, 200)}"
+    return BadAnswer(f"what answers at {address.url} is not {what} ({found}): {CHOOSE_URL}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from loadledger.requests import (
     back_off_s,
     decode_refusal,
     fetch_with_retries,
+    foreign_answer,
     get_request,
     is_transient,
 )
@@ -290,7 +291,7 @@ async def _stream(
         if answer.status != HTTPStatus.OK:
             raise decode_refusal(answer, context.address)
         if answer.headers.get("content-type", "").partition(";")[0].strip().lower() != LINES:
-            raise BadAnswer(f"{context.address.url} does not answer with an event stream: is this its URL?")
+            raise foreign_answer(answer, context.address)
         progress.reached, progress.reported = True, False
         lines = LineSplitter()
         while chunk := await stream.read():

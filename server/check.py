@@ -56,6 +56,7 @@ from server.api.loads import default_parameters
 from server.auth.keys import KeyProblem, read_public_keys, refuse_unsafe
 from server.config import OFF, ON, OWN, Config, ConfigError, parse_budget
 from server.configsources import Mistake, default_folder, raise_mistakes, read_settings, unknown_variables
+from server.http.connection import bind_address
 from server.http.tls import load_context
 
 
@@ -222,21 +223,15 @@ def _check_memory(config: Config) -> Iterator[CheckFinding]:
 
 def _check_address(config: Config) -> Iterator[CheckFinding]:
     try:
-        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError) as error:
-        yield CheckFinding("--host", "no_address", f"{config.host!r} cannot be resolved: {error}")
-        return
-    for family, kind, protocol, _, address in found:
-        try:
-            with socket.socket(family, kind, protocol) as listener:
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                listener.bind(address)
-        except OSError as error:
-            taken = error.errno == errno.EADDRINUSE
-            hint = "; another process does, which may be the server" if taken else ""
-            text = f"{config.host}:{config.port} cannot be listened on: {error.strerror}{hint}"
-            yield CheckFinding("--port", "no_address", text, Severity.NOTE if taken else Severity.PROBLEM)
+        with bind_address(config.host, config.port):
             return
+    except (socket.gaierror, UnicodeError) as error:
+        yield CheckFinding("--host", "no_address", f"{config.host!r} cannot be resolved: {error}")
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
+        hint = "; another process does, which may be the server" if taken else ""
+        text = f"{error.filename} cannot be listened on: {error.strerror}{hint}"
+        yield CheckFinding("--port", "no_address", text, Severity.NOTE if taken else Severity.PROBLEM)
 
 
 IsRemoved = Callable[[str, int], bool]

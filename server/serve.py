@@ -25,9 +25,10 @@ from aiohttp import web
 from events.errors import LedgerForked, NameInUse
 from server.api.health import failed_tasks, vital_tasks
 from server.app import create_app
+from server.appkeys import CONFIG
 from server.auth.tokens import TOKENS
 from server.config import Config
-from server.http.connection import ConnectionLimits, listening
+from server.http.connection import ConnectionLimits, bind_address, listening
 from server.http.tls import Certificate
 from server.observability.eventlog import log_events
 from server.observability.output import STDERR, log_to_stderr
@@ -77,6 +78,7 @@ def _watchdog_s(environment: Mapping[str, str]) -> float | None:
     return int(period) / 1e6 if is_ours and period.isdecimal() and int(period) > 0 else None
 
 
+SOCKETS = web.AppKey("sockets", list[socket.socket])
 STDOUT = 1
 SPARE_THREADS = 4
 """Beside one for each core, for work that waits for a disk; as asyncio has it."""
@@ -179,6 +181,7 @@ async def _serve(config: Config, announce: Announce, manager: Notifier, *, accep
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     app = create_app(config, accepts_rollback=accepts_rollback)
+    app.cleanup_ctx.insert(1, _bind)  # with the data directory locked, before the ledger records a start
     tracing = None
     if _exports_traces():
         from server.observability.tracing import Tracing  # noqa: PLC0415 - of an extra, and slow to import
@@ -199,7 +202,7 @@ async def _serve(config: Config, announce: Announce, manager: Notifier, *, accep
         add_fast_path(runner.server, app)
         if tracing is not None:
             tracing.trace_requests(runner.server, app)
-        async with _listening(runner.server, config) as url:
+        async with _listening(runner.server, app) as url:
             app[TOKENS].server_url = local_url(url)
             running = RunningServer(app, url, stop.set)
             announcing = asyncio.create_task(announce(running), name="announcement")
@@ -239,13 +242,19 @@ def _exports_traces() -> bool:
     return True
 
 
+async def _bind(app: web.Application) -> AsyncIterator[None]:
+    with bind_address(app[CONFIG].host, app[CONFIG].port) as app[SOCKETS]:
+        yield
+
+
 @asynccontextmanager
-async def _listening(server: web.Server, config: Config) -> AsyncIterator[str]:
+async def _listening(server: web.Server, app: web.Application) -> AsyncIterator[str]:
+    config = app[CONFIG]
     limits = ConnectionLimits.of(config)
     tls = None
     if config.tls_cert is not None and config.tls_key is not None:
         tls = Certificate(config.tls_cert, config.tls_key).context
-    async with listening(server, config.host, config.port, limits, tls) as port:
+    async with listening(server, app[SOCKETS], limits, tls) as port:
         host = f"[{config.host}]" if ":" in config.host else config.host
         yield f"{'http' if tls is None else 'https'}://{host}:{port}"
 

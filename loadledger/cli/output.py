@@ -218,7 +218,7 @@ def report_problems() -> Iterator[None]:
         text = str(error)
         if isinstance(error, OSError) and error.strerror is not None:
             text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-            cure = ": stop what uses it, or choose another --port"
+            cure = ": stop what uses it, or choose another --port (LOADLEDGER_PORT)"
             text += cure if error.errno == errno.EADDRINUSE else ""
         exit_with_error(text)
 

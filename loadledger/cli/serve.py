@@ -20,7 +20,7 @@ from loadledger.cli.options import (
     parse_version_name,
     server_options,
 )
-from loadledger.cli.output import NEGATIVE_RESULT, count_of, exit_with_error, print_result, to_printable
+from loadledger.cli.output import NEGATIVE_RESULT, count_of, print_result
 from loadledger.profiles import PROFILE, URL, ServerTarget
 
 LISTS_ALL = "loadledger.lists_all"
@@ -101,11 +101,8 @@ def run(model: str, *, name: str | None, digest: str | None, where: ServerChoice
     target = find_chosen_target(where)
     is_chosen = where.url or where.profile or any(os.environ.get(each) for each in (URL, PROFILE))
     with _download_source(chosen, target, may_be_absent=not is_chosen) as chosen:
-        if asyncio.run(run_on_server(target, chosen, where.words)):
-            return
-        if is_chosen:
-            exit_with_error(f"{to_printable(target.url)} cannot be reached; is the server running there?")
-        serve_and_run(chosen)
+        if not asyncio.run(run_on_server(target, chosen, where.words, may_be_absent=not is_chosen)):
+            serve_and_run(chosen)
 
 
 @contextmanager
@@ -136,14 +133,14 @@ def _find_version(
     name: str, resolved: str | None, target: ServerTarget, *, may_be_absent: bool
 ) -> int | None:
     """Return the version of a model that was added from a resolved name, or None."""
-    from loadledger import Client, NotFound, ServerUnreachable
+    from loadledger import BadAnswer, Client, NotFound, ServerUnreachable
 
     try:
         with Client(target.url, token=target.token, ca_file=target.ca) as client:
             model = client.model(name)
     except NotFound:
         return None
-    except ServerUnreachable:
+    except (ServerUnreachable, BadAnswer):
         if not may_be_absent:
             raise
         return None

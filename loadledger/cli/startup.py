@@ -25,7 +25,7 @@ import jwt
 from answers.models import ModelInfo
 from events.errors import LedgerProblem
 from events.tokens import Token
-from loadledger import AsyncClient, ClientProblem, NotFound, ServerError, ServerUnreachable
+from loadledger import AsyncClient, BadAnswer, ClientProblem, NotFound, ServerError, ServerUnreachable
 from loadledger.cli.chosenmodel import ChosenModel, place_of
 from loadledger.cli.models import format_tensors, replace_tensors
 from loadledger.cli.options import name_similar
@@ -218,21 +218,26 @@ def _find_known(server: RunningServer, token: str | None) -> Token | None:
     return server.app[LOG].state.registers.tokens.get(str(claims.get("jti")))
 
 
-async def run_on_server(target: ServerTarget, chosen: ChosenModel, options: Sequence[str]) -> bool:
-    """Run a model on a server and return True, or return False if there is no server.
+async def run_on_server(
+    target: ServerTarget, chosen: ChosenModel, options: Sequence[str], *, may_be_absent: bool
+) -> bool:
+    """Run a model on a server and return True, or return False if none is there, and may be absent.
 
     Args:
         target: the server.
         chosen: the model.
         options: the options that name the server.
+        may_be_absent: not if a person named it.
     """
     show = shlex.join(["loadledger", "token", "show", *options])
     word = f"${TOKEN}" if os.environ.get(TOKEN) else f"$({show})"
     async with AsyncClient(target.url, token=target.token, ca_file=target.ca) as client:
         try:
             await client.health()
-        except ServerUnreachable:
-            return False
+        except (ServerUnreachable, BadAnswer):
+            if may_be_absent:
+                return False
+            raise
         try:
             await bring_up(client, chosen, word, options)
         except (ClientProblem, ValueError, OSError) as problem:

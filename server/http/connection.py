@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import resource
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from http import HTTPStatus
@@ -429,32 +430,61 @@ def _guard(handler: RequestHandler) -> RequestHandler:
     return handle
 
 
+@contextmanager
+def bind_address(host: str, port: int) -> Iterator[list[socket.socket]]:
+    """Bind a socket to each address of a host, for port 0 to a free one; clients are still refused.
+
+    Raises:
+        OSError: the port is in use, or the host is not this machine.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    with ExitStack() as opened:
+        bound: list[socket.socket] = []
+        for family, kind, protocol, _, address in dict.fromkeys(found):
+            try:
+                bound.append(opened.enter_context(socket.socket(family, kind, protocol)))
+            except OSError:  # "localhost" has an address of IPv6, and this machine's kernel has none
+                continue
+            bound[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                bound[-1].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            try:
+                bound[-1].bind(address)
+            except OSError as error:
+                reason = os.strerror(error.errno or 0).lower()
+                raise OSError(error.errno, reason, f"{host}:{port}") from None
+        yield bound
+
+
 @asynccontextmanager
 async def listening(
-    server: web.Server, host: str, port: int, limits: ConnectionLimits, tls: ssl.SSLContext | None = None
+    server: web.Server, bound: list[socket.socket], limits: ConnectionLimits, tls: ssl.SSLContext | None
 ) -> AsyncIterator[int]:
-    """Listen and yield the port, for 0 a free one; on leaving, stop accepting connections.
+    """Listen on bound sockets and yield the port; on leaving, stop accepting connections.
 
     The runner of the server closes the open ones.
 
     Raises:
-        OSError: the address cannot be listened on.
+        OSError: another process has begun to listen there.
     """
     wrap_handler(server, _guard)
-    listener = await asyncio.get_running_loop().create_server(
-        lambda: GuardedConnection(server, limits),
-        host,
-        port,
-        backlog=BACKLOG,
-        ssl=tls,
-        ssl_handshake_timeout=None if tls is None else limits.head_s,
-        ssl_shutdown_timeout=None if tls is None else limits.closing_s,
-    )
+    listeners: list[asyncio.Server] = []
     try:
-        yield listener.sockets[0].getsockname()[1]
+        for each in bound:
+            listener = await asyncio.get_running_loop().create_server(
+                lambda: GuardedConnection(server, limits),
+                sock=each,
+                backlog=BACKLOG,
+                ssl=tls,
+                ssl_handshake_timeout=None if tls is None else limits.head_s,
+                ssl_shutdown_timeout=None if tls is None else limits.closing_s,
+            )
+            listeners.append(listener)
+        yield bound[0].getsockname()[1]
     finally:
         limits.is_stopping = True
-        listener.close()
+        for listener in listeners:
+            listener.close()
 
 
 @asynccontextmanager

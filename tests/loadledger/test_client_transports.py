@@ -173,25 +173,43 @@ def test_byte_by_byte_server_times_out(head: bytes, part: bytes) -> None:
                 over.set()
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        b"SSH-2.0-OpenSSH_9.9\r\n",
-        f"{TOKEN}\r\n".encode(),
+HTML = b"<html><h1>It works!</h1></html>"
+ENDLESS = b"HTTP/1.1 200 OK\r\nContent-Length: " + b"1" * 5000 + b"\r\n\r\n[]"
+OF_PROXY = "a proxy or another program says so, not loadledger: does a server run behind http"
+FOREIGN = {
+    # what answers: its words, what is said of it
+    "ssh": (b"SSH-2.0-OpenSSH_9.9\r\n", "it speaks no HTTP/1.1, or HTTPS"),
+    "tls": (b"\x15\x03\x01\0\x02\x02\x16", "it speaks no HTTP/1.1, or HTTPS"),
+    "echo": (f"{TOKEN}\r\n".encode(), "it speaks no HTTP/1.1, or HTTPS"),
+    "echo in a field": (
         said(b"[]", media_type=f"x/{TOKEN}"),
-        b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200_000 + b"\r\n",
-        said(b"<html></html>", media_type="text/html"),
-        said(b"\x1f\x8b\x08gzip", "200 OK", "Content-Encoding: gzip"),
-        said(b"[1, 2]"),
-        b"HTTP/1.1 200 OK\r\nContent-Length: " + b"1" * 5000 + b"\r\n\r\n[]",
-    ],
-    ids=["ssh", "echo", "echo in a field", "many headers", "html", "gzip", "other JSON", "endless length"],
-)
+        "is not loadledger of this release (status 200, ",
+    ),
+    "many headers": (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200_000 + b"\r\n", ""),
+    "html": (said(HTML, media_type="text/html"), "is not loadledger (status 200, text/html)"),
+    "html 404": (said(HTML, "404 No", media_type="text/html"), "is not loadledger (status 404, text/html)"),
+    "html 500": (said(HTML, "500 No", media_type="text/html"), "is not loadledger (status 500, text/html)"),
+    "html 403": (said(HTML, "403 No", media_type="text/html"), f"the server answered 403: {OF_PROXY}"),
+    "html 502": (said(HTML, "502 No", media_type="text/html"), f"the server answered 502: {OF_PROXY}"),
+    "text": (said(b"It works!", media_type="text/plain"), "is not loadledger (status 200, text/plain)"),
+    "gzip": (said(b"\x1f\x8b", "200 OK", "Content-Encoding: gzip"), "is not loadledger (status 200"),
+    "other JSON": (said(b"[1, 2]"), "is not loadledger of this release (status 200, "),
+    "other JSON 404": (said(b'{"detail": "Not Found"}', "404 No"), "is not loadledger (status 404"),
+    "other code": (said(b'{"code": "not_found"}', "404 No"), "is not loadledger (status 404"),
+    "nothing": (said(b"", "404 No"), "is not loadledger (status 404"),
+    "endless length": (ENDLESS, ""),
+    "closed": (NOTHING, "does not answer: the connection was lost"),
+}
+
+
+@pytest.mark.parametrize(("text", "words"), FOREIGN.values(), ids=FOREIGN)
 @each_kind
-def test_answer_of_another_service_is_refused(kind: str, text: bytes) -> None:
+def test_answer_of_another_program_says_so_and_the_cure(kind: str, text: bytes, words: str) -> None:
     error = refusal(kind, *[text] * 40)
-    assert isinstance(error, BadAnswer | ServerUnreachable)
-    assert "is this its URL?" in str(error)
+    assert isinstance(error, BadAnswer | ServerError | ServerUnreachable)
+    assert words in str(error)
+    assert "is this its URL? --url or LOADLEDGER_URL names another" in str(error)
+    assert "It works!" not in str(error)
 
 
 @each_kind

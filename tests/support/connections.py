@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
 )
 
-from server.http.connection import ConnectionLimits, listening
+from server.http.connection import ConnectionLimits, bind_address, listening
 from server.http.responses import STANDARD_FIELDS
 
 LIMIT_S = 30.0
@@ -121,14 +121,15 @@ async def small_server(
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
     await runner.setup()
     assert runner.server is not None
-    async with listening(runner.server, "127.0.0.1", 0, limits, tls) as port:
-        server = SmallServer(limits, port)
-        try:
-            yield server
-        finally:
-            for client in server.clients:
-                await client.close()
-            await runner.cleanup()
+    with bind_address("127.0.0.1", 0) as bound:
+        async with listening(runner.server, bound, limits, tls) as port:
+            server = SmallServer(limits, port)
+            try:
+                yield server
+            finally:
+                for client in server.clients:
+                    await client.close()
+                await runner.cleanup()
     assert not limits.open
 
 

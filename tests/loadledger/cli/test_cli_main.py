@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -17,8 +16,10 @@ import click
 import pytest
 from click.testing import CliRunner
 from support.clients import every_command, printed, refused
+from support.connections import odd_server, said
 from support.servers import clean_environment
 
+from events.sqlite.datalock import LEDGER
 from loadledger.cli.completion import _items
 from loadledger.cli.main import ALIASES, EXAMPLES, SECTIONS, CommandGroup, find_command, main
 from loadledger.cli.serve import MOST_USED
@@ -245,11 +246,23 @@ def test_serve_refuses_unreadable_configuration_file_in_one_line(tmp_path: Path)
     assert "Errno" not in reason
 
 
-def test_serve_on_taken_port_is_refused(tmp_path: Path) -> None:
-    places = (f"--repository={tmp_path}", f"--data={tmp_path / 'data'}")
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        command = [sys.executable, "-m", "loadledger", "serve", *places, f"--port={taken.getsockname()[1]}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+@pytest.mark.parametrize("command", ["serve", "serve --host localhost", "run model.onnx"])
+def test_start_on_taken_port_is_refused_and_not_recorded(tmp_path: Path, command: str) -> None:
+    (tmp_path / "model.onnx").touch()
+    places = {"HOME": str(tmp_path), "LOADLEDGER_DATA": "data", "LOADLEDGER_REPOSITORY": "."}
+    with odd_server(*[said(b"<html>It works!</html>", media_type="text/html")] * 2) as taken:
+        port = taken.url.rpartition(":")[2]
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "loadledger", *command.split()],
+            env=clean_environment() | places | {"LOADLEDGER_PORT": port},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
     assert (done.returncode, done.stdout) == (2, "")
-    assert "address already in use: stop what uses it, or choose another --port" in done.stderr
+    cure = f"{port}: address already in use: stop what uses it, or choose another --port (LOADLEDGER_PORT)"
+    assert re.search(rf"^loadledger: (127\.0\.0\.1|localhost):{re.escape(cure)}$", done.stderr, re.MULTILINE)
     assert "Traceback" not in done.stderr
+    assert (tmp_path / "data" / LEDGER).stat().st_size == 0

@@ -26,7 +26,7 @@ from support.workers import until
 
 from server.config import Config
 from server.http.bodies import Bodies
-from server.http.connection import ARRIVED_NS, RESERVE, ConnectionLimits, listening
+from server.http.connection import ARRIVED_NS, RESERVE, ConnectionLimits, bind_address, listening
 from server.http.responses import MAX_FIELDS, MAX_HEAD_BYTES, MAX_LINE_BYTES, DirectResponse
 from server.http.tls import load_context
 
@@ -567,11 +567,12 @@ async def test_shutdown_closes_idle_connections_only() -> None:
     limits = ConnectionLimits(LONG_S, LONG_S, 100)
     await runner.setup()
     assert runner.server is not None
-    async with listening(runner.server, "127.0.0.1", 0, limits) as port:
-        server = SmallServer(limits, port)
-        idle, busy = await server.connect(), await server.connect()
-        busy.send(GET)
-        await began.wait()
+    with bind_address("127.0.0.1", 0) as bound:
+        async with listening(runner.server, bound, limits, None) as port:
+            server = SmallServer(limits, port)
+            idle, busy = await server.connect(), await server.connect()
+            busy.send(GET)
+            await began.wait()
     ending = asyncio.create_task(runner.cleanup())
     assert await idle.rest() == b""
     done.set()
