@@ -7,8 +7,11 @@ A block between tildes is not run; a test requires that the page says so.
 A line that runs a server in the foreground is a terminal of its own: the rest of the page runs beside it,
 once it is ready, and its output until then is what the line prints.
 
-For a page that runs `alone`, times, ids and figures with a unit are not compared, and in a `text` an ellipsis
-stands for anything.
+Pages run as a person would type them: from an empty home, those that go on from another page after it, with
+no server, folder or address of the test's. Only the first digits of ports differ.
+
+Where `says` compares, times, ids and figures with a unit may differ, and in a `text` an ellipsis stands for
+anything.
 """
 
 import json
@@ -16,7 +19,7 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
@@ -27,7 +30,6 @@ from support.servers import copy_examples
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PORT = "8080"
 END = "-- end of the block --"
 LIMIT_S = 300.0
 """The longest page takes 20 s, on a busy machine ten times that. One that fails may wait for ever."""
@@ -36,8 +38,9 @@ SUBREAPER = (sys.executable, "-I", "-S", str(Path(__file__).with_name("subreaper
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A program and its output; None where the page shows none."""
+    """A program of a page and its output; None where the page shows none."""
 
+    page: str
     kind: str
     text: str
     answer_kind: str = ""
@@ -49,30 +52,13 @@ def blocks(page: str) -> list[Block]:
     found: list[Block] = []
     for kind, text in BLOCK.findall((ROOT / page).read_text(encoding="utf-8")):
         if kind in ("sh", "python"):
-            found.append(Block(kind, text))
+            found.append(Block(page, kind, text))
         else:
             assert kind in ("json", "text"), f"a block of {kind or 'no kind'} is not held to anything"
             asked = found.pop()
             assert asked.answer is None, f"two answers to {asked.text}"
-            found.append(Block(asked.kind, asked.text, kind, text))
+            found.append(Block(page, asked.kind, asked.text, kind, text))
     return found
-
-
-def run_page(
-    page: str, folder: Path, port: str, environment: Mapping[str, str]
-) -> Iterator[tuple[Block, str]]:
-    """Run a page in a folder; return each block with its output.
-
-    Args:
-        page: path of the page in the tree.
-        folder: the working directory.
-        port: of the server, where the page says 8080.
-        environment: of the shell.
-    """
-    found = blocks(page)
-    code, printed, _ = _run(script(found).replace(PORT, port), folder, environment, stderr=subprocess.STDOUT)
-    assert code == 0, printed
-    yield from _by_block(found, printed)
 
 
 def script(found: list[Block]) -> str:
@@ -102,29 +88,22 @@ AT_TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn
 
 
 def _with_servers(text: str) -> str:
-    """Return a block whose servers run in the background, and are waited for.
-
-    A server without options is one that a person starts at a terminal; it signs that person in.
-    """
+    """Return a block whose servers run at terminals in the background, and are waited for."""
     waiting = f"until grep -qs '{LAST_LINE}' {SCREEN} || ! kill -0 $!; do sleep 0.1; done"
 
     def start(found: re.Match[str]) -> str:
-        command = f"{found[0]} > {SCREEN} 2> {LOG}"
-        if found[0] == "loadledger serve":
-            on_screen = f"LOADLEDGER_LOG_LEVEL=warning python3 -c '{AT_TERMINAL}' {found[0]} < /dev/null"
-            command = f"{{ {on_screen} | sed -u 's|\\r$||'; }} > {SCREEN} 2> {LOG}"
-        return f"{command} &\n{waiting}\ncat {SCREEN}"
+        on_screen = f"LOADLEDGER_LOG_LEVEL=warning python3 -c '{AT_TERMINAL}' {found[0]} < /dev/null"
+        plain = r"sed -u 's|\r$||; s|\x1b\[[0-9;]*m||g'"
+        return f"{{ {on_screen} | {plain}; }} > {SCREEN} 2> {LOG} &\n{waiting}\ncat {SCREEN}"
 
     return SERVER.sub(start, text)
 
 
-def _run(
-    program: str, folder: Path, environment: Mapping[str, str], *, stderr: int = subprocess.PIPE
-) -> tuple[int, str, str]:
+def _run(program: str, folder: Path, environment: Mapping[str, str]) -> tuple[int, str, str]:
     """Run a shell program; at its end, or after `LIMIT_S`, all that it has started is killed.
 
     Returns:
-        Its exit code, what it printed, and what to stderr, unless that goes where the rest goes.
+        Its exit code, what it printed, and what to stderr.
     """
     process = subprocess.Popen(
         [*SUBREAPER, "bash", "--noprofile", "--norc", "-eu", "-o", "pipefail", "-c", program],
@@ -132,7 +111,7 @@ def _run(
         env=dict(environment),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        stderr=stderr,
+        stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
@@ -144,7 +123,7 @@ def _run(
             raise AssertionError(f"has not ended in time: {process.communicate()}") from None
         finally:
             process.terminate()
-    return process.returncode, printed, errors or ""
+    return process.returncode, printed, errors
 
 
 def _by_block(found: list[Block], printed: str) -> Iterator[tuple[Block, str]]:
@@ -153,48 +132,39 @@ def _by_block(found: list[Block], printed: str) -> Iterator[tuple[Block, str]]:
     return zip(found, parts, strict=False)
 
 
-def printed_as(block: Block, printed: str) -> Any:
-    """Return a block's output for comparison: JSON, or words."""
-    return json.loads(printed) if block.answer_kind == "json" else printed.split()
-
-
-def expected(block: Block) -> Any:
-    """Return the output in the page for comparison."""
-    assert block.answer is not None
-    return printed_as(block, block.answer)
-
-
-# Pages that start their own servers.
+# Pages that run from an empty home, with the servers that they start.
 
 PORTS = range(1000, 3000)
 """The first digits of the ports, below the kernel's ephemeral ports, which other tests may get."""
 MAX_TRIES = 5
 IN_USE = "address already in use"
-ON_PORT = "export LOADLEDGER_PORT=8080 LOADLEDGER_URL=http://127.0.0.1:8080\n"
-"""For pages that leave the port to its default."""
+ON_PORT = "export LOADLEDGER_PORT=8080\n"
+"""The default port, for pages that leave the port to it; its last digit and the others stay."""
 
 
-def run_alone(
-    page: str,
+def run_pages(
+    pages: Iterable[str],
     folder: Path,
     environment: Mapping[str, str],
     has: Callable[[Path], object] | None = None,
 ) -> Iterator[tuple[Block, str]]:
-    """Run a page that starts its own servers; return each block with its output.
+    """Run pages in one shell, one after the other; return each block with its output.
 
     Args:
-        page: path of the page in the tree; its ports are 8080 to 8089.
+        pages: paths of the pages in the tree; their ports are 8080 to 8089.
         folder: where the working directory is made.
-        environment: of the shell.
+        environment: of the shell, whose home is an empty folder.
         has: makes the working directory; by default it contains `examples/`.
     """
-    found = blocks(page)
+    found = [block for page in pages for block in blocks(page)]
     tries = some_ports()
     for digits in map(str, tries):
         here = folder / digits
         (has or copy_examples)(here)
+        home = here.with_name(f"{digits}-home")
+        home.mkdir()
         program = re.sub(r"\b808(?=\d\b)", digits, ON_PORT + script(found))
-        code, printed, errors = _run(program, here, environment)
+        code, printed, errors = _run(program, here, {**environment, "HOME": str(home)})
         if code and _is_taken(here):
             continue
         assert code == 0, f"{printed}\n{errors}\n{_log(here)}"
@@ -209,7 +179,7 @@ def some_ports() -> list[int]:
 
 
 def _log(here: Path) -> str:
-    return "".join(path.read_text(errors="replace") for path in sorted(here.glob(f"*{LOG}")))
+    return "".join(path.read_text(errors="replace") for path in sorted(here.glob("*server.*")))
 
 
 def _is_taken(here: Path) -> bool:
@@ -219,17 +189,27 @@ def _is_taken(here: Path) -> bool:
 VOLATILE = {"id", "job_id", "position", "created_at", "started_at", "finished_at", "loaded_at", "load_job_id"}
 """Members that differ from run to run; only whether they exist and are null is compared."""
 _CHANGING = (
-    (re.compile(rf" --url http://127.0.0.1:{PORT}\b"), ""),  # a person at a terminal has a profile instead
     (re.compile(r"\b\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?)?Z?"), "TIME"),
-    (re.compile(r"\b\d+:[0-9a-f]{64}\b"), "HEAD"),
+    (re.compile(r"\b(\d+):[0-9a-f]{64}\b"), r"\1:HASH"),
     (re.compile(r"\bkey [0-9a-f]{32}\b"), "key ID"),
     (re.compile(r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b"), "ID"),
     (re.compile(r"\b\d[\d.,]* ?(µs|ms|s|m|h|d|B|KB|MB|GB|KiB|MiB|GiB)\b"), "FIGURE"),
     (re.compile(r"\bthreads \d+,"), "threads COUNT,"),
 )
 _IN_THE_LEDGER = re.compile(r"^TIME +\d+ ")
-"""The beginning of an event's line; concurrent events may have other positions and order."""
+"""The beginning of an event's line; concurrent events may have another order."""
 ANYTHING = "…"
+
+
+def printed_as(block: Block, printed: str) -> Any:
+    """Return a block's output for comparison: JSON, or words."""
+    return json.loads(printed) if block.answer_kind == "json" else printed.split()
+
+
+def expected(block: Block) -> Any:
+    """Return the output in the page for comparison."""
+    assert block.answer is not None
+    return printed_as(block, block.answer)
 
 
 def says(block: Block, printed: str) -> bool:
@@ -246,7 +226,8 @@ def _words(text: str) -> list[str]:
         text = pattern.sub(name, text)
     lines = text.splitlines()
     if all(map(_IN_THE_LEDGER.match, lines)):
-        lines = sorted(_IN_THE_LEDGER.sub("", line) for line in lines)
+        positions = sorted(line.split()[1] for line in lines)
+        lines = [*positions, *sorted(_IN_THE_LEDGER.sub("", line) for line in lines)]
     return " ".join(lines).split()
 
 
