@@ -14,6 +14,8 @@ from runtime.errors import OUT_OF_MEMORY, RuntimeProblem, WorkerDied
 
 UNLOADED, REPLACED, EVICTED, MOVED = "model_unloaded", "model_replaced", "model_evicted", "model_moved"
 
+STOPPED = "shutting_down"
+
 CRASHES = frozenset({WorkerDied.code, OUT_OF_MEMORY, FORK_SERVER_DIED})
 """Codes of inferences that may be what ended their worker."""
 
@@ -61,6 +63,11 @@ def explain_loss(model_id: str, death: WorkerDied, unload: Job | None, *, is_exp
     code, _ = _WAYS.get(unload.cause, (UNLOADED, ""))
     what = f"model '{model_id}' was unloaded{describe_unload(unload)}"
     return ModelLost(f"{what}, before the inference had ended", code)
+
+
+def stopped_server(model_id: str) -> ModelLost:
+    """Return the error of an inference that the server has no more time for, since it stops."""
+    return ModelLost(f"the server stopped before the inference of model '{model_id}' had ended", STOPPED)
 
 
 def _explain_crash(model_id: str, death: WorkerDied) -> ModelLost:

@@ -37,6 +37,7 @@ from nodes import routes as node_routes
 from nodes.thisnode import ThisNode
 from runtime.cgroups import count_usable_cpus
 from runtime.consumer.consumer import Consumer
+from runtime.lostmodels import stopped_server
 from runtime.memory import find_memory_limit, is_under_pressure, read_pressure
 from runtime.process.confinement import describe
 from runtime.process.pool import WorkerPool
@@ -184,10 +185,18 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
 async def _begin_stop(app: web.Application) -> None:
     """End long waits and streams, since clean-up waits for their handlers."""
     app[STOPPING].set()
+    asyncio.get_running_loop().call_later(app[CONFIG].drain_timeout_s, _end_inferences, app)
     app[STREAMS].tails.close()
     app[LOG].notify()
     if not failed_tasks(app):
         await app[CLUSTER].leave(partial(_stop_consumer, app))
+
+
+def _end_inferences(app: web.Application) -> None:
+    """Answer the inferences that have not ended within the drain timeout, before their connections close."""
+    for load in app[CONSUMER].loads.values():
+        for worker in load.alive_workers:
+            worker.fail_inferences(partial(stopped_server, load.model_id))
 
 
 async def _stop_consumer(app: web.Application) -> None:

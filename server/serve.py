@@ -80,6 +80,8 @@ def _watchdog_s(environment: Mapping[str, str]) -> float | None:
 
 SOCKETS = web.AppKey("sockets", list[socket.socket])
 STDOUT = 1
+REFUSALS_S = 1.0
+"""Beyond the drain timeout, the time to write the refusals of inferences that have not ended by then."""
 SPARE_THREADS = 4
 """Beside one for each core, for work that waits for a disk; as asyncio has it."""
 MAX_THREADS = 32
@@ -193,7 +195,8 @@ async def _serve(config: Config, announce: Announce, manager: Notifier, *, accep
     runner = web.AppRunner(
         app,
         access_log=None,
-        shutdown_timeout=config.drain_timeout_s / 2,  # it waits as long twice: for handlers, then connections
+        # It waits as long twice: for handlers, then for connections.
+        shutdown_timeout=(config.drain_timeout_s + REFUSALS_S) / 2,
         handler_cancellation=True,  # an inference without a client must not delay the next
     )
     try:

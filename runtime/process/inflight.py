@@ -216,6 +216,12 @@ class InFlight:
         else:
             answer.set_result(result)
 
+    def fail(self, describe: Callable[[], RuntimeProblem]) -> None:
+        """Fail all inferences for their callers; the worker may still answer them."""
+        for _, answer in self._pending.values():
+            if not answer.done():
+                answer.set_exception(describe())
+
     def abandon(self, describe_end: Callable[[bool], WorkerDied]) -> None:
         """Fail all inferences because the worker has ended; the first may have been running.
 

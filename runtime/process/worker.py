@@ -287,6 +287,10 @@ class Worker:
             return time.clock_gettime(~self.pid << 3 | _PROCESS_CPU_CLOCK)
         return 0.0
 
+    def fail_inferences(self, describe: Callable[[], RuntimeProblem]) -> None:
+        """Fail all inferences in flight for their callers; the process goes on."""
+        self._in_flight.fail(describe)
+
     async def wait_until_drained(self) -> None:
         """Wait until nothing is in flight; a dead worker is drained."""
         await self._in_flight.wait_until_drained()

@@ -140,14 +140,10 @@ def ready_checks(app: web.Application) -> dict[str, bool]:
 
 
 def list_not_live(app: web.Application) -> list[NotReady]:
-    """Return the vital tasks that have ended, with the exceptions that ended them."""
-    errors = failed_tasks(app)
+    """Return the vital tasks that have ended."""
+    cure = "the server ends by itself: see its log, and start it again"
     return [
-        NotReady(
-            check=name,
-            cause=f"the task {name} has ended{f': {errors[name]!r}' if name in errors else ''}",
-            cure="the server ends by itself: see its log, and start it again",
-        )
+        NotReady(check=name, cause=f"the task {name} has ended", cure=cure)
         for name, well in live_checks(app).items()
         if not well
     ]
