@@ -8,6 +8,9 @@ export function plain(text, most = 4096) {
   return clean.length > most ? `${clean.slice(0, most)}…` : clean;
 }
 
+// Text cut at what `plain` would replace: every second part is such a character.
+export const cutAtHidden = (text) => text.split(new RegExp(`(${HIDDEN.source})`));
+
 export function oneLine(text, most = 600) {
   return plain(text, most).replace(/\s+/g, " ").trim();
 }

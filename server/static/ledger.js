@@ -3,10 +3,10 @@
 
 import { api, errorText, Latest } from "./api.js";
 import { summary, toneOf, TYPES } from "./eventtext.js";
-import { count, oneLine, plain } from "./format.js";
+import { count, oneLine } from "./format.js";
 import { address, href, replace } from "./router.js";
 import { advance, connection, epoch, head, subscribe } from "./state.js";
-import { Hint, html, PageHead, Refusal, Time, useEffect, useMemo, useRef, useRequest, useRetry, useState } from "./ui.js";
+import { Exact, Hint, html, PageHead, Refusal, Time, useEffect, useMemo, useRef, useRequest, useRetry, useState } from "./ui.js";
 
 const PAGE = 50;
 const MOST = 400; // events that are kept on the page, before older ones are asked for
@@ -127,9 +127,21 @@ function EventLine({ event }) {
     </li>`;
 }
 
-// An event's very text: read into numbers and written again, some would be rounded.
+// An event's body, as it was hashed, with its hash: read into numbers and written again, some would be rounded.
+export function splitEvent(answer) {
+  const line = answer.slice('{"events":['.length, answer.lastIndexOf('],"as_of"')), end = line.lastIndexOf(',"hash":"');
+  return { body: `${line.slice(0, end)}}`, hash: line.slice(end + ',"hash":"'.length, -2) };
+}
+
 function EventText({ position }) {
-  const { answer, error } = useRequest((signal) => api.text(`/api/v1/events?after=${position - 1}&limit=1`, { signal }), [position]);
-  const text = answer ? plain(answer.slice('{"events":['.length, answer.lastIndexOf('],"as_of"')), 100_000) : error ? errorText(error) : "";
-  return html`<pre tabindex="0" role="group" aria-label="Event ${position}, as it was hashed">${text}</pre>`;
+  const ask = (after, signal) => api.text(`/api/v1/events?after=${after}&limit=1`, { signal }).then(splitEvent);
+  const { answer, error } = useRequest((signal) => Promise.all([
+    ask(position - 1, signal), position > 1 ? ask(position - 2, signal) : { hash: "0".repeat(64) },
+  ]), [position]);
+  if (!answer) return html`<${Refusal} text=${error && errorText(error)} />`;
+  const [{ body, hash }, before] = answer;
+  return html`
+    <pre tabindex="0" role="group" aria-label="Event ${position}, as it was hashed"><${Exact} text=${body} /></pre>
+    <${Hint}>The SHA-256 of the hash before, as 32 bytes, and this text is the event's hash.
+      Before: <code>${before.hash}</code>, hash: <code>${hash}</code><//>`;
 }

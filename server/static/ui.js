@@ -5,7 +5,7 @@ import { useCallback, useEffect, useLayoutEffect, useMemo, useRef, useState } fr
 import { computed, effect, signal, untracked, useSignal } from "./vendor/signals.js";
 import htm from "./vendor/htm.js";
 import { Latest, Unreachable } from "./api.js";
-import { bytes, clock, oneLine, stamp } from "./format.js";
+import { bytes, clock, cutAtHidden, oneLine, stamp } from "./format.js";
 import { href } from "./router.js";
 
 export { render };
@@ -76,6 +76,12 @@ export function Cell({ label, kind = "", title, children }) {
 }
 
 export const ActionsCell = ({ children }) => html`<td role="cell"><div class="do">${children}</div></td>`;
+
+// Text, character for character: those that could hide or turn it around are named, and turn nothing beyond themselves.
+export function Exact({ text }) {
+  const named = (part) => html`<span class="hidden-character" data-code="U+${part.charCodeAt(0).toString(16).padStart(4, "0")}">${part}</span>`;
+  return cutAtHidden(text).map((part, number) => (number % 2 ? named(part) : part));
+}
 
 // A version's files with their SHA-256.
 export function Files({ files }) {
