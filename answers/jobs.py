@@ -24,7 +24,9 @@ class JobInfo(PastAnswer, frozen=True, kw_only=True):
     version: int | None
     status: Status
     stage: Annotated[
-        str | None, about("Live: copying, starting, loading, warming_up, measuring; draining, stopping.")
+        str | None,
+        about("Live: the first five are those of a load, the others those of an unload."),
+        one_of("copying", "starting", "loading", "warming_up", "measuring", "draining", "stopping"),
     ]
     waiting_for: str | None
     created_at: str

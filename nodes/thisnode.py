@@ -178,7 +178,9 @@ class ThisNode(Forwarder):
     def describe(self) -> list[NodeInfo]:
         """Return all nodes as this one knows them; without the database it knows that it is late itself."""
         late = {self.name} if self.membership.is_late else frozenset[str]()
-        return make_node_infos(self.log.state, self.membership.leases, self.name, late, self._untrusted())
+        free_bytes = {name: hints.free_bytes for name, hints in self.membership.peers.items()}
+        known = self.log.state, self.membership.leases, self.name, late, self._untrusted()
+        return make_node_infos(*known, free_bytes=free_bytes)
 
     def complete_answer(self, shown: ModelInfo, model: Model) -> ModelInfo:
         if shown.copies is None:

@@ -54,6 +54,8 @@ def make_node_infos(
     own_id: str | None = None,
     late: Iterable[str] = (),
     untrusted: Collection[str] = (),
+    *,
+    free_bytes: Mapping[str, int | None] = {},
 ) -> list[NodeInfo]:
     """Return the nodes of a state by name, with their models and jobs.
 
@@ -63,6 +65,7 @@ def make_node_infos(
         own_id: the node that answers.
         late: nodes that are late whatever the leases say.
         untrusted: nodes whose joins are not signed with a key that the nodes share.
+        free_bytes: the rest of their budgets, as they last said.
     """
     models, jobs = defaultdict[str | None, list[NodeModel]](list), defaultdict[str | None, list[Job]](list)
     for model in sorted(state.models.values(), key=lambda model: model.id):
@@ -88,6 +91,7 @@ def make_node_infos(
                 ended_at=node.ended_at,
                 release=node.release,
                 budget_bytes=node.budget_bytes,
+                free_bytes=free_bytes.get(node.id) if lease is not None and node.is_present else None,
                 models=models[node.id],
                 jobs=show(jobs[node.id], list[NodeJob]),
                 renewed_at=lease.renewed_at if lease is not None else None,

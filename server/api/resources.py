@@ -75,6 +75,7 @@ def _resources(app: web.Application, of_features: Mapping[str, Any]) -> Resource
         used_bytes=taken.used_bytes,
         free_bytes=taken.budget_bytes - taken.reserved_bytes - taken.used_bytes,
         max_loaded=consumer.policy.max_loaded,
+        drain_timeout_s=config.drain_timeout_s,
         threads=app[POOL].threads,
         models=consumer.uses(),
         waiting=consumer.waits(),

@@ -3,7 +3,7 @@
 
 import { api, errorText } from "./api.js";
 import { Dialog, openDialog, TextField } from "./dialogs.js";
-import { oneLine, stamp } from "./format.js";
+import { named, oneLine, stamp, words } from "./format.js";
 import { approve, withdraw } from "./operations.js";
 import { href } from "./router.js";
 import { session, unapproved } from "./state.js";
@@ -29,7 +29,7 @@ function Unapproved({ model, version, digest, is_refused: isRefused, added_by: b
   return html`
     <li class="problem asked">
       <div class="words">
-        <p><span class="level">Approval</span> <strong><a href=${href("models", model.id)}>${oneLine(model.id, 130)} version ${version}</a></strong></p>
+        <p><span class="level">Approval</span> <strong><a href=${href("models", model.id)}>${named(model.id, version)}</a></strong></p>
         <p class="why">${why.filter(Boolean).join(" ")}</p>
       </div>
       <div class="do"><${ApproveButton} model=${model} version=${version} /></div>
@@ -39,7 +39,7 @@ function Unapproved({ model, version, digest, is_refused: isRefused, added_by: b
 // Opens the dialog that approves a version, for those who may.
 export function ApproveButton({ model, version }) {
   if (!session.value.approves) return null;
-  return html`<${Button} about="version ${version} of ${model.id}" onClick=${() => openDialog(ApproveDialog, { model, version })}>Approve…<//>`;
+  return html`<${Button} about=${named(model.id, version)} onClick=${() => openDialog(ApproveDialog, { model, version })}>Approve…<//>`;
 }
 
 // Asks why. The approval names the digest that is shown here: it counts for these bytes only.
@@ -54,7 +54,7 @@ function ApproveDialog({ model, version }) {
   };
   const buttons = (send, isBusy) => html`<button type="submit" class="primary" disabled=${isBusy || !found}>Approve</button>`;
   return html`
-    <${Dialog} name="answer" title="Approve version ${version} of ${model.id}" ask=${ask} buttons=${buttons} close="Not now"
+    <${Dialog} name="answer" title="Approve ${named(model.id, version)}" ask=${ask} buttons=${buttons} close="Not now"
         refusal=${error ? errorText(error) : ""}>
       ${found ? html`<${VersionFacts} model=${model} found=${found} />` : !error && html`<p role="status">The server hashes the files…</p>`}
       <${TextField} id="answer-reason" label="Reason" value=${reason} onText=${setReason} required />
@@ -84,7 +84,7 @@ function WithdrawDialog({ model, version }) {
   };
   const buttons = (send, isBusy) => html`<button type="submit" class="danger" disabled=${isBusy}>Withdraw</button>`;
   return html`
-    <${Dialog} name="withdraw" title="Withdraw the approval of version ${version} of ${model.id}" ask=${ask} buttons=${buttons} close="Keep it">
+    <${Dialog} name="withdraw" title="Withdraw the approval of ${named(model.id, version)}" ask=${ask} buttons=${buttons} close="Keep it">
       <p>The approvals of all persons are withdrawn. What is loaded serves on; where a rule asks for approval, the next load of it is refused.</p>
       <${TextField} id="withdraw-reason" label="Reason" value=${reason} onText=${setReason} required />
     <//>`;
@@ -140,7 +140,7 @@ export function signatureText(signature) {
   return `${parts.filter(Boolean).join("; ")}.`;
 }
 
-export const approvalText = ({ result, by }) => `${result.replaceAll("_", " ")}${by.length ? ` by ${oneLine(by.join(", "), 400)}` : ""}`;
+export const approvalText = ({ result, by }) => `${words(result)}${by.length ? ` by ${oneLine(by.join(", "), 400)}` : ""}`;
 
 export function TrustBadges({ model: { signature, approval } }) {
   const { signer, problem, was_verified: wasVerified } = signature ?? {};

@@ -21,7 +21,7 @@ const EDGE = 18; // pixels before the right edge where a time would be cut off
 const range = signal("1h"); // of all charts
 
 // The charts of the server, or of a model, with the buttons for their range.
-export function Charts({ modelId = null }) {
+export function Charts({ modelId = null, onQuiet = () => {} }) {
   const path = modelId === null ? "/api/v1/resources/samples" : `/api/v1/models/${encodeURIComponent(modelId)}/samples`;
   const { answer: series, again } = useRequest((signal) => api.get(`${path}?range=${range.value}`, { signal }), [path, range.value]);
   useEffect(() => {
@@ -34,6 +34,13 @@ export function Charts({ modelId = null }) {
     };
   }, []);
   const memory = modelId === null ? SERVER_MEMORY : MODEL_MEMORY, now = memoryNow(modelId);
+  const kinds = [
+    { title: "Latency", lines: LATENCY, write: milliseconds, said: latencyText },
+    { title: "Requests", lines: REQUESTS, write: perSecond, said: requestsText },
+    { title: "Memory", lines: memory, write: bytes, said: (of) => memoryText(of, memory[0], now) },
+  ].map((kind) => ({ ...kind, isEmpty: Boolean(series) && isEmpty(columnsOf(series, kind.lines)) }));
+  const isQuiet = kinds.every((kind) => kind.isEmpty);
+  useLayoutEffect(() => onQuiet(isQuiet), [isQuiet]);
   return html`
     <div class="ranges">
       <div class="segmented" role="group" aria-label="Range of the charts">
@@ -44,9 +51,8 @@ export function Charts({ modelId = null }) {
       <span class="hint">times in ${zone()}</span>
     </div>
     <div class="charts" key=${path}>
-      <${Chart} title="Latency" lines=${LATENCY} series=${series} write=${milliseconds} said=${series && latencyText(series)} />
-      <${Chart} title="Requests" lines=${REQUESTS} series=${series} write=${perSecond} said=${series && requestsText(series)} />
-      <${Chart} title="Memory" lines=${memory} series=${series} write=${bytes} said=${series && memoryText(series, memory[0], now)} />
+      ${kinds.toSorted((a, b) => a.isEmpty - b.isEmpty).map(({ said, ...kind }) => html`
+        <${Chart} key=${kind.title} ...${kind} series=${series} said=${series && said(series)} />`)}
     </div>`;
 }
 
@@ -154,6 +160,8 @@ export function columnsOf(series, lines) {
   return [null, ...lines].map((_, column) => rows.map((row) => row[column]));
 }
 
+const isEmpty = ([, ...lines]) => !lines.some((values) => values.some(Boolean));
+
 // From where to where a chart goes, in seconds: to the present, from the first sample of its range.
 function spanOf(series) {
   const to = serverNow(), first = series?.points.length ? Date.parse(series.points[0].at) : to;
@@ -164,7 +172,7 @@ function spanOf(series) {
 // Has uPlot draw columns into the element of the first reference; the second refers to its chart.
 function usePlot(columns, span, lines, write, onRead) {
   const place = useRef(null), plot = useRef(null), shown = useRef(null);
-  shown.current = { span, isEmpty: !columns.slice(1).some((values) => values.some(Boolean)) };
+  shown.current = { span, isEmpty: isEmpty(columns) };
   useLayoutEffect(() => {
     const chart = (plot.current = new uPlot(optionsOf(shown, lines, write, onRead), columns, place.current));
     const resize = new ResizeObserver(([{ contentRect }]) => chart.setSize({ width: Math.floor(contentRect.width), height: HIGH }));

@@ -1,9 +1,9 @@
 // The frame of all dialogs, and those in which a load, a swap or an unload is asked for.
 
 import { api, errorText, requestErrorText } from "./api.js";
-import { count, oneLine } from "./format.js";
+import { count, named, oneLine } from "./format.js";
 import { load, unload } from "./operations.js";
-import { models, nodes, resources, session, useOf } from "./state.js";
+import { models, nodes, resources, session, statusOf, useOf } from "./state.js";
 import { html, notice, Refusal, signal, useLayoutEffect, useRef, useRequest, useState } from "./ui.js";
 
 export const dialog = signal(null); // the open one: {component, props, key}
@@ -61,7 +61,7 @@ export function Dialog({ name, title, kind, ask, buttons, close = "Close", close
 }
 
 const AS_CONFIGURED = ["", "as configured"]; // which sends nothing
-const STRATEGIES = [AS_CONFIGURED, ["beside"], ["in_place"], ["auto"]];
+const STRATEGIES = [AS_CONFIGURED, ["beside"], ["in_place", "in place"], ["auto"]];
 const PINNED = [AS_CONFIGURED, ["true", "yes: never unloaded to make room"], ["false", "no"]];
 const FALLBACKS = [AS_CONFIGURED, ["refuse", "refuse the load"], ["cpu", "run them on the CPU"]]; // for what a device does not support
 const PRIORITIES = [AS_CONFIGURED, ["high"], ["normal"], ["low"]];
@@ -127,7 +127,7 @@ export function LoadDialog({ model: known, version = null }) {
         <${Choice} id="load-strategy" label="Strategy" choices=${STRATEGIES} value=${strategy} onChoice=${setStrategy}
           describedBy="load-strategy-help" />
         <p id="load-strategy-help" class="hint">
-          beside: no request is refused, both take memory meanwhile. in_place: no second copy, requests get 503 until the new one
+          beside: no request is refused, both take memory meanwhile. in place: no second copy, requests get 503 until the new one
           serves. auto: beside where both fit.
         </p>`}
       <${Choice} id="load-pinned" label="Pinned" choices=${PINNED} value=${pinned} onChoice=${setPinned} />
@@ -149,17 +149,17 @@ export function LoadDialog({ model: known, version = null }) {
 
 const NO_VERSION = "The repository has no version of it. Add one on the model's page, or as MODEL/VERSION/model.onnx in the repository's folder.";
 
-function aboutLoad({ state, version, error }) {
-  if (state !== "loaded") return error ? `Last time: ${oneLine(error.message, 300)}` : `It is ${state}.`;
+function aboutLoad(model) {
+  const { id, state, version, error } = model, shown = statusOf(model);
+  if (state !== "loaded") return error ? `Last time: ${oneLine(error.message, 300)}` : `It is ${oneLine(`${shown.state} ${shown.detail}`, 300)}.`;
   const next = "Another version takes its place; the same one changes what is asked for, or loads it again where its files have changed.";
-  return `Version ${version} is loaded. ${next}`;
+  return `${named(id, version)} is loaded. ${next}`;
 }
 
 const FORCED = { loading: "Only force ends a load that is under way.", unloading: "It is being unloaded: force has it not wait." };
 
 export function UnloadDialog({ model: asked }) {
   const model = models.value.get(asked.id) ?? asked, forced = FORCED[model.state];
-  const version = model.version == null ? "" : `, version ${model.version}`;
   const afterwards = `Afterwards requests are refused with 503${model.state === "lost" ? ", and it is not wanted back any more" : ""}.`;
   const ask = async (force = false) => {
     await unload(model.id, force);
@@ -175,12 +175,12 @@ export function UnloadDialog({ model: asked }) {
   return html`
     <${Dialog} name="unload" title="${forced ? "Force unload" : "Unload"} ${model.id}" ask=${ask} buttons=${buttons} close="Keep it"
         closeIsDefault hint=${hint}>
-      <p id="unload-text">It is ${model.state ?? "being unloaded"}${version}. ${forced ?? waitText(useOf(model).in_flight)} ${afterwards}</p>
+      <p id="unload-text">${named(model.id, model.version)} is ${model.state ?? "being unloaded"}. ${forced ?? waitText(useOf(model).in_flight)} ${afterwards}</p>
     <//>`;
 }
 
 function waitText(flying) {
   if (!flying) return "No request is in flight.";
   const them = flying === 1 ? "it" : "them";
-  return `${count(flying, "request")} in flight: an unload waits for ${them}, for as long as the server's option --drain-timeout-s says.`;
+  return `${count(flying, "request")} in flight: an unload waits for ${them}, ${resources.value.drain_timeout_s} s at most (--drain-timeout-s).`;
 }

@@ -1,7 +1,7 @@
 // Events as text, by the table that logs and the command line use too.
 
 import { EVENT_TEXTS, HASH_DIGITS } from "./tables.js";
-import { oneLine } from "./format.js";
+import { oneLine, withoutIds, words } from "./format.js";
 
 export const TYPES = Object.keys(EVENT_TEXTS);
 
@@ -15,9 +15,9 @@ const FORMS = {
   ms: (microseconds) => `${Math.round(microseconds / 1000)} ms`,
   MB: (size) => `${(size / 1e6).toFixed(1)} MB`,
   list: (items) => items.join(", "),
-  acts: (acts) => acts.map((act) => act.replaceAll("_", " ")).join(", "),
+  acts: (acts) => acts.map(words).join(", "),
   devices: (uses) => uses.map((use) => `${use.device} (${use.nodes} graph nodes)`).join(", "),
-  plain: (name) => name.replaceAll("_", " "),
+  plain: words,
   rules: (rules) => rules.map((rule) => `${rule.mode ?? "approval"} ${rule.models.join(", ")}`).join("; "),
   files: (files) => files.map((file) => `${file.path} ${file.sha256.slice(0, HASH_DIGITS)}`).join(", "),
 };
@@ -41,7 +41,7 @@ function fill(part, data) {
 export function summary(event) {
   try {
     const parts = EVENT_TEXTS[event.type]?.parts ?? [];
-    return oneLine(parts.map((part) => fill(part, event.data)).filter(Boolean).join(", "), 300);
+    return oneLine(withoutIds(parts.map((part) => fill(part, event.data)).filter(Boolean).join(", ")), 300);
   } catch {
     return ""; // an event of a later schema: its text is there to be read
   }

@@ -11,6 +11,18 @@ export function plain(text, most = 4096) {
 // Text cut at what `plain` would replace: every second part is such a character.
 export const cutAtHidden = (text) => text.split(new RegExp(`(${HIDDEN.source})`));
 
+// The first line, with the one that it announces, of what is told as a whole elsewhere.
+export const firstLine = (text, most = 120) => oneLine(plain(text).trim().replace(/:\n/, ": ").split("\n")[0], most);
+
+// A model with its version, as commands take it.
+export const named = (model, version) => oneLine(version == null ? model : `${model}/${version}`, 160);
+
+// A value of an enumeration, such as a state, as words.
+export const words = (value) => value.replaceAll("_", " ");
+
+// What the server says, without the ids of jobs: links lead there.
+export const withoutIds = (text) => text.replace(/\bjob [0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b/g, "another job");
+
 export function oneLine(text, most = 600) {
   return plain(text, most).replace(/\s+/g, " ").trim();
 }
@@ -105,7 +117,7 @@ const CAUSES = { restart: "after a restart", recovery: "after its worker ended",
 
 // Where a model is loaded: its node, or those of its copies, with the version of a copy that has another one.
 export function placesText(model) {
-  const nameOf = ({ node, version }) => `${oneLine(node ?? "–", 130)}${version === model.version ? "" : ` (v${version})`}`;
+  const nameOf = ({ node, version }) => `${oneLine(node ?? "–", 130)}${version === model.version ? "" : ` (version ${version})`}`;
   return model.copies_at?.length ? model.copies_at.map(nameOf).join(", ") : oneLine(model.node ?? "–", 130);
 }
 

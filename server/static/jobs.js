@@ -1,7 +1,7 @@
 // Jobs: those under way with their stages, then the newest that ended; and the page of one job with its events.
 
 import { api, errorText } from "./api.js";
-import { age, ago, clock, count, duration, JOB_KINDS, moment, oneLine, secondsSince } from "./format.js";
+import { age, ago, clock, count, duration, JOB_KINDS, moment, named, oneLine, secondsSince, withoutIds, words } from "./format.js";
 import { EventList, useEvents } from "./ledger.js";
 import { cancel } from "./operations.js";
 import { address, href } from "./router.js";
@@ -42,11 +42,11 @@ function Jobs({ listed, none }) {
 
 // A job in a list: what it is, how far it is, why it ended so, and who asked for it.
 export function JobItem({ job }) {
-  const version = job.version == null ? "" : ` ${job.version}`, kind = JOB_KINDS[job.kind], why = whyText(job);
+  const why = whyText(job);
   return html`
     <li class="job" data-job=${job.id}>
       <div class="head">
-        <p><a class="name" href=${href("jobs", job.id)}>${kind} ${oneLine(job.model_id, 130)}${version}</a> <${Pill} state=${job.status} /></p>
+        <p><a class="name" href=${href("jobs", job.id)}>${JOB_KINDS[job.kind]} ${named(job.model_id, job.version)}</a> <${Pill} state=${job.status} /></p>
         <div class="do"><${CancelButton} job=${job} /></div>
       </div>
       <${Steps} job=${job} />
@@ -66,14 +66,14 @@ function Steps({ job }) {
   if (at < 0 || hasEnded(job)) return null;
   return html`
     <ol class="steps">${stages.map((stage, number) => html`
-      <li class=${number < at ? "done" : ""} aria-current=${number === at ? "step" : undefined}>${stage.replace("_", " ")}</li>`)}
+      <li class=${number < at ? "done" : ""} aria-current=${number === at ? "step" : undefined}>${words(stage)}</li>`)}
     </ol>`;
 }
 
 function whyText(job) {
   if (job.error) return `${job.error.code}: ${oneLine(job.error.message, 400)}`;
-  if (job.superseded_by) return `Superseded by job ${job.superseded_by}.`;
-  if (job.waiting_for) return `Waits for ${oneLine(job.waiting_for, 400)}`;
+  if (job.superseded_by) return html`Superseded by <a href=${href("jobs", job.superseded_by)}>another load</a>.`;
+  if (job.waiting_for) return `Waits for ${oneLine(withoutIds(job.waiting_for), 400)}`;
   return job.cancel_requested && !hasEnded(job) ? "Being cancelled." : "";
 }
 
@@ -84,7 +84,7 @@ function aboutText(job, at) {
     job.passed_over && `passed over: ${oneLine(job.passed_over, 400)}`,
     job.reason && `reason: ${oneLine(job.reason, 1000)}`,
     job.emergency && `emergency: ${oneLine(job.emergency, 1000)}`,
-    job.cause !== "request" && `cause ${job.cause}`,
+    job.cause !== "request" && `cause ${words(job.cause)}`,
     job.node && `at ${oneLine(job.node, 60)}`,
     hasEnded(job) ? `${clock(job.finished_at)}, ${ago(job.finished_at, at)}, took ${took}` : `for ${age(secondsSince(job.created_at, at))}`,
     job.attempt > 1 && count(job.attempt, "attempt"),

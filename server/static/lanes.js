@@ -1,7 +1,7 @@
 // Lanes of the timeline: a row for each model, and one for the server or for each node, drawn as SVG and in words.
 // A bar's colour, height and pattern are its state; its version is text. Also the time scale and the axis above them.
 
-import { duration, local, moment, oneLine } from "./format.js";
+import { duration, local, moment, named, oneLine, words } from "./format.js";
 import { address, href } from "./router.js";
 import { Cell, html, Row } from "./ui.js";
 
@@ -194,8 +194,8 @@ function shapeOf(segment) {
 }
 
 function labelOf(segment) {
-  const version = segment.version == null ? "" : `v${segment.version}`;
-  if (segment.state === "loaded" && segment.next_version != null) return `${version} → v${segment.next_version}`;
+  const version = segment.version == null ? "" : String(segment.version);
+  if (segment.state === "loaded" && segment.next_version != null) return `${version} → ${segment.next_version}`;
   if (segment.state === "loaded") return segment.degraded ? `${version} degraded` : version;
   return ["lost", "draining"].includes(segment.state) ? segment.state : "";
 }
@@ -285,30 +285,28 @@ function describeServer(lane, segment) {
 }
 
 function describeSegment(lane, segment) {
-  const version = segment.version == null ? "" : ` ${segment.version}`, place = lane.at ? ` at ${lane.at}` : "";
-  const cause = segment.cause && segment.cause !== "request" ? `, cause ${segment.cause}` : "";
+  const place = lane.at ? ` at ${lane.at}` : "", cause = segment.cause && segment.cause !== "request" ? `, cause ${words(segment.cause)}` : "";
   return [
-    oneLine(`${lane.model_id}${version} ${segment.state}${place}`, 200),
+    oneLine(`${named(lane.model_id, segment.version)} ${words(segment.state)}${place}`, 200),
     timesText(segment),
     segment.by && `by ${oneLine(segment.by, 130)}${cause}`,
-    segment.next_version != null && `version ${segment.next_version} loads beside it`,
+    segment.next_version != null && `${named(lane.model_id, segment.next_version)} loads beside it`,
     segment.degraded && "degraded: some of its workers are gone",
     segment.error && `error ${segment.error}`,
-    segment.load_job_id && `job ${segment.load_job_id}`,
   ];
 }
 
 function describeWaiting(lane, segment) {
   return [
-    oneLine(`${lane.model_id} ${segment.next_version} waits to be loaded`, 200), timesText(segment),
-    segment.by && `requested by ${oneLine(segment.by, 130)}`, `job ${segment.load_job_id}`,
+    `${named(lane.model_id, segment.next_version)} waits to be loaded`, timesText(segment),
+    segment.by && `requested by ${oneLine(segment.by, 130)}`,
   ];
 }
 
 function describeMark(lane, mark) {
-  const version = mark.version == null ? "" : ` ${mark.version}`, code = mark.code ? `: ${mark.code}` : "";
+  const code = mark.code ? `: ${mark.code}` : "";
   return [
-    oneLine(`${lane.model_id}${version} ${MARKS[mark.kind][1]}${code}`, 200),
+    oneLine(`${named(lane.model_id, mark.version)} ${MARKS[mark.kind][1]}${code}`, 200),
     moment(mark.at), mark.by && `by ${oneLine(mark.by, 130)}`, `event ${mark.position}`,
   ];
 }
@@ -342,14 +340,14 @@ export function LaneTable({ lanes }) {
     <div class="scroll" tabindex="0" role="group" aria-label="The timeline as a table">
       <table class="cards">
         <caption class="unseen">Changes in this range, by model</caption>
-        <thead><tr>${["Model", "State", "When", "By, job", "See"].map((name) => html`<th scope="col">${name}</th>`)}</tr></thead>
+        <thead><tr>${["Model", "State", "When", "By", "See"].map((name) => html`<th scope="col">${name}</th>`)}</tr></thead>
         <tbody id="timeline-table">
           ${items.map(({ lane, item }) => {
             const [title, when, ...rest] = describe(lane, item);
             return html`
               <${Row} heading=${nameOf(lane)}>
                 <${Cell} label="State">${title}<//><${Cell} label="When">${when}<//>
-                <${Cell} label="By, job">${rest.join("; ")}<//><${Cell} label="See"><${Links} lane=${lane} item=${item} /><//>
+                <${Cell} label="By">${rest.join("; ")}<//><${Cell} label="See"><${Links} lane=${lane} item=${item} /><//>
               <//>`;
           })}
         </tbody>

@@ -3,7 +3,7 @@
 
 import { api, errorText, Latest } from "./api.js";
 import { summary, toneOf, TYPES } from "./eventtext.js";
-import { count, oneLine } from "./format.js";
+import { count, named, oneLine } from "./format.js";
 import { address, href, replace } from "./router.js";
 import { advance, connection, epoch, head, subscribe } from "./state.js";
 import { Exact, Hint, html, PageHead, Refusal, Time, useEffect, useMemo, useRef, useRequest, useRetry, useState } from "./ui.js";
@@ -113,12 +113,12 @@ export function EventList({ events }) {
 // An event in a line, which opens to its exact text.
 function EventLine({ event }) {
   const [isOpen, setOpen] = useState(false);
-  const version = event.version == null ? "" : ` ${event.version}`, subject = event.model_id ? `${event.model_id}${version}` : "";
+  const subject = event.model_id ? named(event.model_id, event.version) : "";
   return html`
     <li class="event" data-position=${event.position}>
       <details onToggle=${(toggle) => setOpen(toggle.currentTarget.open)}>
         <summary><span class="position">${event.position}</span> <${Time} at=${event.recorded_at} />${" "}
-          <strong class=${toneOf(event)}>${oneLine(event.type, 60)}</strong> <span>${oneLine(subject, 160)}</span>${" "}
+          <strong class=${toneOf(event)}>${oneLine(event.type, 60)}</strong> <span>${subject}</span>${" "}
           <span class="dim">by ${oneLine(event.actor, 130)}</span> <span class="says">${summary(event)}</span></summary>
         ${isOpen && html`<${EventText} position=${event.position} />
           <p class="links"><a href=${href("timeline", event.position)}>Look at this moment</a>

@@ -12,12 +12,11 @@ import { Confinement, OverviewPage } from "./overview.js";
 import { openProblems } from "./problems.js";
 import { address, href } from "./router.js";
 import { cleanToken, isSignInLink, keep, keepToken, keptToken, readSession, recall, takeSignInCode } from "./session.js";
-import { connection, heardAt, nodes, now, resources, session } from "./state.js";
+import { connection, heardAt, isLost, nodes, now, resources, session, unready } from "./state.js";
 import { TimelinePage } from "./timeline.js";
-import { Boundary, computed, effect, html, notices, render, signal, useEffect, useKeptFocus, useLayoutEffect, useRef } from "./ui.js";
+import { Boundary, effect, html, notices, render, signal, useEffect, useKeptFocus, useLayoutEffect, useRef } from "./ui.js";
 
 const WHY = "loadledger.why"; // why the token was given up, over the reload that forgets everything else
-const LOUD_AFTER_MS = 1500; // a server that starts again is back by then, and nobody needs to know
 
 const PAGES = { "": OverviewPage, timeline: TimelinePage, ledger: LedgerPage, jobs: JobsPage, nodes: NodesPage, models: ModelPage };
 
@@ -73,16 +72,15 @@ function Page() {
 function Connection() {
   const { mode, why } = connection.value;
   const polled = why ? "Every 3 s: no stream" : "Every 3 s";
-  const text = { connecting: "Connecting…", live: "Live", polled, lost: "Not connected" }[mode];
+  const isUnready = mode !== "lost" && unready.value.length > 0;
+  const text = isUnready ? "Not ready" : { connecting: "Connecting…", live: "Live", polled, lost: "Not connected" }[mode];
   return html`
-    <p id="connection" class="connection ${mode}" title=${why || null}><span class="dot" aria-hidden="true"></span>${text}</p>`;
+    <p id="connection" class="connection ${isUnready ? "unready" : mode}" title=${why || null}><span class="dot" aria-hidden="true"></span>${text}</p>`;
 }
-
-const isLoud = computed(() => connection.value.mode === "lost" && now.value - connection.value.since > LOUD_AFTER_MS);
 
 // The banner while the connection is lost. It counts seconds: the ear is told once.
 function Lost() {
-  const wasLoud = useRef(false), loud = isLoud.value;
+  const wasLoud = useRef(false), loud = isLost.value;
   wasLoud.current ||= loud;
   const said = loud ? "Not connected to the server. The data is old." : wasLoud.current ? "Connected again." : "";
   return html`<p id="connection-said" class="unseen" role="alert">${said}</p>${loud && html`<${Banner} />`}`;

@@ -7,12 +7,12 @@ import { LoadDialog, openDialog } from "./dialogs.js";
 import { broughtBack, bytes, clock, count, oneLine, plain, stamp } from "./format.js";
 import { JobItem } from "./jobs.js";
 import { EventList, useEvents } from "./ledger.js";
-import { factsOf, ModelBadges, ModelButtons } from "./models.js";
+import { factsOf, ModelBadges, ModelButtons, Status } from "./models.js";
 import { address, href } from "./router.js";
 import { PLACEHOLDER, snippets } from "./snippets.js";
 import { jobs, models, nodes, session, subscribe, useOf } from "./state.js";
 import { guessText, shapeText } from "./tensors.js";
-import { ActionsCell, Button, Cell, Files, Hint, html, Panel, Pill, Refusal, Row, useEffect, useKeptFocus, useRequest, useState } from "./ui.js";
+import { ActionsCell, Button, Cell, Files, Hint, html, Panel, Refusal, Row, useEffect, useKeptFocus, useRequest, useState } from "./ui.js";
 import { addVersion, mayAdd, useDrops } from "./upload.js";
 
 const JOBS = 10;
@@ -24,16 +24,19 @@ export function ModelPage() {
   const { id } = address.value, path = `/api/v1/models/${encodeURIComponent(id)}`, { audits, manages } = session.value;
   const changes = useChanges(id), described = useRequest((signal) => describe(path, signal), [changes]);
   const { answer, error } = described, model = models.value.get(id) ?? answer, why = error ? errorText(error) : answer ? "" : "Loading…";
+  const [isQuiet, setQuiet] = useState(false); // charts that show nothing come last
+  const charts = html`<${Panel} key="traffic" kind="traffic" title="Requests and memory"><${Charts} modelId=${id} onQuiet=${setQuiet} /><//>`;
   if (error?.status === 404 && !model) return html`<${Head} id=${id} refusal=${why} />`;
   return html`
     <${Head} id=${id} model=${model} refusal=${error ? why : ""} />
-    <${Panel} kind="traffic" title="Requests and memory"><${Charts} modelId=${id} /><//>
+    ${!isQuiet && charts}
     ${model?.copies != null && html`<${Copies} copies=${model.copies_at ?? []} />`}
     <div class="halves"><${Tensors} model=${answer} why=${why} /><${Calls} id=${id} model=${answer} why=${why} /></div>
     ${model && html`<${Versions} model=${model} sources=${answer?.sources ?? []} changes=${changes} />`}
     ${model && html`<${Approvals} model=${model} />`}
     <div class="halves"><${Jobs} id=${id} changes=${changes} />${audits && html`<${Events} id=${id} />`}</div>
-    ${manages && html`<${Printed} path=${path} changes=${changes} />`}`;
+    ${manages && html`<${Printed} path=${path} changes=${changes} />`}
+    ${isQuiet && charts}`;
 }
 
 // Counts the bursts of events of a model: what is asked for anew with each.
@@ -72,7 +75,7 @@ function Head({ id, model, refusal }) {
       <div class="head">
         <div class="titles">
           <h2 class="name" tabindex="-1">${oneLine(id, 130)}</h2>
-          ${model && html`<${Pill} state=${model.state} /><${ModelBadges} model=${model} />`}
+          ${model && html`<${Status} model=${{ ...model, error: null }} /><${ModelBadges} model=${model} />`}
         </div>
         ${model && html`<div class="do"><${ModelButtons} model=${model} /></div>`}
       </div>

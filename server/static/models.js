@@ -6,19 +6,20 @@ import { ago, broughtBack, bytes, clock, copiesText, count, oneLine, placesText,
 import { InferDialog } from "./infer.js";
 import { CancelButton } from "./jobs.js";
 import { pin } from "./operations.js";
-import { loadOf, models, nodes, now, session, useOf } from "./state.js";
+import { models, nodes, now, session, statusOf, useOf } from "./state.js";
 import { ActionsCell, Badge, Button, Cell, html, ModelLink, Panel, Pill, Row, useKeptFocus, useSignal } from "./ui.js";
 import { addVersion, mayAdd, useDrops } from "./upload.js";
 
 const PAGE = 100; // models that are shown at first, and more each time
-const ORDER = ["failed", "lost", "unloading", "loading", "loaded", "unloaded"]; // those that need attention first
+const ORDER = ["failed", "lost", "waiting", "unloading", "loading", "loaded", "unloaded"]; // those that need attention first
 
 export function ModelsList() {
   useKeptFocus();
   const find = useSignal(""), state = useSignal(""), most = useSignal(PAGE), drops = useDrops();
   const all = [...models.value.values()], text = find.value.trim().toLowerCase();
-  const wanted = all.filter((model) => (!state.value || model.state === state.value) && model.id.toLowerCase().includes(text));
-  wanted.sort((a, b) => ORDER.indexOf(a.state) - ORDER.indexOf(b.state) || (a.id < b.id ? -1 : 1));
+  const states = new Map(all.map((model) => [model, statusOf(model).state])), rank = (model) => ORDER.indexOf(states.get(model));
+  const wanted = all.filter((model) => (!state.value || states.get(model) === state.value) && model.id.toLowerCase().includes(text));
+  wanted.sort((a, b) => rank(a) - rank(b) || (a.id < b.id ? -1 : 1));
   const loaded = all.filter((model) => model.state === "loaded").length;
   const rest = wanted.length - most.value, found = wanted.length < all.length ? `, ${wanted.length} shown` : "";
   const title = html`Models <span class="count">${loaded} loaded of ${all.length}${found}</span>`;
@@ -68,10 +69,9 @@ function Table({ shown }) {
 function ModelRow({ model, acts }) {
   const facts = factsOf(model), threads = model.threads ? `${count(model.threads, "thread")} in each worker` : null;
   const loaded = model.loaded_at ? `${clock(model.loaded_at)} by ${oneLine(model.loaded_by, 60)}` : "–";
-  const error = model.error && html` <span class="error" title=${plain(model.error.message)}>${oneLine(model.error.code, 60)}</span>`;
   return html`
     <${Row} heading=${html`<${ModelLink} id=${model.id} /><${ModelBadges} model=${model} />`}>
-      <${Cell} label="State"><${Pill} state=${model.state} />${error}<//>
+      <${Cell} label="State"><${Status} model=${model} /><//>
       <${Cell} label="Version" title=${threads}>${facts.version}<//>
       ${nodes.value.length > 0 && html`<${Cell} label="Node" title=${facts.copies && facts.node}>${facts.copies || facts.node}<//>`}
       <${Cell} label="Memory" kind="number" title=${facts.memoryAtLoad}>${facts.memory}<//>
@@ -80,6 +80,13 @@ function ModelRow({ model, acts }) {
       <${Cell} label="Loaded" title=${model.loaded_at && `${model.loaded_at}${broughtBack(model)}`}>${loaded}<//>
       ${acts && html`<${ActionsCell}><${ModelButtons} model=${model} /><//>`}
     <//>`;
+}
+
+// A model's state, with what its load waits for or does, or why it failed.
+export function Status({ model }) {
+  const { state, detail } = statusOf(model), { error, open_load: load } = model;
+  const isError = error && !load;
+  return html`<${Pill} state=${state} />${detail && html` <span class=${isError ? "error" : "doing"} title=${isError ? plain(error.message) : null}>${detail}</span>`}`;
 }
 
 // The facts of the moment about a model, as text.
@@ -127,7 +134,7 @@ export function ModelBadges({ model }) {
 // What may be done with a model now, for those who may.
 export function ModelButtons({ model }) {
   const { id, state } = model, { manages, infers } = session.value, { serving } = useOf(model);
-  const serves = state === "loaded", job = model.next_version != null || state === "loading" ? loadOf(id) : null;
+  const serves = state === "loaded", job = model.open_load;
   const load = () => openDialog(LoadDialog, { model }), unload = () => openDialog(UnloadDialog, { model });
   const offer = (may, text, onClick, kind) => may && html`<${Button} about=${id} kind=${kind} onClick=${onClick}>${text}<//>`;
   return html`

@@ -22,14 +22,14 @@ export function NodesPage() {
     const alone = "This server is the only one: it shares its ledger with no other.";
     return html`<${PageHead} title="Nodes" /><section class="panel"><${Hint}>${alone}<//></section>`;
   }
-  const columns = ["Node", "Phase", "Models", "Jobs", "Lease", "Budget", "Address, attributes, release"];
+  const columns = ["Node", "Phase", "Models", "Jobs", "Lease", "Memory", "Address, attributes, release"];
   return html`
     <${PageHead} title="Nodes" count="${joined} joined${joined === all ? "" : ` of ${all}`}" />
     <section id="nodes" class="panel nodes" aria-label="Nodes">
       <table class="cards">
         <caption class="unseen">Nodes, and what runs where</caption>
         <thead><tr>
-          ${columns.map((name) => html`<th scope="col" class=${name === "Budget" ? "number" : ""}>${name}</th>`)}
+          ${columns.map((name) => html`<th scope="col" class=${name === "Memory" ? "number" : ""}>${name}</th>`)}
           ${session.value.manages && html`<th scope="col"><span class="unseen">Actions</span></th>`}
         </tr></thead>
         <tbody id="nodes-rows">${sorted.slice(0, MOST).map((node) => html`<${NodeRow} key=${node.id} node=${node} />`)}</tbody>
@@ -50,7 +50,7 @@ function NodeRow({ node }) {
       <${Cell} label="Models">${node.models.length ? html`<${Models} models=${node.models} />` : "–"}<//>
       <${Cell} label="Jobs">${jobsText(node.jobs)}<//>
       <${Cell} label="Lease" title=${node.renewed_at}>${leaseText(node, now.value)}<//>
-      <${Cell} label="Budget" kind="number">${bytes(node.budget_bytes)}<//>
+      <${Cell} label="Memory" kind="number" title="Used or reserved, as the node last said; and its budget">${memoryText(node)}<//>
       <${Cell} label="Address">
         <${Address} text=${node.address} />
         <div class="dim">${[...node.attributes, node.release].filter(Boolean).map((text) => oneLine(text, 130)).join(", ")}</div>
@@ -65,7 +65,7 @@ function Models({ models }) {
   const more = models.length - MOST_MODELS, stateOf = ({ state }) => (state === "loaded" ? "" : `, ${state}`);
   return html`
     <ul class="at-node">${models.slice(0, MOST_MODELS).map((model) => html`
-      <li key=${model.id}><${ModelLink} id=${model.id} /><span class="dim"> v${model.version}${stateOf(model)}</span></li>`)}
+      <li key=${model.id}><${ModelLink} id=${model.id} version=${model.version} /><span class="dim">${stateOf(model)}</span></li>`)}
     </ul>
     ${more > 0 && html`<span class="dim">and ${more} more</span>`}`;
 }
@@ -74,6 +74,11 @@ function jobsText(jobs) {
   if (!jobs.length) return "–";
   const shown = jobs.slice(0, MOST_JOBS).map((job) => `${job.kind} of ${job.model_id}`).join(", ");
   return jobs.length > MOST_JOBS ? `${shown} and ${jobs.length - MOST_JOBS} more` : shown;
+}
+
+function memoryText({ budget_bytes: budget, free_bytes: free }) {
+  if (budget == null) return "–";
+  return free == null ? `budget ${bytes(budget)}` : `${bytes(budget - free)} of ${bytes(budget)}`;
 }
 
 function leaseText(node, at) {

@@ -1,7 +1,7 @@
 // Operations that change something. Each is one request; a notice reports the outcome of its job.
 
 import { api, requestErrorText } from "./api.js";
-import { duration, oneLine, secondsSince } from "./format.js";
+import { duration, named, oneLine, secondsSince, words } from "./format.js";
 import { refreshSoon } from "./live.js";
 import { hasEnded, jobs } from "./state.js";
 import { effect, notice, untracked } from "./ui.js";
@@ -32,14 +32,14 @@ export async function cancel(job) {
 // Approves the bytes of a version; throws what the server refuses with.
 export async function approve(modelId, version, digest, reason) {
   await api.send(approvalOf(modelId, version), { method: "PUT", body: JSON.stringify({ digest, reason }) });
-  notice(`You approved version ${version} of ${modelId}.`);
+  notice(`You approved ${named(modelId, version)}.`);
   refreshSoon();
 }
 
 // Withdraws the approval of a version; throws what the server refuses with.
 export async function withdraw(modelId, version, reason) {
   await api.send(`${approvalOf(modelId, version)}?reason=${encodeURIComponent(reason)}`, { method: "DELETE" });
-  notice(`The approval of version ${version} of ${modelId} is withdrawn.`);
+  notice(`The approval of ${named(modelId, version)} is withdrawn.`);
   refreshSoon();
 }
 
@@ -73,7 +73,7 @@ function tellOutcome(job) {
   withdraw(); // its outcome takes its place
   const took = duration(secondsSince(job.created_at, Date.parse(job.finished_at)));
   if (job.status === "completed") notice(`${what} completed in ${took}.`);
-  else notice(`${what} ${job.status}${job.error ? `: ${oneLine(job.error.message)}` : "."}`, job.status === "failed" ? "bad" : "good");
+  else notice(`${what} ${words(job.status)}${job.error ? `: ${oneLine(job.error.message)}` : "."}`, job.status === "failed" ? "bad" : "good");
 }
 
 effect(() => {

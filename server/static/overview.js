@@ -3,7 +3,7 @@
 import { WaitingForYou } from "./approvals.js";
 import { Charts } from "./charts.js";
 import { LoadDialog, openDialog, UnloadDialog } from "./dialogs.js";
-import { bytes, count, oneLine } from "./format.js";
+import { bytes, count, named, oneLine } from "./format.js";
 import { ModelsList } from "./models.js";
 import { cancel } from "./operations.js";
 import { acknowledge, openProblems, problems, showAgain } from "./problems.js";
@@ -176,10 +176,10 @@ function memoryText({ budget_bytes: budget, used_bytes: used, reserved_bytes: re
 function partsOf({ models: all }) {
   const uses = [...all].sort((a, b) => b.memory_bytes - a.memory_bytes || (a.job_id < b.job_id ? -1 : 1));
   const own = uses.slice(0, MOST_PARTS), others = uses.slice(MOST_PARTS), reserving = uses.filter((use) => use.reserved_bytes > 0);
-  const named = (use) => `${use.model_id} ${use.version}`;
+  const nameOf = (use) => named(use.model_id, use.version);
   const sum = (rest, name) => rest.reduce((total, use) => total + use[name], 0);
-  const used = (use) => ({ kind: use.phase, name: named(use), bytes: use.memory_bytes, note: use.phase === "serving" ? "" : use.phase });
-  const reserved = (use) => ({ kind: "reserved", name: named(use), bytes: use.reserved_bytes, note: "reserved" });
+  const used = (use) => ({ kind: use.phase, name: nameOf(use), bytes: use.memory_bytes, note: use.phase === "serving" ? "" : use.phase });
+  const reserved = (use) => ({ kind: "reserved", name: nameOf(use), bytes: use.reserved_bytes, note: "reserved" });
   const parts = [
     ...own.map(used),
     { kind: "serving", name: count(others.length, "other"), bytes: sum(others, "memory_bytes"), note: "" },

@@ -1,7 +1,7 @@
 // Problems, worst first, derived from the page's state: cause, advice and actions of each; and which of them somebody
 // has acknowledged in this browser.
 
-import { age, ago, bytes, count, JOB_KINDS, oneLine, secondsSince, stamp } from "./format.js";
+import { age, ago, bytes, count, firstLine, JOB_KINDS, named, oneLine, secondsSince, stamp, withoutIds, words } from "./format.js";
 import { keep, recall } from "./session.js";
 import * as state from "./state.js";
 import { ADVICE } from "./tables.js";
@@ -12,6 +12,7 @@ const SLOW_UNLOAD_S = 5;
 const SLOW_LOAD_S = 60;
 const TIGHT = 0.1; // of the budget
 const PRESSED_PERCENT = 10;
+const MOST_BRIEFS = 3; // messages of an entry of several
 
 const NOT_APPROVED = "not_approved"; // the code of a load that was refused for it
 const APPROVED = "It has its approvals now: load it again, if none of them is yours.";
@@ -25,11 +26,18 @@ export const problems = computed(() => {
   const found = [...serverProblems(), ...nodeProblems(), ...memoryProblems(), ...unansweredProblems()];
   for (const model of state.models.value.values()) found.push(...modelProblems(model));
   for (const { model, version } of state.unapproved.value) {
-    found.push(problem("asked", `asked ${model.id}/${version}`, `Version ${version} of ${model.id} waits for approval`, "", "Approve it."));
+    found.push(problem("asked", `asked ${model.id}/${version}`, `${named(model.id, version)} waits for approval`, "", "Approve it."));
   }
   for (const job of state.jobs.value) found.push(...jobProblems(job, state.now.value));
-  return grouped(found).sort((a, b) => LEVELS.indexOf(a.level) - LEVELS.indexOf(b.level) || (a.key < b.key ? -1 : 1));
+  const sorted = grouped(found).sort((a, b) => LEVELS.indexOf(a.level) - LEVELS.indexOf(b.level) || (a.key < b.key ? -1 : 1));
+  return [...unreadyProblems(), ...sorted];
 });
+
+const sentence = (text) => `${text[0].toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}`;
+
+// Nobody can put these away: nothing works as it should until they are gone.
+const unreadyProblems = () => state.unready.value.map(({ check, cause, cure }) =>
+  problem("critical", `not ready ${check}`, sentence(cause).slice(0, -1), "", sentence(cure)));
 
 function grouped(found) {
   const causes = Map.groupBy(found, (each) => each.cause ?? each.key);
@@ -40,7 +48,9 @@ function group(cause, members) {
   const first = members[0], people = [...new Set(members.map((each) => each.by).filter(Boolean))].sort();
   const others = people.length > 3 ? ` and ${count(people.length - 3, "other")}` : "";
   const by = people.length ? `Asked for by ${people.slice(0, 3).join(", ")}${others}.` : "";
-  const why = [first.sameWhy, by].filter(Boolean).join(" ");
+  const briefs = [...new Set(members.map((each) => each.brief).filter(Boolean))], rest = briefs.length - MOST_BRIEFS;
+  const told = [...briefs.slice(0, MOST_BRIEFS), ...(rest > 0 ? [`and ${count(rest, "other message")}`] : [])].join(" · ");
+  const why = [first.sameWhy, by, told].filter(Boolean).join(" ");
   const occurrence = members.every((each) => each.occurrence !== null) ? members.map((each) => each.occurrence).join() : null;
   members.sort((a, b) => (a.key < b.key ? -1 : 1));
   return { ...first, key: `group ${cause}`, title: `${count(members.length, first.noun)} ${first.ofMany}`, why, actions: [], members, occurrence };
@@ -52,7 +62,7 @@ function problem(level, key, title, why, todo, ...actions) {
 
 const advice = (code) => ADVICE[code] ?? "Read the reason, then load it again, or load another version.";
 
-const reason = (error) => (error ? `${error.code}: ${error.message}` : "");
+const reason = (error) => (error ? `${error.code}: ${firstLine(error.message, 300)}` : "");
 
 // The last time that it failed, and who had asked for that.
 function lastFailure(id) {
@@ -101,7 +111,8 @@ function* modelProblems(model) {
   const isAsked = isRefused && state.unapproved.value.some((each) => each.model === model && each.is_refused); // in a list of its own
   if (model.state === "failed" && !isAsked) {
     yield { ...problem("critical", `failed ${id}`, `${id} failed`, `${when}${reason(error)}`, todo, load),
-      cause: `failed ${error?.code} ${todo}`, noun: "model", ofMany: `failed: ${error?.code}`, by, occurrence: occurrence ?? reason(error), model: id };
+      cause: `failed ${error?.code} ${todo}`, noun: "model", ofMany: `failed: ${error?.code}`, by,
+      brief: error && firstLine(error.message), occurrence: occurrence ?? reason(error), model: id };
   } else if (model.state === "lost") {
     const why = reason(error) || "Its worker or the server died.";
     yield { ...problem("critical", `lost ${id}`, `${id} is lost: it served, and does not now`, why,
@@ -109,7 +120,7 @@ function* modelProblems(model) {
     cause: "lost", noun: "model", ofMany: "are lost: they served, and do not now", by: model.loaded_by,
     occurrence: `${model.position} ${reason(error)}`, model: id };
   } else if (error && model.state === "loaded" && !isAsked) {
-    yield { ...problem("warning", `error ${id}`, `${id} still serves version ${model.version}, but something failed`,
+    yield { ...problem("warning", `error ${id}`, `${named(id, model.version)} still serves, but something failed`,
       `${when}${reason(error)}`, todo, { do: "swap", model }), occurrence: occurrence ?? reason(error), model: id };
   }
   yield* trustProblems(model);
@@ -141,25 +152,41 @@ function* unansweredProblems() {
   }
 }
 
+// What ends a job by itself: the limit that acts first. `timeout_s` is of all of a load, waiting included, and
+// `progress_timeout_s` since a load that has started last made progress, which only the server knows.
+export function limitText({ kind, stage, created_at: created, started_at: started, parameters }, now) {
+  const endOf = (stamp, limit) => Date.parse(stamp) + limit * 1000, leftText = (end) => `in ${age(Math.max(0, end - now) / 1000)}`;
+  if (kind === "unload") {
+    const drain = state.resources.value?.drain_timeout_s;
+    if (stage !== "draining") return "Its worker is killed if it does not exit within seconds.";
+    return `Its requests have ${drain} s (--drain-timeout-s), and end with its worker ${leftText(endOf(started, drain))}.`;
+  }
+  const { timeout_s: whole, progress_timeout_s: progress } = parameters, end = endOf(created, whole);
+  if (!started || !progress || end <= endOf(started, progress)) {
+    return `It fails by itself ${whole} s after its request, waiting included (timeout_s): ${leftText(end)}.`;
+  }
+  return `Without progress for ${progress} s it fails by itself (progress_timeout_s), at the latest ${leftText(end)}.`;
+}
+
 function* jobProblems(job, now) {
   if (state.hasEnded(job)) return;
-  const model = { id: job.model_id }, what = `${JOB_KINDS[job.kind]} of ${job.model_id}`;
+  const model = { id: job.model_id }, what = `${JOB_KINDS[job.kind]} of ${named(job.model_id, job.version)}`;
   const seconds = secondsSince(job.started_at ?? job.created_at, now);
   const cancel = { do: "cancel", job };
   if (job.waiting_for) {
-    yield { ...problem("waiting", `waits ${job.id}`, what, `For ${job.waiting_for}.`,
-      `Requested by ${job.requested_by} ${age(secondsSince(job.created_at, now))} ago; it starts by itself.`, cancel),
-    cause: `${job.kind} waits for ${job.waiting_for}`, noun: job.kind, ofMany: "wait", sameWhy: `For ${oneLine(job.waiting_for)}.`,
+    const why = `For ${oneLine(withoutIds(job.waiting_for))}.`, limit = job.kind === "load" ? ` ${limitText(job, now)}` : "";
+    yield { ...problem("waiting", `waits ${job.id}`, what, why,
+      `Requested by ${job.requested_by} ${age(secondsSince(job.created_at, now))} ago; it starts by itself.${limit}`, cancel),
+    cause: `${job.kind} waits for ${job.waiting_for}`, noun: job.kind, ofMany: "wait", sameWhy: why,
     by: oneLine(job.requested_by, 60), model: job.model_id };
   } else if (job.kind === "unload" && job.status === "in_progress" && seconds > SLOW_UNLOAD_S) {
     yield problem("warning", `slow ${job.id}`, `${what} takes long`,
-      `It is ${job.stage ?? "under way"}, for ${age(seconds)} by now: running requests have not ended.`,
-      "It kills the worker when its time is up; a forced unload does so now.",
+      `It is ${words(job.stage ?? "under_way")}, for ${age(seconds)} by now.`,
+      `${limitText(job, now)} A forced unload kills it now.`,
       { do: "unload", model });
   } else if (job.kind === "load" && job.status === "in_progress" && seconds > SLOW_LOAD_S) {
     yield problem("warning", `slow ${job.id}`, `${what} takes long`,
-      `It is ${job.stage ?? "under way"}, for ${age(seconds)} by now.`,
-      `Past its time, ${job.parameters.timeout_s ?? "?"} s, it fails by itself.`, cancel, { do: "unload", model });
+      `It is ${words(job.stage ?? "under_way")}, for ${age(seconds)} by now.`, limitText(job, now), cancel, { do: "unload", model });
   }
 }
 

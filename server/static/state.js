@@ -1,7 +1,7 @@
 // The page's state as signals, and what follows from it.
 
 import { batch, computed, signal } from "./vendor/signals.js";
-import { serverNow } from "./format.js";
+import { age, clock, firstLine, secondsSince, serverNow, withoutIds, words } from "./format.js";
 
 export const session = signal(null); // who is signed in, with what the roles allow; see session.js
 export const models = signal(new Map()); // by id, as the API has them
@@ -38,10 +38,18 @@ export function useOf(model) {
   };
 }
 
-const loads = computed(() => new Map(jobs.value.filter((job) => job.kind === "load" && !hasEnded(job)).map((job) => [job.model_id, job])));
-
-// The load of a model that is under way, or null.
-export const loadOf = (modelId) => loads.value.get(modelId) ?? null;
+// What a model is, for people: its state, or "waiting" of one that serves nothing and whose load has not started; and in
+// words what that load waits for or does, since when, or why the last one failed.
+export function statusOf({ state, open_load: load, error }, at = now.value) {
+  const serves = state === "loaded" || state === "lost", next = state === "loaded" ? "next version " : "";
+  if (load?.status === "pending") {
+    const shown = serves || state === "unloading" ? state : "waiting", since = age(secondsSince(load.created_at, at));
+    const what = `for ${withoutIds(load.waiting_for ?? "its turn")}, since ${clock(load.created_at)} (${since})`;
+    return { state: shown, detail: shown === "waiting" ? what : `${next}waits ${what}` };
+  }
+  if (load) return { state, detail: `${next && `${next}is `}${words(load.stage ?? "starting")}, for ${age(secondsSince(load.started_at, at))}` };
+  return { state, detail: error ? `${error.code}: ${firstLine(error.message)}` : "" };
+}
 
 // The versions that wait for approval by who is signed in, and neither added nor approved them, newest first. The server
 // decides, also who is the same person.
@@ -57,6 +65,19 @@ export function connect(mode, why = "", retryAt = null) {
   const same = connection.value.mode === mode;
   connection.value = { mode, why, retryAt, since: same ? connection.value.since : serverNow() };
 }
+
+const LOUD_AFTER_MS = 1500; // a server that starts again is back by then, and nobody needs to know
+
+export const isLost = computed(() => connection.value.mode === "lost" && now.value - connection.value.since > LOUD_AFTER_MS);
+
+// Why the server cannot be reached, or is not ready: before all else, with cause and cure.
+export const unready = computed(() => {
+  const failed = resources.value?.not_ready ?? [], { mode, why } = connection.value;
+  if (mode !== "lost") return failed;
+  const cause = `No connection to the server: all this is as of ${clock(new Date(heardAt.value).toISOString())}`;
+  const cure = `${why} Check its process and its machine; this page tries again by itself`;
+  return isLost.value ? [{ check: "connection", cause, cure }] : [];
+});
 
 export function advance(position) {
   heardAt.value = serverNow();

@@ -3,7 +3,7 @@
 import { api, errorText } from "./api.js";
 import { TrustBadges } from "./approvals.js";
 import { summary } from "./eventtext.js";
-import { broughtBack, clock, local, moment, oneLine, placesText, zone } from "./format.js";
+import { broughtBack, clock, local, moment, named, oneLine, placesText, zone } from "./format.js";
 import { address, replace } from "./router.js";
 import { advance, head } from "./state.js";
 import { Cell, Files, html, Pill, Refusal, Row, useEffect, useRequest, useState } from "./ui.js";
@@ -133,7 +133,7 @@ function Then({ page, event }) {
 }
 
 function eventText(event) {
-  const words = [event.type, event.model_id, event.version, `by ${event.actor}`].filter((part) => part != null).join(" ");
+  const words = [event.type, event.model_id && named(event.model_id, event.version), `by ${event.actor}`].filter(Boolean).join(" ");
   return [oneLine(words, 300), summary(event)].filter(Boolean).join(", ");
 }
 

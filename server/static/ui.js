@@ -5,7 +5,7 @@ import { useCallback, useEffect, useLayoutEffect, useMemo, useRef, useState } fr
 import { computed, effect, signal, untracked, useSignal } from "./vendor/signals.js";
 import htm from "./vendor/htm.js";
 import { Latest, Unreachable } from "./api.js";
-import { bytes, clock, cutAtHidden, oneLine, stamp } from "./format.js";
+import { bytes, clock, cutAtHidden, named, oneLine, stamp, words } from "./format.js";
 import { href } from "./router.js";
 
 export { render };
@@ -56,7 +56,7 @@ export function Button({ about, onClick, kind, children, ...more }) {
 export const Badge = ({ title, children }) => html`<span class="badge" title=${title}>${children}</span>`;
 
 // A state, such as of a model or a job, as a coloured word.
-export const Pill = ({ state }) => html`<span class="pill ${state}">${state.replace("_", " ")}</span>`;
+export const Pill = ({ state }) => html`<span class="pill ${state}">${words(state)}</span>`;
 
 export const Time = ({ at }) => html`<time datetime=${at} title=${stamp(at)}>${clock(at)}</time>`;
 
@@ -64,7 +64,7 @@ export const Hint = ({ children }) => html`<p class="hint">${children}</p>`;
 
 export const Refusal = ({ text }) => text && html`<p class="refusal" role="alert">${text}</p>`;
 
-export const ModelLink = ({ id }) => html`<a class="name" href=${href("models", id)}>${oneLine(id, 130)}</a>`;
+export const ModelLink = ({ id, version = null }) => html`<a class="name" href=${href("models", id)}>${named(id, version)}</a>`;
 
 // A table's row and its cells, which a narrow screen shows as a card with the labels, without the cells that say nothing.
 export function Row({ heading, children, ...more }) {

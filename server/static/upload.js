@@ -2,7 +2,7 @@
 
 import { api } from "./api.js";
 import { Dialog, LoadDialog, openDialog } from "./dialogs.js";
-import { bytes, oneLine } from "./format.js";
+import { bytes, named, oneLine } from "./format.js";
 import { refreshSoon } from "./live.js";
 import { models, readOnly, resources, session } from "./state.js";
 import { computed, html, notice, useEffect, useMemo, useState } from "./ui.js";
@@ -57,7 +57,7 @@ function UploadDialog({ modelId, dropped }) {
     } finally {
       setSent(null);
     }
-    notice(`Version ${version} of ${model} is added.`);
+    notice(`${named(model, version)} is added.`);
     refreshSoon();
     const unloaded = { id: model, versions: [version], state: "unloaded", version: null, error: null };
     openDialog(LoadDialog, { model: models.value.get(model) ?? unloaded, version });

@@ -190,20 +190,20 @@ def lease(*, epoch: int = 1, ended: bool = False, is_late: bool = False) -> Leas
 @pytest.mark.parametrize(
     ("given", "late", "shown"),
     [
-        ([], (), (None, None)),
-        ([lease()], (), (at(9), False)),
-        ([lease(is_late=True)], (), (at(9), True)),
-        ([lease()], ("a",), (at(9), True)),
-        ([lease(epoch=2)], (), (None, None)),
+        ([], (), (None, None, None)),
+        ([lease()], (), (at(9), False, 7)),
+        ([lease(is_late=True)], (), (at(9), True, 7)),
+        ([lease()], ("a",), (at(9), True, 7)),
+        ([lease(epoch=2)], (), (None, None, None)),
     ],
 )
 def test_view_of_node_has_its_lease_of_this_epoch(
-    given: list[Lease], late: tuple[str, ...], shown: tuple[str | None, bool | None]
+    given: list[Lease], late: tuple[str, ...], shown: tuple[str | None, bool | None, int | None]
 ) -> None:
     history = History()
     history.join("a")
-    [view] = make_node_infos(history.state, given, "a", late)
-    assert (view.renewed_at, view.late) == shown
+    [view] = make_node_infos(history.state, given, "a", late, free_bytes={"a": 7})
+    assert (view.renewed_at, view.late, view.free_bytes) == shown
 
 
 def test_view_of_lost_node_is_not_late() -> None:

@@ -14,7 +14,7 @@ from runtime.cgroups import count_usable_cpus
 from runtime.memory import private_bytes
 from runtime.scheduler.estimates import BYTES_PER_MODEL_BYTE, WORKER_BYTES
 from runtime.worker.landlock import find_abi
-from server.appkeys import CONSUMER, LIMIT
+from server.appkeys import CONFIG, CONSUMER, LIMIT
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -64,6 +64,7 @@ async def test_idle_server_has_its_whole_budget_free(shared: LocalApi, small: Lo
         assert seen == {
             "limit_bytes": limit_bytes, "budget_bytes": budget, "reserved_bytes": 0, "used_bytes": 0,
             "free_bytes": budget, "max_loaded": max_loaded, "threads": count_usable_cpus(), "models": [],
+            "drain_timeout_s": shared.app[CONFIG].drain_timeout_s,
             "waiting": [], "as_of": api.position, "repository_writable": True, "device_problems": [],
             "confinement_of_devices": None,
         }  # fmt: skip

@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import re
+import resource
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -117,7 +118,7 @@ async def test_load_infer_swap_pin_and_unload(server: Server, admin: Console) ->
     await admin.choose("Close")
 
     await admin.press("digits", "Swap")
-    await expect(page.locator("#load-text")).to_contain_text("Version 1 is loaded")
+    await expect(page.locator("#load-text")).to_contain_text("digits/1 is loaded")
     await page.get_by_label("Strategy").select_option("in_place")
     await admin.choose("Swap")
     await expect(version).to_have_text("2")
@@ -335,6 +336,9 @@ async def test_failed_and_waiting_loads_need_attention(server: Server, admin: Co
     await server.api.failed_load("broken")
     failed = admin.attention.filter(has_text="broken failed")
     await expect(failed).to_contain_text("invalid_model: ")
+    [said, *_] = (await server.api.model("broken"))["error"]["message"].splitlines()
+    shown = admin.row("broken").locator(".error")
+    await expect(shown).to_have_text(re.compile(rf"^invalid_model: {re.escape(said[:100])}"))
     await expect(failed).to_contain_text("as a new version")
     await expect(failed.get_by_role("button")).to_have_text(
         [re.compile("^Load…"), re.compile("^Acknowledge")]
@@ -353,7 +357,11 @@ async def test_failed_and_waiting_loads_need_attention(server: Server, admin: Co
     await server.api.load("hostile")
     waiting = await server.api.accepted_load("large")
     await server.api.job_when(waiting["id"], status="pending")
-    waits = admin.attention.filter(has_text="Load of large")
+    waits = admin.attention.filter(has_text="Load of large/1")
+    await expect(admin.row("large").locator("[data-label=State]")).to_contain_text("waiting for ")
+    await admin.page.locator("#models-state").select_option("waiting")
+    await expect(admin.page.locator("#models-rows > tr")).to_have_count(1)
+    await admin.page.locator("#models-state").select_option("")
     await expect(waits).to_contain_text("Requested by alice")
     await expect(admin.attention.filter(has_text="Memory is tight")).to_be_visible()
     await waits.get_by_role("button", name="Cancel").click()
@@ -385,7 +393,7 @@ async def test_role_is_offered_only_what_it_may_do(
             ["Timeline", "Ledger"] if sees_events else []
         )
         await console.go(f"#/jobs/{job}")
-        await expect(console.page.locator("#job")).to_contain_text("Load hostile 1")
+        await expect(console.page.locator("#job")).to_contain_text("Load hostile/1")
         await expect(console.page.locator("#ledger-list")).to_have_count(int(sees_events))
         await expect(console.page.get_by_role("link", name="As of its last event")).to_have_count(
             int(sees_events)
@@ -443,6 +451,9 @@ async def test_console_reconnects_after_restart(browser: BrowserContext, tmp_pat
             await first.stop()
             await expect(console.page.locator("#lost")).to_contain_text("Not connected for")
             await expect(console.connection).to_have_text("Not connected")
+            await expect(console.attention.first).to_contain_text(
+                "No connection to the server: all this is as of"
+            )
             await console.go("#/ledger")
             events = console.page.locator("#ledger")
             await expect(events).to_contain_text("The server cannot be reached")
@@ -455,6 +466,31 @@ async def test_console_reconnects_after_restart(browser: BrowserContext, tmp_pat
                 await expect(started.and_(console.page.locator("strong"))).to_have_count(2)
                 await console.go("#/")
                 await console.see("m", "loaded")
+
+
+async def test_full_disk_is_the_first_thing_said(browser: BrowserContext, tmp_path: Path) -> None:
+    models.save(models.add(), tmp_path / "repository", "m")
+    config = Config(repository=tmp_path / "repository", data=tmp_path / "data")
+    async with serving(config) as server, Console.opened(browser, server.url) as console:
+        await console.sign_in(server.api.token("admin"))
+        await expect(console.page.locator(".well")).to_contain_text("Nothing: 0 models loaded")
+        resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+        await console.press("m", "Load")
+        await console.choose("Load")
+        await expect(console.connection).to_have_text("Not ready")
+        first = console.attention.first
+        await expect(first).to_contain_text("The ledger cannot be written: ")
+        [failed] = (await server.api.get("/api/v1/resources")).json["not_ready"]
+        await expect(first.locator(".todo")).to_have_text(
+            re.compile(re.escape(failed["cure"]), re.IGNORECASE)
+        )
+        await expect(console.page.locator(".well")).to_have_count(0)
+        await expect(console.page.get_by_role("link", name="Overview 1 need attention")).to_be_visible()
+        await console.choose("Keep as it is")
+        await console.check_accessibility()
+        resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        await expect(console.connection).to_have_text("Live")
+        await expect(console.page.locator(".well")).to_be_visible()
 
 
 async def test_model_page_without_a_server_or_model_says_so(server: Server, admin: Console) -> None:

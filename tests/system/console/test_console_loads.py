@@ -95,7 +95,7 @@ async def test_added_version_waits_until_another_approves(
     await expect(listed).to_have_count(0)  # versions of the folder wait for nobody
     await server.api.add_by_upload("guarded", 2, models.add(2.0).SerializeToString())
     await expect(listed.locator(".problem")).to_have_count(1)
-    await expect(unapproved(carol, "guarded")).to_contain_text("version 2Added by alice. 0 of 1 approved.")
+    await expect(unapproved(carol, "guarded")).to_contain_text("guarded/2Added by alice. 0 of 1 approved.")
     await expect(carol.page.get_by_role("link", name="Overview 1 need attention")).to_be_visible()
     await ask_for_load(admin, "guarded", 2)
     await expect(admin.page.locator("#notices")).to_contain_text("approve guarded/2")
@@ -114,7 +114,7 @@ async def test_added_version_waits_until_another_approves(
     await expect(opened(carol)).to_contain_text("Added by alice. 0 of 1 approved.")
     assert await carol.serious("dialog[open]") == []
     await give_reason(carol, "Approve", "<b>I</b> compared its files")
-    await expect(carol.page.locator("#notices")).to_contain_text("You approved version 2 of guarded")
+    await expect(carol.page.locator("#notices")).to_contain_text("You approved guarded/2")
     await expect(listed).to_have_count(0)
     [approval] = (await server.api.model("guarded"))["approvals"]
     await ask_for_load(admin, "guarded", 2)
@@ -140,7 +140,7 @@ async def test_withdrawn_approval_refuses_next_load(server: Server, admin: Conso
     await given.get_by_role("button", name="Withdraw").click()
     assert await carol.serious("dialog[open]") == []
     await give_reason(carol, "Withdraw", "it was too early")
-    await expect(carol.page.locator("#notices")).to_contain_text("version 1 of changed is withdrawn")
+    await expect(carol.page.locator("#notices")).to_contain_text("changed/1 is withdrawn")
     await expect(given).to_have_count(0)
     await expect(carol.page.locator(".its-events")).to_contain_text("it was too early")
     await ask_for_load(admin, "changed", 1)
@@ -153,7 +153,7 @@ async def test_approval_is_of_the_files_that_its_dialog_showed(
     server: Server, carol: Console, repository: Path
 ) -> None:
     await carol.go("#/models/urgent")
-    await carol.page.get_by_role("button", name="Approve… version 1").click()
+    await carol.page.get_by_role("button", name="Approve… urgent/1").click()
     await expect(opened(carol)).to_contain_text("Version 1; none is loaded.")
     models.save(models.add(3.0), repository, "urgent")
     await server.api.get("/api/v1/models/urgent/verify?version=1")
@@ -181,7 +181,7 @@ async def test_models_show_their_signature_now_and_then(
     await admin.go("#/models/signed")
     await expect(page.locator(".facts")).to_contain_text(SIGNED)
     await carol.go("#/models/signed")  # which no rule wants approved
-    await carol.page.get_by_role("button", name="Approve… version 1").click()
+    await carol.page.get_by_role("button", name="Approve… signed/1").click()
     await expect(opened(carol)).to_contain_text(SIGNED)
     await expect(opened(carol)).to_contain_text("No file differs.")
     await carol.choose("Not now")

@@ -1,10 +1,14 @@
 """The console's modules in a browser: a script returns what is compared."""
 
 import asyncio
+import json
+import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
+import yaml
 from aiohttp.test_utils import TestServer
 from playwright.async_api import BrowserContext
 from support.browser import LIMIT_MS, Console, needs_browser
@@ -49,9 +53,9 @@ FUNCTIONS: dict[str, tuple[object, str]] = {
     "copies have a lane for each node below their model's": (
         [
             ["m", "m", None],
-            ["m:a", "m 2 loaded at a", "job A"],
+            ["m:a", "m/2 loaded at a", "A"],
             ["m:b", "m unloaded at b", None],
-            ["n", "n 1 loaded", "job N"],
+            ["n", "n/1 loaded", "N"],
         ],
         """
         const { describe, lanesOf } = await import("/console/lanes.js");
@@ -64,7 +68,7 @@ FUNCTIONS: dict[str, tuple[object, str]] = {
         const page = { to, server: [], lanes };
         return lanesOf(page).slice(1).map((each) => {
           const [item] = each.items, lines = item ? describe(each, item) : ["m"];
-          return [each.id, lines[0], lines.find((line) => line.startsWith("job")) ?? null];
+          return [each.id, lines[0], item?.segment.load_job_id ?? null];
         });
         """,
     ),
@@ -325,7 +329,7 @@ CASES: dict[str, tuple[object, str]] = {
         ["starting", "loading"],
         """
         const job = { id: "j", kind: "load", model_id: "m", status: "in_progress", stage: "starting",
-          requested_by: "alice", finished_at: null };
+          requested_by: "alice", cause: "request", finished_at: null };
         let body;
         api.get = async () => ({ ...NOTHING, jobs: [{ ...job }] });
         api.send = async () => new Response(new ReadableStream({ start: (opened) => { body = opened; } }));
@@ -364,7 +368,7 @@ CASES: dict[str, tuple[object, str]] = {
             ["a", "b"],
             ["2", "1"],
             "2 of 3 copies ready",
-            "a, b (v1)",
+            "a, b (version 1)",
             9,
             ["Copies0 of 3 copies ready", "None is loaded."],
         ],
@@ -470,7 +474,7 @@ CASES: dict[str, tuple[object, str]] = {
             [["critical", "m does not answer", "2 requests in flight, none answered for 13 s.", "unload"]],
             [["critical", "Memory is over budget", "By 7 B of 100 B: models have grown.", None]],
             [["warning", "The server ended unexpectedly", "The last event was recorded", None]],
-            ["critical", "3 models failed: invalid_model", "Asked for by alice, bob.", "j1,j2,j3", 3],
+            ["critical", "3 models failed: invalid_model", "Asked for by alice, bob. no", "j1,j2,j3", 3],
         ],
         """
         const use = { job_id: "j", model_id: "m", in_flight: 2 };
@@ -499,12 +503,12 @@ CASES: dict[str, tuple[object, str]] = {
     ),
     "problems: approvals that others may give, bypasses, exchanged keys": (
         [
-            ["Version 2 of m waits for approval", "Version 1 of n waits for approval"],
+            ["m/2 waits for approval", "n/1 waits for approval"],
             ["n/1", "m/2"],
             [["n/1"], ["m/2"], ["m/2"], []],
             [
                 ["r failed", "detail says what is missing"],
-                ["Version 3 of r waits for approval", "Approve it."],
+                ["r/3 waits for approval", "Approve it."],
                 ["r failed", "It has its approvals now: load it again"],
             ],
             [
@@ -540,6 +544,143 @@ CASES: dict[str, tuple[object, str]] = {
           approval: { result: "bypassed", by: ["dora"] } }]]);
         return [titles, newest, told, steps, problems.value.map(({ level, title, why, occurrence }) =>
           [level, title, why.split(/[,.] ?/)[0], occurrence])];
+        """,
+    ),
+    "a job names the limit that ends it first": (
+        [
+            "It fails by itself 300 s after its request, waiting included (timeout_s): in 4 min.",
+            "Without progress for 120 s it fails by itself (progress_timeout_s), at the latest in 4 min.",
+            "Without progress for 120 s it fails by itself (progress_timeout_s), at the latest in 40 s.",
+            "It fails by itself 300 s after its request, waiting included (timeout_s): in 4 min.",
+            "It fails by itself 100 s after its request, waiting included (timeout_s): in 40 s.",
+            "It fails by itself 300 s after its request, waiting included (timeout_s): in 0 s.",
+            "It fails by itself 300 s after its request, waiting included (timeout_s): in 4 min.",
+            "Its requests have 30 s (--drain-timeout-s), and end with its worker in 20 s.",
+            "Its worker is killed if it does not exit within seconds.",
+        ],
+        """
+        const { limitText } = await import("/console/problems.js");
+        const time = (seconds) => new Date(Date.UTC(2026) + seconds * 1000).toISOString();
+        const load = (started, limits) => ({ kind: "load", created_at: time(0),
+          started_at: started && time(started), parameters: { timeout_s: 300, ...limits } });
+        const told = (job, at) => limitText(job, Date.UTC(2026) + at * 1000);
+        state.resources.value = { ...RESOURCES, drain_timeout_s: 30 };
+        const unload = { kind: "unload", stage: "draining", started_at: time(50), parameters: {} };
+        const limit = { progress_timeout_s: 120 };
+        return [
+          told(load(null, limit), 60), // it waits: progress does not count yet
+          told(load(1, limit), 60), // it may hang since its start
+          told(load(1, limit), 260), // it has made progress since
+          told(load(190, limit), 60), // not even from its start on would progress end it sooner
+          told(load(1, { timeout_s: 100, ...limit }), 60),
+          told(load(290, limit), 301), // it is late
+          told(load(1, { progress_timeout_s: null }), 60), // of an earlier release
+          told(unload, 60), told({ ...unload, stage: "stopping" }, 60),
+        ];
+        """,
+    ),
+    "a model waits, loads, or has failed, in the list, its page and the filter": (
+        [
+            ["f failed", "l lost", "w waiting", "x waiting"],
+            ["g loading", "s loaded", "t loaded", "u unloaded"],
+            [
+                "bad_file: no such operator",
+                "waits for room, since 00:00:00 (60 s)",
+                "for room, since 00:00:00 (60 s)",
+                "for its turn, since 00:00:00 (60 s)",
+                "warming up, for 30 s",
+                "next version waits for room on which another job is loading, since 00:00:00 (60 s)",
+                "next version is starting, for 30 s",
+                "",
+            ],
+            ["w", "x"],
+            ["u"],
+            "waiting for room, since 00:00:00 (60 s)",
+            ["Cancel", "Load…"],
+        ],
+        """
+        const { ModelPage } = await import("/console/modelpage.js");
+        const { ModelsList } = await import("/console/models.js");
+        const { clock } = await import("/console/format.js");
+        const time = (seconds) => new Date(Date.now() - 60_000 + seconds * 1000).toISOString();
+        const load = { id: "j", kind: "load", model_id: "m", created_at: time(0), finished_at: null };
+        const pending = (waiting_for) => ({ ...load, status: "pending", waiting_for, started_at: null });
+        const begun = (stage) => ({ ...load, status: "in_progress", stage, started_at: time(30) });
+        const other = "room on which job 01890000-0000-7000-8000-00000000000a is loading";
+        const error = { code: "bad_file", message: "no such operator\\nat line 7" };
+        const models = [["u", "unloaded"], ["w", "unloaded", pending("room")],
+          ["x", "failed", pending(null), error], ["g", "loading", begun("warming_up")],
+          ["s", "loaded", pending(other)], ["t", "loaded", begun(null)],
+          ["l", "lost", pending("room")], ["f", "failed", undefined, error]];
+        api.get = () => new Promise(() => {});
+        state.session.value = { roles: [], manages: true };
+        state.resources.value = RESOURCES;
+        state.now.value = Date.now();
+        state.models.value = new Map(models.map(([id, of, open_load, error = null]) => [id,
+          { id, state: of, open_load, error, versions: [1], version: null, files: [] }]));
+        location.hash = "#/models/w";
+        const node = document.body.appendChild(document.createElement("div"));
+        await soon(50);
+        render(html`<${ModelsList} /><${ModelPage} />`, node);
+        await soon(50);
+        const select = node.querySelector("#models-state");
+        const all = (selector) => [...node.querySelectorAll(selector)];
+        const texts = (selector) => all(selector).map((each) => each.textContent.trim());
+        const rows = () => texts("#models-rows .name");
+        const plain = (text) => text.replaceAll(clock(time(0)), "00:00:00").replace("59 s", "60 s");
+        const pills = texts("#models-rows .pill"), listed = rows().map((id, at) => `${id} ${pills[at]}`);
+        const details = texts("#models-rows [data-label=State]").map((cell, at) =>
+          plain(cell).slice(pills[at].length).trim());
+        const found = [listed.slice(0, 4), listed.slice(4), details];
+        for (const value of ["waiting", "unloaded"]) {
+          select.value = value;
+          select.dispatchEvent(new Event("change"));
+          await soon(50);
+          found.push(rows());
+        }
+        const buttons = all(".model-head .do button");
+        return [...found, plain(texts(".titles")[0].slice(1).replace(/ +/g, " ")),
+          buttons.map((each) => each.firstChild.data.trim())];
+        """,
+    ),
+    "a server that is not ready, or not there, is said first": (
+        [
+            ["Live", [], "Nothing: 0 models loaded"],
+            ["Not ready", ["The ledger cannot be written: full", "Fork server is down"], None],
+            ["Not connected", [], None],
+            ["Not connected", ["No connection to the server: all this is as of TIME"], None],
+        ],
+        """
+        const { OverviewPage } = await import("/console/overview.js");
+        api.get = () => new Promise(() => {});
+        const error = { code: "c", message: "m" };
+        const failed = { id: "a", state: "failed", versions: [], files: [], error };
+        const full = "the ledger cannot be written: full";
+        const not_ready = [{ check: "log", cause: full, cure: "free some space" },
+          { check: "fork_server", cause: "fork server is down", cure: "wait." }];
+        state.session.value = { roles: [], audits: true, manages: true };
+        const place = document.body.appendChild(document.createElement("div")), found = [];
+        const look = async (resources, mode, ms, models) => {
+          state.resources.value = { ...RESOURCES, ...resources };
+          state.models.value = new Map(models.map((model) => [model.id, model]));
+          state.connect(mode, mode === "lost" ? "no answer." : "");
+          state.now.value = state.connection.value.since + ms;
+          await soon(50);
+          render(html`<${OverviewPage} />`, place);
+          await soon(50);
+          const entries = problems.value.filter((each) => each.key.startsWith("not ready"));
+          const first = problems.value.slice(0, entries.length);
+          const titles = first.every((each) => entries.includes(each) && each.level === "critical")
+            ? entries.map(({ title }) => title.replace(/[\\d:]+$/, "TIME")) : "not first";
+          return [document.querySelector("#connection").textContent, titles,
+            place.querySelector(".well")?.textContent.slice(0, 24) ?? null];
+        };
+        const none = { ...failed, id: "n", state: "unloaded", error: null };
+        found.push(await look({}, "live", 0, [none]));
+        found.push(await look({ not_ready }, "live", 0, [failed]));
+        found.push(await look({ not_ready }, "lost", 1000, [failed])); // it may only restart
+        found.push(await look({}, "lost", 2000, [failed]));
+        return found;
         """,
     ),
     "a node's address is a link only if a browser can open it, and admins alone drain": (
@@ -596,3 +737,122 @@ async def test_module(console: Console, case: str) -> None:
     expected, script = CASES[case]
     await console.page.reload()  # the state is that of a new page
     assert await returned(console, PRELUDE + script) == expected
+
+
+# All values of the API's enumerations that the pages show.
+
+OPENAPI = Path(__file__).parents[3] / "openapi.yaml"
+DISPLAYED = (
+    *("JobInfo", "LoadApprovalInfo", "LoadUsage", "Mark", "ModelInfo", "NodeInfo", "NodeJob", "NodeModel"),
+    *("NodePresence", "NodeSegment", "Segment", "ServerPresence", "ServerSegment"),
+)
+"""Structs of openapi.yaml whose enumerations pages show."""
+EVERYTHING = """
+const { OverviewPage } = await import("/console/overview.js");
+const { JobItem } = await import("/console/jobs.js");
+const { ModelPage } = await import("/console/modelpage.js");
+const { NodesPage } = await import("/console/nodes.js");
+const { AsOf } = await import("/console/timetravel.js");
+const { EventList } = await import("/console/ledger.js");
+const { Detail, LaneTable, lanesOf } = await import("/console/lanes.js");
+const at = "2026-01-31T14:00:00Z", to = "2026-01-31T14:10:00Z";
+let number = 0;
+const uuid = () => `01890000-0000-7000-8000-${String(number++).padStart(12, "0")}`;
+const each = (schema, base) => Object.entries(ENUMS[schema]).flatMap(([name, values]) =>
+  values.map((value) => ({ ...base(), [name]: value })));
+const its = (more) => ({ model_id: "heavy-5", version: 1, job_id: uuid(), ...more });
+
+const waiting = () => ({ ...its(), id: uuid(), kind: "load", status: "in_progress", stage: "loading",
+  created_at: at, started_at: at, finished_at: null, requested_by: "alice", cause: "request", error: null,
+  parameters: { timeout_s: 300 }, waiting_for: `room on which job ${uuid()} is loading` });
+const running = () => ({ ...waiting(), waiting_for: null });
+const superseded = { ...running(), status: "cancelled", finished_at: to, superseded_by: uuid() };
+const jobs = [...each("JobInfo", waiting), ...each("JobInfo", running),
+  ...each("JobInfo", () => ({ ...running(), kind: "unload" })), superseded];
+
+const copy = { ...its(), node: "b", workers: 1, memory_bytes: 1, loaded_at: at };
+const model = () => ({ ...its(), id: "heavy-5", state: "loaded", next_version: 2, versions: [1, 2, 3],
+  files: [], error: { code: "invalid", message: "no" }, loaded_at: at, loaded_by: "alice", node: "a",
+  copies: 2, copies_ready: 1, copies_at: [copy],
+  unapproved: [{ version: 3, digest: "d", added_by: "bob", position: 1 }] });
+const approvals = each("LoadApprovalInfo", () => ({ by: ["bob"] }));
+const models = [...each("ModelInfo", model), ...jobs.map((open_load) => ({ ...model(), open_load })),
+  ...approvals.map((approval) => ({ ...model(), approval }))];
+models.forEach((of, index) => index && (of.id = `heavy-5-${index}`));
+const node = () => ({ id: "a", phase: "joined", attributes: [], address: "a", budget_bytes: 9, free_bytes: 4,
+  models: each("NodeModel", () => ({ id: "heavy-5", version: 1, state: "loaded" })),
+  jobs: each("NodeJob", () => ({ ...its(), id: uuid(), kind: "load" })) });
+const use = () => its({ phase: "serving", memory_bytes: 9, reserved_bytes: 9, in_flight: 1 });
+
+const segment = () => ({ from: at, to, state: "loaded", version: 1, load_job_id: uuid(), by: "alice",
+  cause: "request" });
+const causes = ENUMS.JobInfo.cause.map((cause) => ({ ...segment(), cause }));
+const next = { ...segment(), next_version: 2 };
+const lane = { model_id: "heavy-5",
+  segments: [...each("Segment", segment), ...causes, next, { ...next, waiting: true }],
+  marks: each("Mark", () => ({ ...its(), kind: "failed", at, position: 1, by: "alice" })) };
+const timeline = { to, lanes: [lane], server: each("ServerSegment", segment) };
+const nodeLane = { node_id: "a", segments: each("NodeSegment", segment) };
+const lanes = [...lanesOf(timeline), ...lanesOf({ ...timeline, nodes: [nodeLane] })];
+const facts = { JobCancelled: { superseded_by: uuid() }, ModelLoaded: { files: [], durations: {},
+  approval: { result: "not_needed" } } };
+const events = Object.entries(facts).map(([type, data], position) =>
+  ({ ...its(), position, type, data, actor: "alice", recorded_at: at }));
+const servers = each("ServerPresence", () => ({ since: at }));
+const pages = servers.map((server) => ({ as_of: 1, as_of_time: at, server,
+  models: each("ModelInfo", model), nodes: each("NodePresence", () => ({ id: "a" })) }));
+
+api.get = () => new Promise(() => {});
+location.hash = "#/models/heavy-5";
+state.session.value = { roles: [], manages: true, approves: true, audits: true, infers: true, subject: "c" };
+state.jobs.value = jobs;
+state.models.value = new Map(models.map((of) => [of.id, of]));
+state.nodes.value = each("NodeInfo", node);
+state.nodes.value.forEach((of, index) => (of.id = `node ${index}`));
+state.resources.value = { ...RESOURCES, budget_bytes: 100, free_bytes: 5, used_bytes: 9, drain_timeout_s: 30,
+  models: each("LoadUsage", use) };
+await soon(50);
+const place = document.body.appendChild(document.createElement("main"));
+const items = lanes.flatMap((of) => of.items.map((item) => ({ lane: of, item })));
+render(html`<${OverviewPage} /><${ModelPage} /><${NodesPage} /><${EventList} events=${events} />
+  ${problems.value.map(({ title, why, todo }) => html`<p>${title}</p><p>${why}</p><p>${todo}</p>`)}
+  <${LaneTable} lanes=${lanes} />${items.map((selected) => html`<${Detail} selected=${selected} />`)}
+  ${jobs.map((of) => html`<${JobItem} key=${of.id} job=${of} />`)}
+  ${pages.map((page) => html`<${AsOf} id="1" past=${{ answer: { page, event: events[0] } }} />`)}`, place);
+await soon(200);
+for (const part of place.querySelectorAll("code, pre")) part.remove();
+const walker = document.createTreeWalker(place, NodeFilter.SHOW_TEXT), texts = [];
+while (walker.nextNode()) texts.push(walker.currentNode.data);
+return texts;
+"""
+UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+OTHER_NAMES = re.compile(r"heavy-5[-0-9]*,? (version )?v?\d|[Vv]ersion \d+ of|\bv\d")
+"""A model and its version, written otherwise than NAME/VERSION."""
+
+
+def read_enumerations() -> dict[str, dict[str, list[str]]]:
+    """Return the values of each member of each struct that pages show."""
+    schemas = yaml.safe_load(OPENAPI.read_text())["components"]["schemas"]
+    return {
+        name: {
+            member: [value for value in of["enum"] if value is not None]
+            for member, of in schemas[name]["properties"].items()
+            if "enum" in of
+        }
+        for name in DISPLAYED
+    }
+
+
+async def test_pages_show_words_and_names_instead_of_values_and_ids(console: Console) -> None:
+    enumerations = read_enumerations()
+    values = {value for of in enumerations.values() for each in of.values() for value in each}
+    await console.page.reload()
+    texts = await returned(console, f"const ENUMS = {json.dumps(enumerations)};{PRELUDE}{EVERYTHING}")
+    assert isinstance(texts, list)
+    raw = {value for value in values if "_" in value}
+    assert {"warming_up", "in_progress"} <= raw
+    assert [text for text in texts if any(value in text for value in raw)] == []
+    assert {value.replace("_", " ") for value in raw} <= set(map(str.strip, texts))
+    assert [text for text in texts if UUID.search(text)] == []
+    assert "heavy-5/1" in " ".join(texts)
+    assert [text for text in texts if OTHER_NAMES.search(text)] == []

@@ -25,6 +25,7 @@ from features.nodes.facts import NodeJoined
 
 pytestmark = [needs_browser, pytest.mark.asyncio(loop_scope="session")]
 
+USED_OF_BUDGET = re.compile(r"^[\d.]+ [kMG]?B of [\d.]+ [MG]B$")
 PICTURES = os.environ.get("SCREENSHOTS")
 
 
@@ -75,6 +76,7 @@ async def test_nodes_show_what_runs_where_and_are_drained(
         for name, node in listed.items():
             await expect(row(console, name).locator(".at-node li")).to_have_count(len(node["models"]))
             await expect(row(console, name).locator("[data-label=Lease]")).to_contain_text("renewed")
+            await expect(row(console, name).locator("[data-label=Memory]")).to_have_text(USED_OF_BUDGET)
         await expect(row(console, "loadledger-1").get_by_text("this node")).to_be_visible()
         await expect(row(console, "loadledger-0").get_by_text("places loads")).to_be_visible()
         await expect(row(console, "loadledger-2").locator("[data-label=Address] a")).to_have_attribute(

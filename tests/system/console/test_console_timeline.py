@@ -56,20 +56,21 @@ async def test_timeline_leads_to_the_moment_and_its_address(server: Server, admi
     await admin.go("#/timeline")
     await expect(lane(admin, "drawn").locator(".seg.loaded").last).to_be_visible()
     await server.api.load("drawn", version=2)
-    await expect(lane(admin, "drawn").locator(".seg-label").last).to_have_text("v2")
+    await expect(lane(admin, "drawn").locator(".seg-label").last).to_have_text("2")
     await page.locator("#timeline-find").fill("DRAW")
     await expect(page.locator("#timeline-rows > .lane")).to_have_count(2)  # the server's and the model's
     fill = "bars => bars.map((bar) => getComputedStyle(bar).fill)"  # which says the state, of either version
     assert len(set(await lane(admin, "drawn").locator(".seg.loaded").evaluate_all(fill))) == 1
     await expect(page).to_have_url(re.compile(r"find=DRAW"))
     await page.locator("#timeline-text summary").click()
-    first = table.locator("tr", has_text=f"{loaded['job_id']}").filter(has_text="drawn 1 loaded").first
+    of_load = page.locator(f'a[href="#/jobs/{loaded["job_id"]}"]')
+    first = table.locator("tr", has=of_load).filter(has_text="drawn/1 loaded").first
     await expect(first).to_contain_text("by alice")
     await expect(first).to_contain_text(re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC"))
     await first.get_by_role("link", name="As of this moment").click()
     version = past_row(admin, "drawn").locator("[data-label=Version]")
     await expect(version).to_have_text("1")
-    await expect(page.locator("#past-event")).to_contain_text("ModelLoaded drawn 1")
+    await expect(page.locator("#past-event")).to_contain_text("ModelLoaded drawn/1")
     await expect(page).to_have_url(f"{admin.url}/#/at/{loaded['position']}?find=DRAW")
     await page.reload()  # as somebody does who got the address in a ticket
     await expect(version).to_have_text("1")
@@ -126,9 +127,9 @@ async def test_timeline_zooms_moves_and_is_chosen_from(server: Server, admin: Co
     await expect(shown).to_contain_text(", live")
     await expect(page).to_have_url(re.compile("last=60"))
     bar = lane(admin, "listed").locator(".seg.loaded").last
-    await expect(bar.locator("title")).to_contain_text("listed 1 loaded")
+    await expect(bar.locator("title")).to_contain_text("listed/1 loaded")
     await bar.click()
-    await expect(page.locator("#timeline-detail")).to_contain_text("listed 1 loaded")
+    await expect(page.locator("#timeline-detail")).to_contain_text("listed/1 loaded")
     await expect(past_row(admin, "listed").locator(".pill")).to_have_text("loaded")
 
 
@@ -149,7 +150,7 @@ async def test_time_travel_shows_actor_and_hash(server: Server, admin: Console) 
     await expect(when).to_contain_text(f"position {then['position']},")
     await expect(row.locator("code")).to_have_text(then["files"][0]["sha256"])
     await expect(row.locator("[data-label='Loaded by']")).to_contain_text("alice")
-    await expect(page.locator("#past-event")).to_contain_text("ModelLoaded past 1")
+    await expect(page.locator("#past-event")).to_contain_text("ModelLoaded past/1")
     await slider.press("ArrowLeft")
     await expect(row.locator(".pill")).to_have_text("loading")
     await page.get_by_label("or time").fill("2026-01-01T00:00:00")
@@ -231,7 +232,7 @@ async def test_open_event_shows_the_text_that_was_hashed(server: Server, admin: 
         .click()
     )
     await page.get_by_role("link", name="Look at this moment").click()
-    await expect(page.locator("#past-event")).to_contain_text("LoadRequested followed 1 by alice")
+    await expect(page.locator("#past-event")).to_contain_text("LoadRequested followed/1 by alice")
 
 
 HEAR = """async (positions) => {
