@@ -86,9 +86,7 @@ class Resources(AnswerBody, frozen=True, kw_only=True):
     used_bytes: int
     free_bytes: Annotated[int, about("Negative if models have grown beyond the budget.")]
     max_loaded: int | None
-    drain_timeout_s: Annotated[
-        float, about("Seconds that an unload without force leaves running inferences before it kills them.")
-    ]
+    drain_timeout_s: Annotated[float, about("How long an unload without force lets inferences run.")]
     threads: Annotated[int, about("Threads of each worker of a load that does not say otherwise.")]
     models: list[LoadUsage]
     waiting: list[WaitingJob]

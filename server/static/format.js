@@ -16,10 +16,8 @@ export const firstLine = (text, most = 120) => oneLine(plain(text).trim().replac
 
 // A model with its version, as commands take it.
 export const named = (model, version) => oneLine(version == null ? model : `${model}/${version}`, 160);
-
 // A value of an enumeration, such as a state, as words.
 export const words = (value) => value.replaceAll("_", " ");
-
 // What the server says, without the ids of jobs: links lead there.
 export const withoutIds = (text) => text.replace(/\bjob [0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b/g, "another job");
 

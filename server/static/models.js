@@ -84,8 +84,7 @@ function ModelRow({ model, acts }) {
 
 // A model's state, with what its load waits for or does, or why it failed.
 export function Status({ model }) {
-  const { state, detail } = statusOf(model), { error, open_load: load } = model;
-  const isError = error && !load;
+  const { state, detail } = statusOf(model), { error } = model, isError = error && !model.open_load;
   return html`<${Pill} state=${state} />${detail && html` <span class=${isError ? "error" : "doing"} title=${isError ? plain(error.message) : null}>${detail}</span>`}`;
 }
 

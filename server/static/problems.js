@@ -48,9 +48,8 @@ function group(cause, members) {
   const first = members[0], people = [...new Set(members.map((each) => each.by).filter(Boolean))].sort();
   const others = people.length > 3 ? ` and ${count(people.length - 3, "other")}` : "";
   const by = people.length ? `Asked for by ${people.slice(0, 3).join(", ")}${others}.` : "";
-  const briefs = [...new Set(members.map((each) => each.brief).filter(Boolean))], rest = briefs.length - MOST_BRIEFS;
-  const told = [...briefs.slice(0, MOST_BRIEFS), ...(rest > 0 ? [`and ${count(rest, "other message")}`] : [])].join(" · ");
-  const why = [first.sameWhy, by, told].filter(Boolean).join(" ");
+  const briefs = [...new Set(members.map((each) => each.brief).filter(Boolean))].slice(0, MOST_BRIEFS).join(" · ");
+  const why = [first.sameWhy, by, briefs].filter(Boolean).join(" ");
   const occurrence = members.every((each) => each.occurrence !== null) ? members.map((each) => each.occurrence).join() : null;
   members.sort((a, b) => (a.key < b.key ? -1 : 1));
   return { ...first, key: `group ${cause}`, title: `${count(members.length, first.noun)} ${first.ofMany}`, why, actions: [], members, occurrence };

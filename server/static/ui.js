@@ -79,8 +79,8 @@ export const ActionsCell = ({ children }) => html`<td role="cell"><div class="do
 
 // Text, character for character: those that could hide or turn it around are named, and turn nothing beyond themselves.
 export function Exact({ text }) {
-  const named = (part) => html`<span class="hidden-character" data-code="U+${part.charCodeAt(0).toString(16).padStart(4, "0")}">${part}</span>`;
-  return cutAtHidden(text).map((part, number) => (number % 2 ? named(part) : part));
+  const mark = (part) => html`<span class="hidden-character" data-code="U+${part.charCodeAt(0).toString(16).padStart(4, "0")}">${part}</span>`;
+  return cutAtHidden(text).map((part, number) => (number % 2 ? mark(part) : part));
 }
 
 // A version's files with their SHA-256.

@@ -535,6 +535,24 @@ async def test_axe_finds_nothing_serious_in_pages(busy_admin: Console) -> None:
     await busy_admin.check_accessibility(".tops")
 
 
+LINES = """() => [...document.querySelectorAll("#models-rows .name")]
+  .map((name) => name.getClientRects().length)"""
+"""The lines that each name of a model takes."""
+
+
+@pytest.mark.parametrize("width", [390, 768, 1024, 1440])
+async def test_names_of_models_are_not_broken(busy_admin: Console, width: int) -> None:
+    await busy_admin.page.set_viewport_size(ViewportSize(width=width, height=900))
+    await busy_admin.see("churn", "failed")
+    assert set(await busy_admin.page.evaluate(LINES)) == {1}
+    panel = await busy_admin.page.locator("section.models").bounding_box()
+    for button in await busy_admin.page.locator("#models-rows button").all():
+        box = await button.bounding_box()
+        assert panel is not None
+        assert box is not None
+        assert box["x"] + box["width"] <= panel["x"] + panel["width"]
+
+
 async def test_failed_model_is_in_the_first_screen_of_a_phone(busy_admin: Console) -> None:
     await busy_admin.page.set_viewport_size(PHONE)
     failed = await busy_admin.attention.filter(has_text="churn failed").bounding_box()

@@ -643,6 +643,39 @@ CASES: dict[str, tuple[object, str]] = {
           buttons.map((each) => each.firstChild.data.trim())];
         """,
     ),
+    "charts that show nothing come last": (
+        [
+            [["Latency", "Requests", "Memory"], False],
+            [["Memory", "Latency", "Requests"], False],
+            [["Requests", "Latency", "Memory"], False],
+            [["Latency", "Requests", "Memory"], True],
+        ],
+        """
+        const { ModelPage } = await import("/console/modelpage.js");
+        const none = { at: new Date().toISOString(), requests: 0, failures: 0, p50_s: null, p95_s: null,
+          p99_s: null, memory_bytes: null };
+        const whole = { requests: 0, failures: 0, p50_s: null };
+        const asked = { requests: 3, p50_s: 1, p95_s: 1, p99_s: 1 };
+        state.session.value = { roles: [] };
+        state.resources.value = RESOURCES;
+        const model = { id: "m", state: "unloaded", version: null, versions: [1], files: [], error: null };
+        state.models.value = new Map([["m", model]]);
+        location.hash = "#/models/m";
+        await soon(50);
+        const found = [];
+        for (const more of [{ ...asked, memory_bytes: 5 }, { memory_bytes: 5 }, { requests: 3 }, {}]) {
+          const series = { range: "1h", interval_s: 10, points: [{ ...none, ...more }], whole };
+          api.get = async (path) => (path.includes("/samples") ? series : new Promise(() => {}));
+          const node = document.body.appendChild(document.createElement("div"));
+          render(html`<${ModelPage} />`, node);
+          await soon(100);
+          const titles = [...node.querySelectorAll(".chart figcaption")].map((each) => each.textContent);
+          found.push([titles, node.lastElementChild.classList.contains("traffic")]);
+          render(null, node);
+        }
+        return found;
+        """,
+    ),
     "a server that is not ready, or not there, is said first": (
         [
             ["Live", [], "Nothing: 0 models loaded"],
