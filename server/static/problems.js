@@ -180,12 +180,12 @@ function* jobProblems(job, now) {
     by: oneLine(job.requested_by, 60), model: job.model_id };
   } else if (job.kind === "unload" && job.status === "in_progress" && seconds > SLOW_UNLOAD_S) {
     yield problem("warning", `slow ${job.id}`, `${what} takes long`,
-      `It is ${words(job.stage ?? "under_way")}, for ${age(seconds)} by now.`,
+      `It is ${words(job.stage ?? "under way")}, for ${age(seconds)} by now.`,
       `${limitText(job, now)} A forced unload kills it now.`,
       { do: "unload", model });
   } else if (job.kind === "load" && job.status === "in_progress" && seconds > SLOW_LOAD_S) {
     yield problem("warning", `slow ${job.id}`, `${what} takes long`,
-      `It is ${words(job.stage ?? "under_way")}, for ${age(seconds)} by now.`, limitText(job, now), cancel, { do: "unload", model });
+      `It is ${words(job.stage ?? "under way")}, for ${age(seconds)} by now.`, limitText(job, now), cancel, { do: "unload", model });
   }
 }
 

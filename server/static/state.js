@@ -47,7 +47,7 @@ export function statusOf({ state, open_load: load, error }, at = now.value) {
     const what = `for ${withoutIds(load.waiting_for ?? "its turn")}, since ${clock(load.created_at)} (${since})`;
     return { state: shown, detail: shown === "waiting" ? what : `${next}waits ${what}` };
   }
-  if (load) return { state, detail: `${next && `${next}is `}${words(load.stage ?? "starting")}, for ${age(secondsSince(load.started_at, at))}` };
+  if (load) return { state, detail: `${next && `${next}is `}${words(load.stage ?? "under way")}, for ${age(secondsSince(load.started_at, at))}` };
   return { state, detail: error ? `${error.code}: ${firstLine(error.message)}` : "" };
 }
 

@@ -590,7 +590,7 @@ CASES: dict[str, tuple[object, str]] = {
                 "for its turn, since 00:00:00 (60 s)",
                 "warming up, for 30 s",
                 "next version waits for room on which another job is loading, since 00:00:00 (60 s)",
-                "next version is starting, for 30 s",
+                "next version is under way, for 30 s",
                 "",
             ],
             ["w", "x"],
