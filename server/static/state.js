@@ -44,7 +44,7 @@ export function statusOf({ state, open_load: load, error }, at = now.value) {
   const serves = state === "loaded" || state === "lost", next = state === "loaded" ? "next version " : "";
   if (load?.status === "pending") {
     const shown = serves || state === "unloading" ? state : "waiting", since = age(secondsSince(load.created_at, at));
-    const what = `for ${withoutIds(load.waiting_for ?? "its turn")}, since ${clock(load.created_at)} (${since})`;
+    const what = `since ${clock(load.created_at)} (${since}) for ${withoutIds(load.waiting_for ?? "its turn")}`;
     return { state: shown, detail: shown === "waiting" ? what : `${next}waits ${what}` };
   }
   if (load) return { state, detail: `${next && `${next}is `}${words(load.stage ?? "under way")}, for ${age(secondsSince(load.started_at, at))}` };

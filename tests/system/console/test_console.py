@@ -358,7 +358,7 @@ async def test_failed_and_waiting_loads_need_attention(server: Server, admin: Co
     waiting = await server.api.accepted_load("large")
     await server.api.job_when(waiting["id"], status="pending")
     waits = admin.attention.filter(has_text="Load of large/1")
-    await expect(admin.row("large").locator("[data-label=State]")).to_contain_text("waiting for ")
+    await expect(admin.row("large").locator("[data-label=State]")).to_contain_text("waiting since ")
     await admin.page.locator("#models-state").select_option("waiting")
     await expect(admin.page.locator("#models-rows > tr")).to_have_count(1)
     await admin.page.locator("#models-state").select_option("")
