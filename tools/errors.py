@@ -116,8 +116,8 @@ ADVICE: Mapping[str, str] = {
     "model_evicted": "Retry where inferences load models (`--on-demand on`), else load it again; pin it to"
     " keep it loaded.",
     "model_moved": "Retry: another node loads the model.",
-    "worker_died": "Retry: the worker is replaced, unless the inference kills it again. `WorkerExited` in the"
-    " ledger, or the log, has its last lines.",
+    "worker_died": "Retry: after an inference the worker is started again. `WorkerExited` in the ledger, or"
+    " the log, has its last lines, if it dies again.",
     "out_of_memory": "The message has the figures. Raise the load's `memory_limit_bytes` or `--memory-budget`"
     ", or unload other models; without a limit, the machine has no more memory.",
     "insufficient_memory": "Unload a model, let the server evict idle models (`--evict idle`), or raise"
