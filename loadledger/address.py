@@ -8,8 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote, urlencode, urlsplit
 
-from loadledger import errors
-from loadledger.errors import CHOOSE_URL, BadAnswer, ServerUnreachable, failure_reason
+from loadledger.errors import (
+    CHECK_LOG,
+    CHECK_NETWORK,
+    CHECK_URL,
+    CHOOSE_URL,
+    WAIT_LONGER,
+    BadAnswer,
+    ServerUnreachable,
+    failure_reason,
+)
 
 _VISIBLE = re.compile(r"[!-~]+")
 _NEXT_URL = re.compile(r",\s*(?=https?://)")
@@ -169,14 +177,14 @@ class ConnectionOptions:
         """
         url, is_late = self.address.url, isinstance(error, TimeoutError)
         if not sent:
-            late = f"no connection within {self.connect_s:g} s", errors.CHECK_NETWORK
-            return ServerUnreachable(url, *(late if is_late else (failure_reason(error), errors.CHECK_URL)))
+            late = f"no connection within {self.connect_s:g} s", CHECK_NETWORK
+            return ServerUnreachable(url, *(late if is_late else (failure_reason(error), CHECK_URL)))
         if is_late:
             within = f" within {limit_s:g} s" if limit_s is not None else ""
             reason = f"the request was sent, and no answer came{within}"
-            return ServerUnreachable(url, reason, errors.WAIT_LONGER, sent=True)
+            return ServerUnreachable(url, reason, WAIT_LONGER, sent=True)
         reason = f"the connection was lost: {failure_reason(error)}"
-        return ServerUnreachable(url, reason, errors.CHECK_LOG, sent=True, lost=True)
+        return ServerUnreachable(url, reason, CHECK_LOG, sent=True, lost=True)
 
     def no_http(self) -> BadAnswer:
         """Return the exception for bytes that are no HTTP/1.1."""
