@@ -168,7 +168,7 @@ class ThisNode(Forwarder):
             return None
         return NotReady(
             check="lease",
-            cause=f"the node's lease is not renewed: {problem}",
+            cause=f"the lease is not renewed: {problem}",
             cure="check the ledger's database, and the network to it",
         )
 

@@ -413,7 +413,8 @@ SCENES = {
     ),
     "reload without room waits for nodes": (
         "serve b L; lose b; ask R cause=restart; place R a; estimate R 50;"
-        "at a O:serving max_loaded=1 -> R waits for a place among the 1 models that may be loaded"
+        "at a O:serving max_loaded=1 -> R waits for a place among the 1 models that may be loaded: "
+        "unload a model, or start with --evict idle"
     ),
     "draining node moves its models": (
         "serve b L; at b L:serving -> nothing;"

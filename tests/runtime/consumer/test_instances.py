@@ -13,7 +13,7 @@ from events.jobs import JobStatus
 from events.models import ModelState
 from events.types import Cause, LoadParameters, LoadRequested, ModelLoaded, ModelUnloaded, WorkerExited
 from runtime.consumer.running import RunningLoad
-from runtime.errors import WorkerDied
+from runtime.lostmodels import ModelLost
 from runtime.process.worker import Worker
 
 TWO = LoadParameters(instances=2)
@@ -82,7 +82,7 @@ async def test_instances_compute_side_by_side_and_drain_together(run: Run) -> No
         await until(lambda: all(is_busy() for is_busy in are_busy))
         await engine.unload("loop")
         for task in asked:
-            with pytest.raises(WorkerDied):
+            with pytest.raises(ModelLost):
                 await task
         [unloaded] = await engine.facts(ModelUnloaded, of="loop")
         assert (unloaded.drained_requests, unloaded.aborted_requests) == (0, 2)

@@ -26,7 +26,7 @@ from events.jobs import MAX_RETRIES, JobKind, JobStatus, UnloadParameters
 from events.models import ModelState
 from events.types import Cause, ClockStepped, LoadParameters, LoadRequested, LoadStarted, WorkerExited
 from runtime.consumer import consumer, loads
-from runtime.errors import WorkerDied
+from runtime.lostmodels import ModelLost
 from runtime.repository import DEFAULTS_FILE
 from runtime.scheduler.actions import (
     RELOAD_TIMEOUT_S,
@@ -206,7 +206,7 @@ async def test_restart_ends_every_job_and_reloads_models(folder: Path, run: Run)
         pids = engine.worker_pids()
         assert len(pids) == 5
     for inference in (asked, asked_of_old):
-        with pytest.raises(WorkerDied):
+        with pytest.raises(ModelLost):
             await inference
     assert all(gone(pid) for pid in pids)
     models.save(models.add(3), folder / "models", "slow")

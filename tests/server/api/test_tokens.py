@@ -204,7 +204,7 @@ async def test_socket_manages_tokens_within_limits(deep: LocalApi) -> None:
     assert (used.json["subject"], (await send(deep, used.json["token"])).status) == (ME, 200)
     made = await deep.app[TOKENS].issue("eve", ["admin"], expires_s=60, actor="eve", via="serve")
     assert deep.app[LOG].state.registers.tokens[made.jti].via == "serve"
-    with pytest.raises(Exception, match="no route"):
+    with pytest.raises(Exception, match="no such request"):
         await asyncio.to_thread(local.get, "/api/v1/models")
     local.close()
     there = os.open(deep.config.data, os.O_RDONLY)

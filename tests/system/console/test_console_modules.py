@@ -602,7 +602,7 @@ CASES: dict[str, tuple[object, str]] = {
         const { ModelPage } = await import("/console/modelpage.js");
         const { ModelsList } = await import("/console/models.js");
         const { clock } = await import("/console/format.js");
-        const time = (seconds) => new Date(Date.now() - 60_000 + seconds * 1000).toISOString();
+        const began = Date.now(), time = (seconds) => new Date(began - 60_000 + seconds * 1000).toISOString();
         const load = { id: "j", kind: "load", model_id: "m", created_at: time(0), finished_at: null };
         const pending = (waiting_for) => ({ ...load, status: "pending", waiting_for, started_at: null });
         const begun = (stage) => ({ ...load, status: "in_progress", stage, started_at: time(30) });
@@ -627,7 +627,8 @@ CASES: dict[str, tuple[object, str]] = {
         const all = (selector) => [...node.querySelectorAll(selector)];
         const texts = (selector) => all(selector).map((each) => each.textContent.trim());
         const rows = () => texts("#models-rows .name");
-        const plain = (text) => text.replaceAll(clock(time(0)), "00:00:00").replace("59 s", "60 s");
+        const plain = (text) => text.replaceAll(clock(time(0)), "00:00:00") // a second or two may have passed
+          .replace(/\\((59|6\\d) s\\)/, "(60 s)").replace(/for (29|3\\d) s/, "for 30 s");
         const pills = texts("#models-rows .pill"), listed = rows().map((id, at) => `${id} ${pills[at]}`);
         const details = texts("#models-rows [data-label=State]").map((cell, at) =>
           plain(cell).slice(pills[at].length).trim());
