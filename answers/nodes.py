@@ -43,7 +43,9 @@ class NodeInfo(AnswerBody, frozen=True, kw_only=True):
     ended_at: Annotated[str | None, about("When it ended; null while it has not.")]
     release: Annotated[str, about("Of its software.")]
     budget_bytes: Annotated[int | None, about("Memory budget of its workers; null is no limit.")]
-    free_bytes: Annotated[int | None, about("Of that, unused and not reserved, as it last said, or null.")]
+    free_bytes: Annotated[
+        int | None, about("Of that, unused and not reserved, as it last said; missing if unknown.")
+    ] = None
     models: Annotated[list[NodeModel], about("Loaded there, by id.")]
     jobs: Annotated[list[NodeJob], about("Placed there and not ended, oldest first.")]
     renewed_at: Annotated[

@@ -21,9 +21,9 @@ class LoadUsage(AnswerBody, frozen=True, kw_only=True):
     memory_at_load_bytes: Annotated[int | None, about("What they took when the model was loaded.")]
     device: Annotated[str | None, about("On which its workers run; null is the CPU.")]
     device_bytes: Annotated[int, about("Memory of the device's own, reserved or measured; 0 if it has none.")]
-    cpu_s: Annotated[float, about("Processor time of its workers so far, user and system.")]
+    cpu_s: Annotated[float, about("Processor time of its workers, user and system; missing if 0.")] = 0.0
     in_flight: Annotated[int, about("Inferences queued or running.")]
-    oldest_request_s: Annotated[float | None, about("Age of the oldest of these; null without any.")]
+    oldest_request_s: Annotated[float | None, about("Age of the oldest; missing without any.")] = None
     last_used_at: Annotated[str | None, about("The end of its last inference.")]
     pinned: bool
     keep_alive_s: int | None
@@ -86,7 +86,9 @@ class Resources(AnswerBody, frozen=True, kw_only=True):
     used_bytes: int
     free_bytes: Annotated[int, about("Negative if models have grown beyond the budget.")]
     max_loaded: int | None
-    drain_timeout_s: Annotated[float, about("How long an unload without force lets inferences run.")]
+    drain_timeout_s: Annotated[
+        float, about("How long an unload without force lets inferences run; missing if 0.")
+    ] = 0.0
     threads: Annotated[int, about("Threads of each worker of a load that does not say otherwise.")]
     models: list[LoadUsage]
     waiting: list[WaitingJob]

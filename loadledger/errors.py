@@ -51,9 +51,7 @@ _COMMANDS = {
     "Idempotency-Key": "idempotency key",
 }
 """Requests that a server's details name, as patterns, and the commands that send them."""
-_OF_HTTP = re.compile(
-    r"[;:,] [^;:,]*(?:\b(?:GET|POST|PUT|DELETE|PATCH) /|\b(?:Authorization|Content-(?:Type|Encoding))\b)[^;]*"
-)
+_OF_HTTP = re.compile(r"[;:,] [^;:,]*(?:\b(?:GET|POST|PUT|DELETE|PATCH) /|\bAuthorization\b)[^;]*")
 """Advice in HTTP without a command, which is left out."""
 
 
@@ -69,7 +67,7 @@ CHECK_URL = f"is the server running, and {CHOOSE_URL}"
 CHECK_NETWORK = "is its machine up, and does a firewall let this one through?"
 CHECK_LOG = f"it or a proxy before it has stopped: see its log; {CHOOSE_URL}"
 WAIT_LONGER = (
-    "see what it does (`loadledger top`), or wait longer (`loadledger infer --timeout`, or timeout_s);"
+    "see what it does (`loadledger top`), or wait longer (timeout_s, `loadledger infer --timeout`);"
     f" if nothing ever answers, {CHOOSE_URL}"
 )
 

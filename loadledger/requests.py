@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from http import HTTPStatus
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -62,8 +63,8 @@ _KINDS: Mapping[int, type[ServerError]] = {
     503: Busy,
     504: Busy,
 }
-_OF_PROXIES = frozenset({401, 403, 407, 413, 429, 502, 503, 504})
-"""Statuses with which a proxy before loadledger answers in its own words."""
+_OF_PROXIES = frozenset({401, 403, 407, 413, 429})
+"""Statuses below 500 with which a proxy before loadledger answers in its own words."""
 _CODE = re.compile(r"[a-z0-9_]{1,64}")
 MAX_KEY_CHARACTERS = 255
 
@@ -192,7 +193,7 @@ def decode_refusal(answer: Answer, address: Address) -> ClientProblem:
     members = _members(answer.body)
     code, detail = members.get("code"), members.get("detail")
     if not isinstance(code, str) or not _CODE.fullmatch(code) or not isinstance(detail, str):
-        if answer.status not in _OF_PROXIES:
+        if answer.status not in _OF_PROXIES and answer.status < HTTPStatus.INTERNAL_SERVER_ERROR:
             return foreign_answer(answer, address)
         code, who = f"http_{answer.status}", "a proxy or another program says so, not loadledger"
         detail = f"{who}: does a server run behind {address.url}, and {CHOOSE_URL}"

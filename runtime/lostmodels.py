@@ -35,7 +35,7 @@ class ModelLost(RuntimeProblem):
     def __init__(self, message: str, code: str) -> None:
         super().__init__(message, code=code)
         if code == UNLOADED:
-            self.retry_after_s = None  # nobody loads it again
+            self.retry_after_s = None  # a person decides when it is back
 
 
 def describe_unload(unload: Job | None) -> str:
@@ -80,4 +80,4 @@ def _explain_crash(model_id: str, death: WorkerDied) -> ModelLost:
         why = "signal 9 killed it, probably the kernel's for lack of memory: the machine's log says so"
     else:
         why = f"it {end}, maybe because of this inference"
-    return ModelLost(f"the worker of model '{model_id}' ended, and is started again: {why}", code)
+    return ModelLost(f"the worker of model '{model_id}' ended: {why}", code)

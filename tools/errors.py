@@ -111,13 +111,14 @@ ADVICE: Mapping[str, str] = {
     " models are loaded at other nodes once its lease is over. Check that all nodes reach its"
     " `--node-address`.",
     "model_unloading": "Retry after `Retry-After`: another version may replace it.",
-    "model_unloaded": "Load the model again, or ask who unloaded it: `detail` says who.",
+    "model_unloaded": "Load the model again, or ask who unloaded it: `detail` says who. After"
+    " an unload until asked, the next inference loads it.",
     "model_replaced": "Retry: the new version answers. A longer `--drain-timeout-s` lets inferences end.",
     "model_evicted": "Retry where inferences load models (`--on-demand on`), else load it again; pin it to"
     " keep it loaded.",
     "model_moved": "Retry: another node loads the model.",
-    "worker_died": "Retry: after an inference the worker is started again. `WorkerExited` in the ledger, or"
-    " the log, has its last lines, if it dies again.",
+    "worker_died": "Retry: after an inference the worker is started again, unless it keeps dying."
+    " `WorkerExited` in the ledger, or the log, has its last lines.",
     "out_of_memory": "The message has the figures. Raise the load's `memory_limit_bytes` or `--memory-budget`"
     ", or unload other models; without a limit, the machine has no more memory.",
     "insufficient_memory": "Unload a model, let the server evict idle models (`--evict idle`), or raise"

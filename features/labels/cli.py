@@ -37,8 +37,9 @@ def label_model(
             client.remove_label(model, label)
         elif label is not None and version is not None:
             client.set_label(model, label, version)
-        known = client.model(model).labels
-    labels = {each: known[each] for each in known if version in (None, known[each])}
+        labels = client.model(model).labels
+    if label is None and version is not None:
+        labels = {each: number for each, number in labels.items() if number == version}
     table = output.format_table(
         ("LABEL", "VERSION"), [(output.format_cell(each), str(labels[each])) for each in labels]
     )

@@ -11,6 +11,7 @@ import json
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -382,9 +383,11 @@ def suggest_size(given: Iterable[GivenInput], metadata: ModelMetadata, options: 
     for name, value in _named_values(given, declared):
         example = declared[name].example
         if isinstance(value, InputFile) and value.is_image and example is not None and not example.refusal:
-            tried = find_image_shape(replace(declared[name], shape=example.shape), options.layout)
-            size = f"{tried.width}x{tried.height}"
-            return f"it worked with {size} when it was loaded: for {value.label}, add --size {size}"
+            with suppress(ValueError):  # the example is no picture
+                tried = find_image_shape(replace(declared[name], shape=example.shape), options.layout)
+                if options.size != (tried.width, tried.height):
+                    size = f"{tried.width}x{tried.height}"
+                    return f"it worked with {size} when it was loaded: for {value.label}, add --size {size}"
     return None
 
 

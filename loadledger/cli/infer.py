@@ -105,7 +105,7 @@ def infer(
     --json prints the whole tensors instead of a summary.
     """
     if not inputs:
-        _list_inputs(model, where, as_json=as_json)
+        _list_inputs(model, version, where, as_json=as_json)
         return
     given = [parse_input(text) for text in inputs]
     if out is not None and (as_json or out.suffix not in SUFFIXES):
@@ -145,11 +145,11 @@ def infer(
         click.echo("\n".join(arrays.result_lines(result)))
 
 
-def _list_inputs(model: str, where: options.ServerChoice, *, as_json: bool) -> None:
+def _list_inputs(model: str, version: str | None, where: options.ServerChoice, *, as_json: bool) -> None:
     from loadledger.cli.models import format_tensors, replace_tensors
 
     with options.open_chosen_client(where) as client:
-        shown, metadata = client.model(model), client.metadata(model)
+        shown, metadata = client.model(model), client.metadata(model, version=version)
     lines = format_tensors(replace_tensors(shown, metadata), where.words)
     print_result(metadata, list(lines)[1:], as_json=as_json)
 

@@ -226,7 +226,8 @@ def _find_job_id(client: Any, named: str) -> str:
     """Return the id of a job that is named itself, or by its model, of which it is the only open job."""
     if _JOB_ID.fullmatch(named):
         return named
-    unended = [job for status in OPEN for job in _find_jobs(client, named, SHOWN, status=status)]
+    listed = (job for status in OPEN for job in _find_jobs(client, named, SHOWN, status=status))
+    unended = list({job.id: job for job in listed}.values())  # it may begin between the two requests
     if len(unended) != 1:
         found = unended or _find_jobs(client, named, 1)
         verb = click.get_current_context().info_name if unended else "job"

@@ -47,7 +47,9 @@ at_option = click.option(
 
 
 @click.command(context_settings={"allow_extra_args": True})
-@click.option("--loaded/--all", " /-a", help="Only models that have a process, or wait for one.")
+@click.option(
+    "--loaded/--all", " /-a", help="Only models with a process, or that wait for one; by default all."
+)
 @at_option
 @options.json_option
 @options.server_options

@@ -226,13 +226,13 @@ def report_problems() -> Iterator[None]:
 @contextmanager
 def cleaned_up_after_signals() -> Iterator[None]:
     """End as after an exception when a signal arrives, without interrupting the clean-up."""
-    ending = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
+    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     numbers = [each for each in ending if signal.getsignal(each) is not signal.SIG_IGN]  # as under nohup
 
     def end(number: int, _frame: object) -> NoReturn:
         for each in numbers:
             signal.signal(each, signal.SIG_IGN)
-        if number in {signal.SIGINT, signal.SIGQUIT}:
+        if number == signal.SIGINT:
             raise KeyboardInterrupt
         sys.exit(128 + number)
 

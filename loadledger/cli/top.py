@@ -149,7 +149,10 @@ def _watch(client: Any, snapshot: ServerSnapshot) -> None:
                     text = "\n".join(lay_out(snapshot, *live.console.size, view))
                     live.update(Text.from_ansi(text, no_wrap=True, overflow="ellipsis"), refresh=True)
                 drawn = seen
-                for key in _read_keys(min(left_s, RESIZE_S)):
+                keys = _read_keys(min(left_s, RESIZE_S))
+                if b"q" in keys:
+                    return
+                for key in keys:
                     view = view.press(key, len(snapshot.resources.models))
             try:
                 snapshot = _take_snapshot(client, snapshot)
@@ -162,17 +165,18 @@ def _watch(client: Any, snapshot: ServerSnapshot) -> None:
 
 @contextmanager
 def _keyboard() -> Iterator[None]:
-    """Take keys one by one, without echo; the terminal interrupts at `q`, even during a request."""
+    """Take keys one by one, without echo."""
     if not sys.stdin.isatty():
         yield
         return
     import termios
     import tty
 
-    before = tty.setcbreak(sys.stdin)
+    before = termios.tcgetattr(sys.stdin)
     try:
+        tty.setcbreak(sys.stdin)
         mode = termios.tcgetattr(sys.stdin)
-        mode[6][termios.VQUIT], mode[6][termios.VSUSP] = b"q", b"\0"  # no Ctrl-Z: it would leave the screen
+        mode[6][termios.VSUSP] = b"\0"  # no Ctrl-Z: it would leave the screen
         termios.tcsetattr(sys.stdin, termios.TCSAFLUSH, mode)
         yield
     finally:
@@ -309,7 +313,8 @@ def _list_tables(snapshot: ServerSnapshot, rows: int, view: TopView) -> list[Top
     jobs = sorted(snapshot.jobs, key=lambda job: (job.status != "pending", job.created_at))
     wrong_rows = [_wrong_row(model) for model in snapshot.wrong[:rows]]
     job_rows = [_job_row(job, now) for job in jobs[:rows]]
-    use_rows = [_use_row(use, percent.get(use.job_id), now) for use in uses[view.first :][:rows]]
+    first = min(view.first, max(0, len(uses) - 1))  # models may have been unloaded since
+    use_rows = [_use_row(use, percent.get(use.job_id), now) for use in uses[first:][:rows]]
     spare = "RESERVED", "WORKERS", "KEPT", "VERSION", "LAST USED"
     return [
         TopTable("failed", len(snapshot.wrong), WRONG_HEAD, wrong_rows, lines=3),

@@ -161,7 +161,7 @@ def verify_ledger_and_files(
         expected: an anchor that the ledger, or without one a file, has to contain.
 
     Raises:
-        UsageError: there are two ledgers, or a file is compressed.
+        UsageError: there are two ledgers, a file is compressed, or the key is for none.
         KeyProblem: the key is invalid.
         LedgerProblem: verification is impossible.
         OSError: a file cannot be read.
@@ -171,6 +171,8 @@ def verify_ledger_and_files(
         raise UsageError(f"{copies[-1]} is a second ledger: verify one at a time")
     ledger = data / LEDGER if data is not None else next(iter(copies), None)
     files = [each for each in files if each not in copies]
+    if key is not None and not files:
+        raise UsageError("--key is for signed files: name an export, too")
     wanted = None if key is None else expected_key(key)
     alone = expected if ledger is None else None
     checked = [audit_file(each, key=wanted, expected=alone) for each in files]

@@ -9,6 +9,7 @@ Other protection is a reverse proxy's, see `docs/deployment.md`.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import resource
@@ -451,8 +452,12 @@ def bind_address(host: str, port: int) -> Iterator[list[socket.socket]]:
             try:
                 bound[-1].bind(address)
             except OSError as error:
-                reason = os.strerror(error.errno or 0).lower()
-                raise OSError(error.errno, reason, f"{host}:{port}") from None
+                if error.errno != errno.EADDRNOTAVAIL:
+                    reason = os.strerror(error.errno or 0).lower()
+                    raise OSError(error.errno, reason, f"{host}:{port}") from None
+                bound.pop()  # "localhost" has an address of IPv6, and IPv6 is off
+        if not bound:
+            raise OSError(errno.EADDRNOTAVAIL, "this machine does not have this address", f"{host}:{port}")
         yield bound
 
 

@@ -182,5 +182,5 @@ export function UnloadDialog({ model: asked }) {
 function waitText(flying) {
   if (!flying) return "No request is in flight.";
   const them = flying === 1 ? "it" : "them";
-  return `${count(flying, "request")} in flight: an unload waits for ${them}, ${resources.value.drain_timeout_s} s at most (--drain-timeout-s).`;
+  return `${count(flying, "request")} in flight: an unload waits for ${them}, ${resources.value.drain_timeout_s ?? 0} s at most (--drain-timeout-s).`;
 }

@@ -156,7 +156,7 @@ function* unansweredProblems() {
 export function limitText({ kind, stage, created_at: created, started_at: started, parameters }, now) {
   const endOf = (stamp, limit) => Date.parse(stamp) + limit * 1000, leftText = (end) => `in ${age(Math.max(0, end - now) / 1000)}`;
   if (kind === "unload") {
-    const drain = state.resources.value?.drain_timeout_s;
+    const drain = state.resources.value?.drain_timeout_s ?? 0;
     if (stage !== "draining") return "Its worker is killed if it does not exit within seconds.";
     return `Its requests have ${drain} s (--drain-timeout-s), and end with its worker ${leftText(endOf(started, drain))}.`;
   }

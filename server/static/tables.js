@@ -42,7 +42,7 @@ export const EVENT_TEXTS = {
 
 // By the code of a failed load.
 export const ADVICE = {
-  worker_died: "Retry: after an inference the worker is started again. WorkerExited in the ledger, or the log, has its last lines, if it dies again.",
+  worker_died: "Retry: after an inference the worker is started again, unless it keeps dying. WorkerExited in the ledger, or the log, has its last lines.",
   invalid_model: "The message says what is wrong with the file, and what to do. Add the mended file as a new version.",
   warm_up_failed: "Set inputs that the model can run as [[warm_up.inputs]], or turn its warm-up off.",
   rows_depend: "Load it without batching, or with dependent_rows allow if such answers will do.",

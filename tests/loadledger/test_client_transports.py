@@ -188,7 +188,7 @@ FOREIGN = {
     "many headers": (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200_000 + b"\r\n", ""),
     "html": (said(HTML, media_type="text/html"), "is not loadledger (status 200, text/html)"),
     "html 404": (said(HTML, "404 No", media_type="text/html"), "is not loadledger (status 404, text/html)"),
-    "html 500": (said(HTML, "500 No", media_type="text/html"), "is not loadledger (status 500, text/html)"),
+    "html 520": (said(HTML, "520 No", media_type="text/html"), f"the server answered 520: {OF_PROXY}"),
     "html 403": (said(HTML, "403 No", media_type="text/html"), f"the server answered 403: {OF_PROXY}"),
     "html 502": (said(HTML, "502 No", media_type="text/html"), f"the server answered 502: {OF_PROXY}"),
     "text": (said(b"It works!", media_type="text/plain"), "is not loadledger (status 200, text/plain)"),

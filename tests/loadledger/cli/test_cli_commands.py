@@ -102,7 +102,8 @@ def test_label_names_a_version_in_lists_and_requests(alice: Shell, server: Local
     assert re.search(r"^ +labels: +champion 1$", alice.prints("show labelled"), re.MULTILINE)
     assert re.search(r"^labelled .* 1, 2 \(champion 1\) ", alice.prints("models"), re.MULTILINE)
     assert "[2.0]" in alice.run("infer", "labelled", "x=[1]", "-v", "champion").stdout
-    alice.prints("label labelled latest 2")
+    assert alice.json("label labelled latest 2") == {"labels": {"champion": 1, "latest": 2}}
+    assert alice.json("label labelled/2") == {"labels": {"latest": 2}}
     assert alice.json("label labelled champion --remove") == {"labels": {"latest": 2}}
     alice.prints("unload labelled --wait")
 
@@ -344,6 +345,7 @@ def test_infer_offers_the_size_that_worked_at_load(alice: Shell, tmp_path: Path)
         assert alice.refused(2, f"{command} {size}").endswith(offer)
     assert "[1, 3, 224, 224]" in alice.prints(f"{command} --size 224x224")
     assert "it worked with" not in alice.refused(2, "infer sized x=zeros:1x3x4x4")
+    assert "model 'sized' has no version 9" in alice.refused(2, "infer sized/9")
 
 
 # At a terminal

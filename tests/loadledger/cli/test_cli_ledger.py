@@ -340,6 +340,7 @@ def test_verify_takes_a_copy_of_a_ledger_as_file(data: Path, exported: Path, tmp
     assert printed("verify", copy, "--expect", head).splitlines() == told
     assert f"matches the ledger: {exported}" in printed("verify", copy, exported)
     assert "is a second ledger" in refused("verify", "--data", data, copy)
+    assert "--key is for signed files" in refused("verify", copy, "--key", key_of(data))
     change_ledger(copy, "UPDATE events SET hash = zeroblob(32) WHERE position = 4")
     assert "NOT verified: position 4" in printed("verify", copy, code=1)
     packed.write_bytes(gzip.compress(copy.read_bytes()))

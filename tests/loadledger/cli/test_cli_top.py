@@ -123,6 +123,10 @@ def test_small_terminal_shows_the_trouble_first() -> None:
     assert (len(lines), lines[-1]) == (24, "and 14 more loaded")
 
 
+def test_scrolled_models_that_are_unloaded_leave_one_in_view() -> None:
+    assert "m1" in first_words(lay_out(snapshot([use("m0"), use("m1")], [], []), 80, 24, first=15))
+
+
 @pytest.mark.parametrize(
     ("order", "cpu_percent", "first"),
     [
@@ -222,7 +226,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalApi]:
 
 
 SHELL = """
-trap : INT QUIT
+trap : INT
 stty -g; "$@"; echo "exit code $?"; stty -g
 read line; echo "read [$line]"
 """

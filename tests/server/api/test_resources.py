@@ -82,7 +82,7 @@ async def test_loaded_model_uses_the_memory_of_its_workers(shared: LocalApi) -> 
     assert use.pop("cpu_s") > 0
     assert use == {
         "model_id": "m", "version": 3, "job_id": job["id"], "phase": "serving", "workers": 2,
-        "reserved_bytes": 0, "in_flight": 0, "oldest_request_s": None, "last_used_at": None, "pinned": True,
+        "reserved_bytes": 0, "in_flight": 0, "last_used_at": None, "pinned": True,
         "keep_alive_s": 50, "device": None, "device_bytes": 0,
     }  # fmt: skip
     assert (await shared.infer("m", {**ENDLESS, "data": [1]})).status == 200

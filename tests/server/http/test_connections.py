@@ -1,6 +1,7 @@
 """Slow-client protection and the connection limit, tested with raw sockets, over TCP and TLS."""
 
 import asyncio
+import socket
 import ssl
 import time
 from collections.abc import AsyncIterator
@@ -583,3 +584,14 @@ async def test_shutdown_closes_idle_connections_only() -> None:
         await server.connect()
     for client in server.clients:
         await client.close()
+
+
+def test_addresses_that_a_machine_lacks_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of "localhost", whose address of IPv6 cannot be bound where IPv6 is off."""
+    absent, present = "192.0.2.1", "127.0.0.1"  # RFC 5737
+    with pytest.raises(OSError, match="does not have this address"), bind_address(absent, 0):
+        pass
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (host, 0)) for host in (absent, present)]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    with bind_address("localhost", 0) as bound:
+        assert [each.getsockname()[0] for each in bound] == [present]
