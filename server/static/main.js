@@ -74,8 +74,9 @@ function Connection() {
   const polled = why ? "Every 3 s: no stream" : "Every 3 s";
   const isUnready = mode !== "lost" && unready.value.length > 0;
   const text = isUnready ? "Not ready" : { connecting: "Connecting…", live: "Live", polled, lost: "Not connected" }[mode];
+  const reasons = unready.value.map(({ cause, cure }) => oneLine(`${cause}: ${cure}`)).join("; ");
   return html`
-    <p id="connection" class="connection ${isUnready ? "unready" : mode}" title=${why || null}><span class="dot" aria-hidden="true"></span>${text}</p>`;
+    <p id="connection" class="connection ${isUnready ? "unready" : mode}" title=${(isUnready ? reasons : why) || null}><span class="dot" aria-hidden="true"></span>${text}</p>`;
 }
 
 // The banner while the connection is lost. It counts seconds: the ear is told once.

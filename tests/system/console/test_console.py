@@ -481,6 +481,7 @@ async def test_full_disk_is_the_first_thing_said(browser: BrowserContext, tmp_pa
         first = console.attention.first
         await expect(first).to_contain_text("The ledger cannot be written: ")
         [failed] = (await server.api.get("/api/v1/resources")).json["not_ready"]
+        await expect(console.connection).to_have_attribute("title", f"{failed['cause']}: {failed['cure']}")
         await expect(first.locator(".todo")).to_have_text(
             re.compile(re.escape(failed["cure"]), re.IGNORECASE)
         )
