@@ -101,8 +101,7 @@ class Versions:
         """
         chosen = self.repository.versions(model_id)[-1] if version is None else version
         with self.repository.open_version(model_id, chosen) as (folder, found):
-            name = find_model_file(each.path for each in found)
-            file = next(each for each in found if each.path == name)  # a version without it would not open
+            file = _choose_model_file(found)
             known = self._tensors.get(file)
             if known is None:
                 with folder.open_file(file.path, file) as descriptor:
@@ -160,8 +159,7 @@ class Versions:
 
         def find_files() -> tuple[FoundFile, ...]:
             with self.repository.open_version(model_id, version) as (folder, found):
-                name = find_model_file(each.path for each in found)
-                file = next(each for each in found if each.path == name)
+                file = _choose_model_file(found)
                 with folder.open_file(file.path, file) as descriptor:
                     foreign = describe_foreign_content(_read_head(descriptor), file.bytes)
                 if foreign is not None:  # a worker would refuse it, but only once there is room for one
@@ -481,6 +479,12 @@ def _read_tensors(descriptor: int, file: FoundFile) -> ModelTensors | str:
         return f"{file.path} {foreign or 'is not an ONNX file'}"
     except OSError as error:
         raise RepositoryUnreadable(f"{file.path!r} cannot be read: {error.strerror}") from None
+
+
+def _choose_model_file(found: Sequence[FoundFile]) -> FoundFile:
+    """Return the model's file of an open version; one without it does not open."""
+    name = find_model_file(each.path for each in found)
+    return next(each for each in found if each.path == name)
 
 
 def _read_head(descriptor: int) -> bytes:

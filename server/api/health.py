@@ -150,7 +150,7 @@ def list_not_live(app: web.Application) -> list[NotReady]:
 
 
 def list_not_ready(app: web.Application) -> list[NotReady]:
-    """Return the failed checks of readiness with cause and cure, the most serious first."""
+    """Return the failed checks of readiness, with cause and cure."""
     checks, log = ready_checks(app), app[LOG]
     why = "" if log.problem is None else f": {log.problem}"
     known = (

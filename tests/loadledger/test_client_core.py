@@ -154,7 +154,7 @@ REQUESTS = re.compile(
     r"\b(GET|POST|PUT|DELETE|PATCH)\b|\?\w+=|Prefer\b|Retry-After|Authorization|Idempotency-Key|Content-|curl\b"
     r"|/api/|/v2\b|openapi|\bheaders?\b"
 )
-"""What a message for people at a command line does not have."""
+"""Words of HTTP, which no message of the command line has."""
 OTHER_CLIENTS = (
     # Refusals of requests that are malformed, which the client sends none of; and texts that are no refusals.
     *("server/http/", "server/api/versions.py", "server/v2/codec.py", "server/v2/tritonconfig.py"),
