@@ -254,8 +254,10 @@ class Consumer:
                 await self._record_end(job.id, [draft_fact(job, JobCancelled())], conditions)
             case actions.StartUnload(job, load_job_id):
                 await self._start_unload(job, load_job_id, conditions)
-            case actions.KillWorkers(load_job_id):
-                self.loads[load_job_id].kill()
+            case actions.KillWorkers(job, load_job_id):
+                load = self.loads[load_job_id]
+                load.unload = job
+                load.kill()
             case actions.FinishUnload(jobs, load_job_id):
                 await self._finish_unload(jobs, load_job_id, conditions)
             case actions.RecordExits(load_job_id, _, worker_ids):

@@ -89,6 +89,10 @@ class StartUnload(JobLoadAction):
     """
 
 
+class KillWorkers(JobLoadAction):
+    """Kill the workers of a load now, for a forced unload."""
+
+
 @dataclass(frozen=True, slots=True)
 class FinishUnload:
     """Record `ModelUnloaded` for these jobs: the workers have exited, or there were none."""
@@ -98,20 +102,10 @@ class FinishUnload:
 
 
 @dataclass(frozen=True, slots=True)
-class LoadAction:
-    """An action on a running load."""
-
-    load_job_id: str
-
-
-class KillWorkers(LoadAction):
-    """Kill the workers of a load now."""
-
-
-@dataclass(frozen=True, slots=True)
-class RecordExits(LoadAction):
+class RecordExits:
     """Record `WorkerExited` of each of these workers of the load from which the model serves."""
 
+    load_job_id: str
     model_id: str
     worker_ids: tuple[str, ...]
 

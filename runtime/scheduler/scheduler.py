@@ -89,7 +89,7 @@ def _force_unloads(view: SchedulerView) -> Iterator[Action]:
         yield from (actions.CancelJob(job) for job in before if job.kind is JobKind.LOAD or job.cancelling)
         yield from (actions.StartUnload(job, target) for job in before if job.status is JobStatus.PENDING)
         alive = [run for run in view.running.values() if run.model_id == model_id and run.alive]
-        yield from (actions.KillWorkers(run.load_job_id) for run in alive if not run.killed)
+        yield from (actions.KillWorkers(before[-1], run.load_job_id) for run in alive if not run.killed)
         if not alive:
             yield actions.FinishUnload(tuple(before), target)
 
@@ -151,7 +151,7 @@ def _advance_unloads(view: SchedulerView) -> Iterator[Action]:
         elif not view.alive(load_job_id):
             yield actions.FinishUnload((job,), load_job_id)
         elif job.forced and run is not None and not run.killed:
-            yield actions.KillWorkers(load_job_id)
+            yield actions.KillWorkers(job, load_job_id)
 
 
 def _cancel_reloads_before(view: SchedulerView, unload: Job) -> Iterator[Action]:

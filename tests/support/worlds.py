@@ -679,7 +679,7 @@ class World:
 
     def act(self, action: Action) -> None:
         match action:
-            case actions.KillWorkers(load):
+            case actions.KillWorkers(_, load):
                 self.live[load].killed = True
             case actions.StartUnload(job) if job.status is JobStatus.IN_PROGRESS:
                 self._follow_up(action)
@@ -793,7 +793,7 @@ class World:
     def model_of(self, action: Action) -> str:
         """Return the model of an action."""
         match action:
-            case actions.KillWorkers(load) | actions.RecordExits(load):
+            case actions.KillWorkers(_, load) | actions.RecordExits(load):
                 return self.live[load].model_id
             case actions.FinishUnload(jobs):
                 return jobs[0].model_id

@@ -129,3 +129,13 @@ async def test_unload_drains_until_force_ends_it(shared: LocalApi) -> None:
     said = "model 'busy' was unloaded by alice, by force, before the inference had ended"
     assert (lost.json["error"], "Retry-After" in lost.headers) == (said, False)
     await until(lambda: not exists(worker.pid))
+
+
+async def test_force_ends_a_version_that_drains_for_a_swap(shared: LocalApi) -> None:
+    running = await busy(shared)
+    shared.save(models.add(1), "busy", 2)
+    await shared.load("busy", version=2)
+    await shared.unload("busy", force=True)
+    lost: Any = await running
+    assert lost.refusal == (503, "model_unloaded")
+    assert "was unloaded by alice, by force" in lost.json["error"]
