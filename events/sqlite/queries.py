@@ -221,8 +221,8 @@ def cure_of(kind: int) -> str:
             return "check the disk of the data directory: the machine's log has its errors"
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
             return "end the other program that holds the ledger's file"
-        case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
-            return "run `loadledger verify`, and restore a backup"
+        case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:  # CORRUPT also where the disk fails a read
+            return "check the disk, run `loadledger verify`, and restore a backup if that finds damage"
     return "see the server's log"
 
 

@@ -187,7 +187,7 @@ def test_log_answers_as_if_keys_were_in_memory(groups: list[Group]) -> None:
             assert verify(path).verified
 
 
-async def test_failed_write_leaves_key_unused(path: Path) -> None:
+async def test_failed_write_leaves_key_unused(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with opened(path, new_id=ids("j")) as log:
         await log.submit(load(None, "first"))
         await connection_of(log).execute_fetchall("PRAGMA busy_timeout = 20")
@@ -199,8 +199,12 @@ async def test_failed_write_leaves_key_unused(path: Path) -> None:
         assert await outcome(log, load(OTHER_REQUEST, "other")) == "new j3"
         assert await outcome(log, load(KEY)) == "idempotency_mismatch"
         await lose_connection(log)  # the keys cannot be read: the log refuses, and recovers
-        with pytest.raises(LogUnavailable):
+        caplog.clear()
+        with pytest.raises(LogUnavailable, match="the ledger cannot be read: interrupted"):
             await log.submit(load(OTHER_REQUEST))
+        [said] = [each for each in caplog.records if each.levelname == "ERROR"]
+        assert "the ledger cannot be read" in said.getMessage()
+        assert said.exc_info is None
         assert await outcome(log, load(OTHER_REQUEST)) == "j3"
         assert log.healthy
 

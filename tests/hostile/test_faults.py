@@ -33,7 +33,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 ROUNDS = of_both(short=2, long=40)
 FAULT_S = 0.7
 """Limit of a fault; one of the disk lasts at least until a call has failed."""
-ERRORS = ("the ledger cannot be written",)
+ERRORS = ("the ledger cannot be written", "the ledger cannot be read")
 FAILURES = 5
 """Refused credentials a second."""
 

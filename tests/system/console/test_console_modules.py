@@ -694,6 +694,7 @@ CASES: dict[str, tuple[object, str]] = {
           { check: "fork_server", cause: "fork server is down", cure: "wait." }];
         state.session.value = { roles: [], audits: true, manages: true };
         const place = document.body.appendChild(document.createElement("div")), found = [];
+        for (let id = setInterval(() => {}, 1000); id; id--) clearInterval(id); // the clock stands still
         const look = async (resources, mode, ms, models) => {
           state.resources.value = { ...RESOURCES, ...resources };
           state.models.value = new Map(models.map((model) => [model.id, model]));
