@@ -729,8 +729,12 @@ def _stat(path: Path, root: Path) -> os.stat_result | str:
 
 
 def _is_readable(file: Path) -> bool:
-    """Whether a file may be read. It may be missing for a moment in which it or its folder is exchanged."""
-    return any(os.access(file, os.R_OK, effective_ids=True) for _ in range(2)) or not file.exists()
+    """Whether a file may be read, as far as is known: while its folder is exchanged, it is missing."""
+    try:
+        os.close(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno not in {errno.EACCES, errno.EPERM}
+    return True
 
 
 def _cure_model(folder: Path, model_id: str) -> str:

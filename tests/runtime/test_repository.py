@@ -235,6 +235,22 @@ def test_what_the_server_may_not_read_is_not_missing(tmp_path: Path, path: str, 
             pass
 
 
+def test_version_missing_for_a_moment_is_not_called_unreadable(tmp_path: Path) -> None:
+    folder = save(add(), tmp_path, "m")
+    repository, ends = Repository(tmp_path), threading.Event()
+
+    def exchange() -> None:
+        while not ends.is_set():
+            folder.rename(tmp_path / "aside").rename(folder)
+
+    thread = threading.Thread(target=exchange)
+    thread.start()
+    seen = {type(repository.find_versions("m").refusal) for _ in range(2000)}
+    ends.set()
+    thread.join()
+    assert seen <= {type(None), UnknownVersion}
+
+
 @pytest.mark.parametrize(
     ("name", "make", "reason"),
     [
