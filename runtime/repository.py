@@ -729,8 +729,8 @@ def _stat(path: Path, root: Path) -> os.stat_result | str:
 
 
 def _is_readable(file: Path) -> bool:
-    """Whether a file may be read, as far as is known: while its folder is exchanged, it is missing."""
-    try:
+    """Whether the server may read a file, or it is missing, as while its folder is exchanged."""
+    try:  # `os.access` does not say why not
         os.close(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC))
     except OSError as error:
         return error.errno not in {errno.EACCES, errno.EPERM}

@@ -195,7 +195,7 @@ class Database:
             keyed = await self._run(FIND_KEYS, [encode([*hashes])]) if hashes else ()
             joins = await self._run(FIND_JOINS, [encode([*joinable])]) if joinable else ()
         except StorageError as error:
-            _log.error("the ledger cannot be read, and the requests of a group are refused: %s", error)
+            _log.error("the ledger cannot be read, and requests are refused: %s", error)
             await self.close_after_error()
             raise LogUnavailable(f"the ledger cannot be read: {error}; {error.cure}") from error
         keys = (read_key(decode_event(body)) for body, _ in keyed)

@@ -64,7 +64,7 @@ class RunningLoad:
         failure: why the load fails.
         has_other_files: than it was granted for, so that this attempt ends, and it is estimated anew.
         draining: whether routing to it has stopped.
-        unload: the job for which routing to it has stopped.
+        unload: the job that ends it, or the last of several.
         unloading: whether `run_unload` has begun.
         expected_exits: ids of workers that the server stopped, or that refused to load.
         killed: whether its workers were killed.

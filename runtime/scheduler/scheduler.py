@@ -81,15 +81,16 @@ def is_load_current(state: State, load_job_id: str, model_id: str) -> bool:
 def _force_unloads(view: SchedulerView) -> Iterator[Action]:
     """A forced unload cancels the loads before it, kills all workers, and ends the unloads before it."""
     for model_id, queue in view.queues.items():
-        forced = [index for index, job in enumerate(queue) if job.forced]
-        if not forced or view.own.unended_job(queue[forced[-1]].id) is None:
+        forced = [job for job in queue if job.forced]
+        if not forced or view.own.unended_job(forced[-1].id) is None:
             continue
-        before = queue[: forced[-1] + 1]
-        target = find_unload_target(view.state, before[-1])
+        last = forced[-1]
+        before = queue[: queue.index(last) + 1]
+        target = find_unload_target(view.state, last)
         yield from (actions.CancelJob(job) for job in before if job.kind is JobKind.LOAD or job.cancelling)
         yield from (actions.StartUnload(job, target) for job in before if job.status is JobStatus.PENDING)
         alive = [run for run in view.running.values() if run.model_id == model_id and run.alive]
-        yield from (actions.KillWorkers(before[-1], run.load_job_id) for run in alive if not run.killed)
+        yield from (actions.KillWorkers(last, run.load_job_id) for run in alive if not run.killed)
         if not alive:
             yield actions.FinishUnload(tuple(before), target)
 

@@ -245,9 +245,11 @@ def test_version_missing_for_a_moment_is_not_called_unreadable(tmp_path: Path) -
 
     thread = threading.Thread(target=exchange)
     thread.start()
-    seen = {type(repository.find_versions("m").refusal) for _ in range(2000)}
-    ends.set()
-    thread.join()
+    try:
+        seen = {type(repository.find_versions("m").refusal) for _ in range(2000)}
+    finally:
+        ends.set()
+        thread.join()
     assert seen <= {type(None), UnknownVersion}
 
 
