@@ -345,6 +345,7 @@ async def _policy(config: Config, limit_bytes: int, pool: WorkerPool) -> Policy:
         budget_bytes=parse_budget(config.memory_budget, limit_bytes),
         max_loaded=config.max_loaded or None,
         evicts=config.evict == "idle",
+        takes_turns=config.loads_for_inferences,
         min_residency_s=config.min_residency_s,
         restores=config.restore == "all",
         loads=config.policy,

@@ -213,7 +213,11 @@ class OnDemand:
         try:
             async with asyncio.timeout_at(ends_at_s):
                 problem = await asyncio.shield(attempt)
+        except asyncio.CancelledError:
+            self.demand.keep(model_id)
+            raise
         except TimeoutError:
+            self.demand.keep(model_id)
             reason = f"model '{model_id}' was not ready in time: {self._describe_wait(model_id)}"
             raise errors.InferenceTimeout(reason) from None
         finally:
@@ -235,14 +239,17 @@ class OnDemand:
     async def _attempt(self, demand: Demand, subject: str) -> Exception | None:
         """Load a model for all its waiters; return their error, or None if it is ready or all have left."""
         try:
-            return await self._load(demand, subject)
-        except (*_PASSED_ON, DemandFailed) as problem:
-            return problem
+            problem = await self._load(demand, subject)
+        except (*_PASSED_ON, DemandFailed) as refused:
+            problem = refused
         except Exception as error:  # noqa: BLE001 - or its waiters would wait forever
             _log.exception("the on-demand load of model %s failed", demand[0])
-            return error
+            problem = error
         finally:
             del self._attempts[demand]
+        if problem is not None:
+            self.demand.forget(demand[0])
+        return problem
 
     async def _load(self, demand: Demand, subject: str) -> Exception | None:
         """Wait for the work on a model, request its load if there is none, and return its failure."""

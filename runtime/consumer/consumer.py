@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -201,7 +202,7 @@ class Consumer:
         self._note_recorded_exits(own)
         self._reap_loads(own)
         running = {
-            key: load.to_view(find_started_job(own, key), now, is_demanded=self.demand.has(load.model_id))
+            key: load.to_view(find_started_job(own, key), now, is_demanded=self._is_demanded(load))
             for key, load in self.loads.items()
         }
         view = SchedulerView(state, running, self.policy, now, self._observe(state))
@@ -226,6 +227,9 @@ class Consumer:
             _log.warning("the ledger cannot be written; %s waits", type(action).__name__)
             self._wakeup.clear()
             await self._sleep(None, now, at_most_s=LOG_RETRY_S)
+
+    def _is_demanded(self, load: RunningLoad) -> bool:
+        return self.demand.has(load.model_id, load.last_used_ns)
 
     async def execute(self, action: Action) -> None:
         """Execute an action that was decided on the present state.
@@ -297,6 +301,7 @@ class Consumer:
             *first, structs.replace(started, worker_id=load.worker_id), conditions=conditions
         )
         self.loads[job.id] = load
+        load.granted_ns = time.monotonic_ns()
         load.granted.set()
 
     def _allocations(self) -> list[Allocation]:
@@ -426,15 +431,27 @@ class Consumer:
                 await self._wakeup.wait()
 
 
+DEMAND_KEPT_S = 30.0
+"""How long the demand of an inference that gave up its wait counts: clients that repeat it do so within that
+time, so that their load keeps its place, and the model stays until they are back."""
+
+
 class PendingDemand:
     """Counts, by model, the inferences that wait for a load or are being answered after they waited.
 
+    The demand of those that gave up counts for a while, or until an inference of the model has ended.
+
     Args:
-        on_end: called when the last waiting inference of a model has ended.
+        on_end: called when the demand for a model has ended.
+
+    Attributes:
+        kept_s: how long the demand of an inference that gave up counts.
     """
 
     def __init__(self, on_end: Callable[[], None] = lambda: None) -> None:
+        self.kept_s = DEMAND_KEPT_S
         self._counts = Counter[str]()
+        self._kept: dict[str, tuple[asyncio.TimerHandle, int]] = {}
         self._on_end = on_end
 
     @contextmanager
@@ -449,12 +466,30 @@ class PendingDemand:
                 del self._counts[model_id]
                 self._on_end()
 
-    def has(self, model_id: str) -> bool:
-        return model_id in self._counts
+    def keep(self, model_id: str) -> None:
+        """Keep the demand of an inference that gives up."""
+        self.forget(model_id)
+        ending = asyncio.get_running_loop().call_later(self.kept_s, self._expire, model_id)
+        self._kept[model_id] = ending, time.monotonic_ns()
+
+    def forget(self, model_id: str) -> None:
+        """Forget the demand of inferences that gave up, since the load failed."""
+        if model_id in self._kept:
+            ending, _ = self._kept.pop(model_id)
+            ending.cancel()
+
+    def _expire(self, model_id: str) -> None:
+        del self._kept[model_id]
+        self._on_end()
+
+    def has(self, model_id: str, last_used_ns: int = 0) -> bool:
+        """Whether there is demand for a model whose last inference ended then (CLOCK_MONOTONIC)."""
+        _, kept_ns = self._kept.get(model_id, (None, -1))
+        return model_id in self._counts or kept_ns >= last_used_ns
 
     @property
     def models(self) -> Collection[str]:
-        return self._counts.keys()
+        return self._counts.keys() | self._kept.keys()
 
 
 class WorkerMonitor:

@@ -333,7 +333,7 @@ class Loader:
                     await files.settle()
                     settled = replace(order, root=str(files.root), folder=str(files.folder))
                     await self._load_others(load, settled, inputs)
-            load.report = first
+            load.report, load.load_s = first, (time.monotonic_ns() - load.granted_ns) / 1e9
             await self._record_outcome(load, partial(self._draft_loaded, load, files))
             is_recorded = self._is_serving(load)
             if is_recorded:

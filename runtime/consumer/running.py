@@ -50,6 +50,8 @@ class RunningLoad:
         files: its required files, once they were checked; None without rules.
         checked: the result of the checks.
         granted: set by the consumer when `LoadStarted` is recorded.
+        granted_ns: when that was (CLOCK_MONOTONIC).
+        load_s: the seconds from then until all workers had loaded.
         worker_id: the first worker's id, since it was granted; that worker may not have started yet.
         reserved_bytes: its reservation of the machine's memory, until `report` is set.
         budget_bytes: the memory budget; None is no limit.
@@ -86,6 +88,8 @@ class RunningLoad:
     files: tuple[LoadedFile, ...] | None = None
     checked: CheckedLoad | None = None
     granted: asyncio.Event = field(default_factory=asyncio.Event)
+    granted_ns: int = 0
+    load_s: float = 0.0
     worker_id: str = ""
     reserved_bytes: int = 0
     budget_bytes: int | None = None
@@ -209,6 +213,7 @@ class RunningLoad:
             has_outcome=has_outcome and bool(self.tasks),
             busy=is_demanded or self.in_flight > 0,
             last_used_at=self.last_used_at(now),
+            load_s=self.load_s,
         )
 
     def list_taken(self) -> Mapping[str, int]:

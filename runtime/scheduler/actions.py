@@ -122,12 +122,14 @@ class RequestReload:
 class UnloadAutomatically:
     """Request, as the system, the unload of a model; `cause_event_id` is the load that it makes room for.
 
-    With `Cause.COPY` only the load that `model` serves from is unloaded, and the others stay.
+    With `Cause.COPY` only the load that `model` serves from is unloaded, and the others stay. `ends_turn`
+    says whether busy models have to go for that load.
     """
 
     model: LoadedModel
     cause: Cause
     cause_event_id: str | None = None
+    ends_turn: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from runtime.rooms import Alternative
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action, Decision
 from runtime.scheduler.eviction import Eviction
-from runtime.scheduler.view import Amount, LoadRoom, LoadView, SchedulerView
+from runtime.scheduler.view import Amount, LoadRoom, LoadView, SchedulerView, rank_of
 
 MAX_SERVER_DEATHS = 3
 """Unclean ends of the server during the same load after which that load counts as their cause."""
@@ -44,7 +44,6 @@ OVERTAKING_LIMIT_S = 30.0
 PRESSURE_POLL_S = 1.0
 """How often to check the pressure on the machine, a mean of ten seconds, while a load waits for it."""
 
-_PRIORITIES = {"high": 0, "normal": 1, "low": 2}
 _LOWEST_PRIORITY = 2
 _URGENT = (Cause.RECOVERY, Cause.SWAP)
 """Loads of models that served until just now: one may run beyond the limit, past slow loads."""
@@ -199,7 +198,7 @@ class _PendingLoad:
             return _BEFORE_ALL
         queued_at = self._view.queued_at(self.job)
         steps = sum(queued_at <= self._view.earlier_by(n * PRIORITY_AGING_S) for n in (1, 2))
-        return max(0, _PRIORITIES.get(self._parameters.priority, 1) - steps)
+        return max(0, rank_of(self._parameters) - steps)
 
     @property
     def _is_being_replaced(self) -> bool:
@@ -225,6 +224,12 @@ class _PendingLoad:
     def _may_evict(self) -> bool:
         """Whether it may evict; a reload after a start of the server, and a copy, use free memory only."""
         return self._view.policy.evicts and self.job.cause not in (Cause.RESTART, Cause.COPY)
+
+    @property
+    def _has_waited(self) -> bool:
+        """Whether it has waited for a turn, so that busy models may give way to it."""
+        view = self._view
+        return view.policy.takes_turns and view.queued_at(self.job) <= view.earlier_by(self._eviction.turn_s)
 
     @property
     def _may_exceed_slots(self) -> bool:
@@ -372,7 +377,7 @@ class _PendingLoad:
         return _Shortage(alternative, replaced, lacking, measured)
 
     def _make_room(self, missing_now: _Shortage, follows: Action | None = None) -> Action | Waiting:
-        """Wait for exiting processes; else evict the fewest.
+        """Wait for exiting processes; else evict the fewest idle models, or end the turn of busy ones.
 
         Room that becomes free while it waits is reserved for it if it goes before all, or has waited; what
         exiting processes release is reserved in any case if it is enough.
@@ -384,6 +389,8 @@ class _PendingLoad:
         may_evict = self._may_evict and missing.measured is None
         if may_evict and (chosen := self._eviction.choose(missing.rooms)):
             return actions.UnloadAutomatically(chosen[0].model, Cause.EVICTION, job.id)
+        if may_evict and self._has_waited and (chosen := self._eviction.choose(missing.rooms, self.rank)):
+            return actions.UnloadAutomatically(chosen[0].model, Cause.EVICTION, job.id, ends_turn=True)
         # A reload after the server's start evicts nothing, so it would wait for ever, if only here is room.
         if job.cause is Cause.RESTART and not view.will_free_more and view.share.is_whole:
             code = INSUFFICIENT_MEMORY if missing.lacks_bytes else TOO_MANY_LOADED
@@ -431,13 +438,17 @@ class _PendingLoad:
             return "unload a model, or start with --evict idle"
         if not self._may_evict:
             return "a copy, or a reload after a start of the server, evicts no model"
-        return "the idle models are not enough: the others are busy, pinned, or were loaded just now"
+        if self._view.policy.takes_turns:
+            return "the idle models are not enough: the others are pinned, or their turn is not over"
+        others = "the idle models are not enough: the others are busy, pinned, or were loaded just now"
+        return f"{others} (with --on-demand on, busy models take turns)"
 
 
 def _effort_of(decision: Action | Waiting) -> int:
     """Return a lower number for the better of two decisions on alternatives of a load.
 
-    To wait only for the end of a measurement is as good as the action that follows.
+    To wait only for the end of a measurement is as good as the action that follows. Idle models go before
+    busy ones.
     """
     match decision:
         case Waiting(follows=action) if action is not None:
@@ -448,11 +459,11 @@ def _effort_of(decision: Action | Waiting) -> int:
             return 1
         case Waiting(lacks_room=False):
             return 2
-        case actions.UnloadAutomatically():
-            return 3
+        case actions.UnloadAutomatically(ends_turn=ends_turn):
+            return 3 + ends_turn
         case Waiting():
-            return 4
-    return 5
+            return 5
+    return 6
 
 
 def _describe_need(room: LoadRoom, alternative: Alternative) -> str:

@@ -1,7 +1,8 @@
 """Which models the server unloads: victims of a load that needs room, and automatic unloads.
 
-Victims are the fewest idle models that release enough, least recently used first. Automatic unloads are idle
-timeouts, workers that outgrew the budget, and lost models that are not restored.
+Victims are the fewest idle models that release enough, least recently used first. Where inferences bring
+models back, a load that has waited for a turn also evicts busy models whose own turn is over. Automatic
+unloads are idle timeouts, workers that outgrew the budget, and lost models that are not restored.
 """
 
 from __future__ import annotations
@@ -17,10 +18,17 @@ from events.models import LoadedModel, Model, ModelState
 from events.types import Cause
 from runtime.rooms import MACHINE
 from runtime.scheduler.actions import Decision, UnloadAutomatically
-from runtime.scheduler.view import Amount, LoadRoom, LoadView, SchedulerView
+from runtime.scheduler.view import Amount, LoadRoom, LoadView, SchedulerView, rank_of
 
 IDLE_POLL_S = 0.25
 """How often to check whether a busy model is idle. A notification would cost time in each inference."""
+
+TURN_S = 10.0
+"""Shortest turn of a busy model, and how long a load waits before one gives way to it. With shorter turns
+clients would wait less, but each change costs a load."""
+
+LOADS_PER_TURN = 2
+"""Shortest turn of a busy model in lengths of its load: so at most a third of the time goes into loads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +41,19 @@ class Victim:
 
 
 class Eviction:
-    """The models that may be evicted now, and when there may be more."""
+    """The models that may be evicted now, and when there may be more.
+
+    Attributes:
+        turn_s: the shortest turn of a busy model, and how long a load waits for the end of one.
+    """
 
     def __init__(self, view: SchedulerView) -> None:
         self._view = view
         self._victims: dict[LoadRoom, list[Victim]] = {}
-        self._all_bytes: dict[LoadRoom, int] = {}
+        self._busy: dict[tuple[LoadRoom, int], list[Victim]] = {}
+        self._all_bytes: dict[tuple[LoadRoom, int | None], int] = {}
         self._resident_since = view.earlier_by(view.policy.min_residency_s)
+        self.turn_s = max(TURN_S, view.policy.min_residency_s)
 
     def victims_in(self, room: LoadRoom) -> list[Victim]:
         """Return the models that may be evicted now from a room, least recently used first.
@@ -69,26 +83,52 @@ class Eviction:
             times.append(add_seconds(self._view.now, IDLE_POLL_S))
         return min(times, default=None)
 
-    def choose(self, missing: Mapping[LoadRoom, Amount]) -> tuple[Victim, ...] | None:
+    def _busy_in(self, room: LoadRoom, rank: int) -> list[Victim]:
+        """Return the busy models in a room whose turn is over, the longest turn first.
+
+        Not those whose next load would start before a load of this rank, and take its room again.
+        """
+        if (room, rank) not in self._busy:
+            found = [
+                Victim(model, room.bytes_of(run), self._view.loaded_at(model))
+                for model, run in self._candidates
+                if room.name in run.taken
+                and run.busy
+                and rank <= rank_of(model.serving.parameters)
+                and self._is_turn_over(model, run)
+            ]
+            self._busy[room, rank] = sorted(found, key=lambda it: (it.used_at, it.model.serving.position))
+        return self._busy[room, rank]
+
+    def _is_turn_over(self, model: LoadedModel, run: LoadView) -> bool:
+        turn_s = max(self.turn_s, LOADS_PER_TURN * run.load_s)
+        return self._view.loaded_at(model) <= self._view.earlier_by(turn_s)
+
+    def choose(
+        self, missing: Mapping[LoadRoom, Amount], rank: int | None = None
+    ) -> tuple[Victim, ...] | None:
         """Return the fewest victims that release enough in each room, or None if all do not.
 
-        Those in one room count for the next.
+        Those in one room count for the next. `rank` is that of a load which has waited for a turn: then busy
+        models whose turn is over are victims after the idle ones.
         """
         chosen: tuple[Victim, ...] = ()
         for room, amount in missing.items():
-            more = self._choose_in(room, amount, {victim.model.id for victim in chosen})
+            more = self._choose_in(room, amount, {victim.model.id for victim in chosen}, rank)
             if more is None:
                 return None
             chosen += more
         return chosen
 
     def _choose_in(
-        self, room: LoadRoom, missing: Amount, chosen: Collection[str]
+        self, room: LoadRoom, missing: Amount, chosen: Collection[str], rank: int | None
     ) -> tuple[Victim, ...] | None:
         victims = self.victims_in(room)
-        if room not in self._all_bytes:
-            self._all_bytes[room] = sum(victim.memory_bytes for victim in victims)
-        if missing.bytes > self._all_bytes[room] or missing.models > len(victims):
+        if rank is not None:
+            victims = [*victims, *self._busy_in(room, rank)]
+        if (room, rank) not in self._all_bytes:
+            self._all_bytes[room, rank] = sum(victim.memory_bytes for victim in victims)
+        if missing.bytes > self._all_bytes[room, rank] or missing.models > len(victims):
             return None
         released = [victim.memory_bytes for victim in victims if victim.model.id in chosen]
         rest = [victim for victim in victims if victim.model.id not in chosen]

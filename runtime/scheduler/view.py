@@ -12,13 +12,16 @@ from events.clock import LedgerClock, add_seconds
 from events.jobs import NO_PROGRESS, Failure, Job, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState
 from events.state import State, has_turn
-from events.types import REPLACEMENTS, SYSTEM, Cause
+from events.types import REPLACEMENTS, SYSTEM, Cause, LoadParameters
 from features.rules import LoadPolicy
 from runtime.rooms import MACHINE, Alternative, RoomLimits
 
 MIN_RESIDENCY_S = 10.0
 """Minimum residency of a loaded model before the server unloads it: two models that do not fit together take
 turns of this length, instead of evicting each other for each request."""
+
+
+_RANKS = {"high": 0, "normal": 1, "low": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,7 @@ class Policy:
         budget_bytes: memory budget of all workers; None is no limit.
         max_loaded: limit of models with a process; None is no limit.
         evicts: whether a load that needs room may evict idle models.
+        takes_turns: whether it may evict busy models, too, since inferences bring these back.
         min_residency_s: seconds that a loaded model stays at least before it is evicted.
         restores: whether models that were loaded when the server ended are reloaded.
         loads: the rules for loads.
@@ -40,6 +44,7 @@ class Policy:
     budget_bytes: int | None = None
     max_loaded: int | None = None
     evicts: bool = False
+    takes_turns: bool = False
     min_residency_s: float = MIN_RESIDENCY_S
     restores: bool = True
     loads: LoadPolicy = field(default_factory=LoadPolicy)
@@ -85,6 +90,7 @@ class LoadView:
             exited.
         busy: whether inferences run or wait for it.
         last_used_at: when its last inference ended; None without one.
+        load_s: how many seconds the load took, from its start until it was loaded.
     """
 
     load_job_id: str
@@ -96,6 +102,7 @@ class LoadView:
     has_outcome: bool = False
     busy: bool = False
     last_used_at: str | None = None
+    load_s: float = 0.0
 
     @property
     def memory_bytes(self) -> int:
@@ -156,6 +163,11 @@ class Observations:
     pending_demand: Collection[str] = ()
     last_used: Mapping[str, str] = field(default_factory=dict)
     clock: LedgerClock = field(default_factory=LedgerClock)
+
+
+def rank_of(parameters: LoadParameters) -> int:
+    """Return the rank of a new load by its priority; loads of a lower rank start first."""
+    return _RANKS.get(parameters.priority, _RANKS["normal"])
 
 
 def find_unload_target(state: State, unload: Job) -> str:

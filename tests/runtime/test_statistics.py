@@ -1,5 +1,7 @@
 """What is counted of inferences: one load's statistics, a model's totals, and the requests that wait."""
 
+import asyncio
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -195,4 +197,19 @@ def test_model_is_held_until_its_last_request_ends() -> None:
             raise KeyboardInterrupt
         assert (demand.has("m"), demand.has("n"), ended) == (True, False, ["end"])
     assert ended == ["end", "end"]
+    assert not demand.models
+
+
+async def test_demand_of_who_gave_up_is_kept_until_the_next_use() -> None:
+    ended = asyncio.Event()
+    demand = PendingDemand(ended.set)
+    demand.keep("m")
+    assert (set(demand.models), demand.has("m"), demand.has("n")) == ({"m"}, True, False)
+    assert not demand.has("m", time.monotonic_ns() + 1)
+    demand.forget("m")
+    assert not demand.has("m")
+    demand.kept_s = 0
+    demand.keep("m")
+    async with asyncio.timeout(60):
+        await ended.wait()
     assert not demand.models

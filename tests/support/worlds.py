@@ -192,6 +192,7 @@ class Process(Allocation):
     chosen: Alternative = field(default_factory=lambda: need(0))
     has_own_memory: bool = False
     keeps_percent: int = 100
+    load_s: float = 0.0
 
     @property
     def run(self) -> RunningLoad:
@@ -234,6 +235,7 @@ class Process(Allocation):
             has_outcome=self.loaded or self.failure is not None or bool(self.dead),
             busy=self.busy or demanded,
             last_used_at=self.last_used_at,
+            load_s=self.load_s,
         )
 
     @property

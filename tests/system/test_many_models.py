@@ -11,6 +11,7 @@ from collections import Counter
 from contextlib import suppress
 
 import pytest
+from support import models
 from support.fleet import (
     UNLIMITED,
     Fleet,
@@ -27,9 +28,14 @@ from support.fleet import (
     settled,
     tell,
 )
-from support.servers import limited, serving
+from support.http import ONE, when
+from support.models import save
+from support.servers import events, limited, serving
 from support.traffic import Traffic
 
+from events.clock import seconds_between
+from events.types import ModelLoaded
+from runtime.scheduler.eviction import TURN_S
 from server.config import Config
 
 BUDGET_BYTES = 80_000_000
@@ -158,3 +164,45 @@ async def test_swaps_under_load_fail_no_request(config: Config) -> None:
     assert {source.version for source in sources} == {1, 2}
     versions = len({source.position for source in sources})
     tell(f"{SWAPS} swaps, {len(sources)} answers of {versions} loads, none failed")
+
+
+TRIPS = {"name": "trips", "shape": [], "datatype": "INT64", "data": [200_000]}
+"""The input of an inference that runs for some tenths of a second."""
+
+LIMIT_S = 120
+"""More than both turns take."""
+
+IMPATIENT = {"timeout": 1_000_000}
+"""The parameters of an inference that gives up after a second."""
+
+
+async def test_busy_model_gives_way_to_a_client_that_repeats(config: Config) -> None:
+    """There is room for one model, which eight clients ask without a pause."""
+    save(models.counting_loop(), config.repository, "busy")
+    save(models.add(), config.repository, "other")
+    options = ("--max-loaded=1", "--min-residency-s=0", "--evict=idle", "--on-demand=on", "--threads=1")
+    asking = True
+
+    async def ask() -> None:
+        while asking:
+            assert (await server.api.infer("busy", TRIPS)).status == 200
+
+    async with (
+        serving(config, *options, *UNLIMITED) as server,
+        asyncio.timeout(LIMIT_S),
+        asyncio.TaskGroup() as clients,
+    ):
+        for _ in range(8):
+            clients.create_task(ask())
+        await when(lambda: server.api.get("/v2/models/busy/ready"), lambda answer: answer.status == 200)
+        refused = 0
+        while (answer := await server.api.infer("other", ONE, parameters=IMPATIENT)).status != 200:
+            assert answer.refusal == (504, "inference_timeout")
+            refused += 1
+        assert refused
+        assert answer.json["outputs"][0]["data"] == [2]
+        await when(lambda: server.api.get("/v2/models/busy/ready"), lambda answer: answer.status == 200)
+        asking = False
+    loads = [event for event in await events(config) if isinstance(event.data, ModelLoaded)]
+    assert [load.model_id for load in loads] == ["busy", "other", "busy"]
+    assert seconds_between(loads[0].recorded_at, loads[1].recorded_at) >= TURN_S

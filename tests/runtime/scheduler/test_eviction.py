@@ -14,7 +14,7 @@ from support.history import PLAIN, at
 from events.models import LoadedModel, Model
 from events.serving import Serving
 from events.types import LoadParameters
-from runtime.scheduler.eviction import IDLE_POLL_S, Victim, choose_fewest
+from runtime.scheduler.eviction import IDLE_POLL_S, LOADS_PER_TURN, TURN_S, Victim, choose_fewest
 from runtime.scheduler.view import MIN_RESIDENCY_S, Policy
 
 SCENES = """
@@ -48,6 +48,34 @@ load a 25; load b 25; load c 25; load d 25; wait 10; request x 20 -> unload a, e
   unload a cause=eviction -> x1 waits for it is being released
 load a 50; load b 50 busy=true; wait 10; request x 60
   -> x1 waits for the others are busy, pinned, or were loaded just now; -> wakes in 0.25
+
+# Where inferences bring models back, a busy model gives way after its turn to a load that has waited for one.
+set takes_turns=true; load a 90 busy=true; wait 60; request b 50; wait 9.9 -> nothing; -> wakes in 0.25;
+  wait 0.1 -> unload a, eviction for b1; unload a cause=eviction -> b1 waits for it is being released
+set takes_turns=true; load a 90 busy=true load_s=8; request b 50; wait 13
+  -> b1 waits for the others are pinned, or their turn is not over; wait 3 -> unload a, eviction for b1
+set takes_turns=true min_residency_s=30; load a 90 busy=true; wait 60; request b 50; wait 29.9 -> nothing;
+  wait 0.1 -> unload a, eviction for b1
+load a 90 busy=true; request b 50; wait 60 -> b1 waits for with --on-demand on, busy models take turns
+set takes_turns=true; load a 90 busy=true pinned=true; request b 50; wait 60 -> nothing
+set takes_turns=true evicts=false; load a 90 busy=true; request b 50; wait 60 -> nothing
+set takes_turns=true; load a 50 busy=true; load b 50; wait 20; request c 50; wait 20
+  -> unload b, eviction for c1
+set takes_turns=true; load a 50 busy=true; wait 5; load b 50 busy=true; wait 20; request c 50; wait 20
+  -> unload a, eviction for c1
+set takes_turns=true; load a 50; load b 50 busy=true; wait 20; request c 60; wait 20
+  -> unload a, eviction for c1; unload a cause=eviction -> unload b, eviction for c1
+
+# Not to a load that would start after its own next one: that would take the room again.
+set takes_turns=true; load a 90 busy=true priority=high; wait 60; request b 50; wait 59.9 -> nothing; wait 0.1
+  -> unload a, eviction for b1
+set takes_turns=true; load a 90 busy=true priority=low; wait 60; request b 50; wait 10
+  -> unload a, eviction for b1
+
+# On another device an idle model goes before a busy one.
+set takes_turns=true; device cuda:0 100; device cuda:1 100; load a 10 on=cuda:0 there=90 busy=true;
+  load b 10 on=cuda:1 there=90; wait 10; request x 10 on=cuda:0,cuda:1 there=50; wait 60
+  -> unload b, eviction for x1
 
 # Workers that outgrew the budget: the fewest idle models make up for it, even if they are not enough.
 load a 60; load b 30; load c 30; wait 10 -> unload a, eviction; unload a cause=eviction -> nothing
@@ -113,7 +141,7 @@ SERVING = Serving("L", 1, 3, at(3), "alice", ("w",), (), 1, 1, LoadParameters())
 
 @pytest.mark.parametrize("script", read_table(SCENES))
 def test_eviction_decides(script: str) -> None:
-    assert (MIN_RESIDENCY_S, IDLE_POLL_S) == (10, 0.25)  # as the rows have it
+    assert (MIN_RESIDENCY_S, IDLE_POLL_S, TURN_S, LOADS_PER_TURN) == (10, 0.25, 10, 2)  # as the rows have it
     Scene(script)
 
 

@@ -1,9 +1,11 @@
 """Anything happens in any order, with more models than memory, and in the end everything ends."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from math import inf
+from math import ceil, inf
+from typing import NamedTuple
 
 import pytest
 from hypothesis import settings
@@ -16,7 +18,7 @@ from hypothesis.stateful import (
 )
 from msgspec import UNSET
 from support.fleet import of_both
-from support.history import CONTENTS, PLAIN
+from support.history import CONTENTS, PLAIN, at
 from support.worlds import Process, World, request_of, withdrawal_of
 
 from events.clock import add_seconds, seconds_between
@@ -24,6 +26,7 @@ from events.commands import Command, Condition, JobUnchanged, ModelUnchanged, Wo
 from events.jobcommands import RequestCancel, RequestLoad, RequestUnload
 from events.jobs import NO_PROGRESS, Job, JobKind, JobStatus
 from events.models import RELOADS, LoadedModel, Model, ModelState
+from events.serving import Serving
 from events.types import (
     Cause,
     Justification,
@@ -43,6 +46,8 @@ from features.rules import LoadPolicy
 from runtime.rooms import MACHINE, Alternative, RoomLimits
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action, Decision
+from runtime.scheduler.admission import PRIORITY_AGING_S
+from runtime.scheduler.eviction import LOADS_PER_TURN, TURN_S
 from runtime.scheduler.scheduler import MAX_INCIDENTS
 from runtime.scheduler.view import (
     MIN_RESIDENCY_S,
@@ -50,6 +55,7 @@ from runtime.scheduler.view import (
     MemoryEstimate,
     Phase,
     Policy,
+    rank_of,
 )
 
 UNFORCED = (
@@ -128,8 +134,8 @@ class WatchedWorld(World):
                 self._check_way(job, load)
             case actions.ChangeSettings(job, load):
                 self._check_settled(job, load)
-            case actions.UnloadAutomatically(model, cause, job_id):
-                self._check_end(model, cause, self.state.unended_job(job_id))
+            case actions.UnloadAutomatically(model, cause, job_id, ends_turn):
+                self._check_end(model, cause, self.state.unended_job(job_id), ends_turn=ends_turn)
             case actions.FailLoad(job) if job.id in self.live:
                 assert not self.running()[job.id].has_outcome
             case actions.FinishUnload(_, load) if load in self.live:
@@ -283,8 +289,10 @@ class WatchedWorld(World):
     def _waited_s(self, job: Job) -> float:
         return seconds_between(job.created_at, self.now)
 
-    def _check_end(self, loaded: LoadedModel, cause: Cause, for_job: Job | None) -> None:
-        """What the system unloads by itself is asked for by nobody, and had its time."""
+    def _check_end(
+        self, loaded: LoadedModel, cause: Cause, for_job: Job | None, *, ends_turn: bool = False
+    ) -> None:
+        """What the system unloads by itself is asked for by nobody, or had its turn, and had its time."""
         model, serving = loaded.model, loaded.serving
         assert not self.state.queue(model.id)
         if cause is Cause.RESTART:
@@ -292,8 +300,10 @@ class WatchedWorld(World):
             return
         process = self.live[serving.load_job_id]
         assert process.view(None, "").phase is Phase.SERVING
-        assert not process.busy
-        assert model.id not in self.demanded
+        is_busy = process.busy or model.id in self.demanded
+        assert not is_busy or ends_turn
+        if ends_turn:
+            self._check_end_of_turn(serving, for_job, is_busy=is_busy)
         assert not serving.parameters.pinned
         if cause is Cause.IDLE:
             assert serving.parameters.keep_alive_s is not None
@@ -303,6 +313,20 @@ class WatchedWorld(World):
             assert self.policy.evicts
             assert add_seconds(serving.loaded_at, self.policy.min_residency_s) <= self.now
             self._check_need_to_evict(for_job)
+
+    def _check_end_of_turn(self, serving: Serving, job: Job | None, *, is_busy: bool) -> None:
+        """A busy model gives way after its turn, to a load that has waited and starts before its next one."""
+        assert job is not None
+        assert self.policy.takes_turns
+        turn_s = max(TURN_S, self.policy.min_residency_s)
+        assert self._waited_s(job) >= turn_s
+        if is_busy:
+            load_s = self.live[serving.load_job_id].load_s
+            assert seconds_between(serving.loaded_at, self.now) >= max(turn_s, LOADS_PER_TURN * load_s)
+            if not self._made_way(job) and job.cause not in RELOADS:
+                assert job.load is not None
+                minutes = int(self._waited_s(job) // PRIORITY_AGING_S)
+                assert rank_of(job.load) - min(2, minutes) <= rank_of(serving.parameters)
 
     def _check_need_to_evict(self, job: Job | None) -> None:
         rooms = [MACHINE, *self.policy.rooms]
@@ -438,6 +462,7 @@ POLICIES = st.builds(
     budget_bytes=st.sampled_from([100, 100, 100, None]),
     max_loaded=st.sampled_from([None, None, 1, 2]),
     evicts=st.booleans(),
+    takes_turns=st.booleans(),
     min_residency_s=st.sampled_from([0.0, 10.0]),
     restores=st.sampled_from([True, True, False]),
     loads=RULES,
@@ -618,12 +643,16 @@ class Simulation(RuleBasedStateMachine):
         which=st.integers(0, 3),
         outcome=OUTCOMES,
         keeps=st.sampled_from([50, 100, 130]),
+        took_s=st.sampled_from([0.0, 0.0, 20.0]),
         late=st.booleans(),
         turns=TURNS,
     )
-    def a_load_ends(self, which: int, outcome: str, keeps: int, turns: int, *, late: bool) -> None:
+    def a_load_ends(
+        self, which: int, outcome: str, keeps: int, took_s: float, turns: int, *, late: bool
+    ) -> None:
         self.world.concludes_late = late
         for process in pick(self.world.loading(), which) if self.world.fork_server_up else []:
+            process.load_s = took_s
             process.finish(outcome, keeps)
         self.world.work(turns)
 
@@ -834,3 +863,76 @@ def test_models_that_do_not_fit_together_take_turns() -> None:
     for first, second in pairwise(loaded):
         assert first.model_id != second.model_id
         assert seconds_between(first.recorded_at, second.recorded_at) >= MIN_RESIDENCY_S
+
+
+BUSY = Policy(loads_at_once=2, max_loaded=1, evicts=True, takes_turns=True, min_residency_s=0)
+PATIENT = LoadParameters(timeout_s=3_600)
+PINNED = LoadParameters(timeout_s=3_600, pinned=True)
+
+
+class Stay(NamedTuple):
+    """A model's stay in memory, in seconds since the start; one that goes on ends at infinity."""
+
+    model_id: str
+    since_s: float
+    until_s: float = inf
+
+
+def ask_without_a_pause(policy: Policy, seconds: int, **parameters: LoadParameters) -> list[Stay]:
+    """Let clients ask each of these models without a pause; return the stays of the models.
+
+    Loads and unloads take no time; an inference for a model that is not loaded asks for its load.
+    """
+    world = World(policy)
+    for _ in range(seconds):
+        for name, given in parameters.items():
+            if name not in {process.model_id for process in world.serving()}:
+                world.demanded.add(name)
+                world.submit(RequestLoad(name, 1, CONTENTS, "pia", given, Cause.DEMAND))
+        for _ in range(3):
+            world.settle()
+            for process in world.serving():
+                process.busy = True
+                world.demanded.discard(process.model_id)
+            world.progress("loaded")
+        world.now = add_seconds(world.now, 1)
+    stays = dict[str | None, Stay]()
+    for number, event in enumerate(world.events):
+        now_s = seconds_between(at(0), event.recorded_at)
+        if isinstance(event.data, ModelLoaded):
+            stays[event.model_id] = Stay(event.model_id or "", now_s)
+        elif isinstance(event.data, ModelUnloaded):
+            stays[str(number)] = stays.pop(event.model_id)._replace(until_s=now_s)
+    return sorted(stays.values(), key=lambda stay: stay.since_s)
+
+
+@pytest.mark.parametrize(("room", "names"), [(1, "ab"), (1, "abc"), (2, "abc"), (2, "abcde"), (3, "abcde")])
+def test_busy_models_take_turns_of_the_stated_length(room: int, names: str) -> None:
+    stays = ask_without_a_pause(replace(BUSY, max_loaded=room), 600, **dict.fromkeys(names, PATIENT))
+    total_s = Counter[str]()
+    for stay in stays:
+        total_s[stay.model_id] += round(min(stay.until_s, 600) - stay.since_s)
+    assert min(total_s.values()) >= 0.7 * max(total_s.values())
+    longest_wait_s = TURN_S * ceil((len(names) - room) / room)
+    for name in names:
+        own = [stay for stay in stays if stay.model_id == name]
+        for stay, following in pairwise(own):
+            assert stay.until_s - stay.since_s >= TURN_S
+            assert TURN_S <= following.since_s - stay.until_s <= longest_wait_s + 1
+
+
+def test_model_of_high_priority_gives_way_to_aged_loads_only() -> None:
+    high = LoadParameters(timeout_s=3_600, priority="high")
+    stays = ask_without_a_pause(BUSY, 600, a=high, b=PATIENT)
+    assert len(stays) >= 2 * 600 // (PRIORITY_AGING_S + TURN_S + 2)
+    for stay in stays[:-1]:
+        stay_s = PRIORITY_AGING_S if stay.model_id == "a" else TURN_S
+        assert stay_s <= stay.until_s - stay.since_s <= stay_s + 1
+
+
+@pytest.mark.parametrize(
+    ("policy", "first"),
+    [(replace(BUSY, takes_turns=False), PATIENT), (replace(BUSY, evicts=False), PATIENT), (BUSY, PINNED)],
+)
+def test_busy_model_does_not_give_way(policy: Policy, first: LoadParameters) -> None:
+    assert ask_without_a_pause(policy, 600, a=first, b=PATIENT) == [Stay("a", 0)]

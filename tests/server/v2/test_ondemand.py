@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import sqlite3
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import closing
@@ -182,7 +183,7 @@ async def test_thousand_waiters_are_one_look_up_and_one_load(shared: LocalApi, l
     assert look_ups == ["popular"]
     assert await shared.types("popular") == ["LoadRequested", "LoadStarted", "ModelLoaded"]
     assert shared.app[DEMAND].count_waiting("popular") == 0
-    assert not shared.app[DEMAND].demand.has("popular")
+    assert not shared.app[DEMAND].demand.has("popular", time.monotonic_ns())
 
 
 async def test_waiter_beyond_the_queue_is_refused(
@@ -210,7 +211,7 @@ async def test_started_load_without_waiters_completes(shared: LocalApi) -> None:
     await recorded(shared, "alone", "LoadStarted")
     alone.cancel()
     await asyncio.wait([alone])
-    assert not shared.app[DEMAND].demand.has("alone")
+    assert shared.app[DEMAND].count_waiting("alone") == 0
     await shared.model_when("alone", state="loaded")
     assert await causes(shared, "alone") == ["demand"]
 
@@ -407,7 +408,10 @@ async def test_swap_in_place_is_waited_for(shared: LocalApi) -> None:
 
 
 @on_the_modules_loop
-async def test_one_place_is_waited_for_and_taken_in_turns(small: LocalApi) -> None:
+async def test_one_place_is_waited_for_and_taken_in_turns(
+    small: LocalApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small.app[DEMAND].demand, "kept_s", 0)
     for number in range(3):
         folder = save(models.add(number), small.config.repository, f"m{number}").parent
         (folder / DEFAULTS_FILE).write_text("keep_alive_s = 0")
@@ -436,8 +440,11 @@ async def full(small: LocalApi) -> LocalApi:
 
 
 @on_the_modules_loop
-async def test_load_cancelled_for_lack_of_demand_is_asked_again(full: LocalApi) -> None:
+async def test_load_cancelled_for_lack_of_demand_is_asked_again(
+    full: LocalApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
     add(full, "again")
+    monkeypatch.setattr(full.app[DEMAND].demand, "kept_s", 0)
     leaving = asyncio.create_task(full.infer("again", ONE))
     [job] = await when(lambda: full.jobs("?model=again"), bool)
     log = full.app[LOG]
@@ -457,6 +464,23 @@ async def test_load_cancelled_for_lack_of_demand_is_asked_again(full: LocalApi) 
     for answer in await asyncio.gather(*staying):
         assert answer.json["outputs"][0]["data"] == [2]
     assert await causes(full, "again") == ["demand", "demand"]
+
+
+@on_the_modules_loop
+async def test_inference_that_gave_up_finds_its_model_later(full: LocalApi) -> None:
+    add(full, "patient")
+    refused = await full.infer("patient", ONE, parameters=SOON)
+    assert refused.refusal == (504, "inference_timeout")
+    [job] = await full.jobs("?model=patient")
+    other = asyncio.create_task(full.infer("m0", ONE))
+    await when(lambda: full.jobs("?model=m0&status=pending"), bool)
+    await full.unload("pinned")
+    assert (await full.ended(job["id"]))["status"] == "completed"
+    [waiting] = await full.jobs("?model=m0&status=pending")  # the loaded model is kept for who repeats
+    assert (await full.infer("patient", ONE)).json["outputs"][0]["data"] == [2]
+    assert (await other).json["outputs"][0]["data"] == [1]
+    assert (await full.ended(waiting["id"]))["status"] == "completed"
+    assert await causes(full, "patient") == ["demand"]
 
 
 @on_the_modules_loop
