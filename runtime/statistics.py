@@ -1,4 +1,4 @@
-"""Counts and durations of one load's inferences, as the protocol's statistics extension has them.
+"""Counts and durations of one load's inferences, as the protocol's statistics extension has them, and rates.
 
 The time of an answered request is divided without a rest into queue, compute (input, infer, output) and
 transport. docs/metrics.md defines them for users; `InferenceTimes` has the clock readings that bound them.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from math import exp
 
 import msgspec
 
@@ -192,3 +193,29 @@ def _make_total(count: int, ns: int) -> DurationTotal:
 
 def _clamp(number: int) -> int:
     return min(number, MAX_COUNT)
+
+
+RATE_DECAY_S = 1200.0
+"""Time constant of request rates. With 5 and 60 minutes, evictions were as good within 2 % (simulated)."""
+
+_LEAST_RATE = 1e-7
+"""One request in four months; a lower rate is forgotten."""
+
+
+class RequestRates:
+    """Decayed rates of the answered requests of models. They outlive loads, since they tell the next use.
+
+    Attributes:
+        per_s: requests per second, by model.
+    """
+
+    def __init__(self) -> None:
+        self.per_s: dict[str, float] = {}
+
+    def add(self, model_id: str, requests: int) -> None:
+        if requests:
+            self.per_s[model_id] = self.per_s.get(model_id, 0.0) + requests / RATE_DECAY_S
+
+    def decay(self, seconds: float) -> None:
+        kept = exp(-seconds / RATE_DECAY_S)
+        self.per_s = {name: rate * kept for name, rate in self.per_s.items() if rate * kept > _LEAST_RATE}

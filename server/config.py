@@ -338,7 +338,7 @@ class Config:
     )
     evict: str = setting(
         OFF,
-        "Evict the least recently used idle models when a load needs room: idle, or off.",
+        "Evict idle models when a load needs room: idle, or off.",
         validate.OneOf((OFF, "idle")),
     )
     min_residency_s: float = setting(10.0, "Seconds after its load before a model may be evicted.", _SECONDS)

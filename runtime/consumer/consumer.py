@@ -68,6 +68,7 @@ from runtime.scheduler.view import (
     load_allowance,
     may_end,
 )
+from runtime.statistics import RequestRates
 from runtime.store.versions import Versions
 from runtime.timeouts import LAST_READ_S, MEASURE_LIMIT_S, PROGRESS_TIMEOUT_S, stall_detector
 from runtime.wire import plain_text
@@ -130,6 +131,7 @@ class Consumer:
         wake = self._wakeup.set
         self.demand = PendingDemand(wake)
         self.totals = InferenceTotals(log.tally.names)
+        self._rates = RequestRates()
         self._recorder = Recorder(log, versions.folders | CODE_FOLDERS, elsewhere)
         self.loads = {} if loads is None else loads
         self._loader = Loader(
@@ -143,7 +145,7 @@ class Consumer:
             policy=policy,
             progress_timeout_s=progress_timeout_s,
         )
-        self._monitor = WorkerMonitor(log, self.loads, wake)
+        self._monitor = WorkerMonitor(log, self.loads, self._rates, wake)
 
     async def run(self) -> None:
         """Work until `stop`; the server must exit if this ends before."""
@@ -396,6 +398,7 @@ class Consumer:
             job, is_running = find_started_job(own, key), key in active and not load.task.done()
             is_without_outcome = job is not None and not is_running and may_end(self._log.state, job)
             if load.is_finished and (is_without_outcome or not is_current):
+                self._rates.add(load.model_id, load.take_new_requests())
                 self.totals.end(load)
                 del self.loads[key]
 
@@ -413,6 +416,7 @@ class Consumer:
             estimating=[job_id for job_id, each in active.items() if each.is_new],
             pending_demand=self.demand.models,
             last_used=self._log.last_used,
+            requests_per_s=self._rates.per_s,
             clock=self._log.clock,
         )
 
@@ -493,11 +497,14 @@ class PendingDemand:
 
 
 class WorkerMonitor:
-    """Measures workers, wakes the consumer then, and notes last uses in the log, periodically."""
+    """Measures workers and wakes the consumer then, and notes rates and last uses, periodically."""
 
-    def __init__(self, log: Log, loads: Mapping[str, RunningLoad], wake: Callable[[], None]) -> None:
+    def __init__(
+        self, log: Log, loads: Mapping[str, RunningLoad], rates: RequestRates, wake: Callable[[], None]
+    ) -> None:
         self._log = log
         self._loads = loads
+        self._rates = rates
         self._wake = wake
         self._noted_uses: dict[str, int] = {}
         self._measuring: dict[str, asyncio.Task[None]] = {}
@@ -507,6 +514,7 @@ class WorkerMonitor:
         try:
             for turn in itertools.count(1):
                 await asyncio.sleep(MEASURE_EVERY_S)
+                self._update_rates()
                 try:
                     await self.measure()
                     if turn % NOTE_EVERY == 0:
@@ -516,6 +524,11 @@ class WorkerMonitor:
         finally:
             for measuring in self._measuring.values():
                 measuring.cancel()
+
+    def _update_rates(self) -> None:
+        self._rates.decay(MEASURE_EVERY_S)
+        for load in self._loads.values():
+            self._rates.add(load.model_id, load.take_new_requests())
 
     async def measure(self) -> None:
         """Measure all workers that have loaded, one after the other; loading ones are sampled meanwhile.

@@ -72,6 +72,7 @@ class RunningLoad:
         killed: whether its workers were killed.
         recorded_exits: ids of workers whose unexpected exit was recorded.
         last_used_ns: when the last request ended (CLOCK_MONOTONIC); 0 is never.
+        rated_requests: answered requests that the model's rate has.
     """
 
     job_id: str
@@ -114,6 +115,7 @@ class RunningLoad:
     aborted_requests: int = 0
     freed_bytes: int = 0
     last_used_ns: int = 0
+    rated_requests: int = 0
     statistics: Statistics = field(default_factory=Statistics)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -193,6 +195,11 @@ class RunningLoad:
         """The age of the oldest inference in flight, or None without one."""
         sent = [each for worker in self.alive_workers if (each := worker.oldest_sent_ns) is not None]
         return (time.monotonic_ns() - min(sent)) / 1e9 if sent else None
+
+    def take_new_requests(self) -> int:
+        """Return how many requests were answered since the last call."""
+        before, self.rated_requests = self.rated_requests, self.statistics.requests
+        return self.rated_requests - before
 
     def last_used_at(self, now: str) -> str | None:
         """Return the timestamp of the end of the last inference, or None without one."""

@@ -377,7 +377,7 @@ class _PendingLoad:
         return _Shortage(alternative, replaced, lacking, measured)
 
     def _make_room(self, missing_now: _Shortage, follows: Action | None = None) -> Action | Waiting:
-        """Wait for exiting processes; else evict the fewest idle models, or end the turn of busy ones.
+        """Wait for exiting processes; else evict idle models, or end the turn of busy ones.
 
         Room that becomes free while it waits is reserved for it if it goes before all, or has waited; what
         exiting processes release is reserved in any case if it is enough.

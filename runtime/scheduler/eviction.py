@@ -1,19 +1,18 @@
 """Which models the server unloads: victims of a load that needs room, and automatic unloads.
 
-Victims are the fewest idle models that release enough, least recently used first. Where inferences bring
-models back, a load that has waited for a turn also evicts busy models whose own turn is over. Automatic
-unloads are idle timeouts, workers that outgrew the budget, and lost models that are not restored.
+Victims are idle models, those first whose stay saves the least time of loads. Where inferences bring models
+back, a load that has waited for a turn also evicts busy models whose own turn is over. Automatic unloads are
+idle timeouts, workers that outgrew the budget, and lost models that are not restored.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from math import floor, log2
 
-from events.clock import add_seconds
+from events.clock import add_seconds, seconds_between
 from events.models import LoadedModel, Model, ModelState
 from events.types import Cause
 from runtime.rooms import MACHINE
@@ -30,14 +29,16 @@ clients would wait less, but each change costs a load."""
 LOADS_PER_TURN = 2
 """Shortest turn of a busy model in lengths of its load: so at most a third of the time goes into loads."""
 
+_SHORTEST_S = 0.001
+"""Least duration of a load, and time until the next use, for the value of a model."""
+
 
 @dataclass(frozen=True, slots=True)
 class Victim:
-    """A model that may be evicted: the bytes that this releases, and its last use."""
+    """A model that may be evicted, and the bytes that this releases."""
 
     model: LoadedModel
     memory_bytes: int
-    used_at: str
 
 
 class Eviction:
@@ -49,28 +50,36 @@ class Eviction:
 
     def __init__(self, view: SchedulerView) -> None:
         self._view = view
-        self._victims: dict[LoadRoom, list[Victim]] = {}
+        self._idle: dict[tuple[LoadRoom, bool], list[Victim]] = {}
         self._busy: dict[tuple[LoadRoom, int], list[Victim]] = {}
         self._all_bytes: dict[tuple[LoadRoom, int | None], int] = {}
         self._resident_since = view.earlier_by(view.policy.min_residency_s)
         self.turn_s = max(TURN_S, view.policy.min_residency_s)
 
-    def victims_in(self, room: LoadRoom) -> list[Victim]:
-        """Return the models that may be evicted now from a room, least recently used first.
+    def idle_in(self, room: LoadRoom, *, by_bytes: bool = True) -> list[Victim]:
+        """Return the idle models that may be evicted now from a room, those of the least value first.
 
-        Not those that are busy, pinned, or loaded less than the minimum residency ago: so two models that do
-        not fit together take turns instead of evicting each other all the time.
+        Not those that are pinned, or loaded less than the minimum residency ago.
+
+        Args:
+            room: the room.
+            by_bytes: whether the room lacks bytes, so that a model of more bytes has less value.
         """
-        if room not in self._victims:
+        if (room, by_bytes) not in self._idle:
             found = [
-                Victim(model, room.bytes_of(run), self._view.used_at(model, run))
+                (self._value_of(model, run, room.bytes_of(run) if by_bytes else 1), model, run)
                 for model, run in self._candidates
                 if room.name in run.taken
                 and not run.busy
                 and self._view.loaded_at(model) <= self._resident_since
             ]
-            self._victims[room] = sorted(found, key=lambda victim: (victim.used_at, victim.model.id))
-        return self._victims[room]
+            found.sort(key=lambda each: (each[0], -each[1].serving.position))
+            self._idle[room, by_bytes] = [Victim(model, room.bytes_of(run)) for _, model, run in found]
+        return self._idle[room, by_bytes]
+
+    def _value_of(self, model: LoadedModel, run: LoadView, size: int) -> int:
+        idle_s = seconds_between(self._view.used_at(model, run), self._view.now)
+        return value_step(run.load_s, idle_s, self._view.observations.requests_per_s.get(model.id, 0.0), size)
 
     @cached_property
     def next_at(self) -> str | None:
@@ -90,49 +99,43 @@ class Eviction:
         """
         if (room, rank) not in self._busy:
             found = [
-                Victim(model, room.bytes_of(run), self._view.loaded_at(model))
+                (self._view.loaded_at(model), model.serving.position, Victim(model, room.bytes_of(run)))
                 for model, run in self._candidates
                 if room.name in run.taken
                 and run.busy
                 and rank <= rank_of(model.serving.parameters)
                 and self._is_turn_over(model, run)
             ]
-            self._busy[room, rank] = sorted(found, key=lambda it: (it.used_at, it.model.serving.position))
+            self._busy[room, rank] = [victim for *_, victim in sorted(found, key=lambda each: each[:2])]
         return self._busy[room, rank]
 
     def _is_turn_over(self, model: LoadedModel, run: LoadView) -> bool:
         turn_s = max(self.turn_s, LOADS_PER_TURN * run.load_s)
         return self._view.loaded_at(model) <= self._view.earlier_by(turn_s)
 
-    def choose(
-        self, missing: Mapping[LoadRoom, Amount], rank: int | None = None
-    ) -> tuple[Victim, ...] | None:
-        """Return the fewest victims that release enough in each room, or None if all do not.
+    def choose(self, missing: Mapping[LoadRoom, Amount], rank: int | None = None) -> list[Victim] | None:
+        """Return victims that release enough in each room, or None if all do not.
 
         Those in one room count for the next. `rank` is that of a load which has waited for a turn: then busy
         models whose turn is over are victims after the idle ones.
         """
-        chosen: tuple[Victim, ...] = ()
+        chosen: list[Victim] = []
         for room, amount in missing.items():
-            more = self._choose_in(room, amount, {victim.model.id for victim in chosen}, rank)
+            victims = self.idle_in(room, by_bytes=amount.bytes > 0)
+            if rank is not None:
+                victims = [*victims, *self._busy_in(room, rank)]
+            if (room, rank) not in self._all_bytes:
+                self._all_bytes[room, rank] = sum(victim.memory_bytes for victim in victims)
+            if amount.bytes > self._all_bytes[room, rank] or amount.models > len(victims):
+                return None  # many loads may wait
+            names = {victim.model.id for victim in chosen}
+            released = [victim.memory_bytes for victim in victims if victim.model.id in names]
+            rest = [victim for victim in victims if victim.model.id not in names]
+            more = choose_enough(rest, amount.bytes - sum(released), amount.models - len(released))
             if more is None:
                 return None
             chosen += more
         return chosen
-
-    def _choose_in(
-        self, room: LoadRoom, missing: Amount, chosen: Collection[str], rank: int | None
-    ) -> tuple[Victim, ...] | None:
-        victims = self.victims_in(room)
-        if rank is not None:
-            victims = [*victims, *self._busy_in(room, rank)]
-        if (room, rank) not in self._all_bytes:
-            self._all_bytes[room, rank] = sum(victim.memory_bytes for victim in victims)
-        if missing.bytes > self._all_bytes[room, rank] or missing.models > len(victims):
-            return None
-        released = [victim.memory_bytes for victim in victims if victim.model.id in chosen]
-        rest = [victim for victim in victims if victim.model.id not in chosen]
-        return choose_fewest(rest, missing.bytes - sum(released), missing.models - len(released))
 
     @cached_property
     def _candidates(self) -> list[tuple[LoadedModel, LoadView]]:
@@ -140,33 +143,48 @@ class Eviction:
         return [(model, run) for model, run in settled_models if not model.serving.parameters.pinned]
 
 
-def choose_fewest(
-    candidates: Sequence[Victim], missing_bytes: int, missing_models: int = 0
-) -> tuple[Victim, ...] | None:
-    """Return the fewest of `candidates` that release enough, or None if all do not.
+def value_step(load_s: float, idle_s: float, requests_per_s: float, size: int) -> int:
+    """Return the value of a model in memory: the loads that it saves per second, per byte, as a power of two.
+
+    The time until its next use is expected to be that between requests, or that since the last one if this is
+    longer. Models whose values differ by less than two are equal: of those the one that was loaded last goes
+    first, so that of models in rotation most stay. docs/decisions/0084 compares other orders.
 
     Args:
-        candidates: least recently used first. Of two choices of the same size, the one with the least
-            recently used model that the other lacks is taken.
+        load_s: seconds that its load took.
+        idle_s: seconds since its last use.
+        requests_per_s: its decayed rate of requests; 0 is unknown.
+        size: the bytes that it takes, or 1 if only places are missing.
+    """
+    expected_s = max(idle_s, 1 / requests_per_s if requests_per_s else 0.0, _SHORTEST_S)
+    return floor(log2(max(load_s, _SHORTEST_S) / expected_s / max(size, 1)))
+
+
+def choose_enough(
+    candidates: Iterable[Victim], missing_bytes: int, missing_models: int = 0
+) -> list[Victim] | None:
+    """Return the first candidates that release enough, without superfluous ones, or None if all do not.
+
+    Args:
+        candidates: those of the least value first.
         missing_bytes: bytes that they have to release together.
         missing_models: how many they have to be at least.
     """
-    rest = sorted(candidate.memory_bytes for candidate in candidates)
-    sums = list(accumulate(reversed(rest), initial=0))
-    number = max(bisect_left(sums, missing_bytes), missing_models)
-    if number > len(candidates):
-        return None
     chosen: list[Victim] = []
     for candidate in candidates:
-        if len(chosen) == number:
+        if missing_bytes <= 0 and missing_models <= 0:
             break
-        del rest[bisect_left(rest, candidate.memory_bytes)]
-        still_missing = number - len(chosen) - 1
-        largest = rest[len(rest) - still_missing :]
-        if len(largest) == still_missing and candidate.memory_bytes + sum(largest) >= missing_bytes:
-            chosen.append(candidate)
-            missing_bytes -= candidate.memory_bytes
-    return tuple(chosen)
+        chosen.append(candidate)
+        missing_bytes -= candidate.memory_bytes
+        missing_models -= 1
+    if missing_bytes > 0 or missing_models > 0:
+        return None
+    for candidate in chosen[::-1]:
+        if missing_bytes + candidate.memory_bytes <= 0 and missing_models < 0:
+            chosen.remove(candidate)
+            missing_bytes += candidate.memory_bytes
+            missing_models += 1
+    return chosen
 
 
 def find_automatic_unload(view: SchedulerView, eviction: Eviction) -> Decision:
@@ -181,7 +199,7 @@ def find_automatic_unload(view: SchedulerView, eviction: Eviction) -> Decision:
             return Decision(UnloadAutomatically(model, Cause.IDLE))
         times.append(ends_at)
     for room, missing in _rooms_over_budget(view):
-        victims = eviction.choose({room: missing}) or eviction.victims_in(room)
+        victims = eviction.choose({room: missing}) or eviction.idle_in(room)
         if victims:
             return Decision(UnloadAutomatically(victims[0].model, Cause.EVICTION))
         times += filter(None, [eviction.next_at])

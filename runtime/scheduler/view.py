@@ -153,6 +153,7 @@ class Observations:
         estimating: jobs whose estimate began just now, so that later loads still wait for it.
         pending_demand: models that inferences wait for.
         last_used: when models were last used before the server's start, as far as known.
+        requests_per_s: decayed rates of models' requests, since the server's start.
         clock: which converts recorded times to monotonic ones.
     """
 
@@ -162,6 +163,7 @@ class Observations:
     estimating: Collection[str] = ()
     pending_demand: Collection[str] = ()
     last_used: Mapping[str, str] = field(default_factory=dict)
+    requests_per_s: Mapping[str, float] = field(default_factory=dict)
     clock: LedgerClock = field(default_factory=LedgerClock)
 
 

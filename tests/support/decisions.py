@@ -361,6 +361,10 @@ class Scene:
             self.history.load(f"{model}0", of=model)
         self.history.restart()
 
+    def rate(self, model: str, requests_per_s: float) -> None:
+        """A model is asked so often."""
+        self.observe(requests_per_s={**self.observations.requests_per_s, model: requests_per_s})
+
     def wait(self, seconds: float) -> None:
         self.history.seconds += seconds
 
