@@ -44,6 +44,7 @@ POLICIES = st.builds(
     budget_bytes=st.sampled_from([100, 100, 150, None]),
     max_loaded=st.sampled_from([None, None, 1, 2]),
     evicts=st.booleans(),
+    takes_turns=st.booleans(),
     min_residency_s=st.sampled_from([0.0, 10.0]),
     restores=st.just(True),
     loads=RULES,
