@@ -73,6 +73,18 @@ class Device(AnswerBody, frozen=True, kw_only=True):
     models: Annotated[int, about("That have a process there.")]
 
 
+class Reloads(AnswerBody, frozen=True, kw_only=True):
+    """Loads of models that had been evicted for others: many, if more models are in use than fit."""
+
+    last_hour: Annotated[int, about("Completed ones, of the last hour or since the server's start.")]
+    waited_s: Annotated[float, about("Seconds that inferences waited for loads then, answered or not.")]
+    share: Annotated[float, about("Of the time of all inferences then, from 0 to 1.")]
+    limits: Annotated[
+        list[Annotated[str, one_of("memory", "max_loaded")]],
+        about("Which leave no room for one more model now; empty if it is not known."),
+    ]
+
+
 class Resources(AnswerBody, frozen=True, kw_only=True):
     """The memory budget of workers and its use, and whether the server is ready."""
 
@@ -92,6 +104,7 @@ class Resources(AnswerBody, frozen=True, kw_only=True):
     threads: Annotated[int, about("Threads of each worker of a load that does not say otherwise.")]
     models: list[LoadUsage]
     waiting: list[WaitingJob]
+    reloads: Annotated[Reloads | None, about("After evictions; missing without any in an hour.")] = None
     pressure: Annotated[PressureInfo | None, about("Null without PSI.")]
     confinement: ConfinementInfo
     devices: Annotated[list[Device], about("First the CPU.")]

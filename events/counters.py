@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from events.clock import seconds_between
 from events.jobs import Job, JobKind, JobStatus
-from events.types import AccessDenied, Cause, Event, LoadFailed, ModelLoaded, WorkerExited
+from events.types import AccessDenied, Cause, Event, LoadFailed, ModelLoaded, ModelUnloaded, WorkerExited
 
 OTHERS = "_others"
 """The label shared by models without a label of their own; no model can have this name."""
@@ -105,6 +105,7 @@ class Tally:
         failures: failed loads, by error code.
         exits: unexpected exits of workers, by model.
         restarts: recoveries after such exits, by model.
+        reloads: completed loads of models whose last unload was an eviction, by model.
         bypasses: loads that a person with the role `emergency` let pass.
         denied: denied requests, as recorded.
         append_s: durations of commands from `submit` until durable.
@@ -123,13 +124,15 @@ class Tally:
         self.failures = Counter[str]()
         self.exits = Counter[str]()
         self.restarts = Counter[str]()
+        self.reloads = Counter[str]()
+        self._evicted = set[str]()
         self.bypasses = 0
         self.denied = 0
         self.append_s = Histogram(APPEND_S)
         self.commit_s = Histogram(APPEND_S)
         self.write_failures = 0
 
-    def count(self, events: Sequence[Event], jobs: Iterable[Job]) -> None:
+    def count(self, events: Sequence[Event], jobs: Collection[Job]) -> None:
         """Count a group that has become durable.
 
         Args:
@@ -139,7 +142,7 @@ class Tally:
         for event in events:
             self.events[event.type] += 1
             if type(event.data) in _COUNTED:
-                self._count_event(event)
+                self._count_event(event, jobs)
         for job in jobs:
             if job.ended:
                 self._count_job(job)
@@ -154,20 +157,26 @@ class Tally:
             took_s = seconds_between(job.created_at, job.finished_at)
             (self.load_s if is_load else self.unload_s)[job.status.value].observe(took_s)
 
-    def _count_event(self, event: Event) -> None:
+    def _count_event(self, event: Event, jobs: Iterable[Job]) -> None:
         match event.data:
             case ModelLoaded(durations=durations) as loaded:
+                if event.model_id in self._evicted:
+                    self._evicted.remove(event.model_id)
+                    self.reloads[self.names.of(event.model_id)] += 1
                 for stage in LOAD_STAGES:
                     self.stage_s[stage] += (getattr(durations, f"{stage}_us") or 0) / 1e6
                 self.bypasses += loaded.evidence.is_bypassed
             case LoadFailed(code=code):
                 known = code in self.failures or len(self.failures) < MAX_CODES
                 self.failures[code if known else OTHER_CODE] += 1
+            case ModelUnloaded() if event.model_id is not None:
+                is_eviction = any(job.id == event.job_id and job.cause is Cause.EVICTION for job in jobs)
+                (self._evicted.add if is_eviction else self._evicted.discard)(event.model_id)
             case WorkerExited() if event.model_id is not None:
                 self.exits[self.names.of(event.model_id)] += 1
             case AccessDenied(count=times):
                 self.denied += times
 
 
-_COUNTED = frozenset({ModelLoaded, LoadFailed, WorkerExited, AccessDenied})
+_COUNTED = frozenset({ModelLoaded, LoadFailed, ModelUnloaded, WorkerExited, AccessDenied})
 """The types handled by `Tally._count_event`, so that other events skip its `match`."""

@@ -100,8 +100,9 @@ from server.http.responses import response_completer
 from server.http.validation import validation_middleware
 from server.observability import metrics
 from server.observability.metrics import SCRAPES, Scrapes
+from server.observability.reloads import LAST_HOUR, LastHour, read_counts
 from server.observability.requestlog import HTTP_COUNTS, HttpCounts, request_middleware
-from server.observability.timeseries import TimeSeries, record
+from server.observability.timeseries import SAMPLE_EVERY_S, TimeSeries, record
 from server.routing import Route, add_routes
 from server.v2 import inference, metadata
 from server.v2 import repository as v2_repository
@@ -420,7 +421,9 @@ async def _forwarding(app: web.Application) -> AsyncIterator[None]:
 
 async def _time_series(app: web.Application) -> AsyncIterator[None]:
     app[TIME_SERIES] = series = TimeSeries()
-    sampling = asyncio.create_task(record(series, app[LOG], app[CONSUMER], app[LIMIT]), name="time series")
+    app[LAST_HOUR] = hour = LastHour(SAMPLE_EVERY_S)
+    sampled = record(series, app[LOG], app[CONSUMER], app[LIMIT], lambda: hour.add(read_counts(app)))
+    sampling = asyncio.create_task(sampled, name="time series")
     yield
     sampling.cancel()
     await asyncio.wait([sampling])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -36,6 +37,9 @@ MAX_FAILURES = 1000
 """Remembered failures; beyond this the oldest is forgotten, and its model may be tried again sooner."""
 
 _ABSENT = (ModelState.UNLOADED, ModelState.FAILED)
+
+WAIT_ENDS = COMPLETED, FORWARDED, FAILED = "completed", "forwarded", "failed"
+"""Ends of an inference's wait: the model is loaded here, or at another server; or the inference gave up."""
 
 Demand = tuple[str, int | None, str]
 """A model and the requested version, or None for the version that a person chose last, else the highest.
@@ -141,6 +145,7 @@ class OnDemand:
         is_personal: says whether the rules for a model depend on the requester.
         max_waiting: inferences that may wait for one model.
         on: whether on-demand loads are configured.
+        waited_s: how long inferences waited for loads, by the end of the wait: one of `WAIT_ENDS`.
     """
 
     log: Log
@@ -154,6 +159,7 @@ class OnDemand:
     is_personal: Callable[[str], bool]
     max_waiting: int
     on: bool
+    waited_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(WAIT_ENDS, 0.0), init=False)
     _back_off: BackOff = field(default_factory=BackOff, init=False)
     _attempts: dict[Demand, asyncio.Task[Exception | None]] = field(default_factory=dict, init=False)
     _waiting: Counter[Demand] = field(default_factory=Counter, init=False)
@@ -192,12 +198,17 @@ class OnDemand:
             yield await self.router.find(model_id, version)
             return
         with self.demand.hold(model_id):
-            while isinstance(target := self.router.resolve(model_id, version), Absent):
-                if isinstance(target.problem, OtherVersionLoaded):
-                    raise target.problem
-                who = subject if self.is_personal(model_id) else ""
-                demand = model_id, self.router.find_version(model_id, version), who
-                await self._wait(demand, subject, ends_at_s)
+            began_s, end = time.monotonic(), FAILED
+            try:
+                while isinstance(target := self.router.resolve(model_id, version), Absent):
+                    if isinstance(target.problem, OtherVersionLoaded):
+                        raise target.problem
+                    who = subject if self.is_personal(model_id) else ""
+                    demand = model_id, self.router.find_version(model_id, version), who
+                    await self._wait(demand, subject, ends_at_s)
+                end = COMPLETED if isinstance(target, Here) else FORWARDED
+            finally:
+                self.waited_s[end] += time.monotonic() - began_s
             yield target
 
     async def _wait(self, demand: Demand, subject: str, ends_at_s: float) -> None:

@@ -444,6 +444,16 @@ def pressure_line(found: Any) -> str | None:
     return f"pressure of the last 10 s: {', '.join(parts)}" if parts else None
 
 
+def reloads_line(found: Any) -> str | None:
+    """Return the reloads after evictions; None without any."""
+    if found.reloads is None:
+        return None
+    waits = f"inferences spent {found.reloads.share:.0%} of their time waiting for loads"
+    limits = ", ".join(map(format_cell, found.reloads.limits))
+    tight = f"; no room by {limits}" if limits else ""
+    return f"reloads after evictions in the last hour: {found.reloads.last_hour}; {waits}{tight}"
+
+
 def confinement_line(confinement: Any, whose: str = "workers") -> str | None:
     """Return the workers' confinement; None for workers on devices, if there are none."""
     if confinement is None:
@@ -485,7 +495,7 @@ def _resource_lines(found: Any) -> Iterator[str]:
     yield budget_line(found)
     yield f"limit {format_size(found.limit_bytes)} ({format_cell(found.limit_source)})"
     yield f"threads of each worker: {found.threads}, unless its load says otherwise"
-    yield from filter(None, [pressure_line(found), confinement_line(found.confinement)])
+    yield from filter(None, [reloads_line(found), pressure_line(found), confinement_line(found.confinement)])
     yield from _device_lines(found)
     if found.models:
         yield ""

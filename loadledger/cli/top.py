@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from loadledger.cli.jobs import describe_progress, model_of
-from loadledger.cli.models import RIGHT, USE_HEAD, budget_line, pressure_line, use_row
+from loadledger.cli.models import RIGHT, USE_HEAD, budget_line, pressure_line, reloads_line, use_row
 from loadledger.cli.options import ServerChoice, json_option, open_chosen_client, server_options
 from loadledger.cli.output import (
     NOTHING,
@@ -296,6 +296,7 @@ def _head_lines(snapshot: ServerSnapshot, columns: int, *, has_keys: bool) -> It
     cells = max(MIN_BAR_CELLS, min(BAR_CELLS, columns - len(f"memory [] {pressure}")))
     yield f"memory {_bar(found, cells)} {pressure}".rstrip()
     yield budget_line(found)
+    yield from filter(None, [reloads_line(found)])
     if not found.models:
         yield "nothing is loaded"
 

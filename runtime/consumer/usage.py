@@ -70,6 +70,11 @@ class InferenceTotals:
             sum_.add(load.statistics)
             load.statistics = sum_
 
+    def answered_s(self, live: Iterable[RunningLoad]) -> float:
+        """Return the seconds of all answered inferences, of the ended loads and of these running ones."""
+        counts = [*self._ended.values(), *(load.statistics for load in live)]
+        return sum(each.total_ns for each in {id(each): each for each in counts}.values()) / 1e9
+
     def with_live(self, live: Iterable[RunningLoad]) -> dict[str, Statistics]:
         """Return the sums by label, of the ended loads and of these running ones, each given once."""
         sums: dict[str, Statistics] = {}

@@ -17,6 +17,7 @@ from server.auth.access import Access
 from server.config import OFF
 from server.http.answers import respond, show, show_optional
 from server.http.validation import NothingSchema
+from server.observability.reloads import LAST_HOUR, describe_reloads, read_counts
 from server.observability.timeseries import measure
 from server.routing import Routes
 
@@ -65,7 +66,9 @@ RESOURCES_CACHE = web.AppKey("resources_cache", ResourcesCache)
 
 def _resources(app: web.Application, of_features: Mapping[str, Any]) -> Resources:
     consumer, limit, config = app[CONSUMER], app[LIMIT], app[CONFIG]
-    taken = measure(consumer, limit)
+    taken, uses = measure(consumer, limit), consumer.uses()
+    free_bytes = taken.budget_bytes - taken.reserved_bytes - taken.used_bytes
+    hour = app[LAST_HOUR].since(read_counts(app))
     return Resources(
         not_ready=list_not_ready(app),
         limit_bytes=limit.bytes,
@@ -73,12 +76,13 @@ def _resources(app: web.Application, of_features: Mapping[str, Any]) -> Resource
         budget_bytes=taken.budget_bytes,
         reserved_bytes=taken.reserved_bytes,
         used_bytes=taken.used_bytes,
-        free_bytes=taken.budget_bytes - taken.reserved_bytes - taken.used_bytes,
+        free_bytes=free_bytes,
         max_loaded=consumer.policy.max_loaded,
         drain_timeout_s=config.drain_timeout_s,
         threads=app[POOL].threads,
-        models=consumer.uses(),
+        models=uses,
         waiting=consumer.waits(),
+        reloads=describe_reloads(hour, uses, free_bytes, consumer.policy.max_loaded),
         pressure=show_optional(read_pressure(), PressureInfo),
         confinement=show(app[POOL].applied.confinement, ConfinementInfo),
         **of_features,

@@ -30,6 +30,7 @@ from events.counters import ENDS, EVICTIONS, OTHERS, HistogramSnapshot
 from events.jobs import JobKind, JobStatus
 from events.models import Model, ModelState
 from events.types import TYPES, Cause
+from features.ondemand.app import DEMAND
 from features.server import Gauge, read_gauges
 from runtime.memory import read_pressure
 from runtime.process.confinement import ALL_ACTS
@@ -170,6 +171,12 @@ class ServerCollector(Collector):
             },
             "model stage",
         )
+        yield _counter(
+            "inference_load_wait_seconds_total",
+            "Time that inferences waited for a load on demand, by its end: completed, forwarded or failed.",
+            self._app[DEMAND].waited_s,
+            "outcome",
+        )
         yield _gauge(
             "inference_in_flight", "Inferences that are queued or running.", self._in_flight, "model"
         )
@@ -215,6 +222,11 @@ class ServerCollector(Collector):
         for name, text, counts in (
             ("worker_exits_total", "Workers that ended unexpectedly.", tally.exits),
             ("worker_restarts_total", "Reloads of the model after a worker died.", tally.restarts),
+            (
+                "reloads_after_eviction_total",
+                "Loads of the model that completed after it was evicted for another.",
+                tally.reloads,
+            ),
         ):
             yield _counter(name, text, _with_zeros(self._statistics, counts), "model")
 

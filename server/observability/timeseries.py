@@ -11,7 +11,7 @@ import asyncio
 import logging
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate, dropwhile
@@ -251,10 +251,13 @@ def measure(consumer: Consumer, limit: MemoryLimit) -> Memory:
     )
 
 
-async def record(series: TimeSeries, log: Log, consumer: Consumer, limit: MemoryLimit) -> None:
+async def record(
+    series: TimeSeries, log: Log, consumer: Consumer, limit: MemoryLimit, count_waits: Callable[[], None]
+) -> None:
     """Sample until cancelled; a failure is logged, since nothing else depends on the samples."""
     while True:
         try:
+            count_waits()
             series.sample(log.now(), measure(consumer, limit), consumer.loads)
         except OSError as error:  # no descriptor is left, for example
             _log.warning("memory and requests could not be sampled: %s", error)

@@ -12,6 +12,8 @@ const SLOW_UNLOAD_S = 5;
 const SLOW_LOAD_S = 60;
 const TIGHT = 0.1; // of the budget
 const PRESSED_PERCENT = 10;
+const MANY_RELOADS = 6; // in an hour, after evictions; a few a day are what eviction is for
+const MUCH_WAITING = 0.1; // of the time of all inferences
 const MOST_BRIEFS = 3; // messages of an entry of several
 
 const NOT_APPROVED = "not_approved"; // the code of a load that was refused for it
@@ -23,7 +25,7 @@ const LEVELS = ["critical", "warning", "asked", "waiting"];
 // from here: actions of {do, model, job}. With an `occurrence`, it can be acknowledged until there is another one.
 // Those of one `cause` are one entry, which has them as `members`.
 export const problems = computed(() => {
-  const found = [...serverProblems(), ...nodeProblems(), ...memoryProblems(), ...unansweredProblems()];
+  const found = [...serverProblems(), ...nodeProblems(), ...memoryProblems(), ...reloadProblems(), ...unansweredProblems()];
   for (const model of state.models.value.values()) found.push(...modelProblems(model));
   for (const { model, version } of state.unapproved.value) {
     found.push(problem("asked", `asked ${model.id}/${version}`, `${named(model.id, version)} waits for approval`, "", "Approve it."));
@@ -206,6 +208,20 @@ function* memoryProblems() {
       `In ${Math.round(pressure.memory_some_percent)} % of the last ten seconds a task waited for memory; the limit is ${bytes(limit)}.`,
       "Loads of low priority wait. Check what else runs on the machine.");
   }
+}
+
+// More models in use than fit. Acknowledged for a day, or until another limit is the tight one.
+function* reloadProblems() {
+  const { reloads, max_loaded: most, budget_bytes: budget } = state.resources.value ?? {};
+  if (!reloads || reloads.last_hour < MANY_RELOADS || reloads.share < MUCH_WAITING) return;
+  const settings = { memory: `--memory-budget (${bytes(budget)})`, ...(most && { max_loaded: `--max-loaded (${most})` }) };
+  const short = reloads.limits.map((each) => settings[each] ?? each).join(" and "), raised = short || Object.values(settings).join(" or ");
+  yield {
+    ...problem("warning", "reloads", "The models in use do not fit",
+      `${count(reloads.last_hour, "reload")} in the last hour after evictions: inferences spent ${Math.round(100 * reloads.share)} % of their time waiting for loads.`,
+      `Raise ${raised}, pin the models that must answer fast, or add a node.`),
+    occurrence: `${new Date(state.now.value).toISOString().slice(0, 10)} ${reloads.limits}`,
+  };
 }
 
 const KEPT = "loadledger.acknowledged";

@@ -95,6 +95,30 @@ def test_exits_restarts_and_denied_requests_are_counted() -> None:
     assert tally.failures[OTHER_CODE] == 5
 
 
+def test_load_after_an_eviction_is_counted_as_a_reload() -> None:
+    history = History()
+    for number, cause in enumerate((Cause.EVICTION, Cause.IDLE, Cause.EVICTION)):
+        history.load(f"a{number}", cause=Cause.DEMAND)
+        history.unload(f"out{number}", f"a{number}", cause=cause)
+    history.ask_load("fails", cause=Cause.DEMAND)
+    history.fail_load("fails", "code")  # the next one brings it back
+    history.load("again", cause=Cause.DEMAND)
+    history.load("first", of="other", cause=Cause.DEMAND)
+    history.unload("evicts", "first", of="other", cause=Cause.EVICTION)
+    history.load("back", of="other")  # whoever asks for it
+    tally = counted(history)
+    assert tally.reloads == {MODEL: 2, "other": 1}
+
+
+def test_load_after_a_later_unload_by_a_person_is_no_reload() -> None:
+    history = History()
+    history.load("a")
+    history.unload("evicts", "a", cause=Cause.EVICTION)
+    history.unload("asked", "a")  # of a model that is not loaded
+    history.load("b")
+    assert not counted(history).reloads
+
+
 @FEWER
 @given(st.lists(drafts(), max_size=30), st.integers(1, 7))
 def test_counts_do_not_depend_on_transaction_size(recorded: list[Draft], size: int) -> None:
@@ -113,7 +137,7 @@ def count_in_groups(recorded: list[Draft], size: int) -> dict[str, Any]:
         attempt.commit()
         tally.count(events[first : first + size], attempt.changes.jobs.values())
     histograms = {**tally.load_s, **{f"unload {key}": each for key, each in tally.unload_s.items()}}
-    names = ("events", "loads", "unloads", "failures", "exits", "restarts", "denied")
+    names = ("events", "loads", "unloads", "failures", "exits", "restarts", "reloads", "denied")
     return {name: getattr(tally, name) for name in names} | {
         name: each.snapshot().counts for name, each in histograms.items()
     }

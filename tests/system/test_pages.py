@@ -62,7 +62,7 @@ REFERENCES = {
     "docs/client.md": 9,
     "docs/devices.md": 6,
     "docs/events.md": 5,
-    "docs/memory.md": 5,
+    "docs/memory.md": 6,
     "docs/models.md": 11,
     "docs/time-travel.md": 5,
 }

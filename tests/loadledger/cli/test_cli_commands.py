@@ -24,10 +24,10 @@ from support.workers import until
 
 from answers.health import NotReady
 from answers.models import ModelInfo
-from answers.resources import Resources
+from answers.resources import Reloads, Resources
 from answers.tensors import ModelTensor, TensorExample
 from loadledger.cli.inputs import GivenInput, parse_input
-from loadledger.cli.models import status_line
+from loadledger.cli.models import reloads_line, status_line
 from loadledger.cli.snippets import describe_guess, format_infer
 
 COUNT = f"trips={models.ENDLESS}"
@@ -192,6 +192,15 @@ def test_status_says_whether_the_server_is_ready_and_why_not(alice: Shell) -> No
     failed = NotReady(check="writer", cause="the disk is full", cure="free some of it")
     found = fill(Resources, models=[], waiting=[], not_ready=[failed])
     assert status_line("http://h", found) == "http://h: NOT ready, 0 loads with processes, 0 waiting"
+
+
+def test_reloads_are_shown_with_their_share_and_the_limit() -> None:
+    reloads = Reloads(last_hour=34, waited_s=120.5, share=0.414, limits=["memory", "max_loaded"])
+    assert reloads_line(fill(Resources, reloads=reloads)) == (
+        "reloads after evictions in the last hour: 34; inferences spent 41% of their time waiting for loads; "
+        "no room by memory, max_loaded"
+    )
+    assert reloads_line(fill(Resources)) is None
 
 
 def test_whoami_prints_what_the_token_says(alice: Shell) -> None:

@@ -501,6 +501,34 @@ CASES: dict[str, tuple[object, str]] = {
         return [...found, [level, title, why, occurrence, members.length]];
         """,
     ),
+    "problems: models do not fit, from six reloads and a tenth of the time": (
+        [
+            0,
+            0,
+            [
+                "warning",
+                "6 reloads in the last hour after evictions",
+                "inferences spent 10 % of their time waiting for loads.",
+                "Raise --max-loaded (8), pin the models that must answer fast, or add a node.",
+                "1970-01-01 max_loaded",
+            ],
+            "Raise --memory-budget (100 B) and --max-loaded (8), pin",
+            "Raise --memory-budget (100 B) or --max-loaded (8), pin",
+        ],
+        """
+        const shown = (last_hour, share, limits = ["max_loaded"]) => {
+          state.resources.value = { ...RESOURCES, budget_bytes: 100, free_bytes: 50, max_loaded: 8,
+            reloads: { last_hour, waited_s: 1, share, limits } };
+          return problems.value;
+        };
+        state.now.value = 9000;
+        const [few, rare] = [shown(5, 0.9).length, shown(600, 0.09).length];
+        const [{ level, why, todo, occurrence }] = shown(6, 0.1);
+        const [both, unknown] = [["memory", "max_loaded"], []].map((limits) => shown(6, 0.1, limits)[0].todo);
+        return [few, rare, [level, ...why.split(": "), todo, occurrence],
+          ...[both, unknown].map((text) => text.split(" the")[0])];
+        """,
+    ),
     "problems: approvals that others may give, bypasses, exchanged keys": (
         [
             ["m/2 waits for approval", "n/1 waits for approval"],
