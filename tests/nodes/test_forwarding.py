@@ -36,6 +36,7 @@ from support.workers import computing, until
 
 from events.registercommands import RevokeToken
 from features.nodes.commands import DrainNode
+from features.ondemand.app import DEMAND
 from nodes import forwarding
 from server.appkeys import BODIES, LOG
 from server.auth.gate import Principal
@@ -494,6 +495,11 @@ async def test_good_body_loads_on_demand_where_the_model_fits(ledger: Database, 
             assert answer.json["outputs"][0]["data"] == [1.0 + index]
             assert answer.headers["Loadledger-Node"] == roomy.name
             assert (ADDRESS in answer.headers) is (node is small)
+        waits = [
+            {end for end, waited_s in node.app[DEMAND].waited_s.items() if waited_s}
+            for node in (small, roomy)
+        ]
+        assert waits == [{"forwarded"}, {"completed"}]
 
         save(models.add(1), tmp_path / "repository", "m")  # now there is no room without an eviction
         for sender, node in ((roomy, small), (small, roomy)):
