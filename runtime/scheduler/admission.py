@@ -441,7 +441,7 @@ class _PendingLoad:
         if self._view.policy.takes_turns:
             return "the idle models are not enough: the others are pinned, or their turn is not over"
         others = "the idle models are not enough: the others are busy, pinned, or were loaded just now"
-        return f"{others} (with --on-demand on, busy models take turns)"
+        return f"{others} (busy ones take turns where inferences load models)"
 
 
 def _effort_of(decision: Action | Waiting) -> int:

@@ -75,7 +75,7 @@ set takes_turns=true; load a 90 busy=true load_s=8; request b 50; wait 13
   -> b1 waits for the others are pinned, or their turn is not over; wait 3 -> unload a, eviction for b1
 set takes_turns=true min_residency_s=30; load a 90 busy=true; wait 60; request b 50; wait 29.9 -> nothing;
   wait 0.1 -> unload a, eviction for b1
-load a 90 busy=true; request b 50; wait 60 -> b1 waits for with --on-demand on, busy models take turns
+load a 90 busy=true; request b 50; wait 60 -> b1 waits for busy ones take turns where inferences load models
 set takes_turns=true; load a 90 busy=true pinned=true; request b 50; wait 60 -> nothing
 set takes_turns=true evicts=false; load a 90 busy=true; request b 50; wait 60 -> nothing
 set takes_turns=true; load a 50 busy=true; load b 50; wait 20; request c 50; wait 20
