@@ -221,6 +221,7 @@ class RunningLoad:
             busy=is_demanded or self.in_flight > 0,
             last_used_at=self.last_used_at(now),
             load_s=self.load_s,
+            requests=self.statistics.requests,
         )
 
     def list_taken(self) -> Mapping[str, int]:

@@ -78,8 +78,11 @@ class Eviction:
         return self._idle[room, by_bytes]
 
     def _value_of(self, model: LoadedModel, run: LoadView, size: int) -> int:
-        idle_s = seconds_between(self._view.used_at(model, run), self._view.now)
-        return value_step(run.load_s, idle_s, self._view.observations.requests_per_s.get(model.id, 0.0), size)
+        view = self._view
+        idle_s = seconds_between(view.used_at(model, run), view.now)
+        stay_s = max(seconds_between(view.loaded_at(model), view.now), _SHORTEST_S)
+        usual_per_s = view.observations.requests_per_s.get(model.id, 0.0)
+        return value_step(run.load_s, idle_s, max(usual_per_s, (run.requests - 1) / stay_s), size)
 
     @cached_property
     def next_at(self) -> str | None:
@@ -153,7 +156,8 @@ def value_step(load_s: float, idle_s: float, requests_per_s: float, size: int) -
     Args:
         load_s: seconds that its load took.
         idle_s: seconds since its last use.
-        requests_per_s: its decayed rate of requests; 0 is unknown.
+        requests_per_s: its rate of requests, 0 if unknown: the decayed one, or that since its load if this is
+            higher, so that a model which is new, or in a burst, does not go first.
         size: the bytes that it takes, or 1 if only places are missing.
     """
     expected_s = max(idle_s, 1 / requests_per_s if requests_per_s else 0.0, _SHORTEST_S)

@@ -91,6 +91,7 @@ class LoadView:
         busy: whether inferences run or wait for it.
         last_used_at: when its last inference ended; None without one.
         load_s: how many seconds the load took, from its start until it was loaded.
+        requests: how many requests it has answered.
     """
 
     load_job_id: str
@@ -103,6 +104,7 @@ class LoadView:
     busy: bool = False
     last_used_at: str | None = None
     load_s: float = 0.0
+    requests: int = 0
 
     @property
     def memory_bytes(self) -> int:

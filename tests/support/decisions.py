@@ -225,6 +225,7 @@ class Scene:
         busy: bool = False,
         used_s_ago: float | None = None,
         load_s: float = 0,
+        requests: int = 0,
         on: str | None = None,
         there: int = 0,
         **given: Any,
@@ -233,7 +234,7 @@ class Scene:
         load = f"{model}{version}"
         self.history.load(load, of=model, version=version, **given)
         used_at = None if used_s_ago is None else at(self.history.seconds - used_s_ago)
-        seen: dict[str, Any] = {"busy": busy, "last_used_at": used_at, "load_s": load_s}
+        seen: dict[str, Any] = {"busy": busy, "last_used_at": used_at, "load_s": load_s, "requests": requests}
         self.run(load, model, memory_bytes=memory_bytes, on=on, there=there, **seen)
 
     def request(

@@ -30,6 +30,7 @@ load old 50; wait 60; load new 50; wait 60; request x 50; use old1 -> unload new
 load a 50; load b 50; wait 60; request x 50 -> unload b, eviction for x1
 load a 50; wait 60; load b 50; wait 60; rate a 0.1; rate b 0.001; request x 50 -> unload b, eviction for x1
 load a 50; wait 60; load b 50; wait 60; rate a 10; rate b 0.1; request x 50 -> unload a, eviction for x1
+load a 50; wait 60; load b 50 requests=60; wait 60; rate a 0.1; request x 50 -> unload a, eviction for x1
 set max_loaded=2 budget_bytes=none; load a used_s_ago=0; wait 60; load b used_s_ago=5; wait 10; request x
   -> unload a, eviction for x1
 restart a b; wait 60; load b 50 cause=restart; load a 50 cause=restart; wait 10; request x 50

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, count
 from math import exp, log
 
@@ -58,7 +58,8 @@ class Cache:
             self._evict(self.size(name), now)
             self._load(name, now)
         self._rates.add(name, 1)
-        self._runs[name] = self._view(name, now)
+        run = self._runs[name]
+        self._runs[name] = replace(run, last_used_at=now, requests=run.requests + 1)
 
     def _evict(self, needed: int, now: str) -> None:
         free = self.budget - sum(run.memory_bytes for run in self._runs.values())
@@ -84,11 +85,8 @@ class Cache:
         position = next(self._positions)
         serving = Serving(name, 1, position, now, "system", ("w",), (), 1, 1, LoadParameters())
         self._models[name] = Model(name, ModelState.LOADED, serving=serving)
-
-    def _view(self, name: str, now: str) -> LoadView:
-        size = self.size(name)
-        taken = {MACHINE: size}
-        return LoadView(name, name, Phase.SERVING, taken=taken, last_used_at=now, load_s=load_s_of(size))
+        taken = {MACHINE: self.size(name)}
+        self._runs[name] = LoadView(name, name, Phase.SERVING, taken=taken, load_s=load_s_of(self.size(name)))
 
 
 def load_s_of(megabytes: int) -> float:
@@ -133,6 +131,16 @@ def shift(dice: random.Random) -> Trace:
         yield float(number), f"m{(first + min(int(dice.expovariate(0.25)), 29)) % 30}"
 
 
+def burst(dice: random.Random) -> Trace:
+    """Each of thirty models is asked in bursts of a minute, with ten minutes between."""
+    starts = {f"m{number}": dice.uniform(0, 660) for number in range(30)}
+    for number in range(6000):
+        now_s = number / 2
+        on = [name for name, start_s in starts.items() if (now_s - start_s) % 660 < 60]
+        if on:
+            yield now_s, dice.choice(on)
+
+
 def equal(_: str) -> int:
     return 700
 
@@ -153,6 +161,7 @@ def unequal(name: str) -> int:
         (draw_by_zipf(1.0, 200), 200, 1 / 5, 0.95),
         (scan, 36, 0.4, 0.95),
         (shift, 30, 1 / 3, 1.02),
+        (burst, 30, 0.15, 1.2),
     ],
 )
 def test_evictions_by_value_load_less_than_those_by_use(
