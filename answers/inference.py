@@ -138,6 +138,8 @@ class ModelConfig(AnswerBody, frozen=True, kw_only=True):
     input: list[ConfiguredTensorInfo]
     output: list[ConfiguredTensorInfo]
     instance_group: list[dict[str, Any]]
-    dynamic_batching: Annotated[dict[str, Any], about("Present if requests run in batches.")] = {}
+    dynamic_batching: Annotated[
+        dict[str, Any], about("Present if requests run in batches, have priorities, or a limit of their own.")
+    ] = {}
     default_model_filename: str
     model_transaction_policy: dict[str, Any]

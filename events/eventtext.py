@@ -69,7 +69,7 @@ EVENT_TEXTS: Mapping[str, EventText] = {
         "good",
     ),
     "ModelSettingsChanged": EventText(
-        ("pinned?pinned|not pinned", "keep_alive_s {keep_alive_s}"),
+        ("pinned?pinned|not pinned", "keep_alive_s {keep_alive_s}", "max_queue {max_queue?}"),
         {"pinned": "pinned", "keep_alive_s": "keep_alive_s"},
         "good",
     ),

@@ -65,6 +65,8 @@ RULES: Mapping[Cause, CauseRules] = {
 
 NO_BATCHING = "max_queue_delay_us takes a max_batch_size of at least 1: without one there are no batches"
 """Message of `invalid_body`, for a queue delay without batches."""
+NO_LEVEL = "default_priority_level must be one of the priority_levels: from 1, or 0 for the lowest"
+"""Message of `invalid_body`, for a level that the model does not have."""
 
 SUPERSEDED = "superseded"
 """Reason of a cancelled load by the system whose place a person's load took."""
@@ -129,6 +131,8 @@ class RequestLoad(Command):
         parameters = _effective_parameters(model, queue, self)
         if parameters.max_queue_delay_us and not parameters.max_batch_size:
             return Refused("invalid_body", f"body: {NO_BATCHING}")
+        if (parameters.default_priority_level or 0) > (parameters.priority_levels or 0):
+            return Refused("invalid_body", f"body: {NO_LEVEL}")
         serving = _find_satisfying(model, self, parameters) if not queue else None
         name = self.version_name
         named = name is UNSET or versions.versions_by_name.get(name) == self.version

@@ -163,6 +163,9 @@ class LoadParameters(ParametersOfFeatures, frozen=True, gc=False):
         progress_timeout_s: how long a started load may make no progress.
         threads: how many threads each worker computes with; None is the server's setting when it starts.
         dependent_rows: `allow` if rows of a batch may change each other's answers; not stored for `refuse`.
+        max_queue: inferences that may be queued or running; UNSET is the server's limit.
+        priority_levels: how many levels of priority its inferences have; UNSET is none.
+        default_priority_level: of an inference that names none; UNSET is the lowest.
     """
 
     priority: str = "normal"
@@ -177,6 +180,9 @@ class LoadParameters(ParametersOfFeatures, frozen=True, gc=False):
     progress_timeout_s: int | None = None
     threads: int | None = None
     dependent_rows: str | UnsetType = UNSET
+    max_queue: int | UnsetType = UNSET
+    priority_levels: int | UnsetType = UNSET
+    default_priority_level: int | UnsetType = UNSET
 
     @property
     def wanted_copies(self) -> int:
@@ -201,7 +207,7 @@ class LoadParameters(ParametersOfFeatures, frozen=True, gc=False):
     def has_same_settings(self, other: LoadParameters) -> bool:
         """Whether a loaded model has the same settings with `other` parameters."""
         own, others = (NEVER if each is None else each for each in (self.keep_alive_s, other.keep_alive_s))
-        is_same = own == others and self.pinned == other.pinned
+        is_same = own == others and self.pinned == other.pinned and self.max_queue == other.max_queue
         return is_same and self.wanted_copies == other.wanted_copies
 
 
@@ -211,14 +217,14 @@ DEPENDENT_ROWS = ("refuse", ALLOW)
 
 WORKER_PARAMETERS = (
     *("instances", "max_batch_size", "max_queue_delay_us", "memory_limit_bytes", "threads"),
-    "dependent_rows",
+    *("dependent_rows", "priority_levels", "default_priority_level"),
     *(name for name in ParametersOfFeatures.__struct_fields__ if name not in SETTINGS_OF_FEATURES),
 )
 """Parameters of the workers: a change of them loads the model anew."""
 
 _workers_of = attrgetter(*WORKER_PARAMETERS)
 
-SETTINGS = ("pinned", "keep_alive_s", *SETTINGS_OF_FEATURES)
+SETTINGS = ("pinned", "keep_alive_s", "max_queue", *SETTINGS_OF_FEATURES)
 """Parameters of a loaded model that change without new workers. The others only concern the load itself."""
 
 
@@ -319,14 +325,15 @@ class ModelSettingsChanged(Struct, frozen=True, gc=False):
     keep_alive_s: int | None
     pinned: bool
     copies: int | UnsetType = UNSET
+    max_queue: int | UnsetType = UNSET
 
     @classmethod
     def of(cls, load_job_id: str, parameters: LoadParameters) -> ModelSettingsChanged:
-        return cls(load_job_id, parameters.keep_alive_s, parameters.pinned, parameters.copies)
+        return cls(load_job_id, **{name: getattr(parameters, name) for name in SETTINGS})
 
     def change(self, parameters: LoadParameters) -> LoadParameters:
         """Return the parameters of the load with these settings."""
-        return replace(parameters, keep_alive_s=self.keep_alive_s, pinned=self.pinned, copies=self.copies)
+        return replace(parameters, **{name: getattr(self, name) for name in SETTINGS})
 
 
 class LoadFailed(Struct, frozen=True, gc=False):

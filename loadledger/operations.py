@@ -87,6 +87,9 @@ class LoadOptions(TypedDict, total=False):
     devices: Sequence[str] | None
     fallback: Literal["refuse", "cpu"]
     dependent_rows: Literal["refuse", "allow"]
+    max_queue: int | None
+    priority_levels: int
+    default_priority_level: int
 
 
 @dataclass(frozen=True, slots=True)

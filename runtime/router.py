@@ -58,7 +58,8 @@ class InferenceRequest(msgspec.Struct, frozen=True, gc=False):
 
     Without `outputs`, all outputs are requested. `text` is the form of those that are not listed: JSON, or
     else binary. `timeout_us` is the client's timeout in microseconds, or None. `region` is
-    where binary tensors lie, if that is the memory that a worker shares.
+    where binary tensors lie, if that is the memory that a worker shares. `priority` is the client's: 1 is the
+    highest, and 0 none.
     """
 
     id: str | None
@@ -67,6 +68,7 @@ class InferenceRequest(msgspec.Struct, frozen=True, gc=False):
     outputs: tuple[WantedOutput, ...] = ()
     text: bool = False
     region: Region | None = None
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ class Here:
 
     Attributes:
         position: the position of its `ModelLoaded`.
+        max_queue: how many of its inferences may be queued or running.
         has_copies: whether the model is loaded at other servers, too.
     """
 
@@ -84,6 +87,7 @@ class Here:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     load: RunningLoad
+    max_queue: int
     has_copies: bool = False
 
     @property
@@ -101,6 +105,23 @@ class Here:
         # The load's statistics of now: they are replaced when it ends.
         statistics, now_ms = self.load.statistics, time.time_ns() // 10**6
         statistics.count_success(outcome, times, time.monotonic_ns(), now_ms)
+
+    def check_queue(self) -> None:
+        """Check that another inference may be queued.
+
+        Raises:
+            QueueFull: `inference_queue_full`.
+        """
+        workers = self.load.serving
+        in_flight = workers[0].in_flight if len(workers) == 1 else sum([each.in_flight for each in workers])
+        if in_flight >= self.max_queue:
+            raise queue_full(self.model_id, self.max_queue, "are queued or running")
+
+    def choose_level(self, priority: int) -> int:
+        """Return the level of an inference, as Triton does: what is none of the model's is its default."""
+        parameters = self.load.parameters
+        levels = parameters.priority_levels or 0
+        return priority if 1 <= priority <= levels else parameters.default_priority_level or levels
 
     def choose_worker(self) -> Worker:
         """Return the least busy worker, in whose memory the body of a request will lie."""
@@ -143,7 +164,8 @@ class Answered(msgspec.Struct, frozen=True, gc=False):
 class Router:
     """Resolves models to the running loads; the repository only says why there is none.
 
-    At most `max_queue` inferences of one model may be queued or running. `elsewhere` knows other servers.
+    At most `max_queue` inferences of one model may be queued or running, unless its load has another limit.
+    `elsewhere` knows other servers.
     """
 
     def __init__(
@@ -321,11 +343,14 @@ class Router:
         workers = here.load.serving
         if worker not in workers:
             worker = _least_busy(workers)
-        in_flight = worker.in_flight if len(workers) == 1 else sum([each.in_flight for each in workers])
-        if in_flight >= self._max_queue:
-            raise QueueFull(f"{self._max_queue} inferences of model '{here.model_id}' are queued or running")
+        here.check_queue()
         return worker.infer(
-            request.tensors, request.outputs, text=request.text, timeout_s=timeout_s, region=request.region
+            request.tensors,
+            request.outputs,
+            text=request.text,
+            timeout_s=timeout_s,
+            region=request.region,
+            level=here.choose_level(request.priority),
         )
 
     async def _is_reloaded(self, model_id: str, version: Version | None, timeout_s: float) -> bool:
@@ -351,10 +376,18 @@ class Router:
         if load is None or load.report is None:
             return _just_died(model_id)
         inputs, outputs = load.report.inputs, load.report.outputs
+        of_model = model.serving or serving  # a copy has the settings of the first
+        max_queue = of_model.parameters.max_queue or self._max_queue
         has_copies = bool(model.others)
-        here = Here(model_id, serving.version, serving.position, inputs, outputs, load, has_copies)
+        here = Here(model_id, serving.version, serving.position, inputs, outputs, load, max_queue, has_copies)
         self._known[model_id] = model, here
         return here
+
+
+def queue_full(model_id: str, limit: int, doing: str) -> QueueFull:
+    """Return the refusal of an inference because so many of its model are waiting."""
+    cure = "a load of the model, or its loadledger.toml, sets another limit with max_queue"
+    return QueueFull(f"{limit} inferences of model '{model_id}' {doing}, and no more may; {cure}")
 
 
 def _not_loaded(

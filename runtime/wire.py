@@ -3,8 +3,8 @@
 A frame is a fixed prefix (length of the header, length of the payload), a header (one of the messages here,
 in msgpack) and the payload: the raw bytes of the message's tensors, one after the other, little-endian and in
 row-major order. Requests carry ids that only go up; any number may be in flight. On the data channel `Load`,
-`Probe` and `Infer` go to the worker; `StageReached`, `Loaded`, `Probed`, `LoadFailure`, `Outcome` and
-`InferenceFailure` come back; on the control channel `Cancel` goes to the worker. Nothing is pickled, and
+`Probe` and `Infer` go to the worker; `StageReached`, `Loaded`, `Probed`, `LoadFailure`, `Outcome`, `RunBegun`
+and `InferenceFailure` come back; on the control channel `Cancel` goes to the worker. Nothing is pickled, and
 bytes that cannot be decoded are a `MalformedFrame`. A long tensor of an inference may lie in shared memory
 (`runtime.process.sharedmemory`) instead of in the payload.
 
@@ -35,7 +35,9 @@ MAX_REPORT_BYTES = 2**20
 """Header of a message about a load. `Loaded` with 10,000 inputs and outputs fits, 100 bytes for each: models
 of the first ONNX releases list each of their weights as an input."""
 MAX_FAILURE_BYTES = 8 * 2**10
-"""Header of an answer without outputs: an `InferenceFailure` with its message fits."""
+"""Header of an answer without outputs: an `InferenceFailure` with its message fits, and a `RunBegun`."""
+MAX_BEGUN = 512
+"""Inferences that a `RunBegun` names; a larger batch has more."""
 MAX_OUTPUTS = 4096
 """Outputs of a model. An answer with so many takes 20 ms of the server's loop, a delay for other requests."""
 MAX_HEAD_BYTES = 1024
@@ -235,6 +237,7 @@ class Load(Message, frozen=True):
         target: where the session runs; None is the CPU. Its warm-up has to succeed.
         max_request_bytes: limit of a request; a model that needs longer ones is refused.
         dependent_rows: whether rows of a batch may change each other's answers.
+        has_priorities: whether inferences of a higher priority run first.
     """
 
     root: str
@@ -254,6 +257,7 @@ class Load(Message, frozen=True):
     target: Target | None = None
     max_request_bytes: Count = MAX_REQUEST_BYTES
     dependent_rows: bool = False
+    has_priorities: bool = False
 
     def hard_limit_bytes(self, thread_bytes: int) -> int | None:
         """Return the limit that the worker cannot lift; the model's own leaves room for its threads.
@@ -328,7 +332,7 @@ class Infer(Message, frozen=True):
     `sent_ns` is the time of CLOCK_MONOTONIC, which all processes of a machine share. With
     `digest` each output comes as 32 bytes, UINT8: the SHA-256 of its datatype, shape and data.
     `answer_region` is the offset and size of the shared memory for long outputs. At `deadline_ns`, by the
-    same clock, the answer is too late; 0 is no deadline.
+    same clock, the answer is too late; 0 is no deadline. With priorities, a lower `level` runs first.
     """
 
     id: Count
@@ -339,6 +343,7 @@ class Infer(Message, frozen=True):
     digest: bool = False
     answer_region: tuple[Count, Count] | None = None
     deadline_ns: Count = 0
+    level: Count = 0
 
 
 class StageReached(Message, frozen=True):
@@ -429,6 +434,12 @@ class InferenceFailure(Message, frozen=True):
     message: Text
 
 
+class RunBegun(Message, frozen=True):
+    """These inferences run now; of a load with priorities, whose order the server does not know."""
+
+    ids: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_BEGUN)]
+
+
 class Cancel(Message, frozen=True):
     """Stop this inference, running or queued; no effect on one that has ended."""
 
@@ -437,7 +448,7 @@ class Cancel(Message, frozen=True):
 
 ToWorker = Load | Probe | ReadJson | Infer
 FromLoading = StageReached | Loaded | Probed | JsonRead | LoadFailure
-FromServing = Outcome | InferenceFailure
+FromServing = Outcome | InferenceFailure | RunBegun
 FromWorker = FromLoading | FromServing
 TO_WORKER = msgspec.msgpack.Decoder(ToWorker)
 FROM_LOADING: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromLoading)

@@ -100,7 +100,8 @@ ADVICE: Mapping[str, str] = {
     "internal": "This is a bug. The server's log has the reason under the reference in `instance`.",
     "unknown_transfer_coding": "Send `Transfer-Encoding: chunked` or `Content-Length`; compress the content"
     " with `Content-Encoding`.",
-    "inference_queue_full": "Send fewer requests at once, or give the model more `instances`.",
+    "inference_queue_full": "Send fewer requests at once, or load the model with more `instances`"
+    " or a larger `max_queue`.",
     "bodies_full": "Too many large bodies are in memory: retry after `Retry-After`.",
     "too_many_connections": "Close unused connections, or raise the limit of open files.",
     "too_many_files": "Raise the limit of open files: `LimitNOFILE=` of systemd, `ulimit -n`.",

@@ -27,7 +27,7 @@ from events.versions import ModelVersions
 from features.ondemand.rules import find_chosen_version, find_demand_refusal
 from runtime import errors
 from runtime.consumer.consumer import PendingDemand
-from runtime.router import Absent, Here, OtherVersionLoaded, Router, There, Version
+from runtime.router import Absent, Here, OtherVersionLoaded, Router, There, Version, queue_full
 from runtime.scheduler.scheduler import back_off_s
 from server.errors import ServerProblem
 
@@ -143,7 +143,7 @@ class OnDemand:
         waiting_for: returns the reason why a job is pending.
         stopping: set when the server begins to stop; `log` notifies then.
         is_personal: says whether the rules for a model depend on the requester.
-        max_waiting: inferences that may wait for one model.
+        max_waiting: inferences that may wait for one model, unless its load has another limit.
         on: whether on-demand loads are configured.
         waited_s: how long inferences waited for loads, by the end of the wait: one of `WAIT_ENDS`.
     """
@@ -172,6 +172,17 @@ class OnDemand:
 
     def count_waiting(self, model_id: str) -> int:
         return sum(count for (waited_for, *_), count in self._waiting.items() if waited_for == model_id)
+
+    def check_queue(self, model_id: str) -> None:
+        """Check that another inference may wait for a model.
+
+        Raises:
+            QueueFull: `inference_queue_full`.
+        """
+        own = [job.load.max_queue for job in self.log.state.queue(model_id) if job.load is not None]
+        limit = (own[-1] if own else 0) or self.max_waiting
+        if self.count_waiting(model_id) >= limit:
+            raise queue_full(model_id, limit, "wait until it is loaded")
 
     @asynccontextmanager
     async def keep_loaded(
@@ -214,8 +225,7 @@ class OnDemand:
     async def _wait(self, demand: Demand, subject: str, ends_at_s: float) -> None:
         """Wait until any version of the model is ready; cancelling one waiter does not affect others."""
         model_id = demand[0]
-        if self.count_waiting(model_id) >= self.max_waiting:
-            raise errors.QueueFull(f"{self.max_waiting} inferences wait for model '{model_id}' already")
+        self.check_queue(model_id)
         attempt = self._attempts.get(demand)
         if attempt is None:
             attempt = asyncio.create_task(self._attempt(demand, subject), name=f"awaiting {model_id}")

@@ -345,6 +345,11 @@ def _split_attributes(_: click.Context, __: click.Parameter, value: str | None) 
 @options.int_option(
     "--max-queue-delay-us", metavar="MICROSECONDS", least=0, text="Longest wait for a fuller batch."
 )
+@options.int_option("--max-queue", metavar="N", text="Inferences that may be queued or running.")
+@options.int_option("--priority-levels", metavar="N", least=0, text="Levels of priority; 0: none.")
+@options.int_option(
+    "--default-priority-level", metavar="N", least=0, text="Level of other requests; 0: the lowest."
+)
 @click.option(
     "--node-attributes",
     metavar="ATTRIBUTES",

@@ -141,6 +141,8 @@ Answer = tuple[Outcome, tuple[Tensor, ...]]
 class InFlight:
     """The queued and running inferences of one worker, in the order of their requests.
 
+    Of a load with priorities, those that the worker has begun come first.
+
     A cancelled or timed-out inference stays in flight until the worker reports its end.
 
     Args:
@@ -167,8 +169,7 @@ class InFlight:
     @property
     def oldest_sent_ns(self) -> int | None:
         """When the oldest inference in flight was sent (CLOCK_MONOTONIC), or None without one."""
-        first = next(iter(self._pending.values()), None)
-        return None if first is None else first[0].sent_ns
+        return min([request.sent_ns for request, _ in self._pending.values()], default=None)
 
     def find(self, number: int) -> Infer | None:
         pending = self._pending.get(number)
@@ -199,6 +200,12 @@ class InFlight:
         finally:
             deadline.cancel()
             del answer  # the traceback of a failure holds this frame, which would keep the tensors
+
+    def begin(self, numbers: Sequence[int]) -> None:
+        """Move inferences that run now to the front; some of a batch may have been answered already."""
+        self._pending = {
+            each: self._pending[each] for each in numbers if each in self._pending
+        } | self._pending
 
     def settle(self, number: int, result: Answer | RuntimeProblem) -> None:
         """Hand the worker's answer to the caller, who may have left."""
@@ -253,7 +260,7 @@ class InFlight:
                 self._watching = Timeout(self.patience_s, self._on_stuck, progress=progress)
 
     def _find_cancelled_run(self) -> object:
-        """Return the running inference if it is cancelled: inferences run in order, so it is the first.
+        """Return the running inference if it is cancelled: it is the first, by their order or by `begin`.
 
         A cancelled inference behind the first is not read yet, and proves nothing: the worker answers waiting
         requests, and those that leave a batch that goes on, at once.

@@ -166,6 +166,7 @@ class WorkerPool:
             target=target,
             max_request_bytes=self._max_request_bytes,
             dependent_rows=parameters.dependent_rows == ALLOW,
+            has_priorities=bool(parameters.priority_levels),
         )
 
     async def start(self, worker_id: str) -> Worker:

@@ -45,6 +45,7 @@ from runtime.wire import (
     Outcome,
     Probe,
     ReadJson,
+    RunBegun,
     Tensor,
     ToWorker,
     WantedOutput,
@@ -242,6 +243,7 @@ class Worker:
         self._answer_rules: AnswerRules | None = None
         self._most_names = SURPLUS_NAMES
         self._max_unsent_bytes = 0
+        self._has_priorities = False
         self._stopping = False
         self._kill: Kill | None = None
         self._exit_timer: Timeout | None = None
@@ -316,6 +318,7 @@ class Worker:
         """
         # A cancelled request may wait this long for others of its batch.
         self._in_flight.patience_s += order.max_queue_delay_us / 1e6
+        self._has_priorities = order.has_priorities
         self._most_bytes = order.most_bytes(memory.thread_bytes())
         self._max_unsent_bytes = UNSENT_REQUESTS * order.max_request_bytes
 
@@ -367,6 +370,7 @@ class Worker:
         digest: bool = False,
         timeout_s: float,
         region: Region | None = None,
+        level: int = 0,
     ) -> Answer:
         """Run the model; cancelling the awaiting task cancels the inference.
 
@@ -381,6 +385,7 @@ class Worker:
             timeout_s: limit after which the inference is cancelled; the worker refuses it at once if runs
                 like it take longer than what is left.
             region: where inputs lie; those in another worker's are sent through the socket.
+            level: the priority, if the load has priorities; a lower one runs first.
 
         Raises:
             InvalidInput: `invalid_input`, or `not_representable` for what JSON cannot carry.
@@ -406,7 +411,9 @@ class Worker:
                 sent = [tensor for tensor in inputs if not region.holds(tensor.data)]
             sent_ns = time.monotonic_ns()
             deadline_ns = sent_ns + int(timeout_s * 1e9)
-            request = Infer(number, tensors, outputs, text, sent_ns, digest, answer_region, deadline_ns)
+            request = Infer(
+                number, tensors, outputs, text, sent_ns, digest, answer_region, deadline_ns, level
+            )
             self._send(request, sent)
         except MalformedFrame as error:
             self.tensor_memory.release(number)
@@ -499,6 +506,10 @@ class Worker:
         message, tensors = frame
         if type(message) is Outcome or type(message) is InferenceFailure:  # answers come most often
             self._take_answer(message, tensors)
+        elif isinstance(message, RunBegun):
+            if not self._has_priorities:
+                raise MalformedFrame("which inferences it runs, without priorities")
+            self._in_flight.begin(message.ids)
         elif self._pending is not None and self._pending.take(message):
             self._pending = None
             self._data.expect(SILENCE)

@@ -1,13 +1,15 @@
 """Dynamic batching: the queue of requests, what may run together, joined inputs and split outputs.
 
 Requests go together that have the same inputs, of equal shapes but for the first dimension, and want the same
-outputs. The oldest request is always in the next batch: the server relies on that when it looks for the
-inference that a worker is stuck in.
+outputs. The oldest request of the highest priority is always in the next batch. Without priorities the server
+relies on that when it looks for the inference that a worker is stuck in; with them it is told what runs.
 """
 
+from bisect import insort
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -38,6 +40,7 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
         queue_ns: its wait to be received while the worker was busy with other requests.
         answer_region: the part of shared memory for its outputs.
         deadline_ns: the end of its time limit, or 0.
+        level: its priority; a lower one runs first.
     """
 
     number: int
@@ -51,6 +54,7 @@ class BatchRequest(msgspec.Struct, frozen=True, eq=False):
     queue_ns: int = 0
     answer_region: AnswerRegion | None = None
     deadline_ns: int = 0
+    level: int = 0
 
     def batch_key(self) -> Hashable:
         if self.alone:
@@ -98,10 +102,12 @@ class BatchDimension:
 class Queue:
     """Waiting requests, grouped by what may run together.
 
-    A batch has at most `limit` elements, and a request waits for others for `delay_ns`.
+    A batch has at most `limit` elements, and a request waits for others for `delay_ns`. With priorities, all
+    requests are read before the next batch is chosen.
     """
 
-    def __init__(self, limit: int, delay_ns: int) -> None:
+    def __init__(self, limit: int, delay_ns: int, *, has_priorities: bool = False) -> None:
+        self.has_priorities = has_priorities
         self._limit = limit
         self._delay_ns = delay_ns
         self._groups: dict[Hashable, _Group] = {}
@@ -116,7 +122,10 @@ class Queue:
         group = self._groups.get(kind)
         if group is None:
             group = self._groups[kind] = _Group(kind)
-        group.requests.append(request)
+        if group.requests and group.requests[-1].level > request.level:
+            insort(group.requests, request, key=_get_level)
+        else:
+            group.requests.append(request)
         group.size += request.size
         self._count += 1
         self._bytes += request.bytes()
@@ -126,8 +135,8 @@ class Queue:
         if self._count >= MAX_WAITING or self._bytes >= MAX_WAITING_BYTES:
             return None
         if any(group.size >= self._limit or group.requests[0].alone for group in self._groups.values()):
-            return None
-        return max(0, self._next().waiting_since_ns() + self._delay_ns - now_ns)
+            return 0 if self.has_priorities else None
+        return max(0, self._next().requests[0].waiting_since_ns() + self._delay_ns - now_ns)
 
     def drop(self, is_over: Callable[[BatchRequest, int], bool]) -> bool:
         """Remove the requests of the next batch that are over; returns whether there were any.
@@ -153,7 +162,7 @@ class Queue:
         return bool(over)
 
     def take(self) -> list[BatchRequest]:
-        """Remove and return the next batch: the oldest request, and others that may run with it."""
+        """Remove and return the next batch: the first request, and others that may run with it."""
         group = self._next()
         batch: list[BatchRequest] = []
         size = 0
@@ -172,19 +181,23 @@ class Queue:
             del self._groups[group.kind]
 
     def _next(self) -> "_Group":
-        return min(self._groups.values(), key=_Group.waiting_since_ns)
+        return min(self._groups.values(), key=_Group.position)
+
+
+_get_level = attrgetter("level")
 
 
 @dataclass(slots=True)
 class _Group:
-    """Requests that may run together, in order of arrival."""
+    """Requests that may run together, by priority, then in order of arrival."""
 
     kind: Hashable
     requests: deque[BatchRequest] = field(default_factory=deque)
     size: int = 0
 
-    def waiting_since_ns(self) -> int:
-        return self.requests[0].waiting_since_ns()
+    def position(self) -> tuple[int, int]:
+        """Return what orders the groups: the priority of the first request, and since when it waits."""
+        return self.requests[0].level, self.requests[0].waiting_since_ns()
 
 
 class OutputsNotBatched(Exception):

@@ -13,12 +13,14 @@ import onnxruntime as ort
 from runtime.errors import InferenceCancelled, InferenceFailed, InferenceTimeout, RuntimeProblem
 from runtime.wire import (
     JOINED_BYTES,
+    MAX_BEGUN,
     PREFIX,
     Buffer,
     Infer,
     InferenceFailure,
     Message,
     Outcome,
+    RunBegun,
     Tensor,
     plain_text,
 )
@@ -329,6 +331,7 @@ class InferenceExecutor:
         cancellation: receives the cancellations of the other thread.
         dimension: the batch dimension; None runs each request alone.
         shared: the memory for long outputs.
+        announces: whether the server is told what runs: it does not know the order.
     """
 
     def __init__(
@@ -338,12 +341,15 @@ class InferenceExecutor:
         cancellation: Cancellation,
         dimension: BatchDimension | None,
         shared: SharedTensors,
+        *,
+        announces: bool = False,
     ) -> None:
         self._runner = runner
         self._outbox = outbox
         self._cancellation = cancellation
         self._dimension = dimension
         self._shared = shared
+        self._announces = announces
         self._last_run_ns = 0
         self._latest_runs = LatestRuns()
         self._free_ns = 0  # when the latest request ended
@@ -362,7 +368,7 @@ class InferenceExecutor:
         try:
             outputs = self._runner.select_outputs(infer.outputs, infer.text, infer.digest)
             feed = self._runner.decode_inputs(tensors)
-            size, alone = (1, True) if self._dimension is None else self._dimension.measure(feed)
+            size, alone = (1, False) if self._dimension is None else self._dimension.measure(feed)
         except MemoryError:
             self.refuse(infer.id)
         except RuntimeProblem as problem:  # keep no other reference: the traceback holds the tensors
@@ -373,7 +379,8 @@ class InferenceExecutor:
             input_ns = self._free_ns - came_ns
             region = None if infer.answer_region is None else self._shared.region(infer.answer_region)
             times = infer.sent_ns, came_ns, input_ns, queue_ns
-            return BatchRequest(infer.id, outputs, feed, size, alone, *times, region, infer.deadline_ns)
+            limits = infer.deadline_ns, infer.level
+            return BatchRequest(infer.id, outputs, feed, size, alone, *times, region, *limits)
         return None
 
     def is_over(self, request: BatchRequest, batch_size: int) -> bool:
@@ -414,6 +421,9 @@ class InferenceExecutor:
         if options is not None and self._must_shrink:
             options.add_run_config_entry(*SHRINK_ARENA)
             self._must_shrink = False
+        if options is not None and self._announces:
+            self._outbox.put(RunBegun(tuple(numbers[:MAX_BEGUN])))
+            self._outbox.flush()
         return options
 
     def _run_at_once(self, batch: Sequence[BatchRequest]) -> Sequence[Sequence[BatchRequest]]:

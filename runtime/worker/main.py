@@ -107,8 +107,11 @@ class _Worker:
     def _serve_batches(self, queue: Queue, executor: InferenceExecutor) -> None:
         while queue:
             wait_ns = queue.wait_ns(time.monotonic_ns())
-            if wait_ns is not None and self._wait_for_more(wait_ns) and not self._read():
-                return
+            if wait_ns is not None and self._wait_for_more(wait_ns):
+                if not self._read():
+                    return
+                if queue.has_priorities:  # the next unread request may be the one to run first
+                    continue
             if not wait_ns and not queue.drop(executor.is_over):
                 executor.run(queue.take())  # full or due: later requests belong to the next batch
 
@@ -193,10 +196,16 @@ class _Worker:
         os._exit(0)
 
     def _begin(self, order: Load, model: ServingSession) -> None:
-        if order.max_batch_size:
-            self._queue = Queue(order.max_batch_size, order.max_queue_delay_us * 1000)
+        if order.max_batch_size or order.has_priorities:
+            limit, delay_ns = max(1, order.max_batch_size), order.max_queue_delay_us * 1000
+            self._queue = Queue(limit, delay_ns, has_priorities=order.has_priorities)
         self._executor = InferenceExecutor(
-            model.runner, self._outbox, self._cancellation, model.dimension, self._shared
+            model.runner,
+            self._outbox,
+            self._cancellation,
+            model.dimension,
+            self._shared,
+            announces=order.has_priorities,
         )
 
     def _send(self, message: Message) -> None:

@@ -15,7 +15,7 @@ from aiohttp import web
 from marshmallow import Schema, ValidationError, fields, validate
 from msgspec import UNSET, UnsetType
 
-from events.jobcommands import NO_BATCHING, RequestLoad, RequestUnload
+from events.jobcommands import NO_BATCHING, NO_LEVEL, RequestLoad, RequestUnload
 from events.types import ALLOW, DEPENDENT_ROWS, Cause, Contents, Idempotency, Justification, LoadParameters
 from features.acceptance import CODES, add_conditions
 from features.rules import ModelRules
@@ -61,6 +61,9 @@ MAX_INSTANCES = 64
 MAX_BATCH_SIZE = 65_536
 MAX_QUEUE_DELAY_US = 1_000_000
 """A second: a longer wait for a batch costs more than it saves."""
+MAX_QUEUE = 100_000
+"""Each waiting inference has a connection."""
+MAX_PRIORITY_LEVELS = 1000
 NEVER = -1
 """The `keep_alive_s` of a model without an idle timeout."""
 
@@ -137,6 +140,22 @@ class _ParametersSchema(Schema):
     max_queue_delay_us = StrictInteger(
         validate=validate.Range(0, MAX_QUEUE_DELAY_US),
         **about("Microseconds that a request may wait for its batch to fill; needs a `max_batch_size`."),
+    )
+    max_queue = StrictInteger(
+        validate=validate.Range(1, MAX_QUEUE),
+        allow_none=True,
+        **about("Inferences that may be queued or running. Default, also for null: the server's 1,024."),
+    )
+    priority_levels = StrictInteger(
+        validate=validate.Range(0, MAX_PRIORITY_LEVELS),
+        **about(
+            "Levels of the requests' parameter `priority`, of which 1 runs first. "
+            "Default: 0, all run in the order of arrival."
+        ),
+    )
+    default_priority_level = StrictInteger(
+        validate=validate.Range(0, MAX_PRIORITY_LEVELS),
+        **about("Level of requests that name none of the levels. Default: 0, the lowest."),
     )
 
 
@@ -423,6 +442,10 @@ def _merge_parameters(
         if not defaults.get("max_batch_size"):
             raise InvalidDefaults(f"{file}: {NO_BATCHING}")
         merged["max_queue_delay_us"] = 0
+    if (defaults.get("default_priority_level") or 0) > (defaults.get("priority_levels") or 0):
+        raise InvalidDefaults(f"{file}: {NO_LEVEL}")
+    for name in ("max_queue", "priority_levels", "default_priority_level"):
+        merged[name] = merged.get(name) or UNSET
     merged["dependent_rows"] = ALLOW if merged.get("dependent_rows") == ALLOW else UNSET
     try:
         return LoadParameters(**{**merged, **settle_parameters(merged, config)})

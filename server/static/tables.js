@@ -7,7 +7,7 @@ export const EVENT_TEXTS = {
   LoadJoined: {"parts": [], "tone": "plain", "badIf": null},
   LoadStarted: {"parts": ["attempt {attempt}", "at node {node_id?}"], "tone": "plain", "badIf": null},
   ModelLoaded: {"parts": ["{durations.total_us:ms}", "{memory_bytes:MB}", "threads {threads?}", "on {devices?:devices}", "at node {node_id?}", "signed by {signature.signer?}", "{signature.problem?}", "{approval.result?:plain}", "{files:files}"], "tone": "good", "badIf": null},
-  ModelSettingsChanged: {"parts": ["pinned?pinned|not pinned", "keep_alive_s {keep_alive_s}"], "tone": "good", "badIf": null},
+  ModelSettingsChanged: {"parts": ["pinned?pinned|not pinned", "keep_alive_s {keep_alive_s}", "max_queue {max_queue?}"], "tone": "good", "badIf": null},
   LoadFailed: {"parts": ["{code}: {message}"], "tone": "bad", "badIf": null},
   UnloadRequested: {"parts": ["{cause}", "force?by force", "at node {node_id?}"], "tone": "plain", "badIf": null},
   UnloadJoined: {"parts": [], "tone": "plain", "badIf": null},

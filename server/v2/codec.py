@@ -31,6 +31,9 @@ HEADER_LENGTH = "Inference-Header-Content-Length"
 
 MAX_TIMEOUT_US = 2**63 - 1
 
+MAX_PRIORITY = 2**64 - 1
+"""Triton reads an unsigned integer of 64 bits."""
+
 _MAX_ELEMENT_BYTES = 2**32 - 1
 """The largest length that a BYTES element can declare."""
 
@@ -47,7 +50,6 @@ _NEUTRAL: dict[str, tuple[int | str, ...]] = {
     "sequence_id": (0, ""),
     "sequence_start": (False,),
     "sequence_end": (False,),
-    "priority": (0,),
     "classification": (0,),
 }
 """Values without effect, which clients send for parameters that were not set."""
@@ -85,6 +87,18 @@ def timeout_us(parameters: Parameters) -> int | None:
     if type(value) is not int or not 0 <= value <= MAX_TIMEOUT_US:
         raise InvalidInput("the parameter 'timeout' must be an integer of microseconds, 0 for none")
     return value or None
+
+
+def read_priority(parameters: Parameters) -> int:
+    """Return the request's priority: 1 is the highest, and 0 leaves it to the model.
+
+    Raises:
+        InvalidInput: `invalid_input`, the priority is no such number.
+    """
+    value = parameters.get("priority", 0)
+    if type(value) is not int or not 0 <= value <= MAX_PRIORITY:
+        raise InvalidInput("the parameter 'priority' must be an integer, 1 for the highest, 0 for none")
+    return value
 
 
 def binary_output(where: str, parameters: Parameters, name: str, *, default: bool = False) -> bool:
@@ -177,13 +191,14 @@ def decode_request(
         raise InvalidInput(f"{HEADER_LENGTH} is {header_bytes}, but the body has {len(body)} bytes")
     request = request or decode_json(text)
     tensors = _tensors(request.inputs, payload, start)
-    parameters, limit_us, default = request.parameters, None, True
+    parameters, limit_us, default, priority = request.parameters, None, True, 0
     if parameters:
         limit_us, default = timeout_us(parameters), not binary_output("", parameters, "binary_data_output")
         check_parameters("", parameters)
+        priority = read_priority(parameters)
     outputs = _outputs(request.outputs, default) if request.outputs else ()
     request_id = None if request.id is msgspec.UNSET else request.id
-    return InferenceRequest(request_id, limit_us, tensors, outputs, default, region)
+    return InferenceRequest(request_id, limit_us, tensors, outputs, default, region, priority)
 
 
 def _tensors(inputs: list[JsonInput], body: memoryview, start: int) -> tuple[Tensor, ...]:

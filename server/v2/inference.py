@@ -13,6 +13,7 @@ from aiohttp import hdrs, web
 from answers.inference import ModelMetadata, ModelReady
 from features.labels.fold import LABEL_NAME
 from features.ondemand.app import DEMAND
+from runtime.errors import InferenceTimeout
 from runtime.process.pool import reading_bytes
 from runtime.process.sharedmemory import SHARED_FROM_BYTES
 from runtime.requestjson import LONG_JSON_BYTES, SHORT_JSON_BYTES
@@ -129,7 +130,8 @@ async def infer(
     The gate has admitted the request. A model at another server is left to that, and of several that have it
     the less busy one answers, or another one if it fails before it has begun. A model that is not loaded, in
     this version if there is one, is loaded on demand once the body is decoded, if that is configured, and
-    within the inference's own time. The `Loadledger-Model` header names the load behind the answer.
+    within the inference's own time. The client's timeout runs from the first byte, the server's from the end
+    of the body. The `Loadledger-Model` header names the load behind the answer.
     """
     times = InferenceTimes(request.get(ARRIVED_NS) or time.monotonic_ns())
     subject = request[PRINCIPAL].subject
@@ -140,31 +142,33 @@ async def infer(
         target = router.resolve(model_id, version, spreads=spreads)
         if isinstance(target, There):
             return await cluster.forward(request, target, model_id, memory)
+        if not request.content.is_eof():
+            _check_queue(app, model_id, target)
         body = await _receive(request, memory, target)
-        began_s = loop.time()
+        ends_ns = time.monotonic_ns() + int(app[CONFIG].inference_timeout_s * 1e9)
         decoded = await _decode(app, subject, memory, body)
-        timeout_s = app[CONFIG].inference_timeout_s
         if decoded is not None and decoded.timeout_us:
-            timeout_s = min(timeout_s, decoded.timeout_us / 1e6)
+            ends_ns = min(ends_ns, times.arrived_ns + decoded.timeout_us * 1000)
         result: Answered | Target = router.resolve(model_id, version)  # again: reading the body may take long
         while not isinstance(result, Answered):
+            left_s = _left_s(ends_ns)
             match result:
                 case Here() as here:
                     question = decoded or _decode_raw(body, here)
                     result = await router.infer(
-                        here, question, timeout_s, times, version=version, worker=body.worker, spreads=spreads
+                        here, question, left_s, times, version=version, worker=body.worker, spreads=spreads
                     )
                 case There():
                     return await cluster.forward(
-                        request, result, model_id, memory, body=body.join(), ends_at_s=began_s + timeout_s
+                        request, result, model_id, memory, body=body.join(), ends_at_s=loop.time() + left_s
                     )
                 case Absent():
-                    missed_ns, ends_at_s = time.monotonic_ns(), began_s + timeout_s
+                    missed_ns, ends_at_s = time.monotonic_ns(), loop.time() + left_s
                     async with app[DEMAND].keep_loaded(model_id, version, subject, ends_at_s) as found:
                         times.waited_ns += time.monotonic_ns() - missed_ns
                         result = found
                         if isinstance(found, Here):
-                            question, left_s = decoded or _decode_raw(body, found), ends_at_s - loop.time()
+                            question, left_s = decoded or _decode_raw(body, found), _left_s(ends_ns)
                             result = await router.infer(
                                 found, question, left_s, times, version=version, worker=body.worker
                             )
@@ -172,6 +176,30 @@ async def infer(
     except BaseException:
         memory.give_back()
         raise
+
+
+def _check_queue(app: web.Application, model_id: str, target: Here | Absent) -> None:
+    """Check that there is room for an inference, before its body is read in vain.
+
+    Raises:
+        QueueFull: `inference_queue_full`.
+    """
+    if isinstance(target, Absent):
+        app[DEMAND].check_queue(model_id)
+    elif not target.has_copies:  # else another copy may answer
+        target.check_queue()
+
+
+def _left_s(ends_ns: int) -> float:
+    """Return the seconds that are left to an inference.
+
+    Raises:
+        InferenceTimeout: `inference_timeout`.
+    """
+    left_ns = ends_ns - time.monotonic_ns()
+    if left_ns <= 0:
+        raise InferenceTimeout("the time of the inference was over before it could go to the model")
+    return left_ns / 1e9
 
 
 async def _receive(request: web.BaseRequest, memory: BodyMemory, target: Here | Absent) -> ReceivedBody:

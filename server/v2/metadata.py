@@ -133,7 +133,10 @@ def metadata(model_id: str, version: int, tensors: ModelTensors) -> ModelMetadat
 
 
 NAME = "loadledger"
-EXTENSIONS = ("model_repository", "model_configuration", "binary_tensor_data", "parameters", "statistics")
+EXTENSIONS = (
+    *("model_repository", "model_configuration", "binary_tensor_data", "parameters", "statistics"),
+    "schedule_policy",
+)
 """The supported extensions, by Triton's names, which clients rely on."""
 
 AT_ONCE = 100

@@ -44,6 +44,7 @@ def model_config(
     parameters: LoadParameters,
 ) -> ModelConfig:
     batched = parameters.max_batch_size > 0
+    batching = {"max_queue_delay_microseconds": parameters.max_queue_delay_us} if batched else {}
     kind = find_triton_kind(parameters)
     return ModelConfig(
         name=model_id,
@@ -54,10 +55,17 @@ def model_config(
         input=[_describe_tensor(spec, batched=batched, optional=spec.optional) for spec in inputs],
         output=[_describe_tensor(spec, batched=batched) for spec in outputs],
         instance_group=[{"name": f"{model_id}_0", "kind": kind, "count": parameters.instances}],
-        dynamic_batching={"max_queue_delay_microseconds": parameters.max_queue_delay_us} if batched else {},
+        dynamic_batching=batching | _describe_queue(parameters),
         default_model_filename=MODEL_FILE,
         model_transaction_policy={"decoupled": False},
     )
+
+
+def _describe_queue(parameters: LoadParameters) -> dict[str, Any]:
+    levels, max_queue = parameters.priority_levels, parameters.max_queue
+    default = parameters.default_priority_level or levels
+    described = {"priority_levels": levels, "default_priority_level": default} if levels else {}
+    return described | ({"default_queue_policy": {"max_queue_size": max_queue}} if max_queue else {})
 
 
 def data_type(datatype: str) -> str:
@@ -105,10 +113,19 @@ class InstanceGroup(msgspec.Struct):
     gpus: list[Annotated[int, msgspec.Meta(ge=0)]] = []
 
 
+class QueuePolicy(msgspec.Struct, frozen=True):
+    """How many requests may wait; 0 is Triton's for any number, and the server's own limit here."""
+
+    max_queue_size: int = 0
+
+
 class DynamicBatching(msgspec.Struct):
-    """Requests run in batches, after this delay at the latest."""
+    """Requests run in batches, after this delay at the latest; their priorities, and how many may wait."""
 
     max_queue_delay_microseconds: int = 0
+    priority_levels: int | None = None
+    default_priority_level: int | None = None
+    default_queue_policy: QueuePolicy = QueuePolicy()
 
 
 class Specific(msgspec.Struct):
@@ -354,7 +371,10 @@ _CAPITAL = re.compile("[A-Z]")
 
 def _convert(config: Mapping[str, Any]) -> LoadConfig:
     """Return the members that are not fixed; numbers may be strings, as protobuf writes 64-bit integers."""
-    _check_members(config.get("dynamic_batching"), DynamicBatching, "dynamic_batching")
+    batching = config.get("dynamic_batching")
+    _check_members(batching, DynamicBatching, "dynamic_batching")
+    if isinstance(batching, dict):
+        _check_members(batching.get("default_queue_policy"), QueuePolicy, "default_queue_policy")
     _check_members(config.get("version_policy"), VersionPolicy, "version_policy")
     members = (("instance_group", InstanceGroup), ("input", ConfiguredTensor), ("output", ConfiguredTensor))
     for name, kind in members:
@@ -382,10 +402,16 @@ def _load_parameters(config: LoadConfig) -> dict[str, Any]:
         **_parse_groups(config.instance_group),
         "max_batch_size": config.max_batch_size,
     }
-    if config.dynamic_batching is not None and config.max_batch_size != 0:  # as in Triton, 0 ends batching
+    batching = config.dynamic_batching
+    if batching is not None:
+        parameters |= {
+            name: getattr(batching, name) for name in ("priority_levels", "default_priority_level")
+        }
+        parameters["max_queue"] = batching.default_queue_policy.max_queue_size or None
+    if batching is not None and config.max_batch_size != 0:  # as in Triton, 0 ends batching
         if config.max_batch_size is None:
             raise InvalidBody("parameters.config: dynamic_batching needs a max_batch_size of at least 1")
-        parameters["max_queue_delay_us"] = config.dynamic_batching.max_queue_delay_microseconds
+        parameters["max_queue_delay_us"] = batching.max_queue_delay_microseconds
     return {name: value for name, value in parameters.items() if value is not None}
 
 

@@ -215,6 +215,7 @@ NO_BATCHES = {"max_batch_size": 0, "max_queue_delay_us": 0}
 OF_WORKERS: list[dict[str, Any]] = [
     *({"instances": 2}, {"pinned": False, "instances": 2}, {"threads": 4}, {"threads": None}),
     *({"node_attributes": ("gpu=a",)}, {"node_attributes": UNSET}),
+    *({"priority_levels": 2}, {"priority_levels": 2, "default_priority_level": 1}),
     *({"max_batch_size": 16}, {"max_queue_delay_us": 5}, {"devices": ("cuda:0",)}, {"fallback": "cpu"}),
 ]
 """Parameters that take other workers."""
@@ -224,6 +225,7 @@ PARAMETERS: list[tuple[str, RequestLoad, str | None, dict[str, Any]]] = [
     ("load_tuned", asking(load(), pinned=False), "L", TUNED | {"pinned": False}),
     ("load_tuned", asking(load(), **LOW), "L", TUNED | LOW),
     ("load_tuned", asking(load(), keep_alive_s=5), "L", TUNED | {"keep_alive_s": 5}),
+    ("load_tuned", asking(load(), max_queue=5), "L", TUNED | {"max_queue": 5}),
     *(("load_tuned", asking(load(), **each), None, TUNED | each) for each in OF_WORKERS),
     ("load", asking(load(), threads=None, pinned=True), "L", {"pinned": True}),
     ("load_tuned", asking(load(), max_batch_size=0), None, TUNED | NO_BATCHES),

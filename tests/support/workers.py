@@ -133,11 +133,11 @@ async def asked_at_once(worker: Worker, *asked: Coroutine[Any, Any, T]) -> list[
 
 
 async def ask_all(
-    worker: Worker, inputs: Sequence[Tensor], *outputs: str, text: bool = False
+    worker: Worker, inputs: Sequence[Tensor], *outputs: str, text: bool = False, level: int = 0
 ) -> tuple[Outcome, tuple[Tensor, ...]]:
     """Run the model of a worker, with all the time it needs; no outputs means all."""
     wanted = tuple(WantedOutput(name, text) for name in outputs)
-    return await worker.infer(inputs, wanted, text=text, timeout_s=FOR_EVER_S)
+    return await worker.infer(inputs, wanted, text=text, timeout_s=FOR_EVER_S, level=level)
 
 
 async def ask(

@@ -111,6 +111,7 @@ WHEN_ASKED = {
     "answer twice": (2 * answered(Y), "a message that nothing asked for"),
     "stage": (LOADING, "Invalid value 'StageReached'"),
     "loaded again": (encoded(LOADED), "Invalid value 'Loaded'"),
+    "order of its own": (encoded(wire.RunBegun((0,))), "which inferences it runs, without priorities"),
     "long header": (PREFIX.pack(2**16, 0), "a frame of 65536 + 0 bytes"),
     "endless answer": (announced(LONG, 2**28 + 1), "+ 268435457 bytes (header + payload)"),
 }

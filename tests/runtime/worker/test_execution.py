@@ -25,14 +25,17 @@ from support.workers import (
     asked_at_once,
     computing,
     floats,
+    freeze,
+    resume,
     tensor,
     until,
 )
 
-from runtime.errors import InferenceTimeout, InvalidInput, LoadRefused
+from runtime.errors import InferenceTimeout, InvalidInput, LoadRefused, WorkerDied
 from runtime.process.sharedmemory import TensorMemory
 from runtime.process.worker import Worker
 from runtime.wire import (
+    CHUNK_BYTES,
     FROM_SERVING,
     FrameReader,
     FrameRules,
@@ -67,10 +70,10 @@ NO_NUMBERS = Tensor("x", "FP32", (1,), b'["none"]', text=True)
 
 
 def request(
-    number: int, size: int = 1, width: int = 1, *, alone: bool = False, came_ns: int = 0
+    number: int, size: int = 1, width: int = 1, *, alone: bool = False, came_ns: int = 0, level: int = 0
 ) -> BatchRequest:
     feed = {"x": np.full((size, width), number)}
-    return BatchRequest(number, ASKED, feed, size, alone, 0, came_ns or number + 1, 0)
+    return BatchRequest(number, ASKED, feed, size, alone, 0, came_ns or number + 1, 0, level=level)
 
 
 def shared() -> SharedTensors:
@@ -110,6 +113,21 @@ def test_queue_batches_like_requests_oldest_first(drawn: list[tuple[int, int, bo
         assert len({each.batch_key() for each in batch}) == 1
         assert sum(each.size for each in batch) <= limit
         assert len(batch) == 1 or not any(each.alone for each in batch)
+        waiting = [each for each in waiting if each not in batch]
+    assert not queue
+
+
+@PLAIN
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 2)), max_size=20), st.integers(1, 4))
+def test_queue_serves_higher_priorities_first(drawn: list[tuple[int, int]], limit: int) -> None:
+    queue = Queue(limit, 0, has_priorities=True)
+    for n, (level, width) in enumerate(drawn):
+        queue.add(request(n, 1, width, level=level))
+    waiting = sorted((level, n) for n, (level, _) in enumerate(drawn))
+    while waiting:
+        batch = [(each.level, each.number) for each in queue.take()]
+        assert batch == sorted(batch)
+        assert batch[0] == waiting[0]
         waiting = [each for each in waiting if each not in batch]
     assert not queue
 
@@ -498,3 +516,75 @@ async def test_model_without_batch_dimension_is_refused(serve: Serve, model: Mod
     with pytest.raises(LoadRefused, match=words) as refused:
         await serve(model, max_batch_size=8)
     assert refused.value.code == "invalid_model"
+
+
+# Priorities
+
+
+async def answered_in_order(worker: Worker, asked: Sequence[tuple[int, Tensor]]) -> list[int]:
+    """Ask a worker at once, with these priorities; returns the requests in the order of their answers."""
+    order = list[int]()
+
+    async def ask_one(n: int) -> None:
+        level, inputs = asked[n]
+        await ask_all(worker, [inputs], level=level)
+        order.append(n)
+
+    async with asyncio.timeout(LIMIT_S):
+        await asyncio.gather(*await asked_at_once(worker, *map(ask_one, range(len(asked)))))
+    return order
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+async def test_higher_priority_is_answered_first(serve: Serve, batch: int) -> None:
+    worker = await serve(models.counting_rows(), max_batch_size=batch, has_priorities=True, **ALLOW)
+    asked = [(level, tensor("x", "INT64", [level])) for level in (3, 2, 3, 1, 2, 1)]
+    assert await answered_in_order(worker, asked) == [3, 5, 1, 4, 0, 2]
+
+
+async def test_priorities_are_those_of_all_that_is_unread(serve: Serve) -> None:
+    """Together the requests are longer than what a worker reads at once, and fit into the socket."""
+    worker = await serve(models.identity(), has_priorities=True)
+    asked = [(9 - n, tensor("x", "FP32", np.ones(CHUNK_BYTES // 16))) for n in range(8)]
+    assert await answered_in_order(worker, asked) == [*range(7, -1, -1)]
+
+
+async def running_second(serve: Serve, batch: int) -> tuple[Worker, list[asyncio.Task[Any]]]:
+    """Have a worker run endlessly what was asked second, and stop it."""
+    worker = await serve(models.counting_rows(), max_batch_size=batch, has_priorities=True, **ALLOW)
+    endless = [tensor("x", "INT64", [ENDLESS])]
+    tasks = await asked_at_once(worker, *(ask_all(worker, endless, level=level) for level in (2, 1)))
+    await until(lambda: next(iter(worker._in_flight._pending.values()))[0].level == 1)
+    await freeze(worker.pid)
+    return worker, tasks
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+async def test_run_that_does_not_stop_is_found_by_what_was_begun(serve: Serve, batch: int) -> None:
+    worker, (waiting, running) = await running_second(serve, batch)
+    worker._in_flight.patience_s = 0.05
+    running.cancel()
+    await asyncio.wait({worker.ended, waiting})
+    assert "an inference did not stop" in worker.stderr_tail()[-1]
+
+
+async def test_cancelled_wait_behind_a_run_kills_no_worker(serve: Serve) -> None:
+    worker, (waiting, running) = await running_second(serve, 0)
+    waiting.cancel()
+    await asyncio.wait({waiting})
+    assert worker._in_flight._find_cancelled_run() != worker._in_flight._find_cancelled_run()  # it progresses
+    resume(worker.pid)
+    await until(lambda: worker.in_flight == 1)
+    running.cancel()
+    await worker.wait_until_drained()
+
+
+async def test_dead_worker_tells_the_run_from_what_waited(serve: Serve) -> None:
+    worker, tasks = await running_second(serve, 0)
+    worker.kill()
+    begun = list[bool]()
+    for task in tasks:
+        with pytest.raises(WorkerDied) as died:
+            await task
+        begun.append(died.value.begun)
+    assert begun == [False, True]

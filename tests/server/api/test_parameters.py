@@ -26,8 +26,10 @@ RECORDED: dict[str, Any] = {
     "strategy": "beside", "pinned": False, "instances": 1, "max_batch_size": 0, "max_queue_delay_us": 0,
     "progress_timeout_s": 120, "threads": None,
 }  # fmt: skip
-USUAL = RECORDED | {"node_attributes": UNSET}
+OF_QUEUE = dict.fromkeys(("max_queue", "priority_levels", "default_priority_level"), UNSET)
+USUAL = RECORDED | {"node_attributes": UNSET, **OF_QUEUE}
 BATCHES = "max_batch_size = 4\nmax_queue_delay_us = 5"
+LEVELS = "priority_levels = 3\ndefault_priority_level = 2"
 SIZES = "timeout_s = 50\nmemory_limit_bytes = 1000000000\ninstances = 2"
 
 
@@ -61,6 +63,12 @@ ROWS: list[Row] = [
     ({}, BATCHES, {"max_batch_size": 0}, {}),
     ({}, BATCHES, {"max_queue_delay_us": 0}, {"max_batch_size": 4}),
     ({}, "max_batch_size = 4", {"max_queue_delay_us": 5}, {"max_batch_size": 4, "max_queue_delay_us": 5}),
+    ({}, LEVELS, {}, {"priority_levels": 3, "default_priority_level": 2}),
+    ({}, LEVELS, {"default_priority_level": 0}, {"priority_levels": 3}),
+    ({}, LEVELS, {"priority_levels": 0, "default_priority_level": 0}, {}),
+    ({}, "max_queue = 5", {}, {"max_queue": 5}),
+    ({}, "max_queue = 5", {"max_queue": 6}, {"max_queue": 6}),
+    ({}, "max_queue = 5", {"max_queue": None}, {}),
     ({}, "threads = 3", {}, {"threads": 3}),
     ({}, "threads = 3", {"threads": 1024}, {"threads": 1024}),
     ({}, "threads = 3", {"threads": None}, {}),
@@ -149,6 +157,9 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "keep_alive_s": (-2, 1.5, 31536001),
     "max_batch_size": (65_537, -1, 1.0, None),
     "max_queue_delay_us": (1_000_001,),
+    "max_queue": (0, 100_001, "5"),
+    "priority_levels": (-1, 1001, None),
+    "default_priority_level": (-1, None),
     "instances": (0, 65, "2"),
     "threads": (0, 1025, "2", 1.0, True),
     "node_attributes": (
@@ -173,6 +184,7 @@ def test_invalid_value_is_refused_by_its_name(name: str) -> None:
 
 MISTAKES: dict[str, tuple[str, ...]] = {
     "max_queue_delay_us = 5": (": max_queue_delay_us", "max_batch_size"),
+    "priority_levels = 2\ndefault_priority_level = 3": (": default_priority_level", "priority_levels"),
     "instnces = 2": (": instnces: Unknown field", "known are", "instances"),
     "version = 2": (": version: Unknown field",),
     "instances = 65": (": instances: Must be", "1", "64"),
@@ -199,6 +211,7 @@ async def test_invalid_body_or_file_is_400_and_records_nothing(shared: LocalApi)
         ("", {"verson": 1}, "invalid_body", "verson"),
         ("", {"max_queue_delay_us": 5}, "invalid_body", "max_queue_delay_us"),
         ("", {"max_batch_size": 0, "max_queue_delay_us": 5}, "invalid_body", "max_queue_delay_us"),
+        ("", {"priority_levels": 2, "default_priority_level": 3}, "invalid_body", "default_priority_level"),
         ("x", {}, "invalid_defaults", "m/loadledger.toml"),
         (long, {}, "invalid_defaults", "m/loadledger.toml"),
     ):

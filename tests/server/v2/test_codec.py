@@ -129,6 +129,12 @@ def test_timeout_of_zero_is_none() -> None:
     assert [decode(tensor()).timeout_us, *found] == [None, None, 1, 2**63 - 1]
 
 
+def test_priority_is_read_and_zero_is_none() -> None:
+    sent = [0, 1, 2**64 - 1]
+    found = [decode(tensor(), parameters={"priority": each}).priority for each in sent]
+    assert [decode(tensor()).priority, *found] == [0, *sent]
+
+
 def test_custom_members_and_neutral_parameters_are_ignored() -> None:
     custom: dict[str, Any] = {"mine": "x", "pi": 3.1, "n": -(2**63), "yes": True, "": "", "headers": "x"}
     for neutral in (0, ""):
@@ -194,9 +200,9 @@ def test_invalid_input_is_refused_by_name(inputs: list[Any], data: bytes, reason
     ("name", "value"),
     [
         ("sequence_id", 1), ("sequence_id", "a"), ("sequence_id", False), ("sequence_id", 0.0),
-        ("sequence_start", True), ("sequence_end", True), ("sequence_start", 0), ("priority", 1),
-        ("priority", "0"), ("priority", False), ("triton_enable_empty_final_response", False),
-        ("triton_", ""),
+        ("sequence_start", True), ("sequence_end", True), ("sequence_start", 0), ("priority", -1),
+        ("priority", "0"), ("priority", False), ("priority", 2**64),
+        ("triton_enable_empty_final_response", False), ("triton_", ""),
         ("timeout", -1), ("timeout", 1.5), ("timeout", "1"), ("timeout", True), ("timeout", 2**63),
         ("binary_data_output", 1), ("binary_data_output", "true"),
     ],

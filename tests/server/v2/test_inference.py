@@ -243,7 +243,10 @@ async def test_model_or_version_that_is_not_loaded_is_refused(shared: LocalApi) 
 
 
 async def test_server_metadata_lists_extensions(shared: LocalApi) -> None:
-    extensions = ["model_repository", "model_configuration", "binary_tensor_data", "parameters", "statistics"]
+    extensions = [
+        *("model_repository", "model_configuration", "binary_tensor_data", "parameters", "statistics"),
+        "schedule_policy",
+    ]
     for path in ("/v2", "/v2/"):
         answer = await shared.get(path, roles=("audit",))
         expected = {"name": "loadledger", "version": version("loadledger"), "extensions": extensions}

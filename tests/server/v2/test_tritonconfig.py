@@ -52,6 +52,14 @@ def test_configuration_may_repeat_what_is_fixed() -> None:
     assert tritonconfig.read_load({}, "m") == tritonconfig.read_load({"parameters": {}}, "m") == nothing
 
 
+QUEUE = {
+    "priority_levels": "3",
+    "default_priority_level": "2",
+    "default_queue_policy": {"max_queue_size": 50},
+}
+OF_QUEUE = {"priority_levels": 3, "default_priority_level": 2, "max_queue": 50}
+
+
 def test_configuration_sets_parameters() -> None:
     delay = {"max_queue_delay_microseconds": "50"}
     configs: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -66,6 +74,15 @@ def test_configuration_sets_parameters() -> None:
         ({"versionPolicy": {"specific": {"versions": ["2"]}}, "modelTransactionPolicy": {}}, {"version": 2}),
         ({"max_batch_size": 8, "dynamic_batching": {}}, {"max_batch_size": 8, "max_queue_delay_us": 0}),
         ({"max_batch_size": 8, "dynamic_batching": delay}, {"max_batch_size": 8, "max_queue_delay_us": 50}),
+        ({"max_batch_size": 0, "dynamic_batching": QUEUE}, {"max_batch_size": 0, **OF_QUEUE}),
+        (
+            {"max_batch_size": 8, "dynamic_batching": QUEUE},
+            {"max_batch_size": 8, "max_queue_delay_us": 0, **OF_QUEUE},
+        ),
+        (
+            {"max_batch_size": 0, "dynamic_batching": {"priority_levels": 0, "default_queue_policy": {}}},
+            {"max_batch_size": 0, "priority_levels": 0},
+        ),
         ({"instance_group": [{}]}, {"instances": 1}),
         (
             {"instance_group": [{"name": "a", "count": 3, "kind": "KIND_CPU"}]},
@@ -98,6 +115,10 @@ def test_configuration_sets_parameters() -> None:
         ({"instance_group": [{"count": 1}, {"count": 1}]}, "one group"),
         ({"instance_group": [{"profile": ["max"]}]}, "profile"),
         ({"max_batch_size": 4, "dynamic_batching": {"preferred_batch_size": [4]}}, "preferred_batch_size"),
+        (
+            {"max_batch_size": 4, "dynamic_batching": {"default_queue_policy": {"timeout_action": "DELAY"}}},
+            "default_queue_policy: timeout_action",
+        ),
         ({"version_policy": {}}, "version_policy"),
         ({"version_policy": {"all": {}}}, "all"),
         ({"version_policy": {"latest": {"num_versions": 2}}}, "version_policy"),
