@@ -1,4 +1,9 @@
-"""`deploy/kubernetes/`: objects match the published schemas, each other, the image and the server."""
+"""`deploy/kubernetes/`: objects match the published schemas, each other, the image and the server.
+
+kubernetes-validate has the schemas of Kubernetes' own kinds. The `ScaledObject` of KEDA is held against the
+fields of KEDA's documentation, and the HorizontalPodAutoscaler that KEDA makes of it against Kubernetes'
+schema.
+"""
 
 import asyncio
 import json
@@ -12,6 +17,7 @@ import jwt
 import kubernetes_validate
 import pytest
 import yaml
+from openapi_schema_validator import OAS30Validator
 from support.clients import run_command
 from support.deployment import (
     DEPLOY,
@@ -26,6 +32,7 @@ from support.deployment import (
 from support.http import LocalApi
 from support.models import add
 from support.origins import Asked, RangedFile, Reply, answer, serving_site, write_authority
+from support.pages import FAMILIES
 
 from server.app import all_routes
 from server.auth import keys
@@ -33,7 +40,8 @@ from server.auth.access import Access
 from server.auth.keys import KeyRing
 
 FOLDER = DEPLOY / "kubernetes"
-FILES = [path.name for path in sorted(FOLDER.iterdir())]
+KEDA = "keda.yaml"
+FILES = [path.name for path in sorted(FOLDER.iterdir()) if path.name != KEDA]
 SERVERS = ("single.yaml", "cluster.yaml")
 PAGE = ROOT / "docs" / "cluster.md"
 OLDEST = "1.28"
@@ -41,6 +49,56 @@ OLDEST = "1.28"
 LATEST = kubernetes_validate.latest_version()
 
 Json = dict[str, Any]
+
+
+def exact(required: str, **properties: Json) -> Json:
+    """Return the schema of an object with these members and no others; `required` names some of them."""
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": required.split(),
+        "additionalProperties": False,
+    }
+
+
+TEXT, COUNT = {"type": "string"}, {"type": "integer", "minimum": 0}
+PROMETHEUS_FIELDS = (
+    "serverAddress query queryParameters threshold activationThreshold namespace customHeaders "
+    "ignoreNullValues unsafeSsl authModes"
+)
+SCALED_OBJECT = exact(
+    "scaleTargetRef triggers",
+    scaleTargetRef=exact("name", apiVersion=TEXT, kind=TEXT, name=TEXT, envSourceContainerName=TEXT),
+    pollingInterval=COUNT,
+    cooldownPeriod=COUNT,
+    initialCooldownPeriod=COUNT,
+    idleReplicaCount=COUNT,
+    minReplicaCount=COUNT,
+    maxReplicaCount=COUNT,
+    fallback=exact("failureThreshold replicas", failureThreshold=COUNT, replicas=COUNT),
+    advanced=exact(
+        "",
+        restoreToOriginalReplicaCount={"type": "boolean"},
+        horizontalPodAutoscalerConfig=exact("", name=TEXT, behavior={"type": "object"}),
+    ),
+    triggers={
+        "type": "array",
+        "minItems": 1,
+        "items": exact(
+            "type metadata",
+            type={"enum": ["prometheus"]},
+            name=TEXT,
+            useCachedMetrics={"type": "boolean"},
+            metricType={"enum": ["AverageValue", "Value"]},
+            authenticationRef=exact("name", name=TEXT, kind=TEXT),
+            metadata=exact(
+                "serverAddress query threshold",
+                **dict.fromkeys(PROMETHEUS_FIELDS.split(), TEXT),
+            ),
+        ),
+    },
+)
+"""The `spec` of a ScaledObject (keda.sh/v1alpha1) with a Prometheus trigger, by KEDA's documentation."""
 
 
 def objects(file: str, kind: str | None = None) -> list[Json]:
@@ -232,6 +290,59 @@ def test_schema_is_migrated_by_its_owner_alone() -> None:
     assert secrets("migrate.yaml").isdisjoint(secrets("cluster.yaml"))
     selector = one("cluster.yaml", "StatefulSet")["spec"]["selector"]["matchLabels"]
     assert not selector.items() <= template("migrate.yaml")["metadata"]["labels"].items()
+
+
+# Further nodes while inferences wait
+
+
+def autoscaler(scaled: Json) -> Json:
+    """Return the HorizontalPodAutoscaler that KEDA makes of a ScaledObject."""
+    spec, name = scaled["spec"], scaled["metadata"]["name"]
+    [trigger] = spec["triggers"]
+    metric = {
+        "metric": {
+            "name": "s0-prometheus",
+            "selector": {"matchLabels": {"scaledobject.keda.sh/name": name}},
+        },
+        "target": {"type": "AverageValue", "averageValue": trigger["metadata"]["threshold"]},
+    }
+    return {
+        "apiVersion": "autoscaling/v2",
+        "kind": "HorizontalPodAutoscaler",
+        "metadata": {"name": f"keda-hpa-{name}", "labels": scaled["metadata"]["labels"]},
+        "spec": {
+            "scaleTargetRef": spec["scaleTargetRef"],
+            "minReplicas": spec["minReplicaCount"],
+            "maxReplicas": spec["maxReplicaCount"],
+            "behavior": spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"],
+            "metrics": [{"type": "External", "external": metric}],
+        },
+    }
+
+
+@pytest.mark.parametrize("version", [OLDEST, LATEST])
+def test_scaled_object_matches_keda_and_its_autoscaler_kubernetes(version: str) -> None:
+    scaled = one(KEDA, "ScaledObject")
+    assert scaled["apiVersion"] == "keda.sh/v1alpha1"
+    OAS30Validator(SCALED_OBJECT).validate(scaled["spec"])
+    with pytest.raises(kubernetes_validate.SchemaNotFoundError):
+        kubernetes_validate.validate(scaled, version, strict=True)
+    assert kubernetes_validate.validate(autoscaler(scaled), version, strict=True)
+
+
+def test_scaled_object_is_of_the_nodes_and_counts_their_inferences() -> None:
+    [scaled] = objects(KEDA)
+    spec, cluster = scaled["spec"], one("cluster.yaml", "StatefulSet")
+    target = {"apiVersion": cluster["apiVersion"], "kind": "StatefulSet", "name": cluster["metadata"]["name"]}
+    assert spec["scaleTargetRef"] == target
+    assert spec["minReplicaCount"] == cluster["spec"]["replicas"] < spec["maxReplicaCount"]
+    [trigger] = spec["triggers"]
+    [metric] = re.findall(r"loadledger_\w+", trigger["metadata"]["query"])
+    assert metric in {family.name for family in FAMILIES}
+    # One node at a time: the one that leaves drains first.
+    down = spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]["scaleDown"]
+    drain_s = pod("cluster.yaml")["terminationGracePeriodSeconds"]
+    assert down["policies"] == [{"type": "Pods", "value": 1, "periodSeconds": drain_s}]
 
 
 # A version from inside the cluster

@@ -362,6 +362,7 @@ async def test_server_alone_has_no_series_of_nodes(shared: LocalApi) -> None:
 
 ROOT = Path(__file__).parents[3]
 FILES = ROOT / "deploy" / "metrics"
+SCALER = ROOT / "deploy" / "kubernetes" / "keda.yaml"
 ALERTS, ALERTS_TEST, DASHBOARD = (
     FILES / name for name in ("alerts.yaml", "alerts-test.yaml", "dashboard.json")
 )
@@ -392,8 +393,14 @@ def dashboard_queries() -> Iterator[str]:
             yield f"count by ({found[2]}) ({found[1]})"
 
 
+def scaler_queries() -> Iterator[str]:
+    scaled = yaml.safe_load(SCALER.read_text(encoding="utf-8"))
+    yield from (trigger["metadata"]["query"] for trigger in scaled["spec"]["triggers"])
+
+
 def queries() -> Iterator[str]:
     yield from dashboard_queries()
+    yield from scaler_queries()
     yield from (rule["expr"] for rule in alert_rules())
 
 
@@ -461,7 +468,7 @@ async def test_promtool_accepts_rules_queries_and_metrics(api: LocalApi, tmp_pat
         pytest.skip("promtool is not here: .ci/promtool fetches it, and PROMTOOL names it")
     rules = [
         {"record": f"query:{number}", "expr": query.replace("$__rate_interval", "5m")}
-        for number, query in enumerate(dashboard_queries())
+        for number, query in enumerate((*dashboard_queries(), *scaler_queries()))
     ]
     dashboard = tmp_path / "queries.yaml"
     dashboard.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}), encoding="utf-8")
