@@ -16,7 +16,6 @@ from features.ondemand.app import DEMAND
 from runtime.repository import DEFAULTS_FILE
 from server.appkeys import BODIES
 from server.config import Config
-from server.http.bodies import Bodies
 
 QUEUE_FULL, TIMEOUT = (503, "inference_queue_full"), (504, "inference_timeout")
 FAST, SLOW = "/v2/models/{}/infer", "/v2/models/%6C{}/infer"
@@ -86,14 +85,6 @@ async def refuse_head(api: LocalApi, path: str) -> bytes:
     writer.close()
     await writer.wait_closed()
     return line
-
-
-async def padded(bodies: Bodies, request: Json) -> AsyncIterator[bytes]:
-    """Yield a body of LONG bytes and more, whose last do not come with its head: such a body is counted."""
-    taken_bytes = bodies.taken_bytes
-    yield b" " * LONG
-    await until(lambda: bodies.taken_bytes >= taken_bytes + LONG)
-    yield json.dumps(request).encode()
 
 
 @pytest.mark.parametrize("path", [FAST, SLOW])
@@ -194,24 +185,25 @@ async def test_timeout_counts_in_the_queue(shared: LocalApi, send: Send) -> None
         assert late.refusal == TIMEOUT
 
 
+@pytest.mark.parametrize("length", [5_000, LONG])
 @pytest.mark.parametrize("is_loaded", [True, False])
 async def test_bodies_of_what_waits_stay_in_their_budget(
-    shared: LocalApi, monkeypatch: pytest.MonkeyPatch, *, is_loaded: bool
+    shared: LocalApi, monkeypatch: pytest.MonkeyPatch, length: int, *, is_loaded: bool
 ) -> None:
-    bodies, model_id = shared.app[BODIES], "busy" if is_loaded else "absent"
-    monkeypatch.setattr(bodies, "_max_bytes", 8 * LONG)
+    """The short ones come with their heads."""
+    bodies, model_id = shared.app[BODIES], "busy" if is_loaded else f"absent-{length}"
+    monkeypatch.setattr(bodies, "_max_bytes", 2 * (4 * length - 1))  # a subject has half of it
     if is_loaded:
         await load_loop(shared, model_id)
     else:
         save_bytes(models.endless_load(), shared.config.repository, model_id)
-    request = {"inputs": [ENDLESS if is_loaded else ONE]}
+    body = json.dumps({"inputs": [ENDLESS if is_loaded else ONE]}).encode().ljust(length)
     waiting = list[asyncio.Task[Answer]]()
     for count in range(1, 4):
-        sending = shared.post(FAST.format(model_id), data=padded(bodies, request))
-        waiting.append(asyncio.create_task(sending))
+        waiting.append(asyncio.create_task(shared.post(FAST.format(model_id), data=body)))
         await until(lambda count=count: count_waiting(shared, model_id) == count)  # type: ignore[misc]
-        assert count * LONG <= bodies.taken_bytes < (count + 1) * LONG
-    answer = await shared.post(FAST.format(model_id), data=padded(bodies, request))
+        assert bodies.taken_bytes == count * length
+    answer = await shared.post(FAST.format(model_id), data=body)
     assert answer.refusal == (503, "bodies_full")
     for task in waiting:
         task.cancel()
