@@ -13,6 +13,7 @@ import msgspec
 from events.jobs import Job
 from events.log import Log
 from events.models import Model, ModelState
+from events.types import LoadParameters
 from runtime.consumer.running import RunningLoad
 from runtime.elsewhere import ALONE, Elsewhere
 from runtime.errors import ModelNotLoaded, QueueFull, RuntimeProblem, WorkerDied
@@ -116,12 +117,6 @@ class Here:
         in_flight = workers[0].in_flight if len(workers) == 1 else sum([each.in_flight for each in workers])
         if in_flight >= self.max_queue:
             raise queue_full(self.model_id, self.max_queue, "are queued or running")
-
-    def choose_level(self, priority: int) -> int:
-        """Return the level of an inference, as Triton does: what is none of the model's is its default."""
-        parameters = self.load.parameters
-        levels = parameters.priority_levels or 0
-        return priority if 1 <= priority <= levels else parameters.default_priority_level or levels
 
     def choose_worker(self) -> Worker:
         """Return the least busy worker, in whose memory the body of a request will lie."""
@@ -350,7 +345,7 @@ class Router:
             text=request.text,
             timeout_s=timeout_s,
             region=request.region,
-            level=here.choose_level(request.priority),
+            level=choose_level(here.load.parameters, request.priority),
         )
 
     async def _is_reloaded(self, model_id: str, version: Version | None, timeout_s: float) -> bool:
@@ -382,6 +377,12 @@ class Router:
         here = Here(model_id, serving.version, serving.position, inputs, outputs, load, max_queue, has_copies)
         self._known[model_id] = model, here
         return here
+
+
+def choose_level(parameters: LoadParameters, priority: int) -> int:
+    """Return the level of an inference, as Triton does: what is none of the model's is its default."""
+    levels = parameters.priority_levels or 0
+    return priority if 1 <= priority <= levels else parameters.default_priority_level or levels
 
 
 def queue_full(model_id: str, limit: int, doing: str) -> QueueFull:

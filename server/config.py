@@ -474,7 +474,8 @@ class Config:
     progress_timeout_s: int = PROGRESS_TIMEOUT_S
     inference_grace_s: float = INFERENCE_GRACE_S
     inference_queue: int = 1024
-    """Inferences of one model that may be queued or running: more wait longer than clients do."""
+    """Inferences of one model that may be queued or running, unless its load has a `max_queue`. More
+    would wait longer than clients do."""
     max_connections: int = 10_000
     """Open at the same time; at most three quarters of the process's file descriptors."""
     head_timeout_s: float = 10.0

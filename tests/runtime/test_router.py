@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from msgspec import UNSET, UnsetType
 from support import models
 from support.running import Engine, Run, stopped_clock
 from support.workers import LIMIT_S, array, floats, tensor, trips, until
@@ -30,6 +31,7 @@ from runtime.router import (
     ModelReplaced,
     ModelUnloading,
     OtherVersionLoaded,
+    choose_level,
 )
 from runtime.statistics import InferenceTimes
 
@@ -204,6 +206,21 @@ async def test_wrong_input_is_refused_and_counted(engine: Engine) -> None:
     counted = engine.live("adder").statistics
     assert (counted.requests, counted.failures, counted.executions) == (3, 4, 3)
     assert counted.total_ns >= counted.infer_ns > 0
+
+
+@pytest.mark.parametrize(
+    ("levels", "default", "priorities", "expected"),
+    [
+        (UNSET, UNSET, [0, 1, 7], [0, 0, 0]),
+        (3, UNSET, [0, 1, 3, 4], [3, 1, 3, 3]),
+        (3, 2, [0, 1, 3, 2**64 - 1], [2, 1, 3, 2]),
+    ],
+)
+def test_level_of_an_inference_is_one_of_its_model(
+    levels: int | UnsetType, default: int | UnsetType, priorities: list[int], expected: list[int]
+) -> None:
+    parameters = LoadParameters(priority_levels=levels, default_priority_level=default)
+    assert [choose_level(parameters, each) for each in priorities] == expected
 
 
 async def test_full_queue_refuses_at_once(run: Run) -> None:
