@@ -142,8 +142,11 @@ async def infer(
         target = router.resolve(model_id, version, spreads=spreads)
         if isinstance(target, There):
             return await cluster.forward(request, target, model_id, memory)
-        if not request.content.is_eof():
-            _check_queue(app, model_id, target)
+        if not request.content.is_eof():  # a body is not read in vain
+            if isinstance(target, Absent):
+                app[DEMAND].check_queue(model_id)
+            elif not target.has_copies:  # else another copy may answer
+                target.check_queue()
         body = await _receive(request, memory, target)
         ends_ns = time.monotonic_ns() + int(app[CONFIG].inference_timeout_s * 1e9)
         decoded = await _decode(app, subject, memory, body)
@@ -176,18 +179,6 @@ async def infer(
     except BaseException:
         memory.give_back()
         raise
-
-
-def _check_queue(app: web.Application, model_id: str, target: Here | Absent) -> None:
-    """Check that there is room for an inference, before its body is read in vain.
-
-    Raises:
-        QueueFull: `inference_queue_full`.
-    """
-    if isinstance(target, Absent):
-        app[DEMAND].check_queue(model_id)
-    elif not target.has_copies:  # else another copy may answer
-        target.check_queue()
 
 
 def _left_s(ends_ns: int) -> float:
