@@ -13,7 +13,7 @@ import re
 import resource
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -50,6 +50,9 @@ _RESIDENT = re.compile(rb"^VmHWM:\s+(\d+) kB\nVmRSS:\s+(\d+) kB\nRssAnon:\s+(\d+
 _REST = re.compile(rb"^Vm(?:PTE|Swap):\s+(\d+) kB$", re.MULTILINE)
 MAX_LEDGER_BYTES = 2**63 - 1
 """The largest integer of the ledger, which has 64 bits."""
+
+_MB = 1_000_000
+_SMALL_MB = 10
 
 _COUNT = re.compile(r"[1-9]\d{0,18}", re.ASCII)
 _AVERAGE = re.compile(r"^some avg10=(\d{1,3}(?:\.\d{1,9})?)\b", re.ASCII | re.MULTILINE)
@@ -93,6 +96,12 @@ def total_bytes(sizes: Iterable[int]) -> int:
     return min(sum(sizes), MAX_LEDGER_BYTES)
 
 
+def format_megabytes(number: int) -> str:
+    """Return a number of bytes in megabytes, for people."""
+    digits = 0 if number >= _SMALL_MB * _MB else 1
+    return f"{number / _MB:,.{digits}f} MB"
+
+
 def list_descendants(pid: int) -> list[int]:
     """Return the process ids of all descendants of a process, parents before children."""
     children: list[int] = []
@@ -122,6 +131,16 @@ def taken_bytes(pid: int) -> int:
     """Read `Resident.taken_bytes` of a process, in 0.02 ms; 0 if the process has ended."""
     resident = parse_resident(_read(f"{pid}/status").encode())
     return 0 if resident is None else resident.taken_bytes
+
+
+def read_sizes(pid: int) -> tuple[int, int] | None:
+    """Read `Resident.taken_bytes` of a process, and what `RLIMIT_DATA` counts; None if it has ended."""
+    try:
+        status = _read(f"{pid}/status")
+    except ProcessLookupError:
+        return None
+    resident = parse_resident(status.encode())
+    return None if resident is None else (resident.taken_bytes, parse_field(status, "VmData"))
 
 
 def resident_bytes() -> int:
@@ -193,10 +212,18 @@ class MemoryUnknown(RuntimeProblem):
 
 @dataclass(frozen=True, slots=True)
 class MemoryLimit:
-    """The memory that this container or machine may use, more than 0, and the source of the limit."""
+    """The memory that this container or machine may use.
+
+    Attributes:
+        bytes: more than 0.
+        source: where the limit stands.
+        kills_together: whether the kernel kills all processes of the container when one passes the limit
+            (`memory.oom.group`, which Kubernetes sets); with cgroup v1 it never does.
+    """
 
     bytes: int
     source: Source
+    kills_together: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +251,12 @@ def find_memory_limit(proc: Path = PROC, cgroups: Path = CGROUPS) -> MemoryLimit
             f"neither {proc}/meminfo nor a cgroup in {cgroups} says how much memory there is;"
             " make one of them readable"
         )
-    return min(found, key=lambda limit: limit.bytes)
+    least = min(found, key=lambda limit: limit.bytes)
+    if least.source != "cgroup v2":
+        return least
+    # A folder below the limit's may say it, too: the kernel takes the highest that does.
+    grouped = any(read_text(folder / "memory.oom.group").strip() == "1" for folder in folders.unified)
+    return replace(least, kills_together=grouped)
 
 
 def read_pressure(proc: Path = PROC, cgroups: Path = CGROUPS) -> Pressure | None:

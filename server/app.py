@@ -39,6 +39,7 @@ from runtime.cgroups import count_usable_cpus
 from runtime.consumer.consumer import Consumer
 from runtime.lostmodels import stopped_server
 from runtime.memory import find_memory_limit, is_under_pressure, read_pressure
+from runtime.memoryplan import MemoryPlan, describe_plan
 from runtime.process.confinement import describe
 from runtime.process.pool import WorkerPool
 from runtime.repository import Repository
@@ -77,6 +78,7 @@ from server.appkeys import (
     GATE,
     LIMIT,
     LOG,
+    MEMORY_PLAN,
     POLICY,
     POOL,
     READER,
@@ -93,7 +95,7 @@ from server.auth.keys import ensure_data_dir, open_signer
 from server.auth.ratelimit import RateLimits
 from server.auth.tokens import TOKENS, TokenIssuer
 from server.cluster import CLUSTER, Cluster
-from server.config import Config, ConfigError, parse_budget
+from server.config import Config, ConfigError
 from server.errors import errors_middleware
 from server.http.bodies import Bodies
 from server.http.responses import response_completer
@@ -158,7 +160,6 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
     add_routes(app, all_routes(config.metrics))
     app[CONFIG] = config
     app[GATE] = gate
-    app[BODIES] = Bodies(config.max_request_bytes)
     app[STOPPING] = asyncio.Event()
     app[RESOURCES_CACHE] = ResourcesCache()
     app[HTTP_COUNTS] = counts
@@ -223,6 +224,9 @@ async def _data_directory(app: web.Application) -> AsyncIterator[None]:
 
 async def _workers(app: web.Application) -> AsyncIterator[None]:
     app[LIMIT] = find_memory_limit()
+    app[MEMORY_PLAN] = plan = app[CONFIG].plan_memory(app[LIMIT])
+    _log.log(logging.INFO if plan.fits else logging.WARNING, "%s", describe_plan(plan))
+    app[BODIES] = Bodies(plan)
     app[POOL] = pool = WorkerPool(
         threads=app[CONFIG].model_threads(count_usable_cpus()),
         patience_s=app[CONFIG].inference_grace_s,
@@ -234,7 +238,7 @@ async def _workers(app: web.Application) -> AsyncIterator[None]:
     try:
         await _confine(pool, app[CONFIG])
         _log.info("threads of each model: %d, unless its load says otherwise", pool.threads)
-        app[POLICY] = await _policy(app[CONFIG], app[LIMIT].bytes, pool)
+        app[POLICY] = await _policy(app[CONFIG], plan, pool)
         for said in describe_setup(pool, app[POLICY].rooms):
             _log.info("%s", said)
         yield
@@ -340,17 +344,17 @@ async def _uploads(app: web.Application) -> AsyncIterator[None]:
     await recovery.close()
 
 
-async def _policy(config: Config, limit_bytes: int, pool: WorkerPool) -> Policy:
+async def _policy(config: Config, plan: MemoryPlan, pool: WorkerPool) -> Policy:
     return Policy(
         config.max_loads(count_usable_cpus()),
-        budget_bytes=parse_budget(config.memory_budget, limit_bytes),
+        budget_bytes=plan.budget_bytes,
         max_loaded=config.max_loaded or None,
         evicts=config.evict == "idle",
         takes_turns=config.loads_for_inferences,
         min_residency_s=config.min_residency_s,
         restores=config.restore == "all",
         loads=config.policy,
-        rooms=await find_rooms(config, pool, limit_bytes),
+        rooms=await find_rooms(config, pool, plan.limit.bytes),
     )
 
 
@@ -395,6 +399,7 @@ async def _consumer(app: web.Application) -> AsyncIterator[None]:
         under_pressure=lambda: is_under_pressure(read_pressure()),
         loads=cluster.loads,
         elsewhere=cluster,
+        workers_bytes=app[MEMORY_PLAN].workers_bytes,
     )
     app[ROUTER] = Router(
         app[LOG],

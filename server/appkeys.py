@@ -8,6 +8,7 @@ from events.log import Log
 from events.sqlite.listing import Reader
 from runtime.consumer.consumer import Consumer
 from runtime.memory import MemoryLimit
+from runtime.memoryplan import MemoryPlan
 from runtime.process.pool import WorkerPool
 from runtime.router import Router
 from runtime.scheduler.view import Policy
@@ -31,6 +32,7 @@ CONSUMER = web.AppKey("consumer", Consumer)
 CONSUMER_TASK: web.AppKey[asyncio.Task[None]] = web.AppKey("consumer_task", asyncio.Task)
 ROUTER = web.AppKey("router", Router)
 LIMIT = web.AppKey("limit", MemoryLimit)
+MEMORY_PLAN = web.AppKey("memory_plan", MemoryPlan)
 """Memory of the container or machine."""
 POLICY = web.AppKey("policy", Policy)
 """The operator's settings of what may be loaded, once workers are confined."""

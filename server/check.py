@@ -42,19 +42,19 @@ from runtime.errors import (
     UnknownModel,
     UnknownVersion,
 )
-from runtime.memory import MemoryUnknown, find_memory_limit
+from runtime.memory import MemoryUnknown, find_memory_limit, format_megabytes
+from runtime.memoryplan import describe_plan
 from runtime.onnxfile import check_external_data, describe_foreign_content, read_head
 from runtime.process.confinement import NotConfined, describe
 from runtime.process.pool import WorkerPool, kill_and_wait
 from runtime.repository import MODEL_ID, InvalidDefaults, Repository, defaults_name, read_warm_up
-from runtime.scheduler.admission import format_megabytes
 from runtime.scheduler.estimates import estimate_memory
 from runtime.store.folder import STORE
 from runtime.store.store import Store
 from runtime.store.versions import Versions
 from server.api.loads import default_parameters
 from server.auth.keys import KeyProblem, read_public_keys, refuse_unsafe
-from server.config import OFF, ON, OWN, Config, ConfigError, parse_budget
+from server.config import OFF, ON, OWN, Config, ConfigError
 from server.configsources import Mistake, default_folder, raise_mistakes, read_settings, unknown_variables
 from server.http.connection import bind_address
 from server.http.tls import load_context
@@ -215,10 +215,9 @@ def _check_memory(config: Config) -> Iterator[CheckFinding]:
     except MemoryUnknown as error:
         yield CheckFinding("--memory-budget", error.code, str(error))
         return
-    budget = parse_budget(config.memory_budget, limit.bytes)
-    if budget > limit.bytes:
-        text = f"{budget} bytes are more than the {limit.bytes} that the {limit.source} allows"
-        yield CheckFinding("--memory-budget", "beyond_limit", text, Severity.NOTE)
+    plan = config.plan_memory(limit)
+    if not plan.fits:
+        yield CheckFinding("--memory-budget", "beyond_limit", describe_plan(plan), Severity.NOTE)
 
 
 def _check_address(config: Config) -> Iterator[CheckFinding]:
@@ -300,7 +299,7 @@ def _check_versions(
     except InvalidDefaults as error:  # no load is accepted with it
         file = defaults_name(model_id)
         result.add([CheckFinding(file, error.code, str(error).removeprefix(file).lstrip(": "))])
-    budget = parse_budget(config.memory_budget, find_memory_limit().bytes)
+    budget = config.plan_memory(find_memory_limit()).budget_bytes
     for version in versions:
         place = f"{model_id}/{version}"
         try:
@@ -509,7 +508,7 @@ async def _check_targets(pool: WorkerPool, config: Config, result: CheckResult) 
 
 async def _load(pool: WorkerPool, loaded: LoadableVersion, config: Config, result: CheckResult) -> None:
     repository, parameters = Repository(config.repository), loaded.parameters
-    budget = parse_budget(config.memory_budget, find_memory_limit().bytes)
+    budget = config.plan_memory(find_memory_limit()).budget_bytes
     versions = Versions(repository, None)  # a check takes nothing into a store
     try:
         warm_up = read_warm_up(repository, loaded.model_id)

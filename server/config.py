@@ -17,6 +17,8 @@ from marshmallow import ValidationError, validate
 
 from features.devices.names import ALL_DEVICES, ANY, CPU, DEVICE, DEVICE_RULE, MAX_DEVICES
 from features.rules import LoadPolicy
+from runtime.memory import MemoryLimit
+from runtime.memoryplan import MemoryPlan, plan_memory
 from runtime.timeouts import DRAIN_TIMEOUT_S, INFERENCE_GRACE_S, PROGRESS_TIMEOUT_S
 from runtime.uploads.staging import UploadPolicy, Writable
 from runtime.wire import MAX_REQUEST_BYTES
@@ -120,6 +122,11 @@ def parse_budget(text: str, limit_bytes: int) -> int:
     if found is None or not 0 < (percent := Decimal(found[1])) <= 100:  # noqa: PLR2004 - it is per cent
         raise ValueError("Must be a percentage of more than 0 and at most 100, like 80%.")
     return max(1, int(limit_bytes * percent / 100))
+
+
+def parse_memory_budget(text: str, limit_bytes: int) -> int | None:
+    """Return the memory budget of all workers; None for auto. For arguments and errors see `parse_budget`."""
+    return None if text == AUTO else parse_budget(text, limit_bytes)
 
 
 class RateLimit(NamedTuple):
@@ -310,9 +317,10 @@ class Config:
     )
 
     memory_budget: str = setting(
-        "80%",
-        f"Memory for all workers together: a percentage of the container's or machine's memory, {SIZES}.",
-        _validator_of(lambda text: parse_budget(text, limit_bytes=1)),
+        AUTO,
+        "Memory for all workers together: auto is 80% of the container's or machine's memory, or less where"
+        f" requests and the server leave less. Or a percentage, {SIZES}.",
+        _validator_of(lambda text: parse_memory_budget(text, limit_bytes=1)),
         section="Memory and what is loaded",
     )
     max_loaded: int = setting(
@@ -371,7 +379,8 @@ class Config:
     max_request_size: str = setting(  # Triton's default (`--http-max-input-size`)
         "64MiB",
         f"Largest request of an inference, also after decompression: {SIZES}; at most 2GiB. Requests and"
-        " answers may hold sixteen times as much memory at once, and at least 1 GiB.",
+        " answers may hold sixteen times as much memory at once, and at least 1 GiB; in a small container an"
+        " eighth of its memory, and at least twice as much as the largest request.",
         _validator_of(parse_request_size),
     )
 
@@ -510,6 +519,11 @@ class Config:
     @property
     def max_request_bytes(self) -> int:
         return parse_request_size(self.max_request_size)
+
+    def plan_memory(self, limit: MemoryLimit) -> MemoryPlan:
+        """Return what the parts of the server may take of the container's or machine's memory."""
+        budget = parse_memory_budget(self.memory_budget, limit.bytes)
+        return plan_memory(limit, budget, self.max_request_bytes)
 
     @property
     def loads_for_inferences(self) -> bool:

@@ -21,9 +21,9 @@ from features.devices.found import measure_memory
 from features.devices.names import CPU
 from features.devices.wire import FoundDevice, TargetDevice
 from runtime.errors import LoadRefused
+from runtime.memory import format_megabytes
 from runtime.process.pool import WorkerPool, start_task
 from runtime.rooms import MACHINE, Allocation
-from runtime.scheduler.admission import format_megabytes
 from runtime.scheduler.view import load_allowance
 from runtime.timeouts import timeout
 from runtime.wire import Loaded

@@ -28,6 +28,7 @@ from events.log import Log
 from events.state import State
 from events.types import Draft, JobCancelled, LoadFailed, ModelUnloaded, UnloadStarted
 from features.checks import CheckedVersion
+from runtime.consumer.growth import GrowthLimits
 from runtime.consumer.loads import (
     LOG_RETRY_S,
     Loader,
@@ -98,6 +99,7 @@ class Consumer:
             priority waits.
         loads: the running loads, by job id; None makes a new dictionary.
         elsewhere: says which of the work is this server's.
+        workers_bytes: what all workers may take together before one of them ends; None is no limit.
 
     Attributes:
         demand: the inferences that wait for models.
@@ -117,6 +119,7 @@ class Consumer:
         under_pressure: Callable[[], bool] = lambda: False,
         loads: dict[str, RunningLoad] | None = None,
         elsewhere: Elsewhere = ALONE,
+        workers_bytes: int | None = None,
     ) -> None:
         self.policy = policy
         self._log = log
@@ -145,7 +148,8 @@ class Consumer:
             policy=policy,
             progress_timeout_s=progress_timeout_s,
         )
-        self._monitor = WorkerMonitor(log, self.loads, self._rates, wake)
+        self._growth = GrowthLimits(self.loads, workers_bytes, policy.budget_bytes or 0)
+        self._monitor = WorkerMonitor(log, self.loads, self._rates, wake, self._growth)
 
     async def run(self) -> None:
         """Work until `stop`; the server must exit if this ends before."""
@@ -304,6 +308,8 @@ class Consumer:
         )
         self.loads[job.id] = load
         load.granted_ns = time.monotonic_ns()
+        load.share_growth = self._growth.share
+        load.share_growth()
         load.granted.set()
 
     def _allocations(self) -> list[Allocation]:
@@ -500,12 +506,18 @@ class WorkerMonitor:
     """Measures workers and wakes the consumer then, and notes rates and last uses, periodically."""
 
     def __init__(
-        self, log: Log, loads: Mapping[str, RunningLoad], rates: RequestRates, wake: Callable[[], None]
+        self,
+        log: Log,
+        loads: Mapping[str, RunningLoad],
+        rates: RequestRates,
+        wake: Callable[[], None],
+        growth: GrowthLimits,
     ) -> None:
         self._log = log
         self._loads = loads
         self._rates = rates
         self._wake = wake
+        self._growth = growth
         self._noted_uses: dict[str, int] = {}
         self._measuring: dict[str, asyncio.Task[None]] = {}
 
@@ -544,6 +556,8 @@ class WorkerMonitor:
                 self._measuring[worker.worker_id] = measuring
                 await asyncio.wait({measuring}, timeout=MEASURE_LIMIT_S)
         if workers:
+            self._growth.end_excess()
+            self._growth.share()
             self._wake()
 
     async def note_uses(self) -> None:

@@ -417,6 +417,7 @@ class Loader:
             load.store_failure(problem, worker)
             raise LoadEnded from problem
         load.reports[worker_id] = report
+        load.share_growth()
         return report
 
     async def _start_worker(self, worker_id: str) -> Worker:

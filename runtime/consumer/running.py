@@ -16,11 +16,10 @@ from events.jobs import FORK_SERVER_DIED, Failure, Job
 from events.types import LoadedFile, LoadParameters
 from features.beforeload import CheckedLoad
 from runtime.errors import OUT_OF_MEMORY, LoadRefused, RuntimeProblem, WorkerDied
-from runtime.memory import thread_bytes
+from runtime.memory import format_megabytes, thread_bytes
 from runtime.process.worker import Worker, WorkerMemory
 from runtime.repository import SizedFile
 from runtime.rooms import Allocation
-from runtime.scheduler.admission import format_megabytes
 from runtime.scheduler.estimates import file_sizes
 from runtime.scheduler.view import LoadView, MemoryEstimate, Phase
 from runtime.statistics import Statistics
@@ -56,6 +55,7 @@ class RunningLoad:
         reserved_bytes: its reservation of the machine's memory, until `report` is set.
         budget_bytes: the memory budget; None is no limit.
         allowance: returns how many bytes its workers may take until they have loaded; None is no limit.
+        share_growth: limits all workers that have loaded to their parts of what is left.
         allocation: its parts of rooms.
         workers: all workers that were started, exited or not.
         report: the first worker's, once all have loaded; inputs and outputs are the same in all workers.
@@ -95,6 +95,7 @@ class RunningLoad:
     reserved_bytes: int = 0
     budget_bytes: int | None = None
     allowance: Callable[[], int | None] = lambda: None
+    share_growth: Callable[[], None] = lambda: None
     allocation: Allocation = field(default_factory=Allocation)
     workers: list[Worker] = field(default_factory=list)
     report: Loaded | None = None

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import os
+import resource
 import signal
 import socket
 import time
@@ -70,6 +71,14 @@ class WorkerMemory:
     memory_bytes: int
     peak_memory_bytes: int
     measuring_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSizes:
+    """Bytes that a worker has added since its start, and what `RLIMIT_DATA` counts of it."""
+
+    added_bytes: int
+    data_bytes: int
 
 
 class LoadSamples:
@@ -443,8 +452,32 @@ class Worker:
         added, most = taken - self._empty_bytes, self._most_bytes
         if most is not None and added > most:
             took = f"it took {added // MB} MB of memory, with swapped pages and page tables"
-            self._kill_for(f"{took}, and may take {most // MB} MB", OUT_OF_MEMORY)
+            self.kill_for(f"{took}, and may take {most // MB} MB", OUT_OF_MEMORY)
         return measured
+
+    @property
+    def grown_bytes(self) -> int:
+        """The bytes that it has taken since it had loaded, as last measured; negative if it has less."""
+        return 0 if self.loaded_memory is None else self.memory_bytes - self.loaded_memory.memory_bytes
+
+    def read_sizes(self) -> WorkerSizes:
+        """Read its present sizes, in 0.05 ms; 0 if it has ended."""
+        sizes = memory.read_sizes(self.pid)
+        if sizes is None or self._process.has_ended():  # else another process may have had its pid
+            return WorkerSizes(0, 0)
+        return WorkerSizes(max(0, sizes[0] - self._empty_bytes), sizes[1])
+
+    def limit_growth(self, sizes: WorkerSizes, count: int) -> None:
+        """Let the worker map so many bytes beside those that it had, within its own limit (prlimit(2)).
+
+        A worker that the kernel does not let the server limit has that limit alone.
+        """
+        with suppress(OSError, ValueError):
+            _, hard = resource.prlimit(self.pid, resource.RLIMIT_DATA)
+            soft = sizes.data_bytes + count
+            if sizes.data_bytes and not self._process.has_ended():
+                soft = soft if hard == resource.RLIM_INFINITY else min(soft, hard)
+                resource.prlimit(self.pid, resource.RLIMIT_DATA, (soft, hard))
 
     async def stop(self, grace_s: float = 1.0) -> Exit:
         """End the worker by closing its channels, and after `grace_s` kill it."""
@@ -486,12 +519,13 @@ class Worker:
             self.kill()
 
     def _kill_stuck(self) -> None:
-        self._kill_for(f"an inference did not stop within {self._in_flight.patience_s:g} s")
+        self.kill_for(f"an inference did not stop within {self._in_flight.patience_s:g} s")
 
     def _on_malformed(self, reason: str) -> None:
-        self._kill_for(f"it sent {reason}")
+        self.kill_for(f"it sent {reason}")
 
-    def _kill_for(self, reason: str, code: str = WorkerDied.code) -> None:
+    def kill_for(self, reason: str, code: str = WorkerDied.code) -> None:
+        """Kill the worker, and record why."""
         self._kill = Kill(reason, code)
         self._stderr.note(f"killed by the server: {reason}")
         self.kill()

@@ -26,6 +26,7 @@ from events.models import RELOADS, ModelState
 from events.serving import Serving
 from events.state import State
 from events.types import Cause
+from runtime.memory import format_megabytes
 from runtime.rooms import Alternative
 from runtime.scheduler import actions
 from runtime.scheduler.actions import Action, Decision
@@ -54,9 +55,6 @@ _STRATEGIES = {Cause.RECOVERY: "beside", Cause.COPY: "auto"}
 _BEFORE_ALL = -1
 
 _NOTHING = Amount()
-
-_MB = 1_000_000
-_SMALL_MB = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -485,9 +483,3 @@ def find_same_workers(state: State, job: Job) -> Serving | None:
     serving = loaded.serving
     is_same = serving.version == version and serving.parameters.has_same_workers(parameters)
     return serving if is_same else None
-
-
-def format_megabytes(number: int) -> str:
-    """Return a number of bytes in megabytes, for people."""
-    digits = 0 if number >= _SMALL_MB * _MB else 1
-    return f"{number / _MB:,.{digits}f} MB"

@@ -48,6 +48,7 @@ from runtime.worker.batching import Queue
 from runtime.worker.confine import confine, probe
 from runtime.worker.execution import Cancellation, InferenceExecutor, Outbox
 from runtime.worker.loading import load
+from runtime.worker.privileges import prefer_as_victim
 from runtime.worker.sessions import ServingSession, limit_memory, run_smallest_model
 from runtime.worker.sharedtensors import SharedTensors
 from runtime.worker.warmup import SearchLimit
@@ -73,6 +74,7 @@ def prepare() -> None:
 
 def main(data: int, control: int, requests: int, answers: int) -> NoReturn:
     """Run a worker on the descriptors of its two channels and its shared memory; ends the process."""
+    prefer_as_victim()
     threading.stack_size(STACK_BYTES)
     shared = SharedTensors(requests, answers)
     _Worker(socket.socket(fileno=data), socket.socket(fileno=control), shared).serve()

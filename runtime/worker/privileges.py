@@ -5,6 +5,7 @@ import mmap
 import resource
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 PR_SET_NO_NEW_PRIVS = 38
@@ -18,6 +19,7 @@ SYS_MSEAL = 462
 M_ARENA_MAX = -8
 """malloc.h"""
 MAPS = Path("/proc/self/maps")
+OOM_SCORE_ADJ = Path("/proc/self/oom_score_adj")
 NO_MEMORY = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000 | 0x100000
 """With MAP_NORESERVE and MAP_FIXED_NOREPLACE (asm-generic/mman-common.h): it replaces no other mapping."""
 FIRST_ADDRESS = 2**20
@@ -40,6 +42,15 @@ def limit_resource(kind: int, limit: int) -> None:
     _, hard = resource.getrlimit(kind)
     allowed = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
     resource.setrlimit(kind, (allowed, allowed))
+
+
+def prefer_as_victim() -> None:
+    """Let the kernel kill this process before the server if memory runs out (proc_pid_oom_score_adj(5)).
+
+    Raising the value needs no privilege. Where /proc cannot be written, the kernel chooses by size alone.
+    """
+    with suppress(OSError):
+        OOM_SCORE_ADJ.write_text("1000", encoding="ascii")
 
 
 def limit_heaps(count: int) -> None:

@@ -9,21 +9,15 @@ from __future__ import annotations
 import asyncio
 import ctypes
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from weakref import WeakValueDictionary
 
 from aiohttp import StreamReader, web
 
+from runtime.memoryplan import MemoryPlan
 from runtime.timeouts import stall_detector, timeout
 from server.errors import ServerProblem
-
-MAX_BODIES_BYTES = 2**30
-"""Least limit of the budget; workers take as much again while they read."""
-
-LARGEST_BODIES = 16
-"""Requests of the largest size within the budget: a subject has half of it, and a request of long JSON counts
-four times while it is read."""
 
 IDLE_S = 30.0
 """Also the only timeout after a malformed chunk: aiohttp's reader would wait forever."""
@@ -37,10 +31,6 @@ connections, is 40 MB."""
 
 READ_BYTES = 2**20
 """Buffered bytes of a body that is being read; more means fewer iterations for long bodies."""
-
-JOINED_BYTES = 4 * 2**20
-"""Longest body that is joined on the loop: joining 64 MiB takes 30 ms (measured)."""
-
 
 BURST_BYTES = 16 * 2**20
 """Bytes of bodies at once. Beyond them, malloc keeps an unbounded part of the memory of the pieces."""
@@ -71,12 +61,12 @@ class Bodies:
     """The body budget of all subjects: counts the bytes of bodies in memory; one subject has half of it.
 
     Args:
-        max_request_bytes: limit of a request in the budget.
+        plan: has the budget, and the limit of a request in it.
     """
 
-    def __init__(self, max_request_bytes: int) -> None:
-        self.max_request_bytes = max_request_bytes
-        self._max_bytes = max(MAX_BODIES_BYTES, LARGEST_BODIES * max_request_bytes)
+    def __init__(self, plan: MemoryPlan) -> None:
+        self.max_request_bytes = plan.max_request_bytes
+        self._max_bytes = plan.bodies_bytes
         self._by_subject = Counter[str]()
         self._turns = WeakValueDictionary[str, asyncio.Lock]()
         self._trimming: asyncio.TimerHandle | None = None
@@ -86,9 +76,13 @@ class Bodies:
     def memory_of(self, subject: str) -> BodyMemory:
         return BodyMemory(self, subject)
 
+    @property
+    def max_subject_bytes(self) -> int:
+        return self._max_bytes // 2
+
     def has_room(self, subject: str, count: int) -> bool:
         of_subject = self._by_subject[subject] + count
-        return self.taken_bytes + count <= self._max_bytes and of_subject <= self._max_bytes // 2
+        return self.taken_bytes + count <= self._max_bytes and of_subject <= self.max_subject_bytes
 
     def add(self, subject: str, count: int) -> None:
         self.taken_bytes += count
@@ -142,8 +136,17 @@ class BodyMemory:
         """Count bytes that have arrived.
 
         Raises:
-            ServerProblem: `bodies_full`; these bytes are not counted.
+            ServerProblem: `bodies_full`, or `body_too_large` for a request that takes more than one subject
+                can have; these bytes are not counted.
         """
+        most = self._bodies.max_subject_bytes
+        if self._count + count > most:
+            raise ServerProblem(
+                f"the request takes {self._count + count} bytes of the server's memory, and one subject may"
+                f" have {most} for requests: send a shorter one, or tensors as binary data; more memory for"
+                " the server's container, or a larger --max-request-size, raises this limit",
+                code="body_too_large",
+            )
         if not self._bodies.has_room(self._subject, count):
             reason = "too many large requests are in memory at once; try again"
             raise ServerProblem(reason, code="bodies_full")
@@ -197,38 +200,32 @@ async def iterate_body(content: StreamReader, idle_s: float = IDLE_S) -> AsyncIt
 
 async def read_body(
     request: web.BaseRequest, max_bytes: int, memory: BodyMemory | None = None, idle_s: float = IDLE_S
-) -> bytes:
+) -> bytes | bytearray:
     """Read a whole body unchanged, within a route's limit: the application's is the largest of all routes.
 
-    The memory counts the bytes as they arrive, but not a short body that came with its head.
+    Pieces are appended as they arrive: to join them in the end would take the body's memory twice. The memory
+    counts the bytes as they arrive, but not a short body that came with its head.
 
     Raises:
         BodyTooLarge: the declared length or the body is too long (`body_too_large`).
         BodyTimeout: `body_timeout`.
         ServerProblem: `bodies_full`.
     """
-    content, pieces, total_bytes = request.content, list[bytes](), 0
+    content = request.content
     if content.is_eof():  # most bodies arrive with their head
-        body = content.read_nowait()
-        if len(body) > max_bytes:
+        short = content.read_nowait()
+        if len(short) > max_bytes:
             raise BodyTooLarge(max_bytes, memory)
-        if memory is not None and len(body) >= COUNTED_FROM_BYTES:
-            memory.take(len(body))
-        return body
+        if memory is not None and len(short) >= COUNTED_FROM_BYTES:
+            memory.take(len(short))
+        return short
     if (request.content_length or 0) > max_bytes:
         raise BodyTooLarge(max_bytes, memory)
+    body = bytearray()
     async for piece in iterate_body(content, idle_s):
-        total_bytes += len(piece)
-        if total_bytes > max_bytes:
+        if len(body) + len(piece) > max_bytes:
             raise BodyTooLarge(max_bytes, memory)
         if memory is not None:
             memory.take(len(piece))
-        pieces.append(piece)
-    return await join_pieces(pieces, total_bytes)
-
-
-async def join_pieces(pieces: Sequence[bytes], total_bytes: int) -> bytes:
-    """Return the pieces of a body as one; long bodies are joined in a thread, while the loop goes on."""
-    if total_bytes < JOINED_BYTES:
-        return b"".join(pieces)
-    return await asyncio.to_thread(b"".join, pieces)
+        body += piece
+    return body

@@ -31,7 +31,7 @@ from server.api.health import is_probe
 from server.config import Config
 from server.errors import ServerProblem
 from server.http import responses
-from server.http.bodies import IDLE_S, MIN_PROGRESS_BYTES, READ_BYTES, BodyTimeout, iterate_body, join_pieces
+from server.http.bodies import IDLE_S, MIN_PROGRESS_BYTES, READ_BYTES, BodyTimeout, iterate_body
 from server.routing import RequestHandler, wrap_handler
 
 _log = logging.getLogger(__name__)
@@ -512,7 +512,7 @@ async def listening_on(
 
 async def read_body_into(
     request: web.BaseRequest, text_bytes: int, buffer: memoryview, idle_s: float = IDLE_S
-) -> bytes:
+) -> bytearray:
     """Read a body: return its first `text_bytes`, and put the rest into a buffer that is as long.
 
     Bytes that arrived with the head are copied; later ones are read in place.
@@ -524,21 +524,20 @@ async def read_body_into(
     content, connection = request.content, _connection(request)
     in_place = isinstance(connection, GuardedConnection)  # aiohttp's own in tests, None once closed
     content.set_read_chunk_size(READ_BYTES)  # no further pauses
-    beginning = content.read_nowait()
+    beginning = bytearray(content.read_nowait())
     least_bytes = text_bytes if in_place else text_bytes + len(buffer)
     if len(beginning) < least_bytes:
-        pieces, count = [beginning], len(beginning)
         async for piece in iterate_body(content, idle_s):
-            pieces.append(piece)
-            count += len(piece)
-            if count >= least_bytes:
+            beginning += piece
+            if len(beginning) >= least_bytes:
                 break
-        beginning = await join_pieces(pieces, count)
     came = len(beginning) - text_bytes
-    buffer[:came] = memoryview(beginning)[text_bytes:]
+    with memoryview(beginning) as whole, whole[text_bytes:] as rest:
+        buffer[:came] = rest
     if connection is not None and came < len(buffer):
         await connection.receive_rest(content, buffer[came:], idle_s)
-    return beginning[:text_bytes]
+    del beginning[text_bytes:]
+    return beginning
 
 
 @lru_cache(maxsize=4)

@@ -143,7 +143,7 @@ async def read_plain_body(request: web.Request, max_bytes: int, idle_s: float = 
     """
     if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
         raise UnsupportedMediaType("the body must not be compressed: leave Content-Encoding out")
-    return await read_body(request, max_bytes, idle_s=idle_s)
+    return bytes(await read_body(request, max_bytes, idle_s=idle_s))
 
 
 @web.middleware

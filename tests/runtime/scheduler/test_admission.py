@@ -10,12 +10,12 @@ from types import FrameType
 import pytest
 from support.decisions import Scene, need, read_table
 
+from runtime.memory import format_megabytes
 from runtime.scheduler.actions import FailLoad, StartLoad
 from runtime.scheduler.admission import (
     OVERTAKING_LIMIT_S,
     PRESSURE_POLL_S,
     PRIORITY_AGING_S,
-    format_megabytes,
 )
 from runtime.scheduler.view import MemoryEstimate
 

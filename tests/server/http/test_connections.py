@@ -25,6 +25,8 @@ from support.connections import (
 )
 from support.workers import until
 
+from runtime.memory import MemoryLimit
+from runtime.memoryplan import plan_memory
 from server.config import Config
 from server.http.bodies import Bodies
 from server.http.connection import ARRIVED_NS, RESERVE, ConnectionLimits, bind_address, listening
@@ -445,7 +447,7 @@ async def test_request_over_tls_of_client_that_left_is_cancelled(tls: ssl.SSLCon
 
 
 async def test_unread_fast_response_gives_back_its_memory() -> None:
-    bodies = Bodies(2**30)
+    bodies = Bodies(plan_memory(MemoryLimit(2**34, "machine"), None, 2**30))
 
     async def direct(_: web.Request) -> web.StreamResponse:
         return DirectResponse({}, [LONG_ANSWER], bodies.memory_of("alice"))

@@ -27,12 +27,14 @@ from support.models import save
 from support.workers import fork_server_of, until
 
 from runtime.errors import InvalidInput
+from runtime.memory import MemoryLimit
+from runtime.memoryplan import plan_memory
 from runtime.requestjson import LONG_JSON_BYTES, assemble, decode_json, describe
 from runtime.wire import JsonRead, MalformedFrame
 from runtime.worker.main import find_address
 from server.appkeys import BODIES, POOL
 from server.config import parse_size
-from server.http.bodies import LARGEST_BODIES, MAX_BODIES_BYTES, Bodies
+from server.http.bodies import Bodies
 
 Start = Callable[..., Awaitable[LocalApi]]
 
@@ -106,7 +108,9 @@ async def test_bodies_beyond_the_budget_are_refused(
         yield body
 
     for _ in range(2):
-        assert (await infer(endless())).refusal == (503, "bodies_full")
+        too_large = await infer(endless())
+        assert too_large.refusal == (413, "body_too_large")
+        assert "one subject may have 524288 for requests" in too_large.json["error"]
         await until(lambda: bodies.taken_bytes == 0)
     half = asyncio.create_task(infer(slow()))  # of the budget, which one subject may have
     await until(lambda: bodies.taken_bytes == 2**19)
@@ -154,15 +158,26 @@ async def test_request_above_the_default_limit_is_taken_where_allowed(shared: Lo
     assert answer.json["outputs"][0]["data"] == [2, 2, 2]
 
 
-def test_subject_has_half_of_the_budget() -> None:
-    large = 2 * MAX_BODIES_BYTES // LARGEST_BODIES
-    for largest, budget in ((2**20, MAX_BODIES_BYTES), (large, 2 * MAX_BODIES_BYTES)):
-        rooms = [Bodies(largest).has_room("alice", budget // 2 + more) for more in (0, 1)]
-        assert rooms == [True, False]
+def bodies_of(limit_bytes: int, max_request_bytes: int) -> Bodies:
+    return Bodies(plan_memory(MemoryLimit(limit_bytes, "cgroup v2"), None, max_request_bytes))
+
+
+@pytest.mark.parametrize(
+    ("limit_bytes", "largest", "budget"),
+    [
+        pytest.param(64 * 2**30, 2**20, 2**30, id="usual"),
+        pytest.param(64 * 2**30, 2**27, 2**31, id="sixteen of the largest"),
+        pytest.param(4 * 2**30, 2**26, 2**29, id="an eighth of a small container"),
+        pytest.param(2**30, 2**26, 2**27, id="two of the largest"),
+    ],
+)
+def test_subject_has_half_of_the_budget(limit_bytes: int, largest: int, budget: int) -> None:
+    rooms = [bodies_of(limit_bytes, largest).has_room("alice", budget // 2 + more) for more in (0, 1)]
+    assert rooms == [True, False]
 
 
 async def test_turns_of_a_subject_leave_time_to_others() -> None:
-    bodies, seen = Bodies(2**20), list[str]()
+    bodies, seen = bodies_of(2**30, 2**20), list[str]()
 
     async def decode(subject: str) -> None:
         async with bodies.turn(subject):

@@ -1,0 +1,82 @@
+"""Shares the memory that is left among loaded workers, so that none can end the container.
+
+A worker that has loaded may grow: longer inputs take more memory than the warm-up did. The kernel refuses
+what it would map beyond its part (RLIMIT_DATA), and the inference that needs it fails alone. Each worker may
+take half of what is left, so one that grows alone never passes the sum, nor two at once, nor one beside a
+load. If more of them do between two measurements, the measurement ends the worker that has grown most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from runtime.consumer.running import RunningLoad
+from runtime.errors import OUT_OF_MEMORY
+from runtime.memory import format_megabytes
+from runtime.process.worker import Worker
+from runtime.scheduler.view import PEAK_VARIATION
+
+PARTS = 2
+"""Each worker may take so much of what is left: all of it would let two pass the sum, less would keep a large
+inference from its memory although the others do not grow."""
+
+
+def share_growth(workers_bytes: int, budget_bytes: int, taken_bytes: int, *, is_loading: bool) -> int:
+    """Return how many bytes each loaded worker may take beside its present ones.
+
+    Args:
+        workers_bytes: what all workers may take together.
+        budget_bytes: the memory budget, of which loads may take all that is free.
+        taken_bytes: what all loads take or reserve.
+        is_loading: whether one is loading.
+    """
+    expected_bytes = max(taken_bytes, budget_bytes) if is_loading else taken_bytes
+    return max(0, workers_bytes - expected_bytes) // PARTS
+
+
+class GrowthLimits:
+    """The limits of loaded workers, which follow each measurement, and each load that begins or ends.
+
+    Args:
+        loads: the running loads.
+        workers_bytes: what all workers may take together; None is no limit.
+        budget_bytes: the memory budget.
+    """
+
+    def __init__(
+        self, loads: Mapping[str, RunningLoad], workers_bytes: int | None, budget_bytes: int
+    ) -> None:
+        self._loads = loads
+        self._workers_bytes = workers_bytes
+        self._budget_bytes = budget_bytes
+
+    def share(self) -> None:
+        """Limit each loaded worker to its present memory and its part of what is left; 0.1 ms for each."""
+        if self._workers_bytes is None:
+            return
+        loading = [load for load in self._loads.values() if load.report is None and not load.has_exited]
+        taken = sum(load.memory_bytes for load in self._loads.values())
+        taken += sum(load.reserved_bytes // PEAK_VARIATION for load in loading)
+        seen = {worker: worker.read_sizes() for worker in self._loaded_workers()}
+        taken += sum(max(0, sizes.added_bytes - worker.memory_bytes) for worker, sizes in seen.items())
+        part = share_growth(self._workers_bytes, self._budget_bytes, taken, is_loading=bool(loading))
+        for worker, sizes in seen.items():
+            worker.limit_growth(sizes, part)
+
+    def end_excess(self) -> None:
+        """End the worker that has grown most, if all together have more than they may, as just measured."""
+        taken = sum(load.measured_bytes for load in self._loads.values())
+        workers = {worker: worker.grown_bytes for worker in self._loaded_workers()}
+        if self._workers_bytes is None or taken <= self._workers_bytes or not workers:
+            return
+        worker = max(workers, key=workers.__getitem__)
+        mb = format_megabytes
+        worker.kill_for(
+            f"it took {mb(worker.memory_bytes)} of memory, {mb(workers[worker])} more than after its load,"
+            f" and all models together {mb(taken)}, of at most {mb(self._workers_bytes)}: it had grown most",
+            OUT_OF_MEMORY,
+        )
+
+    def _loaded_workers(self) -> Iterator[Worker]:
+        for load in self._loads.values():
+            yield from (worker for worker in load.alive_workers if worker.loaded_memory is not None)
