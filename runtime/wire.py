@@ -459,6 +459,32 @@ _ENCODER = msgspec.msgpack.Encoder()
 
 M = TypeVar("M", bound=Message)
 Frame = tuple[M, tuple[Tensor, ...]]
+
+
+class PayloadRoom:
+    """The memory for payloads of long frames: bytes that are arriving, or that no receiver counts yet.
+
+    Args:
+        has_room: whether there is memory for so many bytes now.
+        max_bytes: how many there can be at most.
+    """
+
+    def __init__(self, has_room: Callable[[int], bool] = lambda _: True, max_bytes: int = 2**63) -> None:
+        self._has_room = has_room
+        self.max_bytes = max_bytes
+        self.taken_bytes = 0
+
+    def take(self, count: int) -> bool:
+        """Count a payload; returns whether there is memory for it."""
+        if not self._has_room(self.taken_bytes + count):
+            return False
+        self.taken_bytes += count
+        return True
+
+    def give_back(self, count: int) -> None:
+        self.taken_bytes -= count
+
+
 Locate = Callable[[int, int, int], memoryview]
 """Returns shared memory for a request, an offset and a size; raises `MalformedFrame`."""
 
@@ -597,11 +623,13 @@ class PayloadDropped(MemoryError):
 
     Attributes:
         message: the frame's message, without its tensors.
+        bytes: the length of the payload.
     """
 
-    def __init__(self, message: Message) -> None:
+    def __init__(self, message: Message, payload_bytes: int) -> None:
         super().__init__()
         self.message = message
+        self.bytes = payload_bytes
 
 
 _new_bytearray = ctypes.pythonapi.PyByteArray_FromStringAndSize
@@ -634,10 +662,15 @@ class FrameReader(Generic[M]):
     Args:
         rules: the rules of the first frame.
         locate: finds the tensors in shared memory; None if there is none.
+        room: the memory for payloads of long frames.
     """
 
-    def __init__(self, rules: FrameRules[M], locate: Locate | None = None) -> None:
+    def __init__(
+        self, rules: FrameRules[M], locate: Locate | None = None, room: PayloadRoom | None = None
+    ) -> None:
         self.rules = rules
+        self._room = room or PayloadRoom()
+        self._held_bytes = self._payload_bytes = 0
         self._locate = locate
         self._chunk = bytearray(CHUNK_BYTES)
         self._body: bytearray | None = None
@@ -695,6 +728,12 @@ class FrameReader(Generic[M]):
         """Release the buffers now: nothing more is read, and a reference cycle may keep the reader alive."""
         self._chunk, self._body = bytearray(), None
         self._start = self._filled = 0
+        self._room.give_back(self.take_held())
+
+    def take_held(self) -> int:
+        """Return the bytes that the latest frame has in the room, which the caller gives back."""
+        held, self._held_bytes = self._held_bytes, 0
+        return held
 
     def _move_rest(self, start: int) -> None:
         if start < self._filled:
@@ -705,10 +744,9 @@ class FrameReader(Generic[M]):
     def _begin_body(self, start: int, header: int, payload: int) -> None:
         """Read the rest of a frame into a buffer of its own; a page of it takes memory when bytes arrive."""
         self._begin = -header % ALIGNMENT
-        self._header_bytes = header
-        try:
-            self._body = _new_bytearray(None, self._begin + header + payload)
-        except MemoryError:  # the message says which request the frame belongs to
+        self._header_bytes, self._payload_bytes = header, payload
+        self._body = self._allocate(self._begin + header + payload, payload)
+        if self._body is None:  # the message says which request the frame belongs to
             self._body, self._drop_bytes, self._is_dropped = bytearray(self._begin + header), payload, True
         came = self._filled - start
         kept = min(came, len(self._body) - self._begin)
@@ -716,13 +754,26 @@ class FrameReader(Generic[M]):
         self._drop_bytes -= came - kept
         self._start, self._filled = 0, self._begin + kept
 
+    def _allocate(self, length: int, payload: int) -> bytearray | None:
+        """Return the buffer of a frame, or None without memory for its payload."""
+        if payload and not self._room.take(payload):
+            return None
+        self._held_bytes = payload
+        try:
+            body: bytearray = _new_bytearray(None, length)
+        except MemoryError:
+            self._room.give_back(self.take_held())
+            return None
+        return body
+
     def _finish_body(self, body: bytearray) -> Frame[M] | None:
         if self._filled < len(body) or self._drop_bytes:
             return None
         self._body, self._filled = None, 0
         if self._is_dropped:
             self._is_dropped = False
-            raise PayloadDropped(decode_header(memoryview(body)[self._begin :], self.rules.decoder))
+            message = decode_header(memoryview(body)[self._begin :], self.rules.decoder)
+            raise PayloadDropped(message, self._payload_bytes)
         return decode(memoryview(body)[self._begin :], self._header_bytes, self.rules.decoder, self._locate)
 
 

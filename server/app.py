@@ -42,6 +42,7 @@ from runtime.memory import find_memory_limit, is_under_pressure, read_pressure
 from runtime.memoryplan import MemoryPlan, describe_plan
 from runtime.process.confinement import describe
 from runtime.process.pool import WorkerPool
+from runtime.process.sharedmemory import SharedRoom
 from runtime.repository import Repository
 from runtime.router import Router
 from runtime.scheduler.view import Policy
@@ -233,6 +234,8 @@ async def _workers(app: web.Application) -> AsyncIterator[None]:
         records_stderr=app[CONFIG].ledger_stderr == "on",
         targets=choose_targets(app[CONFIG]),
         max_request_bytes=app[CONFIG].max_request_bytes,
+        answer_room=app[BODIES].answer_room,
+        shared_room=SharedRoom(plan.shared_bytes),
     )
     await pool.open()
     try:

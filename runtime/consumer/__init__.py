@@ -5,8 +5,8 @@ and decides again. Each load has a coroutine of its own, `loads.Loader.run_load`
 consumer's grant and records how the load ends.
 
 To change: what an action does, measurements, pending demand of inferences: `consumer`. The life of a load, of
-its workers and files, and of an unload: `loads`; its state meanwhile: `running`. What resources and metrics
-show: `usage`.
+its workers and files, and of an unload: `loads`; its state meanwhile: `running`. What loaded workers may add:
+`growth`. What resources and metrics show: `usage`.
 
 Only this package appends outcomes, if the job is unchanged, so each job ends once.
 """

@@ -16,6 +16,8 @@ from runtime.wire import (
     Locate,
     MalformedFrame,
     Message,
+    PayloadDropped,
+    PayloadRoom,
     Tensor,
     encode,
     join_short,
@@ -42,6 +44,8 @@ class Channel(asyncio.BufferedProtocol):
         on_malformed: called once with the defect, before the channel closes for it.
         on_lost: called once, when the channel is closed at either end.
         locate: finds the tensors of a frame in shared memory.
+        room: the memory for long answers, which a receiver counts in the same turn of the loop.
+        on_dropped: called with a frame for which there was no memory.
     """
 
     def __init__(
@@ -51,8 +55,13 @@ class Channel(asyncio.BufferedProtocol):
         on_malformed: Callable[[str], None],
         on_lost: Callable[[], None],
         locate: Locate | None = None,
+        *,
+        room: PayloadRoom | None = None,
+        on_dropped: Callable[[PayloadDropped], None] | None = None,
     ) -> None:
-        self._reader = FrameReader(rules, locate)
+        self._room = room or PayloadRoom()
+        self._reader = FrameReader(rules, locate, self._room)
+        self._on_dropped = on_dropped
         self._on_frame = on_frame
         self._on_malformed = on_malformed
         self._on_lost = on_lost
@@ -140,10 +149,18 @@ class Channel(asyncio.BufferedProtocol):
         """Pass on complete frames; returns whether none may be left."""
         try:
             for _ in range(FRAMES_PER_TURN):
-                frame = self._reader.next_frame()
+                try:
+                    frame = self._reader.next_frame()
+                except PayloadDropped as dropped:
+                    if self._on_dropped is None:
+                        raise
+                    self._on_dropped(dropped)
+                    continue
                 if frame is None:
                     return True
                 self._on_frame(frame)
+                if held := self._reader.take_held():  # its receiver runs before this, and counts it
+                    self._loop.call_soon(self._room.give_back, held)
         except MalformedFrame as error:
             self._refuse(str(error))
         except MemoryError:

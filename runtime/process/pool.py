@@ -15,13 +15,22 @@ from features.wire import Library, Target
 from runtime.errors import ForkServerUnavailable, InferenceTimeout, InvalidInput, WorkerDied
 from runtime.process.confinement import UNCONFINED, AppliedLayers, probe
 from runtime.process.forkclient import ForkServer, Process, close_watched
-from runtime.process.sharedmemory import TensorMemory
+from runtime.process.sharedmemory import SharedRoom, TensorMemory
 from runtime.process.worker import MemorySampler, Worker
 from runtime.repository import WarmUp
 from runtime.requestjson import JsonRequest, assemble
 from runtime.store.versions import HeldVersion
 from runtime.timeouts import FORK_LIMIT_S, FORK_SERVER_LIMIT_S, FORK_WAITS, INFERENCE_GRACE_S, timeout
-from runtime.wire import MAX_REQUEST_BYTES, Buffer, JsonRead, Load, MalformedFrame, ReadJson, Tensor
+from runtime.wire import (
+    MAX_REQUEST_BYTES,
+    Buffer,
+    JsonRead,
+    Load,
+    MalformedFrame,
+    PayloadRoom,
+    ReadJson,
+    Tensor,
+)
 
 T = TypeVar("T")
 
@@ -76,6 +85,8 @@ class WorkerPool:
         patience_s: how long a cancelled inference may go on before its worker is killed.
         targets: the targets of loads beside the CPU, which `confine` finds.
         max_request_bytes: limit of an inference request; a model must be able to take shorter ones.
+        answer_room: the memory for long answers of all workers.
+        shared_room: the memory that all workers together may share with the server.
 
     Attributes:
         applied: the confinement of workers; nothing before `confine`.
@@ -90,12 +101,16 @@ class WorkerPool:
         records_stderr: bool = True,
         targets: Targets = NO_TARGETS,
         max_request_bytes: int = MAX_REQUEST_BYTES,
+        answer_room: PayloadRoom | None = None,
+        shared_room: SharedRoom | None = None,
     ) -> None:
         self.threads = threads
         self.records_stderr = records_stderr
         self.applied = UNCONFINED
         self.targets = targets
         self._max_request_bytes = max_request_bytes
+        self._answer_room = answer_room or PayloadRoom()
+        self._shared_room = shared_room or SharedRoom()
         self._patience_s = patience_s
         self._fork_server: ForkServer | None = None
         self._up = asyncio.Event()
@@ -248,14 +263,22 @@ class WorkerPool:
                 read, write = os.pipe2(os.O_CLOEXEC)
                 ours.callback(close_watched, read)
                 theirs.callback(os.close, write)
-                tensors, shared = TensorMemory.create()
+                tensors, shared = TensorMemory.create(self._shared_room)
                 ours.callback(tensors.close)
                 for descriptor in shared:
                     theirs.callback(os.close, descriptor)
                 forked = fork_server.fork((data_end.fileno(), control_end.fileno(), write, *shared))
             process = await self._answer(fork_server, forked)
             ours.callback(process.close)
-            worker = Worker(worker_id, process, read, self._patience_s, self._sampler, tensor_memory=tensors)
+            worker = Worker(
+                worker_id,
+                process,
+                read,
+                self._patience_s,
+                self._sampler,
+                tensor_memory=tensors,
+                answer_room=self._answer_room,
+            )
             worker.records_stderr = self.records_stderr
             ours.pop_all()
         return worker, data, control

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from typing import Any
-from weakref import ref
+from weakref import finalize, ref
 
 from runtime.wire import SHARED_ALIGNMENT, MalformedFrame, Tensor
 
@@ -60,14 +60,49 @@ class Region:
         return isinstance(data, memoryview) and data.obj is self.buffer.obj
 
 
+class SharedRoom:
+    """The pages that all shared memories may have together.
+
+    Args:
+        max_bytes: beyond them, tensors take the socket; None is no limit.
+    """
+
+    def __init__(self, max_bytes: int | None = None) -> None:
+        self._max_bytes = max_bytes
+        self.taken_bytes = 0
+
+    def take(self, count: int) -> bool:
+        """Count pages that may be written from now on; returns whether there is room for them."""
+        if self._max_bytes is not None and self.taken_bytes + count > self._max_bytes:
+            return False
+        self.taken_bytes += count
+        return True
+
+    def give_back(self, pages: Pages, _: object = None) -> None:
+        """Count the pages of a memory no more; also called when the memory is unmapped."""
+        self.taken_bytes -= pages.end
+        pages.end = 0
+
+
+class Pages:
+    """The pages of a memory that were written: those before `end`."""
+
+    __slots__ = ("end",)
+
+    def __init__(self) -> None:
+        self.end = 0
+
+
 class SharedMemory:
     """One memory of a worker, made by `create`.
 
     Its pages are taken when they are first written, and returned when the worker ends.
     """
 
-    def __init__(self, mapped: mmap.mmap) -> None:
+    def __init__(self, mapped: mmap.mmap, room: SharedRoom | None = None) -> None:
         self._mapped: mmap.mmap | None = mapped
+        self._room, self._pages = room or SharedRoom(), Pages()
+        finalize(mapped, self._room.give_back, self._pages).atexit = False
         self._taken: list[tuple[int, int]] = []
         self._owners: dict[int, ref[Any]] = {}
         self._released = deque[tuple[int, int]]()
@@ -75,7 +110,7 @@ class SharedMemory:
         self._is_used = False
 
     @classmethod
-    def create(cls, *, writable: bool) -> tuple[SharedMemory, int]:
+    def create(cls, room: SharedRoom | None = None, *, writable: bool) -> tuple[SharedMemory, int]:
         """Return a memory, and the descriptor by which the worker maps it, to write or only to read.
 
         Raises:
@@ -87,13 +122,13 @@ class SharedMemory:
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
             mapped = mmap.mmap(descriptor, SHARED_BYTES)
             if writable:
-                return cls(mapped), descriptor
+                return cls(mapped, room), descriptor
             reading = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)
-        return cls(mapped), reading
+        return cls(mapped, room), reading
 
     @property
     def regions(self) -> int:
@@ -108,6 +143,10 @@ class SharedMemory:
         if start is None or self._mapped is None:
             return None
         extent = start, start + size
+        more = max(0, extent[1] - self._pages.end)
+        if not self._room.take(more):
+            return None
+        self._pages.end += more
         owner = _array_of(size).from_buffer(self._mapped, start)
         self._owners[start] = ref(owner, partial(_note_release, self._released, extent))
         insort(self._taken, extent)
@@ -150,6 +189,7 @@ class SharedMemory:
             self._trimming = asyncio.get_running_loop().call_later(TRIM_S, self._trim)
         else:
             self._mapped.madvise(mmap.MADV_REMOVE)
+            self._room.give_back(self._pages)
 
 
 def _note_release(released: deque[tuple[int, int]], extent: tuple[int, int], _: ref[Any]) -> None:
@@ -172,15 +212,15 @@ class TensorMemory:
         self._answer_bytes = 0
 
     @classmethod
-    def create(cls) -> tuple[TensorMemory, tuple[int, int]]:
+    def create(cls, room: SharedRoom | None = None) -> tuple[TensorMemory, tuple[int, int]]:
         """Return the memory, and the descriptors by which a worker maps it.
 
         Raises:
             OSError: there are no descriptors for the memory.
         """
-        requests, reading = SharedMemory.create(writable=False)
+        requests, reading = SharedMemory.create(room, writable=False)
         try:
-            answers, writing = SharedMemory.create(writable=True)
+            answers, writing = SharedMemory.create(room, writable=True)
         except OSError:
             os.close(reading)
             raise

@@ -44,6 +44,8 @@ from runtime.wire import (
     Loaded,
     MalformedFrame,
     Outcome,
+    PayloadDropped,
+    PayloadRoom,
     Probe,
     ReadJson,
     RunBegun,
@@ -231,6 +233,7 @@ class Worker:
         sampler: MemorySampler,
         *,
         tensor_memory: TensorMemory,
+        answer_room: PayloadRoom | None = None,
     ) -> None:
         self.worker_id = worker_id
         self.pid = process.pid
@@ -245,7 +248,16 @@ class Worker:
         process.watch(self._on_gone)
         self._stderr = StderrTail(stderr)
         self._in_flight = InFlight(patience_s, self._cancel, self._kill_stuck)
-        self._data = Channel(SILENCE, self._on_frame, self._on_malformed, self._on_lost, tensor_memory.locate)
+        self._answer_room = answer_room or PayloadRoom()
+        self._data = Channel(
+            SILENCE,
+            self._on_frame,
+            self._on_malformed,
+            self._on_lost,
+            tensor_memory.locate,
+            room=self._answer_room,
+            on_dropped=self._refuse_answer,
+        )
         self._control = Channel(SILENCE, self._on_frame, self._on_malformed, self._on_lost)
         self._ids = itertools.count()
         self._pending: PendingOrder | None = None
@@ -568,6 +580,24 @@ class Worker:
             self.tensor_memory.release(message.id)
             problem = PROBLEMS.get(message.code, InferenceFailed)
             self._in_flight.settle(message.id, problem(plain_text(message.message)))
+        if not self._in_flight:
+            self._data.expect(SILENCE)
+
+    def _refuse_answer(self, dropped: PayloadDropped) -> None:
+        """Fail the inference whose answer the server has no memory for."""
+        message, most = dropped.message, self._answer_room.max_bytes
+        if not isinstance(message, Outcome) or self._in_flight.find(message.id) is None:
+            raise MalformedFrame("an answer that nothing asked for")
+        problem = RuntimeProblem(
+            "too many large answers are in memory at once; try again", code="bodies_full"
+        )
+        if dropped.bytes > most:
+            problem = InferenceFailed(
+                f"the outputs have {dropped.bytes} bytes, and the server has memory for {most} bytes of"
+                " requests and answers: ask for fewer or shorter outputs, or give its container more memory"
+            )
+        self.tensor_memory.release(message.id)
+        self._in_flight.settle(message.id, problem)
         if not self._in_flight:
             self._data.expect(SILENCE)
 

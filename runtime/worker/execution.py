@@ -32,7 +32,7 @@ from runtime.worker.batching import (
     split_outputs,
 )
 from runtime.worker.inference import Runner
-from runtime.worker.sessions import is_out_of_memory, return_free_memory
+from runtime.worker.sessions import describe_room, is_out_of_memory, return_free_memory
 from runtime.worker.sharedtensors import SharedTensors
 
 HELD_BYTES = 256 * 2**10
@@ -516,6 +516,7 @@ class InferenceExecutor:
         text = str(problem)
         if problem is _NO_MEMORY or is_out_of_memory(text):
             self._must_shrink = True  # ONNX Runtime's arena keeps its memory, which later requests would lack
+            problem = InferenceFailed(f"{text}{describe_room()}")
         self._outbox.fail(number, problem)
 
 

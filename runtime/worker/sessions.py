@@ -287,6 +287,15 @@ def memory_limited(most_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
+def describe_room() -> str:
+    """Return how much more memory the process may take, as the end of a sentence; empty without a limit."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    if soft == resource.RLIM_INFINITY:
+        return ""
+    left = memory.format_megabytes(max(0, soft - memory.data_bytes()))
+    return f"; its worker may take {left} more"
+
+
 def return_free_memory() -> None:
     """Return freed memory from malloc to the kernel, in 2 ms; mapped memory could not have it."""
     privileges.LIBC.malloc_trim(0)

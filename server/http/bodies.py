@@ -17,6 +17,7 @@ from aiohttp import StreamReader, web
 
 from runtime.memoryplan import MemoryPlan
 from runtime.timeouts import stall_detector, timeout
+from runtime.wire import PayloadRoom
 from server.errors import ServerProblem
 
 IDLE_S = 30.0
@@ -62,6 +63,10 @@ class Bodies:
 
     Args:
         plan: has the budget, and the limit of a request in it.
+
+    Attributes:
+        answer_room: the room for long answers that arrive from workers, of which bodies leave less.
+        inflating: held while a long body is decompressed, whose length is not known before.
     """
 
     def __init__(self, plan: MemoryPlan) -> None:
@@ -72,6 +77,11 @@ class Bodies:
         self._trimming: asyncio.TimerHandle | None = None
         self._had_burst = False
         self.taken_bytes = 0
+        self.answer_room = PayloadRoom(self._has_room_for_answers, self._max_bytes)
+        self.inflating = asyncio.Lock()
+
+    def _has_room_for_answers(self, count: int) -> bool:
+        return self.taken_bytes + count <= self._max_bytes
 
     def memory_of(self, subject: str) -> BodyMemory:
         return BodyMemory(self, subject)
@@ -82,7 +92,8 @@ class Bodies:
 
     def has_room(self, subject: str, count: int) -> bool:
         of_subject = self._by_subject[subject] + count
-        return self.taken_bytes + count <= self._max_bytes and of_subject <= self.max_subject_bytes
+        taken = self.taken_bytes + self.answer_room.taken_bytes
+        return taken + count <= self._max_bytes and of_subject <= self.max_subject_bytes
 
     def add(self, subject: str, count: int) -> None:
         self.taken_bytes += count
@@ -132,6 +143,10 @@ class BodyMemory:
     def max_request_bytes(self) -> int:
         return self._bodies.max_request_bytes
 
+    @property
+    def inflating(self) -> asyncio.Lock:
+        return self._bodies.inflating
+
     def take(self, count: int) -> None:
         """Count bytes that have arrived.
 
@@ -160,6 +175,10 @@ class BodyMemory:
             yield
         finally:
             self._add(-count)
+
+    def add_answer(self, count: int) -> None:
+        """Count the bytes of an answer, which exists already, beside the request's."""
+        self._add(count)
 
     def replace(self, count: int) -> None:
         """Give back the request's bytes, and count those of the response, which exists already."""

@@ -9,12 +9,15 @@ import asyncio
 import re
 import zlib
 from collections.abc import Iterable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from functools import lru_cache
 
 from runtime.wire import Buffer
 from server.errors import ServerProblem
 from server.http.bodies import BodyTooLarge
 from server.http.validation import UnsupportedMediaType
+
+Body = bytes | bytearray
 
 CODINGS = ("gzip", "deflate")
 """Supported in both directions, the preferred one first."""
@@ -47,7 +50,7 @@ class MalformedCoding(ServerProblem):
     code = "invalid_request"
 
 
-def inflate(body: bytes, encoding: str | None, max_bytes: int) -> bytes:
+def inflate(body: Body, encoding: str | None, max_bytes: int) -> Body:
     """Return the decompressed body; without a Content-Encoding, the body itself.
 
     At most `max_bytes` are decompressed, of all members of a gzip body together. Several fields are
@@ -95,8 +98,10 @@ def deflate(buffers: Iterable[Buffer], encoding: str) -> bytes:
     return b"".join([*(deflater.compress(buffer) for buffer in buffers), deflater.flush()])
 
 
-async def decompress(body: bytes, encoding: str | None, max_bytes: int) -> bytes:
-    """Return `inflate` of a body, in a thread if the body is large, or becomes large."""
+async def decompress(
+    body: Body, encoding: str | None, max_bytes: int, turn: AbstractAsyncContextManager[None] | None = None
+) -> Body:
+    """Return `inflate` of a body, in a thread and within `turn` if the body is large, or becomes large."""
     if _coding(encoding) is None:
         return body
     if len(body) <= INLINE_BYTES:
@@ -105,7 +110,8 @@ async def decompress(body: bytes, encoding: str | None, max_bytes: int) -> bytes
         except BodyTooLarge:
             if max_bytes <= INLINE_BYTES:
                 raise
-    return await asyncio.to_thread(inflate, body, encoding, max_bytes)
+    async with turn or nullcontext():
+        return await asyncio.to_thread(inflate, body, encoding, max_bytes)
 
 
 async def compress(buffers: list[Buffer], encoding: str) -> bytes:

@@ -217,7 +217,7 @@ async def _receive(request: web.BaseRequest, memory: BodyMemory, target: Here | 
     encoding = request.headers.get(hdrs.CONTENT_ENCODING)
     if encoding is not None:
         try:
-            content = await decompress(content, encoding, max_bytes)
+            content = await decompress(content, encoding, max_bytes, memory.inflating)
         except BodyTooLarge:
             raise BodyTooLarge(max_bytes, memory) from None
         memory.take(len(content))
@@ -266,6 +266,9 @@ async def _respond(
     """Encode an answer; it is counted when its response is written."""
     here, request_id, quota = answered.here, None if decoded is None else decoded.id, request.get(QUOTA)
     count = partial(here.count_answer, answered.outcome, times)
+    answer_bytes = sum([len(tensor.data) for tensor in answered.outputs])
+    if answer_bytes >= SHARED_FROM_BYTES:  # at once: the memory for arriving answers counts it no more
+        memory.add_answer(answer_bytes)
     try:
         body, header_bytes = encode_response(here.model_id, here.version, request_id, answered.outputs)
         fields: dict[str, object] = {"Content-Type": "application/json"}

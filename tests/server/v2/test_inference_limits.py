@@ -122,7 +122,7 @@ async def test_bodies_beyond_the_budget_are_refused(
 
     assert [(await infer(large(), subject)).status for subject in ("alice", "bob")] == [503, 200]
     more.set()
-    assert (await half).refusal == (503, "bodies_full")
+    assert (await half).refusal == (413, "body_too_large")
     await until(lambda: bodies.taken_bytes == 0)
     assert (await infer(body)).status == 200
 
