@@ -85,6 +85,20 @@ class Reloads(AnswerBody, frozen=True, kw_only=True):
     ]
 
 
+class MemoryParts(AnswerBody, frozen=True, kw_only=True):
+    """What each part of the server may take of its memory, beside the budget."""
+
+    growth_bytes: Annotated[int, about("For what models take beside the budget after their loads.")]
+    bodies_bytes: Annotated[int, about("For bodies of requests and answers.")]
+    shared_bytes: Annotated[int, about("For tensors that the server and workers share.")]
+    server_bytes: Annotated[int, about("For the server's own processes.")]
+    excess_bytes: Annotated[int, about("How much more than the limit all is together; 0 if it fits.")]
+    kills_together: Annotated[
+        bool, about("Whether the kernel kills the whole container when one process passes its limit.")
+    ]
+    summary: Annotated[str, about("The parts, and what follows from their sum, for people.")]
+
+
 class Resources(AnswerBody, frozen=True, kw_only=True):
     """The memory budget of workers and its use, and whether the server is ready."""
 
@@ -93,6 +107,7 @@ class Resources(AnswerBody, frozen=True, kw_only=True):
     ] = []
     limit_bytes: Annotated[int, about("Of this container or machine.")]
     limit_source: Annotated[str, about("cgroup v2, cgroup v1 or machine.")]
+    memory: Annotated[MemoryParts, about("Of the limit, for all but models.")]
     budget_bytes: int
     reserved_bytes: int
     used_bytes: int

@@ -104,6 +104,7 @@ EVENT_TEXTS: Mapping[str, EventText] = {
             "the ledger's last event before was at {last_event_at?}",
             "the server was last seen at {last_seen_at?}",
             "workers could {confinement.not_prevented?:acts}",
+            "models and requests may take {memory.excess_bytes?:MB} more than its memory",
         ),
         {"unclean": "unclean", "last_event_at": "last_event_at", "last_seen_at": "last_seen_at"},
         bad_if="unclean",

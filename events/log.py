@@ -18,6 +18,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from msgspec import UNSET, UnsetType
+
 from events.accept import accept
 from events.clock import ClockStep, LedgerClock, Timestamp, boottime, format_timestamp, utc_now, uuid7
 from events.codec import encode_event, hash_body
@@ -45,7 +47,7 @@ from events.types import (
     ServerStopped,
     record_draft,
 )
-from events.values import Confinement
+from events.values import Confinement, PlannedMemory
 
 _log = logging.getLogger(__name__)
 
@@ -290,14 +292,20 @@ class Log:
         self._inbox.put(note)
         await note.done
 
-    async def server_started(self, confinement: Confinement | None = None) -> Receipt:
+    async def server_started(
+        self, confinement: Confinement | None = None, memory: PlannedMemory | UnsetType = UNSET
+    ) -> Receipt:
         """Append `ServerStarted`; unclean unless the last event is `ServerStopped`."""
         last = self.head
         unclean = last.position > 0 and last.type != ServerStopped.TYPE
         last_event_at = last.recorded_at or None
         last_seen_at = max(last.recorded_at, self.last_seen if unclean else "") or None
         data = ServerStarted(
-            unclean, last_event_at=last_event_at, last_seen_at=last_seen_at, confinement=confinement
+            unclean,
+            last_event_at=last_event_at,
+            last_seen_at=last_seen_at,
+            confinement=confinement,
+            memory=memory,
         )
         return await self.begin(Record((Draft(self._new_id(), data, SYSTEM),)))
 

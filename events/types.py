@@ -16,7 +16,7 @@ from msgspec import UNSET, Struct, UnsetType
 from msgspec.structs import asdict, replace
 
 from events.clock import Timestamp
-from events.values import Confinement, Credential, FileHash, ProcessEnd
+from events.values import Confinement, Credential, FileHash, PlannedMemory, ProcessEnd
 from features.facts import (
     ENDS_OF_SERVERS,
     SETTINGS_OF_FEATURES,
@@ -440,6 +440,7 @@ class ServerStarted(Struct, frozen=True, gc=False):
         last_seen_at: until when the server before is known to have run: until that event, or after an unclean
             end until its last note; None in a new log.
         confinement: of the workers.
+        memory: what models, requests and the server may take of its memory.
     """
 
     TYPE: ClassVar[str] = "ServerStarted"
@@ -447,6 +448,7 @@ class ServerStarted(Struct, frozen=True, gc=False):
     last_event_at: Timestamp | None = None
     last_seen_at: Timestamp | None = None
     confinement: Confinement | None = None
+    memory: PlannedMemory | UnsetType = UNSET
 
     @property
     def end(self) -> ProcessEnd:

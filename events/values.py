@@ -32,6 +32,30 @@ class Confinement(Struct, frozen=True, gc=False):
     not_prevented: tuple[str, ...]
 
 
+class PlannedMemory(Struct, frozen=True, gc=False):
+    """What the parts of a server may take of its memory, from its start.
+
+    Attributes:
+        limit_bytes: of its container or machine.
+        budget_bytes: for models, by which loads are admitted.
+        growth_bytes: for what models take beside the budget after their loads.
+        bodies_bytes: for bodies of requests and answers.
+        shared_bytes: for tensors that the server and workers share.
+        server_bytes: for the server's own processes.
+        excess_bytes: how much more than the limit that is together; None if it fits.
+        kills_together: whether the kernel kills all processes of the container when one passes the limit.
+    """
+
+    limit_bytes: int
+    budget_bytes: int
+    growth_bytes: int
+    bodies_bytes: int
+    shared_bytes: int
+    server_bytes: int
+    excess_bytes: int | None
+    kills_together: bool
+
+
 class Credential(Struct, frozen=True, gc=False):
     """The token with which a person asked or answered; empty of a local user, who needs none.
 

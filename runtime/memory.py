@@ -133,14 +133,17 @@ def taken_bytes(pid: int) -> int:
     return 0 if resident is None else resident.taken_bytes
 
 
-def read_sizes(pid: int) -> tuple[int, int] | None:
-    """Read `Resident.taken_bytes` of a process, and what `RLIMIT_DATA` counts; None if it has ended."""
-    try:
-        status = _read(f"{pid}/status")
-    except ProcessLookupError:
-        return None
+def read_sizes(pid: int) -> tuple[int, int]:
+    """Read `Resident.taken_bytes` of a process, and what `RLIMIT_DATA` counts.
+
+    Raises:
+        ProcessLookupError: the process has exited.
+    """
+    status = _read(f"{pid}/status")
     resident = parse_resident(status.encode())
-    return None if resident is None else (resident.taken_bytes, parse_field(status, "VmData"))
+    if resident is None:
+        raise ProcessLookupError(pid)
+    return resident.taken_bytes, parse_field(status, "VmData")
 
 
 def resident_bytes() -> int:

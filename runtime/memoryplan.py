@@ -6,8 +6,9 @@ The sum stays below the limit of the container, so that a model ends before its 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from events.values import PlannedMemory
 from runtime.memory import MemoryLimit, format_megabytes
 
 SERVER_BYTES = 160 * 2**20
@@ -27,6 +28,8 @@ GROWTH_SHARE = 8
 """Beside the budget an eighth of it is left, into which models grow between two measurements."""
 USUAL_PERCENT = 80
 """The budget without a setting, if bodies and server leave so much: the kernel's caches need some memory."""
+STEP_BYTES, STEPS = 16 * 2**20, 32
+"""Steps of the advised limit, which is a round figure."""
 LEAST_SHARE = 8
 """The budget without a setting in a container that is too small for the server."""
 
@@ -72,6 +75,23 @@ class MemoryPlan:
     @property
     def fits(self) -> bool:
         return self.total_bytes <= self.limit.bytes
+
+    @property
+    def excess_bytes(self) -> int:
+        return max(0, self.total_bytes - self.limit.bytes)
+
+    def to_recorded(self) -> PlannedMemory:
+        """Return the plan as the ledger has it."""
+        return PlannedMemory(
+            limit_bytes=self.limit.bytes,
+            budget_bytes=self.budget_bytes,
+            growth_bytes=self.growth_bytes,
+            bodies_bytes=self.bodies_bytes,
+            shared_bytes=self.shared_bytes,
+            server_bytes=self.server_bytes,
+            excess_bytes=self.excess_bytes or None,
+            kills_together=self.limit.kills_together,
+        )
 
     @property
     def fitting_budget_bytes(self) -> int:
@@ -121,10 +141,20 @@ def describe_excess(plan: MemoryPlan) -> str:
     killed = "all processes of the container at once" if limit.kills_together else "the server"
     fitting = plan.fitting_budget_bytes
     smaller = f"set --memory-budget to {fitting} or less, or " if fitting > limit.bytes // LEAST_SHARE else ""
+    more = mb(_find_fitting_limit(plan))
     return (
-        f"That is {mb(plan.total_bytes - limit.bytes)} more than there is, so the kernel may kill {killed}:"
-        f" {smaller}give the {_place(limit)} {mb(plan.total_bytes)}, or lower --max-request-size."
+        f"That is {mb(plan.excess_bytes)} more than there is, so the kernel may kill {killed}:"
+        f" {smaller}give the {_place(limit)} {more}, or lower --max-request-size."
     )
+
+
+def _find_fitting_limit(plan: MemoryPlan) -> int:
+    """Return a limit at which a plan of this budget fits; a larger limit has larger parts."""
+    found, budget = plan, plan.budget_bytes
+    while not found.fits:
+        bytes_ = found.limit.bytes + max(STEP_BYTES, found.limit.bytes // STEPS)
+        found = plan_memory(replace(plan.limit, bytes=bytes_), budget, plan.max_request_bytes)
+    return found.limit.bytes
 
 
 def _place(limit: MemoryLimit) -> str:

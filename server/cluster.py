@@ -32,7 +32,7 @@ from runtime.consumer.running import RunningLoad
 from runtime.elsewhere import Elsewhere
 from runtime.router import Here, There
 from runtime.wire import Buffer
-from server.appkeys import BODIES, POOL, ROUTER
+from server.appkeys import BODIES, MEMORY_PLAN, POOL, ROUTER
 from server.auth.gate import PRINCIPAL, ForwardedVerifier
 from server.errors import ANSWER_FIELDS
 from server.http.bodies import BodyMemory
@@ -86,7 +86,7 @@ class Cluster(Elsewhere):
 
     async def begin(self, app: web.Application) -> Receipt:
         """Record that this server is there; its workers can be started, and its files are open."""
-        return await self.log.server_started(app[POOL].applied.confinement)
+        return await self.log.server_started(app[POOL].applied.confinement, app[MEMORY_PLAN].to_recorded())
 
     @asynccontextmanager
     async def forwarding(self, app: web.Application) -> AsyncIterator[None]:

@@ -494,6 +494,7 @@ def _resource_lines(found: Any) -> Iterator[str]:
     now = datetime.now(UTC)
     yield budget_line(found)
     yield f"limit {format_size(found.limit_bytes)} ({format_cell(found.limit_source)})"
+    yield format_cell(found.memory.summary, most=1000)
     yield f"threads of each worker: {found.threads}, unless its load says otherwise"
     yield from filter(None, [reloads_line(found), pressure_line(found), confinement_line(found.confinement)])
     yield from _device_lines(found)

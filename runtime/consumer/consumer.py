@@ -160,6 +160,7 @@ class Consumer:
                     await self._step()
         finally:
             monitoring.cancel()
+            self._growth.close()
             await self._cancel_effects()
             await asyncio.wait([monitoring])
             await self._monitor.note_uses()
@@ -308,8 +309,8 @@ class Consumer:
         )
         self.loads[job.id] = load
         load.granted_ns = time.monotonic_ns()
-        load.share_growth = self._growth.share
-        load.share_growth()
+        load.on_change = self._growth.on_loaded
+        self._growth.on_load_start()
         load.granted.set()
 
     def _allocations(self) -> list[Allocation]:

@@ -8,6 +8,7 @@ load. If more of them do between two measurements, the measurement ends the work
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Mapping
 
 from runtime.consumer.running import RunningLoad
@@ -16,6 +17,8 @@ from runtime.memory import format_megabytes
 from runtime.process.worker import Worker
 from runtime.scheduler.view import PEAK_VARIATION
 
+SHARE_AFTER_S = 0.05
+"""Delay after a load's end or an exit, so that many of them are one."""
 PARTS = 2
 """Each worker may take so much of what is left: all of it would let two pass the sum, less would keep a large
 inference from its memory although the others do not grow."""
@@ -49,19 +52,52 @@ class GrowthLimits:
         self._loads = loads
         self._workers_bytes = workers_bytes
         self._budget_bytes = budget_bytes
+        self._part: int | None = None
+        self._sharing: asyncio.TimerHandle | None = None
 
     def share(self) -> None:
-        """Limit each loaded worker to its present memory and its part of what is left; 0.1 ms for each."""
+        """Limit each loaded worker to its present memory and its part of what is left; 0.05 ms for each."""
+        self._sharing = None
+        self._part = self._find_part()
+        for worker in self._loaded_workers():
+            self.limit(worker, self._part)
+
+    def limit(self, worker: Worker, part_bytes: int | None) -> None:
+        """Limit one worker; None is no limit."""
+        if part_bytes is not None and worker.loaded_memory is not None:
+            worker.limit_growth(part_bytes)
+
+    def on_load_start(self) -> None:
+        """Limit all workers, before a load takes what is free of the budget, if they may take more now."""
+        part = self._find_part()
+        if part is not None and (self._part is None or part < self._part):
+            self.share()
+
+    def on_loaded(self, load: RunningLoad) -> None:
+        """Limit the workers of a load that has ended, and soon all others: they may take more again."""
+        part = self._find_part()
+        for worker in load.alive_workers:
+            self.limit(worker, part)
+        self._part = part if part is None else max(part, self._part or 0)
+        self.share_soon()
+
+    def share_soon(self) -> None:
+        """Share anew, once for many loads that end at once."""
+        if self._sharing is None and self._workers_bytes is not None:
+            self._sharing = asyncio.get_running_loop().call_later(SHARE_AFTER_S, self.share)
+
+    def close(self) -> None:
+        if self._sharing is not None:
+            self._sharing.cancel()
+
+    def _find_part(self) -> int | None:
         if self._workers_bytes is None:
-            return
-        loading = [load for load in self._loads.values() if load.report is None and not load.has_exited]
-        taken = sum(load.memory_bytes for load in self._loads.values())
+            return None
+        loads = self._loads.values()
+        loading = [load for load in loads if load.report is None and not load.has_exited]
+        taken = sum(load.memory_bytes for load in loads)
         taken += sum(load.reserved_bytes // PEAK_VARIATION for load in loading)
-        seen = {worker: worker.read_sizes() for worker in self._loaded_workers()}
-        taken += sum(max(0, sizes.added_bytes - worker.memory_bytes) for worker, sizes in seen.items())
-        part = share_growth(self._workers_bytes, self._budget_bytes, taken, is_loading=bool(loading))
-        for worker, sizes in seen.items():
-            worker.limit_growth(sizes, part)
+        return share_growth(self._workers_bytes, self._budget_bytes, taken, is_loading=bool(loading))
 
     def end_excess(self) -> None:
         """End the worker that has grown most, if all together have more than they may, as just measured."""

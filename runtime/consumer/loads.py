@@ -334,6 +334,7 @@ class Loader:
                     settled = replace(order, root=str(files.root), folder=str(files.folder))
                     await self._load_others(load, settled, inputs)
             load.report, load.load_s = first, (time.monotonic_ns() - load.granted_ns) / 1e9
+            load.on_change(load)
             await self._record_outcome(load, partial(self._draft_loaded, load, files))
             is_recorded = self._is_serving(load)
             if is_recorded:
@@ -417,7 +418,6 @@ class Loader:
             load.store_failure(problem, worker)
             raise LoadEnded from problem
         load.reports[worker_id] = report
-        load.share_growth()
         return report
 
     async def _start_worker(self, worker_id: str) -> Worker:

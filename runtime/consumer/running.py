@@ -55,7 +55,7 @@ class RunningLoad:
         reserved_bytes: its reservation of the machine's memory, until `report` is set.
         budget_bytes: the memory budget; None is no limit.
         allowance: returns how many bytes its workers may take until they have loaded; None is no limit.
-        share_growth: limits all workers that have loaded to their parts of what is left.
+        on_change: called when its loading or one of its workers has ended, and others may take more.
         allocation: its parts of rooms.
         workers: all workers that were started, exited or not.
         report: the first worker's, once all have loaded; inputs and outputs are the same in all workers.
@@ -95,7 +95,7 @@ class RunningLoad:
     reserved_bytes: int = 0
     budget_bytes: int | None = None
     allowance: Callable[[], int | None] = lambda: None
-    share_growth: Callable[[], None] = lambda: None
+    on_change: Callable[[RunningLoad], None] = lambda _: None
     allocation: Allocation = field(default_factory=Allocation)
     workers: list[Worker] = field(default_factory=list)
     report: Loaded | None = None
@@ -306,6 +306,7 @@ class RunningLoad:
                 self.check()
             self.kill_workers()
         is_expected = worker.worker_id in self.expected_exits
+        self.on_change(self)
         self.allocation.on_exit(len(self.alive_workers), is_expected=is_expected, wake=self.wake)
         self.wake()
 

@@ -75,14 +75,6 @@ class WorkerMemory:
     measuring_us: int
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerSizes:
-    """Bytes that a worker has added since its start, and what `RLIMIT_DATA` counts of it."""
-
-    added_bytes: int
-    data_bytes: int
-
-
 class LoadSamples:
     """The samples of one loading worker.
 
@@ -472,22 +464,17 @@ class Worker:
         """The bytes that it has taken since it had loaded, as last measured; negative if it has less."""
         return 0 if self.loaded_memory is None else self.memory_bytes - self.loaded_memory.memory_bytes
 
-    def read_sizes(self) -> WorkerSizes:
-        """Read its present sizes, in 0.05 ms; 0 if it has ended."""
-        sizes = memory.read_sizes(self.pid)
-        if sizes is None or self._process.has_ended():  # else another process may have had its pid
-            return WorkerSizes(0, 0)
-        return WorkerSizes(max(0, sizes[0] - self._empty_bytes), sizes[1])
+    def limit_growth(self, count: int) -> None:
+        """Let the worker map so many bytes more, within its own limit (prlimit(2)).
 
-    def limit_growth(self, sizes: WorkerSizes, count: int) -> None:
-        """Let the worker map so many bytes beside those that it had, within its own limit (prlimit(2)).
-
-        A worker that the kernel does not let the server limit has that limit alone.
+        What it has taken since it was measured counts for that. A worker that the kernel does not let the
+        server limit has its own limit alone.
         """
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError):  # ProcessLookupError: it has ended
+            taken, data = memory.read_sizes(self.pid)
+            soft = data + max(0, count - max(0, taken - self._empty_bytes - self.memory_bytes))
             _, hard = resource.prlimit(self.pid, resource.RLIMIT_DATA)
-            soft = sizes.data_bytes + count
-            if sizes.data_bytes and not self._process.has_ended():
+            if not self._process.has_ended():  # else another process may have had its pid
                 soft = soft if hard == resource.RLIM_INFINITY else min(soft, hard)
                 resource.prlimit(self.pid, resource.RLIMIT_DATA, (soft, hard))
 

@@ -58,6 +58,7 @@ _ROOM = bytes(PREFIX.size)
 NO_MEMORY = "the worker has not enough memory for this inference"
 _NO_MEMORY = InferenceFailed(NO_MEMORY)
 """Made in advance: there may be no memory for it when it is needed."""
+MOST_RERUNS = 2
 SHRINK_ARENA = ("memory.enable_memory_arena_shrinkage", "cpu:0")
 """onnxruntime_run_options_config_keys.h: at the end of a run, free what no tensor uses."""
 
@@ -354,6 +355,7 @@ class InferenceExecutor:
         self._latest_runs = LatestRuns()
         self._free_ns = 0  # when the latest request ended
         self._must_shrink = False
+        self._reruns = -1, 0
 
     def prepare(self, infer: Infer, tensors: Sequence[Tensor]) -> BatchRequest | None:
         """Decode a request, or answer it and return None if it is refused or cancelled.
@@ -451,12 +453,13 @@ class InferenceExecutor:
             self._last_run_ns = ran_ns - joined_ns
             parts = [arrays] if is_one else split_outputs(batch, arrays)
         except (MemoryError, RuntimeProblem, OutputsNotBatched) as error:
-            if is_one:
+            if is_one and not self._should_rerun(batch[0].number, error):
                 self._cancellation.end()
                 self._fail(batch[0].number, error if isinstance(error, RuntimeProblem) else _NO_MEMORY)
                 return ()
             self._cancellation.end_for_rerun()
-            return (batch,) if isinstance(error, InferenceCancelled) else [(each,) for each in batch[::-1]]
+            is_whole = is_one or isinstance(error, InferenceCancelled)
+            return (batch,) if is_whole else [(each,) for each in batch[::-1]]
         left = self._cancellation.end()
         self._latest_runs.add(input_bytes, ran_ns - begun_ns, ran_ns)
         del arrays
@@ -473,6 +476,18 @@ class InferenceExecutor:
                 part.clear()  # else memory for the message may be missing
                 self._fail(request.number, problem)
         return ()
+
+    def _should_rerun(self, number: int, error: Exception) -> bool:
+        """Whether to run a request again after a lack of memory: the arena may keep memory of other inputs.
+
+        A second run may lack memory, too, and shrinks the arena at its end; a third one has all memory.
+        """
+        if not isinstance(error, MemoryError) and not is_out_of_memory(str(error)):
+            return False
+        latest, count = self._reruns
+        self._reruns = number, count + 1 if latest == number else 1
+        self._must_shrink = True
+        return self._reruns[1] <= MOST_RERUNS
 
     def _answer(
         self,

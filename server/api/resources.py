@@ -8,11 +8,12 @@ from typing import Any
 
 from aiohttp import web
 
-from answers.resources import ConfinementInfo, PressureInfo, Resources
+from answers.resources import ConfinementInfo, MemoryParts, PressureInfo, Resources
 from features.server import read_resources
 from runtime.memory import read_pressure
+from runtime.memoryplan import MemoryPlan, describe_plan
 from server.api.health import list_not_ready
-from server.appkeys import CONFIG, CONSUMER, LIMIT, LOG, POOL
+from server.appkeys import CONFIG, CONSUMER, LIMIT, LOG, MEMORY_PLAN, POOL
 from server.auth.access import Access
 from server.config import OFF
 from server.http.answers import respond, show, show_optional
@@ -64,6 +65,18 @@ async def show_resources(request: web.Request) -> web.Response:
 RESOURCES_CACHE = web.AppKey("resources_cache", ResourcesCache)
 
 
+def _memory_parts(plan: MemoryPlan) -> MemoryParts:
+    return MemoryParts(
+        growth_bytes=plan.growth_bytes,
+        bodies_bytes=plan.bodies_bytes,
+        shared_bytes=plan.shared_bytes,
+        server_bytes=plan.server_bytes,
+        excess_bytes=plan.excess_bytes,
+        kills_together=plan.limit.kills_together,
+        summary=describe_plan(plan),
+    )
+
+
 def _resources(app: web.Application, of_features: Mapping[str, Any]) -> Resources:
     consumer, limit, config = app[CONSUMER], app[LIMIT], app[CONFIG]
     taken, uses = measure(consumer, limit), consumer.uses()
@@ -73,6 +86,7 @@ def _resources(app: web.Application, of_features: Mapping[str, Any]) -> Resource
         not_ready=list_not_ready(app),
         limit_bytes=limit.bytes,
         limit_source=limit.source,
+        memory=_memory_parts(app[MEMORY_PLAN]),
         budget_bytes=taken.budget_bytes,
         reserved_bytes=taken.reserved_bytes,
         used_bytes=taken.used_bytes,

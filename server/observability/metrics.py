@@ -36,7 +36,7 @@ from runtime.memory import read_pressure
 from runtime.process.confinement import ALL_ACTS
 from runtime.statistics import TOOK_S
 from server.api.health import ready_checks
-from server.appkeys import CONFIG, CONSUMER, LIMIT, LOG, POOL, STREAMS
+from server.appkeys import CONFIG, CONSUMER, LIMIT, LOG, MEMORY_PLAN, POOL, STREAMS
 from server.auth.access import Access
 from server.cluster import CLUSTER
 from server.errors import ERRORS
@@ -327,6 +327,28 @@ class ServerCollector(Collector):
             "memory_used_bytes",
             "Memory of the budget that loaded models take, as measured.",
             self._budget.used_bytes,
+        )
+        plan = self._app[MEMORY_PLAN]
+        yield _gauge(
+            "memory_part_bytes",
+            "Memory that each part of the server may take beside the budget.",
+            {
+                "growth": plan.growth_bytes,
+                "bodies": plan.bodies_bytes,
+                "shared": plan.shared_bytes,
+                "server": plan.server_bytes,
+            },
+            "part",
+        )
+        yield _gauge(
+            "memory_excess_bytes",
+            "Bytes by which the budget and the parts together pass the limit.",
+            plan.excess_bytes,
+        )
+        yield _gauge(
+            "memory_kills_together",
+            "1 if the kernel kills the whole container when one process passes its limit (memory.oom.group).",
+            int(plan.limit.kills_together),
         )
         confinement = self._app[POOL].applied.confinement
         yield _gauge(

@@ -139,7 +139,7 @@ function Memory() {
   const { budget_bytes: budget, used_bytes: used, reserved_bytes: reserved, free_bytes: free } = resources.value;
   const level = free < 0 ? "over" : free < budget / 10 ? "tight" : "fine", whole = Math.max(budget, used + reserved, 1);
   const parts = partsOf(resources.value), text = memoryText(resources.value);
-  const { devices, device_problems: troubles } = resources.value;
+  const { devices, device_problems: troubles, memory } = resources.value;
   return html`
     <${Panel} kind="memory" title="Memory" controls=${html`<p id="memory-text" class="figures">${text}</p>`}>
       <div class="bar ${level}" role="img" aria-label="Memory: ${text}">
@@ -151,6 +151,7 @@ function Memory() {
           <li><span class="swatch ${part.kind}" aria-hidden="true"></span>${partText(part)}</li>`)}
       </ul>
       ${devices.length > 1 && html`<ul id="devices" class="legend">${devices.slice(1).map((each) => html`<li key=${each.device}>${deviceText(each)}</li>`)}</ul>`}
+      ${memory && html`<${Hint}>${oneLine(memory.summary, 1000)}<//>`}
       ${troubles.map((text) => html`<${Hint}>${oneLine(text, 400)}<//>`)}
       <${Charts} />
     <//>`;

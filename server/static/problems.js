@@ -203,6 +203,10 @@ function* memoryProblems() {
     const wanted = needs > free ? `, and a load that waits needs ${bytes(needs)}` : "";
     yield problem("warning", "memory", "Memory is tight", `${bytes(free)} of ${bytes(budget)} are free${wanted}.`, todo);
   }
+  if (resources.memory?.excess_bytes) {
+    yield problem("warning", "memory plan", "The container may run out of memory", resources.memory.summary,
+      "Set a smaller --memory-budget, or give the container more memory.");
+  }
   if ((pressure?.memory_some_percent ?? 0) >= PRESSED_PERCENT) {
     yield problem("warning", "pressure", "The machine is short of memory",
       `In ${Math.round(pressure.memory_some_percent)} % of the last ten seconds a task waited for memory; the limit is ${bytes(limit)}.`,

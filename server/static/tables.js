@@ -17,7 +17,7 @@ export const EVENT_TEXTS = {
   JobCancelled: {"parts": ["superseded by job {superseded_by?}"], "tone": "plain", "badIf": null},
   AccessDenied: {"parts": ["{action}", "{count} times"], "tone": "bad", "badIf": null},
   WorkerExited: {"parts": ["signal {signal}", "exit code {exit_code}", "at node {node_id?}", "{stderr.-1}"], "tone": "bad", "badIf": null},
-  ServerStarted: {"parts": ["unclean?the server before ended unexpectedly|", "the ledger's last event before was at {last_event_at?}", "the server was last seen at {last_seen_at?}", "workers could {confinement.not_prevented?:acts}"], "tone": "plain", "badIf": "unclean"},
+  ServerStarted: {"parts": ["unclean?the server before ended unexpectedly|", "the ledger's last event before was at {last_event_at?}", "the server was last seen at {last_seen_at?}", "workers could {confinement.not_prevented?:acts}", "models and requests may take {memory.excess_bytes?:MB} more than its memory"], "tone": "plain", "badIf": "unclean"},
   ServerStopped: {"parts": [], "tone": "plain", "badIf": null},
   ClockStepped: {"parts": ["from {from} to {to}", "taken?|not followed"], "tone": "bad", "badIf": null},
   RollbackAccepted: {"parts": ["signed up to {kept_position}", "accepted at {head_position}"], "tone": "bad", "badIf": null},

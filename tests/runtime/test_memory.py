@@ -125,6 +125,17 @@ def test_limit_of_cgroup_without_meminfo(files: Files, text: str) -> None:
     assert limit_of(files) == MemoryLimit(4 * GB, "cgroup v2")
 
 
+@pytest.mark.parametrize("grouped", [V2, ""], ids=["own", "parent"])
+def test_grouped_kills_are_read_beside_the_limit(files: Files, grouped: str) -> None:
+    folder = SERVICE if grouped else ""
+    files.unified(V2, {SERVICE: f"{GB}\n"})
+    assert not limit_of(files).kills_together
+    files.cgroup({f"{folder}memory.oom.group": "0\n"})
+    assert not limit_of(files).kills_together
+    files.cgroup({f"{folder}memory.oom.group": "1\n"})
+    assert limit_of(files) == MemoryLimit(GB, "cgroup v2", kills_together=True)
+
+
 def test_unreadable_limits_are_an_error_naming_the_places(tmp_path: Path) -> None:
     files = Files(tmp_path)
     with pytest.raises(MemoryUnknown, match="meminfo") as error:

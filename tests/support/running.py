@@ -347,6 +347,7 @@ async def running(
     pool: WorkerPool | None = None,
     has_store: bool = True,
     store_bytes: int | None = None,
+    workers_bytes: int | None = None,
 ) -> AsyncIterator[Engine]:
     """Start the runtime on `<folder>/ledger.db` and `<folder>/models`; nothing of it is left after.
 
@@ -361,6 +362,7 @@ async def running(
         pool: one that tests share; its workers end with this, its fork server does not.
         has_store: whether versions are taken into a store, or loaded from the repository.
         store_bytes: the limit of that store.
+        workers_bytes: what all workers may take together.
     """
     with unhurried():
         clock = clock or Clock()
@@ -381,6 +383,7 @@ async def running(
             versions,
             policy=policy,
             drain_timeout_s=drain_timeout_s,
+            workers_bytes=workers_bytes,
         )
         applying = asyncio.create_task(consumer.run())
         try:

@@ -1,13 +1,16 @@
 """A server in a container of 1 GiB: what models and clients take together never ends the container."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import json
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
+import pytest
 from support import models
-from support.cgroups import container
-from support.http import Answer, Api, Json
+from support.cgroups import Container, container
+from support.http import ONE, Answer, Api, Json
 from support.servers import MODULE, NO_DEVICES, serving, verified
 from support.workers import LIMIT_S, until
 
@@ -18,64 +21,134 @@ BODY_BYTES = 64 * 2**20
 BODIES = 8
 SUBJECTS = ("alice", "bob")
 BALLAST = 10_000_000
-"""Floats that a loaded model holds: 40 MB."""
+"""Floats that a loaded model holds: 40 MB, and 80 MB of memory."""
+LARGE = 4_000_000
+"""Floats of an inference that works although the budget is full: 16 MB."""
+LONG = 8_000_000
+"""Floats of a long answer: 32 MB."""
+HUGE = 130_000_000
+"""Floats of an inference that would fit into the budget, and not beside what the others take: 520 MB."""
 
 
-async def infer(api: Api, model_id: str, *shape: int) -> Answer:
-    tensor: Json = {"name": "shape", "shape": [len(shape)], "datatype": "INT64", "data": list(shape)}
-    return await api.post(f"/v2/models/{model_id}/infer", json={"inputs": [tensor]})
+@pytest.fixture
+def box() -> Iterator[Container]:
+    with container(GIB) as box:
+        yield box
 
 
-async def send_slowly(api: Api, subject: str, until: asyncio.Event) -> Answer | None:
-    """Send a long body up to its last byte, and wait; returns the answer, or None of a closed connection."""
+@asynccontextmanager
+async def full_server(folder: Path, box: Container) -> AsyncIterator[Api]:
+    """Start a server in the container, and load models until its budget is full."""
+    config = Config(repository=folder / "models", data=folder / "data")
+    models.save(models.add(), config.repository, "witness")
+    models.save(models.memory_bomb_on_load(), config.repository, "burst")
+    models.save(models.filled(), config.repository, "filled")
+    for number in range(2):
+        models.save(models.memory_bomb_on_run(), config.repository, f"bomb-{number}")
+    for number in range(20):
+        models.save(models.grown(BALLAST), config.repository, f"ballast-{number}")
+    async with serving(config, command=(*box.entering, *MODULE), environment=NO_DEVICES) as server:
+        api, count = server.api, 0
+        for model_id in ("witness", "filled", "bomb-0", "bomb-1"):
+            await api.load(model_id)
+        while (job := await load(api, f"ballast-{count}"))["status"] == "completed":
+            count += 1
+        assert job["error"]["code"] in ("insufficient_memory", "out_of_memory", "timeout")
+        yield api
+        for number in range(count):
+            assert (await api.get(f"/v2/models/ballast-{number}/ready")).status == 200
+        assert box.kills == 0
+    verified(config)
+
+
+@asynccontextmanager
+async def witnessed(api: Api) -> AsyncIterator[None]:
+    """Ask another model all the time, which must always answer."""
+    done, answers = asyncio.Event(), list[Answer]()
+
+    async def ask() -> None:
+        while not done.is_set():
+            answers.append(await api.post("/v2/models/witness/infer", json={"inputs": [ONE]}, subject="eve"))
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(ask())
+        try:
+            yield
+        finally:
+            done.set()
+    assert {answer.status for answer in answers} == {200}
+
+
+async def load(api: Api, model_id: str) -> Json:
+    body = {"threads": 1, "timeout_s": 20}
+    answer = await api.post(f"/api/v1/models/{model_id}/load", json=body, wait=30)
+    assert answer.status in (200, 202), answer.body
+    return answer.json
+
+
+async def infer(api: Api, model_id: str, name: str, count: int, **members: Json) -> Answer:
+    tensor: Json = {"name": name, "shape": [1], "datatype": "INT64", "data": [count]}
+    return await api.post(f"/v2/models/{model_id}/infer", json={"inputs": [tensor], **members})
+
+
+async def send_slowly(api: Api, subject: str, until_sent: asyncio.Event) -> Answer | None:
+    """Send a long body up to its last byte, and wait; returns None if the connection was closed."""
 
     async def body() -> AsyncIterator[bytes]:
         yield b"{"
         for _ in range(BODY_BYTES // 2**20 - 1):
             yield b" " * 2**20
-        await until.wait()
+        await until_sent.wait()
         yield b"}"
 
     try:
-        return await api.post("/v2/models/bomb/infer", data=body(), subject=subject)
+        return await api.post("/v2/models/bomb-0/infer", data=body(), subject=subject)
     except (OSError, aiohttp.ClientError):  # refused before its end
         return None
 
 
-async def test_model_ends_before_its_container_does(tmp_path: Path) -> None:
+async def test_model_ends_before_its_container_does(tmp_path: Path, box: Container) -> None:
+    async with full_server(tmp_path, box) as api, asyncio.timeout(LIMIT_S), witnessed(api):
+        sent, all_bodies = asyncio.Event(), list(SUBJECTS) * BODIES
+        bodies = [asyncio.create_task(send_slowly(api, subject, sent)) for subject in all_bodies]
+        await until(lambda: sum(body.done() for body in bodies) >= len(bodies) - len(SUBJECTS))
+        *lost, burst = await asyncio.gather(
+            infer(api, "bomb-0", "shape", HUGE), infer(api, "bomb-1", "shape", HUGE), load(api, "burst")
+        )
+        sent.set()
+        await asyncio.gather(*bodies)
+        for answer in lost:
+            assert answer.refusal == (400, "inference_failed")
+            assert "its worker may take" in answer.json["error"]
+        assert burst["status"] == "failed"
+        assert burst["error"]["code"] in ("out_of_memory", "insufficient_memory")
+        for number in range(2):
+            answer = await infer(api, f"bomb-{number}", "shape", LARGE)
+            assert answer.status == 200, answer.body
+
+
+async def test_large_answers_never_end_the_container(tmp_path: Path, box: Container) -> None:
+    wanted = {"outputs": [{"name": "y", "parameters": {"binary_data": True}}]}
+    async with full_server(tmp_path, box) as api, asyncio.timeout(LIMIT_S), witnessed(api):
+        asked = [infer(api, "filled", "count", LONG, **wanted) for _ in range(20)]
+        answers = [await each for each in asyncio.as_completed(asked)]
+        statuses = {answer.status for answer in answers}
+        assert 200 in statuses
+        refused = {json.loads(answer.body)["code"] for answer in answers if answer.status != 200}
+        assert refused <= {"bodies_full"}
+
+
+async def test_server_says_at_its_start_what_its_memory_is_for(tmp_path: Path, box: Container) -> None:
     config = Config(repository=tmp_path / "models", data=tmp_path / "data")
-    for number in range(20):
-        models.save(models.grown(BALLAST), config.repository, f"ballast-{number}")
-    models.save(models.memory_bomb_on_run(), config.repository, "bomb")
-    models.save(models.memory_bomb_on_load(), config.repository, "burst")
-    with container(GIB) as box:
-        async with serving(config, command=(*box.entering, *MODULE), environment=NO_DEVICES) as server:
-            api, release = server.api, asyncio.Event()
-            await api.load("bomb")
-            full = 0
-            while (job := await load(api, f"ballast-{full}"))["status"] == "completed":
-                full += 1
-            assert job["error"]["code"] in ("insufficient_memory", "out_of_memory", "timeout"), job
-            async with asyncio.timeout(LIMIT_S):
-                bodies = [
-                    asyncio.create_task(send_slowly(api, subject, release))
-                    for subject in SUBJECTS
-                    for _ in range(BODIES)
-                ]
-                await until(lambda: sum(each.done() for each in bodies) >= len(bodies) - len(SUBJECTS))
-                lost, burst = await asyncio.gather(infer(api, "bomb", 130_000_000), load(api, "burst"))
-                release.set()
-                await asyncio.gather(*bodies)
-            assert lost.refusal == (400, "inference_failed"), lost.body
-            assert burst["status"] == "failed", burst
-            for number in range(full):
-                assert (await api.get(f"/v2/models/ballast-{number}/ready")).status == 200
-            assert (await infer(api, "bomb", 10)).status == 200
-            assert box.kills == 0
-    verified(config)
-
-
-async def load(api: Api, model_id: str) -> Json:
-    answer = await api.post(f"/api/v1/models/{model_id}/load", json={"threads": 1, "timeout_s": 20}, wait=30)
-    assert answer.status in (200, 202), answer.body
-    return answer.json
+    models.save(models.add(), config.repository, "m")
+    command = (*box.entering, *MODULE)
+    async with serving(config, "--memory-budget=80%", command=command, environment=NO_DEVICES) as server:
+        [warning] = [line for line in server.warnings() if "memory of" in line]
+        assert "memory of 1,074 MB (cgroup v" in warning
+        assert "set --memory-budget to 626349397 or less" in warning
+        assert box.is_unified is ("all processes of the container at once" in warning)
+        memory = (await server.api.get("/api/v1/resources")).json["memory"]
+        assert memory["summary"] in warning
+        assert memory["kills_together"] is box.is_unified
+        [started] = (await server.api.get("/api/v1/events?type=ServerStarted")).json["events"]
+        assert started["data"]["memory"]["excess_bytes"] == memory["excess_bytes"] > 0

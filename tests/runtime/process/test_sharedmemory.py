@@ -20,7 +20,7 @@ from support.workers import LIMIT_S, Serve, array, ask_all, freeze, resume, tens
 
 from runtime.errors import InferenceTimeout, WorkerDied
 from runtime.process import sharedmemory
-from runtime.process.sharedmemory import SHARED_BYTES, Region, SharedMemory, TensorMemory
+from runtime.process.sharedmemory import SHARED_BYTES, Region, SharedMemory, SharedRoom, TensorMemory
 from runtime.process.worker import Worker
 from runtime.wire import MalformedFrame, Tensor
 from runtime.worker.sharedtensors import SharedTensors
@@ -89,6 +89,31 @@ async def test_full_memory_gives_no_region(memory: SharedMemory) -> None:
     assert memory.reserve(1) is None
     region.buffer[:4] = b"last"  # what is in use outlives the memory
     assert bytes(region.buffer[:4]) == b"last"
+
+
+async def test_memories_share_one_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharedmemory, "TRIM_S", 0.01)
+    room = SharedRoom(2 * KB_600)
+    (first, one), (second, two) = [SharedMemory.create(room, writable=True) for _ in range(2)]
+    os.close(one)
+    os.close(two)
+    region: Region | None = await reserve(first)
+    assert second.reserve(2 * KB_600) is None
+    other = second.reserve(KB_600 // 2)
+    assert other is not None
+    taken = room.taken_bytes
+    assert KB_600 * 3 // 2 <= taken <= 2 * KB_600
+    del region
+    region = await reserve(first)  # its pages are counted once
+    assert room.taken_bytes == taken
+    del region
+    await until(lambda: room.taken_bytes < KB_600)  # only the other's
+    second.close()
+    assert room.taken_bytes > 0  # a region in use keeps the pages
+    del other, second
+    gc.collect()
+    assert room.taken_bytes == 0
+    first.close()
 
 
 async def test_unused_memory_gives_its_pages_back(monkeypatch: pytest.MonkeyPatch) -> None:

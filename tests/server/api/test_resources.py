@@ -12,9 +12,10 @@ from support.workers import computing, until
 
 from runtime.cgroups import count_usable_cpus
 from runtime.memory import private_bytes
+from runtime.memoryplan import describe_plan, plan_memory
 from runtime.scheduler.estimates import BYTES_PER_MODEL_BYTE, WORKER_BYTES
 from runtime.worker.landlock import find_abi
-from server.appkeys import CONFIG, CONSUMER, LIMIT
+from server.appkeys import CONFIG, CONSUMER, LIMIT, MEMORY_PLAN
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -52,8 +53,16 @@ async def resources_when(api: LocalApi, holds: Callable[[Json], bool]) -> Json:
 
 async def test_idle_server_has_its_whole_budget_free(shared: LocalApi, small: LocalApi) -> None:
     limit_bytes = shared.app[LIMIT].bytes
-    for api, budget, max_loaded in ((shared, limit_bytes * 80 // 100, None), (small, BUDGET, 7)):
+    usual = plan_memory(shared.app[LIMIT], None, shared.config.max_request_bytes)
+    for api, budget, max_loaded in ((shared, usual.budget_bytes, None), (small, BUDGET, 7)):
         seen = await resources(api)
+        plan = api.app[MEMORY_PLAN]
+        assert seen.pop("memory") == {
+            "growth_bytes": budget // 8, "bodies_bytes": usual.bodies_bytes,
+            "shared_bytes": usual.shared_bytes, "server_bytes": usual.server_bytes,
+            "excess_bytes": plan.excess_bytes,
+            "kills_together": plan.limit.kills_together, "summary": describe_plan(plan),
+        }  # fmt: skip
         pressure = seen.pop("pressure")
         assert pressure is None or set(pressure) == {"memory_some_percent", "cpu_some_percent"}
         assert seen.pop("limit_source") in {"cgroup v2", "cgroup v1", "machine"}

@@ -32,7 +32,7 @@ from events.counters import OTHERS
 from events.types import Cause
 from features.server import read_gauges
 from server.app import all_routes
-from server.appkeys import LOG
+from server.appkeys import LOG, MEMORY_PLAN
 from server.errors import ERRORS
 from server.observability.metrics import INFERENCE_STAGES, SCRAPES, ServerCollector, negotiate
 from server.observability.requestlog import ABORTED, METHODS, NO_ROUTE, OTHER_METHOD
@@ -103,6 +103,11 @@ async def test_server_counts_and_measures_its_work(start: Start) -> None:
     assert before["jobs_limit"] == 256
     assert before["inference_queue_limit"] == 7
     assert before["memory_budget_bytes"] == 1_000_000_000
+    plan = api.app[MEMORY_PLAN]
+    parts = {"growth": 125_000_000, "bodies": plan.bodies_bytes, "shared": plan.shared_bytes}
+    assert {part: before[series("memory_part_bytes", part=part)] for part in parts} == parts
+    assert before["memory_excess_bytes"] == plan.excess_bytes
+    assert before["memory_kills_together"] == plan.limit.kills_together
     assert before["memory_used_bytes"] == before["memory_reserved_bytes"] == 0
     assert before["ledger_position"] == api.position
     assert before[series("ledger_events_total", type="ServerStarted")] == 1
@@ -458,6 +463,9 @@ def test_every_metric_is_on_the_dashboard_or_in_an_alert() -> None:
         "loadledger_model_info",
         "loadledger_model_workers",
         "loadledger_node_info",
+        "loadledger_memory_part_bytes",  # of the start, like the two below: the log and the console say more
+        "loadledger_memory_excess_bytes",
+        "loadledger_memory_kills_together",
     }
     assert {family.name for family in FAMILIES} - used == unused
 

@@ -127,6 +127,30 @@ async def test_bodies_beyond_the_budget_are_refused(
     assert (await infer(body)).status == 200
 
 
+async def test_answers_beyond_the_budget_are_refused(
+    shared: LocalApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bodies = shared.app[BODIES]
+    monkeypatch.setattr(bodies, "_max_bytes", 2**22)
+    monkeypatch.setattr(bodies.answer_room, "max_bytes", 2**22)
+    save(models.filled(), shared.config.repository, "filled")
+    await shared.load("filled")
+
+    async def fill(count: int) -> Answer:
+        tensor = {"name": "count", "datatype": "INT64", "shape": [1], "data": [count]}
+        binary = {"outputs": [{"name": "y", "parameters": {"binary_data": True}}]}
+        return await shared.post("/v2/models/filled/infer", json={"inputs": [tensor], **binary})
+
+    too_long = await fill(2**20 + 1)
+    assert too_long.refusal == (400, "inference_failed")
+    assert "the outputs have 4194308 bytes, and the server has memory for 4194304" in too_long.json["error"]
+    bodies.add("bob", 2**21)
+    assert (await fill(2**20)).refusal == (503, "bodies_full")
+    bodies.add("bob", -(2**21))
+    assert (await fill(2**20)).status == 200
+    await until(lambda: bodies.taken_bytes == bodies.answer_room.taken_bytes == 0)
+
+
 async def test_json_part_has_the_limit_of_a_body(shared: LocalApi) -> None:
     answered = asyncio.Event()
 
