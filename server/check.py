@@ -101,6 +101,7 @@ class CheckResult:
         loaded: whether the version that was named was loaded.
         confinement: a sentence about what confines the workers.
         devices: sentences about devices.
+        memory: sentences about the parts of the memory, if they fit.
         findings: all so far.
     """
 
@@ -110,6 +111,7 @@ class CheckResult:
     loaded: bool = False
     confinement: str = ""
     devices: list[str] = field(default_factory=list)
+    memory: str = ""
     findings: list[CheckFinding] = field(default_factory=list)
 
     def add(self, findings: Iterable[CheckFinding]) -> None:
@@ -157,7 +159,7 @@ def check_configuration(
     mistakes += find_unusable_paths(values)
     result.add(CheckFinding(place, "invalid_setting", text) for place, text in mistakes)
     config = Config(**{"data": values["repository"], **values})  # nothing is written
-    result.add(_check_memory(config))
+    result.add(_check_memory(config, result))
     result.add(_check_address(config))
     result.add(
         CheckFinding(place, "unknown_variable", f"is unknown; {text}", Severity.NOTE)
@@ -209,14 +211,16 @@ def _check_data(path: Path) -> None:
     refuse_unsafe(path)
 
 
-def _check_memory(config: Config) -> Iterator[CheckFinding]:
+def _check_memory(config: Config, result: CheckResult) -> Iterator[CheckFinding]:
     try:
         limit = find_memory_limit()
     except MemoryUnknown as error:
         yield CheckFinding("--memory-budget", error.code, str(error))
         return
     plan = config.plan_memory(limit)
-    if not plan.fits:
+    if plan.fits:
+        result.memory = describe_plan(plan)
+    else:
         yield CheckFinding("--memory-budget", "beyond_limit", describe_plan(plan), Severity.NOTE)
 
 

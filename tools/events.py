@@ -22,7 +22,7 @@ from events.types import (
     LoadedFile,
     Provenance,
 )
-from events.values import Confinement, Credential, FileHash
+from events.values import Confinement, Credential, FileHash, PlannedMemory
 from features.approvals.facts import LoadApproval
 from features.approvals.rules import ApprovalRule
 from features.devices.facts import DeviceUse
@@ -125,7 +125,7 @@ MEMBERS: Mapping[str, tuple[str, str]] = {
 """The members of every event."""
 
 _PARTS = (
-    *(LoadedFile, AddedFile, Provenance, Durations, Confinement, FileHash, Idempotency),
+    *(LoadedFile, AddedFile, Provenance, Durations, Confinement, PlannedMemory, FileHash, Idempotency),
     *(Credential, Justification, LoadSignature, LoadApproval, NodeSignature, DeviceUse),
     *(LoadPolicy, TrustRule, TrustedCertificates, ApprovalRule),
 )

@@ -205,7 +205,7 @@ def _lines(result: Any) -> list[str]:
     problems = sum(finding.severity == "problem" for finding in result.findings)
     counted = f"{count_of(result.models, 'model')}, {count_of(result.versions, 'version')}"
     tried = ", loaded" if result.loaded else ""
-    lines = [*([result.confinement] if result.confinement else []), *result.devices]
+    lines = [*filter(None, [result.memory, result.confinement]), *result.devices]
     return [*lines, f"{counted}{tried}: {count_of(problems, 'problem') if problems else 'no problems'}"]
 
 
