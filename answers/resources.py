@@ -86,12 +86,8 @@ class Reloads(AnswerBody, frozen=True, kw_only=True):
 
 
 class MemoryParts(AnswerBody, frozen=True, kw_only=True):
-    """What each part of the server may take of its memory, beside the budget."""
+    """What follows from the parts of the memory, which metrics and `ServerStarted` have as figures."""
 
-    growth_bytes: Annotated[int, about("For what models take beside the budget after their loads.")]
-    bodies_bytes: Annotated[int, about("For bodies of requests and answers.")]
-    shared_bytes: Annotated[int, about("For tensors that the server and workers share.")]
-    server_bytes: Annotated[int, about("For the server's own processes.")]
     excess_bytes: Annotated[int, about("How much more than the limit all is together; 0 if it fits.")]
     kills_together: Annotated[
         bool, about("Whether the kernel kills the whole container when one process passes its limit.")

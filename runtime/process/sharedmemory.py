@@ -78,19 +78,10 @@ class SharedRoom:
         self.taken_bytes += count
         return True
 
-    def give_back(self, pages: Pages, _: object = None) -> None:
-        """Count the pages of a memory no more; also called when the memory is unmapped."""
-        self.taken_bytes -= pages.end
-        pages.end = 0
-
-
-class Pages:
-    """The pages of a memory that were written: those before `end`."""
-
-    __slots__ = ("end",)
-
-    def __init__(self) -> None:
-        self.end = 0
+    def give_back(self, written: list[int]) -> None:
+        """Count the pages of a memory no more: it was trimmed, or is unmapped."""
+        self.taken_bytes -= sum(written)
+        written.clear()
 
 
 class SharedMemory:
@@ -101,8 +92,8 @@ class SharedMemory:
 
     def __init__(self, mapped: mmap.mmap, room: SharedRoom | None = None) -> None:
         self._mapped: mmap.mmap | None = mapped
-        self._room, self._pages = room or SharedRoom(), Pages()
-        finalize(mapped, self._room.give_back, self._pages).atexit = False
+        self._room, self._written = room or SharedRoom(), list[int]()
+        finalize(mapped, self._room.give_back, self._written).atexit = False
         self._taken: list[tuple[int, int]] = []
         self._owners: dict[int, ref[Any]] = {}
         self._released = deque[tuple[int, int]]()
@@ -143,10 +134,11 @@ class SharedMemory:
         if start is None or self._mapped is None:
             return None
         extent = start, start + size
-        more = max(0, extent[1] - self._pages.end)
-        if not self._room.take(more):
-            return None
-        self._pages.end += more
+        more = max(0, extent[1] - sum(self._written))  # regions are as near to the beginning as possible
+        if more:
+            if not self._room.take(more):
+                return None
+            self._written.append(more)
         owner = _array_of(size).from_buffer(self._mapped, start)
         self._owners[start] = ref(owner, partial(_note_release, self._released, extent))
         insort(self._taken, extent)
@@ -189,7 +181,7 @@ class SharedMemory:
             self._trimming = asyncio.get_running_loop().call_later(TRIM_S, self._trim)
         else:
             self._mapped.madvise(mmap.MADV_REMOVE)
-            self._room.give_back(self._pages)
+            self._room.give_back(self._written)
 
 
 def _note_release(released: deque[tuple[int, int]], extent: tuple[int, int], _: ref[Any]) -> None:

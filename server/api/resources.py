@@ -11,7 +11,7 @@ from aiohttp import web
 from answers.resources import ConfinementInfo, MemoryParts, PressureInfo, Resources
 from features.server import read_resources
 from runtime.memory import read_pressure
-from runtime.memoryplan import MemoryPlan, describe_plan
+from runtime.memoryplan import describe_plan
 from server.api.health import list_not_ready
 from server.appkeys import CONFIG, CONSUMER, LIMIT, LOG, MEMORY_PLAN, POOL
 from server.auth.access import Access
@@ -65,20 +65,8 @@ async def show_resources(request: web.Request) -> web.Response:
 RESOURCES_CACHE = web.AppKey("resources_cache", ResourcesCache)
 
 
-def _memory_parts(plan: MemoryPlan) -> MemoryParts:
-    return MemoryParts(
-        growth_bytes=plan.growth_bytes,
-        bodies_bytes=plan.bodies_bytes,
-        shared_bytes=plan.shared_bytes,
-        server_bytes=plan.server_bytes,
-        excess_bytes=plan.excess_bytes,
-        kills_together=plan.limit.kills_together,
-        summary=describe_plan(plan),
-    )
-
-
 def _resources(app: web.Application, of_features: Mapping[str, Any]) -> Resources:
-    consumer, limit, config = app[CONSUMER], app[LIMIT], app[CONFIG]
+    consumer, limit, config, plan = app[CONSUMER], app[LIMIT], app[CONFIG], app[MEMORY_PLAN]
     taken, uses = measure(consumer, limit), consumer.uses()
     free_bytes = taken.budget_bytes - taken.reserved_bytes - taken.used_bytes
     hour = app[LAST_HOUR].since(read_counts(app))
@@ -86,7 +74,11 @@ def _resources(app: web.Application, of_features: Mapping[str, Any]) -> Resource
         not_ready=list_not_ready(app),
         limit_bytes=limit.bytes,
         limit_source=limit.source,
-        memory=_memory_parts(app[MEMORY_PLAN]),
+        memory=MemoryParts(
+            excess_bytes=plan.excess_bytes,
+            kills_together=limit.kills_together,
+            summary=describe_plan(plan),
+        ),
         budget_bytes=taken.budget_bytes,
         reserved_bytes=taken.reserved_bytes,
         used_bytes=taken.used_bytes,

@@ -58,8 +58,6 @@ async def test_idle_server_has_its_whole_budget_free(shared: LocalApi, small: Lo
         seen = await resources(api)
         plan = api.app[MEMORY_PLAN]
         assert seen.pop("memory") == {
-            "growth_bytes": budget // 8, "bodies_bytes": usual.bodies_bytes,
-            "shared_bytes": usual.shared_bytes, "server_bytes": usual.server_bytes,
             "excess_bytes": plan.excess_bytes,
             "kills_together": plan.limit.kills_together, "summary": describe_plan(plan),
         }  # fmt: skip
