@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Mapping
+from itertools import islice
 
 from runtime.consumer.running import RunningLoad
 from runtime.errors import OUT_OF_MEMORY
@@ -19,6 +20,8 @@ from runtime.scheduler.view import PEAK_VARIATION
 
 SHARE_AFTER_S = 0.05
 """Delay after a load's end or an exit, so that many of them are one."""
+WORKERS_PER_TURN = 20
+"""Workers that are limited in one turn of the event loop: some 2 ms."""
 PARTS = 2
 """Each worker may take so much of what is left: all of it would let two pass the sum, less would keep a large
 inference from its memory although the others do not grow."""
@@ -56,39 +59,42 @@ class GrowthLimits:
         self._sharing: asyncio.TimerHandle | None = None
 
     def share(self) -> None:
-        """Limit each loaded worker to its present memory and its part of what is left; 0.05 ms for each."""
+        """Limit each loaded worker to its present memory and its part of what is left, a few in each turn."""
         self._sharing = None
         self._part = self._find_part()
-        for worker in self._loaded_workers():
-            self.limit(worker, self._part)
-
-    def limit(self, worker: Worker, part_bytes: int | None) -> None:
-        """Limit one worker; None is no limit."""
-        if part_bytes is not None and worker.loaded_memory is not None:
-            worker.limit_growth(part_bytes)
+        self._limit(iter([*self._loaded_workers()]))
 
     def on_load_start(self) -> None:
         """Limit all workers, before a load takes what is free of the budget, if they may take more now."""
         part = self._find_part()
         if part is not None and (self._part is None or part < self._part):
-            self.share()
+            self._part = part
+            for worker in self._loaded_workers():
+                worker.limit_growth(part)
 
     def on_loaded(self, load: RunningLoad) -> None:
         """Limit the workers of a load that has ended, and soon all others: they may take more again."""
-        part = self._find_part()
-        for worker in load.alive_workers:
-            self.limit(worker, part)
-        self._part = part if part is None else max(part, self._part or 0)
-        self.share_soon()
-
-    def share_soon(self) -> None:
-        """Share anew, once for many loads that end at once."""
-        if self._sharing is None and self._workers_bytes is not None:
+        if self._workers_bytes is None:
+            return
+        if alive := load.alive_workers:
+            part = self._find_part() or 0
+            self._part = max(part, self._part or 0)
+            for worker in alive:
+                worker.limit_growth(part)
+        if self._sharing is None:
             self._sharing = asyncio.get_running_loop().call_later(SHARE_AFTER_S, self.share)
 
     def close(self) -> None:
         if self._sharing is not None:
             self._sharing.cancel()
+
+    def _limit(self, left: Iterator[Worker]) -> None:
+        """Limit the next workers by the latest part, which a load that starts meanwhile makes smaller."""
+        some = [*islice(left, WORKERS_PER_TURN)]
+        if self._part is not None and some:
+            for worker in some:
+                worker.limit_growth(self._part)
+            asyncio.get_running_loop().call_soon(self._limit, left)
 
     def _find_part(self) -> int | None:
         if self._workers_bytes is None:

@@ -470,6 +470,8 @@ class Worker:
         What it has taken since it was measured counts for that. A worker that the kernel does not let the
         server limit has its own limit alone.
         """
+        if self.loaded_memory is None:  # its load limits it
+            return
         with suppress(OSError, ValueError):  # ProcessLookupError: it has ended
             taken, data = memory.read_sizes(self.pid)
             soft = data + max(0, count - max(0, taken - self._empty_bytes - self.memory_bytes))
