@@ -133,28 +133,19 @@ def taken_bytes(pid: int) -> int:
     return 0 if resident is None else resident.taken_bytes
 
 
-def read_sizes(pid: int) -> tuple[int, int]:
-    """Read `Resident.taken_bytes` of a process, and what `RLIMIT_DATA` counts.
-
-    Raises:
-        ProcessLookupError: the process has exited.
-    """
-    status = _read(f"{pid}/status")
-    resident = parse_resident(status.encode())
-    if resident is None:
-        raise ProcessLookupError(pid)
-    return resident.taken_bytes, parse_field(status, "VmData")
-
-
 def resident_bytes() -> int:
     """Read the anonymous memory of this process, shared or not. Takes 0.02 ms."""
     resident = parse_resident(_read("self/status").encode())
     return 0 if resident is None else resident.anonymous_bytes
 
 
-def data_bytes() -> int:
-    """Read the size that `RLIMIT_DATA` limits: private writable mappings, touched or not."""
-    return parse_field(_read("self/status"), "VmData")
+def data_bytes(pid: int | str = "self") -> int:
+    """Read the size that `RLIMIT_DATA` limits: private writable mappings, touched or not.
+
+    Raises:
+        ProcessLookupError: the process has exited.
+    """
+    return parse_field(_read(f"{pid}/status"), "VmData")
 
 
 def size_bytes() -> int:

@@ -260,7 +260,7 @@ class Worker:
         self._stopping = False
         self._kill: Kill | None = None
         self._exit_timer: Timeout | None = None
-        self._empty_bytes = 0
+        self._empty_bytes = self._unused_bytes = 0
         self._most_bytes: int | None = None
 
     async def connect(self, data: socket.socket, control: socket.socket) -> None:
@@ -465,17 +465,18 @@ class Worker:
         return 0 if self.loaded_memory is None else self.memory_bytes - self.loaded_memory.memory_bytes
 
     def limit_growth(self, count: int) -> None:
-        """Let the worker map so many bytes more, within its own limit (prlimit(2)).
+        """Let the worker take so many bytes beside its measured ones, within its own limit (prlimit(2)).
 
-        What it has taken since it was measured counts for that. A worker that the kernel does not let the
-        server limit has its own limit alone.
+        What it has mapped since counts, touched or not. If the kernel does not let the server limit a worker,
+        that has its own limit alone.
         """
         if self.loaded_memory is None:  # its load limits it
             return
         with suppress(OSError, ValueError):  # ProcessLookupError: it has ended
-            taken, data = memory.read_sizes(self.pid)
-            soft = data + max(0, count - max(0, taken - self._empty_bytes - self.memory_bytes))
+            data = memory.data_bytes(self.pid)
+            mapped = max(0, data - self._unused_bytes - self.memory_bytes)
             _, hard = resource.prlimit(self.pid, resource.RLIMIT_DATA)
+            soft = data + max(0, count - mapped)
             if not self._process.has_ended():  # else another process may have had its pid
                 soft = soft if hard == resource.RLIM_INFINITY else min(soft, hard)
                 resource.prlimit(self.pid, resource.RLIMIT_DATA, (soft, hard))
@@ -512,6 +513,8 @@ class Worker:
         samples.sample()
         loaded_memory = samples.loaded_memory(private_bytes, (time.perf_counter_ns() - began_ns) // 1000)
         self.memory_bytes = loaded_memory.memory_bytes
+        with suppress(ProcessLookupError):  # its caller notices
+            self._unused_bytes = memory.data_bytes(self.pid) - self.memory_bytes
         return loaded_memory
 
     def _cancel(self, number: int) -> None:

@@ -59,6 +59,7 @@ NO_MEMORY = "the worker has not enough memory for this inference"
 _NO_MEMORY = InferenceFailed(NO_MEMORY)
 """Made in advance: there may be no memory for it when it is needed."""
 MOST_RERUNS = 2
+"""After a lack of memory: the first shrinks the arena at its end, the second has all memory."""
 SHRINK_ARENA = ("memory.enable_memory_arena_shrinkage", "cpu:0")
 """onnxruntime_run_options_config_keys.h: at the end of a run, free what no tensor uses."""
 

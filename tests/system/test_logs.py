@@ -110,8 +110,9 @@ async def test_log_joins_requests_with_events_despite_hostile_input(config: Conf
     (refusal,) = [line for line in told if line.get("request_id") == made]
     assert (refusal["status"], refusal["code"]) == (404, "unknown_model")
     assert not [line for line in told if line.get("method") == "GET" or "infer" in line["message"]]
-    assert "workers are" in told[0]["message"]
-    assert re.fullmatch(r"threads of each model: \d+, .+", told[1]["message"])
+    assert "memory of" in told[0]["message"]
+    assert "workers are" in told[1]["message"]
+    assert re.fullmatch(r"threads of each model: \d+, .+", told[2]["message"])
     assert next(line["event"] for line in told if "event" in line) == "ServerStarted"
 
 
