@@ -96,11 +96,11 @@ async def test_growth_beyond_the_budget_evicts(run: Run) -> None:
         await use(engine, "old")
         await use(engine, "grows")
         await measure(engine)
-        await engine.becomes("old", ModelState.UNLOADED)  # the least recently used that is enough
+        await engine.becomes("grows", ModelState.UNLOADED)  # of the least value per byte
         await until(lambda: not engine.log.state.unended())
         assert sum(use.memory_bytes for use in engine.consumer.uses()) <= GROWTH_BYTES + 10_000_000
         assert [request.cause for request in await engine.facts(UnloadRequested)] == [Cause.EVICTION]
-        assert engine.model("grows").state is ModelState.LOADED
+        assert engine.model("old").state is ModelState.LOADED
 
 
 async def test_dead_worker_is_not_measured(engine: Engine) -> None:
