@@ -6,8 +6,8 @@ import sys
 
 from tools.loadtrace import BESIDE, ROOT
 
-MOST_MODULES = 54
-"""It is 53: those of features are small, and none belongs to another one's."""
+MOST_MODULES = 55
+"""It is 55: those of features are small, and none belongs to another one's."""
 PART = re.compile(r"^(\S.*): (\d+) modules\n((?:  .+\n)+)", re.MULTILINE)
 
 
