@@ -122,6 +122,7 @@ class _Forwarded:
         body: in memory, or as it arrives; None without a body.
         ends_at_s: the time limit of the answer, on the loop's clock; None without a limit.
         version: in the path, if it matters which copy answers.
+        memory: counts the answer as it arrives; None for short answers.
     """
 
     received: web.BaseRequest
@@ -131,6 +132,7 @@ class _Forwarded:
     body: Buffer | AsyncIterator[bytes] | None
     ends_at_s: float | None = None
     version: int | None = None
+    memory: BodyMemory | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +221,7 @@ class Forwarder(NodePlacement, Cluster):
             headers[hdrs.CONTENT_LENGTH] = str(len(body))
         method = hdrs.METH_GET if body is None else hdrs.METH_POST
         ends_at_s = ends_at_s or asyncio.get_running_loop().time() + self._timeout_s
-        forwarded = _Forwarded(request, model_id, method, headers, body, ends_at_s, there.version)
+        forwarded = _Forwarded(request, model_id, method, headers, body, ends_at_s, there.version, memory)
         reply = await (self._send(forwarded, node) if there.is_last else self._ask(forwarded, node))
         fields = _returned_fields(request, reply)
         if body is not None and reply.status == HTTPStatus.OK:
@@ -308,6 +310,7 @@ class Forwarder(NodePlacement, Cluster):
         Raises:
             NodeUnreachable: `node_unreachable`.
             InferenceTimeout: `inference_timeout`.
+            ServerProblem: `bodies_full`.
         """
         received = forwarded.received
         token = self.peers.make_token(node, forwarded.model_id, received[PRINCIPAL])
@@ -332,6 +335,8 @@ class Forwarder(NodePlacement, Cluster):
                         raise NodeUnreachable(node, "it does not take this node's token")
                     reply = _Reply(node, response.status, CIMultiDict(response.headers), [])
                     while part := await response.content.readany():
+                        if forwarded.memory is not None:
+                            forwarded.memory.take_answer(len(part))
                         reply.parts.append(part)
                     return reply
         except aiohttp.ConnectionTimeoutError:

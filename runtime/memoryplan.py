@@ -6,10 +6,10 @@ The sum stays below the limit of the container, so that a model ends before its 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from events.values import PlannedMemory
-from runtime.memory import MemoryLimit, format_megabytes
+from runtime.memory import MAX_LEDGER_BYTES, MemoryLimit, format_megabytes
 
 SERVER_BYTES = 192 * 2**20
 """The server, the fork server and a spare worker: 87 MB at the start, also with a ledger of 200,000 events,
@@ -29,10 +29,9 @@ GROWTH_SHARE = 8
 """Beside the budget an eighth of it is left, into which models grow between two measurements."""
 USUAL_PERCENT = 80
 """The budget without a setting, if bodies and server leave so much: the kernel's caches need some memory."""
-STEP_BYTES, STEPS = 16 * 2**20, 32
-"""Steps of the advised limit, which is a round figure."""
-LEAST_SHARE = 8
-"""The budget without a setting in a container that is too small for the server."""
+LEAST_SHARE, SMALL_SHARE = 8, 3
+"""The budget without a setting is at least an eighth of the limit. In a container that is too small for that
+beside the server it is a third, which does not fit, as the server says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +65,7 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        return self.budget_bytes + self.growth_bytes + self.beside_bytes
+        return min(MAX_LEDGER_BYTES, self.budget_bytes + self.growth_bytes + self.beside_bytes)
 
     @property
     def workers_bytes(self) -> int:
@@ -118,8 +117,9 @@ def plan_memory(limit: MemoryLimit, budget_bytes: int | None, max_request_bytes:
     shared = min(SHARED_BYTES, limit.bytes // SHARED_SHARE)
     if budget_bytes is None:
         left = largest_budget(limit.bytes - bodies - shared - SERVER_BYTES)
-        least = max(1, limit.bytes // LEAST_SHARE)
-        budget_bytes = max(least, min(limit.bytes * USUAL_PERCENT // 100, left))
+        budget_bytes = min(limit.bytes * USUAL_PERCENT // 100, left)
+        if left < limit.bytes // LEAST_SHARE:
+            budget_bytes = max(1, limit.bytes // SMALL_SHARE)
     return MemoryPlan(limit, budget_bytes, bodies, shared, SERVER_BYTES, max_request_bytes)
 
 
@@ -132,7 +132,8 @@ def describe_plan(plan: MemoryPlan) -> str:
         f" {mb(plan.shared_bytes)} for shared tensors, {mb(plan.server_bytes)} for the server"
     )
     if plan.fits:
-        return f"{parts}. A model ends before the {_place(limit)} runs out of memory."
+        fits = "" if limit.source == "machine" else " A model ends before the container does."
+        return f"{parts}.{fits}"
     return f"{parts}. {describe_excess(plan)}"
 
 
@@ -142,20 +143,10 @@ def describe_excess(plan: MemoryPlan) -> str:
     killed = "all processes of the container at once" if limit.kills_together else "the server"
     fitting = plan.fitting_budget_bytes
     smaller = f"set --memory-budget to {fitting} or less, or " if fitting > limit.bytes // LEAST_SHARE else ""
-    more = mb(_find_fitting_limit(plan))
     return (
         f"That is {mb(plan.excess_bytes)} more than there is, so the kernel may kill {killed}:"
-        f" {smaller}give the {_place(limit)} {more}, or lower --max-request-size."
+        f" {smaller}give the {_place(limit)} more, or lower --max-request-size."
     )
-
-
-def _find_fitting_limit(plan: MemoryPlan) -> int:
-    """Return a limit at which a plan of this budget fits; a larger limit has larger parts."""
-    found, budget = plan, plan.budget_bytes
-    while not found.fits:
-        bytes_ = found.limit.bytes + max(STEP_BYTES, found.limit.bytes // STEPS)
-        found = plan_memory(replace(plan.limit, bytes=bytes_), budget, plan.max_request_bytes)
-    return found.limit.bytes
 
 
 def _place(limit: MemoryLimit) -> str:

@@ -466,7 +466,7 @@ class PayloadRoom:
 
     Args:
         has_room: whether there is memory for so many bytes now.
-        max_bytes: how many there can be at most.
+        max_bytes: of one payload, which a worker may only announce.
     """
 
     def __init__(self, has_room: Callable[[int], bool] = lambda _: True, max_bytes: int = 2**63) -> None:
@@ -476,7 +476,7 @@ class PayloadRoom:
 
     def take(self, count: int) -> bool:
         """Count a payload; returns whether there is memory for it."""
-        if not self._has_room(self.taken_bytes + count):
+        if count > self.max_bytes or not self._has_room(self.taken_bytes + count):
             return False
         self.taken_bytes += count
         return True

@@ -398,6 +398,7 @@ async def _consumer(app: web.Application) -> AsyncIterator[None]:
         app[VERSIONS],
         policy=app[POLICY],
         drain_timeout_s=config.drain_timeout_s,
+        turn_drain_s=max(config.drain_timeout_s, config.inference_timeout_s),
         progress_timeout_s=config.progress_timeout_s,
         under_pressure=lambda: is_under_pressure(read_pressure()),
         loads=cluster.loads,

@@ -346,7 +346,8 @@ class Config:
     )
     evict: str = setting(
         OFF,
-        "Evict idle models when a load needs room: idle, or off.",
+        "Evict idle models when a load needs room, and with on_demand also busy ones after their turn: idle,"
+        " or off.",
         validate.OneOf((OFF, "idle")),
     )
     min_residency_s: float = setting(10.0, "Seconds after its load before a model may be evicted.", _SECONDS)

@@ -26,7 +26,7 @@ from events.jobcommands import RequestLoad, RequestUnload
 from events.jobs import TIMEOUT, Job, JobStatus
 from events.log import Log
 from events.state import State
-from events.types import Draft, JobCancelled, LoadFailed, ModelUnloaded, UnloadStarted
+from events.types import Cause, Draft, JobCancelled, LoadFailed, ModelUnloaded, UnloadStarted
 from features.checks import CheckedVersion
 from runtime.consumer.growth import GrowthLimits
 from runtime.consumer.loads import (
@@ -94,6 +94,7 @@ class Consumer:
         versions: has the files of versions.
         policy: the operator's settings.
         drain_timeout_s: how long an unload without force waits for running inferences.
+        turn_drain_s: how long an eviction waits for them, which ends the turn of a busy model.
         progress_timeout_s: how long a load may make no progress, unless its request says otherwise.
         under_pressure: whether the machine is under pressure; called while a load of low
             priority waits.
@@ -115,6 +116,7 @@ class Consumer:
         *,
         policy: Policy,
         drain_timeout_s: float,
+        turn_drain_s: float | None = None,
         progress_timeout_s: int = PROGRESS_TIMEOUT_S,
         under_pressure: Callable[[], bool] = lambda: False,
         loads: dict[str, RunningLoad] | None = None,
@@ -125,6 +127,7 @@ class Consumer:
         self._log = log
         self._pool = pool
         self._drain_timeout_s = drain_timeout_s
+        self._turn_drain_s = drain_timeout_s if turn_drain_s is None else turn_drain_s
         self._progress_timeout_s = progress_timeout_s
         self._under_pressure = under_pressure
         self._elsewhere = elsewhere
@@ -338,7 +341,8 @@ class Consumer:
                 raise
         if load is not None and not job.forced and not load.unloading:
             load.unloading = True
-            load.track(asyncio.create_task(run_unload(load, self._drain_timeout_s)))
+            drain_s = self._turn_drain_s if job.cause is Cause.EVICTION else self._drain_timeout_s
+            load.track(asyncio.create_task(run_unload(load, drain_s)))
 
     async def _finish_unload(self, jobs: tuple[Job, ...], load_job_id: str, conditions: Conditions) -> None:
         load = self.loads.get(load_job_id)

@@ -80,8 +80,9 @@ class SharedRoom:
 
     def give_back(self, written: list[int]) -> None:
         """Count the pages of a memory no more: it was trimmed, or is unmapped."""
-        self.taken_bytes -= sum(written)
+        count = sum(written)  # first: this may run in any thread
         written.clear()
+        self.taken_bytes -= count
 
 
 class SharedMemory:

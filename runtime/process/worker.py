@@ -585,8 +585,8 @@ class Worker:
         )
         if dropped.bytes > most:
             problem = InferenceFailed(
-                f"the outputs have {dropped.bytes} bytes, and the server has memory for {most} bytes of"
-                " requests and answers: ask for fewer or shorter outputs, or give its container more memory"
+                f"the outputs have {dropped.bytes} bytes, and one answer may take {most} bytes of the"
+                " server's memory: ask for fewer or shorter outputs, or give its container more memory"
             )
         self.tensor_memory.release(message.id)
         self._in_flight.settle(message.id, problem)

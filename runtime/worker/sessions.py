@@ -292,7 +292,10 @@ def describe_room() -> str:
     soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
     if soft == resource.RLIM_INFINITY:
         return ""
-    left = memory.format_megabytes(max(0, soft - memory.data_bytes()))
+    try:
+        left = memory.format_megabytes(max(0, soft - memory.data_bytes()))
+    except (OSError, MemoryError):  # there is none for that, either
+        return ""
     return f"; its worker may take {left} more"
 
 

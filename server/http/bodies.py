@@ -42,6 +42,9 @@ TRIM_S = 2.0
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # None with another C library
 
 
+_FULL = "too many large requests or answers are in memory at once; try again"
+
+
 class BodyTooLarge(ServerProblem):
     """The body is larger than this route allows."""
 
@@ -77,11 +80,14 @@ class Bodies:
         self._trimming: asyncio.TimerHandle | None = None
         self._had_burst = False
         self.taken_bytes = 0
-        self.answer_room = PayloadRoom(self._has_room_for_answers, self._max_bytes)
+        self.answer_room = PayloadRoom(self._has_room_beside, self.max_subject_bytes)
         self.inflating = asyncio.Lock()
 
-    def _has_room_for_answers(self, count: int) -> bool:
+    def _has_room_beside(self, count: int) -> bool:
         return self.taken_bytes + count <= self._max_bytes
+
+    def has_room_for_answers(self, count: int) -> bool:
+        return self._has_room_beside(self.answer_room.taken_bytes + count)
 
     def memory_of(self, subject: str) -> BodyMemory:
         return BodyMemory(self, subject)
@@ -163,8 +169,17 @@ class BodyMemory:
                 code="body_too_large",
             )
         if not self._bodies.has_room(self._subject, count):
-            reason = "too many large requests are in memory at once; try again"
-            raise ServerProblem(reason, code="bodies_full")
+            raise ServerProblem(_FULL, code="bodies_full")
+        self._add(count)
+
+    def take_answer(self, count: int) -> None:
+        """Count bytes of an answer that arrives from another server.
+
+        Raises:
+            ServerProblem: `bodies_full`; these bytes are not counted.
+        """
+        if not self._bodies.has_room_for_answers(count):
+            raise ServerProblem(_FULL, code="bodies_full")
         self._add(count)
 
     @contextmanager

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager, nullcontext
 from functools import lru_cache
 
+from runtime.process.pool import start_task
 from runtime.wire import Buffer
 from server.errors import ServerProblem
 from server.http.bodies import BodyTooLarge
@@ -110,8 +111,13 @@ async def decompress(
         except BodyTooLarge:
             if max_bytes <= INLINE_BYTES:
                 raise
-    async with turn or nullcontext():
-        return await asyncio.to_thread(inflate, body, encoding, max_bytes)
+
+    async def run() -> Body:
+        async with turn or nullcontext():
+            return await asyncio.to_thread(inflate, body, encoding, max_bytes)
+
+    # Of a client that leaves, too: a thread goes on, and holds its turn until it has ended.
+    return await asyncio.shield(start_task(run(), "decompressing a body"))
 
 
 async def compress(buffers: list[Buffer], encoding: str) -> bytes:

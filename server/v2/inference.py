@@ -220,6 +220,7 @@ async def _receive(request: web.BaseRequest, memory: BodyMemory, target: Here | 
             content = await decompress(content, encoding, max_bytes, memory.inflating)
         except BodyTooLarge:
             raise BodyTooLarge(max_bytes, memory) from None
+        memory.give_back()  # the compressed one
         memory.take(len(content))
     return ReceivedBody(content, header_bytes)
 

@@ -302,6 +302,18 @@ async def test_broken_answer_of_a_node_is_refused(pair: Pair, script: bytes) -> 
     assert (await ask(other)).status == 200
 
 
+async def test_answer_of_a_node_counts_while_it_arrives(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, other = pair
+    bodies = other.api.app[BODIES]
+    with odd_server(said(bytes(8 * 2**20))) as server:
+        await owner.proxy.reset()
+        monkeypatch.setattr(bodies, "_max_bytes", 2**20)
+        with target(owner, ("localhost", int(server.url.rpartition(":")[2]))):
+            answer = await ask(other)
+    assert answer.refusal == (503, "bodies_full")
+    assert bodies.taken_bytes == 0
+
+
 async def test_refused_connection_names_the_node(pair: Pair) -> None:
     owner, other = pair
     await owner.proxy.cut()

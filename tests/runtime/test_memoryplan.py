@@ -65,12 +65,12 @@ def test_given_budget_beyond_the_limit_is_kept_and_told() -> None:
 
 def test_container_too_small_for_the_server_is_told() -> None:
     plan = plan_of(256 * MIB)
-    assert (plan.budget_bytes, plan.fits) == (32 * MIB, False)
+    assert (plan.budget_bytes, plan.fits) == (256 * MIB // 3, False)
     text = describe_plan(plan)
     assert "--memory-budget" not in text
-    assert text.endswith(": give the container 403 MB, or lower --max-request-size.")
+    assert text.endswith(": give the container more, or lower --max-request-size.")
 
 
 def test_plan_of_a_machine_names_no_container() -> None:
     text = describe_plan(plan_memory(MemoryLimit(64 * GIB, "machine"), None, REQUEST))
-    assert text.endswith("A model ends before the machine runs out of memory.")
+    assert text.endswith("for the server.")

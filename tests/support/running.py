@@ -340,6 +340,7 @@ async def running(
     *,
     loads_at_once: int = 2,
     drain_timeout_s: float = LIMIT_S,
+    turn_drain_s: float = LIMIT_S,
     stops_cleanly: bool = False,
     clock: Clock | None = None,
     max_queue: int = 1024,
@@ -355,6 +356,7 @@ async def running(
         folder: where a runtime may have been before, whose ledger this goes on with.
         loads_at_once: the policy, unless there is one.
         drain_timeout_s: how long an unload waits for what runs.
+        turn_drain_s: how long an eviction does.
         stops_cleanly: whether the end appends `ServerStopped`, as a server does that was not killed.
         clock: what it is now.
         max_queue: inferences of one model that may be in flight.
@@ -383,6 +385,7 @@ async def running(
             versions,
             policy=policy,
             drain_timeout_s=drain_timeout_s,
+            turn_drain_s=turn_drain_s,
             workers_bytes=workers_bytes,
         )
         applying = asyncio.create_task(consumer.run())

@@ -7,11 +7,20 @@ import signal
 import pytest
 from support import models
 from support.running import Engine, Run, code_of, error_of, gone, stopped_clock
-from support.workers import computing, freeze, is_stopped, loaded_memory, until
+from support.workers import array, computing, freeze, is_stopped, loaded_memory, trips, until
 
+from events.jobcommands import RequestUnload
 from events.jobs import JobStatus
 from events.models import ModelState
-from events.types import Cause, LoadParameters, LoadRequested, ModelLoaded, ModelUnloaded, WorkerExited
+from events.types import (
+    SYSTEM,
+    Cause,
+    LoadParameters,
+    LoadRequested,
+    ModelLoaded,
+    ModelUnloaded,
+    WorkerExited,
+)
 from runtime.consumer.running import RunningLoad
 from runtime.lostmodels import ModelLost
 from runtime.process.worker import Worker
@@ -89,6 +98,19 @@ async def test_instances_compute_side_by_side_and_drain_together(run: Run) -> No
         assert unloaded.freed_bytes > max(loaded)
         assert "WorkerExited" not in await engine.story()
         await engine.nothing_left()
+
+
+async def test_eviction_lets_a_running_inference_end(run: Run) -> None:
+    async with run(drain_timeout_s=0) as engine:
+        await engine.load("loop")
+        is_busy = computing(engine.worker("loop").pid)
+        asked = asyncio.create_task(engine.infer("loop", trips(1_000_000)))
+        await until(is_busy)
+        await engine.log.submit(RequestUnload("loop", SYSTEM, cause=Cause.EVICTION))
+        assert array(*await asked) == 1_000_000
+        await engine.becomes("loop", ModelState.UNLOADED)
+        [unloaded] = await engine.facts(ModelUnloaded, of="loop")
+        assert (unloaded.drained_requests, unloaded.aborted_requests) == (1, 0)
 
 
 @pytest.mark.parametrize("which", ["first", "second"])

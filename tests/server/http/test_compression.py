@@ -1,5 +1,6 @@
 """gzip and deflate in both directions: round trips, bombs, damage, and the choice of a coding."""
 
+import asyncio
 import gzip
 import zlib
 from collections.abc import Callable
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.history import PLAIN
+from support.workers import until
 
 from runtime.wire import Buffer
 from server.http import compression
@@ -38,6 +40,16 @@ async def test_compression_is_the_same_in_a_thread(coding: str, size: int) -> No
     if size:
         with pytest.raises(BodyTooLarge):
             await compression.decompress(PACK[coding](body), coding, size - 1)
+
+
+async def test_client_that_leaves_holds_the_turn_until_its_thread_has_ended() -> None:
+    body, turn = gzip.compress(bytes(256 * MIB)), asyncio.Lock()
+    leaving = asyncio.create_task(compression.decompress(body, "gzip", 256 * MIB, turn))
+    await until(turn.locked)
+    leaving.cancel()
+    await asyncio.wait([leaving])
+    assert turn.locked()
+    await until(lambda: not turn.locked())
 
 
 async def test_identity_and_old_name_of_gzip_are_known() -> None:

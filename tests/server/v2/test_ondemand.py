@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import closing
+from dataclasses import replace
 from datetime import timedelta
 from itertools import product
 
@@ -32,7 +33,7 @@ from features.rules import LoadPolicy
 from runtime.errors import InferenceTimeout, QueueFull
 from runtime.repository import DEFAULTS_FILE
 from runtime.scheduler.scheduler import LONGEST_BACK_OFF_S
-from server.appkeys import LOG, ROUTER
+from server.appkeys import CONSUMER, LOG, ROUTER
 
 Start = Callable[..., Awaitable[LocalApi]]
 
@@ -467,8 +468,12 @@ async def test_load_cancelled_for_lack_of_demand_is_asked_again(
 
 
 @on_the_modules_loop
-async def test_inference_that_gave_up_finds_its_model_later(full: LocalApi) -> None:
+async def test_inference_that_gave_up_finds_its_model_later(
+    full: LocalApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
     add(full, "patient")
+    consumer = full.app[CONSUMER]
+    monkeypatch.setattr(consumer, "policy", replace(consumer.policy, takes_turns=False))
     refused = await full.infer("patient", ONE, parameters=SOON)
     assert refused.refusal == (504, "inference_timeout")
     [job] = await full.jobs("?model=patient")
