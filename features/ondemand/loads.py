@@ -260,17 +260,14 @@ class OnDemand:
     async def _attempt(self, demand: Demand, subject: str) -> Exception | None:
         """Load a model for all its waiters; return their error, or None if it is ready or all have left."""
         try:
-            problem = await self._load(demand, subject)
-        except (*_PASSED_ON, DemandFailed) as refused:
-            problem = refused
+            return await self._load(demand, subject)
+        except (*_PASSED_ON, DemandFailed) as problem:
+            return problem
         except Exception as error:  # noqa: BLE001 - or its waiters would wait forever
             _log.exception("the on-demand load of model %s failed", demand[0])
-            problem = error
+            return error
         finally:
             del self._attempts[demand]
-        if problem is not None:
-            self.demand.forget(demand[0])
-        return problem
 
     async def _load(self, demand: Demand, subject: str) -> Exception | None:
         """Wait for the work on a model, request its load if there is none, and return its failure."""

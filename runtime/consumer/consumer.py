@@ -483,15 +483,10 @@ class PendingDemand:
 
     def keep(self, model_id: str) -> None:
         """Keep the demand of an inference that gives up."""
-        self.forget(model_id)
+        if model_id in self._kept:
+            self._kept[model_id][0].cancel()
         ending = asyncio.get_running_loop().call_later(self.kept_s, self._expire, model_id)
         self._kept[model_id] = ending, time.monotonic_ns()
-
-    def forget(self, model_id: str) -> None:
-        """Forget the demand of inferences that gave up, since the load failed."""
-        if model_id in self._kept:
-            ending, _ = self._kept.pop(model_id)
-            ending.cancel()
 
     def _expire(self, model_id: str) -> None:
         del self._kept[model_id]

@@ -61,8 +61,8 @@ MAX_INSTANCES = 64
 MAX_BATCH_SIZE = 65_536
 MAX_QUEUE_DELAY_US = 1_000_000
 """A second: a longer wait for a batch costs more than it saves."""
-MAX_QUEUE = 100_000
-"""Each waiting inference has a connection."""
+MAX_QUEUE = 10_000
+"""Each waiting inference has a connection, of which there are at most so many."""
 MAX_PRIORITY_LEVELS = 1000
 NEVER = -1
 """The `keep_alive_s` of a model without an idle timeout."""

@@ -554,7 +554,7 @@ async def test_timeout_is_504_and_the_load_goes_on(shared: LocalApi) -> None:
         assert answer.refusal == (503, "load_failed")
         assert "cancelled" in answer.json["error"]
     assert await causes(shared, "slow") == ["demand"]
-    assert not shared.app[DEMAND].demand.has("slow")
+    assert shared.app[DEMAND].count_waiting("slow") == 0
 
 
 async def test_shutdown_ends_the_wait_for_a_load(start: Start) -> None:
