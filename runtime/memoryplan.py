@@ -142,7 +142,8 @@ def describe_excess(plan: MemoryPlan) -> str:
     mb, limit = format_megabytes, plan.limit
     killed = "all processes of the container at once" if limit.kills_together else "the server"
     fitting = plan.fitting_budget_bytes
-    smaller = f"set --memory-budget to {fitting} or less, or " if fitting > limit.bytes // LEAST_SHARE else ""
+    is_enough = fitting > limit.bytes // LEAST_SHARE
+    smaller = f"set --memory-budget to {fitting // 2**20}MiB or less, or " if is_enough else ""
     return (
         f"That is {mb(plan.excess_bytes)} more than there is, so the kernel may kill {killed}:"
         f" {smaller}give the {_place(limit)} more, or lower --max-request-size."

@@ -151,7 +151,7 @@ function Memory() {
           <li><span class="swatch ${part.kind}" aria-hidden="true"></span>${partText(part)}</li>`)}
       </ul>
       ${devices.length > 1 && html`<ul id="devices" class="legend">${devices.slice(1).map((each) => html`<li key=${each.device}>${deviceText(each)}</li>`)}</ul>`}
-      ${memory && html`<${Hint}>${oneLine(memory.summary, 1000)}<//>`}
+      ${memory && !memory.excess_bytes && html`<${Hint}>${oneLine(memory.summary, 1000)}<//>`}
       ${troubles.map((text) => html`<${Hint}>${oneLine(text, 400)}<//>`)}
       <${Charts} />
     <//>`;

@@ -59,7 +59,7 @@ def test_given_budget_beyond_the_limit_is_kept_and_told() -> None:
     assert plan.workers_bytes == plan.budget_bytes + plan.growth_bytes
     text = describe_plan(plan)
     assert "may kill all processes of the container at once" in text
-    assert f"set --memory-budget to {plan.fitting_budget_bytes} or less" in text
+    assert f"set --memory-budget to {plan.fitting_budget_bytes // MIB}MiB or less" in text
     assert "the kernel may kill the server" in describe_plan(plan_of(4 * GIB, 4 * GIB))
 
 

@@ -168,7 +168,7 @@ async def test_server_says_at_its_start_what_its_memory_is_for(tmp_path: Path, b
     async with serving(config, "--memory-budget=80%", command=command, environment=NO_DEVICES) as server:
         [warning] = [line for line in server.warnings() if "memory of" in line]
         assert "memory of 1,074 MB (cgroup v" in warning
-        assert "set --memory-budget to 596523235 or less" in warning
+        assert "set --memory-budget to 568MiB or less" in warning
         assert box.is_unified is ("all processes of the container at once" in warning)
         memory = (await server.api.get("/api/v1/resources")).json["memory"]
         assert memory["summary"] in warning
