@@ -529,6 +529,17 @@ CASES: dict[str, tuple[object, str]] = {
           ...[both, unknown].map((text) => text.split(" the")[0])];
         """,
     ),
+    "problems: the parts of the memory are more than there is": (
+        [0, ["warning", "The container may run out of memory", "295 MB too much"]],
+        """
+        const shown = (excess_bytes) => {
+          state.resources.value = { ...RESOURCES, memory: { excess_bytes, summary: "295 MB too much" } };
+          return problems.value;
+        };
+        const fits = shown(0).length, [{ level, title, why }] = shown(295);
+        return [fits, [level, title, why]];
+        """,
+    ),
     "problems: approvals that others may give, bypasses, exchanged keys": (
         [
             ["m/2 waits for approval", "n/1 waits for approval"],
