@@ -6,8 +6,9 @@ import sys
 
 from tools.loadtrace import BESIDE, ROOT
 
-MOST_MODULES = 55
-"""It is 55: those of features are small, and none belongs to another one's."""
+MOST_MODULES = 56
+"""It is 55, and one more while the files of the load before are synced: those of features are small, and none
+belongs to another one's."""
 PART = re.compile(r"^(\S.*): (\d+) modules\n((?:  .+\n)+)", re.MULTILINE)
 
 
