@@ -166,7 +166,7 @@ async def test_swaps_under_load_fail_no_request(config: Config) -> None:
     tell(f"{SWAPS} swaps, {len(sources)} answers of {versions} loads, none failed")
 
 
-TRIPS = {"name": "trips", "shape": [], "datatype": "INT64", "data": [200_000]}
+TRIPS = {"name": "trips", "shape": [], "datatype": "INT64", "data": [400_000]}
 """The input of an inference that runs for some tenths of a second."""
 
 LIMIT_S = 120

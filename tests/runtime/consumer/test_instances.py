@@ -104,10 +104,10 @@ async def test_eviction_lets_a_running_inference_end(run: Run) -> None:
     async with run(drain_timeout_s=0) as engine:
         await engine.load("loop")
         is_busy = computing(engine.worker("loop").pid)
-        asked = asyncio.create_task(engine.infer("loop", trips(1_000_000)))
+        asked = asyncio.create_task(engine.infer("loop", trips(3_000_000)))
         await until(is_busy)
         await engine.log.submit(RequestUnload("loop", SYSTEM, cause=Cause.EVICTION))
-        assert array(*await asked) == 1_000_000
+        assert array(*await asked) == 3_000_000
         await engine.becomes("loop", ModelState.UNLOADED)
         [unloaded] = await engine.facts(ModelUnloaded, of="loop")
         assert (unloaded.drained_requests, unloaded.aborted_requests) == (1, 0)
