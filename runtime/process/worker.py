@@ -513,7 +513,7 @@ class Worker:
         samples.sample()
         loaded_memory = samples.loaded_memory(private_bytes, (time.perf_counter_ns() - began_ns) // 1000)
         self.memory_bytes = loaded_memory.memory_bytes
-        with suppress(ProcessLookupError):  # its caller notices
+        with suppress(OSError):  # without a descriptor for it, less may be mapped; a caller notices an exit
             self._unused_bytes = memory.data_bytes(self.pid) - self.memory_bytes
         return loaded_memory
 
