@@ -86,7 +86,7 @@ class Reloads(AnswerBody, frozen=True, kw_only=True):
 
 
 class MemoryParts(AnswerBody, frozen=True, kw_only=True):
-    """What follows from the parts of the memory, which metrics and `ServerStarted` have as figures."""
+    """The sum of the parts of the memory; metrics and `ServerStarted` have each of them."""
 
     excess_bytes: Annotated[int, about("How much more than the limit all is together; 0 if it fits.")]
     kills_together: Annotated[

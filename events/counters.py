@@ -171,7 +171,10 @@ class Tally:
                 self.failures[code if known else OTHER_CODE] += 1
             case ModelUnloaded() if event.model_id is not None:
                 is_eviction = any(job.id == event.job_id and job.cause is Cause.EVICTION for job in jobs)
-                (self._evicted.add if is_eviction else self._evicted.discard)(event.model_id)
+                if is_eviction:
+                    self._evicted.add(event.model_id)
+                else:
+                    self._evicted.discard(event.model_id)
             case WorkerExited() if event.model_id is not None:
                 self.exits[self.names.of(event.model_id)] += 1
             case AccessDenied(count=times):

@@ -33,7 +33,7 @@ class Confinement(Struct, frozen=True, gc=False):
 
 
 class PlannedMemory(Struct, frozen=True, gc=False):
-    """What the parts of a server may take of its memory, from its start.
+    """The parts of a server's memory, from its start.
 
     Attributes:
         limit_bytes: of its container or machine.

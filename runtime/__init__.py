@@ -10,7 +10,7 @@ To change:
 - the life of a load, and its facts: `consumer`
 - models, versions, `loadledger.toml`, file systems that hang: `repository`; external data: `onnxfile`, which
   reads by `onnxfields`; private copies: `store`; versions that callers add or remove: `uploads`
-- memory limits and measurements: `memory`; what each part of a server may take: `memoryplan`; usable CPUs:
+- memory limits and measurements: `memory`; the parts of a container's memory: `memoryplan`; usable CPUs:
   `cgroups`; time limits: `timeouts`
 - the JSON of inference requests: `requestjson`; any other JSON: `strictjson`
 - work and models of other servers: `elsewhere`

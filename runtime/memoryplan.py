@@ -36,7 +36,7 @@ beside the server it is a third, which does not fit, as the server says."""
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """What the parts of a server may take of a container's memory, in bytes.
+    """The parts of a container's memory, with their limits in bytes.
 
     Attributes:
         limit: the limit of the container or machine.
@@ -69,7 +69,7 @@ class MemoryPlan:
 
     @property
     def workers_bytes(self) -> int:
-        """What workers may take together, with their growth, before one of them ends."""
+        """The limit of all workers together, with their growth, beyond which one of them ends."""
         return max(self.limit.bytes - self.beside_bytes, self.budget_bytes + self.growth_bytes)
 
     @property

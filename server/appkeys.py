@@ -32,8 +32,8 @@ CONSUMER = web.AppKey("consumer", Consumer)
 CONSUMER_TASK: web.AppKey[asyncio.Task[None]] = web.AppKey("consumer_task", asyncio.Task)
 ROUTER = web.AppKey("router", Router)
 LIMIT = web.AppKey("limit", MemoryLimit)
-MEMORY_PLAN = web.AppKey("memory_plan", MemoryPlan)
 """Memory of the container or machine."""
+MEMORY_PLAN = web.AppKey("memory_plan", MemoryPlan)
 POLICY = web.AppKey("policy", Policy)
 """The operator's settings of what may be loaded, once workers are confined."""
 TIME_SERIES = web.AppKey("time_series", TimeSeries)

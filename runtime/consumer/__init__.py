@@ -5,7 +5,7 @@ and decides again. Each load has a coroutine of its own, `loads.Loader.run_load`
 consumer's grant and records how the load ends.
 
 To change: what an action does, measurements, pending demand of inferences: `consumer`. The life of a load, of
-its workers and files, and of an unload: `loads`; its state meanwhile: `running`. What loaded workers may add:
+its workers and files, and of an unload: `loads`; its state meanwhile: `running`. Limits of their growth:
 `growth`. What resources and metrics show: `usage`.
 
 Only this package appends outcomes, if the job is unchanged, so each job ends once.

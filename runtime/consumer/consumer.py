@@ -100,7 +100,7 @@ class Consumer:
             priority waits.
         loads: the running loads, by job id; None makes a new dictionary.
         elsewhere: says which of the work is this server's.
-        workers_bytes: what all workers may take together before one of them ends; None is no limit.
+        workers_bytes: the limit of all workers together, beyond which one of them ends; None is no limit.
 
     Attributes:
         demand: the inferences that wait for models.

@@ -31,7 +31,7 @@ def share_growth(workers_bytes: int, budget_bytes: int, taken_bytes: int, *, is_
     """Return how many bytes each loaded worker may take beside its present ones.
 
     Args:
-        workers_bytes: what all workers may take together.
+        workers_bytes: the limit of all workers together.
         budget_bytes: the memory budget, of which loads may take all that is free.
         taken_bytes: what all loads take or reserve.
         is_loading: whether one is loading.
@@ -45,7 +45,7 @@ class GrowthLimits:
 
     Args:
         loads: the running loads.
-        workers_bytes: what all workers may take together; None is no limit.
+        workers_bytes: the limit of all workers together; None is no limit.
         budget_bytes: the memory budget.
     """
 

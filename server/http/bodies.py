@@ -98,8 +98,7 @@ class Bodies:
 
     def has_room(self, subject: str, count: int) -> bool:
         of_subject = self._by_subject[subject] + count
-        taken = self.taken_bytes + self.answer_room.taken_bytes
-        return taken + count <= self._max_bytes and of_subject <= self.max_subject_bytes
+        return self.has_room_for_answers(count) and of_subject <= self.max_subject_bytes
 
     def add(self, subject: str, count: int) -> None:
         self.taken_bytes += count

@@ -1,4 +1,4 @@
-"""What loaded workers may add: the rule, the kernel's limit, and the end of the one that grew most."""
+"""Growth of loaded workers: the rule, the limit of the kernel, and the end of the one that grew most."""
 
 import asyncio
 import resource

@@ -292,7 +292,7 @@ class WatchedWorld(World):
     def _check_end(
         self, loaded: LoadedModel, cause: Cause, for_job: Job | None, *, ends_turn: bool = False
     ) -> None:
-        """What the system unloads by itself is asked for by nobody, or had its turn, and had its time."""
+        """A model that the system unloads by itself has no request, or had its turn, and had its time."""
         model, serving = loaded.model, loaded.serving
         assert not self.state.queue(model.id)
         if cause is Cause.RESTART:
