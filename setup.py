@@ -12,6 +12,7 @@ IMAGES = ["Pillow>=11"]
 CLOUD = ["obstore~=0.12.1"]
 HUGGINGFACE = ["huggingface_hub>=2.4.0,<3"]
 POSTGRES = ["asyncpg>=0.30,<1"]
+GRPC = ["grpcio>=1.76,<2", "protobuf>=6.33.5"]
 EXAMPLES = [  # 65 MB, of it scipy 34
     *IMAGES,
     "ipykernel>=7",
@@ -32,10 +33,13 @@ TEST = [
     *POSTGRES,
     *OPENVINO,
     *CUDA,
+    *GRPC,
     "asyncpg-stubs>=0.30",
     "axe-playwright-python>=0.1.4",
     "flask>=3",
     "flask-cors>=5",
+    "grpcio-health-checking>=1.76",
+    "grpcio-tools>=1.76",  # for `make generated`
     "hypothesis>=6.150",
     "kubernetes-validate>=1.37",  # with the schemas of 1.25 to 1.37; 108 MB
     "kserve>=0.21; python_version < '3.14'",  # it is not made for more
@@ -50,8 +54,10 @@ TEST = [
     "pytest-xdist>=3.8",
     "ruff==0.17.*",
     "setuptools>=77",  # the packaging test builds the wheel without a network
-    "tritonclient[http]>=2.73",
+    "tritonclient[grpc,http]>=2.73",
     "types-PyYAML",
+    "types-grpcio",
+    "types-protobuf",
     "types-tqdm",
 ]
 DOCS = ["furo>=2025.12.19", "myst-parser==5.*", "sphinx==9.*"]  # furo is named by dates
@@ -71,7 +77,7 @@ setup(
     package_data={
         "answers": ["py.typed"],
         "events": ["py.typed"],
-        "features": ["py.typed"],
+        "features": ["py.typed", "grpc/*.pb", "grpc/*.proto"],
         "loadledger": ["py.typed", "*.pyi", "cli/examples.txt"],
         "migrations": ["*.sql", "postgres/*.sql"],
         "nodes": ["py.typed"],
@@ -105,6 +111,7 @@ setup(
         "extensions": EXTENSIONS,
         "openvino": OPENVINO,  # for loads on Intel's processors, GPUs and NPUs
         "cuda": CUDA,  # for the memory of NVIDIA's GPUs; beside onnxruntime-gpu
+        "grpc": GRPC,  # for --grpc-port
         "otel": OTEL,
         "cloud": CLOUD,  # for `add s3://...`, gs:// and az://
         "huggingface": HUGGINGFACE,  # for `add hf://...`

@@ -104,23 +104,27 @@ def largest_budget(workers_bytes: int) -> int:
     return max(0, workers_bytes) * GROWTH_SHARE // (GROWTH_SHARE + 1)
 
 
-def plan_memory(limit: MemoryLimit, budget_bytes: int | None, max_request_bytes: int) -> MemoryPlan:
+def plan_memory(
+    limit: MemoryLimit, budget_bytes: int | None, max_request_bytes: int, more_bytes: int = 0
+) -> MemoryPlan:
     """Return the plan for a limit.
 
     Args:
         limit: the limit of the container or machine.
         budget_bytes: the operator's budget, which is kept whether or not it fits; None is the default.
         max_request_bytes: limit of a request.
+        more_bytes: for further processes of the server.
     """
+    server = SERVER_BYTES + more_bytes
     usual_bodies = max(BODIES_BYTES, LARGEST_BODIES * max_request_bytes)
     bodies = min(usual_bodies, max(limit.bytes // BODIES_SHARE, 2 * max_request_bytes))
     shared = min(SHARED_BYTES, limit.bytes // SHARED_SHARE)
     if budget_bytes is None:
-        left = largest_budget(limit.bytes - bodies - shared - SERVER_BYTES)
+        left = largest_budget(limit.bytes - bodies - shared - server)
         budget_bytes = min(limit.bytes * USUAL_PERCENT // 100, left)
         if left < limit.bytes // LEAST_SHARE:
             budget_bytes = max(1, limit.bytes // SMALL_SHARE)
-    return MemoryPlan(limit, budget_bytes, bodies, shared, SERVER_BYTES, max_request_bytes)
+    return MemoryPlan(limit, budget_bytes, bodies, shared, server, max_request_bytes)
 
 
 def describe_plan(plan: MemoryPlan) -> str:

@@ -31,6 +31,7 @@ from events.state import State
 from events.types import LoadedFile, LoadParameters, contents_of, digest_of
 from features.beforeload import CheckInput
 from features.checks import CheckedVersion, survey_version
+from features.grpc.gatewaywire import find_missing_package
 from features.rules import LoadPolicy, ModelRules
 from features.server import choose_targets, describe_setup, find_rooms
 from runtime.cgroups import count_usable_cpus
@@ -180,6 +181,8 @@ def find_unusable_paths(values: Mapping[str, Any]) -> Iterator[Mistake]:
     elif cert is not None or key is not None:
         given, other = ("--tls-key", "--tls-cert") if cert is None else ("--tls-cert", "--tls-key")
         yield Mistake(given, f"is given alone: HTTPS takes {other}, too")
+    if values["grpc_port"] is not None and (missing := find_missing_package()) is not None:
+        yield Mistake("--grpc-port", missing)
     if values["repository_writable"] in (ON, OWN) and values["store_size"] == OFF:
         text = "on and own are refused with --store-size=off: workers load files that nobody may ever change"
         yield Mistake("--repository-writable", text)

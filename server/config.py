@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from marshmallow import ValidationError, validate
 
 from features.devices.names import ALL_DEVICES, ANY, CPU, DEVICE, DEVICE_RULE, MAX_DEVICES
+from features.grpc.memory import gateway_bytes
 from features.rules import LoadPolicy
 from runtime.memory import MemoryLimit
 from runtime.memoryplan import MemoryPlan, plan_memory
@@ -284,6 +285,13 @@ class Config:
     host: str = setting("127.0.0.1", "Address to listen on.", _check_printable)
     port: int = setting(8080, "Port to listen on; 0 picks a free one.", validate.Range(0, 65535))
 
+    grpc_port: int | None = setting(
+        None,
+        "Port for gRPC, at the same address and with the same certificate; 0 picks a free one. If unset,"
+        " there is no gRPC.",
+        validate.Range(0, 65535),
+    )
+
     ledger: str | None = setting(
         None,
         "PostgreSQL database of the ledger, like postgresql://USER@HOST/DATABASE; the data directory then"
@@ -523,8 +531,9 @@ class Config:
 
     def plan_memory(self, limit: MemoryLimit) -> MemoryPlan:
         """Return what the parts of the server may take of the container's or machine's memory."""
-        budget = parse_memory_budget(self.memory_budget, limit.bytes)
-        return plan_memory(limit, budget, self.max_request_bytes)
+        budget, largest = parse_memory_budget(self.memory_budget, limit.bytes), self.max_request_bytes
+        more = 0 if self.grpc_port is None else gateway_bytes(limit.bytes, largest)
+        return plan_memory(limit, budget, largest, more)
 
     @property
     def loads_for_inferences(self) -> bool:

@@ -23,6 +23,7 @@ import uvloop
 from aiohttp import web
 
 from events.errors import LedgerForked, NameInUse
+from features.grpc.app import Gateway
 from server.api.health import failed_tasks, vital_tasks
 from server.app import create_app
 from server.appkeys import CONFIG
@@ -199,6 +200,7 @@ async def _serve(config: Config, announce: Announce, manager: Notifier, *, accep
         shutdown_timeout=(config.drain_timeout_s + REFUSALS_S) / 2,
         handler_cancellation=True,  # an inference without a client must not delay the next
     )
+    gateway = Gateway(config)
     try:
         await runner.setup()
         assert runner.server is not None, "the runner is not set up"
@@ -206,6 +208,7 @@ async def _serve(config: Config, announce: Announce, manager: Notifier, *, accep
         if tracing is not None:
             tracing.trace_requests(runner.server, app)
         async with _listening(runner.server, app) as url:
+            await gateway.open(runner.server, app)
             app[TOKENS].server_url = local_url(url)
             running = RunningServer(app, url, stop.set)
             announcing = asyncio.create_task(announce(running), name="announcement")
@@ -216,11 +219,13 @@ async def _serve(config: Config, announce: Announce, manager: Notifier, *, accep
                 return await _wait_for_end(app, stop)
             finally:
                 manager.stopping()
+                await gateway.begin_stop()
                 living.cancel()  # from here the manager's stop timeout runs
                 announcing.cancel()
                 await asyncio.wait([announcing])
     finally:
         await runner.cleanup()
+        await gateway.close()
         if tracing is not None:
             tracing.close()
 

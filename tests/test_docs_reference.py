@@ -19,10 +19,15 @@ from tools.errors import ADVICE
 from tools.events import BY, CAUSES, MEMBERS
 from tools.generate import pages
 from tools.markdown import slug
+from tools.protocol import DESCRIPTORS, descriptors
 
 ROOT = Path(__file__).parent.parent
 HISTORIES = sorted((ROOT / "tests/histories").glob("*.jsonl"))
 PAGES = pages()
+
+
+def test_committed_descriptors_are_generated() -> None:
+    assert (ROOT / DESCRIPTORS).read_bytes() == descriptors(ROOT), "run `make generated`"
 
 
 @pytest.mark.parametrize("path", PAGES)

@@ -20,7 +20,9 @@ USERS_OF_NODES = {
     "server.app",
 }
 # What runs in the fork server and in each worker, where the HTTP stack and the log must never be.
-CHILD_PROCESSES = ("runtime.process.forkserver", WORKER)
+CHILD_PROCESSES = ("runtime.process.forkserver", WORKER, "features.grpc.gateway")
+# What runs in the process that speaks gRPC.
+GATEWAY = ("features.grpc.calls", "features.grpc.gateway")
 
 
 def module_name(path: Path) -> str:
@@ -147,7 +149,8 @@ def test_web_framework_appears_in_server_nodes_and_clients_only() -> None:
     assert packages_that_import("aiohttp_apispec") == {"server"}
     beside = {module for module in importers_of("aiohttp") if top(module) not in {"nodes", "server"}}
     beside = {module for module in beside if not re.fullmatch(r"features\.\w+\.(app|routes|setup)", module)}
-    assert beside == {"loadledger.transports.asynchronous"}  # the client for event loops
+    clients = {"loadledger.transports.asynchronous"}  # the client for event loops
+    assert beside == {*clients, *GATEWAY}
 
 
 @pytest.mark.parametrize(
@@ -179,6 +182,11 @@ def test_server_and_runtime_have_no_client_of_http() -> None:
     }
     users = {user for user, names in all_imports().items() if names & clients}
     assert {user for user in users if top(user) in {"events", "runtime", "server"}} == set()
+
+
+def test_grpc_appears_in_its_gateway_only() -> None:
+    assert importers_of("grpc") == {*GATEWAY}
+    assert {module for module in importers_of("google") if not module.startswith("features.grpc.")} == set()
 
 
 def test_only_the_assembly_and_commands_import_the_nodes() -> None:

@@ -26,6 +26,7 @@ WORDS = {
     "labels": r"\b[Ll]abel(s|led)?\b|Label[A-Z]",
     "devices": r"(?<!/)\b[Dd]evices?\b|Device[A-Z]",
     "nodes": r"\b[Nn]odes?\b|Node(?!Arg)[A-Z]|\b([Ee]poch|[Ll]ease|[Pp]eer)s?\b|\b[Cc]luster|\bmembership\b",
+    "grpc": r"[Gg]?[Rr]pc|gRPC",
     "on demand": r"\b[Oo]n.demand\b|OnDemand",
 }
 # Files where a word is another one: labels of metrics, a clock that is trusted, a provider's operators.

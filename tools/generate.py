@@ -10,6 +10,7 @@ from tools.consoletables import console_tables
 from tools.errors import error_page
 from tools.events import event_page
 from tools.pictures import pictures
+from tools.protocol import DESCRIPTORS, descriptors
 from tools.settings import with_settings
 
 ROOT = Path(__file__).parent.parent
@@ -32,3 +33,4 @@ def pages() -> Mapping[str, str]:
 if __name__ == "__main__":
     for path, text in pages().items():
         (ROOT / path).write_text(text, encoding="utf-8")
+    (ROOT / DESCRIPTORS).write_bytes(descriptors(ROOT))

@@ -14,10 +14,8 @@ import hmac
 import logging
 import os
 import secrets
-import socket
-import struct
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, contextmanager, suppress
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -35,7 +33,7 @@ from server.auth.subjects import local_actor
 from server.auth.tokens import TOKENS
 from server.cluster import CLUSTER
 from server.errors import errors_middleware
-from server.http.connection import ConnectionLimits, listening_on
+from server.http.connection import ConnectionLimits, bound_socket, listening_on, peer_of, protect
 from server.http.responses import response_completer
 from server.http.validation import validation_middleware
 from server.routing import Route, add_routes
@@ -57,9 +55,6 @@ MAX_CONNECTIONS = 16
 MAX_BODY_BYTES = 64 * 2**10
 """Longest body of a request: a name, some roles and a number."""
 
-_PEER = struct.Struct("3i")
-"""Process, user and group of the other end (unix(7), SO_PEERCRED)."""
-
 
 async def open_control(app: web.Application, others: Mapping[str, Sequence[Route]]) -> AsyncIterator[None]:
     """Serve the socket; a resource of the application, under the lock of its data directory.
@@ -76,12 +71,14 @@ async def open_control(app: web.Application, others: Mapping[str, Sequence[Route
         stack.push_async_callback(runner.cleanup)
         try:
             stack.enter_context(_key_file(app[CONFIG].data / KEY, key))
-            bound = stack.enter_context(_bound_socket(app[CONFIG].data))
+            bound = stack.enter_context(bound_socket(app[CONFIG].data, SOCKET))
         except OSError as error:
             managed = " and ".join(["tokens", *others])
             _log.warning("without %s, %s are managed over HTTP only: %s", SOCKET, managed, error)
         else:
-            await stack.enter_async_context(listening_on(runner, bound, limits))
+            assert runner.server is not None, "the runner is not set up"
+            protect(runner.server)
+            await stack.enter_async_context(listening_on(runner.server, bound, limits))
         yield
 
 
@@ -109,42 +106,15 @@ def _key_file(path: Path, key: str) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-@contextmanager
-def _bound_socket(data: Path) -> Iterator[socket.socket]:
-    """Bind the socket, in place of the one of a killed server, and remove it on exit.
-
-    The path goes through the directory's descriptor, because a socket's address has at most 108 bytes.
-
-    Raises:
-        OSError: the file system has no sockets.
-    """
-    folder = os.open(data, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as bound:
-            os.fchmod(bound.fileno(), 0o600)  # the mode of the file to be created
-            _remove(folder)
-            bound.bind(f"/proc/self/fd/{folder}/{SOCKET}")
-            try:
-                yield bound
-            finally:
-                _remove(folder)
-    finally:
-        os.close(folder)
-
-
-def _remove(folder: int) -> None:
-    with suppress(FileNotFoundError):
-        os.unlink(SOCKET, dir_fd=folder)
-
-
 def _local_middleware(key: str) -> Middleware:
     """Return a middleware that treats the user at the other end, if it sends the key, as an administrator."""
     expected = f"Bearer {key}".encode()
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        user, given = _peer_user(request), request.headers.get("Authorization", "")
-        if user not in {os.geteuid(), 0}:
+        user = None if request.transport is None else peer_of(request.transport).user
+        given = request.headers.get("Authorization", "")
+        if user is None or user not in {os.geteuid(), 0}:
             raise InvalidToken("only the server's user and root may use this socket")
         if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), expected):
             raise InvalidToken(f"this socket takes the content of {KEY}, beside it, as the bearer token")
@@ -152,11 +122,3 @@ def _local_middleware(key: str) -> Middleware:
         return await handler(request)
 
     return check
-
-
-def _peer_user(request: web.Request) -> int | None:
-    connection = None if request.transport is None else request.transport.get_extra_info("socket")
-    if connection is None:
-        return None
-    peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-    return int(_PEER.unpack(peer)[1])

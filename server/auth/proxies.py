@@ -99,8 +99,13 @@ class Proxies:
     trusted: tuple[Network, ...] = ()
 
     def peer(self, request: _Request) -> str | None:
-        """Return the client's address; None if the connection has none, such as a Unix socket."""
+        """Return the client's address; None if the connection has none any more.
+
+        A connection over a UNIX socket is that of a process of this server, which names the client.
+        """
         direct = request.remote
+        if direct == "":
+            return self.client_address(direct, request.headers.getall(X_FORWARDED_FOR, ()))
         if direct is None or not self._trusts(direct):
             return direct
         return self.client_address(direct, request.headers.getall(X_FORWARDED_FOR, ()))

@@ -15,13 +15,15 @@ import os
 import resource
 import socket
 import ssl
+import struct
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from http import HTTPStatus
-from typing import cast
+from pathlib import Path
+from typing import NamedTuple, cast
 
 from aiohttp import HttpVersion10, HttpVersion11, StreamReader, web
 from aiohttp.abc import AbstractAccessLogger
@@ -62,6 +64,7 @@ CHECK_S = 1.0
 HALF_CLOSED_S = 0.05
 """Time from the end of a client's data to the first question whether the client has left; the pauses double
 up to CHECK_S. Most requests are answered before the first question."""
+_PEER = struct.Struct("3i")
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 """The question: clients skip it, and the host of a client that has left resets the connection."""
 
@@ -85,6 +88,7 @@ class ConnectionLimits:
         half_closed_s: as HALF_CLOSED_S.
         open: the open connections.
         is_stopping: whether no more are accepted; open connections close after an answer.
+        is_admitted: whether a connection on a UNIX socket is, by the process at its other end.
     """
 
     head_s: float
@@ -98,6 +102,7 @@ class ConnectionLimits:
     half_closed_s: float = HALF_CLOSED_S
     open: set[GuardedConnection] = field(default_factory=set)
     is_stopping: bool = False
+    is_admitted: Callable[[int], bool] | None = None
 
     @classmethod
     def of(cls, config: Config) -> ConnectionLimits:
@@ -177,6 +182,10 @@ class GuardedConnection(asyncio.BufferedProtocol):
         self._transport = cast("asyncio.Transport", transport)
         self._limits.open.add(self)
         self._http.connection_made(transport)
+        is_admitted = self._limits.is_admitted
+        if is_admitted is not None and not is_admitted(peer_of(transport).process):
+            self._http.force_close()
+            return
         self._schedule_check()
         beyond = len(self._limits.open) - self._limits.most
         self.is_reserve = beyond > 0
@@ -431,6 +440,11 @@ def _guard(handler: RequestHandler) -> RequestHandler:
     return handle
 
 
+def protect(server: web.Server) -> None:
+    """Have a server's handler obey the limits of its connections."""
+    wrap_handler(server, _guard)
+
+
 @contextmanager
 def bind_address(host: str, port: int) -> Iterator[list[socket.socket]]:
     """Bind a socket to each address of a host, for port 0 to a free one; clients are still refused.
@@ -472,7 +486,7 @@ async def listening(
     Raises:
         OSError: another process has begun to listen there.
     """
-    wrap_handler(server, _guard)
+    protect(server)
     listeners: list[asyncio.Server] = []
     try:
         for each in bound:
@@ -492,14 +506,52 @@ async def listening(
             listener.close()
 
 
+@contextmanager
+def bound_socket(folder: Path, name: str) -> Iterator[socket.socket]:
+    """Bind a UNIX socket of mode 0600, in place of the one of a killed server, and remove it on exit.
+
+    The path goes through the directory's descriptor, because a socket's address has at most 108 bytes.
+
+    Raises:
+        OSError: the file system has no sockets.
+    """
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as bound:
+            os.fchmod(bound.fileno(), 0o600)  # the mode of the file to be created
+            _remove(opened, name)
+            bound.bind(f"/proc/self/fd/{opened}/{name}")
+            try:
+                yield bound
+            finally:
+                _remove(opened, name)
+    finally:
+        os.close(opened)
+
+
+def _remove(folder: int, name: str) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=folder)
+
+
+class Peer(NamedTuple):
+    """Process, user and group at the other end of a UNIX socket (unix(7), SO_PEERCRED)."""
+
+    process: int
+    user: int
+    group: int
+
+
+def peer_of(transport: asyncio.BaseTransport) -> Peer:
+    connection = transport.get_extra_info("socket")
+    return Peer(*_PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)))
+
+
 @asynccontextmanager
 async def listening_on(
-    runner: web.AppRunner, bound: socket.socket, limits: ConnectionLimits
+    server: web.Server, bound: socket.socket, limits: ConnectionLimits
 ) -> AsyncIterator[None]:
-    """Listen on a bound UNIX socket, as `listening` does on an address."""
-    server = runner.server
-    assert server is not None, "the runner is not set up"
-    wrap_handler(server, _guard)
+    """Listen on a bound UNIX socket; a server that does not listen on an address, too, needs `protect`."""
     listener = await asyncio.get_running_loop().create_unix_server(
         lambda: GuardedConnection(server, limits), sock=bound, backlog=limits.most
     )

@@ -32,7 +32,7 @@ VALUES = {
     "ledger": "postgresql://server@db.example,other.example:5433/ledger", "node_name": "a-1",
     "node_address": "http://a.example:8080", "node_attributes": "gpu=none,zone=a",
     "lease_s": "3.0", "when_away": "stop",
-    "repository": "/models", "data": "/data", "host": "::1", "port": "0",
+    "repository": "/models", "data": "/data", "host": "::1", "port": "0", "grpc_port": "8001",
     "tls_cert": "/cert.pem", "tls_key": "/key.pem", "trusted_proxies": "10.0.0.0/8,::1",
     "threads": "2", "drain_timeout_s": "0.5", "inference_timeout_s": "1.5",
     "devices": "cuda:*,cpu", "device_memory": "cuda:0=20GB,cuda:1=50%",
