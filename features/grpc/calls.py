@@ -172,7 +172,7 @@ class Calls(grpc.GenericRpcHandler):
         memory: CallMemory,
         tensors: Sequence[Buffer] = (),
     ) -> HttpAnswer:
-        """Send a request to the server; its answer counts twice, as long as the call's message is made.
+        """Send a request to the server, and receive its answer.
 
         Raises:
             CallRefused: UNAVAILABLE, the server does not answer; RESOURCE_EXHAUSTED.
@@ -186,7 +186,7 @@ class Calls(grpc.GenericRpcHandler):
             headers = {**headers, "Content-Length": str(size)}
         try:
             async with self._session.request(method, request.path, data=body, headers=headers) as response:
-                memory.take(2 * (response.content_length or 0))
+                memory.take(response.content_length or 0)
                 return HttpAnswer(response.status, response.headers, await response.read())
         except (aiohttp.ClientError, OSError, ValueError) as error:
             text = f"the server does not answer: {error}"

@@ -27,6 +27,9 @@ KEEPALIVE_S = 10
 """Pings of clients that are accepted, and how long the gateway's own may be unanswered."""
 PING_S = 60
 """Silence of a client after which the gateway pings it."""
+AGE_S = 600
+"""Age of a connection at which its client is asked to make another one, and its time to end its calls. So new
+nodes get their share of the calls, and a client that reads no answers holds their memory only so long."""
 MAX_CONNECTIONS = 1000
 MAX_STREAMS = 1024
 """Calls of one connection at once; its client delays others."""
@@ -85,6 +88,8 @@ def _options(max_request_bytes: int) -> list[tuple[str, int]]:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.keepalive_time_ms", PING_S * 1000),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_S * 1000),
+        ("grpc.max_connection_age_ms", AGE_S * 1000),
+        ("grpc.max_connection_age_grace_ms", AGE_S * 1000),
     ]
 
 

@@ -13,7 +13,7 @@ MESSAGES_BYTES = 2**30
 SHARE = 16
 """Messages have a sixteenth of a small limit, and room for two of the largest."""
 COPIES = 2
-"""Copies that exist for a moment while a message is received, for one message at a time."""
+"""Copies that exist for a moment while a message is received or made, for one message at a time."""
 
 
 def messages_bytes(limit_bytes: int, largest_bytes: int) -> int:
