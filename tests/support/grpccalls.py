@@ -1,4 +1,4 @@
-"""A client of gRPC with the server's own messages, which can be beside those of other clients in a process."""
+"""A client of gRPC with the server's own messages, which get along with those of other clients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -53,7 +52,7 @@ class GrpcClient:
     def call(self, name: str, request: Any, *, service: str = SERVICE, timeout_s: float = LIMIT_S) -> Any:
         """Return the running call of a method; awaited, it returns the response's message or raises."""
         response = message_class(f"{service.rpartition('.')[0]}.{_response_of(name)}")
-        method = self.channel.unary_unary(
+        method: Any = self.channel.unary_unary(
             f"/{service}/{name}", lambda message: message.SerializeToString(), response.FromString
         )
         metadata = (("authorization", f"Bearer {self.token}"),) if self.token else ()
@@ -91,21 +90,21 @@ def inference(
 
 @asynccontextmanager
 async def grpc_client(
-    address: str, token: str = "", root_certificate: Path | None = None
+    address: str, token: str = "", root_certificate: bytes | None = None
 ) -> AsyncIterator[GrpcClient]:
     if root_certificate is None:
         channel = grpc.aio.insecure_channel(address, options=ANY_LENGTH)
     else:
-        trust = grpc.ssl_channel_credentials(root_certificate.read_bytes())
+        trust = grpc.ssl_channel_credentials(root_certificate)
         channel = grpc.aio.secure_channel(address, trust, options=ANY_LENGTH)
     async with channel:
         yield GrpcClient(channel, token)
 
 
-async def refusal(call: Any) -> tuple[str, str, dict[str, str]]:
-    """Return the status, details and trailing metadata of a call, or awaitable of one, that must fail."""
+async def refusal(call: Any) -> tuple[str, dict[str, str]]:
+    """Return the status and trailing metadata of a call, or awaitable of one, that must fail."""
     try:
         await asyncio.wait_for(call, LIMIT_S)
     except grpc.aio.AioRpcError as error:
-        return error.code().name, error.details() or "", dict(error.trailing_metadata())
+        return error.code().name, dict(error.trailing_metadata())
     raise AssertionError("it was answered")
