@@ -45,8 +45,8 @@ def command_line(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8")
 
 
-def counting(trips: int) -> object:
-    return inference("loop", np.array(trips, np.int64), "trips", "INT64")
+def counting(trips: int, model_id: str = "loop") -> object:
+    return inference(model_id, np.array(trips, np.int64), "trips", "INT64")
 
 
 async def running(server: Server, count: int = 1) -> None:
@@ -77,13 +77,15 @@ async def test_killed_gateway_costs_its_calls_and_is_started_again(config: Confi
 
 
 async def test_stopping_server_answers_running_calls_and_no_new_one(config: Config) -> None:
+    save(models.counting_loop(), config.repository, "other")
     async with grpc_server(config, f"--drain-timeout-s={DRAIN_S}") as (server, client):
         await server.api.load("loop")
+        await server.api.load("other")
         [worker] = [pid for pid in server.children() if "loop/1" in command_line(pid)]
         await freeze(worker)  # so that no inference has ended when the server stops
         finite = client.call("ModelInfer", counting(1000))
-        endless = client.call("ModelInfer", counting(models.ENDLESS))
-        await running(server, 2)
+        endless = client.call("ModelInfer", counting(models.ENDLESS, "other"))
+        await running(server)
         server.send(signal.SIGTERM)
         await when(client.status, "NOT_SERVING".__eq__)
         status, metadata = await refusal(client.infer("m", X))
