@@ -31,6 +31,13 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 30.0
 """Pause before a restart; it doubles each time, and is short again after a process that ran longer."""
 
 
+async def _log_lines(stderr: asyncio.StreamReader) -> None:
+    """Log what the process prints, such as why it failed, until its end."""
+    with suppress(ValueError):  # a line longer than any
+        async for line in stderr:
+            _log.error("gRPC: %s", line.decode(errors="replace").rstrip())
+
+
 class Gateway:
     """The gateway's process, kept alive while the server runs; nothing without `--grpc-port`."""
 
@@ -93,10 +100,12 @@ class Gateway:
         command = [sys.executable, "-P", "-m", "features.grpc.gateway"]
         environment = {**os.environ, **ENVIRONMENT}
         self._process = process = await asyncio.create_subprocess_exec(
-            *command, stdin=PIPE, stdout=PIPE, env=environment
+            *command, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=environment
         )
         assert process.stdin is not None
         assert process.stdout is not None
+        assert process.stderr is not None
+        self._logging = asyncio.create_task(_log_lines(process.stderr))
         host = f"[{config.host}]" if ":" in config.host else config.host
         order = Order(
             data=str(config.data),

@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 from urllib.parse import unquote
 
 import aiohttp
 import grpc
-from google.protobuf.message import DecodeError
 
-from features.grpc.errors import CallRefused, InvalidCall
+from features.grpc.errors import CallRefused, InvalidCall, Metadata, too_many
 from features.grpc.gatewaywire import MAX_CALLS, RESERVE
 from features.grpc.inference import HEADER_LENGTH, read_call, write_answer
-from features.grpc.memory import CallMemory, MessageRoom
+from features.grpc.memory import FRESH_S, CallMemory, MessageRoom
 from features.grpc.translation import CHECK, INFER, METHODS, HttpAnswer, HttpRequest, health, model_path
 from runtime.wire import Buffer
 
-LONG_S = 1.0
-"""A message that takes longer to arrive counts as the largest: its length is known only at its end."""
 RECEIVE_S = 60.0
 """Time for a message to arrive, and for its client to read the answer."""
-MAX_MESSAGE_BYTES = 2**20
-"""Request of another method than ModelInfer, as the server's limit for JSON."""
+COUNTED_FROM_BYTES = 16 * 2**10
+"""Least message or answer that is counted: less, in each of MAX_CALLS, is 16 MB."""
 JOINED_BYTES = 2**16
 """Tensors that are copied behind the JSON, which is faster than to send them in parts."""
 
 FORWARDED_FOR = "x-forwarded-for"
 _SENT = frozenset({"authorization", "traceparent", "tracestate", "x-request-id"})
 """Metadata of a call that become header fields."""
-_RETURNED = frozenset({"loadledger-model", "x-request-id", "www-authenticate"})
-"""Header fields of an answer that become trailing metadata."""
+_log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -41,7 +40,6 @@ class Calls(grpc.GenericRpcHandler):
 
     Args:
         session: connected with the server's socket.
-        max_request_bytes: the largest ModelInferRequest.
         room: memory for messages.
 
     Attributes:
@@ -49,11 +47,10 @@ class Calls(grpc.GenericRpcHandler):
         ended: set while no call is running.
     """
 
-    def __init__(self, session: aiohttp.ClientSession, max_request_bytes: int, room: MessageRoom) -> None:
+    def __init__(self, session: aiohttp.ClientSession, room: MessageRoom) -> None:
         self._session = session
-        self._max_request_bytes = max_request_bytes
         self._room = room
-        self._running = 0
+        self._running = Counter[str]()
         self.is_stopping = False
         self.ended = asyncio.Event()
         self.ended.set()
@@ -69,110 +66,125 @@ class Calls(grpc.GenericRpcHandler):
 
     async def _handle(self, path: str, context: Context) -> bytes:
         memory = CallMemory(self._room, address_of(context.peer()))
-        self._running += 1
-        self.ended.clear()
         context.add_done_callback(lambda _: self._end(memory))  # type: ignore[arg-type] # a class in the stubs
         try:
-            self._check(path)
             answer, metadata = await self._answer(path, context, memory)
         except CallRefused as refused:
-            await context.abort(grpc.StatusCode[refused.status], str(refused), refused.metadata)
-        context.set_trailing_metadata(metadata)
-        return answer
+            refusal = refused.to_status()  # the exception itself would keep the message in memory
+        except MemoryError:
+            refusal = too_many().to_status()
+        except grpc.aio.BaseError:  # the client has left
+            raise
+        except Exception:  # noqa: BLE001 - the last place where one can be turned into an answer
+            _log.exception("a call of %s failed", path)
+            text = "the call failed; the server's log has the reason"
+            refusal = CallRefused("INTERNAL", text, "internal").to_status()
+        else:
+            context.set_trailing_metadata(metadata)
+            return answer
+        status, text, metadata = refusal
+        return await context.abort(grpc.StatusCode[status], text, metadata)
 
-    def _end(self, memory: CallMemory) -> None:
-        """Forget a call whose answer its client has read, or that has failed."""
-        memory.give_back()
-        self._running -= 1
-        if not self._running:
-            self.ended.set()
-
-    def _check(self, path: str) -> None:
-        """Refuse a call of an unknown method, one too many, or one while the server stops."""
-        if path not in METHODS and path != INFER:
-            name = path.rpartition("/")[2]
-            raise CallRefused("UNIMPLEMENTED", f"{name:.64} is not supported", "not_supported")
-        if self.is_stopping and path != CHECK:
-            raise CallRefused("UNAVAILABLE", "the server is stopping", "shutting_down")
-        if self._running > (MAX_CALLS + RESERVE if path == CHECK else MAX_CALLS):
-            text = f"more than {MAX_CALLS} calls are running; try again"
-            raise CallRefused("RESOURCE_EXHAUSTED", text, "too_many_connections")
-
-    async def _answer(self, path: str, context: Context, memory: CallMemory) -> tuple[bytes, Any]:
-        message = await self._receive(context, memory)
+    async def _answer(self, path: str, context: Context, memory: CallMemory) -> tuple[bytes, Metadata]:
+        """Return the answer's message, and its trailing metadata."""
         headers = dict(_headers_of(context))
         if path == INFER:
-            return await self._infer(message, headers, memory)
-        if len(message) > MAX_MESSAGE_BYTES:
-            raise CallRefused(
-                "RESOURCE_EXHAUSTED",
-                f"the message has {len(message)} bytes, and may have {MAX_MESSAGE_BYTES}",
-                "body_too_large",
-            )
+            return await self._infer(context, headers, memory)
+        if path == CHECK:
+            return await self._check_health(context, headers, memory)
+        if path not in METHODS:
+            name = path.rpartition("/")[2]
+            raise CallRefused("UNIMPLEMENTED", f"{name:.64} is not supported", "not_supported")
         method = METHODS[path]
-        try:
-            asked = method.ask(method.request.FromString(message))
-        except DecodeError as error:
-            raise InvalidCall(f"the message is not the request of {path[1:]}: {error}") from None
-        if path == CHECK and self.is_stopping:
-            return health(serving=False).SerializeToString(), ()
-        try:
-            answered = await self._send(asked, headers, memory)
-        except CallRefused:
-            if path != CHECK:
-                raise
-            return health(serving=False).SerializeToString(), ()
-        return method.answer(answered).SerializeToString(), _metadata_of(answered)
+        asked = method.read(await self._receive(context, memory))
+        answered = await self._send(asked, headers, memory)
+        return method.answer(answered).SerializeToString(), answered.metadata
 
-    async def _receive(self, context: Context, memory: CallMemory) -> bytes:
-        """Receive the message; one that takes long holds memory for the largest.
-
-        Raises:
-            CallRefused: RESOURCE_EXHAUSTED, or DEADLINE_EXCEEDED.
-        """
-        loop, refusals = asyncio.get_running_loop(), list[CallRefused]()
-
-        def hold() -> None:
-            try:
-                memory.take(self._max_request_bytes)
-            except CallRefused as refused:
-                refusals.append(refused)
-                limit.reschedule(loop.time())
-
-        timer = loop.call_later(LONG_S, hold)
-        try:
-            async with asyncio.timeout(RECEIVE_S) as limit:
-                message = await context.read()
-        except TimeoutError:
-            text = f"the message did not arrive within {RECEIVE_S:g} s"
-            late = CallRefused("DEADLINE_EXCEEDED", text, "body_timeout")
-            raise (refusals or [late])[0] from None
-        finally:
-            timer.cancel()
-        memory.give_back()
-        if not isinstance(message, bytes):
-            raise InvalidCall("the call has no message")
-        memory.take(len(message))
-        return message
-
-    async def _infer(self, message: bytes, headers: dict[str, str], memory: CallMemory) -> tuple[bytes, Any]:
-        call = await read_call(message, memory.take)
+    async def _infer(
+        self, context: Context, headers: dict[str, str], memory: CallMemory
+    ) -> tuple[bytes, Metadata]:
+        call = await read_call(await self._receive(context, memory), memory.take)
         headers[HEADER_LENGTH] = str(len(call.head))
         request = HttpRequest(model_path(call.model_name, call.model_version, "/infer"), call.head)
         answered = await self._send(request, headers, memory, call.tensors)
         answered.check()
         length = answered.headers.get(HEADER_LENGTH)
         header_bytes = None if length is None else int(length)
-        return await write_answer(answered.body, header_bytes, typed=call.typed), _metadata_of(answered)
+        return await write_answer(answered.body, header_bytes, typed=call.typed), answered.metadata
+
+    async def _check_health(
+        self, context: Context, headers: dict[str, str], memory: CallMemory
+    ) -> tuple[bytes, Metadata]:
+        """Answer whether the server is ready; without one, or while it stops, it is not."""
+        method = METHODS[CHECK]
+        asked = method.read(await self._receive(context, memory, is_probe=True))
+        if not self.is_stopping:
+            with suppress(CallRefused):
+                return method.answer(await self._send(asked, headers, memory)).SerializeToString(), ()
+        return health(serving=False).SerializeToString(), ()
+
+    async def _receive(self, context: Context, memory: CallMemory, *, is_probe: bool = False) -> bytes:
+        """Receive the message.
+
+        Raises:
+            CallRefused: RESOURCE_EXHAUSTED; DEADLINE_EXCEEDED; UNAVAILABLE, the server stops.
+        """
+        loop, is_refused = asyncio.get_running_loop(), False
+
+        def refuse() -> None:
+            nonlocal is_refused
+            is_refused = True
+            limit.reschedule(loop.time())
+
+        await self._room.admit(memory, is_probe=is_probe)
+        timer = loop.call_later(FRESH_S, self._room.slow_down, memory, refuse)
+        try:
+            async with asyncio.timeout(RECEIVE_S) as limit:
+                message = await context.read()
+        except TimeoutError:
+            text = f"the message did not arrive within {RECEIVE_S:g} s"
+            late = CallRefused("DEADLINE_EXCEEDED", text, "body_timeout")
+            raise too_many() if is_refused else late from None
+        finally:
+            timer.cancel()
+            self._room.has_arrived(memory)
+        if not isinstance(message, bytes):
+            raise InvalidCall("the call has no message")
+        self._begin(memory, is_probe=is_probe)
+        if len(message) >= COUNTED_FROM_BYTES:
+            memory.take(len(message))
+        return message
+
+    def _begin(self, call: CallMemory, *, is_probe: bool) -> None:
+        """Count a call whose message has arrived: without one it takes nobody's place."""
+        if self.is_stopping and not is_probe:
+            raise CallRefused("UNAVAILABLE", "the server is stopping", "shutting_down")
+        running, more = self._running, RESERVE if is_probe else 0
+        if running.total() >= MAX_CALLS + more or running[call.address] >= MAX_CALLS // 2 + more:
+            text = f"{MAX_CALLS} calls are running, or {MAX_CALLS // 2} of this address; try again"
+            raise CallRefused("RESOURCE_EXHAUSTED", text, "too_many_connections")
+        running[call.address] += 1
+        call.has_begun = True
+        self.ended.clear()
+
+    def _end(self, call: CallMemory) -> None:
+        """Forget a call whose answer its client has read, or that has failed."""
+        call.give_back()
+        if call.has_begun:
+            self._running -= {call.address: 1}
+            if not self._running:
+                self.ended.set()
 
     async def _send(
         self,
         request: HttpRequest,
         headers: Mapping[str, str],
         memory: CallMemory,
-        tensors: Sequence[Buffer] = (),
+        tensors: list[Buffer] | None = None,
     ) -> HttpAnswer:
-        """Send a request to the server, and receive its answer.
+        """Send a request to the server, and receive its answer, which then counts in its place.
+
+        The tensors are taken out of their list, so that their memory is free when they are sent.
 
         Raises:
             CallRefused: UNAVAILABLE, the server does not answer; RESOURCE_EXHAUSTED.
@@ -180,22 +192,24 @@ class Calls(grpc.GenericRpcHandler):
         method = "GET" if request.body is None else "POST"
         body: Any = request.body
         if tensors:
-            parts = [request.body or b"", *tensors]
-            size = sum(map(len, parts))
-            body = b"".join(parts) if size <= JOINED_BYTES else _iterate(parts)
+            tensors.insert(0, request.body or b"")
+            size = sum(map(len, tensors))
+            body = b"".join(tensors) if size <= JOINED_BYTES else _take_out(tensors)
             headers = {**headers, "Content-Length": str(size)}
         try:
             async with self._session.request(method, request.path, data=body, headers=headers) as response:
-                memory.take(response.content_length or 0)
+                memory.give_back()
+                if (length := response.content_length or 0) >= COUNTED_FROM_BYTES:
+                    memory.take(length)
                 return HttpAnswer(response.status, response.headers, await response.read())
         except (aiohttp.ClientError, OSError, ValueError) as error:
             text = f"the server does not answer: {error}"
             raise CallRefused("UNAVAILABLE", text, "shutting_down") from None
 
 
-async def _iterate(parts: list[Buffer]) -> AsyncIterator[Buffer]:
-    for part in parts:
-        yield part
+async def _take_out(parts: list[Buffer]) -> AsyncIterator[Buffer]:
+    while parts:
+        yield parts.pop(0)
 
 
 def address_of(peer: str) -> str:
@@ -214,7 +228,3 @@ def _headers_of(context: Context) -> Iterator[tuple[str, str]]:
             elif name == FORWARDED_FOR:
                 hops.append(value)
     yield FORWARDED_FOR, ", ".join([*hops, address_of(context.peer())])
-
-
-def _metadata_of(answer: HttpAnswer) -> tuple[tuple[str, str], ...]:
-    return tuple((name.lower(), value) for name, value in answer.headers.items() if name.lower() in _RETURNED)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import msgspec
 
 CODE = "loadledger-code"
@@ -26,13 +24,26 @@ STATUSES = {
 """The gRPC status of each HTTP status in `server.errors.ERRORS`."""
 
 
+Metadata = tuple[tuple[str, str], ...]
+
+
 class CallRefused(Exception):
     """A call ends with this status, by its name in gRPC, text, code, and further trailing metadata."""
 
-    def __init__(self, status: str, text: str, code: str, metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(self, status: str, text: str, code: str, metadata: Metadata = ()) -> None:
         super().__init__(text)
         self.status, self.code = status, code
-        self.metadata = ((CODE, code), *(metadata or {}).items())
+        self.metadata: Metadata = ((CODE, code), *metadata)
+
+    def to_status(self) -> tuple[str, str, Metadata]:
+        """Return status, text and trailing metadata."""
+        return self.status, str(self), self.metadata
+
+
+def too_many() -> CallRefused:
+    """Return the refusal of a message for which there is no memory."""
+    text = "too many large messages are in memory at once; try again"
+    return CallRefused("RESOURCE_EXHAUSTED", text, "bodies_full")
 
 
 class InvalidCall(CallRefused):
@@ -49,13 +60,12 @@ class _Problem(msgspec.Struct):
     code: str
 
 
-def refusal_of(status: int, body: bytes, headers: Mapping[str, str]) -> CallRefused:
-    """Return the error of an HTTP answer."""
+def refusal_of(status: int, body: bytes, retry_after: str, metadata: Metadata) -> CallRefused:
+    """Return the error of an HTTP answer, with its field Retry-After, and further trailing metadata."""
     try:
         problem = msgspec.json.decode(body, type=_Problem)
     except msgspec.DecodeError:
         problem = _Problem(f"the server answered {status}", "internal")
-    retry_after = headers.get("Retry-After", "")
-    pushback = {PUSHBACK: f"{retry_after}000"} if retry_after.isdigit() else {}
+    pushback = ((PUSHBACK, f"{retry_after}000"),) if retry_after.isdigit() else ()
     found = STATUSES.get(status, "INTERNAL")
-    return CallRefused(found, problem.error, problem.code, pushback)
+    return CallRefused(found, problem.error, problem.code, (*pushback, *metadata))

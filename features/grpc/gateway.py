@@ -27,12 +27,17 @@ KEEPALIVE_S = 10
 """Pings of clients that are accepted, and how long the gateway's own may be unanswered."""
 PING_S = 60
 """Silence of a client after which the gateway pings it."""
-AGE_S = 600
+HANDSHAKE_S = 10
+"""Time for a new connection to begin with HTTP/2, as for the head of a request."""
+AGE_S = 300
 """Age of a connection at which its client is asked to make another one, and its time to end its calls. So new
 nodes get their share of the calls, and a client that reads no answers holds their memory only so long."""
-MAX_CONNECTIONS = 1000
-MAX_STREAMS = 1024
+MAX_CONNECTIONS = 4000
+"""Open at the same time. Each takes some 40 KB."""
+MAX_STREAMS = 128
 """Calls of one connection at once; its client delays others."""
+MAX_UNSEEN = 16_384
+"""Calls that gRPC has accepted and not yet passed on; by default it refuses some of 1,000."""
 WINDOW_BYTES = 64 * 2**10
 """Bytes of a message that are received before a call reads it."""
 CLOSE_S = 1.0
@@ -58,13 +63,14 @@ async def _serve(order: Order) -> None:
         read_bufsize=2**20,
         skip_auto_headers=("Accept-Encoding", "User-Agent"),  # nothing is compressed on the way
     ) as session:
-        calls = Calls(session, order.max_request_bytes, MessageRoom(order.messages_bytes))
+        calls = Calls(session, MessageRoom(order.messages_bytes, order.max_request_bytes))
         server = grpc.aio.server(options=_options(order.max_request_bytes))
         server.add_generic_rpc_handlers((calls,))
         try:
             port = _listen(server, order)
-        except RuntimeError as error:
-            _announce(Announcement(error=f"{order.address} cannot be listened on: {error}"))
+        except RuntimeError:  # its text has no reason
+            text = "another process listens there, or this machine does not have the address"
+            _announce(Announcement(error=f"{order.address} cannot be listened on: {text}"))
             return
         await server.start()
         _limit_memory(order)
@@ -81,7 +87,10 @@ def _options(max_request_bytes: int) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", max_request_bytes),
         ("grpc.max_send_message_length", -1),
         ("grpc.max_concurrent_streams", MAX_STREAMS),
+        ("grpc.server.max_pending_requests", MAX_UNSEEN),
+        ("grpc.server.max_pending_requests_hard_limit", 2 * MAX_UNSEEN),
         ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_S * 1000),
         ("grpc.http2.bdp_probe", 0),
         ("grpc.http2.lookahead_bytes", 2**20),
         ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_S * 1000),
@@ -110,10 +119,13 @@ def _announce(announcement: Announcement) -> None:
 
 
 def _limit_memory(order: Order) -> None:
-    """Limit what the process takes from here on, so that it ends before its container does."""
+    """Limit what the process takes from here on, in case that `MessageRoom` is too slow.
+
+    The limit is of addresses: what malloc has returned to the kernel counts, too, so it is twice as much.
+    """
     status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     [now_bytes] = [int(line.split()[1]) * 1024 for line in status if line.startswith("VmData:")]
-    most = now_bytes + order.messages_bytes + COPIES * order.max_request_bytes
+    most = now_bytes + 2 * (order.messages_bytes + COPIES * order.max_request_bytes)
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 

@@ -11,7 +11,7 @@ INSTALL = "pip install 'loadledger[grpc]'"
 SOCKET = "grpc.sock"
 """The file in the data directory of the socket for the gateway's requests."""
 MAX_CALLS = 1024
-"""Calls at once, as many as inferences of one model may wait."""
+"""Calls at once, as many as inferences of one model may wait; half of them from one address."""
 RESERVE = 64
 """Calls beyond them, each for one health check."""
 

@@ -1,10 +1,19 @@
-"""Memory of the gateway: the messages that its calls hold, and its part of the container's memory."""
+"""Memory of the gateway: the messages that its calls hold, and its part of the container's memory.
+
+Messages and answers are counted. The length of a message is known only at its end: while some arrive slowly,
+the memory of the process is measured.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import ctypes
+import os
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 
-from features.grpc.errors import CallRefused
+from features.grpc.errors import too_many
 
 PROCESS_BYTES = 96 * 2**20
 """The process itself: 62 MB at its start, 80 MB after 10,000 streams (measured)."""
@@ -31,49 +40,153 @@ def gateway_bytes(limit_bytes: int, largest_bytes: int) -> int:
     return PROCESS_BYTES + messages_bytes(limit_bytes, largest_bytes) + COPIES * largest_bytes
 
 
-class MessageRoom:
-    """The memory for the messages of all calls; the calls from one address have half of it."""
+FRESH_S = 0.05
+"""A short message has arrived completely when a call reads it."""
+WAIT_S = 5.0
+"""How long a call waits for room for its message."""
+CHECK_S = 0.05
+"""Time between two measurements: at 10 Gbit/s 60 MB arrive, for which `COPIES` of the largest leave room."""
+MAX_SLOW = 1024
+"""Messages that arrive slowly; beyond them the oldest is refused. Each takes some 20 KB before it arrives."""
 
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_malloc_trim: Callable[[int], int] = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)
+
+
+class MessageRoom:
+    """The memory for the messages of all calls; the calls from one address have half of it.
+
+    A call's message is first fresh, and counts as the largest; so only some calls read at once. If it has not
+    arrived completely after a moment it is slow: from then on the memory of the process is measured, and if
+    it is full, slow messages are refused. When it has arrived it counts with its length, as its answer does.
+
+    Args:
+        limit_bytes: for all messages.
+        largest_bytes: of one message.
+    """
+
+    def __init__(self, limit_bytes: int, largest_bytes: int) -> None:
+        self._limit_bytes, self._largest_bytes = limit_bytes, largest_bytes
+        self._other_bytes = measure_memory()
         self._by_address = Counter[str]()
+        self._fresh = set[CallMemory]()
+        self._slow = dict[CallMemory, Callable[[], None]]()
+        self._waiting = list[asyncio.Future[None]]()
+        self._timer: asyncio.TimerHandle | None = None
         self.taken_bytes = 0
 
     def take(self, address: str, count: int) -> None:
-        """Count bytes.
+        """Count bytes of a message that has arrived, or of an answer.
 
         Raises:
             CallRefused: RESOURCE_EXHAUSTED; these bytes are not counted.
         """
         of_address = self._by_address[address] + count
-        if self.taken_bytes + count > self._limit_bytes or of_address > self._limit_bytes // 2:
-            raise CallRefused(
-                "RESOURCE_EXHAUSTED",
-                "too many large messages are in memory at once; try again",
-                "bodies_full",
-            )
-        self.give_back(address, -count)
+        most = max(self._limit_bytes // 2, self._largest_bytes)
+        if self.taken_bytes + count > self._limit_bytes or of_address > most:
+            raise too_many()
+        self.taken_bytes += count
+        self._by_address[address] = of_address
 
     def give_back(self, address: str, count: int) -> None:
         self.taken_bytes -= count
         self._by_address[address] -= count
         if not self._by_address[address]:
             del self._by_address[address]
+        self._wake()
+
+    async def admit(self, call: CallMemory, *, is_probe: bool = False) -> None:
+        """Wait until a call may read its message; of those that wait, the newest goes first.
+
+        So calls that only fill the queue hold up few others. Probes have some memory more.
+
+        Raises:
+            CallRefused: RESOURCE_EXHAUSTED.
+        """
+        limit_bytes = self._limit_bytes + (self._largest_bytes if is_probe else 0)
+        while self._used_bytes() + (len(self._fresh) + 1) * self._largest_bytes > limit_bytes:
+            turn = asyncio.get_running_loop().create_future()
+            self._waiting.append(turn)
+            try:
+                async with asyncio.timeout(WAIT_S):
+                    await turn
+            except TimeoutError:
+                raise too_many() from None
+            finally:
+                if turn in self._waiting:
+                    self._waiting.remove(turn)
+        self._fresh.add(call)
+        self._wake()
+
+    def slow_down(self, call: CallMemory, refuse: Callable[[], None]) -> None:
+        """Measure a call's message from now on; it may be refused until it `has_arrived`."""
+        self._fresh.discard(call)
+        self._slow[call] = refuse
+        if len(self._slow) > MAX_SLOW:
+            self._slow.pop(next(iter(self._slow)))()
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(CHECK_S, self._check)
+        self._wake()
+
+    def has_arrived(self, call: CallMemory) -> None:
+        self._fresh.discard(call)
+        self._slow.pop(call, None)
+        self._wake()
+
+    def _used_bytes(self) -> int:
+        measured = measure_memory() - self._other_bytes if self._slow else 0
+        return max(self.taken_bytes, measured)
+
+    def _wake(self) -> None:
+        if self._waiting:
+            turn = self._waiting.pop()
+            if not turn.done():
+                turn.set_result(None)
+
+    def _check(self) -> None:
+        """Refuse some slow messages if memory is full, also without what malloc keeps."""
+        self._timer = None
+        if self._used_bytes() > self._limit_bytes:
+            _malloc_trim(0)
+            if self._used_bytes() > self._limit_bytes:
+                self._refuse_some()
+        self._wake()
+        if self._slow:
+            self._timer = asyncio.get_running_loop().call_later(CHECK_S, self._check)
+
+    def _refuse_some(self) -> None:
+        """Refuse the older half of the slow messages from the address with most of them."""
+        [(address, count)] = Counter(call.address for call in self._slow).most_common(1)
+        found = [call for call in self._slow if call.address == address]
+        for call in found[: (count + 1) // 2]:
+            self._slow.pop(call)()
 
 
 class CallMemory:
-    """The bytes of one call."""
+    """The memory of one call.
+
+    Attributes:
+        address: of its client.
+        has_begun: whether its message has arrived.
+    """
 
     def __init__(self, room: MessageRoom, address: str) -> None:
         self._room = room
-        self._address = address
+        self.address = address
+        self.has_begun = False
         self._count = 0
 
     def take(self, count: int) -> None:
         """Count bytes; for errors see `MessageRoom.take`."""
-        self._room.take(self._address, count)
+        self._room.take(self.address, count)
         self._count += count
 
     def give_back(self) -> None:
-        self._room.give_back(self._address, self._count)
+        self._room.give_back(self.address, self._count)
         self._count = 0
+
+
+def measure_memory() -> int:
+    """Return the bytes of this process that are no file's (proc_pid_statm(5))."""
+    _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text(encoding="ascii").split())
+    return (resident - shared) * _PAGE_BYTES

@@ -10,13 +10,20 @@ from urllib.parse import quote
 
 import msgspec
 from google.protobuf.json_format import ParseDict
+from google.protobuf.message import DecodeError
 
-from features.grpc.errors import CallRefused, InvalidCall, refusal_of
+from features.grpc.errors import CallRefused, InvalidCall, Metadata, refusal_of
 from features.grpc.inference import parameter_value
 from features.grpc.messages import HEALTH, SERVICE, message_class
 
 INFER = f"/{SERVICE}/ModelInfer"
 CHECK = f"/{HEALTH}/Check"
+
+MAX_MESSAGE_BYTES = 2**20
+"""Longest request, as the server's limit for JSON."""
+
+RETURNED = ("Loadledger-Model", "X-Request-ID")
+"""Header fields of an answer that become trailing metadata."""
 
 _health = message_class(f"{HEALTH}CheckResponse")
 
@@ -44,7 +51,12 @@ class HttpAnswer:
             CallRefused: with the status, text and code of the error.
         """
         if self.status != HTTPStatus.OK:
-            raise refusal_of(self.status, self.body, self.headers)
+            raise refusal_of(self.status, self.body, self.headers.get("Retry-After", ""), self.metadata)
+
+    @property
+    def metadata(self) -> Metadata:
+        """The trailing metadata of the call: the load that answered, and the request's id."""
+        return tuple((name.lower(), self.headers[name]) for name in RETURNED if name in self.headers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +72,20 @@ class Method:
     request: Any
     ask: Callable[[Any], HttpRequest]
     answer: Callable[[HttpAnswer], Any]
+
+    def read(self, message: bytes) -> HttpRequest:
+        """Return the HTTP request for an encoded request.
+
+        Raises:
+            CallRefused: INVALID_ARGUMENT, or RESOURCE_EXHAUSTED.
+        """
+        if len(message) > MAX_MESSAGE_BYTES:
+            text = f"the message has {len(message)} bytes, and may have {MAX_MESSAGE_BYTES}"
+            raise CallRefused("RESOURCE_EXHAUSTED", text, "body_too_large")
+        try:
+            return self.ask(self.request.FromString(message))
+        except DecodeError as error:
+            raise InvalidCall(f"the message is no {self.request.DESCRIPTOR.name}: {error}") from None
 
 
 def model_path(name: str, version: str, suffix: str = "") -> str:

@@ -3,18 +3,24 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import aiohttp
+import grpc
+import numpy as np
 import pytest
 from support import models
 from support.cgroups import Container, container
+from support.grpccalls import GRPC, find_gateway, grpc_client, inference
 from support.http import ONE, Answer, Api, Json
-from support.servers import MODULE, NO_DEVICES, serving, verified
+from support.http2 import Http2Connection, http2, message
+from support.servers import MODULE, NO_DEVICES, Server, serving, verified
 from support.workers import LIMIT_S, until
 from yarl import URL
 
+from features.grpc.translation import INFER
 from server.config import Config
 
 GIB = 2**30
@@ -27,6 +33,8 @@ LARGE = (4_000_000, 5_000_000, 6_000_000)
 """Floats of inferences that work although the budget is full: up to 24 MB."""
 LONG = 8_000_000
 """Floats of a long answer: 32 MB."""
+LONGEST = 15_000_000
+"""Floats of a request of gRPC: 60 MB."""
 HUGE = 130_000_000
 """Floats of an inference that would fit into the budget, and not beside what the others take: 520 MB."""
 
@@ -38,7 +46,7 @@ def box() -> Iterator[Container]:
 
 
 @asynccontextmanager
-async def full_server(folder: Path, box: Container) -> AsyncIterator[Api]:
+async def full_server(folder: Path, box: Container, *arguments: str) -> AsyncIterator[Server]:
     """Start a server in the container, and load models until its budget is full."""
     config = Config(repository=folder / "models", data=folder / "data")
     models.save(models.add(), config.repository, "witness")
@@ -48,14 +56,15 @@ async def full_server(folder: Path, box: Container) -> AsyncIterator[Api]:
         models.save(models.memory_bomb_on_run(), config.repository, f"bomb-{number}")
     for number in range(20):
         models.save(models.grown(BALLAST), config.repository, f"ballast-{number}")
-    async with serving(config, command=(*box.entering, *MODULE), environment=NO_DEVICES) as server:
+    command = (*box.entering, *MODULE)
+    async with serving(config, *arguments, command=command, environment=NO_DEVICES) as server:
         api, count = server.api, 0
         for model_id in ("witness", "filled", "bomb-0", "bomb-1"):
             await api.load(model_id)
         while (job := await load(api, f"ballast-{count}"))["status"] == "completed":
             count += 1
         assert job["error"]["code"] in ("insufficient_memory", "out_of_memory", "timeout")
-        yield api
+        yield server
         for number in range(count):
             assert (await api.get(f"/v2/models/ballast-{number}/ready")).status == 200
         assert box.kills == 0
@@ -109,7 +118,8 @@ async def send_slowly(api: Api, subject: str, until_sent: asyncio.Event) -> Answ
 
 
 async def test_model_ends_before_its_container_does(tmp_path: Path, box: Container) -> None:
-    async with full_server(tmp_path, box) as api, asyncio.timeout(LIMIT_S), witnessed(api):
+    async with full_server(tmp_path, box) as server, asyncio.timeout(LIMIT_S), witnessed(server.api):
+        api = server.api
         sent, all_bodies = asyncio.Event(), list(SUBJECTS) * BODIES
         bodies = [asyncio.create_task(send_slowly(api, subject, sent)) for subject in all_bodies]
         await until(lambda: sum(body.done() for body in bodies) >= len(bodies) - len(SUBJECTS))
@@ -149,7 +159,8 @@ async def ask_without_reading(api: Api) -> tuple[asyncio.StreamReader, asyncio.S
 
 
 async def test_unread_answers_never_end_the_container(tmp_path: Path, box: Container) -> None:
-    async with full_server(tmp_path, box) as api, asyncio.timeout(LIMIT_S), witnessed(api):
+    async with full_server(tmp_path, box) as server, asyncio.timeout(LIMIT_S), witnessed(server.api):
+        api = server.api
         connections = [await ask_without_reading(api) for _ in range(30)]
         readers = [reader for reader, _ in connections]
         heads = [(await reader.readline()).split()[1] for reader in readers]
@@ -159,6 +170,45 @@ async def test_unread_answers_never_end_the_container(tmp_path: Path, box: Conta
             writer.close()
         refused = [body for head, body in zip(heads, rest, strict=True) if head == b"503"]
         assert all(b'"code":"bodies_full"' in body for body in refused)
+
+
+async def test_calls_of_grpc_never_end_the_container(tmp_path: Path, box: Container) -> None:
+    """Nor the process that speaks it: long messages, ones that never end, and answers that nobody reads."""
+    request = inference("witness", np.zeros(LONGEST, np.float32)).SerializeToString()
+    asked = inference("filled", np.array([LONG], np.int64), "count", "INT64").SerializeToString()
+    async with (
+        AsyncExitStack() as stack,
+        full_server(tmp_path, box, *GRPC) as server,
+        asyncio.timeout(LIMIT_S),
+        witnessed(server.api),
+    ):
+        gateway, token = await find_gateway(server), server.api.token("infer")
+
+        def attack(connection: Http2Connection, data: bytes, *, ends: bool) -> None:
+            with suppress(ConnectionError):
+                connection.send_data(connection.call(INFER, token), data, ends=ends)
+
+        with ExitStack() as connections:
+            statuses = set[str]()
+            client = await stack.enter_async_context(grpc_client(gateway.address, token))
+
+            async def ask() -> None:
+                method: Any = client.channel.unary_unary(INFER)
+                try:
+                    await method(request, metadata=(("authorization", f"Bearer {token}"),))
+                except grpc.aio.AioRpcError as error:
+                    statuses.add(error.code().name)
+
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(8):
+                    for data, ends in ((message(request, BODY_BYTES), False), (message(asked), True)):
+                        each = connections.enter_context(http2(gateway.address, window=0))
+                        tasks.create_task(asyncio.to_thread(attack, each, data, ends=ends))
+                    tasks.create_task(ask())
+            # The last one is of the model's worker, which lacked memory.
+            assert statuses <= {"RESOURCE_EXHAUSTED", "UNAVAILABLE", "INVALID_ARGUMENT"}
+            assert await client.status() == "SERVING"
+        assert await find_gateway(server) == gateway
 
 
 async def test_server_says_at_its_start_what_its_memory_is_for(tmp_path: Path, box: Container) -> None:
