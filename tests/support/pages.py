@@ -134,10 +134,12 @@ def _by_block(found: list[Block], printed: str) -> Iterator[tuple[Block, str]]:
 
 # Pages that run from an empty home, with the servers that they start.
 
-PORTS = range(1000, 3000)
+PORTS = range(1000, 2000)
 """The first digits of the ports, below the kernel's ephemeral ports, which other tests may get."""
+DISTANCES = {"808": 0, "800": 1000}
+"""How far a run's ports are from its first digits, by those in the page; the second ones are gRPC's."""
 MAX_TRIES = 5
-IN_USE = "address already in use"
+IN_USE = re.compile("address already in use|cannot be listened on")
 ON_PORT = "export LOADLEDGER_PORT=8080\n"
 """The default port, for pages that leave the port to it; its last digit and the others stay."""
 
@@ -151,26 +153,31 @@ def run_pages(
     """Run pages in one shell, one after the other; return each block with its output.
 
     Args:
-        pages: paths of the pages in the tree; their ports are 8080 to 8089.
+        pages: paths of the pages in the tree; their ports are 8080 to 8089, and 8000 to 8009 for gRPC.
         folder: where the working directory is made.
         environment: of the shell, whose home is an empty folder.
         has: makes the working directory; by default it contains `examples/`.
     """
     found = [block for page in pages for block in blocks(page)]
     tries = some_ports()
-    for digits in map(str, tries):
-        here = folder / digits
+    for digits in tries:
+        here = folder / str(digits)
         (has or copy_examples)(here)
         home = here.with_name(f"{digits}-home")
         home.mkdir()
-        program = re.sub(r"\b808(?=\d\b)", digits, ON_PORT + script(found))
+        ports = {first: str(digits + distance) for first, distance in DISTANCES.items()}
+        program = _replace_ports(ON_PORT + script(found), ports)
         code, printed, errors = _run(program, here, {**environment, "HOME": str(home)})
         if code and _is_taken(here):
             continue
         assert code == 0, f"{printed}\n{errors}\n{_log(here)}"
-        yield from _by_block(found, re.sub(rf"\b{digits}(?=\d\b)", "808", printed))
+        yield from _by_block(found, _replace_ports(printed, {new: old for old, new in ports.items()}))
         return
     raise AssertionError(f"ports that begin with {tries} are taken")
+
+
+def _replace_ports(text: str, digits: Mapping[str, str]) -> str:
+    return re.sub(rf"\b({'|'.join(digits)})(?=\d\b)", lambda found: digits[found[1]], text)
 
 
 def some_ports() -> list[int]:
@@ -183,7 +190,7 @@ def _log(here: Path) -> str:
 
 
 def _is_taken(here: Path) -> bool:
-    return IN_USE in _log(here)
+    return IN_USE.search(_log(here)) is not None
 
 
 VOLATILE = {"id", "job_id", "position", "created_at", "started_at", "finished_at", "loaded_at", "load_job_id"}
