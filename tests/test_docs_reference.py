@@ -12,6 +12,7 @@ from support.pages import BLOCK
 
 from events.codec import encode_event
 from events.types import SYSTEM, TYPES, Cause, Event, ServerStopped
+from features.grpc.errors import STATUSES
 from runtime.errors import UnknownModel
 from server.config import SECTIONS, settings
 from server.errors import ERRORS, problem_of, problem_response
@@ -68,6 +69,12 @@ def test_example_error_is_the_servers_response() -> None:
     [(kind, shown)] = BLOCK.findall(PAGES["docs/reference/errors.md"])
     assert kind == "json"
     assert json.loads(shown) == json.loads(body)
+
+
+def test_grpc_page_has_the_status_of_each_http_status() -> None:
+    page = (ROOT / "docs/how-to/use-grpc.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\d, ]+) \| `(\w+)` \|$", page, re.MULTILINE)
+    assert {int(code): status for codes, status in rows for code in codes.split(", ")} == STATUSES
 
 
 def test_every_type_cause_and_member_is_described() -> None:

@@ -46,11 +46,13 @@ GUIDES = {
     "docs/how-to/run-behind-an-identity-provider.md": 4,
     "docs/how-to/sign-and-approve-models.md": 8,
     "docs/how-to/swap-without-downtime.md": 6,
+    "docs/how-to/use-grpc.md": 3,
     "docs/how-to/use-tritons-client.md": 1,
 }
 """Pages that start their own servers, and how many answers are compared."""
 PACKAGES = {
     "docs/how-to/get-a-model-into-onnx.md": ("lightgbm", "onnxmltools", "skl2onnx", "xgboost"),
+    "docs/how-to/use-grpc.md": ("grpc", "tritonclient"),
     "docs/how-to/use-tritons-client.md": ("tritonclient",),
     "docs/clients/tritonclient.md": ("tritonclient",),
     "docs/clients/kserve.md": ("kserve",),
