@@ -1,241 +1,31 @@
-"""One contract for every HTTP client: Triton's (sync, aio), KServe's and ours (sync, async), unchanged.
+"""One contract for every HTTP client: Triton's (sync, aio), KServe's and ours (sync, async), unchanged."""
 
-The asynchronous ones run to their answer in a loop of their own.
-"""
-
-import asyncio
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import pytest
-import tritonclient.http as triton
-from ml_dtypes import bfloat16
-from onnx import TensorProto
 from support import models
-from support.clients import KINDS, Blocked, connected
-from support.servers import Server, address, bearer, standing
-from tritonclient.http import aio
+from support.clients import KINDS, connected
+from support.dialects import (
+    ELEMENTS,
+    FLOATS,
+    Dialect,
+    Inference,
+    KServe,
+    Ours,
+    Triton,
+    floats,
+    tensor,
+    triton_client,
+)
+from support.servers import Server
 from tritonclient.utils import InferenceServerException
 
-from loadledger import ServerError
-
-INTEGERS = ("UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64")
-FLOATS: dict[str, Any] = {"FP16": np.float16, "BF16": bfloat16, "FP32": np.float32, "FP64": np.float64}
-ELEMENTS: dict[str, int] = {
-    **{datatype: TensorProto.DataType.Value(datatype) for datatype in ("BOOL", *INTEGERS)},
-    "FP16": TensorProto.FLOAT16,
-    "BF16": TensorProto.BFLOAT16,
-    "FP32": TensorProto.FLOAT,
-    "FP64": TensorProto.DOUBLE,
-    "BYTES": TensorProto.STRING,
-}
-"""The protocol's datatypes; the model `identity-BOOL` returns its BOOL, and so on."""
-LOADED = ("subtract", "loop", *(f"identity-{datatype}" for datatype in ELEMENTS))
-BINARY = ((True, True), (True, False), (False, True), (False, False))
-"""Whether inputs and outputs are sent as bytes; else they are JSON."""
 NOT_IN_JSON = ("FP16", "BF16")
 A, B = np.array([5, 7], np.float32), np.array([2, 3], np.float32)
-
-
-def tensor(name: str, array: Any, datatype: str = "FP32", *, binary: bool = True) -> triton.InferInput:
-    """Return an input of Triton's clients."""
-    given = triton.InferInput(name, list(array.shape), datatype)
-    given.set_data_from_numpy(array, binary_data=binary)
-    return given
-
-
-def floats(name: str, *values: float, binary: bool = True) -> triton.InferInput:
-    return tensor(name, np.array(values, np.float32), binary=binary)
-
-
-@dataclass(frozen=True)
-class Inference:
-    """One request of the contract; a role of None sends no token."""
-
-    model: str
-    arrays: Mapping[str, Any]
-    role: str | None = "infer"
-    datatype: str = "FP32"
-    binary: tuple[bool, bool] | None = None
-    timeout_us: int | None = None
-
-
-class Triton:
-    """Triton's client; the one for asyncio is `Blocked`."""
-
-    encodings = BINARY
-    datatypes = tuple(ELEMENTS)
-    error = InferenceServerException
-
-    def __init__(self, server: Server, resources: ExitStack, kind: str) -> None:
-        self._server, self._client = server, resources.enter_context(triton_client(server, kind))
-
-    def is_live(self) -> bool:
-        return bool(self._client.is_server_live() and self._client.is_server_ready())
-
-    def is_model_ready(self, model: str, role: str | None) -> bool:
-        return bool(self._client.is_model_ready(model, headers=headers(self._server, role)))
-
-    def infer(self, request: Inference) -> Any:
-        binary = request.binary
-        inputs = [
-            tensor(name, array, request.datatype, binary=(binary or BINARY[0])[0])
-            for name, array in request.arrays.items()
-        ]
-        result = self._client.infer(
-            request.model,
-            inputs,
-            outputs=binary and [triton.InferRequestedOutput("y", binary_data=binary[1])],
-            headers=headers(self._server, request.role),
-            timeout=request.timeout_us,
-        )
-        if binary is not None:
-            assert ("data" in result.get_output("y")) is not binary[1]
-        return result.as_numpy(result.get_response()["outputs"][0]["name"])
-
-    def status(self, error: Any) -> int:
-        return int(error.status())
-
-    def load(self, model: str) -> None:
-        self._client.load_model(model, headers=headers(self._server, "admin"))
-
-    def unload(self, model: str) -> None:
-        self._client.unload_model(model, headers=headers(self._server, "admin"))
-
-
-class KServe:
-    """KServe's client, which has no calls for loads and no BF16."""
-
-    encodings = BINARY
-    datatypes = tuple(datatype for datatype in ELEMENTS if datatype != "BF16")
-
-    def __init__(self, server: Server, resources: ExitStack) -> None:
-        self._kserve = pytest.importorskip("kserve", reason="KServe's client is not made for this Python")
-        self._server = server
-        client = self._kserve.InferenceRESTClient(self._kserve.RESTConfig(protocol="v2"))
-        self._client = Blocked(client, resources.enter_context(asyncio.Runner()))
-        resources.callback(self._client.close)
-
-    @property
-    def error(self) -> type[Exception]:
-        import httpx  # noqa: PLC0415 - it comes with KServe
-
-        return httpx.HTTPStatusError
-
-    def is_live(self) -> bool:
-        url = self._server.url
-        return bool(self._client.is_server_live(url) and self._client.is_server_ready(url))
-
-    def is_model_ready(self, model: str, role: str | None) -> bool:
-        url = self._server.url
-        return bool(self._client.is_model_ready(url, model, headers=headers(self._server, role)))
-
-    def infer(self, request: Inference) -> Any:
-        there, back = request.binary or BINARY[0]
-        inputs = []
-        for name, array in request.arrays.items():
-            inputs.append(self._kserve.InferInput(name, list(array.shape), request.datatype))
-            inputs[-1].set_data_from_numpy(array, binary_data=there)
-        timeout = {"timeout": request.timeout_us} if request.timeout_us else {}
-        parameters = {"binary_data_output": back, **timeout}
-        received: dict[str, str] = {}
-        answer = self._client.infer(
-            self._server.url,
-            self._kserve.InferRequest(request.model, inputs, request_id="seven", parameters=parameters),
-            request.model,
-            headers=headers(self._server, request.role),
-            response_headers=received,
-        )
-        assert (answer.id, answer.model_name) == ("seven", request.model)
-        assert ("inference-header-content-length" in received) is back
-        assert received["loadledger-model"].startswith(f"{request.model}/1;position=")
-        return answer.outputs[0].as_numpy()
-
-    def status(self, error: Any) -> int:
-        return int(error.response.status_code)
-
-
-class Ours:
-    """`loadledger.Client` or `AsyncClient`, which send binary tensors; each has one token."""
-
-    encodings = ((True, True),)
-    datatypes = tuple(ELEMENTS)
-    error = (ServerError, ValueError)
-
-    def __init__(self, server: Server, resources: ExitStack, kind: str) -> None:
-        self._clients = {
-            role: resources.enter_context(connected(kind, server.url, role and server.api.token(role)))
-            for role in (None, "infer", "audit", "admin")
-        }
-
-    def is_live(self) -> bool:
-        return self._clients[None].health().status == "ok"
-
-    def is_model_ready(self, model: str, role: str | None) -> bool:
-        try:
-            return self._clients[role].model(model).state == "loaded"
-        except ServerError:
-            return False
-
-    def infer(self, request: Inference) -> Any:
-        parameters = {"timeout": request.timeout_us} if request.timeout_us else None
-        client = self._clients[request.role]
-        [output] = client.infer(request.model, request.arrays, parameters=parameters).values()
-        return output
-
-    def status(self, error: Any) -> int:
-        return 400 if isinstance(error, ValueError) else int(error.status)  # which it refuses by itself
-
-    def load(self, model: str) -> None:
-        self._clients["admin"].load(model, wait=True)
-
-    def unload(self, model: str) -> None:
-        self._clients["admin"].unload(model, wait=True)
-
-
-def headers(server: Server, role: str | None) -> dict[str, str]:
-    """Return new headers for each call: Triton's client and KServe's write theirs into them."""
-    return {} if role is None else dict(bearer(server, role))
-
-
-@contextmanager
-def triton_client(server: Server, kind: str) -> Iterator[Any]:
-    """Open Triton's client `sync` or `aio`."""
-    if kind == "sync":
-        with triton.InferenceServerClient(address(server)) as client:
-            yield client
-        return
-
-    async def opened() -> aio.InferenceServerClient:
-        return aio.InferenceServerClient(address(server))
-
-    with asyncio.Runner() as runner:
-        blocked = Blocked(runner.run(opened()), runner)
-        yield blocked
-        blocked.close()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with the models of `LOADED`; `idle` is not loaded, `corrupt` cannot be."""
-    root = tmp_path_factory.mktemp("clients") / "repository"
-    for datatype, element in ELEMENTS.items():
-        models.save(models.identity(element, [None, None]), root, f"identity-{datatype}")
-    models.save(models.subtract(), root, "subtract")
-    models.save(models.counting_loop(), root, "loop")
-    models.save(models.identity(), root, "idle")
-    models.save_bytes(models.CORRUPT, root, "corrupt")
-    with standing(root) as server, triton_client(server, "sync") as client:
-        for name in LOADED:
-            client.load_model(name, headers=bearer(server, "admin"))
-        yield server
-
-
-Dialect = Triton | KServe | Ours
 
 
 @pytest.fixture(scope="module", params=["Triton sync", "Triton aio", "KServe", *KINDS])
@@ -333,11 +123,6 @@ def test_model_is_loaded_inferred_and_unloaded(dialect: Dialect, server: Server)
 
 
 # Triton's client beyond the contract
-
-
-@pytest.fixture
-def admin(server: Server) -> dict[str, str]:
-    return bearer(server, "admin")
 
 
 @pytest.fixture(scope="module", params=["sync", "aio"])
