@@ -1,4 +1,4 @@
-"""One contract for every HTTP client: Triton's (sync, aio), KServe's and ours (sync, async), unchanged."""
+"""One contract for all clients: Triton's (sync, aio) and KServe's over HTTP and gRPC, unchanged, and ours."""
 
 import json
 from collections.abc import Iterator
@@ -15,8 +15,10 @@ from support.dialects import (
     Dialect,
     Inference,
     KServe,
+    KServeGrpc,
     Ours,
     Triton,
+    TritonGrpc,
     floats,
     tensor,
     triton_client,
@@ -24,20 +26,22 @@ from support.dialects import (
 from support.servers import Server
 from tritonclient.utils import InferenceServerException
 
+THEIRS = ("Triton sync", "Triton aio", "KServe")
 NOT_IN_JSON = ("FP16", "BF16")
 A, B = np.array([5, 7], np.float32), np.array([2, 3], np.float32)
 
 
-@pytest.fixture(scope="module", params=["Triton sync", "Triton aio", "KServe", *KINDS])
+@pytest.fixture(scope="module", params=[*THEIRS, *(f"{name} gRPC" for name in THEIRS), *KINDS])
 def dialect(request: pytest.FixtureRequest, server: Server) -> Iterator[Dialect]:
     """A client of each kind, as the contract uses it."""
     with ExitStack() as resources:
-        if request.param == "KServe":
-            yield KServe(server, resources)
-        elif request.param in KINDS:
-            yield Ours(server, resources, request.param)
-        else:
-            yield Triton(server, resources, request.param.split()[1])
+        match request.param.split():
+            case "KServe", *protocol:
+                yield (KServeGrpc if protocol else KServe)(server, resources)
+            case "Triton", kind, *protocol:
+                yield (TritonGrpc if protocol else Triton)(server, resources, kind)
+            case [kind]:
+                yield Ours(server, resources, kind)
 
 
 # The contract
@@ -122,7 +126,7 @@ def test_model_is_loaded_inferred_and_unloaded(dialect: Dialect, server: Server)
             dialect.infer(Inference("again", {"x": A}))
 
 
-# Triton's client beyond the contract
+# Triton's client of HTTP beyond the contract
 
 
 @pytest.fixture(scope="module", params=["sync", "aio"])

@@ -1,17 +1,22 @@
-"""The clients of the contract, each behind one interface: Triton's, KServe's and ours, unchanged.
+"""The clients of the contract, each behind one interface: Triton's and KServe's, unchanged, and ours.
 
-The asynchronous ones run to their answer in a loop of their own.
+The asynchronous ones run to their answer in a loop of their own. Tests import Triton's client of gRPC from
+here: its messages have the names of KServe's, so they get a pool of descriptors of their own.
 """
 
 import asyncio
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
+from unittest.mock import patch
 
+import grpc
 import numpy as np
 import pytest
 import tritonclient.http as triton
+from google.protobuf import descriptor_pool
 from ml_dtypes import bfloat16
 from onnx import TensorProto
 from tritonclient.http import aio
@@ -19,7 +24,11 @@ from tritonclient.utils import InferenceServerException
 
 from loadledger import ServerError
 from support.clients import Blocked, connected
-from support.servers import Server, address, bearer
+from support.servers import Server, address, bearer, grpc_address
+
+with patch.object(descriptor_pool, "Default", return_value=descriptor_pool.DescriptorPool()):
+    triton_grpc: Any = import_module("tritonclient.grpc")
+    triton_grpc_aio: Any = import_module("tritonclient.grpc.aio")
 
 INTEGERS = ("UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64")
 FLOATS: dict[str, Any] = {"FP16": np.float16, "BF16": bfloat16, "FP32": np.float32, "FP64": np.float64}
@@ -32,12 +41,21 @@ ELEMENTS: dict[str, int] = {
     "BYTES": TensorProto.STRING,
 }
 """The protocol's datatypes; the model `identity-BOOL` returns its BOOL, and so on."""
-BINARY = ((True, True), (True, False), (False, True), (False, False))
-"""Whether inputs and outputs are sent as bytes; else they are JSON."""
+BINARY: tuple[tuple[bool, bool], ...] = ((True, True), (True, False), (False, True), (False, False))
+"""Whether inputs and outputs are sent as bytes; else they are JSON, or typed contents of gRPC."""
+STATUSES = {
+    "INVALID_ARGUMENT": 400,
+    "UNAUTHENTICATED": 401,
+    "PERMISSION_DENIED": 403,
+    "NOT_FOUND": 404,
+    "UNAVAILABLE": 503,
+    "DEADLINE_EXCEEDED": 504,
+}
+"""The HTTP status that a status of gRPC stands for."""
 
 
 def tensor(name: str, array: Any, datatype: str = "FP32", *, binary: bool = True) -> triton.InferInput:
-    """Return an input of Triton's clients."""
+    """Return an input of Triton's clients of HTTP."""
     given = triton.InferInput(name, list(array.shape), datatype)
     given.set_data_from_numpy(array, binary_data=binary)
     return given
@@ -109,7 +127,7 @@ class KServe:
     datatypes = tuple(datatype for datatype in ELEMENTS if datatype != "BF16")
 
     def __init__(self, server: Server, resources: ExitStack) -> None:
-        self._kserve = pytest.importorskip("kserve", reason="KServe's client is not made for this Python")
+        self._kserve = import_kserve()
         self._server = server
         client = self._kserve.InferenceRESTClient(self._kserve.RESTConfig(protocol="v2"))
         self._client = Blocked(client, resources.enter_context(asyncio.Runner()))
@@ -131,10 +149,7 @@ class KServe:
 
     def infer(self, request: Inference) -> Any:
         there, back = request.binary or BINARY[0]
-        inputs = []
-        for name, array in request.arrays.items():
-            inputs.append(self._kserve.InferInput(name, list(array.shape), request.datatype))
-            inputs[-1].set_data_from_numpy(array, binary_data=there)
+        inputs = kserve_inputs(request, binary=there)
         timeout = {"timeout": request.timeout_us} if request.timeout_us else {}
         parameters = {"binary_data_output": back, **timeout}
         received: dict[str, str] = {}
@@ -152,6 +167,77 @@ class KServe:
 
     def status(self, error: Any) -> int:
         return int(error.response.status_code)
+
+
+class TritonGrpc(Triton):
+    """Triton's client of gRPC, which sends and reads raw tensors only."""
+
+    encodings = BINARY[:1]
+
+    def __init__(self, server: Server, resources: ExitStack, kind: str) -> None:
+        self._server, self._client = server, resources.enter_context(triton_grpc_client(server, kind))
+
+    def is_model_ready(self, model: str, role: str | None) -> bool:
+        try:
+            return super().is_model_ready(model, role)
+        except InferenceServerException as error:
+            if self.status(error) != 401:
+                raise
+            return False
+
+    def infer(self, request: Inference) -> Any:
+        inputs = [grpc_tensor(name, array, request.datatype) for name, array in request.arrays.items()]
+        sent = headers(self._server, request.role)
+        result = self._client.infer(request.model, inputs, headers=sent, timeout=request.timeout_us)
+        return result.as_numpy(result.get_response().outputs[0].name)
+
+    def status(self, error: Any) -> int:
+        return STATUSES[error.status().removeprefix("StatusCode.")]
+
+
+class KServeGrpc:
+    """KServe's client of gRPC, which sends raw or typed tensors."""
+
+    encodings = (BINARY[0], BINARY[-1])
+    datatypes = KServe.datatypes
+    error = grpc.RpcError
+
+    def __init__(self, server: Server, resources: ExitStack) -> None:
+        self._kserve = import_kserve()
+        self._server, runner = server, resources.enter_context(asyncio.Runner())
+        self._client = Blocked(runner.run(self._opened()), runner)
+        resources.callback(self._client.close)
+
+    def is_live(self) -> bool:
+        return bool(self._client.is_server_live() and self._client.is_server_ready())
+
+    def is_model_ready(self, model: str, role: str | None) -> bool:
+        try:
+            return bool(self._client.is_model_ready(model, headers=self._metadata(role)))
+        except grpc.RpcError as error:
+            if self.status(error) != 401:
+                raise
+            return False
+
+    def infer(self, request: Inference) -> Any:
+        raw, _ = request.binary or BINARY[0]
+        timeout = {"timeout": request.timeout_us} if request.timeout_us else {}
+        asked = self._kserve.InferRequest(
+            request.model, kserve_inputs(request, binary=raw), request_id="seven", parameters=timeout
+        )
+        answer = self._client.infer(asked, headers=self._metadata(request.role))
+        assert (answer.id, answer.model_name, answer.model_version) == ("seven", request.model, "1")
+        assert bool(answer.outputs[0].data) is not raw  # typed, as the request
+        return answer.outputs[0].as_numpy()
+
+    def status(self, error: Any) -> int:
+        return STATUSES[error.code().name]
+
+    async def _opened(self) -> Any:
+        return self._kserve.InferenceGRPCClient(grpc_address(self._server))
+
+    def _metadata(self, role: str | None) -> tuple[tuple[str, str], ...]:
+        return tuple(headers(self._server, role).items())
 
 
 class Ours:
@@ -193,20 +279,51 @@ class Ours:
 
 
 def headers(server: Server, role: str | None) -> dict[str, str]:
-    """Return new headers for each call: Triton's client and KServe's write theirs into them."""
-    return {} if role is None else dict(bearer(server, role))
+    """Return new headers for each call: Triton's client and KServe's write theirs into them.
+
+    The names of gRPC's metadata have lower case.
+    """
+    return {} if role is None else {"authorization": bearer(server, role)["Authorization"]}
+
+
+def import_kserve() -> Any:
+    """Import KServe's client, or skip the test."""
+    return pytest.importorskip("kserve", reason="KServe's client is not made for this Python")
+
+
+def kserve_inputs(request: Inference, *, binary: bool) -> list[Any]:
+    """Return the inputs of KServe's clients."""
+    inputs = []
+    for name, array in request.arrays.items():
+        inputs.append(import_kserve().InferInput(name, list(array.shape), request.datatype))
+        inputs[-1].set_data_from_numpy(array, binary_data=binary)
+    return inputs
+
+
+def grpc_tensor(name: str, array: Any, datatype: str = "FP32") -> Any:
+    """Return an input of Triton's clients of gRPC."""
+    return triton_grpc.InferInput(name, list(array.shape), datatype).set_data_from_numpy(array)
+
+
+def triton_client(server: Server, kind: str) -> AbstractContextManager[Any]:
+    """Open Triton's client `sync` or `aio`."""
+    return _opened({"sync": triton, "aio": aio}[kind], address(server))
+
+
+def triton_grpc_client(server: Server, kind: str) -> AbstractContextManager[Any]:
+    """Open Triton's client of gRPC `sync` or `aio`."""
+    return _opened({"sync": triton_grpc, "aio": triton_grpc_aio}[kind], grpc_address(server))
 
 
 @contextmanager
-def triton_client(server: Server, kind: str) -> Iterator[Any]:
-    """Open Triton's client `sync` or `aio`."""
-    if kind == "sync":
-        with triton.InferenceServerClient(address(server)) as client:
+def _opened(module: Any, url: str) -> Iterator[Any]:
+    if not module.__name__.endswith("aio"):
+        with module.InferenceServerClient(url) as client:
             yield client
         return
 
-    async def opened() -> aio.InferenceServerClient:
-        return aio.InferenceServerClient(address(server))
+    async def opened() -> Any:
+        return module.InferenceServerClient(url)
 
     with asyncio.Runner() as runner:
         blocked = Blocked(runner.run(opened()), runner)
@@ -214,4 +331,4 @@ def triton_client(server: Server, kind: str) -> Iterator[Any]:
         blocked.close()
 
 
-Dialect = Triton | KServe | Ours
+Dialect = Triton | TritonGrpc | KServe | KServeGrpc | Ours

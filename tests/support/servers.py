@@ -136,6 +136,8 @@ class Server:
 
 QUIET = {"LOADLEDGER_LOG_LEVEL": "warning"}
 """No log lines unless a test asks for them."""
+INFORMED = {"LOADLEDGER_LOG_LEVEL": "info"}
+"""With the line that has the address of gRPC."""
 
 
 @asynccontextmanager
@@ -275,6 +277,12 @@ def bearer(server: Server, *roles: str) -> dict[str, str]:
 def address(server: Server) -> str:
     """Return host and port, as some clients want them."""
     return server.url.removeprefix("http://")
+
+
+def grpc_address(server: Server) -> str:
+    """Return host and port of gRPC, for a server with `--grpc-port=0` that is `INFORMED`."""
+    *_, found = re.findall(r"gRPC at (\S+:\d+), process \d+", _text(server.output))
+    return str(found)
 
 
 ROOT = Path(__file__).parents[2]
