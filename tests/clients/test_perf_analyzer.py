@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from onnx import TensorProto
 from support import models
-from support.servers import Server, address, bearer, clean_environment, standing
+from support.servers import INFORMED, Server, address, bearer, clean_environment, grpc_address, standing
 from tritonclient.http import InferenceServerClient
 
 PROGRAM = os.environ.get("PERF_ANALYZER") or shutil.which("perf_analyzer")
@@ -31,7 +31,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     models.save(models.subtract(), repository, "subtract")
     models.save(models.identity(TensorProto.STRING, [None, None]), repository, "identity-BYTES")
     models.save(models.identity(models.FLOAT, [None, 2]), repository, "batched")
-    with standing(repository) as server, InferenceServerClient(address(server)) as client:
+    with (
+        standing(repository, "--grpc-port=0", environment=INFORMED) as server,
+        InferenceServerClient(address(server)) as client,
+    ):
         admin = bearer(server, "admin")
         for name in ("subtract", "identity-BYTES"):
             client.load_model(name, headers=admin)
@@ -39,23 +42,36 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
+PAIR = "--shape=a:16 --shape=b:16"
+JSON = "--shape=a:1 --shape=b:1 --input-tensor-format=json --output-tensor-format=json"
+TEXTS = "--shape=x:2,3 --string-length=5"
+
+
 @pytest.mark.parametrize(
-    ("model", "options", "batch"),
+    ("protocol", "model", "options", "batch"),
     [
-        ("subtract", "--shape=a:16 --shape=b:16", 1),
-        ("subtract", "--shape=a:16 --shape=b:16 --async --concurrency-range=4", 1),
-        ("subtract", "--shape=a:1 --shape=b:1 --input-tensor-format=json --output-tensor-format=json", 1),
-        ("identity-BYTES", "--shape=x:2,3 --string-length=5", 1),
-        ("batched", "-b 4 --concurrency-range=4", 4),
+        ("http", "subtract", PAIR, 1),
+        ("http", "subtract", f"{PAIR} --async --concurrency-range=4", 1),
+        ("http", "subtract", JSON, 1),
+        ("http", "identity-BYTES", TEXTS, 1),
+        ("http", "batched", "-b 4 --concurrency-range=4", 4),
+        ("grpc", "subtract", PAIR, 1),
+        ("grpc", "subtract", f"{PAIR} --async --concurrency-range=4", 1),
+        ("grpc", "identity-BYTES", TEXTS, 1),
+        ("grpc", "batched", "-b 4 --concurrency-range=4", 4),
     ],
-    ids=["binary", "asynchronous", "JSON", "texts", "batches"],
+    ids=[
+        *("binary", "asynchronous", "JSON", "texts", "batches"),
+        *("gRPC", "asynchronous gRPC", "texts by gRPC", "batches by gRPC"),
+    ],
 )
 def test_perf_analyzer_agrees_with_server_statistics(
-    server: Server, model: str, options: str, batch: int
+    server: Server, protocol: str, model: str, options: str, batch: int
 ) -> None:
     assert PROGRAM is not None
-    command = [PROGRAM, "-m", model, "-u", address(server), "-i", "http", f"--request-count={REQUESTS}"]
-    command += ["-H", f"Authorization:{bearer(server, 'infer')['Authorization']}", *options.split()]
+    url = {"http": address, "grpc": grpc_address}[protocol](server)
+    command = [PROGRAM, "-m", model, "-u", url, "-i", protocol, f"--request-count={REQUESTS}"]
+    command += ["-H", f"authorization:{bearer(server, 'infer')['Authorization']}", *options.split()]
     client, _, ours = run(command, server, model).partition("Server:")
     assert number("Request count", client) >= REQUESTS
     assert number("Successful request count", ours) > REQUESTS / 2  # it looks when some are under way
