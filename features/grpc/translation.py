@@ -92,10 +92,13 @@ def model_path(name: str, version: str, suffix: str = "") -> str:
     """Return the path of a model, or of a version of it, which may be a label.
 
     Raises:
-        InvalidCall: INVALID_ARGUMENT, the name is empty.
+        InvalidCall: INVALID_ARGUMENT, the name is empty, or a path would lead elsewhere.
     """
     if not name:
         raise InvalidCall("the model's name is empty")
+    for part in (name, version):
+        if part in (".", ".."):
+            raise InvalidCall(f"'{part}' is no name of a model or version")
     of_version = f"/versions/{quote(version, safe='')}" if version else ""
     return f"/v2/models/{quote(name, safe='')}{of_version}{suffix}"
 
