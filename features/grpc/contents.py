@@ -12,7 +12,7 @@ import numpy as np
 
 from features.grpc.messages import message_class
 from features.grpc.wireformat import count_varints, decode_varints, encode_varint, field_head
-from runtime.onnxfields import FieldReader, Unparsable
+from runtime.onnxfields import FIXED32, FIXED64, FieldReader, Unparsable
 from runtime.wire import DATATYPES, Buffer
 from runtime.wire import LENGTH as TEXT_LENGTH
 
@@ -34,8 +34,8 @@ FIELDS = {
 """The number of the field that has a datatype's elements."""
 INT32 = 2
 """Negative numbers of this field are written with 64 bits, and read with 32 (protobuf's int32)."""
-_FIXED = {6: 4, 7: 8}
-"""Bytes of elements that are no varints."""
+_FIXED_TAGS = {6: 6 << 3 | FIXED32, 7: 7 << 3 | FIXED64}
+"""The byte before a float that is not packed."""
 CHUNK_ELEMENTS = 8192
 """Elements of an answer that are Python's objects at a time."""
 
@@ -60,14 +60,20 @@ def to_raw(datatype: str, contents: Sequence[memoryview]) -> Buffer:
     number = FIELDS.get(datatype)
     if number is None:
         hint = "send raw_input_contents" if datatype in DATATYPES else "no such datatype"
-        raise InvalidContents(f"{datatype} has no typed contents: {hint}")
-    values = list(_values(number, datatype, contents))
+        raise InvalidContents(f"{datatype:.64} has no typed contents: {hint}")
+    values, raw = _values(number, datatype, contents), bytearray()
     if datatype == "BYTES":
-        return bytearray().join(part for value in values for part in (TEXT_LENGTH.pack(len(value)), value))
-    packed = memoryview(values[0] if len(values) == 1 else b"".join(values))
+        for value in values:
+            raw += TEXT_LENGTH.pack(len(value))
+            raw += value
+        return raw
+    first, rest = next(values, b""), bytearray()
+    for value in values:  # may be millions, each of a few bytes
+        rest += value
+    packed = memoryview(b"".join((first, rest)) if rest else first)
     if datatype in ("FP32", "FP64"):
         return packed
-    kind, raw = np.dtype(DATATYPES[datatype].numpy), bytearray()
+    kind = np.dtype(DATATYPES[datatype].numpy)
     for decoded in decode_varints(packed):
         numbers = decoded.astype(np.uint32).view(np.int32) if number == INT32 else decoded
         elements = numbers.astype(kind)
@@ -89,6 +95,7 @@ def raw_bytes(datatype: str, contents: Sequence[memoryview]) -> int:
 def _values(number: int, datatype: str, contents: Sequence[memoryview]) -> Iterator[bytes | memoryview]:
     """Yield the packed lists of a field, and its elements that are not packed, which parsers take, too."""
     for message in contents:
+        at = 0
         for field in FieldReader(message, len(message), "a tensor").read_all(0, len(message)):
             if field.number != number:
                 if field.number <= len(NAMES):
@@ -98,19 +105,23 @@ def _values(number: int, datatype: str, contents: Sequence[memoryview]) -> Itera
                     )
             elif field.start >= 0:
                 yield message[field.start : field.next]
-            elif number in _FIXED and field.value < 0:
-                yield message[field.next - _FIXED[number] : field.next]
+            elif message[at] == _FIXED_TAGS.get(number):
+                yield message[at + 1 : field.next]
             elif number < FIELDS["FP32"] and field.value >= 0:
                 yield encode_varint(field.value)
             else:
                 raise Unparsable(f"an element of {NAMES[number - 1]} of another type")
+            at = field.next
 
 
-def from_raw(datatype: str, raw: memoryview) -> bytes:
+def from_raw(datatype: str, raw: memoryview) -> Buffer:
     """Return the encoded InferTensorContents of a raw tensor."""
     number = FIELDS[datatype]
     if datatype == "BYTES":
-        return b"".join(_split_texts(raw))
+        encoded = bytearray()
+        for part in _split_texts(raw):
+            encoded += part
+        return encoded
     if datatype in ("FP32", "FP64", "BOOL"):  # a true or false is a varint of one byte
         return field_head(number, len(raw)) + raw
     elements, name = np.frombuffer(raw, DATATYPES[datatype].numpy), NAMES[number - 1]
