@@ -27,7 +27,7 @@ demo: install
 test: install
 	$(BIN)/pytest
 
-# All of ONNX's conformance cases over HTTP; `make test` runs a sample.
+# All of ONNX's conformance cases over HTTP and gRPC; `make test` runs a sample.
 conformance: install
 	CONFORMANCE=all $(BIN)/pytest -n 0 -s tests/conformance
 

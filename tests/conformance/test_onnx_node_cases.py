@@ -1,22 +1,26 @@
-"""ONNX's conformance cases over HTTP with binary tensors: all that bare ONNX Runtime passes.
+"""ONNX's conformance cases over HTTP and gRPC with binary tensors: all that bare ONNX Runtime passes.
 
 `make conformance` runs all of them; without CONFORMANCE=all a sample runs.
 """
 
 import asyncio
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import grpc
 import pytest
 from conformance.onnxcases import Asked, Case, cases, compare
 from support import models
 from support.clients import Value, binary_answer, binary_request
 from support.http import LIMIT_S
-from support.servers import bearer, serving
+from support.servers import Server, bearer, serving
+from support.tritonmessages import triton_message
 
 from runtime.repository import DEFAULTS_FILE
 from server.config import Config
@@ -69,43 +73,76 @@ async def answers(found: Sequence[Case], config: Config, *arguments: str) -> dic
     config.repository.mkdir()
     wrong: dict[str, str] = {}
     waiting = iter([case for case in found if case.asked])
+    logs = {"LOADLEDGER_LOG_LEVEL": "info"}  # one line has the port of gRPC
+    limits = ("--limit-management=off", "--limit-inference=off")
     async with (
-        serving(config, "--limit-management=off", "--limit-inference=off", *arguments) as server,
+        serving(config, "--grpc-port=0", *limits, *arguments, environment=logs) as server,
         aiohttp.ClientSession(server.url, headers=bearer(server, "admin")) as session,
+        grpc.aio.insecure_channel(grpc_address(server), [("grpc.max_receive_message_length", -1)]) as channel,
     ):
+        asker = Asker(session, channel, bearer(server, "infer")["Authorization"], config.repository)
         async with asyncio.TaskGroup() as group:
             for _ in range(AT_ONCE):
-                group.create_task(ask_in_turn(waiting, session, config.repository, wrong))
-        await post(session, "/v2/repository/index")
+                group.create_task(asker.ask_in_turn(waiting, wrong))
+        await asker.post("/v2/repository/index")
     return wrong
 
 
-async def ask_in_turn(
-    waiting: Iterator[Case], session: aiohttp.ClientSession, repository: Path, wrong: dict[str, str]
-) -> None:
-    for case in waiting:
-        models.save_bytes(case.model, repository, case.name)
-        (repository / case.name / DEFAULTS_FILE).write_text(NO_WARM_UP)
-        try:
-            await ask(case, session)
-        except AssertionError as error:
-            wrong[case.name] = str(error).strip()[:300]
+def grpc_address(server: Server) -> str:
+    """Return host and port of a server's gRPC, from its log."""
+    found = re.search(r"gRPC at (\S+), process \d+", server.output.read_text())
+    assert found, server.output.read_text()
+    return found[1]
 
 
-async def ask(case: Case, session: aiohttp.ClientSession) -> None:
-    await post(session, f"/v2/repository/models/{case.name}/load")
-    for asked in case.asked:
-        headers, body = binary_request(asked.inputs)
-        answer = await post(session, f"/v2/models/{case.name}/infer", headers=headers, data=body)
-        check(case, asked, binary_answer(*answer))
-    await post(session, f"/v2/repository/models/{case.name}/unload")
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """Asks a server for the answers to cases, over HTTP and over gRPC."""
 
+    session: aiohttp.ClientSession
+    channel: grpc.aio.Channel
+    authorization: str
+    repository: Path
 
-async def post(session: aiohttp.ClientSession, path: str, **options: Any) -> tuple[Mapping[str, str], bytes]:
-    async with asyncio.timeout(LIMIT_S), session.post(path, **options) as response:
-        body = await response.read()
-        assert response.status == 200, f"{path}: {response.status} {body[:300]!r}"
-        return response.headers, body
+    async def ask_in_turn(self, waiting: Iterator[Case], wrong: dict[str, str]) -> None:
+        for case in waiting:
+            models.save_bytes(case.model, self.repository, case.name)
+            (self.repository / case.name / DEFAULTS_FILE).write_text(NO_WARM_UP)
+            try:
+                await self.ask(case)
+            except (AssertionError, grpc.aio.AioRpcError) as error:
+                wrong[case.name] = str(error).strip()[:300]
+
+    async def ask(self, case: Case) -> None:
+        await self.post(f"/v2/repository/models/{case.name}/load")
+        for asked in case.asked:
+            headers, body = binary_request(asked.inputs)
+            answer = await self.post(f"/v2/models/{case.name}/infer", headers=headers, data=body)
+            check(case, asked, binary_answer(*answer))
+            check(case, asked, await self.infer(case.name, asked.inputs))
+        await self.post(f"/v2/repository/models/{case.name}/unload")
+
+    async def post(self, path: str, **options: Any) -> tuple[Mapping[str, str], bytes]:
+        async with asyncio.timeout(LIMIT_S), self.session.post(path, **options) as response:
+            body = await response.read()
+            assert response.status == 200, f"{path}: {response.status} {body[:300]!r}"
+            return response.headers, body
+
+    async def infer(self, name: str, inputs: Sequence[Value]) -> dict[str, Value]:
+        """Return the outputs of ModelInfer; each has a raw tensor."""
+        request = triton_message("ModelInferRequest")(model_name=name)
+        for value in inputs:
+            request.inputs.add(name=value.name, datatype=value.datatype, shape=value.shape)
+            request.raw_input_contents.append(value.data)
+        call = self.channel.unary_unary(
+            "/inference.GRPCInferenceService/ModelInfer",
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=triton_message("ModelInferResponse").FromString,
+        )
+        metadata = (("authorization", self.authorization),)
+        response = await call(request, timeout=LIMIT_S, metadata=metadata)
+        pairs = zip(response.outputs, response.raw_output_contents, strict=True)
+        return {each.name: Value(each.name, each.datatype, tuple(each.shape), raw) for each, raw in pairs}
 
 
 def check(case: Case, asked: Asked, outputs: Mapping[str, Value]) -> None:
@@ -120,7 +157,7 @@ def summary(found: Sequence[Case], wrong: Mapping[str, str]) -> str:
     unnamed = Counter(case.unnamed for case in found if case.unnamed)
     failed = Counter(case.failed.partition(":")[0] for case in found if case.failed)
     lines = [
-        f"{len(found)} cases: {asked} asked over HTTP, {asked - len(wrong)} of them answered as expected",
+        f"{len(found)} cases: {asked} asked over HTTP and gRPC, {asked - len(wrong)} answered as expected",
         f"left out, types without a name in the protocol: {total(unnamed)}",
         f"left out, bare ONNX Runtime does not pass: {total(failed)}",
         *(f"{name}: {what}" for name, what in wrong.items()),
