@@ -55,7 +55,7 @@ def to_raw(datatype: str, contents: Sequence[memoryview]) -> Buffer:
 
     Raises:
         InvalidContents: a field of another datatype has elements, or a number is out of range.
-        Unparsable: the encoding is malformed.
+        Unparsable, TooManyFields: the encoding is malformed.
     """
     number = FIELDS.get(datatype)
     if number is None:

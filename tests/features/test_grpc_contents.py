@@ -2,6 +2,7 @@
 
 import struct
 import tracemalloc
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +16,7 @@ from tritonclient.utils import serialize_byte_tensor
 from features.grpc.contents import CHUNK_ELEMENTS, FIELDS, NAMES, InvalidContents, from_raw, raw_bytes, to_raw
 from features.grpc.messages import message_class
 from features.grpc.wireformat import CHUNK_BYTES, count_varints, decode_varints, encode_varint, field_head
-from runtime.onnxfields import FIXED32, FIXED64, LENGTH, START_GROUP, VARINT, Unparsable
+from runtime.onnxfields import FIXED32, FIXED64, LENGTH, START_GROUP, VARINT, TooManyFields, Unparsable
 from runtime.wire import DATATYPES
 
 Contents = message_class("inference.InferTensorContents")
@@ -219,10 +220,8 @@ def test_element_of_another_wire_type_is_refused(datatype: str, before: bytes) -
 @PLAIN
 @given(datatype=st.sampled_from(sorted(DATATYPES)), encoded=st.binary(max_size=60))
 def test_random_contents_are_converted_or_refused(datatype: str, encoded: bytes) -> None:
-    try:
+    with suppress(InvalidContents, Unparsable, TooManyFields):
         convert(datatype, encoded)
-    except (InvalidContents, Unparsable) as error:
-        assert str(error)  # noqa: PT017 - any of them will do
 
 
 @pytest.mark.parametrize(
