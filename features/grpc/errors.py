@@ -22,6 +22,8 @@ STATUSES = {
     503: "UNAVAILABLE",
 }
 """The gRPC status of each HTTP status in `server.errors.ERRORS`."""
+MAX_TEXT_BYTES = 6 * 2**10
+"""Of an error's text: clients refuse trailing metadata of 8 KiB, where other bytes than ASCII take three."""
 
 
 Metadata = tuple[tuple[str, str], ...]
@@ -31,7 +33,7 @@ class CallRefused(Exception):
     """A call ends with this status, by its name in gRPC, text, code, and further trailing metadata."""
 
     def __init__(self, status: str, text: str, code: str, metadata: Metadata = ()) -> None:
-        super().__init__(text)
+        super().__init__(_clip(text))
         self.status, self.code = status, code
         self.metadata: Metadata = ((CODE, code), *metadata)
 
@@ -44,6 +46,12 @@ def too_many() -> CallRefused:
     """Return the refusal of a message for which there is no memory."""
     text = "too many large messages are in memory at once; try again"
     return CallRefused("RESOURCE_EXHAUSTED", text, "bodies_full")
+
+
+def _clip(text: str) -> str:
+    encoded = text.encode(errors="replace")
+    most = MAX_TEXT_BYTES if text.isascii() else MAX_TEXT_BYTES // 3
+    return text if len(encoded) <= most else encoded[:most].decode(errors="ignore") + "…"
 
 
 class InvalidCall(CallRefused):

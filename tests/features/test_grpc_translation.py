@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 import pytest
@@ -158,6 +159,15 @@ def test_retry_after_becomes_pushback(retry_after: str, pushback: list[tuple[str
     refused = refusal_of(429, b'{"error": "e", "code": "rate_limited"}', {"Retry-After": retry_after})
     assert refused.status == "RESOURCE_EXHAUSTED"
     assert [*refused.metadata] == [(CODE, "rate_limited"), *pushback]
+
+
+@pytest.mark.parametrize(
+    ("text", "most"), [("a" * 4096, 4096), ("a" * 9000, 6145), ("é" * 1000, 1000), ("模" * 4096, 683)]
+)
+def test_text_of_an_error_fits_into_metadata(text: str, most: int) -> None:
+    refused = refusal_of(400, json.dumps({"error": text, "code": "invalid_model"}).encode(), {})
+    assert len(str(refused)) == most
+    assert len(quote(str(refused))) < 8000
 
 
 # Addresses and memory
