@@ -147,7 +147,7 @@ def test_each_status_of_http_has_one_of_grpc() -> None:
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"\xff", b"{}", b'{"error": 1, "code": "x"}'])
 def test_answer_that_is_no_problem_is_internal(body: bytes) -> None:
-    refused = refusal_of(502, body, {})
+    refused = refusal_of(502, body, "", ())
     assert (refused.status, str(refused), refused.code) == ("INTERNAL", "the server answered 502", "internal")
 
 
@@ -156,16 +156,16 @@ def test_answer_that_is_no_problem_is_internal(body: bytes) -> None:
     [("3", [(PUSHBACK, "3000")]), ("Mon, 30 Nov 2026 09:24:55 GMT", []), ("", [])],
 )
 def test_retry_after_becomes_pushback(retry_after: str, pushback: list[tuple[str, str]]) -> None:
-    refused = refusal_of(429, b'{"error": "e", "code": "rate_limited"}', {"Retry-After": retry_after})
+    refused = refusal_of(429, b'{"error": "e", "code": "rate_limited"}', retry_after, (("x", "y"),))
     assert refused.status == "RESOURCE_EXHAUSTED"
-    assert [*refused.metadata] == [(CODE, "rate_limited"), *pushback]
+    assert [*refused.metadata] == [(CODE, "rate_limited"), *pushback, ("x", "y")]
 
 
 @pytest.mark.parametrize(
     ("text", "most"), [("a" * 4096, 4096), ("a" * 9000, 6145), ("é" * 1000, 1000), ("模" * 4096, 683)]
 )
 def test_text_of_an_error_fits_into_metadata(text: str, most: int) -> None:
-    refused = refusal_of(400, json.dumps({"error": text, "code": "invalid_model"}).encode(), {})
+    refused = refusal_of(400, json.dumps({"error": text, "code": "invalid_model"}).encode(), "", ())
     assert len(str(refused)) == most
     assert len(quote(str(refused))) < 8000
 
@@ -180,7 +180,7 @@ def test_address_of_a_peer_has_no_port() -> None:
 
 
 def test_calls_of_one_address_have_half_of_the_memory() -> None:
-    room = MessageRoom(100)
+    room = MessageRoom(100, 30)
     first, second, other = CallMemory(room, "a"), CallMemory(room, "a"), CallMemory(room, "b")
     first.take(40)
     second.take(10)
