@@ -5,7 +5,6 @@
 
 import asyncio
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from conformance.onnxcases import Asked, Case, cases, compare
 from support import models
 from support.clients import Value, binary_answer, binary_request
 from support.http import LIMIT_S
-from support.servers import Server, bearer, serving
-from support.tritonmessages import triton_message
+from support.servers import INFORMED, bearer, grpc_address, serving
+from support.tritongrpc import triton_message
 
 from runtime.repository import DEFAULTS_FILE
 from server.config import Config
@@ -73,10 +72,9 @@ async def answers(found: Sequence[Case], config: Config, *arguments: str) -> dic
     config.repository.mkdir()
     wrong: dict[str, str] = {}
     waiting = iter([case for case in found if case.asked])
-    logs = {"LOADLEDGER_LOG_LEVEL": "info"}  # one line has the port of gRPC
     limits = ("--limit-management=off", "--limit-inference=off")
     async with (
-        serving(config, "--grpc-port=0", *limits, *arguments, environment=logs) as server,
+        serving(config, "--grpc-port=0", *limits, *arguments, environment=INFORMED) as server,
         aiohttp.ClientSession(server.url, headers=bearer(server, "admin")) as session,
         grpc.aio.insecure_channel(grpc_address(server), [("grpc.max_receive_message_length", -1)]) as channel,
     ):
@@ -86,13 +84,6 @@ async def answers(found: Sequence[Case], config: Config, *arguments: str) -> dic
                 group.create_task(asker.ask_in_turn(waiting, wrong))
         await asker.post("/v2/repository/index")
     return wrong
-
-
-def grpc_address(server: Server) -> str:
-    """Return host and port of a server's gRPC, from its log."""
-    found = re.search(r"gRPC at (\S+), process \d+", server.output.read_text())
-    assert found, server.output.read_text()
-    return found[1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.history import PLAIN
-from support.tritonmessages import triton_message
+from support.tritongrpc import triton_message
 
 from features.grpc.errors import CallRefused, InvalidCall
 from features.grpc.inference import MAX_FIELDS, MAX_HEAD_BYTES, InferenceCall, read_call, write_answer

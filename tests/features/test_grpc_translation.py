@@ -10,7 +10,7 @@ import grpc
 import pytest
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2
-from support.tritonmessages import triton_pool
+from support.tritongrpc import triton_pool
 
 from features.grpc.calls import address_of
 from features.grpc.errors import CODE, PUSHBACK, STATUSES, CallRefused, refusal_of
@@ -229,7 +229,7 @@ def facts(found: DescriptorPool, file: str) -> Iterator[tuple[str, object]]:
 @pytest.mark.parametrize("file", ["open_inference.proto", "health.proto"])
 def test_messages_are_those_of_the_protocol(file: str) -> None:
     """Those of Triton's client, which has more, and of gRPC's health checks."""
-    health, triton = health_pb2.DESCRIPTOR, triton_pool()
+    health, triton = health_pb2.DESCRIPTOR, triton_pool
     theirs = {
         **dict(facts(health.pool, health.name)),
         **dict(facts(triton, "grpc_service.proto")),

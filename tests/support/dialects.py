@@ -1,22 +1,18 @@
 """The clients of the contract, each behind one interface: Triton's and KServe's, unchanged, and ours.
 
-The asynchronous ones run to their answer in a loop of their own. Tests import Triton's client of gRPC from
-here: its messages have the names of KServe's, so they get a pool of descriptors of their own.
+The asynchronous ones run to their answer in a loop of their own.
 """
 
 import asyncio
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
-from unittest.mock import patch
 
 import grpc
 import numpy as np
 import pytest
 import tritonclient.http as triton
-from google.protobuf import descriptor_pool
 from ml_dtypes import bfloat16
 from onnx import TensorProto
 from tritonclient.http import aio
@@ -25,10 +21,7 @@ from tritonclient.utils import InferenceServerException
 from loadledger import ServerError
 from support.clients import Blocked, connected
 from support.servers import Server, address, bearer, grpc_address
-
-with patch.object(descriptor_pool, "Default", return_value=descriptor_pool.DescriptorPool()):
-    triton_grpc: Any = import_module("tritonclient.grpc")
-    triton_grpc_aio: Any = import_module("tritonclient.grpc.aio")
+from support.tritongrpc import triton_grpc, triton_grpc_aio
 
 INTEGERS = ("UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64")
 FLOATS: dict[str, Any] = {"FP16": np.float16, "BF16": bfloat16, "FP32": np.float32, "FP64": np.float64}

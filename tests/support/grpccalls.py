@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features.grpc.messages import HEALTH, SERVICE, message_class
-from support.servers import LIMIT_S, Server
+from support.servers import LIMIT_S, Server, find_gateways
 from support.workers import until
 
 GRPC = ("--grpc-port=0", "--log-level=info")
@@ -34,9 +33,7 @@ async def find_gateway(server: Server, besides: Sequence[int] = ()) -> GatewayPr
     """Wait until the server has a gateway, of none of these process ids, and return it."""
 
     def started() -> list[GatewayProcess]:
-        text = server.output.read_text(encoding="utf-8", errors="replace")
-        lines = re.findall(r"gRPC at (\S+), process (\d+)", text)
-        return [GatewayProcess(address, int(pid)) for address, pid in lines if int(pid) not in besides]
+        return [GatewayProcess(*found) for found in find_gateways(server) if found[1] not in besides]
 
     await until(lambda: bool(started()))
     return started()[-1]

@@ -279,10 +279,15 @@ def address(server: Server) -> str:
     return server.url.removeprefix("http://")
 
 
+def find_gateways(server: Server) -> list[tuple[str, int]]:
+    """Return address and process id of each process for gRPC that a server has started."""
+    found = re.findall(r"gRPC at (\S+:\d+), process (\d+)", _text(server.output))
+    return [(address, int(pid)) for address, pid in found]
+
+
 def grpc_address(server: Server) -> str:
     """Return host and port of gRPC, for a server with `--grpc-port=0` that is `INFORMED`."""
-    *_, found = re.findall(r"gRPC at (\S+:\d+), process \d+", _text(server.output))
-    return str(found)
+    return find_gateways(server)[-1][0]
 
 
 ROOT = Path(__file__).parents[2]
