@@ -24,7 +24,7 @@ COPY --from=wheel /wheel /wheel
 # What is compiled here need not be compiled at each start, where nothing can be written.
 RUN python -m venv --without-pip /opt/loadledger \
     && pip --python /opt/loadledger/bin/python install --no-cache-dir --compile \
-    "$(echo /wheel/loadledger-*.whl)[postgres]"
+    "$(echo /wheel/loadledger-*.whl)[grpc,postgres]"
 
 FROM ${PYTHON}
 LABEL org.opencontainers.image.title="loadledger" \

@@ -21,8 +21,14 @@ from server.http.connection import ConnectionLimits, bound_socket, listening_on
 
 _log = logging.getLogger(__name__)
 
-ENVIRONMENT = {"GRPC_VERBOSITY": "NONE", "OPENBLAS_NUM_THREADS": "1"}
-"""Of the process: gRPC prints nothing of its own, and numpy starts no threads."""
+ENVIRONMENT = {
+    "GRPC_VERBOSITY": "NONE",  # else it prints lines of its own
+    "OPENBLAS_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(4 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(16 * 2**20),
+    "MALLOC_TOP_PAD_": str(2**20),
+}
+"""Of the process. With malloc's own limits, page faults make a call of 600 KB a fifth longer (measured)."""
 START_S = 30.0
 """Time for the process to start, usually 0.5 s."""
 END_S = 5.0

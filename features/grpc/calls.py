@@ -197,7 +197,9 @@ class Calls(grpc.GenericRpcHandler):
             body = b"".join(tensors) if size <= JOINED_BYTES else _take_out(tensors)
             headers = {**headers, "Content-Length": str(size)}
         try:
-            async with self._session.request(method, request.path, data=body, headers=headers) as response:
+            async with self._session.request(
+                method, request.path, data=body, headers=headers, allow_redirects=False
+            ) as response:
                 memory.give_back()
                 if (length := response.content_length or 0) >= COUNTED_FROM_BYTES:
                     memory.take(length)

@@ -36,6 +36,8 @@ INT32 = 2
 """Negative numbers of this field are written with 64 bits, and read with 32 (protobuf's int32)."""
 _FIXED_TAGS = {6: 6 << 3 | FIXED32, 7: 7 << 3 | FIXED64}
 """The byte before a float that is not packed."""
+MAX_ELEMENTS = 1_000_000
+"""Texts, or elements that are not packed: so many take a thread, and half of the gateway's time, 2 s."""
 CHUNK_ELEMENTS = 8192
 """Elements of an answer that are Python's objects at a time."""
 
@@ -55,7 +57,7 @@ def to_raw(datatype: str, contents: Sequence[memoryview]) -> Buffer:
 
     Raises:
         InvalidContents: a field of another datatype has elements, or a number is out of range.
-        Unparsable, TooManyFields: the encoding is malformed.
+        Unparsable, TooManyFields: the encoding is malformed, or has too many elements.
     """
     number = FIELDS.get(datatype)
     if number is None:
@@ -78,7 +80,9 @@ def to_raw(datatype: str, contents: Sequence[memoryview]) -> Buffer:
         numbers = decoded.astype(np.uint32).view(np.int32) if number == INT32 else decoded
         elements = numbers.astype(kind)
         if kind.kind != "b" and number != FIELDS["INT64"] and not np.array_equal(elements, numbers):
-            raise InvalidContents(f"a number in {NAMES[number - 1]} is out of the range of {datatype}")
+            raise InvalidContents(
+                f"a number in {NAMES[number - 1]} is out of the range of {datatype}: send another"
+            )
         raw += elements.tobytes()
     return raw
 
@@ -96,7 +100,7 @@ def _values(number: int, datatype: str, contents: Sequence[memoryview]) -> Itera
     """Yield the packed lists of a field, and its elements that are not packed, which parsers take, too."""
     for message in contents:
         at = 0
-        for field in FieldReader(message, len(message), "a tensor").read_all(0, len(message)):
+        for field in FieldReader(message, MAX_ELEMENTS, "a tensor").read_all(0, len(message)):
             if field.number != number:
                 if field.number <= len(NAMES):
                     raise InvalidContents(

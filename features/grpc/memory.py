@@ -46,8 +46,9 @@ WAIT_S = 5.0
 """How long a call waits for room for its message."""
 CHECK_S = 0.05
 """Time between two measurements: at 10 Gbit/s 60 MB arrive, for which `COPIES` of the largest leave room."""
-MAX_SLOW = 1024
-"""Messages that arrive slowly; beyond them the oldest is refused. Each takes some 20 KB before it arrives."""
+MAX_WAITING = 1024
+"""Calls that wait for room, and as many whose messages arrive slowly; beyond them the oldest is refused. Each
+takes some 20 KB, and the beginning of its message."""
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _malloc_trim: Callable[[int], int] = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)
@@ -107,11 +108,16 @@ class MessageRoom:
         while self._used_bytes() + (len(self._fresh) + 1) * self._largest_bytes > limit_bytes:
             turn = asyncio.get_running_loop().create_future()
             self._waiting.append(turn)
+            if len(self._waiting) > MAX_WAITING:
+                self._waiting.pop(0).set_exception(too_many())
             try:
                 async with asyncio.timeout(WAIT_S):
                     await turn
             except TimeoutError:
                 raise too_many() from None
+            except asyncio.CancelledError:
+                self._wake()  # another one, if this one was woken
+                raise
             finally:
                 if turn in self._waiting:
                     self._waiting.remove(turn)
@@ -122,7 +128,7 @@ class MessageRoom:
         """Measure a call's message from now on; it may be refused until it `has_arrived`."""
         self._fresh.discard(call)
         self._slow[call] = refuse
-        if len(self._slow) > MAX_SLOW:
+        if len(self._slow) > MAX_WAITING:
             self._slow.pop(next(iter(self._slow)))()
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(CHECK_S, self._check)
@@ -138,10 +144,11 @@ class MessageRoom:
         return max(self.taken_bytes, measured)
 
     def _wake(self) -> None:
-        if self._waiting:
+        while self._waiting:
             turn = self._waiting.pop()
             if not turn.done():
                 turn.set_result(None)
+                break
 
     def _check(self) -> None:
         """Refuse some slow messages if memory is full, also without what malloc keeps."""
