@@ -65,7 +65,7 @@ class Calls(grpc.GenericRpcHandler):
         return grpc.stream_unary_rpc_method_handler(handle)
 
     async def _handle(self, path: str, context: Context) -> bytes:
-        memory = CallMemory(self._room, address_of(context.peer()))
+        memory = CallMemory(self._room, address_of(context.peer()), context.peer())
         context.add_done_callback(lambda _: self._end(memory))  # type: ignore[arg-type] # a class in the stubs
         try:
             answer, metadata = await self._answer(path, context, memory)

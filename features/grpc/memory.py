@@ -54,6 +54,42 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _malloc_trim: Callable[[int], int] = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)
 
 
+class _Queue:
+    """Calls that wait for room: connections take turns, and each has its newest call go first."""
+
+    def __init__(self) -> None:
+        self._turns = dict[str, list[asyncio.Future[None]]]()
+        self._count = 0
+
+    def add(self, connection: str) -> asyncio.Future[None]:
+        """Add a call; if there are too many, refuse the oldest of the connection with most."""
+        turn = asyncio.get_running_loop().create_future()
+        self._turns.setdefault(connection, []).append(turn)
+        self._count += 1
+        if self._count > MAX_WAITING:
+            longest = max(self._turns, key=lambda each: len(self._turns[each]))
+            refused = self._take(longest, 0)
+            if not refused.done():
+                refused.set_exception(too_many())
+        return turn
+
+    def wake(self) -> None:
+        """Let one call go on that still waits."""
+        while self._turns:
+            turn = self._take(next(iter(self._turns)), -1)
+            if not turn.done():
+                turn.set_result(None)
+                return
+
+    def _take(self, connection: str, index: int) -> asyncio.Future[None]:
+        turns = self._turns.pop(connection)
+        turn = turns.pop(index)
+        self._count -= 1
+        if turns:
+            self._turns[connection] = turns  # behind the others
+        return turn
+
+
 class MessageRoom:
     """The memory for the messages of all calls; the calls from one address have half of it.
 
@@ -72,7 +108,7 @@ class MessageRoom:
         self._by_address = Counter[str]()
         self._fresh = set[CallMemory]()
         self._slow = dict[CallMemory, Callable[[], None]]()
-        self._waiting = list[asyncio.Future[None]]()
+        self._waiting = _Queue()
         self._timer: asyncio.TimerHandle | None = None
         self.taken_bytes = 0
 
@@ -94,35 +130,27 @@ class MessageRoom:
         self._by_address[address] -= count
         if not self._by_address[address]:
             del self._by_address[address]
-        self._wake()
+        self._waiting.wake()
 
     async def admit(self, call: CallMemory, *, is_probe: bool = False) -> None:
-        """Wait until a call may read its message; of those that wait, the newest goes first.
-
-        So calls that only fill the queue hold up few others. Probes have some memory more.
+        """Wait until a call may read its message; connections take turns. Probes have some memory more.
 
         Raises:
             CallRefused: RESOURCE_EXHAUSTED.
         """
         limit_bytes = self._limit_bytes + (self._largest_bytes if is_probe else 0)
         while self._used_bytes() + (len(self._fresh) + 1) * self._largest_bytes > limit_bytes:
-            turn = asyncio.get_running_loop().create_future()
-            self._waiting.append(turn)
-            if len(self._waiting) > MAX_WAITING:
-                self._waiting.pop(0).set_exception(too_many())
+            turn = self._waiting.add(call.connection)
             try:
                 async with asyncio.timeout(WAIT_S):
                     await turn
             except TimeoutError:
                 raise too_many() from None
             except asyncio.CancelledError:
-                self._wake()  # another one, if this one was woken
+                self._waiting.wake()  # another one, if this one was woken
                 raise
-            finally:
-                if turn in self._waiting:
-                    self._waiting.remove(turn)
         self._fresh.add(call)
-        self._wake()
+        self._waiting.wake()
 
     def slow_down(self, call: CallMemory, refuse: Callable[[], None]) -> None:
         """Measure a call's message from now on; it may be refused until it `has_arrived`."""
@@ -132,23 +160,16 @@ class MessageRoom:
             self._slow.pop(next(iter(self._slow)))()
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(CHECK_S, self._check)
-        self._wake()
+        self._waiting.wake()
 
     def has_arrived(self, call: CallMemory) -> None:
         self._fresh.discard(call)
         self._slow.pop(call, None)
-        self._wake()
+        self._waiting.wake()
 
     def _used_bytes(self) -> int:
         measured = measure_memory() - self._other_bytes if self._slow else 0
         return max(self.taken_bytes, measured)
-
-    def _wake(self) -> None:
-        while self._waiting:
-            turn = self._waiting.pop()
-            if not turn.done():
-                turn.set_result(None)
-                break
 
     def _check(self) -> None:
         """Refuse some slow messages if memory is full, also without what malloc keeps."""
@@ -157,7 +178,7 @@ class MessageRoom:
             _malloc_trim(0)
             if self._used_bytes() > self._limit_bytes:
                 self._refuse_some()
-        self._wake()
+        self._waiting.wake()
         if self._slow:
             self._timer = asyncio.get_running_loop().call_later(CHECK_S, self._check)
 
@@ -174,12 +195,13 @@ class CallMemory:
 
     Attributes:
         address: of its client.
+        connection: its name.
         has_begun: whether its message has arrived.
     """
 
-    def __init__(self, room: MessageRoom, address: str) -> None:
+    def __init__(self, room: MessageRoom, address: str, connection: str = "") -> None:
         self._room = room
-        self.address = address
+        self.address, self.connection = address, connection
         self.has_begun = False
         self._count = 0
 
