@@ -12,6 +12,7 @@ import pytest
 import pytest_asyncio
 import tritonclient.http as triton
 from support import models
+from support.grpccalls import GRPC, find_gateway, grpc_client
 from support.http import when
 from support.models import save
 from support.nodes import share_keys
@@ -51,11 +52,11 @@ async def nodes(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Nodes
     postgres = await join_shared_server()
     async with (
         postgres.database(make_ledger) as ledger,
-        node(ledger.server_url, tmp_path, "a", "--lease-s=3") as owner,
+        node(ledger.server_url, tmp_path, "a", "--lease-s=3", *GRPC) as owner,
     ):
         save(models.add(1), tmp_path / "repository", "m")
         await owner.api.load("m")
-        async with node(ledger.server_url, tmp_path, "b", "--lease-s=3") as other:
+        async with node(ledger.server_url, tmp_path, "b", "--lease-s=3", *GRPC) as other:
             yield owner, other
 
 
@@ -97,8 +98,15 @@ async def ask_with_async_client(server: Server, values: Any) -> Any:
         return [(await client.infer("m", {"x": values}))["y"] for _ in range(2)][-1]
 
 
+async def ask_with_grpc(server: Server, values: Any) -> Any:
+    gateway = await find_gateway(server)
+    async with grpc_client(gateway.address, server.api.token("infer")) as client:
+        assert (await client.ask("ModelConfig", name="m")).config.name == "m"
+        return await client.infer("m", values)
+
+
 async def test_all_clients_get_the_same_at_both_nodes(nodes: Nodes) -> None:
-    for ask in (ask_with_triton, ask_with_aio, ask_with_client, ask_with_async_client):
+    for ask in (ask_with_triton, ask_with_aio, ask_with_client, ask_with_async_client, ask_with_grpc):
         for count in (1, 16, 150_000):
             values = np.arange(count, dtype=np.float32)
             for server in nodes:
