@@ -55,8 +55,8 @@ class GrpcClient:
         metadata = (("authorization", f"Bearer {self.token}"),) if self.token else ()
         return method(request, timeout=timeout_s, metadata=metadata)
 
-    async def ask(self, name: str, **fields: Any) -> Any:
-        return await self.call(name, message_class(f"inference.{name}Request")(**fields))
+    async def ask(self, method: str, /, **fields: Any) -> Any:
+        return await self.call(method, message_class(f"inference.{method}Request")(**fields))
 
     async def infer(self, model_id: str, array: NDArray[Any], **fields: Any) -> NDArray[np.float32]:
         """Return the only output, FP32, of a model with one input of 32-bit floats."""
