@@ -39,9 +39,10 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 30.0
 
 async def _log_lines(stderr: asyncio.StreamReader) -> None:
     """Log what the process prints, such as why it failed, until its end."""
-    with suppress(ValueError):  # a line longer than any
-        async for line in stderr:
-            _log.error("gRPC: %s", line.decode(errors="replace").rstrip())
+    while not stderr.at_eof():
+        with suppress(ValueError):  # a line longer than any
+            if line := await stderr.readline():
+                _log.error("gRPC: %s", line.decode(errors="replace").rstrip())
 
 
 class Gateway:
@@ -86,6 +87,10 @@ class Gateway:
 
     async def close(self) -> None:
         """Wait for the process's end; kill it if it does not end."""
+        await self._opened.aclose()
+        await self._end()
+
+    async def _end(self) -> None:
         if self._process is None:
             return
         try:
@@ -130,7 +135,7 @@ class Gateway:
             announced = Announcement(error=f"the process has not started within {START_S:g} s")
         if announced.port is None:
             process.stdin.close()
-            await self.close()
+            await self._end()
             raise ConfigError(f"--grpc-port: {announced.error or 'the process ended at its start'}")
         self._port = announced.port
         _log.info("gRPC at %s:%d, process %d", host, announced.port, process.pid)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from typing import Any
 from urllib.parse import unquote
 
 import aiohttp
 import grpc
+from multidict import CIMultiDict
 
 from features.grpc.errors import CallRefused, InvalidCall, Metadata, too_many
 from features.grpc.gatewaywire import MAX_CALLS, RESERVE
@@ -21,11 +22,11 @@ from features.grpc.translation import CHECK, INFER, METHODS, HttpAnswer, HttpReq
 from runtime.wire import Buffer
 
 RECEIVE_S = 60.0
-"""Time for a message to arrive, and for its client to read the answer."""
+"""Time for a message to arrive."""
 COUNTED_FROM_BYTES = 16 * 2**10
 """Least message or answer that is counted: less, in each of MAX_CALLS, is 16 MB."""
 JOINED_BYTES = 2**16
-"""Tensors that are copied behind the JSON, which is faster than to send them in parts."""
+"""Tensors that are copied behind the JSON; longer ones are sent as they are."""
 
 FORWARDED_FOR = "x-forwarded-for"
 _SENT = frozenset({"authorization", "traceparent", "tracestate", "x-request-id"})
@@ -87,7 +88,7 @@ class Calls(grpc.GenericRpcHandler):
 
     async def _answer(self, path: str, context: Context, memory: CallMemory) -> tuple[bytes, Metadata]:
         """Return the answer's message, and its trailing metadata."""
-        headers = dict(_headers_of(context))
+        headers = CIMultiDict(_headers_of(context))
         if path == INFER:
             return await self._infer(context, headers, memory)
         if path == CHECK:
@@ -101,7 +102,7 @@ class Calls(grpc.GenericRpcHandler):
         return method.answer(answered).SerializeToString(), answered.metadata
 
     async def _infer(
-        self, context: Context, headers: dict[str, str], memory: CallMemory
+        self, context: Context, headers: CIMultiDict[str], memory: CallMemory
     ) -> tuple[bytes, Metadata]:
         call = await read_call(await self._receive(context, memory), memory.take)
         headers[HEADER_LENGTH] = str(len(call.head))
@@ -113,7 +114,7 @@ class Calls(grpc.GenericRpcHandler):
         return await write_answer(answered.body, header_bytes, typed=call.typed), answered.metadata
 
     async def _check_health(
-        self, context: Context, headers: dict[str, str], memory: CallMemory
+        self, context: Context, headers: CIMultiDict[str], memory: CallMemory
     ) -> tuple[bytes, Metadata]:
         """Answer whether the server is ready; without one, or while it stops, it is not."""
         method = METHODS[CHECK]
@@ -178,7 +179,7 @@ class Calls(grpc.GenericRpcHandler):
     async def _send(
         self,
         request: HttpRequest,
-        headers: Mapping[str, str],
+        headers: CIMultiDict[str],
         memory: CallMemory,
         tensors: list[Buffer] | None = None,
     ) -> HttpAnswer:
@@ -195,7 +196,7 @@ class Calls(grpc.GenericRpcHandler):
             tensors.insert(0, request.body or b"")
             size = sum(map(len, tensors))
             body = b"".join(tensors) if size <= JOINED_BYTES else _take_out(tensors)
-            headers = {**headers, "Content-Length": str(size)}
+            headers["Content-Length"] = str(size)
         try:
             async with self._session.request(
                 method, request.path, data=body, headers=headers, allow_redirects=False

@@ -151,6 +151,14 @@ async def test_failures_count_against_the_client_whatever_it_claims(config: Conf
         assert seen == ["invalid_token"] * 3 + ["too_many_failures"] * 2
 
 
+async def test_two_tokens_of_a_call_are_refused_as_over_http(config: Config) -> None:
+    async with grpc_server(config) as (_, client):
+        method: Any = client.channel.unary_unary("/inference.GRPCInferenceService/ServerMetadata")
+        metadata = [("authorization", f"Bearer {client.token}")] * 2
+        status, trailing = await refusal(method(b"", metadata=metadata))
+        assert (status, trailing["loadledger-code"]) == ("INVALID_ARGUMENT", "invalid_request")
+
+
 async def test_socket_of_the_gateway_answers_no_other_process(config: Config) -> None:
     async with grpc_server(config):
         path = config.data / SOCKET
