@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from marshmallow import ValidationError, validate
 
 from features.devices.names import ALL_DEVICES, ANY, CPU, DEVICE, DEVICE_RULE, MAX_DEVICES
-from features.grpc.memory import gateway_bytes
+from features.grpc.gatewaywire import gateway_bytes
 from features.rules import LoadPolicy
 from runtime.memory import MemoryLimit
 from runtime.memoryplan import MemoryPlan, plan_memory

@@ -13,8 +13,7 @@ from dataclasses import replace
 import msgspec
 from aiohttp import web
 
-from features.grpc.gatewaywire import MAX_CALLS, RESERVE, SOCKET, Announcement, Order
-from features.grpc.memory import messages_bytes
+from features.grpc.gatewaywire import MAX_CALLS, RESERVE, SOCKET, Announcement, Order, messages_bytes
 from server.appkeys import LIMIT
 from server.config import Config, ConfigError
 from server.http.connection import ConnectionLimits, bound_socket, listening_on
@@ -70,7 +69,10 @@ class Gateway:
             open=set(),
             is_admitted=self._is_own,
         )
-        bound = self._opened.enter_context(bound_socket(self._config.data, SOCKET))
+        try:
+            bound = self._opened.enter_context(bound_socket(self._config.data, SOCKET))
+        except OSError as error:
+            raise ConfigError(f"--grpc-port: {self._config.data / SOCKET}: {error.strerror}") from None
         await self._opened.enter_async_context(listening_on(server, bound, limits))
         self._memory_bytes = messages_bytes(app[LIMIT].bytes, self._config.max_request_bytes)
         await self._start()
@@ -133,6 +135,8 @@ class Gateway:
             announced = msgspec.json.decode(line or b"{}", type=Announcement)
         except TimeoutError:
             announced = Announcement(error=f"the process has not started within {START_S:g} s")
+        except (msgspec.DecodeError, ValueError):
+            announced = Announcement(error="the process printed something else than its port")
         if announced.port is None:
             process.stdin.close()
             await self._end()

@@ -111,7 +111,9 @@ class Calls(grpc.GenericRpcHandler):
         answered.check()
         length = answered.headers.get(HEADER_LENGTH)
         header_bytes = None if length is None else int(length)
-        return await write_answer(answered.body, header_bytes, typed=call.typed), answered.metadata
+        return await write_answer(
+            answered.body, header_bytes, memory.take if call.typed else None
+        ), answered.metadata
 
     async def _check_health(
         self, context: Context, headers: CIMultiDict[str], memory: CallMemory
@@ -134,8 +136,9 @@ class Calls(grpc.GenericRpcHandler):
 
         def refuse() -> None:
             nonlocal is_refused
-            is_refused = True
-            limit.reschedule(loop.time())
+            if not limit.expired():
+                is_refused = True
+                limit.reschedule(loop.time())
 
         await self._room.admit(memory, is_probe=is_probe)
         timer = loop.call_later(FRESH_S, self._room.slow_down, memory, refuse)

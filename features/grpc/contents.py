@@ -12,7 +12,7 @@ import numpy as np
 
 from features.grpc.messages import message_class
 from features.grpc.wireformat import count_varints, decode_varints, encode_varint, field_head
-from runtime.onnxfields import FIXED32, FIXED64, FieldReader, Unparsable
+from runtime.onnxfields import FIXED32, FIXED64, MAX_VARINT_BYTES, FieldReader, Unparsable
 from runtime.wire import DATATYPES, Buffer
 from runtime.wire import LENGTH as TEXT_LENGTH
 
@@ -94,6 +94,14 @@ def raw_bytes(datatype: str, contents: Sequence[memoryview]) -> int:
     if datatype in ("FP32", "FP64") or kind is None:
         return sizes
     return sum(map(count_varints, contents)) * kind.size if kind.size else 2 * sizes
+
+
+def typed_bytes(datatype: str, count: int) -> int:
+    """Return the most bytes that the typed form of a raw tensor of so many bytes takes beside it."""
+    kind = DATATYPES[datatype]
+    if datatype in ("FP32", "FP64", "BOOL") or not kind.size:
+        return 2 * count
+    return count // kind.size * MAX_VARINT_BYTES  # a negative number has all of them
 
 
 def _values(number: int, datatype: str, contents: Sequence[memoryview]) -> Iterator[bytes | memoryview]:

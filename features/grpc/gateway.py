@@ -2,7 +2,7 @@
 
 It answers with one line (`Announcement`), and ends when its standard input does: then it has no server any
 more, or that stops. First it answers health checks with NOT_SERVING and refuses new calls, until the running
-ones have ended.
+ones have ended or the server has.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import aiohttp
@@ -20,8 +21,8 @@ import msgspec
 import uvloop
 
 from features.grpc.calls import Calls
-from features.grpc.gatewaywire import SOCKET, Announcement, Order
-from features.grpc.memory import COPIES, MessageRoom
+from features.grpc.gatewaywire import COPIES, SOCKET, Announcement, Order
+from features.grpc.memory import MessageRoom
 
 KEEPALIVE_S = 10
 """Pings of clients that are accepted, and how long the gateway's own may be unanswered."""
@@ -53,6 +54,7 @@ def main() -> None:
 
 
 async def _serve(order: Order) -> None:
+    parent = os.getppid()  # without its server it waits for no call: another one may need the port
     folder = os.open(order.data, os.O_RDONLY | os.O_DIRECTORY)  # a socket's own path is limited to 108 bytes
     connector = aiohttp.UnixConnector(f"/proc/self/fd/{folder}/{SOCKET}", limit=0)
     timeout = aiohttp.ClientTimeout()  # the server limits all times itself
@@ -78,7 +80,9 @@ async def _serve(order: Order) -> None:
         _announce(Announcement(port))
         await _wait_for_end_of_input()
         calls.is_stopping = True
-        await calls.ended.wait()
+        while not calls.ended.is_set() and os.getppid() == parent:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(calls.ended.wait(), CLOSE_S)
         await server.stop(CLOSE_S)
 
 
@@ -126,7 +130,7 @@ def _limit_memory(order: Order) -> None:
     """
     status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     [now_bytes] = [int(line.split()[1]) * 1024 for line in status if line.startswith("VmData:")]
-    most = now_bytes + 2 * (order.messages_bytes + COPIES * order.max_request_bytes)
+    most = now_bytes + 2 * COPIES * order.messages_bytes
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from google.protobuf.message import DecodeError
 
-from features.grpc.contents import FIELDS, InvalidContents, from_raw, raw_bytes, to_raw
+from features.grpc.contents import FIELDS, InvalidContents, from_raw, raw_bytes, to_raw, typed_bytes
 from features.grpc.errors import InvalidCall
 from features.grpc.messages import message_class
 from features.grpc.wireformat import field_head
@@ -201,13 +201,15 @@ class _Answer(msgspec.Struct):
 _DECODER = msgspec.json.Decoder(_Answer)
 
 
-async def write_answer(body: bytes, header_bytes: int | None, *, typed: bool) -> bytes:
+async def write_answer(
+    body: bytes, header_bytes: int | None, take: Callable[[int], None] | None = None
+) -> bytes:
     """Return the ModelInferResponse of an HTTP answer with binary tensors.
 
     Args:
         body: the JSON, and the tensors after it.
         header_bytes: the length of the JSON; None if there is nothing else, as if all outputs are empty.
-        typed: whether the outputs have typed contents, if all of their datatypes have these; else raw ones.
+        take: for an answer with typed contents, if all datatypes have these: as in `read_call`.
     """
     whole = memoryview(body)
     answer, at = _DECODER.decode(whole[:header_bytes]), header_bytes or len(whole)
@@ -218,8 +220,9 @@ async def write_answer(body: bytes, header_bytes: int | None, *, typed: bool) ->
         at += each.parameters.binary_data_size
     head = _Response(model_name=answer.model_name, model_version=answer.model_version, id=answer.id)
     parts = [head.SerializeToString()]
-    if typed and all(each.datatype in FIELDS for each in answer.outputs):
+    if take is not None and all(each.datatype in FIELDS for each in answer.outputs):
         for output, each, raw in zip(heads, answer.outputs, tensors, strict=True):
+            take(typed_bytes(each.datatype, len(raw)))
             parts += _field(OUTPUTS, [output.SerializeToString(), *await _contents(each.datatype, raw)])
     else:
         for output in heads:

@@ -1,4 +1,4 @@
-"""Memory of the gateway: the messages that its calls hold, and its part of the container's memory.
+"""The memory for the messages of calls, and the calls that wait for it.
 
 Messages and answers are counted. The length of a message is known only at its end: while some arrive slowly,
 the memory of the process is measured.
@@ -15,38 +15,14 @@ from pathlib import Path
 
 from features.grpc.errors import too_many
 
-PROCESS_BYTES = 96 * 2**20
-"""The process itself: 36 MB at its start, 61 MB after calls of 600 KB. 10,000 calls that send no message take
-120 MB more for a while, of what messages have (measured)."""
-MESSAGES_BYTES = 2**30
-"""Most memory for messages."""
-SHARE = 16
-"""Messages have a sixteenth of a small limit, and room for two of the largest."""
-COPIES = 2
-"""Copies that exist for a moment while a message is received or made, for one message at a time."""
-
-
-def messages_bytes(limit_bytes: int, largest_bytes: int) -> int:
-    """Return the memory for messages.
-
-    Args:
-        limit_bytes: the memory of the container or machine.
-        largest_bytes: the largest request.
-    """
-    return max(min(MESSAGES_BYTES, limit_bytes // SHARE), 2 * largest_bytes)
-
-
-def gateway_bytes(limit_bytes: int, largest_bytes: int) -> int:
-    """Return what the gateway takes of the container's memory at most. Arguments as `messages_bytes`."""
-    return PROCESS_BYTES + messages_bytes(limit_bytes, largest_bytes) + COPIES * largest_bytes
-
-
 FRESH_S = 0.05
 """A short message has arrived completely when a call reads it."""
 WAIT_S = 5.0
 """How long a call waits for room for its message."""
 CHECK_S = 0.05
-"""Time between two measurements: at 10 Gbit/s 60 MB arrive, for which `COPIES` of the largest leave room."""
+"""Time between two measurements: at 10 Gbit/s 60 MB arrive, for which the copies of messages leave room."""
+PROBES = ""
+"""The connection of all health checks that wait."""
 MAX_WAITING = 1024
 """Calls that wait for room, and as many whose messages arrive slowly; beyond them the oldest is refused. Each
 takes some 20 KB, and the beginning of its message."""
@@ -62,6 +38,9 @@ class _Queue:
         self._turns = dict[str, list[asyncio.Future[None]]]()
         self._count = 0
 
+    def __bool__(self) -> bool:
+        return self._count > 0
+
     def add(self, connection: str) -> asyncio.Future[None]:
         """Add a call; if there are too many, refuse the oldest of the connection with most."""
         turn = asyncio.get_running_loop().create_future()
@@ -69,18 +48,24 @@ class _Queue:
         self._count += 1
         if self._count > MAX_WAITING:
             longest = max(self._turns, key=lambda each: len(self._turns[each]))
-            refused = self._take(longest, 0)
-            if not refused.done():
-                refused.set_exception(too_many())
+            self._take(longest, 0).set_exception(too_many())
         return turn
 
+    def discard(self, connection: str, turn: asyncio.Future[None]) -> None:
+        """Remove a call that waits no more."""
+        turns = self._turns.get(connection, [])
+        if turn in turns:
+            self._take(connection, turns.index(turn))
+
     def wake(self) -> None:
-        """Let one call go on that still waits."""
-        while self._turns:
-            turn = self._take(next(iter(self._turns)), -1)
-            if not turn.done():
+        """Let one call go on, a probe before others."""
+        if self._turns:
+            connection = PROBES if PROBES in self._turns else next(iter(self._turns))
+            turn = self._take(connection, -1)
+            if turn.done():
+                self.wake()
+            else:
                 turn.set_result(None)
-                return
 
     def _take(self, connection: str, index: int) -> asyncio.Future[None]:
         turns = self._turns.pop(connection)
@@ -139,19 +124,30 @@ class MessageRoom:
         Raises:
             CallRefused: RESOURCE_EXHAUSTED.
         """
-        limit_bytes = self._limit_bytes + (self._largest_bytes if is_probe else 0)
-        while self._used_bytes() + (len(self._fresh) + 1) * self._largest_bytes > limit_bytes:
-            turn = self._waiting.add(call.connection)
-            try:
-                async with asyncio.timeout(WAIT_S):
-                    await turn
-            except TimeoutError:
-                raise too_many() from None
-            except asyncio.CancelledError:
-                self._waiting.wake()  # another one, if this one was woken
-                raise
+        if not self._fresh and not self._slow:
+            self._other_bytes = measure_memory() - self.taken_bytes
+        if not self._has_room(is_probe=is_probe):
+            await self._wait(PROBES if is_probe else call.connection, is_probe=is_probe)
         self._fresh.add(call)
-        self._waiting.wake()
+
+    async def _wait(self, connection: str, *, is_probe: bool) -> None:
+        try:
+            async with asyncio.timeout(WAIT_S):
+                while not self._has_room(is_probe=is_probe):
+                    turn = self._waiting.add(connection)
+                    try:
+                        await turn
+                    finally:
+                        self._waiting.discard(connection, turn)
+        except TimeoutError:
+            raise too_many() from None
+        finally:
+            asyncio.get_running_loop().call_soon(self._waiting.wake)  # there may be room for more
+
+    def _has_room(self, *, is_probe: bool = False) -> bool:
+        """Whether another message has room that begins to arrive."""
+        most = self._limit_bytes + (self._largest_bytes if is_probe else 0)
+        return self._used_bytes() + (len(self._fresh) + 1) * self._largest_bytes <= most
 
     def slow_down(self, call: CallMemory, refuse: Callable[[], None]) -> None:
         """Measure a call's message from now on; it may be refused until it `has_arrived`."""
@@ -173,18 +169,19 @@ class MessageRoom:
         return max(self.taken_bytes, measured)
 
     def _check(self) -> None:
-        """Refuse some slow messages if memory is full, also without what malloc keeps."""
+        """Refuse some slow messages if memory is full, or if there is room for no other, and calls wait."""
         self._timer = None
-        if self._used_bytes() > self._limit_bytes:
+        if not self._slow:
+            return
+        self._timer = asyncio.get_running_loop().call_later(CHECK_S, self._check)
+        if self._is_full():
             _malloc_trim(0)
-            if self._used_bytes() > self._limit_bytes:
+            if self._is_full():
                 self._refuse_some()
         self._waiting.wake()
-        if self._slow:
-            self._timer = asyncio.get_running_loop().call_later(CHECK_S, self._check)
-        elif not self.taken_bytes and not self._fresh:
-            _malloc_trim(0)
-            self._other_bytes = measure_memory()  # after a flood of calls, gRPC keeps some
+
+    def _is_full(self) -> bool:
+        return self._used_bytes() > self._limit_bytes or (bool(self._waiting) and not self._has_room())
 
     def _refuse_some(self) -> None:
         """Refuse the older half of the slow messages from the address with most of them."""

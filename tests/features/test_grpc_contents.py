@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from support.history import PLAIN
 from tritonclient.utils import serialize_byte_tensor
 
-from features.grpc.contents import CHUNK_ELEMENTS, FIELDS, NAMES, InvalidContents, from_raw, raw_bytes, to_raw
+from features.grpc.contents import (
+    CHUNK_ELEMENTS,
+    FIELDS,
+    NAMES,
+    InvalidContents,
+    from_raw,
+    raw_bytes,
+    to_raw,
+    typed_bytes,
+)
 from features.grpc.messages import message_class
 from features.grpc.wireformat import CHUNK_BYTES, count_varints, decode_varints, encode_varint, field_head
 from runtime.onnxfields import FIXED32, FIXED64, LENGTH, START_GROUP, VARINT, TooManyFields, Unparsable
@@ -124,6 +133,7 @@ def test_typed_tensor_has_the_bytes_of_numpy(datatype: str, data: st.DataObject)
     encoded, raw = encode(FIELDS[datatype], values), raw_of(datatype, values)
     assert convert(datatype, encoded) == raw
     written = bytes(from_raw(datatype, memoryview(raw)))
+    assert len(written) <= typed_bytes(datatype, len(raw)) + 20  # the head of the field
     assert Contents.FromString(written).SerializeToString() == encoded
     assert convert(datatype, written) == raw
 

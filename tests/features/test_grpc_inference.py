@@ -220,7 +220,9 @@ async def test_answer_becomes_a_message(find: Find, *, typed: bool) -> None:
         ("BYTES", [1], b"\2\0\0\0ab"),
         id="7",
     )
-    response = find("ModelInferResponse").FromString(await write_answer(body, head_bytes, typed=typed))
+    taken = list[int]()
+    message = await write_answer(body, head_bytes, taken.append if typed else None)
+    response = find("ModelInferResponse").FromString(message)
     assert (response.model_name, response.model_version, response.id) == ("m", "3", "7")
     assert described(response) == [
         ("y0", "FP32", [1, 2]), ("y1", "INT8", [3]), ("y2", "INT64", [0, 4]), ("y3", "BYTES", [1])
@@ -232,12 +234,13 @@ async def test_answer_becomes_a_message(find: Find, *, typed: bool) -> None:
         assert [*contents[3].bytes_contents] == [b"ab"]
     else:
         assert [each.ByteSize() for each in contents] == [0] * 4
+    assert len(taken) == (4 if typed else 0)
     assert [*response.raw_output_contents] == ([] if typed else [FP32, INT8, b"", b"\2\0\0\0ab"])
 
 
 async def test_answer_without_a_typed_form_is_raw() -> None:
     body, head_bytes = answer_of(("FP32", [2], FP32), ("BF16", [1], b"\x80\x3f"))
-    message = await write_answer(body, head_bytes, typed=True)
+    message = await write_answer(body, head_bytes, list[int]().append)
     response = own_message("ModelInferResponse").FromString(message)
     assert [*response.raw_output_contents] == [FP32, b"\x80\x3f"]
     assert not any(each.HasField("contents") for each in response.outputs)
@@ -245,7 +248,7 @@ async def test_answer_without_a_typed_form_is_raw() -> None:
 
 async def test_answer_of_json_alone_has_empty_tensors() -> None:
     body, _ = answer_of(("FP32", [0], b""), ("INT8", [2, 0], b""))
-    response = own_message("ModelInferResponse").FromString(await write_answer(body, None, typed=False))
+    response = own_message("ModelInferResponse").FromString(await write_answer(body, None))
     assert described(response) == [("y0", "FP32", [0]), ("y1", "INT8", [2, 0])]
     assert [*response.raw_output_contents] == [b"", b""]
 
@@ -256,6 +259,6 @@ async def test_long_typed_tensor_survives_both_ways(length: int) -> None:
     request = triton_message("ModelInferRequest")(model_name="m")
     request.inputs.add(name="x", datatype="INT32", shape=[length]).contents.int_contents.extend(values)
     [tensor] = (await read(request.SerializeToString())).tensors
-    message = await write_answer(*answer_of(("INT32", [length], bytes(tensor))), typed=True)
+    message = await write_answer(*answer_of(("INT32", [length], bytes(tensor))), list[int]().append)
     [output] = triton_message("ModelInferResponse").FromString(message).outputs
     assert [*output.contents.int_contents] == [*values]

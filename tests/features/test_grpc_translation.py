@@ -14,7 +14,8 @@ from support.tritongrpc import triton_pool
 
 from features.grpc.calls import address_of
 from features.grpc.errors import CODE, PUSHBACK, STATUSES, CallRefused, refusal_of
-from features.grpc.memory import PROCESS_BYTES, CallMemory, MessageRoom, gateway_bytes, messages_bytes
+from features.grpc.gatewaywire import PROCESS_BYTES, gateway_bytes, messages_bytes
+from features.grpc.memory import CallMemory, MessageRoom
 from features.grpc.messages import HEALTH, SERVICE, message_class, pool
 from features.grpc.translation import CHECK, METHODS, HttpAnswer, HttpRequest
 from server.errors import ERRORS
@@ -199,10 +200,10 @@ def test_calls_of_one_address_have_half_of_the_memory() -> None:
     assert (room.taken_bytes, room._by_address) == (0, {})
 
 
-@pytest.mark.parametrize(("limit", "expected"), [(2**40, 2**30), (2**32, 2**28), (2**29, 2**27)])
+@pytest.mark.parametrize(("limit", "expected"), [(2**40, 2**29), (2**33, 2**28), (2**29, 2**27)])
 def test_memory_for_messages_depends_on_the_limit(limit: int, expected: int) -> None:
     assert messages_bytes(limit, 2**26) == expected
-    assert gateway_bytes(limit, 2**26) == expected + 2 * 2**26 + PROCESS_BYTES
+    assert gateway_bytes(limit, 2**26) == 2 * expected + PROCESS_BYTES
 
 
 # The protocol
