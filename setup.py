@@ -57,7 +57,7 @@ TEST = [
     "tritonclient[grpc,http]>=2.73",
     "types-PyYAML",
     "types-grpcio",
-    "types-protobuf",
+    "types-protobuf==6.*",  # as the newest protobuf that kserve allows
     "types-tqdm",
 ]
 DOCS = ["furo>=2025.12.19", "myst-parser==5.*", "sphinx==9.*"]  # furo is named by dates
