@@ -23,6 +23,7 @@ _log = logging.getLogger(__name__)
 ENVIRONMENT = {
     "GRPC_VERBOSITY": "NONE",  # else it prints lines of its own
     "OPENBLAS_NUM_THREADS": "1",
+    "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "upb",  # not the slow one, which other packages ask for
     "MALLOC_MMAP_THRESHOLD_": str(4 * 2**20),
     "MALLOC_TRIM_THRESHOLD_": str(16 * 2**20),
     "MALLOC_TOP_PAD_": str(2**20),

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from google.protobuf.message import DecodeError
 
 from features.grpc.contents import FIELDS, InvalidContents, from_raw, raw_bytes, to_raw, typed_bytes
 from features.grpc.errors import InvalidCall
-from features.grpc.messages import message_class
+from features.grpc.messages import MALFORMED, message_class
 from features.grpc.wireformat import field_head
 from runtime.onnxfields import FieldReader, TooManyFields, Unparsable
 from runtime.wire import Buffer
@@ -71,7 +70,7 @@ async def read_call(message: bytes, take: Callable[[int], None]) -> InferenceCal
     """
     try:
         return await _read_call(message, take)
-    except (DecodeError, Unparsable, TooManyFields) as error:
+    except (*MALFORMED, Unparsable, TooManyFields) as error:
         raise InvalidCall(f"the message is no ModelInferRequest: {error}") from None
 
 

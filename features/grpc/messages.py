@@ -11,12 +11,15 @@ from typing import Any
 
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 
 SERVICE = "inference.GRPCInferenceService"
 HEALTH = "grpc.health.v1.Health"
 
 DESCRIPTORS = "protocol.pb"
+MALFORMED = (DecodeError, UnicodeDecodeError)
+"""Errors of decoding; the second one is of the library's implementation in Python."""
 
 pool = DescriptorPool()
 for _file in FileDescriptorSet.FromString(files(__package__).joinpath(DESCRIPTORS).read_bytes()).file:

@@ -10,11 +10,10 @@ from urllib.parse import quote
 
 import msgspec
 from google.protobuf.json_format import ParseDict
-from google.protobuf.message import DecodeError
 
 from features.grpc.errors import CallRefused, InvalidCall, Metadata, refusal_of
 from features.grpc.inference import parameter_value
-from features.grpc.messages import HEALTH, SERVICE, message_class
+from features.grpc.messages import HEALTH, MALFORMED, SERVICE, message_class
 
 INFER = f"/{SERVICE}/ModelInfer"
 CHECK = f"/{HEALTH}/Check"
@@ -84,7 +83,7 @@ class Method:
             raise CallRefused("RESOURCE_EXHAUSTED", text, "body_too_large")
         try:
             return self.ask(self.request.FromString(message))
-        except DecodeError as error:
+        except MALFORMED as error:
             raise InvalidCall(f"the message is no {self.request.DESCRIPTOR.name}: {error}") from None
 
 
