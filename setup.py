@@ -12,7 +12,7 @@ IMAGES = ["Pillow>=11"]
 CLOUD = ["obstore~=0.12.1"]
 HUGGINGFACE = ["huggingface_hub>=2.4.0,<3"]
 POSTGRES = ["asyncpg>=0.30,<1"]
-GRPC = ["grpcio>=1.76,<2", "protobuf>=6.33.5"]
+GRPC = ["grpcio>=1.81.1,<2", "protobuf>=6.33.5"]
 EXAMPLES = [  # 65 MB, of it scipy 34
     *IMAGES,
     "ipykernel>=7",
@@ -38,8 +38,8 @@ TEST = [
     "axe-playwright-python>=0.1.4",
     "flask>=3",
     "flask-cors>=5",
-    "grpcio-health-checking>=1.76",
-    "grpcio-tools>=1.76",  # for `make generated`
+    "grpcio-health-checking>=1.81",
+    "grpcio-tools>=1.81",  # for `make generated`
     "hypothesis>=6.150",
     "kubernetes-validate>=1.37",  # with the schemas of 1.25 to 1.37; 108 MB
     "kserve>=0.21; python_version < '3.14'",  # it is not made for more
