@@ -32,7 +32,7 @@ FIELDS = {
     "BYTES": 8,
 }
 """The number of the field that has a datatype's elements."""
-INT32 = 2
+INT32 = FIELDS["INT32"]
 """Negative numbers of this field are written with 64 bits, and read with 32 (protobuf's int32)."""
 _FIXED_TAGS = {6: 6 << 3 | FIXED32, 7: 7 << 3 | FIXED64}
 """The byte before a float that is not packed."""

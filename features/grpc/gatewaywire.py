@@ -1,4 +1,4 @@
-"""What the server and the gateway's process tell each other at its start, and the limits that both know."""
+"""The messages between the server and the gateway's process at its start, and the limits that both know."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from features.grpc.errors import too_many
 FRESH_S = 0.05
 """A short message has arrived completely when a call reads it."""
 WAIT_S = 5.0
-"""How long a call waits for room for its message."""
+"""Time that a call waits for room for its message."""
 CHECK_S = 0.05
 """Time between two measurements: at 10 Gbit/s 60 MB arrive, for which the copies of messages leave room."""
 PROBES = ""
@@ -217,6 +217,9 @@ class CallMemory:
 
 
 def measure_memory() -> int:
-    """Return the bytes of this process that are no file's (proc_pid_statm(5))."""
+    """Return the bytes of this process that are no file's (proc_pid_statm(5)).
+
+    The kernel has them as a number; for `runtime.memory.private_bytes` it walks all pages.
+    """
     _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text(encoding="ascii").split())
     return (resident - shared) * _PAGE_BYTES

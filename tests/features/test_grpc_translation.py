@@ -229,7 +229,7 @@ def facts(found: DescriptorPool, file: str) -> Iterator[tuple[str, object]]:
 
 @pytest.mark.parametrize("file", ["open_inference.proto", "health.proto"])
 def test_messages_are_those_of_the_protocol(file: str) -> None:
-    """Those of Triton's client, which has more, and of gRPC's health checks."""
+    """The protocol is that of Triton's client, which has more, and of gRPC's health checks."""
     health, triton = health_pb2.DESCRIPTOR, triton_pool
     theirs = {
         **dict(facts(health.pool, health.name)),

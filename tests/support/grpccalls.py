@@ -23,7 +23,7 @@ ANY_LENGTH = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_l
 
 @dataclass(frozen=True, slots=True)
 class GatewayProcess:
-    """What the server logged of its gateway."""
+    """The gateway of a server, as the server logged it."""
 
     address: str
     pid: int
