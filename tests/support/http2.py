@@ -15,6 +15,8 @@ INITIAL_WINDOW_SIZE = 4
 MAX_FRAME_BYTES = 16 * 2**10
 """Without another setting of the server."""
 LIMIT_S = 120.0
+OTHER_ADDRESS = "127.0.0.2"
+"""Of these clients: a limit of their address is none of a usual client's."""
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
@@ -86,5 +88,5 @@ class Http2Connection:
 @contextmanager
 def http2(address: str, window: int = 65535) -> Iterator[Http2Connection]:
     host, _, port = address.rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=LIMIT_S) as connected:
+    with socket.create_connection((host, int(port)), LIMIT_S, (OTHER_ADDRESS, 0)) as connected:
         yield Http2Connection(connected, address, window)

@@ -229,9 +229,12 @@ async def test_data_that_a_worker_does_not_read_is_bounded(
     os.kill(pid, signal.SIGSTOP)
     head = binary_head(2**20, parameters={"timeout": 20_000})
     headers = {LENGTH: str(len(head))}
-    for expected in (TIMEOUT, QUEUE_FULL):
-        body = io.BytesIO(head + bytes(2**22))
-        assert (await shared.post("/v2/models/unread/infer", data=body, headers=headers)).refusal == expected
+    seen = list[object]()
+    async with asyncio.timeout(60):
+        while QUEUE_FULL not in seen:  # on a busy machine the time may be over before the data are sent
+            body = io.BytesIO(head + bytes(2**22))
+            seen.append((await shared.post("/v2/models/unread/infer", data=body, headers=headers)).refusal)
+    assert set(seen[:-1]) == {TIMEOUT}
     os.kill(pid, signal.SIGCONT)
     await when(lambda: shared.infer("unread", ONE), lambda seen: seen.status == 200)
 
