@@ -21,8 +21,9 @@ PASSWORD = "hunter2"
 
 
 def lines(server: Server) -> list[Json]:
-    """Return the log's lines, each of which has to be JSON."""
-    return [json.loads(line) for line in server.output.read_text().splitlines()]
+    """Return the log's complete lines, each of which has to be JSON."""
+    complete, _, _ = server.output.read_text().rpartition("\n")
+    return [json.loads(line) for line in complete.splitlines()]
 
 
 async def until_logged(server: Server, event: str) -> list[Json]:
