@@ -7,13 +7,13 @@ the memory of the process is measured.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 from features.grpc.errors import too_many
+from runtime.memory import return_free_memory
 
 FRESH_S = 0.05
 """A short message has arrived completely when a call reads it."""
@@ -28,7 +28,6 @@ MAX_WAITING = 1024
 takes some 20 KB, and the beginning of its message."""
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-_malloc_trim: Callable[[int], int] = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)
 
 
 class _Queue:
@@ -175,7 +174,7 @@ class MessageRoom:
             return
         self._timer = asyncio.get_running_loop().call_later(CHECK_S, self._check)
         if self._is_full():
-            _malloc_trim(0)
+            return_free_memory()
             if self._is_full():
                 self._refuse_some()
         self._waiting.wake()

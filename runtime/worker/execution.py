@@ -11,6 +11,7 @@ import msgspec
 import onnxruntime as ort
 
 from runtime.errors import InferenceCancelled, InferenceFailed, InferenceTimeout, RuntimeProblem
+from runtime.memory import return_free_memory
 from runtime.wire import (
     JOINED_BYTES,
     MAX_BEGUN,
@@ -32,7 +33,7 @@ from runtime.worker.batching import (
     split_outputs,
 )
 from runtime.worker.inference import Runner
-from runtime.worker.sessions import describe_room, is_out_of_memory, return_free_memory
+from runtime.worker.sessions import describe_room, is_out_of_memory
 from runtime.worker.sharedtensors import SharedTensors
 
 HELD_BYTES = 256 * 2**10

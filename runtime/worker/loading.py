@@ -13,7 +13,7 @@ import onnxruntime as ort
 
 from features import providers
 from runtime.errors import LoadRefused
-from runtime.memory import thread_bytes
+from runtime.memory import return_free_memory, thread_bytes
 from runtime.onnxfile import find_model_file
 from runtime.wire import Load, Loaded, LoadStage, ProviderOperators, Tensor
 from runtime.worker import privileges, sessions
@@ -75,7 +75,7 @@ def _load(
     if order.warm_up:  # before measuring: memory of an inference belongs to the model
         warming_up_us, examples = warm_up.run(loading_ns, lambda: on_stage("warming_up"))
     dependence = warm_up.check_rows(examples, warming_up_us or 0)
-    sessions.return_free_memory()  # freed by loading: as much as the model keeps
+    return_free_memory()  # freed by loading: as much as the model keeps
     sessions.lift_load_limit()
     inputs = tuple(msgspec.structs.replace(spec, example=examples.get(spec.name)) for spec in model.inputs)
     return model, Loaded(inputs, model.outputs, loading_ns // 1000, warming_up_us, placed, dependence)

@@ -299,11 +299,6 @@ def describe_room() -> str:
     return f"; its worker may take {left} more"
 
 
-def return_free_memory() -> None:
-    """Return freed memory from malloc to the kernel, in 2 ms; mapped memory could not have it."""
-    privileges.LIBC.malloc_trim(0)
-
-
 def lift_load_limit() -> None:
     """Lift the limit that holds during the load."""
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)

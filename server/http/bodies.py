@@ -7,7 +7,6 @@ half of the memory, and one turn at a time. Tensors for a worker's shared memory
 from __future__ import annotations
 
 import asyncio
-import ctypes
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -15,6 +14,7 @@ from weakref import WeakValueDictionary
 
 from aiohttp import StreamReader, web
 
+from runtime.memory import return_free_memory
 from runtime.memoryplan import MemoryPlan
 from runtime.timeouts import stall_detector, timeout
 from runtime.wire import PayloadRoom
@@ -38,9 +38,6 @@ BURST_BYTES = 16 * 2**20
 
 TRIM_S = 2.0
 """How long a burst's memory is kept: new pages take longer than filling them."""
-
-_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # None with another C library
-
 
 _FULL = "too many large requests or answers are in memory at once; try again"
 
@@ -114,8 +111,8 @@ class Bodies:
         loop = asyncio.get_running_loop()
         self._trimming = loop.call_later(TRIM_S, self._trim) if self._had_burst else None
         self._had_burst = self.taken_bytes >= BURST_BYTES
-        if self._trimming is None and _malloc_trim is not None:
-            loop.run_in_executor(None, _malloc_trim, 0)
+        if self._trimming is None:
+            loop.run_in_executor(None, return_free_memory)
 
     @asynccontextmanager
     async def turn(self, subject: str) -> AsyncIterator[None]:
