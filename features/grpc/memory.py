@@ -168,7 +168,7 @@ class MessageRoom:
         return max(self.taken_bytes, measured)
 
     def _check(self) -> None:
-        """Refuse some slow messages if memory is full, or if there is room for no other, and calls wait."""
+        """Refuse some slow messages if memory is full."""
         self._timer = None
         if not self._slow:
             return
@@ -180,7 +180,13 @@ class MessageRoom:
         self._waiting.wake()
 
     def _is_full(self) -> bool:
-        return self._used_bytes() > self._limit_bytes or (bool(self._waiting) and not self._has_room())
+        """Whether slow messages have to go.
+
+        Fresh ones go by themselves: a call that waits for these is no reason if half of the memory is free.
+        """
+        used_bytes = self._used_bytes()
+        has_to_wait = bool(self._waiting) and not self._has_room()
+        return used_bytes > self._limit_bytes or (has_to_wait and used_bytes > self._limit_bytes // 2)
 
     def _refuse_some(self) -> None:
         """Refuse the older half of the slow messages from the address with most of them."""

@@ -113,6 +113,22 @@ async def test_slow_messages_go_on_while_there_is_room() -> None:
     room.has_arrived(slow)
 
 
+async def test_slow_message_without_memory_is_not_refused_for_fresh_ones() -> None:
+    room, refused = new_room(2), list[str]()
+    slow, *fresh = (of(room, "a") for _ in range(3))
+    await room.admit(slow)
+    room.slow_down(slow, lambda: refused.append("slow"))
+    for call in fresh:
+        await room.admit(call)
+    [waiting] = await started(room, [of(room, "b")])
+    room._check()
+    assert not waiting.done()
+    assert not refused
+    for call in (slow, *fresh):
+        room.has_arrived(call)
+    await waiting
+
+
 async def test_calls_beyond_the_queue_refuse_those_of_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "MAX_WAITING", 3)
     room = new_room(1)
