@@ -16,11 +16,11 @@ RESERVE = 64
 """Calls beyond them, each for one health check."""
 PROCESS_BYTES = 96 * 2**20
 """The process itself: 33 MB at its start, 61 MB after calls of 600 KB. Floods of 10,000 calls without message
-leave some 100 MB more (measured), of what messages have."""
+leave some 100 MB more (measured), for which the part of messages has room."""
 MESSAGES_BYTES = 2**29
 """Most memory for messages."""
 SHARE = 32
-"""Messages have a part of a small limit, and room for two of the largest."""
+"""Messages have a thirty-second of a small limit, and room for two of the largest."""
 COPIES = 2
 """A message is there twice while it is received, and an answer until it has been read."""
 

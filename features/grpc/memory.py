@@ -180,13 +180,14 @@ class MessageRoom:
         self._waiting.wake()
 
     def _is_full(self) -> bool:
-        """Whether slow messages have to go.
+        """Whether slow messages have to be refused: there is no memory, or none for a call that waits.
 
-        Fresh ones go by themselves: a call that waits for these is no reason if half of the memory is free.
+        Below half of the limit, it waits for fresh messages, each of which arrives or is slow in a moment.
         """
         used_bytes = self._used_bytes()
-        has_to_wait = bool(self._waiting) and not self._has_room()
-        return used_bytes > self._limit_bytes or (has_to_wait and used_bytes > self._limit_bytes // 2)
+        if used_bytes <= self._limit_bytes // 2:
+            return False
+        return used_bytes > self._limit_bytes or (bool(self._waiting) and not self._has_room())
 
     def _refuse_some(self) -> None:
         """Refuse the older half of the slow messages from the address with most of them."""
@@ -201,11 +202,11 @@ class CallMemory:
 
     Attributes:
         address: of its client.
-        connection: its name.
+        connection: gRPC's name of the client and its port.
         has_begun: whether its message has arrived.
     """
 
-    def __init__(self, room: MessageRoom, address: str, connection: str = "") -> None:
+    def __init__(self, room: MessageRoom, address: str, connection: str) -> None:
         self._room = room
         self.address, self.connection = address, connection
         self.has_begun = False

@@ -182,7 +182,7 @@ def test_address_of_a_peer_has_no_port() -> None:
 
 def test_calls_of_one_address_have_half_of_the_memory() -> None:
     room = MessageRoom(100, 30)
-    first, second, other = CallMemory(room, "a"), CallMemory(room, "a"), CallMemory(room, "b")
+    first, second, other = (CallMemory(room, address, f"{address}:1") for address in ("a", "a", "b"))
     first.take(40)
     second.take(10)
     other.take(45)

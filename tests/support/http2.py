@@ -16,7 +16,7 @@ MAX_FRAME_BYTES = 16 * 2**10
 """Without another setting of the server."""
 LIMIT_S = 120.0
 OTHER_ADDRESS = "127.0.0.2"
-"""Of these clients: a limit of their address is none of a usual client's."""
+"""The address of these clients: limits of an address do not touch usual clients."""
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:

@@ -20,15 +20,15 @@ LOUD = {"LOADLEDGER_LOG_LEVEL": "info", "LOADLEDGER_LOG_FORMAT": "json"}
 PASSWORD = "hunter2"
 
 
-def lines(server: Server) -> list[Json]:
-    """Return the log's complete lines, each of which has to be JSON."""
-    complete, _, _ = server.output.read_text().rpartition("\n")
-    return [json.loads(line) for line in complete.splitlines()]
+def lines(text: str) -> list[Json]:
+    """Return the lines of a log, each of which has to be JSON."""
+    return [json.loads(line) for line in text.splitlines()]
 
 
 async def until_logged(server: Server, event: str) -> list[Json]:
     async def look() -> list[Json]:
-        return lines(server)
+        complete, _, _ = server.output.read_text().rpartition("\n")
+        return lines(complete)
 
     return await when(look, lambda told: any(line.get("event") == event for line in told))
 
@@ -87,7 +87,7 @@ async def test_log_joins_requests_with_events_despite_hostile_input(config: Conf
         await until_logged(server, "ModelUnloaded")
         await send_unauthenticated(server)
         assert await server.stop() == 0
-        told = lines(server)
+        told = lines(server.output.read_text())
         token = server.api.token("admin")
     job_id = answer.json["id"]
     assert token.split(".")[2] not in server.output.read_text()

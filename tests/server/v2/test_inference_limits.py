@@ -235,6 +235,7 @@ async def test_data_that_a_worker_does_not_read_is_bounded(
             body = io.BytesIO(head + bytes(2**22))
             seen.append((await shared.post("/v2/models/unread/infer", data=body, headers=headers)).refusal)
     assert set(seen[:-1]) == {TIMEOUT}
+    assert 0 < shared.worker("unread")._data.unsent_bytes < 2**23  # one request and no second one
     os.kill(pid, signal.SIGCONT)
     await when(lambda: shared.infer("unread", ONE), lambda seen: seen.status == 200)
 
