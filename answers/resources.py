@@ -95,6 +95,14 @@ class MemoryParts(AnswerBody, frozen=True, kw_only=True):
     summary: Annotated[str, about("The parts, and what follows from their sum, for people.")]
 
 
+class OperatorNotice(AnswerBody, frozen=True, kw_only=True):
+    """A fact that needs an operator, in words."""
+
+    title: str
+    why: str
+    todo: Annotated[str, about("Which remedy there is.")]
+
+
 class Resources(AnswerBody, frozen=True, kw_only=True):
     """The memory budget of workers and its use, and whether the server is ready."""
 
@@ -123,6 +131,7 @@ class Resources(AnswerBody, frozen=True, kw_only=True):
     confinement_of_devices: Annotated[
         ConfinementInfo | None, about("Of workers on devices but the CPU; null without any.")
     ]
+    notices: Annotated[list[OperatorNotice], about("Missing if nothing needs an operator.")] = []
     repository_writable: Annotated[
         bool, about("Whether the settings let admins add and remove versions; the folder may still not.")
     ]

@@ -167,6 +167,21 @@ EVENT_TEXTS: Mapping[str, EventText] = {
     "ApprovalWithdrawn": EventText(
         ("{reason}", "digest {digest}"), {"digest": "digest", "reason": "reason"}, "bad"
     ),
+    "RecordsClosed": EventText(
+        (
+            "{records} inferences",
+            "{dropped} dropped",
+            "interrupted?the server died before it closed the file|",
+            "{bytes:MB}",
+            "sha256 {sha256}",
+            "at node {node_id?}",
+        ),
+        {"records": "records", "dropped": "dropped", "bytes": "bytes", "sha256": "sha256"},
+        bad_if="interrupted",
+    ),
+    "RecordsErased": EventText(
+        ("file {file}", "{reason}", "at node {node_id?}"), {"file": "file", "reason": "reason"}
+    ),
     "PolicyInForce": EventText(("{policy.trust:rules}", "{policy.approval:rules}", "at node {node_id?}")),
 }
 

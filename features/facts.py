@@ -8,6 +8,7 @@ from features.approvals.facts import ApprovalResult, ApprovalWithdrawn, LoadAppr
 from features.devices import facts as devices
 from features.labels import facts as labels
 from features.nodes import facts as nodes
+from features.records.facts import RecordsClosed, RecordsErased
 from features.signatures import facts as signatures
 from features.signatures.facts import LoadSignature
 
@@ -26,6 +27,8 @@ FeatureData = (
     | labels.LabelRemoved
     | VersionApproved
     | ApprovalWithdrawn
+    | RecordsClosed
+    | RecordsErased
 )
 
 OF_SERVERS = nodes.OF_NODES

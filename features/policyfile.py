@@ -1,4 +1,4 @@
-"""Reads the policy for loads: the tables [[trust]] and [[approval]] of the configuration file.
+"""Reads the tables of the configuration file: [[trust]] and [[approval]], the policy for loads, and others.
 
 The files that a rule names are read once, at the start: the policy has their contents.
 """
@@ -15,12 +15,14 @@ import msgspec
 from marshmallow import Schema, ValidationError, fields, validate, validates_schema
 
 from features.approvals.rules import AddedMode
+from features.records import table as records
 from features.rules import LoadPolicy
 from features.signatures.rules import TrustMode
 from features.signatures.verification import normalise_key, normalise_roots, parse_subject
 from server.auth.modes import find_risk
 
-TABLES = ("trust", "approval")
+_POLICY = ("trust", "approval")
+TABLES = (*_POLICY, records.NAME)
 """The keys of the configuration file that are no settings."""
 MAX_FILE_BYTES = 64 * 1024
 """Of a file that a rule names: the log keeps its contents."""
@@ -28,6 +30,7 @@ MAX_FILE_BYTES = 64 * 1024
 _KEYS = (
     *("models", "mode", "keys", "certificates", "roots", "subject", "distrusted"),
     *("approvals", "added", "emergency"),
+    *records.KEYS,
 )
 _GLOBS = validate.Regexp(
     r"[\w.*?\[\]!-]{1,256}\Z", re.ASCII, error="Must be a model or a glob, like fraud-*."
@@ -43,15 +46,16 @@ class _TrustSchema(Schema):
             raise ValidationError(text, "keys")
 
 
-def read_policy(tables: Mapping[str, Any], folder: Path) -> tuple[LoadPolicy, list[tuple[str, str]]]:
-    """Read the policy.
+def read_tables(tables: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Read the tables.
 
     Args:
         tables: the values of `TABLES` that the file has.
         folder: the file's, to which paths are relative.
 
     Returns:
-        The policy, an empty one if there are mistakes, and these: each with its place, like `trust[0].keys`.
+        The settings `policy` and `tables`, none if there are mistakes, and these: each with its place, like
+        `trust[0].keys`.
     """
 
     def contents(normalise: Callable[[str], str]) -> fields.Field[Any]:
@@ -73,11 +77,17 @@ def read_policy(tables: Mapping[str, Any], folder: Path) -> tuple[LoadPolicy, li
         "added": fields.Enum(AddedMode, by_value=True),
         "emergency": fields.Boolean(truthy={True}, falsy={False}),
     })  # fmt: skip
+    record = records.make_schema(models)
+    schema = Schema.from_dict(
+        {"trust": _tables(trust), "approval": _tables(approval), records.NAME: _tables(record)}
+    )
     try:
-        loaded = Schema.from_dict({"trust": _tables(trust), "approval": _tables(approval)})().load(tables)
+        loaded = schema().load(tables)
     except ValidationError as error:
-        return LoadPolicy(), [(place[1:], text) for place, text in _list_mistakes(error.messages, "")]
-    return msgspec.convert(loaded, LoadPolicy), []
+        return {}, [(place[1:], text) for place, text in _list_mistakes(error.messages, "")]
+    policy = msgspec.convert({name: loaded[name] for name in _POLICY if name in loaded}, LoadPolicy)
+    others = {records.NAME: records.read_rules(loaded[records.NAME])} if records.NAME in loaded else {}
+    return {"policy": policy, "tables": others}, []
 
 
 def _tables(schema: type[Schema]) -> fields.Field[Any]:

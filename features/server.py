@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias, TypeVar
 
+from aiohttp import web
+
 from events.history import ShownModel
 from events.jobs import Job
 from events.presence import Liveness
 from features.devices import loads, setup
 from features.nodes import loads as nodes
 from features.nodes import members
+from features.records import app as records
 from server.config import Config
 
 T = TypeVar("T")
@@ -40,10 +43,18 @@ def settle_parameters(merged: Mapping[str, Any], config: Config) -> Mapping[str,
 find_triton_kind, read_triton_kind = loads.find_triton_kind, loads.read_triton_kind
 
 Gauge: TypeAlias = setup.Gauge
-read_gauges = setup.read_gauges
-"""Returns metrics: name, text, values, and labels."""
-read_resources = setup.read_resources
-"""Returns members of `Resources`."""
+
+
+async def read_gauges(app: web.Application) -> list[Gauge]:
+    """Return metrics: name, text, values, and labels. One whose name ends in `_total` is a counter."""
+    return [*await setup.read_gauges(app), *records.read_gauges(app)]
+
+
+async def read_resources(app: web.Application) -> Members:
+    """Return members of `Resources`."""
+    return {**await setup.read_resources(app), "notices": records.list_notices(app)}
+
+
 show_load = setup.show_load
 """Returns members of `ModelInfo` about what a model serves from."""
 

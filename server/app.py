@@ -30,6 +30,8 @@ from events.types import SYSTEM, Draft, PolicyInForce, RollbackAccepted, content
 from features.approvals import routes as approvals
 from features.labels import routes as labels
 from features.ondemand.app import open_demand
+from features.records import routes as records
+from features.records.app import close_files, open_recording
 from features.rules import LoadPolicy
 from features.server import choose_targets, describe_setup, find_rooms
 from features.signatures import routes as signatures
@@ -130,6 +132,7 @@ def all_routes(metrics_access: str = "token") -> list[Route]:
         *approvals.routes,
         *signatures.routes,
         *events.routes,
+        *records.routes,
         *timeline.routes,
         *resources.routes,
         *samples.routes,
@@ -174,6 +177,7 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
             _workers,
             ledger,
             _readers,
+            open_recording,
             _uploads,
             _consumer,
             _forwarding,
@@ -192,7 +196,7 @@ async def _begin_stop(app: web.Application) -> None:
     app[STREAMS].tails.close()
     app[LOG].notify()
     if not failed_tasks(app):
-        await app[CLUSTER].leave(partial(_stop_consumer, app))
+        await app[CLUSTER].leave(partial(_end_work, app))
 
 
 def _end_inferences(app: web.Application) -> None:
@@ -202,9 +206,10 @@ def _end_inferences(app: web.Application) -> None:
             worker.fail_inferences(partial(stopped_server, load.model_id))
 
 
-async def _stop_consumer(app: web.Application) -> None:
+async def _end_work(app: web.Application) -> None:
     await app[CONSUMER].stop()
     await asyncio.wait([app[CONSUMER_TASK]])
+    await close_files(app)
 
 
 async def _data_directory(app: web.Application) -> AsyncIterator[None]:
@@ -340,7 +345,7 @@ async def _uploads(app: web.Application) -> AsyncIterator[None]:
     """Finish what callers added or removed before the server ended, before any model is loaded."""
     repository, policy, owner = app[VERSIONS].repository, app[CONFIG].upload_policy(), app[PROVER].ledger_name
     changes = VersionChanges(repository, policy, owner, app[LOG], elsewhere=app[CLUSTER])
-    recovery = Recovery(changes, app[READER].version_event)
+    recovery = Recovery(changes, app[READER].event)
     app[UPLOADS] = Uploads(changes, recovery)
     await recovery.open()
     yield

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast, get_args
 from urllib.parse import urlsplit
 
 from marshmallow import ValidationError, validate
+from msgspec import Struct
 
 from features.devices.names import ALL_DEVICES, ANY, CPU, DEVICE, DEVICE_RULE, MAX_DEVICES
 from features.grpc.gatewaywire import gateway_bytes
@@ -483,6 +484,8 @@ class Config:
 
     policy: LoadPolicy = field(default_factory=LoadPolicy)
     """The rules for loads; the tables of the file have them, and no option."""
+    tables: Mapping[str, tuple[Struct, ...]] = field(default_factory=dict)
+    """Further tables of the file, by name, for the features that have them (`features.policyfile`)."""
 
     # Limits whose best value is known: constants for users, which tests make shorter.
     loads_at_once: int = 0

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 
 from marshmallow import ValidationError, fields
 
-from features.policyfile import TABLES, read_policy
-from features.rules import LoadPolicy
+from features.policyfile import TABLES, read_tables
 from server.auth.modes import find_risk
 from server.config import PREFIX, ConfigError, Setting, settings
 
@@ -72,7 +71,8 @@ def read_settings(
     file, mistakes = _read_file(flags.get("config"), environment)
     values: dict[str, Any] = {}
     if tables := {name: file[name] for name in TABLES if name in file}:
-        values["policy"], wrong = _read_policy(tables)
+        of_tables, wrong = _read_tables(tables)
+        values.update(of_tables)
         mistakes += wrong
     for setting in settings():
         given = _find(setting, flags, environment, file)
@@ -108,12 +108,12 @@ def raise_mistakes(mistakes: Sequence[Mistake]) -> None:
         raise ConfigError("\n".join(f"{place}: {text}" for place, text in mistakes))
 
 
-def _read_policy(tables: Mapping[str, _Given]) -> tuple[LoadPolicy, list[Mistake]]:
-    """Return the policy, with the rules that have no mistake."""
+def _read_tables(tables: Mapping[str, _Given]) -> tuple[dict[str, Any], list[Mistake]]:
+    """Return the settings that the tables are, without any if there is a mistake."""
     [folder] = {given.folder or Path() for given in tables.values()}
-    policy, wrong = read_policy({name: given.value for name, given in tables.items()}, folder)
+    values, wrong = read_tables({name: given.value for name, given in tables.items()}, folder)
     places = {name: given.place.removesuffix(name) for name, given in tables.items()}
-    return policy, [Mistake(places[place.partition("[")[0]] + place, text) for place, text in wrong]
+    return values, [Mistake(places[place.partition("[")[0]] + place, text) for place, text in wrong]
 
 
 def _find(

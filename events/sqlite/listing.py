@@ -320,9 +320,9 @@ class Reader:
         sql = "SELECT body FROM events WHERE position > ? ORDER BY position LIMIT ?"
         return [decode_event(body) for (body,) in await self._select(sql, (after, limit))]
 
-    async def version_event(self, event_id: str) -> Event | None:
-        sql = "SELECT body FROM events WHERE type IN (?, ?) AND json_extract(body, '$.id') = ?"
-        rows = await self._select(sql, (VersionAdded.TYPE, VersionRemoved.TYPE, event_id))
+    async def event(self, event_id: str) -> Event | None:
+        sql = "SELECT body FROM events WHERE id = ?"
+        rows = await self._select(sql, (event_id,))
         return decode_event(rows[0][0]) if rows else None
 
     async def latest_changes(self, model_id: str) -> list[Event]:

@@ -115,9 +115,13 @@ class DirectResponse(web.StreamResponse):
         self._is_kept = request.keep_alive and super().keep_alive is None  # no `force_close`
         length = sum(map(len, self._buffers))
         more = _connection(request, is_kept=self._is_kept)
-        request_id = request.headers.get(REQUEST_ID)  # only a client's: creating one would take too long
-        if request_id is not None and valid_request_id((request_id,)) is not None:
-            more += f"{REQUEST_ID}: {request_id}\r\n"
+        context = CONTEXT.get()
+        if context is not None:
+            more += f"{REQUEST_ID}: {context.request_id}\r\n"
+        else:
+            request_id = request.headers.get(REQUEST_ID)  # only a client's: creating one would take too long
+            if request_id is not None and valid_request_id((request_id,)) is not None:
+                more += f"{REQUEST_ID}: {request_id}\r\n"
         head = _head(self._fields, length, more)
         if length < JOINED_BYTES:
             transport.write(b"".join((head, *self._buffers)))

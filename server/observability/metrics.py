@@ -357,7 +357,8 @@ class ServerCollector(Collector):
             {act: int(act in confinement.not_prevented) for act in ALL_ACTS},
             "act",
         )
-        yield from (_gauge(*each) for each in self._gauges)
+        for each in self._gauges:
+            yield (_counter if each[0].endswith("_total") else _gauge)(*each)
         found = read_pressure()
         percents = {"memory": found.memory_some_percent, "cpu": found.cpu_some_percent} if found else {}
         yield _gauge(

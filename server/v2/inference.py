@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from aiohttp import hdrs, web
@@ -51,6 +51,7 @@ from server.v2.metadata import (
     metadata,
     model_routes,
 )
+from server.v2.observer import OBSERVER, ObservedInference
 
 routes = Routes(tag="inference")
 
@@ -136,6 +137,8 @@ async def infer(
     times = InferenceTimes(request.get(ARRIVED_NS) or time.monotonic_ns())
     subject = request[PRINCIPAL].subject
     router, memory, loop = app[ROUTER], app[BODIES].memory_of(subject), asyncio.get_running_loop()
+    observer = app.get(OBSERVER)
+    observed = None if observer is None else observer.begin(request, model_id, subject, times)
     try:
         cluster, spreads = app[CLUSTER], FORWARDED not in request.headers
         await cluster.catch_up(request, model_id)
@@ -157,7 +160,7 @@ async def infer(
             left_s = _left_s(ends_ns)
             match result:
                 case Here() as here:
-                    question = decoded or _decode_raw(body, here)
+                    question = _decode_for(here, decoded, body, observed)
                     result = await router.infer(
                         here, question, left_s, times, version=version, worker=body.worker, spreads=spreads
                     )
@@ -171,13 +174,16 @@ async def infer(
                         times.waited_ns += time.monotonic_ns() - missed_ns
                         result = found
                         if isinstance(found, Here):
-                            question, left_s = decoded or _decode_raw(body, found), _left_s(ends_ns)
+                            question, left_s = _decode_for(found, decoded, body, observed), _left_s(ends_ns)
                             result = await router.infer(
                                 found, question, left_s, times, version=version, worker=body.worker
                             )
-        return await _respond(request, result, decoded, times, memory, cluster=cluster)
-    except BaseException:
+        ended = None if observer is None or observed is None else partial(observer.end, observed, result)
+        return await _respond(request, result, decoded, times, memory, cluster=cluster, ended=ended)
+    except BaseException as error:
         memory.give_back()
+        if observer is not None and observed is not None:
+            observer.end(observed, error)
         raise
 
 
@@ -250,9 +256,19 @@ async def _decode(
         return decode_request(body.content, body.header_bytes, body.region, read)
 
 
-def _decode_raw(body: ReceivedBody, here: Here) -> InferenceRequest:
+def _decode_for(
+    here: Here, decoded: InferenceRequest | None, body: ReceivedBody, observed: ObservedInference | None
+) -> InferenceRequest:
+    """Return the request for a load: a raw body is decoded by the inputs of that."""
+    if observed is not None:
+        observed.here, observed.question = here, decoded
+    if decoded is not None:
+        return decoded
     raw = body.content if body.region is None else body.region.buffer
-    return decode_raw(raw, here.inputs, max_batch_size=here.max_batch_size, region=body.region)
+    question = decode_raw(raw, here.inputs, max_batch_size=here.max_batch_size, region=body.region)
+    if observed is not None:
+        observed.question = question
+    return question
 
 
 async def _respond(
@@ -263,8 +279,9 @@ async def _respond(
     memory: BodyMemory,
     *,
     cluster: Cluster,
+    ended: Callable[[], None] | None,
 ) -> DirectResponse:
-    """Encode an answer; it is counted when its response is written."""
+    """Encode an answer; when its response is written, it is counted, and then `ended` is called."""
     here, request_id, quota = answered.here, None if decoded is None else decoded.id, request.get(QUOTA)
     count = partial(here.count_answer, answered.outcome, times)
     answer_bytes = sum([len(tensor.data) for tensor in answered.outputs])
@@ -288,7 +305,12 @@ async def _respond(
     except BaseException:  # the model has answered, even if the client does not receive it
         count()
         raise
-    return DirectResponse(fields, body, memory, count)
+    return DirectResponse(fields, body, memory, count if ended is None else partial(_call, count, ended))
+
+
+def _call(*functions: Callable[[], None]) -> None:
+    for each in functions:
+        each()
 
 
 def _encoding(request: web.BaseRequest, body: Sequence[Buffer]) -> str | None:

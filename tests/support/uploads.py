@@ -34,7 +34,7 @@ async def opened_uploads(
             repository = Repository(folder / "repository")
             policy = policy or UploadPolicy()
             changes = VersionChanges(repository, policy, NODE, log, now=now)
-            recovery = Recovery(changes, reader.version_event)
+            recovery = Recovery(changes, reader.event)
             await recovery.open()
             yield Uploads(changes, recovery), log
             await recovery.close()

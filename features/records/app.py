@@ -1,0 +1,232 @@
+"""Recording as a resource of the application: writes lines, announces closed files, erases old ones."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from aiohttp import web
+from msgspec import UNSET
+
+from answers.resources import OperatorNotice
+from events.clock import uuid7
+from events.commands import Record
+from events.errors import LedgerProblem
+from events.log import Log
+from events.sqlite.listing import Reader
+from events.types import SYSTEM, Draft
+from features.records.facts import RecordsErased
+from features.records.files import ClosedFile, RecordFiles, StoredFile, choose_expired
+from features.records.recorder import Recorder
+from features.records.rules import RecordRule
+from features.records.table import NAME
+from server.appkeys import CONFIG, LOG, READER
+from server.cluster import CLUSTER
+from server.v2.observer import OBSERVER
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+FOLDER = "records"
+"""In the data directory."""
+TIDY_S = 60.0
+"""How often files are looked at: whether one is old, or was left, or is to be erased."""
+
+Gauge = tuple[str, str, Mapping[Any, float], str]
+
+
+class Recording:
+    """The recorder of a server, the thread that writes its files, and the coroutine between them.
+
+    Attributes:
+        files: used in the thread alone, but for `problem`.
+        written: records in files.
+    """
+
+    def __init__(
+        self, rules: Sequence[RecordRule], folder: Path, source: str, log: Log, reader: Reader
+    ) -> None:
+        self._wake = asyncio.Event()
+        self._rules = rules
+        self._source = source
+        self._log = log
+        self._reader = reader
+        self._thread = ThreadPoolExecutor(1, "records")
+        self._turn = asyncio.Lock()
+        self._unannounced = dict[str, ClosedFile]()
+        self._problem: str | None = None
+        self.recorder = Recorder(rules, source, self._wake.set)
+        self.files = RecordFiles(folder, rules, source)
+        self.written = 0
+
+    @property
+    def problem(self) -> str | None:
+        """Why inferences are not recorded now, or their files not announced; None if they are."""
+        return self.files.problem or self._problem
+
+    async def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function in the thread that has the files."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+    async def run(self) -> None:
+        """Write and tidy up until cancelled; no error ends this, since serving goes on, too."""
+        loop, tidy_at_s = asyncio.get_running_loop(), 0.0
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(tidy_at_s):
+                    await self._wake.wait()
+            try:
+                await self.flush()
+                if loop.time() >= tidy_at_s:
+                    tidy_at_s = loop.time() + TIDY_S
+                    await self.tidy()
+            except Exception:  # noqa: BLE001 - whatever it is, inferences go on
+                _log.exception("inferences could not be recorded")
+
+    async def flush(self) -> None:
+        """Write what is queued."""
+        async with self._turn:
+            self._wake.clear()
+            queue, missing = self.recorder.take()
+            if not (queue or missing or self.files.problem):
+                return
+            before = self.files.problem
+            try:
+                done = await self.call(self.files.write, queue, missing, time.monotonic())
+            finally:
+                self.recorder.give_back(queue)
+            self.written += done.records
+            self.recorder.dropped.update(done.dropped)
+            if self.files.problem != before:
+                self._say(before)
+            await self._announce(done.closed)
+
+    def _say(self, before: str | None) -> None:
+        if self.files.problem is None:
+            _log.info("inferences are recorded again")
+        elif before is None:
+            _log.error("inferences are not recorded, and go on: %s", self.files.problem)
+
+    async def tidy(self) -> None:
+        """Close old files, complete those of a server that died, erase those that were kept long enough."""
+        async with self._turn:
+            await self._announce(await self.call(self.files.close_old, time.monotonic()))
+            for path in await self.call(self.files.find_left):
+                if path.stem in self._unannounced:
+                    continue
+                if await self._reader.event(path.stem) is not None:
+                    await self.call(self.files.settle, path)
+                elif (completed := await self.call(self.files.complete, path)) is not None:
+                    await self._announce([completed])
+            files = await self.call(self.files.list_files)
+            for file, reason in choose_expired(files, self._rules, time.time()):
+                with suppress(LedgerProblem):  # the next time, then
+                    await self.erase(file, reason, SYSTEM)
+
+    async def erase(self, file: StoredFile, reason: str, actor: str) -> None:
+        """Record that a closed file is erased, and delete it.
+
+        Raises:
+            LedgerProblem: it could not be recorded, and the file is still there.
+        """
+        data = RecordsErased(file=file.id, reason=reason, server=self._source or UNSET)
+        await self._log.submit(Record((Draft(uuid7(), data, actor, None, file.model_id),)))
+        await self.call(partial(file.path.unlink, missing_ok=True))
+
+    async def close(self) -> None:
+        """Write what is queued, and close and announce all files."""
+        await self.flush()
+        async with self._turn:
+            await self._announce(await self.call(self.files.close_old, math.inf))
+
+    def end(self) -> None:
+        self._thread.shutdown()
+
+    async def _announce(self, closed: Iterable[ClosedFile]) -> None:
+        """Record closed files, and then give them their names; those that cannot be recorded now, later."""
+        self._unannounced.update((each.id, each) for each in closed)
+        self._problem = None
+        for each in list(self._unannounced.values()):
+            try:
+                if await self._reader.event(each.id) is None:
+                    draft = Draft(each.id, each.fact, SYSTEM, None, each.model_id)
+                    await self._log.submit(Record((draft,)))
+                await self.call(self.files.settle, each.path)
+            except (LedgerProblem, OSError) as error:
+                self._problem = f"closed files cannot be announced: {error}"
+                return
+            del self._unannounced[each.id]
+
+
+RECORDING = web.AppKey("recording", Recording)
+"""Missing without rules."""
+
+
+async def open_recording(app: web.Application) -> AsyncIterator[None]:
+    """Record inferences from here on, if there are rules."""
+    config = app[CONFIG]
+    rules = cast("tuple[RecordRule, ...]", config.tables.get(NAME, ()))
+    folder = config.data / FOLDER
+    recording = Recording(rules, folder, app[CLUSTER].name or "", app[LOG], app[READER])
+    app[RECORDING] = recording
+    if rules:
+        app[OBSERVER] = recording.recorder
+    running = asyncio.create_task(recording.run(), name="records")
+    yield
+    running.cancel()
+    await asyncio.wait([running])
+    await recording.close()
+    recording.end()
+
+
+async def close_files(app: web.Application) -> None:
+    """Close and announce all files: this server is about to leave the others, and then appends nothing."""
+    await app[RECORDING].close()
+
+
+def read_gauges(app: web.Application) -> Sequence[Gauge]:
+    """Return the metrics of records; none without rules."""
+    recording = app[RECORDING]
+    if OBSERVER not in app:
+        return ()
+    dropped = {"queue_full": 0, "not_writable": 0, "too_long": 0, **recording.recorder.dropped}
+    stopped = float(recording.problem is not None)
+    return (
+        ("records_total", "Inferences that were recorded.", {(): recording.written}, ""),
+        (
+            "records_dropped_total",
+            "Inferences that were not recorded, though a rule says so.",
+            dropped,
+            "reason",
+        ),
+        (
+            "records_stopped",
+            "1 if inferences cannot be recorded now, or files announced; else 0.",
+            {(): stopped},
+            "",
+        ),
+    )
+
+
+def list_notices(app: web.Application) -> list[OperatorNotice]:
+    """Return why inferences are not recorded, for an operator."""
+    problem = app[RECORDING].problem
+    if problem is None:
+        return []
+    return [
+        OperatorNotice(
+            title="Inferences are not recorded",
+            why=f"{problem}. They are answered as ever, and counted as missing.",
+            todo="Free space on the disk, or erase files with `loadledger records erase`; recording then goes"
+            " on by itself.",
+        )
+    ]

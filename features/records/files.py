@@ -1,0 +1,347 @@
+"""Files of records: `MODEL/ID.open` while it is written, `MODEL/ID.jsonl` once the ledger has its digest.
+
+Every method of `RecordFiles` runs in one thread. A file that a dead server left is completed by the next one.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+from msgspec import UNSET
+
+from events.clock import format_timestamp, utc_now, uuid7
+from events.files import sync
+from features.records.facts import RecordsClosed
+from features.records.lines import DROPPED, INFERENCE, DroppedRecords, Reason, encode_dropped
+from features.records.recorder import Entry
+from features.records.rules import RecordRule, find_rule
+
+OPEN, CLOSED = ".open", ".jsonl"
+"""Suffixes of files."""
+FULL_BYTES = 64 * 2**20
+"""Size at which a file is closed: some 100,000 inferences without tensors."""
+FULL_SHARE = 4
+"""Of `max_bytes` a file takes a quarter at most, so that the oldest ones are a small part."""
+OLD_S = 3600.0
+"""Age at which a file is closed."""
+WRITE_BYTES = 2**20
+"""Lines are joined up to this before they are written."""
+LEFT_FREE_BYTES, LEFT_FREE_SHARE = 2**30, 20
+"""What is left free on the disk, on which the ledger may lie, too: a twentieth of it, at most this."""
+READ_BYTES = 2**20
+
+
+class ClosedFile(NamedTuple):
+    """A file that is complete on the disk, and what the ledger has to say of it."""
+
+    id: str
+    model_id: str
+    path: Path
+    fact: RecordsClosed
+
+
+class StoredFile(NamedTuple):
+    """A file in the folder: its size, and when it was last written, in seconds since 1970."""
+
+    model_id: str
+    id: str
+    path: Path
+    bytes: int
+    written_at_s: float
+
+    @property
+    def is_open(self) -> bool:
+        return self.path.suffix == OPEN
+
+
+class Written(NamedTuple):
+    """How many records a call has written, which it could not, by reason, and the files that it closed."""
+
+    records: int
+    dropped: Counter[Reason]
+    closed: list[ClosedFile]
+
+
+@dataclass(slots=True)
+class _OpenFile:
+    """A file that is being written, with the digest of its bytes so far."""
+
+    id: str
+    path: Path
+    descriptor: int
+    begin: str
+    opened_s: float
+    digest: hashlib._Hash
+    size: int = 0
+    records: int = 0
+    lines: int = 0
+    dropped: int = 0
+
+    def append(self, lines: Sequence[bytes]) -> None:
+        """Append whole lines; the file is as before if that fails.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        text = b"".join(lines)
+        rest = memoryview(text)
+        try:
+            while rest:
+                rest = rest[os.write(self.descriptor, rest) :]
+        except OSError:
+            os.ftruncate(self.descriptor, self.size)
+            raise
+        self.digest.update(text)
+        self.size += len(text)
+        self.lines += len(lines)
+
+
+class RecordFiles:
+    """The files of one server, in folders by model.
+
+    Args:
+        folder: of all of them; created with the first.
+        rules: of the configuration.
+        source: the name of this server among several, or empty.
+
+    Attributes:
+        problem: why nothing can be written; None if it can.
+    """
+
+    def __init__(self, folder: Path, rules: Sequence[RecordRule], source: str) -> None:
+        self.folder = folder
+        self.problem: str | None = None
+        self._rules = rules
+        self._source = source
+        self._open = dict[str, _OpenFile]()
+        self._missing = Counter[tuple[str, Reason]]()
+
+    def write(self, queue: Iterable[Entry], missing: Counter[tuple[str, Reason]], now_s: float) -> Written:
+        """Write lines, and before those of a model how many of it are missing.
+
+        What cannot be written is missing, too, and said as soon as something can be.
+        """
+        self._missing.update(missing)
+        done = Written(0, Counter(), [])
+        pending, sizes = defaultdict[str, list[bytes]](list), Counter[str]()
+        for entry in queue:
+            line = entry.encode()
+            if line is None:
+                done.dropped["too_long"] += 1
+                self._missing[entry.model_id, "too_long"] += 1
+                continue
+            pending[entry.model_id].append(line)
+            sizes[entry.model_id] += len(line)
+            if sizes[entry.model_id] >= WRITE_BYTES:
+                done = self._write_model(entry.model_id, pending.pop(entry.model_id), now_s, done)
+                del sizes[entry.model_id]
+        for model_id in {*pending, *(model_id for model_id, _ in self._missing)}:
+            done = self._write_model(model_id, pending.get(model_id, []), now_s, done)
+        return done
+
+    def _write_model(self, model_id: str, lines: list[bytes], now_s: float, done: Written) -> Written:
+        missing = {reason: count for (each, reason), count in self._missing.items() if each == model_id}
+        rule = find_rule(self._rules, model_id) or RecordRule(models=())
+        try:
+            self._check_room()
+            file = self._open.get(model_id) or self._open_file(model_id, now_s)
+            file.append([*self._describe_missing(model_id, missing), *lines])
+        except OSError as error:
+            self.problem = f"{self.folder}: {error.strerror}"
+            done.dropped["not_writable"] += len(lines)
+            if lines:
+                self._missing[model_id, "not_writable"] += len(lines)
+            return done
+        self.problem = None
+        for reason in missing:
+            del self._missing[model_id, reason]
+        file.records += len(lines)
+        file.dropped += sum(missing.values())
+        if file.size >= min(FULL_BYTES, rule.max_bytes // FULL_SHARE):
+            done.closed.extend(self._close(model_id))
+        return done._replace(records=done.records + len(lines))
+
+    def _describe_missing(self, model_id: str, missing: dict[Reason, int]) -> Iterator[bytes]:
+        for reason, count in missing.items():
+            yield encode_dropped(self._make_dropped(model_id, count, reason))
+
+    def _make_dropped(self, model_id: str, count: int | None, reason: Reason) -> DroppedRecords:
+        now = format_timestamp(utc_now())
+        return DroppedRecords(
+            id=uuid7(), source=self._source, time=now, model=model_id, dropped=count, reason=reason
+        )
+
+    def _check_room(self) -> None:
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        disk = os.statvfs(self.folder)
+        left = min(LEFT_FREE_BYTES, disk.f_blocks * disk.f_frsize // LEFT_FREE_SHARE)
+        if (free := disk.f_bavail * disk.f_frsize) < left:
+            text = f"the disk has {free >> 20} MiB left, and {left >> 20} MiB are left free for the ledger"
+            raise OSError(errno.ENOSPC, text)
+
+    def _open_file(self, model_id: str, now_s: float) -> _OpenFile:
+        (self.folder / model_id).mkdir(mode=0o700, exist_ok=True)
+        name = uuid7()
+        path = self.folder / model_id / f"{name}{OPEN}"
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        begin = format_timestamp(utc_now())
+        file = self._open[model_id] = _OpenFile(name, path, descriptor, begin, now_s, hashlib.sha256())
+        return file
+
+    def close_old(self, now_s: float) -> list[ClosedFile]:
+        """Close the files that are old; with an infinite time all of them."""
+        old = [model_id for model_id, file in self._open.items() if now_s - file.opened_s >= OLD_S]
+        return [closed for model_id in old for closed in self._close(model_id)]
+
+    def _close(self, model_id: str) -> Iterator[ClosedFile]:
+        """Close a file once all of it is on the disk; if that fails, it is left as by a dead server."""
+        file = self._open.pop(model_id)
+        try:
+            if not file.size:
+                file.path.unlink()
+                return
+            os.fsync(file.descriptor)
+            sync(file.path.parent)
+        except OSError as error:
+            self.problem = f"{file.path}: {error.strerror}"
+            return
+        finally:
+            os.close(file.descriptor)
+        yield self._describe(file, model_id, is_interrupted=False)
+
+    def _describe(self, file: _OpenFile, model_id: str, *, is_interrupted: bool) -> ClosedFile:
+        fact = RecordsClosed(
+            records=file.records,
+            lines=file.lines,
+            dropped=file.dropped,
+            interrupted=is_interrupted,
+            bytes=file.size,
+            sha256=file.digest.hexdigest(),
+            begin=file.begin,
+            end=format_timestamp(utc_now()),
+            server=self._source or UNSET,
+        )
+        return ClosedFile(file.id, model_id, file.path, fact)
+
+    def settle(self, path: Path) -> None:
+        """Give a file its name: the ledger has it."""
+        path.rename(path.with_suffix(CLOSED))
+        sync(path.parent)
+
+    def find_left(self) -> list[Path]:
+        """Return the files that a dead server left, or an error."""
+        written = {file.path for file in self._open.values()}
+        return [each.path for each in self.list_files() if each.is_open and each.path not in written]
+
+    def complete(self, path: Path) -> ClosedFile | None:
+        """Complete a file that was left: without half a line at its end, and with a line that says so.
+
+        An empty one is deleted, and None returned.
+
+        Raises:
+            OSError: that cannot be written.
+        """
+        if not path.stat().st_size:
+            path.unlink()
+            return None
+        model_id, now = path.parent.name, format_timestamp(utc_now())
+        digest, last = hashlib.sha256(), b""
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+        file = _OpenFile(path.stem, path, descriptor, now, 0.0, digest)
+        try:
+            with open(descriptor, "rb", closefd=False) as content:
+                for line in content:
+                    if not line.endswith(b"\n"):
+                        os.ftruncate(descriptor, file.size)
+                        break
+                    _count_line(file, line)
+                    last = line
+            if not _is_interruption(last):
+                file.append([encode_dropped(self._make_dropped(model_id, None, "interrupted"))])
+            os.fsync(descriptor)
+            sync(path.parent)
+        finally:
+            os.close(descriptor)
+        return self._describe(file, model_id, is_interrupted=True)
+
+    def list_files(self) -> list[StoredFile]:
+        """Return all files in order of their models and ids, and so of their beginnings."""
+        found = list[StoredFile]()
+        with suppress(FileNotFoundError):
+            for folder in sorted(self.folder.iterdir()):
+                found += _list_folder(folder)
+        return found
+
+
+def _list_folder(folder: Path) -> list[StoredFile]:
+    found = list[StoredFile]()
+    with suppress(OSError):
+        for path in sorted(folder.iterdir()):
+            if path.suffix in (OPEN, CLOSED):
+                with suppress(FileNotFoundError):
+                    status = path.stat()
+                    found.append(StoredFile(folder.name, path.stem, path, status.st_size, status.st_mtime))
+    return found
+
+
+class _Line(msgspec.Struct):
+    type: str
+    time: str = ""
+    dropped: int | None = 0
+    reason: str = ""
+
+
+def _read_line(line: bytes) -> _Line:
+    try:
+        return msgspec.json.decode(line, type=_Line)
+    except msgspec.MsgspecError:
+        return _Line("")
+
+
+def _count_line(file: _OpenFile, line: bytes) -> None:
+    said = _read_line(line)
+    if not file.lines:
+        file.begin = said.time or file.begin
+    file.digest.update(line)
+    file.size += len(line)
+    file.lines += 1
+    file.records += said.type == INFERENCE
+    file.dropped += said.dropped or 0 if said.type == DROPPED else 0
+
+
+def _is_interruption(line: bytes) -> bool:
+    said = _read_line(line)
+    return said.type == DROPPED and said.reason == "interrupted"
+
+
+def choose_expired(
+    files: Sequence[StoredFile], rules: Sequence[RecordRule], now_s: float
+) -> Iterator[tuple[StoredFile, str]]:
+    """Yield the closed files that are to be erased, the oldest first, and why: pure.
+
+    Files of a model for which no rule holds any more stay until a person erases them.
+    """
+    by_rule = defaultdict[RecordRule, list[StoredFile]](list)
+    for each in files:
+        rule = find_rule(rules, each.model_id)
+        if rule is not None:
+            by_rule[rule].append(each)
+    for rule, of_rule in by_rule.items():
+        left_bytes = sum(each.bytes for each in of_rule)
+        for each in sorted(of_rule, key=lambda file: file.id):
+            if each.is_open:
+                continue
+            is_old = now_s - each.written_at_s >= rule.keep_s
+            if not is_old and left_bytes <= rule.max_bytes:
+                continue
+            left_bytes -= each.bytes
+            yield each, "kept for as long as its rule says" if is_old else "its rule has no more room"

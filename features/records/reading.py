@@ -1,0 +1,100 @@
+"""Searches files of records, page by page; reads files, and nothing of the server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from events.clock import Timestamp, parse_timestamp
+from features.records.files import StoredFile
+
+SCAN_BYTES = 64 * 2**20
+"""Read for a page at most, so that no page takes long; then it may be empty, and the next one goes on."""
+PAGE_BYTES = 8 * 2**20
+"""Lines of a page, but at least one."""
+
+
+class RecordQuery(msgspec.Struct, frozen=True):
+    """A search: each member that is there narrows it.
+
+    Attributes:
+        model_id: of one model.
+        request_id: the id of the request, or that of its body.
+        since: of lines of this time or later.
+        cursor: `MODEL/ID:OFFSET`, where the page begins.
+        limit: lines of the page.
+    """
+
+    model_id: str | None = None
+    request_id: str | None = None
+    since: Timestamp | None = None
+    cursor: str | None = None
+    limit: int = 100
+
+
+class RecordPage(NamedTuple):
+    """Lines without their ends, and the cursor of the next page, or None."""
+
+    lines: list[bytes]
+    next_cursor: str | None
+
+
+class _Searched(msgspec.Struct):
+    id: str
+    time: str
+    request: str | None = None
+
+
+def select_files(files: Sequence[StoredFile], query: RecordQuery) -> list[tuple[StoredFile, int]]:
+    """Return the files that a page may have lines of, each with the offset at which it begins there. Pure."""
+    at, _, offset = (query.cursor or "").rpartition(":")
+    model_id, _, file_id = at.partition("/")
+    first = model_id, file_id
+    since_s = 0.0 if query.since is None else parse_timestamp(query.since).timestamp()
+    return [
+        (file, int(offset) if (file.model_id, file.id) == first else 0)
+        for file in files
+        if query.model_id in (None, file.model_id)
+        and (file.model_id, file.id) >= first
+        and file.written_at_s >= since_s - 1
+    ]
+
+
+def read_page(files: Sequence[StoredFile], query: RecordQuery) -> RecordPage:
+    """Return a page of lines, in order of models, files and lines.
+
+    Raises:
+        OSError: a file cannot be read; one that is gone has no lines.
+    """
+    lines, left_bytes, scan_bytes = list[bytes](), PAGE_BYTES, SCAN_BYTES
+    wanted = None if query.request_id is None else msgspec.json.encode(query.request_id)
+    for file, begin in select_files(files, query):
+        try:
+            content = file.path.open("rb")
+        except FileNotFoundError:
+            continue
+        with content:
+            offset = content.seek(begin)
+            for line in content:
+                if not line.endswith(b"\n"):
+                    break
+                is_full = len(lines) >= query.limit or left_bytes <= 0 or scan_bytes <= 0
+                if is_full:
+                    return RecordPage(lines, f"{file.model_id}/{file.id}:{offset}")
+                offset += len(line)
+                scan_bytes -= len(line)
+                if (wanted is None or wanted in line) and _matches(line, query):
+                    lines.append(line[:-1])
+                    left_bytes -= len(line)
+    return RecordPage(lines, None)
+
+
+def _matches(line: bytes, query: RecordQuery) -> bool:
+    try:
+        said = msgspec.json.decode(line, type=_Searched)
+    except msgspec.MsgspecError:  # somebody has changed the file, as `verify` says
+        return False
+    is_wanted = query.request_id in (None, said.id, said.request)
+    return is_wanted and (query.since is None or said.time >= query.since)
