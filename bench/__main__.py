@@ -24,6 +24,7 @@ from bench import (
     loads,
     memory,
     peers,
+    records,
     release,
     streams,
     swaps,
@@ -41,6 +42,7 @@ PARTS = (
     "policies",
     "inference",
     "compute",
+    "records",
     "tails",
     "ledger",
     "cluster",
@@ -142,6 +144,7 @@ def main(**options: Any) -> None:
         "policies": _policies,
         "inference": _inference,
         "compute": _compute,
+        "records": _records,
         "tails": _tails,
         "ledger": _ledger,
         "cluster": _cluster,
@@ -199,6 +202,10 @@ def _compute(folder: Path, choice: Choice) -> list[Row]:
         *compute.measure(folder / "beside", rounds=rounds, seconds=seconds, peers_at=choice.peers),
         *compute.measure_many(folder / "many", rounds=rounds, seconds=seconds),
     ]
+
+
+def _records(folder: Path, choice: Choice) -> list[Row]:
+    return records.measure(folder, rounds=choice.rounds, seconds=choice.seconds)
 
 
 def _tails(folder: Path, choice: Choice) -> list[Row]:

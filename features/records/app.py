@@ -30,7 +30,7 @@ from features.records.rules import RecordRule
 from features.records.table import NAME
 from server.appkeys import CONFIG, LOG, READER
 from server.cluster import CLUSTER
-from server.v2.observer import OBSERVER
+from server.v2.observer import OBSERVE
 
 _log = logging.getLogger(__name__)
 
@@ -179,7 +179,7 @@ async def open_recording(app: web.Application) -> AsyncIterator[None]:
     recording = Recording(rules, folder, app[CLUSTER].name or "", app[LOG], app[READER])
     app[RECORDING] = recording
     if rules:
-        app[OBSERVER] = recording.recorder
+        app[OBSERVE] = recording.recorder.observe
     running = asyncio.create_task(recording.run(), name="records")
     yield
     running.cancel()
@@ -196,7 +196,7 @@ async def close_files(app: web.Application) -> None:
 def read_gauges(app: web.Application) -> Sequence[Gauge]:
     """Return the metrics of records; none without rules."""
     recording = app[RECORDING]
-    if OBSERVER not in app:
+    if OBSERVE not in app:
         return ()
     dropped = {"queue_full": 0, "not_writable": 0, "too_long": 0, **recording.recorder.dropped}
     stopped = float(recording.problem is not None)

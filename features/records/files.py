@@ -9,9 +9,9 @@ import errno
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,14 @@ from msgspec import UNSET
 from events.clock import format_timestamp, utc_now, uuid7
 from events.files import sync
 from features.records.facts import RecordsClosed
-from features.records.lines import DROPPED, INFERENCE, DroppedRecords, Reason, encode_dropped
+from features.records.lines import (
+    DROPPED,
+    INFERENCE,
+    DroppedRecords,
+    Reason,
+    encode_dropped,
+    encode_inference,
+)
 from features.records.recorder import Entry
 from features.records.rules import RecordRule, find_rule
 
@@ -34,10 +41,9 @@ FULL_SHARE = 4
 OLD_S = 3600.0
 """Age at which a file is closed."""
 WRITE_BYTES = 2**20
-"""Lines are joined up to this before they are written."""
+"""Lines are joined up to this: the thread and the event loop take turns at each call of the system."""
 LEFT_FREE_BYTES, LEFT_FREE_SHARE = 2**30, 20
 """What is left free on the disk, on which the ledger may lie, too: a twentieth of it, at most this."""
-READ_BYTES = 2**20
 
 
 class ClosedFile(NamedTuple):
@@ -63,12 +69,28 @@ class StoredFile(NamedTuple):
         return self.path.suffix == OPEN
 
 
-class Written(NamedTuple):
+@dataclass(slots=True)
+class _Lines:
+    """Lines of a model that are written together: each part has whole ones."""
+
+    parts: list[bytes] = field(default_factory=list)
+    records: int = 0
+    size: int = 0
+
+    def add(self, part: bytes, records: int) -> int:
+        self.parts.append(part)
+        self.records += records
+        self.size += len(part)
+        return self.size
+
+
+@dataclass(slots=True)
+class Written:
     """How many records a call has written, which it could not, by reason, and the files that it closed."""
 
-    records: int
-    dropped: Counter[Reason]
-    closed: list[ClosedFile]
+    records: int = 0
+    dropped: Counter[Reason] = field(default_factory=Counter)
+    closed: list[ClosedFile] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -86,13 +108,12 @@ class _OpenFile:
     lines: int = 0
     dropped: int = 0
 
-    def append(self, lines: Sequence[bytes]) -> None:
-        """Append whole lines; the file is as before if that fails.
+    def append(self, text: bytes, lines: int) -> None:
+        """Append so many whole lines; the file is as before if that fails.
 
         Raises:
             OSError: they cannot be written.
         """
-        text = b"".join(lines)
         rest = memoryview(text)
         try:
             while rest:
@@ -102,7 +123,7 @@ class _OpenFile:
             raise
         self.digest.update(text)
         self.size += len(text)
-        self.lines += len(lines)
+        self.lines += lines
 
 
 class RecordFiles:
@@ -125,56 +146,52 @@ class RecordFiles:
         self._open = dict[str, _OpenFile]()
         self._missing = Counter[tuple[str, Reason]]()
 
-    def write(self, queue: Iterable[Entry], missing: Counter[tuple[str, Reason]], now_s: float) -> Written:
+    def write(
+        self, queue: Iterable[Entry], missing: Mapping[tuple[str, Reason], int], now_s: float
+    ) -> Written:
         """Write lines, and before those of a model how many of it are missing.
 
         What cannot be written is missing, too, and said as soon as something can be.
         """
         self._missing.update(missing)
-        done = Written(0, Counter(), [])
-        pending, sizes = defaultdict[str, list[bytes]](list), Counter[str]()
-        for entry in queue:
-            line = entry.encode()
+        done, joined = Written(), defaultdict[str, _Lines](_Lines)
+        for model_id, content, records, _ in queue:
+            line = content if isinstance(content, bytes) else encode_inference(content, self._source)
             if line is None:
-                done.dropped["too_long"] += 1
-                self._missing[entry.model_id, "too_long"] += 1
-                continue
-            pending[entry.model_id].append(line)
-            sizes[entry.model_id] += len(line)
-            if sizes[entry.model_id] >= WRITE_BYTES:
-                done = self._write_model(entry.model_id, pending.pop(entry.model_id), now_s, done)
-                del sizes[entry.model_id]
-        for model_id in {*pending, *(model_id for model_id, _ in self._missing)}:
-            done = self._write_model(model_id, pending.get(model_id, []), now_s, done)
+                self._drop(model_id, "too_long", records, done)
+            elif joined[model_id].add(line, records) >= WRITE_BYTES:
+                self._write_lines(model_id, joined.pop(model_id), now_s, done)
+        for model_id in {*joined, *(model_id for model_id, _ in self._missing)}:
+            self._write_lines(model_id, joined[model_id], now_s, done)
         return done
 
-    def _write_model(self, model_id: str, lines: list[bytes], now_s: float, done: Written) -> Written:
+    def _drop(self, model_id: str, reason: Reason, records: int, done: Written) -> None:
+        if records:
+            self._missing[model_id, reason] += records
+            done.dropped[reason] += records
+
+    def _write_lines(self, model_id: str, lines: _Lines, now_s: float, done: Written) -> None:
         missing = {reason: count for (each, reason), count in self._missing.items() if each == model_id}
-        rule = find_rule(self._rules, model_id) or RecordRule(models=())
+        said = [encode_dropped(self._make_dropped(model_id, *each)) for each in missing.items()]
         try:
             self._check_room()
             file = self._open.get(model_id) or self._open_file(model_id, now_s)
-            file.append([*self._describe_missing(model_id, missing), *lines])
+            file.append(b"".join((*said, *lines.parts)), len(said) + lines.records)
         except OSError as error:
             self.problem = f"{self.folder}: {error.strerror}"
-            done.dropped["not_writable"] += len(lines)
-            if lines:
-                self._missing[model_id, "not_writable"] += len(lines)
-            return done
+            self._drop(model_id, "not_writable", lines.records, done)
+            return
         self.problem = None
         for reason in missing:
             del self._missing[model_id, reason]
-        file.records += len(lines)
+        file.records += lines.records
         file.dropped += sum(missing.values())
+        done.records += lines.records
+        rule = find_rule(self._rules, model_id) or RecordRule(models=())
         if file.size >= min(FULL_BYTES, rule.max_bytes // FULL_SHARE):
             done.closed.extend(self._close(model_id))
-        return done._replace(records=done.records + len(lines))
 
-    def _describe_missing(self, model_id: str, missing: dict[Reason, int]) -> Iterator[bytes]:
-        for reason, count in missing.items():
-            yield encode_dropped(self._make_dropped(model_id, count, reason))
-
-    def _make_dropped(self, model_id: str, count: int | None, reason: Reason) -> DroppedRecords:
+    def _make_dropped(self, model_id: str, reason: Reason, count: int | None) -> DroppedRecords:
         now = format_timestamp(utc_now())
         return DroppedRecords(
             id=uuid7(), source=self._source, time=now, model=model_id, dropped=count, reason=reason
@@ -266,7 +283,7 @@ class RecordFiles:
                     _count_line(file, line)
                     last = line
             if not _is_interruption(last):
-                file.append([encode_dropped(self._make_dropped(model_id, None, "interrupted"))])
+                file.append(encode_dropped(self._make_dropped(model_id, "interrupted", None)), 1)
             os.fsync(descriptor)
             sync(path.parent)
         finally:

@@ -6,14 +6,17 @@ says what is missing at its place.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from functools import lru_cache
+from hashlib import sha256
 from typing import Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from events.clock import Timestamp
+from events.clock import Timestamp, format_timestamp
+from features.records.rules import Failures, RecordRule, What
 from runtime.router import Answered
 from runtime.statistics import InferenceTimes
 from runtime.wire import Buffer, Tensor
@@ -26,6 +29,9 @@ MAX_LINE_BYTES = 16 * 10**6
 """DuckDB and others read no longer objects (`maximum_object_size`) unless they are told to."""
 MAX_DATA_BYTES = 8 * 10**6
 """Of all tensors of a line: in base64 a third longer, so that the line is below its limit."""
+
+TENSOR_BYTES = 256
+"""Counted for a tensor beside its data: its name, shape and digest in a line."""
 
 Reason = Literal["queue_full", "not_writable", "too_long", "interrupted"]
 """Why inferences are missing: `interrupted` if the server died, when nobody knows how many."""
@@ -98,83 +104,101 @@ class DroppedRecords(msgspec.Struct, frozen=True, gc=False, kw_only=True, tag_fi
     reason: Reason
 
 
-class EndedInference(msgspec.Struct, frozen=True, gc=False):
-    """An inference that is to be recorded, with its tensors; `answered` is None of a failed one."""
+class Candidate(ObservedInference, gc=False, kw_only=True):
+    """An inference that is recorded, unless its end says otherwise; its end fills in what follows the rule.
 
-    observed: ObservedInference
-    answered: Answered | None
-    request_id: str
-    source: str
-    time: Timestamp
-    ended_ns: int
-    share: float
-    status: int | None
-    code: str | None
+    Attributes:
+        take: is given the inference with its result.
+        rule: which the model has.
+        is_chosen: whether its share has it; else it is recorded if it fails.
+        answered: None of a failed one.
+        ended_ns: the clock of `times` then.
+        at_ns: in nanoseconds since 1970.
+        status, code: as the record has them.
+    """
+
+    take: Callable[[Candidate, Answered | BaseException], None]
+    rule: RecordRule
+    is_chosen: bool
+    answered: Answered | None = None
+    ended_ns: int = 0
+    at_ns: int = 0
+    status: int | None = None
+    code: str | None = None
+
+    def end(self, result: Answered | BaseException) -> None:
+        self.take(self, result)
 
     @property
     def tensors(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        question = self.observed.question
-        return (
-            () if question is None else question.tensors,
-            () if self.answered is None else self.answered.outputs,
-        )
+        """Inputs and outputs, as far as there are any."""
+        question, answered = self.question, self.answered
+        return () if question is None else question.tensors, () if answered is None else answered.outputs
 
-    @property
-    def data_bytes(self) -> int:
-        inputs, outputs = self.tensors
-        return sum([len(each.data) for each in inputs]) + sum([len(each.data) for each in outputs])
+    def count_bytes(self) -> int:
+        """Return the bytes of all tensors, and 256 for each: their names and shapes in the line."""
+        size = 0
+        for tensors in self.tensors:
+            for each in tensors:
+                size += len(each.data) + TENSOR_BYTES
+        return size
 
 
 _ENCODER = msgspec.json.Encoder()
 
 
-def encode_inference(ended: EndedInference, *, with_data: bool) -> bytes | None:
+def encode_inference(ended: Candidate, source: str) -> bytes | None:
     """Return the line of an inference, or None if it is too long even without data."""
-    keeps_data = with_data and ended.data_bytes <= MAX_DATA_BYTES
-    line = _ENCODER.encode(_describe(ended, keeps_data=keeps_data)) + b"\n"
+    inputs, outputs = ended.tensors
+    has_data = ended.rule.what is What.TENSORS and ended.count_bytes() <= MAX_DATA_BYTES
+    answered, rule = ended.answered, ended.rule
+    here = ended.here if answered is None else answered.here
+    total_us, waited_us, queue_us, compute_us = _divide(ended.times, answered, ended.ended_ns)
+    record = InferenceRecord(
+        id=ended.request_id,
+        source=source,
+        time=f"{_format_second(ended.at_ns // 10**9)}.{ended.at_ns // 1000 % 10**6:06d}Z",
+        model=ended.model_id,
+        version=None if here is None else here.version,
+        position=None if here is None else here.position,
+        subject=ended.subject,
+        request=None if ended.question is None else ended.question.id,
+        status=ended.status,
+        code=ended.code,
+        share=1.0 if answered is None and rule.failures is Failures.ALL else rule.share,
+        total_us=total_us,
+        waited_us=waited_us,
+        queue_us=queue_us,
+        compute_us=compute_us,
+        inputs=_describe_tensors(inputs, has_data=has_data),
+        outputs=_describe_tensors(outputs, has_data=has_data),
+    )
+    line = _ENCODER.encode(record) + b"\n"
     return line if len(line) <= MAX_LINE_BYTES else None
+
+
+@lru_cache(maxsize=4)
+def _format_second(since_1970: int) -> str:
+    return format_timestamp(datetime.fromtimestamp(since_1970, UTC)).partition(".")[0]
 
 
 def encode_dropped(lost: DroppedRecords) -> bytes:
     return _ENCODER.encode(lost) + b"\n"
 
 
-def _describe(ended: EndedInference, *, keeps_data: bool) -> InferenceRecord:
-    observed, answered = ended.observed, ended.answered
-    here = observed.here if answered is None else answered.here
-    total_us, waited_us, queue_us, compute_us = _divide(observed.times, answered, ended.ended_ns)
-    inputs, outputs = ended.tensors
-    return InferenceRecord(
-        id=ended.request_id,
-        source=ended.source,
-        time=ended.time,
-        model=observed.model_id,
-        version=None if here is None else here.version,
-        position=None if here is None else here.position,
-        subject=observed.subject,
-        request=None if observed.question is None else observed.question.id,
-        status=ended.status,
-        code=ended.code,
-        share=ended.share,
-        total_us=total_us,
-        waited_us=waited_us,
-        queue_us=queue_us,
-        compute_us=compute_us,
-        inputs=[_describe_tensor(each, keeps_data=keeps_data) for each in inputs],
-        outputs=[_describe_tensor(each, keeps_data=keeps_data) for each in outputs],
-    )
-
-
-def _describe_tensor(tensor: Tensor, *, keeps_data: bool) -> TensorRecord:
-    return TensorRecord(
-        tensor.name,
-        tensor.datatype,
-        tensor.shape,
-        "json" if tensor.text else "binary",
-        len(tensor.data),
-        hashlib.sha256(tensor.data).hexdigest(),
-        tensor.data if keeps_data else UNSET,
-    )
+def _describe_tensors(tensors: Sequence[Tensor], *, has_data: bool) -> list[TensorRecord]:
+    return [
+        TensorRecord(
+            each.name,
+            each.datatype,
+            each.shape,
+            "json" if each.text else "binary",
+            len(each.data),
+            sha256(each.data).hexdigest(),
+            each.data if has_data else UNSET,
+        )
+        for each in tensors
+    ]
 
 
 def _divide(

@@ -1,37 +1,35 @@
 """The recorder: takes ended inferences on the event loop, and queues what a thread writes.
 
-Nothing waits for it. The lines of short tensors are made at once, in some microseconds; long tensors are kept
-until the thread has hashed them. What finds no room in the queue is dropped and counted, and the next line of
-its model says how many.
+Nothing waits for it. The lines of short tensors are made here, many at once; long tensors are kept until the
+thread has hashed them. What finds no room is dropped and counted, and the next line of its model says that.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-import msgspec
 from aiohttp import web
 
-from events.clock import format_timestamp, utc_now
-from features.records.lines import EndedInference, Reason, encode_inference
-from features.records.rules import Failures, RecordRule, What, find_rule, is_chosen
+from features.records.lines import Candidate, Reason, encode_inference
+from features.records.rules import Failures, RecordRule, find_rule, is_chosen
 from runtime.router import Answered
 from runtime.statistics import InferenceTimes
 from server.errors import ERRORS
-from server.observability.output import begin_context
-from server.v2.observer import InferenceObserver, ObservedInference
+from server.observability.output import name_request
+from server.v2.observer import ObservedInference
 
 LONG_BYTES = 64 * 2**10
 """Tensors of an inference that are hashed in the thread: these take 0.05 to 0.2 ms."""
-LONG_COUNT = 64
-"""As many tensors, too, however short they are."""
+BATCH = 64
+"""Lines that are made at once, in half a millisecond: each takes a third of what a single one takes."""
 QUEUE_BYTES = 64 * 2**20
-"""Lines and long tensors that may wait: a hundred of 600 KB, and of lines some ten thousand."""
+"""Lines and tensors that may wait: a hundred inferences of 600 KB, and of short ones some ten thousand."""
 ENTRY_BYTES = 1024
-"""Counted for an entry beside its tensors or its line."""
+"""Counted for an inference beside its tensors: its line, or what that is made of."""
 FLUSH_S = 0.5
 """The longest time before a line is given to the thread, and so what a death of the server loses."""
 HURRY_BYTES = 2**20
@@ -43,28 +41,23 @@ ABORTED = "aborted"
 """The code of an inference whose client left before its answer, or that the server's end cut off."""
 
 
-class _Observed(ObservedInference, gc=False):
-    request_id: str = ""
-    rule: RecordRule = RecordRule(models=())
-    is_chosen: bool = False
+class Entry(NamedTuple):
+    """Lines of a model for the thread, or an inference with long tensors of which it makes one.
 
-
-class Entry(msgspec.Struct, frozen=True, gc=False):
-    """A line of a model for the thread, or an inference of which the thread makes one."""
+    Attributes:
+        model_id: the model.
+        content: whole lines, or the inference.
+        records: how many inferences these are.
+        size: the bytes that count for the queue.
+    """
 
     model_id: str
-    rule: RecordRule
-    content: bytes | EndedInference
+    content: bytes | Candidate
+    records: int
     size: int
 
-    def encode(self) -> bytes | None:
-        """Return the line; None if it is too long."""
-        if isinstance(self.content, bytes):
-            return self.content
-        return encode_inference(self.content, with_data=self.rule.what is What.TENSORS)
 
-
-class Recorder(InferenceObserver):
+class Recorder:
     """Chooses inferences by the rules, and queues their lines.
 
     Args:
@@ -82,87 +75,96 @@ class Recorder(InferenceObserver):
         self._source = source
         self._wake = wake
         self._known = dict[str, RecordRule | None]()
+        self._short = list[Candidate]()
+        self._short_bytes = 0
         self._queue = list[Entry]()
         self._missing = Counter[tuple[str, Reason]]()
         self._timer: asyncio.TimerHandle | None = None
         self.queued_bytes = 0
         self.dropped = Counter[Reason]()
 
-    def find_rule(self, model_id: str) -> RecordRule | None:
+    def _find_rule(self, model_id: str) -> RecordRule | None:
         if model_id not in self._known:
             if len(self._known) >= MAX_KNOWN:
                 self._known.clear()
             self._known[model_id] = find_rule(self._rules, model_id)
         return self._known[model_id]
 
-    def begin(
+    def observe(
         self, request: web.BaseRequest, model_id: str, subject: str, times: InferenceTimes
     ) -> ObservedInference | None:
-        rule = self.find_rule(model_id)
+        """Return an inference to be filled in, or None if no rule wants it, however it ends."""
+        rule = self._find_rule(model_id)
         if rule is None:
             return None
-        request_id = begin_context(request).request_id
+        request_id = name_request(request)
         chosen = rule.share >= 1 or is_chosen(request_id, rule.share)
         if not chosen and rule.failures is Failures.SHARE:
             return None
-        return _Observed(model_id, subject, times, None, None, request_id, rule, chosen)
-
-    def end(self, observed: ObservedInference, result: Answered | BaseException) -> None:
-        assert isinstance(observed, _Observed)
-        rule, answered = observed.rule, result if isinstance(result, Answered) else None
-        if answered is not None and not observed.is_chosen:
-            return
-        status, code = (OK, None) if isinstance(result, Answered) else _describe_failure(result)
-        if code == "unknown_model":
-            return  # no inference of a model: the name is the client's invention
-        share = 1.0 if answered is None and rule.failures is Failures.ALL else rule.share
-        ended_ns, now = time.monotonic_ns(), format_timestamp(utc_now())
-        ended = EndedInference(
-            observed, answered, observed.request_id, self._source, now, ended_ns, share, status, code
+        return Candidate(
+            request_id, model_id, subject, times, take=self.take_ended, rule=rule, is_chosen=chosen
         )
-        inputs, outputs = ended.tensors
-        if (data_bytes := ended.data_bytes) > LONG_BYTES or len(inputs) + len(outputs) > LONG_COUNT:
-            self._put(observed.model_id, rule, ended, data_bytes, is_urgent=True)
-        else:
-            line = encode_inference(ended, with_data=rule.what is What.TENSORS)
-            if line is None:
-                self.count_dropped(observed.model_id, "too_long")
-            else:
-                self._put(observed.model_id, rule, line, len(line))
 
-    def _put(
-        self,
-        model_id: str,
-        rule: RecordRule,
-        content: bytes | EndedInference,
-        size: int,
-        *,
-        is_urgent: bool = False,
-    ) -> None:
-        size += ENTRY_BYTES
+    def take_ended(self, ended: Candidate, result: Answered | BaseException) -> None:
+        """Queue an inference that has ended, unless it was not chosen, and has not failed."""
+        if isinstance(result, Answered):
+            if not ended.is_chosen:
+                return
+            ended.answered, ended.status = result, OK
+        else:
+            ended.status, ended.code = _describe_failure(result)
+            if ended.code == "unknown_model":
+                return  # no inference of a model: the name is the client's invention
+        ended.ended_ns, ended.at_ns = time.monotonic_ns(), time.time_ns()
+        data_bytes = ended.count_bytes()
+        size = data_bytes + ENTRY_BYTES
         if self.queued_bytes + size > QUEUE_BYTES:
-            self.count_dropped(model_id, "queue_full")
+            self._drop(ended.model_id, "queue_full")
             return
         self.queued_bytes += size
-        self._queue.append(Entry(model_id, rule, content, size))
-        if is_urgent or self.queued_bytes >= HURRY_BYTES:
+        if data_bytes > LONG_BYTES:
+            self._queue.append(Entry(ended.model_id, ended, 1, size))
             self._wake()
+            return
+        self._short.append(ended)
+        self._short_bytes += size
+        if len(self._short) >= BATCH:
+            self._encode_short()
         elif self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(FLUSH_S, self._wake)
 
-    def count_dropped(self, model_id: str, reason: Reason, count: int = 1) -> None:
-        """Count inferences that are not recorded, for a line of their model."""
-        self.dropped[reason] += count
-        self._missing[model_id, reason] += count
+    def _encode_short(self) -> None:
+        """Make the lines of inferences with short tensors, whose memory then counts no more."""
+        lines = defaultdict[str, list[bytes]](list)
+        for each in self._short:
+            line = encode_inference(each, self._source)
+            if line is None:
+                self._drop(each.model_id, "too_long")
+            else:
+                lines[each.model_id].append(line)
+        self.queued_bytes -= self._short_bytes
+        self._short, self._short_bytes = [], 0
+        for model_id, of_model in lines.items():
+            text = b"".join(of_model)
+            self._queue.append(Entry(model_id, text, len(of_model), len(text)))
+            self.queued_bytes += len(text)
+        if sum([each.size for each in self._queue]) >= HURRY_BYTES:
+            self._wake()
+
+    def _drop(self, model_id: str, reason: Reason) -> None:
+        """Count an inference that is not recorded, for a line of its model."""
+        self.dropped[reason] += 1
+        self._missing[model_id, reason] += 1
 
     def take(self) -> tuple[Sequence[Entry], Counter[tuple[str, Reason]]]:
-        """Return the queue, and how many inferences are missing by model and reason, which the queue forgets.
+        """Return the queue, and how many inferences are missing by model and reason; both are empty then.
 
         The memory of the queue counts until `give_back`.
         """
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._encode_short()
         queue, self._queue = self._queue, []
         missing, self._missing = self._missing, Counter()
         return queue, missing

@@ -115,13 +115,10 @@ class DirectResponse(web.StreamResponse):
         self._is_kept = request.keep_alive and super().keep_alive is None  # no `force_close`
         length = sum(map(len, self._buffers))
         more = _connection(request, is_kept=self._is_kept)
-        context = CONTEXT.get()
-        if context is not None:
-            more += f"{REQUEST_ID}: {context.request_id}\r\n"
-        else:
-            request_id = request.headers.get(REQUEST_ID)  # only a client's: creating one would take too long
-            if request_id is not None and valid_request_id((request_id,)) is not None:
-                more += f"{REQUEST_ID}: {request_id}\r\n"
+        request_id = request.headers.get(REQUEST_ID)  # only a client's: creating one would take too long
+        is_named = request_id is None or REQUEST_ID in self._fields
+        if not is_named and valid_request_id((request_id or "",)) is not None:
+            more += f"{REQUEST_ID}: {request_id}\r\n"
         head = _head(self._fields, length, more)
         if length < JOINED_BYTES:
             transport.write(b"".join((head, *self._buffers)))

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from contextvars import Context, ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import count
 from logging import Formatter, LogRecord
 from logging.handlers import QueueHandler, QueueListener
 from queue import SimpleQueue
@@ -82,6 +83,9 @@ class RequestContext:
     position: int | None = None
 
 
+NAME: web.RequestKey[str] = web.RequestKey("name", str)
+"""The id of a request that has been named before its context begins."""
+
 CONTEXT: ContextVar[RequestContext | None] = ContextVar("request", default=None)
 """The request that the running task serves; None outside of requests."""
 
@@ -90,9 +94,25 @@ def begin_context(request: web.BaseRequest) -> RequestContext:
     """Return the context of a request; the log records of the running task have its id from here on."""
     context = CONTEXT.get()
     if context is None:
-        context = RequestContext(valid_request_id(request.headers.getall(REQUEST_ID, ())) or uuid4().hex)
+        given = request.get(NAME) or valid_request_id(request.headers.getall(REQUEST_ID, ()))
+        context = RequestContext(given or uuid4().hex)
         CONTEXT.set(context)
     return context
+
+
+_PREFIX, _NUMBERS = uuid4().hex[:16], count(1)
+
+
+def name_request(request: web.BaseRequest) -> str:
+    """Return an id for a request: that of its context, the client's, or a new one; begins no context.
+
+    A context takes 15 µs. A new id is random for each process, and then counts.
+    """
+    context = CONTEXT.get()
+    if context is not None:
+        return context.request_id
+    given = valid_request_id(request.headers.getall(REQUEST_ID, ()))
+    return f"{_PREFIX}{next(_NUMBERS):016x}" if given is None else given
 
 
 def valid_request_id(values: Sequence[str]) -> str | None:

@@ -33,7 +33,7 @@ from server.http.compression import COMPRESSED_FROM_BYTES, chosen_encoding, comp
 from server.http.connection import ARRIVED_NS, read_body_into
 from server.http.responses import DirectResponse, response_completer
 from server.http.validation import path_parameters
-from server.observability.output import begin_context
+from server.observability.output import NAME, REQUEST_ID, begin_context
 from server.observability.requestlog import HTTP_COUNTS
 from server.routing import RequestHandler, Routes, wrap_handler
 from server.v2.codec import (
@@ -51,7 +51,7 @@ from server.v2.metadata import (
     metadata,
     model_routes,
 )
-from server.v2.observer import OBSERVER, ObservedInference
+from server.v2.observer import OBSERVE, ObservedInference
 
 routes = Routes(tag="inference")
 
@@ -137,8 +137,8 @@ async def infer(
     times = InferenceTimes(request.get(ARRIVED_NS) or time.monotonic_ns())
     subject = request[PRINCIPAL].subject
     router, memory, loop = app[ROUTER], app[BODIES].memory_of(subject), asyncio.get_running_loop()
-    observer = app.get(OBSERVER)
-    observed = None if observer is None else observer.begin(request, model_id, subject, times)
+    observe = app.get(OBSERVE)
+    observed = None if observe is None else observe(request, model_id, subject, times)
     try:
         cluster, spreads = app[CLUSTER], FORWARDED not in request.headers
         await cluster.catch_up(request, model_id)
@@ -178,12 +178,12 @@ async def infer(
                             result = await router.infer(
                                 found, question, left_s, times, version=version, worker=body.worker
                             )
-        ended = None if observer is None or observed is None else partial(observer.end, observed, result)
-        return await _respond(request, result, decoded, times, memory, cluster=cluster, ended=ended)
+        return await _respond(request, result, decoded, times, memory, cluster=cluster, observed=observed)
     except BaseException as error:
         memory.give_back()
-        if observer is not None and observed is not None:
-            observer.end(observed, error)
+        if observed is not None:
+            request[NAME] = observed.request_id
+            observed.end(error)
         raise
 
 
@@ -279,9 +279,9 @@ async def _respond(
     memory: BodyMemory,
     *,
     cluster: Cluster,
-    ended: Callable[[], None] | None,
+    observed: ObservedInference | None,
 ) -> DirectResponse:
-    """Encode an answer; when its response is written, it is counted, and then `ended` is called."""
+    """Encode an answer; when its response is written, it is counted, and its observer gets it."""
     here, request_id, quota = answered.here, None if decoded is None else decoded.id, request.get(QUOTA)
     count = partial(here.count_answer, answered.outcome, times)
     answer_bytes = sum([len(tensor.data) for tensor in answered.outputs])
@@ -305,12 +305,15 @@ async def _respond(
     except BaseException:  # the model has answered, even if the client does not receive it
         count()
         raise
-    return DirectResponse(fields, body, memory, count if ended is None else partial(_call, count, ended))
+    if observed is None:
+        return DirectResponse(fields, body, memory, count)
+    fields[REQUEST_ID] = observed.request_id
+    return DirectResponse(fields, body, memory, partial(_count_and_end, count, observed, answered))
 
 
-def _call(*functions: Callable[[], None]) -> None:
-    for each in functions:
-        each()
+def _count_and_end(count: Callable[[], None], observed: ObservedInference, answered: Answered) -> None:
+    count()
+    observed.end(answered)
 
 
 def _encoding(request: web.BaseRequest, body: Sequence[Buffer]) -> str | None:

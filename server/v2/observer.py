@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import msgspec
 from aiohttp import web
@@ -15,6 +15,7 @@ class ObservedInference(msgspec.Struct, gc=False):
     """An inference, as far as it has come.
 
     Attributes:
+        request_id: the request's, which the answer has.
         model_id: the requested model, which need not exist.
         subject: of the token.
         times: those until now.
@@ -22,29 +23,23 @@ class ObservedInference(msgspec.Struct, gc=False):
         question: the decoded request; None if it could not be decoded, or was not.
     """
 
+    request_id: str
     model_id: str
     subject: str
     times: InferenceTimes
     here: Here | None = None
     question: InferenceRequest | None = None
 
+    def end(self, result: Answered | BaseException) -> None:
+        """Take the answer, once it is written, or why there is none.
 
-class InferenceObserver(ABC):
-    """Chooses the inferences that it wants to know of; both methods are called on the event loop."""
-
-    @abstractmethod
-    def begin(
-        self, request: web.BaseRequest, model_id: str, subject: str, times: InferenceTimes
-    ) -> ObservedInference | None:
-        """Return what is to be filled in, or None if the inference is of no interest."""
-
-    @abstractmethod
-    def end(self, observed: ObservedInference, result: Answered | BaseException) -> None:
-        """Take an inference whose answer was written, or why there is none.
-
-        One that another server answers has no end here, unless that server cannot be reached.
+        An inference that another server answers has no end here, unless that server cannot be reached.
         """
+        raise NotImplementedError
 
 
-OBSERVER: web.AppKey[InferenceObserver] = web.AppKey("inference_observer", InferenceObserver)
+Observe = Callable[[web.BaseRequest, str, str, InferenceTimes], ObservedInference | None]
+"""Returns what is to be filled in of an inference of a model by a subject; None if it is of no interest."""
+
+OBSERVE: web.AppKey[Observe] = web.AppKey("observe_inference")
 """Missing where nothing observes."""
