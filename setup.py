@@ -36,6 +36,7 @@ TEST = [
     *GRPC,
     "asyncpg-stubs>=0.30",
     "axe-playwright-python>=0.1.4",
+    "duckdb>=1.1",  # with pandas: records are read without our code
     "flask>=3",
     "flask-cors>=5",
     "grpcio-health-checking>=1.81",
@@ -48,6 +49,7 @@ TEST = [
     "onnx>=1.23",
     "openapi-python-client>=0.29",
     "openapi-spec-validator>=0.7",
+    "pandas>=2.2",
     "playwright>=1.65",
     "pytest>=9",
     "pytest-aiohttp>=1.1",

@@ -212,6 +212,9 @@ class Client(ServerClient):
     infer = _blocking(Operations.infer)
     loaded = _managing(Operations.loaded)
     events = _iterating(Operations.events)
+    records = _iterating(Operations.records)
+    record_files = _iterating(Operations.record_files)
+    erase_record_file = _blocking(Operations.erase_record_file)
     get = _blocking(Operations.get)
     post = _blocking(Operations.post)
 

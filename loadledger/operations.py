@@ -20,6 +20,7 @@ from answers.inference import ModelMetadata
 from answers.jobs import JobInfo, JobList
 from answers.models import ModelInfo, ModelList
 from answers.nodes import NodeInfo, NodeList
+from answers.records import RecordFileInfo, RecordFileList, RecordList
 from answers.resources import Resources
 from answers.signatures import VerifiedVersionInfo
 from answers.versions import AddedFileInfo, AddedVersionInfo, UploadInfo
@@ -587,6 +588,33 @@ class Operations:
             if follow
             else iterate_list(self._context, event_listing(selection))
         )
+
+    def records(
+        self, *, model: str | None = None, request_id: str | None = None, since: str | None = None
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """Iterate over the recorded inferences of the server, by model and time.
+
+        Args:
+            model: only of this model.
+            request_id: only the inference with this `X-Request-Id`, or `id` in its body.
+            since: only from this time on, such as 2026-01-31T14:02:00Z.
+        """
+        pairs = present_parameters(model=model, id=request_id, since=since)
+        return iterate_list(self._context, Listing("/api/v1/records", RecordList, pairs))
+
+    def record_files(self, *, model: str | None = None) -> AsyncGenerator[RecordFileInfo, None]:
+        """Iterate over the files of recorded inferences of the server, by model and age."""
+        pairs = present_parameters(model=model)
+        return iterate_list(self._context, Listing("/api/v1/records/files", RecordFileList, pairs))
+
+    async def erase_record_file(self, file: str, reason: str) -> None:
+        """Erase a closed file of recorded inferences; the ledger keeps what it was.
+
+        Raises:
+            ServerError: the server refused: `unknown_record_file`, `record_file_open`.
+        """
+        target = f"{_api('records', 'files', file)}?{urlencode({'reason': reason})}"
+        await self._change(Request("DELETE", target, repeatable=False))
 
     async def get(self, path: str, query: Mapping[str, str] | None = None) -> Any:
         """Return the JSON of a GET of any path, such as `/v2/models/stats`."""

@@ -16,6 +16,7 @@ import msgspec
 from answers.events import EventInfo
 from answers.jobs import JobList
 from answers.models import ModelList
+from answers.records import RecordFileList, RecordList
 from loadledger.address import query
 from loadledger.errors import BadAnswer, ClientProblem
 from loadledger.jobs import AwayCallback
@@ -137,7 +138,7 @@ class Listing:
     """
 
     target: str
-    page: type[JobList | ModelList | EventPage]
+    page: type[JobList | ModelList | EventPage | RecordList | RecordFileList]
     pairs: Pairs
     cursor: str = "cursor"
     most: int | None = None

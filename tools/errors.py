@@ -64,6 +64,7 @@ ADVICE: Mapping[str, str] = {
     "unknown_token": "`loadledger token list` lists the known ones. For a token of an identity provider, say"
     " how long it is valid at most (`expires_s`).",
     "unknown_node": "Check the name of the node.",
+    "unknown_record_file": "`loadledger records list` lists the files of this server; each node has its own.",
     "method_not_allowed": "Use a method that `Allow` names.",
     "body_timeout": "Send the body without a pause; check the network.",
     "head_timeout": "Send the head without a pause, within 10 s.",
@@ -74,6 +75,7 @@ ADVICE: Mapping[str, str] = {
     "version_exists": "Choose another number: a version is never overwritten.",
     "version_in_use": "Unload the model, load another version, cancel the load, or move the label; then "
     "remove the version. `?force=true` ends the loads.",
+    "record_file_open": "Erase it once it is closed: within an hour, or when the server stops.",
     "too_many_labels": "Remove a label that nobody uses, or move one that exists.",
     "no_nodes": "Only servers with `--ledger` are nodes.",
     "node_ended": "There is nothing to drain: its models are loaded at other nodes.",

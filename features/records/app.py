@@ -24,7 +24,7 @@ from events.log import Log
 from events.sqlite.listing import Reader
 from events.types import SYSTEM, Draft
 from features.records.facts import RecordsErased
-from features.records.files import ClosedFile, RecordFiles, StoredFile, choose_expired
+from features.records.files import FOLDER, ClosedFile, RecordFiles, StoredFile, choose_expired
 from features.records.recorder import Recorder
 from features.records.rules import RecordRule
 from features.records.table import NAME
@@ -36,8 +36,6 @@ _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-FOLDER = "records"
-"""In the data directory."""
 TIDY_S = 60.0
 """How often files are looked at: whether one is old, or was left, or is to be erased."""
 

@@ -32,6 +32,8 @@ from features.records.lines import (
 from features.records.recorder import Entry
 from features.records.rules import RecordRule, find_rule
 
+FOLDER = "records"
+"""In the data directory."""
 OPEN, CLOSED = ".open", ".jsonl"
 """Suffixes of files."""
 FULL_BYTES = 64 * 2**20
@@ -291,23 +293,27 @@ class RecordFiles:
         return self._describe(file, model_id, is_interrupted=True)
 
     def list_files(self) -> list[StoredFile]:
-        """Return all files in order of their models and ids, and so of their beginnings."""
-        found = list[StoredFile]()
-        with suppress(FileNotFoundError):
-            for folder in sorted(self.folder.iterdir()):
-                found += _list_folder(folder)
-        return found
+        return list_record_files(self.folder)
 
 
-def _list_folder(folder: Path) -> list[StoredFile]:
+def list_record_files(folder: Path) -> list[StoredFile]:
+    """Return all files in order of their models and ids, and so of their beginnings."""
     found = list[StoredFile]()
-    with suppress(OSError):
-        for path in sorted(folder.iterdir()):
-            if path.suffix in (OPEN, CLOSED):
-                with suppress(FileNotFoundError):
-                    status = path.stat()
-                    found.append(StoredFile(folder.name, path.stem, path, status.st_size, status.st_mtime))
+    for path in sorted(folder.glob("*/*")):
+        if path.suffix in (OPEN, CLOSED):
+            with suppress(FileNotFoundError):
+                found.append(stored_file(path))
     return found
+
+
+def stored_file(path: Path) -> StoredFile:
+    """Return a file as it is now.
+
+    Raises:
+        OSError: it is not there.
+    """
+    status = path.stat()
+    return StoredFile(path.parent.name, path.stem, path, status.st_size, status.st_mtime)
 
 
 class _Line(msgspec.Struct):

@@ -85,6 +85,7 @@ async def list_records(request: web.Request) -> web.Response:
 async def list_record_files(request: web.Request) -> web.Response:
     app, query = request.app, query_parameters(request)
     model_id, cursor, limit = query["model"], query["cursor"] or "", query["limit"]
+    await app[RECORDING].flush()
     files = [
         each
         for each in await app[RECORDING].call(app[RECORDING].files.list_files)

@@ -39,6 +39,7 @@ SECTIONS = {
         "cancel": "loadledger.cli.jobs:cancel",
         "approve": "features.approvals.cli:approve",
         "events": "loadledger.cli.events:events",
+        "records": "features.records.cli:records",
     },
     "Nodes that share a ledger": {
         "nodes": "features.nodes.cli:nodes",
