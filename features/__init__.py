@@ -12,8 +12,8 @@ of this folder, one for each seam, with one line for each feature that is there:
 - `server`: setup, parameters of loads, members of answers, metrics
 - `rules` and `policyfile`: the operator's policy; `audit`: loads checked against it again
 
-The features are `signatures`, `approvals`, `labels`, `devices`, `ondemand` loads, `nodes` and `grpc`, which
-needs none of the lists.
+The features are `signatures`, `approvals`, `labels`, `devices`, `ondemand` loads, `nodes`, `records`,
+and `grpc`, which needs none of the lists.
 
 A new feature is its folder and a line in each list that it uses. Its modules may import whatever lies below
 the seam that they serve, so `events` never reaches a feature's routes.

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias, TypeVar
 
-from aiohttp import web
-
 from events.history import ShownModel
 from events.jobs import Job
 from events.presence import Liveness
@@ -45,16 +43,10 @@ find_triton_kind, read_triton_kind = loads.find_triton_kind, loads.read_triton_k
 Gauge: TypeAlias = setup.Gauge
 
 
-async def read_gauges(app: web.Application) -> list[Gauge]:
-    """Return metrics: name, text, values, and labels. One whose name ends in `_total` is a counter."""
-    return [*await setup.read_gauges(app), *records.read_gauges(app)]
-
-
-async def read_resources(app: web.Application) -> Members:
-    """Return members of `Resources`."""
-    return {**await setup.read_resources(app), "notices": records.list_notices(app)}
-
-
+GAUGES = (setup.read_gauges, records.read_gauges)
+"""Return metrics: name, text, values, and labels. One whose name ends in `_total` is a counter."""
+RESOURCES = (setup.read_resources, records.read_resources)
+"""Return members of `Resources`."""
 show_load = setup.show_load
 """Returns members of `ModelInfo` about what a model serves from."""
 

@@ -200,14 +200,24 @@ def problem_of(error: Exception) -> ErrorAnswer:
         return _framework_problem(error)
     if isinstance(error, web.RequestPayloadError):
         return ErrorAnswer("invalid_request", 400, f"the request body could not be read: {error}")
-    code, detail = getattr(error, "code", None), str(error)
-    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-        code, detail = "too_many_files", "no file descriptor is left: the limit of open files is reached"
-    if not isinstance(code, str) or code not in ERRORS or code == "internal":
+    code, detail = code_of(error), str(error)
+    if isinstance(error, OSError) and code == "too_many_files":
+        detail = "no file descriptor is left: the limit of open files is reached"
+    if code == "internal":
         return _unexpected_problem(error)
     members = getattr(error, "problem_members", {})
     headers = dict(_headers_of(error, code))
     return ErrorAnswer(code, ERRORS[code].status, detail, headers=headers, members=members)
+
+
+def code_of(error: Exception) -> str:
+    """Return the code of an exception; `internal` for one that is not in the table."""
+    if isinstance(error, web.RequestPayloadError):
+        return "invalid_request"
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return "too_many_files"
+    code = getattr(error, "code", None)
+    return code if isinstance(code, str) and code in ERRORS else "internal"
 
 
 def problem_response(problem: ErrorAnswer, path: str) -> web.Response:

@@ -50,6 +50,7 @@ BY: Mapping[str, str] = {
     "EventsDiscarded": "`local:USER`, who ran `loadledger discard` as the ledger's owner",
     "VersionApproved": "the caller, who did not add these bytes",
     "ApprovalWithdrawn": "the caller",
+    "RecordsErased": f"the caller; `{SYSTEM}` for a file kept long enough, or whose room is needed",
     "AccessDenied": f"the refused subject; `{SYSTEM}` with the action `other` for those beyond the limit"
     f" of events",
 } | dict.fromkeys(
@@ -71,6 +72,7 @@ BY: Mapping[str, str] = {
         "NodeLost",
         "LoadPlaced",
         "PolicyInForce",
+        "RecordsClosed",
     ),
     f"`{SYSTEM}`",
 )
@@ -105,6 +107,8 @@ OF_FEATURES: Mapping[str, str] = {
     " added.",
     "VersionApproved": "node_signature: of the node that took it (`approval_statement`); missing in a ledger"
     " of one server.",
+    "RecordsClosed": "`node_id` is the node whose file it is; it is missing in a ledger of one server.",
+    "RecordsErased": "`node_id` is the node whose file it was; it is missing in a ledger of one server.",
     "Justification": "node_signature: of an emergency, by the node that has seen the person's role.",
 }
 """What features add to types, and to parts of them."""

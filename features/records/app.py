@@ -24,13 +24,15 @@ from events.log import Log
 from events.sqlite.listing import Reader
 from events.types import SYSTEM, Draft
 from features.records.facts import RecordsErased
-from features.records.files import FOLDER, ClosedFile, RecordFiles, StoredFile, choose_expired
-from features.records.recorder import Recorder
+from features.records.files import FOLDER, ClosedFile, RecordFile, RecordFiles, choose_expired
+from features.records.recorder import InferenceRecorder
 from features.records.rules import RecordRule
 from features.records.table import NAME
+from runtime.statistics import InferenceTimes
 from server.appkeys import CONFIG, LOG, READER
 from server.cluster import CLUSTER
-from server.v2.observer import OBSERVE
+from server.observability.output import name_request
+from server.v2.observer import OBSERVE, Observe, ObservedInference
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +64,7 @@ class Recording:
         self._turn = asyncio.Lock()
         self._unannounced = dict[str, ClosedFile]()
         self._problem: str | None = None
-        self.recorder = Recorder(rules, source, self._wake.set)
+        self.recorder = InferenceRecorder(rules, source, self._wake.set)
         self.files = RecordFiles(folder, rules, source)
         self.written = 0
 
@@ -130,7 +132,7 @@ class Recording:
                 with suppress(LedgerProblem):  # the next time, then
                     await self.erase(file, reason, SYSTEM)
 
-    async def erase(self, file: StoredFile, reason: str, actor: str) -> None:
+    async def erase(self, file: RecordFile, reason: str, actor: str) -> None:
         """Record that a closed file is erased, and delete it.
 
         Raises:
@@ -177,7 +179,8 @@ async def open_recording(app: web.Application) -> AsyncIterator[None]:
     recording = Recording(rules, folder, app[CLUSTER].name or "", app[LOG], app[READER])
     app[RECORDING] = recording
     if rules:
-        app[OBSERVE] = recording.recorder.observe
+        observe: Observe = partial(_observe, recording.recorder)
+        app[OBSERVE] = observe
     running = asyncio.create_task(recording.run(), name="records")
     yield
     running.cancel()
@@ -191,7 +194,14 @@ async def close_files(app: web.Application) -> None:
     await app[RECORDING].close()
 
 
-def read_gauges(app: web.Application) -> Sequence[Gauge]:
+def _observe(
+    recorder: InferenceRecorder, request: web.BaseRequest, model_id: str, subject: str, times: InferenceTimes
+) -> ObservedInference | None:
+    rule = recorder.find_rule(model_id)
+    return None if rule is None else recorder.begin(rule, name_request(request), model_id, subject, times)
+
+
+async def read_gauges(app: web.Application) -> Sequence[Gauge]:
     """Return the metrics of records; none without rules."""
     recording = app[RECORDING]
     if OBSERVE not in app:
@@ -215,16 +225,15 @@ def read_gauges(app: web.Application) -> Sequence[Gauge]:
     )
 
 
-def list_notices(app: web.Application) -> list[OperatorNotice]:
-    """Return why inferences are not recorded, for an operator."""
+async def read_resources(app: web.Application) -> Mapping[str, Any]:
+    """Return the member of `Resources` that says why inferences are not recorded."""
     problem = app[RECORDING].problem
     if problem is None:
-        return []
-    return [
-        OperatorNotice(
-            title="Inferences are not recorded",
-            why=f"{problem}. They are answered as ever, and counted as missing.",
-            todo="Free space on the disk, or erase files with `loadledger records erase`; recording then goes"
-            " on by itself.",
-        )
-    ]
+        return {}
+    notice = OperatorNotice(
+        title="Inferences are not recorded",
+        why=f"{problem}. They are answered as ever, and counted as missing.",
+        todo="Free space on the disk, or erase files with `loadledger records erase`; recording then goes on"
+        " by itself.",
+    )
+    return {"notices": [notice]}

@@ -103,11 +103,11 @@ def verify(data: Path, node: str | None, *, files: tuple[Path, ...], as_json: bo
     """
     from events.sqlite.datalock import LEDGER
     from features.records import verification
-    from features.records.files import FOLDER, list_record_files, stored_file
+    from features.records.files import FOLDER, list_record_files, stat_file
 
     options.require_data(data)
     announced = verification.read_announced(data / LEDGER)
-    stored = [stored_file(each) for each in files] if files else list_record_files(data / FOLDER)
+    stored = [stat_file(each) for each in files] if files else list_record_files(data / FOLDER)
     findings = list(verification.compare_files(stored, announced))
     if not files:
         names = [each.id for each in stored]

@@ -57,7 +57,7 @@ class ClosedFile(NamedTuple):
     fact: RecordsClosed
 
 
-class StoredFile(NamedTuple):
+class RecordFile(NamedTuple):
     """A file in the folder: its size, and when it was last written, in seconds since 1970."""
 
     model_id: str
@@ -292,28 +292,28 @@ class RecordFiles:
             os.close(descriptor)
         return self._describe(file, model_id, is_interrupted=True)
 
-    def list_files(self) -> list[StoredFile]:
+    def list_files(self) -> list[RecordFile]:
         return list_record_files(self.folder)
 
 
-def list_record_files(folder: Path) -> list[StoredFile]:
+def list_record_files(folder: Path) -> list[RecordFile]:
     """Return all files in order of their models and ids, and so of their beginnings."""
-    found = list[StoredFile]()
+    found = list[RecordFile]()
     for path in sorted(folder.glob("*/*")):
         if path.suffix in (OPEN, CLOSED):
             with suppress(FileNotFoundError):
-                found.append(stored_file(path))
+                found.append(stat_file(path))
     return found
 
 
-def stored_file(path: Path) -> StoredFile:
+def stat_file(path: Path) -> RecordFile:
     """Return a file as it is now.
 
     Raises:
         OSError: it is not there.
     """
     status = path.stat()
-    return StoredFile(path.parent.name, path.stem, path, status.st_size, status.st_mtime)
+    return RecordFile(path.parent.name, path.stem, path, status.st_size, status.st_mtime)
 
 
 class _Line(msgspec.Struct):
@@ -347,13 +347,13 @@ def _is_interruption(line: bytes) -> bool:
 
 
 def choose_expired(
-    files: Sequence[StoredFile], rules: Sequence[RecordRule], now_s: float
-) -> Iterator[tuple[StoredFile, str]]:
+    files: Sequence[RecordFile], rules: Sequence[RecordRule], now_s: float
+) -> Iterator[tuple[RecordFile, str]]:
     """Yield the closed files that are to be erased, the oldest first, and why: pure.
 
     Files of a model for which no rule holds any more stay until a person erases them.
     """
-    by_rule = defaultdict[RecordRule, list[StoredFile]](list)
+    by_rule = defaultdict[RecordRule, list[RecordFile]](list)
     for each in files:
         rule = find_rule(rules, each.model_id)
         if rule is not None:

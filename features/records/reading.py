@@ -8,7 +8,7 @@ from typing import NamedTuple
 import msgspec
 
 from events.clock import Timestamp, parse_timestamp
-from features.records.files import StoredFile
+from features.records.files import RecordFile
 
 SCAN_BYTES = 64 * 2**20
 """Read for a page at most, so that no page takes long; then it may be empty, and the next one goes on."""
@@ -47,7 +47,7 @@ class _Searched(msgspec.Struct):
     request: str | None = None
 
 
-def select_files(files: Sequence[StoredFile], query: RecordQuery) -> list[tuple[StoredFile, int]]:
+def select_files(files: Sequence[RecordFile], query: RecordQuery) -> list[tuple[RecordFile, int]]:
     """Return the files that a page may have lines of, each with the offset at which it begins there. Pure."""
     at, _, offset = (query.cursor or "").rpartition(":")
     model_id, _, file_id = at.partition("/")
@@ -62,7 +62,7 @@ def select_files(files: Sequence[StoredFile], query: RecordQuery) -> list[tuple[
     ]
 
 
-def read_page(files: Sequence[StoredFile], query: RecordQuery) -> RecordPage:
+def read_page(files: Sequence[RecordFile], query: RecordQuery) -> RecordPage:
     """Return a page of lines, in order of models, files and lines.
 
     Raises:

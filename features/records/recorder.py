@@ -12,15 +12,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from aiohttp import web
-
 from features.records.lines import Candidate, Reason, encode_inference
 from features.records.rules import Failures, RecordRule, find_rule, is_chosen
 from runtime.router import Answered
 from runtime.statistics import InferenceTimes
-from server.errors import ERRORS
-from server.observability.output import name_request
-from server.v2.observer import ObservedInference
+from server.errors import ERRORS, code_of
 
 LONG_BYTES = 64 * 2**10
 """Tensors of an inference that are hashed in the thread: these take 0.05 to 0.2 ms."""
@@ -57,7 +53,7 @@ class Entry(NamedTuple):
     size: int
 
 
-class Recorder:
+class InferenceRecorder:
     """Chooses inferences by the rules, and queues their lines.
 
     Args:
@@ -83,21 +79,17 @@ class Recorder:
         self.queued_bytes = 0
         self.dropped = Counter[Reason]()
 
-    def _find_rule(self, model_id: str) -> RecordRule | None:
+    def find_rule(self, model_id: str) -> RecordRule | None:
         if model_id not in self._known:
             if len(self._known) >= MAX_KNOWN:
                 self._known.clear()
             self._known[model_id] = find_rule(self._rules, model_id)
         return self._known[model_id]
 
-    def observe(
-        self, request: web.BaseRequest, model_id: str, subject: str, times: InferenceTimes
-    ) -> ObservedInference | None:
-        """Return an inference to be filled in, or None if no rule wants it, however it ends."""
-        rule = self._find_rule(model_id)
-        if rule is None:
-            return None
-        request_id = name_request(request)
+    def begin(
+        self, rule: RecordRule, request_id: str, model_id: str, subject: str, times: InferenceTimes
+    ) -> Candidate | None:
+        """Return an inference to be filled in, or None if it is not recorded however it ends."""
         chosen = rule.share >= 1 or is_chosen(request_id, rule.share)
         if not chosen and rule.failures is Failures.SHARE:
             return None
@@ -178,9 +170,5 @@ def _describe_failure(error: BaseException) -> tuple[int | None, str]:
     """Return status and code of a failed inference; no status if there was no answer."""
     if not isinstance(error, Exception) or isinstance(error, ConnectionResetError):
         return None, ABORTED
-    code = getattr(error, "code", None)
-    if isinstance(error, web.RequestPayloadError):
-        code = "invalid_request"
-    elif not isinstance(code, str) or code not in ERRORS:
-        code = "internal"
+    code = code_of(error)
     return ERRORS[code].status, code

@@ -13,7 +13,7 @@ from events.clock import format_timestamp
 from events.sqlite.timetravel import parse_time
 from features.records.app import RECORDING
 from features.records.facts import RecordsClosed
-from features.records.files import StoredFile
+from features.records.files import RecordFile
 from features.records.reading import RecordQuery, read_page
 from server.api.schemas import IS_REASON, PageQuerySchema, about
 from server.appkeys import LOG, READER
@@ -96,7 +96,7 @@ async def list_record_files(request: web.Request) -> web.Response:
     return respond(RecordFileList(files=shown, as_of=app[LOG].state.position, next_cursor=last))
 
 
-async def _describe_file(app: web.Application, file: StoredFile) -> RecordFileInfo:
+async def _describe_file(app: web.Application, file: RecordFile) -> RecordFileInfo:
     event = await app[READER].event(file.id)
     said = event.data if event is not None and isinstance(event.data, RecordsClosed) else None
     return RecordFileInfo(

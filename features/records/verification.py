@@ -13,7 +13,7 @@ import msgspec
 from events.sqlite.listing import EventFilter, EventQuery, find_event_page, read
 from events.sqlite.readonly import open_read_only
 from features.records.facts import RecordsClosed, RecordsErased
-from features.records.files import StoredFile
+from features.records.files import RecordFile
 
 EVENTS_PER_READ = 500
 
@@ -76,7 +76,7 @@ def read_announced(ledger: Path) -> Announced:
             query = replace(query, after=page.next_cursor)
 
 
-def compare_files(files: Iterable[StoredFile], announced: Announced) -> Iterator[FileFinding]:
+def compare_files(files: Iterable[RecordFile], announced: Announced) -> Iterator[FileFinding]:
     """Yield a finding for each file; its bytes are hashed.
 
     Raises:

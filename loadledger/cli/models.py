@@ -454,6 +454,11 @@ def reloads_line(found: Any) -> str | None:
     return f"reloads after evictions in the last hour: {found.reloads.last_hour}; {waits}{tight}"
 
 
+def notice_lines(found: Any) -> list[str]:
+    """Return what needs an operator."""
+    return [f"{each.title}: {each.why} {each.todo}" for each in found.notices]
+
+
 def confinement_line(confinement: Any, whose: str = "workers") -> str | None:
     """Return the workers' confinement; None for workers on devices, if there are none."""
     if confinement is None:
@@ -496,6 +501,7 @@ def _resource_lines(found: Any) -> Iterator[str]:
     yield f"limit {format_size(found.limit_bytes)} ({format_cell(found.limit_source)})"
     yield format_cell(found.memory.summary, most=1000)
     yield f"threads of each worker: {found.threads}, unless its load says otherwise"
+    yield from (format_cell(text, most=1000) for text in notice_lines(found))
     yield from filter(None, [reloads_line(found), pressure_line(found), confinement_line(found.confinement)])
     yield from _device_lines(found)
     if found.models:

@@ -19,7 +19,15 @@ from typing import Any
 import click
 
 from loadledger.cli.jobs import describe_progress, model_of
-from loadledger.cli.models import RIGHT, USE_HEAD, budget_line, pressure_line, reloads_line, use_row
+from loadledger.cli.models import (
+    RIGHT,
+    USE_HEAD,
+    budget_line,
+    notice_lines,
+    pressure_line,
+    reloads_line,
+    use_row,
+)
 from loadledger.cli.options import ServerChoice, json_option, open_chosen_client, server_options
 from loadledger.cli.output import (
     NOTHING,
@@ -285,7 +293,7 @@ def _head_lines(snapshot: ServerSnapshot, columns: int, *, has_keys: bool) -> It
     found = snapshot.resources
     title, keys = click.style("loadledger", bold=True), "q quits, T P M sort  " if has_keys else ""
     yield f"{title}  {snapshot.url}  {keys}{snapshot.at:%H:%M:%S}Z  position {found.as_of}"
-    trouble = [f"NOT READY: {each.cause}: {each.cure}" for each in found.not_ready]
+    trouble = [f"NOT READY: {each.cause}: {each.cure}" for each in found.not_ready] + notice_lines(found)
     if snapshot.problem is not None:
         trouble.insert(0, f"unreachable, retrying; previous state: {snapshot.problem}")
     for text in trouble:

@@ -9,7 +9,7 @@ from typing import Any
 from aiohttp import web
 
 from answers.resources import ConfinementInfo, MemoryParts, PressureInfo, Resources
-from features.server import read_resources
+from features.server import RESOURCES
 from runtime.memory import read_pressure
 from runtime.memoryplan import describe_plan
 from server.api.health import list_not_ready
@@ -46,7 +46,8 @@ class ResourcesCache:
         return await asyncio.shield(self._answer)  # a client that leaves does not cancel it for others
 
     async def _read(self, app: web.Application) -> Resources:
-        found = _resources(app, await read_resources(app))
+        members = [await read(app) for read in RESOURCES]
+        found = _resources(app, {name: value for each in members for name, value in each.items()})
         self._seen = app[LOG].state.position, asyncio.get_running_loop().time()
         return found
 

@@ -31,7 +31,7 @@ from events.jobs import JobKind, JobStatus
 from events.models import Model, ModelState
 from events.types import TYPES, Cause
 from features.ondemand.app import DEMAND
-from features.server import Gauge, read_gauges
+from features.server import GAUGES, Gauge
 from runtime.memory import read_pressure
 from runtime.process.confinement import ALL_ACTS
 from runtime.statistics import TOOK_S
@@ -510,7 +510,7 @@ class Scrapes:
 
     async def _generate(self, app: web.Application, media_type: str) -> bytes:
         began_s = time.monotonic()
-        collector = ServerCollector(app, await read_gauges(app))
+        collector = ServerCollector(app, [each for read in GAUGES for each in await read(app)])
         body = await asyncio.to_thread(_FORMATS[media_type][1], collector)
         now_s = time.monotonic()
         self._kept_until_s[media_type] = now_s + max(KEPT_RESPONSE_S, KEPT_TIMES * (now_s - began_s))

@@ -4,8 +4,10 @@
 import { api, errorText } from "./api.js";
 import { Dialog } from "./dialogs.js";
 import { duration, oneLine, plain } from "./format.js";
+import { href } from "./router.js";
+import { session } from "./state.js";
 import { encodeRequest, exampleTensors, guessText, layoutOf, overview, parseTensors, readTensor, requestText, SCALES, shapeText } from "./tensors.js";
-import { Hint, html, useEffect, useMemo, useRef, useRequest, useState } from "./ui.js";
+import { Hint, html, Refusal, useEffect, useMemo, useRef, useRequest, useState } from "./ui.js";
 
 const SHOWN = 20_000; // characters of an answer
 const LIMIT_MS = 120_000; // the server has its own limit
@@ -105,7 +107,27 @@ function Answer({ said }) {
   return html`
     <p id="infer-status" role="status">${said?.status}</p>
     <div id="infer-outputs">${said?.outputs?.map(output)}</div>
-    ${said?.text && html`<pre id="infer-answer" tabindex="0" role="group" aria-label="The answer">${said.text}</pre>`}`;
+    ${said?.text && html`<pre id="infer-answer" tabindex="0" role="group" aria-label="The answer">${said.text}</pre>`}
+    ${said?.id && session.value.audits && html`
+      <p class="links"><a href=${href("timeline", said.position)}>Its load, at position ${said.position}</a></p>
+      <${RecordOf} key=${said.id} id=${said.id} model=${said.model} />`}`;
+}
+
+// The record of an answer, by the id that the answer has if the server records it.
+function RecordOf({ id, model }) {
+  const [isOpen, setOpen] = useState(false);
+  return html`
+    <details id="infer-record" onToggle=${(toggle) => setOpen(toggle.currentTarget.open)}>
+      <summary>Its record, ${oneLine(id, 130)}</summary>${isOpen && html`<${RecordText} id=${id} model=${model} />`}
+    </details>`;
+}
+
+function RecordText({ id, model }) {
+  const query = new URLSearchParams({ id, model });
+  const { answer, error } = useRequest((signal) => api.get(`/api/v1/records?${query}`, { signal }), []);
+  if (!answer) return html`<${Refusal} text=${error && errorText(error)} />`;
+  const lines = answer.records.map((each) => JSON.stringify(each, null, 2)).join("\n");
+  return html`<pre tabindex="0" role="group" aria-label="The record">${lines ? plain(lines, SHOWN) : "No rule records it."}</pre>`;
 }
 
 async function infer(model, { body, headers }, signal) {
@@ -117,5 +139,8 @@ async function infer(model, { body, headers }, signal) {
     status: `Answered in ${duration((performance.now() - began) / 1000)}${source ? ` by ${source}` : ""}.`,
     outputs: overview(parseTensors(text).outputs ?? []),
     text: plain(text, SHOWN),
+    id: response.headers.get("X-Request-Id"),
+    position: source?.split(" ").at(-1),
+    model: model.id,
   };
 }

@@ -25,7 +25,7 @@ const LEVELS = ["critical", "warning", "asked", "waiting"];
 // from here: actions of {do, model, job}. With an `occurrence`, it can be acknowledged until there is another one.
 // Those of one `cause` are one entry, which has them as `members`.
 export const problems = computed(() => {
-  const found = [...serverProblems(), ...nodeProblems(), ...memoryProblems(), ...reloadProblems(), ...unansweredProblems()];
+  const found = [...serverProblems(), ...nodeProblems(), ...memoryProblems(), ...reloadProblems(), ...unansweredProblems(), ...notices()];
   for (const model of state.models.value.values()) found.push(...modelProblems(model));
   for (const { model, version } of state.unapproved.value) {
     found.push(problem("asked", `asked ${model.id}/${version}`, `${named(model.id, version)} waits for approval`, "", "Approve it."));
@@ -227,6 +227,9 @@ function* reloadProblems() {
     occurrence: `${new Date(state.now.value).toISOString().slice(0, 10)} ${reloads.limits}`,
   };
 }
+
+// What the server has put into words.
+const notices = () => (state.resources.value?.notices ?? []).map(({ title, why, todo }) => problem("critical", `notice ${title}`, title, why, todo));
 
 const KEPT = "loadledger.acknowledged";
 const MOST_KEPT = 1000; // acknowledgements; the oldest are forgotten

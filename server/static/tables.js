@@ -37,6 +37,8 @@ export const EVENT_TEXTS = {
   LabelRemoved: {"parts": ["{label}"], "tone": "plain", "badIf": null},
   VersionApproved: {"parts": ["{reason}", "digest {digest}"], "tone": "good", "badIf": null},
   ApprovalWithdrawn: {"parts": ["{reason}", "digest {digest}"], "tone": "bad", "badIf": null},
+  RecordsClosed: {"parts": ["{records} inferences", "{dropped} dropped", "interrupted?the server died before it closed the file|", "{bytes:MB}", "sha256 {sha256}", "at node {node_id?}"], "tone": "plain", "badIf": "interrupted"},
+  RecordsErased: {"parts": ["file {file}", "{reason}", "at node {node_id?}"], "tone": "plain", "badIf": null},
   PolicyInForce: {"parts": ["{policy.trust:rules}", "{policy.approval:rules}", "at node {node_id?}"], "tone": "plain", "badIf": null},
 };
 

@@ -30,7 +30,7 @@ from support.workers import computing, until
 
 from events.counters import OTHERS
 from events.types import Cause
-from features.server import read_gauges
+from features.server import GAUGES
 from server.app import all_routes
 from server.appkeys import LOG, MEMORY_PLAN
 from server.errors import ERRORS
@@ -326,7 +326,9 @@ async def test_page_lists_every_family(api: LocalApi) -> None:
     await api.infer("m", ONE)
     found = [
         family
-        for family in ServerCollector(api.app, await read_gauges(api.app)).collect()
+        for family in ServerCollector(
+            api.app, [gauge for read in GAUGES for gauge in await read(api.app)]
+        ).collect()
         if family.name.startswith("loadledger_")
     ]
     listed = {family.name.removesuffix("_total"): family for family in FAMILIES}
