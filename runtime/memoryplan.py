@@ -25,6 +25,8 @@ BODIES_SHARE = 8
 SHARED_BYTES = 2**30
 SHARED_SHARE = 16
 """Shared tensors have a sixteenth of the limit, at most `SHARED_BYTES`: of 16 workers all that they share."""
+OBSERVED_BYTES = 64 * 2**20
+"""Requests and answers that an observer of inferences keeps, if there is one: a hundred of 600 KB."""
 GROWTH_SHARE = 8
 """Beside the budget an eighth of it is left, into which models grow between two measurements."""
 USUAL_PERCENT = 80

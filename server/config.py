@@ -20,7 +20,7 @@ from features.devices.names import ALL_DEVICES, ANY, CPU, DEVICE, DEVICE_RULE, M
 from features.grpc.gatewaywire import gateway_bytes
 from features.rules import LoadPolicy
 from runtime.memory import MemoryLimit
-from runtime.memoryplan import MemoryPlan, plan_memory
+from runtime.memoryplan import OBSERVED_BYTES, MemoryPlan, plan_memory
 from runtime.timeouts import DRAIN_TIMEOUT_S, INFERENCE_GRACE_S, PROGRESS_TIMEOUT_S
 from runtime.uploads.staging import UploadPolicy, Writable
 from runtime.wire import MAX_REQUEST_BYTES
@@ -536,7 +536,8 @@ class Config:
         """Return what the parts of the server may take of the container's or machine's memory."""
         budget, largest = parse_memory_budget(self.memory_budget, limit.bytes), self.max_request_bytes
         more = 0 if self.grpc_port is None else gateway_bytes(limit.bytes, largest)
-        return plan_memory(limit, budget, largest, more)
+        observed = OBSERVED_BYTES if self.tables else 0
+        return plan_memory(limit, budget, largest, more + observed)
 
     @property
     def loads_for_inferences(self) -> bool:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from features.records.lines import Candidate, Reason, encode_inference
 from features.records.rules import Failures, RecordRule, find_rule, is_chosen
+from runtime.memoryplan import OBSERVED_BYTES
 from runtime.router import Answered
 from runtime.statistics import InferenceTimes
 from server.errors import ERRORS, code_of
@@ -22,8 +23,6 @@ LONG_BYTES = 64 * 2**10
 """Tensors of an inference that are hashed in the thread: these take 0.05 to 0.2 ms."""
 BATCH = 64
 """Lines that are made at once, in half a millisecond: each takes a third of what a single one takes."""
-QUEUE_BYTES = 64 * 2**20
-"""Lines and tensors that may wait: a hundred inferences of 600 KB, and of short ones some ten thousand."""
 ENTRY_BYTES = 1024
 """Counted for an inference beside its tensors: its line, or what that is made of."""
 FLUSH_S = 0.5
@@ -62,7 +61,8 @@ class InferenceRecorder:
         wake: called when the queue is not to wait for its time; it takes what is queued with `take`.
 
     Attributes:
-        queued_bytes: of the queue, and of what was taken and is not given back yet.
+        queued_bytes: of the queue, and of what was taken and is not given back yet: at most `OBSERVED_BYTES`,
+            or one inference.
         dropped: inferences that the queue did not take, by reason.
     """
 
@@ -110,7 +110,7 @@ class InferenceRecorder:
         ended.ended_ns, ended.at_ns = time.monotonic_ns(), time.time_ns()
         data_bytes = ended.count_bytes()
         size = data_bytes + ENTRY_BYTES
-        if self.queued_bytes + size > QUEUE_BYTES:
+        if self.queued_bytes and self.queued_bytes + size > OBSERVED_BYTES:
             self._drop(ended.model_id, "queue_full")
             return
         self.queued_bytes += size

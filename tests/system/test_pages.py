@@ -43,6 +43,7 @@ GUIDES = {
     "docs/how-to/fit-many-models-in-little-memory.md": 5,
     "docs/how-to/get-a-model-into-onnx.md": 5,
     "docs/how-to/keep-a-ledger-for-years.md": 4,
+    "docs/how-to/record-inferences.md": 4,
     "docs/how-to/run-behind-an-identity-provider.md": 4,
     "docs/how-to/sign-and-approve-models.md": 8,
     "docs/how-to/swap-without-downtime.md": 6,
@@ -52,6 +53,7 @@ GUIDES = {
 """Pages that start their own servers, and how many answers are compared."""
 PACKAGES = {
     "docs/how-to/get-a-model-into-onnx.md": ("lightgbm", "onnxmltools", "skl2onnx", "xgboost"),
+    "docs/how-to/record-inferences.md": ("duckdb", "pandas"),
     "docs/how-to/use-grpc.md": ("grpc", "tritonclient"),
     "docs/how-to/use-tritons-client.md": ("tritonclient",),
     "docs/clients/tritonclient.md": ("tritonclient",),
