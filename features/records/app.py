@@ -202,10 +202,8 @@ def _observe(
 
 
 async def read_gauges(app: web.Application) -> Sequence[Gauge]:
-    """Return the metrics of records; none without rules."""
+    """Return the metrics of records; without rules all are 0."""
     recording = app[RECORDING]
-    if OBSERVE not in app:
-        return ()
     dropped = {"queue_full": 0, "not_writable": 0, "too_long": 0, **recording.recorder.dropped}
     stopped = float(recording.problem is not None)
     return (
