@@ -32,16 +32,22 @@ _CURSOR = validate.Regexp(
 )
 
 
+def _cursor(text: str) -> fields.String:
+    return fields.String(load_default=None, validate=_CURSOR, **about(text))
+
+
 class RecordFilesQuerySchema(PageQuerySchema):
     """Page of the files."""
 
     model = fields.String(load_default=None, **about("Only files of this model."))
-    cursor = fields.String(load_default=None, validate=_CURSOR, **about("`next_cursor` of the page before."))
+    cursor = _cursor("`next_cursor` of the page before: files after that one.")
 
 
-class RecordsQuerySchema(RecordFilesQuerySchema):
+class RecordsQuerySchema(PageQuerySchema):
     """Page of the lines, and filters."""
 
+    model = fields.String(load_default=None, **about("Only inferences of this model."))
+    cursor = _cursor("`next_cursor` of the page before: lines from there on.")
     id = fields.String(
         load_default=None,
         validate=validate.Length(1, 1024),

@@ -24,6 +24,8 @@ VERSIONS = {"VersionAdded", "VersionRemoved"}
 """Events of the repository, which change no model and no job."""
 LABELS = {"LabelSet", "LabelRemoved"}
 """Newer than the recorded histories; `tests/events/test_versions.py` folds them."""
+RECORDS = {"RecordsClosed", "RecordsErased"}
+"""Events of files, which change no model and no job."""
 FOLDER = Path(__file__).parents[1] / "histories"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.jsonl"))
 
@@ -34,7 +36,7 @@ def bodies(name: str) -> list[str]:
 
 def test_recorded_histories_have_every_event_type_and_cause() -> None:
     events = [decode_event(body) for name in NAMES for body in bodies(name)]
-    rare = {ClockStepped.TYPE, RollbackAccepted.TYPE, EventsDiscarded.TYPE, *VERSIONS, *LABELS}
+    rare = {ClockStepped.TYPE, RollbackAccepted.TYPE, EventsDiscarded.TYPE, *VERSIONS, *LABELS, *RECORDS}
     assert {event.type for event in events} >= set(TYPES) - rare
     causes = {cause for event in events if (cause := getattr(event.data, "cause", None)) is not None}
     assert causes >= {"request", "swap", "eviction", "recovery", "restart", "drain", "copy"}

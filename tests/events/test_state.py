@@ -183,7 +183,7 @@ def test_every_type_has_a_fold() -> None:
         *("ClockStepped", "RollbackAccepted", "EventsDiscarded", "VersionAdded", "VersionRemoved"),
         *("TokenIssued", "TokenRevoked", "SignInLinkIssued", "SignInLinkUsed"),
         *("NodeJoined", "NodeDraining", "NodeLeft", "NodeLost", "LabelSet", "LabelRemoved"),
-        *("VersionApproved", "ApprovalWithdrawn"),
+        *("VersionApproved", "ApprovalWithdrawn", "RecordsClosed", "RecordsErased"),
     }
     assert {kind.__name__ for kind in {*jobs.STEPS, *jobs.REQUESTS}} == TYPES.keys() - of_no_job
     of_no_model = (of_no_job | {"CancelRequested", "LoadPlaced"}) - {"LoadJoined"}
