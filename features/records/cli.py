@@ -16,7 +16,9 @@ from loadledger.cli.completion import models_of_server
 COLUMNS = ("MODEL", "FILE", "STATE", "RECORDS", "DROPPED", "SIZE", "WRITTEN", "POSITION")
 STATES = ("as_announced", "erased", "open")
 """Those that are no finding."""
-model_option = click.option("--model", metavar="ID", help="Only this model.", shell_complete=models_of_server)
+model_option = click.option(
+    "--model", metavar="MODEL", help="Only this model.", shell_complete=models_of_server
+)
 
 
 @click.group()
@@ -33,6 +35,8 @@ def records() -> None:
 @options.server_options
 def list_files(model: str | None, *, as_json: bool, where: options.ServerChoice) -> None:
     """List the files of records of a server. Your token needs the role audit or admin."""
+    if options.parse_version_name(model or "")[1] is not None:
+        raise click.UsageError("a file is of all versions of a model: give --model without /VERSION")
     with options.open_chosen_client(where) as client:
         found = list(client.record_files(model=model))
     table = output.format_table(COLUMNS, [_row(each) for each in found], right={"RECORDS", "DROPPED", "SIZE"})
@@ -67,9 +71,11 @@ def read_records(
     """
     import msgspec
 
+    model_id, version = (None, None) if model is None else options.parse_version_name(model)
     with options.open_chosen_client(where) as client:
-        for line in client.records(model=model, request_id=request_id, since=since):
-            click.echo(msgspec.json.encode(line))
+        for line in client.records(model=model_id, request_id=request_id, since=since):
+            if version in (None, line.get("version")):
+                click.echo(msgspec.json.encode(line))
 
 
 @records.command()

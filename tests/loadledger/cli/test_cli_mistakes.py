@@ -231,6 +231,8 @@ OF_VERSIONS = {
     "jobs --model": ("jobs --model digits/9", 0, "no jobs\n"),
     "events": ("events digits/1 other/9", 0, "ModelLoaded      digits/1"),
     "events --model": ("events --model digits/9", 0, ""),
+    "records list --model": ("records list --model digits/1", 2, "give --model without /VERSION"),
+    "records read --model": ("records read --model digits/9", 0, ""),
     "replay --model": ("replay --data {data} --model digits/1", 2, "give --model without /VERSION"),
 }
 """Of each command that takes a model, one with MODEL/VERSION, its exit code, and what is said."""
