@@ -90,12 +90,13 @@ async def list_records(request: web.Request) -> web.Response:
 )
 async def list_record_files(request: web.Request) -> web.Response:
     app, query = request.app, query_parameters(request)
-    model_id, cursor, limit = query["model"], query["cursor"] or "", query["limit"]
+    model_id, limit = query["model"], query["limit"]
+    after = tuple((query["cursor"] or "").split("/"))  # in parts, as the files are sorted: "/" is after "-"
     await app[RECORDING].flush()
     files = [
         each
         for each in await app[RECORDING].call(app[RECORDING].files.list_files)
-        if model_id in (None, each.model_id) and f"{each.model_id}/{each.id}" > cursor
+        if model_id in (None, each.model_id) and (each.model_id, each.id) > after
     ]
     shown = [await _describe_file(app, each) for each in files[:limit]]
     last = f"{shown[-1].model_id}/{shown[-1].file}" if len(files) > limit else None

@@ -6,13 +6,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.candidates import make_candidate
 from support.history import FEWER
+from support.http import LocalApi
 from support.ledgers import FAST_FOLDER
 
-from features.records.files import CLOSED, OPEN, list_record_files
+from events.clock import uuid7
+from features.records.files import CLOSED, FOLDER, OPEN, list_record_files
 from features.records.lines import encode_inference
 from features.records.reading import PAGE_BYTES, SCAN_BYTES, RecordQuery, read_page
 
@@ -154,3 +157,23 @@ def test_page_of_long_lines_has_at_least_one(tmp_path: Path) -> None:
         sizes.append(len(page.lines))
         query = RecordQuery(cursor=page.next_cursor) if page.next_cursor is not None else None
     assert sizes == [2, 2]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3])
+async def test_pages_of_files_have_each_file_once(api: LocalApi, limit: int) -> None:
+    names = list[tuple[str, str]]()
+    for model_id in ("digits", "digits-2", "digits.v2", "e"):
+        folder = api.config.data / FOLDER / model_id
+        folder.mkdir(parents=True)
+        for name in (uuid7(), uuid7()):
+            (folder / f"{name}{CLOSED}").write_bytes(make_line(1, model_id))
+            names.append((model_id, name))
+    found, cursor = list[tuple[str, str]](), None
+    while True:
+        query = {"limit": limit} if cursor is None else {"limit": limit, "cursor": cursor}
+        page = (await api.get("/api/v1/records/files", params=query)).json
+        found += [(each["model_id"], each["file"]) for each in page["files"]]
+        cursor = page["next_cursor"]
+        if cursor is None:
+            break
+    assert found == sorted(names)
