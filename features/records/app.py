@@ -63,7 +63,8 @@ class Recording:
         self._thread = ThreadPoolExecutor(1, "records")
         self._turn = asyncio.Lock()
         self._unannounced = dict[str, ClosedFile]()
-        self._problem: str | None = None
+        self._problems = dict[str, str]()
+        self._said: str | None = None
         self.recorder = InferenceRecorder(rules, source, self._wake.set)
         self.files = RecordFiles(folder, rules, source)
         self.written = 0
@@ -71,7 +72,7 @@ class Recording:
     @property
     def problem(self) -> str | None:
         """Why inferences are not recorded now, or their files not announced; None if they are."""
-        return self.files.problem or self._problem
+        return self.files.problem or next(iter(self._problems.values()), None)
 
     async def call(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call a function in the thread that has the files."""
@@ -91,6 +92,7 @@ class Recording:
                     await self.tidy()
             except Exception:  # noqa: BLE001 - whatever it is, inferences go on
                 _log.exception("inferences could not be recorded")
+            self._log_problem()
 
     async def flush(self) -> None:
         """Write what is queued."""
@@ -99,38 +101,50 @@ class Recording:
             queue, missing = self.recorder.take()
             if not (queue or missing or self.files.problem):
                 return
-            before = self.files.problem
             try:
                 done = await self.call(self.files.write, queue, missing, time.monotonic())
             finally:
                 self.recorder.give_back(queue)
             self.written += done.records
             self.recorder.dropped.update(done.dropped)
-            if self.files.problem != before:
-                self._say(before)
             await self._announce(done.closed)
 
-    def _say(self, before: str | None) -> None:
-        if self.files.problem is None:
+    def _log_problem(self) -> None:
+        """Log that recording has stopped, or goes on."""
+        before, self._said = self._said, self.problem
+        if self._said is None and before is not None:
             _log.info("inferences are recorded again")
-        elif before is None:
-            _log.error("inferences are not recorded, and go on: %s", self.files.problem)
+        elif self._said is not None and before is None:
+            _log.error("inferences are not recorded, and go on: %s", self._said)
 
     async def tidy(self) -> None:
         """Close old files, complete those of a server that died, erase those that were kept long enough."""
         async with self._turn:
             await self._announce(await self.call(self.files.close_old, time.monotonic()))
+            self._problems.pop("complete", None)
             for path in await self.call(self.files.find_left):
-                if path.stem in self._unannounced:
-                    continue
-                if await self._reader.event(path.stem) is not None:
-                    await self.call(self.files.settle, path)
-                elif (completed := await self.call(self.files.complete, path)) is not None:
-                    await self._announce([completed])
+                try:
+                    await self._complete(path)
+                except (LedgerProblem, OSError) as error:  # another time
+                    self._problems["complete"] = f"{path} cannot be completed: {error}"
             files = await self.call(self.files.list_files)
             for file, reason in choose_expired(files, self._rules, time.time()):
                 with suppress(LedgerProblem):  # the next time, then
                     await self.erase(file, reason, SYSTEM)
+
+    async def _complete(self, path: Path) -> None:
+        """Complete and announce a file that was left; one that was announced gets its name.
+
+        Raises:
+            LedgerProblem: the ledger cannot be read.
+            OSError: the file cannot be written.
+        """
+        if path.stem in self._unannounced:
+            return
+        if await self._reader.event(path.stem) is not None:
+            await self.call(self.files.settle, path)
+        elif (completed := await self.call(self.files.complete, path)) is not None:
+            await self._announce([completed])
 
     async def erase(self, file: RecordFile, reason: str, actor: str) -> None:
         """Record that a closed file is erased, and delete it.
@@ -154,7 +168,7 @@ class Recording:
     async def _announce(self, closed: Iterable[ClosedFile]) -> None:
         """Record closed files, and then give them their names; those that cannot be recorded now, later."""
         self._unannounced.update((each.id, each) for each in closed)
-        self._problem = None
+        self._problems.pop("announce", None)
         for each in list(self._unannounced.values()):
             try:
                 if await self._reader.event(each.id) is None:
@@ -162,7 +176,7 @@ class Recording:
                     await self._log.submit(Record((draft,)))
                 await self.call(self.files.settle, each.path)
             except (LedgerProblem, OSError) as error:
-                self._problem = f"closed files cannot be announced: {error}"
+                self._problems["announce"] = f"closed files cannot be announced: {error}"
                 return
             del self._unannounced[each.id]
 

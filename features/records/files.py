@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,8 @@ from features.records.lines import (
 )
 from features.records.recorder import Entry
 from features.records.rules import RecordRule, find_rule
+
+_log = logging.getLogger(__name__)
 
 FOLDER = "records"
 """In the data directory."""
@@ -222,7 +225,7 @@ class RecordFiles:
         return [closed for model_id in old for closed in self._close(model_id)]
 
     def _close(self, model_id: str) -> Iterator[ClosedFile]:
-        """Close a file once all of it is on the disk; if that fails, it is left as by a dead server."""
+        """Close a file once all of it is on the disk; if that fails, it is left as by a server that died."""
         file = self._open.pop(model_id)
         try:
             if not file.size:
@@ -231,7 +234,7 @@ class RecordFiles:
             os.fsync(file.descriptor)
             sync(file.path.parent)
         except OSError as error:
-            self.problem = f"{file.path}: {error.strerror}"
+            _log.error("%s cannot be closed, and is completed later: %s", file.path, error.strerror)
             return
         finally:
             os.close(file.descriptor)

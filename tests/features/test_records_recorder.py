@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from aiohttp.test_utils import make_mocked_request
 from hypothesis import given
 from hypothesis import strategies as st
 from support.candidates import DIGESTS, HERE, make_answer
@@ -19,12 +18,12 @@ from features.records.recorder import (
     BATCH,
     ENTRY_BYTES,
     LONG_BYTES,
-    QUEUE_BYTES,
     Entry,
-    Recorder,
+    InferenceRecorder,
 )
 from features.records.rules import Failures, RecordRule, is_chosen
 from runtime.errors import InferenceTimeout, InvalidInput, ModelNotLoaded
+from runtime.memoryplan import OBSERVED_BYTES
 from runtime.router import InferenceRequest
 from runtime.statistics import InferenceTimes
 from runtime.wire import Tensor
@@ -36,15 +35,18 @@ ABC_SHARE = 0.7283949
 """Nearly that of the id `abc`: a larger share has it."""
 
 
-def observe(recorder: Recorder, model_id: str = "digits", request_id: str = "abc") -> Candidate | None:
-    request = make_mocked_request("POST", "/", headers={"X-Request-Id": request_id})
-    found = recorder.observe(request, model_id, "alice", InferenceTimes(0))
-    assert found is None or isinstance(found, Candidate)
-    return found
+def observe(
+    recorder: InferenceRecorder, model_id: str = "digits", request_id: str = "abc"
+) -> Candidate | None:
+    rule = recorder.find_rule(model_id)
+    return None if rule is None else recorder.begin(rule, request_id, model_id, "alice", InferenceTimes(0))
 
 
 def end(
-    recorder: Recorder, data: bytes | memoryview = b"", result: Any = ANSWER, model_id: str = "digits"
+    recorder: InferenceRecorder,
+    data: bytes | memoryview = b"",
+    result: Any = ANSWER,
+    model_id: str = "digits",
 ) -> None:
     candidate = observe(recorder, model_id)
     assert candidate is not None
@@ -75,7 +77,7 @@ async def test_inference_is_recorded_by_share_or_failure(
     failures: Failures, share: float, *, has_failed: bool, is_in_share: bool
 ) -> None:
     rule = RecordRule(models=("dig*",), share=share, failures=failures)
-    recorder = Recorder((rule,), "", lambda: None)
+    recorder = InferenceRecorder((rule,), "", lambda: None)
     assert observe(recorder, "other") is None
     assert is_chosen("abc", share) == is_in_share
     candidate = observe(recorder)
@@ -103,26 +105,26 @@ async def test_inference_is_recorded_by_share_or_failure(
 async def test_failed_inference_has_status_and_code(
     error: BaseException, status: int | None, code: str
 ) -> None:
-    recorder = Recorder((DIGESTS,), "", lambda: None)
+    recorder = InferenceRecorder((DIGESTS,), "", lambda: None)
     end(recorder, result=error)
     [line] = lines_of(recorder.take()[0])
     assert (line["status"], line["code"]) == (status, code)
 
 
 async def test_inference_of_unknown_model_is_not_recorded() -> None:
-    recorder = Recorder((DIGESTS,), "", lambda: None)
+    recorder = InferenceRecorder((DIGESTS,), "", lambda: None)
     end(recorder, result=ServerProblem("there is no such model", code="unknown_model"))
     assert recorder.take() == ([], Counter())
     assert not recorder.dropped
 
 
 async def test_full_queue_drops_and_counts_until_memory_returns() -> None:
-    recorder = Recorder((DIGESTS,), "", lambda: None)
-    room, data = 16, memoryview(bytes(QUEUE_BYTES // 16 - 2 * ENTRY_BYTES))
+    recorder = InferenceRecorder((DIGESTS,), "", lambda: None)
+    room, data = 16, memoryview(bytes(OBSERVED_BYTES // 16 - 2 * ENTRY_BYTES))
     for _ in range(room + 5):
         end(recorder, data)
     end(recorder, data, InvalidInput("x"), model_id="other")
-    assert recorder.queued_bytes <= QUEUE_BYTES
+    assert recorder.queued_bytes <= OBSERVED_BYTES
     queue, missing = recorder.take()
     end(recorder, data)  # what was taken counts until the thread has written it
     assert [entry.records for entry in queue] == [1] * room
@@ -136,7 +138,7 @@ async def test_full_queue_drops_and_counts_until_memory_returns() -> None:
 
 
 async def test_line_too_long_is_dropped_and_counted() -> None:
-    recorder = Recorder((DIGESTS,), "", lambda: None)
+    recorder = InferenceRecorder((DIGESTS,), "", lambda: None)
     candidate = observe(recorder)
     assert candidate is not None
     long = Tensor("n" * 300_000, "UINT8", (0,), b"")
@@ -146,7 +148,7 @@ async def test_line_too_long_is_dropped_and_counted() -> None:
 
 
 async def test_short_tensors_make_lines_in_batches_by_model() -> None:
-    recorder = Recorder((DIGESTS,), "", lambda: None)
+    recorder = InferenceRecorder((DIGESTS,), "", lambda: None)
     for number in range(2 * BATCH + 1):
         end(recorder, model_id="ab"[number % 2])
     queue, _ = recorder.take()
@@ -161,7 +163,7 @@ async def test_short_tensors_make_lines_in_batches_by_model() -> None:
 
 async def test_long_tensors_go_to_the_thread_at_once() -> None:
     wakes = list[None]()
-    recorder = Recorder((DIGESTS,), "", lambda: wakes.append(None))
+    recorder = InferenceRecorder((DIGESTS,), "", lambda: wakes.append(None))
     end(recorder, bytes(LONG_BYTES // 2))
     assert not wakes
     end(recorder, bytes(LONG_BYTES))
@@ -173,24 +175,26 @@ async def test_long_tensors_go_to_the_thread_at_once() -> None:
 
 async def test_single_line_wakes_the_thread_after_a_while() -> None:
     woken = asyncio.Event()
-    recorder = Recorder((DIGESTS,), "", woken.set)
+    recorder = InferenceRecorder((DIGESTS,), "", woken.set)
     end(recorder)
     await asyncio.wait_for(woken.wait(), LIMIT_S)
 
 
 STEPS = st.lists(
-    st.tuples(st.sampled_from([0, 100, LONG_BYTES, QUEUE_BYTES // 5, QUEUE_BYTES]), st.integers(1, 2 * BATCH))
+    st.tuples(
+        st.sampled_from([0, 100, LONG_BYTES, OBSERVED_BYTES // 5, OBSERVED_BYTES]), st.integers(1, 2 * BATCH)
+    )
     | st.sampled_from(["take", "give_back"]),
     max_size=20,
 )
-MEMORY = memoryview(bytes(QUEUE_BYTES))
+MEMORY = memoryview(bytes(OBSERVED_BYTES))
 
 
 @FEWER
 @given(STEPS)
 def test_any_traffic_is_queued_within_bounds_or_counted(steps: list[Any]) -> None:
     async def play() -> None:
-        recorder, ended, seen = Recorder((DIGESTS,), "", lambda: None), 0, 0
+        recorder, ended, seen = InferenceRecorder((DIGESTS,), "", lambda: None), 0, 0
         taken, missing = list[Sequence[Entry]](), Counter[Any]()
         for step in [*steps, "take", *["give_back"] * len(steps), "give_back"]:
             if step == "take":
@@ -206,7 +210,7 @@ def test_any_traffic_is_queued_within_bounds_or_counted(steps: list[Any]) -> Non
                 ended += number
                 for _ in range(number):
                     end(recorder, MEMORY[:size])
-            assert 0 <= recorder.queued_bytes <= QUEUE_BYTES
+            assert 0 <= recorder.queued_bytes <= OBSERVED_BYTES + 2 * ENTRY_BYTES  # or one inference
         assert recorder.queued_bytes == 0
         assert seen + missing.total() == ended
         assert missing.total() == recorder.dropped.total()
