@@ -29,6 +29,9 @@ keys = ["release.pem"]
 
 [[approval]]
 models = ["guarded", "changed", "urgent"]
+
+[[record]]
+models = ["recorded"]
 """
 
 
@@ -36,7 +39,7 @@ models = ["guarded", "changed", "urgent"]
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of models."""
     root = tmp_path_factory.mktemp("loads") / "repository"
-    for model_id in ("guarded", "changed", "urgent", "signed", "unsigned"):
+    for model_id in ("guarded", "changed", "urgent", "signed", "unsigned", "recorded", "unrecorded"):
         models.save(models.add(), root, model_id)
     models.save(models.weights(4), root, "ranker")
     sign_folder(root / "signed" / "1", KEY)
@@ -225,3 +228,23 @@ async def test_model_loads_on_the_chosen_device(admin: Console) -> None:
     await admin.go("#/models/ranker")
     await expect(page.locator(".page")).to_contain_text(f"8 nodes of its graph on {DEVICE} (openvino ")
     assert await admin.serious(".facts") == []
+
+
+async def test_answer_leads_to_its_record_and_its_load(server: Server, admin: Console) -> None:
+    page = admin.page
+    for model_id in ("unrecorded", "recorded"):
+        await server.api.load(model_id)
+        await admin.go(f"#/models/{model_id}")
+        await page.get_by_role("button", name="Infer…").click()
+        await admin.choose("Run inference")
+        await expect(page.locator("#infer-status")).to_contain_text(f"by {model_id}/1, the ModelLoaded at")
+        if model_id == "unrecorded":
+            await expect(page.locator("#infer-record")).to_have_count(0)
+            await page.keyboard.press("Escape")
+    position = (await server.api.get("/api/v1/models/recorded")).json["position"]
+    await page.locator("#infer-record summary").click()
+    record = page.get_by_role("group", name="The record")
+    await expect(record).to_contain_text(f'"position": {position}')
+    await expect(record).to_contain_text('"sha256": "')
+    load = page.get_by_role("link", name=f"Its load, at position {position}")
+    await expect(load).to_have_attribute("href", f"#/at/{position}")

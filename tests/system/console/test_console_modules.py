@@ -529,6 +529,15 @@ CASES: dict[str, tuple[object, str]] = {
           ...[both, unknown].map((text) => text.split(" the")[0])];
         """,
     ),
+    "problems: the server's own words": (
+        [["critical", "Not recorded", "The disk is full.", "Free space.", None]],
+        """
+        const notices = [{ title: "Not recorded", why: "The disk is full.", todo: "Free space." }];
+        state.resources.value = { ...RESOURCES, notices };
+        const [{ level, title, why, todo, occurrence }] = problems.value;
+        return [[level, title, why, todo, occurrence]];
+        """,
+    ),
     "problems: the parts of the memory are more than there is": (
         [0, ["warning", "The container may run out of memory", "295 MB too much"]],
         """
