@@ -46,13 +46,23 @@ class GrpcClient:
     channel: grpc.aio.Channel
     token: str = ""
 
-    def call(self, name: str, request: Any, *, service: str = SERVICE, timeout_s: float = LIMIT_S) -> Any:
+    def call(
+        self,
+        name: str,
+        request: Any,
+        *,
+        service: str = SERVICE,
+        timeout_s: float = LIMIT_S,
+        request_id: str | None = None,
+    ) -> Any:
         """Return the running call of a method; awaited, it returns the response's message or raises."""
         response = message_class(f"{service.rpartition('.')[0]}.{_response_of(name)}")
         method: Any = self.channel.unary_unary(
             f"/{service}/{name}", lambda message: message.SerializeToString(), response.FromString
         )
         metadata = (("authorization", f"Bearer {self.token}"),) if self.token else ()
+        if request_id is not None:
+            metadata = (*metadata, ("x-request-id", request_id))
         return method(request, timeout=timeout_s, metadata=metadata)
 
     async def ask(self, method: str, /, **fields: Any) -> Any:
