@@ -134,6 +134,12 @@ def verify(config: Config, *arguments: object) -> tuple[int, str]:
     return done.exit_code, done.output
 
 
+def change_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def age(path: Path, seconds: float) -> None:
     """Let a file have been written so long before."""
     written = path.stat().st_mtime - seconds

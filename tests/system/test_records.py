@@ -23,6 +23,7 @@ from support.models import save
 from support.postgres import PostgresServer
 from support.records import (
     age,
+    change_byte,
     check_records,
     files_are_closed,
     find_files,
@@ -82,12 +83,6 @@ async def test_stopped_server_has_closed_and_announced_its_files(config: Config)
     wanted = [[f"{model_id}-{name}" for name in names] for model_id in ("m", "n")]
     assert sorted(ids_of(lines) for lines in found.values()) == wanted
     assert verify(config) == (0, "verified: 2 files: 2 as announced, 0 erased, 0 open\n")
-
-
-def change_byte(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def rename(path: Path) -> None:
