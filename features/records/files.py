@@ -176,25 +176,32 @@ class RecordFiles:
             done.dropped[reason] += records
 
     def _write_lines(self, model_id: str, lines: _Lines, now_s: float, done: Written) -> None:
-        missing = {reason: count for (each, reason), count in self._missing.items() if each == model_id}
-        said = [encode_dropped(self._make_dropped(model_id, *each)) for each in missing.items()]
         try:
             self._check_room()
-            file = self._open.get(model_id) or self._open_file(model_id, now_s)
-            file.append(b"".join((*said, *lines.parts)), len(said) + lines.records)
+            self._append(self._open.get(model_id) or self._open_file(model_id, now_s), model_id, lines)
         except OSError as error:
             self.problem = f"{self.folder}: {error.strerror}"
             self._drop(model_id, "not_writable", lines.records, done)
             return
         self.problem = None
+        done.records += lines.records
+        rule = find_rule(self._rules, model_id) or RecordRule(models=())
+        if self._open[model_id].size >= min(FULL_BYTES, rule.max_bytes // FULL_SHARE):
+            done.closed.extend(self._close(model_id))
+
+    def _append(self, file: _OpenFile, model_id: str, lines: _Lines) -> None:
+        """Append how many inferences of the model are missing, and then lines.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        missing = {reason: count for (each, reason), count in self._missing.items() if each == model_id}
+        said = [encode_dropped(self._make_dropped(model_id, *each)) for each in missing.items()]
+        file.append(b"".join((*said, *lines.parts)), len(said) + lines.records)
         for reason in missing:
             del self._missing[model_id, reason]
         file.records += lines.records
         file.dropped += sum(missing.values())
-        done.records += lines.records
-        rule = find_rule(self._rules, model_id) or RecordRule(models=())
-        if file.size >= min(FULL_BYTES, rule.max_bytes // FULL_SHARE):
-            done.closed.extend(self._close(model_id))
 
     def _make_dropped(self, model_id: str, reason: Reason, count: int | None) -> DroppedRecords:
         now = format_timestamp(utc_now())
@@ -225,9 +232,14 @@ class RecordFiles:
         return [closed for model_id in old for closed in self._close(model_id)]
 
     def _close(self, model_id: str) -> Iterator[ClosedFile]:
-        """Close a file once all of it is on the disk; if that fails, it is left as by a server that died."""
+        """Close a file once all of it is on the disk; if that fails, it is left as by a server that died.
+
+        If inferences are missing, it says so at its end, for which the space that is left free is enough.
+        """
         file = self._open.pop(model_id)
         try:
+            with suppress(OSError):  # else the next file says it
+                self._append(file, model_id, _Lines())
             if not file.size:
                 file.path.unlink()
                 return

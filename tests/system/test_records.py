@@ -24,6 +24,7 @@ from support.postgres import PostgresServer
 from support.records import (
     age,
     change_byte,
+    check_file,
     check_records,
     files_are_closed,
     find_files,
@@ -305,12 +306,16 @@ async def test_full_disk_stops_recording_and_no_inference(config: Config, tmp_pa
             metrics = await when(partial(read_metrics, server), lambda seen: seen["stopped"] == 0)
             assert (metrics[dropped], metrics["total"]) == (6, 2)
             assert "notices" not in (await server.api.get("/api/v1/resources")).json
-            assert await server.stop() == 0
             said = server.output.read_text()
             assert (said.count(STOPPED), said.count("inferences are recorded again")) == (1, 1)
-        copy = disk.copy_ledger(config)
-        [closed] = [event.data for event in await events(copy) if isinstance(event.data, RecordsClosed)]
-        assert (closed.records, closed.dropped, closed.lines) == (2, 6, 3)
+            disk.fill(LITTLE_BYTES)
+            for number in range(2):
+                assert (await ask(server.api, f"last-{number}")).status == 200
+            assert await server.stop() == 0
+        [path], copy = find_files(config).values(), disk.copy_ledger(config)
+        [closed] = [event for event in await events(copy) if isinstance(event.data, RecordsClosed)]
+        lines = check_file(closed, path)
+        assert [line.get("dropped", line["id"]) for line in lines] == ["before", 6, "after", 2]
 
 
 # gRPC
