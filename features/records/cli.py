@@ -109,14 +109,15 @@ def verify(data: Path, node: str | None, *, files: tuple[Path, ...], as_json: bo
     """
     from events.sqlite.datalock import LEDGER
     from features.records import verification
-    from features.records.files import FOLDER, list_record_files, stat_file
+    from features.records.files import FOLDER, stat_file
 
     options.require_data(data)
-    announced = verification.read_announced(data / LEDGER)
-    stored = [stat_file(each) for each in files] if files else list_record_files(data / FOLDER)
-    findings = list(verification.compare_files(stored, announced))
-    if not files:
-        names = [each.id for each in stored]
+    if files:
+        announced = verification.read_announced(data / LEDGER)
+        findings = list(verification.compare_files(map(stat_file, files), announced))
+    else:
+        findings, announced = verification.compare_folder(data / FOLDER, data / LEDGER)
+        names = [each.file for each in findings]
         nodes = {node} if node is not None else announced.list_nodes(names)
         if not nodes and any(map(verification.node_of, announced.closed.values())):
             raise click.UsageError("the ledger is of several nodes: say whose files must be here with --node")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import msgspec
 from events.sqlite.listing import EventFilter, EventQuery, find_event_page, read
 from events.sqlite.readonly import open_read_only
 from features.records.facts import RecordsClosed, RecordsErased
-from features.records.files import RecordFile
+from features.records.files import CLOSED, RecordFile, list_record_files, stat_file
 
 EVENTS_PER_READ = 500
 
@@ -76,8 +77,30 @@ def read_announced(ledger: Path) -> Announced:
             query = replace(query, after=page.next_cursor)
 
 
+def compare_folder(folder: Path, ledger: Path) -> tuple[list[FileFinding], Announced]:
+    """Return a finding for each file of a data directory, and what the ledger knows; a server may be running.
+
+    A file is there before the ledger has it, and the ledger has its erasure before it is gone. So the ledger
+    is read after the files are listed, and erasures are read again after a file was not found.
+
+    Raises:
+        LedgerProblem: the ledger cannot be read.
+        OSError: a file cannot be read.
+    """
+    listed = list_record_files(folder)
+    announced = read_announced(ledger)
+    findings = list(compare_files(listed, announced))
+    names = {each.file for each in findings}
+    for name, said in announced.closed.items():
+        if name not in names:  # it was renamed while they were listed, or is missing
+            with suppress(FileNotFoundError):
+                path = folder / said["model_id"] / f"{name}{CLOSED}"
+                findings += compare_files([stat_file(path)], announced)
+    return findings, announced._replace(erased=read_announced(ledger).erased)
+
+
 def compare_files(files: Iterable[RecordFile], announced: Announced) -> Iterator[FileFinding]:
-    """Yield a finding for each file; its bytes are hashed.
+    """Yield a finding for each file; its bytes are hashed. One that is erased meanwhile has none.
 
     Raises:
         OSError: a file cannot be read.
@@ -86,17 +109,25 @@ def compare_files(files: Iterable[RecordFile], announced: Announced) -> Iterator
         said = announced.closed.get(file.id)
         if said is None:
             state, detail = ("open", "the ledger has it once it is closed") if file.is_open else UNKNOWN
+        elif (found := _hash(file)) is not None:
+            state, detail = _compare(found, said)
         else:
-            state, detail = _compare(file.path, said)
+            continue
         yield FileFinding(file.model_id, file.id, state, detail)
+
+
+def _hash(file: RecordFile) -> str | None:
+    """Return the SHA-256 of a file, which may have been renamed since it was listed; None if it is gone."""
+    for path in (file.path, file.path.with_suffix(CLOSED)):
+        with suppress(FileNotFoundError), path.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+    return None
 
 
 UNKNOWN = "unknown", "the ledger has no RecordsClosed of this name"
 
 
-def _compare(path: Path, said: Mapping[str, Any]) -> tuple[str, str]:
-    with path.open("rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
+def _compare(found: str, said: Mapping[str, Any]) -> tuple[str, str]:
     if found == said["data"]["sha256"]:
         return "as_announced", describe(said)
     return "changed", f"its SHA-256 is {found}, and it was {describe(said)}"

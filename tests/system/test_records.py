@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import ANY
 
 import aiohttp
 import numpy as np
@@ -118,6 +119,39 @@ async def test_changed_files_are_not_verified(
     assert f"NOT verified: {copy.parent.name}/{name}: changed" in verify(config, copy)[1]
 
 
+HURRIED = patched(
+    "from features.records import files, recorder\nfiles.FULL_BYTES, recorder.FLUSH_S = 2048, 0.001"
+)
+"""A file is closed after three or four inferences, and so some hundred times a second."""
+
+
+async def test_files_of_running_server_are_verified(config: Config) -> None:
+    """Files are opened, closed, announced and erased while they are compared with the ledger."""
+    rule, answered = write_rule(config.repository.parent), list[str]()
+    save(models.add(1), config.repository, "m")
+    async with serving(config, *rule, *UNLIMITED, command=HURRIED) as server:
+        await server.api.load("m")
+        clients = [
+            asyncio.create_task(ask_until_gone(server.api, str(client), answered)) for client in range(3)
+        ]
+        eraser = asyncio.create_task(erase_until_gone(server.api))
+        for _ in range(of_both(short=60, long=1000)):
+            assert await asyncio.to_thread(verify, config) == (0, ANY)
+        assert await server.stop() == 0
+        await asyncio.gather(*clients, eraser)
+    assert await check_records(config)
+
+
+async def erase_until_gone(api: Api) -> None:
+    """Erase the oldest closed file, again and again, until the server is gone."""
+    with suppress(aiohttp.ClientError):
+        while True:
+            files = await list_files(api)
+            if files and files[0]["state"] == "closed":
+                path = f"/api/v1/records/files/{files[0]['file']}?reason=a%20test"
+                assert (await api.send("DELETE", path)).status in (204, 503)
+
+
 # Kills
 
 
@@ -200,10 +234,6 @@ async def test_server_killed_while_completing_completes_once(config: Config, tor
 
 LIVES = of_both(short=3, long=100)
 LIFE_S = 1.0
-HURRIED = patched(
-    "from features.records import files, recorder\nfiles.FULL_BYTES, recorder.FLUSH_S = 8192, 0.01"
-)
-"""A file is closed after some ten inferences, and so a few times in each tenth of a second."""
 
 
 async def test_server_killed_at_random_keeps_announced_files(config: Config) -> None:
