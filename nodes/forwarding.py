@@ -225,6 +225,7 @@ class Forwarder(NodePlacement, Cluster):
         reply = await (self._send(forwarded, node) if there.is_last else self._ask(forwarded, node))
         fields = _returned_fields(request, reply)
         if body is not None and reply.status == HTTPStatus.OK:
+            fields[REQUEST_ID] = headers[REQUEST_ID]
             return DirectResponse({**fields, **self._name_copies(model_id)}, reply.parts, memory)
         memory.give_back()
         return web.Response(status=reply.status, body=b"".join(reply.parts), headers=fields)

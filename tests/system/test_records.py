@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from unittest.mock import ANY
 
@@ -377,13 +378,13 @@ async def test_nodes_record_and_announce_what_they_answered(tmp_path: Path, post
         state = await cluster.load(*model_ids)
         owners, answered = find_nodes(state, model_ids), dict[str, str]()
         assert set(owners.values()) == {"n1", "n2"}
-        for node in (first, second):
-            for model_id in model_ids:
-                answer = await infer_as(node.api, f"{node.name}-{model_id}", model_id, question(dice))
-                answered[answer.headers["X-Request-Id"]] = answer.headers["Loadledger-Node"]
-        assert answered == {
-            f"{name}-{model_id}": owners[model_id] for name in cluster.nodes for model_id in model_ids
-        }
+        for node, model_id in product((first, second), model_ids):
+            for given in (f"{node.name}-{model_id}", None):  # without one, the node that answers makes it
+                name, by = await infer_as(node.api, given, model_id, question(dice))
+                assert given in (None, name)
+                assert by == owners[model_id]
+                answered[name] = by
+        assert len(answered) == 4 * len(model_ids)
         for node in (first, second):
             lines = await list_lines(node.api)
             own = sorted(name for name, by in answered.items() if by == node.name)
@@ -411,8 +412,10 @@ async def test_nodes_record_and_announce_what_they_answered(tmp_path: Path, post
             assert verify(node.config, "--node", other.name)[0] == int(node is first)
 
 
-async def infer_as(api: Api, request_id: str, model_id: str, asked: Json) -> Answer:
-    headers, body = {"X-Request-Id": request_id}, {"inputs": [asked]}
+async def infer_as(api: Api, request_id: str | None, model_id: str, asked: Json) -> tuple[str, str]:
+    """Return the id that the answer has, and the node that answered."""
+    headers = {} if request_id is None else {"X-Request-Id": request_id}
+    body = {"inputs": [asked]}
     answer = await api.post(f"/v2/models/{model_id}/infer", roles=("infer",), json=body, headers=headers)
     assert answer.status == 200, answer.body
-    return answer
+    return answer.headers["X-Request-Id"], answer.headers["Loadledger-Node"]
