@@ -12,12 +12,12 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
+from uuid import NAMESPACE_URL, uuid5
 
 from aiohttp import web
 from msgspec import UNSET
 
 from answers.resources import OperatorNotice
-from events.clock import uuid7
 from events.commands import Record
 from events.errors import LedgerProblem
 from events.log import Log
@@ -62,9 +62,9 @@ class Recording:
         self._reader = reader
         self._thread = ThreadPoolExecutor(1, "records")
         self._turn = asyncio.Lock()
-        self._unannounced = dict[str, ClosedFile]()
-        self._problems = dict[str, str]()
+        self._problem: str | None = None
         self._said: str | None = None
+        self._is_tidy = False
         self.recorder = InferenceRecorder(rules, source, self._wake.set)
         self.files = RecordFiles(folder, rules, source)
         self.written = 0
@@ -72,7 +72,7 @@ class Recording:
     @property
     def problem(self) -> str | None:
         """Why inferences are not recorded now, or their files not announced; None if they are."""
-        return self.files.problem or next(iter(self._problems.values()), None)
+        return self.files.problem or self._problem
 
     async def call(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call a function in the thread that has the files."""
@@ -92,7 +92,6 @@ class Recording:
                     await self.tidy()
             except Exception:  # noqa: BLE001 - whatever it is, inferences go on
                 _log.exception("inferences could not be recorded")
-            self._log_problem()
 
     async def flush(self) -> None:
         """Write what is queued."""
@@ -108,6 +107,7 @@ class Recording:
             self.written += done.records
             self.recorder.dropped.update(done.dropped)
             await self._announce(done.closed)
+            self._log_problem()
 
     def _log_problem(self) -> None:
         """Log that recording has stopped, or goes on."""
@@ -118,42 +118,51 @@ class Recording:
             _log.error("inferences are not recorded, and go on: %s", self._said)
 
     async def tidy(self) -> None:
-        """Close old files, complete those of a server that died, erase those that were kept long enough."""
+        """Close old files, finish what a server that died began, erase files that were kept long enough."""
         async with self._turn:
+            self._problem = None
             await self._announce(await self.call(self.files.close_old, time.monotonic()))
-            self._problems.pop("complete", None)
             for path in await self.call(self.files.find_left):
                 try:
-                    await self._complete(path)
+                    await self._finish(path)
                 except (LedgerProblem, OSError) as error:  # another time
-                    self._problems["complete"] = f"{path} cannot be completed: {error}"
+                    self._problem = f"{path} cannot be completed: {error}"
             files = await self.call(self.files.list_files)
+            for file in () if self._is_tidy else files:
+                if not file.is_open and await self._reader.event(erasure_id(file)) is not None:
+                    await self.call(file.path.unlink)
+            self._is_tidy = True
             for file, reason in choose_expired(files, self._rules, time.time()):
                 with suppress(LedgerProblem):  # the next time, then
-                    await self.erase(file, reason, SYSTEM)
+                    await self._erase(file, reason, SYSTEM)
+            self._log_problem()
 
-    async def _complete(self, path: Path) -> None:
+    async def _finish(self, path: Path) -> None:
         """Complete and announce a file that was left; one that was announced gets its name.
 
         Raises:
             LedgerProblem: the ledger cannot be read.
             OSError: the file cannot be written.
         """
-        if path.stem in self._unannounced:
-            return
         if await self._reader.event(path.stem) is not None:
             await self.call(self.files.settle, path)
         elif (completed := await self.call(self.files.complete, path)) is not None:
             await self._announce([completed])
 
     async def erase(self, file: RecordFile, reason: str, actor: str) -> None:
-        """Record that a closed file is erased, and delete it.
+        """Record that a closed file is erased, and delete it; nothing if that has been done meanwhile.
 
         Raises:
             LedgerProblem: it could not be recorded, and the file is still there.
         """
-        data = RecordsErased(file=file.id, reason=reason, server=self._source or UNSET)
-        await self._log.submit(Record((Draft(uuid7(), data, actor, None, file.model_id),)))
+        async with self._turn:
+            await self._erase(file, reason, actor)
+
+    async def _erase(self, file: RecordFile, reason: str, actor: str) -> None:
+        if await self._reader.event(erasure_id(file)) is None:
+            data = RecordsErased(file=file.id, reason=reason, server=self._source or UNSET)
+            draft = Draft(erasure_id(file), data, actor, None, file.model_id)
+            await self._log.submit(Record((draft,)))
         await self.call(partial(file.path.unlink, missing_ok=True))
 
     async def close(self) -> None:
@@ -167,18 +176,17 @@ class Recording:
 
     async def _announce(self, closed: Iterable[ClosedFile]) -> None:
         """Record closed files, and then give them their names; those that cannot be recorded now, later."""
-        self._unannounced.update((each.id, each) for each in closed)
-        self._problems.pop("announce", None)
-        for each in list(self._unannounced.values()):
+        for each in closed:
             try:
-                if await self._reader.event(each.id) is None:
-                    draft = Draft(each.id, each.fact, SYSTEM, None, each.model_id)
-                    await self._log.submit(Record((draft,)))
+                await self._log.submit(Record((Draft(each.id, each.fact, SYSTEM, None, each.model_id),)))
                 await self.call(self.files.settle, each.path)
             except (LedgerProblem, OSError) as error:
-                self._problems["announce"] = f"closed files cannot be announced: {error}"
-                return
-            del self._unannounced[each.id]
+                self._problem = f"{each.path} cannot be announced: {error}"
+
+
+def erasure_id(file: RecordFile) -> str:
+    """Return the id of the event of a file's erasure: it follows from the file's, so there is only one."""
+    return str(uuid5(NAMESPACE_URL, f"loadledger:erased:{file.id}"))
 
 
 RECORDING = web.AppKey("recording", Recording)

@@ -1,6 +1,7 @@
 """Files of records: `MODEL/ID.open` while it is written, `MODEL/ID.jsonl` once the ledger has its digest.
 
-Every method of `RecordFiles` runs in one thread. A file that a dead server left is completed by the next one.
+Between the two it is `MODEL/ID.complete`, which tells a file that was closed in order from one of a server
+that died: that one is completed by the next server. Every method of `RecordFiles` runs in one thread.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ _log = logging.getLogger(__name__)
 
 FOLDER = "records"
 """In the data directory."""
-OPEN, CLOSED = ".open", ".jsonl"
-"""Suffixes of files."""
+OPEN, COMPLETE, CLOSED = ".open", ".complete", ".jsonl"
+"""Suffixes of files: being written, not announced yet, announced."""
 FULL_BYTES = 64 * 2**20
 """Size at which a file is closed: some 100,000 inferences without tensors."""
 FULL_SHARE = 4
@@ -71,7 +72,8 @@ class RecordFile(NamedTuple):
 
     @property
     def is_open(self) -> bool:
-        return self.path.suffix == OPEN
+        """Whether the ledger may not have it yet."""
+        return self.path.suffix != CLOSED
 
 
 @dataclass(slots=True)
@@ -244,6 +246,7 @@ class RecordFiles:
                 file.path.unlink()
                 return
             os.fsync(file.descriptor)
+            file.path = file.path.rename(file.path.with_suffix(COMPLETE))
             sync(file.path.parent)
         except OSError as error:
             _log.error("%s cannot be closed, and is completed later: %s", file.path, error.strerror)
@@ -272,14 +275,14 @@ class RecordFiles:
         sync(path.parent)
 
     def find_left(self) -> list[Path]:
-        """Return the files that a dead server left, or an error."""
+        """Return the files that an error left, or a server that died, or that could not announce them."""
         written = {file.path for file in self._open.values()}
         return [each.path for each in self.list_files() if each.is_open and each.path not in written]
 
     def complete(self, path: Path) -> ClosedFile | None:
         """Complete a file that was left: without half a line at its end, and with a line that says so.
 
-        An empty one is deleted, and None returned.
+        One that was complete stays as it is. An empty one is deleted, and None returned.
 
         Raises:
             OSError: that cannot be written.
@@ -288,7 +291,7 @@ class RecordFiles:
             path.unlink()
             return None
         model_id, now = path.parent.name, format_timestamp(utc_now())
-        digest, last = hashlib.sha256(), b""
+        digest, last, is_interrupted = hashlib.sha256(), b"", path.suffix == OPEN
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
         file = _OpenFile(path.stem, path, descriptor, now, 0.0, digest)
         try:
@@ -299,13 +302,13 @@ class RecordFiles:
                         break
                     _count_line(file, line)
                     last = line
-            if not _is_interruption(last):
+            if is_interrupted and not _is_interruption(last):
                 file.append(encode_dropped(self._make_dropped(model_id, "interrupted", None)), 1)
             os.fsync(descriptor)
             sync(path.parent)
         finally:
             os.close(descriptor)
-        return self._describe(file, model_id, is_interrupted=True)
+        return self._describe(file, model_id, is_interrupted=is_interrupted)
 
     def list_files(self) -> list[RecordFile]:
         return list_record_files(self.folder)
@@ -315,7 +318,7 @@ def list_record_files(folder: Path) -> list[RecordFile]:
     """Return all files in order of their models and ids, and so of their beginnings."""
     found = list[RecordFile]()
     for path in sorted(folder.glob("*/*")):
-        if path.suffix in (OPEN, CLOSED):
+        if path.suffix in (OPEN, COMPLETE, CLOSED):
             with suppress(FileNotFoundError):
                 found.append(stat_file(path))
     return found

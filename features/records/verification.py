@@ -14,7 +14,7 @@ import msgspec
 from events.sqlite.listing import EventFilter, EventQuery, find_event_page, read
 from events.sqlite.readonly import open_read_only
 from features.records.facts import RecordsClosed, RecordsErased
-from features.records.files import CLOSED, RecordFile, list_record_files, stat_file
+from features.records.files import CLOSED, COMPLETE, RecordFile, list_record_files, stat_file
 
 EVENTS_PER_READ = 500
 
@@ -118,7 +118,7 @@ def compare_files(files: Iterable[RecordFile], announced: Announced) -> Iterator
 
 def _hash(file: RecordFile) -> str | None:
     """Return the SHA-256 of a file, which may have been renamed since it was listed; None if it is gone."""
-    for path in (file.path, file.path.with_suffix(CLOSED)):
+    for path in (file.path, file.path.with_suffix(COMPLETE), file.path.with_suffix(CLOSED)):
         with suppress(FileNotFoundError), path.open("rb") as content:
             return hashlib.file_digest(content, "sha256").hexdigest()
     return None

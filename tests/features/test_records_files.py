@@ -187,9 +187,9 @@ def test_file_without_lines_is_deleted_at_its_end(tmp_path: Path) -> None:
     files = new_files(tmp_path)
     with limited_size(0):
         files.write([entry("1")], {}, NOW_S)
-    assert [each.bytes for each in files.list_files()] == [0]
-    assert files.close_old(math.inf) == []
-    assert files.list_files() == []
+        assert [each.bytes for each in files.list_files()] == [0]
+        assert files.close_old(math.inf) == []
+        assert files.list_files() == []
     files.write([], {}, NOW_S)
     assert shown(read_lines(close_all(files)["digits"].path)) == [(1, "not_writable")]
 
@@ -246,7 +246,7 @@ def test_file_left_at_any_byte_is_completed_once() -> None:
         dead.write([entry("2")], {("digits", "queue_full"): 3}, NOW_S)
         [stored] = dead.list_files()
         text = stored.path.read_bytes()
-        close_all(dead)
+        close_all(dead)["digits"].path.unlink()
         files = new_files(Path(temporary), source="node-a")
         for end in range(1, len(text) + 1):
             stored.path.write_bytes(text[:end])

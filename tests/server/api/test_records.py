@@ -301,7 +301,7 @@ async def test_server_without_rules_records_nothing(tmp_path: Path) -> None:
         await api.load("m")
         assert (await api.infer("m", ONE)).status == 200
         assert (await api.infer("m")).status == 400
-        assert b"loadledger_records" not in (await api.get("/metrics", roles=())).body
+        assert b"loadledger_records_total 0.0" in (await api.get("/metrics", roles=())).body
         assert not (api.config.data / FOLDER).exists()
         data = api.config.data
     assert not (data / FOLDER).exists()
