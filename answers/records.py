@@ -10,7 +10,7 @@ from answers.answer import AS_OF, AnswerBody, about, one_of
 class RecordList(AnswerBody, frozen=True, kw_only=True):
     """One page of the lines of this server's files, by model and time."""
 
-    records: Annotated[list[dict[str, Any]], about("The lines, as docs/records.md describes them.")]
+    records: Annotated[list[dict[str, Any]], about("As docs/how-to/record-inferences.md describes them.")]
     as_of: Annotated[int, AS_OF]
     next_cursor: Annotated[
         str | None, about("`cursor` of the next page, which may have none; null on the last page.")

@@ -33,7 +33,7 @@ def records() -> None:
 @model_option
 @options.json_option
 @options.server_options
-def list_files(model: str | None, *, as_json: bool, where: options.ServerChoice) -> None:
+def list_model_files(model: str | None, *, as_json: bool, where: options.ServerChoice) -> None:
     """List the files of records of a server. Your token needs the role audit or admin."""
     if options.parse_version_name(model or "")[1] is not None:
         raise click.UsageError("a file is of all versions of a model: give --model without /VERSION")

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import logging
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -29,7 +30,7 @@ from features.records.lines import (
     DroppedRecords,
     Reason,
     encode_dropped,
-    encode_inference,
+    encode_or_drop,
 )
 from features.records.recorder import Entry
 from features.records.rules import RecordRule, find_rule
@@ -38,6 +39,7 @@ _log = logging.getLogger(__name__)
 
 FOLDER = "records"
 """In the data directory."""
+FILE_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 OPEN, COMPLETE, CLOSED = ".open", ".complete", ".jsonl"
 """Suffixes of files: being written, not announced yet, announced."""
 FULL_BYTES = 64 * 2**20
@@ -102,35 +104,49 @@ class Written:
 
 @dataclass(slots=True)
 class _OpenFile:
-    """A file that is being written, with the digest of its bytes so far."""
+    """A file that is being written, with the digest of its bytes so far; it holds no descriptor."""
 
     id: str
     path: Path
-    descriptor: int
     begin: str
-    opened_s: float
-    digest: hashlib._Hash
+    opened_s: float = 0.0
+    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
     size: int = 0
     records: int = 0
     lines: int = 0
     dropped: int = 0
 
     def append(self, text: bytes, lines: int) -> None:
-        """Append so many whole lines; the file is as before if that fails.
+        """Append so many whole lines; the file is as before if they find no room.
 
         Raises:
+            TornFile: nobody knows what the file has: write no more into it.
             OSError: they cannot be written.
         """
-        rest = memoryview(text)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
         try:
+            descriptor = os.open(self.path, flags if self.size else flags | os.O_CREAT, 0o600)
+        except FileNotFoundError as error:
+            raise TornFile(error.errno, error.strerror) from None
+        try:
+            rest = memoryview(text)
             while rest:
-                rest = rest[os.write(self.descriptor, rest) :]
-        except OSError:
-            os.ftruncate(self.descriptor, self.size)
+                rest = rest[os.write(descriptor, rest) :]
+        except OSError as error:
+            try:
+                os.ftruncate(descriptor, self.size)
+            except OSError:
+                raise TornFile(error.errno, error.strerror) from None
             raise
+        finally:
+            os.close(descriptor)
         self.digest.update(text)
         self.size += len(text)
         self.lines += lines
+
+
+class TornFile(OSError):
+    """A file has been deleted, or has half a line that could not be taken back."""
 
 
 class RecordFiles:
@@ -163,9 +179,9 @@ class RecordFiles:
         self._missing.update(missing)
         done, joined = Written(), defaultdict[str, _Lines](_Lines)
         for model_id, content, records, _ in queue:
-            line = content if isinstance(content, bytes) else encode_inference(content, self._source)
-            if line is None:
-                self._drop(model_id, "too_long", records, done)
+            line = content if isinstance(content, bytes) else encode_or_drop(content, self._source)
+            if isinstance(line, str):
+                self._drop(model_id, line, records, done)
             elif joined[model_id].add(line, records) >= WRITE_BYTES:
                 self._write_lines(model_id, joined.pop(model_id), now_s, done)
         for model_id in {*joined, *(model_id for model_id, _ in self._missing)}:
@@ -182,6 +198,8 @@ class RecordFiles:
             self._check_room()
             self._append(self._open.get(model_id) or self._open_file(model_id, now_s), model_id, lines)
         except OSError as error:
+            if isinstance(error, TornFile):
+                _log.error("%s is written no more: %s", self._open.pop(model_id).path, error.strerror)
             self.problem = f"{self.folder}: {error.strerror}"
             self._drop(model_id, "not_writable", lines.records, done)
             return
@@ -212,7 +230,7 @@ class RecordFiles:
         )
 
     def _check_room(self) -> None:
-        self.folder.mkdir(mode=0o700, exist_ok=True)
+        _make_folder(self.folder)
         disk = os.statvfs(self.folder)
         left = min(LEFT_FREE_BYTES, disk.f_blocks * disk.f_frsize // LEFT_FREE_SHARE)
         if (free := disk.f_bavail * disk.f_frsize) < left:
@@ -220,12 +238,10 @@ class RecordFiles:
             raise OSError(errno.ENOSPC, text)
 
     def _open_file(self, model_id: str, now_s: float) -> _OpenFile:
-        (self.folder / model_id).mkdir(mode=0o700, exist_ok=True)
-        name = uuid7()
-        path = self.folder / model_id / f"{name}{OPEN}"
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        begin = format_timestamp(utc_now())
-        file = self._open[model_id] = _OpenFile(name, path, descriptor, begin, now_s, hashlib.sha256())
+        _make_folder(self.folder / model_id)
+        name, begin = uuid7(), format_timestamp(utc_now())
+        file = _OpenFile(name, self.folder / model_id / f"{name}{OPEN}", begin, now_s)
+        self._open[model_id] = file
         return file
 
     def close_old(self, now_s: float) -> list[ClosedFile]:
@@ -238,21 +254,20 @@ class RecordFiles:
 
         If inferences are missing, it says so at its end, for which the space that is left free is enough.
         """
-        file = self._open.pop(model_id)
+        file = self._open[model_id]
         try:
             with suppress(OSError):  # else the next file says it
                 self._append(file, model_id, _Lines())
+            del self._open[model_id]
             if not file.size:
-                file.path.unlink()
+                file.path.unlink(missing_ok=True)
                 return
-            os.fsync(file.descriptor)
+            sync(file.path)
             file.path = file.path.rename(file.path.with_suffix(COMPLETE))
             sync(file.path.parent)
         except OSError as error:
             _log.error("%s cannot be closed, and is completed later: %s", file.path, error.strerror)
             return
-        finally:
-            os.close(file.descriptor)
         yield self._describe(file, model_id, is_interrupted=False)
 
     def _describe(self, file: _OpenFile, model_id: str, *, is_interrupted: bool) -> ClosedFile:
@@ -269,15 +284,25 @@ class RecordFiles:
         )
         return ClosedFile(file.id, model_id, file.path, fact)
 
-    def settle(self, path: Path) -> None:
-        """Give a file its name: the ledger has it."""
-        path.rename(path.with_suffix(CLOSED))
-        sync(path.parent)
+    def give_name(self, path: Path) -> None:
+        """Give a file its name: the ledger has it. A deleted one is missing, as `verify` says."""
+        try:
+            path.rename(path.with_suffix(CLOSED))
+            sync(path.parent)
+        except FileNotFoundError:
+            _log.error("%s was deleted before it got its name", path)
+
+    def erase(self, path: Path) -> None:
+        """Delete a file for good."""
+        path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            sync(path.parent)
 
     def find_left(self) -> list[Path]:
         """Return the files that an error left, or a server that died, or that could not announce them."""
         written = {file.path for file in self._open.values()}
-        return [each.path for each in self.list_files() if each.is_open and each.path not in written]
+        files = list_files(self.folder)
+        return [each.path for each in files if each.is_open and each.path not in written]
 
     def complete(self, path: Path) -> ClosedFile | None:
         """Complete a file that was left: without half a line at its end, and with a line that says so.
@@ -290,37 +315,40 @@ class RecordFiles:
         if not path.stat().st_size:
             path.unlink()
             return None
-        model_id, now = path.parent.name, format_timestamp(utc_now())
-        digest, last, is_interrupted = hashlib.sha256(), b"", path.suffix == OPEN
-        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
-        file = _OpenFile(path.stem, path, descriptor, now, 0.0, digest)
-        try:
-            with open(descriptor, "rb", closefd=False) as content:
-                for line in content:
-                    if not line.endswith(b"\n"):
-                        os.ftruncate(descriptor, file.size)
-                        break
-                    _count_line(file, line)
-                    last = line
-            if is_interrupted and not _is_interruption(last):
-                file.append(encode_dropped(self._make_dropped(model_id, "interrupted", None)), 1)
-            os.fsync(descriptor)
-            sync(path.parent)
-        finally:
-            os.close(descriptor)
+        model_id, last, is_interrupted = path.parent.name, b"", path.suffix == OPEN
+        file = _OpenFile(path.stem, path, format_timestamp(utc_now()))
+        with path.open("rb") as content:
+            for line in content:
+                if not line.endswith(b"\n"):
+                    os.truncate(path, file.size)
+                    break
+                _count_line(file, line)
+                last = line
+        if is_interrupted and not _is_interruption(last):
+            file.append(encode_dropped(self._make_dropped(model_id, "interrupted", None)), 1)
+        sync(path)
+        sync(path.parent)
         return self._describe(file, model_id, is_interrupted=is_interrupted)
 
-    def list_files(self) -> list[RecordFile]:
-        return list_record_files(self.folder)
+
+def _make_folder(folder: Path) -> None:
+    """Create a folder for good, if it is not there."""
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        return
+    sync(folder.parent)
 
 
-def list_record_files(folder: Path) -> list[RecordFile]:
-    """Return all files in order of their models and ids, and so of their beginnings."""
+def list_files(folder: Path) -> list[RecordFile]:
+    """Return all files in order of their models and ids, and so of their beginnings; others are ignored."""
     found = list[RecordFile]()
     for path in sorted(folder.glob("*/*")):
-        if path.suffix in (OPEN, COMPLETE, CLOSED):
+        if path.suffix in (OPEN, COMPLETE, CLOSED) and FILE_ID.fullmatch(path.stem):
             with suppress(FileNotFoundError):
-                found.append(stat_file(path))
+                file = stat_file(path)
+                if not (path.is_symlink() or path.is_dir()):
+                    found.append(file)
     return found
 
 

@@ -6,6 +6,7 @@ says what is missing at its place.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -22,6 +23,8 @@ from runtime.statistics import InferenceTimes
 from runtime.wire import Buffer, Tensor
 from server.v2.observer import ObservedInference
 
+_log = logging.getLogger(__name__)
+
 INFERENCE, DROPPED = "loadledger.inference", "loadledger.dropped"
 """The types of lines."""
 
@@ -33,8 +36,9 @@ MAX_DATA_BYTES = 8 * 10**6
 TENSOR_BYTES = 256
 """Counted for a tensor beside its data: its name, shape and digest in a line."""
 
-Reason = Literal["queue_full", "not_writable", "too_long", "interrupted"]
-"""Why inferences are missing: `interrupted` if the server died, when nobody knows how many."""
+Reason = Literal["queue_full", "not_writable", "too_long", "failed", "interrupted"]
+"""Why inferences are missing: `failed` for a defect, `interrupted` if the server died, when nobody knows how
+many."""
 
 
 class TensorRecord(msgspec.Struct, frozen=True, gc=False):
@@ -127,7 +131,10 @@ class Candidate(ObservedInference, gc=False, kw_only=True):
     code: str | None = None
 
     def end(self, result: Answered | BaseException) -> None:
-        self.take(self, result)
+        try:
+            self.take(self, result)
+        except Exception:  # noqa: BLE001 - the inference goes on
+            _log.exception("an inference of %s could not be recorded", self.model_id)
 
     @property
     def tensors(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
@@ -140,7 +147,7 @@ class Candidate(ObservedInference, gc=False, kw_only=True):
         size = 0
         for tensors in self.tensors:
             for each in tensors:
-                size += len(each.data) + TENSOR_BYTES
+                size += len(each.data) + len(each.name) + TENSOR_BYTES
         return size
 
 
@@ -175,6 +182,15 @@ def encode_inference(ended: Candidate, source: str) -> bytes | None:
     )
     line = _ENCODER.encode(record) + b"\n"
     return line if len(line) <= MAX_LINE_BYTES else None
+
+
+def encode_or_drop(ended: Candidate, source: str) -> bytes | Reason:
+    """Return the line of an inference, or why there is none: no defect of one ends the lines of others."""
+    try:
+        return encode_inference(ended, source) or "too_long"
+    except Exception:  # noqa: BLE001 - it is logged, counted, and in the file
+        _log.exception("an inference of %s could not be recorded", ended.model_id)
+        return "failed"
 
 
 @lru_cache(maxsize=4)

@@ -10,10 +10,12 @@ import msgspec
 from events.clock import Timestamp, parse_timestamp
 from features.records.files import RecordFile
 
+READ_BYTES = 2**20
+"""Lines that are read at once, and skipped at once if they do not have the id."""
 SCAN_BYTES = 64 * 2**20
-"""Read for a page at most, so that no page takes long; then it may be empty, and the next one goes on."""
-PAGE_BYTES = 8 * 2**20
-"""Lines of a page, but at least one."""
+"""Read for a page, so that no page takes long; then it may be empty, and the next one goes on."""
+PAGE_BYTES = 2**20
+"""Lines of a page, but at least one: pages may wait for clients that read slowly."""
 
 
 class RecordQuery(msgspec.Struct, frozen=True):
@@ -77,17 +79,16 @@ def read_page(files: Sequence[RecordFile], query: RecordQuery) -> RecordPage:
             continue
         with content:
             offset = content.seek(begin)
-            for line in content:
-                if not line.endswith(b"\n"):
-                    break
-                is_full = len(lines) >= query.limit or left_bytes <= 0 or scan_bytes <= 0
-                if is_full:
-                    return RecordPage(lines, f"{file.model_id}/{file.id}:{offset}")
-                offset += len(line)
-                scan_bytes -= len(line)
-                if (wanted is None or wanted in line) and _matches(line, query):
-                    lines.append(line[:-1])
-                    left_bytes -= len(line)
+            while some := [line for line in content.readlines(READ_BYTES) if line.endswith(b"\n")]:
+                has_id = wanted is None or wanted in b"".join(some)
+                for line in some:
+                    if len(lines) >= query.limit or left_bytes <= 0 or scan_bytes <= 0:
+                        return RecordPage(lines, f"{file.model_id}/{file.id}:{offset}")
+                    offset += len(line)
+                    scan_bytes -= len(line)
+                    if has_id and (wanted is None or wanted in line) and _matches(line, query):
+                        lines.append(line[:-1])
+                        left_bytes -= len(line)
     return RecordPage(lines, None)
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import NamedTuple
 
-from features.records.lines import Candidate, Reason, encode_inference
+from features.records.lines import Candidate, Reason, encode_or_drop
 from features.records.rules import Failures, RecordRule, find_rule, is_chosen
 from runtime.memoryplan import OBSERVED_BYTES
 from runtime.router import Answered
@@ -59,6 +59,7 @@ class InferenceRecorder:
         rules: of the configuration.
         source: the name of this server among several, or empty.
         wake: called when the queue is not to wait for its time; it takes what is queued with `take`.
+        find_models: returns the models that the ledger knows.
 
     Attributes:
         queued_bytes: of the queue, and of what was taken and is not given back yet: at most `OBSERVED_BYTES`,
@@ -66,10 +67,17 @@ class InferenceRecorder:
         dropped: inferences that the queue did not take, by reason.
     """
 
-    def __init__(self, rules: Sequence[RecordRule], source: str, wake: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        rules: Sequence[RecordRule],
+        source: str,
+        wake: Callable[[], None],
+        find_models: Callable[[], Container[str]],
+    ) -> None:
         self._rules = rules
         self._source = source
         self._wake = wake
+        self._find_models = find_models
         self._known = dict[str, RecordRule | None]()
         self._short = list[Candidate]()
         self._short_bytes = 0
@@ -105,8 +113,10 @@ class InferenceRecorder:
             ended.answered, ended.status = result, OK
         else:
             ended.status, ended.code = _describe_failure(result)
-            if ended.code == "unknown_model":
-                return  # no inference of a model: the name is the client's invention
+            if ended.here is None and ended.model_id not in self._find_models():
+                return  # the ledger knows no such model: the client may have invented the name
+            if ended.was_sent and ended.code != "node_unreachable":
+                return  # the server that was to answer it records it
         ended.ended_ns, ended.at_ns = time.monotonic_ns(), time.time_ns()
         data_bytes = ended.count_bytes()
         size = data_bytes + ENTRY_BYTES
@@ -128,14 +138,15 @@ class InferenceRecorder:
     def _encode_short(self) -> None:
         """Make the lines of inferences with short tensors, whose memory then counts no more."""
         lines = defaultdict[str, list[bytes]](list)
-        for each in self._short:
-            line = encode_inference(each, self._source)
-            if line is None:
-                self._drop(each.model_id, "too_long")
+        short, self._short = self._short, []
+        self.queued_bytes -= self._short_bytes
+        self._short_bytes = 0
+        for each in short:
+            line = encode_or_drop(each, self._source)
+            if isinstance(line, str):
+                self._drop(each.model_id, line)
             else:
                 lines[each.model_id].append(line)
-        self.queued_bytes -= self._short_bytes
-        self._short, self._short_bytes = [], 0
         for model_id, of_model in lines.items():
             text = b"".join(of_model)
             self._queue.append(Entry(model_id, text, len(of_model), len(text)))
@@ -143,10 +154,15 @@ class InferenceRecorder:
         if sum([each.size for each in self._queue]) >= HURRY_BYTES:
             self._wake()
 
-    def _drop(self, model_id: str, reason: Reason) -> None:
-        """Count an inference that is not recorded, for a line of its model."""
-        self.dropped[reason] += 1
-        self._missing[model_id, reason] += 1
+    def _drop(self, model_id: str, reason: Reason, records: int = 1) -> None:
+        """Count inferences that are not recorded, for a line of their model."""
+        self.dropped[reason] += records
+        self._missing[model_id, reason] += records
+
+    def drop_queue(self, queue: Sequence[Entry]) -> None:
+        """Count entries that a defect has kept the thread from writing."""
+        for each in queue:
+            self._drop(each.model_id, "failed", each.records)
 
     def take(self) -> tuple[Sequence[Entry], Counter[tuple[str, Reason]]]:
         """Return the queue, and how many inferences are missing by model and reason; both are empty then.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from functools import partial
 
 import msgspec
 from aiohttp import web
@@ -13,7 +14,7 @@ from events.clock import format_timestamp
 from events.sqlite.timetravel import parse_time
 from features.records.app import RECORDING
 from features.records.facts import RecordsClosed
-from features.records.files import RecordFile
+from features.records.files import RecordFile, list_files
 from features.records.reading import RecordQuery, read_page
 from server.api.schemas import IS_REASON, PageQuerySchema, about
 from server.appkeys import LOG, READER
@@ -27,27 +28,26 @@ from server.routing import Routes
 routes = Routes(tag="ledger")
 
 _ID = validate.Regexp(r"[0-9a-f-]{36}\Z", error="Must be the name of a file, as a list of them shows it.")
-_CURSOR = validate.Regexp(
-    r"[A-Za-z0-9._-]{1,128}/[0-9a-f-]{36}(:[0-9]{1,15})?\Z", error="Must be `next_cursor` of a page."
-)
+_CURSOR = r"[A-Za-z0-9._-]{1,128}/[0-9a-f-]{36}"
 
 
-def _cursor(text: str) -> fields.String:
-    return fields.String(load_default=None, validate=_CURSOR, **about(text))
+def _cursor(pattern: str, text: str) -> fields.String:
+    is_cursor = validate.Regexp(rf"{pattern}\Z", error="Must be `next_cursor` of a page.")
+    return fields.String(load_default=None, validate=is_cursor, **about(text))
 
 
 class RecordFilesQuerySchema(PageQuerySchema):
     """Page of the files."""
 
     model = fields.String(load_default=None, **about("Only files of this model."))
-    cursor = _cursor("`next_cursor` of the page before: files after that one.")
+    cursor = _cursor(_CURSOR, "`next_cursor` of the page before: files after that one.")
 
 
 class RecordsQuerySchema(PageQuerySchema):
     """Page of the lines, and filters."""
 
     model = fields.String(load_default=None, **about("Only inferences of this model."))
-    cursor = _cursor("`next_cursor` of the page before: lines from there on.")
+    cursor = _cursor(rf"{_CURSOR}:[0-9]{{1,15}}", "`next_cursor` of the page before: lines from there on.")
     id = fields.String(
         load_default=None,
         validate=validate.Length(1, 1024),
@@ -73,7 +73,7 @@ async def list_records(request: web.Request) -> web.Response:
     await recording.flush()
     since = None if query["since"] is None else parse_time(query["since"])
     asked = RecordQuery(query["model"], query["id"], since, query["cursor"], query["limit"])
-    page = await recording.call(lambda: read_page(recording.files.list_files(), asked))
+    page = await recording.search(lambda: read_page(list_files(recording.files.folder), asked))
     lines = [msgspec.Raw(line) for line in page.lines]  # as they are in the file
     answer = {"records": lines, "as_of": request.app[LOG].state.position, "next_cursor": page.next_cursor}
     return respond_encoded(msgspec.json.encode(answer))
@@ -95,7 +95,7 @@ async def list_record_files(request: web.Request) -> web.Response:
     await app[RECORDING].flush()
     files = [
         each
-        for each in await app[RECORDING].call(app[RECORDING].files.list_files)
+        for each in await app[RECORDING].search(partial(list_files, app[RECORDING].files.folder))
         if model_id in (None, each.model_id) and (each.model_id, each.id) > after
     ]
     shown = [await _describe_file(app, each) for each in files[:limit]]
@@ -149,7 +149,11 @@ class ErasureQuerySchema(Schema):
 async def erase_record_file(request: web.Request) -> web.Response:
     recording, name = request.app[RECORDING], path_parameters(request)["file"]
     reason, person = query_parameters(request)["reason"], request[PRINCIPAL].subject
-    found = [each for each in await recording.call(recording.files.list_files) if each.id == name]
+    found = [
+        each
+        for each in await recording.search(partial(list_files, recording.files.folder))
+        if each.id == name
+    ]
     if not found:
         problem = (
             f"this server has no file of records {name}; `loadledger records list` shows those that it has"

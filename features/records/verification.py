@@ -14,7 +14,7 @@ import msgspec
 from events.sqlite.listing import EventFilter, EventQuery, find_event_page, read
 from events.sqlite.readonly import open_read_only
 from features.records.facts import RecordsClosed, RecordsErased
-from features.records.files import CLOSED, COMPLETE, RecordFile, list_record_files, stat_file
+from features.records.files import CLOSED, COMPLETE, RecordFile, list_files, stat_file
 
 EVENTS_PER_READ = 500
 
@@ -87,7 +87,7 @@ def compare_folder(folder: Path, ledger: Path) -> tuple[list[FileFinding], Annou
         LedgerProblem: the ledger cannot be read.
         OSError: a file cannot be read.
     """
-    listed = list_record_files(folder)
+    listed = list_files(folder)
     announced = read_announced(ledger)
     findings = list(compare_files(listed, announced))
     names = {each.file for each in findings}

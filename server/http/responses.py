@@ -116,9 +116,9 @@ class DirectResponse(web.StreamResponse):
         length = sum(map(len, self._buffers))
         more = _connection(request, is_kept=self._is_kept)
         request_id = request.headers.get(REQUEST_ID)  # only a client's: creating one would take too long
-        is_named = request_id is None or REQUEST_ID in self._fields
-        if not is_named and valid_request_id((request_id or "",)) is not None:
-            more += f"{REQUEST_ID}: {request_id}\r\n"
+        if request_id is not None and REQUEST_ID not in self._fields:
+            is_valid = valid_request_id((request_id,)) is not None
+            more += f"{REQUEST_ID}: {request_id}\r\n" if is_valid else ""
         head = _head(self._fields, length, more)
         if length < JOINED_BYTES:
             transport.write(b"".join((head, *self._buffers)))

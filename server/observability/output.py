@@ -83,8 +83,8 @@ class RequestContext:
     position: int | None = None
 
 
-NAME: web.RequestKey[str] = web.RequestKey("name", str)
-"""The id of a request that has been named before its context begins."""
+REQUEST_NAME: web.RequestKey[str] = web.RequestKey("request_name", str)
+"""The id of a request that got one before its context begins."""
 
 CONTEXT: ContextVar[RequestContext | None] = ContextVar("request", default=None)
 """The request that the running task serves; None outside of requests."""
@@ -94,7 +94,7 @@ def begin_context(request: web.BaseRequest) -> RequestContext:
     """Return the context of a request; the log records of the running task have its id from here on."""
     context = CONTEXT.get()
     if context is None:
-        given = request.get(NAME) or valid_request_id(request.headers.getall(REQUEST_ID, ()))
+        given = request.get(REQUEST_NAME) or valid_request_id(request.headers.getall(REQUEST_ID, ()))
         context = RequestContext(given or uuid4().hex)
         CONTEXT.set(context)
     return context
@@ -103,7 +103,7 @@ def begin_context(request: web.BaseRequest) -> RequestContext:
 _PREFIX, _NUMBERS = uuid4().hex[:16], count(1)
 
 
-def name_request(request: web.BaseRequest) -> str:
+def choose_request_id(request: web.BaseRequest) -> str:
     """Return an id for a request: that of its context, the client's, or a new one; begins no context.
 
     A context takes 15 µs. A new id is random for each process, and then counts.

@@ -127,7 +127,7 @@ function RecordText({ id, model }) {
   const { answer, error } = useRequest((signal) => api.get(`/api/v1/records?${query}`, { signal }), []);
   if (!answer) return html`<${Refusal} text=${error && errorText(error)} />`;
   const lines = answer.records.map((each) => JSON.stringify(each, null, 2)).join("\n");
-  return html`<pre tabindex="0" role="group" aria-label="The record">${lines ? plain(lines, SHOWN) : "No rule records it."}</pre>`;
+  return html`<pre tabindex="0" role="group" aria-label="The record">${lines ? plain(lines, SHOWN) : "This server has no record of it."}</pre>`;
 }
 
 async function infer(model, { body, headers }, signal) {

@@ -33,7 +33,7 @@ from server.http.compression import COMPRESSED_FROM_BYTES, chosen_encoding, comp
 from server.http.connection import ARRIVED_NS, read_body_into
 from server.http.responses import DirectResponse, response_completer
 from server.http.validation import path_parameters
-from server.observability.output import NAME, REQUEST_ID, begin_context
+from server.observability.output import REQUEST_ID, REQUEST_NAME, begin_context
 from server.observability.requestlog import HTTP_COUNTS
 from server.routing import RequestHandler, Routes, wrap_handler
 from server.v2.codec import (
@@ -144,6 +144,7 @@ async def infer(
         await cluster.catch_up(request, model_id)
         target = router.resolve(model_id, version, spreads=spreads)
         if isinstance(target, There):
+            _note_sent(request, observed)
             return await cluster.forward(request, target, model_id, memory)
         if not request.content.is_eof():  # a body is not read in vain
             if isinstance(target, Absent):
@@ -165,6 +166,7 @@ async def infer(
                         here, question, left_s, times, version=version, worker=body.worker, spreads=spreads
                     )
                 case There():
+                    _note_sent(request, observed)
                     return await cluster.forward(
                         request, result, model_id, memory, body=body.join(), ends_at_s=loop.time() + left_s
                     )
@@ -182,9 +184,15 @@ async def infer(
     except BaseException as error:
         memory.give_back()
         if observed is not None:
-            request[NAME] = observed.request_id
+            request[REQUEST_NAME] = observed.request_id
             observed.end(error)
         raise
+
+
+def _note_sent(request: web.BaseRequest, observed: ObservedInference | None) -> None:
+    """Note that an inference goes to another server, with its id."""
+    if observed is not None:
+        request[REQUEST_NAME], observed.was_sent = observed.request_id, True
 
 
 def _left_s(ends_ns: int) -> float:

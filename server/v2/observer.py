@@ -21,6 +21,7 @@ class ObservedInference(msgspec.Struct, gc=False):
         times: those until now.
         here: the load that was asked; None if none was.
         question: the decoded request; None if it could not be decoded, or was not.
+        was_sent: whether it was sent to another server, which then observes its end.
     """
 
     request_id: str
@@ -29,11 +30,12 @@ class ObservedInference(msgspec.Struct, gc=False):
     times: InferenceTimes
     here: Here | None = None
     question: InferenceRequest | None = None
+    was_sent: bool = False
 
     def end(self, result: Answered | BaseException) -> None:
         """Take the answer, once it is written, or why there is none.
 
-        An inference that another server answers has no end here, unless that server cannot be reached.
+        An inference that another server answers has no end here, but it may have an error.
         """
         raise NotImplementedError
 

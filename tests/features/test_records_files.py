@@ -28,7 +28,7 @@ from features.records.files import (
     RecordFile,
     RecordFiles,
     choose_expired,
-    list_record_files,
+    list_files,
 )
 from features.records.lines import MAX_LINE_BYTES, encode_inference
 from features.records.recorder import Entry
@@ -96,7 +96,7 @@ def test_lines_are_appended_by_model_and_announced_with_digest(tmp_path: Path) -
     files = new_files(tmp_path, source="node-a")
     done = files.write([entry("1", "2"), entry("3", model_id="other"), entry("4")], {}, NOW_S)
     assert (done.records, done.dropped, done.closed) == (4, {}, [])
-    assert {each.path.suffix for each in files.list_files()} == {OPEN}
+    assert {each.path.suffix for each in list_files(files.folder)} == {OPEN}
     assert files.find_left() == []
     long = Entry("digits", make_candidate(request_id="5"), 1, 0)  # the thread makes its line
     assert files.write([long], {}, NOW_S).records == 1
@@ -106,8 +106,8 @@ def test_lines_are_appended_by_model_and_announced_with_digest(tmp_path: Path) -
     assert {each.fact.server for each in closed.values()} == {"node-a"}
     assert not any(each.fact.interrupted for each in closed.values())
     for each in closed.values():
-        files.settle(each.path)
-    assert [(each.model_id, each.id, each.path.suffix) for each in files.list_files()] == [
+        files.give_name(each.path)
+    assert [(each.model_id, each.id, each.path.suffix) for each in list_files(files.folder)] == [
         (each.model_id, each.id, CLOSED) for _, each in sorted(closed.items())
     ]
     assert {path.stat().st_mode & 0o077 for path in files.folder.rglob("*")} == {0}
@@ -132,7 +132,7 @@ def test_file_is_closed_when_old(tmp_path: Path) -> None:
     [closed] = files.close_old(NOW_S + OLD_S)
     assert closed.model_id == "digits"
     files.write([entry("3")], {}, NOW_S + OLD_S)
-    assert len(list_record_files(files.folder)) == 3
+    assert len(list_files(files.folder)) == 3
 
 
 def test_missing_inferences_stand_before_next_line_of_model(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def limited_size(size: int) -> Iterator[None]:
 def test_write_that_ends_in_its_middle_leaves_whole_lines(tmp_path: Path) -> None:
     files = new_files(tmp_path)
     files.write([entry("1")], {}, NOW_S)
-    [stored] = files.list_files()
+    [stored] = list_files(files.folder)
     with limited_size(stored.bytes + 10):
         done = files.write([entry("2", "3")], {}, NOW_S)
         assert stored.path.stat().st_size == stored.bytes
@@ -187,9 +187,9 @@ def test_file_without_lines_is_deleted_at_its_end(tmp_path: Path) -> None:
     files = new_files(tmp_path)
     with limited_size(0):
         files.write([entry("1")], {}, NOW_S)
-        assert [each.bytes for each in files.list_files()] == [0]
+        assert [each.bytes for each in list_files(files.folder)] == [0]
         assert files.close_old(math.inf) == []
-        assert files.list_files() == []
+        assert list_files(files.folder) == []
     files.write([], {}, NOW_S)
     assert shown(read_lines(close_all(files)["digits"].path)) == [(1, "not_writable")]
 
@@ -198,7 +198,7 @@ def test_file_in_place_of_folder_stops_recording_until_gone(tmp_path: Path) -> N
     files = new_files(tmp_path)
     files.folder.touch()
     assert files.write([entry("1", "2")], {}, NOW_S).dropped == {"not_writable": 2}
-    assert problem_of(files) == f"{files.folder}: File exists"
+    assert problem_of(files) == f"{files.folder}: Not a directory"
     files.folder.unlink()
     files.write([entry("3")], {}, NOW_S)
     assert problem_of(files) is None
@@ -229,7 +229,7 @@ def test_full_disk_keeps_room_and_whole_lines(tmp_path: Path) -> None:
         disk.fill(900_000)
         assert files.write([entry("3", size=10**6)], {}, NOW_S).dropped == {"not_writable": 1}
         assert problem_of(files) == f"{files.folder}: No space left on device"
-        assert shown(read_lines(files.list_files()[0].path)) == ["1"]
+        assert shown(read_lines(list_files(files.folder)[0].path)) == ["1"]
         disk.drain()
         files.write([entry("4")], {}, NOW_S)
         assert problem_of(files) is None
@@ -244,7 +244,7 @@ def test_file_left_at_any_byte_is_completed_once() -> None:
         dead = new_files(Path(temporary))
         dead.write([entry("1")], {}, NOW_S)
         dead.write([entry("2")], {("digits", "queue_full"): 3}, NOW_S)
-        [stored] = dead.list_files()
+        [stored] = list_files(dead.folder)
         text = stored.path.read_bytes()
         close_all(dead)["digits"].path.unlink()
         files = new_files(Path(temporary), source="node-a")
@@ -273,14 +273,14 @@ def test_empty_file_that_was_left_is_deleted(tmp_path: Path) -> None:
         files.write([entry("1")], {}, NOW_S)
     [path] = new_files(tmp_path).find_left()
     assert new_files(tmp_path).complete(path) is None
-    assert files.list_files() == []
+    assert list_files(files.folder) == []
     files.close_old(math.inf)
 
 
 def test_file_that_cannot_be_completed_stays_for_next_time(tmp_path: Path) -> None:
     dead = new_files(tmp_path)
     dead.write([entry("1")], {}, NOW_S)
-    [stored] = dead.list_files()
+    [stored] = list_files(dead.folder)
     with stored.path.open("ab") as file:
         file.write(b"{")
     files = new_files(tmp_path)

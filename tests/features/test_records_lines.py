@@ -164,7 +164,7 @@ def test_tensors_return_from_json_and_base64(inputs: list[Tensor], outputs: list
 
 @pytest.mark.parametrize("beyond", [0, 1])
 def test_data_is_left_out_above_its_limit(beyond: int) -> None:
-    half = MAX_DATA_BYTES // 2 - TENSOR_BYTES
+    half = MAX_DATA_BYTES // 2 - TENSOR_BYTES - len("x")
     question, answer = (Tensor("x", "UINT8", (size,), bytes(size)) for size in (half, half + beyond))
     line = encode_inference(make_candidate(question, outputs=(answer,), rule=TENSORS), "")
     assert line is not None

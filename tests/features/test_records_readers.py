@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
         queue = [Entry(model, each, 1, 0) for each in ended]
         files.write(queue, {(model, "queue_full"): 2}, 0.0)
     for each in files.close_old(math.inf):
-        files.settle(each.path)
+        files.give_name(each.path)
     return files.folder
 
 

@@ -15,7 +15,7 @@ from support.http import LocalApi
 from support.ledgers import FAST_FOLDER
 
 from events.clock import uuid7
-from features.records.files import CLOSED, FOLDER, OPEN, list_record_files
+from features.records.files import CLOSED, FOLDER, OPEN, list_files
 from features.records.lines import encode_inference
 from features.records.reading import PAGE_BYTES, SCAN_BYTES, RecordQuery, read_page
 
@@ -34,6 +34,10 @@ def make_line(number: int, model_id: str, request: str | None = None) -> bytes:
     return line
 
 
+def name_of(number: int, suffix: str = CLOSED) -> str:
+    return f"{number:08}-0000-7000-8000-000000000000{suffix}"
+
+
 def write_files(folder: Path, counts: list[tuple[str, int]]) -> list[str]:
     """Write a file of so many lines for each entry, of its model; returns all ids in the order of reading."""
     found, number = list[tuple[str, int, int]](), 0
@@ -43,7 +47,7 @@ def write_files(folder: Path, counts: list[tuple[str, int]]) -> list[str]:
         number += count
         text = b"".join(make_line(each, model_id) for each in numbers)
         is_open = file_number % 2
-        path = folder / model_id / f"{file_number:03}{OPEN if is_open else CLOSED}"
+        path = folder / model_id / name_of(file_number, OPEN if is_open else CLOSED)
         path.write_bytes(text + TORN * is_open)
         found += [(model_id, file_number, each) for each in numbers]
     return [f"r-{each}" for _, _, each in sorted(found)]
@@ -59,7 +63,7 @@ def read_all(
     """Return the ids of all pages; `between` is called before each further page."""
     found, pages = list[str](), 0
     while True:
-        page = read_page(list_record_files(folder), query)
+        page = read_page(list_files(folder), query)
         assert len(page.lines) <= query.limit
         found += ids_of(page.lines)
         if page.next_cursor is None:
@@ -98,12 +102,12 @@ def test_cursor_survives_renamed_and_erased_files(
 
         def change(_: int) -> None:
             """Close all open files as a server does, and erase one."""
-            stored = list_record_files(folder)
+            stored = list_files(folder)
             for each in stored:
                 whole = each.path.read_bytes().rpartition(b"\n")
                 each.path.write_bytes(whole[0] + whole[1])
                 each.path.rename(each.path.with_suffix(CLOSED))
-            erased = data.draw(st.sampled_from([*list_record_files(folder), None]))
+            erased = data.draw(st.sampled_from([*list_files(folder), None]))
             if erased is not None:
                 lost.update(ids_of(erased.path.read_bytes().splitlines()))
                 erased.path.unlink()
@@ -115,7 +119,7 @@ def test_cursor_survives_renamed_and_erased_files(
 
 def test_filters_narrow_a_search_together(tmp_path: Path) -> None:
     write_files(tmp_path, [("a", 4), ("b", 4)])
-    (tmp_path / "b" / f"900{CLOSED}").write_bytes(
+    (tmp_path / "b" / name_of(900)).write_bytes(
         b"".join([make_line(9, "b", 'mine "\u00e9'), make_line(10, "b", "other"), b"{changed\n", b"[]\n"])
         + b'{"type":"loadledger.dropped","id":"lost","time":"2026-01-01T00:00:11.000000Z","dropped":1}\n'
     )
@@ -136,12 +140,12 @@ def test_filters_narrow_a_search_together(tmp_path: Path) -> None:
 def test_file_longer_than_a_page_is_searched_to_its_end(tmp_path: Path) -> None:
     folder, piece = tmp_path / "a", 8 * 2**20
     folder.mkdir()
-    with (folder / f"000{CLOSED}").open("wb") as file:
+    with (folder / name_of(0)).open("wb") as file:
         for _ in range(SCAN_BYTES // piece + 1):
             file.seek(piece, 1)  # a hole, which takes no room on the disk
             file.write(b"\n")
         file.write(make_line(1, "a"))
-    first = read_page(list_record_files(tmp_path), RecordQuery(request_id="r-1"))
+    first = read_page(list_files(tmp_path), RecordQuery(request_id="r-1"))
     assert (first.lines, first.next_cursor is None) == ([], False)
     assert read_all(tmp_path, RecordQuery(request_id="r-1")) == ["r-1"]
 
@@ -149,11 +153,11 @@ def test_file_longer_than_a_page_is_searched_to_its_end(tmp_path: Path) -> None:
 def test_page_of_long_lines_has_at_least_one(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     lines = [make_line(number, "a", "m" * (PAGE_BYTES * 3 // 5)) for number in range(4)]
-    (tmp_path / "a" / f"000{CLOSED}").write_bytes(b"".join(lines))
+    (tmp_path / "a" / name_of(0)).write_bytes(b"".join(lines))
     sizes = list[int]()
     query: RecordQuery | None = RecordQuery()
     while query is not None:
-        page = read_page(list_record_files(tmp_path), query)
+        page = read_page(list_files(tmp_path), query)
         sizes.append(len(page.lines))
         query = RecordQuery(cursor=page.next_cursor) if page.next_cursor is not None else None
     assert sizes == [2, 2]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support.candidates import DIGESTS, HERE, make_answer
 from support.history import FEWER
 
-from features.records.lines import Candidate, encode_inference
+from features.records.lines import Candidate, encode_inference, encode_or_drop
 from features.records.recorder import (
     BATCH,
     ENTRY_BYTES,
@@ -30,6 +30,8 @@ from runtime.wire import Tensor
 from server.errors import ServerProblem
 
 LIMIT_S = 60
+KNOWN = {"digits"}
+"""The models that the ledger knows."""
 ANSWER = make_answer()
 ABC_SHARE = 0.7283949
 """Nearly that of the id `abc`: a larger share has it."""
@@ -77,7 +79,7 @@ async def test_inference_is_recorded_by_share_or_failure(
     failures: Failures, share: float, *, has_failed: bool, is_in_share: bool
 ) -> None:
     rule = RecordRule(models=("dig*",), share=share, failures=failures)
-    recorder = InferenceRecorder((rule,), "", lambda: None)
+    recorder = InferenceRecorder((rule,), "", lambda: None, lambda: KNOWN)
     assert observe(recorder, "other") is None
     assert is_chosen("abc", share) == is_in_share
     candidate = observe(recorder)
@@ -105,21 +107,40 @@ async def test_inference_is_recorded_by_share_or_failure(
 async def test_failed_inference_has_status_and_code(
     error: BaseException, status: int | None, code: str
 ) -> None:
-    recorder = InferenceRecorder((DIGESTS,), "", lambda: None)
+    recorder = InferenceRecorder((DIGESTS,), "", lambda: None, lambda: KNOWN)
     end(recorder, result=error)
     [line] = lines_of(recorder.take()[0])
     assert (line["status"], line["code"]) == (status, code)
 
 
 async def test_inference_of_unknown_model_is_not_recorded() -> None:
-    recorder = InferenceRecorder((DIGESTS,), "", lambda: None)
-    end(recorder, result=ServerProblem("there is no such model", code="unknown_model"))
-    assert recorder.take() == ([], Counter())
+    recorder = InferenceRecorder((DIGESTS,), "", lambda: None, lambda: KNOWN)
+    for model_id in ("invented", "digits"):
+        candidate = observe(recorder, model_id)
+        assert candidate is not None
+        candidate.end(ServerProblem("malformed", code="invalid_request"))
+    [line] = lines_of(recorder.take()[0])
+    assert (line["model"], line["version"], line["position"]) == ("digits", None, None)
     assert not recorder.dropped
 
 
+@pytest.mark.parametrize(
+    ("error", "is_recorded"),
+    [(ServerProblem("gone", code="node_unreachable"), True), (asyncio.CancelledError(), False)],
+)
+async def test_inference_sent_to_another_server_is_recorded_there(
+    error: BaseException, *, is_recorded: bool
+) -> None:
+    recorder = InferenceRecorder((DIGESTS,), "", lambda: None, lambda: KNOWN)
+    candidate = observe(recorder)
+    assert candidate is not None
+    candidate.was_sent = True
+    candidate.end(error)
+    assert bool(recorder.take()[0]) is is_recorded
+
+
 async def test_full_queue_drops_and_counts_until_memory_returns() -> None:
-    recorder = InferenceRecorder((DIGESTS,), "", lambda: None)
+    recorder = InferenceRecorder((DIGESTS,), "", lambda: None, lambda: KNOWN)
     room, data = 16, memoryview(bytes(OBSERVED_BYTES // 16 - 2 * ENTRY_BYTES))
     for _ in range(room + 5):
         end(recorder, data)
@@ -137,18 +158,19 @@ async def test_full_queue_drops_and_counts_until_memory_returns() -> None:
     assert recorder.dropped == {"queue_full": 7}
 
 
-async def test_line_too_long_is_dropped_and_counted() -> None:
-    recorder = InferenceRecorder((DIGESTS,), "", lambda: None)
+async def test_line_too_long_is_none() -> None:
+    recorder = InferenceRecorder((DIGESTS,), "", lambda: None, lambda: KNOWN)
     candidate = observe(recorder)
     assert candidate is not None
     long = Tensor("n" * 300_000, "UINT8", (0,), b"")
     candidate.end(make_answer(*[long] * 60))
-    queue, missing = recorder.take()
-    assert (queue, missing, recorder.queued_bytes) == ([], {("digits", "too_long"): 1}, 0)
+    [entry] = recorder.take()[0]
+    assert isinstance(entry.content, Candidate)
+    assert encode_or_drop(entry.content, "") == "too_long"
 
 
 async def test_short_tensors_make_lines_in_batches_by_model() -> None:
-    recorder = InferenceRecorder((DIGESTS,), "", lambda: None)
+    recorder = InferenceRecorder((DIGESTS,), "", lambda: None, lambda: KNOWN)
     for number in range(2 * BATCH + 1):
         end(recorder, model_id="ab"[number % 2])
     queue, _ = recorder.take()
@@ -163,7 +185,7 @@ async def test_short_tensors_make_lines_in_batches_by_model() -> None:
 
 async def test_long_tensors_go_to_the_thread_at_once() -> None:
     wakes = list[None]()
-    recorder = InferenceRecorder((DIGESTS,), "", lambda: wakes.append(None))
+    recorder = InferenceRecorder((DIGESTS,), "", lambda: wakes.append(None), lambda: KNOWN)
     end(recorder, bytes(LONG_BYTES // 2))
     assert not wakes
     end(recorder, bytes(LONG_BYTES))
@@ -175,7 +197,7 @@ async def test_long_tensors_go_to_the_thread_at_once() -> None:
 
 async def test_single_line_wakes_the_thread_after_a_while() -> None:
     woken = asyncio.Event()
-    recorder = InferenceRecorder((DIGESTS,), "", woken.set)
+    recorder = InferenceRecorder((DIGESTS,), "", woken.set, lambda: KNOWN)
     end(recorder)
     await asyncio.wait_for(woken.wait(), LIMIT_S)
 
@@ -194,7 +216,7 @@ MEMORY = memoryview(bytes(OBSERVED_BYTES))
 @given(STEPS)
 def test_any_traffic_is_queued_within_bounds_or_counted(steps: list[Any]) -> None:
     async def play() -> None:
-        recorder, ended, seen = InferenceRecorder((DIGESTS,), "", lambda: None), 0, 0
+        recorder, ended, seen = InferenceRecorder((DIGESTS,), "", lambda: None, lambda: KNOWN), 0, 0
         taken, missing = list[Sequence[Entry]](), Counter[Any]()
         for step in [*steps, "take", *["give_back"] * len(steps), "give_back"]:
             if step == "take":

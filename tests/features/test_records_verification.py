@@ -14,7 +14,7 @@ from events.errors import LogUnavailable
 from events.log import Log
 from events.types import SYSTEM, Draft
 from features.records.facts import RecordsErased
-from features.records.files import CLOSED, ClosedFile, RecordFiles, list_record_files
+from features.records.files import CLOSED, ClosedFile, RecordFiles, list_files
 from features.records.recorder import Entry
 from features.records.verification import (
     EVENTS_PER_READ,
@@ -36,7 +36,7 @@ def write_files(folder: Path, models: str, source: str = "") -> dict[str, Closed
 async def announce(log: Log, folder: Path, closed: dict[str, ClosedFile], source: str = "") -> None:
     for each in closed.values():
         await log.submit(Record((Draft(each.id, each.fact, SYSTEM, None, each.model_id),)))
-        RecordFiles(folder, (), source).settle(each.path)
+        RecordFiles(folder, (), source).give_name(each.path)
 
 
 async def erase(log: Log, closed: ClosedFile, source: str = "") -> None:
@@ -47,7 +47,7 @@ async def erase(log: Log, closed: ClosedFile, source: str = "") -> None:
 
 def verify(folder: Path, ledger: Path) -> dict[str, FileFinding]:
     """Return the findings for a folder of one node, by model."""
-    announced, stored = read_announced(ledger), list_record_files(folder)
+    announced, stored = read_announced(ledger), list_files(folder)
     names = [each.id for each in stored]
     nodes = announced.list_nodes(names) or {None}
     findings = [*compare_files(stored, announced), *find_missing(names, announced, nodes)]

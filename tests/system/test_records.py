@@ -89,7 +89,7 @@ async def test_stopped_server_has_closed_and_announced_its_files(config: Config)
 
 
 def rename(path: Path) -> None:
-    path.rename(path.with_stem("0" * 36))
+    path.rename(path.with_stem("00000000-0000-7000-8000-000000000000"))
 
 
 @pytest.mark.parametrize(
@@ -191,8 +191,8 @@ async def mend(config: Config, rule: tuple[str, str]) -> dict[str, list[Json]]:
         ("write", True, None),
         ("write", False, True),
         ("close_old", False, False),
-        ("settle", True, False),
-        ("settle", False, False),
+        ("give_name", True, False),
+        ("give_name", False, False),
     ],
     ids=["queued", "written", "closed", "announced", "named"],
 )
@@ -208,7 +208,7 @@ async def test_server_killed_at_step_keeps_files(
     if is_interrupted is None:
         assert found == {}  # no file had been opened
         return
-    is_named = (step, before) == ("settle", False)
+    is_named = (step, before) == ("give_name", False)
     assert left == [OPEN if is_interrupted else CLOSED if is_named else COMPLETE]
     [lines] = found.values()
     assert ids_of(lines) == [f"r{number}" for number in range(len(ids_of(lines)))]
