@@ -51,6 +51,7 @@ TIDY_S = 60.0
 CLOSE_S = 10.0
 """For the last writes and announcements: a disk or a ledger that hangs delays the end no longer."""
 
+Work = Callable[[], Coroutine[Any, Any, None]]
 Gauge = tuple[str, str, Mapping[Any, float], str]
 
 
@@ -74,7 +75,7 @@ class Recording:
         self._thread = ThreadPoolExecutor(1, "records")
         self._search_thread = ThreadPoolExecutor(1, "records search")
         self._wake, self._wake_keeper = asyncio.Event(), asyncio.Event()
-        self._writing, self._erasing = asyncio.Lock(), asyncio.Lock()
+        self._writing, self._announcing, self._erasing = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
         self._tasks = set[asyncio.Task[Any]]()
         self._closed = list[ClosedFile]()
         self._problem: str | None = None
@@ -104,22 +105,31 @@ class Recording:
         task.add_done_callback(self._tasks.discard)
         await asyncio.shield(task)
 
-    # Writing.
+    def start(self) -> list[asyncio.Task[None]]:
+        """Start both coroutines."""
+        writer = self._run(self._wake, self._flush, self._close_old)
+        keeper = self._run(self._wake_keeper, self._announce, self._tidy)
+        return [asyncio.create_task(each, name="records") for each in (writer, keeper)]
 
-    async def run_writer(self) -> None:
-        """Write what is queued, and close old files, until the end; no error ends this earlier."""
+    async def _run(self, wake: asyncio.Event, work: Work, tidy: Work) -> None:
+        """Work when woken, and tidy up each minute, until the end; no error ends this earlier."""
         loop, due_s = asyncio.get_running_loop(), 0.0
         while not self._ends:
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(due_s):
-                    await self._wake.wait()
+                    await wake.wait()
             try:
-                await self._flush()
+                await work()
                 if loop.time() >= due_s:
                     due_s = loop.time() + TIDY_S
-                    self._hand_over(await self.call(self.files.close_old, time.monotonic()))
+                    await tidy()
             except Exception:  # noqa: BLE001 - whatever it is, inferences go on
                 _log.exception("inferences could not be recorded")
+
+    # Writing.
+
+    async def _close_old(self) -> None:
+        self._hand_over(await self.call(self.files.close_old, time.monotonic()))
 
     async def flush(self) -> None:
         """Write what is queued, for somebody who reads it."""
@@ -159,32 +169,18 @@ class Recording:
 
     # Files that are closed.
 
-    async def run_keeper(self) -> None:
-        """Announce closed files, and tidy up, until the end; no error ends this earlier."""
-        loop, due_s = asyncio.get_running_loop(), 0.0
-        while not self._ends:
-            with suppress(TimeoutError):
-                async with asyncio.timeout_at(due_s):
-                    await self._wake_keeper.wait()
-            try:
-                await self._announce()
-                if loop.time() >= due_s:
-                    due_s = loop.time() + TIDY_S
-                    await self._tidy()
-            except Exception:  # noqa: BLE001 - whatever it is, inferences go on
-                _log.exception("files of records could not be kept")
-
     async def _announce(self) -> None:
         """Announce closed files; those that cannot be announced now are left for `_tidy`."""
-        self._wake_keeper.clear()
-        while self._closed:
-            each = self._closed[0]
-            try:
-                await self._announce_file(each)
-            except (LedgerProblem, OSError) as error:
-                self._problem = f"{each.path} cannot be announced: {error}"
-            finally:
-                self._closed.pop(0)  # not earlier: what is here was not left
+        async with self._announcing:
+            self._wake_keeper.clear()
+            while self._closed:
+                each = self._closed[0]
+                try:
+                    await self._announce_file(each)
+                except (LedgerProblem, OSError) as error:
+                    self._problem = f"{each.path} cannot be announced: {error}"
+                finally:
+                    self._closed.pop(0)  # not earlier: what is here was not left
         self._log_problem()
 
     async def _announce_file(self, closed: ClosedFile) -> None:
@@ -201,14 +197,14 @@ class Recording:
 
     async def _tidy(self) -> None:
         """Finish what a server that died began, or an error left; erase files that were kept long enough."""
-        self._problem = None
+        problem: str | None = None
         left, closed = await self.call(self.files.find_left), {each.id for each in self._closed}
         for path in left:
             try:
                 if path.stem not in closed:
                     await self._finish(path)
             except (LedgerProblem, OSError) as error:  # another time
-                self._problem = f"{path} cannot be completed: {error}"
+                problem = f"{path} cannot be completed: {error}"
         files = await self.call(list_files, self.files.folder)
         if not self._is_tidy:
             for file in files:
@@ -219,7 +215,8 @@ class Recording:
             try:
                 await self._erase(file, reason, SYSTEM)
             except (LedgerProblem, OSError) as error:  # another time
-                self._problem = f"{file.path} cannot be erased: {error}"
+                problem = f"{file.path} cannot be erased: {error}"
+        self._problem = problem
         self._log_problem()
 
     async def _finish(self, path: Path) -> None:
@@ -293,8 +290,7 @@ async def open_recording(app: web.Application) -> AsyncIterator[None]:
     if rules:
         observe: Observe = partial(_observe, recording.recorder)
         app[OBSERVE] = observe
-    coroutines = recording.run_writer(), recording.run_keeper()
-    tasks = [asyncio.create_task(each, name="records") for each in coroutines]
+    tasks = recording.start()
     yield
     await recording.end(*tasks)
 

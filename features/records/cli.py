@@ -14,8 +14,6 @@ from loadledger.cli import options, output
 from loadledger.cli.completion import models_of_server
 
 COLUMNS = ("MODEL", "FILE", "STATE", "RECORDS", "DROPPED", "SIZE", "WRITTEN", "POSITION")
-STATES = ("as_announced", "erased", "open")
-"""Those that are no finding."""
 model_option = click.option(
     "--model", metavar="MODEL", help="Only this model.", shell_complete=models_of_server
 )
