@@ -312,7 +312,8 @@ def _observe(
 async def read_gauges(app: web.Application) -> Sequence[Gauge]:
     """Return the metrics of records; without rules all are 0."""
     recording = app[RECORDING]
-    dropped = {"queue_full": 0, "not_writable": 0, "too_long": 0, **recording.recorder.dropped}
+    dropped = dict.fromkeys(("queue_full", "not_writable", "too_long", "failed"), 0)
+    dropped |= recording.recorder.dropped
     stopped = float(recording.problem is not None)
     return (
         ("records_total", "Inferences that were recorded.", {(): recording.written}, ""),

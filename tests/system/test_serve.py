@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import signal
+import socket
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
@@ -135,10 +136,20 @@ async def test_drain_timeout_ends_stuck_inference(config: Config) -> None:
 HEALTH = b"GET /health/live HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
-async def connect(server: Server, sent: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def connect(
+    server: Server, sent: bytes, *, half_closes: bool = False
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Return a connection over which this was sent; with `half_closes` a FIN is in its last segment.
+
+    So the FIN comes before any answer, on a busy machine, too.
+    """
     url = URL(server.url)
     reader, writer = await asyncio.open_connection(url.host, url.port)
+    if half_closes:
+        writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
     writer.write(sent)
+    if half_closes:
+        writer.write_eof()
     return reader, writer
 
 
@@ -208,18 +219,14 @@ async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Serv
 @pytest.mark.asyncio(loop_scope="module")
 async def test_half_closed_client_is_answered_and_closed_one_cancelled(server: Server) -> None:
     for sent in (HEALTH, inference(server, 3), inference(server, 3) + inference(server, 3)):
-        reader, writer = await connect(server, sent)
-        writer.write_eof()
-        answer = await response(reader, writer)
+        answer = await response(*await connect(server, sent, half_closes=True))
         assert answer.count(b"HTTP/1.1 200 OK") == sent.count(b"HTTP/1.1")
-    reader, writer = await connect(server, inference(server, models.ENDLESS))
+    _, writer = await connect(server, inference(server, models.ENDLESS))
     await when(lambda: in_flight(server), lambda count: count == 1)
     writer.close()
     await when(lambda: in_flight(server), lambda count: count == 0)
     cut_off = inference(server, 3)[:-1]
-    reader, writer = await connect(server, cut_off)
-    writer.write_eof()
-    assert await response(reader, writer) == b""
+    assert await response(*await connect(server, cut_off, half_closes=True)) == b""
     assert (await server.api.infer("loop", trips(3))).status == 200
     assert server.warnings() == []
 
