@@ -312,8 +312,8 @@ def _observe(
 async def read_gauges(app: web.Application) -> Sequence[Gauge]:
     """Return the metrics of records; without rules all are 0."""
     recording = app[RECORDING]
-    dropped = dict.fromkeys(("queue_full", "not_writable", "too_long", "failed"), 0)
-    dropped |= recording.recorder.dropped
+    reasons = ("queue_full", "not_writable", "too_long", "failed")
+    dropped = {**dict.fromkeys(reasons, 0), **recording.recorder.dropped}
     stopped = float(recording.problem is not None)
     return (
         ("records_total", "Inferences that were recorded.", {(): recording.written}, ""),
