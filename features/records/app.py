@@ -33,6 +33,7 @@ from features.records.files import (
     choose_expired,
     list_files,
 )
+from features.records.lines import Reason
 from features.records.recorder import InferenceRecorder
 from features.records.rules import RecordRule
 from features.records.table import NAME
@@ -312,8 +313,8 @@ def _observe(
 async def read_gauges(app: web.Application) -> Sequence[Gauge]:
     """Return the metrics of records; without rules all are 0."""
     recording = app[RECORDING]
-    reasons = ("queue_full", "not_writable", "too_long", "failed")
-    dropped = {**dict.fromkeys(reasons, 0), **recording.recorder.dropped}
+    reasons: tuple[Reason, ...] = ("queue_full", "not_writable", "too_long", "failed")
+    dropped = {each: recording.recorder.dropped[each] for each in reasons}
     stopped = float(recording.problem is not None)
     return (
         ("records_total", "Inferences that were recorded.", {(): recording.written}, ""),

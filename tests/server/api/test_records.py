@@ -337,6 +337,7 @@ async def test_metrics_count_records(start: Start) -> None:
         'loadledger_records_dropped_total{reason="queue_full"} 0.0',
         'loadledger_records_dropped_total{reason="not_writable"} 0.0',
         'loadledger_records_dropped_total{reason="too_long"} 0.0',
+        'loadledger_records_dropped_total{reason="failed"} 0.0',
         "loadledger_records_stopped 0.0",
     }
     assert "notices" not in (await api.get("/api/v1/resources")).json
