@@ -13,8 +13,9 @@ from support.models import save, save_bytes
 from support.workers import until
 
 from features.ondemand.app import DEMAND
+from runtime.process.worker import Worker
 from runtime.repository import DEFAULTS_FILE
-from server.appkeys import BODIES
+from server.appkeys import BODIES, CONSUMER
 from server.config import Config
 
 QUEUE_FULL, TIMEOUT = (503, "inference_queue_full"), (504, "inference_timeout")
@@ -37,7 +38,7 @@ async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Loca
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def send(shared: LocalApi) -> AsyncIterator[Send]:
-    """A function that begins an inference, which the test's end ends."""
+    """A function that begins an inference; the test's end ends it, so that no later test counts it."""
     tasks = list[asyncio.Task[Answer]]()
 
     def begin(model_id: str, inputs: Json = ENDLESS, path: str = FAST, **more: Any) -> asyncio.Task[Answer]:
@@ -49,6 +50,11 @@ async def send(shared: LocalApi) -> AsyncIterator[Send]:
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
+    await until(lambda: not any(worker.in_flight for worker in workers_of(shared)))
+
+
+def workers_of(api: LocalApi) -> list[Worker]:
+    return [worker for load in api.app[CONSUMER].loads.values() for worker in load.alive_workers]
 
 
 def path_of(model_id: str, path: str) -> str:
