@@ -36,9 +36,11 @@ class LoadPolicy(Struct, frozen=True, gc=False):
     def of(self, model_id: str) -> ModelRules | None:
         """Return the rules for a model, or None without any, or if all are off."""
         trust = tuple(
-            rule for rule in self.trust if rule.mode is not TrustMode.OFF and _matches(rule.models, model_id)
+            rule
+            for rule in self.trust
+            if rule.mode is not TrustMode.OFF and matches_any(rule.models, model_id)
         )
-        approval = tuple(rule for rule in self.approval if _matches(rule.models, model_id))
+        approval = tuple(rule for rule in self.approval if matches_any(rule.models, model_id))
         return ModelRules(trust, approval) if trust or approval else None
 
     def count_persons(self, model_id: str) -> int:
@@ -108,7 +110,8 @@ def _pairs(before: Sequence[_R], after: Sequence[_R]) -> Iterator[tuple[_R, _R |
             yield rule, now
 
 
-def _matches(globs: Iterable[str], model_id: str) -> bool:
+def matches_any(globs: Iterable[str], model_id: str) -> bool:
+    """Whether one of the globs of a rule matches a model."""
     return any(fnmatchcase(model_id, glob) for glob in globs)
 
 

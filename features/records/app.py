@@ -99,6 +99,9 @@ class Recording:
         """Call a function that reads files, in a thread in which no writing waits for it."""
         return await asyncio.get_running_loop().run_in_executor(self._search_thread, function)
 
+    async def list_files(self) -> list[RecordFile]:
+        return await self.search(partial(list_files, self.files.folder))
+
     async def _protect(self, work: Coroutine[Any, Any, None]) -> None:
         """Wait for work that goes on if its caller is cancelled, as a handler is when its client leaves."""
         task = asyncio.create_task(work)
@@ -210,7 +213,7 @@ class Recording:
         if not self._is_tidy:
             for file in files:
                 if not file.is_open and await self._reader.event(erasure_id(file)) is not None:
-                    await self.call(partial(file.path.unlink, missing_ok=True))
+                    await self.call(self.files.erase, file.path)
             self._is_tidy = True
         for file, reason in choose_expired(files, self._rules, parse_timestamp(self._log.now()).timestamp()):
             try:

@@ -51,7 +51,7 @@ OLD_S = 3600.0
 WRITE_BYTES = 2**20
 """Lines are joined up to this: the thread and the event loop take turns at each call of the system."""
 LEFT_FREE_BYTES, LEFT_FREE_SHARE = 2**30, 20
-"""What is left free on the disk, on which the ledger may lie, too: a twentieth of it, at most this."""
+"""Room that stays free on the disk, on which the ledger may lie, too: a twentieth of it, at most this."""
 
 
 class ClosedFile(NamedTuple):

@@ -34,7 +34,7 @@ MAX_DATA_BYTES = 8 * 10**6
 """Of all tensors of a line: in base64 a third longer, so that the line is below its limit."""
 
 TENSOR_BYTES = 256
-"""Counted for a tensor beside its data: its name, shape and digest in a line."""
+"""Counted for a tensor beside its data and its name: its shape and digest in a line."""
 
 Reason = Literal["queue_full", "not_writable", "too_long", "failed", "interrupted"]
 """Why inferences are missing: `failed` for a defect, `interrupted` if the server died, when nobody knows how
@@ -143,7 +143,7 @@ class Candidate(ObservedInference, gc=False, kw_only=True):
         return () if question is None else question.tensors, () if answered is None else answered.outputs
 
     def count_bytes(self) -> int:
-        """Return the bytes of all tensors, and 256 for each: their names and shapes in the line."""
+        """Return the bytes of all tensors and of their names, and `TENSOR_BYTES` for each."""
         size = 0
         for tensors in self.tensors:
             for each in tensors:

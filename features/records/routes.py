@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from functools import partial
 
 import msgspec
 from aiohttp import web
@@ -95,7 +94,7 @@ async def list_record_files(request: web.Request) -> web.Response:
     await app[RECORDING].flush()
     files = [
         each
-        for each in await app[RECORDING].search(partial(list_files, app[RECORDING].files.folder))
+        for each in await app[RECORDING].list_files()
         if model_id in (None, each.model_id) and (each.model_id, each.id) > after
     ]
     shown = [await _describe_file(app, each) for each in files[:limit]]
@@ -149,11 +148,7 @@ class ErasureQuerySchema(Schema):
 async def erase_record_file(request: web.Request) -> web.Response:
     recording, name = request.app[RECORDING], path_parameters(request)["file"]
     reason, person = query_parameters(request)["reason"], request[PRINCIPAL].subject
-    found = [
-        each
-        for each in await recording.search(partial(list_files, recording.files.folder))
-        if each.id == name
-    ]
+    found = [each for each in await recording.list_files() if each.id == name]
     if not found:
         problem = (
             f"this server has no file of records {name}; `loadledger records list` shows those that it has"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from enum import StrEnum
-from fnmatch import fnmatchcase
 
 from msgspec import Struct
+
+from features.rules import matches_any
 
 
 class Failures(StrEnum):
@@ -45,7 +46,7 @@ class RecordRule(Struct, frozen=True, gc=False, kw_only=True):
 
 
 def find_rule(rules: Iterable[RecordRule], model_id: str) -> RecordRule | None:
-    return next((rule for rule in rules if any(fnmatchcase(model_id, glob) for glob in rule.models)), None)
+    return next((rule for rule in rules if matches_any(rule.models, model_id)), None)
 
 
 def is_chosen(request_id: str, share: float) -> bool:

@@ -87,7 +87,7 @@ def compare(closed: ClosedFile) -> None:
     assert fact.begin <= fact.end
 
 
-def shown(lines: Iterable[dict[str, Any]]) -> list[Any]:
+def summarise_lines(lines: Iterable[dict[str, Any]]) -> list[Any]:
     """Return ids of inferences, and the number and reason of those that are missing."""
     return [(line["dropped"], line["reason"]) if line["type"] == LOST else line["id"] for line in lines]
 
@@ -101,8 +101,8 @@ def test_lines_are_appended_by_model_and_announced_with_digest(tmp_path: Path) -
     long = Entry("digits", make_candidate(request_id="5"), 1, 0)  # the thread makes its line
     assert files.write([long], {}, NOW_S).records == 1
     closed = close_all(files)
-    assert shown(read_lines(closed["digits"].path)) == ["1", "2", "4", "5"]
-    assert shown(read_lines(closed["other"].path)) == ["3"]
+    assert summarise_lines(read_lines(closed["digits"].path)) == ["1", "2", "4", "5"]
+    assert summarise_lines(read_lines(closed["other"].path)) == ["3"]
     assert {each.fact.server for each in closed.values()} == {"node-a"}
     assert not any(each.fact.interrupted for each in closed.values())
     for each in closed.values():
@@ -119,7 +119,11 @@ def test_file_is_closed_at_a_quarter_of_its_rule(tmp_path: Path) -> None:
     for number in range(8):
         closed += files.write([entry(str(number), size=10**6)], {}, NOW_S).closed
     closed += close_all(files).values()
-    assert [shown(read_lines(each.path)) for each in closed] == [["0", "1", "2"], ["3", "4", "5"], ["6", "7"]]
+    assert [summarise_lines(read_lines(each.path)) for each in closed] == [
+        ["0", "1", "2"],
+        ["3", "4", "5"],
+        ["6", "7"],
+    ]
     for each in closed:
         compare(each)
 
@@ -144,8 +148,13 @@ def test_missing_inferences_stand_before_next_line_of_model(tmp_path: Path) -> N
     assert (done.records, done.dropped) == (1, {"too_long": 1})
     files.write([], {("silent", "queue_full"): 4}, NOW_S)
     closed = close_all(files)
-    assert shown(read_lines(closed["digits"].path)) == ["1", (3, "queue_full"), (1, "too_long"), "2"]
-    assert shown(read_lines(closed["other"].path)) == ["a"]
+    assert summarise_lines(read_lines(closed["digits"].path)) == [
+        "1",
+        (3, "queue_full"),
+        (1, "too_long"),
+        "2",
+    ]
+    assert summarise_lines(read_lines(closed["other"].path)) == ["a"]
     [said] = read_lines(closed["silent"].path)
     assert (said["model"], said["source"], said["dropped"]) == ("silent", "node-a", 4)
 
@@ -178,7 +187,7 @@ def test_write_that_ends_in_its_middle_leaves_whole_lines(tmp_path: Path) -> Non
     assert files.write([], {}, NOW_S).records == 0  # without an inference, too
     assert problem_of(files) is None
     files.write([entry("5")], {}, NOW_S)
-    lines = shown(read_lines(close_all(files)["digits"].path))
+    lines = summarise_lines(read_lines(close_all(files)["digits"].path))
     assert Counter(lines) == Counter(["1", (3, "not_writable"), (1, "queue_full"), "5"])
     assert (lines[0], lines[-1]) == ("1", "5")
 
@@ -191,7 +200,7 @@ def test_file_without_lines_is_deleted_at_its_end(tmp_path: Path) -> None:
         assert files.close_old(math.inf) == []
         assert list_files(files.folder) == []
     files.write([], {}, NOW_S)
-    assert shown(read_lines(close_all(files)["digits"].path)) == [(1, "not_writable")]
+    assert summarise_lines(read_lines(close_all(files)["digits"].path)) == [(1, "not_writable")]
 
 
 def test_file_in_place_of_folder_stops_recording_until_gone(tmp_path: Path) -> None:
@@ -202,7 +211,7 @@ def test_file_in_place_of_folder_stops_recording_until_gone(tmp_path: Path) -> N
     files.folder.unlink()
     files.write([entry("3")], {}, NOW_S)
     assert problem_of(files) is None
-    assert shown(read_lines(close_all(files)["digits"].path)) == [(2, "not_writable"), "3"]
+    assert summarise_lines(read_lines(close_all(files)["digits"].path)) == [(2, "not_writable"), "3"]
 
 
 def test_file_whose_folder_was_deleted_is_not_announced(
@@ -215,7 +224,7 @@ def test_file_whose_folder_was_deleted_is_not_announced(
     assert "cannot be closed" in caplog.text
     files.write([entry("2")], {}, NOW_S)
     assert problem_of(files) is None
-    assert shown(read_lines(close_all(files)["digits"].path)) == ["2"]
+    assert summarise_lines(read_lines(close_all(files)["digits"].path)) == ["2"]
 
 
 def test_full_disk_keeps_room_and_whole_lines(tmp_path: Path) -> None:
@@ -229,11 +238,11 @@ def test_full_disk_keeps_room_and_whole_lines(tmp_path: Path) -> None:
         disk.fill(900_000)
         assert files.write([entry("3", size=10**6)], {}, NOW_S).dropped == {"not_writable": 1}
         assert problem_of(files) == f"{files.folder}: No space left on device"
-        assert shown(read_lines(list_files(files.folder)[0].path)) == ["1"]
+        assert summarise_lines(read_lines(list_files(files.folder)[0].path)) == ["1"]
         disk.drain()
         files.write([entry("4")], {}, NOW_S)
         assert problem_of(files) is None
-        assert shown(read_lines(close_all(files)["digits"].path)) == ["1", (2, "not_writable"), "4"]
+        assert summarise_lines(read_lines(close_all(files)["digits"].path)) == ["1", (2, "not_writable"), "4"]
 
 
 # Files that a dead server left.
@@ -290,7 +299,7 @@ def test_file_that_cannot_be_completed_stays_for_next_time(tmp_path: Path) -> No
     completed = files.complete(stored.path)
     assert completed is not None
     compare(completed)
-    assert shown(read_lines(stored.path)) == ["1", (None, "interrupted")]
+    assert summarise_lines(read_lines(stored.path)) == ["1", (None, "interrupted")]
     dead.close_old(math.inf)
 
 

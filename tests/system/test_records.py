@@ -199,7 +199,7 @@ async def mend(config: Config, rule: tuple[str, str]) -> dict[str, list[Json]]:
 async def test_server_killed_at_step_keeps_files(
     config: Config, step: str, *, before: bool, is_interrupted: bool | None
 ) -> None:
-    """What was written is kept; the ledger has its digest, and says whether the end is missing."""
+    """Written lines are kept; the ledger has their digest, and says whether the end is missing."""
     rule = write_rule(config.repository.parent)
     save(models.add(1), config.repository, "m")
     answered = await live(config, rule, killed(step, before=before))
