@@ -9,28 +9,33 @@ import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from marshmallow import Schema, ValidationError, fields, validate, validates_schema
 
 from features.approvals.rules import AddedMode
+from features.notify import table as notify
 from features.records import table as records
 from features.rules import LoadPolicy
 from features.signatures.rules import TrustMode
 from features.signatures.verification import normalise_key, normalise_roots, parse_subject
 from server.auth.modes import find_risk
 
+T = TypeVar("T")
+
 _POLICY = ("trust", "approval")
-TABLES = (*_POLICY, records.NAME)
+TABLES = (*_POLICY, records.NAME, notify.NAME)
 """The keys of the configuration file that are no settings."""
 MAX_FILE_BYTES = 64 * 1024
 """Of a file that a rule names: the log keeps its contents."""
 
+_READERS = {records.NAME: records.read_rules, notify.NAME: notify.read_receivers}
 _KEYS = (
     *("models", "mode", "keys", "certificates", "roots", "subject", "distrusted"),
     *("approvals", "added", "emergency"),
     *records.KEYS,
+    *notify.KEYS,
 )
 _GLOBS = validate.Regexp(
     r"[\w.*?\[\]!-]{1,256}\Z", re.ASCII, error="Must be a model or a glob, like fraud-*."
@@ -58,6 +63,9 @@ def read_tables(tables: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any]
         `trust[0].keys`.
     """
 
+    def read_keys(name: object) -> tuple[bytes, ...]:
+        return _read_file(folder, name, notify.parse_secrets, is_private=True)
+
     def contents(normalise: Callable[[str], str]) -> fields.Field[Any]:
         return fields.Function(deserialize=lambda name: _read_file(folder, name, normalise), required=True)
 
@@ -78,15 +86,19 @@ def read_tables(tables: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any]
         "emergency": fields.Boolean(truthy={True}, falsy={False}),
     })  # fmt: skip
     record = records.make_schema(models)
-    schema = Schema.from_dict(
-        {"trust": _tables(trust), "approval": _tables(approval), records.NAME: _tables(record)}
-    )
+    of_names = {
+        "trust": trust,
+        "approval": approval,
+        records.NAME: record,
+        notify.NAME: notify.make_schema(read_keys),
+    }
+    schema = Schema.from_dict({name: _tables(of_name) for name, of_name in of_names.items()})
     try:
         loaded = schema().load(tables)
+        others = {name: read(loaded[name]) for name, read in _READERS.items() if name in loaded}
     except ValidationError as error:
         return {}, [(place[1:], text) for place, text in _list_mistakes(error.messages, "")]
     policy = msgspec.convert({name: loaded[name] for name in _POLICY if name in loaded}, LoadPolicy)
-    others = {records.NAME: records.read_rules(loaded[records.NAME])} if records.NAME in loaded else {}
     return {"policy": policy, "tables": others}, []
 
 
@@ -95,11 +107,12 @@ def _tables(schema: type[Schema]) -> fields.Field[Any]:
     return fields.List(fields.Nested(schema), error_messages={"invalid": text})
 
 
-def _read_file(folder: Path, name: object, normalise: Callable[[str], str]) -> str:
-    """Return the contents of a file without comments.
+def _read_file(folder: Path, name: object, read: Callable[[str], T], *, is_private: bool = False) -> T:
+    """Return what is read from a file.
 
     Raises:
-        ValidationError: it cannot be read, another user could change it, or it is not of the kind.
+        ValidationError: it cannot be read, another user could change it (or read it, if it is private), or it
+            is not of the kind.
     """
     if not isinstance(name, str) or not name or name.startswith("~"):
         raise ValidationError("Must be a path in quotes, and in full: ~ is not expanded.")
@@ -108,9 +121,9 @@ def _read_file(folder: Path, name: object, normalise: Callable[[str], str]) -> s
             content = file.read(MAX_FILE_BYTES + 1)
         if len(content) > MAX_FILE_BYTES:
             raise ValidationError(f"{name!r:.200} has more than {MAX_FILE_BYTES} bytes; name another file.")
-        if (risk := find_risk(folder / name)) is not None:
+        if (risk := find_risk(folder / name, is_private=is_private)) is not None:
             raise ValidationError(risk)
-        return normalise(content.decode())
+        return read(content.decode())
     except OSError as error:
         text = f"{name!r:.200} cannot be read: {error.strerror}; name another file."
         raise ValidationError(text) from None

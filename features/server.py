@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
+from aiohttp import web
+
+from answers.resources import OperatorNotice
 from events.history import ShownModel
 from events.jobs import Job
 from events.presence import Liveness
 from features.devices import loads, setup
 from features.nodes import loads as nodes
 from features.nodes import members
+from features.notify import app as notify
 from features.records import app as records
 from server.config import Config
 
@@ -43,10 +47,15 @@ find_triton_kind, read_triton_kind = loads.find_triton_kind, loads.read_triton_k
 Gauge: TypeAlias = setup.Gauge
 
 
-GAUGES = (setup.read_gauges, records.read_gauges)
+GAUGES = (setup.read_gauges, records.read_gauges, notify.read_gauges)
 """Return metrics: name, text, values, and labels. One whose name ends in `_total` is a counter."""
-RESOURCES = (setup.read_resources, records.read_resources)
+RESOURCES = (setup.read_resources,)
 """Return members of `Resources`."""
+NOTICES: tuple[Callable[[web.Application], Sequence[OperatorNotice]], ...] = (
+    records.read_notices,
+    notify.read_notices,
+)
+"""Return what needs an operator."""
 show_load = setup.show_load
 """Returns members of `ModelInfo` about what a model serves from."""
 

@@ -65,6 +65,7 @@ class NodeHints:
         free_models: how many more models may have a process there; None is no limit.
         digests: SHA-256 of the files that it has.
         loads: how busy its copy of each model is that has copies.
+        duties: the work that it does for all nodes, or would do if others were gone (`nodes.duties`).
     """
 
     position: int
@@ -72,6 +73,7 @@ class NodeHints:
     free_models: int | None = None
     digests: frozenset[str] = frozenset()
     loads: Mapping[str, CopyFigures] = field(default_factory=dict)
+    duties: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

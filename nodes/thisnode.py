@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from itertools import chain
@@ -26,6 +26,7 @@ from features.nodes.commands import JoinNode
 from features.nodes.members import make_node_infos
 from features.rooms import ATTRIBUTES, list_demands
 from nodes.copies import count_copies
+from nodes.duties import find_node
 from nodes.forwarding import Forwarder
 from nodes.membership import Membership
 from nodes.peers import Peers
@@ -193,6 +194,19 @@ class ThisNode(Forwarder):
         usable = find_usable(self.log.state, self._untrusted())
         return any(meets(list_demands(parameters), nodes[node_id]) for node_id in usable)
 
+    def has_duty(self, duty: str) -> bool:
+        """Whether this node does the work; nobody does before this one has read what the others say of it."""
+        members = self.membership
+        if not members.leases or members.is_late:
+            return False
+        hints = {**members.peers, self.name: NodeHints(1, duties=self.duties)}
+        away = {*members.late, *self._untrusted()}
+        return find_node(duty, self.log.state.registers.nodes.values(), hints, away) == self.name
+
+    def read_handovers(self, duty: str) -> Sequence[str]:
+        peers = self.membership.peers.items()
+        return [hints.duties[duty] for name, hints in peers if name != self.name and duty in hints.duties]
+
     async def _measure(self, policy: Policy, store: Store | None) -> NodeHints:
         """Return the hints for placing loads here.
 
@@ -211,6 +225,7 @@ class ThisNode(Forwarder):
             None if policy.max_loaded is None else policy.max_loaded - models,
             frozenset(list(chain.from_iterable(versions.values()))[:MAX_DIGESTS]),
             self._measure_copies(),
+            dict(self.duties),
         )
 
     def _measure_copies(self) -> Mapping[str, CopyFigures]:

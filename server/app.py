@@ -29,6 +29,7 @@ from events.sqlite.timetravel import NOTE_EVERY_S
 from events.types import SYSTEM, Draft, PolicyInForce, RollbackAccepted, contents_of, digest_of
 from features.approvals import routes as approvals
 from features.labels import routes as labels
+from features.notify.app import open_senders
 from features.ondemand.app import open_demand
 from features.records import routes as records
 from features.records.app import close_files, open_recording
@@ -178,6 +179,7 @@ def create_app(config: Config, *, accepts_rollback: bool = False) -> web.Applica
             ledger,
             _readers,
             open_recording,
+            open_senders,
             _uploads,
             _consumer,
             _forwarding,

@@ -65,6 +65,8 @@ class Cluster(Elsewhere):
         verify_forwarded: verifies the tokens of requests that others have forwarded; None if it is alone.
         log: not open yet.
         loads: the running loads, by job id, as the consumer keeps them.
+        duties: the work of which one server does each for all, by name: this one's, if it is to, each with
+            what the next server has to know of it.
     """
 
     sign: Sign | None = None
@@ -73,6 +75,7 @@ class Cluster(Elsewhere):
     def __init__(self, log: Log) -> None:
         self.log = log
         self.loads: dict[str, RunningLoad] = {}
+        self.duties: dict[str, str] = {}
 
     def is_over(self, epoch: str, state: State) -> bool:
         return is_epoch_over(state.registers.nodes, epoch)
@@ -137,6 +140,14 @@ class Cluster(Elsewhere):
     def complete_answer(self, shown: ModelInfo, model: Model) -> ModelInfo:
         """Return a model's answer, completed by its present state at other servers."""
         return shown
+
+    def has_duty(self, duty: str) -> bool:
+        """Whether this server does the work of a name in `duties`, rather than another one."""
+        return True
+
+    def read_handovers(self, duty: str) -> Sequence[str]:
+        """Return what other servers have said of a duty, also those that are gone."""
+        return ()
 
     def can_run(self, parameters: LoadParameters) -> bool:
         """Whether another server that takes loads has all that a load with these parameters needs there."""

@@ -536,7 +536,7 @@ class Config:
         """Return what the parts of the server may take of the container's or machine's memory."""
         budget, largest = parse_memory_budget(self.memory_budget, limit.bytes), self.max_request_bytes
         more = 0 if self.grpc_port is None else gateway_bytes(limit.bytes, largest)
-        observed = OBSERVED_BYTES if self.tables else 0
+        observed = OBSERVED_BYTES if "record" in self.tables else 0
         return plan_memory(limit, budget, largest, more + observed)
 
     @property

@@ -27,6 +27,7 @@ from events.sqlite.queries import EVENTS_PER_READ, JobQuery, Parameters, as_job,
 from events.sqlite.readonly import CACHE, address_of, open_read_only
 from events.sqlite.schema import BUSY_S
 from events.sqlite.timetravel import BeyondHead
+from events.storage import Row
 from events.types import Event, VersionAdded, VersionRemoved
 
 SCAN = 10_000
@@ -319,6 +320,10 @@ class Reader:
     async def events(self, after: int, limit: int = EVENTS_PER_READ) -> list[Event]:
         sql = "SELECT body FROM events WHERE position > ? ORDER BY position LIMIT ?"
         return [decode_event(body) for (body,) in await self._select(sql, (after, limit))]
+
+    async def rows(self, after: int, limit: int) -> list[Row]:
+        sql = "SELECT position, body, hash FROM events WHERE position > ? ORDER BY position LIMIT ?"
+        return [Row(*row) for row in await self._select(sql, (after, limit))]
 
     async def event(self, event_id: str) -> Event | None:
         sql = "SELECT body FROM events WHERE id = ?"

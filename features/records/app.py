@@ -336,15 +336,15 @@ async def read_gauges(app: web.Application) -> Sequence[Gauge]:
     )
 
 
-async def read_resources(app: web.Application) -> Mapping[str, Any]:
-    """Return the member of `Resources` that says why inferences are not recorded."""
+def read_notices(app: web.Application) -> list[OperatorNotice]:
+    """Return why inferences are not recorded; nothing if they are."""
     problem = app[RECORDING].problem
     if problem is None:
-        return {}
+        return []
     notice = OperatorNotice(
         title="Inferences are not recorded",
         why=f"{problem}. They are answered as ever, and counted as missing.",
         todo="Free space on the disk, or erase files with `loadledger records erase`; recording then goes on"
         " by itself.",
     )
-    return {"notices": [notice]}
+    return [notice]

@@ -9,7 +9,7 @@ from typing import Any
 from aiohttp import web
 
 from answers.resources import ConfinementInfo, MemoryParts, PressureInfo, Resources
-from features.server import RESOURCES
+from features.server import NOTICES, RESOURCES
 from runtime.memory import read_pressure
 from runtime.memoryplan import describe_plan
 from server.api.health import list_not_ready
@@ -93,6 +93,7 @@ def _resources(app: web.Application, of_features: Mapping[str, Any]) -> Resource
         pressure=show_optional(read_pressure(), PressureInfo),
         confinement=show(app[POOL].applied.confinement, ConfinementInfo),
         **of_features,
+        notices=[notice for read in NOTICES for notice in read(app)],
         repository_writable=config.repository_writable != OFF and config.has_store,
         as_of=app[LOG].state.position,
     )
