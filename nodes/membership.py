@@ -141,6 +141,11 @@ class Membership:
         return [each.node_id for each in late if self._is_present(each)]
 
     @property
+    def is_current(self) -> bool:
+        """Whether leases and hints were read, and the log knows of no node that has joined or ended since."""
+        return bool(self.leases) and all(each.ended or self._is_present(each) for each in self.leases)
+
+    @property
     def is_sick(self) -> bool:
         """Whether the lease is over although the database answers, or this node ended its workers."""
         is_over = self.epoch is None or self._confirmed_s > self._renewed_s

@@ -195,17 +195,16 @@ class ThisNode(Forwarder):
         return any(meets(list_demands(parameters), nodes[node_id]) for node_id in usable)
 
     def has_duty(self, duty: str) -> bool:
-        """Whether this node does the work; nobody does before this one has read what the others say of it."""
+        """Whether this node does the work; never before it has read what others have said of it at last."""
         members = self.membership
-        if not members.leases or members.is_late:
+        if members.is_late or not members.is_current:
             return False
         hints = {**members.peers, self.name: NodeHints(1, duties=self.duties)}
         away = {*members.late, *self._untrusted()}
         return find_node(duty, self.log.state.registers.nodes.values(), hints, away) == self.name
 
     def read_handovers(self, duty: str) -> Sequence[str]:
-        peers = self.membership.peers.items()
-        return [hints.duties[duty] for name, hints in peers if name != self.name and duty in hints.duties]
+        return [hints.duties[duty] for hints in self.membership.peers.values() if duty in hints.duties]
 
     async def _measure(self, policy: Policy, store: Store | None) -> NodeHints:
         """Return the hints for placing loads here.

@@ -146,8 +146,8 @@ class Cluster(Elsewhere):
         return True
 
     def read_handovers(self, duty: str) -> Sequence[str]:
-        """Return what other servers have said of a duty, also those that are gone."""
-        return ()
+        """Return what all servers can know of a duty: what each has said of it, also if it is gone."""
+        return [self.duties[duty]]
 
     def can_run(self, parameters: LoadParameters) -> bool:
         """Whether another server that takes loads has all that a load with these parameters needs there."""

@@ -143,18 +143,19 @@ class Sender:
         return True
 
     async def _find_progress(self) -> Progress | None:
-        """Return how far the receiver has events; None if it is new, and another server is to begin."""
+        """Return how far the receiver has events; None if it is new, until others can know where it begins."""
         if not self._is_read:
             self._progress = self._saved = await asyncio.to_thread(read_progress, self._path)
             self._is_read = True
-        latest = find_latest(self._progress, self._cluster.read_handovers(self._duty))
-        if latest is None and self.sends():
+        if find_latest(self._progress, self._cluster.read_handovers(self._duty)) is None and self.sends():
             head, first = self._log.head, self._receiver.first
-            latest = Progress(head.position, head.hash.hex()) if first is None else Progress(first - 1)
+            begin = Progress(head.position, head.hash.hex()) if first is None else Progress(first - 1)
+            self._cluster.duties[self._duty] = begin.encode().decode()
+        latest = find_latest(self._progress, self._cluster.read_handovers(self._duty))
+        if latest is not None:
             self._reach(latest)
-            await self.save()  # so that the next server does not begin later
-        elif latest is not None:
-            self._reach(latest)
+            if self._saved is None:  # so that the next server does not begin later
+                await self.save()
         return latest
 
     async def _deliver(self, delivery: Delivery) -> None:
