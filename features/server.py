@@ -1,13 +1,10 @@
-"""What features add to a server: its setup, parameters of loads, members of answers, metrics."""
+"""What features add to a server: its setup, parameters of loads, members of answers, metrics, notices."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias, TypeVar
 
-from aiohttp import web
-
-from answers.resources import OperatorNotice
 from events.history import ShownModel
 from events.jobs import Job
 from events.presence import Liveness
@@ -51,10 +48,7 @@ GAUGES = (setup.read_gauges, records.read_gauges, notify.read_gauges)
 """Return metrics: name, text, values, and labels. One whose name ends in `_total` is a counter."""
 RESOURCES = (setup.read_resources,)
 """Return members of `Resources`."""
-NOTICES: tuple[Callable[[web.Application], Sequence[OperatorNotice]], ...] = (
-    records.read_notices,
-    notify.read_notices,
-)
+NOTICES = (records.read_notices, notify.read_notices)
 """Return what needs an operator."""
 show_load = setup.show_load
 """Returns members of `ModelInfo` about what a model serves from."""

@@ -143,7 +143,7 @@ class Sender:
         return True
 
     async def _find_progress(self) -> Progress | None:
-        """Return how far the receiver has events; None if it is new, until others can know where it begins."""
+        """Return how far the receiver has events; None if it is new, until all can know where it begins."""
         if not self._is_read:
             self._progress = self._saved = await asyncio.to_thread(read_progress, self._path)
             self._is_read = True

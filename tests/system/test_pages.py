@@ -43,6 +43,7 @@ GUIDES = {
     "docs/how-to/fit-many-models-in-little-memory.md": 5,
     "docs/how-to/get-a-model-into-onnx.md": 5,
     "docs/how-to/keep-a-ledger-for-years.md": 4,
+    "docs/how-to/receive-events.md": 4,
     "docs/how-to/record-inferences.md": 4,
     "docs/how-to/run-behind-an-identity-provider.md": 4,
     "docs/how-to/sign-and-approve-models.md": 8,
