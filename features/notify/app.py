@@ -38,6 +38,8 @@ KEPT_S = 15.0
 """For which an idle connection is kept."""
 PAGE = 32
 """Events that are read at a time."""
+PAUSE_S = 0.02
+"""After a page: a receiver that catches up takes no more than a share of the event loop."""
 SAVE_EVERY_S = 1.0
 """Pause between writes of progress. A server that is killed sends again what was acknowledged meanwhile."""
 CLOSE_S = 5.0
@@ -105,7 +107,7 @@ class Sender:
                 wakeup.clear()
                 try:
                     while await self._send_page():
-                        pass
+                        await asyncio.sleep(PAUSE_S)
                 except (NotDelivered, LedgerProblem, OSError, ValueError) as error:
                     await self._pause(str(error))
                 except Exception as error:  # noqa: BLE001 - whatever it is, others get their events
@@ -208,8 +210,8 @@ class Sender:
 class Resolver(AbstractResolver):
     """Looks up receivers' names in threads that nothing else uses.
 
-    The event loop's lookups share two threads (libuv's): two name servers that do not answer would hold up the
-    names of other nodes and of the ledger's database, by 10 s as measured.
+    The event loop's lookups share two threads (libuv's): two name servers that do not answer would hold up
+    the names of other nodes and of the ledger's database, by 10 s as measured.
     """
 
     def __init__(self) -> None:
