@@ -107,7 +107,7 @@ class Sender:
                 wakeup.clear()
                 try:
                     while await self._send_page():
-                        await asyncio.sleep(PAUSE_S)
+                        pass
                 except (NotDelivered, LedgerProblem, OSError, ValueError) as error:
                     await self._pause(str(error))
                 except Exception as error:  # noqa: BLE001 - whatever it is, others get their events
@@ -149,6 +149,7 @@ class Sender:
             self._reach(delivery.reached)
             self.delivered += 1
             self._go_on()
+        await asyncio.sleep(PAUSE_S)
         return True
 
     async def _find_progress(self) -> Progress | None:
