@@ -307,6 +307,7 @@ class Membership:
         except LedgerProblem as error:
             problem = error
         self.leases = await self._table.read(self._limit_s)
+        self.peers = {lease.node_id: _decode_hints(lease.hints) for lease in self.leases}
         own = self._find_own(self.leases)
         if self._leaves:
             return
@@ -323,7 +324,6 @@ class Membership:
         if self.epoch != epoch:  # the time to serve ended meanwhile
             return
         self._renewed_s = self._confirmed_s = began_s
-        self.peers = {lease.node_id: _decode_hints(lease.hints) for lease in self.leases}
         self._log.notify()
         late = [each for each in self.leases if each.is_late and not each.ended and each is not own]
         if late and (self._judging is None or self._judging.done()):
