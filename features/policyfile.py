@@ -64,6 +64,8 @@ def read_tables(tables: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any]
     """
 
     def read_keys(name: object) -> tuple[bytes, ...]:
+        if isinstance(name, str) and notify.PREFIX in name:
+            raise ValidationError("Must be the path of a file that has the secret, not the secret itself.")
         return _read_file(folder, name, notify.parse_secrets, is_private=True)
 
     def contents(normalise: Callable[[str], str]) -> fields.Field[Any]:

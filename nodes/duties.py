@@ -23,7 +23,8 @@ def find_node(
         duty: its name.
         nodes: as the ledger has them.
         hints: of all nodes, as last read.
-        away: nodes that are late, or untrusted.
+        away: nodes that do no work, as untrusted ones. A late one may renew its lease, and keeps its duties
+            until it is declared lost.
     """
     present = [node for node in nodes if node.is_present and node.id not in away]
     for node in sorted(present, key=lambda node: (node.joined_at, node.id)):

@@ -141,9 +141,9 @@ class Membership:
         return [each.node_id for each in late if self._is_present(each)]
 
     @property
-    def is_current(self) -> bool:
-        """Whether leases and hints were read, and the log knows of no node that has joined or ended since."""
-        return bool(self.leases) and all(each.ended or self._is_present(each) for each in self.leases)
+    def is_outdated(self) -> bool:
+        """Whether an epoch has ended since the leases were read, so that its last hints are not known yet."""
+        return any(not each.ended and not self._is_present(each) for each in self.leases)
 
     @property
     def is_sick(self) -> bool:

@@ -195,13 +195,13 @@ class ThisNode(Forwarder):
         return any(meets(list_demands(parameters), nodes[node_id]) for node_id in usable)
 
     def has_duty(self, duty: str) -> bool:
-        """Whether this node does the work; never before it has read what others have said of it at last."""
+        """Whether this node does the work; not before it has read what others, also gone ones, said of it."""
         members = self.membership
-        if members.is_late or not members.is_current:
+        if not members.leases or members.is_outdated or members.is_late:
             return False
         hints = {**members.peers, self.name: NodeHints(1, duties=self.duties)}
-        away = {*members.late, *self._untrusted()}
-        return find_node(duty, self.log.state.registers.nodes.values(), hints, away) == self.name
+        nodes = self.log.state.registers.nodes.values()
+        return find_node(duty, nodes, hints, self._untrusted()) == self.name
 
     def read_handovers(self, duty: str) -> Sequence[str]:
         return [hints.duties[duty] for hints in self.membership.peers.values() if duty in hints.duties]

@@ -29,7 +29,7 @@ from events.sqlite.timetravel import NOTE_EVERY_S
 from events.types import SYSTEM, Draft, PolicyInForce, RollbackAccepted, contents_of, digest_of
 from features.approvals import routes as approvals
 from features.labels import routes as labels
-from features.notify.app import open_senders
+from features.notify.app import announce_progress, open_senders
 from features.ondemand.app import open_demand
 from features.records import routes as records
 from features.records.app import close_files, open_recording
@@ -279,6 +279,7 @@ async def _ledger(app: web.Application, *, accepts_rollback: bool) -> AsyncItera
         )
         app[PROVER] = prover = Prover(await asyncio.to_thread(open_signer, data))
         app[HEAD_KEEPER] = keeper = HeadKeeper(data)
+        await announce_progress(app)
         started = await cluster.begin(app)
         await _record_policy(app)
         if rollback is not None:

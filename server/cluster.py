@@ -146,7 +146,7 @@ class Cluster(Elsewhere):
         return True
 
     def read_handovers(self, duty: str) -> Sequence[str]:
-        """Return what all servers can know of a duty: what each has said of it, also if it is gone."""
+        """Return what the servers have said of a duty, as last read, this one and gone ones too."""
         return [self.duties[duty]]
 
     def can_run(self, parameters: LoadParameters) -> bool:

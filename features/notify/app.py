@@ -88,7 +88,6 @@ class Sender:
         self.name = receiver.name
         self.delivered = 0
         self.problem: str | None = None
-        cluster.duties[self._duty] = ""
 
     def sends(self) -> bool:
         """Whether this server is the one that sends."""
@@ -153,20 +152,25 @@ class Sender:
         return True
 
     async def _find_progress(self) -> Progress | None:
-        """Return how far the receiver has events; None if it is new, until all can know where it begins."""
+        """Return how far the receiver has events; None if that is not known yet."""
         if not self._is_read:
             self._progress = self._saved = await asyncio.to_thread(read_progress, self._path)
             self._is_read = True
-        if find_latest(self._progress, self._cluster.read_handovers(self._duty)) is None and self.sends():
+        latest, duties = self._find_latest(), self._cluster.duties
+        if latest is None and not duties[self._duty] and self.sends():
             head, first = self._log.head, self._receiver.first
             begin = Progress(head.position, head.hash.hex()) if first is None else Progress(first - 1)
-            self._cluster.duties[self._duty] = begin.encode().decode()
-        latest = find_latest(self._progress, self._cluster.read_handovers(self._duty))
+            duties[self._duty] = begin.encode().decode()
+            latest = self._find_latest()
         if latest is not None:
             self._reach(latest)
             if self._saved is None:  # so that the next server does not begin later
                 await self.save()
         return latest
+
+    def _find_latest(self) -> Progress | None:
+        """Return how far the receiver has events, or where it begins, once other servers can know that."""
+        return find_latest(self._progress, self._cluster.read_handovers(self._duty))
 
     async def _deliver(self, delivery: Delivery) -> None:
         """Send a delivery once.
@@ -240,6 +244,16 @@ class Resolver(AbstractResolver):
 
 
 SENDERS = web.AppKey("senders", list[Sender])
+
+
+async def announce_progress(app: web.Application) -> None:
+    """Set what other servers are told of the receivers, before this one joins them."""
+    config, duties = app[CONFIG], app[CLUSTER].duties
+    for receiver in cast("tuple[Receiver, ...]", config.tables.get(NAME, ())):
+        progress = None
+        with suppress(OSError, ValueError):  # the sender reports them
+            progress = await asyncio.to_thread(read_progress, config.data / FOLDER / receiver.name)
+        duties[f"{NAME}/{receiver.name}"] = "" if progress is None else progress.encode().decode()
 
 
 async def open_senders(app: web.Application) -> AsyncIterator[None]:

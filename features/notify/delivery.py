@@ -73,7 +73,9 @@ def make_deliveries(progress: Progress, rows: Sequence[Row], source: str) -> Ite
     position, previous = progress.position, GENESIS
     if position:
         if not rows or rows[0].position != position:
-            raise NotDelivered(f"it has acknowledged event {position}, which the ledger has not: {_RENAME}")
+            raise NotDelivered(
+                f"the ledger has no event {position}, up to which the receiver has all: {_RENAME}"
+            )
         previous, rows = rows[0].hash, rows[1:]
         if progress.hash not in ("", previous.hex()):
             raise NotDelivered(

@@ -14,7 +14,7 @@ NAME = "notify"
 KEYS = ("url", "secret_file", "name", "from")
 NOW = "now"
 
-_PREFIX = "whsec_"
+PREFIX = "whsec_"
 _KEY_BYTES = range(24, 65)
 """Of a secret, as Standard Webhooks has it."""
 _MAX_SECRETS = 2
@@ -77,8 +77,8 @@ def parse_secrets(text: str) -> tuple[bytes, ...]:
     keys = tuple(_decode_secret(line) for line in text.split())
     if not 1 <= len(keys) <= _MAX_SECRETS or not all(len(key) in _KEY_BYTES for key in keys):
         raise ValueError(
-            f"it must have one line like {_PREFIX}…, 24 to 64 bytes in base64, as"
-            f' `echo "{_PREFIX}$(openssl rand -base64 32)"` prints one, or two while one replaces the other'
+            f"it must have one line like {PREFIX}…, 24 to 64 bytes in base64, as"
+            f' `echo "{PREFIX}$(openssl rand -base64 32)"` prints one, or two while one replaces the other'
         )
     return keys
 
@@ -86,7 +86,7 @@ def parse_secrets(text: str) -> tuple[bytes, ...]:
 def _decode_secret(line: str) -> bytes:
     prefix, _, encoded = line.partition("_")
     try:
-        return base64.b64decode(encoded, validate=True) if f"{prefix}_" == _PREFIX else b""
+        return base64.b64decode(encoded, validate=True) if f"{prefix}_" == PREFIX else b""
     except ValueError:
         return b""
 
@@ -96,7 +96,7 @@ def _check_url(text: str) -> None:
         url = URL(text)
     except ValueError:
         url = URL()
-    if url.scheme not in ("http", "https") or not url.host:
+    if url.scheme not in ("http", "https") or not (url.host or "").strip("."):
         raise ValidationError("Must be like https://HOST/PATH.")
     if url.user is not None or url.password is not None:
         raise ValidationError("Must have no user and no password: the signature says who sends.")
