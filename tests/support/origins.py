@@ -84,7 +84,7 @@ async def serving_site(reply: Reply) -> AsyncIterator[Site]:
     def start(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         tasks.add(asyncio.ensure_future(serve(reader, writer)))
 
-    server = await asyncio.start_server(start, "127.0.0.1", 0, ssl=_server_context())
+    server = await asyncio.start_server(start, "127.0.0.1", 0, ssl=server_context())
     try:
         yield Site(server.sockets[0].getsockname()[1], asked)
     finally:
@@ -183,7 +183,7 @@ def write_authority(folder: Path) -> str:
     return str(path)
 
 
-def _server_context() -> ssl.SSLContext:
+def server_context() -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     with TemporaryDirectory() as folder:
         cert, key = Path(folder, "cert.pem"), Path(folder, "key.pem")
