@@ -7,7 +7,6 @@ import logging
 import socket
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
@@ -26,6 +25,7 @@ from events.sqlite.listing import Reader
 from features.notify.delivery import Delivery, NotDelivered, describe_status, make_deliveries, pause_s
 from features.notify.progress import FOLDER, Progress, find_latest, read_progress, write_progress
 from features.notify.table import NAME, Receiver
+from runtime.repository import start_call
 from server.api.events import PROVER
 from server.appkeys import CONFIG, LOG, READER
 from server.cluster import CLUSTER, Cluster
@@ -44,9 +44,6 @@ SAVE_EVERY_S = 1.0
 """Pause between writes of progress. A server that is killed sends again what was acknowledged meanwhile."""
 CLOSE_S = 5.0
 """For the last writes: a disk that hangs delays the end no longer."""
-
-LOOKUPS = 4
-"""Names that are looked up at a time."""
 
 Gauge = tuple[str, str, Mapping[Any, float], str]
 
@@ -219,14 +216,11 @@ class Resolver(AbstractResolver):
     the names of other nodes and of the ledger's database, by 10 s as measured.
     """
 
-    def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(LOOKUPS, "names of receivers")
-
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
         look_up = partial(socket.getaddrinfo, host, port, family=family, type=socket.SOCK_STREAM)
-        found = await asyncio.get_running_loop().run_in_executor(self._threads, look_up)
+        found = await asyncio.shield(start_call(host, look_up, name="names of receivers"))
         return [
             ResolveResult(
                 hostname=host,
@@ -240,7 +234,7 @@ class Resolver(AbstractResolver):
         ]
 
     async def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """Wait for no lookup: its thread ends with the process."""
 
 
 SENDERS = web.AppKey("senders", list[Sender])
