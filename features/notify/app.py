@@ -57,6 +57,7 @@ class Sender:
         name: the receiver's.
         delivered: events that were acknowledged, since the start.
         problem: why the last attempt failed; None after a success.
+        has_unsaved: whether the last write of the progress failed.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class Sender:
         progress = self._progress
         if progress is not None and progress != self._saved:
             await asyncio.to_thread(write_progress, self._path, progress)
-            self._saved = progress
+            self._saved, self.has_unsaved = progress, False
 
     async def _send_page(self) -> bool:
         """Send the next events; return whether there may be more.
@@ -297,7 +298,9 @@ async def _save_all(senders: Iterable[Sender]) -> None:
         try:
             await sender.save()
         except (LedgerProblem, OSError) as error:
-            _log.warning("how far %s has events could not be written: %s", sender.name, error)
+            if not sender.has_unsaved:
+                _log.warning("how far %s has events could not be written: %s", sender.name, error)
+            sender.has_unsaved = True
 
 
 async def read_gauges(app: web.Application) -> Sequence[Gauge]:
