@@ -281,7 +281,7 @@ async def test_replaced_ledger_is_said_and_nothing_sent(config: Config) -> None:
         (config.data / LEDGER).write_bytes(older)
         position, arrived = read_file(config).position, len(receiver.arrived)
         async with serving(config, *settings, "--accept-rollback", command=HURRIED) as server:
-            why = f"it has acknowledged event {position}, which the ledger has not"
+            why = f"the ledger has no event {position}"
             assert (await server.api.get("/api/v1/events/head")).json["position"] < position
             await notice_when(server.api, "tests", why)
             while (await server.api.get("/api/v1/events/head")).json["position"] <= position:
