@@ -102,8 +102,12 @@ JSONL = ExportFormat(
 
 
 def cloudevents(public_key: bytes) -> ExportFormat:
-    """Return the format whose lines are CloudEvents 1.0, for programs that read CloudEvents."""
-    source = cloudevent_source(public_key)
+    """Return the format whose lines are CloudEvents 1.0, for programs that read CloudEvents.
+
+    `source` names the ledger by its public key. `data` is the whole event in canonical form; `ledgerhash` is
+    SHA-256 of the bytes of `ledgerprevious` and the UTF-8 of `data` as it stands in the line.
+    """
+    source = f"urn:loadledger:{key_id(public_key)}"
     return ExportFormat(
         lambda _: b"",
         lambda row, previous: make_cloudevent(row, previous, source),
@@ -111,17 +115,8 @@ def cloudevents(public_key: bytes) -> ExportFormat:
     )
 
 
-def cloudevent_source(public_key: bytes) -> str:
-    """Return the `source` of a ledger's CloudEvents, which names it by its public key."""
-    return f"urn:loadledger:{key_id(public_key)}"
-
-
 def make_cloudevent(row: Row, previous: bytes, source: str) -> bytes:
-    """Return a line with the CloudEvent of an event, given the hash of the event before it.
-
-    `data` is the whole event in canonical form; `ledgerhash` is SHA-256 of the bytes of `ledgerprevious` and
-    the UTF-8 of `data` as it stands in the line.
-    """
+    """Return the line of an event, given the hash of the one before it."""
     event = json.loads(row.body)
     attributes = {
         "specversion": "1.0",

@@ -18,7 +18,6 @@ from aiohttp import hdrs, web
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from answers.resources import OperatorNotice
-from events.audit.export import cloudevent_source
 from events.errors import LedgerProblem
 from events.log import Log
 from events.sqlite.listing import Reader
@@ -26,7 +25,6 @@ from features.notify.delivery import Delivery, NotDelivered, describe_status, ma
 from features.notify.progress import FOLDER, Progress, find_latest, read_progress, write_progress
 from features.notify.table import NAME, Receiver
 from runtime.repository import start_call
-from server.api.events import PROVER
 from server.appkeys import CONFIG, LOG, READER
 from server.cluster import CLUSTER, Cluster
 
@@ -44,6 +42,9 @@ SAVE_EVERY_S = 1.0
 """Pause between writes of progress. A server that is killed sends again what was acknowledged meanwhile."""
 CLOSE_S = 5.0
 """For the last writes: a disk that hangs delays the end no longer."""
+
+ANSWER_BYTES = 8192
+"""Of an answer that may have arrived and not been read: its status is all that counts."""
 
 Gauge = tuple[str, str, Mapping[Any, float], str]
 
@@ -111,7 +112,7 @@ class Sender:
                     _log.exception("a defect in sending events to %s", self.name)
                     await self._pause(f"a defect, {type(error).__name__}: the server's log has it")
                 else:
-                    self._go_on()
+                    self._failures, self.problem = 0, None
                     await wakeup.wait()
 
     async def save(self) -> None:
@@ -145,9 +146,11 @@ class Sender:
             await self._deliver(delivery)
             self._reach(delivery.reached)
             self.delivered += 1
-            self._go_on()
+            if self.problem is not None:
+                _log.info("events are delivered to %s again", self.name)
+            self._failures, self.problem = 0, None
         await asyncio.sleep(PAUSE_S)
-        return True
+        return bool(rows)
 
     async def _find_progress(self) -> Progress | None:
         """Return how far the receiver has events; None if that is not known yet."""
@@ -195,12 +198,6 @@ class Sender:
         self._progress = progress
         self._cluster.duties[self._duty] = progress.encode().decode()
 
-    def _go_on(self) -> None:
-        self._failures = 0
-        if self.problem is not None:
-            _log.info("events are delivered to %s again", self.name)
-            self.problem = None
-
     async def _pause(self, problem: str) -> None:
         """Wait until the next attempt is due."""
         self._failures += 1
@@ -238,6 +235,13 @@ class Resolver(AbstractResolver):
         """Wait for no lookup: its thread ends with the process."""
 
 
+def _open_socket(address: aiohttp.AddrInfoType) -> socket.socket:
+    """Return a socket with little room for answers: endless ones take turns with other work."""
+    opened = socket.socket(*address[:3])
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, ANSWER_BYTES)
+    return opened
+
+
 SENDERS = web.AppKey("senders", list[Sender])
 
 
@@ -255,9 +259,12 @@ async def open_senders(app: web.Application) -> AsyncIterator[None]:
     """Send events to the receivers of the configuration, from where each has them."""
     config, cluster = app[CONFIG], app[CLUSTER]
     receivers = cast("tuple[Receiver, ...]", config.tables.get(NAME, ()))
-    source = cloudevent_source(app[PROVER].signer.public_key)
+    [first] = await app[READER].rows(0, 1)
+    source = f"urn:loadledger:{first.hash.hex()[:32]}"  # the same at all nodes
     async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(resolver=Resolver(), keepalive_timeout=KEPT_S),
+        connector=aiohttp.TCPConnector(
+            resolver=Resolver(), keepalive_timeout=KEPT_S, socket_factory=_open_socket
+        ),
         timeout=aiohttp.ClientTimeout(total=TIMEOUT_S),
         headers={hdrs.USER_AGENT: f"loadledger/{version('loadledger')}"},
         auto_decompress=False,
@@ -327,7 +334,7 @@ def read_notices(app: web.Application) -> list[OperatorNotice]:
     return [
         OperatorNotice(
             title=f"Events are not delivered to {each.name}",
-            why=f"{each.lag} of them wait: {each.problem}.",
+            why=f"{each.lag} of them wait: {each.problem}." if each.lag else f"{each.problem}.",
             todo="Once the receiver takes them, delivery goes on where it was, within a minute.",
         )
         for each in app[SENDERS]

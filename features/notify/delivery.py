@@ -71,6 +71,8 @@ def make_deliveries(progress: Progress, rows: Sequence[Row], source: str) -> Ite
         NotDelivered: the ledger is not the one that the receiver knows.
     """
     position, previous = progress.position, GENESIS
+    if not rows and not progress.hash:  # the ledger is not there yet
+        return
     if position:
         if not rows or rows[0].position != position:
             raise NotDelivered(
