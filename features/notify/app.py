@@ -245,20 +245,27 @@ def _open_socket(address: aiohttp.AddrInfoType) -> socket.socket:
 SENDERS = web.AppKey("senders", list[Sender])
 
 
+def _list_receivers(app: web.Application) -> tuple[Receiver, ...]:
+    return cast("tuple[Receiver, ...]", app[CONFIG].tables.get(NAME, ()))
+
+
 async def announce_progress(app: web.Application) -> None:
     """Set what other servers are told of the receivers, before this one joins them."""
-    config, duties = app[CONFIG], app[CLUSTER].duties
-    for receiver in cast("tuple[Receiver, ...]", config.tables.get(NAME, ())):
+    duties = app[CLUSTER].duties
+    for receiver in _list_receivers(app):
         progress = None
         with suppress(OSError, ValueError):  # the sender reports them
-            progress = await asyncio.to_thread(read_progress, config.data / FOLDER / receiver.name)
+            progress = await asyncio.to_thread(read_progress, app[CONFIG].data / FOLDER / receiver.name)
         duties[f"{NAME}/{receiver.name}"] = "" if progress is None else progress.encode().decode()
 
 
 async def open_senders(app: web.Application) -> AsyncIterator[None]:
     """Send events to the receivers of the configuration, from where each has them."""
-    config, cluster = app[CONFIG], app[CLUSTER]
-    receivers = cast("tuple[Receiver, ...]", config.tables.get(NAME, ()))
+    app[SENDERS] = senders = list[Sender]()
+    receivers = _list_receivers(app)
+    if not receivers:
+        yield
+        return
     [first] = await app[READER].rows(0, 1)
     source = f"urn:loadledger:{first.hash.hex()[:32]}"  # the same at all nodes
     async with aiohttp.ClientSession(
@@ -270,14 +277,14 @@ async def open_senders(app: web.Application) -> AsyncIterator[None]:
         auto_decompress=False,
         cookie_jar=aiohttp.DummyCookieJar(),
     ) as session:
-        app[SENDERS] = senders = [
+        senders += [
             Sender(
                 each,
-                config.data / FOLDER,
+                app[CONFIG].data / FOLDER,
                 source=source,
                 log=app[LOG],
                 reader=app[READER],
-                cluster=cluster,
+                cluster=app[CLUSTER],
                 session=session,
             )
             for each in receivers
@@ -294,7 +301,7 @@ async def open_senders(app: web.Application) -> AsyncIterator[None]:
 
 
 async def _save_progress(senders: Sequence[Sender]) -> None:
-    while senders:
+    while True:
         await asyncio.sleep(SAVE_EVERY_S)
         await _save_all(senders)
 

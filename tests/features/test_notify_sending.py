@@ -55,6 +55,18 @@ async def test_receiver_gets_each_event_from_its_first_position(start: Start) ->
         assert await list_notices(api) == {}
 
 
+async def test_receiver_from_later_position_waits_until_it_is_there(start: Start) -> None:
+    async with receiving("early") as early, receiving("later") as later:
+        tables = {"notify": (*early.tables(first=1)["notify"], *later.tables(first=9)["notify"])}
+        api = await start(tables=tables)
+        assert api.position < 8
+        await delivered(api, early)
+        await load_and_unload(api, "m", "n")
+        await delivered(api, later)
+        later.check(await api.events(), 9, api.position)
+        assert await list_notices(api) == {}
+
+
 async def test_receiver_from_now_gets_later_events_alone(config: Config) -> None:
     async with application(config) as api:
         await load_and_unload(api, "m")
