@@ -64,8 +64,6 @@ def read_tables(tables: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any]
     """
 
     def read_keys(name: object) -> tuple[bytes, ...]:
-        if isinstance(name, str) and notify.PREFIX in name:
-            raise ValidationError("Must be the path of a file that has the secret, not the secret itself.")
         return _read_file(folder, name, notify.parse_secrets, is_private=True)
 
     def contents(normalise: Callable[[str], str]) -> fields.Field[Any]:
@@ -127,7 +125,8 @@ def _read_file(folder: Path, name: object, read: Callable[[str], T], *, is_priva
             raise ValidationError(risk)
         return read(content.decode())
     except OSError as error:
-        text = f"{name!r:.200} cannot be read: {error.strerror}; name another file."
+        shown = "The file" if is_private else f"{name!r:.200}"  # the secret itself may stand there
+        text = f"{shown} cannot be read: {error.strerror}; name another file."
         raise ValidationError(text) from None
     except ValueError as error:
         raise ValidationError(f"{name!r:.200} is refused: {error}.") from None

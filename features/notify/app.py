@@ -6,7 +6,7 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
@@ -20,7 +20,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from answers.resources import OperatorNotice
 from events.errors import LedgerProblem
 from events.log import Log
-from events.sqlite.listing import Reader
+from events.storage import Row
 from features.notify.delivery import Delivery, NotDelivered, describe_status, make_deliveries, pause_s
 from features.notify.progress import FOLDER, Progress, find_latest, read_progress, write_progress
 from features.notify.table import NAME, Receiver
@@ -32,21 +32,22 @@ _log = logging.getLogger(__name__)
 
 TIMEOUT_S = 30.0
 """For the answer to a delivery: Standard Webhooks recommends 15 to 30 s."""
+BODY_S = 1.0
+"""For the body of an answer, which says nothing: once it is read, the connection can be used again."""
 KEPT_S = 15.0
 """For which an idle connection is kept."""
+ANSWER_BYTES = 8192
+"""Of an answer that may have arrived and not been read."""
 PAGE = 32
 """Events that are read at a time."""
 PAUSE_S = 0.02
 """After a page: a receiver that catches up takes no more than a share of the event loop."""
 SAVE_EVERY_S = 1.0
 """Pause between writes of progress. A server that is killed sends again what was acknowledged meanwhile."""
-CLOSE_S = 5.0
-"""For the last writes: a disk that hangs delays the end no longer."""
-
-ANSWER_BYTES = 8192
-"""Of an answer that may have arrived and not been read: its status is all that counts."""
 
 Gauge = tuple[str, str, Mapping[Any, float], str]
+ReadRows = Callable[[int, int], Awaitable[Sequence[Row]]]
+Send = Callable[[Receiver, Delivery], Awaitable[None]]
 
 
 class Sender:
@@ -56,37 +57,24 @@ class Sender:
 
     Attributes:
         name: the receiver's.
-        delivered: events that were acknowledged, since the start.
         problem: why the last attempt failed; None after a success.
-        has_unsaved: whether the last write of the progress failed.
+        is_unsaved: whether the progress could not be written at last; then nothing is sent.
     """
 
-    def __init__(
-        self,
-        receiver: Receiver,
-        folder: Path,
-        *,
-        source: str,
-        log: Log,
-        reader: Reader,
-        cluster: Cluster,
-        session: aiohttp.ClientSession,
-    ) -> None:
+    def __init__(self, receiver: Receiver, path: Path, log: Log, cluster: Cluster) -> None:
         self._receiver = receiver
-        self._path = folder / receiver.name
-        self._source = source
+        self._path = path
         self._log = log
-        self._reader = reader
         self._cluster = cluster
-        self._session = session
         self._duty = f"{NAME}/{receiver.name}"
         self._progress: Progress | None = None
         self._saved: Progress | None = None
         self._is_read = False
         self._failures = 0
         self.name = receiver.name
-        self.delivered = 0
         self.problem: str | None = None
+        self.is_unsaved = False
+        cluster.duties[self._duty] = ""
 
     def sends(self) -> bool:
         """Whether this server is the one that sends."""
@@ -98,22 +86,17 @@ class Sender:
         head = self._log.head.position
         return 0 if self._progress is None else max(head - self._progress.position, 0)
 
-    async def run(self) -> None:
-        """Send until cancelled; no error ends it earlier."""
-        with self._log.subscribed() as wakeup:
-            while True:
-                wakeup.clear()
-                try:
-                    while await self._send_page():
-                        pass
-                except (NotDelivered, LedgerProblem, OSError, ValueError) as error:
-                    await self._pause(str(error))
-                except Exception as error:  # noqa: BLE001 - whatever it is, others get their events
-                    _log.exception("a defect in sending events to %s", self.name)
-                    await self._pause(f"a defect, {type(error).__name__}: the server's log has it")
-                else:
-                    self._failures, self.problem = 0, None
-                    await wakeup.wait()
+    async def read(self) -> None:
+        """Read the progress from its file, and let other servers know it.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: it has something else.
+        """
+        saved = await asyncio.to_thread(read_progress, self._path)
+        if saved is not None:
+            self._reach(saved)
+        self._saved, self._is_read = saved, True
 
     async def save(self) -> None:
         """Write the progress to its file, unless that has it.
@@ -125,27 +108,51 @@ class Sender:
         progress = self._progress
         if progress is not None and progress != self._saved:
             await asyncio.to_thread(write_progress, self._path, progress)
-            self._saved, self.has_unsaved = progress, False
+            self._saved, self.is_unsaved = progress, False
 
-    async def _send_page(self) -> bool:
+    async def run(self, read_rows: ReadRows, send: Send, source: str) -> None:
+        """Send until cancelled; no error ends it earlier.
+
+        Args:
+            read_rows: reads the events after a position, and as many.
+            send: sends a delivery once. Raises NotDelivered.
+            source: of the CloudEvents.
+        """
+        with self._log.subscribed() as wakeup:
+            while True:
+                wakeup.clear()
+                try:
+                    while await self._send_page(read_rows, send, source):
+                        pass
+                except (NotDelivered, LedgerProblem, OSError, ValueError) as error:
+                    await self._pause(str(error))
+                except Exception as error:  # noqa: BLE001 - whatever it is, others get their events
+                    _log.exception("a defect in sending events to %s", self.name)
+                    await self._pause(f"a defect, {type(error).__name__}: the server's log has it")
+                else:
+                    self._failures, self.problem = 0, None
+                    await wakeup.wait()
+
+    async def _send_page(self, read_rows: ReadRows, send: Send, source: str) -> bool:
         """Send the next events; return whether there may be more.
 
         Raises:
             NotDelivered: one was not acknowledged, or is not the next one that the receiver has to get.
-            LedgerProblem: the ledger cannot be read, or the file.
+            LedgerProblem: the ledger cannot be read, or the file written.
             OSError: the file of the progress cannot be read or written.
             ValueError: the file has something else.
         """
         progress = await self._find_progress()
         if progress is None or not self.sends() or progress.position == self._log.head.position:
             return False
-        rows = await self._reader.rows(max(progress.position - 1, 0), PAGE)
-        for delivery in make_deliveries(progress, rows, self._source):
+        rows = await read_rows(max(progress.position - 1, 0), PAGE)
+        for delivery in make_deliveries(progress, rows, source):
+            if self.is_unsaved:
+                await self.save()
             if not self.sends():
                 return False
-            await self._deliver(delivery)
+            await send(self._receiver, delivery)
             self._reach(delivery.reached)
-            self.delivered += 1
             if self.problem is not None:
                 _log.info("events are delivered to %s again", self.name)
             self._failures, self.problem = 0, None
@@ -155,44 +162,23 @@ class Sender:
     async def _find_progress(self) -> Progress | None:
         """Return how far the receiver has events; None if that is not known yet."""
         if not self._is_read:
-            self._progress = self._saved = await asyncio.to_thread(read_progress, self._path)
-            self._is_read = True
+            await self.read()
         latest, duties = self._find_latest(), self._cluster.duties
         if latest is None and not duties[self._duty] and self.sends():
             head, first = self._log.head, self._receiver.first
             begin = Progress(head.position, head.hash.hex()) if first is None else Progress(first - 1)
             duties[self._duty] = begin.encode().decode()
+            _log.info("%s is a new receiver of events, from %d on", self.name, begin.position + 1)
             latest = self._find_latest()
         if latest is not None:
             self._reach(latest)
-            if self._saved is None:  # so that the next server does not begin later
-                await self.save()
+            if self._saved is None:
+                await self.save()  # so that the next start does not begin later
         return latest
 
     def _find_latest(self) -> Progress | None:
         """Return how far the receiver has events, or where it begins, once other servers can know that."""
         return find_latest(self._progress, self._cluster.read_handovers(self._duty))
-
-    async def _deliver(self, delivery: Delivery) -> None:
-        """Send a delivery once.
-
-        Raises:
-            NotDelivered: it was not acknowledged.
-        """
-        headers = delivery.sign(self._receiver.keys, int(time.time()))
-        try:
-            async with self._session.post(
-                self._receiver.url, data=delivery.body, headers=headers, allow_redirects=False
-            ) as answer:
-                problem = describe_status(answer.status)
-        except TimeoutError:
-            problem = f"it did not answer within {TIMEOUT_S:g} s"
-        except aiohttp.ClientConnectorError as error:
-            problem = str(error)
-        except (aiohttp.ClientError, OSError) as error:  # whose texts may have the whole URL
-            problem = f"the connection failed: {type(error).__name__}"
-        if problem is not None:
-            raise NotDelivered(problem)
 
     def _reach(self, progress: Progress) -> None:
         self._progress = progress
@@ -207,8 +193,35 @@ class Sender:
         await asyncio.sleep(pause_s(self._failures))
 
 
+async def send(session: aiohttp.ClientSession, receiver: Receiver, delivery: Delivery) -> None:
+    """Send a delivery once.
+
+    Raises:
+        NotDelivered: it was not acknowledged.
+    """
+    headers = delivery.sign(receiver.keys, int(time.time()))
+    try:
+        async with session.post(
+            receiver.url, data=delivery.body, headers=headers, allow_redirects=False
+        ) as answer:
+            problem = describe_status(answer.status)
+            with suppress(TimeoutError, aiohttp.ClientError):
+                async with asyncio.timeout(BODY_S):
+                    await answer.content.read(ANSWER_BYTES)
+    except TimeoutError:
+        problem = f"it did not answer within {TIMEOUT_S:g} s"
+    except aiohttp.ClientConnectorError as error:
+        problem = str(error)
+    except aiohttp.ClientResponseError:
+        problem = "its answer is no HTTP"
+    except (aiohttp.ClientError, OSError) as error:  # whose texts may have the whole URL
+        problem = f"the connection failed: {type(error).__name__}"
+    if problem is not None:
+        raise NotDelivered(problem)
+
+
 class Resolver(AbstractResolver):
-    """Looks up receivers' names in threads that nothing else uses.
+    """Looks up receivers' names in threads that nothing else uses, and no stop waits for.
 
     The event loop's lookups share two threads (libuv's): two name servers that do not answer would hold up
     the names of other nodes and of the ledger's database, by 10 s as measured.
@@ -232,7 +245,7 @@ class Resolver(AbstractResolver):
         ]
 
     async def close(self) -> None:
-        """Wait for no lookup: its thread ends with the process."""
+        """Close nothing: a lookup's thread ends with it, or with the process."""
 
 
 def _open_socket(address: aiohttp.AddrInfoType) -> socket.socket:
@@ -245,59 +258,41 @@ def _open_socket(address: aiohttp.AddrInfoType) -> socket.socket:
 SENDERS = web.AppKey("senders", list[Sender])
 
 
-def _list_receivers(app: web.Application) -> tuple[Receiver, ...]:
-    return cast("tuple[Receiver, ...]", app[CONFIG].tables.get(NAME, ()))
-
-
 async def announce_progress(app: web.Application) -> None:
-    """Set what other servers are told of the receivers, before this one joins them."""
-    duties = app[CLUSTER].duties
-    for receiver in _list_receivers(app):
-        progress = None
-        with suppress(OSError, ValueError):  # the sender reports them
-            progress = await asyncio.to_thread(read_progress, app[CONFIG].data / FOLDER / receiver.name)
-        duties[f"{NAME}/{receiver.name}"] = "" if progress is None else progress.encode().decode()
+    """Let other servers know the receivers, and how far they have events, before this server joins them."""
+    receivers = cast("tuple[Receiver, ...]", app[CONFIG].tables.get(NAME, ()))
+    folder = app[CONFIG].data / FOLDER
+    app[SENDERS] = [Sender(each, folder / each.name, app[LOG], app[CLUSTER]) for each in receivers]
+    for sender in app[SENDERS]:
+        with suppress(OSError, ValueError):  # it tries again, and reports them
+            await sender.read()
 
 
 async def open_senders(app: web.Application) -> AsyncIterator[None]:
     """Send events to the receivers of the configuration, from where each has them."""
-    app[SENDERS] = senders = list[Sender]()
-    receivers = _list_receivers(app)
-    if not receivers:
+    senders = app[SENDERS]
+    if not senders:
         yield
         return
     [first] = await app[READER].rows(0, 1)
     source = f"urn:loadledger:{first.hash.hex()[:32]}"  # the same at all nodes
+    connector = aiohttp.TCPConnector(
+        limit=0, keepalive_timeout=KEPT_S, resolver=Resolver(), socket_factory=_open_socket
+    )
     async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(
-            resolver=Resolver(), keepalive_timeout=KEPT_S, socket_factory=_open_socket
-        ),
+        connector=connector,
         timeout=aiohttp.ClientTimeout(total=TIMEOUT_S),
         headers={hdrs.USER_AGENT: f"loadledger/{version('loadledger')}"},
         auto_decompress=False,
         cookie_jar=aiohttp.DummyCookieJar(),
     ) as session:
-        senders += [
-            Sender(
-                each,
-                app[CONFIG].data / FOLDER,
-                source=source,
-                log=app[LOG],
-                reader=app[READER],
-                cluster=app[CLUSTER],
-                session=session,
-            )
-            for each in receivers
-        ]
-        tasks = [asyncio.create_task(each.run(), name="notify") for each in senders]
-        saving = asyncio.create_task(_save_progress(senders), name="notify progress")
+        work = [each.run(app[READER].rows, partial(send, session), source) for each in senders]
+        tasks = [asyncio.create_task(each, name="notify") for each in (*work, _save_progress(senders))]
         yield
-        for task in (*tasks, saving):
+        for task in tasks:
             task.cancel()
-        await asyncio.wait([*tasks, saving])
-        with suppress(TimeoutError):
-            async with asyncio.timeout(CLOSE_S):
-                await _save_all(senders)
+        await asyncio.wait(tasks)
+        await _save_all(senders)
 
 
 async def _save_progress(senders: Sequence[Sender]) -> None:
@@ -307,32 +302,21 @@ async def _save_progress(senders: Sequence[Sender]) -> None:
 
 
 async def _save_all(senders: Iterable[Sender]) -> None:
-    """Write the progress of each that has a new one; what cannot be written is left for another time."""
     for sender in senders:
         try:
             await sender.save()
-        except (LedgerProblem, OSError) as error:
-            if not sender.has_unsaved:
-                _log.warning("how far %s has events could not be written: %s", sender.name, error)
-            sender.has_unsaved = True
+        except (LedgerProblem, OSError):
+            sender.is_unsaved = True  # it tries again before it sends anything, and reports the error
 
 
 async def read_gauges(app: web.Application) -> Sequence[Gauge]:
-    """Return the metrics of receivers; the lag is known to the server that sends."""
-    senders = app[SENDERS]
+    """Return the metrics of the receivers to which this server sends."""
+    senders = [each for each in app[SENDERS] if each.sends()]
+    lag = {each.name: each.lag for each in senders}
+    failing = {each.name: float(each.problem is not None) for each in senders}
     return (
-        (
-            "notify_lag_events",
-            "Events that wait for a receiver.",
-            {each.name: each.lag for each in senders if each.sends()},
-            "receiver",
-        ),
-        (
-            "notify_delivered_total",
-            "Events that a receiver has acknowledged.",
-            {each.name: each.delivered for each in senders},
-            "receiver",
-        ),
+        ("notify_lag_events", "Events that wait for a receiver.", lag, "receiver"),
+        ("notify_failing", "1 if the last attempt to send an event failed; else 0.", failing, "receiver"),
     )
 
 
@@ -342,7 +326,7 @@ def read_notices(app: web.Application) -> list[OperatorNotice]:
         OperatorNotice(
             title=f"Events are not delivered to {each.name}",
             why=f"{each.lag} of them wait: {each.problem}." if each.lag else f"{each.problem}.",
-            todo="Once the receiver takes them, delivery goes on where it was, within a minute.",
+            todo="Mend what it says; delivery then goes on where it was, within a minute.",
         )
         for each in app[SENDERS]
         if each.problem is not None and each.sends()

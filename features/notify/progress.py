@@ -53,9 +53,8 @@ def read_progress(path: Path) -> Progress | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ValueError(
-            f"{path} should say how far the receiver has events, and does not: {error}"
-        ) from None
+        why = f"{path} does not say how far the receiver has events: {error}"
+        raise ValueError(f"{why}; restore it, or delete it to begin anew") from None
 
 
 def write_progress(path: Path, progress: Progress) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -14,10 +15,11 @@ NAME = "notify"
 KEYS = ("url", "secret_file", "name", "from")
 NOW = "now"
 
-PREFIX = "whsec_"
+_PREFIX = "whsec_"
 _KEY_BYTES = range(24, 65)
 """Of a secret, as Standard Webhooks has it."""
 _MAX_SECRETS = 2
+_HOST = re.compile(r"[\w:-][\w.:-]*", re.ASCII)
 _NAME = validate.Regexp(
     r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z", error="Must be letters, digits, '.', '_' and '-', at most 63."
 )
@@ -77,8 +79,8 @@ def parse_secrets(text: str) -> tuple[bytes, ...]:
     keys = tuple(_decode_secret(line) for line in text.split())
     if not 1 <= len(keys) <= _MAX_SECRETS or not all(len(key) in _KEY_BYTES for key in keys):
         raise ValueError(
-            f"it must have one line like {PREFIX}…, 24 to 64 bytes in base64, as"
-            f' `echo "{PREFIX}$(openssl rand -base64 32)"` prints one, or two while one replaces the other'
+            f"it must have one line like {_PREFIX}…, 24 to 64 bytes in base64, as"
+            f' `echo "{_PREFIX}$(openssl rand -base64 32)"` prints one, or two while one replaces the other'
         )
     return keys
 
@@ -86,7 +88,7 @@ def parse_secrets(text: str) -> tuple[bytes, ...]:
 def _decode_secret(line: str) -> bytes:
     prefix, _, encoded = line.partition("_")
     try:
-        return base64.b64decode(encoded, validate=True) if f"{prefix}_" == PREFIX else b""
+        return base64.b64decode(encoded, validate=True) if f"{prefix}_" == _PREFIX else b""
     except ValueError:
         return b""
 
@@ -96,7 +98,7 @@ def _check_url(text: str) -> None:
         url = URL(text)
     except ValueError:
         url = URL()
-    if url.scheme not in ("http", "https") or not (url.host or "").strip("."):
+    if url.scheme not in ("http", "https") or not _HOST.fullmatch(url.raw_host or ""):
         raise ValidationError("Must be like https://HOST/PATH.")
     if url.user is not None or url.password is not None:
         raise ValidationError("Must have no user and no password: the signature says who sends.")
@@ -105,6 +107,6 @@ def _check_url(text: str) -> None:
 def _read_first(given: object) -> int | None:
     if given == NOW:
         return None
-    if type(given) is not int or given < 1:
+    if type(given) is not int or not 0 < given < 2**63:
         raise ValidationError(f'Must be "{NOW}", or the position of the first event to send, from 1 on.')
     return given

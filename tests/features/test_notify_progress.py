@@ -66,11 +66,9 @@ WHOLE = Progress(7, "ab" * 32).encode()
 def test_other_content_is_refused_with_path(path: Path, content: bytes) -> None:
     path.parent.mkdir()
     path.write_bytes(content)
-    with pytest.raises(
-        ValueError, match=r"should say how far the receiver has events, and does not: "
-    ) as caught:
+    with pytest.raises(ValueError, match="does not say how far the receiver has events: ") as caught:
         read_progress(path)
-    assert str(caught.value).startswith(f"{path} should say")
+    assert str(caught.value).startswith(f"{path} does not say")
     assert path.read_bytes() == content
 
 

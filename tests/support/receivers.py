@@ -352,10 +352,10 @@ async def read_metrics(api: Api) -> dict[str, float]:
     return {name.removeprefix(prefix): float(value) for name, _, value in lines}
 
 
-def metrics_of(receiver: ReceiverServer, *, waiting: int, acknowledged: int) -> dict[str, float]:
-    """Return the metrics of a receiver for which so many events wait, and that has so many."""
+def metrics_of(receiver: ReceiverServer, *, waiting: int, is_failing: bool = False) -> dict[str, float]:
+    """Return the metrics of a receiver for which so many events wait."""
     label = f'{{receiver="{receiver.name}"}}'
-    return {f"lag_events{label}": waiting, f"delivered_total{label}": acknowledged}
+    return {f"lag_events{label}": waiting, f"failing{label}": is_failing}
 
 
 async def metrics_when(api: Api, wanted: Mapping[str, float]) -> None:
