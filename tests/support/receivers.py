@@ -209,11 +209,14 @@ class ReceiverServer:
         Args:
             log: all events of the ledger.
             first: the position of the first one.
-            last: of the last one; without it, up to whichever arrived.
+            last: of the last one that is looked at: later ones may arrive meanwhile. Without it, whichever
+                arrived.
         """
         assert self.problems == []
         firsts = {each.id: each for each in reversed(self.arrived)}
-        ordered = list(dict.fromkeys(each.id for each in self.arrived))
+        ordered = list(
+            dict.fromkeys(each.id for each in self.arrived if last is None or each.sequence <= last)
+        )
         reached = first + len(ordered) - 1 if last is None else last
         assert [firsts[name].sequence for name in ordered] == list(range(first, reached + 1))
         assert ordered == [event.id for event in log[first - 1 : reached]]
