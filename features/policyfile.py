@@ -86,13 +86,13 @@ def read_tables(tables: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any]
         "emergency": fields.Boolean(truthy={True}, falsy={False}),
     })  # fmt: skip
     record = records.make_schema(models)
-    of_names = {
+    schemas = {
         "trust": trust,
         "approval": approval,
         records.NAME: record,
         notify.NAME: notify.make_schema(read_keys),
     }
-    schema = Schema.from_dict({name: _tables(of_name) for name, of_name in of_names.items()})
+    schema = Schema.from_dict({name: _tables(each) for name, each in schemas.items()})
     try:
         loaded = schema().load(tables)
         others = {name: read(loaded[name]) for name, read in _READERS.items() if name in loaded}

@@ -1,4 +1,4 @@
-"""What features add to a server: its setup, parameters of loads, members of answers, metrics, notices."""
+"""Additions of features to a server: its setup, parameters of loads, members of answers, metrics, notices."""
 
 from __future__ import annotations
 

@@ -318,8 +318,7 @@ class Reader:
         self._connection = connection
 
     async def events(self, after: int, limit: int = EVENTS_PER_READ) -> list[Event]:
-        sql = "SELECT body FROM events WHERE position > ? ORDER BY position LIMIT ?"
-        return [decode_event(body) for (body,) in await self._select(sql, (after, limit))]
+        return [decode_event(row.body) for row in await self.rows(after, limit)]
 
     async def rows(self, after: int, limit: int) -> list[Row]:
         sql = "SELECT position, body, hash FROM events WHERE position > ? ORDER BY position LIMIT ?"

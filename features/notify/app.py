@@ -21,7 +21,7 @@ from answers.resources import OperatorNotice
 from events.errors import LedgerProblem
 from events.log import Log
 from events.storage import Row
-from features.notify.delivery import Delivery, NotDelivered, describe_status, make_deliveries, pause_s
+from features.notify.delivery import Delivery, NotDelivered, back_off_s, describe_status, make_deliveries
 from features.notify.progress import FOLDER, Progress, find_latest, read_progress, write_progress
 from features.notify.table import NAME, Receiver
 from runtime.repository import start_call
@@ -58,7 +58,7 @@ class Sender:
     Attributes:
         name: the receiver's.
         problem: why the last attempt failed; None after a success.
-        is_unsaved: whether the progress could not be written at last; then nothing is sent.
+        is_unsaved: whether the last write of the progress failed; nothing is sent before one succeeds.
     """
 
     def __init__(self, receiver: Receiver, path: Path, log: Log, cluster: Cluster) -> None:
@@ -114,7 +114,7 @@ class Sender:
         """Send until cancelled; no error ends it earlier.
 
         Args:
-            read_rows: reads the events after a position, and as many.
+            read_rows: reads the events after a position, at most as many as the second number.
             send: sends a delivery once. Raises NotDelivered.
             source: of the CloudEvents.
         """
@@ -125,10 +125,10 @@ class Sender:
                     while await self._send_page(read_rows, send, source):
                         pass
                 except (NotDelivered, LedgerProblem, OSError, ValueError) as error:
-                    await self._pause(str(error))
+                    await self._back_off(str(error))
                 except Exception as error:  # noqa: BLE001 - whatever it is, others get their events
                     _log.exception("a defect in sending events to %s", self.name)
-                    await self._pause(f"a defect, {type(error).__name__}: the server's log has it")
+                    await self._back_off(f"a defect, {type(error).__name__}: the server's log has it")
                 else:
                     self._failures, self.problem = 0, None
                     await wakeup.wait()
@@ -184,13 +184,13 @@ class Sender:
         self._progress = progress
         self._cluster.duties[self._duty] = progress.encode().decode()
 
-    async def _pause(self, problem: str) -> None:
-        """Wait until the next attempt is due."""
+    async def _back_off(self, problem: str) -> None:
+        """Note why an attempt failed, and wait until the next one is due."""
         self._failures += 1
         if self.problem is None:
             _log.warning("events are not delivered to %s, and wait: %s", self.name, problem)
         self.problem = problem
-        await asyncio.sleep(pause_s(self._failures))
+        await asyncio.sleep(back_off_s(self._failures))
 
 
 async def send(session: aiohttp.ClientSession, receiver: Receiver, delivery: Delivery) -> None:

@@ -20,7 +20,7 @@ from features.notify.progress import Progress
 
 MEDIA_TYPE = "application/cloudevents+json"
 """Of one CloudEvent with its attributes and its data in the body ("structured mode")."""
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 1.0, 60.0
 _RENAME = 'give the receiver another name, and the position to begin at as its "from"'
 
 
@@ -29,7 +29,7 @@ class NotDelivered(Exception):
 
 
 class Delivery(Struct, frozen=True, gc=False):
-    """What is sent of an event.
+    """The request that brings an event to a receiver, but for its header fields.
 
     Attributes:
         id: the event's, the same whenever it is sent again.
@@ -93,6 +93,6 @@ def describe_status(status: int) -> str | None:
     return f"it answered {status}"
 
 
-def pause_s(failures: int) -> float:
-    """Return the seconds until the next attempt after so many failures in a row: twice as many each time."""
-    return min(FIRST_PAUSE_S * 2.0 ** (min(failures, 10) - 1), LONGEST_PAUSE_S)
+def back_off_s(failures: int) -> float:
+    """Return the exponential back-off of a receiver after so many failures in a row."""
+    return min(FIRST_BACK_OFF_S * 2.0 ** (min(failures, 10) - 1), LONGEST_BACK_OFF_S)

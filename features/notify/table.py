@@ -86,9 +86,10 @@ def parse_secrets(text: str) -> tuple[bytes, ...]:
 
 
 def _decode_secret(line: str) -> bytes:
-    prefix, _, encoded = line.partition("_")
+    if not line.startswith(_PREFIX):
+        return b""
     try:
-        return base64.b64decode(encoded, validate=True) if f"{prefix}_" == _PREFIX else b""
+        return base64.b64decode(line.removeprefix(_PREFIX), validate=True)
     except ValueError:
         return b""
 

@@ -18,12 +18,12 @@ from events.audit.signing import key_id
 from events.codec import GENESIS
 from events.storage import Row
 from features.notify.delivery import (
-    LONGEST_PAUSE_S,
+    LONGEST_BACK_OFF_S,
     Delivery,
     NotDelivered,
+    back_off_s,
     describe_status,
     make_deliveries,
-    pause_s,
 )
 from features.notify.progress import Progress
 from features.notify.table import parse_secrets
@@ -236,11 +236,11 @@ def test_only_success_acknowledges() -> None:
 
 
 def test_pauses_double_up_to_a_minute() -> None:
-    assert [pause_s(failures) for failures in range(1, 9)] == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert [back_off_s(failures) for failures in range(1, 9)] == [1, 2, 4, 8, 16, 32, 60, 60]
 
 
 @PLAIN
 @given(st.integers(1, 10**9))
 def test_pause_grows_and_is_a_minute_at_most(failures: int) -> None:
-    assert 1 <= pause_s(failures) <= pause_s(failures + 1) <= LONGEST_PAUSE_S == 60
-    assert pause_s(failures + 1) == min(2 * pause_s(failures), 60)
+    assert 1 <= back_off_s(failures) <= back_off_s(failures + 1) <= LONGEST_BACK_OFF_S == 60
+    assert back_off_s(failures + 1) == min(2 * back_off_s(failures), 60)

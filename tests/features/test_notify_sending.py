@@ -33,8 +33,8 @@ from server.config import Config
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """A failed delivery is sent again at once."""
-    monkeypatch.setattr(delivery, "FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr(delivery, "LONGEST_PAUSE_S", 0.05)
+    monkeypatch.setattr(delivery, "FIRST_BACK_OFF_S", 0.001)
+    monkeypatch.setattr(delivery, "LONGEST_BACK_OFF_S", 0.05)
 
 
 async def load_and_unload(api: LocalApi, *model_ids: str) -> None:
@@ -123,8 +123,8 @@ async def test_refused_event_is_sent_again_until_acknowledged(
 async def test_repeated_delivery_has_new_timestamp_and_signature(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(delivery, "FIRST_PAUSE_S", 1.01)
-    monkeypatch.setattr(delivery, "LONGEST_PAUSE_S", 1.01)
+    monkeypatch.setattr(delivery, "FIRST_BACK_OFF_S", 1.01)
+    monkeypatch.setattr(delivery, "LONGEST_BACK_OFF_S", 1.01)
     async with receiving() as receiver:
         receiver.plans.extend([answer(500), answer(503)])
         api = await start(tables=receiver.tables(first=1))

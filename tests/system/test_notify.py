@@ -44,7 +44,7 @@ from server.config import Config
 
 HURRIED = patched(
     "from features.notify import app, delivery\n"
-    "app.TIMEOUT_S, delivery.FIRST_PAUSE_S, delivery.LONGEST_PAUSE_S = 2.0, 0.01, 0.1"
+    "app.TIMEOUT_S, delivery.FIRST_BACK_OFF_S, delivery.LONGEST_BACK_OFF_S = 2.0, 0.01, 0.1"
 )
 """A failed delivery is sent again at once."""
 BOMB = gzip.compress(bytes(2**27))
@@ -196,7 +196,7 @@ DISK_BYTES = 64 * 2**20
 
 
 async def test_full_disk_delays_deliveries_and_loses_none(config: Config, tmp_path: Path) -> None:
-    """What cannot be kept as acknowledged is not sent, so that a kill does not repeat all of it."""
+    """No event is sent while progress cannot be written: a kill would repeat all of them."""
     save(add(1), config.repository, "m")
     async with receiving() as receiver:
         settings = write_tables(tmp_path, receiver)
