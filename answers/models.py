@@ -55,6 +55,24 @@ class DeviceUseInfo(AnswerBody, frozen=True, kw_only=True):
     ]
 
 
+class BatchRowsInfo(AnswerBody, frozen=True, kw_only=True):
+    """Whether rows of a batch change each other's answers, as the operators of the model say."""
+
+    verdict: Annotated[
+        str,
+        about("`independent`: they do not. `dependent`: they do. `unknown`: the operators do not say."),
+        one_of("independent", "unknown", "dependent"),
+    ]
+    reason: Annotated[str, about("The operator, the output and the axis; missing if independent.")] = ""
+    joined: Annotated[
+        bool,
+        about(
+            "Whether requests of several clients run together in batches: if rows are independent, or "
+            "the load allows dependent ones."
+        ),
+    ]
+
+
 class ModelRulesInfo(AnswerBody, frozen=True, kw_only=True):
     """The rules for a model: what its loads need."""
 
@@ -173,6 +191,10 @@ class ModelInfo(PastAnswer, frozen=True, kw_only=True):
             "missing if all is on the CPU."
         ),
     ] = []
+    rows: Annotated[
+        BatchRowsInfo | None,
+        about("Of a batch of the load that serves; missing without a `max_batch_size` above 1."),
+    ] = None
     signature: Annotated[
         LoadSignatureInfo | None, about("Of what it serves; null without rules for signatures.")
     ]

@@ -101,6 +101,13 @@ class OperatorNotice(AnswerBody, frozen=True, kw_only=True):
     title: str
     why: str
     todo: Annotated[str, about("Which remedy there is.")]
+    level: Annotated[
+        str,
+        about(
+            "`note` is of what works, and stays as it is until somebody changes it; missing if `critical`."
+        ),
+        one_of("critical", "note"),
+    ] = "critical"
 
 
 class Resources(AnswerBody, frozen=True, kw_only=True):

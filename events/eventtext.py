@@ -59,6 +59,7 @@ EVENT_TEXTS: Mapping[str, EventText] = {
             "{memory_bytes:MB}",
             "threads {threads?}",
             "on {devices?:devices}",
+            "rows {rows?}",
             "at node {node_id?}",
             "signed by {signature.signer?}",
             "{signature.problem?}",

@@ -34,6 +34,7 @@ from events.jobs import (
 )
 from events.serving import AdmittedBytes, Serving, make_serving
 from events.types import (
+    ALLOW,
     BY_CLIENTS,
     ENDS_OF_PROCESSES,
     REPLACEMENTS,
@@ -153,6 +154,8 @@ class Model(Servings, frozen=True, gc=False, rename=STORED_NAMES):
         footprints: those of the versions loaded last, the latest at the end.
         known_evidence: names of evidence of its loads that the ledger has; not stored without any.
         chosen: the last choice of a person; not stored without one.
+        joined_before: versions whose requests an earlier release joined in batches without a verdict on rows:
+            their loads do not fail for it. Not stored without any.
     """
 
     id: str
@@ -171,6 +174,7 @@ class Model(Servings, frozen=True, gc=False, rename=STORED_NAMES):
     retries: Retries | None = None
     known_evidence: tuple[str, ...] | UnsetType = UNSET
     chosen: Choice | UnsetType = UNSET
+    joined_before: tuple[int, ...] | UnsetType = UNSET
 
     @property
     def held(self) -> tuple[Serving, ...]:
@@ -187,6 +191,10 @@ class Model(Servings, frozen=True, gc=False, rename=STORED_NAMES):
         if self.chosen is UNSET:
             return False
         return (self.chosen.version, self.chosen.parameters) == (serving.version, serving.parameters)
+
+    def may_lose_batches(self, version: int) -> bool:
+        """Whether a version is loaded without joined requests if its rows turn out to be dependent."""
+        return self.joined_before is not UNSET and version in self.joined_before
 
     def list_admitted_bytes(self, digest: str) -> list[AdmittedBytes]:
         """Return the checked bytes with this digest, of the loads that the model serves from."""
@@ -332,7 +340,16 @@ def _model_loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None
         chosen=model.chosen
         if job.cause is not Cause.REQUEST
         else _choose(event, job.id, job.requested_by, loaded),
+        joined_before=_remember_joined(model.joined_before, serving),
     )
+
+
+def _remember_joined(before: tuple[int, ...] | UnsetType, loaded: Serving) -> tuple[int, ...] | UnsetType:
+    """Add the version of a load that an earlier release batched, though nobody allowed dependent rows."""
+    was_joined = loaded.joins_requests and loaded.rows is UNSET
+    if not was_joined or loaded.parameters.dependent_rows == ALLOW:
+        return before
+    return tuple(sorted({*(before or ()), loaded.version}))
 
 
 def _choose(event: Event, job_id: str, person: str, serving: Serving) -> Choice:
@@ -454,6 +471,7 @@ def _reset(model: Model, trigger: Trigger) -> Model:
         footprints=model.footprints,
         known_evidence=model.known_evidence,
         chosen=model.chosen,
+        joined_before=model.joined_before,
     )
 
 

@@ -7,8 +7,20 @@ from msgspec.structs import replace
 
 from events.clock import Timestamp
 from events.jobs import Job
-from events.types import Cause, Event, LoadedFile, LoadParameters, ModelLoaded, contents_of, digest_of
+from events.types import (
+    ALLOW,
+    Cause,
+    Event,
+    LoadedFile,
+    LoadParameters,
+    ModelLoaded,
+    contents_of,
+    digest_of,
+)
 from features.facts import STORED_NAMES, LoadEvidence, ServerSignature, TargetUse
+
+INDEPENDENT = "independent"
+"""The `rows` of a load whose rows do not change each other's answers, whatever they are."""
 
 
 class Serving(Struct, frozen=True, gc=False, rename=STORED_NAMES):
@@ -23,7 +35,7 @@ class Serving(Struct, frozen=True, gc=False, rename=STORED_NAMES):
         threads: of each worker.
         asked_by: who asked for the model that the system brought back; None where `loaded_by` did.
         brought_back: the cause of that reload.
-        evidence, server_signature, targets: as `ModelLoaded` has them; not stored without.
+        evidence, server_signature, targets, rows, rows_depend: as `ModelLoaded` has them; not stored without.
         earlier: what a load of the same bytes had passed that this one brought back under fewer rules; not
             stored without.
     """
@@ -48,6 +60,14 @@ class Serving(Struct, frozen=True, gc=False, rename=STORED_NAMES):
     server_signature: ServerSignature | UnsetType = UNSET
     targets: tuple[TargetUse, ...] | UnsetType = UNSET
     earlier: AdmittedBytes | UnsetType = UNSET
+    rows: str | UnsetType = UNSET
+    rows_depend: str | UnsetType = UNSET
+
+    @property
+    def joins_requests(self) -> bool:
+        """Whether requests of several clients run together as rows of one batch."""
+        allowed = self.rows in (UNSET, INDEPENDENT) or self.parameters.dependent_rows == ALLOW
+        return self.parameters.max_batch_size > 1 and allowed
 
     @property
     def digest(self) -> str:
@@ -108,4 +128,6 @@ def make_serving(event: Event, data: ModelLoaded, job: Job) -> Serving | None:
         evidence=data.evidence or UNSET,
         server_signature=data.server_signature,
         targets=data.targets,
+        rows=data.rows,
+        rows_depend=data.rows_depend,
     )

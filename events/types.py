@@ -297,8 +297,11 @@ class ModelLoaded(RecordedEvidence, frozen=True, gc=False, rename=STORED_NAMES):
     the repository's files, which may have changed in between. `threads` is how many each worker computes
     with.
 
-    `rows_depend` is why rows of a batch might change each other's answers: the load allows it or is a reload.
-    It is missing without batching, and if it was shown that they do not.
+    `rows` says whether rows of a batch change each other's answers: they are `independent` or `dependent`, or
+    that is `unknown`. Requests of several clients are joined in batches only if rows are independent, or the
+    load allows dependent ones. `rows_depend` is the reason for the other two, with the operator. `rows` is
+    missing without batching, and in events of releases that ran the model instead of reading its graph: these
+    joined requests, and `rows_depend` is what spoke against it.
     """
 
     TYPE: ClassVar[str] = "ModelLoaded"
@@ -312,6 +315,7 @@ class ModelLoaded(RecordedEvidence, frozen=True, gc=False, rename=STORED_NAMES):
     threads: int | None = None
     targets: tuple[TargetUse, ...] | UnsetType = UNSET
     rows_depend: str | UnsetType = UNSET
+    rows: str | UnsetType = UNSET
 
 
 class ModelSettingsChanged(Struct, frozen=True, gc=False):

@@ -10,6 +10,7 @@ To change:
 - the life of a load, and its facts: `consumer`
 - models, versions, `loadledger.toml`, file systems that hang: `repository`; external data: `onnxfile`, which
   reads by `onnxfields`; private copies: `store`; versions that callers add or remove: `uploads`
+- whether rows of a batch change each other's answers: `rows`, which reads graphs by `onnxgraph`
 - memory limits and measurements: `memory`; the parts of a container's memory: `memoryplan`; usable CPUs:
   `cgroups`; time limits: `timeouts`
 - the JSON of inference requests: `requestjson`; any other JSON: `strictjson`

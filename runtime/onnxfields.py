@@ -33,6 +33,7 @@ SEARCHED_BYTES = 2**16
 MAX_SHORT_LENGTH = 2**8
 """More bytes than a short field has."""
 VARINT, FIXED64, LENGTH, START_GROUP, END_GROUP, FIXED32 = 0, 1, 2, 3, 4, 5
+_COMMON = {VARINT, LENGTH}
 
 
 class Unparsable(ValueError):
@@ -142,8 +143,21 @@ class FieldReader:
             Unparsable: a field is malformed, or does not end before `end`.
             TooManyFields: the bound is reached.
         """
+        data = self._bytes
         while position < end:
-            field = self._read_field(position, end)
+            tag = data[position]
+            # Most fields are short, with a tag and a length or number of one byte each: twice as fast.
+            if position + 1 < end and tag & 7 in _COMMON and 8 <= tag < 0x80 and data[position + 1] < 0x80:  # noqa: PLR2004
+                self._count_field()
+                second = data[position + 1]
+                if tag & 7 == LENGTH:
+                    field = Field(tag >> 3, position + 2, position + 2 + second, -1)
+                else:
+                    field = Field(tag >> 3, -1, position + 2, second)
+                if field.next > end:
+                    raise Unparsable("a field that ends outside of its message")
+            else:
+                field = self._read_field(position, end)
             position = field.next
             yield field
 

@@ -64,8 +64,6 @@ MAX_TYPE_DEPTH = 8
 """Nesting of sequences, maps and optional values; ONNX Runtime itself accepts three levels."""
 WINDOW_BYTES = 2**12
 """Bytes of a file read at once: the names of two weights are a page apart."""
-_OPERATOR_TAG = 4 << 3 | LENGTH
-"""Tag of an operator's type."""
 _IR_VERSION, _GRAPH, _OPERATOR_SET = 1, 7, 8
 """Fields of a model."""
 _DOMAIN = 1
@@ -167,7 +165,7 @@ def check_external_data(path: Path, folder: Path, root: Path) -> bool:
     checked = set[PurePosixPath]()
     try:
         for location in external_locations(path):
-            data = _normalise(location)
+            data = normalise_location(location)
             if data not in checked:
                 _check_location(data, folder, root)
                 checked.add(data)
@@ -387,20 +385,6 @@ def read_domains(path: Path) -> frozenset[str]:
     return frozenset(found)
 
 
-def find_operator(path: Path, names: Iterable[str]) -> str | None:
-    """Return the first of these operators that a model's graph has, in functions and subgraphs, too.
-
-    The file's bytes are searched for the field, so a weight could match, too.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
-    fields = b"|".join(re.escape(bytes([_OPERATOR_TAG, len(name)]) + name.encode()) for name in names)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        found = re.search(fields, data)
-        return None if found is None else found[0][2:].decode()
-
-
 def read_weight_lengths(path: Path) -> dict[int, None]:
     """Return the lengths of the weights' dimensions, in the file's order; fewer if it cannot be parsed.
 
@@ -519,8 +503,12 @@ def describe_foreign_file(path: Path) -> str | None:
     return None if has_graph else "is no ONNX file, or not all of one"
 
 
-def _normalise(location: str) -> PurePosixPath:
-    """Return the normalised path of a location, which has many spellings."""
+def normalise_location(location: str) -> PurePosixPath:
+    """Return the normalised path of a location of external data, which has many spellings.
+
+    Raises:
+        LoadRefused: `unsafe_file`, it is absolute, or leaves the folder.
+    """
     beginning = location[:MAX_SHOWN]
     if len(os.fsencode(location)) > MAX_LOCATION_BYTES:
         raise LoadRefused("unsafe_file", f"external data at {beginning!r}… has a path that is too long")

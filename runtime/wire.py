@@ -25,6 +25,7 @@ import msgspec
 
 from features.wire import FoundTarget, Library, Target
 from runtime.errors import LoadCode
+from runtime.rows.judgement import Judgement
 
 PREFIX = struct.Struct("<IQ")
 LENGTH = struct.Struct("<I")
@@ -237,6 +238,7 @@ class Load(Message, frozen=True):
         target: where the session runs; None is the CPU. Its warm-up has to succeed.
         max_request_bytes: limit of a request; a model that needs longer ones is refused.
         dependent_rows: whether rows of a batch may change each other's answers.
+        rows_required: whether the load fails if they do, and may not; else its requests are not joined.
         has_priorities: whether inferences of a higher priority run first.
     """
 
@@ -257,6 +259,7 @@ class Load(Message, frozen=True):
     target: Target | None = None
     max_request_bytes: Count = MAX_REQUEST_BYTES
     dependent_rows: bool = False
+    rows_required: bool = True
     has_priorities: bool = False
 
     def hard_limit_bytes(self, thread_bytes: int) -> int | None:
@@ -355,8 +358,8 @@ class StageReached(Message, frozen=True):
 class Loaded(Message, frozen=True):
     """The model can serve; `warming_up_us` is None without a warm-up.
 
-    `placed` is empty for a load on the CPU, else its target comes first. `dependence` is why rows of a batch
-    might change each other's answers; None without batching, or if they provably do not.
+    `placed` is empty for a load on the CPU, else its target comes first. `rows` says whether the rows of a
+    batch are independent; None without batching.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -364,7 +367,7 @@ class Loaded(Message, frozen=True):
     loading_us: Count
     warming_up_us: Count | None = None
     placed: tuple[ProviderOperators, ...] = ()
-    dependence: Text | None = None
+    rows: Judgement | None = None
 
 
 class Probed(Message, frozen=True):

@@ -28,7 +28,7 @@ from events.sqlite.queries import read_state
 from events.sqlite.readonly import open_read_only
 from events.sqlite.schema import begin_reading
 from events.state import State
-from events.types import LoadedFile, LoadParameters, contents_of, digest_of
+from events.types import ALLOW, LoadedFile, LoadParameters, contents_of, digest_of
 from features.beforeload import CheckInput
 from features.checks import CheckedVersion, survey_version
 from features.grpc.gatewaywire import find_missing_package
@@ -49,6 +49,8 @@ from runtime.onnxfile import check_external_data, describe_foreign_content, read
 from runtime.process.confinement import NotConfined, describe
 from runtime.process.pool import WorkerPool, kill_and_wait
 from runtime.repository import MODEL_ID, InvalidDefaults, Repository, defaults_name, read_warm_up
+from runtime.rows.judgement import Judgement
+from runtime.rows.walk import judge_rows
 from runtime.scheduler.estimates import estimate_memory
 from runtime.store.folder import STORE
 from runtime.store.store import Store
@@ -297,6 +299,48 @@ def check_references(config: Config, result: CheckResult, candidates: Iterable[L
             result.add([CheckFinding(each.place, code, str(problem))])
 
 
+def check_rows(
+    config: Config, result: CheckResult, candidates: Iterable[LoadableVersion], state: State
+) -> list[LoadableVersion]:
+    """Check whether rows of batches depend on each other; return the versions that are loaded all the same.
+
+    The ledger says which versions an earlier release batched: these are not refused.
+    """
+    return [each for each in candidates if _check_rows(config, result, each, state)]
+
+
+def _check_rows(config: Config, result: CheckResult, checked: LoadableVersion, state: State) -> bool:
+    if checked.parameters.max_batch_size <= 1:
+        return True
+    try:
+        path = Repository(config.repository).find_file(checked.model_id, checked.version)
+        judged = None if path is None else judge_rows(path)
+    except (OSError, RuntimeProblem):  # the other checks say so
+        return True
+    if judged is None:
+        return True
+    model = state.models.get(checked.model_id) or Model(checked.model_id)
+    finding = _describe_rows(checked, judged, is_excused=model.may_lose_batches(checked.version))
+    result.add([finding])
+    return finding.severity is Severity.NOTE
+
+
+def _describe_rows(checked: LoadableVersion, judged: Judgement, *, is_excused: bool) -> CheckFinding:
+    if judged.verdict == "independent":
+        text = "requests of several clients are joined in batches: rows are independent"
+        return CheckFinding(checked.place, "rows_independent", text, Severity.NOTE)
+    code = "rows_depend" if judged.verdict == "dependent" else "rows_unknown"
+    cure = f'dependent_rows = "allow" in {defaults_name(checked.model_id)}, if such answers will do'
+    if checked.parameters.dependent_rows == ALLOW:
+        text = f"requests of several clients are joined in batches, as dependent_rows allows: {judged.reason}"
+        return CheckFinding(checked.place, code, text, Severity.NOTE)
+    if judged.verdict == "dependent" and not is_excused:
+        text = f"would not load: {judged.reason}. Set max_batch_size = 0, or {cure}"
+        return CheckFinding(checked.place, code, text)
+    text = f"requests of several clients are not joined in batches: {judged.reason}. To join them, set {cure}"
+    return CheckFinding(checked.place, code, text, Severity.NOTE)
+
+
 def _check_versions(
     repository: Repository, model_id: str, versions: Iterable[int], config: Config, result: CheckResult
 ) -> Iterator[LoadableVersion]:
@@ -521,7 +565,8 @@ async def _load(pool: WorkerPool, loaded: LoadableVersion, config: Config, resul
         warm_up = read_warm_up(repository, loaded.model_id)
         async with versions.version(loaded.model_id, loaded.version) as files:
             order = find_targets(parameters, pool, {})[0].allocate({}, parameters, None, pool, tuple).order()
-            message = pool.build_load(files, parameters, warm_up, order)
+            # `check_rows` has let it pass.
+            message = pool.build_load(files, parameters, warm_up, order, rows_required=False)
             message = structs.replace(message, ceiling_bytes=budget)
             worker = await pool.start(uuid7())
             try:

@@ -183,6 +183,7 @@ def _details(model: Any, words: Sequence[str] = ()) -> Iterator[str]:
         "instances": model.instances,
         "threads": model.threads,
         "parameters": model.parameters and _parameters(model.parameters),
+        "batching": model.rows and describe_batching(model.rows),
         "memory": model.memory_bytes and f"{format_size(model.memory_bytes)} now",
         "memory at load": model.memory_at_load_bytes and format_size(model.memory_at_load_bytes),
         "devices": ", ".join(map(_describe_use, model.devices)) or None,
@@ -211,6 +212,14 @@ def _choice(chosen: Any) -> str:
     what = "unloaded" if chosen.version is None else f"version {chosen.version}"
     effect = "; no inference loads it" if chosen.version is None else ""
     return f"{what} by {format_cell(chosen.by)} {output.format_timestamp(chosen.at)}{effect}"
+
+
+def describe_batching(rows: Any) -> str:
+    """Return whether requests of several clients run together, and why not."""
+    if rows.verdict == "independent":
+        return "requests of several clients are joined: rows are independent"
+    joined = "joined, as dependent_rows allows" if rows.joined else "not joined"
+    return f"requests of several clients are {joined}: {rows.reason}"
 
 
 def _describe_use(use: Any) -> str:
@@ -454,9 +463,13 @@ def reloads_line(found: Any) -> str | None:
     return f"reloads after evictions in the last hour: {found.reloads.last_hour}; {waits}{tight}"
 
 
-def notice_lines(found: Any) -> list[str]:
-    """Return what needs an operator."""
-    return [f"{each.title}: {each.why} {each.todo}" for each in found.notices]
+def notice_lines(found: Any, *levels: str) -> list[str]:
+    """Return what needs an operator, by default of all levels."""
+    return [
+        f"{each.title}: {each.why} {each.todo}"
+        for each in found.notices
+        if not levels or each.level in levels
+    ]
 
 
 def confinement_line(confinement: Any, whose: str = "workers") -> str | None:

@@ -173,9 +173,10 @@ def check(*, model: str | None, as_json: bool, **flags: str | None) -> None:
     """Check a configuration and a model repository.
 
     It takes the options and variables of `serve` and changes nothing; a server may be running. It loads no
-    model, and reads what the file of each version declares. Of a --ledger it checks the schema, the role and
-    the clock. --data is optional. Of a policy for loads it prints what that does to each model's highest
-    version, which it hashes, and to the models that the ledger in --data has as loaded.
+    model, and reads what the file of each version declares. Of models with a max_batch_size it says whether
+    requests of several clients are joined in batches, or which operator forbids that. Of a --ledger it checks
+    the schema, the role and the clock. --data is optional. Of a policy for loads it prints what that does to
+    each model's highest version, which it hashes, and to the models that the ledger in --data has as loaded.
 
     With MODEL it checks one version of that instead, by default the highest. It also loads it in a process of
     its own, within the memory budget and its timeout_s, and warms it up.
@@ -192,11 +193,14 @@ def check(*, model: str | None, as_json: bool, **flags: str | None) -> None:
     check_ledger(config, result)
     state = checks.read_ledger(config, result)
     if named is None:
-        checks.check_references(config, result, checks.check_repository(config, result, state.is_removed))
+        loadable = checks.check_repository(config, result, state.is_removed)
+        checks.check_references(config, result, loadable)
+        checks.check_rows(config, result, loadable, state)
         checks.check_workers(config, result)
         checks.check_policy(config, result, state)
     else:
-        checks.check_workers(config, result, checks.check_version(config, result, state.is_removed, *named))
+        loadable = checks.check_version(config, result, state.is_removed, *named)
+        checks.check_workers(config, result, checks.check_rows(config, result, loadable, state))
     print_result(result.members(), _lines(result), as_json=as_json)
     sys.exit(0 if result.fine else NEGATIVE_RESULT)
 

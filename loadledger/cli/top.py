@@ -293,7 +293,8 @@ def _head_lines(snapshot: ServerSnapshot, columns: int, *, has_keys: bool) -> It
     found = snapshot.resources
     title, keys = click.style("loadledger", bold=True), "q quits, T P M sort  " if has_keys else ""
     yield f"{title}  {snapshot.url}  {keys}{snapshot.at:%H:%M:%S}Z  position {found.as_of}"
-    trouble = [f"NOT READY: {each.cause}: {each.cure}" for each in found.not_ready] + notice_lines(found)
+    trouble = [f"NOT READY: {each.cause}: {each.cure}" for each in found.not_ready]
+    trouble += notice_lines(found, "critical")
     if snapshot.problem is not None:
         trouble.insert(0, f"unreachable, retrying; previous state: {snapshot.problem}")
     for text in trouble:
@@ -305,6 +306,7 @@ def _head_lines(snapshot: ServerSnapshot, columns: int, *, has_keys: bool) -> It
     yield f"memory {_bar(found, cells)} {pressure}".rstrip()
     yield budget_line(found)
     yield from filter(None, [reloads_line(found)])
+    yield from (_fit(to_printable(text), columns) for text in notice_lines(found, "note"))
     if not found.models:
         yield "nothing is loaded"
 

@@ -359,7 +359,10 @@ class Loader:
             if not load.is_reload:
                 raise
             warm_up = NO_WARM_UP  # the store has all that a reload needs
-        order = self._pool.build_load(files, load.parameters, warm_up, load.allocation.order())
+        model = self._log.state.models.get(load.model_id)
+        is_excused = load.is_reload or (model is not None and model.may_lose_batches(load.version))
+        target = load.allocation.order()
+        order = self._pool.build_load(files, load.parameters, warm_up, target, rows_required=not is_excused)
         return order, warm_up.inputs
 
     async def _load_others(self, load: RunningLoad, order: Load, inputs: Sequence[Tensor]) -> None:
@@ -515,6 +518,7 @@ def describe_loaded(
     if job.started_at is None:
         raise RuntimeError(f"job {job.id} has not started")
     reports = [load.reports[worker.worker_id] for worker in load.workers]
+    rows = reports[0].rows
     loaded = ModelLoaded(
         files=files.loaded_files,
         worker_ids=tuple(worker.worker_id for worker in load.workers),
@@ -533,7 +537,8 @@ def describe_loaded(
         verified=files.is_stored,
         confinement=pool.applied.confinement,
         threads=pool.threads_of(load.parameters),
-        rows_depend=reports[0].dependence or UNSET,
+        rows_depend=UNSET if rows is None else rows.reason or UNSET,
+        rows=UNSET if rows is None else rows.verdict,
     )
     return load.allocation.complete_loaded(loaded, reports[0])
 

@@ -159,11 +159,18 @@ class WorkerPool:
         return parameters.threads or self.threads
 
     def build_load(
-        self, files: HeldVersion, parameters: LoadParameters, warm_up: WarmUp, target: Target | None = None
+        self,
+        files: HeldVersion,
+        parameters: LoadParameters,
+        warm_up: WarmUp,
+        target: Target | None = None,
+        *,
+        rows_required: bool = True,
     ) -> Load:
         """Return the message by which a worker of this pool loads a version, on a target or the CPU.
 
-        On a target the model is warmed up, whatever its loadledger.toml says.
+        On a target the model is warmed up, whatever its loadledger.toml says. `rows_required` says whether
+        the load fails if its rows depend on each other.
         """
         applied = self.applied if target is None else self.targets.applied
         return Load(
@@ -181,6 +188,7 @@ class WorkerPool:
             target=target,
             max_request_bytes=self._max_request_bytes,
             dependent_rows=parameters.dependent_rows == ALLOW,
+            rows_required=rows_required,
             has_priorities=bool(parameters.priority_levels),
         )
 

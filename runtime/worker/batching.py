@@ -102,8 +102,9 @@ class BatchDimension:
 class Queue:
     """Waiting requests, grouped by what may run together.
 
-    A batch has at most `limit` elements, and a request waits for others for `delay_ns`. With priorities, all
-    requests are read before the next batch is chosen.
+    A batch has at most `limit` elements, but for a longer request, which runs alone. A request waits for
+    others for `delay_ns`, unless its batch is full. With priorities, all requests are read before the next
+    batch is chosen.
     """
 
     def __init__(self, limit: int, delay_ns: int, *, has_priorities: bool = False) -> None:
@@ -151,7 +152,7 @@ class Queue:
         for request in group.requests:
             if size and size + request.size > self._limit:
                 break
-            if is_over(request, min(self._limit, size + waiting_size)):
+            if is_over(request, max(request.size, min(self._limit, size + waiting_size))):
                 over.append(request)
             else:
                 size += request.size

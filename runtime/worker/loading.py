@@ -1,4 +1,4 @@
-"""How a worker loads a model: the session, from the version's files, and the warm-up.
+"""How a worker loads a model: the session, from the version's files, the rows of batches, and the warm-up.
 
 The worker hashes nothing: the server has taken the files into its store, and hashes them there.
 """
@@ -15,7 +15,9 @@ from features import providers
 from runtime.errors import LoadRefused
 from runtime.memory import return_free_memory, thread_bytes
 from runtime.onnxfile import find_model_file
-from runtime.wire import Load, Loaded, LoadStage, ProviderOperators, Tensor
+from runtime.rows.judgement import MAX_REASON_CHARACTERS, Judgement
+from runtime.rows.walk import judge_rows
+from runtime.wire import Load, Loaded, LoadStage, ProviderOperators, Tensor, plain_text
 from runtime.worker import privileges, sessions
 from runtime.worker.sessions import ServingSession, describe_model
 from runtime.worker.warmup import NO_EXAMPLES, ModelWarmUp, SearchLimit
@@ -25,6 +27,12 @@ PR_SET_THP_DISABLE = 41
 ENOUGH_BYTES = 2_000_000
 """Least size of a version's files for huge pages. Below it a session is created no faster and can take 2 MB
 more; with 5 MB it takes two thirds of the time, with 50 MB half (measured, decision 22)."""
+ROWS_DEPEND = (
+    "with max_batch_size, requests of several clients run together as rows of one batch, and {}. Load it with"
+    ' max_batch_size 0, or with dependent_rows "allow" if such answers will do'
+)
+NO_FILE = "there is no file of the model to read its operators from"
+NO_MEMORY = "there is not enough memory to read its operators"
 OnStage = Callable[[LoadStage], None]
 
 
@@ -68,17 +76,32 @@ def _load(
     session, placed = _create_session(order)
     loading_ns = time.monotonic_ns() - started_ns
     model = describe_model(session, order.max_batch_size, order.max_request_bytes)
-    warming_up_us, examples = None, NO_EXAMPLES
+    file, warming_up_us, examples = _find_file(order), None, NO_EXAMPLES
+    rows = None if order.max_batch_size <= 1 else _judge_rows(order, file)
     if order.target is not None:
         providers.check_tensors(order.target, (*model.inputs, *model.outputs))
-    warm_up = ModelWarmUp(order, model, given, _find_file(order), limit)
     if order.warm_up:  # before measuring: memory of an inference belongs to the model
+        warm_up = ModelWarmUp(order, model, given, file, limit)
         warming_up_us, examples = warm_up.run(loading_ns, lambda: on_stage("warming_up"))
-    dependence = warm_up.check_rows(examples, warming_up_us or 0)
     return_free_memory()  # freed by loading: as much as the model keeps
     sessions.lift_load_limit()
     inputs = tuple(msgspec.structs.replace(spec, example=examples.get(spec.name)) for spec in model.inputs)
-    return model, Loaded(inputs, model.outputs, loading_ns // 1000, warming_up_us, placed, dependence)
+    return model, Loaded(inputs, model.outputs, loading_ns // 1000, warming_up_us, placed, rows)
+
+
+def _judge_rows(order: Load, file: Path | None) -> Judgement:
+    """Return whether the rows of a batch are independent.
+
+    Raises:
+        LoadRefused: `rows_depend`, unless the load allows dependent rows, or may not fail for them.
+    """
+    try:
+        judged = Judgement("unknown", NO_FILE) if file is None else judge_rows(file)
+    except MemoryError:  # the model fits, and is loaded without joined requests
+        judged = Judgement("unknown", NO_MEMORY)
+    if judged.verdict == "dependent" and order.rows_required and not order.dependent_rows:
+        raise LoadRefused("rows_depend", ROWS_DEPEND.format(judged.reason))
+    return Judgement(judged.verdict, plain_text(judged.reason, MAX_REASON_CHARACTERS))
 
 
 def _find_file(order: Load) -> Path | None:

@@ -21,6 +21,7 @@ import numpy as np
 from runtime.errors import InferenceCancelled, LoadRefused
 from runtime.process.prctl import name_process
 from runtime.requestjson import describe
+from runtime.rows.judgement import Judgement
 from runtime.wire import (
     CONTROL,
     MAX_REQUEST_BYTES,
@@ -187,7 +188,7 @@ class _Worker:
             self._send(LoadFailure(refusal.code, plain_text(str(refusal))))
             os._exit(0)
         self._limit.is_needed = False
-        self._begin(order, model)
+        self._begin(order, model, report.rows)
         self._send(report)
 
     def _read_json(self, order: ReadJson, text: Tensor) -> NoReturn:
@@ -197,10 +198,12 @@ class _Worker:
         self._send(describe(text.data, find_address))
         os._exit(0)
 
-    def _begin(self, order: Load, model: ServingSession) -> None:
-        if order.max_batch_size or order.has_priorities:
-            limit, delay_ns = max(1, order.max_batch_size), order.max_queue_delay_us * 1000
-            self._queue = Queue(limit, delay_ns, has_priorities=order.has_priorities)
+    def _begin(self, order: Load, model: ServingSession, rows: Judgement | None) -> None:
+        """Prepare to run inferences; those of rows that may depend on each other as without batching."""
+        joins = order.dependent_rows or rows is None or rows.verdict == "independent"
+        limit, delay_ns = order.max_batch_size if joins else 0, order.max_queue_delay_us * 1000
+        if limit or order.has_priorities:
+            self._queue = Queue(max(1, limit), delay_ns, has_priorities=order.has_priorities)
         self._executor = InferenceExecutor(
             model.runner,
             self._outbox,

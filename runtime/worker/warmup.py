@@ -1,7 +1,6 @@
 """The warm-up: a model runs before it is loaded, on given inputs or on an example that the worker finds.
 
-It shows the duration and memory of an inference and whether there can be one; with batching also whether rows
-of several requests may run together.
+It shows the duration and memory of an inference, and whether there can be one.
 """
 
 import time
@@ -17,19 +16,16 @@ import onnxruntime as ort
 from features import providers
 from runtime.errors import InferenceCancelled, InferenceFailed, LoadRefused, RuntimeProblem
 from runtime.onnxfile import read_weight_lengths
-from runtime.wire import DATATYPES, Example, Load, Tensor, TensorSpec
+from runtime.wire import Example, Load, Tensor
 from runtime.worker import extensions, sessions
-from runtime.worker.examples import MAX_INPUTS, find_example, is_fixed, make_array
+from runtime.worker.examples import MAX_INPUTS, find_example, is_fixed
 from runtime.worker.execution import SHRINK_ARENA
-from runtime.worker.rows import NOT_SHOWN, find_dependence
 from runtime.worker.sessions import ServingSession, is_out_of_memory
 
 SEARCH_NS = 10**9
 """Limit of a search for an example; a session that took longer to create may be searched as long."""
 RUN_BYTES = 512 * 2**20
 """Memory of a run of a search, or the size of the model's files if larger."""
-SHOW_NS, SHOW_RUNS = 10**10, 10
-"""Limit of showing that rows are independent, in time or in durations of warm-ups."""
 TOO_LONG = "it was stopped: to find inputs that the model takes may last {:.1f} s here"
 WITH_ZEROS = (
     "the model does not run on zeros or ones of its declared shapes, and has to before it is loaded: give"
@@ -40,10 +36,6 @@ WITH_GIVEN = (
     " before it is loaded: correct them"
 )
 OR_NOT = "or, for loads on the CPU, switch that off there, by enabled = false under [warm_up]"
-ROWS_DEPEND = (
-    "with max_batch_size, requests of several clients run together as rows of one batch, and {}. Load it with"
-    ' max_batch_size 0, or with dependent_rows "allow" if such answers will do'
-)
 NOT_TRIED = "not tried: its loadledger.toml gives inputs for the warm-up"
 FATAL = 4
 """ONNX Runtime's log level at which it logs fatal errors alone."""
@@ -94,7 +86,7 @@ class ModelWarmUp:
             fail.
         model: the model.
         given: inputs of its loadledger.toml; empty means a search for an example.
-        file: the model's file: its weights suggest lengths, its operators whether rows depend on each other.
+        file: the model's file, whose weights suggest lengths.
         limit: the limit of the search.
     """
 
@@ -134,42 +126,6 @@ class ModelWarmUp:
             raise LoadRefused("warm_up_failed", "".join([providers.NOT_RUN, *sorted(said)[:1]]))
         return run_us, examples
 
-    def check_rows(self, examples: Examples, run_us: int) -> str | None:
-        """Return why rows of a batch might change each other's answers, or None if they provably do not.
-
-        Args:
-            examples: as `run` returned them, with the duration of the run.
-            run_us: the duration of that run.
-
-        Raises:
-            LoadRefused: `rows_depend`, unless the load allows dependent rows.
-        """
-        if self.order.max_batch_size <= 1:
-            return None
-        outputs = [spec for spec in self.model.outputs if spec.datatype in DATATYPES]
-        self.limit.begin(max(SHOW_NS, SHOW_RUNS * run_us * 1000))
-        try:
-            row = self._find_row(examples)
-            reason = find_dependence(self._required(), outputs, row, self._run_guess, self.file)
-        except (MemoryError, RuntimeProblem) as problem:
-            reason = f"{NOT_SHOWN}: {str(problem) or 'memory was short'}"
-        if reason is not None and self.order.warm_up_required and not self.order.dependent_rows:
-            raise LoadRefused("rows_depend", ROWS_DEPEND.format(reason))
-        return reason
-
-    def _find_row(self, examples: Examples) -> dict[str, Any]:
-        """Return a row of the required inputs on which the model ran; empty if none is known."""
-        required = self._required()
-        if self.given:
-            given = self.model.runner.decode_inputs(self.given)
-            return {spec.name: given[spec.name][:1] for spec in required}
-        if not examples or any(each.refusal for each in examples.values()):
-            return {}
-        return {spec.name: make_array(spec, examples[spec.name]) for spec in required}
-
-    def _required(self) -> list[TensorSpec]:
-        return [spec for spec in self.model.inputs if not spec.optional]
-
     def _run_given(self, on_begin: Callable[[], None]) -> tuple[int, Examples]:
         started_ns = time.perf_counter_ns()
         on_begin()
@@ -185,7 +141,7 @@ class ModelWarmUp:
         }
 
     def _find_example(self, on_begin: Callable[[], None]) -> tuple[int | None, Examples]:
-        required = self._required()
+        required = [spec for spec in self.model.inputs if not spec.optional]
         is_batched = self.model.dimension is not None
         is_declared = all(is_fixed(spec, is_batched=is_batched) for spec in required)
         found = find_example(

@@ -165,8 +165,9 @@ class LoadBodySchema(LoadFieldsSchema, _ParametersSchema):
     dependent_rows = fields.String(
         validate=validate.OneOf(DEPENDENT_ROWS),
         **about(
-            "With a `max_batch_size`: `refuse` a model unless it is shown that rows of a batch do not change "
-            "each other's answers, or `allow` it. Default: `refuse`."
+            "With a `max_batch_size`: `refuse` a model whose rows of a batch change each other's answers, "
+            "and join no requests of several clients where that is not known; or `allow` it. "
+            "Default: `refuse`."
         ),
     )
     label = fields.String(

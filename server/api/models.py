@@ -22,6 +22,7 @@ from answers.errors import ErrorInfo
 from answers.events import EventInfo
 from answers.jobs import JobInfo
 from answers.models import (
+    BatchRowsInfo,
     ExitedWorkerStderr,
     LoadedFileInfo,
     ModelChoice,
@@ -36,6 +37,7 @@ from answers.signatures import LoadSignatureInfo
 from answers.tensors import ModelTensor
 from events.history import ShownModel, describe_model
 from events.models import Model, ModelState
+from events.serving import Serving
 from events.sqlite.listing import EventFilter, EventQuery
 from events.sqlite.timetravel import active_at, model_at, models_at
 from events.types import VersionAdded, WorkerExited
@@ -215,6 +217,7 @@ def make_model_info(
         memory_bytes=memory_bytes,
         memory_at_load_bytes=load.memory_bytes if load else None,
         **show_load(load),
+        rows=_show_rows(load) if load else None,
         signature=show_optional(evidence.signature, LoadSignatureInfo),
         approval=show_optional(evidence.approval, LoadApprovalInfo),
         added_by=list((load and model.versions.list_adders(load.digest)) or ()) or None,
@@ -223,6 +226,12 @@ def make_model_info(
         threads=load.threads if load else None,
         **collect(OF_MODELS, model),
     )
+
+
+def _show_rows(load: Serving) -> BatchRowsInfo | None:
+    if load.rows is msgspec.UNSET:
+        return None
+    return BatchRowsInfo(verdict=load.rows, reason=load.rows_depend or "", joined=load.joins_requests)
 
 
 def _show_present(app: web.Application, seen: ListedModel, active: Model | None) -> ModelInfo:

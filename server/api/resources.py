@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from aiohttp import web
 
-from answers.resources import ConfinementInfo, MemoryParts, PressureInfo, Resources
+from answers.resources import ConfinementInfo, MemoryParts, OperatorNotice, PressureInfo, Resources
+from events.models import Model, ModelState
 from features.server import NOTICES, RESOURCES
 from runtime.memory import read_pressure
 from runtime.memoryplan import describe_plan
@@ -26,6 +27,10 @@ routes = Routes(tag="resources")
 
 CACHED_S = 0.1
 """Seconds for which an answer is reused: any role may poll, and often."""
+
+
+MAX_NAMED = 3
+"""Models that a notice of several names: more are a list, which `loadledger show` has one by one."""
 
 
 class ResourcesCache:
@@ -93,7 +98,38 @@ def _resources(app: web.Application, of_features: Mapping[str, Any]) -> Resource
         pressure=show_optional(read_pressure(), PressureInfo),
         confinement=show(app[POOL].applied.confinement, ConfinementInfo),
         **of_features,
-        notices=[notice for read in NOTICES for notice in read(app)],
+        notices=[
+            *(notice for read in NOTICES for notice in read(app)),
+            *describe_unjoined(app[LOG].state.models.values()),
+        ],
         repository_writable=config.repository_writable != OFF and config.has_store,
         as_of=app[LOG].state.position,
+    )
+
+
+def describe_unjoined(models: Iterable[Model]) -> Iterator[OperatorNotice]:
+    """Yield a notice of the loaded models with batching whose requests of several clients are not joined."""
+    reasons = {
+        model.id: model.serving.rows_depend or ""
+        for model in models
+        if model.phase is ModelState.LOADED
+        and model.serving is not None
+        and model.serving.parameters.max_batch_size > 1
+        and not model.serving.joins_requests
+    }
+    if not reasons:
+        return
+    if len(reasons) == 1:
+        [(who, reason)] = reasons.items()
+        why = f"{reason[:1].upper()}{reason[1:]}"
+    else:
+        who, named = f"{len(reasons)} models", [f"{name}: {reasons[name]}" for name in sorted(reasons)]
+        left = named[MAX_NAMED:]
+        why = "; ".join([*named[:MAX_NAMED], *([f"and {len(left)} more"] if left else [])])
+    yield OperatorNotice(
+        title=f"{who}: requests of several clients are not joined in batches",
+        why=f"{why}.",
+        todo="Nothing has to be done: answers are right, at the speed without batching. If answers that"
+        ' depend on other clients will do, load it with dependent_rows "allow".',
+        level="note",
     )

@@ -9,7 +9,7 @@ import { retryNow, run } from "./live.js";
 import { ModelPage } from "./modelpage.js";
 import { NodesPage } from "./nodes.js";
 import { Confinement, OverviewPage } from "./overview.js";
-import { openProblems } from "./problems.js";
+import { alarmingProblems, openProblems } from "./problems.js";
 import { address, href } from "./router.js";
 import { cleanToken, isSignInLink, keep, keepToken, keptToken, readSession, recall, takeSignInCode } from "./session.js";
 import { connection, heardAt, isLost, nodes, now, resources, session, unready } from "./state.js";
@@ -43,7 +43,7 @@ const skip = (event) => (event.preventDefault(), focusMain()); // not by the add
 
 // What a role may not see is not offered; what is offered may still be refused, by the server, which decides.
 function Navigation() {
-  const { page } = address.value, open = openProblems.value.filter((problem) => problem.level !== "waiting").length;
+  const { page } = address.value, open = alarmingProblems.value.length;
   const link = (name, text) => html`<a href=${href(name)} aria-current=${page === name ? "page" : null}>${text}</a>`;
   return html`
     <nav aria-label="Pages">

@@ -91,6 +91,12 @@ function deviceText({ device, nodes: there, provider, version, memory_bytes: mem
   return `${count(there, "node")} of its graph on ${oneLine(device, 80)} (${oneLine(`${provider} ${version}`, 80)}${taken})`;
 }
 
+function batchingText({ verdict, reason, joined }) {
+  if (verdict === "independent") return "Requests of several clients are joined: rows are independent";
+  const how = joined ? "joined, as dependent_rows allows" : "not joined";
+  return `Requests of several clients are ${how}: ${oneLine(reason ?? "", 600)}`;
+}
+
 function choiceText({ version, by, at }) {
   const effect = version === null ? "; no inference loads it" : "";
   return `${version === null ? "Unloaded" : `Version ${version}`} by ${oneLine(by, 130)}, ${stamp(at)}${effect}`;
@@ -106,6 +112,7 @@ function Facts({ model }) {
       ${model.not_served && fact("Not served", oneLine(model.not_served, 400))}
       ${nodes.value.length > 0 && !facts.copies && fact("Node", facts.node)}
       ${facts.copies && fact("Copies", [facts.copies, oneLine(model.copies_waiting_for ?? "", 300)].filter(Boolean).join(": "))}
+      ${model.rows && fact("Batching", batchingText(model.rows))}
       ${fact("Memory now", [facts.memory, useOf(model).serving && facts.memoryAtLoad].filter(Boolean).join(", "))}
       ${model.devices && fact("Device", model.devices.map(deviceText).join(", "))}
       ${fact("Loaded", loaded)}

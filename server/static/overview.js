@@ -6,7 +6,7 @@ import { LoadDialog, openDialog, UnloadDialog } from "./dialogs.js";
 import { bytes, count, named, oneLine } from "./format.js";
 import { ModelsList } from "./models.js";
 import { cancel } from "./operations.js";
-import { acknowledge, openProblems, problems, showAgain } from "./problems.js";
+import { acknowledge, alarmingProblems, openProblems, problems, showAgain } from "./problems.js";
 import { href } from "./router.js";
 import { models, nodes, resources, session } from "./state.js";
 import { Button, Hint, html, ModelLink, Panel, useKeptFocus, useState } from "./ui.js";
@@ -14,7 +14,7 @@ import { Button, Hint, html, ModelLink, Panel, useKeptFocus, useState } from "./
 const MOST = 12; // problems that are shown
 const MOST_MEMBERS = 100; // of one entry: more are found in the list of models
 const MOST_PARTS = 7; // of the bar: models that have one of their own; the smaller ones are one
-const LABELS = { critical: "Failed", warning: "Warning", waiting: "Waiting" };
+const LABELS = { critical: "Failed", warning: "Warning", waiting: "Waiting", note: "Note" };
 
 export function OverviewPage() {
   return html`<${Attention} /><${ModelsList} /><${Memory} />`;
@@ -52,7 +52,7 @@ function MemoryLink() {
 
 // Said when it changes, and not each second: nobody could listen to anything else.
 function Said() {
-  const titles = openProblems.value.filter((problem) => problem.level !== "waiting").map((problem) => problem.title).sort();
+  const titles = alarmingProblems.value.map((problem) => problem.title).sort();
   const told = titles.slice(0, MOST).join("; ") + (titles.length > MOST ? `; and ${titles.length - MOST} more` : "");
   return html`<p class="unseen" aria-live="polite">${told || "Nothing needs you."}</p>`;
 }

@@ -19,7 +19,8 @@ const MOST_BRIEFS = 3; // messages of an entry of several
 const NOT_APPROVED = "not_approved"; // the code of a load that was refused for it
 const APPROVED = "It has its approvals now: load it again, if none of them is yours.";
 
-const LEVELS = ["critical", "warning", "asked", "waiting"];
+const LEVELS = ["critical", "warning", "asked", "waiting", "note"];
+const CALM = ["waiting", "note"]; // nobody is called for these
 
 // Each has key, level, title (which stays the same, so that it is read aloud once), why, todo, and what can be done
 // from here: actions of {do, model, job}. With an `occurrence`, it can be acknowledged until there is another one.
@@ -228,8 +229,9 @@ function* reloadProblems() {
   };
 }
 
-// What the server has put into words.
-const notices = () => (state.resources.value?.notices ?? []).map(({ title, why, todo }) => problem("critical", `notice ${title}`, title, why, todo));
+// What the server has put into words. A note stays as long as it is so, and can be put away until it says something else.
+const notices = () => (state.resources.value?.notices ?? []).map(({ title, why, todo, level = "critical" }) => ({
+  ...problem(level, `notice ${title}`, title, why, todo), occurrence: level === "note" ? why : null }));
 
 const KEPT = "loadledger.acknowledged";
 const MOST_KEPT = 1000; // acknowledgements; the oldest are forgotten
@@ -241,6 +243,8 @@ const acknowledged = signal(new Map(readKept()));
 const isAcknowledged = (problem) => problem.occurrence !== null && acknowledged.value.get(problem.key) === problem.occurrence;
 
 export const openProblems = computed(() => problems.value.filter((problem) => !isAcknowledged(problem)));
+
+export const alarmingProblems = computed(() => openProblems.value.filter(({ level }) => !CALM.includes(level)));
 
 export function acknowledge(problem) {
   const known = new Map(acknowledged.value);

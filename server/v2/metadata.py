@@ -242,8 +242,17 @@ async def model_statistics(request: web.Request) -> web.Response:
 @forwardable
 async def show_config(request: web.Request) -> web.Response:
     here = await find_here(request)
-    parameters = here.load.parameters
-    return respond(model_config(here.model_id, here.version, here.inputs, here.outputs, parameters))
+    model = request.app[LOG].state.models.get(here.model_id)
+    serving = None if model is None else model.find_serving(here.load.job_id)
+    config = model_config(
+        here.model_id,
+        here.version,
+        here.inputs,
+        here.outputs,
+        here.load.parameters,
+        joins_requests=serving is not None and serving.joins_requests,
+    )
+    return respond(config)
 
 
 async def find_here(request: web.Request) -> Here:

@@ -42,9 +42,12 @@ def model_config(
     inputs: Iterable[TensorSpec],
     outputs: Iterable[TensorSpec],
     parameters: LoadParameters,
+    *,
+    joins_requests: bool,
 ) -> ModelConfig:
+    """Return the configuration of a loaded model; `dynamic_batching` has the delay if requests are joined."""
     batched = parameters.max_batch_size > 0
-    batching = {"max_queue_delay_microseconds": parameters.max_queue_delay_us} if batched else {}
+    batching = {"max_queue_delay_microseconds": parameters.max_queue_delay_us} if joins_requests else {}
     kind = find_triton_kind(parameters)
     return ModelConfig(
         name=model_id,

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given as given_any
@@ -597,3 +598,51 @@ def test_version_that_a_swap_goes_on_to_is_held() -> None:
     assert (loads_of(history), model.target and model.target.load_job_id) == ("B", "A2")
     assert {each.load_job_id for each in model.held} == {"B", "A2"}
     assert "will be reloaded" in (find_use(history.state, model.id, 2) or "")
+
+
+# Rows of batches
+
+VERDICT = {"rows": "dependent", "rows_depend": "ReduceMean mixes them"}
+BATCHED: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
+    # the parameters of a load, what its `ModelLoaded` says, and whether a later load is excused
+    "earlier release": ({"max_batch_size": 8}, {}, True),
+    "earlier release, without batches": ({"max_batch_size": 1}, {}, False),
+    "earlier release, reloaded": ({"max_batch_size": 8}, {"rows_depend": "by runs"}, True),
+    "earlier release, allowed": ({"max_batch_size": 8, "dependent_rows": "allow"}, {}, False),
+    "this release": ({"max_batch_size": 8}, VERDICT, False),
+    "this release, allowed": ({"max_batch_size": 8, "dependent_rows": "allow"}, VERDICT, False),
+}
+
+
+@pytest.mark.parametrize(("parameters", "said", "is_excused"), BATCHED.values(), ids=BATCHED)
+def test_version_that_an_earlier_release_batched_is_remembered(
+    parameters: dict[str, Any], said: dict[str, Any], *, is_excused: bool
+) -> None:
+    history = History()
+    history.ask_load("L", **parameters)
+    history.add(replace(model_loaded("w"), **said), "L")
+    history.load("N", version=2)
+    history.unload("U", "N", version=2)
+    model = history.model()
+    assert [model.may_lose_batches(version) for version in (1, 2)] == [is_excused, False]
+    assert (model.joined_before is UNSET) == (not is_excused)
+
+
+@pytest.mark.parametrize(
+    ("rows", "allowed", "joins"),
+    [
+        (UNSET, UNSET, True),
+        ("independent", UNSET, True),
+        ("unknown", UNSET, False),
+        ("unknown", "allow", True),
+        ("dependent", "allow", True),
+    ],
+)
+def test_requests_are_joined_if_rows_are_independent_or_allowed(
+    rows: Any, allowed: Any, *, joins: bool
+) -> None:
+    for size in (0, 1, 8):
+        history = History()
+        history.ask_load("L", max_batch_size=size, dependent_rows=allowed)
+        history.add(replace(model_loaded("w"), rows=rows), "L")
+        assert history.serving().joins_requests == (joins and size > 1)

@@ -207,7 +207,7 @@ def test_fields_that_are_read_are_bounded(
     monkeypatch.setattr(onnxfields, "MAX_FIELDS", 1_000)
     monkeypatch.setattr(onnxfields, "MAX_SHORT_BYTES", 1_000)
     monkeypatch.setattr(onnxfile, "_check_location", lambda *_: None)
-    monkeypatch.setattr(onnxfile, "_normalise", PurePosixPath)
+    monkeypatch.setattr(onnxfile, "normalise_location", PurePosixPath)
     unit = {**LONG, **UNKNOWN}[fields]
     folder = save_bytes(unit * 100, tmp_path, "m")
     assert check_external_data(folder / "model.onnx", folder, tmp_path)

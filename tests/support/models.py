@@ -359,6 +359,24 @@ def quantised() -> ModelProto:
     return model(nodes, [value("x", FLOAT, ["batch", 4])], [value("y", FLOAT, ["batch", 4])], weights)
 
 
+def less_their_mean() -> ModelProto:
+    """`y = x` less the mean of all rows, so that they depend on each other."""
+    return parse_model("""(float[batch, 4] x) => (float[batch, 4] y) <int64[1] axis = {0}> {
+        mean = ReduceMean(x, axis)
+        y = Sub(x, mean)
+    }""")
+
+
+def unfamiliar_rows() -> ModelProto:
+    """`y = x`, by an operator that ONNX Runtime has and the table of operators lacks."""
+    return parse_model("""(float[batch, 4] x) => (float[batch, 4] y)
+    <int64[4] picture = {-1, 1, 1, 4}, int64[2] row = {-1, 4}, int32[1, 1, 1, 4] mask = {1, 1, 1, 1}> {
+        before = Reshape(x, picture)
+        after = com.microsoft.MaxpoolWithMask <kernel_shape = [1, 1]> (before, mask)
+        y = Reshape(after, row)
+    }""")
+
+
 def look_up() -> ModelProto:
     """`y = 10 * x` for rows of x from 0 to 3, by looking it up: fails for any other."""
     return parse_model("""(int64[batch, length] x) => (int64[batch, length] y)

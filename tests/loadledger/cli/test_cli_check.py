@@ -38,6 +38,7 @@ from server.check import (
     check_policy,
     check_references,
     check_repository,
+    check_rows,
     check_version,
     check_workers,
     read_ledger,
@@ -273,6 +274,45 @@ def test_check_of_versions_finds_their_failed_loads(tmp_path: Path) -> None:
     check_workers(config, result, check_repository(config, result, lambda *_: False))
     assert found(result) == [(f"{code}/1", code) for code in failing]
     assert not result.loaded
+
+
+def test_check_says_whether_rows_are_independent(tmp_path: Path) -> None:
+    config, history = Config(repository=tmp_path, data=tmp_path), History()
+    for model_id, model in {
+        "allowed": models.quantised(),
+        "earlier": models.quantised(),
+        "independent": models.rows(),
+        "quantised": models.quantised(),
+        "unbatched": models.quantised(),
+        "unknown": models.unfamiliar_rows(),
+    }.items():
+        save(model, tmp_path, model_id)
+        file = "" if model_id == "unbatched" else "max_batch_size = 8\n"
+        file += 'dependent_rows = "allow"\n' if model_id == "allowed" else ""
+        (tmp_path / model_id / "loadledger.toml").write_text(file)
+    history.load("L", of="earlier", max_batch_size=8)
+    result = CheckResult()
+    left = check_rows(config, result, check_repository(config, result, lambda *_: False), history.state)
+    assert [each.model_id for each in left] == ["allowed", "earlier", "independent", "unbatched", "unknown"]
+    assert found(result, PROBLEM) == [("quantised/1", "rows_depend")]
+    assert found(result, NOTE) == [
+        ("allowed/1", "rows_depend"),
+        ("earlier/1", "rows_depend"),
+        ("independent/1", "rows_independent"),
+        ("unknown/1", "rows_unknown"),
+    ]
+    texts = {each.place.partition("/")[0]: each.text for each in result.findings}
+    for model_id, words in {
+        "allowed": ("are joined", "DynamicQuantizeLinear"),
+        "earlier": ("are not joined", "DynamicQuantizeLinear", 'dependent_rows = "allow"'),
+        "quantised": ("would not load", "DynamicQuantizeLinear", "max_batch_size = 0"),
+        "unknown": (
+            "are not joined",
+            "MaxpoolWithMask",
+            'dependent_rows = "allow" in unknown/loadledger.toml',
+        ),
+    }.items():
+        assert [word for word in words if word not in texts[model_id]] == []
 
 
 # The policy for loads

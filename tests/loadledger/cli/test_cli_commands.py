@@ -23,11 +23,11 @@ from support.sources import in_thread
 from support.workers import until
 
 from answers.health import NotReady
-from answers.models import ModelInfo
+from answers.models import BatchRowsInfo, ModelInfo
 from answers.resources import Reloads, Resources
 from answers.tensors import ModelTensor, TensorExample
 from loadledger.cli.inputs import GivenInput, parse_input
-from loadledger.cli.models import reloads_line, status_line
+from loadledger.cli.models import describe_batching, reloads_line, status_line
 from loadledger.cli.snippets import describe_guess, format_infer
 
 COUNT = f"trips={models.ENDLESS}"
@@ -201,6 +201,20 @@ def test_reloads_are_shown_with_their_share_and_the_limit() -> None:
         "no room by memory, max_loaded"
     )
     assert reloads_line(fill(Resources)) is None
+
+
+@pytest.mark.parametrize(
+    ("verdict", "joined", "expected"),
+    [
+        ("independent", True, "are joined: rows are independent"),
+        ("dependent", True, "are joined, as dependent_rows allows: ReduceMean"),
+        ("unknown", False, "are not joined: ReduceMean"),
+    ],
+)
+def test_show_says_whether_requests_are_joined(verdict: str, *, joined: bool, expected: str) -> None:
+    reason = "" if verdict == "independent" else "ReduceMean"
+    said = describe_batching(BatchRowsInfo(verdict=verdict, reason=reason, joined=joined))
+    assert said == f"requests of several clients {expected}"
 
 
 def test_whoami_prints_what_the_token_says(alice: Shell) -> None:

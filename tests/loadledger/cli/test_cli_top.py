@@ -27,7 +27,7 @@ from answers.errors import ErrorInfo
 from answers.health import NotReady
 from answers.jobs import JobInfo
 from answers.models import ModelInfo
-from answers.resources import LoadUsage, PressureInfo, Resources
+from answers.resources import LoadUsage, OperatorNotice, PressureInfo, Resources
 from loadledger.cli import top
 from loadledger.cli.output import display_width
 from loadledger.cli.top import TopView
@@ -125,6 +125,15 @@ def test_small_terminal_shows_the_trouble_first() -> None:
 
 def test_scrolled_models_that_are_unloaded_leave_one_in_view() -> None:
     assert "m1" in first_words(lay_out(snapshot([use("m0"), use("m1")], [], []), 80, 24, first=15))
+
+
+def test_note_is_one_line_below_the_memory() -> None:
+    note = OperatorNotice(title="m: not joined", why="Rows may depend. " * 9, todo="Nothing.", level="note")
+    disk = OperatorNotice(title="The disk is full", why="No events.", todo="Free it.")
+    lines = lay_out(snapshot([use("m")], [], [], notices=[note, disk]), 80, 24)
+    at = [n for n, line in enumerate(lines) if line.startswith(("The disk", "memory", "m: not joined"))]
+    assert [lines[n].split()[0] for n in at] == ["The", "memory", "m:"]
+    assert lines[at[-1]].endswith("…")
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,22 @@ def test_queue_drops_requests_of_the_next_batch_that_are_over() -> None:
     assert len(queue) == 0
 
 
+def test_queue_without_joining_runs_a_request_with_all_its_rows() -> None:
+    queue, judged = Queue(1, 100), list[tuple[int, int]]()
+    for number, size in enumerate((5, 1, 0, 2)):
+        queue.add(request(number, size, alone=size == 0, came_ns=1000 + number))
+        assert queue.wait_ns(1000) is None
+
+    def is_over(each: BatchRequest, batch_size: int) -> bool:
+        judged.append((each.number, batch_size))
+        return False
+
+    while queue:
+        assert not queue.drop(is_over)
+        assert len(queue.take()) == 1
+    assert judged == [(0, 5), (1, 1), (2, 0), (3, 2)]
+
+
 def test_queue_time_counts_from_sending() -> None:
     sent = BatchRequest(0, ASKED, {}, 1, alone=False, sent_ns=900, came_ns=1000, input_ns=0)
     assert [each.waiting_since_ns() for each in (request(0, came_ns=1000), sent)] == [1000, 900]
@@ -386,7 +402,7 @@ async def run_at_once(
     serve: Serve, model: ModelProto, limit: int, requests: list[list[Tensor]]
 ) -> tuple[list[tuple[int, int]], list[tuple[Tensor, ...]]]:
     """Have requests wait for a worker; returns the sizes, and the outputs of each."""
-    worker = await serve(model, max_batch_size=limit)
+    worker = await serve(model, max_batch_size=limit, **ALLOW)
     tasks = await asked_at_once(worker, *(ask_all(worker, tensors) for tensors in requests))
     return await sizes(tasks), [task.result()[1] for task in tasks]
 

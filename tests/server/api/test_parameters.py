@@ -134,13 +134,37 @@ async def test_parameters_are_recorded_and_outlast_the_file(shared: LocalApi) ->
 async def test_dependent_rows_are_refused_or_recorded(shared: LocalApi) -> None:
     folder = save(models.quantised(), shared.config.repository, "q").parent
     error = (await shared.failed_load("q", max_batch_size=8))["error"]
-    assert (error["code"], "one scale for all rows" in error["message"]) == ("rows_depend", True)
+    assert (error["code"], "DynamicQuantizeLinear" in error["message"]) == ("rows_depend", True)
     (folder / DEFAULTS_FILE).write_text('max_batch_size = 8\ndependent_rows = "allow"\n')
     job = await shared.load("q")
     assert job["parameters"] == RECORDED | {"max_batch_size": 8, "dependent_rows": "allow"}
     loaded = (await shared.data_of(ModelLoaded))[-1]
-    assert "one scale for all rows" in (loaded.rows_depend or "")
+    assert (loaded.rows, "DynamicQuantizeLinear" in (loaded.rows_depend or "")) == ("dependent", True)
+    shown = (await shared.get("/api/v1/models/q")).json["rows"]
+    assert shown == {"verdict": "dependent", "reason": loaded.rows_depend, "joined": True}
+    assert "dynamic_batching" in (await shared.get("/v2/models/q/config")).json
+    assert "notices" not in (await shared.get("/api/v1/resources")).json
     await shared.unload("q")
+
+
+async def test_unknown_rows_are_loaded_and_not_joined(shared: LocalApi) -> None:
+    save(models.unfamiliar_rows(), shared.config.repository, "unknown")
+    await shared.load("unknown", max_batch_size=8)
+    loaded = (await shared.data_of(ModelLoaded))[-1]
+    assert (loaded.rows, "MaxpoolWithMask" in (loaded.rows_depend or "")) == ("unknown", True)
+    path = "/api/v1/models/unknown"
+    for address in (path, f"{path}?at={shared.position}"):
+        assert (await shared.get(address)).json["rows"] == {
+            "verdict": "unknown", "reason": loaded.rows_depend, "joined": False
+        }  # fmt: skip
+    config = (await shared.get("/v2/models/unknown/config")).json
+    assert (config["max_batch_size"], "dynamic_batching" in config) == (8, False)
+    [notice] = (await shared.get("/api/v1/resources")).json["notices"]
+    assert notice["title"] == "unknown: requests of several clients are not joined in batches"
+    assert (notice["level"], "MaxpoolWithMask" in notice["why"]) == ("note", True)
+    await shared.load("unknown", max_batch_size=8, dependent_rows="allow")
+    assert "notices" not in (await shared.get("/api/v1/resources")).json
+    await shared.unload("unknown")
 
 
 # Mistakes

@@ -6,15 +6,19 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 import pytest_asyncio
+from msgspec.structs import replace
 from support import models
+from support.history import History, model_loaded
 from support.http import ENDLESS, Json, LocalApi, local_server, when
 from support.workers import computing, until
 
+from events.models import ModelState
 from runtime.cgroups import count_usable_cpus
 from runtime.memory import private_bytes
 from runtime.memoryplan import describe_plan, plan_memory
 from runtime.scheduler.estimates import BYTES_PER_MODEL_BYTE, WORKER_BYTES
 from runtime.worker.landlock import find_abi
+from server.api.resources import describe_unjoined
 from server.appkeys import CONFIG, CONSUMER, LIMIT, MEMORY_PLAN
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -75,6 +79,26 @@ async def test_idle_server_has_its_whole_budget_free(shared: LocalApi, small: Lo
             "waiting": [], "as_of": api.position, "repository_writable": True, "device_problems": [],
             "confinement_of_devices": None,
         }  # fmt: skip
+
+
+async def test_notice_names_a_few_of_the_models_that_are_not_batched() -> None:
+    history = History()
+    for number in range(5):
+        model_id, job = f"m{number}", f"L{number}"
+        history.ask_load(job, of=model_id, max_batch_size=8)
+        said = {"rows": "unknown", "rows_depend": f"op{number}"} if number else {"rows": "independent"}
+        history.add(replace(model_loaded(job), **said), job, of=model_id)
+    told = list[tuple[str, str]]()
+    while notices := list(describe_unjoined(history.state.models.values())):
+        told += [(each.title.partition(":")[0], each.why) for each in notices]
+        loaded = [each.id for each in history.state.models.values() if each.phase is ModelState.LOADED][-1]
+        history.unload(f"U-{loaded}", f"L{loaded[1:]}", of=loaded)
+    assert told == [
+        ("4 models", "m1: op1; m2: op2; m3: op3; and 1 more."),
+        ("3 models", "m1: op1; m2: op2; m3: op3."),
+        ("2 models", "m1: op1; m2: op2."),
+        ("m1", "Op1."),
+    ]
 
 
 async def test_loaded_model_uses_the_memory_of_its_workers(shared: LocalApi) -> None:

@@ -269,8 +269,9 @@ def test_reported_dimensions_are_never_empty() -> None:
         (0, (), scalar), (0, (3, -1), {"dims": [3, -1]}), (4, (-1,), scalar), (4, (-1, 3), {"dims": [3]})
     ):  # fmt: skip
         specs = [TensorSpec("x", "INT64", shape, optional=True)]
-        config = tritonconfig.model_config("m", 1, specs, [], LoadParameters(max_batch_size=size))
+        parameters = LoadParameters(max_batch_size=size, max_queue=5)
+        config = tritonconfig.model_config("m", 1, specs, [], parameters, joins_requests=size > 0)
         assert msgspec.to_builtins(config.input) == [
             {"name": "x", "data_type": "TYPE_INT64", **expected, "optional": True}
         ]
-        assert bool(config.dynamic_batching) == (size > 0)
+        assert ("max_queue_delay_microseconds" in config.dynamic_batching) == (size > 0)

@@ -530,12 +530,20 @@ CASES: dict[str, tuple[object, str]] = {
         """,
     ),
     "problems: the server's own words": (
-        [["critical", "Not recorded", "The disk is full.", "Free space.", None]],
+        [
+            ["critical", "Not recorded", "The disk is full.", "Free space.", None],
+            ["note", "m: not joined", "Op1.", "Nothing.", "Op1."],
+            ["Not recorded"],
+        ],
         """
-        const notices = [{ title: "Not recorded", why: "The disk is full.", todo: "Free space." }];
+        const { alarmingProblems } = await import("/console/problems.js");
+        const notices = [
+          { title: "m: not joined", why: "Op1.", todo: "Nothing.", level: "note" },
+          { title: "Not recorded", why: "The disk is full.", todo: "Free space." },
+        ];
         state.resources.value = { ...RESOURCES, notices };
-        const [{ level, title, why, todo, occurrence }] = problems.value;
-        return [[level, title, why, todo, occurrence]];
+        const words = ({ level, title, why, todo, occurrence }) => [level, title, why, todo, occurrence];
+        return [...problems.value.map(words), alarmingProblems.value.map(({ title }) => title)];
         """,
     ),
     "problems: the parts of the memory are more than there is": (

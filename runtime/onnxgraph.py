@@ -1,0 +1,494 @@
+"""The graph of an ONNX file, read without `onnx`: operators, their attributes, constants, functions.
+
+A worker has no library that could parse the format, and a file may be hostile, so the number of fields is
+bounded (`runtime.onnxfields`). Weights are not read: a tensor keeps its values only if they are few, as those
+of shapes and scales are, also in another file. An attribute is read when a rule asks for it. Field numbers
+are those of onnx.proto3 (ONNX 1.23).
+"""
+
+import math
+import mmap
+import os
+import re
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from runtime.errors import LoadRefused
+from runtime.onnxfields import Field, FieldReader, Unparsable
+from runtime.onnxfile import normalise_location
+
+MAX_GRAPH_FIELDS = 2_000_000
+"""Fields that are read of one graph, in 2 s: twenty for each operator, five for each weight."""
+MAX_VALUES = 1024
+"""Numbers of a tensor that are kept: no shape, list of axes or scales is longer."""
+MAX_LIST_BYTES = 2**16
+"""Longest attribute that is read: those of tree ensembles are lists of millions."""
+SHORT_BYTES = 2**10
+"""Longest attribute of which each field is read, to find its name."""
+LIST_WINDOW_BYTES = 2**14
+"""Bytes of a list that are matched at a time: a greedy quantifier keeps a state for each element."""
+
+ELEMENTS: Mapping[int, str] = {
+    1: "<f4",
+    2: "u1",
+    3: "i1",
+    4: "<u2",
+    5: "<i2",
+    6: "<i4",
+    7: "<i8",
+    9: "?",
+    10: "<f2",
+    11: "<f8",
+    12: "<u4",
+    13: "<u8",
+}
+"""numpy's types of ONNX's element types, without texts, complex numbers, and those that numpy lacks."""
+STRING = 8
+"""ONNX's element type of texts."""
+
+
+class ConstantTensor(NamedTuple):
+    """A constant.
+
+    Attributes:
+        element: ONNX's element type.
+        shape: its dimensions.
+        values: its numbers, or None if they are many, texts, or of a type that numpy lacks.
+    """
+
+    element: int
+    shape: tuple[int, ...]
+    values: Any
+
+
+class Reference(NamedTuple):
+    """An attribute of a function's operator whose value is that of an attribute of the function."""
+
+    name: str
+
+
+class TypedName(NamedTuple):
+    """An input of a graph: its ONNX element type, 0 if it is no tensor, and its dimensions.
+
+    A dimension is -1 if it may have any length; without declared dimensions `shape` is None.
+    """
+
+    name: str
+    element: int
+    shape: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OperatorNode:
+    """An operator: its names of inputs and outputs, "" for one that is left out, and its attributes.
+
+    An attribute is a number, text (bytes), `ConstantTensor`, `Graph`, `Reference`, or a tuple of numbers or
+    texts.
+    """
+
+    operator: str
+    domain: str
+    name: str
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+    overload: str
+    _places: Mapping[str, tuple[int, int]]
+    _file: "_GraphReader"
+    _known: dict[str, Any] = field(default_factory=dict)
+
+    def attribute(self, name: str) -> Any:
+        """Return an attribute's value; None if the operator does not have it, or its list is too long.
+
+        Raises:
+            Unparsable, TooManyFields: as for `read_model`.
+        """
+        if name not in self._places:
+            return None
+        if name not in self._known:
+            self._known[name] = self._file.read_attribute(*self._places[name])
+        return self._known[name]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Graph:
+    """A graph or subgraph: operators in their order, inputs, names of outputs, and constants by name."""
+
+    nodes: Sequence[OperatorNode]
+    inputs: Sequence[TypedName]
+    outputs: Sequence[str]
+    constants: Mapping[str, ConstantTensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Function:
+    """A function of the model: names of inputs, outputs and attributes, defaults, and its operators.
+
+    `defaults` is an operator of no type that has the default values as its attributes.
+    """
+
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+    attributes: Sequence[str]
+    defaults: OperatorNode
+    nodes: Sequence[OperatorNode]
+    opsets: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OnnxModel:
+    """A model: its graph, functions by domain, name and overload, and versions of operator sets by domain."""
+
+    ir_version: int
+    opsets: Mapping[str, int]
+    graph: Graph
+    functions: Mapping[tuple[str, str, str], Function]
+
+
+class GraphFile:
+    """An open file of a model; its graph can be read until the file is closed.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise Unparsable("the file is empty")
+            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def __enter__(self) -> OnnxModel:
+        """Read the model.
+
+        Raises:
+            Unparsable: it is no ONNX file, or one that no exporter writes.
+            TooManyFields: the file has more fields than are read.
+        """
+        try:
+            return _GraphReader(self._data, self._path.parent).read_model()
+        except BaseException:
+            self._data.close()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._data.close()
+
+
+def normalise_domain(domain: str) -> str:
+    """Return a domain of operators; ONNX's own has two names."""
+    return "" if domain == "ai.onnx" else domain
+
+
+class _GraphReader:
+    def __init__(self, data: mmap.mmap, folder: Path) -> None:
+        self._data, self._folder = data, folder
+        self._fields = FieldReader(data, MAX_GRAPH_FIELDS, "its graph")
+
+    def read_model(self) -> OnnxModel:
+        ir_version, graphs, opsets = 0, list[tuple[int, int]](), list[tuple[int, int]]()
+        functions = list[tuple[int, int]]()
+        places = {7: graphs, 8: opsets, 25: functions}
+        for number, start, end, value in self._fields.read_all(0, len(self._data)):
+            if number == 1:
+                ir_version = value
+            elif number in places and start >= 0:
+                places[number].append((start, end))
+        if len(graphs) != 1:
+            raise Unparsable("it has no graph, or several")
+        versions = self._read_opsets(opsets)
+        made = dict(self._read_function(*place) for place in functions)
+        return OnnxModel(ir_version, versions, self._read_graph(*graphs[0]), made)
+
+    def _read_opsets(self, places: Iterable[tuple[int, int]]) -> dict[str, int]:
+        found = dict[str, int]()
+        for place in places:
+            domain, version = "", 0
+            for number, start, end, value in self._fields.read_all(*place):
+                if number == 1:
+                    domain = self._text(start, end)
+                elif number == 2:
+                    version = value
+            found[normalise_domain(domain)] = version
+        return found
+
+    def _read_function(self, begin: int, stop: int) -> tuple[tuple[str, str, str], Function]:
+        texts: dict[int, list[str]] = {number: [] for number in (1, 4, 5, 6, 10, 13)}
+        opsets, nodes, defaults = list[tuple[int, int]](), list[OperatorNode](), dict[str, tuple[int, int]]()
+        for number, start, end, _ in self._fields.read_all(begin, stop):
+            if start < 0:
+                continue
+            if number in texts:
+                texts[number].append(self._text(start, end))
+            elif number == 7:
+                nodes.append(self._read_node(start, end))
+            elif number == 9:
+                opsets.append((start, end))
+            elif number == 11:
+                defaults[self._attribute_name(start, end)] = start, end
+        name, domain, overload = ((texts[number] or [""])[-1] for number in (1, 10, 13))
+        made = OperatorNode("", "", "", (), (), "", defaults, self)
+        function = Function(
+            texts[4], texts[5], (*texts[6], *defaults), made, nodes, self._read_opsets(opsets)
+        )
+        return (normalise_domain(domain), name, overload), function
+
+    def _read_graph(self, begin: int, stop: int) -> Graph:
+        nodes, inputs, outputs, constants = (
+            list[OperatorNode](),
+            list[TypedName](),
+            list[str](),
+            dict[str, ConstantTensor](),
+        )
+        for number, start, end, _ in self._fields.read_all(begin, stop):
+            if start < 0:
+                continue
+            if number == 1:
+                nodes.append(self._read_node(start, end))
+            elif number == 5:
+                name, tensor = self._read_tensor(start, end)
+                constants[name] = tensor
+            elif number == 11:
+                inputs.append(self._read_input(start, end))
+            elif number == 12:
+                outputs.append(self._read_input(start, end).name)
+            elif number == 15:
+                name, tensor = self._read_sparse(start, end)
+                constants[name] = tensor
+        return Graph(nodes, inputs, outputs, constants)
+
+    def _read_node(self, begin: int, stop: int) -> OperatorNode:
+        inputs, outputs, attributes = list[str](), list[str](), dict[str, tuple[int, int]]()
+        operator = domain = name = overload = ""
+        for number, start, end, _ in self._fields.read_all(begin, stop):
+            if start < 0:
+                continue
+            if number == 5:
+                attributes[self._attribute_name(start, end)] = start, end
+            elif number == 1:
+                inputs.append(self._text(start, end))
+            elif number == 2:
+                outputs.append(self._text(start, end))
+            elif number == 3:
+                name = self._text(start, end)
+            elif number == 4:
+                operator = self._text(start, end)
+            elif number == 7:
+                domain = normalise_domain(self._text(start, end))
+            elif number == 8:
+                overload = self._text(start, end)
+        return OperatorNode(operator, domain, name, inputs, outputs, overload, attributes, self)
+
+    def _attribute_name(self, begin: int, stop: int) -> str:
+        """Return an attribute's name, which exporters write first; a second one counts, as in protobuf."""
+        name, position = "", begin
+        while position < stop:
+            for number, start, end, _ in self._fields.read_all(position, stop):
+                position = end
+                if number == 1 and start >= 0:
+                    name = self._text(start, end)
+                if number in _REPEATED and stop - position > SHORT_BYTES:
+                    position = self._skip_list(_REPEATED[number], position, stop)
+                    break
+        return name
+
+    def _skip_list(self, elements: re.Pattern[bytes], position: int, stop: int) -> int:
+        """Return the end of a list whose elements have the same tag."""
+        while position < stop:
+            found = elements.match(self._data, position, min(stop, position + LIST_WINDOW_BYTES))
+            if found is None or found.end() == position:
+                break
+            position = found.end()
+        return position
+
+    def read_attribute(self, begin: int, stop: int) -> Any:
+        kind, scalars, lists, reference = 0, dict[int, Any](), dict[int, list[Any]](), ""
+        is_long = stop - begin > MAX_LIST_BYTES
+        for number, start, end, value in self._fields.read_all(begin, stop):
+            if number == 20:
+                kind = value
+            elif number == 21:
+                reference = self._text(start, end)
+            elif number in {2, 3, 4}:
+                scalars[number] = self._scalar(number, start, end, value)
+            elif number in {5, 6}:
+                scalars[number] = start, end
+            elif number in {7, 8, 9}:
+                if is_long:
+                    return None
+                lists.setdefault(number, []).extend(self._elements(number, start, end, value))
+        if reference:
+            return Reference(reference)
+        if not kind:  # files of IR version 1 have no type
+            kind = _KINDS.get(next(iter((*scalars, *lists)), 0), 0)
+        if kind in {1, 2, 3}:
+            empty: Any = b"" if kind == 3 else 0
+            return scalars.get(kind + 1, empty)
+        if kind in {4, 5} and kind + 1 in scalars:
+            read = self._read_graph if kind == 5 else lambda *place: self._read_tensor(*place)[1]
+            return read(*scalars[kind + 1])
+        return tuple(lists.get(kind + 1, ())) if kind in {6, 7, 8} else None
+
+    def _scalar(self, number: int, start: int, end: int, value: int) -> Any:
+        if number == 3:
+            return _signed(value)
+        return _float(self._data[end - 4 : end]) if number == 2 else bytes(self._data[start:end])
+
+    def _elements(self, number: int, start: int, end: int, value: int) -> Iterable[Any]:
+        if number == 9:
+            return (bytes(self._data[start:end]),)
+        if start < 0:
+            return (_signed(value) if number == 8 else _float(self._data[end - 4 : end]),)
+        packed = self._data[start:end]
+        return _varints(packed) if number == 8 else (each[0] for each in struct.iter_unpack("<f", packed))
+
+    def _read_tensor(self, begin: int, stop: int) -> tuple[str, ConstantTensor]:
+        name, element, shape, is_external = "", 0, list[int](), False
+        values, entries = list[Field](), dict[str, str]()
+        for each in self._fields.read_all(begin, stop):
+            number, start, end, value = each
+            if number == 1:
+                shape += [_signed(value)] if start < 0 else _varints(self._data[start:end])
+            elif number == 2:
+                element = value
+            elif number == 8:
+                name = self._text(start, end)
+            elif number == 13:
+                entries.update([self._read_entry(start, end)])
+            elif number == 14:
+                is_external = value == 1
+            elif number in _VALUES:
+                values.append(each)
+        values_of = None
+        count = math.prod(shape) if min(shape, default=0) >= 0 else MAX_VALUES + 1
+        if element in ELEMENTS and count <= MAX_VALUES:
+            values_of = self._values(element, count, entries if is_external else None, values)
+        dimensions = tuple(shape)
+        return name, ConstantTensor(
+            element, dimensions, None if values_of is None else values_of.reshape(dimensions)
+        )
+
+    def _values(
+        self, element: int, count: int, external: Mapping[str, str] | None, fields: Sequence[Field]
+    ) -> Any:
+        """Return a tensor's numbers; None if they are not where they should be."""
+        kind = np.dtype(ELEMENTS[element])
+        if external is not None:
+            raw = self._external(external, count * kind.itemsize)
+            return None if raw is None else np.frombuffer(raw, kind)
+        if len(fields) != 1:
+            return np.zeros(0, kind) if count == 0 else None
+        number, start, end, _ = fields[0]
+        packed = bytes(self._data[start:end]) if start >= 0 else b""
+        if number == 9 and len(packed) == count * kind.itemsize:
+            return np.frombuffer(packed, kind)
+        found: Any = ()
+        if number in {4, 10}:
+            found = np.frombuffer(packed, "<f4" if number == 4 else "<f8")
+        elif number in {5, 7, 11} and element != 10:
+            found = list(_varints(packed))
+        return np.array(found).astype(kind) if len(found) == count else None
+
+    def _external(self, entries: Mapping[str, str], length: int) -> bytes | None:
+        try:
+            path = self._folder / normalise_location(entries.get("location", ""))
+            if not path.is_file():
+                return None
+            with path.open("rb") as file:
+                read = os.pread(file.fileno(), length, int(entries.get("offset", "0")))
+        except (LoadRefused, OSError, ValueError, OverflowError):
+            return None
+        return read if len(read) == length else None
+
+    def _read_entry(self, begin: int, stop: int) -> tuple[str, str]:
+        texts = {1: "", 2: ""}
+        for number, start, end, _ in self._fields.read_all(begin, stop):
+            if number in texts and start >= 0:
+                texts[number] = self._text(start, end)
+        return texts[1], texts[2]
+
+    def _read_sparse(self, begin: int, stop: int) -> tuple[str, ConstantTensor]:
+        """Read a sparse constant, without its values."""
+        name, element, shape = "", 0, list[int]()
+        for number, start, end, value in self._fields.read_all(begin, stop):
+            if number == 1 and start >= 0:
+                name, (element, _, _) = self._read_tensor(start, end)
+            elif number == 3:
+                shape += [_signed(value)] if start < 0 else _varints(self._data[start:end])
+        return name, ConstantTensor(element, tuple(shape), None)
+
+    def _read_input(self, begin: int, stop: int) -> TypedName:
+        name, element, shape = "", 0, None
+        for number, start, end, _ in self._fields.read_all(begin, stop):
+            if number == 1:
+                name = self._text(start, end)
+            elif number == 2 and start >= 0:
+                for kind, at, after, _ in self._fields.read_all(start, end):
+                    if kind == 1 and at >= 0:
+                        element, shape = self._read_type(at, after)
+        return TypedName(name, element, shape)
+
+    def _read_type(self, begin: int, stop: int) -> tuple[int, tuple[int, ...] | None]:
+        element, shape = 0, None
+        for number, start, end, value in self._fields.read_all(begin, stop):
+            if number == 1:
+                element = value
+            elif number == 2 and start >= 0:
+                dimensions = [place for place in self._fields.read_all(start, end) if place.number == 1]
+                shape = tuple(self._read_dimension(each.start, each.next) for each in dimensions)
+        return element, shape
+
+    def _read_dimension(self, begin: int, stop: int) -> int:
+        length = -1
+        for number, _, _, value in self._fields.read_all(begin, stop):
+            if number in {1, 2}:
+                length = _signed(value) if number == 1 else -1
+        return max(length, -1)
+
+    def _text(self, start: int, end: int) -> str:
+        if start < 0:
+            raise Unparsable("a number in place of a text")
+        return bytes(self._data[start:end]).decode("utf-8", "surrogateescape")
+
+
+def _list_pattern(tag: bytes, element: bytes) -> re.Pattern[bytes]:
+    return re.compile(b"(?:" + re.escape(tag) + element + b")*", re.DOTALL)
+
+
+_NUMBER = rb"[\x80-\xff]{0,9}[\x00-\x7f]"
+_REPEATED: Mapping[int, re.Pattern[bytes]] = {
+    7: _list_pattern(b"\x3d", b".{4}"),
+    8: _list_pattern(b"\x40", _NUMBER),
+    9: _list_pattern(
+        b"\x4a", b"(?:" + b"|".join(b"%b.{%d}" % (re.escape(bytes([n])), n) for n in range(128)) + b")"
+    ),
+}
+"""Patterns of an attribute's lists of floats, integers and texts."""
+_KINDS = {2: 1, 3: 2, 4: 3, 5: 4, 6: 5, 7: 6, 8: 7, 9: 8}
+"""AttributeType by the field that has the value."""
+_VALUES = {4, 5, 6, 7, 9, 10, 11}
+"""Fields of a tensor that have its values."""
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _float(four: bytes) -> float:
+    number: float = struct.unpack("<f", four)[0]
+    return number
+
+
+def _varints(packed: bytes) -> Iterable[int]:
+    result = shift = 0
+    for byte in packed:
+        result |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            yield _signed(result)
+            result = shift = 0

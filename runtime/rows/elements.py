@@ -1,0 +1,450 @@
+"""Rules of operators that compute each element from elements at the same place, with broadcasting."""
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from runtime.rows.sizes import Number, Size, Symbols
+from runtime.rows.values import (
+    LAID_OUT,
+    MAX_DATA,
+    Call,
+    Coupling,
+    Kind,
+    NotKnown,
+    Value,
+    from_data,
+    laid_out,
+    same,
+    shape_of,
+)
+
+INTEGERS = {2, 3, 4, 5, 6, 7, 12, 13}
+"""ONNX's element types of whole numbers."""
+FLOATS = {1, 10, 11, 16}
+BOOL = 9
+
+
+def elementwise(call: Call) -> Value:
+    """Broadcast the inputs; small known contents are computed."""
+    values = call.given()
+    data = _compute(call, values)
+    if data is not None:
+        return data
+    return broadcast(call, values)
+
+
+def broadcast(call: Call, values: Sequence[Value]) -> Value:
+    """Return how a result depends on the rows whose elements come from elements at the same place.
+
+    Raises:
+        Coupling: rows of one tensor meet rows of another, or the number of rows becomes an operand.
+        NotKnown: dimensions are not known, or meet the rows without being 1.
+    """
+    kinds = {value.kind for value in values}
+    if kinds == {Kind.SAME}:
+        if any(value.shape is None for value in values):
+            return same()
+        return same(broadcast_shapes(call, [shape_of(value) for value in values]))
+    if Kind.INDEX in kinds and kinds <= {Kind.SAME, Kind.FILL, Kind.INDEX, Kind.COUNT}:
+        # Exporters of PyTorch broadcast indices by a Max, of which only the shape is used.
+        return Value(Kind.COUNT, tuple(broadcast_shapes(call, [shape_of(value) for value in values])))
+    if kinds & {Kind.INDEX, Kind.TUPLES}:
+        raise NotKnown("it computes with the positions of rows in the batch")
+    if kinds <= {Kind.SAME, Kind.COUNT}:
+        return Value(Kind.COUNT, None)
+    for value in values:
+        if value.kind is Kind.COUNT:
+            if value.data is None:
+                raise NotKnown("an input is computed from the number of rows")
+            raise Coupling("uses the number of rows as a number")
+    if kinds <= {Kind.SAME, Kind.FILL}:
+        shapes = [shape_of(value) for value in values]
+        if all(value.kind is Kind.FILL or math.prod(map(_one_or_zero, shape_of(value))) for value in values):
+            return call.filled(broadcast_shapes(call, shapes))
+    values = [call.rows_of(value) if Kind.ROWS not in kinds else value for value in values]
+    shapes = [shape_of(value) for value in values]
+    rank = max(map(len, shapes))
+    rows = [value for value in values if value.kind in LAID_OUT]
+    first, place = rows[0], rank - len(shape_of(rows[0])) + rows[0].axis
+    for value in rows:
+        if rank - len(shape_of(value)) + value.axis != place:
+            raise Coupling(f"pairs rows along axis {place} with rows along another axis")
+        if not call.has_layout(value, first):
+            raise NotKnown("rows lie in different order in its inputs")
+    length = shape_of(first)[first.axis]
+    for value, shape in zip(values, shapes, strict=True):
+        at = place - (rank - len(shape))
+        if value.kind in LAID_OUT or at < 0 or _is_one(shape[at]):
+            continue
+        if value.kind is not Kind.FILL or shape[at] != length:
+            raise NotKnown(
+                f"an input without rows has a dimension of {show(shape[at])} where others have rows"
+            )
+    for at in range(rank):
+        if at != place and any(_mentions(call, shape, at - (rank - len(shape))) for shape in shapes):
+            raise NotKnown("an input has the number of rows in several dimensions")
+    made = broadcast_shapes(call, shapes)
+    return laid_out(made, place, first.outer, first.inner)
+
+
+def _mentions(call: Call, shape: Sequence[Number], at: int) -> bool:
+    return at >= 0 and call.symbols.mentions_rows(shape[at])
+
+
+def _is_one(length: Number) -> bool:
+    return not isinstance(length, Size) and bool(length == 1)
+
+
+def _one_or_zero(length: Number) -> int:
+    return int(_is_one(length))
+
+
+def show(length: Number) -> str:
+    return "unknown length" if isinstance(length, Size) else str(length)
+
+
+def broadcast_shapes(call: Call, shapes: Sequence[Sequence[Number]]) -> list[Number]:
+    """Return the shape of the result of a broadcast, in which rows have been found to meet nothing else."""
+    rank = max(map(len, shapes))
+    made: list[Number] = []
+    for at in range(rank):
+        lengths = [shape[at - rank + len(shape)] for shape in shapes if at - rank + len(shape) >= 0]
+        kept: list[Number] = []
+        for each in lengths:
+            if not _is_one(each) and each not in kept:
+                kept.append(each)
+        whole = [each for each in kept if not isinstance(each, Size)]
+        if len(kept) <= 1:
+            made.append(kept[0] if kept else 1)
+        elif whole:
+            made.append(whole[0])
+        elif any(map(call.symbols.mentions_rows, kept)):
+            raise NotKnown("the number of rows meets another length")
+        else:
+            made.append(call.dimension("broadcast", *kept))
+    return made
+
+
+def keep_shape(call: Call) -> Value:
+    """One input, changed element by element: also rows that are numbers of rows stay so."""
+    value = call.input(0)
+    if value.items is not None or value.kind in {Kind.INDEX, Kind.TUPLES}:
+        raise NotKnown("it computes with the positions of rows in the batch")
+    return elementwise(call)
+
+
+def identity(call: Call) -> Value:
+    return call.input(0)
+
+
+def cast(call: Call) -> Value:
+    """Cast: contents stay, as lengths do when exporters scale them as floats."""
+    value, to = call.input(0), call.attribute("to", 0)
+    if isinstance(to, bytes):  # version 1 names the type
+        raise NotKnown("an old form of this operator")
+    if value.data is not None:
+        if to in INTEGERS:
+            data = _map(lambda each: _whole(call.symbols, each), value.data)
+            return from_data(call.symbols, data)
+        if to in FLOATS:
+            floats = _map(lambda each: each if isinstance(each, Size) else float(each), value.data)
+            return from_data(call.symbols, floats, is_real=True)
+        if to == BOOL and not any(isinstance(each, Size) for each in value.data.flat):
+            return from_data(call.symbols, _map(bool, value.data))
+    if value.kind is Kind.INDEX:
+        return value if to in {6, 7} else Value(Kind.COUNT, value.shape)
+    if value.kind is Kind.TUPLES and to in {6, 7}:
+        return value
+    return Value(value.kind, value.shape) if value.kind is Kind.COUNT else keep_shape(call.with_inputs(0))
+
+
+def cast_like(call: Call) -> Value:
+    """Cast to the type of another input, of which nothing else counts."""
+    return keep_shape(call.with_inputs(0))
+
+
+def _whole(symbols: Symbols, number: Number) -> Number:
+    if isinstance(number, Size):
+        return number if symbols.is_whole(number) else symbols.result("Cast", number)
+    if isinstance(number, float) and not math.isfinite(number):
+        return symbols.result("Cast", number)
+    return int(number)
+
+
+def clip(call: Call) -> Value:
+    """Clip, whose limits are scalars."""
+    return elementwise(call)
+
+
+def prelu(call: Call) -> Value:
+    return broadcast(call, call.given())
+
+
+def where(call: Call) -> Value:
+    return elementwise(call)
+
+
+def dropout(call: Call) -> list[Value]:
+    """Dropout draws random numbers in training mode only."""
+    training = call.optional(2)
+    if call.since < 7:  # it had the attribute is_test
+        raise NotKnown("an old form of this operator")
+    is_known = training is None or (
+        training.data is not None and training.data.size == 1 and not isinstance(training.data.flat[0], Size)
+    )
+    if not is_known:
+        raise NotKnown("whether it draws random numbers is computed by the model")
+    if training is not None and bool(training.data.flat[0]):
+        raise Coupling("draws random numbers")
+    value = call.input(0)
+    return [value, value if value.data is None else Value(value.kind, value.shape)]
+
+
+def einsum(call: Call) -> Value:
+    """Einsum: the letter of the rows has to stand for rows in each input that has it, and in the output.
+
+    1. Each input has a letter for each dimension; those of an ellipsis are aligned at its end.
+    2. The rows of all inputs have the same letter, and the same layout.
+    3. An input without rows does not have that letter, or a dimension of 1 there.
+    4. The output has the letter once.
+    """
+    equation = call.text("equation", "").replace(" ", "")
+    values = [call.rows_of(value) for value in call.given()]
+    left, arrow, right = equation.partition("->")
+    terms = left.split(",")
+    if len(terms) != len(values):
+        raise NotKnown("an equation that does not fit its inputs")
+    if not arrow:
+        letters = sorted(set(left) - {",", "."})
+        right = "..." * ("..." in left) + "".join(each for each in letters if left.count(each) == 1)
+    ranks = [
+        len(shape_of(value)) - len(term) + 3
+        for value, term in zip(values, terms, strict=True)
+        if "..." in term
+    ]
+    spread = "".join(map(chr, range(0x100, 0x100 + max([0, *ranks]))))
+    terms = [_spell(term, spread, len(shape_of(value))) for value, term in zip(values, terms, strict=True)]
+    right = right.replace("...", spread)
+    rows: Value | None = None
+    letter, lengths = "", dict[str, Number]()
+    for value, term in zip(values, terms, strict=True):
+        shape = shape_of(value)
+        if len(shape) != len(term) or value.kind not in {Kind.SAME, Kind.ROWS}:
+            raise NotKnown("an equation that does not fit its inputs")
+        for each, length in zip(term, shape, strict=True):
+            if lengths.get(each, 1) == 1:
+                lengths[each] = length
+        if value.kind is Kind.ROWS:
+            if rows is not None and letter != term[value.axis]:
+                raise Coupling(f"pairs rows of one input with rows of another ({equation})")
+            if rows is not None and not call.has_layout(rows, value):
+                raise NotKnown("rows lie in different order in its inputs")
+            rows, letter = value, term[value.axis]
+    if rows is None:
+        return same([lengths[each] for each in right])
+    for value, term in zip(values, terms, strict=True):
+        if term.count(letter) > (value.kind is Kind.ROWS):
+            at = term.index(letter)
+            if value.kind is Kind.ROWS or not _is_one(shape_of(value)[at]):
+                raise NotKnown(f"an equation that repeats the letter of the rows ({equation})")
+    if right.count(letter) != 1:
+        raise Coupling(f"sums over the rows ({equation})")
+    return laid_out([lengths[each] for each in right], right.index(letter), rows.outer, rows.inner)
+
+
+def _spell(term: str, spread: str, rank: int) -> str:
+    """Return the term of an input with letters in place of its ellipsis."""
+    count = rank - len(term) + 3
+    return term.replace("...", spread[len(spread) - count :]) if "..." in term else term
+
+
+# Small known contents
+
+
+def _compute(call: Call, values: Sequence[Value]) -> Value | None:
+    """Return the result if all operands are known element by element; None otherwise."""
+    compute = COMPUTE.get(call.node.operator)
+    arrays = [value.data for value in values]
+    if compute is None or not values or any(array is None for array in arrays):
+        return None
+    try:
+        spread = np.broadcast_arrays(*arrays)
+    except ValueError:
+        raise NotKnown("shapes that do not fit each other") from None
+    if spread[0].size > MAX_DATA:
+        return None
+    is_real = any(value.is_real for value in values)
+    made = np.empty(spread[0].shape, dtype=object)
+    flat = made.reshape(-1)
+    for at, each in enumerate(zip(*(array.flat for array in spread), strict=True)):
+        result = compute(call.symbols, is_real, *each)
+        if result is None:
+            result = call.symbols.result(call.node.operator, *each, is_whole=not is_real)
+        flat[at] = result
+    return from_data(call.symbols, made, is_real=is_real and call.node.operator not in COMPARISONS)
+
+
+def _map(function: Callable[[Any], Any], array: Any) -> Any:
+    made = np.empty(array.shape, dtype=object)
+    made.reshape(-1)[:] = [function(each) for each in array.flat]
+    return made
+
+
+Compute = Callable[..., Number | None]
+
+
+def _single(number: float) -> float:
+    """Round as ONNX Runtime does, which computes in single precision."""
+    with np.errstate(all="ignore"):
+        return float(np.float32(number))
+
+
+def _known(*numbers: Number) -> bool:
+    return not any(isinstance(each, Size) for each in numbers)
+
+
+def _sum(symbols: Symbols, is_real: bool, *numbers: Number) -> Number:  # noqa: FBT001
+    total: Number = 0
+    for each in numbers:
+        total = symbols.add(total, each)
+    return _single(total) if is_real and _known(total) else total
+
+
+def _difference(symbols: Symbols, is_real: bool, first: Number, second: Number) -> Number:  # noqa: FBT001
+    made = symbols.add(first, second, -1)
+    return _single(made) if is_real and _known(made) else made
+
+
+def _product(symbols: Symbols, is_real: bool, first: Number, second: Number) -> Number:  # noqa: FBT001
+    made = symbols.multiply(first, second)
+    return _single(made) if is_real and _known(made) else made
+
+
+def _quotient(symbols: Symbols, is_real: bool, first: Number, second: Number) -> Number | None:  # noqa: FBT001
+    """Divide; whole numbers are cut, as ONNX does it."""
+    if _known(second) and second == 0:
+        return None
+    exact = symbols.divide(first, second)
+    if exact is not None:
+        return float(exact) if is_real and _known(exact) else exact
+    if not _known(first, second):
+        return symbols.result(
+            "quotient" if not is_real else "Div",
+            first,
+            second,
+            is_length=_are_lengths(symbols, first, second),
+        )
+    if is_real:
+        return _single(first / second)
+    return abs(first) // abs(second) * (1 if (first < 0) == (second < 0) else -1)
+
+
+def _are_lengths(symbols: Symbols, *numbers: Number) -> bool:
+    return all(map(symbols.is_length, numbers))
+
+
+def _compare(holds: Callable[[Any, Any], bool]) -> Compute:
+    def compute(symbols: Symbols, _: bool, first: Number, second: Number) -> Number | None:  # noqa: FBT001
+        if _known(first, second):
+            return bool(holds(first, second))
+        equal = symbols.is_equal(first, second)
+        if equal is True:
+            return bool(holds(0, 0))
+        if holds is operator.eq and equal is False:
+            return False
+        difference = symbols.add(first, second, -1)
+        if holds is not operator.eq and isinstance(difference, Size):
+            constant = difference.terms.get((), 0)
+            if symbols.is_length(difference) and constant > 0:
+                return bool(holds(1, 0))
+            reverse = symbols.multiply(difference, -1)
+            if symbols.is_length(reverse) and constant < 0:
+                return bool(holds(0, 1))
+        return None
+
+    return compute
+
+
+def _where(symbols: Symbols, _: bool, condition: Number, first: Number, second: Number) -> Number | None:  # noqa: FBT001
+    if _known(condition):
+        return first if condition else second
+    if first == second:
+        return first
+    return symbols.result("Where", condition, first, second, is_length=_are_lengths(symbols, first, second))
+
+
+def _numeric(function: Callable[..., Any]) -> Compute:
+    def compute(_: Symbols, is_real: bool, *numbers: Number) -> Number | None:  # noqa: FBT001
+        if not _known(*numbers):
+            return None
+        try:
+            made = function(*numbers)
+        except (ArithmeticError, ValueError):
+            return None
+        return _single(made) if is_real and isinstance(made, float) else made
+
+    return compute
+
+
+def _rounded(function: Callable[[float], int]) -> Compute:
+    def compute(symbols: Symbols, _: bool, number: Number) -> Number | None:  # noqa: FBT001
+        if isinstance(number, Size):
+            return number if symbols.is_whole(number) else None
+        return float(function(number)) if math.isfinite(number) else None
+
+    return compute
+
+
+COMPARISONS = {
+    "Equal",
+    "Less",
+    "LessOrEqual",
+    "Greater",
+    "GreaterOrEqual",
+    "Not",
+    "And",
+    "Or",
+    "Xor",
+    "IsNaN",
+    "IsInf",
+}
+"""Operators whose results are truth values."""
+COMPUTE: Mapping[str, Compute] = {
+    "Add": _sum,
+    "Sum": _sum,
+    "Sub": _difference,
+    "Mul": _product,
+    "Div": _quotient,
+    "Neg": lambda symbols, _, number: symbols.multiply(number, -1),
+    "Abs": lambda symbols, _, number: (
+        (number if symbols.is_length(number) else None) if isinstance(number, Size) else abs(number)
+    ),
+    "Floor": _rounded(math.floor),
+    "Ceil": _rounded(math.ceil),
+    "Round": _rounded(round),
+    "Sqrt": _numeric(math.sqrt),
+    "Max": _numeric(max),
+    "Min": _numeric(min),
+    "Pow": lambda symbols, _, first, second: _power(symbols, first, second),
+    "Equal": _compare(operator.eq),
+    "Less": _compare(operator.lt),
+    "LessOrEqual": _compare(operator.le),
+    "Greater": _compare(operator.gt),
+    "GreaterOrEqual": _compare(operator.ge),
+    "Not": _numeric(lambda one: not one),
+    "And": _numeric(lambda one, other: bool(one and other)),
+    "Or": _numeric(lambda one, other: bool(one or other)),
+    "Xor": _numeric(lambda one, other: bool(one) != bool(other)),
+    "Where": _where,
+}
+"""How results of known operands are computed, of operators without attributes; None leaves a symbol."""
+
+
+def _power(symbols: Symbols, number: Number, exponent: Number) -> Number | None:
+    if not _known(exponent) or exponent not in {1, 2, 3, 4}:
+        return None
+    return symbols.product([number] * int(exponent))

@@ -1,0 +1,510 @@
+"""Whether the rows of a batch are independent, by a walk over the graph of a model.
+
+Theory of operation. The first axis of each input has the rows of a batch, N of them. The walk goes through
+the operators in their order and keeps, for each tensor, a `Value`: whether it depends on the rows, and along
+which axis they lie. A rule of the table (`operators`) says what an operator makes of its inputs. What may
+never happen is that a tensor counts as ROWS although a row's part depends on anything but that row of the
+inputs: so a rule that is not sure raises `NotKnown`, and one that is sure of the opposite `Coupling`; either
+spoils every tensor that follows from it. In the end each output must be ROWS along axis 0, one for each row.
+
+Exporters compute shapes in the graph (`Shape`, `Gather`, `Concat`, `Reshape`), so N travels as data, too.
+Small tensors therefore keep their elements as symbolic numbers (`sizes`), and a `Reshape` to `[N, T, 12, 64]`
+is known to keep the rows where they are. A tensor that has N as a number, and no row, is COUNT: what uses it
+as anything but a length depends on the size of the batch.
+
+Lengths of the inputs other than N are the same for all rows, since only requests of equal lengths run
+together (`runtime.worker.batching`); an input with a default value counts as a constant, since a request that
+gives it runs alone. Both are what a dimension or a tensor without rows relies on.
+
+Loops are walked until their states stay the same; both branches of an `If` are joined unless its condition is
+known; functions of the model are walked at each call. A file may be hostile: the number of operators, of
+nested bodies, and the seconds are bounded, and beyond a bound nothing is known.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from runtime.onnxfields import TooManyFields, Unparsable
+from runtime.onnxgraph import Function, Graph, GraphFile, OnnxModel, OperatorNode, Reference
+from runtime.rows.judgement import MAX_REASON_CHARACTERS, Judgement, Verdict
+from runtime.rows.operators import NEWEST, TABLE
+from runtime.rows.sequences import EMPTY, join
+from runtime.rows.sizes import ROWS, Number, Size, Symbols
+from runtime.rows.values import (
+    LAID_OUT,
+    SPOILT,
+    Call,
+    Coupling,
+    Kind,
+    NotKnown,
+    Value,
+    from_tensor,
+    laid_out,
+    same,
+    shape_of,
+)
+
+MAX_OPERATORS = 100_000
+"""Operators that are walked, each time that a loop or a function walks them: in some 4 s. The largest graphs
+of exported models have 10,000."""
+MAX_DEPTH = 24
+"""Nesting of bodies of If, Loop and Scan, and of functions; exporters nest four."""
+MAX_SECONDS = 10.0
+"""Limit of a walk. A load waits for it, and a graph that takes longer was made for that."""
+MAX_ROUNDS = 8
+"""Walks of a loop's body until its states stay the same: each round changes at least one of them."""
+MAX_NAME = 60
+"""Characters of a name in a reason."""
+
+ANY_FORM = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What a rule raises for attributes of a form that its operator cannot have, in a file that no session was
+created from: ONNX Runtime refuses it."""
+
+
+def judge_rows(path: Path) -> Judgement:
+    """Return whether the rows of a batch are independent in the model of this file.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    try:
+        with GraphFile(path) as model:
+            return _judge(_Walk(model), model)
+    except (Unparsable, TooManyFields, _TooLong) as problem:
+        return Judgement("unknown", f"its graph cannot be followed: {problem}")
+
+
+def walk_tensors(path: Path) -> tuple[Symbols, Mapping[str, Value]]:
+    """Return what is known of each tensor of the main graph, by name, and the symbols of their lengths.
+
+    Raises:
+        OSError: the file cannot be read.
+        Unparsable, TooManyFields: it is no ONNX file, or has more fields than are read.
+    """
+    with GraphFile(path) as model:
+        walk = _Walk(model)
+        return walk.symbols, walk.walk_model().values
+
+
+class _TooLong(Exception):
+    """A bound of the walk is reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """Where operators stand: in the graph, or in a function.
+
+    Attributes:
+        opsets: versions of operator sets by domain.
+        attributes: returns the function's attribute of a name, None if it was not given.
+    """
+
+    opsets: Mapping[str, int]
+    attributes: Callable[[str], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Scope:
+    """The tensors by name of a graph, and of those around it."""
+
+    around: "_Scope | None" = None
+    values: dict[str, Value] = field(default_factory=dict)
+
+    def find(self, name: str) -> Value:
+        scope: _Scope | None = self
+        while scope is not None:
+            if name in scope.values:
+                return scope.values[name]
+            scope = scope.around
+        return Value(Kind.UNKNOWN, reason=f"nothing computes {_show(name)}")
+
+
+def _judge(walk: "_Walk", model: OnnxModel) -> Judgement:
+    scope = walk.walk_model()
+    found = [_judge_output(name, scope.find(name), walk.symbols) for name in model.graph.outputs]
+    for verdict in ("dependent", "unknown"):
+        for each in found:
+            if each.verdict == verdict:
+                return each
+    return Judgement("independent")
+
+
+def _judge_output(name: str, value: Value, symbols: Symbols) -> Judgement:
+    """Return whether an output has one row for each row of the inputs, which depends on that row alone."""
+    output = f"output {_show(name)}"
+    if value.kind in SPOILT:
+        verdict: Verdict = "dependent" if value.kind is Kind.COUPLED else "unknown"
+        return Judgement(verdict, f"{value.reason}, and {output} depends on it"[:MAX_REASON_CHARACTERS])
+    if value.kind is Kind.FILL:
+        value = _rows_of_fill(value, symbols)
+    if value.kind is Kind.ROWS:
+        if value.axis:
+            return Judgement(
+                "dependent", f"{output} has the rows along axis {value.axis}, and not along axis 0"
+            )
+        if value.outer == 1 and value.inner == 1:
+            return Judgement("independent")
+        certain = isinstance(value.outer, int) and isinstance(value.inner, int)
+        words = f"{output} has along axis 0 several elements for each row"
+        return Judgement("dependent" if certain else "unknown", words)
+    if value.kind in {Kind.INDEX, Kind.TUPLES}:
+        return Judgement("dependent", f"{output} has the position of a row along axis {value.axis}")
+    if value.kind is Kind.COUNT:
+        return Judgement("dependent", f"{output} depends on the number of rows, and has none along axis 0")
+    if value.kind is not Kind.SAME or value.shape is None or isinstance([*value.shape, 1][0], Size):
+        return Judgement("unknown", f"it is not known whether {output} has the rows along axis 0")
+    return Judgement("dependent", f"{output} does not have a row for each row of the inputs along axis 0")
+
+
+def _rows_of_fill(value: Value, symbols: Symbols) -> Value:
+    """Return a FILL as rows if it has one for each row of the inputs."""
+    shape = shape_of(value)
+    if shape[0] == ROWS and not any(map(symbols.mentions_rows, shape[1:])):
+        return laid_out(shape, 0)
+    return value
+
+
+class _Walk:
+    def __init__(self, model: OnnxModel) -> None:
+        self.symbols = Symbols()
+        self._model = model
+        self._left = MAX_OPERATORS
+        self._depth = 0
+        self._until = time.monotonic() + MAX_SECONDS
+
+    def walk_model(self) -> _Scope:
+        scope, graph = _Scope(), self._model.graph
+        for each in graph.inputs:
+            if each.name in graph.constants:
+                continue  # a default, and a request that gives another value runs alone
+            if not each.element or not each.shape or each.shape[0] != -1:
+                words = f"input {_show(each.name)} has no first dimension of any length"
+                scope.values[each.name] = Value(Kind.UNKNOWN, reason=words)
+                continue
+            rest = (length if length >= 0 else self.symbols.unknown() for length in each.shape[1:])
+            scope.values[each.name] = laid_out((ROWS, *rest), 0)
+        self._walk_graph(graph, scope, _Frame(self._model.opsets, lambda _: None))
+        return scope
+
+    def _walk_graph(self, graph: Graph, scope: _Scope, frame: _Frame) -> None:
+        for name, tensor in graph.constants.items():
+            scope.values[name] = from_tensor(self.symbols, tensor)
+        self._walk_nodes(graph.nodes, scope, frame)
+
+    def _walk_nodes(self, nodes: Sequence[OperatorNode], scope: _Scope, frame: _Frame) -> None:
+        for node in nodes:
+            self._left -= 1
+            if self._left < 0:
+                raise _TooLong(f"it has more than {MAX_OPERATORS:,} operators, with all rounds of its loops")
+            if self._left % 256 == 0 and time.monotonic() > self._until:
+                raise _TooLong(f"that takes longer than {MAX_SECONDS:.0f} s")
+            inputs = [scope.find(name) if name else None for name in node.inputs]
+            outputs = self._apply(node, inputs, scope, frame)
+            for name, value in zip(node.outputs, outputs, strict=False):
+                scope.values[name] = value
+
+    def _apply(
+        self, node: OperatorNode, inputs: Sequence[Value | None], scope: _Scope, frame: _Frame
+    ) -> Sequence[Value]:
+        """Return an operator's outputs, by the first of these that applies.
+
+        1. An input is coupled, or else unknown: so are all outputs.
+        2. The operator's rule finds a coupling, or is not sure.
+        3. The rule is not sure, but nothing comes from the rows: the outputs have nothing of them, either.
+        """
+        count = len(node.outputs)
+        for kind in (Kind.COUPLED, Kind.UNKNOWN):  # 1
+            for value in inputs:
+                if value is not None and value.kind is kind:
+                    return [value] * count
+        kinds = {value.kind for value in inputs if value is not None}
+        words, operator = "", _describe(node)
+        try:
+            made = self._evaluate(node, inputs, scope, frame)
+        except Coupling as coupling:  # 2
+            return [Value(Kind.COUPLED, reason=f"{operator} {coupling}")] * count
+        except NotKnown as problem:
+            words = str(problem)
+        except (TooManyFields, Unparsable):
+            raise
+        except ANY_FORM:
+            words = "it has a form that is not understood"
+        else:
+            words = self._find_defect(made, count)
+            if not words:
+                return made
+        is_known = node.domain in {"", "ai.onnx.ml"} and node.operator not in BODIES
+        if kinds <= {Kind.SAME} and is_known and inputs:  # 3
+            return [same()] * count
+        if kinds <= {Kind.SAME, Kind.COUNT} and is_known and inputs:
+            return [Value(Kind.COUNT)] * count
+        reason = f"it is not known whether {operator} keeps the rows apart: {words}"
+        return [Value(Kind.UNKNOWN, reason=reason)] * count
+
+    def _find_defect(self, made: Sequence[Value], count: int) -> str:
+        """Return why the outputs of a rule cannot be used; empty if they can.
+
+        Of ROWS only the axis of the rows, and of SAME no dimension, may mention N.
+        """
+        for value in made:
+            axis = value.axis if value.kind in LAID_OUT else None
+            lengths = value.shape if value.kind in {*LAID_OUT, Kind.SAME} else None
+            if any(at != axis and self.symbols.mentions_rows(each) for at, each in enumerate(lengths or ())):
+                return "a length depends on the number of rows"
+        return "" if len(made) >= count else "one of its outputs is not followed"
+
+    def _evaluate(
+        self, node: OperatorNode, inputs: Sequence[Value | None], scope: _Scope, frame: _Frame
+    ) -> Sequence[Value]:
+        def attribute(name: str) -> Any:
+            found = node.attribute(name)
+            return frame.attributes(found.name) if isinstance(found, Reference) else found
+
+        version = frame.opsets.get(node.domain, 1 if node.domain else 0)
+        line = TABLE.get(node.domain, {}).get(node.operator)
+        function = self._model.functions.get((node.domain, node.operator, node.overload))
+        if function is not None:
+            if node.domain in TABLE:
+                raise NotKnown("a function of the model has the name of a known operator")
+            return self._nested(lambda: self._call_function(function, inputs, attribute))
+        if version > NEWEST.get(node.domain, version):
+            raise NotKnown(f"operator set {version} is newer than those that are known")
+        body = BODIES.get(node.operator) if not node.domain else None
+        if body is not None:
+            call = Call(node, version, inputs, self.symbols, attribute)
+            return self._nested(lambda: body(self, call, scope, frame))
+        if line is None:
+            raise NotKnown("its definition is not among those that are known")
+        since = max((each for each in line.versions if each <= version), default=line.versions[0])
+        made = line.rule(Call(node, since, inputs, self.symbols, attribute))
+        return [made] if isinstance(made, Value) else made
+
+    def _nested(self, walk: Callable[[], Sequence[Value]]) -> Sequence[Value]:
+        if self._depth >= MAX_DEPTH:
+            raise _TooLong("its bodies and functions are nested too deeply")
+        self._depth += 1
+        try:
+            return walk()
+        finally:
+            self._depth -= 1
+
+    def _call_function(
+        self, function: Function, inputs: Sequence[Value | None], attribute: Callable[[str], Any]
+    ) -> Sequence[Value]:
+        def inner(name: str) -> Any:
+            found = attribute(name)
+            return function.defaults.attribute(name) if found is None else found
+
+        scope = _Scope()
+        for name, value in zip(function.inputs, inputs, strict=False):
+            if value is not None:
+                scope.values[name] = value
+        self._walk_nodes(function.nodes, scope, _Frame(function.opsets or self._model.opsets, inner))
+        return [scope.find(name) for name in function.outputs]
+
+    # Operators with bodies
+
+    def _body(self, call: Call, name: str) -> Graph:
+        graph = call.attribute(name)
+        if not isinstance(graph, Graph):
+            raise NotKnown("its body is missing")
+        return graph
+
+    def _walk_body(self, graph: Graph, given: Sequence[Value], scope: _Scope, frame: _Frame) -> list[Value]:
+        if len(graph.inputs) != len(given):
+            raise NotKnown("its body takes other inputs")
+        inner = _Scope(scope)
+        for each, value in zip(graph.inputs, given, strict=True):
+            inner.values[each.name] = value
+        self._walk_graph(graph, inner, frame)
+        return [inner.find(name) for name in graph.outputs]
+
+    def _if(self, call: Call, scope: _Scope, frame: _Frame) -> Sequence[Value]:
+        condition = call.input(0)
+        branches = [self._body(call, name) for name in ("then_branch", "else_branch")]
+        if condition.data is not None and not isinstance(condition.data.flat[0], Size):
+            return self._walk_body(branches[not condition.data.flat[0]], (), scope, frame)
+        if condition.kind is not Kind.SAME:
+            raise NotKnown("its condition is computed from the batch, or from the number of rows")
+        first, second = (self._walk_body(each, (), scope, frame) for each in branches)
+        return [self._either(call, *pair) for pair in zip(first, second, strict=True)]
+
+    def _either(self, call: Call, first: Value, second: Value) -> Value:
+        """Return a value that may be one or the other; a spoilt one spoils it."""
+        for kind in (Kind.COUPLED, Kind.UNKNOWN):
+            for value in (first, second):
+                if value.kind is kind:
+                    return value
+        return join(call, first, second)
+
+    def _loop(self, call: Call, scope: _Scope, frame: _Frame) -> Sequence[Value]:
+        """Walk a loop's body until its states stay the same.
+
+        1. The number of rounds, and the first condition, must not depend on the rows.
+        2. A state is what it is before the first round, or after any: the join of them.
+        3. The condition of further rounds must not depend on the rows, either.
+        4. Lengths that a round may change are not known after the loop.
+        """
+        graph = self._body(call, "body")
+        for at in (0, 1):  # 1
+            value = call.optional(at)
+            if value is not None and value.kind is not Kind.SAME:
+                raise NotKnown("the number of its rounds is computed from the batch")
+        states = [call.input(at) for at in range(2, len(call.inputs))]
+        count = len(states)
+        widened = set[Number]()
+        for _ in range(MAX_ROUNDS):
+            results = self._walk_body(graph, [same(()), same(()), *states], scope, frame)
+            if len(results) < count + 1:
+                raise NotKnown("its body returns too little")
+            joined = [
+                self._widen(call, *pair, widened) for pair in zip(states, results[1:], strict=False)
+            ]  # 2
+            if all(map(_is_equal, states, joined)):
+                break
+            states = joined
+        else:
+            raise NotKnown("its states change in each round")
+        condition = results[0]
+        if condition.kind in SPOILT:  # 3
+            return [condition] * len(call.node.outputs)
+        if condition.kind is not Kind.SAME:
+            raise NotKnown("whether it goes on is computed from the batch")
+        rounds = self.symbols.unknown()
+        stacked = [_stack(self._forget(each, widened), 0, rounds) for each in results[count + 1 :]]  # 4
+        return [*(self._forget(each, widened) for each in states), *stacked]
+
+    def _widen(self, call: Call, old: Value, new: Value, widened: set[Number]) -> Value:
+        """Join a state with that of the next round; lengths that differ become one symbol each."""
+        if old.kind is Kind.SEQUENCE and new.kind is Kind.SEQUENCE:
+            if old.items is None or new.items is None:
+                return new if old.items is None else old
+            return replace(old, items=self._widen(call, old.items, new.items, widened))
+        made = self._either(call, old, new)
+        if made.shape is None or old.shape is None or made.kind in SPOILT:
+            return made
+        lengths = list(made.shape)
+        for at, (before, after) in enumerate(zip(old.shape, made.shape, strict=True)):
+            if before in widened:
+                lengths[at] = before
+            elif before != after:
+                widened.add(after)
+        return replace(made, shape=tuple(lengths))
+
+    def _forget(self, value: Value, widened: set[Number]) -> Value:
+        """Return a value after a loop: lengths that mention those of one round are not known."""
+        if value.items is not None:
+            return replace(value, items=self._forget(value.items, widened))
+        if value.shape is None or value.kind in SPOILT:
+            return value
+        changing = {symbol for each in widened for term in each.terms for symbol in term}
+        mentions = [
+            isinstance(each, Size) and bool(self.symbols.mentioned(each) & changing) for each in value.shape
+        ]
+        if value.kind is not Kind.SAME and mentions[value.axis]:
+            raise NotKnown("the rows lie in another order in each round")
+        lengths = [
+            self.symbols.unknown() if each else old for each, old in zip(mentions, value.shape, strict=True)
+        ]
+        return replace(value, shape=tuple(lengths), data=None if any(mentions) else value.data)
+
+    def _scan(self, call: Call, scope: _Scope, frame: _Frame) -> Sequence[Value]:
+        """Walk a scan's body: as a loop, which takes parts of some inputs along an axis."""
+        if frame.opsets.get("", 0) < 9:  # it had another meaning
+            raise NotKnown("an old form of this operator")
+        graph = self._body(call, "body")
+        scanned = call.attribute("num_scan_inputs", 0)
+        count = len(call.inputs) - scanned
+        states = [call.input(at) for at in range(count)]
+        axes = call.attribute("scan_input_axes", (0,) * scanned)
+        parts = [
+            self._part(call, call.rows_of(call.input(count + at)), axes[at], bool(states))
+            for at in range(scanned)
+        ]
+        widened = set[Number]()
+        for _ in range(MAX_ROUNDS):
+            results = self._walk_body(graph, [*states, *parts], scope, frame)
+            joined = [self._widen(call, *pair, widened) for pair in zip(states, results, strict=False)]
+            if all(map(_is_equal, states, joined)):
+                break
+            states = joined
+        else:
+            raise NotKnown("its states change in each round")
+        outputs = results[count:]
+        places = call.attribute("scan_output_axes", (0,) * len(outputs))
+        rounds = self.symbols.unknown()
+        pairs = zip(outputs, places, strict=True)
+        stacked = [_stack(self._forget(each, widened), at, rounds) for each, at in pairs]
+        return [*(self._forget(each, widened) for each in states), *stacked]
+
+    def _map(self, call: Call, scope: _Scope, frame: _Frame) -> Sequence[Value]:
+        """Walk the body of a SequenceMap: on each element of its sequences."""
+        given = [call.input(at) for at in range(len(call.inputs))]
+        if any(value.kind is Kind.SEQUENCE and value.items is None for value in given):
+            raise NotKnown("a sequence without elements")
+        elements = [value if value.items is None else value.items for value in given]
+        results = self._walk_body(self._body(call, "body"), elements, scope, frame)
+        return [value if value.kind in SPOILT else replace(EMPTY, items=value) for value in results]
+
+    def _part(self, call: Call, value: Value, axis: int, has_states: bool) -> Value:  # noqa: FBT001
+        """Return what one round takes of an input."""
+        old = shape_of(value)
+        at = call.axis(axis, len(old))
+        rest = (*old[:at], *old[at + 1 :])
+        if value.kind is Kind.SAME:
+            return same(rest)
+        if value.axis == at and has_states:
+            raise Coupling(f"carries a state along axis {at}, along which the rows lie")
+        if value.kind is not Kind.ROWS or value.axis == at:
+            raise NotKnown(f"its rounds go along axis {at}, along which the rows lie")
+        return laid_out(rest, value.axis - (at < value.axis), value.outer, value.inner)
+
+
+BODIES: Mapping[str, Callable[[_Walk, Call, _Scope, _Frame], Sequence[Value]]] = {
+    "SequenceMap": _Walk._map,  # noqa: SLF001
+    "If": _Walk._if,  # noqa: SLF001
+    "Loop": _Walk._loop,  # noqa: SLF001
+    "Scan": _Walk._scan,  # noqa: SLF001
+}
+"""Operators of ONNX that have bodies."""
+
+
+def _stack(value: Value, axis: int, rounds: Number) -> Value:
+    """Return what the rounds of a loop return, along a new axis."""
+    if value.kind in SPOILT:
+        return value
+    if value.shape is None:
+        return Value(value.kind)
+    at = axis % (len(value.shape) + 1)
+    made = (*value.shape[:at], rounds, *value.shape[at:])
+    if value.kind is Kind.SAME:
+        return same(made)
+    if value.kind is not Kind.ROWS:
+        raise NotKnown("it returns numbers that depend on the number of rows")
+    return laid_out(made, value.axis + (at <= value.axis), value.outer, value.inner)
+
+
+def _is_equal(first: Value, second: Value) -> bool:
+    if first.items is not None or second.items is not None:
+        return first.items is not None and second.items is not None and _is_equal(first.items, second.items)
+    parts = [(each.kind, each.shape, each.axis, each.outer, each.inner) for each in (first, second)]
+    if parts[0] != parts[1] or (first.data is None) != (second.data is None):
+        return False
+    return first.data is None or list(first.data.flat) == list(second.data.flat)
+
+
+def _describe(node: OperatorNode) -> str:
+    operator = f"{node.domain}.{node.operator}" if node.domain else node.operator
+    return f"{_clip(operator)} ({_show(node.name or next(iter(node.outputs), ''))})"
+
+
+def _show(name: str) -> str:
+    return repr(_clip(name))
+
+
+def _clip(name: str) -> str:
+    text = name.encode("utf-8", "replace").decode()
+    return text if len(text) <= MAX_NAME else f"{text[:MAX_NAME]}…"
