@@ -5,11 +5,11 @@ rule that `operators` names for each operator, and returns a `judgement`.
 
 To change:
 
-- what is known of a tensor, and what a rule is given: `values`; lengths and shapes that a graph computes: `sizes`
-- an operator, or a new version of one: its line in `operators`, and its rule: element by element (`elements`),
-  shapes and axes (`shapes`), selection (`selection`), joining and repeating (`joining`), along axes (`axes`), layers
-  of networks (`layers`), sequences (`sequences`), `ai.onnx.ml` and ONNX Runtime's own (`contributed`)
+- what is known of a tensor, and what a rule is given: `values`; lengths that a graph computes: `sizes`
+- an operator, or a new version of one: its line in `operators`, and its rule: by element (`elements`),
+  shapes and axes (`shapes`), selection (`selection`), joining, repeating (`joining`), along axes (`axes`),
+  layers of networks (`layers`), sequences (`sequences`), `ai.onnx.ml` and ONNX Runtime's own (`contributed`)
 - bodies of If, Loop and Scan, functions, bounds, reasons: `walk`
 
-It has numpy, and nothing of `onnx` or ONNX Runtime: a worker runs it beside the model, and `check` without one.
+It needs numpy, and neither `onnx` nor ONNX Runtime: a worker runs it beside its model, `check` without one.
 """
