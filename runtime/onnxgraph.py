@@ -12,10 +12,11 @@ import os
 import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from runtime.errors import LoadRefused
@@ -83,8 +84,7 @@ class TypedName(NamedTuple):
     shape: tuple[int, ...] | None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class OperatorNode:
+class OperatorNode(msgspec.Struct, frozen=True, eq=False):
     """An operator: its names of inputs and outputs, "" for one that is left out, and its attributes.
 
     An attribute is a number, text (bytes), `ConstantTensor`, `Graph`, `Reference`, or a tuple of numbers or
@@ -99,7 +99,7 @@ class OperatorNode:
     overload: str
     _places: Mapping[str, tuple[int, int]]
     _file: "_GraphReader"
-    _known: dict[str, Any] = field(default_factory=dict)
+    _known: dict[str, Any] = {}
 
     def attribute(self, name: str) -> Any:
         """Return an attribute's value; None if the operator does not have it, or its list is too long.
@@ -263,26 +263,22 @@ class _GraphReader:
         return Graph(nodes, inputs, outputs, constants)
 
     def _read_node(self, begin: int, stop: int) -> OperatorNode:
+        data, offset = (self._data[begin:stop], begin) if stop - begin <= SHORT_BYTES else (self._data, 0)
         inputs, outputs, attributes = list[str](), list[str](), dict[str, tuple[int, int]]()
-        operator = domain = name = overload = ""
+        texts = {3: "", 4: "", 7: "", 8: ""}
         for number, start, end, _ in self._fields.read_all(begin, stop):
-            if start < 0:
-                continue
             if number == 5:
                 attributes[self._attribute_name(start, end)] = start, end
             elif number == 1:
-                inputs.append(self._text(start, end))
+                inputs.append(_text(data, start - offset, end - offset))
             elif number == 2:
-                outputs.append(self._text(start, end))
-            elif number == 3:
-                name = self._text(start, end)
-            elif number == 4:
-                operator = self._text(start, end)
-            elif number == 7:
-                domain = normalise_domain(self._text(start, end))
-            elif number == 8:
-                overload = self._text(start, end)
-        return OperatorNode(operator, domain, name, inputs, outputs, overload, attributes, self)
+                outputs.append(_text(data, start - offset, end - offset))
+            elif number in texts:
+                texts[number] = _text(data, start - offset, end - offset)
+        name, operator, domain, overload = texts.values()
+        return OperatorNode(
+            operator, normalise_domain(domain), name, inputs, outputs, overload, attributes, self
+        )
 
     def _attribute_name(self, begin: int, stop: int) -> str:
         """Return an attribute's name, which exporters write first; a second one counts, as in protobuf."""
@@ -292,13 +288,29 @@ class _GraphReader:
                 position = end
                 if number == 1 and start >= 0:
                     name = self._text(start, end)
-                if number in _REPEATED and stop - position > SHORT_BYTES:
+                if stop - position <= SHORT_BYTES:
+                    continue
+                if number == 7:
+                    position = self._skip_floats(position, stop)
+                    break
+                if number in _REPEATED:
                     position = self._skip_list(_REPEATED[number], position, stop)
                     break
         return name
 
+    def _skip_floats(self, position: int, stop: int) -> int:
+        """Return the end of a list of floats: all elements are as long, so that every fifth byte is a tag."""
+        while position < stop:
+            window = min(stop, position + FLOATS_WINDOW_BYTES)
+            tags = self._data[position:window:FLOAT_FIELD_BYTES]
+            count = len(tags) - len(tags.lstrip(_FLOAT_TAG))
+            position += count * FLOAT_FIELD_BYTES
+            if count < len(tags):
+                break
+        return position
+
     def _skip_list(self, elements: re.Pattern[bytes], position: int, stop: int) -> int:
-        """Return the end of a list whose elements have the same tag."""
+        """Return the end of a list of integers or texts, whose elements have the same tag."""
         while position < stop:
             found = elements.match(self._data, position, min(stop, position + LIST_WINDOW_BYTES))
             if found is None or found.end() == position:
@@ -451,28 +463,37 @@ class _GraphReader:
         return max(length, -1)
 
     def _text(self, start: int, end: int) -> str:
-        if start < 0:
-            raise Unparsable("a number in place of a text")
-        return bytes(self._data[start:end]).decode("utf-8", "surrogateescape")
+        return _text(self._data, start, end)
 
 
 def _list_pattern(tag: bytes, element: bytes) -> re.Pattern[bytes]:
     return re.compile(b"(?:" + re.escape(tag) + element + b")*", re.DOTALL)
 
 
+FLOAT_FIELD_BYTES, FLOATS_WINDOW_BYTES = 5, 5 * 2**16
+"""Bytes of a float in a list, with its tag, and of a list that are read at a time."""
+_FLOAT_TAG = b"\x3d"
 _NUMBER = rb"[\x80-\xff]{0,9}[\x00-\x7f]"
 _REPEATED: Mapping[int, re.Pattern[bytes]] = {
-    7: _list_pattern(b"\x3d", b".{4}"),
     8: _list_pattern(b"\x40", _NUMBER),
     9: _list_pattern(
         b"\x4a", b"(?:" + b"|".join(b"%b.{%d}" % (re.escape(bytes([n])), n) for n in range(128)) + b")"
     ),
 }
-"""Patterns of an attribute's lists of floats, integers and texts."""
+"""Patterns of an attribute's lists of integers and texts."""
 _KINDS = {2: 1, 3: 2, 4: 3, 5: 4, 6: 5, 7: 6, 8: 7, 9: 8}
 """AttributeType by the field that has the value."""
 _VALUES = {4, 5, 6, 7, 9, 10, 11}
 """Fields of a tensor that have its values."""
+
+
+def _text(data: mmap.mmap | bytes, start: int, end: int) -> str:
+    if start < 0:
+        raise Unparsable("a number in place of a text")
+    try:
+        return data[start:end].decode()
+    except UnicodeDecodeError:  # protobuf takes it
+        return data[start:end].decode("utf-8", "surrogateescape")
 
 
 def _signed(value: int) -> int:

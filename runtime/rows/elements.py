@@ -9,7 +9,6 @@ import numpy as np
 
 from runtime.rows.sizes import Number, Size, Symbols
 from runtime.rows.values import (
-    LAID_OUT,
     MAX_DATA,
     Call,
     Coupling,
@@ -18,6 +17,7 @@ from runtime.rows.values import (
     Value,
     from_data,
     laid_out,
+    moved,
     same,
     shape_of,
 )
@@ -40,67 +40,70 @@ def elementwise(call: Call) -> Value:
 def broadcast(call: Call, values: Sequence[Value]) -> Value:
     """Return how a result depends on the rows whose elements come from elements at the same place.
 
+    The first that applies:
+
+    1. Nothing has rows, or one number fills all that mentions N: so it is with the result.
+    2. The number of rows, or their positions, become an operand. Exporters of PyTorch broadcast indices by a
+       Max, of which only the shape is used.
+    3. All inputs have rows in the same way and are of one shape.
+    4. Rows lie along the same axis, counted from the end, and in the same order. An input without rows has a
+       dimension of 1 there, or none, or is filled with one number.
+
     Raises:
         Coupling: rows of one tensor meet rows of another, or the number of rows becomes an operand.
         NotKnown: dimensions are not known, or meet the rows without being 1.
     """
-    kinds = {value.kind for value in values}
-    if kinds == {Kind.SAME}:
+    kinds, first = {value.kind for value in values}, values[0]
+    if kinds == {Kind.SAME}:  # 1
         if any(value.shape is None for value in values):
             return same()
         return same(broadcast_shapes(call, [shape_of(value) for value in values]))
-    if Kind.INDEX in kinds and kinds <= {Kind.SAME, Kind.FILL, Kind.INDEX, Kind.COUNT}:
-        # Exporters of PyTorch broadcast indices by a Max, of which only the shape is used.
+    if kinds <= {Kind.SAME, Kind.FILL} and all(map(_is_one_number, values)):
+        return call.filled(broadcast_shapes(call, [shape_of(value) for value in values]))
+    if Kind.INDEX in kinds and kinds <= {Kind.SAME, Kind.FILL, Kind.INDEX, Kind.COUNT}:  # 2
         return Value(Kind.COUNT, tuple(broadcast_shapes(call, [shape_of(value) for value in values])))
     if kinds & {Kind.INDEX, Kind.TUPLES}:
         raise NotKnown("it computes with the positions of rows in the batch")
     if kinds <= {Kind.SAME, Kind.COUNT}:
-        return Value(Kind.COUNT, None)
-    for value in values:
-        if value.kind is Kind.COUNT:
-            if value.data is None:
-                raise NotKnown("an input is computed from the number of rows")
-            raise Coupling("uses the number of rows as a number")
-    if kinds <= {Kind.SAME, Kind.FILL}:
-        shapes = [shape_of(value) for value in values]
-        if all(value.kind is Kind.FILL or math.prod(map(_one_or_zero, shape_of(value))) for value in values):
-            return call.filled(broadcast_shapes(call, shapes))
-    values = [call.rows_of(value) if Kind.ROWS not in kinds else value for value in values]
+        return Value(Kind.COUNT)
+    if Kind.COUNT in kinds:
+        if any(value.kind is Kind.COUNT and value.data is None for value in values):
+            raise NotKnown("an input is computed from the number of rows")
+        raise Coupling("uses the number of rows as a number")
+    if kinds == {Kind.ROWS} and all(_is_alike(value, first) for value in values):  # 3
+        return moved(first, shape_of(first), first.axis)
+    if Kind.ROWS not in kinds:  # 4
+        values = [call.rows_of(value) for value in values]
     shapes = [shape_of(value) for value in values]
     rank = max(map(len, shapes))
-    rows = [value for value in values if value.kind in LAID_OUT]
-    first, place = rows[0], rank - len(shape_of(rows[0])) + rows[0].axis
-    for value in rows:
-        if rank - len(shape_of(value)) + value.axis != place:
+    # Each input's shape as if it had all dimensions of the result, and where its rows lie in it.
+    spread = [[1] * (rank - len(shape)) + list(shape) for shape in shapes]
+    places = [rank - len(shape) + value.axis for value, shape in zip(values, shapes, strict=True)]
+    at = next(at for at, value in enumerate(values) if value.kind is Kind.ROWS)
+    rows, place = values[at], places[at]
+    for value, shape, where in zip(values, spread, places, strict=True):
+        if value.kind is Kind.ROWS and where != place:
             raise Coupling(f"pairs rows along axis {place} with rows along another axis")
-        if not call.has_layout(value, first):
+        if value.kind is Kind.ROWS and not call.has_layout(value, rows):
             raise NotKnown("rows lie in different order in its inputs")
-    length = shape_of(first)[first.axis]
-    for value, shape in zip(values, shapes, strict=True):
-        at = place - (rank - len(shape))
-        if value.kind in LAID_OUT or at < 0 or _is_one(shape[at]):
-            continue
-        if value.kind is not Kind.FILL or shape[at] != length:
+        fits = value.kind is Kind.ROWS or (value.kind is Kind.FILL and shape[place] == spread[at][place])
+        if not fits and shape[place] != 1:
             raise NotKnown(
-                f"an input without rows has a dimension of {show(shape[at])} where others have rows"
+                f"an input without rows has a dimension of {show(shape[place])} where others have rows"
             )
-    for at in range(rank):
-        if at != place and any(_mentions(call, shape, at - (rank - len(shape))) for shape in shapes):
+        if any(call.symbols.mentions_rows(each) for axis, each in enumerate(shape) if axis != place):
             raise NotKnown("an input has the number of rows in several dimensions")
-    made = broadcast_shapes(call, shapes)
-    return laid_out(made, place, first.outer, first.inner)
+    return moved(rows, broadcast_shapes(call, shapes), place)
 
 
-def _mentions(call: Call, shape: Sequence[Number], at: int) -> bool:
-    return at >= 0 and call.symbols.mentions_rows(shape[at])
+def _is_one_number(value: Value) -> bool:
+    return value.kind is Kind.FILL or (value.shape is not None and all(each == 1 for each in value.shape))
 
 
-def _is_one(length: Number) -> bool:
-    return not isinstance(length, Size) and bool(length == 1)
-
-
-def _one_or_zero(length: Number) -> int:
-    return int(_is_one(length))
+def _is_alike(value: Value, other: Value) -> bool:
+    """Whether two tensors with rows have the same shape and layout."""
+    same_layout = value.outer == other.outer and value.inner == other.inner
+    return value.shape == other.shape and value.axis == other.axis and same_layout
 
 
 def show(length: Number) -> str:
@@ -115,7 +118,7 @@ def broadcast_shapes(call: Call, shapes: Sequence[Sequence[Number]]) -> list[Num
         lengths = [shape[at - rank + len(shape)] for shape in shapes if at - rank + len(shape) >= 0]
         kept: list[Number] = []
         for each in lengths:
-            if not _is_one(each) and each not in kept:
+            if each != 1 and each not in kept:
                 kept.append(each)
         whole = [each for each in kept if not isinstance(each, Size)]
         if len(kept) <= 1:
@@ -249,7 +252,7 @@ def einsum(call: Call) -> Value:
     for value, term in zip(values, terms, strict=True):
         if term.count(letter) > (value.kind is Kind.ROWS):
             at = term.index(letter)
-            if value.kind is Kind.ROWS or not _is_one(shape_of(value)[at]):
+            if value.kind is Kind.ROWS or shape_of(value)[at] != 1:
                 raise NotKnown(f"an equation that repeats the letter of the rows ({equation})")
     if right.count(letter) != 1:
         raise Coupling(f"sums over the rows ({equation})")

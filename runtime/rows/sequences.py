@@ -1,6 +1,6 @@
 """Rules of sequences of tensors, which exporters write for lists: all elements are treated as one tensor."""
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from runtime.rows.values import Call, Kind, NotKnown, Value, laid_out, moved, same, shape_of
 

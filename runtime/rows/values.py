@@ -5,10 +5,10 @@ belongs to row n. So a batch of sequences stays visible when a graph joins and s
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from enum import Enum
+from enum import IntEnum, auto
 from typing import Any, NoReturn
 
+import msgspec
 import numpy as np
 
 from runtime.onnxgraph import ConstantTensor, OperatorNode
@@ -18,7 +18,7 @@ MAX_DATA = 512
 """Elements of a tensor that are followed one by one: shapes, scales, axes and index lists are shorter."""
 
 
-class Kind(Enum):
+class Kind(IntEnum):
     """How a tensor depends on the rows.
 
     - SAME: not at all; its shape does not mention N either.
@@ -32,15 +32,15 @@ class Kind(Enum):
     - COUPLED: a row's part depends on other rows.
     """
 
-    SAME = "same"
-    FILL = "fill"
-    ROWS = "rows"
-    INDEX = "index"
-    TUPLES = "tuples"
-    COUNT = "count"
-    SEQUENCE = "sequence"
-    UNKNOWN = "unknown"
-    COUPLED = "coupled"
+    SAME = auto()
+    FILL = auto()
+    ROWS = auto()
+    INDEX = auto()
+    TUPLES = auto()
+    COUNT = auto()
+    SEQUENCE = auto()
+    UNKNOWN = auto()
+    COUPLED = auto()
 
 
 LAID_OUT = {Kind.ROWS, Kind.INDEX, Kind.TUPLES}
@@ -48,8 +48,7 @@ LAID_OUT = {Kind.ROWS, Kind.INDEX, Kind.TUPLES}
 SPOILT = {Kind.UNKNOWN, Kind.COUPLED}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Value:
+class Value(msgspec.Struct, frozen=True, eq=False):
     """A tensor of a run.
 
     Attributes:

@@ -23,9 +23,11 @@ nested bodies, and the seconds are bounded, and beyond a bound nothing is known.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from msgspec.structs import replace
 
 from runtime.onnxfields import TooManyFields, Unparsable
 from runtime.onnxgraph import Function, Graph, GraphFile, OnnxModel, OperatorNode, Reference
@@ -216,16 +218,14 @@ class _Walk:
         3. The rule is not sure, but nothing comes from the rows: the outputs have nothing of them, either.
         """
         count = len(node.outputs)
-        for kind in (Kind.COUPLED, Kind.UNKNOWN):  # 1
-            for value in inputs:
-                if value is not None and value.kind is kind:
-                    return [value] * count
-        kinds = {value.kind for value in inputs if value is not None}
-        words, operator = "", _describe(node)
+        spoilt = [value for value in inputs if value is not None and value.kind in SPOILT]
+        if spoilt:  # 1
+            coupled = [value for value in spoilt if value.kind is Kind.COUPLED]
+            return [(coupled or spoilt)[0]] * count
         try:
             made = self._evaluate(node, inputs, scope, frame)
         except Coupling as coupling:  # 2
-            return [Value(Kind.COUPLED, reason=f"{operator} {coupling}")] * count
+            return [Value(Kind.COUPLED, reason=f"{_describe(node)} {coupling}")] * count
         except NotKnown as problem:
             words = str(problem)
         except (TooManyFields, Unparsable):
@@ -236,12 +236,13 @@ class _Walk:
             words = self._find_defect(made, count)
             if not words:
                 return made
+        kinds = {value.kind for value in inputs if value is not None}
         is_known = node.domain in {"", "ai.onnx.ml"} and node.operator not in BODIES
         if kinds <= {Kind.SAME} and is_known and inputs:  # 3
             return [same()] * count
         if kinds <= {Kind.SAME, Kind.COUNT} and is_known and inputs:
             return [Value(Kind.COUNT)] * count
-        reason = f"it is not known whether {operator} keeps the rows apart: {words}"
+        reason = f"it is not known whether {_describe(node)} keeps the rows apart: {words}"
         return [Value(Kind.UNKNOWN, reason=reason)] * count
 
     def _find_defect(self, made: Sequence[Value], count: int) -> str:
@@ -251,9 +252,11 @@ class _Walk:
         """
         for value in made:
             axis = value.axis if value.kind in LAID_OUT else None
-            lengths = value.shape if value.kind in {*LAID_OUT, Kind.SAME} else None
-            if any(at != axis and self.symbols.mentions_rows(each) for at, each in enumerate(lengths or ())):
-                return "a length depends on the number of rows"
+            if value.shape is None or not (axis is not None or value.kind is Kind.SAME):
+                continue
+            for at, each in enumerate(value.shape):
+                if isinstance(each, Size) and at != axis and self.symbols.mentions_rows(each):
+                    return "a length depends on the number of rows"
         return "" if len(made) >= count else "one of its outputs is not followed"
 
     def _evaluate(

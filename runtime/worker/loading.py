@@ -32,7 +32,7 @@ ROWS_DEPEND = (
     ' max_batch_size 0, or with dependent_rows "allow" if such answers will do'
 )
 NO_FILE = "there is no file of the model to read its operators from"
-NO_MEMORY = "there is not enough memory to read its operators"
+NOT_READ = "its operators cannot be read"
 OnStage = Callable[[LoadStage], None]
 
 
@@ -97,8 +97,8 @@ def _judge_rows(order: Load, file: Path | None) -> Judgement:
     """
     try:
         judged = Judgement("unknown", NO_FILE) if file is None else judge_rows(file)
-    except MemoryError:  # the model fits, and is loaded without joined requests
-        judged = Judgement("unknown", NO_MEMORY)
+    except (MemoryError, OSError) as error:  # the model fits all the same, and is loaded without batches
+        judged = Judgement("unknown", f"{NOT_READ}: {str(error) or 'memory is short'}")
     if judged.verdict == "dependent" and order.rows_required and not order.dependent_rows:
         raise LoadRefused("rows_depend", ROWS_DEPEND.format(judged.reason))
     return Judgement(judged.verdict, plain_text(judged.reason, MAX_REASON_CHARACTERS))
