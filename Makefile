@@ -38,7 +38,7 @@ soak: install
 	SOAK=all $(BIN)/pytest tests/events
 
 SOAKS := runtime/scheduler/test_simulation nodes/test_cluster_simulation runtime/store/test_store \
-	runtime/consumer/test_provenance \
+	runtime/consumer/test_provenance runtime/rows/test_random_graphs \
 	$(addprefix system/test_,bench many_models cycles killed_servers cluster tails)
 
 # Attacks on a server with a good model, in their long forms: some minutes each, with figures.
