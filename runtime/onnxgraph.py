@@ -49,8 +49,8 @@ ELEMENTS: Mapping[int, str] = {
     13: "<u8",
 }
 """numpy's types of ONNX's element types, without texts, complex numbers, and those that numpy lacks."""
-STRING = 8
-"""ONNX's element type of texts."""
+FLOAT, INT32, INT64, BOOL = 1, 6, 7, 9
+"""ONNX's element types of numbers that are computed with as shapes, scales and conditions are."""
 
 
 class ConstantTensor(NamedTuple):

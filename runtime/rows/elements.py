@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime.onnxgraph import BOOL, FLOAT, INT32, INT64
 from runtime.rows.sizes import Number, Size, Symbols
 from runtime.rows.values import (
     MAX_DATA,
@@ -21,11 +22,6 @@ from runtime.rows.values import (
     same,
     shape_of,
 )
-
-INTEGERS = {2, 3, 4, 5, 6, 7, 12, 13}
-"""ONNX's element types of whole numbers."""
-FLOATS = {1, 10, 11, 16}
-BOOL = 9
 
 
 def elementwise(call: Call) -> Value:
@@ -150,19 +146,21 @@ def cast(call: Call) -> Value:
     if isinstance(to, bytes):  # version 1 names the type
         raise NotKnown("an old form of this operator")
     if value.data is not None:
-        if to in INTEGERS:
+        if to in {INT32, INT64}:
             data = _map(lambda each: _whole(call.symbols, each), value.data)
             return from_data(call.symbols, data)
-        if to in FLOATS:
+        if to == FLOAT:
             floats = _map(lambda each: each if isinstance(each, Size) else float(each), value.data)
             return from_data(call.symbols, floats, is_real=True)
         if to == BOOL and not any(isinstance(each, Size) for each in value.data.flat):
             return from_data(call.symbols, _map(bool, value.data))
     if value.kind is Kind.INDEX:
-        return value if to in {6, 7} else Value(Kind.COUNT, value.shape)
-    if value.kind is Kind.TUPLES and to in {6, 7}:
+        return value if to in {INT32, INT64} else Value(Kind.COUNT, value.shape)
+    if value.kind is Kind.TUPLES and to in {INT32, INT64}:
         return value
-    return Value(value.kind, value.shape) if value.kind is Kind.COUNT else keep_shape(call.with_inputs(0))
+    if value.kind in {Kind.SAME, Kind.COUNT}:
+        return Value(value.kind, value.shape)
+    return keep_shape(call.with_inputs(0))
 
 
 def cast_like(call: Call) -> Value:
@@ -178,17 +176,8 @@ def _whole(symbols: Symbols, number: Number) -> Number:
     return int(number)
 
 
-def clip(call: Call) -> Value:
-    """Clip, whose limits are scalars."""
-    return elementwise(call)
-
-
 def prelu(call: Call) -> Value:
     return broadcast(call, call.given())
-
-
-def where(call: Call) -> Value:
-    return elementwise(call)
 
 
 def dropout(call: Call) -> list[Value]:

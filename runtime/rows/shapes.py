@@ -67,7 +67,8 @@ def constant_of_shape(call: Call) -> Value:
     fill = call.attribute("value")
     element: Any = 0.0
     if isinstance(fill, ConstantTensor):
-        element = None if fill.values is None else fill.values.reshape(-1)[0].item()
+        data = from_tensor(call.symbols, fill).data
+        element = None if data is None else data.flat[0]
     if element is not None and are_known(lengths) and math.prod(lengths) <= MAX_DATA:
         data = np.full(lengths, element, dtype=object)
         return from_data(call.symbols, data, is_real=isinstance(element, float))

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import msgspec
 import numpy as np
 
-from runtime.onnxgraph import ConstantTensor, OperatorNode
+from runtime.onnxgraph import BOOL, FLOAT, INT32, INT64, ConstantTensor, OperatorNode
 from runtime.rows.sizes import ROWS, Number, Symbols
 
 MAX_DATA = 512
@@ -92,9 +92,12 @@ def from_data(symbols: Symbols, data: Any, *, is_real: bool = False) -> Value:
 
 
 def from_tensor(symbols: Symbols, tensor: ConstantTensor) -> Value:
-    """Return a constant of the file."""
+    """Return a constant of the file.
+
+    Its elements are followed in the types in which exporters compute shapes; others overflow or round.
+    """
     values = tensor.values
-    if values is None or values.size > MAX_DATA:
+    if values is None or values.size > MAX_DATA or tensor.element not in {FLOAT, INT32, INT64, BOOL}:
         return same(tensor.shape)
     data = np.empty(values.shape, dtype=object)
     data[...] = np.array(values.tolist(), dtype=object).reshape(values.shape)
