@@ -53,6 +53,10 @@ FLOAT, INT32, INT64, BOOL = 1, 6, 7, 9
 """ONNX's element types of numbers that are computed with as shapes, scales and conditions are."""
 
 
+LONG = object()
+"""The value of an attribute with a list that is not read."""
+
+
 class ConstantTensor(NamedTuple):
     """A constant.
 
@@ -102,7 +106,7 @@ class OperatorNode(msgspec.Struct, frozen=True, eq=False):
     _known: dict[str, Any] = {}
 
     def attribute(self, name: str) -> Any:
-        """Return an attribute's value; None if the operator does not have it, or its list is too long.
+        """Return an attribute's value; None if the operator does not have it, LONG if its list is too long.
 
         Raises:
             Unparsable, TooManyFields: as for `read_model`.
@@ -329,21 +333,24 @@ class _GraphReader:
             elif number in {2, 3, 4}:
                 scalars[number] = self._scalar(number, start, end, value)
             elif number in {5, 6}:
-                scalars[number] = start, end
+                scalars[number] = None
             elif number in {7, 8, 9}:
                 if is_long:
-                    return None
+                    return LONG
                 lists.setdefault(number, []).extend(self._elements(number, start, end, value))
         if reference:
             return Reference(reference)
         if not kind:  # files of IR version 1 have no type
+            if len(scalars) + len(lists) > 1:
+                raise Unparsable("an attribute with several values")
             kind = _KINDS.get(next(iter((*scalars, *lists)), 0), 0)
         if kind in {1, 2, 3}:
             empty: Any = b"" if kind == 3 else 0
             return scalars.get(kind + 1, empty)
-        if kind in {4, 5} and kind + 1 in scalars:
-            read = self._read_graph if kind == 5 else lambda *place: self._read_tensor(*place)[1]
-            return read(*scalars[kind + 1])
+        message = self._only(kind + 1, begin, stop) if kind in {4, 5} else None
+        if message is not None:
+            place = message.start, message.next
+            return self._read_graph(*place) if kind == 5 else self._read_tensor(*place)[1]
         return tuple(lists.get(kind + 1, ())) if kind in {6, 7, 8} else None
 
     def _scalar(self, number: int, start: int, end: int, value: int) -> Any:
@@ -439,21 +446,28 @@ class _GraphReader:
         for number, start, end, _ in self._fields.read_all(begin, stop):
             if number == 1:
                 name = self._text(start, end)
-            elif number == 2 and start >= 0:
-                for kind, at, after, _ in self._fields.read_all(start, end):
-                    if kind == 1 and at >= 0:
-                        element, shape = self._read_type(at, after)
+        kind = self._only(2, begin, stop)
+        tensor = None if kind is None else self._only(1, kind.start, kind.next)
+        if tensor is not None:
+            for number, _, _, value in self._fields.read_all(tensor.start, tensor.next):
+                if number == 1:
+                    element = value
+            dimensions = self._only(2, tensor.start, tensor.next)
+            if dimensions is not None:
+                places = self._fields.read_all(dimensions.start, dimensions.next)
+                shape = tuple(
+                    self._read_dimension(each.start, each.next) for each in places if each.number == 1
+                )
         return TypedName(name, element, shape)
 
-    def _read_type(self, begin: int, stop: int) -> tuple[int, tuple[int, ...] | None]:
-        element, shape = 0, None
-        for number, start, end, value in self._fields.read_all(begin, stop):
-            if number == 1:
-                element = value
-            elif number == 2 and start >= 0:
-                dimensions = [place for place in self._fields.read_all(start, end) if place.number == 1]
-                shape = tuple(self._read_dimension(each.start, each.next) for each in dimensions)
-        return element, shape
+    def _only(self, number: int, begin: int, stop: int) -> Field | None:
+        """Return the only message with this number; protobuf would join several, which no exporter writes."""
+        found = [
+            each for each in self._fields.read_all(begin, stop) if each.number == number and each.start >= 0
+        ]
+        if len(found) > 1:
+            raise Unparsable("a message in several parts")
+        return found[0] if found else None
 
     def _read_dimension(self, begin: int, stop: int) -> int:
         length = -1

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import msgspec
 import numpy as np
 
-from runtime.onnxgraph import BOOL, FLOAT, INT32, INT64, ConstantTensor, OperatorNode
+from runtime.onnxgraph import BOOL, FLOAT, INT32, INT64, LONG, ConstantTensor, OperatorNode
 from runtime.rows.sizes import ROWS, Number, Symbols
 
 MAX_DATA = 512
@@ -152,6 +152,8 @@ class Call:
     def attribute(self, name: str, default: Any = None) -> Any:
         """Return an attribute, or its default if the operator does not have it."""
         found = self._attributes(name)
+        if found is LONG:
+            raise NotKnown("an attribute is too long to be read")
         return default if found is None else found
 
     def text(self, name: str, default: str) -> str:
