@@ -193,7 +193,10 @@ class ModelInfo(PastAnswer, frozen=True, kw_only=True):
     ] = []
     rows: Annotated[
         BatchRowsInfo | None,
-        about("Of a batch of the load that serves; missing without a `max_batch_size` above 1."),
+        about(
+            "Of a batch of the load that serves; missing without a `max_batch_size` above 1, and for loads "
+            "of releases that did not read the graph."
+        ),
     ] = None
     signature: Annotated[
         LoadSignatureInfo | None, about("Of what it serves; null without rules for signatures.")

@@ -20,6 +20,7 @@ from typing import Any
 
 from msgspec import structs
 
+from events.audit.replay import replay
 from events.clock import format_timestamp, utc_now, uuid7
 from events.errors import LedgerProblem
 from events.models import Model
@@ -27,6 +28,7 @@ from events.sqlite.datalock import LEDGER
 from events.sqlite.queries import read_state
 from events.sqlite.readonly import open_read_only
 from events.sqlite.schema import begin_reading
+from events.sqlite.storage import is_current
 from events.state import State
 from events.types import ALLOW, LoadedFile, LoadParameters, contents_of, digest_of
 from features.beforeload import CheckInput
@@ -45,7 +47,14 @@ from runtime.errors import (
 )
 from runtime.memory import MemoryUnknown, find_memory_limit, format_megabytes
 from runtime.memoryplan import describe_plan
-from runtime.onnxfile import check_external_data, describe_foreign_content, read_head
+from runtime.onnxfields import TooManyFields, Unparsable
+from runtime.onnxfile import (
+    FileWindows,
+    check_external_data,
+    describe_foreign_content,
+    read_head,
+    read_tensors,
+)
 from runtime.process.confinement import NotConfined, describe
 from runtime.process.pool import WorkerPool, kill_and_wait
 from runtime.repository import MODEL_ID, InvalidDefaults, Repository, defaults_name, read_warm_up
@@ -299,6 +308,9 @@ def check_references(config: Config, result: CheckResult, candidates: Iterable[L
             result.add([CheckFinding(each.place, code, str(problem))])
 
 
+FIXED_BATCH = "with max_batch_size the first dimension of each input and output has to be of any length (-1)"
+
+
 def check_rows(
     config: Config, result: CheckResult, candidates: Iterable[LoadableVersion], state: State
 ) -> list[LoadableVersion]:
@@ -314,11 +326,20 @@ def _check_rows(config: Config, result: CheckResult, checked: LoadableVersion, s
         return True
     try:
         path = Repository(config.repository).find_file(checked.model_id, checked.version)
-        judged = None if path is None else judge_rows(path)
-    except (OSError, RuntimeProblem):  # the other checks say so
+        if path is None:
+            return True
+        with path.open("rb") as file:
+            tensors = read_tensors(FileWindows(file.fileno()), path.stat().st_size)
+        judged = judge_rows(path)
+    except (OSError, RuntimeProblem, Unparsable, TooManyFields):  # the other checks say so
         return True
-    if judged is None:
-        return True
+    fixed = [
+        each for each in (*tensors.inputs, *tensors.outputs) if not each.optional and each.shape[:1] != (-1,)
+    ]
+    if fixed:
+        text = f"would not load: {fixed[0].name!r} has shape {list(fixed[0].shape)}: {FIXED_BATCH}"
+        result.add([CheckFinding(checked.place, "invalid_model", text)])
+        return False
     model = state.models.get(checked.model_id) or Model(checked.model_id)
     finding = _describe_rows(checked, judged, is_excused=model.may_lose_batches(checked.version))
     result.add([finding])
@@ -329,12 +350,18 @@ def _describe_rows(checked: LoadableVersion, judged: Judgement, *, is_excused: b
     if judged.verdict == "independent":
         text = "requests of several clients are joined in batches: rows are independent"
         return CheckFinding(checked.place, "rows_independent", text, Severity.NOTE)
-    code = "rows_depend" if judged.verdict == "dependent" else "rows_unknown"
-    cure = f'dependent_rows = "allow" in {defaults_name(checked.model_id)}, if such answers will do'
+    is_dependent = judged.verdict == "dependent"
+    code = "rows_depend" if is_dependent else "rows_unknown"
+    when = (
+        "if answers that depend on other clients will do"
+        if is_dependent
+        else "if you know that rows are independent"
+    )
+    cure = f'dependent_rows = "allow" in {defaults_name(checked.model_id)}, {when}'
     if checked.parameters.dependent_rows == ALLOW:
         text = f"requests of several clients are joined in batches, as dependent_rows allows: {judged.reason}"
         return CheckFinding(checked.place, code, text, Severity.NOTE)
-    if judged.verdict == "dependent" and not is_excused:
+    if is_dependent and not is_excused:
         text = f"would not load: {judged.reason}. Set max_batch_size = 0, or {cure}"
         return CheckFinding(checked.place, code, text)
     text = f"requests of several clients are not joined in batches: {judged.reason}. To join them, set {cure}"
@@ -441,7 +468,11 @@ def read_ledger(config: Config, result: CheckResult) -> State:
     try:
         with open_read_only(config.data / LEDGER) as ledger:
             begin_reading(ledger)
-            return read_state(ledger)
+            if is_current(ledger):
+                return read_state(ledger)
+            ledger.rollback()
+            # Before the first start of a new release the stored state is that of the old one's folds.
+            return replay(ledger, None)[1]
     except (LedgerProblem, ValueError) as error:
         result.add([CheckFinding("--data", getattr(error, "code", "ledger_damaged"), str(error))])
         return State()

@@ -22,8 +22,8 @@ ADVICE: Mapping[str, str] = {
     " shapes.",
     "invalid_model": "The message says what is wrong with the file, and what to do. Add the mended file as a"
     " new version.",
-    "rows_depend": "The message names the operator that mixes rows. Load it without batching, or with"
-    " `dependent_rows` `allow` if such answers will do.",
+    "rows_depend": "The message names the operator. Load it without batching, or with `dependent_rows`"
+    " `allow` if such answers will do.",
     "warm_up_failed": "Set inputs that the model can run as `[[warm_up.inputs]]`, or turn its warm-up off.",
     "model_changed": "The files changed while they were copied. Load again when they are complete.",
     "unsafe_file": "Replace links out of the repository, external data outside the folder, pipes and"

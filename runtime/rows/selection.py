@@ -57,7 +57,7 @@ def gather(call: Call) -> Value:
         raise NotKnown(f"it takes parts from axis {axis}, along which the rows lie")
     if Kind.COUNT in {value.kind, indices.kind}:
         raise NotKnown("indices depend on the number of rows")
-    raise NotKnown("indices of rows select among rows")
+    raise NotKnown("each row has indices for all rows")
 
 
 def gather_elements(call: Call) -> Value:

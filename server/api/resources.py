@@ -121,7 +121,7 @@ def describe_unjoined(models: Iterable[Model]) -> Iterator[OperatorNotice]:
         return
     if len(reasons) == 1:
         [(who, reason)] = reasons.items()
-        why = f"{reason[:1].upper()}{reason[1:]}"
+        why = reason
     else:
         who, named = f"{len(reasons)} models", [f"{name}: {reasons[name]}" for name in sorted(reasons)]
         left = named[MAX_NAMED:]
@@ -129,7 +129,7 @@ def describe_unjoined(models: Iterable[Model]) -> Iterator[OperatorNotice]:
     yield OperatorNotice(
         title=f"{who}: requests of several clients are not joined in batches",
         why=f"{why}.",
-        todo="Nothing has to be done: answers are right, at the speed without batching. If answers that"
-        ' depend on other clients will do, load it with dependent_rows "allow".',
+        todo="Nothing has to be done: answers are right, at the speed without batching. To join them all"
+        ' the same, set dependent_rows = "allow" in the loadledger.toml of the model, unload and load it.',
         level="note",
     )

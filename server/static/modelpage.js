@@ -103,7 +103,7 @@ function choiceText({ version, by, at }) {
 }
 
 function Facts({ model }) {
-  const facts = factsOf(model), fact = (name, value) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`;
+  const facts = factsOf(model), fact = (name, value, kind = null) => html`<div class=${kind}><dt>${name}</dt><dd>${value}</dd></div>`;
   const loaded = model.loaded_at ? `${stamp(model.loaded_at)} by ${oneLine(model.loaded_by, 130)}${broughtBack(model)}` : "–";
   const threads = model.threads ? ` of ${count(model.threads, "thread")}` : "";
   return html`
@@ -112,7 +112,7 @@ function Facts({ model }) {
       ${model.not_served && fact("Not served", oneLine(model.not_served, 400))}
       ${nodes.value.length > 0 && !facts.copies && fact("Node", facts.node)}
       ${facts.copies && fact("Copies", [facts.copies, oneLine(model.copies_waiting_for ?? "", 300)].filter(Boolean).join(": "))}
-      ${model.rows && fact("Batching", batchingText(model.rows))}
+      ${model.rows && fact("Batching", batchingText(model.rows), "wide")}
       ${fact("Memory now", [facts.memory, useOf(model).serving && facts.memoryAtLoad].filter(Boolean).join(", "))}
       ${model.devices && fact("Device", model.devices.map(deviceText).join(", "))}
       ${fact("Loaded", loaded)}

@@ -229,9 +229,9 @@ function* reloadProblems() {
   };
 }
 
-// What the server has put into words. A note stays as long as it is so, and can be put away until it says something else.
+// What the server has put into words. A note stays as long as it is so, and can be put away for good.
 const notices = () => (state.resources.value?.notices ?? []).map(({ title, why, todo, level = "critical" }) => ({
-  ...problem(level, `notice ${title}`, title, why, todo), occurrence: level === "note" ? why : null }));
+  ...problem(level, `notice ${level === "note" ? todo : title}`, title, why, todo), occurrence: level === "note" ? todo : null }));
 
 const KEPT = "loadledger.acknowledged";
 const MOST_KEPT = 1000; // acknowledgements; the oldest are forgotten

@@ -47,7 +47,7 @@ export const ADVICE = {
   worker_died: "Retry: after an inference the worker is started again, unless it keeps dying. WorkerExited in the ledger, or the log, has its last lines.",
   invalid_model: "The message says what is wrong with the file, and what to do. Add the mended file as a new version.",
   warm_up_failed: "Set inputs that the model can run as [[warm_up.inputs]], or turn its warm-up off.",
-  rows_depend: "The message names the operator that mixes rows. Load it without batching, or with dependent_rows allow if such answers will do.",
+  rows_depend: "The message names the operator. Load it without batching, or with dependent_rows allow if such answers will do.",
   no_progress: "The model does not finish to load. If it only needs longer, raise progress_timeout_s.",
   not_encodable: "The message names the value. Rename files whose names are no text, or report a bug.",
   fork_server_died: "The server restarts it and reloads the models that were loaded. Load again.",

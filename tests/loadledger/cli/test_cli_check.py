@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 from collections.abc import AsyncIterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from support import models
 from support.clients import NO_SETTINGS, run_command
 from support.history import History, opened
 from support.http import LocalApi, local_server
-from support.ledgers import append_events
+from support.ledgers import append_events, store_events
 from support.models import save, save_bytes
 from support.modes import unreadable
 from support.postgres import Database
 from support.signing import make_key, public_pem, sign_version
 
 from events.sqlite.datalock import LEDGER
+from events.sqlite.schema import connect
 from events.values import Credential
 from features.approvals.commands import ApproveVersion
 from features.approvals.rules import ApprovalRule
@@ -281,6 +283,7 @@ def test_check_says_whether_rows_are_independent(tmp_path: Path) -> None:
     for model_id, model in {
         "allowed": models.quantised(),
         "earlier": models.quantised(),
+        "fixed": models.identity(shape=[3, 4]),
         "independent": models.rows(),
         "quantised": models.quantised(),
         "unbatched": models.quantised(),
@@ -294,7 +297,7 @@ def test_check_says_whether_rows_are_independent(tmp_path: Path) -> None:
     result = CheckResult()
     left = check_rows(config, result, check_repository(config, result, lambda *_: False), history.state)
     assert [each.model_id for each in left] == ["allowed", "earlier", "independent", "unbatched", "unknown"]
-    assert found(result, PROBLEM) == [("quantised/1", "rows_depend")]
+    assert found(result, PROBLEM) == [("fixed/1", "invalid_model"), ("quantised/1", "rows_depend")]
     assert found(result, NOTE) == [
         ("allowed/1", "rows_depend"),
         ("earlier/1", "rows_depend"),
@@ -305,6 +308,7 @@ def test_check_says_whether_rows_are_independent(tmp_path: Path) -> None:
     for model_id, words in {
         "allowed": ("are joined", "DynamicQuantizeLinear"),
         "earlier": ("are not joined", "DynamicQuantizeLinear", 'dependent_rows = "allow"'),
+        "fixed": ("would not load", "'x' has shape [3, 4]"),
         "quantised": ("would not load", "DynamicQuantizeLinear", "max_batch_size = 0"),
         "unknown": (
             "are not joined",
@@ -313,6 +317,22 @@ def test_check_says_whether_rows_are_independent(tmp_path: Path) -> None:
         ),
     }.items():
         assert [word for word in words if word not in texts[model_id]] == []
+
+
+def test_check_before_the_first_start_of_a_release_folds_the_ledger_anew(tmp_path: Path) -> None:
+    """The models that an earlier release batched are not in the state that its folds have stored."""
+    history = History()
+    history.load("L", of="earlier", max_batch_size=8)
+    path = tmp_path / LEDGER
+    with closing(connect(path)) as connection:
+        store_events(connection, history.facts)
+        connection.execute("DELETE FROM models")
+        connection.execute("UPDATE projected SET folds = 8")
+        connection.commit()
+    result = CheckResult()
+    state = read_ledger(Config(repository=tmp_path, data=tmp_path), result)
+    assert result.findings == []
+    assert state.models["earlier"].may_lose_batches(1)
 
 
 # The policy for loads

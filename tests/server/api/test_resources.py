@@ -97,7 +97,7 @@ async def test_notice_names_a_few_of_the_models_that_are_not_batched() -> None:
         ("4 models", "m1: op1; m2: op2; m3: op3; and 1 more."),
         ("3 models", "m1: op1; m2: op2; m3: op3."),
         ("2 models", "m1: op1; m2: op2."),
-        ("m1", "Op1."),
+        ("m1", "op1."),
     ]
 
 

@@ -532,7 +532,7 @@ CASES: dict[str, tuple[object, str]] = {
     "problems: the server's own words": (
         [
             ["critical", "Not recorded", "The disk is full.", "Free space.", None],
-            ["note", "m: not joined", "Op1.", "Nothing.", "Op1."],
+            ["note", "m: not joined", "Op1.", "Nothing.", "Nothing."],
             ["Not recorded"],
         ],
         """
