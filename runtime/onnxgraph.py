@@ -20,11 +20,15 @@ import msgspec
 import numpy as np
 
 from runtime.errors import LoadRefused
-from runtime.onnxfields import Field, FieldReader, Unparsable
+from runtime.onnxfields import MAX_VARINT_BYTES, Field, FieldReader, Unparsable
 from runtime.onnxfile import normalise_location
 
 MAX_GRAPH_FIELDS = 2_000_000
 """Fields that are read of one graph, in 2 s: twenty for each operator, five for each weight."""
+MAX_RANK = 64
+"""Dimensions of a tensor; numpy has no more, and exporters write six."""
+MAX_ATTRIBUTE_TYPE = 14
+"""The highest AttributeType of onnx.proto3."""
 MAX_VALUES = 1024
 """Numbers of a tensor that are kept: no shape, list of axes or scales is longer."""
 MAX_LIST_BYTES = 2**16
@@ -200,7 +204,7 @@ class _GraphReader:
         places = {7: graphs, 8: opsets, 25: functions}
         for number, start, end, value in self._fields.read_all(0, len(self._data)):
             if number == 1:
-                ir_version = value
+                ir_version = _number(value)
             elif number in places and start >= 0:
                 places[number].append((start, end))
         if len(graphs) != 1:
@@ -217,7 +221,7 @@ class _GraphReader:
                 if number == 1:
                     domain = self._text(start, end)
                 elif number == 2:
-                    version = value
+                    version = _number(value)
             found[normalise_domain(domain)] = version
         return found
 
@@ -243,6 +247,7 @@ class _GraphReader:
         return (normalise_domain(domain), name, overload), function
 
     def _read_graph(self, begin: int, stop: int) -> Graph:
+        count = 0
         nodes, inputs, outputs, constants = (
             list[OperatorNode](),
             list[TypedName](),
@@ -256,14 +261,17 @@ class _GraphReader:
                 nodes.append(self._read_node(start, end))
             elif number == 5:
                 name, tensor = self._read_tensor(start, end)
-                constants[name] = tensor
+                constants[name], count = tensor, count + 1
             elif number == 11:
                 inputs.append(self._read_input(start, end))
             elif number == 12:
                 outputs.append(self._read_input(start, end).name)
             elif number == 15:
                 name, tensor = self._read_sparse(start, end)
-                constants[name] = tensor
+                constants[name], count = tensor, count + 1
+        names = [name for node in nodes for name in node.outputs if name]
+        if len({*names, *constants}) < len(names) + count:
+            raise Unparsable("a name that is defined twice")
         return Graph(nodes, inputs, outputs, constants)
 
     def _read_node(self, begin: int, stop: int) -> OperatorNode:
@@ -327,7 +335,7 @@ class _GraphReader:
         is_long = stop - begin > MAX_LIST_BYTES
         for number, start, end, value in self._fields.read_all(begin, stop):
             if number == 20:
-                kind = value
+                kind = _attribute_type(kind, value)
             elif number == 21:
                 reference = self._text(start, end)
             elif number in {2, 3, 4}:
@@ -355,14 +363,14 @@ class _GraphReader:
 
     def _scalar(self, number: int, start: int, end: int, value: int) -> Any:
         if number == 3:
-            return _signed(value)
+            return _number(value)
         return _float(self._data[end - 4 : end]) if number == 2 else bytes(self._data[start:end])
 
     def _elements(self, number: int, start: int, end: int, value: int) -> Iterable[Any]:
         if number == 9:
             return (bytes(self._data[start:end]),)
         if start < 0:
-            return (_signed(value) if number == 8 else _float(self._data[end - 4 : end]),)
+            return (_number(value) if number == 8 else _float(self._data[end - 4 : end]),)
         packed = self._data[start:end]
         return _varints(packed) if number == 8 else (each[0] for each in struct.iter_unpack("<f", packed))
 
@@ -372,15 +380,17 @@ class _GraphReader:
         for each in self._fields.read_all(begin, stop):
             number, start, end, value = each
             if number == 1:
-                shape += [_signed(value)] if start < 0 else _varints(self._data[start:end])
+                shape += [_number(value)] if start < 0 else _varints(self._data[start:end][: 10 * MAX_RANK])
+                if len(shape) > MAX_RANK:
+                    raise Unparsable("a tensor with too many dimensions")
             elif number == 2:
-                element = value
+                element = _number(value)
             elif number == 8:
                 name = self._text(start, end)
             elif number == 13:
                 entries.update([self._read_entry(start, end)])
             elif number == 14:
-                is_external = value == 1
+                is_external = _number(value) == 1
             elif number in _VALUES:
                 values.append(each)
         values_of = None
@@ -403,6 +413,8 @@ class _GraphReader:
         if len(fields) != 1:
             return np.zeros(0, kind) if count == 0 else None
         number, start, end, _ = fields[0]
+        if end - start > count * MAX_VARINT_BYTES:
+            return None
         packed = bytes(self._data[start:end]) if start >= 0 else b""
         if number == 9 and len(packed) == count * kind.itemsize:
             return np.frombuffer(packed, kind)
@@ -411,6 +423,8 @@ class _GraphReader:
             found = np.frombuffer(packed, "<f4" if number == 4 else "<f8")
         elif number in {5, 7, 11} and element != 10:
             found = list(_varints(packed))
+            if number == 5:  # int32_data, of which protobuf takes 32 bits
+                found = [(each + 2**31) % 2**32 - 2**31 for each in found]
         return np.array(found).astype(kind) if len(found) == count else None
 
     def _external(self, entries: Mapping[str, str], length: int) -> bytes | None:
@@ -438,8 +452,8 @@ class _GraphReader:
             if number == 1 and start >= 0:
                 name, (element, _, _) = self._read_tensor(start, end)
             elif number == 3:
-                shape += [_signed(value)] if start < 0 else _varints(self._data[start:end])
-        return name, ConstantTensor(element, tuple(shape), None)
+                shape += [_number(value)] if start < 0 else _varints(self._data[start:end][: 10 * MAX_RANK])
+        return name, ConstantTensor(element, tuple(shape[:MAX_RANK]), None)
 
     def _read_input(self, begin: int, stop: int) -> TypedName:
         name, element, shape = "", 0, None
@@ -451,7 +465,7 @@ class _GraphReader:
         if tensor is not None:
             for number, _, _, value in self._fields.read_all(tensor.start, tensor.next):
                 if number == 1:
-                    element = value
+                    element = _number(value)
             dimensions = self._only(2, tensor.start, tensor.next)
             if dimensions is not None:
                 places = self._fields.read_all(dimensions.start, dimensions.next)
@@ -473,7 +487,7 @@ class _GraphReader:
         length = -1
         for number, _, _, value in self._fields.read_all(begin, stop):
             if number in {1, 2}:
-                length = _signed(value) if number == 1 else -1
+                length = _number(value) if number == 1 else -1
         return max(length, -1)
 
     def _text(self, start: int, end: int) -> str:
@@ -519,9 +533,25 @@ def _float(four: bytes) -> float:
     return number
 
 
+def _attribute_type(before: int, value: int) -> int:
+    """Return an attribute's type, which must be known, and stand there once."""
+    if before or not 1 <= value <= MAX_ATTRIBUTE_TYPE:
+        raise Unparsable("an attribute of an unknown type, or of several")
+    return value
+
+
+def _number(value: int) -> int:
+    """Return a field's number; protobuf ignores one of another wire type."""
+    if value < 0:
+        raise Unparsable("a field that has no number")
+    return _signed(value)
+
+
 def _varints(packed: bytes) -> Iterable[int]:
     result = shift = 0
     for byte in packed:
+        if shift >= 7 * MAX_VARINT_BYTES:
+            raise Unparsable("a number without an end")
         result |= (byte & 0x7F) << shift
         shift += 7
         if byte < 0x80:

@@ -47,7 +47,9 @@ def feature_elements(call: Call) -> Value:
     value = call.plain(0)
     if value.kind is Kind.SAME:
         return same(value.shape)
-    if value.axis == len(shape_of(value)) - 1:
+    if len(shape_of(value)) != 2:
+        raise NotKnown(f"its input has {len(shape_of(value))} dimensions")
+    if value.axis != 0:
         call.refuse_axis(value.axis)
     return moved(value, shape_of(value), value.axis)
 
@@ -116,6 +118,8 @@ def per_row(
         first = next(value for value in values.values() if value.kind is Kind.ROWS)
         for at, value in values.items():
             if value.kind is Kind.SAME and at in optional:
+                if len(shape_of(value)) < 2 or shape_of(value)[0] != 1:
+                    raise NotKnown(f"its input {at} may have several rows, or mean something else for them")
                 continue
             if value.kind is not Kind.ROWS or value.axis != 0 or not call.has_layout(value, first):
                 raise NotKnown(f"its input {at} has no rows along axis 0")

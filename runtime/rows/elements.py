@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -150,7 +150,7 @@ def cast(call: Call) -> Value:
             data = _map(lambda each: _whole(call.symbols, each), value.data)
             return from_data(call.symbols, data)
         if to == FLOAT:
-            floats = _map(lambda each: each if isinstance(each, Size) else float(each), value.data)
+            floats = _map(lambda each: each if isinstance(each, Size) else _single(float(each)), value.data)
             return from_data(call.symbols, floats, is_real=True)
         if to == BOOL and not any(isinstance(each, Size) for each in value.data.flat):
             return from_data(call.symbols, _map(bool, value.data))
@@ -171,8 +171,8 @@ def cast_like(call: Call) -> Value:
 def _whole(symbols: Symbols, number: Number) -> Number:
     if isinstance(number, Size):
         return number if symbols.is_whole(number) else symbols.result("Cast", number)
-    if isinstance(number, float) and not math.isfinite(number):
-        return symbols.result("Cast", number)
+    if not math.isfinite(number) or abs(number) >= MAX_EXACT:
+        return symbols.result("Overflow", number)
     return int(number)
 
 
@@ -192,7 +192,7 @@ def dropout(call: Call) -> list[Value]:
         raise NotKnown("whether it draws random numbers is computed by the model")
     if training is not None and bool(training.data.flat[0]):
         raise Coupling("draws random numbers")
-    value = call.input(0)
+    value = call.plain(0)
     return [value, value if value.data is None else Value(value.kind, value.shape)]
 
 
@@ -273,8 +273,8 @@ def _compute(call: Call, values: Sequence[Value]) -> Value | None:
     made = np.empty(spread[0].shape, dtype=object)
     flat = made.reshape(-1)
     for at, each in enumerate(zip(*(array.flat for array in spread), strict=True)):
-        result = compute(call.symbols, is_real, *each)
-        if result is None:
+        result = compute(call.symbols, is_real, *each) if is_exact(is_real, each) else None
+        if result is None or not is_exact(is_real, (result,)):
             result = call.symbols.result(call.node.operator, *each, is_whole=not is_real)
         flat[at] = result
     return from_data(call.symbols, made, is_real=is_real and call.node.operator not in COMPARISONS)
@@ -286,6 +286,20 @@ def _map(function: Callable[[Any], Any], array: Any) -> Any:
     return made
 
 
+def is_exact(is_real: bool, numbers: Iterable[Number]) -> bool:  # noqa: FBT001
+    """Whether these numbers are as ONNX Runtime has them: no 32 bits overflow, and no lengths are rounded."""
+    parts = list(numbers)
+    has_sizes = any(isinstance(each, Size) for each in parts)
+    most = MAX_ROUNDED if is_real and has_sizes else MAX_EXACT
+    for each in parts:
+        factors = each.terms.values() if isinstance(each, Size) else [each]
+        if not all(abs(factor) < most for factor in factors if not (is_real and not has_sizes)):
+            return False
+    return True
+
+
+MAX_EXACT, MAX_ROUNDED = 2**31, 2**16
+"""Bounds of whole numbers, and of whole numbers beside lengths in single precision, which has 24 bits."""
 Compute = Callable[..., Number | None]
 
 
@@ -318,7 +332,7 @@ def _product(symbols: Symbols, is_real: bool, first: Number, second: Number) -> 
 
 def _quotient(symbols: Symbols, is_real: bool, first: Number, second: Number) -> Number | None:  # noqa: FBT001
     """Divide; whole numbers are cut, as ONNX does it."""
-    if _known(second) and second == 0:
+    if second == 0 or (is_real and not _known(second)):  # a length of 0 would make NaN
         return None
     exact = symbols.divide(first, second)
     if exact is not None:
@@ -343,6 +357,8 @@ def _compare(holds: Callable[[Any, Any], bool]) -> Compute:
     def compute(symbols: Symbols, _: bool, first: Number, second: Number) -> Number | None:  # noqa: FBT001
         if _known(first, second):
             return bool(holds(first, second))
+        if not symbols.is_whole(first) or not symbols.is_whole(second):  # it may be NaN
+            return None
         equal = symbols.is_equal(first, second)
         if equal is True:
             return bool(holds(0, 0))
@@ -371,7 +387,7 @@ def _where(symbols: Symbols, _: bool, condition: Number, first: Number, second: 
 
 def _numeric(function: Callable[..., Any]) -> Compute:
     def compute(_: Symbols, is_real: bool, *numbers: Number) -> Number | None:  # noqa: FBT001
-        if not _known(*numbers):
+        if not _known(*numbers) or any(each != each for each in numbers):  # noqa: PLR0124 - NaN
             return None
         try:
             made = function(*numbers)
@@ -421,7 +437,7 @@ COMPUTE: Mapping[str, Compute] = {
     "Sqrt": _numeric(math.sqrt),
     "Max": _numeric(max),
     "Min": _numeric(min),
-    "Pow": lambda symbols, _, first, second: _power(symbols, first, second),
+    "Pow": lambda symbols, is_real, first, second: None if is_real else _power(symbols, first, second),
     "Equal": _compare(operator.eq),
     "Less": _compare(operator.lt),
     "LessOrEqual": _compare(operator.le),

@@ -36,7 +36,9 @@ def concat(call: Call) -> Value:
     if any(len(each) != rank for each in shapes):
         raise NotKnown("inputs with different numbers of dimensions")
     small = [value for value in values if value.kind in {Kind.SAME, Kind.COUNT}]
-    if len(small) == len(values) and any(value.data is not None for value in values):
+    sizes = [MAX_DATA + 1 if value.shape is None else call.symbols.product(value.shape) for value in values]
+    is_small = are_known(sizes) and sum(sizes) <= MAX_DATA
+    if is_small and len(small) == len(values) and any(value.data is not None for value in values):
         arrays = [_elements(call, value) for value in values]
         if all(array is not None for array in arrays):
             joined = np.concatenate(arrays, axis)
@@ -82,6 +84,8 @@ def _join_rows(call: Call, values: Sequence[Value], made: list[Number], axis: in
     kinds = [value.kind for value in rows]
     if set(kinds) == {Kind.ROWS}:
         return laid_out(made, first.axis, first.outer, first.inner)
+    if len(rows) == 1:
+        return first
     is_last = axis == len(made) - 1
     if is_last and kinds[0] is Kind.INDEX and shapes[0][axis] == 1 and set(kinds[1:]) <= {Kind.ROWS}:
         return laid_out(made, first.axis, first.outer, first.inner, Kind.TUPLES)
@@ -125,6 +129,8 @@ def spread(call: Call, value: Value, lengths: Sequence[Number]) -> Value:
         return Value(Kind.COUNT, None)
     new = [at for at in range(rank) if symbols.mentions_rows(after[at])]
     if value.kind in LAID_OUT:
+        if value.kind is Kind.TUPLES and after[-1] not in {1, before[-1]}:
+            raise NotKnown("it repeats indices of rows")
         place = value.axis + rank - len(old)
         if any(at != place for at in new) or after[place] not in {1, before[place]}:
             raise NotKnown("it repeats rows as often as there are rows")

@@ -87,7 +87,7 @@ def windows(call: Call, value: Value, kernel: Sequence[Number], *, floor: bool =
         padding = before + (0 if automatic == "VALID" else pads[at + rank])
         extent = dilations[at] * (width - 1) + 1 if isinstance(width, int) else None
         if automatic in {"SAME_UPPER", "SAME_LOWER"}:
-            known = isinstance(length, int)
+            known = isinstance(length, int) and dilations[at] == 1
             made.append(-(-length // stride) if known else call.dimension("same", length, stride))
         elif stride == 1 and extent is not None and padding == extent - 1:
             made.append(length)
@@ -124,7 +124,7 @@ def _transposed_shape(call: Call) -> Sequence[Number]:
     made: list[Number] = [channels]
     for at, length in enumerate(lengths):
         if automatic in {"SAME_UPPER", "SAME_LOWER"}:
-            made.append(call.symbols.multiply(length, strides[at]))
+            made.append(call.dimension("transposed", length, strides[at]))
             continue
         padding = 0 if automatic == "VALID" else pads[at] + pads[at + rank]
         if not isinstance(kernel[2 + at], int):
@@ -206,6 +206,10 @@ def resize(call: Call) -> Value:
         sizes = call.numbers(3)
     if call.text("coordinate_transformation_mode", "") == "tf_crop_and_resize":
         raise NotKnown("it cuts parts of the picture that an input names")
+    # ONNX Runtime interpolates along all axes there, with weights of 0, and 0 times NaN is NaN.
+    smooth = {"linear": 3, "cubic": 2}.get(call.text("mode", "nearest"), 0)
+    if value.kind is Kind.ROWS and len(old) <= smooth:
+        raise NotKnown(f"it interpolates between all elements of {len(old)} dimensions")
     if call.text("keep_aspect_ratio_policy", "stretch") != "stretch":
         raise NotKnown("one scale for all axes follows from their lengths")
     axes = [call.axis(each, len(old)) for each in call.attribute("axes", tuple(range(len(old))))]
@@ -424,24 +428,20 @@ def crop_pad(call: Call) -> Value:
     return moved(value, made, value.axis)
 
 
-def regions(indices: int, *, rest: int = 3) -> Rule:
-    """Return the rule of an operator that cuts regions from pictures: region n has to be from picture n."""
-
-    def rule(call: Call) -> Value:
-        pictures, places, numbers = call.plain(0), call.plain(1), call.input(indices)
-        call.need_same(*range(indices + 1, len(call.inputs)))
-        if all(each.kind is Kind.SAME for each in (pictures, places, numbers)):
-            return same()
-        rows = pictures, places, numbers
-        if numbers.kind is not Kind.INDEX or any(
-            each.axis != 0 or each.outer != 1 or each.inner != 1 for each in rows
-        ):
-            raise NotKnown("which picture a region is cut from is not followed")
-        if pictures.kind is not Kind.ROWS or places.kind is not Kind.ROWS:
-            raise NotKnown("its pictures or regions have no rows")
-        return moved(pictures, (shape_of(pictures)[0], *open_lengths(rest)(call)), 0)
-
-    return rule
+def cut_regions(call: Call) -> Value:
+    """RoiAlign and CropAndResize: region n has to be from picture n."""
+    pictures, places, numbers = call.plain(0), call.plain(1), call.input(2)
+    call.need_same(*range(3, len(call.inputs)))
+    rows = pictures, places, numbers
+    if all(each.kind is Kind.SAME for each in rows):
+        return same()
+    if numbers.kind is not Kind.INDEX or any(
+        (each.axis, each.outer, each.inner) != (0, 1, 1) for each in rows
+    ):
+        raise NotKnown("which picture a region is cut from is not followed")
+    if pictures.kind is not Kind.ROWS or places.kind is not Kind.ROWS:
+        raise NotKnown("its pictures or regions have no rows")
+    return moved(pictures, (shape_of(pictures)[0], *open_lengths(3)(call)), 0)
 
 
 def column_image(call: Call) -> Sequence[Value]:

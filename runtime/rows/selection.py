@@ -207,10 +207,17 @@ def _cut(call: Call, length: Number, start: Number, end: Number, step: Number) -
     if start == 0 and step == 1 and end == length:
         return length
     if not any(isinstance(each, Size) for each in (length, start, end, step)):
+        _check_cut(length, start, step)
         return len(range(*slice(start, end, step).indices(length)))
     if any(map(call.symbols.mentions_rows, (length, start, end))):
         raise NotKnown("it cuts at the number of rows")
     return call.dimension("slice", length, start, end, step)
+
+
+def _check_cut(length: int, start: int, step: int) -> None:
+    """Refuse what Python cuts otherwise than ONNX, which begins at the first element then."""
+    if step < 0 and start < -length:
+        raise NotKnown("it cuts backwards from before the beginning")
 
 
 def _cut_rows(call: Call, value: Value, start: Number, end: Number, step: Number) -> tuple[Number, Number]:
@@ -239,6 +246,7 @@ def _cut_rows(call: Call, value: Value, start: Number, end: Number, step: Number
 def _cut_data(call: Call, value: Value, cuts: Sequence[tuple[int, Number, Number, Number]]) -> Value:
     index = [slice(None)] * value.data.ndim
     for axis, start, end, step in cuts:
+        _check_cut(value.data.shape[axis], start, step)
         index[axis] = slice(start, end, step)
         if step < 0 and end < -value.data.shape[axis]:
             index[axis] = slice(start, None, step)
@@ -346,7 +354,7 @@ def reverse_sequence(call: Call) -> Value:
 
 
 def trilu(call: Call) -> Value:
-    value = call.rows_of(call.input(0))
+    value = call.plain(0)
     call.need_same(1)
     if value.kind is Kind.SAME:
         return same(value.shape)
@@ -357,7 +365,7 @@ def trilu(call: Call) -> Value:
 
 
 def one_hot(call: Call) -> Value:
-    value = call.rows_of(call.input(0))
+    value = call.plain(0)
     call.need_same(1, 2)
     old = shape_of(value)
     axis = call.axis(call.attribute("axis", -1), len(old) + 1)

@@ -2,7 +2,8 @@
 
 from msgspec.structs import replace
 
-from runtime.rows.values import Call, Kind, NotKnown, Value, laid_out, moved, same, shape_of
+from runtime.rows.sizes import Size
+from runtime.rows.values import LAID_OUT, Call, Kind, NotKnown, Value, laid_out, moved, same, shape_of
 
 EMPTY = Value(Kind.SEQUENCE)
 """A sequence without elements."""
@@ -71,11 +72,24 @@ def sequence_insert(call: Call) -> Value:
 
 
 def sequence_at(call: Call) -> Value:
-    items = _sequence(call, 0).items
+    sequence = _sequence(call, 0)
     call.need_same(1)
+    return one_of(call, sequence)
+
+
+def one_of(call: Call, sequence: Value) -> Value:
+    """Return an element of a sequence: open lengths of one are not those of another."""
+    items = sequence.items
     if items is None:
         raise NotKnown("a sequence without elements")
-    return items
+    if items.shape is None or items.kind is Kind.SEQUENCE:
+        return items
+    kept = items.axis if items.kind in LAID_OUT else None
+    lengths = enumerate(items.shape)
+    shape = [
+        call.symbols.unknown() if isinstance(each, Size) and at != kept else each for at, each in lengths
+    ]
+    return replace(items, shape=tuple(shape), data=None)
 
 
 def sequence_length(call: Call) -> Value:
@@ -84,7 +98,7 @@ def sequence_length(call: Call) -> Value:
 
 
 def split_to_sequence(call: Call) -> Value:
-    value = call.rows_of(call.input(0))
+    value = call.plain(0)
     call.need_same(1)
     old = shape_of(value)
     axis = call.axis(call.attribute("axis", 0), len(old))

@@ -91,7 +91,7 @@ def range_(call: Call) -> Value:
         return laid_out([ROWS], 0, kind=Kind.INDEX)
     if any(map(call.symbols.mentions_rows, numbers)):
         return Value(Kind.COUNT, None)
-    if start == 0 and step == 1 and call.symbols.is_length(limit):
+    if start == 0 and step == 1 and call.symbols.is_length(limit) and call.symbols.is_whole(limit):
         return same([limit])
     return same([call.symbols.unknown()])
 

@@ -117,7 +117,7 @@ class Symbols:
     def add(self, first: Number, second: Number, times: int = 1) -> Number:
         """Return `first + times * second`."""
         if not isinstance(first, Size) and not isinstance(second, Size):
-            return self._limit("add", first + times * second)
+            return self._limit(first + times * second, "sum", first, second, times)
         left, right = _terms(first), _terms(second)
         if left is None or right is None:
             return self.result("add", first, second, times)
@@ -129,7 +129,7 @@ class Symbols:
 
     def multiply(self, first: Number, second: Number) -> Number:
         if not isinstance(first, Size) and not isinstance(second, Size):
-            return self._limit("multiply", first * second)
+            return self._limit(first * second, "product", first, second)
         left, right = _terms(first), _terms(second)
         if left is None or right is None:
             return self.result("multiply", *sorted((first, second), key=_order))
@@ -141,9 +141,10 @@ class Symbols:
         simple = self._simplify(made)
         return self.result("multiply", *sorted((first, second), key=_order)) if simple is None else simple
 
-    def _limit(self, operation: str, number: Number) -> Number:
+    def _limit(self, number: Number, operation: str, *operands: Number) -> Number:
         """Return a symbol in place of a number that ONNX could not hold, either."""
-        return number if isinstance(number, float) or abs(number) <= MAX_NUMBER else self.result(operation)
+        is_held = isinstance(number, float) or abs(number) <= MAX_NUMBER
+        return number if is_held else self.result(operation, *operands)
 
     def product(self, numbers: Iterable[Number]) -> Number:
         result: Number = 1

@@ -22,7 +22,7 @@ nested bodies, and the seconds are bounded, and beyond a bound nothing is known.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,10 @@ from msgspec.structs import replace
 
 from runtime.onnxfields import TooManyFields, Unparsable
 from runtime.onnxgraph import Function, Graph, GraphFile, OnnxModel, OperatorNode, Reference
+from runtime.rows import elements, joining, layers, selection, shapes
 from runtime.rows.judgement import MAX_REASON_CHARACTERS, Judgement, Verdict
 from runtime.rows.operators import NEWEST, TABLE
-from runtime.rows.sequences import EMPTY, join
+from runtime.rows.sequences import EMPTY, join, one_of
 from runtime.rows.sizes import ROWS, Number, Size, Symbols
 from runtime.rows.values import (
     LAID_OUT,
@@ -42,6 +43,7 @@ from runtime.rows.values import (
     Coupling,
     Kind,
     NotKnown,
+    Rule,
     Value,
     from_tensor,
     laid_out,
@@ -77,6 +79,10 @@ def judge_rows(path: Path) -> Judgement:
             return _judge(_Walk(model), model)
     except (Unparsable, TooManyFields, _TooLong) as problem:
         return Judgement("unknown", f"its graph cannot be followed: {problem}")
+    except (OSError, MemoryError):
+        raise
+    except Exception as problem:  # noqa: BLE001 - a file that `check` reads may have any form
+        return Judgement("unknown", f"its graph has a form that is not understood ({type(problem).__name__})")
 
 
 def walk_tensors(path: Path) -> tuple[Symbols, Mapping[str, Value]]:
@@ -89,6 +95,22 @@ def walk_tensors(path: Path) -> tuple[Symbols, Mapping[str, Value]]:
     with GraphFile(path) as model:
         walk = _Walk(model)
         return walk.symbols, walk.walk_model().values
+
+
+OF_RUNTIME = ("ai.onnx", "com.microsoft", "com.ms.", "org.pytorch")
+"""Beginnings of domains whose operators ONNX Runtime has itself, and prefers to a function of the model."""
+WITH_POSITIONS: Collection[Rule] = {
+    *(elements.cast, elements.elementwise, elements.identity, elements.keep_shape),
+    *(joining.concat, joining.expand, selection.gather, selection.gather_nd, selection.scatter_nd),
+    *(shapes.flatten, shapes.reshape, shapes.shape, shapes.size, shapes.squeeze, shapes.transpose),
+    *(shapes.unsqueeze, layers.cut_regions),
+}
+"""Rules that know what becomes of positions of rows; for all others nothing is known."""
+
+
+def _no_attribute(name: str) -> Any:
+    """Refuse a reference to an attribute outside of a function: ONNX Runtime reads the value beside it."""
+    raise NotKnown(f"it refers to an attribute of a function ({_show(name)})")
 
 
 class _TooLong(Exception):
@@ -110,10 +132,11 @@ class _Frame:
 
 @dataclass(frozen=True, slots=True)
 class _Scope:
-    """The tensors by name of a graph, and of those around it."""
+    """The tensors by name of a graph, and of those around it; inputs of a function that a call leaves out."""
 
     around: "_Scope | None" = None
     values: dict[str, Value] = field(default_factory=dict)
+    absent: Collection[str] = ()
 
     def find(self, name: str) -> Value:
         scope: _Scope | None = self
@@ -174,6 +197,7 @@ class _Walk:
         self.symbols = Symbols()
         self._model = model
         self._left = MAX_OPERATORS
+        self._constants: dict[Graph, dict[str, Value]] = {}
         self._depth = 0
         self._until = time.monotonic() + MAX_SECONDS
 
@@ -188,12 +212,14 @@ class _Walk:
                 continue
             rest = (length if length >= 0 else self.symbols.unknown() for length in each.shape[1:])
             scope.values[each.name] = laid_out((ROWS, *rest), 0)
-        self._walk_graph(graph, scope, _Frame(self._model.opsets, lambda _: None))
+        self._walk_graph(graph, scope, _Frame(self._model.opsets, _no_attribute))
         return scope
 
     def _walk_graph(self, graph: Graph, scope: _Scope, frame: _Frame) -> None:
-        for name, tensor in graph.constants.items():
-            scope.values[name] = from_tensor(self.symbols, tensor)
+        if graph not in self._constants:  # a function that is called often has them once
+            found = {name: from_tensor(self.symbols, each) for name, each in graph.constants.items()}
+            self._constants[graph] = found
+        scope.values.update(self._constants[graph])
         self._walk_nodes(graph.nodes, scope, frame)
 
     def _walk_nodes(self, nodes: Sequence[OperatorNode], scope: _Scope, frame: _Frame) -> None:
@@ -201,9 +227,10 @@ class _Walk:
             self._left -= 1
             if self._left < 0:
                 raise _TooLong(f"it has more than {MAX_OPERATORS:,} operators, with all rounds of its loops")
-            if self._left % 256 == 0 and time.monotonic() > self._until:
+            if time.monotonic() > self._until:
                 raise _TooLong(f"that takes longer than {MAX_SECONDS:.0f} s")
-            inputs = [scope.find(name) if name else None for name in node.inputs]
+            left_out = {"", *scope.absent}
+            inputs = [None if name in left_out else scope.find(name) for name in node.inputs]
             outputs = self._apply(node, inputs, scope, frame)
             for name, value in zip(node.outputs, outputs, strict=False):
                 scope.values[name] = value
@@ -252,6 +279,10 @@ class _Walk:
         """
         for value in made:
             axis = value.axis if value.kind in LAID_OUT else None
+            if axis is not None:
+                length = self.symbols.product((value.outer, ROWS, value.inner))
+                if value.shape is None or not 0 <= axis < len(value.shape) or value.shape[axis] != length:
+                    return "the rows lie along no axis"
             if value.shape is None or not (axis is not None or value.kind is Kind.SAME):
                 continue
             for at, each in enumerate(value.shape):
@@ -266,13 +297,15 @@ class _Walk:
             found = node.attribute(name)
             return frame.attributes(found.name) if isinstance(found, Reference) else found
 
-        version = frame.opsets.get(node.domain, 1 if node.domain else 0)
         line = TABLE.get(node.domain, {}).get(node.operator)
         function = self._model.functions.get((node.domain, node.operator, node.overload))
         if function is not None:
-            if node.domain in TABLE:
-                raise NotKnown("a function of the model has the name of a known operator")
-            return self._nested(lambda: self._call_function(function, inputs, attribute))
+            if not node.domain or node.domain.startswith(OF_RUNTIME):
+                raise NotKnown("a function of the model is in a domain of ONNX Runtime's own operators")
+            return self._nested(lambda: self._call_function(function, inputs, attribute, frame))
+        version = frame.opsets.get(node.domain)
+        if version is None:
+            raise NotKnown("the model does not say which operator set it is of")
         if version > NEWEST.get(node.domain, version):
             raise NotKnown(f"operator set {version} is newer than those that are known")
         body = BODIES.get(node.operator) if not node.domain else None
@@ -281,6 +314,9 @@ class _Walk:
             return self._nested(lambda: body(self, call, scope, frame))
         if line is None:
             raise NotKnown("its definition is not among those that are known")
+        kinds = {value.kind for value in inputs if value is not None}
+        if kinds & {Kind.INDEX, Kind.TUPLES} and line.rule not in WITH_POSITIONS:
+            raise NotKnown("it computes with the positions of rows in the batch")
         since = max((each for each in line.versions if each <= version), default=line.versions[0])
         made = line.rule(Call(node, since, inputs, self.symbols, attribute))
         return [made] if isinstance(made, Value) else made
@@ -295,17 +331,23 @@ class _Walk:
             self._depth -= 1
 
     def _call_function(
-        self, function: Function, inputs: Sequence[Value | None], attribute: Callable[[str], Any]
+        self,
+        function: Function,
+        inputs: Sequence[Value | None],
+        attribute: Callable[[str], Any],
+        frame: _Frame,
     ) -> Sequence[Value]:
         def inner(name: str) -> Any:
             found = attribute(name)
             return function.defaults.attribute(name) if found is None else found
 
-        scope = _Scope()
-        for name, value in zip(function.inputs, inputs, strict=False):
-            if value is not None:
-                scope.values[name] = value
-        self._walk_nodes(function.nodes, scope, _Frame(function.opsets or self._model.opsets, inner))
+        # ONNX Runtime takes the model's operator sets, whatever the function says.
+        if any(frame.opsets.get(domain, version) != version for domain, version in function.opsets.items()):
+            raise NotKnown("its operator sets are others than those of the model")
+        given = dict(zip(function.inputs, inputs, strict=False))
+        absent = {name for name in function.inputs if given.get(name) is None}
+        scope = _Scope(None, {name: value for name, value in given.items() if value is not None}, absent)
+        self._walk_nodes(function.nodes, scope, _Frame(frame.opsets, inner))
         return [scope.find(name) for name in function.outputs]
 
     # Operators with bodies
@@ -448,7 +490,7 @@ class _Walk:
         given = [call.input(at) for at in range(len(call.inputs))]
         if any(value.kind is Kind.SEQUENCE and value.items is None for value in given):
             raise NotKnown("a sequence without elements")
-        elements = [value if value.items is None else value.items for value in given]
+        elements = [value if value.items is None else one_of(call, value) for value in given]
         results = self._walk_body(self._body(call, "body"), elements, scope, frame)
         return [value if value.kind in SPOILT else replace(EMPTY, items=value) for value in results]
 
