@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from runtime.rows.elements import broadcast, broadcast_shapes, show
+from runtime.rows.elements import broadcast, broadcast_shapes, is_exact, show
 from runtime.rows.sizes import Number
 from runtime.rows.values import (
     LAID_OUT,
@@ -66,7 +66,10 @@ def reduce_axes(call: Call, value: Value, axes: Sequence[int], *, keeps: bool) -
 def _reduce_data(call: Call, value: Value, axes: Sequence[int], made: Sequence[Number]) -> Value:
     """Multiply all lengths of a shape, as exporters do; other results are not computed."""
     if call.node.operator == "ReduceProd" and len(axes) == value.data.ndim and not value.is_real:
-        result = np.array(call.symbols.product(value.data.flat), dtype=object)
+        product = call.symbols.product(value.data.flat)
+        if not is_exact(call.symbols, [product, *value.data.flat], is_real=False):
+            product = call.symbols.result("ReduceProd", *value.data.flat)
+        result = np.array(product, dtype=object)
         return from_data(call.symbols, result.reshape([1] * len(made)))
     return Value(value.kind, tuple(made) if value.kind is Kind.SAME else None)
 
@@ -146,9 +149,17 @@ def normalise_mean_variance(call: Call) -> Value:
 
 def normalise_batch(call: Call) -> Sequence[Value]:
     """BatchNormalization with given statistics; in training mode it computes those of the batch."""
-    trains = not call.attribute("is_test", 0) if call.since < 7 else call.attribute("training_mode", 0)
+    returns_statistics = len([name for name in call.node.outputs if name]) > 1
+    if call.since < 7:
+        trains = returns_statistics or not call.attribute("is_test", 0)
+    elif call.since < 14:  # more outputs than one say that it trains
+        trains = returns_statistics
+    else:
+        trains = bool(call.attribute("training_mode", 0))
     if trains:
         raise Coupling("computes the mean and deviation of the whole batch")
+    if returns_statistics:
+        raise NotKnown("it returns statistics without computing them")
     value = call.plain(0)
     if value.kind is Kind.ROWS and value.axis == 1:  # as Keras writes a LayerNormalization
         for each in (call.plain(at) for at in range(1, 5)):
@@ -156,7 +167,7 @@ def normalise_batch(call: Call) -> Sequence[Value]:
                 raise NotKnown("the rows lie along the axis of its channels")
     else:
         call.need_same(1, 2, 3, 4)
-    return [value] * len(call.node.outputs)
+    return [value] * max(1, len(call.node.outputs))
 
 
 def normalise_channels(call: Call) -> Value:

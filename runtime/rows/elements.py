@@ -150,7 +150,7 @@ def cast(call: Call) -> Value:
             data = _map(lambda each: _whole(call.symbols, each), value.data)
             return from_data(call.symbols, data)
         if to == FLOAT:
-            floats = _map(lambda each: each if isinstance(each, Size) else _single(float(each)), value.data)
+            floats = _map(lambda each: _to_float(call.symbols, each), value.data)
             return from_data(call.symbols, floats, is_real=True)
         if to == BOOL and not any(isinstance(each, Size) for each in value.data.flat):
             return from_data(call.symbols, _map(bool, value.data))
@@ -168,9 +168,16 @@ def cast_like(call: Call) -> Value:
     return keep_shape(call.with_inputs(0))
 
 
+def _to_float(symbols: Symbols, number: Number) -> Number:
+    if isinstance(number, Size):
+        return number if is_exact(symbols, [number], is_real=True) else symbols.result("Single", number)
+    return _single(float(number))
+
+
 def _whole(symbols: Symbols, number: Number) -> Number:
     if isinstance(number, Size):
-        return number if symbols.is_whole(number) else symbols.result("Cast", number)
+        is_kept = symbols.is_whole(number) and is_exact(symbols, [number], is_real=False)
+        return number if is_kept else symbols.result("Cast", number)
     if not math.isfinite(number) or abs(number) >= MAX_EXACT:
         return symbols.result("Overflow", number)
     return int(number)
@@ -273,8 +280,10 @@ def _compute(call: Call, values: Sequence[Value]) -> Value | None:
     made = np.empty(spread[0].shape, dtype=object)
     flat = made.reshape(-1)
     for at, each in enumerate(zip(*(array.flat for array in spread), strict=True)):
-        result = compute(call.symbols, is_real, *each) if is_exact(is_real, each) else None
-        if result is None or not is_exact(is_real, (result,)):
+        result = (
+            compute(call.symbols, is_real, *each) if is_exact(call.symbols, each, is_real=is_real) else None
+        )
+        if result is None or not is_exact(call.symbols, (result,), is_real=is_real):
             result = call.symbols.result(call.node.operator, *each, is_whole=not is_real)
         flat[at] = result
     return from_data(call.symbols, made, is_real=is_real and call.node.operator not in COMPARISONS)
@@ -286,20 +295,28 @@ def _map(function: Callable[[Any], Any], array: Any) -> Any:
     return made
 
 
-def is_exact(is_real: bool, numbers: Iterable[Number]) -> bool:  # noqa: FBT001
-    """Whether these numbers are as ONNX Runtime has them: no 32 bits overflow, and no lengths are rounded."""
+def is_exact(symbols: Symbols, numbers: Iterable[Number], *, is_real: bool) -> bool:
+    """Whether these numbers are as ONNX Runtime has them: no 32 bits overflow, and no length is rounded.
+
+    Lengths are taken to be below 2**16. In single precision, which has 24 bits, only a small multiple of a
+    length is certain to be whole; numbers without lengths are rounded here, too.
+    """
     parts = list(numbers)
-    has_sizes = any(isinstance(each, Size) for each in parts)
-    most = MAX_ROUNDED if is_real and has_sizes else MAX_EXACT
-    for each in parts:
-        factors = each.terms.values() if isinstance(each, Size) else [each]
-        if not all(abs(factor) < most for factor in factors if not (is_real and not has_sizes)):
-            return False
-    return True
+    sizes = [each for each in parts if isinstance(each, Size)]
+    if not sizes:
+        return is_real or all(abs(each) < MAX_EXACT for each in parts)
+    if is_real and not all(map(symbols.has_lengths_only, sizes)):
+        return False
+    most, degree = (MAX_MULTIPLE, 1) if is_real else (MAX_FACTOR, MAX_FACTORS)
+    terms = [term for each in sizes for term in each.terms.items()]
+    if any(abs(factor) > (most if term else MAX_FACTOR) or len(term) > degree for term, factor in terms):
+        return False
+    return all(abs(each) <= MAX_FACTOR for each in parts if not isinstance(each, Size))
 
 
-MAX_EXACT, MAX_ROUNDED = 2**31, 2**16
-"""Bounds of whole numbers, and of whole numbers beside lengths in single precision, which has 24 bits."""
+MAX_EXACT, MAX_FACTOR, MAX_MULTIPLE, MAX_FACTORS = 2**31, 2**16, 2**8, 4
+"""Bounds of whole numbers, of factors and numbers beside lengths, of factors in single precision, and of the
+lengths in a product: exporters multiply all lengths of a tensor, which has fewer than 2**31 elements."""
 Compute = Callable[..., Number | None]
 
 

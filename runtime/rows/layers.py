@@ -208,8 +208,10 @@ def resize(call: Call) -> Value:
         raise NotKnown("it cuts parts of the picture that an input names")
     # ONNX Runtime interpolates along all axes there, with weights of 0, and 0 times NaN is NaN.
     smooth = {"linear": 3, "cubic": 2}.get(call.text("mode", "nearest"), 0)
-    if value.kind is Kind.ROWS and len(old) <= smooth:
-        raise NotKnown(f"it interpolates between all elements of {len(old)} dimensions")
+    if value.kind is Kind.ROWS and smooth and (len(old) <= smooth or value.axis != 0):
+        raise NotKnown(
+            f"it interpolates along axis {value.axis}, along which the rows lie, with weights of 0"
+        )
     if call.text("keep_aspect_ratio_policy", "stretch") != "stretch":
         raise NotKnown("one scale for all axes follows from their lengths")
     axes = [call.axis(each, len(old)) for each in call.attribute("axes", tuple(range(len(old))))]

@@ -60,10 +60,13 @@ class Symbols:
         self._mentions_rows = [True]
         self._may_be_negative = set[int]()
         self._may_be_fractions = set[int]()
+        self._lengths = {0}
 
     def unknown(self) -> Size:
         """Return a length that is not known, and is the same for all requests that may run together."""
-        return self._add(mentions_rows=False)
+        made = self._add(mentions_rows=False)
+        self._lengths.update(*made.terms)
+        return made
 
     def _add(self, *, mentions_rows: bool) -> Size:
         self._mentions_rows.append(mentions_rows)
@@ -86,6 +89,8 @@ class Symbols:
             ((symbol,),) = self._add(mentions_rows=mentions).terms
             self._known[key] = symbol
             self._operands[symbol] = operands
+            if is_length:
+                self._lengths.add(symbol)
             if not is_length and not (operation in MONOTONE and all(map(self.is_length, operands))):
                 self._may_be_negative.add(symbol)
             if (
@@ -206,6 +211,10 @@ class Symbols:
         if any(factor < 0 for factor in number.terms.values()):
             return False
         return not any(symbol in self._may_be_negative for term in number.terms for symbol in term)
+
+    def has_lengths_only(self, number: Size) -> bool:
+        """Whether all symbols are lengths, and none is a result that may be large."""
+        return all(symbol in self._lengths for term in number.terms for symbol in term)
 
     def is_whole(self, number: Number) -> bool:
         """Whether a number is whole, whatever its symbols are."""

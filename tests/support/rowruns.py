@@ -266,7 +266,7 @@ BOOLEANS: Final[dict[str, Fill]] = {
     "mixed": _up_to(1),
     "prefix": _prefix,
     "one": lambda rng, shape: (
-        np.eye(1, max(1, int(np.prod(shape))), rng.integers(0, max(1, int(np.prod(shape)))))
+        np.eye(1, max(1, int(np.prod(shape))), int(rng.integers(0, max(1, int(np.prod(shape))))))
         .reshape(-1)[: int(np.prod(shape))]
         .reshape(shape)
     ),

@@ -141,6 +141,20 @@ CASES: dict[str, tuple[ModelProto, Any, Any]] = {
              ' Transpose<perm = [1, 0, 2]>(a)'
              " s = Softmax(t) b = Transpose<perm = [1, 0, 2]>(s) }"),
         ONE.reshape(1, 3, 2), TWO.reshape(1, 3, 2)),
+    "statistics that are computed": (
+        text("c = Constant<value = float[6] {1, 2, 1, 1, 1, 1}>() y, a, b, e, g ="
+             " BatchNormalization(x, c, c, c, c)",
+             12, inputs="float[N, 6] x"), ONE, TWO),
+    "linear interpolation of rows beside NaN": (
+        text("t = Transpose<perm = [1, 2, 0, 3]>(x) e = Constant<value = float[4] {1.0, 1.0, 1.0, 2.0}>()"
+             ' r = Resize<mode = "linear">(t, , e) y = Transpose<perm = [2, 0, 1, 3]>(r)',
+             inputs="float[N, 1, 2, 3] x"), ONE.reshape(1, 1, 2, 3), NAN.reshape(1, 1, 2, 3)),
+    "32 bits of a length that overflow": (
+        text(WIDTH + "i = Cast<to = 6>(width) big = Constant<value = int32[1] {1073741824}>() p = Mul(i, big)"
+             " q = Div(p, big) length = Cast<to = 7>(q)" + CUT), ONE[:, :5], TWO[:, :5]),
+    "a large multiple of a length as a float": (
+        text(WIDTH + "big = Constant<value = int64[1] {16777217}>() p = Mul(width, big) f = Cast<to = 1>(p)"
+             " g = Cast<to = 7>(f) length = Div(g, big)" + CUT), ONE[:, :4], TWO[:, :4]),
     "a reference outside of a function": (referring(), ONE, TWO),
     "a constant twice": (twice(), ONE, TWO),
     "linear interpolation beside NaN": (resize("linear", [1, 6]), ONE, NAN),
