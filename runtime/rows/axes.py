@@ -320,7 +320,7 @@ def compacts(call: Call) -> Sequence[Value]:
 
 def data_dependent(call: Call) -> Sequence[Value]:
     """NonZero and NonMaxSuppression: as many columns or rows as the data say."""
-    if all(value.kind is Kind.SAME for value in call.given()):
+    if all(value.kind is Kind.SAME for value in call.present_inputs()):
         is_boxes = call.node.operator == "NonMaxSuppression"
         shape = [call.symbols.unknown(), 3] if is_boxes else [len(call.shape(0)), call.symbols.unknown()]
         return [same(shape)]

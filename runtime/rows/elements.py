@@ -26,7 +26,7 @@ from runtime.rows.values import (
 
 def elementwise(call: Call) -> Value:
     """Broadcast the inputs; small known contents are computed."""
-    values = call.given()
+    values = call.present_inputs()
     data = _compute(call, values)
     if data is not None:
         return data
@@ -147,7 +147,7 @@ def cast(call: Call) -> Value:
         raise NotKnown("an old form of this operator")
     if value.data is not None:
         if to in {INT32, INT64}:
-            data = _map(lambda each: _whole(call.symbols, each), value.data)
+            data = _map(lambda each: _to_whole(call.symbols, each), value.data)
             return from_data(call.symbols, data)
         if to == FLOAT:
             floats = _map(lambda each: _to_float(call.symbols, each), value.data)
@@ -174,7 +174,7 @@ def _to_float(symbols: Symbols, number: Number) -> Number:
     return _single(float(number))
 
 
-def _whole(symbols: Symbols, number: Number) -> Number:
+def _to_whole(symbols: Symbols, number: Number) -> Number:
     if isinstance(number, Size):
         is_kept = symbols.is_whole(number) and is_exact(symbols, [number], is_real=False)
         return number if is_kept else symbols.result("Cast", number)
@@ -184,7 +184,7 @@ def _whole(symbols: Symbols, number: Number) -> Number:
 
 
 def prelu(call: Call) -> Value:
-    return broadcast(call, call.given())
+    return broadcast(call, call.present_inputs())
 
 
 def dropout(call: Call) -> list[Value]:
@@ -212,7 +212,7 @@ def einsum(call: Call) -> Value:
     4. The output has the letter once.
     """
     equation = call.text("equation", "").replace(" ", "")
-    values = [call.rows_of(value) for value in call.given()]
+    values = [call.rows_of(value) for value in call.present_inputs()]
     left, arrow, right = equation.partition("->")
     terms = left.split(",")
     if len(terms) != len(values):

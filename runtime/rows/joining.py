@@ -27,7 +27,7 @@ from runtime.rows.values import (
 
 def concat(call: Call) -> Value:
     """Concat: along another axis than that of the rows, or copies of the batch one after the other."""
-    values = call.given()
+    values = call.present_inputs()
     if {value.kind for value in values} == {Kind.SAME} and any(value.shape is None for value in values):
         return same()
     shapes = [shape_of(value) for value in values]

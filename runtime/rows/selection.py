@@ -106,6 +106,7 @@ def gather_nd(call: Call) -> Value:
 
 
 def scatter_elements(call: Call) -> Value:
+    """ScatterElements: within each row."""
     values = [call.rows_of(call.input(at)) for at in range(3)]
     if all(value.kind is Kind.SAME for value in values):
         return same(values[0].shape)
@@ -121,6 +122,7 @@ def scatter_elements(call: Call) -> Value:
 
 
 def scatter_nd(call: Call) -> Value:
+    """ScatterND: by the row's number as first index, or at the same places in each row."""
     base, indices, updates = (call.rows_of(call.input(at)) for at in range(3))
     kinds = base.kind, indices.kind, updates.kind
     if kinds == (Kind.SAME, Kind.SAME, Kind.SAME):
@@ -154,6 +156,7 @@ def _scattered(call: Call, base: Value, indices: Value, updates: Value) -> Value
 
 
 def slice_(call: Call) -> Value:
+    """Slice: along other axes than that of the rows, or whole copies of the batch."""
     value = call.input(0)
     if value.kind is Kind.SAME and value.shape is None:
         return value

@@ -60,7 +60,7 @@ def _sequence(call: Call, at: int) -> Value:
 
 def sequence_construct(call: Call) -> Value:
     items = call.input(0)
-    for value in call.given()[1:]:
+    for value in call.present_inputs()[1:]:
         items = join(call, items, value)
     return replace(EMPTY, items=items)
 

@@ -1,4 +1,4 @@
-"""What the walk knows of a tensor: how it depends on the rows of a batch, its shape, and small contents.
+"""Knowledge of a tensor: its dependence on the rows of a batch, its shape, and small contents.
 
 Rows lie along one axis of a tensor, whose length is `outer * N * inner`: element `(o * N + n) * inner + i`
 belongs to row n. So a batch of sequences stays visible when a graph joins and separates its axes.
@@ -170,7 +170,7 @@ class Call:
             raise NotKnown("an input is missing")
         return found
 
-    def given(self) -> list[Value]:
+    def present_inputs(self) -> list[Value]:
         return [each for each in self.inputs if each is not None]
 
     def shape(self, at: int) -> tuple[Number, ...]:

@@ -63,9 +63,18 @@ MAX_ROUNDS = 8
 MAX_NAME = 60
 """Characters of a name in a reason."""
 
+OF_RUNTIME = ("ai.onnx", "com.microsoft", "com.ms.", "org.pytorch")
+"""Beginnings of domains whose operators ONNX Runtime has itself, and prefers to a function of the model."""
+WITH_POSITIONS: Collection[Rule] = {
+    *(elements.cast, elements.elementwise, elements.identity, elements.keep_shape),
+    *(joining.concat, joining.expand, selection.gather, selection.gather_nd, selection.scatter_nd),
+    *(shapes.flatten, shapes.reshape, shapes.shape, shapes.size, shapes.squeeze, shapes.transpose),
+    *(shapes.unsqueeze, layers.cut_regions),
+}
+"""Rules that know what becomes of positions of rows; for all others nothing is known."""
+
 ANY_FORM = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-"""What a rule raises for attributes of a form that its operator cannot have, in a file that no session was
-created from: ONNX Runtime refuses it."""
+"""Exceptions of rules for attributes of a form that ONNX Runtime refuses: `check` reads files without it."""
 
 
 def judge_rows(path: Path) -> Judgement:
@@ -95,17 +104,6 @@ def walk_tensors(path: Path) -> tuple[Symbols, Mapping[str, Value]]:
     with GraphFile(path) as model:
         walk = _Walk(model)
         return walk.symbols, walk.walk_model().values
-
-
-OF_RUNTIME = ("ai.onnx", "com.microsoft", "com.ms.", "org.pytorch")
-"""Beginnings of domains whose operators ONNX Runtime has itself, and prefers to a function of the model."""
-WITH_POSITIONS: Collection[Rule] = {
-    *(elements.cast, elements.elementwise, elements.identity, elements.keep_shape),
-    *(joining.concat, joining.expand, selection.gather, selection.gather_nd, selection.scatter_nd),
-    *(shapes.flatten, shapes.reshape, shapes.shape, shapes.size, shapes.squeeze, shapes.transpose),
-    *(shapes.unsqueeze, layers.cut_regions),
-}
-"""Rules that know what becomes of positions of rows; for all others nothing is known."""
 
 
 def _no_attribute(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What the walk says of each tensor of a graph, held to runs of the graph."""
+"""The walk's claims about each tensor of a graph, held to runs of the graph."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path

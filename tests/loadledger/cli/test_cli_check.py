@@ -319,7 +319,7 @@ def test_check_says_whether_rows_are_independent(tmp_path: Path) -> None:
         assert [word for word in words if word not in texts[model_id]] == []
 
 
-def test_check_before_the_first_start_of_a_release_folds_the_ledger_anew(tmp_path: Path) -> None:
+def test_check_folds_the_ledger_of_an_earlier_release_anew(tmp_path: Path) -> None:
     """The models that an earlier release batched are not in the state that its folds have stored."""
     history = History()
     history.load("L", of="earlier", max_batch_size=8)
