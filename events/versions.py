@@ -80,9 +80,8 @@ def evolve_versions(before: ModelVersions | None, event: Event) -> ModelVersions
     evolve = None if isinstance(event.data, Unknown) else STEPS.get(type(event.data))
     if evolve is None or event.model_id is None or (before is not None and event.model_id != before.id):
         return before
-    known = before or ModelVersions(event.model_id)
-    after = evolve(known, event, event.data)
-    return before if after is known else after
+    # An event that changes nothing makes the model known, too: the past finds models by their events.
+    return evolve(before or ModelVersions(event.model_id), event, event.data)
 
 
 def _version_added(versions: ModelVersions, event: Event, data: VersionAdded) -> ModelVersions:

@@ -92,10 +92,12 @@ def compare_folder(folder: Path, ledger: Path) -> tuple[list[FileFinding], Annou
     findings = list(compare_files(listed, announced))
     names = {each.file for each in findings}
     for name, said in announced.closed.items():
-        if name not in names:  # it was renamed while they were listed, or is missing
-            with suppress(FileNotFoundError):
-                path = folder / said["model_id"] / f"{name}{CLOSED}"
-                findings += compare_files([stat_file(path)], announced)
+        if name not in names:  # it is newer than the list, was renamed while they were listed, or is missing
+            for suffix in (COMPLETE, CLOSED):  # in this order, as it is renamed
+                with suppress(FileNotFoundError):
+                    file = stat_file(folder / said["model_id"] / f"{name}{suffix}")
+                    findings += compare_files([file], announced)
+                    break
     return findings, announced._replace(erased=read_announced(ledger).erased)
 
 

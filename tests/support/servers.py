@@ -27,7 +27,7 @@ from runtime.memory import list_descendants
 from server.config import Config
 from support.http import Api
 from support.leaks import MARKED
-from support.workers import hold, wait_gone
+from support.workers import hold, until, wait_gone
 
 MODULE = (sys.executable, "-P", "-m", "loadledger")  # -P: the installed package, not the folder we are in
 SCRIPT = (str(Path(sys.executable).with_name("loadledger")),)
@@ -91,6 +91,11 @@ class Server:
         """Return the lines on stderr without events, and without what this kernel cannot confine."""
         lines = _text(self.output).splitlines()
         return [line for line in lines if " event=" not in line and not CONFINED_LESS.search(line)]
+
+    async def logged(self, text: str) -> str:
+        """Wait until a text is on stderr, which a thread of the server's writes; return all that is there."""
+        await until(lambda: text in _text(self.output))
+        return _text(self.output)
 
     def worker(self) -> int:
         """Return the process id of the newest worker that has a name of its own.
@@ -286,8 +291,15 @@ def find_gateways(server: Server) -> list[tuple[str, int]]:
 
 
 def grpc_address(server: Server) -> str:
-    """Return host and port of gRPC, for a server with `--grpc-port=0` that is `INFORMED`."""
-    return find_gateways(server)[-1][0]
+    """Return host and port of gRPC, for a server with `--grpc-port=0` that is `INFORMED`.
+
+    A thread writes the log, so that its line may come after that of the ready server on stdout.
+    """
+    deadline = time.monotonic() + LIMIT_S
+    while not (found := find_gateways(server)):
+        assert time.monotonic() < deadline, _text(server.output)
+        time.sleep(0.002)
+    return found[-1][0]
 
 
 ROOT = Path(__file__).parents[2]

@@ -86,7 +86,7 @@ async def test_open_confinement_is_recorded_and_shown(config: Config) -> None:
         metrics = (await server.api.get("/metrics")).body.decode()
         assert 'loadledger_worker_forbidden_acts{act="read_files"} 1.0' in metrics
         assert 'loadledger_worker_forbidden_acts{act="use_network"} 0.0' in metrics
-        assert "could read files of this user" in server.output.read_text()
+        await server.logged("could read files of this user")
         async with chromium() as browser, Console.opened(browser, server.url) as console:
             await console.sign_in(server.api.token("admin"))
             line = console.page.locator("#confinement")

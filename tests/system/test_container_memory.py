@@ -216,6 +216,7 @@ async def test_server_says_at_its_start_what_its_memory_is_for(tmp_path: Path, b
     models.save(models.add(), config.repository, "m")
     command = (*box.entering, *MODULE)
     async with serving(config, "--memory-budget=80%", command=command, environment=NO_DEVICES) as server:
+        await server.logged("memory of")
         [warning] = [line for line in server.warnings() if "memory of" in line]
         assert "memory of 1,074 MB (cgroup v" in warning
         assert "set --memory-budget to 568MiB or less" in warning

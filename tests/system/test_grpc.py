@@ -73,7 +73,7 @@ async def test_killed_gateway_costs_its_calls_and_is_started_again(config: Confi
         assert again.address == gateway.address
         async with grpc_client(again.address, server.api.token("infer")) as new:
             assert await new.status() == "SERVING"
-        assert any("is started again" in line for line in server.warnings())
+        await server.logged("is started again")
 
 
 async def test_stopping_server_answers_running_calls_and_no_new_one(config: Config) -> None:

@@ -167,7 +167,7 @@ async def test_name_that_is_looked_up_delays_no_stop_and_no_other(config: Config
         async with serving(config, *settings, command=LOST_NAME) as server:
             await load_and_unload(server.api)
             await delivered(server.api, receiver)
-            assert "looked up" in server.output.read_text()
+            await server.logged("looked up")
             assert await server.stop() == 0
 
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import signal
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -41,8 +42,9 @@ from support.records import (
 from support.servers import MODULE, Server, events, serving, verified
 
 from features.nodes.facts import NodeLeft
+from features.records import files, verification
 from features.records.facts import RecordsClosed, RecordsErased
-from features.records.files import CLOSED, COMPLETE, OPEN, RecordFiles
+from features.records.files import CLOSED, COMPLETE, OPEN, RecordFile, RecordFiles
 from server.config import Config
 
 TORN = b'{"type":"loadledger.inference","id":"half'
@@ -120,14 +122,26 @@ async def test_changed_files_are_not_verified(
     assert f"NOT verified: {copy.parent.name}/{name}: changed" in verify(config, copy)[1]
 
 
+SLOW_S = 0.03
 HURRIED = patched(
-    "from features.records import files, recorder\nfiles.FULL_BYTES, recorder.FLUSH_S = 2048, 0.001"
+    "import time\n"
+    "from features.records import files, recorder\n"
+    "files.FULL_BYTES, recorder.FLUSH_S, real = 2048, 0.001, files.RecordFiles.give_name\n"
+    f"files.RecordFiles.give_name = lambda *each: (time.sleep({SLOW_S}), real(*each))"
 )
-"""A file is closed after three or four inferences, and so some hundred times a second."""
+"""A file is closed after three or four inferences, and gets its name on a slow disk."""
 
 
-async def test_files_of_running_server_are_verified(config: Config) -> None:
+def list_files_slowly(folder: Path) -> list[RecordFile]:
+    """List files on a busy machine, which has others when the list is complete."""
+    found = files.list_files(folder)
+    time.sleep(SLOW_S)
+    return found
+
+
+async def test_files_of_running_server_are_verified(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are opened, closed, announced and erased while they are compared with the ledger."""
+    monkeypatch.setattr(verification, "list_files", list_files_slowly)
     rule, answered = write_rule(config.repository.parent), list[str]()
     save(models.add(1), config.repository, "m")
     async with serving(config, *rule, *UNLIMITED, command=HURRIED) as server:
@@ -343,7 +357,7 @@ async def test_full_disk_stops_recording_and_no_inference(config: Config, tmp_pa
             metrics = await when(partial(read_metrics, server), lambda seen: seen["stopped"] == 0)
             assert (metrics[dropped], metrics["total"]) == (6, 2)
             assert "notices" not in (await server.api.get("/api/v1/resources")).json
-            said = server.output.read_text()
+            said = await server.logged("inferences are recorded again")
             assert (said.count(STOPPED), said.count("inferences are recorded again")) == (1, 1)
             disk.fill(LITTLE_BYTES)
             for number in range(2):

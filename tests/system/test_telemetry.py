@@ -209,4 +209,4 @@ main()
 async def test_otel_is_imported_if_asked_for_and_its_lack_named(config: Config) -> None:
     command = (sys.executable, "-P", "-c", WITHOUT_EXTRA)
     async with serving(config, command=command, environment=NOWHERE) as server:
-        assert INSTALL_OTEL in server.output.read_text()
+        await server.logged(INSTALL_OTEL)
