@@ -342,6 +342,11 @@ def _split_attributes(_: click.Context, __: click.Parameter, value: str | None) 
 @options.int_option("--instances", metavar="N", text="Number of workers.")
 @options.int_option("--threads", metavar="N", text="Threads of each worker.")
 @options.int_option("--max-batch-size", metavar="N", least=0, text="Batch up to so many waiting requests.")
+@click.option(
+    "--dependent-rows",
+    type=click.Choice(["refuse", "allow"]),
+    help="What becomes of batches whose rows may change each other's answers.",
+)
 @options.int_option(
     "--max-queue-delay-us", metavar="MICROSECONDS", least=0, text="Longest wait for a fuller batch."
 )

@@ -135,6 +135,8 @@ class Symbols:
     def multiply(self, first: Number, second: Number) -> Number:
         if not isinstance(first, Size) and not isinstance(second, Size):
             return self._limit(first * second, "product", first, second)
+        if first == 1 or second == 1:  # the layout of most rows: `outer * N * inner`
+            return second if first == 1 else first
         left, right = _terms(first), _terms(second)
         if left is None or right is None:
             return self.result("multiply", *sorted((first, second), key=_order))

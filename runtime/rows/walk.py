@@ -22,6 +22,7 @@ nested bodies, and the seconds are bounded, and beyond a bound nothing is known.
 """
 
 import time
+from bisect import bisect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -221,13 +222,13 @@ class _Walk:
         self._walk_nodes(graph.nodes, scope, frame)
 
     def _walk_nodes(self, nodes: Sequence[OperatorNode], scope: _Scope, frame: _Frame) -> None:
+        left_out = {"", *scope.absent}
         for node in nodes:
             self._left -= 1
             if self._left < 0:
                 raise _TooLong(f"it has more than {MAX_OPERATORS:,} operators, with all rounds of its loops")
             if time.monotonic() > self._until:
                 raise _TooLong(f"that takes longer than {MAX_SECONDS:.0f} s")
-            left_out = {"", *scope.absent}
             inputs = [None if name in left_out else scope.find(name) for name in node.inputs]
             outputs = self._apply(node, inputs, scope, frame)
             for name, value in zip(node.outputs, outputs, strict=False):
@@ -315,7 +316,7 @@ class _Walk:
         kinds = {value.kind for value in inputs if value is not None}
         if kinds & {Kind.INDEX, Kind.TUPLES} and line.rule not in WITH_POSITIONS:
             raise NotKnown("it computes with the positions of rows in the batch")
-        since = max((each for each in line.versions if each <= version), default=line.versions[0])
+        since = line.versions[max(0, bisect(line.versions, version) - 1)]
         made = line.rule(Call(node, since, inputs, self.symbols, attribute))
         return [made] if isinstance(made, Value) else made
 

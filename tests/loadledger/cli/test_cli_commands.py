@@ -217,6 +217,14 @@ def test_show_says_whether_requests_are_joined(verdict: str, *, joined: bool, ex
     assert said == f"requests of several clients {expected}"
 
 
+def test_dependent_rows_are_refused_or_allowed(alice: Shell, server: LocalApi) -> None:
+    save(models.quantised(), server.config.repository, "quantised")
+    assert "(rows_depend)" in alice.refused(1, "load quantised --max-batch-size 8 --wait")
+    alice.prints("load quantised --max-batch-size 8 --dependent-rows allow --wait")
+    assert "are joined, as dependent_rows allows: DynamicQuantizeLinear" in alice.prints("show quantised")
+    alice.prints("unload quantised --wait")
+
+
 def test_whoami_prints_what_the_token_says(alice: Shell) -> None:
     url = alice.environment["LOADLEDGER_URL"]
     assert re.fullmatch(
