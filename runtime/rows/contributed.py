@@ -79,12 +79,12 @@ def one_hot_features(call: Call) -> Value:
 
 def join_features(call: Call) -> Value:
     """FeatureVectorizer: joins columns."""
-    values = [call.plain(at) for at in range(len(call.inputs))]
-    if any(value.kind is not Kind.ROWS or value.axis != 0 or len(shape_of(value)) != 2 for value in values):
-        raise NotKnown("not all of its inputs have rows along axis 0")
-    if not all(call.has_layout(value, values[0]) for value in values):
-        raise NotKnown("rows lie in different order in its inputs")
-    return moved(values[0], (shape_of(values[0])[0], call.symbols.unknown()), 0)
+    first = call.plain(0)
+    for at in range(len(call.inputs)):
+        call.need_rows(at, first)
+        if len(call.shape(at)) != 2:
+            raise NotKnown(f"its input {at} has {len(call.shape(at))} dimensions")
+    return moved(first, (shape_of(first)[0], call.symbols.unknown()), 0)
 
 
 def class_scores(call: Call) -> Sequence[Sequence[Number]]:
@@ -121,8 +121,7 @@ def per_row(
                 if len(shape_of(value)) < 2 or shape_of(value)[0] != 1:
                     raise NotKnown(f"its input {at} may have several rows, or mean something else for them")
                 continue
-            if value.kind is not Kind.ROWS or value.axis != 0 or not call.has_layout(value, first):
-                raise NotKnown(f"its input {at} has no rows along axis 0")
+            call.need_rows(at, first)
         length = shape_of(first)[0]
         return [moved(first, (length, *rest), 0) for rest in outputs(call)]
 
@@ -313,8 +312,8 @@ def rotary_contributed(call: Call) -> Value:
         call.refuse_axis(value.axis)
     if positions.kind is Kind.SAME and positions.shape != (1,):
         raise NotKnown("its positions have no rows")
-    if positions.kind is Kind.ROWS and (positions.axis != 0 or not call.has_layout(value, positions)):
-        raise NotKnown("its positions have no rows along axis 0")
+    if positions.kind is Kind.ROWS:
+        call.need_rows(1, value)
     return value
 
 
@@ -366,13 +365,8 @@ def rotary_multimodal(call: Call) -> Value:
     call.need_same(2, 3)
     if value.kind is Kind.SAME and positions.kind is Kind.SAME:
         return value
-    kinds = {value.kind, positions.kind}
-    if (
-        kinds != {Kind.ROWS}
-        or (value.axis, positions.axis) != (0, 1)
-        or not call.has_layout(value, positions)
-    ):
-        raise NotKnown("its positions have no rows along axis 1")
+    call.need_rows(0, value)
+    call.need_rows(1, value, 1)
     return value
 
 

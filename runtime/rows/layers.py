@@ -32,20 +32,15 @@ def per_item(*batched: int, shape: Callable[[Call], Sequence[Number]] | None = N
     """
 
     def rule(call: Call) -> Sequence[Value]:
-        values = {at: call.plain(at) for at in batched if call.optional(at) is not None}
+        given = [at for at in batched if call.optional(at) is not None]
         call.need_same(*(at for at in range(len(call.inputs)) if at not in batched))
         first = call.plain(batched[0])
         old = shape_of(first)
         made = (*old[:1], *(old[1:] if shape is None else shape(call)))
-        if all(value.kind is Kind.SAME for value in values.values()):
+        if all(call.plain(at).kind is Kind.SAME for at in given):
             return [same(made)]
-        for at, value in values.items():
-            if value.kind is not Kind.ROWS:
-                raise NotKnown(f"its input {at} has no rows")
-            if value.axis != 0:
-                raise NotKnown(f"the rows of its input {at} lie along axis {value.axis}")
-            if not call.has_layout(value, first):
-                raise NotKnown("rows lie in different order in its inputs")
+        for at in given:
+            call.need_rows(at, first)
         return [moved(first, made, 0)]
 
     return rule
@@ -255,7 +250,7 @@ def recurrent(call: Call) -> Sequence[Value]:
     batch = 0 if call.attribute("layout", 0) else 1
     call.need_same(1, 2, 3, 7)  # weights
     places = {4: 0, 5: batch, 6: batch}  # the lengths of the sequences, and their first states
-    given = {at: call.plain(at) for at in places if call.optional(at) is not None}
+    given = [at for at in places if call.optional(at) is not None]
     if value.kind is Kind.SAME:
         call.need_same(*given)
         return [same()] * 3
@@ -263,9 +258,8 @@ def recurrent(call: Call) -> Sequence[Value]:
         raise Coupling(f"takes axis {value.axis}, along which the rows lie, for time")
     if value.axis != batch:
         call.refuse_axis(value.axis)
-    for at, each in given.items():
-        if each.kind is not Kind.ROWS or each.axis != places[at] or not call.has_layout(value, each):
-            raise NotKnown(f"its input {at} does not have lengths or states of the rows")
+    for at in given:
+        call.need_rows(at, value, places[at])
     old, weights = shape_of(value), call.shape(2)
     directions, hidden = weights[0], weights[2]
     if batch == 0:
@@ -285,15 +279,16 @@ def attention(call: Call) -> Sequence[Value]:
     query = values[0]
     if all(value.kind is Kind.SAME for value in [*values.values(), *([] if mask is None else [mask])]):
         return [same()] * 4
-    for at, value in values.items():
-        if value.kind is not Kind.ROWS or value.axis != 0 or not call.has_layout(value, query):
-            raise NotKnown(f"its input {at} has no rows along axis 0")
+    for at in values:
+        call.need_rows(at, query)
     if mask is not None:  # aligned at its end with rows, heads, queries, keys
-        shape = shape_of(mask)
-        if mask.kind is Kind.ROWS and (len(shape) != 4 or mask.axis != 0 or not call.has_layout(mask, query)):
-            raise NotKnown("its mask has no rows along axis 0")
-        if mask.kind is Kind.SAME and len(shape) == 4 and shape[0] != 1:
+        has_batch = len(shape_of(mask)) == 4
+        if mask.kind is Kind.SAME and has_batch and shape_of(mask)[0] != 1:
             raise NotKnown("its mask has a dimension where the rows lie")
+        if mask.kind is Kind.ROWS:
+            call.need_rows(3, query)
+            if not has_batch:
+                raise NotKnown("the rows of its mask meet another axis than that of the rows")
     old, unknown_length = shape_of(query), call.symbols.unknown
     width = shape_of(values[2])[-1] if len(old) == 4 else unknown_length()
     past = moved(query, (old[0], *(unknown_length() for _ in range(3))), 0)
@@ -315,8 +310,8 @@ def rotary(call: Call) -> Value:
         if other.kind is Kind.SAME:
             if at == 3 or len(shape_of(other)) != 2:
                 raise NotKnown(f"its input {at} has no rows")
-        elif other.axis != 0 or not call.has_layout(value, other):
-            raise NotKnown(f"its input {at} has no rows along axis 0")
+        else:
+            call.need_rows(at, value)
     return value
 
 

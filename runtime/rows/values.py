@@ -233,6 +233,14 @@ class Call:
             if value is not None and value.kind is not Kind.SAME:
                 raise NotKnown(f"its input {at} depends on the rows of the batch")
 
+    def need_rows(self, at: int, like: Value, axis: int = 0) -> None:
+        """Refuse an input without rows along this axis, in the same order as those of another tensor."""
+        value = self.plain(at)
+        if value.kind is not Kind.ROWS or value.axis != axis:
+            raise NotKnown(f"its input {at} has no rows along axis {axis}")
+        if not self.has_layout(value, like):
+            raise NotKnown("rows lie in different order in its inputs")
+
     def plain(self, at: int) -> Value:
         """Return an input that is ROWS or SAME; a FILL has rows along the axis of N."""
         value = self.rows_of(self.input(at))

@@ -7,12 +7,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnxruntime as ort
 from onnx import ModelProto, ValueInfoProto
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from runtime.rows.sizes import ROWS, Size, Symbols
 from runtime.rows.values import Kind, Value
 from runtime.rows.walk import walk_tensors
 from support.rowgraphs import differs
 
+INFERENCE = "[ShapeInferenceError]"
+"""Error of some models with an Attention: onnx 1.23 infers a width of 0 for values of a computed width."""
 COUNT = 3
 """Rows that run together."""
 
@@ -49,7 +52,12 @@ def find_false_claims(
     kept = [name for name in names if tensors[name].kind not in {Kind.UNKNOWN, Kind.COUPLED, Kind.SEQUENCE}]
     if not kept:
         return []
-    run = _make_runner(model, kept)
+    try:
+        run = _make_runner(model, kept)
+    except Fail as problem:
+        if INFERENCE in str(problem) and any(node.op_type == "Attention" for node in model.graph.node):
+            return []
+        raise
     together, again = run(rows), run(others)
     alone = [run({name: array[at : at + 1] for name, array in rows.items()}) for at in range(COUNT)]
     copies = [run({name: array[[at] * COUNT] for name, array in rows.items()}) for at in range(COUNT)]
