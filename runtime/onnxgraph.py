@@ -82,7 +82,7 @@ class Reference(NamedTuple):
 
 
 class TypedName(NamedTuple):
-    """An input of a graph: its ONNX element type, 0 if it is no tensor, and its dimensions.
+    """A tensor of a graph: its ONNX element type, 0 if it is no tensor, and its dimensions.
 
     A dimension is -1 if it may have any length; without declared dimensions `shape` is None.
     """
@@ -124,12 +124,21 @@ class OperatorNode(msgspec.Struct, frozen=True, eq=False):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Graph:
-    """A graph or subgraph: operators in their order, inputs, names of outputs, and constants by name."""
+    """A graph or subgraph.
+
+    Attributes:
+        nodes: its operators in their order.
+        inputs: its inputs.
+        outputs: the names of its outputs.
+        constants: its constants by name.
+        declared: the shapes that the file declares, of other tensors and of outputs, by name.
+    """
 
     nodes: Sequence[OperatorNode]
     inputs: Sequence[TypedName]
     outputs: Sequence[str]
     constants: Mapping[str, ConstantTensor]
+    declared: Mapping[str, Sequence[tuple[int, ...]]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -254,6 +263,7 @@ class _GraphReader:
             list[str](),
             dict[str, ConstantTensor](),
         )
+        declared = dict[str, list[tuple[int, ...]]]()
         for number, start, end, _ in self._fields.read_all(begin, stop):
             if start < 0:
                 continue
@@ -263,16 +273,20 @@ class _GraphReader:
                 name, tensor = self._read_tensor(start, end)
                 constants[name], count = tensor, count + 1
             elif number == 11:
-                inputs.append(self._read_input(start, end))
-            elif number == 12:
-                outputs.append(self._read_input(start, end).name)
+                inputs.append(self._read_type(start, end))
+            elif number in {12, 13}:
+                typed = self._read_type(start, end)
+                if number == 12:
+                    outputs.append(typed.name)
+                if typed.shape is not None:
+                    declared.setdefault(typed.name, []).append(typed.shape)
             elif number == 15:
                 name, tensor = self._read_sparse(start, end)
                 constants[name], count = tensor, count + 1
         names = [name for node in nodes for name in node.outputs if name]
         if len({*names, *constants}) < len(names) + count:
             raise Unparsable("a name that is defined twice")
-        return Graph(nodes, inputs, outputs, constants)
+        return Graph(nodes, inputs, outputs, constants, declared)
 
     def _read_node(self, begin: int, stop: int) -> OperatorNode:
         data, offset = (self._data[begin:stop], begin) if stop - begin <= SHORT_BYTES else (self._data, 0)
@@ -455,7 +469,7 @@ class _GraphReader:
                 shape += [_number(value)] if start < 0 else _varints(self._data[start:end][: 10 * MAX_RANK])
         return name, ConstantTensor(element, tuple(shape[:MAX_RANK]), None)
 
-    def _read_input(self, begin: int, stop: int) -> TypedName:
+    def _read_type(self, begin: int, stop: int) -> TypedName:
         name, element, shape = "", 0, None
         for number, start, end, _ in self._fields.read_all(begin, stop):
             if number == 1:

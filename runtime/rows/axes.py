@@ -14,6 +14,7 @@ from runtime.rows.values import (
     NotKnown,
     Rule,
     Value,
+    changed,
     from_data,
     laid_out,
     moved,
@@ -28,21 +29,22 @@ def reduce(call: Call) -> Value:
     """A reduction over axes: an attribute, in newer versions an input; without axes over all of them."""
     value = call.input(0)
     if value.kind is Kind.SAME and value.shape is None:
+        call.need_same(1)
         return value
     rank = len(shape_of(value))
     axes = call.axes(1, rank)
     if not axes:
-        if call.attribute("noop_with_empty_axes", 0):
-            return value
+        if call.flag("noop_with_empty_axes"):  # some square their elements, or take logarithms
+            return changed(value)
         axes = list(range(rank))
-    return reduce_axes(call, value, axes, keeps=bool(call.attribute("keepdims", 1)))
+    return reduce_axes(call, value, axes, keeps=call.flag("keepdims", default=True))
 
 
 def reduce_axis(call: Call) -> Value:
     """A reduction over one axis: ArgMax and ArgMin."""
     value = call.input(0)
     axis = call.axis(call.attribute("axis", 0), len(call.shape(0)))
-    return reduce_axes(call, value, [axis], keeps=bool(call.attribute("keepdims", 1)))
+    return reduce_axes(call, value, [axis], keeps=call.flag("keepdims", default=True))
 
 
 def reduce_axes(call: Call, value: Value, axes: Sequence[int], *, keeps: bool) -> Value:
@@ -151,11 +153,11 @@ def normalise_batch(call: Call) -> Sequence[Value]:
     """BatchNormalization with given statistics; in training mode it computes those of the batch."""
     returns_statistics = len([name for name in call.node.outputs if name]) > 1
     if call.since < 7:
-        trains = returns_statistics or not call.attribute("is_test", 0)
+        trains = returns_statistics or not call.flag("is_test")
     elif call.since < 14:  # more outputs than one say that it trains
         trains = returns_statistics
     else:
-        trains = bool(call.attribute("training_mode", 0))
+        trains = call.flag("training_mode")
     if trains:
         raise Coupling("computes the mean and deviation of the whole batch")
     if returns_statistics:
@@ -166,7 +168,7 @@ def normalise_batch(call: Call) -> Sequence[Value]:
             call.need_rows(at, value)
     else:
         call.need_same(1, 2, 3, 4)
-    return [value] * max(1, len(call.node.outputs))
+    return [changed(value)] * max(1, len(call.node.outputs))
 
 
 def normalise_channels(call: Call) -> Value:
@@ -185,6 +187,7 @@ def quantise(call: Call) -> Value:
     if call.attribute("block_size", 0):  # 1
         call.need_same(0, 1, 2)
     if value.kind is Kind.SAME and scale.kind is Kind.SAME:
+        call.need_same(2)
         return same(value.shape)
     length = call.symbols.product(shape_of(scale))
     axis = value.axis if length == 1 else call.axis(call.attribute("axis", 1), len(shape_of(value)))

@@ -15,6 +15,7 @@ from runtime.rows.values import (
     Rule,
     RuleOfSeveral,
     Value,
+    changed,
     laid_out,
     moved,
     same,
@@ -307,7 +308,7 @@ def rotary_contributed(call: Call) -> Value:
     call.need_same(2, 3)
     if value.kind is Kind.SAME:
         call.need_same(1)
-        return value
+        return changed(value)
     if value.axis != 0:
         call.refuse_axis(value.axis)
     if positions.kind is Kind.SAME and positions.shape != (1,):
@@ -364,7 +365,7 @@ def rotary_multimodal(call: Call) -> Value:
     value, positions = call.plain(0), call.plain(1)
     call.need_same(2, 3)
     if value.kind is Kind.SAME and positions.kind is Kind.SAME:
-        return value
+        return changed(value)
     call.need_rows(0, value)
     call.need_rows(1, value, 1)
     return value

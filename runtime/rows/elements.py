@@ -21,6 +21,7 @@ from runtime.rows.values import (
     moved,
     same,
     shape_of,
+    unknown,
 )
 
 
@@ -147,7 +148,8 @@ def cast(call: Call) -> Value:
         raise NotKnown("an old form of this operator")
     if value.data is not None:
         if to in {INT32, INT64}:
-            data = _map(lambda each: _to_whole(call.symbols, each), value.data)
+            bits = 32 if to == INT32 else 64
+            data = _map(lambda each: _to_whole(call.symbols, each, bits), value.data)
             return from_data(call.symbols, data)
         if to == FLOAT:
             floats = _map(lambda each: _to_float(call.symbols, each), value.data)
@@ -171,15 +173,17 @@ def cast_like(call: Call) -> Value:
 def _to_float(symbols: Symbols, number: Number) -> Number:
     if isinstance(number, Size):
         return number if is_exact(symbols, [number], is_real=True) else symbols.result("Single", number)
+    if abs(number) > MAX_DOUBLE:  # it would be rounded twice
+        return symbols.result("Single", number)
     return _single(float(number))
 
 
-def _to_whole(symbols: Symbols, number: Number) -> Number:
+def _to_whole(symbols: Symbols, number: Number, bits: int) -> Number:
     if isinstance(number, Size):
         is_kept = symbols.is_whole(number) and is_exact(symbols, [number], is_real=False)
-        return number if is_kept else symbols.result("Cast", number)
+        return number if is_kept else symbols.result("Cast", number, bits)
     if not math.isfinite(number) or abs(number) >= MAX_EXACT:
-        return symbols.result("Overflow", number)
+        return symbols.result("Overflow", number, bits)
     return int(number)
 
 
@@ -195,8 +199,8 @@ def dropout(call: Call) -> list[Value]:
     is_known = training is None or (
         training.data is not None and training.data.size == 1 and not isinstance(training.data.flat[0], Size)
     )
-    if not is_known:
-        raise NotKnown("whether it draws random numbers is computed by the model")
+    if not is_known:  # also of a constant it would make random numbers
+        return [unknown("whether it draws random numbers is computed by the model")] * 2
     if training is not None and bool(training.data.flat[0]):
         raise Coupling("draws random numbers")
     value = call.plain(0)
@@ -284,7 +288,7 @@ def _compute(call: Call, values: Sequence[Value]) -> Value | None:
             compute(call.symbols, is_real, *each) if is_exact(call.symbols, each, is_real=is_real) else None
         )
         if result is None or not is_exact(call.symbols, (result,), is_real=is_real):
-            result = call.symbols.result(call.node.operator, *each, is_whole=not is_real)
+            result = call.symbols.result(call.node.operator, *each, is_real, is_whole=not is_real)
         flat[at] = result
     return from_data(call.symbols, made, is_real=is_real and call.node.operator not in COMPARISONS)
 
@@ -305,7 +309,7 @@ def is_exact(symbols: Symbols, numbers: Iterable[Number], *, is_real: bool) -> b
     sizes = [each for each in parts if isinstance(each, Size)]
     if not sizes:
         return is_real or all(abs(each) < MAX_EXACT for each in parts)
-    if is_real and not all(map(symbols.has_lengths_only, sizes)):
+    if not all(map(symbols.has_lengths_only, sizes)):
         return False
     most, degree = (MAX_MULTIPLE, 1) if is_real else (MAX_FACTOR, MAX_FACTORS)
     terms = [term for each in sizes for term in each.terms.items()]
@@ -314,6 +318,8 @@ def is_exact(symbols: Symbols, numbers: Iterable[Number], *, is_real: bool) -> b
     return all(abs(each) <= MAX_FACTOR for each in parts if not isinstance(each, Size))
 
 
+MAX_DOUBLE = 2**53
+"""The largest whole numbers that a double has all of."""
 MAX_EXACT, MAX_FACTOR, MAX_MULTIPLE, MAX_FACTORS = 2**31, 2**16, 2**8, 4
 """Bounds of whole numbers, of factors and numbers beside lengths, of factors in single precision, and of the
 lengths in a product: exporters multiply all lengths of a tensor, which has fewer than 2**31 elements."""
@@ -334,7 +340,8 @@ def _sum(symbols: Symbols, is_real: bool, *numbers: Number) -> Number:  # noqa: 
     total: Number = 0
     for each in numbers:
         total = symbols.add(total, each)
-    return _single(total) if is_real and _known(total) else total
+        total = _single(total) if is_real and _known(total) else total
+    return total
 
 
 def _difference(symbols: Symbols, is_real: bool, first: Number, second: Number) -> Number:  # noqa: FBT001

@@ -155,6 +155,7 @@ def tile(call: Call) -> Value:
     if call.since < 6:
         raise NotKnown("an old form of this operator")
     if value.kind is Kind.SAME and value.shape is None:
+        call.need_same(1)
         return value
     old, symbols = shape_of(value), call.symbols
     check_lengths(call, repeats)
@@ -185,6 +186,7 @@ def pad(call: Call) -> Value:
     """Pad: along other axes than that of the rows."""
     value = call.input(0)
     if value.kind is Kind.SAME and value.shape is None:
+        call.need_same(1, 2, 3)
         return value
     old = shape_of(value)
     if call.since < 11:

@@ -134,7 +134,7 @@ def _pool_shape(call: Call) -> Sequence[Number]:
     kernel = call.attribute("kernel_shape")
     if kernel is None:
         raise NotKnown("a window is missing")
-    floor = not call.attribute("ceil_mode", 0)
+    floor = not call.flag("ceil_mode")
     return [call.shape(0)[1], *windows(call, call.input(0), kernel, floor=floor)]
 
 
@@ -247,7 +247,7 @@ grid_sample = per_item(0, 1, shape=lambda call: [call.shape(0)[1], *call.shape(1
 def recurrent(call: Call) -> Sequence[Value]:
     """RNN, GRU and LSTM: rows along axis 1, or 0 with `layout` 1; the other of the two is time."""
     value = call.plain(0)
-    batch = 0 if call.attribute("layout", 0) else 1
+    batch = 0 if call.flag("layout") else 1
     call.need_same(1, 2, 3, 7)  # weights
     places = {4: 0, 5: batch, 6: batch}  # the lengths of the sequences, and their first states
     given = [at for at in places if call.optional(at) is not None]

@@ -13,6 +13,7 @@ from runtime.rows.values import (
     Kind,
     NotKnown,
     Value,
+    changed,
     from_data,
     laid_out,
     moved,
@@ -159,6 +160,7 @@ def slice_(call: Call) -> Value:
     """Slice: along other axes than that of the rows, or whole copies of the batch."""
     value = call.input(0)
     if value.kind is Kind.SAME and value.shape is None:
+        call.need_same(1, 2, 3, 4)
         return value
     old = shape_of(value)
     if call.since < 10:  # they were attributes
@@ -260,6 +262,7 @@ def split(call: Call) -> list[Value]:
     value = call.input(0)
     count = len(call.node.outputs)
     if value.kind is Kind.SAME and value.shape is None:
+        call.need_same(1)
         return [value] * count
     old = shape_of(value)
     axis = call.axis(call.attribute("axis", 0), len(old))
@@ -339,7 +342,7 @@ def compress(call: Call) -> Value:
 def reverse_sequence(call: Call) -> Value:
     value, lengths = call.rows_of(call.input(0)), call.rows_of(call.input(1))
     if value.kind is Kind.SAME and lengths.kind is Kind.SAME:
-        return value
+        return changed(value)
     rank = len(shape_of(value))
     batch, time = (
         call.axis(call.attribute(name, default), rank)

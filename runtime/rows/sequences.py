@@ -3,7 +3,7 @@
 from msgspec.structs import replace
 
 from runtime.rows.sizes import Size
-from runtime.rows.values import LAID_OUT, Call, Kind, NotKnown, Value, laid_out, moved, same, shape_of
+from runtime.rows.values import Call, Kind, NotKnown, Value, laid_out, moved, same, shape_of
 
 EMPTY = Value(Kind.SEQUENCE)
 """A sequence without elements."""
@@ -78,16 +78,16 @@ def sequence_at(call: Call) -> Value:
 
 
 def one_of(call: Call, sequence: Value) -> Value:
-    """Return an element of a sequence: open lengths of one are not those of another."""
+    """Return an element of a sequence: open lengths of one are not those of another, but for those with N."""
     items = sequence.items
     if items is None:
         raise NotKnown("a sequence without elements")
     if items.shape is None or items.kind is Kind.SEQUENCE:
         return items
-    kept = items.axis if items.kind in LAID_OUT else None
-    lengths = enumerate(items.shape)
+    mentions = call.symbols.mentions_rows
     shape = [
-        call.symbols.unknown() if isinstance(each, Size) and at != kept else each for at, each in lengths
+        call.symbols.unknown() if isinstance(each, Size) and not mentions(each) else each
+        for each in items.shape
     ]
     return replace(items, shape=tuple(shape), data=None)
 
@@ -104,7 +104,7 @@ def split_to_sequence(call: Call) -> Value:
     axis = call.axis(call.attribute("axis", 0), len(old))
     if value.kind is Kind.ROWS and value.axis == axis:
         raise NotKnown(f"it splits axis {axis}, along which the rows lie")
-    keeps = call.optional(1) is not None or call.attribute("keepdims", 1)
+    keeps = call.optional(1) is not None or call.flag("keepdims", default=True)
     length = 1 if call.optional(1) is None else call.symbols.unknown()
     made = [*old[:axis], *([length] if keeps else []), *old[axis + 1 :]]
     place = value.axis if keeps else value.axis - (axis < value.axis)
@@ -117,7 +117,7 @@ def concat_from_sequence(call: Call) -> Value:
         raise NotKnown("a sequence without elements")
     items = call.rows_of(items)
     old = shape_of(items)
-    is_new = bool(call.attribute("new_axis", 0))
+    is_new = call.flag("new_axis")
     axis = call.axis(call.attribute("axis", 0), len(old) + is_new)
     rest = old[axis:] if is_new else old[axis + 1 :]
     made = (*old[:axis], call.symbols.unknown(), *rest)

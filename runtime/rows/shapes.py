@@ -135,6 +135,7 @@ def unsqueeze(call: Call) -> Value:
     """Unsqueeze: new dimensions of 1."""
     value = call.input(0)
     if value.kind is Kind.SAME and value.shape is None:
+        call.need_same(1)
         return value
     given = call.integers(1) if len(call.inputs) > 1 else call.attribute("axes")
     if given is None:
@@ -155,10 +156,11 @@ def squeeze(call: Call) -> Value:
     """Squeeze: dimensions of 1 go; that of the rows must not be among them."""
     value = call.input(0)
     if value.kind is Kind.SAME and value.shape is None:
+        call.need_same(1)
         return value
     old = shape_of(value)
     given = call.integers(1) if len(call.inputs) > 1 else call.attribute("axes")
-    if given is None:
+    if not given:  # ONNX Runtime takes no axes for all
         if any(isinstance(each, Size) for each in old):
             raise NotKnown("it removes dimensions of 1, which open lengths may have, or the number of rows")
         given = [at for at, each in enumerate(old) if each == 1]
@@ -198,9 +200,15 @@ def reshape(call: Call) -> Value:
             return same(lengths if known else [call.symbols.unknown() for _ in lengths])
         raise NotKnown("the number of dimensions of its input is not known")
     old = value.shape
-    if not call.attribute("allowzero", 0):
+    may_copy_rows = False
+    if not (call.since >= 14 and call.flag("allowzero")):
         if any(each == 0 and at >= len(old) for at, each in enumerate(lengths)):
             raise NotKnown("a shape that does not fit its input")
+        mentions = call.symbols.mentions_rows
+        may_copy_rows = any(
+            call.symbols.is_computed(each) and mentions(kept) and not mentions(each)
+            for each, kept in zip(lengths, old, strict=False)
+        )
         lengths = [old[at] if each == 0 else each for at, each in enumerate(lengths)]
     if lengths.count(-1) > 1:
         raise NotKnown("a shape with several open dimensions")
@@ -210,7 +218,10 @@ def reshape(call: Call) -> Value:
         check_lengths(call, others)
         lengths[at] = _find_rest(call, call.symbols.product(old), call.symbols.product(others))
     check_lengths(call, lengths)
-    return reshape_to(call, value, lengths)
+    made = reshape_to(call, value, lengths)
+    if may_copy_rows:
+        raise NotKnown("a length that is computed may be 0, which stands for the number of rows there")
+    return made
 
 
 def _find_rest(call: Call, total: Number, product: Number) -> Number:

@@ -119,6 +119,10 @@ class Symbols:
             } - found
         return found
 
+    def is_computed(self, number: Number) -> bool:
+        """Whether a number has results of operations that have no polynomial, such as a quotient."""
+        return isinstance(number, Size) and any(each in self._operands for each in self.mentioned(number))
+
     def add(self, first: Number, second: Number, times: int = 1) -> Number:
         """Return `first + times * second`."""
         if not isinstance(first, Size) and not isinstance(second, Size):

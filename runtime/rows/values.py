@@ -10,9 +10,10 @@ from typing import Any, NoReturn
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from runtime.onnxgraph import BOOL, FLOAT, INT32, INT64, LONG, ConstantTensor, OperatorNode
-from runtime.rows.sizes import ROWS, Number, Symbols
+from runtime.rows.sizes import ROWS, Number, Size, Symbols
 
 MAX_DATA = 512
 """Elements of a tensor that are followed one by one: shapes, scales, axes and index lists are shorter."""
@@ -115,6 +116,11 @@ def moved(value: Value, shape: Iterable[Number], axis: int) -> Value:
     return Value(value.kind, tuple(shape), axis, value.outer, value.inner)
 
 
+def changed(value: Value) -> Value:
+    """Return a tensor whose elements are others, each made of those of the same row."""
+    return replace(value, data=None, is_real=False)
+
+
 def unknown(words: str) -> Value:
     """Return an output of which nothing is known, beside others of the same operator."""
     return Value(Kind.UNKNOWN, reason=f"it is not known whether rows are kept apart: {words}")
@@ -155,6 +161,13 @@ class Call:
         if found is LONG:
             raise NotKnown("an attribute is too long to be read")
         return default if found is None else found
+
+    def flag(self, name: str, *, default: bool = False) -> bool:
+        """Return an attribute that is 0 or 1: of others ONNX Runtime takes some for 0."""
+        found = self.attribute(name, int(default))
+        if found not in {0, 1}:
+            raise NotKnown(f"{name} is neither 0 nor 1")
+        return bool(found)
 
     def text(self, name: str, default: str) -> str:
         found = self.attribute(name)
@@ -208,7 +221,10 @@ class Call:
         """Return the only element of an input, as a symbol if it is not known."""
         value = self.input(at)
         if value.data is not None and value.data.size == 1:
-            return value.data.flat[0]
+            found = value.data.flat[0]
+            if not self.symbols.is_whole(found):
+                raise NotKnown("a length that is no whole number")
+            return found if isinstance(found, Size) else int(found)
         if value.kind is not Kind.SAME:
             raise NotKnown("a number is computed from the batch")
         return self.symbols.unknown()

@@ -17,13 +17,17 @@ together (`runtime.worker.batching`); an input with a default value counts as a 
 gives it runs alone. Both are what a dimension or a tensor without rows relies on.
 
 Loops are walked until their states stay the same; both branches of an `If` are joined unless its condition is
-known; functions of the model are walked at each call. A file may be hostile: the number of operators, of
-nested bodies, and the seconds are bounded, and beyond a bound nothing is known.
+known; functions of the model are walked at each call. A file may declare shapes of tensors within the graph,
+and they may be those of another batch, since editors change those of inputs only. ONNX Runtime computes
+`Shape` from them before a run, so a tensor is UNKNOWN whose declared shape is not the one that follows.
+
+A file may be hostile: the number of operators, of nested bodies, and the seconds are bounded, and beyond a
+bound nothing is known.
 """
 
 import time
 from bisect import bisect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,8 +65,10 @@ MAX_SECONDS = 10.0
 """Limit of a walk. A load waits for it, and a graph that takes longer was made for that."""
 MAX_ROUNDS = 8
 """Walks of a loop's body until its states stay the same: each round changes at least one of them."""
-MAX_NAME = 60
-"""Characters of a name in a reason."""
+MAX_NAME, MAX_SHOWN = 60, 8
+"""Characters of a name, and dimensions of a shape, in a reason."""
+Declared = Mapping[str, Sequence[Sequence[int]]]
+"""Shapes that the file declares for tensors, by name."""
 
 OF_RUNTIME = ("ai.onnx", "com.microsoft", "com.ms.", "org.pytorch")
 """Beginnings of domains whose operators ONNX Runtime has itself, and prefers to a function of the model."""
@@ -131,11 +137,19 @@ class _Frame:
 
 @dataclass(frozen=True, slots=True)
 class _Scope:
-    """The tensors by name of a graph, and of those around it; inputs of a function that a call leaves out."""
+    """The tensors of a graph, and of those around it, by name.
+
+    Attributes:
+        around: the scope of the graph around this one.
+        values: the tensors of this graph.
+        absent: inputs of a function that a call leaves out.
+        misdeclared: tensors that are UNKNOWN in `values` for their declared shape, as they follow.
+    """
 
     around: "_Scope | None" = None
     values: dict[str, Value] = field(default_factory=dict)
     absent: Collection[str] = ()
+    misdeclared: dict[str, Value] = field(default_factory=dict)
 
     def find(self, name: str) -> Value:
         scope: _Scope | None = self
@@ -148,7 +162,8 @@ class _Scope:
 
 def _judge(walk: "_Walk", model: OnnxModel) -> Judgement:
     scope = walk.walk_model()
-    found = [_judge_output(name, scope.find(name), walk.symbols) for name in model.graph.outputs]
+    outputs = {name: scope.misdeclared.get(name) or scope.find(name) for name in model.graph.outputs}
+    found = [_judge_output(name, value, walk.symbols) for name, value in outputs.items()]
     for verdict in ("dependent", "unknown"):
         for each in found:
             if each.verdict == verdict:
@@ -198,6 +213,7 @@ class _Walk:
         self._left = MAX_OPERATORS
         self._constants: dict[Graph, dict[str, Value]] = {}
         self._depth = 0
+        self._open = {0}  # symbols of N, and of the lengths that inputs leave open
         self._until = time.monotonic() + MAX_SECONDS
 
     def walk_model(self) -> _Scope:
@@ -209,8 +225,8 @@ class _Walk:
                 words = f"input {_show(each.name)} has no first dimension of any length"
                 scope.values[each.name] = Value(Kind.UNKNOWN, reason=words)
                 continue
-            rest = (length if length >= 0 else self.symbols.unknown() for length in each.shape[1:])
-            scope.values[each.name] = laid_out((ROWS, *rest), 0)
+            rest = (length if length >= 0 else self._open_length() for length in each.shape[1:])
+            self._set(scope, each.name, laid_out((ROWS, *rest), 0), graph.declared.get(each.name, ()))
         self._walk_graph(graph, scope, _Frame(self._model.opsets, _no_attribute))
         return scope
 
@@ -219,9 +235,49 @@ class _Walk:
             found = {name: from_tensor(self.symbols, each) for name, each in graph.constants.items()}
             self._constants[graph] = found
         scope.values.update(self._constants[graph])
-        self._walk_nodes(graph.nodes, scope, frame)
+        self._walk_nodes(graph.nodes, scope, frame, graph.declared)
 
-    def _walk_nodes(self, nodes: Sequence[OperatorNode], scope: _Scope, frame: _Frame) -> None:
+    def _open_length(self) -> Size:
+        made = self.symbols.unknown()
+        self._open.update(*made.terms)
+        return made
+
+    def _set(self, scope: _Scope, name: str, value: Value, declared: Iterable[Sequence[int]]) -> None:
+        """Set a tensor, which is UNKNOWN if the file declares another shape for it."""
+        scope.values[name] = value
+        if value.kind in SPOILT or value.shape is None:
+            return
+        for shape in declared:
+            if not self._may_be(value.shape, shape):
+                words = f"the file declares another shape for {_show(name)} than follows from the inputs"
+                scope.values[name] = Value(Kind.UNKNOWN, reason=f"{words}: {[*shape][:MAX_SHOWN]}")
+                scope.misdeclared[name] = value
+
+    def _may_be(self, shape: Sequence[Number], declared: Sequence[int]) -> bool:
+        """Whether a tensor may have its declared shape, in which -1 is any length.
+
+        1. A known length is as declared.
+        2. N, and a length that an input leaves open, are as declared for some requests only.
+        3. A length that no rule knows may be as declared; one that is computed of open ones only beside
+           an open dimension: ONNX Runtime takes shapes for constants as a whole.
+        """
+        if len(shape) != len(declared):
+            return False
+        for said, length in zip(declared, shape, strict=True):
+            if said in {-1, length}:
+                continue
+            if not isinstance(length, Size):  # 1
+                return False
+            given = self.symbols.mentioned(length) & self._open
+            if 0 in given or (given and not self.symbols.is_computed(length)):  # 2
+                return False
+            if given and -1 not in declared:  # 3
+                return False
+        return True
+
+    def _walk_nodes(
+        self, nodes: Sequence[OperatorNode], scope: _Scope, frame: _Frame, declared: Declared
+    ) -> None:
         left_out = {"", *scope.absent}
         for node in nodes:
             self._left -= 1
@@ -232,7 +288,7 @@ class _Walk:
             inputs = [None if name in left_out else scope.find(name) for name in node.inputs]
             outputs = self._apply(node, inputs, scope, frame)
             for name, value in zip(node.outputs, outputs, strict=False):
-                scope.values[name] = value
+                self._set(scope, name, value, declared.get(name, ()))
 
     def _apply(
         self, node: OperatorNode, inputs: Sequence[Value | None], scope: _Scope, frame: _Frame
@@ -346,7 +402,7 @@ class _Walk:
         given = dict(zip(function.inputs, inputs, strict=False))
         absent = {name for name in function.inputs if given.get(name) is None}
         scope = _Scope(None, {name: value for name, value in given.items() if value is not None}, absent)
-        self._walk_nodes(function.nodes, scope, _Frame(frame.opsets, inner))
+        self._walk_nodes(function.nodes, scope, _Frame(frame.opsets, inner), {})  # not read in functions
         return [scope.find(name) for name in function.outputs]
 
     # Operators with bodies
@@ -362,7 +418,7 @@ class _Walk:
             raise NotKnown("its body takes other inputs")
         inner = _Scope(scope)
         for each, value in zip(graph.inputs, given, strict=True):
-            inner.values[each.name] = value
+            self._set(inner, each.name, value, [] if each.shape is None else [each.shape])
         self._walk_graph(graph, inner, frame)
         return [inner.find(name) for name in graph.outputs]
 
@@ -398,10 +454,11 @@ class _Walk:
             if value is not None and value.kind is not Kind.SAME:
                 raise NotKnown("the number of its rounds is computed from the batch")
         states = [call.input(at) for at in range(2, len(call.inputs))]
+        counters = [same((1,) * len(each.shape or ())) for each in graph.inputs[:2]]  # of the declared rank
         count = len(states)
         widened = set[Number]()
         for _ in range(MAX_ROUNDS):
-            results = self._walk_body(graph, [same(()), same(()), *states], scope, frame)
+            results = self._walk_body(graph, [*counters, *states], scope, frame)
             if len(results) < count + 1:
                 raise NotKnown("its body returns too little")
             joined = [

@@ -55,6 +55,48 @@ def number(name: str, kind: str, value: str) -> str:
     return f"{name} = Constant<value = {kind}[1] {{{value}}}>()\n"
 
 
+NUMBERS = """
+    zero = Constant<value = int64 {0}>()
+    first = Constant<value = int64[1] {0}>()
+    one = Constant<value = int64[1] {1}>()
+    two = Constant<value = int64[1] {2}>()
+    neg = Constant<value = int64[1] {-1}>()
+    back = Constant<value = int64[2] {-1, 6}>()
+"""
+JOINED = (
+    "n = Slice({0}, first, one) to = Concat<axis = 0>(n, neg) r = Reshape(t, to) p = Softmax<axis = 1>(r)"
+)
+"""Reshapes `t` to one row for each row of a shape."""
+UNRANKED = """
+    table = Constant<value = float[3] {1, 10, 100}>()
+    all = Constant<value = bool[3] {1, 1, 1}>()
+    t = Compress<axis = 0>(table, all)
+    s = Shape(x)
+    n = Slice(s, first, one)
+"""
+"""A constant of whose dimensions the walk knows nothing, and the number of rows."""
+SUM = "total = ReduceSum<keepdims = 0>(c) k = Reshape(total, one) y = Add(x, k)"
+
+
+def by(numbers: str, opset: int = 18, inputs: str = "float[N, 6] x") -> ModelProto:
+    return text(NUMBERS + numbers, opset, inputs)
+
+
+def declared(model: ModelProto, shape: list[int | str], *, branch: bool = False) -> ModelProto:
+    """Declare the shape of `t`, in the graph or in the second branch of its last operator."""
+    graph = model.graph.node[-1].attribute[1].g if branch else model.graph
+    graph.value_info.append(helper.make_tensor_value_info("t", TensorProto.FLOAT, shape))
+    return model
+
+
+def without_axes() -> ModelProto:
+    model = text(
+        "q = Squeeze<axes = [0]>(x) m = ReduceMax<axes = [1]>(q) y = Add(x, m)", 11, "float[N, 3, 2] x"
+    )
+    del model.graph.node[0].attribute[0].ints[:]
+    return model
+
+
 def resize(mode: str, shape: list[int]) -> ModelProto:
     scales = numpy_helper.from_array(np.array([1] * (len(shape) - 1) + [2], np.float32), "scales")
     dims: list[int | str] = ["N", *shape[1:]]
@@ -87,6 +129,8 @@ def twice() -> ModelProto:
 
 ONE, TWO = np.array([[1, -2, 3, 0, 5, 1]], np.float32), np.array([[9, 8, -7, 30, 4, 2]], np.float32)
 NAN = np.full((1, 6), np.nan, np.float32)
+LONG, WIDE = (np.arange(length, dtype=np.float32)[None] for length in (11, 4096))
+POWERS = 11**11 - int(np.float32(11) ** np.float32(11))
 CASES: dict[str, tuple[ModelProto, Any, Any]] = {
     "a position of a sequence": (
         text(POSITIONS + "q = SplitToSequence<axis = 0>(index) v = SequenceAt(q, zero) i ="
@@ -155,6 +199,103 @@ CASES: dict[str, tuple[ModelProto, Any, Any]] = {
     "a large multiple of a length as a float": (
         text(WIDTH + "big = Constant<value = int64[1] {16777217}>() p = Mul(width, big) f = Cast<to = 1>(p)"
              " g = Cast<to = 7>(f) length = Div(g, big)" + CUT), ONE[:, :4], TWO[:, :4]),
+    "a shape declared for one row": (
+        declared(by("t = Relu(x) s = Shape(t)" + JOINED.format("s") + "y = Reshape(p, back)"), [1, 6]),
+        ONE, TWO),
+    "a shape declared for one row of any length": (
+        declared(by("t = Relu(x) u = ReduceMax<keepdims = 0>(t, one) s = Shape(u)" + JOINED.format("s")
+                    + "whole = Shape(x) y = Reshape(p, whole)", inputs="float[N, T] x"), [1, "T"]), ONE, TWO),
+    "a shape declared for one row in a branch": (
+        declared(by("h = Constant<value = float {1}>() e = Exp(h) c = Less(h, e) y = If(c) <"
+                    "else_branch = b () => (float[N, 6] b) { b = Relu(x) }, "
+                    "then_branch = a () => (float[N, 6] a) { t = Relu(x) s = Shape(t)" + JOINED.format("s")
+                    + "a = Reshape(p, back) }>"), [1, 6], branch=True), ONE, TWO),
+    "a state declared for one row": (
+        by("twice = Constant<value = int64 {2}>() go = Constant<value = bool {1}>() y = Loop(twice, go, x)"
+           " <body = b (int64 i, bool g, float[1, 6] t) => (bool h, float[N, 6] o) { h = Identity(g)"
+           " s = Shape(t)"
+           + JOINED.format("s") + "o = Reshape(p, back) }>"), ONE, TWO),
+    "no axes of Squeeze": (
+        by("no = Constant<value = int64[0] {}>() q = Squeeze(x, no) m = ReduceMax(q, one) y = Add(x, m)",
+           inputs="float[N, 3, 2] x"), ONE.reshape(1, 3, 2), TWO.reshape(1, 3, 2)),
+    "no axes of an old Squeeze": (without_axes(), ONE.reshape(1, 3, 2), TWO.reshape(1, 3, 2)),
+    "equal numbers in a sequence": (
+        by("s = Shape(x) f = ConstantOfShape<value = float[1] {1}>(s) q = SequenceConstruct(f)"
+           " g = SequenceAt(q, zero) gs = Shape(g) n = Gather(gs, first) c = Cast<to = 1>(n) y = Add(x, c)"),
+        ONE, TWO),
+    "numbers of rows in a sequence": (
+        by("s = Shape(x) n = Gather(s, zero) k = Constant<value = int64 {1}>() i = Range(zero, n, k)"
+           " c = Add(i, zero) q = SequenceConstruct(c) g = SequenceAt(q, zero) gs = Shape(g)"
+           " d = Cast<to = 1>(gs) y = Div(x, d)"), ONE, TWO),
+    "the number of rows as a zero point": (
+        by("s = Shape(x) n = Gather(s, zero) z = Cast<to = 2>(n) d = Constant<value = uint8[1] {100}>()"
+           " half = Constant<value = float {0.5}>() q = DequantizeLinear(d, half, z) y = Add(x, q)"),
+        ONE, TWO),
+    "a slice of a constant by the number of rows": (by(UNRANKED + "c = Slice(t, first, n)" + SUM), ONE, TWO),
+    "copies of a constant": (by(UNRANKED + "c = Tile(t, n)" + SUM), ONE, TWO),
+    "padding of a constant": (
+        by(UNRANKED + "p = Concat<axis = 0>(first, n) f = Constant<value = float {1}>() c = Pad(t, p, f)"
+           + SUM), ONE, TWO),
+    "padding with the number of rows": (
+        by(UNRANKED + "p = Concat<axis = 0>(first, one) f = Cast<to = 1>(n) no = Constant<value = int64[0]"
+           " {}>() g = Reshape(f, no) c = Pad(t, p, g)" + SUM), ONE, TWO),
+    "parts of a constant": (
+        by(UNRANKED + "six = Constant<value = int64[1] {6}>() d = Concat<axis = 0>(t, t) m = Sub(six, n)"
+           " p = Concat<axis = 0>(n, m) c, e = Split(d, p)" + SUM), ONE, TWO),
+    "a constant that is normalised": (
+        over("c = Constant<value = float[1, 1] {1}>() k = Constant<value = float[1] {1}>()"
+             " b = Constant<value = float[1] {-1}>() m0 = Constant<value = float[1] {0}>()"
+             " o = BatchNormalization<epsilon = 0.0>(c, k, b, m0, k) flat = Constant<value = int64[1] {-1}>()"
+             " f = Reshape(o, flat) axis = Cast<to = 7>(f)"), ONE, TWO),
+    "a constant that is reversed": (
+        over("c = Constant<value = int64[2, 1] {1, 0}>() n = Constant<value = int64[1] {2}>()"
+             " o = ReverseSequence<batch_axis = 1, time_axis = 0>(c, n) zero = Constant<value = int64 {0}>()"
+             " axis = Gather(o, zero)"), ONE, TWO),
+    "a square of a constant": (
+        by("c = Constant<value = int32[1] {2}>() no = Constant<value = int64[0] {}>() q = ReduceSumSquare"
+           "<noop_with_empty_axes = 1>(c, no) four = Constant<value = int32[1] {4}>() d = Sub(four, q)"
+           " axis = Cast<to = 7>(d) m = ReduceMax(x, axis) y = Add(x, m)", inputs="float[N, 3, 2] x"),
+        ONE.reshape(1, 3, 2), TWO.reshape(1, 3, 2)),
+    "a flag of 2": (
+        by("no = Constant<value = int64[0] {}>() m = ReduceSum<noop_with_empty_axes = 2>(x, no)"
+           " y = Sub(x, m)"), ONE, TWO),
+    "dimensions that a flag of 2 does not keep": (
+        by("r = ReduceMax<keepdims = 2>(x, one) u = Unsqueeze(r, one) minus = Constant<value = int64[1] {-2}>"
+           "() w = ReduceMax(u, minus) to = Constant<value = int64[2] {-1, 1}>() v = Reshape(w, to)"
+           " y = Add(x, v)"), ONE, TWO),
+    "an absolute number that overflows": (
+        over(number("b", "int64", "1152921504606846976") + number("e", "int64", "8")
+             + number("k", "int64", "1073741824") + number("two", "int64", "2") + number("one", "int64", "1")
+             + "a = Abs(b) p = Mul(a, e) q = Div(p, e) d = Sub(q, a) d1 = Div(d, k) d2 = Div(d1, k)"
+             " d3 = Div(d2, two) axis = Add(one, d3)"), ONE, TWO),
+    "floats that are summed in their order": (
+        over(number("a", "float", "100000000.0") + number("b", "float", "1.0")
+             + number("c", "float", "-100000000.0") + "s = Sum(a, b, c) axis = Cast<to = 7>(s)"), ONE, TWO),
+    "a number that is rounded once": (
+        over(number("a", "int64", "18014399583223809") + number("b", "float", "18014398509481984.0")
+             + number("k", "float", "2147483648.0") + number("one", "int64", "1")
+             + "f = Cast<to = 1>(a) d = Sub(f, b) e = Div(d, k) i = Cast<to = 7>(e) axis = Sub(one, i)"),
+        ONE, TWO),
+    "a length with a fraction": (
+        over("i = Constant<value = int64[1] {0}>() d = Constant<value = float {2.5}>()"
+             " v = Constant<value = float[2] {0, 1}>() o = OneHot(i, d, v) s = Shape(o)"
+             + number("one", "int64", "1") + number("two", "int64", "2") + number("four", "int64", "4")
+             + "l = Gather(s, one) p = Mul(l, two) q = Sub(p, four) axis = Cast<to = 7>(q)"), ONE, TWO),
+    "powers of whole numbers and of floats": (
+        by("s = Shape(x) t = Slice(s, one, two) p = Pow(t, t) tf = Cast<to = 1>(t) pf = Pow(tf, tf)"
+           f" pi = Cast<to = 7>(pf) d = Sub(p, pi) k = Constant<value = int64[1] {{{POWERS}}}>()"
+           " e = Div(d, k) axis = Sub(one, e) m = ReduceMax(x, axis) y = Add(x, m)", inputs="float[N, T] x"),
+        -LONG, LONG),
+    "a length of 32 bits and of 64": (
+        by("s = Shape(x) t = Slice(s, one, two) big = Constant<value = int64[1] {1048576}>() a = Mul(t, big)"
+           " b = Cast<to = 6>(a) c = Cast<to = 7>(b) d = Sub(a, c) k = Constant<value = int64[1] {1073741824}"
+           ">() e = Div(d, k) four = Constant<value = int64[1] {4}>() f = Div(e, four) axis = Sub(one, f)"
+           " m = ReduceMax(x, axis) y = Add(x, m)", inputs="float[N, T] x"), -WIDE, WIDE),
+    "a quotient of 0 that keeps the rows": (
+        by("s = Shape(x) t = Slice(s, one, two) eight = Constant<value = int64[1] {8}>() q = Div(t, eight)"
+           " n = Slice(s, first, one) at = Constant<value = int64[2] {0, 1}>() w = Unsqueeze(x, at)"
+           " to = Concat<axis = 0>(n, one, q, neg) r = Reshape(w, to) last = Constant<value = int64[1] {3}>()"
+           " m = ReduceMax(r, last) k = Sub(r, m) y = Reshape(k, s)", inputs="float[N, T] x"), ONE, TWO),
     "a reference outside of a function": (referring(), ONE, TWO),
     "a constant twice": (twice(), ONE, TWO),
     "linear interpolation beside NaN": (resize("linear", [1, 6]), ONE, NAN),
