@@ -11,7 +11,7 @@ import mmap
 import os
 import re
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 
 from runtime.errors import LoadRefused
-from runtime.onnxfields import MAX_VARINT_BYTES, Field, FieldReader, Unparsable
+from runtime.onnxfields import FIXED32, MAX_VARINT_BYTES, Field, FieldReader, Unparsable
 from runtime.onnxfile import normalise_location
 
 MAX_GRAPH_FIELDS = 2_000_000
@@ -84,12 +84,14 @@ class Reference(NamedTuple):
 class TypedName(NamedTuple):
     """A tensor of a graph: its ONNX element type, 0 if it is no tensor, and its dimensions.
 
-    A dimension is -1 if it may have any length; without declared dimensions `shape` is None.
+    A dimension is -1 if it may have any length, and may have a name; without declared dimensions `shape` is
+    None. The shape of a sequence or an optional is that of its elements.
     """
 
     name: str
     element: int
     shape: tuple[int, ...] | None
+    names: tuple[str, ...] = ()
 
 
 class OperatorNode(msgspec.Struct, frozen=True, eq=False):
@@ -108,6 +110,9 @@ class OperatorNode(msgspec.Struct, frozen=True, eq=False):
     _places: Mapping[str, tuple[int, int]]
     _file: "_GraphReader"
     _known: dict[str, Any] = {}
+
+    def attribute_names(self) -> Collection[str]:
+        return self._places.keys()
 
     def attribute(self, name: str) -> Any:
         """Return an attribute's value; None if the operator does not have it, LONG if its list is too long.
@@ -247,7 +252,10 @@ class _GraphReader:
             elif number == 9:
                 opsets.append((start, end))
             elif number == 11:
-                defaults[self._attribute_name(start, end)] = start, end
+                default = self._attribute_name(start, end)
+                if default in defaults:
+                    raise Unparsable("a default that is given twice")
+                defaults[default] = start, end
         name, domain, overload = ((texts[number] or [""])[-1] for number in (1, 10, 13))
         made = OperatorNode("", "", "", (), (), "", defaults, self)
         function = Function(
@@ -294,7 +302,7 @@ class _GraphReader:
         texts = {3: "", 4: "", 7: "", 8: ""}
         for number, start, end, _ in self._fields.read_all(begin, stop):
             if number == 5:
-                attributes[self._attribute_name(start, end)] = start, end
+                attributes[self._attribute_name(_content(start), end)] = start, end
             elif number == 1:
                 inputs.append(_text(data, start - offset, end - offset))
             elif number == 2:
@@ -346,20 +354,21 @@ class _GraphReader:
 
     def read_attribute(self, begin: int, stop: int) -> Any:
         kind, scalars, lists, reference = 0, dict[int, Any](), dict[int, list[Any]](), ""
-        is_long = stop - begin > MAX_LIST_BYTES
+        is_long, next_begin = stop - begin > MAX_LIST_BYTES, begin
         for number, start, end, value in self._fields.read_all(begin, stop):
+            field_begin, next_begin = next_begin, end
             if number == 20:
                 kind = _attribute_type(kind, value)
             elif number == 21:
                 reference = self._text(start, end)
             elif number in {2, 3, 4}:
-                scalars[number] = self._scalar(number, start, end, value)
+                scalars[number] = self._scalar(number, field_begin, start, end, value)
             elif number in {5, 6}:
                 scalars[number] = None
             elif number in {7, 8, 9}:
                 if is_long:
                     return LONG
-                lists.setdefault(number, []).extend(self._elements(number, start, end, value))
+                lists.setdefault(number, []).extend(self._elements(number, field_begin, start, end, value))
         if reference:
             return Reference(reference)
         if not kind:  # files of IR version 1 have no type
@@ -375,16 +384,16 @@ class _GraphReader:
             return self._read_graph(*place) if kind == 5 else self._read_tensor(*place)[1]
         return tuple(lists.get(kind + 1, ())) if kind in {6, 7, 8} else None
 
-    def _scalar(self, number: int, start: int, end: int, value: int) -> Any:
+    def _scalar(self, number: int, begin: int, start: int, end: int, value: int) -> Any:
         if number == 3:
             return _number(value)
-        return _float(self._data[end - 4 : end]) if number == 2 else bytes(self._data[start:end])
+        return self._float(number, begin, end) if number == 2 else bytes(self._data[_content(start) : end])
 
-    def _elements(self, number: int, start: int, end: int, value: int) -> Iterable[Any]:
+    def _elements(self, number: int, begin: int, start: int, end: int, value: int) -> Iterable[Any]:
         if number == 9:
-            return (bytes(self._data[start:end]),)
+            return (bytes(self._data[_content(start) : end]),)
         if start < 0:
-            return (_number(value) if number == 8 else _float(self._data[end - 4 : end]),)
+            return (_number(value) if number == 8 else self._float(number, begin, end),)
         packed = self._data[start:end]
         return _varints(packed) if number == 8 else (each[0] for each in struct.iter_unpack("<f", packed))
 
@@ -402,9 +411,11 @@ class _GraphReader:
             elif number == 8:
                 name = self._text(start, end)
             elif number == 13:
-                entries.update([self._read_entry(start, end)])
+                entries.update([self._read_entry(_content(start), end)])
             elif number == 14:
-                is_external = _number(value) == 1
+                if value not in {0, 1}:
+                    raise Unparsable("a tensor at an unknown place")
+                is_external = value == 1
             elif number in _VALUES:
                 values.append(each)
         values_of = None
@@ -470,23 +481,26 @@ class _GraphReader:
         return name, ConstantTensor(element, tuple(shape[:MAX_RANK]), None)
 
     def _read_type(self, begin: int, stop: int) -> TypedName:
-        name, element, shape = "", 0, None
+        name, element, dimensions = "", 0, None
         for number, start, end, _ in self._fields.read_all(begin, stop):
             if number == 1:
                 name = self._text(start, end)
-        kind = self._only(2, begin, stop)
+        kind, is_tensor = self._only(2, begin, stop), True
         tensor = None if kind is None else self._only(1, kind.start, kind.next)
+        while kind is not None and tensor is None:  # a sequence, or an optional, of the type in its field 1
+            outer = self._only(4, kind.start, kind.next) or self._only(9, kind.start, kind.next)
+            kind, is_tensor = None if outer is None else self._only(1, outer.start, outer.next), False
+            tensor = None if kind is None else self._only(1, kind.start, kind.next)
         if tensor is not None:
             for number, _, _, value in self._fields.read_all(tensor.start, tensor.next):
-                if number == 1:
+                if number == 1 and is_tensor:
                     element = _number(value)
             dimensions = self._only(2, tensor.start, tensor.next)
-            if dimensions is not None:
-                places = self._fields.read_all(dimensions.start, dimensions.next)
-                shape = tuple(
-                    self._read_dimension(each.start, each.next) for each in places if each.number == 1
-                )
-        return TypedName(name, element, shape)
+        if dimensions is None:
+            return TypedName(name, element, None)
+        places = self._fields.read_all(dimensions.start, dimensions.next)
+        read = [self._read_dimension(_content(each.start), each.next) for each in places if each.number == 1]
+        return TypedName(name, element, tuple(each for each, _ in read), tuple(each for _, each in read))
 
     def _only(self, number: int, begin: int, stop: int) -> Field | None:
         """Return the only message with this number; protobuf would join several, which no exporter writes."""
@@ -497,12 +511,22 @@ class _GraphReader:
             raise Unparsable("a message in several parts")
         return found[0] if found else None
 
-    def _read_dimension(self, begin: int, stop: int) -> int:
-        length = -1
-        for number, _, _, value in self._fields.read_all(begin, stop):
-            if number in {1, 2}:
-                length = _number(value) if number == 1 else -1
-        return max(length, -1)
+    def _read_dimension(self, begin: int, stop: int) -> tuple[int, str]:
+        """Return a length, -1 if it is open, and then its name."""
+        length, name = -1, ""
+        for number, start, end, value in self._fields.read_all(begin, stop):
+            if number == 1:
+                length, name = _number(value), ""
+            elif number == 2:
+                length, name = -1, self._text(start, end)
+        return max(length, -1), name
+
+    def _float(self, number: int, begin: int, end: int) -> float:
+        """Return the float of a field, from its begin; protobuf ignores one of another wire type."""
+        if end - begin != FLOAT_FIELD_BYTES or self._data[begin] != number << 3 | FIXED32:
+            raise Unparsable("a field that is no float")
+        found: float = struct.unpack("<f", self._data[end - 4 : end])[0]
+        return found
 
     def _text(self, start: int, end: int) -> str:
         return _text(self._data, start, end)
@@ -538,13 +562,17 @@ def _text(data: mmap.mmap | bytes, start: int, end: int) -> str:
         return data[start:end].decode("utf-8", "surrogateescape")
 
 
+def _content(start: int) -> int:
+    """Return where a field's content starts; protobuf ignores one of another wire type."""
+    if start < 0:
+        raise Unparsable("a field that has no content")
+    return start
+
+
 def _signed(value: int) -> int:
+    if value >= 2**64:
+        raise Unparsable("a number of more than 64 bits")
     return value - 2**64 if value >= 2**63 else value
-
-
-def _float(four: bytes) -> float:
-    number: float = struct.unpack("<f", four)[0]
-    return number
 
 
 def _attribute_type(before: int, value: int) -> int:

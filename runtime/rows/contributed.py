@@ -157,7 +157,9 @@ def fused_matmul(call: Call) -> Value:
 
 
 def matmul_weights(call: Call) -> Value:
-    """MatMulNBits: the product with packed weights of `N` columns."""
+    """MatMulNBits and MatMulBnb4: the product with packed weights of `N` columns."""
+    if not call.flag("transB", default=True):
+        raise NotKnown("weights whose columns are not packed")
     value = call.plain(0)
     call.need_same(*range(1, len(call.inputs)))
     old = shape_of(value)
@@ -286,8 +288,9 @@ def grouped_attention(call: Call) -> Sequence[Value]:
 
     def outputs(each: Call) -> Sequence[Sequence[Number]]:
         old = each.shape(0)
+        is_packed = each.optional(1) is None  # queries, keys and values come from one input
         past = (each.symbols.unknown(), each.symbols.unknown(), each.symbols.unknown())
-        return [old[1:], past, past]
+        return [(*old[1:-1], each.symbols.unknown()) if is_packed else old[1:], past, past]
 
     return per_row(0, 1, 2, 3, 4, 5, 9, outputs=outputs, optional=(10,))(call)
 

@@ -49,6 +49,8 @@ def size(call: Call) -> Value:
 
 def constant(call: Call) -> Value:
     """Constant, in all its forms; a sparse one and texts have no contents here."""
+    if sum(name.startswith(("value", "sparse_value")) for name in call.node.attribute_names()) > 1:
+        raise NotKnown("a constant with several values")
     value = call.attribute("value")
     if isinstance(value, ConstantTensor):
         return from_tensor(call.symbols, value)

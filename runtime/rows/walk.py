@@ -13,8 +13,9 @@ is known to keep the rows where they are. A tensor that has N as a number, and n
 as anything but a length depends on the size of the batch.
 
 Lengths of the inputs other than N are the same for all rows, since only requests of equal lengths run
-together (`runtime.worker.batching`); an input with a default value counts as a constant, since a request that
-gives it runs alone. Both are what a dimension or a tensor without rows relies on.
+together (`runtime.worker.batching`). Those of one name are equal, as ONNX Runtime takes them; a request that
+breaks this never runs beside one that keeps it. An input with a default value counts as a constant, since a
+request that gives it runs alone. Dimensions and tensors without rows rely on this.
 
 Loops are walked until their states stay the same; both branches of an `If` are joined unless its condition is
 known; functions of the model are walked at each call. A file may declare shapes of tensors within the graph,
@@ -67,6 +68,8 @@ MAX_ROUNDS = 8
 """Walks of a loop's body until its states stay the same: each round changes at least one of them."""
 MAX_NAME, MAX_SHOWN = 60, 8
 """Characters of a name, and dimensions of a shape, in a reason."""
+INLINED = "_inlfunc_"
+"""Beginning of the names of tensors that ONNX Runtime copies from functions into graphs."""
 Declared = Mapping[str, Sequence[Sequence[int]]]
 """Shapes that the file declares for tensors, by name."""
 
@@ -129,10 +132,12 @@ class _Frame:
     Attributes:
         opsets: versions of operator sets by domain.
         attributes: returns the function's attribute of a name, None if it was not given.
+        is_function: whether they stand in a function.
     """
 
     opsets: Mapping[str, int]
     attributes: Callable[[str], Any]
+    is_function: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +159,7 @@ class _Scope:
     def find(self, name: str) -> Value:
         scope: _Scope | None = self
         while scope is not None:
-            if name in scope.values:
+            if name in scope.values and (scope is self or not name.startswith(INLINED)):
                 return scope.values[name]
             scope = scope.around
         return Value(Kind.UNKNOWN, reason=f"nothing computes {_show(name)}")
@@ -214,10 +219,12 @@ class _Walk:
         self._constants: dict[Graph, dict[str, Value]] = {}
         self._depth = 0
         self._open = {0}  # symbols of N, and of the lengths that inputs leave open
+        self._named: dict[str, Size] = {}
         self._until = time.monotonic() + MAX_SECONDS
 
     def walk_model(self) -> _Scope:
         scope, graph = _Scope(), self._model.graph
+        batches = {each.names[0] for each in graph.inputs if each.names}
         for each in graph.inputs:
             if each.name in graph.constants:
                 continue  # a default, and a request that gives another value runs alone
@@ -225,7 +232,11 @@ class _Walk:
                 words = f"input {_show(each.name)} has no first dimension of any length"
                 scope.values[each.name] = Value(Kind.UNKNOWN, reason=words)
                 continue
-            rest = (length if length >= 0 else self._open_length() for length in each.shape[1:])
+            names = ["" if name in batches else name for name in each.names[1:]]
+            rest = [
+                length if length >= 0 else self._open_length(name)
+                for length, name in zip(each.shape[1:], names, strict=True)
+            ]
             self._set(scope, each.name, laid_out((ROWS, *rest), 0), graph.declared.get(each.name, ()))
         self._walk_graph(graph, scope, _Frame(self._model.opsets, _no_attribute))
         return scope
@@ -235,20 +246,40 @@ class _Walk:
             found = {name: from_tensor(self.symbols, each) for name, each in graph.constants.items()}
             self._constants[graph] = found
         scope.values.update(self._constants[graph])
+        if scope.around is not None:
+            self._compare_outer(graph, scope, frame)
         self._walk_nodes(graph.nodes, scope, frame, graph.declared)
 
-    def _open_length(self) -> Size:
-        made = self.symbols.unknown()
+    def _compare_outer(self, graph: Graph, scope: _Scope, frame: _Frame) -> None:
+        """Compare shapes that a body declares for tensors of the graphs around it.
+
+        ONNX Runtime copies functions into the graph, where their bodies then declare shapes of other tensors.
+        """
+        own = {name for node in graph.nodes for name in node.outputs}.union(scope.values)
+        outer = [name for name in graph.declared if name not in own]
+        if any(name.startswith(INLINED) for name in outer) or (
+            frame.is_function and graph.declared.keys() - set(graph.outputs)
+        ):
+            raise NotKnown("its body declares shapes of tensors elsewhere")
+        for name in outer:
+            self._set(scope, name, scope.find(name), graph.declared[name])
+
+    def _open_length(self, name: str) -> Size:
+        """Return a length that inputs leave open, the same for each dimension of a name."""
+        made = self._named.get(name) or self.symbols.unknown()
         self._open.update(*made.terms)
+        if name:
+            self._named[name] = made
         return made
 
     def _set(self, scope: _Scope, name: str, value: Value, declared: Iterable[Sequence[int]]) -> None:
         """Set a tensor, which is UNKNOWN if the file declares another shape for it."""
         scope.values[name] = value
-        if value.kind in SPOILT or value.shape is None:
+        found = value.shape if value.items is None else value.items.shape
+        if value.kind in SPOILT or found is None:
             return
         for shape in declared:
-            if not self._may_be(value.shape, shape):
+            if not self._may_be(found, shape):
                 words = f"the file declares another shape for {_show(name)} than follows from the inputs"
                 scope.values[name] = Value(Kind.UNKNOWN, reason=f"{words}: {[*shape][:MAX_SHOWN]}")
                 scope.misdeclared[name] = value
@@ -257,9 +288,9 @@ class _Walk:
         """Whether a tensor may have its declared shape, in which -1 is any length.
 
         1. A known length is as declared.
-        2. N, and a length that an input leaves open, are as declared for some requests only.
-        3. A length that no rule knows may be as declared; one that is computed of open ones only beside
-           an open dimension: ONNX Runtime takes shapes for constants as a whole.
+        2. N, lengths that inputs leave open, and what is computed of them, are as declared for some requests
+           only; but a ratio of such lengths may be one number, as that of `T * 384` and `T * 32`.
+        3. A length that no rule knows may be as declared.
         """
         if len(shape) != len(declared):
             return False
@@ -269,11 +300,9 @@ class _Walk:
             if not isinstance(length, Size):  # 1
                 return False
             given = self.symbols.mentioned(length) & self._open
-            if 0 in given or (given and not self.symbols.is_computed(length)):  # 2
+            if 0 in given or (given and not self.symbols.has_ratios_only(length)):  # 2
                 return False
-            if given and -1 not in declared:  # 3
-                return False
-        return True
+        return True  # 3
 
     def _walk_nodes(
         self, nodes: Sequence[OperatorNode], scope: _Scope, frame: _Frame, declared: Declared
@@ -372,7 +401,9 @@ class _Walk:
         kinds = {value.kind for value in inputs if value is not None}
         if kinds & {Kind.INDEX, Kind.TUPLES} and line.rule not in WITH_POSITIONS:
             raise NotKnown("it computes with the positions of rows in the batch")
-        since = line.versions[max(0, bisect(line.versions, version) - 1)]
+        if version < line.versions[0]:
+            raise NotKnown("an old form of this operator")
+        since = line.versions[bisect(line.versions, version) - 1]
         made = line.rule(Call(node, since, inputs, self.symbols, attribute))
         return [made] if isinstance(made, Value) else made
 
@@ -402,7 +433,7 @@ class _Walk:
         given = dict(zip(function.inputs, inputs, strict=False))
         absent = {name for name in function.inputs if given.get(name) is None}
         scope = _Scope(None, {name: value for name, value in given.items() if value is not None}, absent)
-        self._walk_nodes(function.nodes, scope, _Frame(frame.opsets, inner), {})  # not read in functions
+        self._walk_nodes(function.nodes, scope, _Frame(frame.opsets, inner, is_function=True), {})
         return [scope.find(name) for name in function.outputs]
 
     # Operators with bodies

@@ -89,6 +89,51 @@ def declared(model: ModelProto, shape: list[int | str], *, branch: bool = False)
     return model
 
 
+def of_branch(body: str, before: str = "") -> str:
+    """Return a computed If whose second branch has this body; its result is `a`."""
+    return (
+        f"{before} h = Constant<value = float {{1}}>() e = Exp(h) c = Less(h, e) y = If(c) <"
+        "else_branch = b () => (float[N, 6] b) { b = Relu(x) }, "
+        f"then_branch = a () => (float[N, 6] a) {{ {body} }}>"
+    )
+
+
+def in_sequence() -> ModelProto:
+    body = "t = Relu(x) q = SequenceConstruct(t) g = SequenceAt(q, zero) s = Shape(g)"
+    model = by(body + JOINED.format("s").replace("Reshape(t,", "Reshape(g,") + "y = Reshape(p, back)")
+    typed = helper.make_tensor_sequence_value_info("q", TensorProto.FLOAT, [1, 6])
+    model.graph.value_info.append(typed)
+    return model
+
+
+def ignored_name() -> ModelProto:
+    """Gives a dimension a length, and then a name of another wire type, which protobuf ignores."""
+    model = declared(by("t = Relu(x) s = Shape(t)" + JOINED.format("s") + "y = Reshape(p, back)"), [1, 6])
+    first = model.graph.value_info[0].type.tensor_type.shape.dim[0]
+    first.MergeFromString(b"\x10\x05")
+    return model
+
+
+def of_function(body: str, sets: str, more: str) -> ModelProto:
+    return text(NUMBERS + body, inputs="float[N, 6] x", sets=sets, more=more)
+
+
+def with_two_defaults() -> ModelProto:
+    model = of_function(
+        "y = local.F(x)", '"": 18, "local": 1',
+        '<domain: "local", opset_import: ["": 18]> F <axis: int = 0> (a) => (b)'
+        " { b = Softmax<axis: int = @axis>(a) }",
+    )  # fmt: skip
+    model.functions[0].attribute_proto.append(helper.make_attribute("axis", 1))
+    return model
+
+
+def with_two_values() -> ModelProto:
+    model = over("axis = Constant<value_ints = [0]>()")
+    model.graph.node[0].attribute.append(helper.make_attribute("value", numpy_helper.from_array(AXIS)))
+    return model
+
+
 def without_axes() -> ModelProto:
     model = text(
         "q = Squeeze<axes = [0]>(x) m = ReduceMax<axes = [1]>(q) y = Add(x, m)", 11, "float[N, 3, 2] x"
@@ -130,6 +175,7 @@ def twice() -> ModelProto:
 ONE, TWO = np.array([[1, -2, 3, 0, 5, 1]], np.float32), np.array([[9, 8, -7, 30, 4, 2]], np.float32)
 NAN = np.full((1, 6), np.nan, np.float32)
 LONG, WIDE = (np.arange(length, dtype=np.float32)[None] for length in (11, 4096))
+AXIS = np.array([1])
 POWERS = 11**11 - int(np.float32(11) ** np.float32(11))
 CASES: dict[str, tuple[ModelProto, Any, Any]] = {
     "a position of a sequence": (
@@ -206,10 +252,31 @@ CASES: dict[str, tuple[ModelProto, Any, Any]] = {
         declared(by("t = Relu(x) u = ReduceMax<keepdims = 0>(t, one) s = Shape(u)" + JOINED.format("s")
                     + "whole = Shape(x) y = Reshape(p, whole)", inputs="float[N, T] x"), [1, "T"]), ONE, TWO),
     "a shape declared for one row in a branch": (
-        declared(by("h = Constant<value = float {1}>() e = Exp(h) c = Less(h, e) y = If(c) <"
-                    "else_branch = b () => (float[N, 6] b) { b = Relu(x) }, "
-                    "then_branch = a () => (float[N, 6] a) { t = Relu(x) s = Shape(t)" + JOINED.format("s")
-                    + "a = Reshape(p, back) }>"), [1, 6], branch=True), ONE, TWO),
+        declared(by(of_branch("t = Relu(x) s = Shape(t)" + JOINED.format("s") + "a = Reshape(p, back)")),
+                 [1, 6], branch=True), ONE, TWO),
+    "a shape declared in a branch for a tensor around it": (
+        declared(by(of_branch("s = Shape(t)" + JOINED.format("s") + "a = Reshape(p, back)", "t = Relu(x)")),
+                 [1, 6], branch=True), ONE, TWO),
+    "a shape declared for elements of a sequence": (in_sequence(), ONE, TWO),
+    "a shape declared for half of an open length": (
+        declared(by("s = Shape(x) rows = Slice(s, first, one) width = Slice(s, one, two)"
+                    " half = Div(width, two) t = Slice(x, first, half, one) l = Shape<start = 1, end = 2>(t)"
+                    " u = ConstantOfShape(l) us = Shape(u) flat = Reshape(t, neg) end = Mul(rows, us)"
+                    " cut = Slice(flat, first, end) to = Concat<axis = 0>(rows, neg) y = Reshape(cut, to)",
+                    inputs="float[N, T] x"), ["N", 3]), LONG[:, :8], -LONG[:, :8]),
+    "a length with a name of another wire type": (ignored_name(), ONE, TWO),
+    "a name of a function's tensor around its call": (
+        of_function("_inlfunc_F_t = Sin(x)" + of_branch("f = local.F(x) a = Add(f, _inlfunc_F_t)"),
+                    '"": 18, "local": 1',
+                    '<domain: "local", opset_import: ["": 18]> F (a) => (b) '
+                    "{ first = Constant<value = int64[1]"
+                    " {0}>() t = ReduceMax(a, first) b = Relu(a) }"), ONE, TWO),
+    "a default that is given twice": (with_two_defaults(), ONE, TWO),
+    "a constant with two values": (with_two_values(), ONE, TWO),
+    "an old form of an operator": (
+        text("t = Transpose<perm = [1, 0, 2, 3]>(x) n = MeanVarianceNormalization<across_channels = 1>(t)"
+             " y = Transpose<perm = [1, 0, 2, 3]>(n)", 8, "float[N, 1, 2, 3] x"),
+        ONE.reshape(1, 1, 2, 3), TWO.reshape(1, 1, 2, 3)),
     "a state declared for one row": (
         by("twice = Constant<value = int64 {2}>() go = Constant<value = bool {1}>() y = Loop(twice, go, x)"
            " <body = b (int64 i, bool g, float[1, 6] t) => (bool h, float[N, 6] o) { h = Identity(g)"
