@@ -162,6 +162,7 @@ async def test_unknown_rows_are_loaded_and_not_joined(shared: LocalApi) -> None:
     [notice] = (await shared.get("/api/v1/resources")).json["notices"]
     assert notice["title"] == "unknown: requests of several clients are not joined in batches"
     assert (notice["level"], "MaxpoolWithMask" in notice["why"]) == ("note", True)
+    await shared.unload("unknown")
     await shared.load("unknown", max_batch_size=8, dependent_rows="allow")
     assert "notices" not in (await shared.get("/api/v1/resources")).json
     await shared.unload("unknown")
