@@ -84,8 +84,8 @@ class Reference(NamedTuple):
 class TypedName(NamedTuple):
     """A tensor of a graph: its ONNX element type, 0 if it is no tensor, and its dimensions.
 
-    A dimension is -1 if it may have any length, and may have a name; without declared dimensions `shape` is
-    None. The shape of a sequence or an optional is that of its elements.
+    A dimension is -1 if it may have any length, and has a name, or an empty one, in `names`; without declared
+    dimensions `shape` is None. The shape of a sequence or an optional is that of its elements.
     """
 
     name: str
@@ -485,12 +485,11 @@ class _GraphReader:
         for number, start, end, _ in self._fields.read_all(begin, stop):
             if number == 1:
                 name = self._text(start, end)
-        kind, is_tensor = self._only(2, begin, stop), True
-        tensor = None if kind is None else self._only(1, kind.start, kind.next)
-        while kind is not None and tensor is None:  # a sequence, or an optional, of the type in its field 1
+        kind, is_tensor, tensor = self._only(2, begin, stop), True, None
+        while kind is not None and (tensor := self._only(1, kind.start, kind.next)) is None:
+            # A sequence (4), or an optional (9), has the type of its elements in field 1.
             outer = self._only(4, kind.start, kind.next) or self._only(9, kind.start, kind.next)
             kind, is_tensor = None if outer is None else self._only(1, outer.start, outer.next), False
-            tensor = None if kind is None else self._only(1, kind.start, kind.next)
         if tensor is not None:
             for number, _, _, value in self._fields.read_all(tensor.start, tensor.next):
                 if number == 1 and is_tensor:
@@ -522,7 +521,11 @@ class _GraphReader:
         return max(length, -1), name
 
     def _float(self, number: int, begin: int, end: int) -> float:
-        """Return the float of a field, from its begin; protobuf ignores one of another wire type."""
+        """Return the number of a field of four bytes, which starts with its tag at `begin`.
+
+        Raises:
+            Unparsable: the field has another wire type, for which protobuf ignores it.
+        """
         if end - begin != FLOAT_FIELD_BYTES or self._data[begin] != number << 3 | FIXED32:
             raise Unparsable("a field that is no float")
         found: float = struct.unpack("<f", self._data[end - 4 : end])[0]
@@ -563,7 +566,11 @@ def _text(data: mmap.mmap | bytes, start: int, end: int) -> str:
 
 
 def _content(start: int) -> int:
-    """Return where a field's content starts; protobuf ignores one of another wire type."""
+    """Return where the content of a field with a length starts; `start` is -1 for other fields.
+
+    Raises:
+        Unparsable: the field has another wire type, for which protobuf ignores it.
+    """
     if start < 0:
         raise Unparsable("a field that has no content")
     return start
@@ -583,7 +590,11 @@ def _attribute_type(before: int, value: int) -> int:
 
 
 def _number(value: int) -> int:
-    """Return a field's number; protobuf ignores one of another wire type."""
+    """Return the number of a varint field; `value` is -1 for other fields.
+
+    Raises:
+        Unparsable: the field has another wire type, for which protobuf ignores it.
+    """
     if value < 0:
         raise Unparsable("a field that has no number")
     return _signed(value)

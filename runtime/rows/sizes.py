@@ -57,7 +57,7 @@ class Symbols:
     def __init__(self) -> None:
         self._known: dict[Any, int] = {}
         self._operands: dict[int, tuple[Number, ...]] = {}
-        self._quotients = set[int]()
+        self._ratios = set[int]()  # quotients by lengths that are not known
         self._mentions_rows = [True]
         self._may_be_negative = set[int]()
         self._may_be_fractions = set[int]()
@@ -90,8 +90,8 @@ class Symbols:
             ((symbol,),) = self._add(mentions_rows=mentions).terms
             self._known[key] = symbol
             self._operands[symbol] = operands
-            if operation == "quotient":
-                self._quotients.add(symbol)
+            if operation == "quotient" and isinstance(operands[1], Size):
+                self._ratios.add(symbol)
             if is_length:
                 self._lengths.add(symbol)
             if not is_length and not (operation in MONOTONE and all(map(self.is_length, operands))):
@@ -127,11 +127,8 @@ class Symbols:
         return isinstance(number, Size) and any(each in self._operands for each in self.mentioned(number))
 
     def has_ratios_only(self, number: Size) -> bool:
-        """Whether all symbols are quotients by lengths, which may be the same whatever the lengths are."""
-        symbols = {symbol for term in number.terms for symbol in term}
-        return symbols <= self._quotients and all(
-            isinstance(self._operands[symbol][1], Size) for symbol in symbols
-        )
+        """Whether all symbols are ratios of lengths, which may be the same whatever the lengths are."""
+        return all(symbol in self._ratios for term in number.terms for symbol in term)
 
     def add(self, first: Number, second: Number, times: int = 1) -> Number:
         """Return `first + times * second`."""

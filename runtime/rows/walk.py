@@ -159,6 +159,7 @@ class _Scope:
     def find(self, name: str) -> Value:
         scope: _Scope | None = self
         while scope is not None:
+            # In a body, ONNX Runtime may find a function's tensor of this name before the graph's around it.
             if name in scope.values and (scope is self or not name.startswith(INLINED)):
                 return scope.values[name]
             scope = scope.around
@@ -232,6 +233,7 @@ class _Walk:
                 words = f"input {_show(each.name)} has no first dimension of any length"
                 scope.values[each.name] = Value(Kind.UNKNOWN, reason=words)
                 continue
+            # Requests are joined along the first axis only: another length with the name of N is not N then.
             names = ["" if name in batches else name for name in each.names[1:]]
             rest = [
                 length if length >= 0 else self._open_length(name)
