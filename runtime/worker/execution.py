@@ -49,6 +49,9 @@ KEPT_RUNS = 16
 """Latest runs of a size of inputs whose durations are kept."""
 KNOWN_NS = 10**9
 """After so long without a run the next request is tried, whatever the duration of earlier runs."""
+TRIAL_SHARE = 16
+"""A sixteenth of the time of runs may go into trials that turn out late. So the goodput under deadlines that
+cannot all be met stays (measured), and where some requests are short, one is tried after sixteen runs."""
 UNUSUAL = 2
 """A run is unusually long if it takes this many times the longest of the latest runs."""
 
@@ -187,14 +190,20 @@ def _append(held: bytearray, message: Message, payload: int, parts: Sequence[Buf
 class LatestRuns:
     """Durations of a model's latest runs, to predict that of a request by the size of its inputs.
 
-    Sizes with the same power of two count as equal.
+    Sizes with the same power of two count as equal. The duration may depend on something else, such as a
+    value (the steps of a loop, the length of a text): a prediction that lets nothing run is never corrected.
+    So a request that is predicted to be late is tried all the same while there is spare time: each run adds
+    a share of its duration to it, and a run that was given up takes its own away. Trials that are in time
+    take none of it, and so follow one another.
 
     Attributes:
         slowest_ns: the longest of all runs.
+        spare_ns: how long trials may run in vain; at most as long as the longest run.
     """
 
     def __init__(self) -> None:
         self.slowest_ns = 0
+        self.spare_ns = 0
         self._durations_ns: dict[int, deque[int]] = {}
         self._ended_ns: dict[int, int] = {}
 
@@ -205,6 +214,14 @@ class LatestRuns:
         self._durations_ns[magnitude].append(duration_ns)
         self._ended_ns[magnitude] = ended_ns
         self.slowest_ns = max(self.slowest_ns, duration_ns)
+        self.spare_ns = min(self.slowest_ns, self.spare_ns + duration_ns // TRIAL_SHARE)
+
+    def waste(self, duration_ns: int) -> None:
+        """Count the time of a run, or a part of it, whose answer was given up: a late trial, say.
+
+        Clients may leave other runs, too, so the debt is bounded like the spare time.
+        """
+        self.spare_ns = max(-self.slowest_ns, self.spare_ns - duration_ns)
 
     def longest_ns(self, input_bytes: int) -> int:
         return max(self._durations_ns.get(input_bytes.bit_length(), ()), default=0)
@@ -390,7 +407,8 @@ class InferenceExecutor:
     def is_over(self, request: BatchRequest, batch_size: int) -> bool:
         """Return whether a request is cancelled, or too late for a run in a batch of this size.
 
-        Such a request is answered.
+        Such a request is answered. One that is predicted to be late is not over as long as there is spare
+        time for all that is left to it, after which the server stops it.
         """
         if self._drop_cancelled(request.number):
             return True
@@ -402,7 +420,7 @@ class InferenceExecutor:
             return False
         batch_bytes = request.bytes() * batch_size // max(1, request.size)
         needed_ns = self._latest_runs.needed_ns(batch_bytes, now_ns - request.waiting_since_ns(), now_ns)
-        if left_ns >= needed_ns:
+        if left_ns >= needed_ns or 0 < left_ns <= self._latest_runs.spare_ns:
             return False
         left = f"{max(0, left_ns) / 1e6:.1f} ms of its time were left"
         took = f"the latest runs of such inputs took {needed_ns / 1e6:.1f} ms"
@@ -441,6 +459,7 @@ class InferenceExecutor:
         """
         is_one = len(batch) == 1
         input_bytes = sum([request.bytes() for request in batch])
+        begun_ns = time.monotonic_ns()
         try:
             self._outbox.before_run(self._last_run_ns)
             begun_ns = time.monotonic_ns()
@@ -455,6 +474,8 @@ class InferenceExecutor:
             self._last_run_ns = ran_ns - joined_ns
             parts = [arrays] if is_one else split_outputs(batch, arrays)
         except (MemoryError, RuntimeProblem, OutputsNotBatched) as error:
+            if isinstance(error, InferenceCancelled):
+                self._latest_runs.waste(time.monotonic_ns() - begun_ns)
             if is_one and not self._should_rerun(batch[0].number, error):
                 self._cancellation.end()
                 self._fail(batch[0].number, error if isinstance(error, RuntimeProblem) else _NO_MEMORY)
@@ -466,6 +487,9 @@ class InferenceExecutor:
         self._latest_runs.add(input_bytes, ran_ns - begun_ns, ran_ns)
         del arrays
         execution_size = sum(request.size for request in batch)
+        if left:
+            left_size = sum(request.size for request in batch if request.number in left)
+            self._latest_runs.waste((ran_ns - begun_ns) * left_size // execution_size)
         for request, part in zip(batch, parts, strict=True):
             if request.number in left:
                 continue

@@ -55,7 +55,15 @@ from runtime.worker.batching import (
     join_inputs,
     split_outputs,
 )
-from runtime.worker.execution import KEPT_RUNS, KNOWN_NS, Cancellation, InferenceExecutor, LatestRuns, Outbox
+from runtime.worker.execution import (
+    KEPT_RUNS,
+    KNOWN_NS,
+    TRIAL_SHARE,
+    Cancellation,
+    InferenceExecutor,
+    LatestRuns,
+    Outbox,
+)
 from runtime.worker.inference import Runner, SelectedOutputs
 from runtime.worker.sharedtensors import SharedTensors
 
@@ -289,6 +297,32 @@ def test_needed_time_is_that_of_the_latest_runs(
     assert (runs.longest_ns(600), runs.longest_ns(1024)) == (90, 0)
 
 
+@PLAIN
+@given(st.lists(st.integers(10, 1000), min_size=1, max_size=400), st.integers(1, 1000))
+def test_late_trials_take_a_share_of_the_time_of_runs(durations_ns: list[int], left_ns: int) -> None:
+    runs, wasted_ns = LatestRuns(), 0
+    for duration_ns in durations_ns:
+        runs.add(8, duration_ns, 0)
+        if left_ns <= runs.spare_ns:
+            runs.waste(left_ns)
+            wasted_ns += left_ns
+    assert wasted_ns <= sum(durations_ns) / TRIAL_SHARE
+
+
+@PLAIN
+@given(st.lists(st.integers(10, 1000), max_size=100), st.integers(1, 1000), st.integers(0, 10**6))
+def test_trial_follows_whatever_came_before(before_ns: list[int], left_ns: int, wasted_ns: int) -> None:
+    runs = LatestRuns()
+    for duration_ns in before_ns:
+        runs.add(8, duration_ns, 0)
+    runs.waste(wasted_ns)
+    long_ns, waited = max(left_ns, *before_ns, 100), 0
+    while runs.spare_ns < left_ns:  # a prediction by these runs refuses each request
+        runs.add(8, long_ns, 0)
+        waited += 1
+    assert waited <= 3 * TRIAL_SHARE
+
+
 # The executor, without a worker
 
 
@@ -518,6 +552,22 @@ async def test_request_that_cannot_be_in_time_is_not_begun(serve: Serve, batch: 
     with pytest.raises(InferenceTimeout, match="not begun"):
         await worker.infer([tensor("x", "INT64", [LONG])], timeout_s=took_s / 2)
     assert await sizes(await count(5)) == [(1, 1)]
+
+
+@pytest.mark.parametrize("batch", [0, 4])
+async def test_short_request_is_tried_though_the_latest_were_long(serve: Serve, batch: int) -> None:
+    worker = await serve(models.counting_rows(), max_batch_size=batch, **ALLOW)
+    count, took_s = await counting(worker)
+    for _ in range(KEPT_RUNS):
+        await asyncio.gather(*await count(LONG))
+    refused = 0
+    for _ in range(4):
+        await asyncio.gather(*await count(LONG))
+        try:
+            await worker.infer([tensor("x", "INT64", [1])], timeout_s=took_s * 0.7)
+        except InferenceTimeout:
+            refused += 1
+    assert refused <= 1
 
 
 @pytest.mark.parametrize(
