@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import os
-import sys
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
 import click
 
-from loadledger.cli.output import is_dumb, report_problems
+from loadledger.cli.output import is_dumb, prepare_output, report_problems
 
 SECTIONS = {
     "Serve": {
@@ -126,6 +124,11 @@ class CommandGroup(click.Group):
             with formatter.section(title):
                 formatter.write_dl(rows)
 
+    def make_context(self, *given: Any, **options: Any) -> click.Context:
+        prepare_output()
+        with report_problems():  # of `--help` and `--version`
+            return super().make_context(*given, **options)
+
     def invoke(self, ctx: click.Context) -> Any:
         with report_problems():
             return super().invoke(ctx)
@@ -161,9 +164,5 @@ class CommandGroup(click.Group):
 def main(context: click.Context) -> None:
     """Load and unload ONNX models over HTTP, each in a process of its own, with a ledger of who did what."""
     os.umask(0o077)  # ledger and keys are private
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        if sys.stdout.write_through:  # PYTHONUNBUFFERED: the rest of a partial write would be lost
-            sys.stdout = open(sys.stdout.fileno(), "w", 1, sys.stdout.encoding, closefd=False)  # noqa: SIM115 - it stays open
-        sys.stdout.reconfigure(errors="replace")  # replace letters that the encoding lacks
     if os.environ.get("NO_COLOR") or is_dumb(os.environ):  # no-color.org: any value
         context.color = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -49,6 +50,8 @@ NO_RESULT = 2
 """Exit code without a result: a usage error, a refusal, or no answer."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, by the shells' convention: 128 and the signal's number."""
+WRITE_ERROR = 1
+"""Exit code when the output cannot be written, as of `cat`."""
 PIPE_CLOSED = 141
 """Exit code after SIGPIPE by the same convention, such as before `| head`."""
 PROBLEMS = (
@@ -200,16 +203,82 @@ def is_dumb(environment: Mapping[str, str]) -> bool:
     return environment.get("TERM", "") in {"dumb", "unknown"}
 
 
+class OutputLost(Exception):
+    """Nothing can be written to stdout any more: its reader has left, or the disk is full.
+
+    It is no OSError, which would be taken for one of another file.
+    """
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(error.strerror or str(error))
+        self.error = error
+
+
+class _Output(io.TextIOWrapper):
+    """Stdout, which is written by the standard library: an interrupt neither loses nor doubles a line."""
+
+    def write(self, text: str, /) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            raise OutputLost(error) from None
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            raise OutputLost(error) from None
+
+
+def prepare_output() -> None:
+    """Let writes to stdout raise `OutputLost`, and replace letters that its encoding lacks."""
+    output = sys.stdout
+    if not isinstance(output, io.TextIOWrapper):
+        return
+    if output is not sys.__stdout__:  # of a test
+        output.reconfigure(errors="replace")
+        return
+    # Lines at once also for PYTHONUNBUFFERED, with which the rest of a partial write would be lost.
+    by_lines = output.line_buffering or output.write_through
+    file = io.BufferedWriter(io.FileIO(output.fileno(), "w", closefd=False))
+    sys.stdout = _Output(file, output.encoding, "replace", line_buffering=by_lines)
+
+
+def write_bytes(lines: Iterable[bytes]) -> None:
+    """Write lines to stdout as they are."""
+    for line in lines:
+        try:
+            sys.stdout.buffer.write(line)
+        except OSError as error:
+            raise OutputLost(error) from None
+    sys.stdout.flush()
+
+
+def drop_output() -> None:
+    """Let what is still to be written to stdout go nowhere: flushing it at exit would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
+
+
+def end_without_output(error: OSError) -> NoReturn:
+    """End a command whose output is lost as `cat` ends: silently if its reader has left, else with a line."""
+    drop_output()
+    if isinstance(error, BrokenPipeError):
+        sys.exit(PIPE_CLOSED)
+    print_note(f"write error: {error.strerror}")
+    sys.exit(WRITE_ERROR)
+
+
 @contextmanager
 def report_problems() -> Iterator[None]:
-    """End a command quietly after Ctrl-C or a closed pipe, and with the text of a problem."""
+    """End a command quietly after Ctrl-C, as `cat` without its output, and with the text of a problem."""
     try:
         yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except (KeyboardInterrupt, click.Abort):
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # flushing stdout at exit would fail again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
-        sys.exit(PIPE_CLOSED)
+    except OutputLost as lost:
+        end_without_output(lost.error)
     except Exception as error:
         # A module that is not imported has raised no exception, and importing it takes long.
         known = [resolve_name(place) for place in PROBLEMS if place.partition(":")[0] in sys.modules]

@@ -29,7 +29,14 @@ from loadledger import AsyncClient, BadAnswer, ClientProblem, NotFound, ServerEr
 from loadledger.cli.chosenmodel import ChosenModel, place_of
 from loadledger.cli.models import format_tensors, replace_tensors
 from loadledger.cli.options import name_similar
-from loadledger.cli.output import NEGATIVE_RESULT, count_of, print_note, to_printable
+from loadledger.cli.output import (
+    NEGATIVE_RESULT,
+    OutputLost,
+    count_of,
+    drop_output,
+    print_note,
+    to_printable,
+)
 from loadledger.cli.snippets import format_curl
 from loadledger.profiles import (
     DEFAULT_PROFILE,
@@ -82,22 +89,26 @@ TOKEN_LIFE_S = 12 * 3600
 
 
 async def announce(server: RunningServer) -> None:
-    """Print that the server is ready, its models, and the next command."""
-    options = choose_options(server, await greet(server))
-    for line in await check_models(server, options):
-        _print(line)
+    """Print that the server is ready, its models, and the next command; without a reader it goes on."""
+    try:
+        options = choose_options(server, await greet(server))
+        for line in await check_models(server, options):
+            click.echo(line)
+    except OutputLost as lost:
+        drop_output()
+        _log.warning("nothing can be written to stdout (%s); the server goes on", lost)
 
 
 async def greet(server: RunningServer) -> SignedIn | None:
     """Print that the server is ready; on a terminal, sign its user in, and return the profile."""
     warn_of_unknown_variables(os.environ)  # after logging is set up
-    _print(f"loadledger is ready at {server.url}")
+    click.echo(f"loadledger is ready at {server.url}")
     profile = await sign_in_user(server) if sys.stdout.isatty() else None
     options = choose_options(server, profile)
-    _print(f"console: {server.url}/ (`{shlex.join(['loadledger', 'console', *options])}` signs you in)")
+    click.echo(f"console: {server.url}/ (`{shlex.join(['loadledger', 'console', *options])}` signs you in)")
     if profile is not None:
         hint = f"; commands use it with {shlex.join(profile.options)}" if profile.options else ""
-        _print(f"profile: {to_printable(str(profile.path))} has an admin's token{hint}")
+        click.echo(f"profile: {to_printable(str(profile.path))} has an admin's token{hint}")
     return profile
 
 
@@ -139,11 +150,6 @@ def format_finding(finding: CheckFinding) -> str:
     colour = "red" if finding.severity is Severity.PROBLEM else "yellow"
     word = click.style(finding.severity.value, fg=colour)
     return f"{word}: {to_printable(f'{finding.place}: {finding.text}')} ({finding.code})"
-
-
-def _print(line: str) -> None:
-    click.echo(line)
-    sys.stdout.flush()
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,10 +258,11 @@ async def run_on_server(
 def serve_and_run(chosen: ChosenModel) -> NoReturn:
     """Serve until Ctrl-C, and run a model on the server; if the model cannot run, the server stops."""
     problems: list[str] = []
+    lost: list[OutputLost] = []
 
     async def announce_and_run(running: RunningServer) -> None:
-        profile = await greet(running)
         try:
+            profile = await greet(running)
             options = choose_options(running, profile)
             if profile is not None:
                 token, word = profile.token, f"$({shlex.join(['loadledger', 'token', 'show', *options])})"
@@ -272,10 +279,15 @@ def serve_and_run(chosen: ChosenModel) -> NoReturn:
         except (ClientProblem, ServerProblem, KeyProblem, LedgerProblem, ValueError, OSError) as problem:
             problems.append(str(problem))
             running.stop()
+        except OutputLost as output:
+            lost.append(output)
+            running.stop()
 
     settings = {} if LEVEL in os.environ else {"log_level": "warning"}
     config = load_config(settings, os.environ)
     status = serve(config, announce_and_run)
+    if lost:
+        raise lost[0]
     for problem in problems:
         print_note(problem)
     sys.exit(status or (NEGATIVE_RESULT if problems else 0))

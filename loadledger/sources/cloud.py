@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -67,6 +67,7 @@ class Cloud:
         """Return the model's version or entity tag, and its files; in a folder, it needs its companions."""
         folder, slash, name = self._key.rpartition("/")
         is_folder = not name
+        model = None if is_folder else self._find_object(self._key)
         found = self._list(folder + slash, is_needed=is_folder)
         name = name or find_model_file(found) or ""
         if not name:
@@ -77,8 +78,7 @@ class Cloud:
                 " the object",
             )
         key = folder + slash + name
-        with _translated_errors():
-            model = found[name] = obstore.head(self._store, key)
+        model = found[name] = model or self._find_object(key)
         self._objects = {each["path"]: each for each in found.values()}
         needed = {name, *(path for path in found if is_folder and is_signature_beside(path))}
         files = tuple(
@@ -112,6 +112,24 @@ class Cloud:
         endpoint = sorted(f"{name}={text}" for name, text in os.environ.items() if "ENDPOINT" in name)
         identity = f"{endpoint} {self._source.scheme}://{self._source.host}/{file.key}{_mark(found)}"
         return downloads.receive(identity if tag else None, open_at, size=found["size"], sha256=file.sha256)
+
+    def _find_object(self, key: str) -> obstore.ObjectMeta:
+        """Return the description of an object; a folder in its place is called one."""
+        try:
+            with _translated_errors():
+                return obstore.head(self._store, key)
+        except SourceProblem as problem:
+            if problem.code == "source_not_found" and self._has_objects(f"{key}/"):
+                name = self._source.name
+                raise SourceProblem(
+                    "source_invalid", f"{name} is a folder, whose name ends in a slash: write {name}/"
+                ) from None
+            raise
+
+    def _has_objects(self, prefix: str) -> bool:
+        with suppress(SourceProblem), _translated_errors():
+            return any(obstore.list(self._store, prefix, chunk_size=1))
+        return False
 
     def _list(self, prefix: str, *, is_needed: bool) -> dict[str, obstore.ObjectMeta]:
         """Return a folder's objects by their path in it; empty if denied and not needed."""

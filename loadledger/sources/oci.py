@@ -49,7 +49,12 @@ HELPER_S = 60.0
 UNAUTHORIZED = 401
 
 _REFERENCE = re.compile(r"([a-z0-9][a-z0-9._/-]*)(?::(\w[\w.-]*))?(?:@(sha256:[0-9a-f]{64}))?", re.ASCII)
-_SCHEME_OR_PARAMETER = re.compile(r'(?:^|,)\s*(\w+)(?=\s+\w|\s*(?:,|$))|(\w+)\s*=\s*"([^"]*)"')
+_SCHEME_OR_PARAMETER = re.compile(
+    r'(?:^|,)\s*([\w-]+)(?=\s+\w|\s*(?:,|$))|(?<!\w)(\w+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s",]+))'
+)
+"""A value is quoted, or a token (RFC 9110, 11.2); some registries send a whole URL without quotes."""
+SHOWN_CHARACTERS = 200
+"""Of a challenge in a message."""
 T = TypeVar("T")
 
 
@@ -115,6 +120,7 @@ class Oci:
         self._source, self._digest = source, digest
         self._credentials, self._hint = find_credentials(DOCKER_HUB_LOGIN if is_hub else source.host)
         self._web = Web(self._hint)
+        self._challenge_text = ""
         self._challenges: Mapping[str, Mapping[str, str]] = {}
         self._authorization: str | None = None
 
@@ -152,6 +158,7 @@ class Oci:
             url, headers=headers, authorization=self._authorization, statuses=(OK, UNAUTHORIZED)
         )
         if answer.status == UNAUTHORIZED:
+            self._challenge_text = ", ".join(answer.challenges)
             self._challenges = parse_challenges(answer.challenges)
             self._authenticate()
             answer = self._web.get(url, headers=headers, authorization=self._authorization)
@@ -167,7 +174,9 @@ class Oci:
         basic = f"Basic {self._credentials}" if self._credentials else None
         bearer = self._challenges.get("bearer")
         if bearer is None:
-            if basic is None or "basic" not in self._challenges:
+            if "basic" not in self._challenges:
+                raise self._refuse_challenge("has neither Bearer nor Basic")
+            if basic is None:
                 raise SourceProblem(
                     "source_denied", f"{self._source.host} asks for credentials: {self._hint}"
                 )
@@ -175,6 +184,8 @@ class Oci:
             return
         query = {"scope": f"repository:{self._repository}:pull", **bearer}
         realm = query.pop("realm", "")
+        if not realm.startswith(("https://", "http://")):  # of http, the client says that it is refused
+            raise self._refuse_challenge("names no address that issues a token")
         if basic is not None and not may_have_password(self._registry, realm):
             raise SourceProblem(
                 "source_denied",
@@ -185,6 +196,14 @@ class Oci:
         answer = self._web.get(url, authorization=basic)
         token = _decode(answer.body, RegistryToken, f"the token of {self._source.host}")
         self._authorization = f"Bearer {token.token or token.access_token}"
+
+    def _refuse_challenge(self, defect: str) -> SourceProblem:
+        shown = ascii(self._challenge_text[:SHOWN_CHARACTERS])
+        return SourceProblem(
+            "source_denied",
+            f"{self._source.host} asks for credentials, and its header WWW-Authenticate {defect}: {shown};"
+            " download the files with another tool, and add them by their path",
+        )
 
 
 def _decode(body: bytes, kind: type[T], what: str) -> T:
@@ -215,11 +234,11 @@ def parse_challenges(fields: Iterable[str]) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for field in fields:
         parameters: dict[str, str] = {}
-        for scheme, name, text in _SCHEME_OR_PARAMETER.findall(field):
+        for scheme, name, quoted, token in _SCHEME_OR_PARAMETER.findall(field):
             if scheme:
                 parameters = found[scheme.lower()] = {}
             else:
-                parameters[name.lower()] = text
+                parameters[name.lower()] = re.sub(r"\\(.)", r"\1", quoted) or token
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shlex
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
@@ -114,6 +115,20 @@ class Shell:
     def refused(self, code: int, command: str, **environment: Any) -> str:
         """Return the reason of a command that must end with this code and print nothing else."""
         return refused(*shlex.split(command), code=code, **{**self.environment, **environment})
+
+
+@contextmanager
+def lost_output(place: str) -> Iterator[int]:
+    """Open an output that cannot be written: `pipe` has no reader any more, `/dev/full` no room."""
+    if place == "pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open(place, os.O_WRONLY)
+    try:
+        yield writer
+    finally:
+        os.close(writer)
 
 
 # Both clients

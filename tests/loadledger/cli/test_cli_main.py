@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from support.clients import every_command, printed, refused
+from support.clients import every_command, lost_output, printed, refused
 from support.connections import odd_server, said
 from support.servers import clean_environment
 
@@ -132,13 +132,29 @@ def test_interrupt_ends_with_130(ends_by: type[BaseException]) -> None:
     assert (result.exit_code, result.output) == (130, "")
 
 
-def test_closed_pipe_ends_quietly_with_141() -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    command = [sys.executable, "-P", "-m", "loadledger", "completion", "fish"]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=60, check=False)
-    os.close(writer)
-    assert (done.returncode, done.stderr) == (141, b"")
+LOST = [
+    # where the output goes; exit code and stderr, as of `cat`
+    ("pipe", 141, b""),
+    ("/dev/full", 1, b"loadledger: write error: No space left on device\n"),
+]
+
+
+@pytest.mark.parametrize(("place", "code", "said"), LOST)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("typed", ["--help", "--version", "show --help", "completion fish"])
+def test_lost_output_ends_a_command_as_cat(
+    typed: str, unbuffered: str, place: str, code: int, said: bytes
+) -> None:
+    with lost_output(place) as output:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "loadledger", *typed.split()],
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            stdout=output,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (code, said)
 
 
 def test_output_is_whole_after_interrupted_write() -> None:

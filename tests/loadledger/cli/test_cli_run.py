@@ -13,7 +13,7 @@ import pytest
 from click.testing import Result
 from onnx import ModelProto, TensorProto, helper
 from support import models
-from support.clients import printed_json, run_command
+from support.clients import lost_output, printed_json, run_command
 from support.http import LocalApi
 from support.models import FLOAT, model, save, value
 from support.servers import CTRL_C, at_terminal
@@ -170,3 +170,43 @@ def test_printed_commands_answer(alice: dict[str, Any], tmp_path: Path, name: st
     assert {each["name"] for each in head["outputs"]} >= {"y"}
     _, *words = shlex.split(infer)
     assert {each["name"] for each in printed_json(*words, **alice)["outputs"]} >= {"y"}
+
+
+# Output that nobody reads
+
+
+@pytest.mark.parametrize(("place", "code"), [("pipe", 141), ("/dev/full", 1)])
+@pytest.mark.parametrize("typed", ["models", "models --json", "jobs", "events", "resources", "run kept.onnx"])
+def test_lost_output_ends_a_list_as_cat(
+    alice: dict[str, Any], tmp_path: Path, typed: str, place: str, code: int
+) -> None:
+    write(tmp_path / "kept.onnx", models.add())
+    done = end_without_output(typed, place, tmp_path, **alice)
+    said = b"loadledger: write error: No space left on device\n" if code == 1 else b""
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+@pytest.mark.parametrize(("place", "code"), [("pipe", 141), ("/dev/full", 1)])
+def test_lost_output_stops_the_server_of_run(tmp_path: Path, place: str, code: int) -> None:
+    write(tmp_path / "own.onnx", models.add())
+    done = end_without_output("run own.onnx", place, tmp_path, HOME=str(tmp_path), LOADLEDGER_PORT="0")
+    assert done.returncode == code
+    assert b"Traceback" not in done.stderr
+    assert b"Exception ignored" not in done.stderr
+
+
+def end_without_output(
+    typed: str, place: str, folder: Path, **environment: Any
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a command in a folder whose output cannot be written; it ends by itself."""
+    kept = {name: text for name, text in os.environ.items() if not name.startswith("LOADLEDGER_")}
+    with lost_output(place) as output:
+        return subprocess.run(
+            [sys.executable, "-P", "-m", "loadledger", *typed.split()],
+            env={**kept, **environment},
+            cwd=folder,
+            stdout=output,
+            stderr=subprocess.PIPE,
+            timeout=120,
+            check=False,
+        )

@@ -79,6 +79,9 @@ async def test_object_that_changes_meanwhile_is_refused(fake: FakeCloud, fetch: 
         ("s3://models/m/nothing.onnx", "source_not_found", "(?i)not found"),
         ("s3://nothing/model.onnx", "source_not_found", "(?i)not found"),
         ("s3://models/nothing/", "source_invalid", "has none"),
+        ("s3://models/two", "source_invalid", "s3://models/two is a folder.* write s3://models/two/"),
+        ("gs://models/two", "source_invalid", "is a folder.* write gs://models/two/"),
+        ("az://models/two", "source_invalid", "is a folder.* write az://models/two/"),
         ("s3://models/two/", "source_invalid", "has a.onnx, b.onnx"),
     ],
 )

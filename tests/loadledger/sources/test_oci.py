@@ -6,6 +6,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 from support import models, registries
-from support.origins import answer, serving_site
+from support.origins import Asked, answer, serving_site
 from support.registries import BASIC, EMPTY, IMAGE_INDEX, TITLE, Auth, Registry, running_registry
 from support.sources import in_thread
 
@@ -235,10 +236,81 @@ def test_docker_hub_has_another_host_and_a_library(source: str, url: str) -> Non
             {"basic": {"realm": "a, b"}, "negotiate": {}, "bearer": {"realm": "y", "service": "s"}},
         ),
         (["Negotiate"], {"negotiate": {}}),
+        (
+            ["Bearer realm=https://a/token,service=a.example,scope=repository:a/b:pull"],
+            {"bearer": {"realm": "https://a/token", "service": "a.example", "scope": "repository:a/b:pull"}},
+        ),
+        (['Bearer realm="https://a/t", service=s'], {"bearer": {"realm": "https://a/t", "service": "s"}}),
+        (["Basic realm=x, Bearer realm=y"], {"basic": {"realm": "x"}, "bearer": {"realm": "y"}}),
+        (
+            [r'Bearer realm="https://a/token",error="\"a\", \\b",service=s'],
+            {"bearer": {"realm": "https://a/token", "error": r'"a", \b', "service": "s"}},
+        ),
+        (["SCRAM-SHA-256 realm=x"], {"scram-sha-256": {"realm": "x"}}),
+        (["Bearer realm="], {"bearer": {}}),
+        (['Bearer realm="https://a'], {"bearer": {}}),
+        (["Bearer " + "a" * 60_000], {"bearer": {}}),
+        (["Bearer " + "a=" * 30_000 + "," * 9], {"bearer": {"a": "a=" * 29_999}}),
     ],
 )
 def test_parse_challenges(fields: Sequence[str], expected: Mapping[str, Any]) -> None:
     assert parse_challenges(fields) == expected
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [",", '"', "\\", '\\"', '",', "a", "a,", "a ", " ", "a=", '="', "a=a,", 'a="', "\t=", "\xff"],
+)
+def test_challenge_of_a_hostile_registry_is_parsed(piece: str) -> None:
+    """The longest line of a header; time that grew with its square would be seen."""
+    for begin in ("", "Bearer ", "Bearer realm=", 'Bearer realm="'):
+        parse_challenges([begin + piece * (65_536 // len(piece))])
+
+
+async def test_challenge_without_quotes_is_answered(fetch: Fetch) -> None:
+    layer = {"mediaType": RAW, "digest": f"sha256:{sha256(MODEL).hexdigest()}", "size": len(MODEL)}
+
+    def reply(asked: Asked) -> bytes:
+        if asked.path.startswith("/token"):
+            return answer(200, b'{"token": "short"}')
+        if asked.headers.get("authorization") != "Bearer short":
+            realm = f"https://{asked.headers['host']}/token"
+            return answer(401, www_authenticate=f"Bearer realm={realm},service=x")
+        return answer(200, json.dumps({"layers": [layer]}).encode() if "/manifests/" in asked.path else MODEL)
+
+    async with serving_site(reply) as site:
+        _, files = await fetch(f"oci://{site.host}/team/model")
+        asked = [each.path for each in site.asked]
+    assert files == {"model.onnx": MODEL}
+    assert "/token?scope=repository%3Ateam%2Fmodel%3Apull&service=x" in asked
+
+
+@pytest.mark.parametrize("has_login", [False, True])
+@pytest.mark.parametrize(
+    ("challenge", "defect"),
+    [
+        ("Negotiate", "has neither Bearer nor Basic: 'Negotiate'"),
+        ("Bearer", "names no address that issues a token: 'Bearer'"),
+        ("Bearer realm=a,service=b", "names no address that issues a token: 'Bearer realm=a,service=b'"),
+    ],
+)
+async def test_challenge_that_cannot_be_answered_is_named(
+    fetch: Fetch,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    challenge: str,
+    defect: str,
+    has_login: bool,
+) -> None:
+    async with serving_site(lambda _: answer(401, www_authenticate=challenge)) as site:
+        config = {"auths": {site.host: {"auth": AUTH}} if has_login else {}}
+        (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+        with pytest.raises(SourceProblem) as refused:
+            await fetch(f"oci://{site.host}/team/model")
+    assert refused.value.code == "source_denied"
+    assert f"its header WWW-Authenticate {defect}; download the files" in str(refused.value)
 
 
 HELPER = """#!/bin/sh
