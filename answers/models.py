@@ -104,6 +104,10 @@ class ModelChoice(AnswerBody, frozen=True, kw_only=True):
         about("The version that an inference loads; null if it loads none: the person unloaded the model."),
     ]
     parameters: Annotated[dict[str, Any] | None, about("Of the load; null with `version`.")]
+    digest: Annotated[
+        str | None,
+        about("Of the files that were loaded, which an inference loads again; null with `version`."),
+    ]
     by: str
     at: str
     job_id: str
@@ -172,8 +176,8 @@ class ModelInfo(PastAnswer, frozen=True, kw_only=True):
     repository_changed: Annotated[
         bool | None,
         about(
-            "Whether the repository has newer files than those that are loaded; null if nothing "
-            "is loaded, and with `at`."
+            "Whether the repository has newer files than those that are loaded, or that an inference "
+            "would load; null without any, and with `at`."
         ),
     ]
     memory_bytes: Annotated[

@@ -161,7 +161,8 @@ class CauseRules:
     Attributes:
         most_unended: limit of unended jobs, from which on the load is refused; None is no limit.
         replaces: whether it takes the place of another version.
-        is_for_inferences: whether it is cancelled if it has not begun and no inference waits for it.
+        is_for_inferences: whether it brings back the bytes from before (`Model.find_kept_files`), and is
+            cancelled if it has not begun and no inference waits for it.
         find_refusal: returns why a version may not be loaded if none is loaded or pending, or None if it may.
         choose_parameters: returns the parameters of a version that is not loaded before, by those asked for.
     """

@@ -140,7 +140,7 @@ class RequestLoad(Command):
             return _join_load(state, self, serving, new_id)
         if serving is not None and (self.is_checked or _needs_persons(state, self.model_id, serving)):
             serving = None  # the job passes the rules first, even if it only changes settings
-        if not RULES[self.cause].replaces and (other := _find_other_version(model, queue, self)) is not None:
+        if not RULES[self.cause].replaces and (other := _find_in_the_way(model, queue, self)) is not None:
             return Existing(other)
         most = RULES[self.cause].most_unended
         if serving is None and most is not None and state.backlog - (superseded is not None) >= most:
@@ -199,7 +199,9 @@ class RequestUnload(Command):
         if queue and self.copy is None and _will_unload(queue[-1], self):
             return _join_job(state, self, queue[-1], new_id)
         load_job_id = self.copy or _load_to_end(model, queue, self)
-        if load_job_id is None and not (self.takes_out_of_service and not queue):
+        # What is missed is known as such until somebody says that it is not to serve any more.
+        may_change_choice = self.takes_out_of_service or model.is_missed
+        if load_job_id is None and (queue or not may_change_choice):
             why = "is only loading; add ?force=true to end the load" if queue else "is not loaded"
             return Refused("not_loaded", f"model '{model_id}' {why}")
         if load_job_id is None and model.chosen and model.chosen.version is None:
@@ -260,7 +262,7 @@ def _find_version_refusal(
     if command.version in versions.removed:
         name = f"version {command.version} of model '{command.model_id}'"
         return Refused("unknown_version", f"{name} was removed; it loads once it has been added again")
-    is_loaded = model is not None and model.serving is not None
+    is_loaded = model is not None and model.phase is ModelState.LOADED
     return None if queue or is_loaded else RULES[command.cause].find_refusal(model, versions, command.version)
 
 
@@ -352,12 +354,20 @@ def _find_satisfying(model: Model | None, command: RequestLoad, parameters: Load
     return serving if same and serving.parameters.has_same_workers(parameters) else None
 
 
-def _find_other_version(model: Model | None, queue: list[Job], command: RequestLoad) -> str | None:
-    """Return the load of another version that serves or is pending."""
+def _find_in_the_way(model: Model | None, queue: list[Job], command: RequestLoad) -> str | None:
+    """Return the job that an inference has, or has to wait for; None if its load may begin.
+
+    The first that applies:
+    1. A job is pending, which may be an unload whose end forbids the load: the last one.
+    2. The model is loaded with something else than a person chose, and returns to that: none.
+    3. The model is loaded, in whatever version: its load.
+    """
     if queue:
-        return queue[-1].id if queue[-1].kind is JobKind.LOAD else None
-    serving = model.serving if model is not None and model.phase is ModelState.LOADED else None
-    return serving.load_job_id if serving is not None and serving.version != command.version else None
+        return queue[-1].id
+    if model is None or model.serving is None or model.phase is not ModelState.LOADED:
+        return None
+    returns = model.is_to_return and model.chosen and model.chosen.version == command.version
+    return None if returns else model.serving.load_job_id
 
 
 def _effective_parameters(model: Model | None, ahead: list[Job], command: RequestLoad) -> LoadParameters:

@@ -83,7 +83,7 @@ NO_PROGRESS = "no_progress"
 """Error code of a load that made no progress for its `progress_timeout_s`."""
 
 BYTES_GONE = "bytes_gone"
-"""Error code of a reload whose recorded bytes neither the store nor a readable repository has."""
+"""Error code of a load that brings back recorded bytes which neither the store nor the repository has."""
 
 
 POLICY_DIFFERS = "policy_differs"
@@ -480,8 +480,8 @@ loaded with several numbers of threads, or on several targets, has fewer version
 class Footprint(Struct, frozen=True, gc=False, rename=STORED_NAMES):
     """The peak memory of one worker that loaded these files.
 
-    `threads` is how many it computed with. `target_name` is where it ran if not on the CPU, and
-    `target_bytes` what it took there beside the machine's memory.
+    `position` is that of the latest `ModelLoaded`. `threads` is how many it computed with. `target_name` is
+    where it ran if not on the CPU, and `target_bytes` what it took there beside the machine's memory.
     """
 
     version: int
@@ -490,6 +490,7 @@ class Footprint(Struct, frozen=True, gc=False, rename=STORED_NAMES):
     threads: int | None = None
     target_name: str | UnsetType = UNSET
     target_bytes: int | UnsetType = UNSET
+    position: int = 0
 
     @property
     def target(self) -> str:
@@ -502,11 +503,11 @@ class Footprint(Struct, frozen=True, gc=False, rename=STORED_NAMES):
         return self.threads, self.target_name
 
 
-def footprint_of(version: int, loaded: ModelLoaded) -> Footprint:
+def footprint_of(version: int, loaded: ModelLoaded, position: int) -> Footprint:
     """Return the footprint of one worker of a load: its share of the peak, rounded up."""
     workers = max(1, len(loaded.worker_ids))
     peak_bytes = -(-loaded.peak_memory_bytes // workers)
-    seen = Footprint(version, loaded.files, peak_bytes, loaded.threads)
+    seen = Footprint(version, loaded.files, peak_bytes, loaded.threads, position=position)
     if not loaded.targets:
         return seen
     use = loaded.targets[0]

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from events.clock import Timestamp, seconds_between
 from events.jobs import (
+    BYTES_GONE,
     INCIDENT_WINDOW_S,
     INSUFFICIENT_MEMORY,
     Consequence,
@@ -42,6 +43,7 @@ from events.types import (
     Data,
     Event,
     JobCancelled,
+    LoadedFile,
     LoadFailed,
     LoadJoined,
     LoadParameters,
@@ -54,6 +56,7 @@ from events.types import (
     UnloadRequested,
     UnloadStarted,
     WorkerExited,
+    contents_of,
 )
 from events.values import ProcessEnd
 from features.facts import STORED_NAMES, LoadEvidence, remember_evidence
@@ -122,15 +125,19 @@ class Choice(Struct, frozen=True, gc=False):
         job_id: its job, or the job of an inference's load with which the person's load was answered.
         by: the person.
         at: when it took effect.
+        position: of the event by which it took effect.
         version: None if the person unloaded the model: it is out of service until a person loads it.
         parameters: the load's parameters; None with `version`.
+        files: those that were loaded; empty with no `version`.
     """
 
     job_id: str
     by: str
     at: Timestamp
+    position: int
     version: int | None = None
     parameters: LoadParameters | None = None
+    files: tuple[LoadedFile, ...] = ()
 
 
 class Model(Servings, frozen=True, gc=False, rename=STORED_NAMES):
@@ -187,10 +194,59 @@ class Model(Servings, frozen=True, gc=False, rename=STORED_NAMES):
         return next((each for each in reloadable if each and each.version == version), None)
 
     def has_chosen(self, serving: Serving) -> bool:
-        """Whether the last choice of a person is the version and the parameters of a load."""
+        """Whether the last choice of a person is a load: its version, its parameters and its bytes."""
         if self.chosen is UNSET:
             return False
-        return (self.chosen.version, self.chosen.parameters) == (serving.version, serving.parameters)
+        chosen = self.chosen
+        same = (chosen.version, chosen.parameters) == (serving.version, serving.parameters)
+        return same and contents_of(chosen.files) == contents_of(serving.files)
+
+    def find_kept_files(self, version: int, added_at: int) -> tuple[LoadedFile, ...] | None:
+        """Return the files with which an inference loads a version, or None for the present ones.
+
+        A model that was away comes back with the bytes from before, whatever its folder has by now. The first
+        that applies:
+        1. A person has chosen this version: the files that were loaded then.
+        2. A person has chosen otherwise: the present files, of a version that is none of the person's.
+        3. The version was loaded since it was added last: the files of its last load.
+
+        `added_at` is the position at which it was added last; 0 if it never was.
+        """
+        if self.chosen is not UNSET:
+            return self.chosen.files if self.chosen.version == version else None
+        last = next((seen for seen in reversed(self.footprints) if seen.version == version), None)
+        return last.files if last is not None and last.position > added_at else None
+
+    @property
+    def differs_from_choice(self) -> bool:
+        """Whether it is loaded with something else than a person chose last.
+
+        An inference of an earlier release has loaded that: this one brings back what was chosen.
+        """
+        chosen, serving = self.chosen, self.serving
+        if chosen is UNSET or chosen.version is None or serving is None:
+            return False
+        if self.phase is not ModelState.LOADED or self.others or self.target:
+            return False
+        has_bytes = contents_of(chosen.files) == contents_of(serving.files)
+        return chosen.version != serving.version or not has_bytes
+
+    @property
+    def is_to_return(self) -> bool:
+        """Whether inferences wait for what a person chose, which the first of them brings back.
+
+        Once: not after a load that failed. Nor does it stop what a person asked for since.
+        """
+        if self.unloads or self.error is not None or not self.differs_from_choice:
+            return False
+        return all(self.chosen and load.version == self.chosen.version for load in self.loads)
+
+    @property
+    def is_missed(self) -> bool:
+        """Whether it should serve and cannot: a person has to load it again, or to unload it."""
+        is_chosen = self.chosen is not UNSET and self.chosen.version is not None
+        is_gone = self.error is not None and self.error.code == BYTES_GONE
+        return self.phase is ModelState.FAILED and (is_chosen or is_gone)
 
     def may_lose_batches(self, version: int) -> bool:
         """Whether a version is loaded without joined requests if its rows turn out to be dependent."""
@@ -335,7 +391,7 @@ def _model_loaded(model: Model, event: Event, data: ModelLoaded, job: Job | None
         incidents=model.incidents if by_system else (),
         retries=None,
         previous=None,
-        footprints=add_footprint(model.footprints, footprint_of(serving.version, data)),
+        footprints=add_footprint(model.footprints, footprint_of(serving.version, data, event.position)),
         known_evidence=remember_evidence(model.known_evidence, data),
         chosen=model.chosen
         if job.cause is not Cause.REQUEST
@@ -353,7 +409,10 @@ def _remember_joined(before: tuple[int, ...] | UnsetType, loaded: Serving) -> tu
 
 
 def _choose(event: Event, job_id: str, person: str, serving: Serving) -> Choice:
-    return Choice(job_id, person, event.recorded_at, serving.version, serving.parameters)
+    return Choice(
+        *(job_id, person, event.recorded_at, event.position),
+        *(serving.version, serving.parameters, serving.files),
+    )
 
 
 def _load_joined(model: Model, event: Event, _: LoadJoined, __: Job | None) -> Model:
@@ -457,7 +516,7 @@ def _model_unloaded(model: Model, event: Event, _: ModelUnloaded, job: Job | Non
     after = _reset(_without_job(model, event.job_id), Trigger.UNLOADED)
     if job is None or not job.takes_out_of_service:
         return after
-    return replace(after, chosen=Choice(job.id, job.requested_by, event.recorded_at))
+    return replace(after, chosen=Choice(job.id, job.requested_by, event.recorded_at, event.position))
 
 
 def _reset(model: Model, trigger: Trigger) -> Model:

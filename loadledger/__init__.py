@@ -41,7 +41,7 @@ _MODULES = {
     "answers.nodes": ("NodeInfo",),
     "answers.resources": ("Resources",),
     "answers.tensors": ("ModelTensor",),
-    "answers.versions": ("AddedVersionInfo",),
+    "answers.versions": ("AddedVersionInfo", "VersionInfo"),
 }
 _PATHS = {name: f"{module}:{name}" for module, names in _MODULES.items() for name in names}
 __all__ = [*_PATHS]  # noqa: PLE0604 - names are imported on first use

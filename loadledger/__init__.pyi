@@ -10,6 +10,7 @@ from answers.resources import Resources as Resources
 from answers.signatures import VerifiedVersionInfo as VerifiedVersionInfo
 from answers.tensors import ModelTensor as ModelTensor
 from answers.versions import AddedVersionInfo as AddedVersionInfo
+from answers.versions import VersionInfo as VersionInfo
 from loadledger.client import AsyncClient as AsyncClient
 from loadledger.client import Client as Client
 from loadledger.errors import BadAnswer as BadAnswer

@@ -203,6 +203,7 @@ class Client(ServerClient):
     jobs = _iterating(Operations.jobs)
     models = _iterating(Operations.models)
     model = _blocking(Operations.model)
+    version = _blocking(Operations.version)
     resources = _blocking(Operations.resources)
     nodes = _blocking(Operations.nodes)
     drain = _blocking(Operations.drain)

@@ -33,6 +33,7 @@ ADVICE = {
     "not_found": OTHER_RELEASE,
     "method_not_allowed": OTHER_RELEASE,
     "out_of_service": "`loadledger load MODEL --wait` loads it",
+    "bytes_gone": "`loadledger load MODEL --wait` takes the files that the repository has now",
     "version_in_use": "`loadledger rm --force` ends its loads",
 }
 """Advice, by the server's error codes, in the command's words; MODEL is the model that the detail names."""

@@ -23,7 +23,7 @@ from answers.nodes import NodeInfo, NodeList
 from answers.records import RecordFileInfo, RecordFileList, RecordList
 from answers.resources import Resources
 from answers.signatures import VerifiedVersionInfo
-from answers.versions import AddedFileInfo, AddedVersionInfo, UploadInfo
+from answers.versions import AddedFileInfo, AddedVersionInfo, UploadInfo, VersionInfo
 from loadledger.address import path
 from loadledger.errors import ClientProblem, NotFound, ServerError
 from loadledger.inference import InferenceResult, Inferences, Inputs
@@ -433,6 +433,16 @@ class Operations:
         """Return a model, with `at` as of a position or time."""
         request = get_request(_api("models", model_id), present_parameters(at=at))
         return await fetch(self._context, request, ModelInfo)
+
+    async def version(self, model_id: str, version: int) -> VersionInfo:
+        """Return a version: its files, who added it, its labels and approvals.
+
+        Raises:
+            ServerError: the server refused: `unknown_model`, `unknown_version`.
+        """
+        return await fetch(
+            self._context, get_request(_api("models", model_id, "versions", str(version))), VersionInfo
+        )
 
     async def resources(self) -> Resources:
         """Return the memory budget, its use, and the jobs that wait for it."""

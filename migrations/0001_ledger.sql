@@ -102,7 +102,7 @@ CREATE TABLE projected (
   folds INTEGER NOT NULL
 );
 
-INSERT INTO projected (one, position, folds) VALUES (1, 0, 9);
+INSERT INTO projected (one, position, folds) VALUES (1, 0, 10);
 
 -- Hints outside the log: when each model was last used, and when the server was last alive.
 CREATE TABLE last_used (

@@ -10,7 +10,7 @@ from functools import partial
 
 import msgspec
 
-from events.jobs import Job
+from events.jobs import BYTES_GONE, Job
 from events.log import Log
 from events.models import Model, ModelState
 from events.types import LoadParameters
@@ -40,6 +40,13 @@ class ModelReplaced(ModelRecovering):
     """The model is being replaced in place: the old version was unloaded first."""
 
 
+class BytesGone(ModelNotLoaded):
+    """The bytes that served are nowhere any more."""
+
+    code = BYTES_GONE
+    retry_after_s = None  # a person decides what to load
+
+
 class OtherVersionLoaded(ModelNotLoaded):
     """Another version than the named one is loaded."""
 
@@ -49,6 +56,8 @@ class UnknownName(RuntimeProblem):
 
     code = "unknown_label"
 
+
+_WITHOUT_LOAD = (ModelState.UNLOADED, ModelState.FAILED)
 
 Version = int | str
 """A version as a request names it: its number, or a name."""
@@ -80,6 +89,7 @@ class Here:
         position: the position of its `ModelLoaded`.
         max_queue: how many of its inferences may be queued or running.
         has_copies: whether the model is loaded at other servers, too.
+        gives_way: whether an inference that names no version brings back what a person chose.
     """
 
     model_id: str
@@ -90,6 +100,7 @@ class Here:
     load: RunningLoad
     max_queue: int
     has_copies: bool = False
+    gives_way: bool = False
 
     @property
     def max_batch_size(self) -> int:
@@ -193,11 +204,19 @@ class Router:
             raise UnknownName(versions.describe_unknown(version))
         return number
 
-    def resolve(self, model_id: str, version: Version | None = None, *, spreads: bool = False) -> Target:
+    def resolve(
+        self,
+        model_id: str,
+        version: Version | None = None,
+        *,
+        spreads: bool = False,
+        returns: bool = False,
+    ) -> Target:
         """Return where a model, in this version if there is one, is now. This has no effect.
 
         A name stands for its version of now, so one that moves with a load is ready before and after. A copy
-        here answers. With `spreads`, that of another server does if the one here is clearly busier.
+        here answers. With `spreads`, that of another server does if the one here is clearly busier. With
+        `returns`, a model is absent that is to return to what a person chose, unless a version is named.
 
         Raises:
             UnknownName: no version has the name.
@@ -208,6 +227,8 @@ class Router:
         here = known[1] if known is not None and known[0] is model else self._find(model_id, model)
         target = self._check(here, version, number) if isinstance(here, Here) else here
         if isinstance(target, Here):
+            if returns and target.gives_way and number is None:
+                return Absent(ModelReplaced(f"model '{model_id}' returns to the version that a person chose"))
             is_left = spreads and target.has_copies and self._find_copy(model_id, number, target.load)
             return is_left or target
         has_copies = model is not None and bool(model.others)
@@ -262,7 +283,8 @@ class Router:
         if isinstance(target, There):
             raise ModelNotLoaded(f"model '{model_id}' is loaded at '{target.server}', not here")
         model = self._log.state.models.get(model_id)
-        if model is None or model.state in (ModelState.UNLOADED, ModelState.FAILED):
+        is_known = model is not None and (model.is_missed or model.state not in _WITHOUT_LOAD)
+        if not is_known:
             look = partial(self._repository.versions, model_id)
             with suppress(RepositoryBusy):
                 await self._repository.file_system.run(model_id, look, REQUEST_LIMIT_S)
@@ -373,8 +395,9 @@ class Router:
         inputs, outputs = load.report.inputs, load.report.outputs
         of_model = model.serving or serving  # a copy has the settings of the first
         max_queue = of_model.parameters.max_queue or self._max_queue
-        has_copies = bool(model.others)
-        here = Here(model_id, serving.version, serving.position, inputs, outputs, load, max_queue, has_copies)
+        has_copies, gives_way = bool(model.others), model.is_to_return
+        about = inputs, outputs, load, max_queue, has_copies, gives_way
+        here = Here(model_id, serving.version, serving.position, *about)
         self._known[model_id] = model, here
         return here
 
@@ -403,6 +426,10 @@ def _not_loaded(
         return ModelRecovering(f"model '{model_id}' lost its worker and is being loaded again")
     if state is ModelState.LOADING:
         return ModelNotLoaded(f"model '{model_id}' is still loading")
+    error = model.error if model is not None and model.is_missed else None
+    if error is not None:
+        kind = BytesGone if error.code == BYTES_GONE else ModelNotLoaded
+        return kind(f"model '{model_id}' failed: {error.message} ({error.code})")
     chosen = model.chosen or None if model is not None else None
     by = f": {chosen.by} unloaded it {chosen.at}" if chosen is not None and chosen.version is None else ""
     return ModelNotLoaded(

@@ -380,7 +380,8 @@ def _open_store(app: web.Application) -> Store | None:
     config = app[CONFIG]
     if not config.has_store:
         return None
-    store = Store(config.data / STORE, config.store_bytes(), partial(_needed_digests, app))
+    find_needed, find_kept = partial(_needed_digests, app), partial(_chosen_digests, app)
+    store = Store(config.data / STORE, config.store_bytes(), find_needed, find_kept)
     store.open()
     return store
 
@@ -396,6 +397,15 @@ def _needed_digests(app: web.Application, store: Store) -> frozenset[str]:
         if source is not None and job.server in here:
             needed.add(digest_of(source.contents))
     return frozenset(needed)
+
+
+def _chosen_digests(app: web.Application) -> frozenset[str]:
+    """Return the versions that inferences would load, since persons chose them."""
+    if not app[CONFIG].loads_for_inferences:
+        return frozenset()
+    models = list(app[LOG].state.models.values())
+    chosen = [model.chosen for model in models if model.chosen and model.chosen.version is not None]
+    return frozenset(digest_of(contents_of(each.files)) for each in chosen)
 
 
 async def _consumer(app: web.Application) -> AsyncIterator[None]:

@@ -60,11 +60,12 @@ from runtime.process.pool import WorkerPool, kill_and_wait
 from runtime.repository import MODEL_ID, InvalidDefaults, Repository, defaults_name, read_warm_up
 from runtime.rows.judgement import Judgement
 from runtime.rows.walk import judge_rows
-from runtime.scheduler.estimates import estimate_memory
+from runtime.scheduler.estimates import estimate_memory, is_same_files
 from runtime.store.folder import STORE
 from runtime.store.store import Store
 from runtime.store.versions import Versions
 from server.api.loads import default_parameters
+from server.api.models import find_bytes
 from server.auth.keys import KeyProblem, read_public_keys, refuse_unsafe
 from server.config import OFF, ON, OWN, Config, ConfigError
 from server.configsources import Mistake, default_folder, raise_mistakes, read_settings, unknown_variables
@@ -459,6 +460,30 @@ def _size_highest(repository: Repository, model_id: str) -> int | None:
             each.bytes for each in repository.stat_version(model_id, repository.find_version(model_id))
         )
     return None
+
+
+def check_changes(config: Config, result: CheckResult, state: State) -> None:
+    """Note the versions whose files differ from those that were loaded, which stay until a person's load.
+
+    Files with other times are hashed.
+    """
+    repository = Repository(config.repository, state.is_removed)
+    for model_id in sorted(state.models):
+        with suppress(RuntimeProblem, OSError):  # of what cannot be read, the other checks say it
+            present = repository.versions(model_id)
+            kept = find_bytes(state, model_id, present, on_demand=config.loads_for_inferences)
+            if kept is None or kept[0] not in present:
+                continue
+            version, files = kept
+            is_same = is_same_files(files, repository.stat_version(model_id, version))
+            versions = Versions(repository, None)
+            if is_same or asyncio.run(versions.has_bytes_of(model_id, version, files)):
+                continue
+            text = (
+                "the repository has newer files than those that were loaded, which stay until a person"
+                f" loads again: `loadledger load {model_id}/{version}` takes the newer ones"
+            )
+            result.add([CheckFinding(f"{model_id}/{version}", "newer_files", text, Severity.NOTE)])
 
 
 def read_ledger(config: Config, result: CheckResult) -> State:

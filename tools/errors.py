@@ -41,8 +41,6 @@ ADVICE: Mapping[str, str] = {
     " rule.",
     "digest_differs": "Look at the files again: `loadledger verify-model MODEL/VERSION` shows their digest.",
     "not_encodable": "The message names the value. Rename files whose names are no text, or report a bug.",
-    "bytes_gone": "A reload takes the bytes that served before, and neither the store nor the repository has"
-    " them. Load the model again to use what the repository has now.",
     "crash_loop": "The server died with this load three times, or the model's workers too often. See the"
     " `WorkerExited` events, then load again.",
     "job_failed": "See the job's `error.message` for the reason.",
@@ -110,6 +108,9 @@ ADVICE: Mapping[str, str] = {
     "too_many_files": "Raise the limit of open files: `LimitNOFILE=` of systemd, `ulimit -n`.",
     "model_not_loaded": "Load it, or let the server load it: `--on-demand on`.",
     "out_of_service": "Load it: `detail` says who unloaded it and when. No inference does that.",
+    "bytes_gone": "A reload, and a load for an inference, take the bytes that were loaded before, and neither"
+    " the store nor the repository has them. Put them back, or load the model again to use what the"
+    " repository has now; unload it if it is to be gone.",
     "load_failed": "`detail` has the reason; the server tries again after `Retry-After`.",
     "node_unreachable": "Send the request again after `Retry-After`. If the node does not come back, its"
     " models are loaded at other nodes once its lease is over. Check that all nodes reach its"

@@ -33,7 +33,7 @@ from events.sqlite.writing import FIND_JOINS, FIND_KEYS, PROBE, WRITE_GROUP, WRI
 from events.state import Changes, Join, KnownRequests, State, read_key
 from events.storage import LogHead, Row, StorageError, StoredLedger
 
-FOLDS = 9
+FOLDS = 10
 """The version of the folds: add one with each change that makes other stored bodies of the same events."""
 
 MAX_NAMED = 100

@@ -19,7 +19,9 @@ def open_demand(app: web.Application) -> OnDemand:
 
     async def look_up(model_id: str, version: int | None, subject: str) -> RequestLoad:
         asked = {} if version is None else {"version": version}
-        return await make_load_command(app, model_id, asked, subject, cause=Cause.DEMAND)
+        model = app[LOG].state.models.get(model_id)
+        chosen = None if model is None or not model.chosen else model.chosen
+        return await make_load_command(app, model_id, asked, subject, cause=Cause.DEMAND, chosen=chosen)
 
     app[DEMAND] = demand = OnDemand(
         log=app[LOG],

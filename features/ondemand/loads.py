@@ -17,14 +17,14 @@ from typing import NamedTuple
 from events.commands import Receipt
 from events.errors import LedgerProblem, RequestRefused
 from events.jobcommands import RequestLoad
-from events.jobs import Failure, Job, JobKind, JobStatus
+from events.jobs import BYTES_GONE, Failure, Job, JobKind, JobStatus
 from events.log import Log
 from events.models import Model, ModelState
 from events.sqlite.listing import Reader
 from events.state import State
 from events.types import Cause
 from events.versions import ModelVersions
-from features.ondemand.rules import find_chosen_version, find_demand_refusal
+from features.ondemand.rules import find_demand_refusal
 from runtime import errors
 from runtime.consumer.consumer import PendingDemand
 from runtime.router import Absent, Here, OtherVersionLoaded, Router, There, Version, queue_full
@@ -49,14 +49,17 @@ Then the requesting subject, if the model's rules depend on it, so that subjects
 
 
 class DemandFailed(ServerProblem):
-    """The model could not be loaded on demand."""
-
-    code = "load_failed"
+    """The model could not be loaded on demand: `load_failed`, or the code of a cause that a person ends."""
 
     def __init__(
-        self, detail: str = "", retry_after_s: float = 1, *, http_headers: Mapping[str, str] | None = None
+        self,
+        detail: str = "",
+        retry_after_s: float = 1,
+        *,
+        code: str = "load_failed",
+        http_headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(detail, http_headers=http_headers)
+        super().__init__(detail, code=code, http_headers=http_headers)
         self.retry_after_s = retry_after_s
 
 
@@ -83,7 +86,7 @@ class RecordedModel(NamedTuple):
 class _Failed:
     """The last failure, and the recorded model right after it."""
 
-    reason: str
+    problem: DemandFailed
     known: RecordedModel
     failures: int
     until_s: float
@@ -99,7 +102,7 @@ class BackOff:
         """Refuse a demand during its pause; forget a failure after another change of the model.
 
         Raises:
-            DemandFailed: `load_failed`, with the reason of the last failure.
+            DemandFailed: with the code and the reason of the last failure.
         """
         failed = self._failures.get(demand)
         if failed is None:
@@ -107,11 +110,17 @@ class BackOff:
         if not failed.known.is_same(known):
             del self._failures[demand]
         elif now_s < failed.until_s:
-            reason = f"{failed.reason}; a request in {failed.until_s - now_s:.1f} s tries again"
-            raise DemandFailed(reason, failed.until_s - now_s)
+            left_s = failed.until_s - now_s
+            reason = f"{failed.problem}; a request in {left_s:.1f} s tries again"
+            raise DemandFailed(reason, left_s, code=failed.problem.code)
 
     def note(
-        self, demand: Demand, reason: str, before: RecordedModel, after: RecordedModel, now_s: float
+        self,
+        demand: Demand,
+        problem: DemandFailed,
+        before: RecordedModel,
+        after: RecordedModel,
+        now_s: float,
     ) -> float:
         """Remember a failure, and return the pause in seconds until the next attempt.
 
@@ -124,7 +133,7 @@ class BackOff:
         for other, failed in self._failures.items():
             if other[0] == demand[0] and failed.known.is_same(before):
                 self._failures[other] = replace(failed, known=after)
-        self._failures[demand] = _Failed(reason, after, failures, now_s + pause_s)
+        self._failures[demand] = _Failed(problem, after, failures, now_s + pause_s)
         while len(self._failures) > MAX_FAILURES:
             del self._failures[next(iter(self._failures))]
         return pause_s
@@ -139,7 +148,8 @@ class OnDemand:
         submit: submits the load for the first waiter's request.
         reader: finds jobs that have ended.
         demand: held while an inference waits, and until it is answered.
-        look_up: returns the command that loads a model, for a version or None, and a subject.
+        look_up: returns the command that loads a model, for a version or None, and a subject; if a person has
+            chosen a version, that is the one.
         waiting_for: returns the reason why a job is pending.
         stopping: set when the server begins to stop; `log` notifies then.
         is_personal: says whether the rules for a model depend on the requester.
@@ -199,7 +209,7 @@ class OnDemand:
             ModelNotLoaded: `model_not_loaded`, another version is loaded and is not replaced on demand.
             InferenceTimeout: `inference_timeout`.
             QueueFull: `inference_queue_full`, too many inferences wait for the model.
-            DemandFailed: `load_failed`.
+            DemandFailed: `load_failed`; `bytes_gone`, what a person chose is nowhere any more.
             UnknownModel: `unknown_model`, or UnknownVersion, `unknown_version`.
             UnknownName: `unknown_label`.
             LedgerProblem: `out_of_service`, `model_not_loaded`, `queue_full`, `log_unavailable`.
@@ -211,7 +221,7 @@ class OnDemand:
         with self.demand.hold(model_id):
             began_s, end = time.monotonic(), FAILED
             try:
-                while isinstance(target := self.router.resolve(model_id, version), Absent):
+                while isinstance(target := self.router.resolve(model_id, version, returns=True), Absent):
                     if isinstance(target.problem, OtherVersionLoaded):
                         raise target.problem
                     who = subject if self.is_personal(model_id) else ""
@@ -279,7 +289,8 @@ class OnDemand:
         with self.log.subscribed() as wakeup:
             while not self.stopping.is_set():
                 wakeup.clear()
-                is_loaded = not isinstance(self.router.resolve(model_id), Absent)
+                returns = demand[1] is None
+                is_loaded = not isinstance(self.router.resolve(model_id, returns=returns), Absent)
                 if is_loaded or (not self._waiting[demand] and own_job is None):
                     return None
                 state = self.log.state
@@ -297,7 +308,7 @@ class OnDemand:
                         problem = self._find_failure(job, demand, before, is_own=is_own)
                         if problem is not None:
                             return problem
-                elif queue or (model is not None and model.phase not in _ABSENT):
+                elif queue or (model is not None and model.phase not in _ABSENT and not model.is_to_return):
                     was_lost = model is not None and model.phase is ModelState.LOST
                     await wakeup.wait()
                 elif was_lost and model is not None and model.error is not None:
@@ -313,7 +324,12 @@ class OnDemand:
     def _find_failure(
         self, job: Job, demand: Demand, before: RecordedModel, *, is_own: bool
     ) -> DemandFailed | None:
-        """Return the waiters' error for an ended load, or None if they wait for another attempt."""
+        """Return the waiters' error for an ended load, or None if they wait for another attempt.
+
+        They may also have waited for an unload.
+        """
+        if job.kind is JobKind.UNLOAD:
+            return None
         known = RecordedModel.of(self.log.state, job.model_id)
         model = known.model
         if job.status is JobStatus.COMPLETED or (model is not None and model.phase not in _ABSENT):
@@ -327,7 +343,7 @@ class OnDemand:
         failure = job.error or Failure("cancelled", "the load was cancelled")
         problem = _demand_failed(job.model_id, failure, job)
         if is_own:
-            problem.retry_after_s = self._note_failure(demand, str(problem), before, known)
+            problem.retry_after_s = self._note_failure(demand, problem, before, known)
         return problem
 
     async def _request_load(self, demand: Demand, subject: str, before: RecordedModel) -> Receipt | None:
@@ -338,12 +354,13 @@ class OnDemand:
             raise RequestRefused(refusal.code, refusal.message)
         self._back_off.check(demand, before, asyncio.get_running_loop().time())
         try:
-            command = await self.look_up(model_id, version or find_chosen_version(before.model), subject)
+            command = await self.look_up(model_id, version, subject)
         except _PASSED_ON:
             raise
         except (errors.RuntimeProblem, ServerProblem) as problem:
-            reason = f"model '{model_id}' could not be loaded: {problem}"
-            raise DemandFailed(reason, self._note_failure(demand, reason, before, before)) from None
+            failed = DemandFailed(f"model '{model_id}' could not be loaded: {problem}")
+            failed.retry_after_s = self._note_failure(demand, failed, before, before)
+            raise failed from None
         state = self.log.state
         is_absent = state.models.get(model_id) is before.model and not state.queue(model_id)
         if not self._waiting[demand] or not is_absent or self.stopping.is_set():
@@ -351,9 +368,9 @@ class OnDemand:
         return await self.submit(command)
 
     def _note_failure(
-        self, demand: Demand, reason: str, before: RecordedModel, after: RecordedModel
+        self, demand: Demand, problem: DemandFailed, before: RecordedModel, after: RecordedModel
     ) -> float:
-        return self._back_off.note(demand, reason, before, after, asyncio.get_running_loop().time())
+        return self._back_off.note(demand, problem, before, after, asyncio.get_running_loop().time())
 
 
 def _is_withdrawn(job: Job) -> bool:
@@ -366,4 +383,5 @@ def _demand_failed(model_id: str, failure: Failure, job: Job | None) -> DemandFa
     version = f"version {job.version}: " if job is not None else ""
     reason = f"model '{model_id}' could not be loaded: {version}{failure.message} ({failure.code})"
     headers = {"Location": f"/api/v1/jobs/{job.id}"} if job is not None else {}
-    return DemandFailed(reason, http_headers=headers)
+    code = BYTES_GONE if failure.code == BYTES_GONE else "load_failed"
+    return DemandFailed(reason, code=code, http_headers=headers)

@@ -1,14 +1,15 @@
 """On-demand loads: the version that an inference may have loaded, and the parameters. Pure.
 
-An inference brings back what a person chose last. So a rollback stays when its model is evicted or idle, and
-a model that a person has unloaded stays out of service.
+An inference brings back what a person chose last: version, parameters and bytes (`Model.find_kept_files`). So
+a rollback stays when its model is evicted or idle, whoever asks first then, and a model that a person has
+unloaded stays out of service.
 """
 
 from __future__ import annotations
 
 from events.commands import MAX_QUEUE, CauseRules, Refused
 from events.models import Model
-from events.types import LoadParameters
+from events.types import LoadParameters, contents_of, digest_of
 from events.versions import ModelVersions
 
 OUT_OF_SERVICE = "out_of_service"
@@ -23,7 +24,12 @@ def find_chosen_version(model: Model | None) -> int | None:
 def find_demand_refusal(model: Model | None, versions: ModelVersions, version: int | None) -> Refused | None:
     """Return why an inference may not have a version (None is any) loaded, or None if it may.
 
-    It may if no person has chosen a version, or the choice was this version, or a label names it.
+    The first that applies:
+    1. No person has chosen: each version may be loaded.
+    2. The person has unloaded the model: no version.
+    3. The person has chosen another version than this one, which a number or a name stands for: what requests
+       without a version get must not depend on who asks first.
+    4. The version was removed, or other bytes were added in its place since: no version.
     """
     if model is None or not model.chosen:
         return None
@@ -31,17 +37,19 @@ def find_demand_refusal(model: Model | None, versions: ModelVersions, version: i
     name, by = f"model '{model.id}'", f"{chosen.by} at {chosen.at} (job {chosen.job_id})"
     if chosen.version is None:
         return Refused(OUT_OF_SERVICE, f"{name} is out of service: unloaded by {by}, and not loaded since")
-    if version in (None, chosen.version):
-        if chosen.version not in versions.removed:
-            return None
-        loaded = f"version {chosen.version} of {name}, which was loaded by {by}, was removed"
-        return Refused(OUT_OF_SERVICE, f"{loaded}: load another version")
-    if version is not None and versions.list_names_of(version):
-        return None
     loaded = f"version {chosen.version} of {name} was loaded by {by}"
-    body = f'{{"version": {version}}}'
-    advice = f"to change that, load it with POST /api/v1/models/{model.id}/load and body {body}"
-    return Refused("model_not_loaded", f"{loaded}, so an inference loads no version {version}; {advice}")
+    if version not in (None, chosen.version):
+        body = f'{{"version": {version}}}'
+        advice = f"to change that, load it with POST /api/v1/models/{model.id}/load and body {body}"
+        return Refused("model_not_loaded", f"{loaded}, so an inference loads no version {version}; {advice}")
+    if chosen.version in versions.removed:
+        return Refused(OUT_OF_SERVICE, f"{loaded}, and was removed: load another version")
+    added = versions.find_added(chosen.version)
+    is_replaced = added is not None and added.position > chosen.position
+    if added is not None and is_replaced and added.digest != digest_of(contents_of(chosen.files)):
+        new = f"{added.by} has added other bytes in its place since"
+        return Refused(OUT_OF_SERVICE, f"{loaded}, and {new}: load it to use these")
+    return None
 
 
 def demand_parameters(model: Model | None, version: int, given: LoadParameters) -> LoadParameters:

@@ -176,7 +176,7 @@ def _details(model: Any, words: Sequence[str] = ()) -> Iterator[str]:
         "load": load and f"{detail}; job {load.id} by {format_cell(load.requested_by)}",
         "version": model.version,
         "next version": model.next_version,
-        "repository": "has newer files than those that are loaded" if model.repository_changed else None,
+        "repository": "has newer files than those that were loaded" if model.repository_changed else None,
         "versions": model.versions and ", ".join(map(str, model.versions)),
         "not served": model.not_served,
         "labels": _labels(model) or None,

@@ -196,6 +196,7 @@ def check(*, model: str | None, as_json: bool, **flags: str | None) -> None:
         loadable = checks.check_repository(config, result, state.is_removed)
         checks.check_references(config, result, loadable)
         checks.check_rows(config, result, loadable, state)
+        checks.check_changes(config, result, state)
         checks.check_workers(config, result)
         checks.check_policy(config, result, state)
     else:

@@ -22,11 +22,12 @@ from msgspec.structs import asdict, replace
 from events.clock import seconds_between, uuid7
 from events.commands import OUTDATED, Condition, Record
 from events.errors import LogUnavailable, NotEncodable, RequestRefused
-from events.jobcommands import RequestLoad, RequestUnload
+from events.jobcommands import RULES, RequestLoad, RequestUnload
 from events.jobs import Failure, Job
 from events.log import Log
 from events.models import RELOADS, Model, ModelState
 from events.serving import Serving
+from events.state import State
 from events.types import (
     SYSTEM,
     Cause,
@@ -158,7 +159,7 @@ class Loader:
             version,
             parameters,
             self._wake,
-            is_reload=job.cause in RELOADS,
+            is_reload=job.cause in RELOADS or find_expected(job, self._log.state) is not None,
             progress_timeout_s=parameters.progress_timeout_s or self._progress_timeout_s,
         )
         load.task = asyncio.create_task(self.run_load(job, load), name=f"loading {job.model_id}")
@@ -228,7 +229,7 @@ class Loader:
         """Check the files against the rules, and estimate the memory."""
         state, (version, parameters) = self._log.state, job.load_order
         model, serving = state.models.get(job.model_id), find_same_workers(state, job)
-        rules, expected = self._policy.loads.of(job.model_id), find_expected(job, model)
+        rules, expected = self._policy.loads.of(job.model_id), find_expected(job, state)
         if load.checked is None and (rules is not None or job.policy_digest is not None):
             await self._check(job, load, expected)
         footprints = model.footprints if model is not None else ()
@@ -251,7 +252,8 @@ class Loader:
     async def _check(self, job: Job, load: RunningLoad, expected: Sequence[LoadedFile] | None) -> None:
         """Copy and hash the files of a load, and check them; the load then takes exactly these.
 
-        `expected` are the files that a reload must have; None takes the present files.
+        `expected` are the files that the load must have; None takes the present files. The rules are those of
+        a reload only if the system brings the model back: an inference's load is asked for.
 
         Raises:
             NotLoadable: as `features.checks.check_load`.
@@ -262,7 +264,8 @@ class Loader:
         if self._versions.store is None:
             raise RuntimeError("rules need a store")
         async with self._checking, self._versions.version(job.model_id, load.version, expected) as held:
-            given = await self._read_check_input(held, is_reload=expected is not None)
+            is_reload = job.cause in RELOADS and expected is not None
+            given = await self._read_check_input(held, is_reload=is_reload)
             load.files, load.checked = held.loaded_files, await asyncio.to_thread(check_load, given, job)
 
     async def check_version(self, model_id: str, version: int | None) -> CheckedVersion:
@@ -316,7 +319,7 @@ class Loader:
 
     async def _load(self, job: Job, load: RunningLoad) -> bool:
         """Load a model; returns whether the ledger says that it is loaded."""
-        expected = load.files or find_expected(job, self._log.state.models.get(load.model_id))
+        expected = load.files or find_expected(job, self._log.state)
         async with AsyncExitStack() as stack:
             async with _in_time(load):
                 load.reach_stage("copying")
@@ -338,10 +341,25 @@ class Loader:
             await self._record_outcome(load, partial(self._draft_loaded, load, files))
             is_recorded = self._is_serving(load)
             if is_recorded:
-                sync = start_task(_make_durable(files, stack.pop_all()), "syncing a model")
+                sync = start_task(self._keep(files, stack.pop_all(), load), "syncing a model")
                 self.syncs.add(sync)
                 sync.add_done_callback(self.syncs.discard)
             return is_recorded
+
+    async def _keep(self, files: HeldVersion, held: AsyncExitStack, load: RunningLoad) -> None:
+        """Sync the files of a load beside all else, and give them back.
+
+        If they are those from before, the repository may have others, of which the operator is told.
+        """
+        async with held:
+            try:
+                await files.make_durable()
+            except RuntimeProblem as problem:  # the next start stores it again
+                _log.warning("version %d of %s is not kept: %s", files.version, files.model_id, problem)
+        if load.is_reload:
+            compare = partial(self._versions.has_changed, files.model_id, files.version, files.loaded_files)
+            with suppress(RuntimeProblem, OSError):  # of what cannot be read, nothing is said
+                await self._versions.repository.file_system.run(files.model_id, compare, REQUEST_LIMIT_S)
 
     async def _build_order(self, load: RunningLoad, files: HeldVersion) -> tuple[Load, tuple[Tensor, ...]]:
         """Build the message that loads a version, and the inputs of its warm-up run; none are zeros.
@@ -503,15 +521,6 @@ async def _in_time(load: RunningLoad) -> AsyncIterator[None]:
         ) from None
 
 
-async def _make_durable(files: HeldVersion, held: AsyncExitStack) -> None:
-    """Sync the files of a load beside all else, and give them back."""
-    async with held:
-        try:
-            await files.make_durable()
-        except RuntimeProblem as problem:  # the next start stores it again
-            _log.warning("version %d of %s is not kept: %s", files.version, files.model_id, problem)
-
-
 def describe_loaded(
     job: Job, load: RunningLoad, files: HeldVersion, now: str, pool: WorkerPool
 ) -> ModelLoaded:
@@ -608,10 +617,22 @@ def find_targets(
     return [target for find in asked for target in find(parameters, pool, limits)] or [CPU_TARGET]
 
 
-def find_expected(job: Job, model: Model | None) -> tuple[LoadedFile, ...] | None:
-    """Return the files that a reload by the system takes again, or None for any other load."""
-    before = None if job.cause not in RELOADS or model is None else model.find_reloadable(job.version)
-    return None if before is None else before.files
+def find_expected(job: Job, state: State) -> tuple[LoadedFile, ...] | None:
+    """Return the files that a load has to take, or None for those that the repository has now.
+
+    A reload by the system takes those from before, and an inference's load those that a person chose; only a
+    person's load takes new ones.
+    """
+    model = state.models.get(job.model_id)
+    if model is None or job.version is None:
+        return None
+    if job.cause in RELOADS:
+        before = model.find_reloadable(job.version)
+        return None if before is None else before.files
+    if not RULES[job.cause].is_for_inferences:
+        return None
+    added = state.registers.find_versions(job.model_id).find_added(job.version)
+    return model.find_kept_files(job.version, 0 if added is None else added.position)
 
 
 def _read_file(folder: Path, path: str, most_bytes: int) -> bytes:

@@ -40,7 +40,7 @@ class RunningLoad:
     Only the consumer and the load's tasks change it, on the event loop.
 
     Attributes:
-        is_reload: whether the system brings back a load.
+        is_reload: whether it brings back bytes that were loaded before.
         progress_timeout_s: how long its loading may make no progress.
         task: its coroutine.
         estimate: None while its files are being read; a `Failure` if they cannot be.

@@ -50,8 +50,9 @@ _URGENT = (Cause.RECOVERY, Cause.SWAP)
 """Loads of models that served until just now: one may run beyond the limit, past slow loads."""
 _RESERVES_NOTHING = (Cause.RECOVERY, Cause.RESTART, Cause.DRAIN, Cause.COPY)
 """Loads that are repeated when they fail, or that use free memory only: no other load waits for them."""
-_STRATEGIES = {Cause.RECOVERY: "beside", Cause.COPY: "auto"}
-"""A repair keeps the remaining workers; while one of several loads is replaced, the others serve."""
+_STRATEGIES = {Cause.RECOVERY: "beside", Cause.COPY: "auto", Cause.DEMAND: "auto"}
+"""A repair keeps the remaining workers; while one of several loads is replaced, the others serve. Inferences
+wait for the load that brings back a choice, which therefore does not wait for memory that its model has."""
 _BEFORE_ALL = -1
 
 _NOTHING = Amount()

@@ -117,9 +117,11 @@ def _delays_repair(view: SchedulerView, job: Job) -> bool:
 
 
 def _is_needed(view: SchedulerView, load: Job) -> bool:
-    """Whether an inference waits for the model, which is not loaded by now."""
+    """Whether an inference waits for the model, which is not loaded by now, or not in the chosen version."""
+    model = view.state.models.get(load.model_id)
     is_loaded = view.is_first_in_queue(load) and view.find_serving(load.model_id) is not None
-    return load.model_id in view.observations.pending_demand and not is_loaded
+    is_other = is_loaded and model is not None and model.differs_from_choice
+    return load.model_id in view.observations.pending_demand and (not is_loaded or is_other)
 
 
 def _record_exits(view: SchedulerView) -> Iterator[Action]:

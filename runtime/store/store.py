@@ -56,6 +56,7 @@ FREE_SHARE = 10
 _NO_LINKS = frozenset({errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES})
 
 FindNeeded = Callable[["Store"], Collection[str]]
+FindKept = Callable[[], Collection[str]]
 
 _log = logging.getLogger(__name__)
 
@@ -76,14 +77,20 @@ class Store:
         folder: the folder, which `open` creates; it must not be a link.
         limit_bytes: of all blobs together; None leaves a tenth of the file system free.
         find_needed: returns digests of this store that are not swept, beside the held ones.
+        find_kept: returns digests that are swept last: the repository may have other bytes by now.
     """
 
     def __init__(
-        self, folder: Path, limit_bytes: int | None = None, find_needed: FindNeeded = lambda _: ()
+        self,
+        folder: Path,
+        limit_bytes: int | None = None,
+        find_needed: FindNeeded = lambda _: (),
+        find_kept: FindKept = lambda: (),
     ) -> None:
         self._folder = StoreFolder(folder)
         self._limit_bytes = limit_bytes
         self._find_needed = find_needed
+        self._find_kept = find_kept
         self._lock = threading.Lock()
         self._versions = dict[str, StoredVersion]()
         self._used_ns = dict[str, int]()
@@ -317,9 +324,10 @@ class Store:
         return (seen.f_bavail - seen.f_blocks // FREE_SHARE) * seen.f_frsize >= size
 
     def _list_unneeded(self) -> list[str]:
-        """Return the digests of versions that may be swept, least recently used first."""
-        needed = {*self._find_needed(self), *self._held}
-        return sorted(self._versions.keys() - needed, key=lambda each: (self._used_ns.get(each, 0), each))
+        """Return the digests of versions that may be swept, least recently used first, kept ones at last."""
+        needed, kept = {*self._find_needed(self), *self._held}, frozenset(self._find_kept())
+        rank = {each: (each in kept, self._used_ns.get(each, 0), each) for each in self._versions}
+        return sorted(self._versions.keys() - needed, key=rank.__getitem__)
 
     def _settle(self, copy: Path, version: StoredVersion) -> StoredVersion:
         """Share blobs, and rename the incoming folder; returns the version with the files' identities."""

@@ -16,7 +16,7 @@ import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -78,11 +78,16 @@ class Versions:
     Args:
         repository: the source of versions.
         store: workers load from it; without a store the repository must not change.
+
+    Attributes:
+        changed: the versions of which the repository had other files when they were compared last, with the
+            digest of the bytes that were loaded.
     """
 
     def __init__(self, repository: Repository, store: Store | None) -> None:
         self.repository = repository
         self.store = store
+        self.changed = dict[tuple[str, int], str]()
         self._sources = dict[tuple[str, int], Source]()
         self._tensors = dict[FoundFile, ModelTensors | str]()
 
@@ -128,13 +133,24 @@ class Versions:
     def has_changed(self, model_id: str, version: int, loaded: Iterable[LoadedFile]) -> bool:
         """Whether the repository's files differ from those that were loaded, judged by their identities.
 
-        A version that cannot be read, or has no source record, counts as unchanged.
+        Without a source record they differ if their paths or lengths do. A version that cannot be read counts
+        as unchanged.
         """
-        try:
-            source = self.read_source(model_id, version)
-            return source is not None and self.known_contents(model_id, version) != contents_of(loaded)
-        except (LoadRefused, RepositoryUnreadable):
-            return False
+        loaded = tuple(loaded)
+        contents, has_changed = contents_of(loaded), False
+        with suppress(LoadRefused, RepositoryUnreadable):
+            if self.read_source(model_id, version) is not None:
+                has_changed = self.known_contents(model_id, version) != contents
+            else:
+                present = self.repository.stat_version(model_id, version)
+                has_changed = {(each.path, each.bytes) for each in present} != {
+                    (each.path, each.bytes) for each in loaded
+                }
+        if has_changed:
+            self.changed[model_id, version] = digest_of(contents)
+        else:
+            self.changed.pop((model_id, version), None)
+        return has_changed
 
     def read_source(self, model_id: str, version: int) -> Source | None:
         """Return the bytes and files that a version had when it was loaded last."""
@@ -148,6 +164,15 @@ class Versions:
             self._sources[model_id, version] = source
         else:
             self.store.record_source(model_id, version, source)
+
+    def look_at(self, model_id: str, version: int) -> tuple[tuple[FoundFile, ...], Contents | None]:
+        """Return the files of a version in the repository, and their contents if these are known.
+
+        For errors see `Repository.open_version`.
+        """
+        with self.repository.open_version(model_id, version) as (_, found):
+            source = self.read_source(model_id, version)
+            return found, source.contents if source is not None and source.files == found else None
 
     async def stat(self, model_id: str, version: int) -> tuple[FoundFile, ...]:
         """Return the identities of a version's files; for errors see `Repository.open_version`.

@@ -9,14 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from aiohttp import web
 from marshmallow import Schema, ValidationError, fields, validate
 from msgspec import UNSET, UnsetType
 
 from events.jobcommands import NO_BATCHING, NO_LEVEL, RequestLoad, RequestUnload
-from events.types import ALLOW, DEPENDENT_ROWS, Cause, Contents, Idempotency, Justification, LoadParameters
+from events.models import Choice
+from events.types import (
+    ALLOW,
+    DEPENDENT_ROWS,
+    Cause,
+    Contents,
+    Idempotency,
+    Justification,
+    LoadParameters,
+    contents_of,
+)
 from features.acceptance import CODES, add_conditions
 from features.rules import ModelRules
 from features.server import LoadFieldsSchema, settle_parameters
@@ -291,10 +301,12 @@ async def make_load_command(
     *,
     person: Principal | None = None,
     cause: Cause = Cause.REQUEST,
+    chosen: Choice | None = None,
 ) -> RequestLoad:
     """Return the command of a request whose body, as `LoadBodySchema` loads it, is `asked`.
 
-    `person` asked for the load; None if an inference did, which is the `cause` then.
+    `person` asked for the load; None if an inference did, which is the `cause` then. That brings back what a
+    person has `chosen`, if there is such a version: the ledger has all of it, so the repository is not read.
 
     Raises:
         InvalidDefaults: `invalid_defaults`, the model's loadledger.toml is invalid.
@@ -302,9 +314,14 @@ async def make_load_command(
             `repository_unreadable`, `device_unavailable`.
     """
     wanted = {name: value for name, value in asked.items() if name not in _NO_PARAMETERS}
-    version = asked.get("version")
-    look = partial(_look_up, app[VERSIONS], model_id, version)
-    chosen, refusal, known, written = await look_in_repository(app, model_id, version, look)
+    found: _Found
+    if chosen is not None and chosen.version is not None:
+        found = _Found(chosen.version, None, contents_of(chosen.files), {})
+    else:
+        version = asked.get("version")
+        look = partial(_look_up, app[VERSIONS], model_id, version)
+        found = await look_in_repository(app, model_id, version, look)
+    version, refusal, known, written = found
     defaults = load_with(_AS_DEFAULTS, written, defaults_name(model_id), InvalidDefaults)
     parameters = _merge_parameters(wanted, defaults, defaults_name(model_id), app[CONFIG])
     try:
@@ -315,7 +332,7 @@ async def make_load_command(
     rules = app[CONFIG].policy.of(model_id)
     command = RequestLoad(
         model_id,
-        chosen,
+        version,
         known,
         subject,
         parameters,
@@ -368,12 +385,12 @@ def _check_emergency(request: web.Request, model_id: str) -> None:
         raise ServerProblem(reason, code="emergency_forbidden")
 
 
-Found = TypeVar("Found")
+T = TypeVar("T")
 
 
 async def look_in_repository(
-    app: web.Application, model_id: str, version: int | None, look: Callable[[], Found]
-) -> Found:
+    app: web.Application, model_id: str, version: int | None, look: Callable[[], T]
+) -> T:
     """Return what `look` finds; a version that was just added may be visible a moment later.
 
     Raises:
@@ -412,13 +429,23 @@ def default_parameters(repository: Repository, model_id: str, config: Config) ->
     return _merge_parameters({}, defaults, file, config)
 
 
-def _look_up(
-    versions: Versions, model_id: str, version: int | None
-) -> tuple[int, RuntimeProblem | None, Contents | None, dict[str, Any]]:
-    """Return what a load needs to know: its version, and why that is not the highest, if it should be.
+class _Found(NamedTuple):
+    """A version that is to be loaded.
 
-    Then its contents if they are known, and the settings of the model's loadledger.toml.
+    Attributes:
+        version: its number.
+        refusal: why it is not the highest, if it should be.
+        known: its contents, if they are known.
+        written: the settings of the model's loadledger.toml.
     """
+
+    version: int
+    refusal: RuntimeProblem | None
+    known: Contents | None
+    written: dict[str, Any]
+
+
+def _look_up(versions: Versions, model_id: str, version: int | None) -> _Found:
     repository, refusal, known = versions.repository, None, None
     if version is None:
         served, refusal = repository.find_served(model_id)
@@ -427,7 +454,7 @@ def _look_up(
         chosen = repository.find_version(model_id, version)
     with suppress(LoadRefused, RepositoryUnreadable):  # the load then says what is wrong
         known = versions.known_contents(model_id, chosen)
-    return chosen, refusal, known, read_defaults(repository, model_id)
+    return _Found(chosen, refusal, known, read_defaults(repository, model_id))
 
 
 def _merge_parameters(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -40,7 +40,8 @@ from events.models import Model, ModelState
 from events.serving import Serving
 from events.sqlite.listing import EventFilter, EventQuery
 from events.sqlite.timetravel import active_at, model_at, models_at
-from events.types import VersionAdded, WorkerExited
+from events.state import State
+from events.types import LoadedFile, VersionAdded, WorkerExited, contents_of, digest_of
 from features.approvals.commands import list_unapproved
 from features.facts import LoadEvidence
 from features.rules import ModelRules
@@ -49,7 +50,7 @@ from features.signatures.rules import TrustMode
 from runtime.errors import RepositoryUnreadable, RuntimeProblem, UnknownModel
 from runtime.onnxfile import ModelTensors
 from runtime.repository import REQUEST_LIMIT_S, RepositoryBusy, refuse_unserved
-from runtime.router import Here, Version
+from runtime.router import Absent, Here, Version
 from runtime.store.versions import Versions
 from server.api.jobs import present_job
 from server.api.schemas import ModelPathSchema, PageQuerySchema, about
@@ -77,7 +78,7 @@ class ModelsQuerySchema(AtQuerySchema, PageQuerySchema):
 
 @dataclass(frozen=True, slots=True)
 class ListedModel:
-    """A model's versions in the repository, and whether it has newer files than the loaded ones.
+    """A model's versions in the repository, and whether it has newer files than those that were loaded.
 
     `refusal` says why its highest version cannot be served, or is not known.
     """
@@ -115,8 +116,9 @@ async def read_model_page(app: web.Application, cursor: str, limit: int) -> Mode
         RuntimeProblem: `repository_busy`, `repository_unreadable`.
     """
     state = app[LOG].state
-    known = {model.id for model in state.models.values() if _is_live(model)}
-    page = await list_versions(app[VERSIONS], dict(state.models), known, cursor, limit)
+    known = {model.id for model in state.models.values() if is_known(app, model)}
+    find = partial(find_bytes, state, on_demand=app[CONFIG].loads_for_inferences)
+    page = await list_versions(app[VERSIONS], find, known, cursor, limit)
     active = state.active()
     models = [_show_present(app, seen, active) for seen in page[:limit]]
     next_cursor = models[-1].id if len(page) > limit else None
@@ -213,7 +215,7 @@ def make_model_info(
         job_id=load.load_job_id if load else None,
         position=load.position if load else None,
         files=show(load.files, list[LoadedFileInfo]) if load else [],
-        repository_changed=seen.has_changed if seen and load else None,
+        repository_changed=seen.has_changed if seen else None,
         memory_bytes=memory_bytes,
         memory_at_load_bytes=load.memory_bytes if load else None,
         **show_load(load),
@@ -264,7 +266,15 @@ def _show_open_load(app: web.Application, model: Model) -> JobInfo | None:
 def _show_choice(model: Model) -> ModelChoice | None:
     if not model.chosen:
         return None
-    return ModelChoice(**msgspec.to_builtins(model.chosen))
+    chosen = model.chosen
+    return ModelChoice(
+        version=chosen.version,
+        parameters=None if chosen.parameters is None else msgspec.to_builtins(chosen.parameters),
+        digest=digest_of(contents_of(chosen.files)) if chosen.files else None,
+        by=chosen.by,
+        at=chosen.at,
+        job_id=chosen.job_id,
+    )
 
 
 def _show_rules(rules: ModelRules) -> ModelRulesInfo:
@@ -292,12 +302,19 @@ async def find_tensors(
 
     Raises:
         RuntimeProblem: `unknown_model`, `unknown_version`, `invalid_model`, `unsafe_file`, `model_changed`,
-            `repository_busy`, `repository_unreadable`, `unknown_label`.
+            `repository_busy`, `repository_unreadable`, `unknown_label`; `model_not_loaded` or `bytes_gone`:
+            the model is listed, and the repository does not have it.
     """
     target, number = app[ROUTER].resolve(model_id, version), app[ROUTER].find_version(model_id, version)
     if isinstance(target, Here):
         return target.version, ModelTensors(target.inputs, target.outputs)
-    return await read_declared(app, model_id, number)
+    try:
+        return await read_declared(app, model_id, number)
+    except UnknownModel:
+        model = app[LOG].state.models.get(model_id)
+        if isinstance(target, Absent) and model is not None and is_known(app, model):
+            raise target.problem from None
+        raise
 
 
 async def read_declared(app: web.Application, model_id: str, number: int | None) -> tuple[int, ModelTensors]:
@@ -324,7 +341,9 @@ async def look_at_model(request: web.Request, model_id: str) -> ListedModel:
         RepositoryUnreadable: `repository_unreadable`, and the model is not loaded.
     """
     versions = request.app[VERSIONS]
-    look = partial(_look_at, versions, request.app[LOG].state.models.get(model_id), model_id)
+    app = request.app
+    find = partial(find_bytes, app[LOG].state, on_demand=app[CONFIG].loads_for_inferences)
+    look = partial(_look_at, versions, find, model_id)
     try:
         seen: ListedModel = await versions.repository.file_system.run(model_id, look, REQUEST_LIMIT_S)
     except RepositoryBusy:
@@ -338,27 +357,62 @@ async def look_at_model(request: web.Request, model_id: str) -> ListedModel:
 
 def is_listed(request: web.Request, model_id: str) -> bool:
     model = request.app[LOG].state.models.get(model_id)
-    return model is not None and _is_live(model)
+    return model is not None and is_known(request.app, model)
 
 
-def _is_live(model: Model) -> bool:
-    """Whether a model that is not in the repository has facts to show, or a load to end."""
-    return bool(model.loads) or model.state not in (ModelState.UNLOADED, ModelState.FAILED)
+def is_known(app: web.Application, model: Model) -> bool:
+    """Whether a model is listed though the repository may not have it.
+
+    The first that applies:
+    1. It has a load, or one to end: yes.
+    2. The version that a person chose was removed: no.
+    3. It should serve and cannot: yes, or nobody would know.
+    4. Inferences load what a person chose: yes, from the store.
+    """
+    if model.loads or model.state not in (ModelState.UNLOADED, ModelState.FAILED):
+        return True
+    chosen = None if not model.chosen else model.chosen.version
+    if chosen is not None and app[LOG].state.is_removed(model.id, chosen):
+        return False
+    return model.is_missed or (app[CONFIG].loads_for_inferences and chosen is not None)
 
 
-def _look_at(versions: Versions, model: Model | None, model_id: str) -> ListedModel:
+FindBytes = Callable[[str, Sequence[int]], tuple[int, Sequence[LoadedFile]] | None]
+"""Returns the version of a model that serves or would be loaded, and its files, by the present versions."""
+
+
+def find_bytes(
+    state: State, model_id: str, present: Sequence[int], *, on_demand: bool
+) -> tuple[int, Sequence[LoadedFile]] | None:
+    """Return the bytes of a model that stay, whatever the repository has, with their version; or None.
+
+    They are what it serves from, or without a load what an inference would load, if these load models.
+    """
+    model = state.models.get(model_id)
+    if model is None:
+        return None
+    if model.serving is not None:
+        return model.serving.version, model.serving.files
+    version = model.chosen.version if model.chosen else max(present, default=None)
+    if version is None or not on_demand:
+        return None
+    added = state.registers.find_versions(model_id).find_added(version)
+    kept = model.find_kept_files(version, 0 if added is None else added.position)
+    return None if kept is None else (version, kept)
+
+
+def _look_at(versions: Versions, find_bytes: FindBytes, model_id: str) -> ListedModel:
     try:
         present, refusal = versions.repository.find_versions(model_id)
     except RepositoryUnreadable as unreadable:
         present, refusal = [], unreadable
-    serving = model.serving if model is not None else None
-    changed = None if serving is None else versions.has_changed(model_id, serving.version, serving.files)
-    return ListedModel(model_id, present, changed, refusal)
+    known = find_bytes(model_id, present)
+    return ListedModel(model_id, present, known and versions.has_changed(model_id, *known), refusal)
 
 
 async def list_versions(
     versions: Versions,
-    models: Mapping[str, Model],
+    find_bytes: FindBytes,
     known: Collection[str],
     cursor: str = "",
     limit: int = sys.maxsize,
@@ -370,7 +424,7 @@ async def list_versions(
 
     Args:
         versions: reads the repository.
-        models: models whose files are compared with the loaded ones.
+        find_bytes: finds what the present files are compared with.
         known: models to list in any case.
         cursor: only models after this id.
         limit: the page's limit; one more is listed, to tell whether there is another page.
@@ -381,7 +435,7 @@ async def list_versions(
     """
 
     def look(model_id: str) -> ListedModel:
-        return _look_at(versions, models.get(model_id), model_id)
+        return _look_at(versions, find_bytes, model_id)
 
     def list_folders() -> list[str]:
         try:

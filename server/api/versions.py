@@ -1,4 +1,4 @@
-"""Versions: add them to the repository, and remove them.
+"""Versions: add them to the repository, show and remove them.
 
 A version of one file is the body of one request. Several files are sent one by one into an upload, which a
 last request commits, with an optional source. A file may have any length: the disk gets it as it arrives.
@@ -6,30 +6,35 @@ last request commits, with an optional source. A file may have any length: the d
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial, wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 from marshmallow import Schema, ValidationError, fields, validate, validates_schema
 from msgspec import UNSET
 
-from answers.versions import AddedFileInfo, AddedVersionInfo, UploadInfo
+from answers.approvals import ApprovalInfo
+from answers.versions import AddedFileInfo, AddedVersionInfo, UploadInfo, VersionFileInfo, VersionInfo
 from events.clock import format_timestamp
 from events.commands import MAX_QUEUE
 from events.errors import RequestRefused
-from events.types import AddedFile, Provenance
+from events.models import ModelState
+from events.types import AddedFile, Contents, Provenance, VersionAdded, contents_of, digest_of
 from events.versioncommands import find_end_of_use
+from runtime.errors import UnknownModel, UnknownVersion
+from runtime.repository import SizedFile
 from runtime.uploads.receive import Digests, parse_digests
 from runtime.uploads.recovery import UNUSED_LIMIT_S
 from runtime.uploads.staging import UploadEntry
 from runtime.uploads.uploads import UploadBody
 from server.api.jobs import IS_KEY, hash_idempotency_key, run_job
+from server.api.loads import look_in_repository
 from server.api.schemas import ModelVersionPathSchema, about
-from server.appkeys import LOG, STOPPING, UPLOADS
+from server.appkeys import LOG, READER, STOPPING, UPLOADS, VERSIONS
 from server.auth.access import Access
 from server.auth.gate import PRINCIPAL
 from server.cluster import CLUSTER
@@ -208,6 +213,91 @@ async def add_version(request: web.Request) -> web.Response:
         only_new="if_none_match" in header_fields(request),
     )
     return _answer_with_version(given, files)
+
+
+@routes.get(
+    "/api/v1/models/{id}/versions/{version}",
+    access=Access.ANY,
+    summary="Show a version",
+    description="Its files, and who added it. Nothing is hashed for it.",
+    path=ModelVersionPathSchema(),
+    query=NothingSchema(),
+    answers={200: (VersionInfo, "The version.")},
+    errors=(
+        *("unknown_model", "unknown_version", "unsafe_file", "model_changed"),
+        *("repository_busy", "repository_unreadable", "log_unavailable"),
+    ),
+)
+async def show_version(request: web.Request) -> web.Response:
+    app, path = request.app, path_parameters(request)
+    model_id, version = path["id"], path["version"]
+    seen = await _look_at(app, model_id, version)
+    return respond(await _describe_version(app, model_id, version, seen))
+
+
+class _SeenVersion(NamedTuple):
+    """The files of a version, their contents if these are known, and whether the repository has them."""
+
+    files: Sequence[SizedFile]
+    contents: Contents | None
+    in_repository: bool
+
+
+async def _look_at(app: web.Application, model_id: str, version: int) -> _SeenVersion:
+    """Look at a version in the repository; what is loaded or chosen is known without.
+
+    Raises:
+        RuntimeProblem: as `look_in_repository`.
+    """
+    try:
+        look = partial(app[VERSIONS].look_at, model_id, version)
+        return _SeenVersion(*await look_in_repository(app, model_id, version, look), in_repository=True)
+    except (UnknownModel, UnknownVersion):
+        model = app[LOG].state.models.get(model_id)
+        candidates = () if model is None else (model.serving, model.chosen or None)
+        kept = next((each for each in candidates if each is not None and each.version == version), None)
+        if kept is None:
+            raise
+        return _SeenVersion(kept.files, contents_of(kept.files), in_repository=False)
+
+
+async def _describe_version(
+    app: web.Application, model_id: str, version: int, seen: _SeenVersion
+) -> VersionInfo:
+    """Return a version with what the ledger has of it."""
+    state = app[LOG].state
+    model, versions = state.models.get(model_id), state.registers.find_versions(model_id)
+    sha256s = dict(seen.contents or ())
+    digest = None if seen.contents is None else digest_of(seen.contents)
+    added = next(
+        (
+            event
+            for event in await app[READER].latest_changes(model_id)
+            if event.version == version and isinstance(event.data, VersionAdded)
+        ),
+        None,
+    )
+    source = added.data.source if added is not None and isinstance(added.data, VersionAdded) else UNSET
+    return VersionInfo(
+        model_id=model_id,
+        version=version,
+        digest=digest,
+        files=[
+            VersionFileInfo(path=each.path, bytes=each.bytes, sha256=sha256s.get(each.path))
+            for each in seen.files
+        ],
+        in_repository=seen.in_repository,
+        loaded=model is not None
+        and model.phase is ModelState.LOADED
+        and version in {each.version for each in model.servings},
+        labels=sorted(versions.list_names_of(version)),
+        approvals=show([each for each in versions.approvals if each.digest == digest], list[ApprovalInfo]),
+        added_by=added.actor if added else None,
+        added_at=added.recorded_at if added else None,
+        position=added.position if added else None,
+        source=source.uri if source else None,
+        resolved=source.resolved if source else None,
+    )
 
 
 @routes.delete(

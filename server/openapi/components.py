@@ -38,10 +38,13 @@ _RESPONSE_NAMES: Mapping[frozenset[str], str] = {
             "NodeOrRepositoryUnavailable",
         ),
         ("model_not_loaded model_unloading node_unreachable repository_unreadable", "ModelUnavailable"),
-        ("model_not_loaded node_unreachable repository_unreadable repository_busy", "MetadataUnavailable"),
+        (
+            "model_not_loaded bytes_gone node_unreachable repository_unreadable repository_busy",
+            "MetadataUnavailable",
+        ),
         (
             (
-                "inference_queue_full bodies_full model_not_loaded load_failed out_of_service"
+                "inference_queue_full bodies_full model_not_loaded load_failed out_of_service bytes_gone"
                 " model_unloading model_unloaded model_replaced model_evicted model_moved node_unreachable"
                 " worker_died out_of_memory fork_server_died fork_server_unavailable"
                 " repository_unreadable log_unavailable shutting_down"

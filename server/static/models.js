@@ -120,7 +120,7 @@ function memoryText(model, { processes, memory_bytes: used, reserved_bytes: rese
 
 export function ModelBadges({ model }) {
   const labels = Object.entries(model.labels ?? {}).map((each) => each.join(" ")).join(", ");
-  const newer = "The repository has newer files than those that are loaded: load the model again to use them.";
+  const newer = "The repository has newer files than those that were loaded: load the model again to use them.";
   return html`
     ${model.active && html`<${Badge}>active<//>`}
     ${useOf(model).serving?.pinned && html`<${Badge}>pinned<//>`}
@@ -142,6 +142,6 @@ export function ModelButtons({ model }) {
     ${offer(manages && ["unloaded", "failed", "lost"].includes(state), "Load…", load)}
     ${offer(manages && serves, "Swap…", load)}
     ${offer(manages && serves && serving, serving?.pinned ? "Unpin" : "Pin", () => pin(model, !serving.pinned))}
-    ${offer(manages && (serves || state === "lost"), "Unload…", unload)}
+    ${offer(manages && (serves || state === "lost" || model.error?.code === "bytes_gone"), "Unload…", unload)}
     ${offer(manages && ["loading", "unloading"].includes(state), "Force unload…", unload, "danger")}`;
 }

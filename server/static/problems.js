@@ -111,7 +111,8 @@ function* modelProblems(model) {
   const { when, by, occurrence } = lastFailure(id);
   const todo = isRefused && !model.unapproved?.some((each) => each.is_refused) ? APPROVED : advice(error?.code);
   const isAsked = isRefused && state.unapproved.value.some((each) => each.model === model && each.is_refused); // in a list of its own
-  if (model.state === "failed" && !isAsked) {
+  const isNotice = error?.code === "bytes_gone"; // which the server has put into words
+  if (model.state === "failed" && !isAsked && !isNotice) {
     yield { ...problem("critical", `failed ${id}`, `${id} failed`, `${when}${reason(error)}`, todo, load),
       cause: `failed ${error?.code} ${todo}`, noun: "model", ofMany: `failed: ${error?.code}`, by,
       brief: error && firstLine(error.message), occurrence: occurrence ?? reason(error), model: id };

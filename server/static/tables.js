@@ -71,7 +71,7 @@ export const ADVICE = {
   crash_loop: "The server died with this load three times, or the model's workers too often. See the WorkerExited events, then load again.",
   insufficient_memory: "Unload a model, let the server evict idle models (--evict idle), or raise --memory-budget.",
   too_many_loaded: "Unload a model, let the server evict idle models (--evict idle), or raise --max-loaded.",
-  bytes_gone: "A reload takes the bytes that served before, and neither the store nor the repository has them. Load the model again to use what the repository has now.",
+  bytes_gone: "A reload, and a load for an inference, take the bytes that were loaded before, and neither the store nor the repository has them. Put them back, or load the model again to use what the repository has now; unload it if it is to be gone.",
   signature_missing: "Sign the version, and put the bundle beside it, as VERSION.sig, or into it.",
   signature_invalid: "detail says what is wrong with the version's *.sig: replace it, or remove it.",
   signature_untrusted: "Sign with a key or certificate of the policy; detail names the signer.",

@@ -58,7 +58,7 @@ routes = Routes(tag="inference")
 
 _INFER_ERRORS = (
     "invalid_input", "inference_failed", "not_representable", "unknown_model", "unknown_version",
-    "unknown_label", "body_too_large", "body_timeout", "model_not_loaded", "out_of_service",
+    "unknown_label", "body_too_large", "body_timeout", "model_not_loaded", "out_of_service", "bytes_gone",
     "model_unloading", "model_unloaded", "model_replaced", "model_evicted", "model_moved", "worker_died",
     "out_of_memory", "fork_server_died", "inference_queue_full", "inference_timeout", "inference_cancelled",
     "bodies_full", "unsupported_media_type", "load_failed", "queue_full",
@@ -69,7 +69,8 @@ _INFER_ERRORS = (
 
 _METADATA_ERRORS = (
     "unknown_model", "unknown_version", "invalid_model", "unsafe_file", "model_changed", "repository_busy",
-    "repository_unreadable", "model_not_loaded", "node_unreachable", "inference_timeout", "unknown_label",
+    "repository_unreadable", "model_not_loaded", "bytes_gone", "node_unreachable", "inference_timeout",
+    "unknown_label",
 )  # fmt: skip
 
 
@@ -142,13 +143,14 @@ async def infer(
     try:
         cluster, spreads = app[CLUSTER], FORWARDED not in request.headers
         await cluster.catch_up(request, model_id)
-        target = router.resolve(model_id, version, spreads=spreads)
+        demand = app[DEMAND]
+        target = router.resolve(model_id, version, spreads=spreads, returns=demand.on)
         if isinstance(target, There):
             _note_sent(request, observed)
             return await cluster.forward(request, target, model_id, memory)
         if not request.content.is_eof():  # a body is not read in vain
             if isinstance(target, Absent):
-                app[DEMAND].check_queue(model_id)
+                demand.check_queue(model_id)
             elif not target.has_copies:  # else another copy may answer
                 target.check_queue()
         body = await _receive(request, memory, target)
@@ -156,7 +158,8 @@ async def infer(
         decoded = await _decode(app, subject, memory, body)
         if decoded is not None and decoded.timeout_us:
             ends_ns = min(ends_ns, times.arrived_ns + decoded.timeout_us * 1000)
-        result: Answered | Target = router.resolve(model_id, version)  # again: reading the body may take long
+        # Again: reading the body may take long.
+        result: Answered | Target = router.resolve(model_id, version, returns=demand.on)
         while not isinstance(result, Answered):
             left_s = _left_s(ends_ns)
             match result:
@@ -172,7 +175,7 @@ async def infer(
                     )
                 case Absent():
                     missed_ns, ends_at_s = time.monotonic_ns(), loop.time() + left_s
-                    async with app[DEMAND].keep_loaded(model_id, version, subject, ends_at_s) as found:
+                    async with demand.keep_loaded(model_id, version, subject, ends_at_s) as found:
                         times.waited_ns += time.monotonic_ns() - missed_ns
                         result = found
                         if isinstance(found, Here):

@@ -7,7 +7,7 @@ has ended. A job goes on if its client leaves; the client's next request joins i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal
 
 import msgspec
@@ -21,7 +21,7 @@ from events.models import Model, ModelState
 from features.rules import POLICY_CODES
 from server.api.jobs import job_path, run_job
 from server.api.loads import make_load_command
-from server.api.models import ListedModel, list_versions, read_declared
+from server.api.models import is_known, list_versions, read_declared
 from server.api.schemas import ModelPathSchema
 from server.appkeys import CONFIG, LOG, VERSIONS
 from server.auth.access import Access
@@ -44,13 +44,13 @@ UNLOADED = "unloaded"
 def index(models: Mapping[str, Model], found: Iterable[str], *, only_ready: bool = False) -> list[IndexEntry]:
     """Return an entry per version, by name and version; a model that was never loaded has only a name.
 
-    A model has no entry if it is neither loaded nor among `found`, the ids of the repository's models.
+    A model has no entry if it is neither loaded nor among `found`, the ids of those that are listed.
     """
-    in_repository = set(found)
+    listed = set(found)
     entries: list[IndexEntry] = []
-    for name in sorted(in_repository | models.keys()):
+    for name in sorted(listed | models.keys()):
         model = models.get(name) or Model(name)
-        if name in in_repository or model.serving is not None or model.loads:
+        if name in listed or model.serving is not None or model.loads:
             versions = [entry for _, entry in sorted(_versions(model).items())] or [IndexEntry(name=name)]
             entries += [each for each in versions if not only_ready or each.state == "READY"]
     return entries
@@ -138,9 +138,13 @@ _ENDED = {
 )
 async def show_index(request: web.Request) -> web.Response:
     only_ready = tritonconfig.read_only_ready(await tritonconfig.read_object(request, MAX_INDEX_BYTES))
-    recorded = dict(request.app[LOG].state.models)  # a copy, which does not change under the thread
-    found = [] if only_ready else await list_versions(request.app[VERSIONS], {}, recorded)
-    entries = await asyncio.to_thread(_encoded_index, recorded, found, only_ready=only_ready)
+    app, listed = request.app, set[str]()
+    recorded = dict(app[LOG].state.models)  # a copy, which does not change under the thread
+    if not only_ready:
+        found = await list_versions(app[VERSIONS], lambda *_: None, recorded)
+        listed = {seen.id for seen in found if seen.versions}
+        listed |= {model.id for model in recorded.values() if is_known(app, model)}
+    entries = await asyncio.to_thread(_encoded_index, recorded, listed, only_ready=only_ready)
     return respond_encoded(entries)
 
 
@@ -181,9 +185,8 @@ async def unload_and_wait(request: web.Request) -> web.Response:
     return _respond_completed(job)
 
 
-def _encoded_index(recorded: Mapping[str, Model], found: Sequence[ListedModel], *, only_ready: bool) -> bytes:
-    names = [seen.id for seen in found if seen.versions]
-    return msgspec.json.encode(index(recorded, names, only_ready=only_ready))
+def _encoded_index(recorded: Mapping[str, Model], listed: Collection[str], *, only_ready: bool) -> bytes:
+    return msgspec.json.encode(index(recorded, listed, only_ready=only_ready))
 
 
 async def _unload(app: web.Application, model_id: str, subject: str) -> Job | None:

@@ -123,7 +123,7 @@ LOADS: list[tuple[str, RequestLoad, str]] = [
     ("load", load(cause=Cause.DEMAND), "L"),
     ("load", load(2, cause=Cause.DEMAND), "L"),
     ("request start", load(2, cause=Cause.DEMAND), "L"),
-    ("load request_unload", load(2, cause=Cause.DEMAND), NEW),
+    ("load request_unload", load(2, cause=Cause.DEMAND), "U"),
     ("request request_v2", load(3, cause=Cause.DEMAND), "L2"),
     ("load request_unload start_unload request_again", load(2, cause=Cause.DEMAND), "L3"),
     ("load", asking(load(), keep_alive_s=-1), "L"),
@@ -172,7 +172,7 @@ LOADS: list[tuple[str, RequestLoad, str]] = [
     ("load", replace(load(), parameters=BATCHES), "L"),
     ("load", asking(load(), timeout_s=5), "L"),
     ("load_pair crash_1", load(), NEW),
-    ("load_pair crash_1", load(cause=Cause.DEMAND), NEW),
+    ("load_pair crash_1", load(cause=Cause.DEMAND), "P"),
     ("load_pair crash_1", load(cause=Cause.RECOVERY), NEW),
     ("load_pair crash_1 recover_pair", load(), "join R"),
     ("load restart", load(), NEW),
@@ -284,8 +284,9 @@ def test_order_of_files_does_not_matter() -> None:
     model = history.model()
     assert model.serving is not None
     files = tuple(structs.replace(model.serving.files[0], path=path) for path in "ba")
-    serving = structs.replace(model.serving, files=files)
-    history.state.models[MODEL] = structs.replace(model, serving=serving)
+    assert model.chosen
+    serving, chosen = (structs.replace(each, files=files) for each in (model.serving, model.chosen))
+    history.state.models[MODEL] = structs.replace(model, serving=serving, chosen=chosen)
     contents = tuple((file.path, file.sha256) for file in files)
     assert outcome(history.state, load(contents=tuple(sorted(contents)))) == "L"
 

@@ -324,8 +324,8 @@ def test_loaded_model_names_files_actor_and_parameters() -> None:
         ),
         rank=3,
         last_version=3,
-        footprints=(Footprint(3, (file(),), 1_000),),
-        chosen=Choice("L", "alice", at(3), 3, LoadParameters()),
+        footprints=(Footprint(3, (file(),), 1_000, position=3),),
+        chosen=Choice("L", "alice", at(3), 3, 3, LoadParameters(), (file(),)),
     )
 
 
@@ -338,7 +338,8 @@ def test_change_of_settings_leaves_the_rest_of_the_model(load: str) -> None:
     if load == "L":
         settings = replace(serving.parameters, keep_alive_s=60, pinned=True)
         assert serving.parameters == settings
-        chosen = Choice("L3", "alice", history.facts[-1].recorded_at, 1, settings)
+        changed = history.facts[-1]
+        chosen = Choice("L3", "alice", changed.recorded_at, changed.position, 1, settings, (file(),))
     assert history.model() == replace(before, serving=serving, loads=(), chosen=chosen)
     job = history.job("L3")
     assert (job.status, job.attempt, job.started_at) == (JobStatus.COMPLETED, 0, None)

@@ -97,8 +97,12 @@ CONTENTS = (("model.onnx", "ab" * 32),)
 DIGEST = digest_of(CONTENTS)
 
 
-def file(mtime_ns: int = 1) -> LoadedFile:
-    return LoadedFile("model.onnx", 4_096, mtime_ns, "ab" * 32)
+OTHER_BYTES = "cd" * 32
+"""SHA-256 of the file of a version that was overwritten."""
+
+
+def file(mtime_ns: int = 1, sha256: str = "ab" * 32) -> LoadedFile:
+    return LoadedFile("model.onnx", 4_096, mtime_ns, sha256)
 
 
 def load_requested(
@@ -107,9 +111,9 @@ def load_requested(
     return LoadRequested.of(LoadParameters(timeout_s=timeout_s, instances=instances), cause)
 
 
-def model_loaded(*worker_ids: str, mtime_ns: int = 1) -> ModelLoaded:
+def model_loaded(*worker_ids: str, mtime_ns: int = 1, sha256: str = "ab" * 32) -> ModelLoaded:
     durations = Durations(1, 2, 3, 4, None, 5, 15)
-    return ModelLoaded((file(mtime_ns),), worker_ids or ("w",), 1_000, 2_000, durations)
+    return ModelLoaded((file(mtime_ns, sha256),), worker_ids or ("w",), 1_000, 2_000, durations)
 
 
 class History:
@@ -172,8 +176,8 @@ class History:
     def start_load(self, job: str, *, attempt: int = 1, **about: Any) -> None:
         self.add(LoadStarted(attempt), job, **about)
 
-    def end_load(self, job: str, *, mtime_ns: int = 1, **about: Any) -> None:
-        self.add(model_loaded(f"w-{job}", mtime_ns=mtime_ns), job, **about)
+    def end_load(self, job: str, *, mtime_ns: int = 1, sha256: str = "ab" * 32, **about: Any) -> None:
+        self.add(model_loaded(f"w-{job}", mtime_ns=mtime_ns, sha256=sha256), job, **about)
 
     def load_on(self, job: str, *devices: DeviceUse, peak_memory_bytes: int = 2_000, **given: Any) -> None:
         """A load ends well on a device; what is not supported there runs on the CPU."""
@@ -199,10 +203,19 @@ class History:
         self.ask_load(job, cause=Cause.RECOVERY)
         self.fail_load(job, code)
 
-    def load(self, job: str, *, of: str = MODEL, version: int = 1, mtime_ns: int = 1, **given: Any) -> None:
+    def load(
+        self,
+        job: str,
+        *,
+        of: str = MODEL,
+        version: int = 1,
+        mtime_ns: int = 1,
+        sha256: str = "ab" * 32,
+        **given: Any,
+    ) -> None:
         self.ask_load(job, of=of, version=version, **given)
         self.start_load(job, of=of, version=version)
-        self.end_load(job, of=of, version=version, mtime_ns=mtime_ns)
+        self.end_load(job, of=of, version=version, mtime_ns=mtime_ns, sha256=sha256)
 
     def ask_unload(
         self,
@@ -367,6 +380,7 @@ STEPS: dict[str, Callable[..., object]] = {
     "start_again": lambda h: h.start_load("L3"),
     "fail_again": lambda h, *code: h.fail_load("L3", *code),
     "load_again": lambda h: h.load("L3"),
+    "load_other_bytes": lambda h: h.load("L3", sha256=OTHER_BYTES),
     "change_settings": lambda h: h.change_settings("L3", "L"),
     # Another version, beside or in place; the old one drains.
     "request_v2": lambda h: h.ask_load("L2", version=2),
@@ -385,11 +399,14 @@ STEPS: dict[str, Callable[..., object]] = {
     "request_unload_until_asked": lambda h: h.ask_unload("U", "L", until_asked=True),
     "request_unload_v2": lambda h: h.ask_unload("U", "L2"),
     "request_unload_pair": lambda h: h.ask_unload("U", "P"),
+    "request_unload_D": lambda h: h.ask_unload("U", "D", version=2),
     "request_unload_unknown": lambda h: h.ask_unload("U", "unknown"),
     "request_eviction": lambda h: h.ask_unload("U", "L", cause=Cause.EVICTION),
     **{f"evict_{job}": partial(History.unload, job="E", load=job, cause=Cause.EVICTION) for job in LOADS},
     "add_at_a": lambda h: h.add_version("a"),
     "add_at_b": lambda h: h.add_version("b"),
+    "add": lambda h: h.add_version(),
+    "add_other_bytes": lambda h: h.add_version(sha256=OTHER_BYTES),
     "remove": lambda h: h.remove_version(),
     "start_unload": lambda h: h.start_unload("U"),
     "finish_unload": lambda h: h.end_unload("U"),
@@ -419,6 +436,12 @@ STEPS: dict[str, Callable[..., object]] = {
     "request_demand": lambda h: h.ask_load("D", cause=Cause.DEMAND),
     "start_demand": lambda h: h.start_load("D"),
     "finish_demand": lambda h: h.end_load("D"),
+    "demand": lambda h: h.load("D", cause=Cause.DEMAND),
+    # What an inference loaded under an earlier release, or before a person chose.
+    "demand_v2": lambda h: h.load("D", version=2, cause=Cause.DEMAND),
+    "demand_other_bytes": lambda h: h.load("D", cause=Cause.DEMAND, sha256=OTHER_BYTES),
+    "request_choice": lambda h: h.ask_load("D2", cause=Cause.DEMAND),
+    "fail_choice": lambda h, *code: h.fail_load("D2", *code),
     # Approval of the bytes of all versions.
     "approve": lambda h: h.approve(),
     "approve_again": lambda h: h.approve(by="dave"),
@@ -426,6 +449,7 @@ STEPS: dict[str, Callable[..., object]] = {
     "withdraw": lambda h: h.withdraw(),
     "rules_in_force": lambda h: h.add(PolicyInForce(NEEDS_APPROVAL), of=None, version=None),
     "join_L": lambda h: h.add(LoadJoined(), "L", by="bob"),
+    "join_D": lambda h: h.add(LoadJoined(), "D", by="bob"),
     "join_U": lambda h: h.add(UnloadJoined(), "U", by="bob"),
     "supersede_recovery": lambda h: h.supersede("R", "L3"),
     "supersede_recovery_v2": lambda h: h.supersede("R", "L2", version=2),

@@ -24,12 +24,14 @@ from events.types import (
     SYSTEM,
     AddedFile,
     Cause,
+    Contents,
     Draft,
     Event,
     JobCancelled,
     LoadedFile,
     LoadFailed,
     LoadJoined,
+    LoadParameters,
     LoadRequested,
     LoadStarted,
     ModelLoaded,
@@ -39,6 +41,7 @@ from events.types import (
     ServerStopped,
     UnloadRequested,
     UnloadStarted,
+    VersionAdded,
     WorkerExited,
     contents_of,
     digest_of,
@@ -378,7 +381,8 @@ class Ledger:
         self.worlds: list[World] = []
         self.changes = Counter[tuple[str, int]]()
         self._exited: set[str | None] = set()
-        self._chosen = dict[str, int | None]()  # None: unloaded by a person
+        self._chosen = dict[str, tuple[int, Contents] | None]()  # None: unloaded by a person
+        self._kept = dict[tuple[str, int], Contents]()  # of versions that were loaded since they were added
         self.forged = set[int]()
         self._starts = dict[str, LoadStart]()
         self._ids = count(1)
@@ -394,7 +398,9 @@ class Ledger:
         for number, draft in enumerate(drafts):
             self.check(draft, drafts[number + 1 :], by)
             self._check_rules(draft, by)
-            self._check_choice(draft, draft.model_id or "")
+            is_forged = isinstance(command, Record) and by is None
+            self._check_choice(draft, draft.model_id or "", is_forged=is_forged)
+            self._note_choice(draft, draft.model_id or "")
             if isinstance(draft.data, VersionApproved) and isinstance(command, Record):
                 self.forged.add(self.state.position + 1)
             self._record(draft, now)
@@ -403,22 +409,45 @@ class Ledger:
     def check(self, draft: Draft, following: Sequence[Draft], by: "World | None") -> None:
         """Check a fact before it is recorded, with those that are recorded with it."""
 
-    def _check_choice(self, draft: Draft, model_id: str) -> None:
-        """An inference has only what a person chose last loaded, and nothing after a person's unload."""
+    def _check_choice(self, draft: Draft, model_id: str, *, is_forged: bool) -> None:
+        """An inference has only what a person chose last loaded, and nothing after a person's unload.
+
+        What was forged, as an earlier release would have decided it, may have another version.
+        """
         job, model = self.state.unended_job(draft.job_id), self.state.models.get(model_id)
+        is_chosen, chosen, version = model_id in self._chosen, self._chosen.get(model_id), draft.version or 0
         match draft.data:
-            case LoadRequested(cause=Cause.DEMAND) if not self.state.queue(model_id):
-                is_loaded = model is not None and model.serving is not None
-                assert is_loaded or self._chosen.get(model_id, draft.version) == draft.version
-            case LoadJoined() if model is not None and draft.job_id in {
-                each.load_job_id for each in model.held
-            }:
-                self._chosen[model_id] = draft.version
-            case ModelLoaded() | ModelSettingsChanged() if job is not None and job.cause is Cause.REQUEST:
-                self._chosen[model_id] = job.version
-            case ModelUnloaded() if job is not None and job.cause is Cause.REQUEST:
-                if job.unload is not None and not job.unload.until_asked:
-                    self._chosen[model_id] = None
+            case LoadRequested(cause=Cause.DEMAND) if not is_forged:
+                assert not self.state.queue(model_id)
+                assert not is_chosen or (chosen is not None and chosen[0] == version)
+                assert model is None or model.phase is not ModelState.LOADED or model.is_to_return
+            case ModelLoaded(files=files) if job is not None and job.cause is Cause.DEMAND:
+                if not is_chosen:
+                    expected = self._kept.get((model_id, version))
+                else:
+                    expected = chosen[1] if chosen is not None and chosen[0] == version else None
+                assert expected is None or contents_of(files) == expected
+
+    def _note_choice(self, draft: Draft, model_id: str) -> None:
+        """Note what a person has loaded or unloaded by a fact, and the bytes of versions."""
+        job, model = self.state.unended_job(draft.job_id), self.state.models.get(model_id)
+        is_by_person, version = job is not None and job.cause is Cause.REQUEST, draft.version or 0
+        match draft.data:
+            case VersionAdded():
+                self._kept.pop((model_id, version), None)
+            case ModelLoaded(files=files):
+                self._kept[model_id, version] = contents_of(files)
+                if is_by_person:
+                    self._chosen[model_id] = version, contents_of(files)
+            case LoadJoined() | ModelSettingsChanged() if model is not None:
+                load = (
+                    draft.data.load_job_id if isinstance(draft.data, ModelSettingsChanged) else draft.job_id
+                )
+                serving = model.find_serving(load)
+                if serving is not None and (is_by_person or isinstance(draft.data, LoadJoined)):
+                    self._chosen[model_id] = serving.version, contents_of(serving.files)
+            case ModelUnloaded() if job is not None and job.takes_out_of_service:
+                self._chosen[model_id] = None
 
     def _check_rules(self, draft: Draft, by: "World | None") -> None:
         """A load passes the rules with which it was accepted, before anything changes for it."""
@@ -521,10 +550,10 @@ class World:
         """Return a load with the rules that are in force here, and with the files that are there."""
         if not isinstance(command, RequestLoad):
             return command
+        present = contents_of(self.files_in_repository(command.model_id, command.version))
         rules = self.policy.loads.of(command.model_id)
         if rules is None:
-            return command
-        present = contents_of(self.files_in_repository(command.model_id, command.version))
+            return replace(command, contents=command.contents and present)
         said = command.justification
         return replace(
             command,
@@ -549,6 +578,16 @@ class World:
     def files_in_repository(self, model_id: str, version: int) -> tuple[LoadedFile, ...]:
         """Return the files of a version as they are now."""
         return files_of(model_id, version, self.log.changes[model_id, version])
+
+    def load_as_before(self, model_id: str, version: int) -> None:
+        """Record the load of an inference of an earlier release, whatever a person chose."""
+        model = self.log.state.models.get(model_id)
+        is_unloaded = model is None or model.phase is ModelState.UNLOADED
+        if is_unloaded and not self.log.state.queue(model_id):
+            job_id, data = self.log.new_id(), LoadRequested.of(LoadParameters(), Cause.DEMAND)
+            rules = self.policy.loads.of(model_id)
+            data = data if rules is None else change(data, policy=rules.digest)
+            self.submit(Record((Draft(job_id, data, "pia", job_id, model_id, version),)))
 
     def catch_up(self) -> None:
         """Fold what was recorded since."""
@@ -718,11 +757,12 @@ class World:
 
     def _check_files(self, job: Job, rules: ModelRules) -> tuple[tuple[LoadedFile, ...], CheckedLoad]:
         model = self.state.models.get(job.model_id) or Model(job.model_id)
-        versions, expected = self.state.registers.find_versions(job.model_id), find_expected(job, model)
+        versions, expected = self.state.registers.find_versions(job.model_id), find_expected(job, self.state)
         files = expected or self.files_in_repository(job.model_id, job.version or 0)
         is_signed = partial(self.elsewhere.is_signed, state=self.state)
         about = rules, model, versions, contents_of(files), lambda *_: b"", self.now
-        return files, check_load(CheckInput(*about, expected is not None, is_signed), job)
+        is_reload = job.cause in RELOADS and expected is not None
+        return files, check_load(CheckInput(*about, is_reload, is_signed), job)
 
     def estimated(self, job: Job) -> MemoryEstimate | Failure:
         """Return the estimate of a load; one that found other files takes more."""
@@ -852,8 +892,9 @@ class World:
         """Return the outcome of a load."""
         loaded, job = model_loaded(*process.workers), self.state.unended_job(load)
         if load not in self.passed:
-            same = job and find_expected(job, self.state.models.get(job.model_id))
-            return loaded if not same else change(loaded, files=same)
+            assert job is not None
+            present = self.files_in_repository(process.model_id, process.version)
+            return change(loaded, files=find_expected(job, self.state) or present)
         files, checked = self.passed[load]
         return change(loaded, files=files, verified=True, **asdict(checked.evidence))
 
@@ -924,6 +965,13 @@ class World:
             if process.hangs_until is not None:
                 process.fail_without_progress()
         self.end_all()
+
+    def let_loads_end(self, turns: int) -> None:
+        """Let what is to be loaded be loaded, then go on for so many turns."""
+        for _ in range(4):
+            self.settle()
+            self.progress("loaded")
+        self.work(turns)
 
     def restart(self, *, unclean: bool) -> None:
         if not unclean:

@@ -36,6 +36,7 @@ from nodes.check import check_ledger
 from server.appkeys import CONSUMER, LOG
 from server.check import (
     CheckResult,
+    check_changes,
     check_configuration,
     check_policy,
     check_references,
@@ -430,3 +431,26 @@ async def test_check_names_loaded_models_that_a_restart_would_not_load(shared: L
     shared.save(models.add(2), "m", 2)
     back = [("m/2", "not_approved", "problem"), ("m/1", "not_approved", "note")]
     assert await asyncio.to_thread(judged, shared.config, strict) == back
+
+
+# What was loaded, and what the folders have by now
+
+
+def test_check_notes_newer_files_than_those_that_stay(tmp_path: Path) -> None:
+    async def load_models() -> Config:
+        async with local_server(tmp_path, on_demand="on") as api:
+            for name in ("away", "loaded", "touched"):
+                save(models.add(1), api.config.repository, name)
+                await api.load(name)
+            await api.unload("away", until_asked=True)
+            return api.config
+
+    config = asyncio.run(load_models())
+    for name in ("away", "loaded"):
+        save(models.add(8), config.repository, name)
+    (config.repository / "touched/1/model.onnx").touch()
+    for on_demand, expected in (("on", ["away/1", "loaded/1"]), ("off", ["loaded/1"])):
+        result = CheckResult()
+        check_changes(replace(config, on_demand=on_demand), result, read_ledger(config, result))
+        assert found(result, NOTE) == [(place, "newer_files") for place in expected]
+        assert "`loadledger load loaded/1` takes the newer ones" in result.findings[-1].text

@@ -180,7 +180,7 @@ class WatchedWorld(World):
         assert self._has_room(job, need)
         assert not self.measured_in(need)
         self._check_first_device(job, need)
-        if job.load.strategy == "in_place" and job.cause is not Cause.RECOVERY:
+        if job.load.strategy == "in_place" and job.cause not in (Cause.RECOVERY, Cause.DEMAND):
             assert job.model_id not in {process.model_id for process in self.serving()}
         yields = job.load.priority == "low" and job.cause not in RELOADS
         if self.under_pressure and yields and not self._made_way(job):
@@ -216,7 +216,7 @@ class WatchedWorld(World):
     def _check_way(self, job: Job, load: str) -> None:
         """What serves is ended for a load only if that can begin at once in its place."""
         assert job.load is not None
-        assert job.load.strategy != "beside"
+        assert job.load.strategy != "beside" or job.cause is Cause.DEMAND
         assert job.cause is not Cause.RECOVERY
         model = self.state.models[job.model_id]
         assert model.serving is not None
@@ -575,10 +575,7 @@ class Simulation(RuleBasedStateMachine):
         for by in approving:
             self.world.approve(load.model_id, load.version, by)
         self.world.submit(load)
-        for _ in range(4):
-            self.world.settle()
-            self.world.progress("loaded")
-        self.world.work(turns)
+        self.world.let_loads_end(turns)
 
     @rule(
         does=st.sampled_from(["approve", "approve", "withdraw", "withdraw late", "add"]),
@@ -686,6 +683,34 @@ class Simulation(RuleBasedStateMachine):
         self.world.demanded.add(name)
         self.world.submit(RequestLoad(name, version, CONTENTS, "pia", cause=Cause.DEMAND))
         self.world.work(turns)
+
+    @rule(
+        load=LOADS,
+        changes=st.booleans(),
+        leads_away=st.booleans(),
+        asked=st.lists(st.sampled_from([0, 0, 1]), min_size=1, max_size=3),
+        turns=TURNS,
+    )
+    def a_model_is_away_before_inferences_ask_for_it(
+        self, load: RequestLoad, asked: Sequence[int], turns: int, *, changes: bool, leads_away: bool
+    ) -> None:
+        """Its files may change meanwhile, and an inference of an earlier release may have loaded others.
+
+        Inferences ask for the loaded version, or for the other one.
+        """
+        name, versions = load.model_id, (load.version, 3 - load.version)
+        self.world.submit(load)
+        self.world.let_loads_end(turns)
+        self.world.submit(RequestUnload(name, "alice", force=True, until_asked=True))
+        self.world.let_loads_end(turns)
+        self.world.log.changes[name, load.version] ^= changes
+        self.world.demanded.add(name)
+        if leads_away:
+            self.world.load_as_before(name, versions[asked[-1]])
+            self.world.let_loads_end(turns)
+        for which in asked:
+            self.world.submit(RequestLoad(name, versions[which], CONTENTS, "pia", cause=Cause.DEMAND))
+            self.world.let_loads_end(turns)
 
     @rule(which=st.integers(0, 3), turns=TURNS)
     def a_model_grows(self, which: int, turns: int) -> None:

@@ -5,8 +5,10 @@ from support.decisions import Scene, decide_on, describe, estimate, read_table
 from support.history import MODEL, at, given
 
 from events.types import Cause
+from runtime.rooms import MACHINE
 from runtime.scheduler.actions import Decision
-from runtime.scheduler.view import Observations
+from runtime.scheduler.scheduler import decide
+from runtime.scheduler.view import LoadView, Observations, Phase, Policy, SchedulerView
 
 IN_PLACE = """
 # facts                                     | processes    | next action
@@ -113,11 +115,23 @@ def test_load_of_what_is_loaded_changes_settings_only(
         ("load request_unload request_demand cancel_U", "L:serving", "cancel D"),
         ("load request_unload request_demand", "L:serving", "start U of L"),
         ("request_demand", "", "start D"),
+        ("load evict_L demand_v2 request_choice", "D:serving", "start D2"),
+        ("load evict_L demand_other_bytes request_choice", "D:serving", "start D2"),
+        ("load evict_L demand request_choice", "D:serving", "cancel D2"),
     ],
 )
 def test_on_demand_load_of_loaded_model_is_cancelled(facts: str, running: str, action: str) -> None:
     observations = Observations(pending_demand=[MODEL])
     assert describe(decide_on(facts, running, observations=observations).action) == action
+
+
+def test_choice_returns_in_place_if_both_do_not_fit() -> None:
+    history = given("load evict_L demand_v2 request_choice")
+    running = {"D": LoadView("D", MODEL, Phase.SERVING, taken={MACHINE: 60})}
+    seen = Observations(estimates={"D2": estimate(60)}, pending_demand=[MODEL])
+    policy = Policy(loads_at_once=2, budget_bytes=100)
+    decision = decide(SchedulerView(history.state, running, policy, at(history.seconds), seen))
+    assert describe(decision.action) == "replace D by D2"
 
 
 GAP = "load a 60; request a 80 version=2 strategy=in_place priority=low; unload a cause=swap;"

@@ -203,6 +203,25 @@ def test_least_recently_used_version_is_swept_for_another(root: Path, tmp_path: 
     assert list((store.path / "incoming").iterdir()) == []
 
 
+def test_kept_version_is_swept_last(root: Path, tmp_path: Path) -> None:
+    kept = set[str]()
+    store = Store(tmp_path / "store", 25, find_kept=lambda: kept)
+    store.open()
+
+    def add(number: int) -> StoredVersion:
+        content = str(number).encode() * 10
+        return store_version(store, root, write_version(root, {"model.onnx": content}, "m", number))
+
+    one = add(1)
+    kept.add(one.digest)
+    two, three = add(2), add(3)
+    assert store.stored_versions().keys() == {one.digest, three.digest}
+    kept.add(three.digest)
+    four = add(4)  # there is no other: the least recently used one
+    assert store.stored_versions().keys() == {three.digest, four.digest}
+    assert two.digest not in store.stored_versions()
+
+
 @pytest.mark.parametrize("held", [True, False])
 def test_needed_version_is_never_swept(root: Path, tmp_path: Path, *, held: bool) -> None:
     needed = set[str]()

@@ -86,6 +86,12 @@ async def test_version_moves_from_its_copy_to_the_store(
     assert not versions.has_changed("m", 1, held.loaded_files)
     os.utime(folder / "model.onnx")
     assert versions.has_changed("m", 1, held.loaded_files)
+    assert [*versions.changed] == [("m", 1)]
+    shutil.rmtree(store.path / "sources")  # then only what is certain counts
+    assert not versions.has_changed("m", 1, held.loaded_files)
+    assert not versions.changed
+    (folder / "model.onnx").write_bytes(b"longer" * 99)
+    assert versions.has_changed("m", 1, held.loaded_files)
 
 
 @pytest.mark.parametrize("has_store", [True, False])

@@ -17,7 +17,7 @@ from support.http import LIMIT_S, ONE, LocalApi, local_server, when
 from support.ledgers import unwritable
 
 from events import jobcommands
-from events.types import Cause, ModelLoaded, WorkerExited
+from events.types import Cause, ModelLoaded, WorkerExited, digest_of
 from runtime.cgroups import count_usable_cpus
 from server.check import find_unusable_paths
 from server.config import Config
@@ -84,7 +84,7 @@ async def test_load_is_accepted_and_its_job_completes(shared: LocalApi) -> None:
         "parameters": job["parameters"],
         "chosen": {
             "version": 1, "parameters": job["parameters"], "by": "Ann", "at": job["finished_at"],
-            "job_id": job["id"],
+            "job_id": job["id"], "digest": digest_of([("model.onnx", file["sha256"])]),
         },
         "id": "m", "versions": [1], "state": "loaded", "version": 1, "next_version": None, "active": True,
         "loaded_at": job["finished_at"], "loaded_by": "Ann", "job_id": job["id"],
@@ -134,7 +134,8 @@ async def test_load_that_changes_settings_completes_without_a_load(shared: Local
     assert pinned["parameters"] == loaded["parameters"] | {"pinned": True, "keep_alive_s": 60}
     chosen = {"version": 1, "parameters": pinned["parameters"], "by": "alice", "job_id": pinned["id"]}
     assert await shared.model("changed") == before | {
-        "parameters": pinned["parameters"], "chosen": chosen | {"at": pinned["finished_at"]},
+        "parameters": pinned["parameters"],
+        "chosen": chosen | {"at": pinned["finished_at"], "digest": before["chosen"]["digest"]},
     }  # fmt: skip
     used = (await shared.get("/api/v1/resources")).json["models"]
     assert [(use["pinned"], use["keep_alive_s"]) for use in used if use["model_id"] == "changed"] == [

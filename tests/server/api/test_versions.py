@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import hashlib
+import shutil
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -224,6 +225,48 @@ async def test_put_of_a_name_is_told_the_command(shared: LocalApi) -> None:
     answer = await shared.send("PUT", path("named"), json={"source": NAME})
     assert answer.refusal == (415, "unsupported_media_type")
     assert "`loadledger add MODEL SOURCE` downloads it" in answer.json["detail"]
+
+
+async def test_version_is_shown_with_what_the_ledger_has(shared: LocalApi) -> None:
+    origin = {"source": "hf://org/repo@main", "resolved": "hf://org/repo@0123456"}
+    await shared.add_by_upload("shown", 1, MODEL, **origin)
+    shared.save(MODEL, "shown", 2)
+    [added] = [event for event in await shared.events("shown") if isinstance(event.data, VersionAdded)]
+    file, sha256 = {"path": "model.onnx", "bytes": len(MODEL)}, hashlib.sha256(MODEL).hexdigest()
+    unknown = dict.fromkeys(("digest", "added_by", "added_at", "position", "source", "resolved"))
+    unknown |= {"model_id": "shown", "labels": [], "approvals": [], "in_repository": True, "loaded": False}
+    of_added = {
+        "version": 1, "added_by": "alice", "added_at": added.recorded_at, "position": added.position, **origin
+    }  # fmt: skip
+    for version, expected in ((1, of_added), (2, {"version": 2})):
+        answer = await shared.get(path("shown", version), roles=("infer",))
+        assert (answer.status, answer.json) == (
+            200,
+            unknown | expected | {"files": [file | {"sha256": None}]},
+        )
+    await shared.load("shown", version=1, label="champion")
+    shutil.rmtree(shared.config.repository / "shown" / "1")
+    digest = (await shared.model("shown"))["chosen"]["digest"]
+    known = {"digest": digest, "loaded": True, "labels": ["champion"], "in_repository": False}
+    shown = (await shared.get(path("shown"))).json
+    assert shown == unknown | of_added | known | {"files": [file | {"sha256": sha256}]}
+
+
+@pytest.mark.parametrize(
+    ("place", "options", "refusal"),
+    [
+        (path("none"), {}, (404, "unknown_model")),
+        (path("listed", 9), {}, (404, "unknown_version")),
+        (path("listed", "champion"), {}, (400, "invalid_parameter")),
+        (f"{path('listed')}?at=1", {}, (400, "invalid_parameter")),
+        (path("listed"), {"roles": ()}, (401, "no_credentials")),
+    ],
+)
+async def test_version_that_cannot_be_shown_is_refused(
+    shared: LocalApi, place: str, options: dict[str, Any], refusal: tuple[int, str]
+) -> None:
+    shared.save(MODEL, "listed")
+    assert (await shared.get(place, **options)).refusal == refusal
 
 
 async def test_version_is_never_overwritten(shared: LocalApi) -> None:

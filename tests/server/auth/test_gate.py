@@ -93,6 +93,7 @@ TABLE: dict[str, set[Roles]] = {
     "GET /api/v1/models/{id}/verify": AUDIT | APPROVE,
     "POST /api/v1/models/unload": ADMIN,
     "POST /api/v1/models/{id}/load": ADMIN,
+    "GET /api/v1/models/{id}/versions/{version}": ANY_ROLE,
     "PUT /api/v1/models/{id}/versions/{version}": ADMIN,
     "DELETE /api/v1/models/{id}/versions/{version}": ADMIN,
     "PUT /api/v1/models/{id}/labels/{label}": ADMIN,

@@ -40,13 +40,14 @@ Start = Callable[..., Awaitable[LocalApi]]
 SOON = {"timeout": 50_000}
 M = ("m", None, "")
 NOTHING = RecordedModel(None, None)
+BECAUSE = DemandFailed("because")
 
 
 def fail(back_off: BackOff, demand: tuple[str, int | None, str], before: RecordedModel) -> RecordedModel:
     """Fail at 0 s, and return what is known then."""
     back_off.check(demand, before, 0.0)
     after = RecordedModel(Model(demand[0]), before.versions)
-    back_off.note(demand, "because", before, after, 0.0)
+    back_off.note(demand, BECAUSE, before, after, 0.0)
     return after
 
 
@@ -55,7 +56,7 @@ def test_pause_doubles_to_a_limit() -> None:
     for _ in range(9):
         back_off.check(M, known, now_s)
         before, known = known, RecordedModel(Model("m"), None)
-        pauses.append(back_off.note(M, "because", before, known, now_s))
+        pauses.append(back_off.note(M, BECAUSE, before, known, now_s))
         with pytest.raises(DemandFailed, match="because") as refused:
             back_off.check(M, known, now_s + pauses[-1] - 0.25)
         assert refused.value.retry_after_s == 0.25
@@ -68,7 +69,7 @@ def test_change_of_the_model_or_its_versions_ends_the_pause() -> None:
     failed = fail(back_off, M, NOTHING)
     for changed in (RecordedModel(Model("m"), None), RecordedModel(failed.model, ModelVersions("m"))):
         back_off.check(M, changed, 0.0)
-        assert back_off.note(M, "because", changed, failed, 0.0) == 0.5
+        assert back_off.note(M, BECAUSE, changed, failed, 0.0) == 0.5
     with pytest.raises(DemandFailed):
         back_off.check(M, failed, 0.4)
 
