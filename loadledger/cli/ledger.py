@@ -220,7 +220,8 @@ def export_events(data: Path, form: str, after: int, until: int | None, file: Pa
     lines = JSONL if form == "jsonl" else cloudevents(sign.public_key)
     exported = export(ledger, lines, sign, after=after, until=until)
     if str(file) == "-":
-        output.write_bytes(exported)
+        sys.stdout.buffer.writelines(exported)
+        sys.stdout.buffer.flush()  # so that errors are reported here
         return
     refuse_own(file, data)
     if is_stream(file):

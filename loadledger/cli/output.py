@@ -214,12 +214,12 @@ class OutputLost(Exception):
         self.error = error
 
 
-class _Output(io.TextIOWrapper):
-    """Stdout, which is written by the standard library: an interrupt neither loses nor doubles a line."""
+class _Output(io.BufferedWriter):
+    """The bytes of stdout, over the library's own file: an interrupt neither loses nor doubles a line."""
 
-    def write(self, text: str, /) -> int:
+    def write(self, data: Any, /) -> int:
         try:
-            return super().write(text)
+            return super().write(data)
         except OSError as error:
             raise OutputLost(error) from None
 
@@ -240,18 +240,8 @@ def prepare_output() -> None:
         return
     # Lines at once also for PYTHONUNBUFFERED, with which the rest of a partial write would be lost.
     by_lines = output.line_buffering or output.write_through
-    file = io.BufferedWriter(io.FileIO(output.fileno(), "w", closefd=False))
-    sys.stdout = _Output(file, output.encoding, "replace", line_buffering=by_lines)
-
-
-def write_bytes(lines: Iterable[bytes]) -> None:
-    """Write lines to stdout as they are."""
-    for line in lines:
-        try:
-            sys.stdout.buffer.write(line)
-        except OSError as error:
-            raise OutputLost(error) from None
-    sys.stdout.flush()
+    file = _Output(io.FileIO(output.fileno(), "w", closefd=False))
+    sys.stdout = io.TextIOWrapper(file, output.encoding, "replace", line_buffering=by_lines)
 
 
 def drop_output() -> None:

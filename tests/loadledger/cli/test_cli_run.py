@@ -176,7 +176,9 @@ def test_printed_commands_answer(alice: dict[str, Any], tmp_path: Path, name: st
 
 
 @pytest.mark.parametrize(("place", "code"), [("pipe", 141), ("/dev/full", 1)])
-@pytest.mark.parametrize("typed", ["models", "models --json", "jobs", "events", "resources", "run kept.onnx"])
+@pytest.mark.parametrize(
+    "typed", ["models", "models --json", "jobs", "events", "events --json", "resources", "run kept.onnx"]
+)
 def test_lost_output_ends_a_list_as_cat(
     alice: dict[str, Any], tmp_path: Path, typed: str, place: str, code: int
 ) -> None:
