@@ -50,8 +50,10 @@ KEPT_RUNS = 16
 KNOWN_NS = 10**9
 """After so long without a run the next request is tried, whatever the duration of earlier runs."""
 TRIAL_SHARE = 16
-"""A sixteenth of the time of runs may go into trials that turn out late. So the goodput under deadlines that
-cannot all be met stays (measured), and where some requests are short, one is tried after sixteen runs."""
+"""A sixteenth of the time of runs may go into trials that turn out late, if trials before were in time."""
+MAX_TRIAL_PRICE = 8
+"""Each late trial in a row counts for twice as much as the one before, up to so much: where no prediction is
+wrong, the goodput under deadlines stays (with a sixteenth for each, it fell by up to a fifth, measured)."""
 UNUSUAL = 2
 """A run is unusually long if it takes this many times the longest of the latest runs."""
 
@@ -193,17 +195,18 @@ class LatestRuns:
     Sizes with the same power of two count as equal. The duration may depend on something else, such as a
     value (the steps of a loop, the length of a text): a prediction that lets nothing run is never corrected.
     So a request that is predicted to be late is tried all the same while there is spare time: each run adds
-    a share of its duration to it, and a run that was given up takes its own away. Trials that are in time
-    take none of it, and so follow one another.
+    a share of its duration to it, and a trial that is late takes its own away. Trials that are in time take
+    none of it, and so follow one another.
 
     Attributes:
         slowest_ns: the longest of all runs.
-        spare_ns: how long trials may run in vain; at most as long as the longest run.
+        spare_ns: how long trials may run in vain: at first, and at most, as long as the longest run.
     """
 
     def __init__(self) -> None:
         self.slowest_ns = 0
-        self.spare_ns = 0
+        self.spare_ns = KNOWN_NS  # bounded by the first run
+        self._trial_price = 1
         self._durations_ns: dict[int, deque[int]] = {}
         self._ended_ns: dict[int, int] = {}
 
@@ -217,11 +220,13 @@ class LatestRuns:
         self.spare_ns = min(self.slowest_ns, self.spare_ns + duration_ns // TRIAL_SHARE)
 
     def waste(self, duration_ns: int) -> None:
-        """Count the time of a run, or a part of it, whose answer was given up: a late trial, say.
+        """Count the time of a trial that was late."""
+        self.spare_ns -= duration_ns * self._trial_price
+        self._trial_price = min(MAX_TRIAL_PRICE, 2 * self._trial_price)
 
-        Clients may leave other runs, too, so the debt is bounded like the spare time.
-        """
-        self.spare_ns = max(-self.slowest_ns, self.spare_ns - duration_ns)
+    def end_trial(self) -> None:
+        """Note that a trial was in time."""
+        self._trial_price = 1
 
     def longest_ns(self, input_bytes: int) -> int:
         return max(self._durations_ns.get(input_bytes.bit_length(), ()), default=0)
@@ -375,6 +380,7 @@ class InferenceExecutor:
         self._free_ns = 0  # when the latest request ended
         self._must_shrink = False
         self._reruns = -1, 0
+        self._trial: int | None = None
 
     def prepare(self, infer: Infer, tensors: Sequence[Tensor]) -> BatchRequest | None:
         """Decode a request, or answer it and return None if it is refused or cancelled.
@@ -408,8 +414,11 @@ class InferenceExecutor:
         """Return whether a request is cancelled, or too late for a run in a batch of this size.
 
         Such a request is answered. One that is predicted to be late is not over as long as there is spare
-        time for all that is left to it, after which the server stops it.
+        time for all that is left to it, after which the server stops it. There is one such trial at a time,
+        as each that is late ends the run of its batch, which then runs again without it.
         """
+        if request.number == self._trial:  # which is decided anew
+            self._trial = None
         if self._drop_cancelled(request.number):
             return True
         if not request.deadline_ns:
@@ -420,7 +429,10 @@ class InferenceExecutor:
             return False
         batch_bytes = request.bytes() * batch_size // max(1, request.size)
         needed_ns = self._latest_runs.needed_ns(batch_bytes, now_ns - request.waiting_since_ns(), now_ns)
-        if left_ns >= needed_ns or 0 < left_ns <= self._latest_runs.spare_ns:
+        if left_ns >= needed_ns:
+            return False
+        if self._trial is None and 0 < left_ns <= self._latest_runs.spare_ns:
+            self._trial = request.number
             return False
         left = f"{max(0, left_ns) / 1e6:.1f} ms of its time were left"
         took = f"the latest runs of such inputs took {needed_ns / 1e6:.1f} ms"
@@ -428,17 +440,28 @@ class InferenceExecutor:
         return True
 
     def run(self, batch: Sequence[BatchRequest]) -> None:
-        """Run a batch at once or, if a request makes it fail, one request after the other."""
+        """Run a batch at once or, if a request makes it fail, one request after the other.
+
+        A late trial has delayed the others of its batch, too, so all of that counts.
+        """
+        begun_ns, has_trial = time.monotonic_ns(), self._trial in [each.number for each in batch]
         batches = [batch]
         while batches:
             batch = [each for each in batches.pop() if not self._drop_cancelled(each.number)]
             if batch:
                 batches += self._run_at_once(batch)
         self._free_ns = time.monotonic_ns()
+        if has_trial and self._trial is not None:  # it was not answered
+            self._latest_runs.waste(self._free_ns - begun_ns)
+            self._trial = None
 
     def _begin(self, numbers: Sequence[int], input_bytes: int) -> ort.RunOptions | None:
-        """Start inferences as `Cancellation.begin` does; after a lack of memory, shrink the arena."""
-        usual_ns = UNUSUAL * self._latest_runs.longest_ns(input_bytes) if len(numbers) > 1 else 0
+        """Start inferences as `Cancellation.begin` does; after a lack of memory, shrink the arena.
+
+        A trial that is given up ends the run at once: it may be what takes so long.
+        """
+        is_joined = len(numbers) > 1 and self._trial not in numbers
+        usual_ns = UNUSUAL * self._latest_runs.longest_ns(input_bytes) if is_joined else 0
         options = self._cancellation.begin(numbers, usual_ns)
         if options is not None and self._must_shrink:
             options.add_run_config_entry(*SHRINK_ARENA)
@@ -459,7 +482,6 @@ class InferenceExecutor:
         """
         is_one = len(batch) == 1
         input_bytes = sum([request.bytes() for request in batch])
-        begun_ns = time.monotonic_ns()
         try:
             self._outbox.before_run(self._last_run_ns)
             begun_ns = time.monotonic_ns()
@@ -474,8 +496,6 @@ class InferenceExecutor:
             self._last_run_ns = ran_ns - joined_ns
             parts = [arrays] if is_one else split_outputs(batch, arrays)
         except (MemoryError, RuntimeProblem, OutputsNotBatched) as error:
-            if isinstance(error, InferenceCancelled):
-                self._latest_runs.waste(time.monotonic_ns() - begun_ns)
             if is_one and not self._should_rerun(batch[0].number, error):
                 self._cancellation.end()
                 self._fail(batch[0].number, error if isinstance(error, RuntimeProblem) else _NO_MEMORY)
@@ -487,9 +507,6 @@ class InferenceExecutor:
         self._latest_runs.add(input_bytes, ran_ns - begun_ns, ran_ns)
         del arrays
         execution_size = sum(request.size for request in batch)
-        if left:
-            left_size = sum(request.size for request in batch if request.number in left)
-            self._latest_runs.waste((ran_ns - begun_ns) * left_size // execution_size)
         for request, part in zip(batch, parts, strict=True):
             if request.number in left:
                 continue
@@ -498,6 +515,9 @@ class InferenceExecutor:
             problem = self._answer(request, part, times, ran_ns, execution_size)
             if problem is None:
                 execution_size = 0
+                if request.number == self._trial:
+                    self._latest_runs.end_trial()
+                    self._trial = None
             else:
                 part.clear()  # else memory for the message may be missing
                 self._fail(request.number, problem)

@@ -58,6 +58,7 @@ from runtime.worker.batching import (
 from runtime.worker.execution import (
     KEPT_RUNS,
     KNOWN_NS,
+    MAX_TRIAL_PRICE,
     TRIAL_SHARE,
     Cancellation,
     InferenceExecutor,
@@ -306,21 +307,23 @@ def test_late_trials_take_a_share_of_the_time_of_runs(durations_ns: list[int], l
         if left_ns <= runs.spare_ns:
             runs.waste(left_ns)
             wasted_ns += left_ns
-    assert wasted_ns <= sum(durations_ns) / TRIAL_SHARE
+    assert wasted_ns <= sum(durations_ns) / TRIAL_SHARE + max(durations_ns)  # the first trial is free
 
 
 @PLAIN
-@given(st.lists(st.integers(10, 1000), max_size=100), st.integers(1, 1000), st.integers(0, 10**6))
-def test_trial_follows_whatever_came_before(before_ns: list[int], left_ns: int, wasted_ns: int) -> None:
+@given(st.lists(st.integers(10, 1000), max_size=100), st.integers(1, 1000))
+def test_trial_follows_whatever_came_before(before_ns: list[int], left_ns: int) -> None:
     runs = LatestRuns()
     for duration_ns in before_ns:
         runs.add(8, duration_ns, 0)
-    runs.waste(wasted_ns)
-    long_ns, waited = max(left_ns, *before_ns, 100), 0
-    while runs.spare_ns < left_ns:  # a prediction by these runs refuses each request
-        runs.add(8, long_ns, 0)
-        waited += 1
-    assert waited <= 3 * TRIAL_SHARE
+    long_ns = max(left_ns, *before_ns, 100)
+    for _ in range(9):  # late trials, each as soon as it may be
+        waited = 0
+        while runs.spare_ns < left_ns:  # a prediction by these runs refuses each request
+            runs.add(8, long_ns, 0)
+            waited += 1
+        runs.waste(left_ns)
+        assert waited <= TRIAL_SHARE * (MAX_TRIAL_PRICE + 1)
 
 
 # The executor, without a worker
@@ -549,8 +552,12 @@ async def test_waiting_request_is_over_once_it_is_cancelled(serve: Serve) -> Non
 async def test_request_that_cannot_be_in_time_is_not_begun(serve: Serve, batch: int) -> None:
     worker = await serve(models.counting_rows(), max_batch_size=batch, **ALLOW)
     count, took_s = await counting(worker)
-    with pytest.raises(InferenceTimeout, match="not begun"):
-        await worker.infer([tensor("x", "INT64", [LONG])], timeout_s=took_s / 2)
+    said = list[str]()
+    while not said or "not begun" not in said[-1]:
+        with pytest.raises(InferenceTimeout) as late:
+            await worker.infer([tensor("x", "INT64", [LONG])], timeout_s=took_s / 2)
+        said.append(str(late.value))
+    assert 2 <= len(said) <= 6  # some are tried, for as long as the longest run
     assert await sizes(await count(5)) == [(1, 1)]
 
 
@@ -568,6 +575,21 @@ async def test_short_request_is_tried_though_the_latest_were_long(serve: Serve, 
         except InferenceTimeout:
             refused += 1
     assert refused <= 1
+
+
+async def test_batch_runs_again_without_a_late_trial(serve: Serve) -> None:
+    worker = await serve(models.counting_rows(), max_batch_size=2, **ALLOW)
+    count, took_s = await counting(worker, 2)
+    for _ in range(KEPT_RUNS):
+        await asyncio.gather(*await count(LONG, LONG))
+    trial, other = await asked_at_once(
+        worker,
+        worker.infer([tensor("x", "INT64", [ENDLESS])], timeout_s=took_s / 2),
+        worker.infer([tensor("x", "INT64", [5])], timeout_s=LIMIT_S),
+    )
+    with pytest.raises(InferenceTimeout, match="was stopped"):
+        await trial
+    assert await sizes([other]) == [(1, 1)]
 
 
 @pytest.mark.parametrize(
